@@ -1,0 +1,199 @@
+"""The configuration: JSON parsed once into frozen values."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+from paramlora.errors import ConfigError, closest
+
+ALLOWED = ("alpha", "hard", "r", "scale", "trainable_scale", "up_kernel")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """One entry of the configuration: how the tensors it names are adapted.
+
+    Args:
+        name: module path, parameter path, or ``re:`` pattern (see `paramlora.targets`).
+        r: rank of the update, at least 1.
+        scale: the factor in ``W + scale·B·A``, never divided by ``r``.
+        trainable_scale: whether the scale is trained too.
+        hard: parametrize the weight (True) or add a parallel branch (False).
+        up_kernel: kernel of a soft convolution's second factor, 1 or ``"same"``.
+    """
+
+    name: str
+    r: int
+    scale: float = 1.0
+    trainable_scale: bool = False
+    hard: bool = True
+    up_kernel: Union[int, str] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as plain JSON values, without its name."""
+        out: dict[str, Any] = {
+            "r": self.r,
+            "scale": self.scale,
+            "trainable_scale": self.trainable_scale,
+            "hard": self.hard,
+        }
+        if not self.hard:
+            out["up_kernel"] = self.up_kernel
+        return out
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """A whole configuration: its entries in order, and whether the backbone trains.
+
+    Example:
+        >>> config = LoRAConfig.from_dict({"to_q": {"r": 8, "alpha": 16}})
+        >>> assert config.entries[0].scale == 2.0
+        >>> assert LoRAConfig.from_dict(config.to_dict()) == config
+    """
+
+    entries: tuple[TargetConfig, ...]
+    trainable_model: bool = False
+    source: str = field(default="config", compare=False)
+
+    @classmethod
+    def from_file(cls, path: Union[str, "os.PathLike[str]"]) -> "LoRAConfig":
+        """Read a JSON file.
+
+        Raises:
+            ConfigError: the file is missing, is not JSON (with line and column), or is wrong.
+        """
+        name = Path(path).name
+        try:
+            data = json.loads(
+                Path(path).read_text(encoding="utf-8"),
+                object_pairs_hook=lambda pairs: _unique(pairs, name),
+            )
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{name}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not UTF-8 text: {error.reason}.") from error
+        return cls.from_dict(data, source=name)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "LoRAConfig":
+        """Check a mapping and freeze it.
+
+        Raises:
+            ConfigError: names the source, the entry, the value and what is allowed.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: expected an object of entries, got {data!r}.")
+        rest = dict(data)
+        trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
+        if not rest:
+            raise ConfigError(f'{source}: no entries. Add one, for example "to_q": {{"r": 8}}.')
+        entries = tuple(_entry(name, entry, source) for name, entry in rest.items())
+        return cls(entries, trainable, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `from_dict` reads it back equal."""
+        return {
+            "trainable_model": self.trainable_model,
+            **{entry.name: entry.to_dict() for entry in self.entries},
+        }
+
+
+ConfigLike = Union[LoRAConfig, Mapping[str, Any], str, "os.PathLike[str]"]
+
+
+def as_config(config: ConfigLike) -> LoRAConfig:
+    """A `LoRAConfig` from itself, a mapping, or a path to JSON."""
+    if isinstance(config, LoRAConfig):
+        return config
+    if isinstance(config, (str, os.PathLike)):
+        return LoRAConfig.from_file(config)
+    return LoRAConfig.from_dict(config)
+
+
+def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ConfigError(f'{source}: "{key}" stands twice. Keep one of them.')
+        out[key] = value
+    return out
+
+
+def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
+    where = f'{source}, "{name}"'
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{source}: an entry's name must be a non-empty string, got {name!r}.")
+    if not isinstance(entry, Mapping):
+        hint = closest(name, ["trainable_model"])
+        also = ' Did you mean "trainable_model"?' if hint else ""
+        raise ConfigError(f'{where}: expected an object such as {{"r": 8}}, got {entry!r}.{also}')
+    for key in entry:
+        if key not in ALLOWED:
+            hint = closest(str(key), ALLOWED)
+            also = f' Did you mean "{hint[0]}"?' if hint else ""
+            raise ConfigError(
+                f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}'
+            )
+    r = _rank(entry, where)
+    hard = _boolean(entry.get("hard", True), where, "hard")
+    return TargetConfig(
+        name=name,
+        r=r,
+        scale=_scale(entry, r, where),
+        trainable_scale=_boolean(entry.get("trainable_scale", False), where, "trainable_scale"),
+        hard=hard,
+        up_kernel=_up_kernel(entry, hard, where),
+    )
+
+
+def _rank(entry: Mapping[str, Any], where: str) -> int:
+    if "r" not in entry:
+        raise ConfigError(f'{where}: "r" is missing. Give a rank, for example "r": 8.')
+    r = entry["r"]
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigError(f'{where}: "r" must be a whole number of at least 1, got {r!r}.')
+    return r
+
+
+def _scale(entry: Mapping[str, Any], r: int, where: str) -> float:
+    if "scale" in entry and "alpha" in entry:
+        raise ConfigError(
+            f'{where}: both "scale" and "alpha" are given. Keep one: scale = alpha / r.'
+        )
+    if "alpha" in entry:
+        return _number(entry["alpha"], where, "alpha") / r
+    return _number(entry.get("scale", 1.0), where, "scale")
+
+
+def _number(value: Any, where: str, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f'{where}: "{key}" must be a number, got {value!r}.')
+    if not math.isfinite(value):
+        raise ConfigError(f'{where}: "{key}" must be finite, got {value!r}.')
+    return float(value)
+
+
+def _boolean(value: Any, where: str, key: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ConfigError(f'{where}: "{key}" must be 0, 1, true or false, got {value!r}.')
+
+
+def _up_kernel(entry: Mapping[str, Any], hard: bool, where: str) -> Union[int, str]:
+    value = entry.get("up_kernel", 1)
+    if hard and "up_kernel" in entry:
+        raise ConfigError(f'{where}: "up_kernel" belongs to soft entries. Add "hard": 0.')
+    if value == 1 and not isinstance(value, bool):
+        return 1
+    if value == "same":
+        return "same"
+    raise ConfigError(f'{where}: "up_kernel" must be 1 or "same", got {value!r}.')
