@@ -140,9 +140,7 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
         if key not in ALLOWED:
             hint = closest(str(key), ALLOWED)
             also = f' Did you mean "{hint[0]}"?' if hint else ""
-            raise ConfigError(
-                f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}'
-            )
+            raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}')
     r = _rank(entry, where)
     hard = _boolean(entry.get("hard", True), where, "hard")
     return TargetConfig(

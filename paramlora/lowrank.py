@@ -1,0 +1,86 @@
+"""The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+Layout = Literal["matrix", "transposed", "stack"]
+
+
+def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple[int, int, int]:
+    """(stack, out, in): the matrices that a weight of `shape` holds.
+
+    ``matrix`` flattens all but the first dimension into the input side, ``transposed``
+    stores the input side first, ``stack`` holds one ``[out, in]`` for each leading index.
+    """
+    if layout == "stack":
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+    first, rest = shape[0], math.prod(shape[1:])
+    return (1, rest, first) if layout == "transposed" else (1, first, rest)
+
+
+class LowRank(nn.Module):
+    r"""Low-rank update of one tensor, Hu et al. 2021 (arXiv:2106.09685), equation 3.
+
+    .. math:: W' = W + strength · scale · B A
+
+    Args:
+        weight: the tensor to adapt, of any shape with two or more dimensions.
+        r: rank.
+        scale: the factor itself, never divided by `r`.
+        layout: where the input and output sides lie in `weight`.
+        trainable_scale: make ``lora_scale`` a parameter instead of a buffer.
+        adapter: the name under which this update is switched and saved.
+
+    Shapes: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]`` (a leading ``stack`` dimension for
+    ``layout="stack"``), ``lora_scale`` ``[]``. They are float32 on a 16-bit weight, where their
+    updates would otherwise vanish, and the weight's own type elsewhere.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scale: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        r: int,
+        scale: float = 1.0,
+        layout: Layout = "matrix",
+        trainable_scale: bool = False,
+        adapter: str = "default",
+    ) -> None:
+        super().__init__()
+        stack, out, fan_in = matrix_shape(weight.shape, layout)
+        lead = (stack,) if layout == "stack" else ()
+        dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
+        where = {"device": weight.device, "dtype": dtype}
+        self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+        self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
+        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
+        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
+        value = torch.tensor(scale, **where)
+        if trainable_scale:
+            self.lora_scale = nn.Parameter(value)
+        else:
+            self.register_buffer("lora_scale", value)
+
+    def delta(self, shape: "tuple[int, ...] | torch.Size") -> Tensor:
+        """``strength · scale · B·A`` reshaped to `shape`, in the factors' own type."""
+        product = (self.lora_B * (self.lora_scale * self.strength)) @ self.lora_A
+        if self.layout == "transposed":
+            product = rearrange(product, "out fan_in -> fan_in out")
+        return product.reshape(shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight, rounded once to `weight`'s type; `weight` itself when off."""
+        if self.strength == 0:
+            return weight
+        delta = self.delta(weight.shape)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"

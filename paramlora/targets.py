@@ -1,0 +1,183 @@
+"""Matching the entries of a configuration to the tensors of a model. Changes nothing."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from paramlora.config import ConfigLike, LoRAConfig, TargetConfig, as_config
+from paramlora.errors import ParamloraWarning, TargetError, closest
+from paramlora.lowrank import Layout, matrix_shape
+
+_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+_FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to adapt: its owner's path, its name there, and the entry that claims it."""
+
+    module: str
+    tensor: str
+    entry: TargetConfig
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def path(self) -> str:
+        """The key's stem in files: the module path, with the tensor's name unless ``weight``."""
+        parts = [self.module] if self.module else []
+        return ".".join(parts + ([] if self.tensor == "weight" else [self.tensor]))
+
+    @property
+    def parameters(self) -> int:
+        """Elements of ``lora_A`` and ``lora_B`` together."""
+        stack, out, fan_in = matrix_shape(self.shape, self.layout)
+        return stack * self.entry.r * (out + fan_in)
+
+
+def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
+    """What `attach` would adapt, in the model's order; nothing is changed.
+
+    Args:
+        model: any module.
+        config: a `LoRAConfig`, a dict, or a path to JSON.
+        strict: an entry that matches nothing is an error instead of a warning.
+
+    Raises:
+        TargetError: nothing matches, two entries claim one tensor, an entry names a container,
+            or a rank is more than the matrix holds.
+    """
+    parsed = as_config(config)
+    found = {entry.name: _matches(model, entry) for entry in parsed.entries}
+    _report_empty(model, parsed, found, strict)
+    chosen = _most_specific(parsed, found)
+    for target in chosen:
+        _check_rank(target)
+    return chosen
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(module path, module, tensor name, base tensor) of every parameter, each owner once."""
+    for path, module in model.named_modules():
+        if ".parametrizations" in f".{path}":
+            continue
+        for name, tensor in module.named_parameters(recurse=False):
+            yield path, module, name, tensor
+        if parametrize.is_parametrized(module):
+            for name, plist in module.parametrizations.items():  # type: ignore[operator,union-attr]
+                yield path, module, name, getattr(module, name)
+
+
+def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
+    out = []
+    for path, module, name, tensor in _tensors(model):
+        by_module = name == "weight" and _fits(entry.name, path)
+        by_tensor = _fits(entry.name, f"{path}.{name}" if path else name)
+        if (by_module or by_tensor) and tensor.dim() >= 2:
+            out.append(
+                Target(path, name, entry, tuple(tensor.shape), _layout(module, name, tensor))
+            )
+        elif by_tensor or by_module:
+            raise TargetError(
+                f'"{entry.name}" matches {path or "the model"}.{name} of shape '
+                f"{list(tensor.shape)}: an update needs two or more dimensions. Remove the entry."
+            )
+    if not out:
+        _refuse_containers(model, entry)
+    return out
+
+
+def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
+    for path, module in model.named_modules():
+        if path and _fits(entry.name, path):
+            inside = [f"{path}.{n}" for n, p in module.named_parameters() if p.dim() >= 2]
+            hint = f" Name what is inside it, for example {inside[0]}." if inside else ""
+            raise TargetError(
+                f'"{entry.name}" matches {path}, a {type(module).__name__} '
+                f"with no weight of its own to adapt.{hint}"
+            )
+
+
+def _fits(pattern: str, path: str) -> bool:
+    """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    want, have = pattern.split("."), path.split(".")
+    tail = have[-len(want) :]
+    return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
+
+
+def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
+    if name == "weight" and isinstance(module, _FLAT) and not isinstance(module, _TRANSPOSED):
+        return "matrix"
+    if name == "weight" and (isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module)):
+        return "transposed"
+    return "stack" if tensor.dim() > 2 else "matrix"
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    """transformers.pytorch_utils.Conv1D stores ``[in, out]``; known by name, so not imported."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(module).__mro__
+    )
+
+
+def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[Target]:
+    claims: dict[tuple[str, str], list[Target]] = {}
+    for entry in config.entries:
+        for target in found[entry.name]:
+            claims.setdefault((target.module, target.tensor), []).append(target)
+    return [_winner(group) for group in claims.values()]
+
+
+def _winner(group: list[Target]) -> Target:
+    best = max(_specificity(t.entry.name) for t in group)
+    top = [t for t in group if _specificity(t.entry.name) == best]
+    if len(top) > 1:
+        names = " and ".join(f'"{t.entry.name}"' for t in top)
+        raise TargetError(
+            f"{top[0].module or 'the model'}.{top[0].tensor}: {names} claim it equally. "
+            "Remove one, or make one path longer."
+        )
+    return top[0]
+
+
+def _specificity(name: str) -> int:
+    return 0 if name.startswith("re:") else len(name.split("."))
+
+
+def _report_empty(
+    model: nn.Module, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
+) -> None:
+    empty = [name for name, matches in found.items() if not matches]
+    if not empty:
+        return
+    text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in empty)
+    if len(empty) == len(found):
+        count = sum(1 for _ in model.modules())
+        raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
+    if strict:
+        raise TargetError(f"{config.source}: {text} Remove it, or attach with strict=False.")
+    warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
+
+
+def _closest_in(model: nn.Module, name: str) -> str:
+    last = name.split(".")[-1]
+    owners = [path.split(".")[-1] for path, _, n, t in _tensors(model) if t.dim() >= 2]
+    best = closest(last, sorted(set(owners) - {""}))
+    return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else ""
+
+
+def _check_rank(target: Target) -> None:
+    _, out, fan_in = matrix_shape(target.shape, target.layout)
+    if target.entry.r > min(out, fan_in):
+        raise TargetError(
+            f'"{target.entry.name}": r = {target.entry.r} is more than {target.path or "weight"} '
+            f"holds: its matrix is {out}×{fan_in}. Give r of at most {min(out, fan_in)}."
+        )
