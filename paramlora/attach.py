@@ -93,7 +93,7 @@ def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
     for path, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for name, plist in module.parametrizations.items():  # type: ignore[operator,union-attr]
+        for name, plist in _parametrized(module).items():
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
             for lowrank in plist:
                 if isinstance(lowrank, LowRank):
@@ -130,12 +130,12 @@ def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
     if ours:
         base = type(module).__bases__[0]
         base = base.__bases__[0] if isinstance(base, _Shared) else base
-        module.__class__ = _shared(base, frozenset(module.parametrizations))  # type: ignore[arg-type]
+        module.__class__ = _shared(base, frozenset(_parametrized(module)))
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
     """The order of the parameters before the first registration, which a state dict shows."""
-    for plist in getattr(module, "parametrizations", {}).values():
+    for plist in _parametrized(module).values():
         for lowrank in plist:
             if isinstance(lowrank, LowRank):
                 return lowrank.order
@@ -144,7 +144,7 @@ def _order(module: nn.Module) -> tuple[str, ...]:
 
 def replace(module: nn.Module, name: str, kept: list[nn.Module]) -> None:
     """Keep only `kept` of the parametrizations of one tensor; the base tensor is untouched."""
-    plist = module.parametrizations[name]  # type: ignore[index,operator]
+    plist = _parametrized(module)[name]
     if len(kept) == len(plist):
         return
     if not kept:
@@ -153,6 +153,7 @@ def replace(module: nn.Module, name: str, kept: list[nn.Module]) -> None:
         for key in order:
             if key in module._parameters:
                 module._parameters[key] = module._parameters.pop(key)
+        _refresh(module)
         return
     for index in reversed(range(len(plist))):
         if not any(plist[index] is k for k in kept):
@@ -165,8 +166,13 @@ def _lists(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         (module, name, plist)
         for module in model.modules()
         if parametrize.is_parametrized(module)
-        for name, plist in module.parametrizations.items()  # type: ignore[operator,union-attr]
+        for name, plist in _parametrized(module).items()
     ]
+
+
+def _parametrized(module: nn.Module) -> Any:
+    """Torch's lists of parametrizations by tensor name, empty when there are none."""
+    return getattr(module, "parametrizations", {})
 
 
 class _Shared(type):
@@ -197,7 +203,7 @@ def _tensor_property(name: str) -> property:
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def put(self: nn.Module, value: Tensor) -> None:
-        self.parametrizations[name].right_inverse(value)  # type: ignore[index,operator]
+        _parametrized(self)[name].right_inverse(value)
 
     return property(get, put)
 
@@ -205,8 +211,19 @@ def _tensor_property(name: str) -> property:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     copy = type(self).__new__(type(self))
     memo[id(self)] = copy
-    copy.__dict__.update(deepcopy(self.__dict__, memo))
+    # an RNN also holds its weights in a list, where the adapted ones are no leaves
+    state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
+    flat = state.pop("_flat_weights", None)
+    copy.__dict__.update(deepcopy(state, memo))
+    if flat is not None:
+        _refresh(copy)
     return copy
+
+
+def _refresh(module: nn.Module) -> None:
+    """Have an RNN read its weights again; other layers hold no second reference."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def _refuse_pickling(self: nn.Module) -> None:
@@ -220,7 +237,7 @@ def _load(base: type) -> Any:
     """Accept a base checkpoint under its original names; the updates then keep their values."""
 
     def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, plist in self.parametrizations.items():  # type: ignore[operator,union-attr]
+        for name, plist in _parametrized(self).items():
             if prefix + name in state:
                 stem = f"{prefix}parametrizations.{name}."
                 state[stem + "original"] = state.pop(prefix + name)

@@ -1,7 +1,7 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -57,7 +57,7 @@ class LowRank(nn.Module):
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
-        where = {"device": weight.device, "dtype": dtype}
+        where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
         self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)

@@ -41,7 +41,7 @@ def _fold(base: Tensor, updates: list[LowRank]) -> None:
 
 
 def _check_alone(path: str, module: nn.Module) -> None:
-    for plist in module.parametrizations.values():  # type: ignore[operator,union-attr]
+    for plist in getattr(module, "parametrizations", {}).values():
         others = [type(p).__name__ for p in plist if not isinstance(p, LowRank)]
         if others and len(others) < len(plist):
             raise AdapterError(

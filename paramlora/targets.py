@@ -69,7 +69,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
         for name, tensor in module.named_parameters(recurse=False):
             yield path, module, name, tensor
         if parametrize.is_parametrized(module):
-            for name, plist in module.parametrizations.items():  # type: ignore[operator,union-attr]
+            for name in getattr(module, "parametrizations", {}):
                 yield path, module, name, getattr(module, name)
 
 

@@ -32,7 +32,7 @@ def dense(model, base_state):
                 type(module).__mro__
             ):
                 flat = flat.T
-            out[key] = out[key] + float(low.lora_scale) * flat.reshape(shape)
+            out[key] = out[key] + low.lora_scale.item() * flat.reshape(shape)
     return out
 
 
