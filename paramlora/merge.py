@@ -1,5 +1,7 @@
 """Folding the updates into the base weights: the one writer of base weights."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +25,15 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         _check_finite(path, lowrank)
     for path, module, _ in lowranks(model):
         _check_alone(path, module)
+    holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for module in list(model.modules()):
         for name, plist in list(getattr(module, "parametrizations", {}).items()):
             ours = [p for p in plist if isinstance(p, LowRank) and p.adapter in chosen]
             if ours:
+                if holders[id(plist.original)] > 1:  # tied: the other holder must not move
+                    plist.original = nn.Parameter(
+                        plist.original.detach().clone(), plist.original.requires_grad
+                    )
                 _fold(plist.original, ours)
                 replace(module, name, [p for p in plist if not any(p is o for o in ours)])
     return model

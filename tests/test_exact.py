@@ -238,3 +238,16 @@ def test_non_finite_values_are_refused_at_merge():
     model[0].parametrizations.weight[0].lora_B.data[0, 0] = float("nan")
     with pytest.raises(paramlora.AdapterError, match=r"0\.lora_B: not finite"):
         paramlora.merge(model)
+
+
+def test_merging_one_holder_of_a_tied_weight_leaves_the_other():
+    embedding, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"embedding": embedding, "head": head})
+    base = embedding.weight.detach().clone()
+    paramlora.attach(model, {"head": {"r": 2}})
+    randomise(model)
+    whole = head.weight.detach().clone()
+    paramlora.merge(model)
+    assert torch.equal(embedding.weight, base)
+    assert torch.equal(head.weight, whole)
