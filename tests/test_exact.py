@@ -251,3 +251,19 @@ def test_merging_one_holder_of_a_tied_weight_leaves_the_other():
     paramlora.merge(model)
     assert torch.equal(embedding.weight, base)
     assert torch.equal(head.weight, whole)
+
+
+def test_compile_and_export_equal_the_dense_reference():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    paramlora.attach(model, {"0": {"r": 2}})
+    randomise(model)
+    weight, x = dense(model, base)["0.weight"], torch.randn(5, 4).double()
+    want = torch.nn.functional.linear(x, weight, base["0.bias"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    exported = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close([compiled, exported], [want, want], rtol=1e-12, atol=1e-12)
+    compiled.sum().backward()
+    low = model[0].parametrizations.weight[0]
+    g = torch.ones(5, 3).double().T @ x
+    torch.testing.assert_close(low.lora_A.grad, low.lora_B.detach().T @ g)
