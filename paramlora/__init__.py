@@ -18,6 +18,7 @@ from paramlora.errors import (
 )
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
+from paramlora.state import adapter_state_dict, load_adapter_state_dict
 from paramlora.targets import Target, targets
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "Target",
     "TargetConfig",
     "TargetError",
+    "adapter_state_dict",
     "attach",
     "detach",
     "disable_adapters",
+    "load_adapter_state_dict",
     "merge",
     "set_adapters",
     "targets",
