@@ -5,7 +5,6 @@ from paramlora.attach import (
     detach,
     disable_adapters,
     set_adapters,
-    trainable_parameters,
 )
 from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.errors import (
@@ -16,9 +15,12 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
+from paramlora.files import load_adapter, save_adapter
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
+from paramlora.optim import parameter_groups, trainable_parameters
 from paramlora.state import adapter_state_dict, load_adapter_state_dict
+from paramlora.summary import Summary, summary
 from paramlora.targets import Target, targets
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "LowRank",
     "ParamloraError",
     "ParamloraWarning",
+    "Summary",
     "Target",
     "TargetConfig",
     "TargetError",
@@ -36,9 +39,13 @@ __all__ = [
     "attach",
     "detach",
     "disable_adapters",
+    "load_adapter",
     "load_adapter_state_dict",
     "merge",
+    "parameter_groups",
+    "save_adapter",
     "set_adapters",
+    "summary",
     "targets",
     "trainable_parameters",
 ]

@@ -1,17 +1,19 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from functools import cache
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, as_config
-from paramlora.errors import AdapterError, TargetError
+from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
+from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
 from paramlora.targets import Target, targets
 
 
@@ -39,23 +41,27 @@ def attach(
     if adapter in adapter_names(model):
         raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
     chosen = targets(model, parsed, strict)
-    for target in chosen:
-        if not target.entry.hard:
-            raise TargetError(f'"{target.entry.name}": soft ("hard": 0) is not built yet.')
-    fresh = [(target, _fresh(model, target, adapter)) for target in chosen]
-    if not parsed.trainable_model and not adapter_names(model):
-        model.requires_grad_(False)
-    for target, lowrank in fresh:
-        _register(model.get_submodule(target.module), target.tensor, lowrank)
+    fresh = _fresh(model, chosen, adapter)
+    frozen = not parsed.trainable_model and not adapter_names(model)
+    with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
+        if frozen:
+            model.requires_grad_(False)
+        for target, lowrank in fresh:
+            module = model.get_submodule(target.module)
+            if isinstance(lowrank, Branch):
+                add_branch(module, lowrank)
+            else:
+                _register(module, target.tensor, lowrank)
     return model
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
     """Take updates off without merging; the base comes back bit for bit."""
     chosen = check_adapters(model, adapters)
-    for module, name, plist in _lists(model):
-        kept = [p for p in plist if not (isinstance(p, LowRank) and p.adapter in chosen)]
-        replace(module, name, kept)
+    for module in list(model.modules()):
+        for name, plist in updates_of(module):
+            kept = [p for p in plist if not (isinstance(p, LowRank) and p.adapter in chosen)]
+            replace(module, name, plist, kept)
     return model
 
 
@@ -89,15 +95,22 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """(path of the tensor in files, owner, update) of every attached update."""
+    """(path of the tensor in files, owner, update) of every attached update, each once."""
+    seen: set[int] = set()
     for path, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        for name, plist in _parametrized(module).items():
+        for name, plist in updates_of(module):
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
             for lowrank in plist:
-                if isinstance(lowrank, LowRank):
+                if isinstance(lowrank, LowRank) and id(lowrank) not in seen:
+                    seen.add(id(lowrank))
                     yield stem, module, lowrank
+
+
+def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """(tensor name, torch's list of parametrizations or our list of soft branches)."""
+    found = list(parametrized(module).items()) if parametrize.is_parametrized(module) else []
+    branches = module._modules.get(BRANCHES)
+    return found + ([("weight", branches)] if branches is not None else [])
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
@@ -112,137 +125,130 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     return list(names)
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient, each once, for the optimizer."""
-    return [p for p in model.parameters() if p.requires_grad]
+def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, LowRank]]:
+    """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
+    claims: dict[int, list[Target]] = {}
+    for target in chosen:
+        claims.setdefault(id(base_of(model, target)), []).append(target)
+    count = holders(model)
+    out = []
+    for key, group in claims.items():
+        whole = len(group) == count[key] and len({t.entry for t in group}) == 1
+        if count[key] > 1 and not whole:
+            _warn_tied(model, key, group)
+        shared_by_all = whole and group[0].entry.hard
+        first = _new(model, group[0], adapter)
+        for target in group:
+            same = target is group[0] or shared_by_all
+            out.append((target, first if same else _new(model, target, adapter)))
+    return out
 
 
-def _fresh(model: nn.Module, target: Target, adapter: str) -> LowRank:
-    weight: Tensor = getattr(model.get_submodule(target.module), target.tensor)
-    entry = target.entry
-    return LowRank(weight, entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
+def _new(model: nn.Module, target: Target, adapter: str) -> LowRank:
+    module, entry = model.get_submodule(target.module), target.entry
+    base = base_of(model, target)
+    weight = base.detach() if tuple(base.shape) == target.shape else base.new_empty(target.shape)
+    options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
+    if entry.hard:
+        lowrank = LowRank(weight, *options)
+    else:
+        lowrank = Branch(weight, *options, kernel=kernel_of(module, entry.up_kernel))
+    lowrank.entry = entry
+    return lowrank
+
+
+def holders(model: nn.Module) -> "Counter[int]":
+    """How many layers hold each parameter, by ``id``; a shared layer counts once."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values())
+
+
+def base_of(model: nn.Module, target: Target) -> Tensor:
+    """The first stored tensor behind a target: the parameter, or torch's original of it."""
+    module = model.get_submodule(target.module)
+    if target.tensor in module._parameters:
+        return module._parameters[target.tensor]  # type: ignore[return-value]
+    plist = parametrized(module)[target.tensor]
+    return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
+
+
+def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) == key]
+    adapted = ", ".join(target.path or "weight" for target in group)
+    warnings.warn(
+        f"{adapted}: one tensor is held as {', '.join(names)}, and one update does not serve "
+        "all of them. Merging will untie the adapted one; name every holder in one entry "
+        "(re:...) to keep them tied.",
+        ParamloraWarning,
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Put the modules back as they were when anything stops the block, Ctrl-C included."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    inside = [m for module in modules for m in (module, *_own(module))]
+    saved = [(m, type(m), m.__dict__.copy(), _containers(m)) for m in inside]
+    try:
+        yield
+    except BaseException:
+        for module, cls, state, containers in saved:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for held, content in containers:
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _own(module: nn.Module) -> list[nn.Module]:
+    """The modules inside a layer that hold its updates."""
+    lists = [module._modules.get(BRANCHES), module._modules.get("parametrizations")]
+    return [m for held in lists if held is not None for m in held.modules()]
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    held = [v for v in module.__dict__.values() if isinstance(v, (dict, list))]
+    return [(v, v.copy()) for v in held]
 
 
 def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
-    ours = not parametrize.is_parametrized(module) or isinstance(type(module), _Shared)
+    ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
     lowrank.order = _order(module)
     parametrize.register_parametrization(module, name, lowrank, unsafe=True)
     if ours:
         base = type(module).__bases__[0]
-        base = base.__bases__[0] if isinstance(base, _Shared) else base
-        module.__class__ = _shared(base, frozenset(_parametrized(module)))
+        base = base.__bases__[0] if isinstance(base, Shared) else base
+        module.__class__ = shared(base, frozenset(parametrized(module)))
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
     """The order of the parameters before the first registration, which a state dict shows."""
-    for plist in _parametrized(module).values():
+    for plist in parametrized(module).values():
         for lowrank in plist:
             if isinstance(lowrank, LowRank):
                 return lowrank.order
     return tuple(module._parameters)
 
 
-def replace(module: nn.Module, name: str, kept: list[nn.Module]) -> None:
-    """Keep only `kept` of the parametrizations of one tensor; the base tensor is untouched."""
-    plist = _parametrized(module)[name]
+def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> None:
+    """Keep only `kept` of the updates in one list; the base tensor is untouched."""
     if len(kept) == len(plist):
         return
-    if not kept:
+    soft = plist is module._modules.get(BRANCHES)
+    if not kept and soft:
+        remove_branches(module)
+    elif not kept:
         order = _order(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for key in order:
             if key in module._parameters:
                 module._parameters[key] = module._parameters.pop(key)
-        _refresh(module)
-        return
-    for index in reversed(range(len(plist))):
-        if not any(plist[index] is k for k in kept):
-            del plist[index]
-
-
-def _lists(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Every parametrized tensor, listed first because removal changes the model."""
-    return [
-        (module, name, plist)
-        for module in model.modules()
-        if parametrize.is_parametrized(module)
-        for name, plist in _parametrized(module).items()
-    ]
-
-
-def _parametrized(module: nn.Module) -> Any:
-    """Torch's lists of parametrizations by tensor name, empty when there are none."""
-    return getattr(module, "parametrizations", {})
-
-
-class _Shared(type):
-    """Lets one class serve many layers: torch deletes the property of the layer that it
-    removes, from the class, where the other layers still need it."""
-
-    def __delattr__(cls, name: str) -> None:
-        return None
-
-
-@cache
-def _shared(base: type, names: frozenset[str]) -> type:
-    """One class for all adapted layers of a base type, so that compilation sees one type."""
-    body: dict[str, Any] = {name: _tensor_property(name) for name in names}
-    body.update(
-        __deepcopy__=_deepcopy, __getstate__=_refuse_pickling, _load_from_state_dict=_load(base)
-    )
-    return _Shared(f"Parametrized{base.__name__}", (base,), body)
-
-
-def _tensor_property(name: str) -> property:
-    def get(self: nn.Module) -> Optional[Tensor]:
-        lists = self.__dict__["_modules"].get("parametrizations")
-        if lists is not None and name in lists:
-            return lists[name]()  # type: ignore[no-any-return]
-        if name in self._parameters:
-            return self._parameters[name]
-        raise AttributeError(f"{type(self).__name__} has no {name}")
-
-    def put(self: nn.Module, value: Tensor) -> None:
-        _parametrized(self)[name].right_inverse(value)
-
-    return property(get, put)
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    copy = type(self).__new__(type(self))
-    memo[id(self)] = copy
-    # an RNN also holds its weights in a list, where the adapted ones are no leaves
-    state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
-    flat = state.pop("_flat_weights", None)
-    copy.__dict__.update(deepcopy(state, memo))
-    if flat is not None:
-        _refresh(copy)
-    return copy
-
-
-def _refresh(module: nn.Module) -> None:
-    """Have an RNN read its weights again; other layers hold no second reference."""
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
-
-
-def _refuse_pickling(self: nn.Module) -> None:
-    raise AdapterError(
-        f"an attached {type(self).__bases__[0].__name__} cannot be pickled. Save the adapter with "
-        "state_dict(), or merge(model) first and then torch.save(model)."
-    )
-
-
-def _load(base: type) -> Any:
-    """Accept a base checkpoint under its original names; the updates then keep their values."""
-
-    def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, plist in _parametrized(self).items():
-            if prefix + name in state:
-                stem = f"{prefix}parametrizations.{name}."
-                state[stem + "original"] = state.pop(prefix + name)
-                for key, value in plist.state_dict().items():
-                    state.setdefault(stem + key, value)
-        base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
-
-    return load
+        refresh(module)
+    else:
+        for index in reversed(range(len(plist))):
+            if not any(plist[index] is k for k in kept):
+                del plist[index]

@@ -1,11 +1,13 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from paramlora.config import TargetConfig
 
 Layout = Literal["matrix", "transposed", "stack"]
 
@@ -59,6 +61,7 @@ class LowRank(nn.Module):
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+        self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
         self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))

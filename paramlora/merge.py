@@ -1,13 +1,19 @@
 """Folding the updates into the base weights: the one writer of base weights."""
 
+import copy
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paramlora.attach import check_adapters, lowranks, replace
+from paramlora.attach import check_adapters, holders, lowranks, replace, updates_of
 from paramlora.errors import AdapterError
+from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
+from paramlora.soft import Branch
+
+_Job = tuple[nn.Module, str, list[LowRank]]
 
 
 @torch.no_grad()
@@ -18,25 +24,72 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
     weight's own type. Everything is checked before the first weight is written.
 
     Raises:
-        AdapterError: an adapter that is not attached, or one that is not finite.
+        AdapterError: an adapter that is not attached, one that is not finite, a soft one with
+            ``"up_kernel": "same"``, or one over a parametrization that cannot hold the sum.
     """
     chosen = check_adapters(model, adapters)
     for path, _, lowrank in lowranks(model):
-        _check_finite(path, lowrank)
-    for path, module, _ in lowranks(model):
-        _check_alone(path, module)
-    holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for module in list(model.modules()):
-        for name, plist in list(getattr(module, "parametrizations", {}).items()):
-            ours = [p for p in plist if isinstance(p, LowRank) and p.adapter in chosen]
-            if ours:
-                if holders[id(plist.original)] > 1:  # tied: the other holder must not move
-                    plist.original = nn.Parameter(
-                        plist.original.detach().clone(), plist.original.requires_grad
-                    )
-                _fold(plist.original, ours)
-                replace(module, name, [p for p in plist if not any(p is o for o in ours)])
+        if lowrank.adapter in chosen:
+            _check_finite(path, lowrank)
+            if isinstance(lowrank, Branch):
+                lowrank.check_mergeable(path)
+    jobs = [
+        (module, name, ours)
+        for module in list(model.modules())
+        for name in dict.fromkeys(name for name, _ in updates_of(module))
+        if (ours := _ours(module, name, chosen))
+    ]
+    inverted = [_inverted(*job) for job in jobs]
+    _write(model, jobs, inverted)
+    for module, name, ours in jobs:
+        for tensor, held in updates_of(module):
+            if tensor == name:
+                replace(module, name, held, [p for p in held if not _among(p, ours)])
     return model
+
+
+def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[LowRank]:
+    lists = [held for tensor, held in updates_of(module) if tensor == name]
+    return [p for held in lists for p in held if isinstance(p, LowRank) and p.adapter in chosen]
+
+
+def _among(update: nn.Module, updates: list[LowRank]) -> bool:
+    return any(update is one for one in updates)
+
+
+def _write(model: nn.Module, jobs: list[_Job], inverted: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """Write every base: one that all its holders share with the same updates is written once."""
+    count = holders(model)
+    alike = Counter(_identity(*job) for job in jobs)
+    done = set()
+    for job, values in zip(jobs, inverted):
+        module, name, ours = job
+        for tensor, value in values:
+            tensor.copy_(value)
+        key = _identity(*job)
+        if values or key in done:
+            continue
+        owner, attribute = _stored(module, name)
+        base: nn.Parameter = getattr(owner, attribute)
+        if alike[key] == count[id(base)]:
+            done.add(key)
+        else:  # tied to a holder without these updates, which must not move
+            base = nn.Parameter(base.detach().clone(), base.requires_grad)
+            setattr(owner, attribute, base)
+        _fold(base, ours)
+
+
+def _identity(module: nn.Module, name: str, ours: list[LowRank]) -> tuple[int, ...]:
+    owner, attribute = _stored(module, name)
+    return (id(getattr(owner, attribute)), *map(id, ours))
+
+
+def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The owner and the attribute of the tensor behind ``module.name``."""
+    if name in module._parameters:
+        return module, name
+    plist = parametrized(module)[name]
+    return plist, "original" if plist.is_tensor else "original0"
 
 
 def _fold(base: Tensor, updates: list[LowRank]) -> None:
@@ -47,15 +100,64 @@ def _fold(base: Tensor, updates: list[LowRank]) -> None:
     base.copy_(total)
 
 
-def _check_alone(path: str, module: nn.Module) -> None:
-    for plist in getattr(module, "parametrizations", {}).values():
-        others = [type(p).__name__ for p in plist if not isinstance(p, LowRank)]
-        if others and len(others) < len(plist):
-            raise AdapterError(
-                f"{path}: the tensor is also under {', '.join(others)}, which would have to be "
-                "inverted to hold the update. Nothing was merged; call torch's "
-                "remove_parametrizations(layer, name, leave_parametrized=True) on it to fold both."
-            )
+def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> list[tuple[Tensor, Tensor]]:
+    """(stored tensor, new value) where another parametrization acts before an update.
+
+    Empty where the updates come first: they then add to the stored tensor itself.
+    """
+    if name in module._parameters:
+        return []
+    plist: Any = parametrized(module)[name]
+    others = [i for i, p in enumerate(plist) if not isinstance(p, LowRank)]
+    first = [i for i, p in enumerate(plist) if _among(p, ours)]
+    soft = [p for p in ours if isinstance(p, Branch)]
+    if not others or (not soft and first[-1] < others[0]):
+        return []
+    names = ["original"] if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
+    stored = [getattr(plist, n) for n in names]
+    # a copy in eval mode: spectral norm steps its power iteration whenever it is read
+    rules = copy.deepcopy([plist[i] for i in others])
+    for rule in rules:
+        rule.eval()
+    chain = [
+        rules[others.index(i)] if i in others else p
+        for i, p in enumerate(plist)
+        if i in others or _among(p, ours)
+    ]
+    wanted = _through(chain, stored)
+    for branch in soft:
+        wanted = (wanted.to(branch.lora_A.dtype) + branch.delta(wanted.shape)).to(wanted.dtype)
+    new = _back(module, name, rules, wanted)
+    close = 64 * torch.finfo(wanted.dtype).eps
+    if not torch.allclose(_through(rules, new), wanted, rtol=close, atol=close):
+        raise AdapterError(_cannot_hold(module, name, rules))
+    return list(zip(stored, new))
+
+
+def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
+    value: Tensor = chain[0](*stored)
+    for rule in chain[1:]:
+        value = rule(value)
+    return value
+
+
+def _back(module: nn.Module, name: str, rules: list[Any], wanted: Tensor) -> list[Tensor]:
+    value: Any = wanted
+    try:
+        for rule in reversed(rules):
+            value = rule.right_inverse(value)
+    except (AttributeError, NotImplementedError) as error:
+        raise AdapterError(_cannot_hold(module, name, rules)) from error
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
+    kinds = ", ".join(type(rule).__name__.lstrip("_") for rule in rules)
+    return (
+        f"{type(module).__bases__[0].__name__}.{name} is under {kinds}, which cannot hold the "
+        "sum exactly. Nothing was merged; call torch's remove_parametrizations(layer, "
+        f'"{name}", leave_parametrized=True) on it to fold both.'
+    )
 
 
 def _check_finite(path: str, lowrank: LowRank) -> None:

@@ -1,9 +1,11 @@
 """Matching the entries of a configuration to the tensors of a model. Changes nothing."""
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
-from paramlora.lowrank import Layout, matrix_shape
+from paramlora.lowrank import Layout, LowRank, matrix_shape
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
@@ -58,6 +60,8 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     chosen = _most_specific(parsed, found)
     for target in chosen:
         _check_rank(target)
+        if not target.entry.hard:
+            _check_soft(target, model.get_submodule(target.module))
     return chosen
 
 
@@ -70,7 +74,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
             yield path, module, name, tensor
         if parametrize.is_parametrized(module):
             for name in getattr(module, "parametrizations", {}):
-                yield path, module, name, getattr(module, name)
+                yield path, module, name, _shown(module, name)
+
+
+def _shown(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
+    plist: Any = module.parametrizations[name]  # type: ignore[index]
+    if all(isinstance(p, LowRank) for p in plist):
+        return plist.original  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return copy.deepcopy(plist)()  # type: ignore[no-any-return]
 
 
 def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
@@ -181,3 +194,19 @@ def _check_rank(target: Target) -> None:
             f'"{target.entry.name}": r = {target.entry.r} is more than {target.path or "weight"} '
             f"holds: its matrix is {out}×{fan_in}. Give r of at most {min(out, fan_in)}."
         )
+
+
+def _check_soft(target: Target, module: nn.Module) -> None:
+    where = f'"{target.entry.name}" ("hard": 0) matches {target.path or "the model"}'
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
+        )
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    if target.tensor != "weight" or not (convolution or isinstance(module, nn.Linear)):
+        raise TargetError(
+            f"{where}, a {type(module).__name__}: a soft update serves Linear and convolutions. "
+            'Use "hard": 1.'
+        )
+    if target.entry.up_kernel == "same" and not convolution:
+        raise TargetError(f'{where}, a Linear, which has no kernel for "up_kernel": "same".')

@@ -245,7 +245,8 @@ def test_merging_one_holder_of_a_tied_weight_leaves_the_other():
     head.weight = embedding.weight
     model = nn.ModuleDict({"embedding": embedding, "head": head})
     base = embedding.weight.detach().clone()
-    paramlora.attach(model, {"head": {"r": 2}})
+    with pytest.warns(paramlora.ParamloraWarning, match="held as embedding.weight, head.weight"):
+        paramlora.attach(model, {"head": {"r": 2}})
     randomise(model)
     whole = head.weight.detach().clone()
     paramlora.merge(model)

@@ -1,0 +1,87 @@
+"""The class of an adapted layer: one for each base type, whatever the number of layers."""
+
+from copy import deepcopy
+from functools import cache
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+
+
+def parametrized(module: nn.Module) -> Any:
+    """Torch's lists of parametrizations by tensor name, empty when there are none."""
+    return getattr(module, "parametrizations", {})
+
+
+class Shared(type):
+    """Lets one class serve many layers: torch deletes the property of the layer that it
+    removes, from the class, where the other layers still need it."""
+
+    def __delattr__(cls, name: str) -> None:
+        return None
+
+
+@cache
+def shared(base: type, names: frozenset[str]) -> type:
+    """One class for all adapted layers of a base type, so that compilation sees one type."""
+    body: dict[str, Any] = {name: _tensor_property(name) for name in names}
+    body.update(
+        __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
+    )
+    return Shared(f"Parametrized{base.__name__}", (base,), body)
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: nn.Module) -> Optional[Tensor]:
+        lists = self.__dict__["_modules"].get("parametrizations")
+        if lists is not None and name in lists:
+            return lists[name]()  # type: ignore[no-any-return]
+        if name in self._parameters:
+            return self._parameters[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def put(self: nn.Module, value: Tensor) -> None:
+        parametrized(self)[name].right_inverse(value)
+
+    return property(get, put)
+
+
+def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    copy = type(self).__new__(type(self))
+    memo[id(self)] = copy
+    # an RNN also holds its weights in a list, where the adapted ones are no leaves
+    state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
+    flat = state.pop("_flat_weights", None)
+    copy.__dict__.update(deepcopy(state, memo))
+    if flat is not None:
+        refresh(copy)
+    return copy
+
+
+def refresh(module: nn.Module) -> None:
+    """Have an RNN read its weights again; other layers hold no second reference."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def refuse_pickling(self: nn.Module) -> None:
+    raise AdapterError(
+        f"a model with an adapter attached cannot be pickled (at {type(self).__name__}). Save the "
+        "adapter with save_adapter(model, path), or merge(model) first and then torch.save(model)."
+    )
+
+
+def _load(base: type) -> Any:
+    """Accept a base checkpoint under its original names; the updates then keep their values."""
+
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, plist in parametrized(self).items():
+            if prefix + name in state:
+                stem = f"{prefix}parametrizations.{name}."
+                state[stem + "original"] = state.pop(prefix + name)
+                for key, value in plist.state_dict().items():
+                    state.setdefault(stem + key, value)
+        base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
+
+    return load

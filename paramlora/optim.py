@@ -1,0 +1,55 @@
+"""What the optimizer trains, and at which learning rates."""
+
+from typing import Any
+
+from torch import nn
+
+from paramlora.attach import lowranks
+from paramlora.errors import AdapterError
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient, each once, for the optimizer."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, lr_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for any ``torch.optim`` optimizer; empty ones are left out.
+
+    Args:
+        model: with at least one adapter attached.
+        lr: of ``lora_A``, and of everything else that trains.
+        lr_ratio: ``lora_B`` trains at ``lr · lr_ratio``; LoRA+ (Hayou et al. 2024,
+            arXiv:2402.12354, section 4) recommends more than 1.
+        weight_decay: for ``lora_A`` and ``lora_B``; scales have none.
+
+    Raises:
+        AdapterError: nothing is attached.
+
+    Example:
+        >>> import torch, paramlora
+        >>> model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
+        >>> groups = parameter_groups(model, lr=1e-3, lr_ratio=16)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('lora_A', 0.001), ('lora_B', 0.016)]
+    """
+    attached = [lowrank for _, _, lowrank in lowranks(model)]
+    if not attached:
+        raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
+    named = {
+        "lora_A": [low.lora_A for low in attached],
+        "lora_B": [low.lora_B for low in attached],
+        "lora_scale": [s for low in attached if isinstance(s := low.lora_scale, nn.Parameter)],
+    }
+    known = {id(p) for group in named.values() for p in group}
+    named["model"] = [p for p in model.parameters() if id(p) not in known]
+    out = []
+    for name, members in named.items():
+        params = [p for p in members if p.requires_grad]
+        if params:
+            rate = lr * lr_ratio if name == "lora_B" else lr
+            decay = 0.0 if name == "lora_scale" else weight_decay
+            out.append({"name": name, "params": params, "lr": rate, "weight_decay": decay})
+    return out

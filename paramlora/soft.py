@@ -1,0 +1,164 @@
+"""The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
+
+from typing import Any, Union
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.layers import deep_copy, refuse_pickling
+from paramlora.lowrank import Layout, LowRank
+
+BRANCHES = "lora_branches"
+_CONVS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+class Branch(LowRank):
+    r"""``up(down(x))`` beside a Linear or a convolution, Hu et al. 2021, equation 3.
+
+    With a 1×1 ``up`` this equals the hard update on the same ``lora_A`` and ``lora_B``, groups
+    included: ``down`` repeats ``lora_A`` for each group.
+
+    Args:
+        weight, r, scale, layout, trainable_scale, adapter: as for `LowRank`.
+        kernel: the kernel of ``up`` where it is the layer's own (``up_kernel: "same"``), else
+            empty. Then ``lora_B`` is ``[out, r, *kernel]``, and for a transposed convolution
+            ``lora_A`` is ``[r·prod(kernel), in]``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        r: int,
+        scale: float = 1.0,
+        layout: Layout = "matrix",
+        trainable_scale: bool = False,
+        adapter: str = "default",
+        kernel: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(weight, r, scale, layout, trainable_scale, adapter)
+        self.kernel = kernel
+        if kernel:
+            size = torch.Size(kernel).numel()
+            out, fan_in = self.lora_B.shape[0], self.lora_A.shape[1]
+            if layout == "transposed":
+                self.lora_A = nn.Parameter(self.lora_A.new_empty(r * size, fan_in).normal_() / r)
+                out //= size
+            self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
+
+    def delta(self, shape: "tuple[int, ...] | torch.Size") -> Tensor:
+        """The update of the layer's weight that equals the branch.
+
+        Raises:
+            AdapterError: two kernels in a row do not fit in one of the same size.
+        """
+        self.check_mergeable("")
+        return super().delta(shape)
+
+    __deepcopy__ = deep_copy
+    __getstate__ = refuse_pickling
+
+    def check_mergeable(self, path: str) -> None:
+        if self.kernel:
+            raise AdapterError(
+                f'{path or "this layer"}: "up_kernel": "same" is two convolutions of kernel '
+                f"{list(self.kernel)} in a row, which no kernel of that size equals. Nothing was "
+                'merged; keep the adapter attached, or train it with "up_kernel": 1.'
+            )
+
+    def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
+        """The term to add to `output`, the layer's own answer to `x`."""
+        down = self.lora_A.to(x.dtype)
+        up = (self.lora_B * (self.lora_scale * self.strength)).to(x.dtype)
+        if isinstance(layer, nn.Linear):
+            return F.linear(F.linear(x, down), up)
+        n = len(layer.kernel_size)
+        if self.layout == "transposed":
+            return self._transposed(layer, x, output, down, up, n)
+        down = down.reshape(self.r, -1, *layer.kernel_size)
+        hidden = layer._conv_forward(x, _each_group(down, layer.groups), None)
+        if self.kernel:
+            return _same_size(layer, hidden, up, n)
+        up = up.reshape(*up.shape, *[1] * n)
+        return _CONVS[n - 1](hidden, up, groups=layer.groups)
+
+    def _transposed(
+        self, layer: Any, x: Tensor, output: Tensor, down: Tensor, up: Tensor, n: int
+    ) -> Tensor:
+        extra = _output_padding(layer, x, output, n)
+        where = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
+        if self.kernel:
+            first = rearrange(down, "(r k) i -> i r k", r=self.r)
+            first = first.reshape(*first.shape[:2], *self.kernel)
+            hidden = _TRANSPOSED[n - 1](x, first, None, *where)
+            return _same_size(layer, hidden, _each_group(up, layer.groups), n)
+        narrow = rearrange(down, "r (g i) -> (g r) i", g=layer.groups)
+        hidden = _CONVS[n - 1](x, narrow.reshape(*narrow.shape, *[1] * n), groups=layer.groups)
+        wide = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // layer.groups)
+        wide = _each_group(wide.reshape(*wide.shape[:2], *layer.kernel_size), layer.groups)
+        return _TRANSPOSED[n - 1](hidden, wide, None, *where)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a base checkpoint knows no branch: it then keeps its values
+        if not any(key.startswith(prefix) for key in state):
+            state.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def kernel_of(layer: nn.Module, up_kernel: Union[int, str]) -> tuple[int, ...]:
+    """The kernel that ``up`` repeats, empty for a 1×1 one."""
+    return tuple(layer.kernel_size) if up_kernel == "same" else ()  # type: ignore[arg-type]
+
+
+def add_branch(layer: nn.Module, branch: Branch) -> None:
+    """Put `branch` on the layer; the first one also registers the hook."""
+    if BRANCHES not in layer._modules:
+        layer.add_module(BRANCHES, nn.ModuleList())
+        layer.register_forward_hook(_add_branches, with_kwargs=True)
+    layer._modules[BRANCHES].append(branch)  # type: ignore[union-attr, operator]
+
+
+def remove_branches(layer: nn.Module) -> None:
+    """Take all branches and the hook off a layer."""
+    del layer._modules[BRANCHES]
+    # found by the function, because a deep copy shares no handle with its original
+    for key in [k for k, hook in layer._forward_hooks.items() if hook is _add_branches]:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    for branch in layer._modules[BRANCHES]:
+        if branch.strength != 0:
+            output = output + branch.branch(layer, x, output)
+    return output
+
+
+def _each_group(weight: Tensor, groups: int) -> Tensor:
+    return repeat(weight, "first ... -> (groups first) ...", groups=groups)
+
+
+def _same_size(layer: Any, x: Tensor, up: Tensor, n: int) -> Tensor:
+    """A convolution with the layer's kernel and dilation, stride 1, that keeps the size."""
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return _CONVS[n - 1](
+        F.pad(x, pads, mode=mode), up, dilation=layer.dilation, groups=layer.groups
+    )
+
+
+def _output_padding(layer: Any, x: Tensor, output: Tensor, n: int) -> list[int]:
+    """What the layer added at the far end, which a caller's ``output_size`` may decide."""
+    return [
+        output.shape[i - n]
+        - (x.shape[i - n] - 1) * layer.stride[i]
+        + 2 * layer.padding[i]
+        - layer.dilation[i] * (layer.kernel_size[i] - 1)
+        - 1
+        for i in range(n)
+    ]
