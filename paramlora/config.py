@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Union
 
 from paramlora.errors import ConfigError, closest
 
+_MOST = 2**31  # elements along one side
 ALLOWED = ("alpha", "hard", "r", "scale", "trainable_scale", "up_kernel")
 
 
@@ -81,6 +83,10 @@ class LoRAConfig:
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}: not UTF-8 text: {error.reason}.") from error
+        except ConfigError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{name}: cannot be read as JSON: {error}.") from error
         return cls.from_dict(data, source=name)
 
     @classmethod
@@ -132,6 +138,11 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
     where = f'{source}, "{name}"'
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{source}: an entry's name must be a non-empty string, got {name!r}.")
+    if name.startswith("re:"):
+        try:
+            re.compile(name[3:])
+        except re.error as error:
+            raise ConfigError(f"{where}: not a regular expression: {error}.") from error
     if not isinstance(entry, Mapping):
         hint = closest(name, ["trainable_model"])
         also = ' Did you mean "trainable_model"?' if hint else ""
@@ -159,6 +170,8 @@ def _rank(entry: Mapping[str, Any], where: str) -> int:
     r = entry["r"]
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ConfigError(f'{where}: "r" must be a whole number of at least 1, got {r!r}.')
+    if r > _MOST:
+        raise ConfigError(f'{where}: "r" is more than {_MOST}, which no matrix holds.')
     return r
 
 
@@ -175,9 +188,19 @@ def _scale(entry: Mapping[str, Any], r: int, where: str) -> float:
 def _number(value: Any, where: str, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f'{where}: "{key}" must be a number, got {value!r}.')
-    if not math.isfinite(value):
-        raise ConfigError(f'{where}: "{key}" must be finite, got {value!r}.')
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f'{where}: "{key}" must be finite, got {_short(value)}.')
+    return number
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a whole number beyond any float"  # Python refuses to spell very long ones
+    return repr(value)
 
 
 def _boolean(value: Any, where: str, key: str) -> bool:

@@ -28,6 +28,7 @@ class Target:
     entry: TargetConfig
     shape: tuple[int, ...]
     layout: Layout
+    dtype: torch.dtype
 
     @property
     def path(self) -> str:
@@ -60,6 +61,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     chosen = _most_specific(parsed, found)
     for target in chosen:
         _check_rank(target)
+        _check_scale(target)
         if not target.entry.hard:
             _check_soft(target, model.get_submodule(target.module))
     return chosen
@@ -93,9 +95,16 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
         by_tensor = _fits(entry.name, f"{path}.{name}" if path else name)
         if (by_module or by_tensor) and tensor.dim() >= 2:
             out.append(
-                Target(path, name, entry, tuple(tensor.shape), _layout(module, name, tensor))
+                Target(
+                    path,
+                    name,
+                    entry,
+                    tuple(tensor.shape),
+                    _layout(module, name, tensor),
+                    tensor.dtype,
+                )
             )
-        elif by_tensor or by_module:
+        elif (by_tensor or by_module) and not _broad(entry.name):
             raise TargetError(
                 f'"{entry.name}" matches {path or "the model"}.{name} of shape '
                 f"{list(tensor.shape)}: an update needs two or more dimensions. Remove the entry."
@@ -123,6 +132,11 @@ def _fits(pattern: str, path: str) -> bool:
     want, have = pattern.split("."), path.split(".")
     tail = have[-len(want) :]
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
+
+
+def _broad(pattern: str) -> bool:
+    """Whether a pattern sweeps up tensors that it does not name, such as biases."""
+    return pattern.startswith("re:") or pattern.split(".")[-1] == "*"
 
 
 def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
@@ -185,6 +199,15 @@ def _closest_in(model: nn.Module, name: str) -> str:
     owners = [path.split(".")[-1] for path, _, n, t in _tensors(model) if t.dim() >= 2]
     best = closest(last, sorted(set(owners) - {""}))
     return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else ""
+
+
+def _check_scale(target: Target) -> None:
+    most = torch.finfo(target.dtype if target.dtype == torch.float64 else torch.float32).max
+    if abs(target.entry.scale) > most:
+        raise TargetError(
+            f'"{target.entry.name}": scale {target.entry.scale:g} is beyond {most:g}, the most '
+            f"that {target.path or 'weight'} can be scaled by. Give a smaller one."
+        )
 
 
 def _check_rank(target: Target) -> None:

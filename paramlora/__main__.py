@@ -1,0 +1,5 @@
+"""``python -m paramlora``."""
+
+from paramlora.cli import main
+
+main()
