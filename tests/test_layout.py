@@ -1,0 +1,42 @@
+"""A file imports only files before it, and knows only what it may."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ORDER = (
+    "errors config lowrank targets layers soft attach merge state files optim summary demo cli"
+).split()
+FOLDER = Path(__file__).parents[1] / "paramlora"
+
+
+def imported(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_the_list_is_whole():
+    assert {p.stem for p in FOLDER.glob("*.py")} == {*ORDER, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_backwards(name):
+    used = [m.split(".")[1] for m in imported(name) if m.startswith("paramlora.")]
+    assert all(ORDER.index(u) < ORDER.index(name) for u in used), used
+
+
+@pytest.mark.parametrize("name", ["errors", "config"])
+def test_the_configuration_knows_no_torch(name):
+    assert not any(m.split(".")[0] == "torch" for m in imported(name))
+
+
+@pytest.mark.parametrize("name", [n for n in ORDER if n != "cli"])
+def test_only_the_command_line_prints_or_exits(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and hasattr(n.func, "id")}
+    assert not calls & {"print", "exit"}
