@@ -154,6 +154,7 @@ def _new(model: nn.Module, target: Target, adapter: str) -> LowRank:
     else:
         lowrank = Branch(weight, *options, kernel=kernel_of(module, entry.up_kernel))
     lowrank.entry = entry
+    lowrank.written_by_reader = getattr(module, "max_norm", None) is not None
     return lowrank
 
 

@@ -61,6 +61,7 @@ class LowRank(nn.Module):
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+        self.written_by_reader = False  # such as an embedding with max_norm, set by attach
         self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
         self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
@@ -79,9 +80,9 @@ class LowRank(nn.Module):
         return product.reshape(shape)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight, rounded once to `weight`'s type; `weight` itself when off."""
+        """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if self.strength == 0:
-            return weight
+            return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 

@@ -47,3 +47,12 @@ def test_a_scale_that_vanishes_or_overflows_in_float32():
 def test_a_sweeping_pattern_passes_over_biases(pattern):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     assert [t.path for t in paramlora.targets(model, {pattern: {"r": 1}})] == ["0"]
+
+
+def test_disabled_max_norm_embedding_keeps_the_base():
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5))
+    base = model[0].weight.detach().clone()
+    paramlora.attach(model, {"0": {"r": 2}})
+    with paramlora.disable_adapters(model):
+        model(torch.arange(9))
+    assert torch.equal(model[0].parametrizations.weight.original, base)
