@@ -219,6 +219,10 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
     ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
     lowrank.order = _order(module)
+    if isinstance(type(module), Shared):
+        # else torch would put a property of this one layer on the class that many share
+        names = frozenset(parametrized(module)) | {name}
+        module.__class__ = shared(type(module).__bases__[0], names)
     parametrize.register_parametrization(module, name, lowrank, unsafe=True)
     if ours:
         base = type(module).__bases__[0]

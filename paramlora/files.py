@@ -32,7 +32,7 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
     state = {k: v.contiguous() for k, v in adapter_state_dict(model, adapter).items()}
     config = LoRAConfig(tuple(_entries(model, adapter)))
     about = {"format": FORMAT, "config": config.to_dict(), "adapter": adapter}
-    _write(Path(path), save(state, {"format": "pt", "paramlora": json.dumps(about)}))
+    _write(Path(path), save(state, {"paramlora": json.dumps(about)}))
 
 
 def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:

@@ -21,6 +21,10 @@ class Shared(type):
     def __delattr__(cls, name: str) -> None:
         return None
 
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name not in cls.__dict__:  # ours reads each layer's own lists; torch's only one's
+            super().__setattr__(name, value)
+
 
 @cache
 def shared(base: type, names: frozenset[str]) -> type:

@@ -172,3 +172,15 @@ def test_attaching_that_is_stopped_leaves_the_model_as_it_was(monkeypatch, at, e
     monkeypatch.undo()
     paramlora.attach(model, config, "second")
     model.a(torch.randn(2, 4)), model.b(torch.randn(2, 3, 4))
+
+
+def test_a_second_tensor_of_one_layer_leaves_the_class_of_other_layers_alone():
+    layers = [nn.LSTM(4, 4) for _ in range(2)]
+    for layer in layers:
+        paramlora.attach(nn.ModuleDict({"b": layer}), {"b.weight_ih_l0": {"r": 1}})
+    shared = type(layers[0])
+    names = set(vars(shared))
+    assert type(layers[1]) is shared
+    paramlora.attach(nn.ModuleDict({"b": layers[0]}), {"b.weight_hh_l0": {"r": 1}}, "second")
+    assert set(vars(shared)) == names
+    layers[1](torch.randn(2, 3, 4)), layers[0](torch.randn(2, 3, 4))
