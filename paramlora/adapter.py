@@ -1,0 +1,60 @@
+"""An adapter as a value: its updates by the path of their tensor, free of any model or file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Optional, Union
+
+from einops import rearrange
+from torch import Tensor
+
+from paramlora.lowrank import Layout
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update, as every file format holds it.
+
+    Args:
+        lora_A: ``[*stack, r, in]``, the input side; a convolution's ``in`` is
+            ``in_channels / groups · prod(kernel)``.
+        lora_B: ``[*stack, out, r]``, the output side; ``[out, r, *kernel]`` where `up_kernel`
+            is ``"same"``.
+        scale: the factor itself, never divided by ``r``.
+        shape: of the weight that it updates, where the file or the model tells.
+        layout: where the input and output sides lie in that weight (see `matrix_shape`).
+        trainable_scale, hard, up_kernel: as in the configuration.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float = 1.0
+    shape: Optional[tuple[int, ...]] = None
+    layout: Layout = "matrix"
+    trainable_scale: bool = False
+    hard: bool = True
+    up_kernel: Union[int, str] = 1
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.lora_B.shape[1 if self.up_kernel == "same" else -1]
+
+    def delta(self) -> Tensor:
+        """``scale · B·A`` in the weight's shape, in the factors' own type; needs `shape`."""
+        product = (self.lora_B * self.scale) @ self.lora_A
+        if self.layout == "transposed":
+            product = rearrange(product, "out fan_in -> fan_in out")
+        return product.reshape(self.shape if self.shape is not None else product.shape)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The updates of one adapter, by path: a module's for its ``weight``, else the parameter's.
+
+    The paths are the stems of the native file's keys: ``unet.to_q`` updates
+    ``unet.to_q.weight``, ``attn.in_proj_weight`` updates that parameter.
+    """
+
+    updates: Mapping[str, Update]
+    name: str = "default"
+    metadata: Mapping[str, str] = field(default_factory=dict)
