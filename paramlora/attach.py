@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from paramlora.config import ConfigLike, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
 from paramlora.init import initialise
+from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
@@ -60,6 +61,8 @@ def attach(
                 add_branch(module, lowrank)
             else:
                 _register(module, target.tensor, lowrank)
+    if checkpoints_reentrantly(model):
+        enable_input_grads(model)
     return model
 
 
@@ -70,7 +73,14 @@ def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mo
         for name, plist in updates_of(module):
             kept = [p for p in plist if not (isinstance(p, OURS) and p.adapter in chosen)]
             replace(module, name, plist, kept)
+    tidy(model)
     return model
+
+
+def tidy(model: nn.Module) -> None:
+    """After the last adapter nothing of ours stays on the model."""
+    if not adapter_names(model):
+        disable_input_grads(model)
 
 
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:

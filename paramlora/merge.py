@@ -13,6 +13,7 @@ from paramlora.attach import (
     check_adapters,
     holders,
     replace,
+    tidy,
     updates,
     updates_of,
 )
@@ -53,6 +54,7 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         for tensor, held in updates_of(module):
             if tensor == name:
                 replace(module, name, held, [p for p in held if not _among(p, ours)])
+    tidy(model)
     return model
 
 
