@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enabl
 from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
+from paramlora.switch import Switched
 from paramlora.targets import Target, shown, targets
 from paramlora.whole import Whole
-
-AnyUpdate = Union[LowRank, Whole]
-OURS = (LowRank, Whole)
 
 
 def attach(
@@ -71,7 +69,7 @@ def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mo
     chosen = check_adapters(model, adapters)
     for module in list(model.modules()):
         for name, plist in updates_of(module):
-            kept = [p for p in plist if not (isinstance(p, OURS) and p.adapter in chosen)]
+            kept = [p for p in plist if not (isinstance(p, Switched) and p.adapter in chosen)]
             replace(module, name, plist, kept)
     tidy(model)
     return model
@@ -119,14 +117,14 @@ def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
             yield stem, module, update
 
 
-def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AnyUpdate]]:
+def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, plist in updates_of(module):
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
             for update in plist:
-                if isinstance(update, OURS) and id(update) not in seen:
+                if isinstance(update, Switched) and id(update) not in seen:
                     seen.add(id(update))
                     yield stem, module, update
 
@@ -150,7 +148,7 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     return list(names)
 
 
-def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, AnyUpdate]]:
+def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, Switched]]:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
     claims: dict[int, list[Target]] = {}
     for target in chosen:
@@ -169,10 +167,10 @@ def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[T
     return out
 
 
-def _new(model: nn.Module, target: Target, adapter: str) -> AnyUpdate:
+def _new(model: nn.Module, target: Target, adapter: str) -> Switched:
     module, entry = model.get_submodule(target.module), target.entry
     base = base_of(model, target)
-    update: AnyUpdate
+    update: Switched
     if entry.whole:
         update = Whole(_value(module, target), adapter)
     else:
@@ -272,7 +270,7 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(v, v.copy()) for v in held]
 
 
-def _register(module: nn.Module, name: str, lowrank: AnyUpdate) -> None:
+def _register(module: nn.Module, name: str, lowrank: Switched) -> None:
     ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
     lowrank.order = _order(module)
     if isinstance(type(module), Shared):
@@ -290,7 +288,7 @@ def _order(module: nn.Module) -> tuple[str, ...]:
     """The order of the parameters before the first registration, which a state dict shows."""
     for plist in parametrized(module).values():
         for lowrank in plist:
-            if isinstance(lowrank, OURS):
+            if isinstance(lowrank, Switched):
                 return lowrank.order
     return tuple(module._parameters)
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from paramlora.config import TargetConfig
+from paramlora.switch import Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
 
@@ -24,7 +24,7 @@ def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple
     return (1, rest, first) if layout == "transposed" else (1, first, rest)
 
 
-class LowRank(nn.Module):
+class LowRank(Switched):
     r"""Low-rank update of one tensor, Hu et al. 2021 (arXiv:2106.09685), equation 3.
 
     .. math:: W' = W + strength · scale · B A
@@ -57,15 +57,12 @@ class LowRank(nn.Module):
         trainable_scale: bool = False,
         adapter: str = "default",
     ) -> None:
-        super().__init__()
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-        self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
-        self.written_by_reader = False  # such as an embedding with max_norm, set by attach
-        self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
-        self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
+        super().__init__(adapter, **where)
+        self.r, self.layout = r, layout
         self.dropout = 0.0  # on the input of the low-rank branch, set by attach
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
@@ -115,14 +112,14 @@ class LowRank(nn.Module):
     ) -> Tensor:
         """``strength · scale · B·A`` reshaped to `shape`, in `dtype` or the factors' own type."""
         a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
-        product = (b * (self.lora_scale.to(b.dtype) * self.strength)) @ a
+        product = (b * (self.lora_scale * self.gain).to(b.dtype)) @ a
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
         return product.reshape(shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
-        if self.strength == 0:
+        if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
         wide = torch.promote_types(weight.dtype, delta.dtype)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.attach import (
-    OURS,
-    AnyUpdate,
     check_adapters,
     holders,
     replace,
@@ -19,10 +17,12 @@ from paramlora.attach import (
 )
 from paramlora.errors import AdapterError
 from paramlora.layers import parametrized
+from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
+from paramlora.switch import Switched
 from paramlora.whole import Whole
 
-_Job = tuple[nn.Module, str, list[AnyUpdate]]
+_Job = tuple[nn.Module, str, list[Switched]]
 
 
 @torch.no_grad()
@@ -58,12 +58,12 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
     return model
 
 
-def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[AnyUpdate]:
+def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[Switched]:
     lists = [held for tensor, held in updates_of(module) if tensor == name]
-    return [p for held in lists for p in held if isinstance(p, OURS) and p.adapter in chosen]
+    return [p for held in lists for p in held if isinstance(p, Switched) and p.adapter in chosen]
 
 
-def _among(update: nn.Module, updates: list[AnyUpdate]) -> bool:
+def _among(update: nn.Module, updates: list[Switched]) -> bool:
     return any(update is one for one in updates)
 
 
@@ -89,7 +89,7 @@ def _write(model: nn.Module, jobs: list[_Job], inverted: list[list[tuple[Tensor,
         _fold(base, ours)
 
 
-def _identity(module: nn.Module, name: str, ours: list[AnyUpdate]) -> tuple[int, ...]:
+def _identity(module: nn.Module, name: str, ours: list[Switched]) -> tuple[int, ...]:
     owner, attribute = _stored(module, name)
     return (id(getattr(owner, attribute)), *map(id, ours))
 
@@ -102,17 +102,17 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _fold(base: Tensor, updates: list[AnyUpdate]) -> None:
+def _fold(base: Tensor, updates: list[Switched]) -> None:
     total = base.to(torch.promote_types(base.dtype, torch.float32))
     for update in updates:
         if isinstance(update, Whole):
             total = update(total)
-        elif update.strength != 0:
+        elif isinstance(update, LowRank) and update.acts:
             total = total + update.delta(base.shape, total.dtype)
     base.copy_(total)
 
 
-def _inverted(module: nn.Module, name: str, ours: list[AnyUpdate]) -> list[tuple[Tensor, Tensor]]:
+def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> list[tuple[Tensor, Tensor]]:
     """(stored tensor, new value) where another parametrization acts before an update.
 
     Empty where the updates come first: they then add to the stored tensor itself.
@@ -120,7 +120,7 @@ def _inverted(module: nn.Module, name: str, ours: list[AnyUpdate]) -> list[tuple
     if name in module._parameters:
         return []
     plist: Any = parametrized(module)[name]
-    others = [i for i, p in enumerate(plist) if not isinstance(p, OURS)]
+    others = [i for i, p in enumerate(plist) if not isinstance(p, Switched)]
     first = [i for i, p in enumerate(plist) if _among(p, ours)]
     soft = [p for p in ours if isinstance(p, Branch)]
     if not others or (not soft and first[-1] < others[0]):
@@ -173,7 +173,7 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
     )
 
 
-def _check_finite(path: str, lowrank: AnyUpdate) -> None:
+def _check_finite(path: str, lowrank: Switched) -> None:
     for name, tensor in lowrank.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(

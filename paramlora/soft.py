@@ -74,7 +74,7 @@ class Branch(LowRank):
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
         a, b = self.factors()
-        down, up = a.to(x.dtype), (b * (self.lora_scale * self.strength)).to(x.dtype)
+        down, up = a.to(x.dtype), (b * (self.lora_scale * self.gain)).to(x.dtype)
         if isinstance(layer, nn.Linear):
             return F.linear(F.linear(x, down), up)
         n = len(layer.kernel_size)
@@ -135,7 +135,7 @@ def remove_branches(layer: nn.Module) -> None:
 def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else kwargs["input"]
     for branch in layer._modules[BRANCHES]:
-        if branch.strength != 0:
+        if branch.acts:
             output = output + branch.branch(layer, x, output)
     return output
 

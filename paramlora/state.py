@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from paramlora.attach import AnyUpdate, check_adapters, updates
+from paramlora.attach import check_adapters, updates
 from paramlora.errors import FileError
+from paramlora.switch import Switched
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -51,12 +52,12 @@ def load_adapter_state_dict(
     return model
 
 
-def _stems(model: nn.Module, adapter: str) -> dict[str, AnyUpdate]:
+def _stems(model: nn.Module, adapter: str) -> dict[str, Switched]:
     check_adapters(model, adapter)
     return {path: update for path, _, update in updates(model) if update.adapter == adapter}
 
 
-def _live(stems: Mapping[str, AnyUpdate]) -> dict[str, Tensor]:
+def _live(stems: Mapping[str, Switched]) -> dict[str, Tensor]:
     return {
         _key(stem, name): tensor
         for stem, update in stems.items()

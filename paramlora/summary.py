@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paramlora.attach import AnyUpdate, updates
+from paramlora.attach import updates
+from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
-from paramlora.whole import Whole
+from paramlora.switch import Switched
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _row(path: str, update: AnyUpdate) -> Row:
+def _row(path: str, update: Switched) -> Row:
     size = sum(p.numel() for p in update.parameters())
-    if isinstance(update, Whole):
+    if not isinstance(update, LowRank):
         return Row(path, update.adapter, 0, 1.0, update.strength, "whole", size)
     scale = update.lora_scale.detach()
     value = math.nan if scale.is_meta else scale.item()

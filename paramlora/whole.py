@@ -1,14 +1,12 @@
 """A tensor trained whole beside its frozen original: a new head, norms, biases."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 
-from paramlora.config import TargetConfig
+from paramlora.switch import Switched
 
 
-class Whole(nn.Module):
+class Whole(Switched):
     r"""The parametrization of a tensor that is trained itself, not by a low-rank update.
 
     .. math:: W' = W + strength · (V - W)
@@ -24,22 +22,18 @@ class Whole(nn.Module):
     lora_whole: nn.Parameter
 
     def __init__(self, weight: Tensor, adapter: str = "default") -> None:
-        super().__init__()
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
-        self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
-        self.written_by_reader = False  # such as an embedding with max_norm, set by attach
-        self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
-        self.adapter, self.strength = adapter, 1.0
+        super().__init__(adapter, weight.device, dtype)
         self.lora_whole = nn.Parameter(weight.detach().to(dtype, copy=True))
 
     def forward(self, weight: Tensor) -> Tensor:
         """``lora_whole`` in `weight`'s type; `weight` unchanged when off."""
-        if self.strength == 0:
+        if not self.acts:
             return weight.clone() if self.written_by_reader else weight
-        if self.strength == 1:
-            return self.lora_whole.to(weight.dtype)
         own = self.lora_whole
-        return torch.lerp(weight.to(own.dtype), own, self.strength).to(weight.dtype)
+        if not self.fully:
+            own = torch.lerp(weight.to(own.dtype), own, self.gain)  # type: ignore[assignment]
+        return own.to(weight.dtype)
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds."""
