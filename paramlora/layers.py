@@ -7,6 +7,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.forwards import forward_of
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -33,6 +34,9 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
+    fast = forward_of(base) if names == {"weight"} else None
+    if fast is not None:
+        body["forward"] = fast
     return Shared(f"Parametrized{base.__name__}", (base,), body)
 
 
