@@ -1,11 +1,12 @@
 """The ways to compute an adapted layer, each written from its mathematics or its library.
 
-Every way gets the same frozen layer's tensors and the same factors. The formulas of loralib, minLoRA,
-RunLoRA and of the original wrapper hold their factors in the weight's type: with
-float32 factors on a bfloat16 weight they raise. The dense way holds float32 masters.
+Every way gets the same frozen layer's tensors and the same factors. The formulas of loralib,
+minLoRA, RunLoRA and of the original wrapper hold their factors in the weight's type: with float32
+factors on a bfloat16 weight they raise. The dense way holds float32 masters.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
@@ -179,12 +180,12 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
 
 
 def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
-    """A whole model adapted one way in place; ``B`` is made nonzero so that all gradients are.
+    """A whole model adapted one way in place.
 
     Args:
         way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16`` or
             ``paramlora``.
-        entries: last components of the paths of the layers to adapt.
+        entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
     if way == "paramlora":
@@ -194,8 +195,22 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
     model.requires_grad_(False)
     formulas = {"dense": dense, "original": original, "loralib": loralib}
     if way in formulas:
-        _wrap(model, entries, r, formulas[way], masters=way != "loralib")
+        _wrap(model, entries, r, formulas[way])
     return model
+
+
+def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) by the path that the layer had before it was adapted, whatever the way."""
+    sides: tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]] = ({}, {})
+    for name, parameter in model.named_parameters():
+        found = re.fullmatch(
+            r"(?:base_model\.model\.)?(.*?)(?:\.parametrizations\.weight\.0)?"
+            r"\.(?:lora_)?([AB])(?:\.default\.weight)?",
+            name,
+        )
+        if found:
+            sides[found[2] == "B"][found[1]] = parameter
+    return {path: (A, sides[1][path]) for path, A in sides[0].items()}
 
 
 def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> nn.Module:
@@ -206,13 +221,14 @@ def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> n
     return get_peft_model(model, config, autocast_adapter_dtype=masters)
 
 
-def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula, masters: bool) -> None:
+def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula) -> None:
     for path, layer in list(model.named_modules()):
         if not any(path == e or path.endswith("." + e) for e in entries):
             continue
-        out, dtype = layer.weight.shape[0], layer.weight.dtype
-        A = torch.randn(r, layer.weight[0].numel(), device=layer.weight.device) / r
-        kind = torch.float32 if masters and formula is dense else dtype
-        wrapped = Adapted(layer, A, A.new_zeros(out, r), formula, kind)
+        weight = layer.weight
+        low = weight.dtype.itemsize <= 2
+        A = torch.randn(r, weight[0].numel(), device=weight.device) / r
+        dtype = torch.float32 if low and formula is dense else weight.dtype
+        wrapped = Adapted(layer, A, A.new_zeros(len(weight), r), formula, dtype)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)

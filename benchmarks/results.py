@@ -64,6 +64,34 @@ def layers_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def models_table(content: dict[str, Any]) -> str:
+    """One line for each model and way: times, R, peak memory against the frozen model's."""
+    lines = []
+    frozen: dict[str, Any] = {}
+    for row in content["rows"]:
+        frozen = row if row["way"] == "frozen" else frozen
+        share = row.get("peak_mib", 0) / frozen["peak_mib"] if "peak_mib" in row else None
+        values = [row.get(k) for k in ("device_ms", "device_R", "eager_ms", "eager_R", "peak_mib")]
+        numbers = [
+            "" if v is None else f"{v:.{p}f}" for v, p in zip([*values, share], (1, 3, 1, 3, 0, 3))
+        ]
+        lines.append([row["case"], row["dtype"], row["way"], f"{row['trainable']:,}", *numbers])
+    header = ["model", "dtype", "way", "trainable", "device ms", "R device", "eager ms", "R eager"]
+    return markdown([*header, "peak MiB", "peak / frozen"], lines)
+
+
+def kept_table(content: dict[str, Any]) -> str:
+    """Shares that reach the output and the input gradient, in percent, by size of the update."""
+    ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    groups: dict[tuple[str, float], dict[str, str]] = {}
+    for row in content["rows"]:
+        both = f"{100 * row['output']:.1f} / {100 * row['input_gradient']:.1f}"
+        groups.setdefault((row["case"], row["size"]), {})[row["way"]] = both
+    lines = [[c, f"{size:.0e}", *(g[w] for w in ways)] for (c, size), g in groups.items()]
+    title = "Share of the update in the output / in the input gradient, percent"
+    return f"{title}\n\n" + markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+
+
 def _cell(row: "dict[str, Any] | None", value: str, form: str) -> str:
     if row is None:
         return ""
