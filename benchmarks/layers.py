@@ -82,13 +82,13 @@ def measure(
         return lambda: step(way, tensors, context_of(kind))
 
     steps = {name: runner(way) for name, way in ways.items()}
-    _store(rows, "eager", timing.eager(steps, device(), rounds, seconds))
+    store(rows, "eager", timing.eager(steps, device(), rounds, seconds))
     if device().type == "cuda":
-        _store(rows, "device", timing.replayed(steps, rounds, seconds))
+        store(rows, "device", timing.replayed(steps, rounds, seconds))
     return list(rows.values())
 
 
-def _store(rows: dict[str, dict[str, Any]], mode: str, times: dict[str, list[float]]) -> None:
+def store(rows: dict[str, dict[str, Any]], mode: str, times: dict[str, list[float]]) -> None:
     """The median time, and the median and spread of the ratio to frozen in the same round."""
     for name, samples in times.items():
         ratios = [a / b for a, b in zip(samples, times["frozen"])]
@@ -107,16 +107,16 @@ def infer(
     steps: dict[str, timing.Step] = {}
     rows = {}
     for name, module in ways_of(tensors).items():
-        steps[name] = lambda module=module: _forward(module, tensors.x)
+        steps[name] = lambda module=module: forward_only(module, tensors.x)
         rows[name] = {"case": case.name, "dtype": kind, "way": name, "inference": True}
-    _store(rows, "eager", timing.eager(steps, device(), rounds, seconds))
+    store(rows, "eager", timing.eager(steps, device(), rounds, seconds))
     if device().type == "cuda":
-        _store(rows, "device", timing.replayed(steps, rounds, seconds))
+        store(rows, "device", timing.replayed(steps, rounds, seconds))
     return list(rows.values())
 
 
 @torch.no_grad()
-def _forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def forward_only(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x)
 
 

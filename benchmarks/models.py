@@ -157,8 +157,10 @@ def peak_mib(trained: Trained) -> float:
     return (torch.cuda.max_memory_allocated() - before + own) / 2**20
 
 
-def measure(name: str, kind: str, ways: list[str], tiny: bool, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one model: time of a step, R, peak memory, trainable parameters."""
+def make_all(
+    name: str, kind: str, ways: list[str], tiny: bool
+) -> tuple[dict[str, Trained], dict[str, dict[str, Any]]]:
+    """The checked ways on one set of base weights, and a row for each with its peak memory."""
     zoo, dtype = ZOO[name], DTYPES[kind]
     r = 2 if tiny else zoo.r
     for way in ways:
@@ -173,15 +175,20 @@ def measure(name: str, kind: str, ways: list[str], tiny: bool, rounds: int) -> l
     rows: dict[str, dict[str, Any]] = {}
     live: dict[str, Trained] = {}
     for way in ways:
+        trained = live[way] = Trained(base, zoo, way, r, args, dy)
         rows[way] = {"case": name, "dtype": kind, "way": way}
-        trained = Trained(base, zoo, way, r, args, dy)
+        rows[way]["trainable"] = sum(p.numel() for p in trained.parameters)
         if way != "frozen":
             rows[way]["output_error"] = trained.check(want)
             assert rows[way]["output_error"] < 0.1, rows[way]
-        rows[way]["trainable"] = sum(p.numel() for p in trained.parameters)
         if device().type == "cuda":
             rows[way]["peak_mib"] = peak_mib(trained)
-        live[way] = trained
+    return live, rows
+
+
+def measure(name: str, kind: str, ways: list[str], tiny: bool, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one model: time of a step, R, peak memory, trainable parameters."""
+    live, rows = make_all(name, kind, ways, tiny)
     steps: dict[str, timing.Step] = {way: trained.step for way, trained in live.items()}
     _store(rows, "eager", timing.eager(steps, device(), rounds, 0.0))
     if device().type == "cuda":

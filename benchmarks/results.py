@@ -88,8 +88,18 @@ def kept_table(content: dict[str, Any]) -> str:
         both = f"{100 * row['output']:.1f} / {100 * row['input_gradient']:.1f}"
         groups.setdefault((row["case"], row["size"]), {})[row["way"]] = both
     lines = [[c, f"{size:.0e}", *(g[w] for w in ways)] for (c, size), g in groups.items()]
-    title = "Share of the update in the output / in the input gradient, percent"
+    title = "Percent of the update in the output / the input gradient; frozen shows the noise"
     return f"{title}\n\n" + markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+
+
+def many_table(content: dict[str, Any]) -> str:
+    """Seconds of each act on many layers."""
+    acts = ("attach", "save", "load", "merge", "import")
+    lines = [
+        [row["way"], str(row["layers"]), *(f"{row[act]:.3f}" for act in acts)]
+        for row in content["rows"]
+    ]
+    return "Seconds\n\n" + markdown(["way", "layers", *acts], lines)
 
 
 def _cell(row: "dict[str, Any] | None", value: str, form: str) -> str:

@@ -51,7 +51,7 @@ def tensors_of(shape: tuple[int, int, int, int], size: float, bias: bool) -> cas
     case = cases.linear(*shape, bias=bias)
     made = cases.make(case, torch.bfloat16, device(), torch.bfloat16)
     if bias:
-        made.layer.bias.data.normal_(std=10.0)  # far larger than the update
+        made.layer.bias.data.normal_()  # far larger than the update
     A, B = torch.randn_like(made.A), torch.randn_like(made.B)
     update = delta(made.layer, A.double(), B.double()).norm()
     B = B * (size * made.layer.weight.double().norm() / update).float()
