@@ -40,18 +40,22 @@ def honours_dropout(base: type) -> bool:
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
     """The updates that act, or None where only the definition is right."""
     plist: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
-    held = list(plist._modules.values())
-    if not all(type(update) is LowRank for update in held):
-        return None
+    held: Any = plist._modules.values()
+    for update in held:
+        if type(update) is not LowRank:
+            return None
     if not torch.compiler.is_compiling():
-        plain = type(x) in _PLAIN and type(plist.original) in _PLAIN
+        plain = type(x) in _PLAIN and type(plist._parameters.get("original")) in _PLAIN
         if not plain or torch._C._are_functorch_transforms_active():
             return None
     return [update for update in held if update.acts]
 
 
 def _original(layer: nn.Module) -> Tensor:
-    return layer._modules["parametrizations"]._modules["weight"].original  # type: ignore[union-attr,return-value]
+    # the registered tensors are read without nn.Module's look-up, which costs as much as a launch
+    held: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    original: Tensor = held._parameters["original"]
+    return original
 
 
 def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -81,7 +85,7 @@ def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
 def _product(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
 ) -> Tensor:
-    bias: Optional[Tensor] = layer.bias  # type: ignore[assignment]
+    bias = layer._parameters["bias"]
     if not updates:
         return F.linear(x, weight, bias)
     if _dropping(layer, updates):
