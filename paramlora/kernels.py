@@ -214,13 +214,15 @@ def outer(
 @triton.jit
 def reduce(
     part, da, db, scale, strength, fan_in, out, r, groups,
-    SCALED: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Adds the groups in order, and stores the gradients."""
-    rd, rr = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, R)
+    """Adds the groups in a fixed order, and stores the gradients."""
+    rd, rr, rg = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, R), tl.arange(0, BG)
     total = fan_in + out
     acc = tl.zeros((BD, R), tl.float32)
-    for group in range(groups):
-        where = part + (group * total + rd[:, None]).to(tl.int64) * R + rr[None, :]
-        acc += tl.load(where, mask=rd[:, None] < total, other=0.0)
+    for first in range(0, groups, BG):
+        group = first + rg[:, None, None]  # several at once, or their latencies would add up
+        where = part + (group * total + rd[None, :, None]).to(tl.int64) * R + rr[None, None, :]
+        valid = (group < groups) & (rd[None, :, None] < total)
+        acc += tl.sum(tl.load(where, mask=valid, other=0.0), axis=0)
     _gradients(acc, rd, rd < total, da, db, scale, strength, fan_in, r, SCALED, R)

@@ -3,6 +3,7 @@
 Everything works without Triton, and so without this file.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -33,16 +34,23 @@ def tiling(M: int, N: int, K: int, aligned: bool) -> Tiling:
     `aligned`: the device has the engine, and its rules on addresses and strides are met.
     """
     if not aligned:
-        return (
-            Tiling(64, 64, 64, 8, 4, 4, False) if M <= 512 else Tiling(128, 128, 64, 8, 3, 8, False)
-        )
+        few = Tiling(64, 64, 64, 8, 4, 4, False)
+        return few if M <= 512 else Tiling(128, 128, 64, 8, 3, 8, False)
+    # describing blocks to the engine takes longer on the host than it saves in a small product
+    small = M * N * K < 2**32
     if M <= 512:
-        return Tiling(64, 64, 128, 8, 3, 4, True)
+        pointers = small and K < 2048
+        return (
+            Tiling(64, 64, 64, 8, 4, 4, False) if pointers else Tiling(64, 64, 128, 8, 3, 4, True)
+        )
+    if N <= 512 and K <= 512:
+        return Tiling(128, 128, 64, 8, 3, 8, False)
+    if small:
+        return Tiling(64, 128, 64, 8, 3, 4, False)
     if M <= 2048 and N <= 2048:
         return Tiling(64, 256, 64, 8, 4, 4, True)
     if N <= 512:
-        few = Tiling(128, 128, 64, 8, 3, 8, False)
-        return few if K <= 512 else Tiling(128, 128, 64, 8, 4, 4, True)
+        return Tiling(128, 128, 64, 8, 4, 4, True)
     if -(-M // 128) * -(-N // 256) >= 90:
         return Tiling(128, 256, 64, 16, 3, 8, True)
     return Tiling(64, 128, 64, 8, 4, 4, True)
@@ -69,50 +77,88 @@ class _Block:
         self.shape, self.strides = base.shape, base.stride()
 
 
+class _Plan(NamedTuple):
+    """All that a launch needs but its pointers and its strength."""
+
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+    stages: int
+    warps: int
+
+
 class Launcher:
     """One kernel, compiled once for each kind of arguments.
 
     Triton's own launch studies every argument again and takes longer than a small layer; here a
-    short key of all that it would look at finds the compiled kernel: types, whether addresses are
-    multiples of 16, and whether integers are 1, multiples of 16, or wide.
+    key that the caller knows finds the plan and the compiled kernel. Kernels are told apart by all
+    that Triton specialises on: types, whether addresses are multiples of 16, and whether integers
+    are 1, multiples of 16, or wide.
     """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.compiled = kernel, dict[Any, Any]()
+        self.kernel = kernel
+        self.known: dict[Any, tuple[Any, _Plan]] = {}
+        self.compiled: dict[Any, Any] = {}
 
     def __call__(
         self,
-        grid: tuple[int, int],
+        key: tuple[Any, ...],
+        plan: Callable[[], _Plan],
         pointers: tuple[Tensor, ...],
-        numbers: tuple[int, ...],
-        constants: tuple[Any, ...],
-        options: tuple[int, int],
-        blocks: tuple[_Block, ...] = (),
         strength: tuple[float, ...] = (),
+        blocks: tuple[_Block, ...] = (),
     ) -> None:
+        """Launch on the pointers' device and its current stream.
+
+        Args:
+            key: decides the plan; the dtypes of all pointers follow from it.
+            plan: makes it, where the key is new.
+            pointers, strength, blocks: arguments of the kernel: its blocks come first, then the
+                pointers, the strength, and the plan's numbers and constants.
+        """
         device = pointers[0].get_device()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(key, plan, pointers, strength, blocks)
         addresses = [t.data_ptr() for t in pointers]
-        key = (
-            device,
-            tuple([t.dtype for t in pointers]),
-            tuple([a & 15 == 0 for a in addresses]),
-            tuple([(n == 1) + 2 * (n & 15 == 0) + 4 * (n >> 31) for n in numbers]),
-            constants,
-            options,
-        )
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            described = [TensorDescriptor.from_tensor(b.base, b.block_shape) for b in blocks]
-            self.compiled[key] = self.kernel[grid](
-                *described, *pointers, *strength, *numbers, *constants,
-                num_stages=options[0], num_warps=options[1],
-            )  # fmt: skip
-            return
+        odd = 0
+        for address in addresses:
+            odd |= address & 15
+        key = (device, odd and tuple(a & 15 for a in addresses), key)
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = self._find(device, plan(), pointers, strength, blocks)
+        compiled, (grid, numbers, constants, _, _) = found
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(
             *grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
             *blocks, *addresses, *strength, *numbers, *constants,
         )  # fmt: skip
+
+    def _find(
+        self,
+        device: int,
+        plan: _Plan,
+        pointers: tuple[Tensor, ...],
+        strength: tuple[float, ...],
+        blocks: tuple[_Block, ...],
+    ) -> tuple[Any, _Plan]:
+        kind = (
+            device,
+            tuple(t.dtype for t in pointers),
+            tuple(t.data_ptr() & 15 == 0 for t in pointers),
+            tuple((n == 1, n & 15 == 0, n >> 31 != 0) for n in plan.numbers),
+            plan.constants,
+            plan.stages,
+            plan.warps,
+        )
+        if kind not in self.compiled:
+            described = [TensorDescriptor.from_tensor(b.base, b.block_shape) for b in blocks]
+            arguments = (*described, *pointers, *strength, *plan.numbers, *plan.constants)
+            options = {"num_stages": plan.stages, "num_warps": plan.warps}
+            self.compiled[kind] = self.kernel.warmup(*arguments, grid=plan.grid, **options)
+        return self.compiled[kind], plan
 
 
 _MATMUL, _MATMUL_TMA = Launcher(kernels.matmul), Launcher(kernels.matmul_tma)
@@ -127,20 +173,25 @@ def pack(
     (r, fan_in), out = lora_A.shape, lora_B.shape[0]
     R = padded(r)
     a, b = lora_A.new_empty((R, fan_in), dtype=dtype), lora_B.new_empty((R, out), dtype=dtype)
-    BD = max(16, 2048 // R)
-    _PACK(
-        (-(-fan_in // BD) + -(-out // BD), 1),
-        (lora_A, lora_B, scale, a, b),
-        (fan_in, out, r, *lora_A.stride(), *lora_B.stride()),
-        (R, BD),
-        (1, 4),
-        strength=(strength,),
-    )
+    strides = (*lora_A.stride(), *lora_B.stride())
+
+    def plan() -> _Plan:
+        BD = max(16, 2048 // R)
+        grid = (-(-fan_in // BD) + -(-out // BD), 1)
+        return _Plan(grid, (fan_in, out, r, *strides), (R, BD), 1, 4)
+
+    key = (fan_in, out, r, strides, dtype, lora_A.dtype, lora_B.dtype, scale.dtype)
+    _PACK(key, plan, (lora_A, lora_B, scale, a, b), (strength,))
     return a, b
 
 
 def matmul(
-    x: Tensor, w: Tensor, f: Tensor, q: Tensor, bias: Optional[Tensor] = None
+    x: Tensor,
+    w: Tensor,
+    f: Tensor,
+    q: Tensor,
+    bias: Optional[Tensor] = None,
+    p: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """``y = x @ w + p @ q + bias`` with one rounding, and ``p = x @ f.T``.
 
@@ -150,6 +201,7 @@ def matmul(
         f: ``[R, K]`` of `pack`.
         q: ``[R, N]`` of `pack`.
         bias: ``[N]``.
+        p: ``[M, R]`` of `project`, where it is there already.
 
     Returns:
         ``y[M, N]`` and ``p[M, R]``.
@@ -163,11 +215,18 @@ def matmul(
     strides = K | N | x_row | (w_n if rows_out else w_k)
     aligned = not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15 and _engine(x)
     BM, BN, BK, group, stages, warps, tma = tiling(M, N, K, aligned)
-    fused = fuses(M, N, R)
-    p = x.new_empty((M, R)) if fused else project(x, f)
-    grid = (-(-M // BM) * -(-N // BN), 1)
+    fused = p is None and fuses(M, N, R)
+    if p is None:
+        p = x.new_empty((M, R)) if fused else project(x, f)
     rest = (p, q, p if bias is None else bias)
-    tiles = (R, min(R, 32), BM, BN, BK, group)
+
+    def plan() -> _Plan:
+        numbers = (M, N, K) if tma else (M, N, K, x_row, w_k, w_n)
+        flags = (fused, bias is not None, rows_out if tma else K % BK == 0)
+        constants = (*flags, R, min(R, 32), BM, BN, BK, group)
+        return _Plan((-(-M // BM) * -(-N // BN), 1), numbers, constants, stages, warps)
+
+    key = (M, N, K, R, fused, x_row, w_k, w_n, x.dtype, bias is None or bias.dtype)
     if tma:
         blocks = (
             _Block(x, [BM, BK]),
@@ -175,13 +234,31 @@ def matmul(
             _Block(f, [R if fused else 16, BK]),
             _Block(y, [BM, BN // 2]),
         )
-        flags = (fused, bias is not None, rows_out)
-        _MATMUL_TMA(grid, rest, (M, N, K), (*flags, *tiles), (stages, warps), blocks)
+        _MATMUL_TMA(key, plan, rest, (), blocks)
     else:
-        flags = (fused, bias is not None, K % BK == 0)
-        numbers = (M, N, K, x_row, w_k, w_n)
-        _MATMUL(grid, (x, w, f, y, *rest), numbers, (*flags, *tiles), (stages, warps))
+        _MATMUL(key, plan, (x, w, f, y, *rest))
     return y, p
+
+
+def overlaps(M: int, N: int, K: int, R: int) -> bool:
+    """Whether `outer` runs beside the product that gives the input's gradient: one waits for
+    memory and the other for arithmetic. Handing over to a second stream takes time on the host,
+    which only a large product or a captured graph has to spare."""
+    size = M * N * K
+    if fuses(M, N, R) or size < 2**34:
+        return False
+    return size >= 2**36 or torch.cuda.is_current_stream_capturing()
+
+
+_SIDES: dict[int, torch.cuda.Stream] = {}
+
+
+def side(device: int) -> torch.cuda.Stream:
+    """The second stream of a device. Nothing else runs or allocates there, and it always waits
+    for the first before it starts, so what it allocates may be used and freed on the first."""
+    if device not in _SIDES:
+        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _SIDES[device]
 
 
 _ENGINES: dict[int, bool] = {}
@@ -201,9 +278,12 @@ def project(x: Tensor, f: Tensor) -> Tensor:
     if R > WIDEST or M == 0:
         return x @ f.t()
     p = x.new_empty((M, R))
-    BM, BK = (64, 128) if M >= 8192 else (32, 128) if M >= 2048 else (16, 256)
-    numbers, constants = (M, K, x.stride(0)), (K % BK == 0, R, BM, BK)
-    _PROJECT((-(-M // BM), 1), (x, f, p), numbers, constants, (4, 4))
+
+    def plan() -> _Plan:
+        BM, BK = (64, 128) if M >= 8192 else (32, 128) if M >= 2048 else (16, 256)
+        return _Plan((-(-M // BM), 1), (M, K, x.stride(0)), (K % BK == 0, R, BM, BK), 4, 4)
+
+    _PROJECT((M, K, R, x.stride(0), x.dtype), plan, (x, f, p))
     return p
 
 
@@ -230,20 +310,21 @@ def outer(
     BD, BM = 128, 64
     blocks = -(-fan_in // BD) + -(-out // BD)
     groups = max(1, min(-(-M // (4 * BM)), -(-528 // blocks)))
-    rows = -(-M // groups // BM) * BM if groups > 1 else M
     part = da if groups == 1 else da.new_empty((groups, fan_in + out, R))
-    scaled, factor = scale is not None, part if scale is None else scale
-    _OUTER(
-        (blocks, groups),
-        (x, v, dy, u, part, da, db, factor),
-        (M, fan_in, out, r, x.stride(0), dy.stride(0), rows),
-        (groups == 1, scaled, R, BM, BD),
-        (4, 4),
-        strength=(strength,),
-    )
+    scaled, factor = (False, part) if scale is None else (True, scale)
+    rows = (x.stride(0), dy.stride(0))
+
+    def plan() -> _Plan:
+        each = -(-M // groups // BM) * BM
+        numbers = (M, fan_in, out, r, *rows, each)
+        return _Plan((blocks, groups), numbers, (groups == 1, scaled, R, BM, BD), 4, 4)
+
+    def adding() -> _Plan:
+        numbers = (fan_in, out, r, groups)
+        return _Plan((-(-(fan_in + out) // 16), 1), numbers, (scaled, R, 16, 8), 1, 4)
+
+    key = (M, fan_in, out, r, rows, scaled, x.dtype, factor.dtype)
+    _OUTER(key, plan, (x, v, dy, u, part, da, db, factor), (strength,))
     if groups > 1:
-        grid, numbers = (-(-(fan_in + out) // 32), 1), (fan_in, out, r, groups)
-        _REDUCE(
-            grid, (part, da, db, factor), numbers, (scaled, R, 32), (1, 4), strength=(strength,)
-        )
+        _REDUCE(key, adding, (part, da, db, factor), (strength,))
     return da, db

@@ -55,21 +55,36 @@ def backward(
     input_too: bool,
     factors_too: bool,
     scale_too: bool,
+    beside: bool = True,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A, B and the scale, those that are wanted."""
+    """The gradients of x, A, B and the scale, those that are wanted; `beside`: on two streams."""
     from paramlora import launch
 
     dy, flat = _rows(dy), _rows(flat)
+    inside = None if scale_too else scale
+    factors_too = factors_too or scale_too
     dx = da = db = dscale = None
-    if input_too:
-        dx, v = launch.matmul(dy, weight, up, down)
-    else:
+    r = a.shape[0]
+    if (
+        input_too
+        and factors_too
+        and beside
+        and launch.overlaps(len(dy), flat.shape[1], dy.shape[1], len(up))
+    ):
         v = launch.project(dy, up)
-    if factors_too or scale_too:
-        inside = None if scale_too else scale
-        da, db = launch.outer(flat, v, dy, u, a.shape[0], inside, strength)
-        if scale_too:
-            db, dscale = gradient_of_second(db, b, scale, strength, True)
+        current, other = torch.cuda.current_stream(dy.device), launch.side(dy.get_device())
+        other.wait_stream(current)
+        with torch.cuda.stream(other):
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+        dx, _ = launch.matmul(dy, weight, up, down, p=v)
+        current.wait_stream(other)
+    else:
+        dx, v = launch.matmul(dy, weight, up, down) if input_too else (None, launch.project(dy, up))
+        if factors_too:
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+    if db is not None and scale_too:
+        db, dscale = gradient_of_second(db, b, scale, strength, True)
+    if da is not None and db is not None:
         da, db = da.to(a.dtype), db.to(b.dtype)
     return dx, da, db, dscale
 
@@ -128,7 +143,7 @@ def _linear_backward_op(
 
     down, up = launch.pack(a, b, scale, 1.0, x.dtype)
     needs = (input_too, factors_too, scale_too)
-    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs)
+    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs, beside=False)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
