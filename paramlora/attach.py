@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -13,8 +14,8 @@ from paramlora.config import ConfigLike, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
 from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
-from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
-from paramlora.targets import Target, targets
+from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
+from paramlora.targets import BRANCHES, Target, targets
 
 
 def attach(
@@ -41,13 +42,15 @@ def attach(
     if adapter in adapter_names(model):
         raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
     chosen = targets(model, parsed, strict)
-    fresh = _fresh(model, chosen, adapter)
+    modules = dict(model.named_modules())
+    owners = [modules[target.module] for target in chosen]
+    with torch.inference_mode(False):  # else nothing made here could ever be trained
+        fresh = _fresh(model, chosen, owners, adapter)
     frozen = not parsed.trainable_model and not adapter_names(model)
-    with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
+    with _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
-        for target, lowrank in fresh:
-            module = model.get_submodule(target.module)
+        for module, target, lowrank in fresh:
             if isinstance(lowrank, Branch):
                 add_branch(module, lowrank)
             else:
@@ -108,9 +111,8 @@ def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     """(tensor name, torch's list of parametrizations or our list of soft branches)."""
-    found = list(parametrized(module).items()) if parametrize.is_parametrized(module) else []
     branches = module._modules.get(BRANCHES)
-    return found + ([("weight", branches)] if branches is not None else [])
+    return [*parametrized(module).items(), *([("weight", branches)] if branches else [])]
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
@@ -125,28 +127,30 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     return list(names)
 
 
-def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, LowRank]]:
+_Fresh = list[tuple[nn.Module, Target, LowRank]]
+
+
+def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> _Fresh:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
-    claims: dict[int, list[Target]] = {}
-    for target in chosen:
-        claims.setdefault(id(base_of(model, target)), []).append(target)
+    claims: dict[int, list[tuple[nn.Module, Target]]] = {}
+    for module, target in zip(owners, chosen):
+        claims.setdefault(id(base_of(module, target.tensor)), []).append((module, target))
     count = holders(model)
     out = []
     for key, group in claims.items():
-        whole = len(group) == count[key] and len({t.entry for t in group}) == 1
+        entries = {target.entry for _, target in group}
+        whole = len(group) == count[key] and len(entries) == 1
         if count[key] > 1 and not whole:
-            _warn_tied(model, key, group)
-        shared_by_all = whole and group[0].entry.hard
-        first = _new(model, group[0], adapter)
-        for target in group:
-            same = target is group[0] or shared_by_all
-            out.append((target, first if same else _new(model, target, adapter)))
+            _warn_tied(model, key, [target for _, target in group])
+        first = _new(*group[0], adapter)
+        for module, target in group:
+            same = target is group[0][1] or (whole and target.entry.hard)
+            out.append((module, target, first if same else _new(module, target, adapter)))
     return out
 
 
-def _new(model: nn.Module, target: Target, adapter: str) -> LowRank:
-    module, entry = model.get_submodule(target.module), target.entry
-    base = base_of(model, target)
+def _new(module: nn.Module, target: Target, adapter: str) -> LowRank:
+    entry, base = target.entry, base_of(module, target.tensor)
     weight = base.detach() if tuple(base.shape) == target.shape else base.new_empty(target.shape)
     options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
     if entry.hard:
@@ -163,12 +167,12 @@ def holders(model: nn.Module) -> "Counter[int]":
     return Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
 
-def base_of(model: nn.Module, target: Target) -> Tensor:
-    """The first stored tensor behind a target: the parameter, or torch's original of it."""
-    module = model.get_submodule(target.module)
-    if target.tensor in module._parameters:
-        return module._parameters[target.tensor]  # type: ignore[return-value]
-    plist = parametrized(module)[target.tensor]
+def base_of(module: nn.Module, name: str) -> Tensor:
+    """The first stored tensor behind ``module.name``: the parameter, or torch's original of it."""
+    held = module._parameters.get(name)
+    if held is not None:
+        return held
+    plist = parametrized(module)[name]
     return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
 
 
@@ -189,20 +193,25 @@ def _all_or_nothing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None
     """Put the modules back as they were when anything stops the block, Ctrl-C included."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     inside = [m for module in modules for m in (module, *_own(module))]
-    saved = [(m, type(m), m.__dict__.copy(), _containers(m)) for m in inside]
+    saved = [(m, type(m), [(held, held.copy()) for held in _held(m)]) for m in inside]
     try:
         yield
     except BaseException:
-        for module, cls, state, containers in saved:
+        for module, cls, containers in saved:
             module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(state)
             for held, content in containers:
                 held.clear()
-                held.extend(content) if isinstance(held, list) else held.update(content)
+                held.update(content)
         for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
         raise
+
+
+def _held(module: nn.Module) -> "tuple[dict[Any, Any], ...]":
+    """What registering an update changes in a module, besides its class."""
+    hooks = (module._forward_hooks, module._forward_hooks_with_kwargs)
+    return (module._parameters, module._modules, *hooks)
 
 
 def _own(module: nn.Module) -> list[nn.Module]:
@@ -211,23 +220,21 @@ def _own(module: nn.Module) -> list[nn.Module]:
     return [m for held in lists if held is not None for m in held.modules()]
 
 
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    held = [v for v in module.__dict__.values() if isinstance(v, (dict, list))]
-    return [(v, v.copy()) for v in held]
-
-
 def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
-    ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
+    """What torch's `register_parametrization` does, with one class for many layers."""
     lowrank.order = _order(module)
-    if isinstance(type(module), Shared):
-        # else torch would put a property of this one layer on the class that many share
-        names = frozenset(parametrized(module)) | {name}
-        module.__class__ = shared(type(module).__bases__[0], names)
-    parametrize.register_parametrization(module, name, lowrank, unsafe=True)
-    if ours:
-        base = type(module).__bases__[0]
-        base = base.__bases__[0] if isinstance(base, Shared) else base
-        module.__class__ = shared(base, frozenset(parametrized(module)))
+    lowrank.train(module.training)
+    lists = parametrized(module)
+    if name in lists:
+        lists[name].append(lowrank)
+        lists[name].unsafe = True
+    elif lists and not isinstance(type(module), Shared):  # somebody else's class: torch's own way
+        parametrize.register_parametrization(module, name, lowrank, unsafe=True)
+    else:
+        held = parametrize.ParametrizationList([lowrank], module._parameters.pop(name), unsafe=True)
+        base = type(module).__bases__[0] if lists else type(module)
+        module.__class__ = shared(base, frozenset(lists) | {name})
+        module._modules.setdefault("parametrizations", nn.ModuleDict())[name] = held
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The class of an adapted layer: one for each base type, whatever the number of layers."""
 
+import copyreg
 from copy import deepcopy
 from functools import cache
 from typing import Any, Optional
@@ -11,7 +12,8 @@ from paramlora.errors import AdapterError
 
 def parametrized(module: nn.Module) -> Any:
     """Torch's lists of parametrizations by tensor name, empty when there are none."""
-    return getattr(module, "parametrizations", {})
+    # not getattr: a wrapper may answer for the layer inside it
+    return module._modules.get("parametrizations", {})
 
 
 class Shared(type):
@@ -23,7 +25,8 @@ class Shared(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name not in cls.__dict__:  # ours reads each layer's own lists; torch's only one's
-            super().__setattr__(name, value)
+            ours = _tensor_property(name) if isinstance(value, property) else value
+            super().__setattr__(name, ours)
 
 
 @cache
@@ -33,7 +36,13 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
-    return Shared(f"Parametrized{base.__name__}", (base,), body)
+    return _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+
+
+@cache
+def _meta(of_base: type) -> type:
+    """`Shared`, together with a metaclass that the base brings, such as ``ABCMeta``."""
+    return Shared if of_base is type else type("Shared", (Shared, of_base), {})
 
 
 def _tensor_property(name: str) -> property:
@@ -41,12 +50,16 @@ def _tensor_property(name: str) -> property:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
             return lists[name]()  # type: ignore[no-any-return]
-        if name in self._parameters:
-            return self._parameters[name]
+        for held in (self._parameters, self._buffers, self.__dict__):
+            if name in held:
+                return held[name]
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def put(self: nn.Module, value: Tensor) -> None:
-        parametrized(self)[name].right_inverse(value)
+        if name in parametrized(self):
+            parametrized(self)[name].right_inverse(value)
+        else:  # of a layer that has this class for another tensor's sake
+            self.__dict__[name] = value
 
     return property(get, put)
 
@@ -58,6 +71,9 @@ def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
     flat = state.pop("_flat_weights", None)
     copy.__dict__.update(deepcopy(state, memo))
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]
+        if hasattr(self, slot):
+            setattr(copy, slot, deepcopy(getattr(self, slot), memo))
     if flat is not None:
         refresh(copy)
     return copy

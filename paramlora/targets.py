@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
 from paramlora.lowrank import Layout, LowRank, matrix_shape
 
+BRANCHES = "lora_branches"  # the name under which a layer holds its soft updates
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 
@@ -70,18 +70,17 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """(module path, module, tensor name, base tensor) of every parameter, each owner once."""
     for path, module in model.named_modules():
-        if ".parametrizations" in f".{path}":
+        if not {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
             continue
         for name, tensor in module.named_parameters(recurse=False):
             yield path, module, name, tensor
-        if parametrize.is_parametrized(module):
-            for name in getattr(module, "parametrizations", {}):
-                yield path, module, name, _shown(module, name)
+        for name in module._modules.get("parametrizations", {}):
+            yield path, module, name, _shown(module, name)
 
 
 def _shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
-    plist: Any = module.parametrizations[name]  # type: ignore[index]
+    plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
     if all(isinstance(p, LowRank) for p in plist):
         return plist.original  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -117,7 +116,8 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
         if path and _fits(entry.name, path):
-            inside = [f"{path}.{n}" for n, p in module.named_parameters() if p.dim() >= 2]
+            names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
+            inside = [f"{path}.{name}" for name in names]
             hint = f" Name what is inside it, for example {inside[0]}." if inside else ""
             raise TargetError(
                 f'"{entry.name}" matches {path}, a {type(module).__name__} '
