@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
-from paramlora.layers import Shared, parametrized, refresh, shared
+from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
 from paramlora.targets import BRANCHES, Target, targets
@@ -222,45 +222,53 @@ def _own(module: nn.Module) -> list[nn.Module]:
 
 def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
-    lowrank.order = _order(module)
+    lowrank.order, lowrank.former = _former(module)
     lowrank.train(module.training)
-    lists = parametrized(module)
+    lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
+    base = type(module).__bases__[0] if lists else type(module)
     if name in lists:
         lists[name].append(lowrank)
         lists[name].unsafe = True
-    elif lists and not isinstance(type(module), Shared):  # somebody else's class: torch's own way
-        parametrize.register_parametrization(module, name, lowrank, unsafe=True)
     else:
-        held = parametrize.ParametrizationList([lowrank], module._parameters.pop(name), unsafe=True)
-        base = type(module).__bases__[0] if lists else type(module)
-        module.__class__ = shared(base, frozenset(lists) | {name})
-        module._modules.setdefault("parametrizations", nn.ModuleDict())[name] = held
+        weight: Any = module._parameters.pop(name)
+        lists[name] = parametrize.ParametrizationList([lowrank], weight, unsafe=True)
+    module.__class__ = shared(base, frozenset(lists))
 
 
-def _order(module: nn.Module) -> tuple[str, ...]:
-    """The order of the parameters before the first registration, which a state dict shows."""
+def _former(module: nn.Module) -> tuple[tuple[str, ...], type]:
+    """Before the first registration: the order of the parameters, which a state dict shows,
+    and the class, which is torch's own where somebody else's parametrization was there."""
     for plist in parametrized(module).values():
         for lowrank in plist:
             if isinstance(lowrank, LowRank):
-                return lowrank.order
-    return tuple(module._parameters)
+                return lowrank.order, lowrank.former
+    return tuple(module._parameters), type(module)
 
 
 def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> None:
     """Keep only `kept` of the updates in one list; the base tensor is untouched."""
     if len(kept) == len(plist):
         return
-    soft = plist is module._modules.get(BRANCHES)
-    if not kept and soft:
-        remove_branches(module)
-    elif not kept:
-        order = _order(module)
+    if plist is module._modules.get(BRANCHES):
+        _keep(plist, kept)
+        if not kept:
+            remove_branches(module)
+        return
+    order, former = _former(module)
+    if kept:
+        _keep(plist, kept)
+    else:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for key in order:
             if key in module._parameters:
                 module._parameters[key] = module._parameters.pop(key)
         refresh(module)
-    else:
-        for index in reversed(range(len(plist))):
-            if not any(plist[index] is k for k in kept):
-                del plist[index]
+    if parametrized(module) and _former(module)[1] is type(module):  # none of ours is left
+        if all(isinstance(getattr(former, key, None), property) for key in parametrized(module)):
+            module.__class__ = former
+
+
+def _keep(held: Any, kept: list[nn.Module]) -> None:
+    for index in reversed(range(len(held))):
+        if not any(held[index] is one for one in kept):
+            del held[index]

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.lowrank import LowRank
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -36,11 +37,12 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
-    return _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+    cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+    return cls
 
 
 @cache
-def _meta(of_base: type) -> type:
+def _meta(of_base: type) -> Any:
     """`Shared`, together with a metaclass that the base brings, such as ``ABCMeta``."""
     return Shared if of_base is type else type("Shared", (Shared, of_base), {})
 
@@ -97,11 +99,17 @@ def _load(base: type) -> Any:
 
     def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, plist in parametrized(self).items():
-            if prefix + name in state:
-                stem = f"{prefix}parametrizations.{name}."
+            stem = f"{prefix}parametrizations.{name}."
+            if plist.is_tensor and prefix + name in state:
                 state[stem + "original"] = state.pop(prefix + name)
-                for key, value in plist.state_dict().items():
-                    state.setdefault(stem + key, value)
+            own = {
+                f"{stem}{index}.{key}": value
+                for index, update in enumerate(plist)
+                if isinstance(update, LowRank)
+                for key, value in update.state_dict().items()
+            }
+            if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
+                state.update(own)
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
 
     return load

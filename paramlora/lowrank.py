@@ -61,6 +61,7 @@ class LowRank(nn.Module):
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+        self.former: type = nn.Module  # the owner's class before the first, set when registered
         self.written_by_reader = False  # such as an embedding with max_norm, set by attach
         self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
         self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 import paramlora
 from paramlora.attach import lowranks
@@ -145,9 +145,43 @@ def test_attaching_in_inference_mode_gives_factors_that_train():
 
 def test_a_sweeping_pattern_passes_over_the_updates_that_are_there():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
-    paramlora.attach(model, {"0": {"r": 1, "hard": 0}, "1": {"r": 1}}, "first")
+    paramlora.attach(model, {"0": {"r": 1}, "1": {"r": 1, "hard": 0}}, "first")
     for pattern in ("re:.*", "*"):
         found = paramlora.targets(model, {pattern: {"r": 1}})
         assert [t.path for t in found] == ["0", "1"]
-    with pytest.raises(paramlora.TargetError, match=r"Name what is inside it, for example top\.0\.$"):
+    with pytest.raises(paramlora.TargetError, match=r"for example top\.0\.weight\.$"):
         paramlora.targets(nn.ModuleDict({"top": model}), {"top": {"r": 1}})
+
+
+NORMS = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "on the bias": lambda layer: parametrize.register_parametrization(layer, "bias", Twice()),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_layer_that_somebody_parametrized_loads_copies_and_returns_to_its_class(norm):
+    model = nn.ModuleDict({"layer": NORMS[norm](nn.Linear(4, 4)), "other": nn.Linear(4, 4)})
+    model.eval()
+    former = type(model.layer)
+    properties = dict(vars(former))
+    base = {k: v + 0.25 for k, v in model.state_dict().items()}
+    paramlora.attach(model, {"layer": {"r": 2}, "other": {"r": 2}}, "a")
+    fill(model)
+    x, updates = torch.randn(3, 4), paramlora.adapter_state_dict(model, "a")
+    kept = {k: v.clone() for k, v in updates.items()}
+    model.load_state_dict(base, strict=True)
+    assert all(torch.equal(updates[k], v) for k, v in kept.items())
+    whole = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(whole, strict=True)
+    with pytest.raises(RuntimeError, match="lora_B"):
+        model.load_state_dict({k: v for k, v in whole.items() if "lora_B" not in k})
+    twin, before = copy.deepcopy(model), model.layer(x)
+    fill(twin)
+    assert torch.equal(model.layer(x), before) and not torch.equal(twin.layer(x), before)
+    paramlora.detach(model)
+    assert type(model.layer) is former and dict(vars(former)) == properties
+    assert type(model.other) is nn.Linear
+    state = model.state_dict()
+    assert list(state) == list(base) and all(torch.equal(state[k], base[k]) for k in base)
