@@ -1,9 +1,11 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,14 +41,17 @@ def attach(
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
     parsed = as_config(config)
-    if adapter in adapter_names(model):
-        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+    if not isinstance(adapter, str) or not adapter:
+        raise AdapterError(f"an adapter's name must be a non-empty string, got {adapter!r}.")
     chosen = targets(model, parsed, strict)
+    there = adapter_names(model)
+    if adapter in there:
+        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
     modules = dict(model.named_modules())
     owners = [modules[target.module] for target in chosen]
     with torch.inference_mode(False):  # else nothing made here could ever be trained
         fresh = _fresh(model, chosen, owners, adapter)
-    frozen = not parsed.trainable_model and not adapter_names(model)
+    frozen = not parsed.trainable_model and not there
     with _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
@@ -59,7 +64,22 @@ def attach(
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
-    """Take updates off without merging; the base comes back bit for bit."""
+    """Take updates off without merging; the base comes back bit for bit.
+
+    What `attach` froze stays frozen, as ``model.requires_grad_(True)`` undoes.
+
+    Args:
+        model: with adapters attached, or none: then nothing happens.
+        adapters: a name or several; all when None.
+
+    Raises:
+        AdapterError: an adapter that is not attached.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> before = layer.weight
+        >>> assert detach(attach(layer, {"weight": {"r": 2}})).weight is before
+    """
     chosen = check_adapters(model, adapters)
     for module in list(model.modules()):
         for name, plist in updates_of(module):
@@ -72,16 +92,42 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     """Which adapters act, and how strongly; those not named are switched off.
 
     Raises:
-        AdapterError: a name that is not attached.
+        AdapterError: a name that is not attached, or a strength that is no finite number.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 1}}, adapter="style")
+        >>> set_adapters(model, {"style": 0.7})
+        >>> assert model.parametrizations.weight[0].strength == 0.7
     """
+    if not isinstance(strengths, Mapping):
+        raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
+    wanted = {name: _strength(name, value) for name, value in strengths.items()}
     for _, _, lowrank in lowranks(model):
-        lowrank.strength = float(strengths.get(lowrank.adapter, 0.0))
+        lowrank.strength = wanted.get(lowrank.adapter, 0.0)
+
+
+def _strength(name: str, value: Any) -> float:
+    # bool is refused as in the configuration: on and off are what a mapping without a name says
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise AdapterError(
+            f'adapter "{name}": its strength must be a finite number, got {value!r}.'
+        )
+    return float(value)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is the base, exactly."""
+    """Inside the block the model is the base, exactly.
+
+    The strengths belong to the model: another thread that calls it meanwhile also sees the base.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        >>> with disable_adapters(model):
+        ...     assert model.weight is model.parametrizations.weight.original
+    """
     before = [(lowrank, lowrank.strength) for _, _, lowrank in lowranks(model)]
     try:
         for lowrank, _ in before:
@@ -119,6 +165,8 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     """The named adapters (all when None), or an AdapterError that lists what is there."""
     there = adapter_names(model)
     names = there if adapters is None else [adapters] if isinstance(adapters, str) else adapters
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        raise AdapterError(f"expected the names of adapters, got {names!r}.")
     for name in names:
         if name not in there:
             raise AdapterError(
