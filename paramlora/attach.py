@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from paramlora.config import ConfigLike, as_config
+from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
 from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
@@ -41,12 +41,10 @@ def attach(
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
     parsed = as_config(config)
-    if not isinstance(adapter, str) or not adapter:
-        raise AdapterError(f"an adapter's name must be a non-empty string, got {adapter!r}.")
     chosen = targets(model, parsed, strict)
     there = adapter_names(model)
-    if adapter in there:
-        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+    _check_name(adapter, there)
+    _warn_frozen(model, parsed)
     modules = dict(model.named_modules())
     owners = [modules[target.module] for target in chosen]
     with torch.inference_mode(False):  # else nothing made here could ever be trained
@@ -56,6 +54,7 @@ def attach(
         if frozen:
             model.requires_grad_(False)
         for module, target, lowrank in fresh:
+            lowrank.train(module.training)
             if isinstance(lowrank, Branch):
                 add_branch(module, lowrank)
             else:
@@ -157,8 +156,8 @@ def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     """(tensor name, torch's list of parametrizations or our list of soft branches)."""
-    branches = module._modules.get(BRANCHES)
-    return [*parametrized(module).items(), *([("weight", branches)] if branches else [])]
+    soft = [("weight", module._modules[BRANCHES])] if BRANCHES in module._modules else []
+    return [*parametrized(module).items(), *soft]
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
@@ -173,6 +172,25 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
                 f'no adapter "{name}" is attached. Attached: {", ".join(there) or "none"}.'
             )
     return list(names)
+
+
+def _check_name(adapter: Any, there: list[str]) -> None:
+    if not isinstance(adapter, str) or not adapter:
+        raise AdapterError(f"an adapter's name must be a non-empty string, got {adapter!r}.")
+    if adapter in there:
+        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+
+
+def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
+    updates = {id(p) for _, _, lowrank in lowranks(model) for p in lowrank.parameters()}
+    base = (p for p in model.parameters() if id(p) not in updates)
+    if config.trainable_model and not any(p.requires_grad for p in base):
+        warnings.warn(
+            f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
+            "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
+            ParamloraWarning,
+            stacklevel=3,
+        )
 
 
 _Fresh = list[tuple[nn.Module, Target, LowRank]]
@@ -271,7 +289,6 @@ def _own(module: nn.Module) -> list[nn.Module]:
 def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
     lowrank.order, lowrank.former = _former(module)
-    lowrank.train(module.training)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
     base = type(module).__bases__[0] if lists else type(module)
     if name in lists:

@@ -13,8 +13,9 @@ from paramlora.lowrank import LowRank
 
 def parametrized(module: nn.Module) -> Any:
     """Torch's lists of parametrizations by tensor name, empty when there are none."""
-    # not getattr: a wrapper may answer for the layer inside it
-    return module._modules.get("parametrizations", {})
+    # not getattr: a wrapper may answer for the layer inside it; not get: a scripted one has none
+    held = module._modules
+    return held["parametrizations"] if "parametrizations" in held else {}
 
 
 class Shared(type):

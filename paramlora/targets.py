@@ -98,7 +98,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
             continue
         for name, tensor in module.named_parameters(recurse=False):
             yield path, module, name, tensor
-        for name in module._modules.get("parametrizations", {}):
+        held: Any = module._modules  # a scripted module's has no get
+        for name in held["parametrizations"] if "parametrizations" in held else ():
             yield path, module, name, _shown(module, name)
 
 
@@ -117,27 +118,30 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
         full = f"{path}.{name}" if path else name
         if not (_fits(entry.name, full) or (name == "weight" and _fits(entry.name, path))):
             continue
-        reason = _unfit(entry, tensor)
+        reason = _unfit(entry, module, tensor)
         if reason is None:
             layout = _layout(module, name, tensor)
             out.append(Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype))
         elif not _broad(entry.name):
-            raise TargetError(f'"{entry.name}" matches {full}, {reason} Remove the entry.')
+            raise TargetError(f'"{entry.name}" matches {full}, {reason}')
     if not out:
         _refuse_containers(model, entry)
     return out
 
 
-def _unfit(entry: TargetConfig, tensor: torch.Tensor) -> Optional[str]:
+def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Optional[str]:
     """Why a tensor cannot be adapted, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "which torch.jit compiled. Attach to the module that it was made from."
+    reason = None
     if tensor.dim() < 2:
-        return f"of shape {list(tensor.shape)}: an update needs two or more dimensions."
-    if 0 in tensor.shape:
-        return f"of shape {list(tensor.shape)}: it is empty."
-    if entry.hard and tensor.dtype not in _FLOATS:
+        reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"
+    elif 0 in tensor.shape:
+        reason = f"of shape {list(tensor.shape)}: it is empty"
+    elif entry.hard and tensor.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-        return f"of type {str(tensor.dtype)}: a hard update needs one of {names}."
-    return None
+        reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
+    return reason and f"{reason}. Remove the entry."
 
 
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:

@@ -19,7 +19,7 @@ def picture(model):
             id(module),
             type(module),
             [(n, id(p), p.requires_grad) for n, p in module._parameters.items() if p is not None],
-            list(module._modules),
+            [name for name, _ in module.named_children()],
             list(module._forward_hooks),
             list(module._forward_pre_hooks),
         )
@@ -138,3 +138,28 @@ def test_adapters_that_are_not_there(verb):
     with pytest.raises(paramlora.AdapterError, match="expected the names of adapters, got 3"):
         verb(model, 3)
     assert picture(model) == before
+
+
+def test_a_scripted_layer_is_refused_as_a_target_and_left_alone_elsewhere():
+    scripted = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    model = nn.Sequential(nn.Linear(3, 3), scripted)
+    before = picture(model)
+    with pytest.raises(paramlora.TargetError, match="1.weight, which torch.jit compiled. Attach"):
+        paramlora.attach(model, {"1": {"r": 1}})
+    assert picture(model) == before
+    paramlora.attach(model, {"re:.*": {"r": 1}})
+    assert [path for path, _, _ in lowranks(model)] == ["0"]
+    x, y = torch.ones(1, 3), model(torch.ones(1, 3))
+    assert torch.equal(paramlora.merge(model)(x), y)
+
+
+@pytest.mark.parametrize("frozen", (True, False))
+def test_a_trainable_model_of_which_nothing_can_train_is_a_warning(frozen):
+    model = nn.Sequential(nn.Linear(3, 3))
+    if frozen:
+        paramlora.attach(model, {"0": {"r": 1}}, "first")
+        with pytest.warns(paramlora.ParamloraWarning, match='"trainable_model" is set, but no par'):
+            paramlora.attach(model, {"0": {"r": 1}, "trainable_model": 1}, "second")
+    else:
+        paramlora.attach(model, {"0": {"r": 1}, "trainable_model": 1}, "second")
+    assert model[0].bias.requires_grad is not frozen
