@@ -14,8 +14,8 @@ from paramlora.lowrank import LowRank
 def parametrized(module: nn.Module) -> Any:
     """Torch's lists of parametrizations by tensor name, empty when there are none."""
     # not getattr: a wrapper may answer for the layer inside it; not get: a scripted one has none
-    held = module._modules
-    return held["parametrizations"] if "parametrizations" in held else {}
+    held = module._modules["parametrizations"] if "parametrizations" in module._modules else None
+    return held if isinstance(held, nn.ModuleDict) else {}
 
 
 class Shared(type):

@@ -98,8 +98,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
             continue
         for name, tensor in module.named_parameters(recurse=False):
             yield path, module, name, tensor
-        held: Any = module._modules  # a scripted module's has no get
-        for name in held["parametrizations"] if "parametrizations" in held else ():
+        lists = dict(module.named_children()).get("parametrizations")
+        for name in lists if isinstance(lists, nn.ModuleDict) else ():
             yield path, module, name, _shown(module, name)
 
 
@@ -133,6 +133,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     """Why a tensor cannot be adapted, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "which torch.jit compiled. Attach to the module that it was made from."
+    if entry.hard and getattr(module, "sparse", False) is True:
+        return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
     reason = None
     if tensor.dim() < 2:
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"

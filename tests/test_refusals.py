@@ -60,6 +60,11 @@ RECOMPUTED = "no weight of its own to adapt, because a hook computes it anew bef
         (lambda: Holder(torch.ones(4)), r"of shape [4]: an update needs two or more dimensions"),
         (lambda: Holder(torch.ones(4, 0)), r"of shape [4, 0]: it is empty"),
         (lambda: nn.LazyLinear(3), "0.weight has no shape yet. Call the model once on an example"),
+        (
+            lambda: nn.Embedding(9, 4, sparse=True),
+            "whose gradients are sparse, which no update can",
+        ),
+        (lambda: nn.EmbeddingBag(9, 4, sparse=True), "Make the layer sparse=False"),
         (weight_normed, RECOMPUTED),
         (lambda: nn.utils.spectral_norm(nn.Linear(4, 3)), RECOMPUTED),
         (pruned, RECOMPUTED),
@@ -163,3 +168,10 @@ def test_a_trainable_model_of_which_nothing_can_train_is_a_warning(frozen):
     else:
         paramlora.attach(model, {"0": {"r": 1}, "trainable_model": 1}, "second")
     assert model[0].bias.requires_grad is not frozen
+
+
+def test_a_layer_of_the_users_own_called_parametrizations_is_left_alone():
+    model = nn.ModuleDict({"parametrizations": nn.Linear(3, 3), "other": nn.Linear(3, 3)})
+    paramlora.attach(model, {"other": {"r": 1}})
+    assert [path for path, _, _ in lowranks(model)] == ["other"]
+    assert type(paramlora.merge(model)["other"]) is nn.Linear
