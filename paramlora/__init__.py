@@ -16,6 +16,7 @@ from paramlora.errors import (
     TargetError,
 )
 from paramlora.files import load_adapter, save_adapter
+from paramlora.inputs import disable_input_grads, enable_input_grads
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
 from paramlora.optim import parameter_groups, trainable_parameters
@@ -39,6 +40,8 @@ __all__ = [
     "attach",
     "detach",
     "disable_adapters",
+    "disable_input_grads",
+    "enable_input_grads",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",

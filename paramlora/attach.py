@@ -14,10 +14,14 @@ from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.init import initialise
+from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
-from paramlora.targets import BRANCHES, Target, targets
+from paramlora.switch import Switched
+from paramlora.targets import BRANCHES, Target, shown, targets
+from paramlora.whole import Whole
 
 
 def attach(
@@ -47,18 +51,22 @@ def attach(
     _warn_frozen(model, parsed)
     modules = dict(model.named_modules())
     owners = [modules[target.module] for target in chosen]
+    for module, target in zip(owners, chosen):
+        _check_alone(module, target)
     with torch.inference_mode(False):  # else nothing made here could ever be trained
         fresh = _fresh(model, chosen, owners, adapter)
     frozen = not parsed.trainable_model and not there
     with _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
-        for module, target, lowrank in fresh:
-            lowrank.train(module.training)
-            if isinstance(lowrank, Branch):
-                add_branch(module, lowrank)
+        for module, target, update in fresh:
+            update.train(module.training)
+            if isinstance(update, Branch):
+                add_branch(module, update)
             else:
-                _register(module, target.tensor, lowrank)
+                _register(module, target.tensor, update)
+    if checkpoints_reentrantly(model):
+        enable_input_grads(model)
     return model
 
 
@@ -82,9 +90,16 @@ def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mo
     chosen = check_adapters(model, adapters)
     for module in list(model.modules()):
         for name, plist in updates_of(module):
-            kept = [p for p in plist if not (isinstance(p, LowRank) and p.adapter in chosen)]
+            kept = [p for p in plist if not (isinstance(p, Switched) and p.adapter in chosen)]
             replace(module, name, plist, kept)
+    tidy(model)
     return model
+
+
+def tidy(model: nn.Module) -> None:
+    """After the last adapter nothing of ours stays on the model."""
+    if not adapter_names(model):
+        disable_input_grads(model)
 
 
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -102,8 +117,8 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
     wanted = {name: _strength(name, value) for name, value in strengths.items()}
-    for _, _, lowrank in lowranks(model):
-        lowrank.strength = wanted.get(lowrank.adapter, 0.0)
+    for _, _, update in updates(model):
+        update.strength = wanted.get(update.adapter, 0.0)
 
 
 def _strength(name: str, value: Any) -> float:
@@ -127,31 +142,38 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         >>> with disable_adapters(model):
         ...     assert model.weight is model.parametrizations.weight.original
     """
-    before = [(lowrank, lowrank.strength) for _, _, lowrank in lowranks(model)]
+    before = [(update, update.strength) for _, _, update in updates(model)]
     try:
-        for lowrank, _ in before:
-            lowrank.strength = 0.0
+        for update, _ in before:
+            update.strength = 0.0
         yield model
     finally:
-        for lowrank, strength in before:
-            lowrank.strength = strength
+        for update, strength in before:
+            update.strength = strength
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order of attaching."""
-    return list(dict.fromkeys(lowrank.adapter for _, _, lowrank in lowranks(model)))
+    return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """(path of the tensor in files, owner, update) of every attached update, each once."""
+    """(path of the tensor in files, owner, update) of every low-rank update, each once."""
+    for stem, module, update in updates(model):
+        if isinstance(update, LowRank):
+            yield stem, module, update
+
+
+def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
+    """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, plist in updates_of(module):
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
-            for lowrank in plist:
-                if isinstance(lowrank, LowRank) and id(lowrank) not in seen:
-                    seen.add(id(lowrank))
-                    yield stem, module, lowrank
+            for update in plist:
+                if isinstance(update, Switched) and id(update) not in seen:
+                    seen.add(id(update))
+                    yield stem, module, update
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -182,8 +204,8 @@ def _check_name(adapter: Any, there: list[str]) -> None:
 
 
 def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
-    updates = {id(p) for _, _, lowrank in lowranks(model) for p in lowrank.parameters()}
-    base = (p for p in model.parameters() if id(p) not in updates)
+    ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
+    base = (p for p in model.parameters() if id(p) not in ours)
     if config.trainable_model and not any(p.requires_grad for p in base):
         warnings.warn(
             f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
@@ -193,7 +215,7 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
         )
 
 
-_Fresh = list[tuple[nn.Module, Target, LowRank]]
+_Fresh = list[tuple[nn.Module, Target, Switched]]
 
 
 def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> _Fresh:
@@ -215,17 +237,47 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
     return out
 
 
-def _new(module: nn.Module, target: Target, adapter: str) -> LowRank:
+def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
     entry, base = target.entry, base_of(module, target.tensor)
-    weight = base.detach() if tuple(base.shape) == target.shape else base.new_empty(target.shape)
+    update: Switched
+    if entry.whole:
+        update = Whole(_value(module, target), adapter)
+    else:
+        fits = tuple(base.shape) == target.shape
+        update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
+        if entry.init != "default":
+            initialise(update, _value(module, target), entry.init)
+        update.dropout = entry.dropout
+    if entry.adapter_dtype is not None:
+        update.to(getattr(torch, entry.adapter_dtype))
+    update.entry = entry
+    update.written_by_reader = getattr(module, "max_norm", None) is not None
+    return update
+
+
+def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
+    entry = target.entry
     options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
     if entry.hard:
-        lowrank = LowRank(weight, *options)
-    else:
-        lowrank = Branch(weight, *options, kernel=kernel_of(module, entry.up_kernel))
-    lowrank.entry = entry
-    lowrank.written_by_reader = getattr(module, "max_norm", None) is not None
-    return lowrank
+        return LowRank(weight.detach(), *options)
+    return Branch(weight.detach(), *options, kernel=kernel_of(module, entry.up_kernel))
+
+
+def _value(module: nn.Module, target: Target) -> Tensor:
+    """What the tensor shows before this update."""
+    known = module._parameters.get(target.tensor)
+    return shown(module, target.tensor).detach() if known is None else known.detach()
+
+
+def _check_alone(module: nn.Module, target: Target) -> None:
+    there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    for update in there:
+        if isinstance(update, Whole) or (target.entry.whole and isinstance(update, LowRank)):
+            raise AdapterError(
+                f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
+                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
+                "Detach or merge that adapter first."
+            )
 
 
 def holders(model: nn.Module) -> "Counter[int]":
@@ -286,17 +338,17 @@ def _own(module: nn.Module) -> list[nn.Module]:
     return [m for held in lists if held is not None for m in held.modules()]
 
 
-def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
+def _register(module: nn.Module, name: str, update: Switched) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
-    lowrank.order, lowrank.former = _former(module)
+    update.order, update.former = _former(module)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
     base = type(module).__bases__[0] if lists else type(module)
     if name in lists:
-        lists[name].append(lowrank)
+        lists[name].append(update)
         lists[name].unsafe = True
     else:
         weight: Any = module._parameters.pop(name)
-        lists[name] = parametrize.ParametrizationList([lowrank], weight, unsafe=True)
+        lists[name] = parametrize.ParametrizationList([update], weight, unsafe=True)
     module.__class__ = shared(base, frozenset(lists))
 
 
@@ -304,9 +356,9 @@ def _former(module: nn.Module) -> tuple[tuple[str, ...], type]:
     """Before the first registration: the order of the parameters, which a state dict shows,
     and the class, which is torch's own where somebody else's parametrization was there."""
     for plist in parametrized(module).values():
-        for lowrank in plist:
-            if isinstance(lowrank, LowRank):
-                return lowrank.order, lowrank.former
+        for update in plist:
+            if isinstance(update, Switched):
+                return update.order, update.former
     return tuple(module._parameters), type(module)
 
 
@@ -328,12 +380,20 @@ def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> 
             if key in module._parameters:
                 module._parameters[key] = module._parameters.pop(key)
         refresh(module)
-    if parametrized(module) and _former(module)[1] is type(module):  # none of ours is left
-        if all(isinstance(getattr(former, key, None), property) for key in parametrized(module)):
-            module.__class__ = former
+    if parametrized(module):
+        module.__class__ = _class_of_the_rest(module, former)
 
 
 def _keep(held: Any, kept: list[nn.Module]) -> None:
     for index in reversed(range(len(held))):
         if not any(held[index] is one for one in kept):
             del held[index]
+
+
+def _class_of_the_rest(module: nn.Module, former: type) -> type:
+    """The class for the parametrizations that are left: torch's own where none is ours."""
+    lists, cls = parametrized(module), type(module)
+    ours = _former(module)[1] is not cls
+    if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
+        return former
+    return shared(cls.__bases__[0], frozenset(lists))

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -10,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from paramlora.attach import attach, detach, lowranks
-from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.attach import attach, detach, updates
+from paramlora.config import FROM_WEIGHT, LoRAConfig, TargetConfig
 from paramlora.errors import ConfigError, FileError
 from paramlora.state import adapter_state_dict, load_adapter_state_dict
 
@@ -64,8 +65,14 @@ def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None
 
 
 def _entries(model: nn.Module, adapter: str) -> list[TargetConfig]:
-    found = [low.entry for _, _, low in lowranks(model) if low.adapter == adapter]
-    return [entry for entry in dict.fromkeys(found) if entry is not None]
+    found = [update.entry for _, _, update in updates(model) if update.adapter == adapter]
+    return [_plain(entry) for entry in dict.fromkeys(found) if entry is not None]
+
+
+def _plain(entry: TargetConfig) -> TargetConfig:
+    """The entry of what is saved, which starts from its own values."""
+    r = 2 * entry.r if entry.init in FROM_WEIGHT else entry.r
+    return replace(entry, r=r, init="default")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
-from paramlora.lowrank import LowRank
+from paramlora.forwards import forward_of
+from paramlora.switch import Switched
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -38,6 +39,9 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
+    fast = forward_of(base) if names == {"weight"} else None
+    if fast is not None:
+        body["forward"] = fast
     cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
     return cls
 
@@ -106,7 +110,7 @@ def _load(base: type) -> Any:
             own = {
                 f"{stem}{index}.{key}": value
                 for index, update in enumerate(plist)
-                if isinstance(update, LowRank)
+                if isinstance(update, Switched)
                 for key, value in update.state_dict().items()
             }
             if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):

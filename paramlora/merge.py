@@ -6,13 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramlora.attach import check_adapters, holders, lowranks, replace, updates_of
+from paramlora.attach import (
+    check_adapters,
+    holders,
+    replace,
+    tidy,
+    updates,
+    updates_of,
+)
 from paramlora.errors import AdapterError
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
+from paramlora.switch import Switched
+from paramlora.whole import Whole
 
-_Job = tuple[nn.Module, str, list[LowRank]]
+_Job = tuple[nn.Module, str, list[Switched]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
 
 
@@ -42,7 +51,7 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
     chosen = check_adapters(model, adapters)
-    for path, _, lowrank in lowranks(model):
+    for path, _, lowrank in updates(model):
         if lowrank.adapter in chosen:
             _check_finite(path, lowrank)
             if isinstance(lowrank, Branch):
@@ -61,15 +70,16 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         _write(group, whole=len(group) == count[base])
         for (module, name, ours), _ in group:
             _erase(module, name, ours)
+    tidy(model)
     return model
 
 
-def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[LowRank]:
+def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[Switched]:
     lists = [held for tensor, held in updates_of(module) if tensor == name]
-    return [p for held in lists for p in held if isinstance(p, LowRank) and p.adapter in chosen]
+    return [p for held in lists for p in held if isinstance(p, Switched) and p.adapter in chosen]
 
 
-def _among(update: nn.Module, updates: list[LowRank]) -> bool:
+def _among(update: nn.Module, updates: list[Switched]) -> bool:
     return any(update is one for one in updates)
 
 
@@ -89,13 +99,13 @@ def _write(group: list[tuple[_Job, _Values]], whole: bool) -> None:
     _fold(base, group[0][0][2])
 
 
-def _erase(module: nn.Module, name: str, ours: list[LowRank]) -> None:
+def _erase(module: nn.Module, name: str, ours: list[Switched]) -> None:
     for tensor, held in updates_of(module):
         if tensor == name:
             replace(module, name, held, [p for p in held if not _among(p, ours)])
 
 
-def _identity(module: nn.Module, name: str, ours: list[LowRank]) -> tuple[int, ...]:
+def _identity(module: nn.Module, name: str, ours: list[Switched]) -> tuple[int, ...]:
     owner, attribute = _stored(module, name)
     return (id(getattr(owner, attribute)), *map(id, ours))
 
@@ -108,17 +118,19 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _fold(base: nn.Parameter, updates: list[LowRank]) -> None:
-    total = base.to(updates[0].lora_A.dtype)
+def _fold(base: nn.Parameter, updates: list[Switched]) -> None:
+    total = base.to(torch.promote_types(base.dtype, torch.float32))
     for update in updates:
-        if update.strength != 0:
-            total = total + update.delta(base.shape)
+        if isinstance(update, Whole):
+            total = update(total)
+        elif isinstance(update, LowRank) and update.acts:
+            total = total + update.delta(base.shape, total.dtype)
     if 0 in base.stride():  # expanded: its elements share memory, which the sum's cannot
         base.data = base.data.clone(memory_format=torch.contiguous_format)
     base.copy_(total)
 
 
-def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> _Values:
+def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
     """(stored tensor, new value) where another parametrization acts before an update.
 
     Empty where the updates come first: they then add to the stored tensor itself.
@@ -126,7 +138,7 @@ def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> _Values:
     if name in module._parameters:
         return []
     plist: Any = parametrized(module)[name]
-    others = [i for i, p in enumerate(plist) if not isinstance(p, LowRank)]
+    others = [i for i, p in enumerate(plist) if not isinstance(p, Switched)]
     first = [i for i, p in enumerate(plist) if _among(p, ours)]
     soft = [p for p in ours if isinstance(p, Branch)]
     if not others or (not soft and first[-1] < others[0]):
@@ -144,7 +156,8 @@ def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> _Values:
     ]
     wanted = _through(chain, stored)
     for branch in soft:
-        wanted = (wanted.to(branch.lora_A.dtype) + branch.delta(wanted.shape)).to(wanted.dtype)
+        wide = torch.promote_types(wanted.dtype, torch.float32)
+        wanted = (wanted.to(wide) + branch.delta(wanted.shape, wide)).to(wanted.dtype)
     new = _back(module, name, rules, wanted)
     close = 64 * torch.finfo(wanted.dtype).eps
     if not torch.allclose(_through(rules, new), wanted, rtol=close, atol=close):
@@ -178,7 +191,7 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
     )
 
 
-def _check_finite(path: str, lowrank: LowRank) -> None:
+def _check_finite(path: str, lowrank: Switched) -> None:
     for name, tensor in lowrank.state_dict().items():
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise AdapterError(

@@ -2,24 +2,24 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from paramlora.attach import check_adapters, lowranks
+from paramlora.attach import check_adapters, updates
 from paramlora.errors import FileError
-
-_NAMES = ("lora_A", "lora_B", "lora_scale")
+from paramlora.switch import Switched
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """``{"<module path>.lora_A": ...}``: the adapter's own tensors, detached, not copied.
 
     A tensor other than ``weight`` has its name in the path, such as ``lstm.weight_ih_l0.lora_A``.
+    One that is trained whole is ``lora_whole``. After ``"init": "pissa"`` or ``"olora"`` the
+    factors are new tensors, of twice the rank: a plain adapter for the unchanged base.
 
     Raises:
         AdapterError: `adapter` is not attached.
     """
-    return {key: tensor.detach() for key, tensor in _live(model, adapter).items()}
+    return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
 
 
 def load_adapter_state_dict(
@@ -31,7 +31,8 @@ def load_adapter_state_dict(
         AdapterError: `adapter` is not attached.
         FileError: missing or unexpected keys, or another shape.
     """
-    live = _live(model, adapter)
+    stems = _stems(model, adapter)
+    live = _live(stems)
     missing = sorted(live.keys() - state.keys())
     unexpected = sorted(state.keys() - live.keys())
     if missing or unexpected:
@@ -46,17 +47,23 @@ def load_adapter_state_dict(
                 f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
                 "Was it made for another model or rank?"
             )
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(state[key])
+    for stem, update in stems.items():
+        update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model
 
 
-def _live(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def _stems(model: nn.Module, adapter: str) -> dict[str, Switched]:
     check_adapters(model, adapter)
+    return {path: update for path, _, update in updates(model) if update.adapter == adapter}
+
+
+def _live(stems: Mapping[str, Switched]) -> dict[str, Tensor]:
     return {
-        f"{path}.{name}" if path else name: getattr(lowrank, name)
-        for path, _, lowrank in lowranks(model)
-        if lowrank.adapter == adapter
-        for name in _NAMES
+        _key(stem, name): tensor
+        for stem, update in stems.items()
+        for name, tensor in update.plain().items()
     }
+
+
+def _key(stem: str, name: str) -> str:
+    return f"{stem}.{name}" if stem else name

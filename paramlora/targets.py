@@ -1,6 +1,7 @@
 """Matching the entries of a configuration to the tensors of a model. Changes nothing."""
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from paramlora.config import ConfigLike, LoRAConfig, TargetConfig, as_config
+from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
 from paramlora.lowrank import Layout, LowRank, matrix_shape
 
@@ -40,7 +41,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Elements of ``lora_A`` and ``lora_B`` together."""
+        """Elements of ``lora_A`` and ``lora_B`` together, or of the tensor trained whole."""
+        if self.entry.whole:
+            return math.prod(self.shape)
         stack, out, fan_in = matrix_shape(self.shape, self.layout)
         return stack * self.entry.r * (out + fan_in)
 
@@ -69,6 +72,8 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
     for target in chosen:
+        if target.entry.whole:
+            continue
         _check_rank(target)
         _check_scale(target)
         if not target.entry.hard:
@@ -100,10 +105,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
             yield path, module, name, tensor
         lists = dict(module.named_children()).get("parametrizations")
         for name in lists if isinstance(lists, nn.ModuleDict) else ():
-            yield path, module, name, _shown(module, name)
+            yield path, module, name, shown(module, name)
 
 
-def _shown(module: nn.Module, name: str) -> torch.Tensor:
+def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
     plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
     if all(isinstance(p, LowRank) for p in plist):
@@ -113,6 +118,8 @@ def _shown(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
+    if entry.whole:
+        return _whole(model, entry)
     out = []
     for path, module, name, tensor in _tensors(model):
         full = f"{path}.{name}" if path else name
@@ -144,6 +151,24 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
     return reason and f"{reason}. Remove the entry."
+
+
+def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
+    """Every tensor that the entry names, or that lies anywhere in a module that it names."""
+    out = []
+    for path, module, name, tensor in _tensors(model):
+        parts = [part for part in path.split(".") if part] + [name]
+        above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        if not any(_fits(entry.name, one) for one in above):
+            continue
+        if not tensor.is_floating_point():
+            raise TargetError(
+                f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
+                "cannot train. Name another, or adapt it with r."
+            )
+        layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
+        out.append(Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype))
+    return out
 
 
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
@@ -250,10 +275,13 @@ def _check_scale(target: Target) -> None:
 
 def _check_rank(target: Target) -> None:
     _, out, fan_in = matrix_shape(target.shape, target.layout)
-    if target.entry.r > min(out, fan_in):
+    twice = target.entry.init in FROM_WEIGHT
+    most = min(out, fan_in) // 2 if twice else min(out, fan_in)
+    if target.entry.r > most:
+        also = f' ("init": "{target.entry.init}" is saved at twice its rank)' if twice else ""
         raise TargetError(
             f'"{target.entry.name}": r = {target.entry.r} is more than {target.path or "weight"} '
-            f"holds: its matrix is {out}×{fan_in}. Give r of at most {min(out, fan_in)}."
+            f"holds: its matrix is {out}×{fan_in}{also}. Give r of at most {most}."
         )
 
 

@@ -53,6 +53,33 @@ def test_somebodys_parametrization_of_another_tensor_stays_with_its_layer():
     torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("how", ("torch", "merge", "detach"))
+@pytest.mark.parametrize(
+    "layer, shape",
+    ((nn.Linear(4, 4), (4,)), (nn.Conv2d(4, 4, 1), (4, 2, 2)), (nn.LSTM(4, 4), (4,))),
+)
+def test_somebodys_parametrization_outlives_ours(how, layer, shape):
+    model, x = copy.deepcopy(layer).double(), torch.randn(3, *shape).double()
+    weight, bias = (
+        ("weight_ih_l0", "bias_ih_l0") if isinstance(model, nn.LSTM) else ("weight", "bias")
+    )
+    paramlora.attach(model, {weight: {"r": 2}})
+    fill(model)
+    parametrize.register_parametrization(model, bias, Twice())
+    ((_, _, low),) = lowranks(model)
+    plain = copy.deepcopy(layer).double()
+    if how != "detach":
+        known = getattr(plain, weight)
+        known.data += (low.lora_B @ low.lora_A).detach().reshape(known.shape)
+    if how == "torch":
+        parametrize.remove_parametrizations(model, weight, leave_parametrized=True)
+    else:
+        getattr(paramlora, how)(model)
+    for found in (model, copy.deepcopy(model)):
+        got, want = found(x), plain(x)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 class Symmetric(nn.Module):
     def forward(self, x):
         return x.triu() + x.triu(1).T
