@@ -204,9 +204,10 @@ def _check_name(adapter: Any, there: list[str]) -> None:
 
 
 def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
+    if not config.trainable_model:
+        return
     ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
-    base = (p for p in model.parameters() if id(p) not in ours)
-    if config.trainable_model and not any(p.requires_grad for p in base):
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
         warnings.warn(
             f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
             "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
