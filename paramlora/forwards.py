@@ -39,7 +39,9 @@ def honours_dropout(base: type) -> bool:
 
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
     """The updates that act, or None where only the definition is right."""
-    plist: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    plist: Any = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    if plist is None:  # torch removed ours, and somebody's of another tensor is left
+        return None
     held: Any = plist._modules.values()
     for update in held:
         if type(update) is not LowRank:
@@ -119,10 +121,10 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
     updates = _updates(self, input)
-    weight = _original(self)
-    if updates is None or input.dim() != weight.dim():
+    if updates is None or input.dim() != len(self.kernel_size) + 2:
         y: Tensor = type(self).__bases__[0].forward(self, input)  # type: ignore[attr-defined]
         return y
+    weight = _original(self)
     if not updates:
         y = self._conv_forward(input, weight, self.bias)
         return y

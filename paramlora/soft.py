@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from paramlora.errors import AdapterError
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
+from paramlora.targets import BRANCHES
 
-BRANCHES = "lora_branches"
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 

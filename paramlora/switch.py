@@ -23,6 +23,7 @@ class Switched(nn.Module):
     acts: bool
     fully: bool
     order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+    former: type = nn.Module  # the owner's class before the first, set when registered
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
 
