@@ -60,6 +60,7 @@ class Frozen:
     """The VAE encoder and the text encoder, which turn a batch into the U-Net's arguments."""
 
     def __init__(self, dtype: torch.dtype, tiny: bool) -> None:
+        torch.manual_seed(0)  # the same weights in every process
         with torch.device(device()):
             self.vae, self.clip = _vae(tiny), _clip(tiny)
         for model in (self.vae, self.clip):
