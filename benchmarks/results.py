@@ -127,9 +127,10 @@ def diffusion_table(content: dict[str, Any]) -> str:
         + [cell.get(way, "") for way in ways]
         for (image, batch, saved), cell in cells.items()
     ]
+    kinds = ("trainable", "checkpoint_bytes", "reduced_bytes")
     sizes = [
-        [w, f"{v['trainable']:,}", f"{v['checkpoint_bytes']:,}", f"{v.get('reduced_bytes', 0):,}"]
-        for w, v in content["ways"].items()
+        [way, *(f"{values[kind]:,}" if kind in values else "" for kind in kinds)]
+        for way, values in content["ways"].items()
     ]
     header = ["way", "trainable parameters", "checkpoint bytes", "bytes reduced a step"]
     table = markdown(["image size & batch", "checkpointing", *ways], lines)

@@ -223,6 +223,8 @@ def run_cell(
         row.update(_timed(training, frozen, image, batch, checkpointing))
     except torch.cuda.OutOfMemoryError:
         row["outcome"] = "OOM"
+    except RuntimeError as reason:  # recorded, so that one cell does not lose the others
+        row["outcome"] = f"{type(reason).__name__}: {reason}"[:120]
     training.release()
     return row
 
@@ -263,8 +265,11 @@ def _synchronise() -> None:
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[int, int, bool]]:
+    """(image size, batch on each device, with checkpointing)"""
     if options.tiny:
         chosen, checkpointed = [(64, 2)], [(64, 2)]
+    elif options.cells:
+        chosen, checkpointed = [tuple(map(int, c.split("x"))) for c in options.cells], []
     else:
         chosen, checkpointed = (QUICK, [(512, 8)]) if options.quick else (CELLS, CHECKPOINTED)
     yield from ((*cell, False) for cell in chosen)
@@ -288,7 +293,8 @@ def fill(options: argparse.Namespace) -> dict[str, Any]:
             share = (options.ways.index(way) + 1) / len(options.ways)  # each way's part of the time
             if _elapsed(started) < options.limit * share:
                 rows.append(run_cell(training, frozen, image, batch, checkpointing))
-                ways[way]["reduced_bytes"] = training.reduced
+                if processes() > 1 and not options.fsdp:
+                    ways[way]["reduced_bytes"] = training.reduced
             else:
                 late = {"way": way, "image": image, "batch": batch, "checkpointing": checkpointing}
                 rows.append({**late, "outcome": "not run: no time left"})
@@ -349,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--no-tf32", dest="tf32", action="store_false")
     parser.add_argument("--quick", action="store_true", help="a few cells")
+    parser.add_argument("--cells", nargs="+", help="such as 512x4: image size x batch, only these")
     parser.add_argument("--tiny", action="store_true", help="tiny models, for the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timed steps in a cell")
     parser.add_argument("--limit", type=float, default=450, help="seconds, then cells are skipped")
