@@ -69,10 +69,9 @@ CPU = {
         linear(1024, 320, 320, 8),
         linear(256, 768, 768, 8, bias=True),
         linear(64, 1024, 1024, 16),
-        linear(512, 1024, 4096, 16),
     ],
     "small": SMALL,
-    "other": convolutions(2, 32, 32, 4) + [embedding(512, 5000, 256, 8)],
+    "other": convolutions(2, 32, 16, 4) + [embedding(512, 2000, 128, 8)],
 }
 TINY = {  # runs in a second; keeps this code from rotting
     "linear": [linear(8, 16, 24, 2, bias=True)],

@@ -102,6 +102,41 @@ def many_table(content: dict[str, Any]) -> str:
     return "Seconds\n\n" + markdown(["way", "layers", *acts], lines)
 
 
+def finetune_table(content: dict[str, Any]) -> str:
+    """The final losses relative to the start: as computed, and as learned (each seed's)."""
+    lines = []
+    for curve in content["curves"]:
+        seeds = [", ".join(f"{v:.4f}" for v in curve["final"][k]) for k in ("computed", "learned")]
+        lines.append([curve["way"], *seeds])
+    title = f"Loss at the end / at the start; the update is {content['options']['size']:.0e} of W"
+    return f"{title}\n\n" + markdown(["way", "as computed, each seed", "as learned"], lines)
+
+
+def diffusion_table(content: dict[str, Any]) -> str:
+    """A line for each size and batch, a cell for each way: speed and peak memory, or OOM."""
+    ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in content["rows"]:
+        key = (row["image"], row["batch"], row["checkpointing"])
+        cells.setdefault(key, {})[row["way"]] = row.get("outcome") or (
+            f"{row['per_second']:.2f} it/s, {row['peak_mib']:.0f} MiB"
+        )
+    count = content["processes"]
+    lines = [
+        [f"{image} & {batch}" + (f"×{count}" if count > 1 else ""), "yes" if saved else "no"]
+        + [cell.get(way, "") for way in ways]
+        for (image, batch, saved), cell in cells.items()
+    ]
+    kinds = ("trainable", "checkpoint_bytes", "reduced_bytes")
+    sizes = [
+        [way, *(f"{values[kind]:,}" if kind in values else "" for kind in kinds)]
+        for way, values in content["ways"].items()
+    ]
+    header = ["way", "trainable parameters", "checkpoint bytes", "bytes reduced a step"]
+    table = markdown(["image size & batch", "checkpointing", *ways], lines)
+    return table + "\n\n" + markdown(header, sizes)
+
+
 def _cell(row: "dict[str, Any] | None", value: str, form: str) -> str:
     if row is None:
         return ""

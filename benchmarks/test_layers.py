@@ -26,7 +26,7 @@ def prepared(case, kind, names):
     """The checked ways, what is timed for each, and their rows with R from shared rounds."""
     tensors, ways, rows = prepare(case, kind, names)
     steps = {name: partial(step, way, tensors, context_of(kind)) for name, way in ways.items()}
-    store(rows, "eager", timing.eager(steps, device(), rounds=5, seconds=0.005))
+    store(rows, "eager", timing.eager(steps, device(), rounds=5, seconds=0.002))
     return steps, rows
 
 
@@ -43,7 +43,7 @@ def run(benchmark, case, kind, way, mode, names):
         act()
         timing.synchronise(device())
 
-    benchmark.pedantic(finished, rounds=10, iterations=3, warmup_rounds=1)
+    benchmark.pedantic(finished, rounds=5, iterations=2, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("way", EAGER)
@@ -81,4 +81,4 @@ def test_inference(benchmark, case, kind, way):
         act()
         timing.synchronise(device())
 
-    benchmark.pedantic(finished, rounds=10, iterations=3, warmup_rounds=1)
+    benchmark.pedantic(finished, rounds=5, iterations=2, warmup_rounds=1)
