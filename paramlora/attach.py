@@ -18,7 +18,7 @@ from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
-from paramlora.targets import Target, shown, targets
+from paramlora.targets import Target, shown, stem, targets, unwrapped
 from paramlora.whole import Whole
 
 
@@ -42,7 +42,8 @@ def attach(
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
-    parsed = as_config(config)
+    parsed, whole = as_config(config), model
+    model = unwrapped(model)
     if adapter in adapter_names(model):
         raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
     chosen = targets(model, parsed, strict)
@@ -61,7 +62,7 @@ def attach(
                 _register(module, target.tensor, lowrank)
     if checkpoints_reentrantly(model):
         enable_input_grads(model)
-    return model
+    return whole
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
@@ -112,21 +113,20 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
     """(path of the tensor in files, owner, update) of every low-rank update, each once."""
-    for stem, module, update in updates(model):
+    for path, module, update in updates(model):
         if isinstance(update, LowRank):
-            yield stem, module, update
+            yield path, module, update
 
 
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         for name, plist in updates_of(module):
-            stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
             for update in plist:
                 if isinstance(update, Switched) and id(update) not in seen:
                     seen.add(id(update))
-                    yield stem, module, update
+                    yield stem(path, name), module, update
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:

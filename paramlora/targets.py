@@ -17,6 +17,8 @@ from paramlora.errors import ParamloraWarning, TargetError, closest
 from paramlora.lowrank import Layout, LowRank, matrix_shape
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+# compiled, checkpointed and sharded layers have the user's layer under one of these names
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 
 
@@ -34,8 +36,7 @@ class Target:
     @property
     def path(self) -> str:
         """The key's stem in files: the module path, with the tensor's name unless ``weight``."""
-        parts = [self.module] if self.module else []
-        return ".".join(parts + ([] if self.tensor == "weight" else [self.tensor]))
+        return stem(self.module, self.tensor)
 
     @property
     def parameters(self) -> int:
@@ -59,6 +60,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
             or a rank is more than the matrix holds.
     """
     parsed = as_config(config)
+    model = unwrapped(model)
     found = {entry.name: _matches(model, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
@@ -70,6 +72,25 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
         if not target.entry.hard:
             _check_soft(target, model.get_submodule(target.module))
     return chosen
+
+
+def stem(module: str, tensor: str) -> str:
+    """The key's stem in files of a tensor of the module at a path."""
+    return own_path(module if tensor == "weight" else f"{module}.{tensor}" if module else tensor)
+
+
+def own_path(path: str) -> str:
+    """The path without the names that torch's wrappers put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside ``torch.compile``'s or ``DistributedDataParallel``'s."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
+        "_orig_mod" in model._modules
+    ):
+        model = next(iter(model.children()))
+    return model
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -153,8 +174,8 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
 def _fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    want, have = pattern.split("."), path.split(".")
+        return re.fullmatch(pattern[3:], own_path(path)) is not None
+    want, have = pattern.split("."), own_path(path).split(".")
     tail = have[-len(want) :]
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
 
