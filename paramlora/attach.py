@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, as_config
-from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.forwards import honours_dropout
 from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import Shared, parametrized, refresh, shared
@@ -49,6 +50,7 @@ def attach(
     chosen = targets(model, parsed, strict)
     for target in chosen:
         _check_alone(model, target)
+        _check_dropout(model, target)
     fresh = _fresh(model, chosen, adapter)
     frozen = not parsed.trainable_model and not adapter_names(model)
     with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
@@ -210,6 +212,21 @@ def _check_alone(model: nn.Module, target: Target) -> None:
                 f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
                 "Detach or merge that adapter first."
             )
+
+
+def _check_dropout(model: nn.Module, target: Target) -> None:
+    if not target.entry.dropout or not target.entry.hard:
+        return
+    module = model.get_submodule(target.module)
+    held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
+    ours = all(isinstance(p, Switched) for p in held)
+    base = type(module).__bases__[0] if held else type(module)
+    if target.tensor != "weight" or not ours or not honours_dropout(base):
+        raise TargetError(
+            f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
+            f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "
+            "Remove it there."
+        )
 
 
 def holders(model: nn.Module) -> "Counter[int]":

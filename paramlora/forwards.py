@@ -33,8 +33,10 @@ def forward_of(base: type) -> Optional[_Forward]:
 
 
 def honours_dropout(base: type) -> bool:
-    """Whether an update of that layer type can drop its own input: its forward is known."""
-    return forward_of(base) is not None
+    """Whether an update of that layer type can drop its own input: its forward is known, it is
+    called, and it has a float to drop from."""
+    unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return forward_of(base) is not None and not issubclass(base, unread)
 
 
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:

@@ -175,20 +175,24 @@ def test_one_graph_whatever_the_strength(name, hard):
 
 
 def test_two_adapters_switch_without_compiling_again_once_seen():
-    model = paramlora.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), {"0": {"r": 2}})
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model = paramlora.attach(plain, {"0": {"r": 2}})
     paramlora.attach(model, {"*": {"r": 1}}, "second")
     for _, _, low in lowranks(model):
         nn.init.normal_(low.lora_B)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    x, choices = torch.randn(2, 4), ({"default": 1.0}, {"second": 1.0}, {"default": 1, "second": 1})
+    x, choices = (
+        torch.randn(2, 4).double(),
+        ({"default": 1.0}, {"second": 1.0}, {"default": 1, "second": 1}),
+    )
     for choice in choices:
         paramlora.set_adapters(model, choice)
-        assert torch.equal(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x), **CLOSE)
     seen = graphs()
     assert seen == len(choices)
     for choice in choices:
         paramlora.set_adapters(model, {name: 0.3 for name in choice})
-        assert torch.equal(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x), **CLOSE)
     assert graphs() == seen
 
 
