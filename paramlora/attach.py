@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paramlora.config import ConfigLike, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
@@ -17,6 +18,8 @@ from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
+from paramlora.placement import shard_like
+from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
 from paramlora.targets import Target, shown, stem, targets, unwrapped
@@ -43,7 +46,8 @@ def attach(
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
-    parsed, whole = as_config(config), model
+    parsed, given = as_config(config), model
+    check_order(given)
     model = unwrapped(model)
     if adapter in adapter_names(model):
         raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
@@ -51,6 +55,7 @@ def attach(
     for target in chosen:
         _check_alone(model, target)
         _check_dropout(model, target)
+        _check_at_home(model, target)
     fresh = _fresh(model, chosen, adapter)
     frozen = not parsed.trainable_model and not adapter_names(model)
     with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
@@ -64,7 +69,7 @@ def attach(
                 _register(module, target.tensor, lowrank)
     if checkpoints_reentrantly(model):
         enable_input_grads(model)
-    return whole
+    return given
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
@@ -174,18 +179,29 @@ def _new(model: nn.Module, target: Target, adapter: str) -> Switched:
     base = base_of(model, target)
     update: Switched
     if entry.whole:
+        _check_loaded(base, target)
         update = Whole(_value(module, target), adapter)
     else:
         fits = tuple(base.shape) == target.shape
         update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
         if entry.init != "default":
-            initialise(update, _value(module, target), entry.init)
+            initialise(update, gathered(_value(module, target)), entry.init)
         update.dropout = entry.dropout
+        if is_sharded(base):
+            shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
     update.entry = entry
     update.written_by_reader = getattr(module, "max_norm", None) is not None
     return update
+
+
+def _check_loaded(base: Tensor, target: Target) -> None:
+    if base.is_meta:
+        raise TargetError(
+            f'"{target.entry.name}" ("whole") matches {target.path or "weight"}, which lies on the '
+            "meta device and has no values to start from. Load the model first."
+        )
 
 
 def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
@@ -215,6 +231,11 @@ def _check_alone(model: nn.Module, target: Target) -> None:
 
 
 def _check_dropout(model: nn.Module, target: Target) -> None:
+    if is_sharded(base_of(model, target)) and (target.entry.dropout or not target.entry.hard):
+        raise TargetError(
+            f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
+            'only "hard": 1 without "dropout" acts. Change the entry, or attach before sharding.'
+        )
     if not target.entry.dropout or not target.entry.hard:
         return
     module = model.get_submodule(target.module)
@@ -226,6 +247,16 @@ def _check_dropout(model: nn.Module, target: Target) -> None:
             f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
             f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "
             "Remove it there."
+        )
+
+
+def _check_at_home(model: nn.Module, target: Target) -> None:
+    hook = getattr(model.get_submodule(target.module), "_hf_hook", None)
+    if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        raise TargetError(
+            f'"{target.entry.name}" matches {target.path or "weight"}, which accelerate keeps '
+            "elsewhere and brings in for each call, where no update would find it. Give that layer "
+            "a device in the device map, or leave it out."
         )
 
 
@@ -294,7 +325,15 @@ def _register(module: nn.Module, name: str, lowrank: Switched) -> None:
         # else torch would put a property of this one layer on the class that many share
         names = frozenset(parametrized(module)) | {name}
         module.__class__ = shared(type(module).__bases__[0], names)
+    own = module._parameters.get(name)
+    if own is not None and is_traceable_wrapper_subclass(own):
+        # torch would swap such a tensor with itself, which it refuses to do
+        module._parameters[name] = nn.Parameter(
+            torch.empty(own.shape, dtype=own.dtype, device="meta"), False
+        )
     parametrize.register_parametrization(module, name, lowrank, unsafe=True)
+    if own is not None:
+        parametrized(module)[name]._parameters["original"] = own
     if ours:
         base = type(module).__bases__[0]
         base = base.__bases__[0] if isinstance(base, Shared) else base

@@ -87,7 +87,8 @@ def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
 def _product(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
 ) -> Tensor:
-    bias = layer._parameters["bias"]
+    own = layer._parameters
+    bias: Any = own["bias"] if "bias" in own else layer.bias  # one that is trained whole
     if not updates:
         return F.linear(x, weight, bias)
     if _dropping(layer, updates):
