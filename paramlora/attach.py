@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paramlora.config import ConfigLike, LoRAConfig, as_config
-from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.forwards import honours_dropout
 from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
+from paramlora.placement import shard_like
+from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
-from paramlora.targets import BRANCHES, Target, shown, targets
+from paramlora.targets import BRANCHES, Target, check_model, shown, stem, targets, unwrapped
 from paramlora.whole import Whole
 
 
@@ -44,7 +48,10 @@ def attach(
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
-    parsed = as_config(config)
+    parsed, given = as_config(config), model
+    check_model(given)
+    check_order(given)
+    model = unwrapped(model)
     chosen = targets(model, parsed, strict)
     there = adapter_names(model)
     _check_name(adapter, there)
@@ -53,6 +60,8 @@ def attach(
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
         _check_alone(module, target)
+        _check_dropout(module, target)
+        _check_at_home(module, target)
     with torch.inference_mode(False):  # else nothing made here could ever be trained
         fresh = _fresh(model, chosen, owners, adapter)
     frozen = not parsed.trainable_model and not there
@@ -67,7 +76,7 @@ def attach(
                 _register(module, target.tensor, update)
     if checkpoints_reentrantly(model):
         enable_input_grads(model)
-    return model
+    return given
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
@@ -159,21 +168,20 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
     """(path of the tensor in files, owner, update) of every low-rank update, each once."""
-    for stem, module, update in updates(model):
+    for path, module, update in updates(model):
         if isinstance(update, LowRank):
-            yield stem, module, update
+            yield path, module, update
 
 
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         for name, plist in updates_of(module):
-            stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
             for update in plist:
                 if isinstance(update, Switched) and id(update) not in seen:
                     seen.add(id(update))
-                    yield stem, module, update
+                    yield stem(path, name), module, update
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -242,18 +250,29 @@ def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
     entry, base = target.entry, base_of(module, target.tensor)
     update: Switched
     if entry.whole:
+        _check_loaded(base, target)
         update = Whole(_value(module, target), adapter)
     else:
         fits = tuple(base.shape) == target.shape
         update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
         if entry.init != "default":
-            initialise(update, _value(module, target), entry.init)
+            initialise(update, gathered(_value(module, target)), entry.init)
         update.dropout = entry.dropout
+        if is_sharded(base):
+            shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
     update.entry = entry
     update.written_by_reader = getattr(module, "max_norm", None) is not None
     return update
+
+
+def _check_loaded(base: Tensor, target: Target) -> None:
+    if base.is_meta:
+        raise TargetError(
+            f'"{target.entry.name}" ("whole") matches {target.path or "weight"}, which lies on the '
+            "meta device and has no values to start from. Load the model first."
+        )
 
 
 def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
@@ -279,6 +298,37 @@ def _check_alone(module: nn.Module, target: Target) -> None:
                 f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
                 "Detach or merge that adapter first."
             )
+
+
+def _check_dropout(module: nn.Module, target: Target) -> None:
+    if is_sharded(base_of(module, target.tensor)) and (
+        target.entry.dropout or not target.entry.hard
+    ):
+        raise TargetError(
+            f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
+            'only "hard": 1 without "dropout" acts. Change the entry, or attach before sharding.'
+        )
+    if not target.entry.dropout or not target.entry.hard:
+        return
+    held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
+    ours = all(isinstance(p, Switched) for p in held)
+    base = type(module).__bases__[0] if held else type(module)
+    if target.tensor != "weight" or not ours or not honours_dropout(base):
+        raise TargetError(
+            f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
+            f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "
+            "Remove it there."
+        )
+
+
+def _check_at_home(module: nn.Module, target: Target) -> None:
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        raise TargetError(
+            f'"{target.entry.name}" matches {target.path or "weight"}, which accelerate keeps '
+            "elsewhere and brings in for each call, where no update would find it. Give that layer "
+            "a device in the device map, or leave it out."
+        )
 
 
 def holders(model: nn.Module) -> "Counter[int]":
@@ -349,7 +399,15 @@ def _register(module: nn.Module, name: str, update: Switched) -> None:
         lists[name].unsafe = True
     else:
         weight: Any = module._parameters.pop(name)
-        lists[name] = parametrize.ParametrizationList([update], weight, unsafe=True)
+        # torch would swap a sharded or quantised tensor with itself, which it refuses to do
+        odd = is_traceable_wrapper_subclass(weight)
+        stands_in = (
+            nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), False)
+            if odd
+            else weight
+        )
+        lists[name] = parametrize.ParametrizationList([update], stands_in, unsafe=True)
+        lists[name]._parameters["original"] = weight
     module.__class__ = shared(base, frozenset(lists))
 
 

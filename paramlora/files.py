@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paramlora.attach import attach, detach, updates
 from paramlora.config import FROM_WEIGHT, LoRAConfig, TargetConfig
 from paramlora.errors import ConfigError, FileError
+from paramlora.sharded import gathered, is_sharded, wait, writes
 from paramlora.state import adapter_state_dict, load_adapter_state_dict
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -24,16 +25,22 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
     """Write one adapter and its configuration; an older file at `path` survives a failure.
 
     The file holds the tensors of `adapter_state_dict` and, in its metadata under ``paramlora``,
-    ``{"format": 1, "config": {...}, "adapter": "..."}``: `load_adapter` needs nothing else.
+    ``{"format": 1, "config": {...}, "adapter": "..."}``: `load_adapter` needs nothing else. Where
+    the adapter is sharded over processes all of them call this; the first one writes.
 
     Raises:
         AdapterError: `adapter` is not attached.
         FileError: the file cannot be written.
     """
-    state = {k: v.contiguous() for k, v in adapter_state_dict(model, adapter).items()}
+    live = adapter_state_dict(model, adapter)
+    state = {k: gathered(v).contiguous() for k, v in live.items()}
     config = LoRAConfig(tuple(_entries(model, adapter)))
     about = {"format": FORMAT, "config": config.to_dict(), "adapter": adapter}
-    _write(Path(path), save(state, {"paramlora": json.dumps(about)}))
+    together = any(is_sharded(v) for v in live.values())
+    if not together or writes():
+        _write(Path(path), save(state, {"paramlora": json.dumps(about)}))
+    if together:
+        wait()
 
 
 def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:

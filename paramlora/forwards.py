@@ -33,8 +33,10 @@ def forward_of(base: type) -> Optional[_Forward]:
 
 
 def honours_dropout(base: type) -> bool:
-    """Whether an update of that layer type can drop its own input: its forward is known."""
-    return forward_of(base) is not None
+    """Whether an update of that layer type can drop its own input: its forward is known, it is
+    called, and it has a float to drop from."""
+    unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return forward_of(base) is not None and not issubclass(base, unread)
 
 
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
@@ -87,7 +89,8 @@ def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
 def _product(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
 ) -> Tensor:
-    bias = layer._parameters["bias"]
+    own = layer._parameters
+    bias: Any = own["bias"] if "bias" in own else layer.bias  # one that is trained whole
     if not updates:
         return F.linear(x, weight, bias)
     if _dropping(layer, updates):

@@ -39,7 +39,7 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
-    fast = forward_of(base) if names == {"weight"} else None
+    fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
     if fast is not None:
         body["forward"] = fast
     cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)

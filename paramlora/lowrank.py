@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.sharded import take
 from paramlora.switch import Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
@@ -62,7 +63,7 @@ class LowRank(Switched):
         dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
         where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         super().__init__(adapter, **where)
-        self.r, self.layout = r, layout
+        self.r, self.layout, self.first_scale = r, layout, scale
         self.dropout = 0.0  # on the input of the low-rank branch, set by attach
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
@@ -73,6 +74,13 @@ class LowRank(Switched):
             self.register_buffer("lora_scale", value)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``A`` normal with standard deviation ``1/r``, ``B`` zero, and the scale as given."""
+        take(self.lora_A, torch.randn(self.lora_A.shape, device=self.gain.device) / self.r)
+        self.lora_B.zero_()
+        self.lora_scale.fill_(self.first_scale)
 
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Start the factors at `a` and `b`, and keep both to take them out of every sum.
@@ -102,12 +110,12 @@ class LowRank(Switched):
         """Take the values of a file, bit for bit those that `plain` gave it."""
         a, b = state["lora_A"], state["lora_B"]
         if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(a[..., self.r :, :])
-            self.start_B.copy_(-b[..., self.r :])
+            take(self.start_A, a[..., self.r :, :])
+            take(self.start_B, -b[..., self.r :])
             a, b = a[..., : self.r, :], b[..., : self.r]
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
-        self.lora_scale.copy_(state["lora_scale"])
+        take(self.lora_A, a)
+        take(self.lora_B, b)
+        take(self.lora_scale, state["lora_scale"])
 
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None

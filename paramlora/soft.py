@@ -73,6 +73,8 @@ class Branch(LowRank):
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
+        if self.dropout and layer.training:
+            x = F.dropout(x, self.dropout)
         a, b = self.factors()
         down, up = a.to(x.dtype), (b * (self.lora_scale * self.gain)).to(x.dtype)
         if isinstance(layer, nn.Linear):

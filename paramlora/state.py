@@ -47,6 +47,11 @@ def load_adapter_state_dict(
                 f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
                 "Was it made for another model or rank?"
             )
+    for key, tensor in live.items():
+        if tensor.is_meta:
+            raise FileError(
+                f"{key} lies on the meta device, where values are lost. Load the model first."
+            )
     for stem, update in stems.items():
         update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model

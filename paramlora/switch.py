@@ -45,9 +45,16 @@ class Switched(nn.Module):
         self.gain.fill_(value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
+        lazy = self.gain.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.gain.fill_(self._strength)  # lost in a narrower type, or in memory that is new
+        if lazy and not self.gain.is_meta:
+            self.reset_parameters()
         return self
+
+    def reset_parameters(self) -> None:
+        """Start anew, where a model from the meta device has been given its memory."""
+        raise NotImplementedError
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""

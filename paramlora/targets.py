@@ -19,6 +19,8 @@ from paramlora.lowrank import Layout, LowRank, matrix_shape
 BRANCHES = "lora_branches"  # the name under which a layer holds its soft updates
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# compiled, checkpointed and sharded layers have the user's layer under one of these names
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 
 
@@ -36,8 +38,7 @@ class Target:
     @property
     def path(self) -> str:
         """The key's stem in files: the module path, with the tensor's name unless ``weight``."""
-        parts = [self.module] if self.module else []
-        return ".".join(parts + ([] if self.tensor == "weight" else [self.tensor]))
+        return stem(self.module, self.tensor)
 
     @property
     def parameters(self) -> int:
@@ -67,7 +68,8 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
         [('0', (3, 4), 14), ('1', (2, 3), 10)]
     """
     parsed = as_config(config)
-    _check_model(model)
+    check_model(model)
+    model = unwrapped(model)
     found = {entry.name: _matches(model, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
@@ -81,7 +83,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     return chosen
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
     for name, parameter in model.named_parameters():
@@ -94,6 +96,25 @@ def _check_model(model: nn.Module) -> None:
                 f"{name} was made under torch.inference_mode(), where nothing can be trained. "
                 "Build the model outside, or under torch.no_grad()."
             )
+
+
+def stem(module: str, tensor: str) -> str:
+    """The key's stem in files of a tensor of the module at a path."""
+    return own_path(module if tensor == "weight" else f"{module}.{tensor}" if module else tensor)
+
+
+def own_path(path: str) -> str:
+    """The path without the names that torch's wrappers put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside ``torch.compile``'s or ``DistributedDataParallel``'s."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
+        "_orig_mod" in model._modules
+    ):
+        model = next(iter(model.children()))
+    return model
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -191,8 +212,8 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
 def _fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    want, have = pattern.split("."), path.split(".")
+        return re.fullmatch(pattern[3:], own_path(path)) is not None
+    want, have = pattern.split("."), own_path(path).split(".")
     tail = have[-len(want) :]
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
 
