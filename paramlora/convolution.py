@@ -1,13 +1,14 @@
-"""Low-rank convolution: the dense kernel without its gradient, or a branch of two convolutions."""
+"""Low-rank convolution: a dense kernel that is not kept, or a branch of two convolutions."""
 
+from math import prod
 from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
-from paramlora.functional import cast_for_autocast, differentiable
+from paramlora.functional import cast_for_autocast, denser, differentiable
 from paramlora.operators import gradient_of_second
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -28,8 +29,8 @@ def convolution(
 ) -> Tensor:
     """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
-    In 32 and 64 bits the dense kernel is formed, and its gradient is not; in 16 bits, where that
-    would round a small update away, a low-rank branch of two convolutions is added.
+    A low-rank branch of two convolutions is added in 16 bits, where a dense kernel would round a
+    small update away, and where positions are few (`denser`); else the dense kernel is formed.
 
     Args:
         x: ``[N, C_in, ...]``.
@@ -51,11 +52,15 @@ def convolution(
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = cast_for_autocast(x.device.type, x, weight, bias)
     n = weight.dim() - 2
-    if x.dtype.itemsize > 2 and not torch.compiler.is_compiling():
+    tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
+    dense = denser(tokens, weight[0].numel(), len(weight), x.dtype) or (
+        groups > 1 and x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
+    )
+    if dense and not torch.compiler.is_compiling():
         return _Convolution.apply(x, weight, bias, lora_A, lora_B, scale, *where)  # type: ignore[no-any-return,no-untyped-call]
-    if x.dtype.itemsize > 2:
-        dense = weight + ((lora_B * scale) @ lora_A).reshape(weight.shape)
-        return CONVOLUTIONS[n - 1](x, dense, bias, *where)
+    if dense:
+        kernel = weight + ((lora_B * scale) @ lora_A).reshape(weight.shape)
+        return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
     y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
     return y + branch(x, weight.shape, lora_A, (lora_B * scale), *where)
 
@@ -94,7 +99,7 @@ def kernels_of(
 
 
 class _Convolution(torch.autograd.Function):
-    """Forms the dense kernel, twice, and never its gradient: keeps x alone."""
+    """Forms the dense kernel, twice, and keeps x alone."""
 
     @staticmethod
     def forward(
@@ -122,19 +127,55 @@ class _Convolution(torch.autograd.Function):
             y = CONVOLUTIONS[weight.dim() - 3](x, dense, bias, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
         scaled = b * scale
-        masks = (needs[0], needs[1], needs[2])
-        dx = dweight = dbias = None
-        if any(masks):
+        whole = needs[1] or x.is_cpu or where[3] > 1
+        dx = kernel = dbias = None
+        if needs[0] or whole or needs[2]:
             dense = _kernel(weight, scaled, a) if needs[0] else weight
-            dx, dweight, dbias = _backward(dy, x, dense, where, masks)
-        da = db = dscale = None
-        down, up = kernels_of(a, scaled, weight.shape, where[3])
-        if needs[3]:
-            da = _first_gradient(dy, x, a, down, up, where)
-        if needs[4] or needs[5]:
-            product = _second_gradient(dy, x, down, up, where)
-            db, dscale = gradient_of_second(product.reshape(b.shape), b, scale, 1.0, needs[5])
-        return (dx, dweight, dbias, da, db, dscale, *none)
+            dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
+        wanted = needs[3], needs[4] or needs[5]
+        if kernel is not None:
+            da, product = _from_kernel(kernel.reshape(len(kernel), -1), a, scaled, wanted)
+        else:
+            da, product = _from_thin(dy, x, a, scaled, weight.shape, where, wanted)
+        db = dscale = None
+        if product is not None:
+            db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
+
+
+def _from_kernel(
+    kernel: Tensor, a: Tensor, scaled: Tensor, wanted: tuple[bool, bool]
+) -> tuple[_Maybe, _Maybe]:
+    """The gradients of A and, before its scale, of B, from the dense kernel's: cheaper than four
+    thin convolutions on a CPU, which runs them badly, and in groups."""
+    return (
+        scaled.t() @ kernel if wanted[0] else None,
+        kernel @ a.t() if wanted[1] else None,
+    )
+
+
+def _from_thin(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    scaled: Tensor,
+    shape: Sequence[int],
+    where: tuple[Any, ...],
+    wanted: tuple[bool, bool],
+) -> tuple[_Maybe, _Maybe]:
+    """The same without the dense kernel's gradient; for one group."""
+    conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
+    da: _Maybe = None
+    down, up = kernels_of(a, scaled, shape, 1)
+    if wanted[0]:
+        v = conv(dy, up.transpose(0, 1))
+        _, first, _ = _backward(v, x, down, where, (False, True, False))
+        da = None if first is None else first.reshape(a.shape)
+    if not wanted[1]:
+        return da, None
+    one = ((1,) * n, (0,) * n, (1,) * n, 1)
+    _, second, _ = _backward(dy, conv(x, down, None, *where), up, one, (False, True, False))
+    return da, None if second is None else second.reshape(scaled.shape)
 
 
 def _kernel(weight: Tensor, scaled: Tensor, a: Tensor) -> Tensor:
@@ -149,31 +190,3 @@ def _backward(
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         dy, x, weight, sizes, stride, padding, dilation, False, none, groups, list(masks)
     )
-
-
-def _first_gradient(
-    dy: Tensor, x: Tensor, a: Tensor, down: Tensor, up: Tensor, where: tuple[Any, ...]
-) -> Tensor:
-    """A's gradient: the kernel gradient of a convolution with r outputs for each group."""
-    groups = where[3]
-    back = rearrange(up, "(g o) r ... -> (g r) o ...", g=groups)  # 1×1, transposed in each group
-    v = CONVOLUTIONS[up.dim() - 3](dy, back, groups=groups)
-    _, each, _ = _backward(v, x, down, where, (False, True, False))
-    assert each is not None
-    return (
-        rearrange(each, "(g r) ... -> g r (...)", g=groups).sum(0)
-        if groups > 1
-        else each.reshape(a.shape)
-    )
-
-
-def _second_gradient(
-    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, where: tuple[Any, ...]
-) -> Tensor:
-    """B's gradient before its scale: the kernel gradient of the 1×1 convolution."""
-    n, groups = up.dim() - 2, where[3]
-    h = CONVOLUTIONS[n - 1](x, down, None, *where)
-    one = ((1,) * n, (0,) * n, (1,) * n, groups)
-    _, product, _ = _backward(dy, h, up, one, (False, True, False))
-    assert product is not None
-    return product

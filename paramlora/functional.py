@@ -13,6 +13,7 @@ from torch import Tensor
 from paramlora import operators
 
 _Maybe = Optional[Tensor]
+TINY = 2**19  # multiplications that a CPU does in the time that a Python function takes to call
 
 
 def linear(
@@ -61,6 +62,9 @@ def _linear(
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
+    if x.is_cpu and x.numel() * weight.shape[0] < TINY and x.dtype.itemsize > 2:
+        up = operators.scaled_down(b, scale, strength, x.dtype)
+        return F.linear(x, torch.addmm(weight, up, a.to(x.dtype)), bias)
     return _Linear.apply(x, weight, bias, a, b, scale, strength)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -86,6 +90,9 @@ def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
     Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
     ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
     sum rounds a small update away.
+
+    Below `TINY` on a CPU not even an autograd function pays: there the dense sum goes through
+    autograd, gradient and all.
     """
     return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
 
@@ -151,7 +158,7 @@ class _Linear(torch.autograd.Function):
             if needs[4] or needs[5]:
                 u = flat @ down.t() if u is None else u
                 db, dscale = operators.gradient_of_second(
-                    dy.t() @ u, b, scale, ctx.strength, needs[5]
+                    (u.t() @ dy).t(), b, scale, ctx.strength, needs[5]
                 )
         dweight = dy.t() @ flat if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None

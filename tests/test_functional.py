@@ -76,6 +76,46 @@ def test_convolution_and_its_gradient_can_be_differentiated_again():
     assert torch.autograd.gradgradcheck(call, values)
 
 
+@pytest.mark.parametrize("tokens, fan_in, out", ((40, 160, 120), (300, 160, 120)))
+@pytest.mark.parametrize("which", WHICH)
+def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
+    assert tokens * fan_in * out >= functional.TINY
+    values = tensors((tokens,), fan_in, out, 3)
+    seed = torch.randn(tokens, out).double()
+    y, got = gradients(functional.linear, values, which, seed)
+    want_y, want = gradients(dense, values, which, seed)
+    torch.testing.assert_close(y, want_y, rtol=1e-12, atol=1e-12)
+    assert [g is not None for g in got] == [i in which for i in range(6)]
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("side", (2, 9))  # few positions take a branch, many the dense kernel
+@pytest.mark.parametrize("groups", (1, 4))
+@pytest.mark.parametrize("thin", (False, True))
+@pytest.mark.parametrize("which", WHICH)
+def test_convolution_and_only_the_wanted_gradients(side, groups, thin, which, monkeypatch):
+    if thin and groups == 1:  # what a GPU takes
+
+        def on_a_gpu(kernel, a, scaled, wanted):
+            return convolution._from_thin(seed, values[0], a, scaled, shape, where, wanted)
+
+        monkeypatch.setattr(convolution, "_from_kernel", on_a_gpu)
+    x, weight = torch.randn(2, 8, side, side).double(), torch.randn(12, 8 // groups, 3, 3).double()
+    shape, where = weight.shape, ((2, 1), (1, 2), (1, 2), groups)
+    a, b = torch.randn(2, 72 // groups).double(), torch.randn(12, 2).double()
+    values = [x, weight, torch.randn(12).double(), a, b, torch.tensor(0.7).double()]
+
+    def reference(x, weight, bias, a, b, scale):
+        return F.conv2d(x, weight + (scale * b @ a).reshape(shape), bias, *where)
+
+    seed = torch.randn_like(reference(*values))
+    y, got = gradients(lambda *v: convolution.convolution(*v, *where), values, which, seed)
+    want_y, want = gradients(reference, values, which, seed)
+    torch.testing.assert_close(y, want_y, rtol=1e-11, atol=1e-11)
+    assert [g is not None for g in got] == [i in which for i in range(6)]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_weights_of_any_strides_and_inputs_of_any_strides():
     x, weight, bias, a, b, scale = tensors((8,), 6, 4, 2)
     want = dense(x, weight, bias, a, b, scale)
@@ -110,11 +150,11 @@ def saved(call):
     return kept
 
 
-@pytest.mark.parametrize("tokens, rank_kept", ((20, True), (200, False)))
+@pytest.mark.parametrize("tokens, rank_kept", ((20, True), (400, False)))
 def test_only_the_input_and_the_rank_are_kept_for_backward(tokens, rank_kept):
-    model = nn.Sequential(nn.Linear(64, 96))
+    model = nn.Sequential(nn.Linear(256, 384))
     paramlora.attach(model, {"0": {"r": 4}})
-    x = torch.randn(tokens, 64, requires_grad=True)
+    x = torch.randn(tokens, 256, requires_grad=True)
     there = {p.data_ptr() for p in (x, *model.parameters(), *model.buffers())}
     kept = saved(lambda: model(x))
     extra = [tuple(t.shape) for pointer, t in kept.items() if pointer not in there]
