@@ -180,7 +180,7 @@ def kept_plot(content: Content) -> Any:
         axes.plot(*zip(*points), marker="o", alpha=0.8, label=way, **style)
     axes.set_xscale("log")
     axes.set_xlabel("‖Δ‖ / ‖W‖")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
