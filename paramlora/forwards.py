@@ -39,21 +39,26 @@ def honours_dropout(base: type) -> bool:
 
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
     """The updates that act, or None where only the definition is right."""
-    plist: Any = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    lists: Any = layer._modules["parametrizations"]
+    plist: Any = lists._modules.get("weight")
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
-    held = list(plist._modules.values())
-    if not all(type(update) is LowRank for update in held):
-        return None
+    held: Any = plist._modules.values()
+    for update in held:
+        if type(update) is not LowRank:
+            return None
     if not torch.compiler.is_compiling():
-        plain = type(x) in _PLAIN and type(plist.original) in _PLAIN
+        plain = type(x) in _PLAIN and type(plist._parameters.get("original")) in _PLAIN
         if not plain or torch._C._are_functorch_transforms_active():
             return None
     return [update for update in held if update.acts]
 
 
 def _original(layer: nn.Module) -> Tensor:
-    return layer._modules["parametrizations"]._modules["weight"].original  # type: ignore[union-attr,return-value]
+    # the registered tensors are read without nn.Module's look-up, which costs as much as a launch
+    held: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    original: Tensor = held._parameters["original"]
+    return original
 
 
 def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -83,7 +88,7 @@ def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
 def _product(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
 ) -> Tensor:
-    bias: Optional[Tensor] = layer.bias  # type: ignore[assignment]
+    bias = layer._parameters["bias"]
     if not updates:
         return F.linear(x, weight, bias)
     if _dropping(layer, updates):
@@ -109,7 +114,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     updates = _updates(self, x)
-    if updates is None:
+    if not updates:  # its own forward adds the bias in another order than ours
         y: Tensor = type(self).__bases__[0].forward(self, x)  # type: ignore[attr-defined]
         return y
     return _product(self, x, _original(self).t(), updates, "transposed")

@@ -104,7 +104,7 @@ class _Linear(torch.autograd.Function):
         scale: Tensor,
         strength: float,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         ctx.strength = strength
         ctx.kernel = operators.has_kernel(x, weight)
         ctx.dense = not ctx.kernel and denser(
@@ -122,7 +122,7 @@ class _Linear(torch.autograd.Function):
                 u = flat @ down.t()
                 y, kept = _both(flat, weight.t(), u, up.t(), bias), (u, None, None)
         ctx.save_for_backward(x, weight, bias, a, b, scale, *kept)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -132,7 +132,9 @@ class _Linear(torch.autograd.Function):
             inputs = [x, weight, bias, a, b, scale]
             y = linear_by_definition(x, weight, bias, a, b, scale * ctx.strength)
             return (*differentiable(y, inputs, needs, dy), None)
-        dy, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        flat = x
+        if x.dim() != 2:
+            dy, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = da = db = dscale = None
         if ctx.kernel:
             dx, da, db, dscale = operators.backward(
@@ -153,7 +155,8 @@ class _Linear(torch.autograd.Function):
                 )
         dweight = dy.t() @ flat if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None
-        dx = None if dx is None else dx.view(x.shape)
+        if dx is not None and x.dim() != 2:
+            dx = dx.view(x.shape)
         return dx, dweight, dbias, da, db, dscale, None
 
 

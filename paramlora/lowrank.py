@@ -85,8 +85,10 @@ class LowRank(Switched):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
+        own = self._parameters  # without nn.Module's look-up, which a small layer would feel
+        if self._buffers["start_A"] is None:
+            return own["lora_A"], own["lora_B"]  # type: ignore[return-value]
+        assert self.start_A is not None and self.start_B is not None
         a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
         return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
 

@@ -1,6 +1,5 @@
 """16-bit CUDA: the way to the kernels, as custom operators that compilers and export see whole."""
 
-from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -9,33 +8,36 @@ from torch import Tensor
 _Maybe = Optional[Tensor]
 
 
-@cache
-def _triton() -> Any:
-    """The kernels, or None where Triton is not installed."""
-    try:
-        from paramlora import kernels
-    except ImportError:
-        return None
-    return kernels
+_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
+_SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype.itemsize == 2
-        and x.dtype == weight.dtype
-        and 1 in weight.stride()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and _triton() is not None
-    )
+    """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton."""
+    if not (x.is_cuda and x.dtype in _SIXTEEN and weight.dtype == x.dtype):
+        return False
+    device = x.get_device()
+    if device not in _SERVED:
+        _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
+    return _SERVED[device] and 1 in weight.stride()
+
+
+def _importable() -> bool:
+    try:
+        import paramlora.launch  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def forward(
     flat: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _triton()
-    down, up = kernels.pack(a, b, scale, strength, flat.dtype)
-    y, u = kernels.matmul(_rows(flat), weight.t(), down, up, bias)
+    """``y``, ``x·Aᵀ``, and the packed factors that `backward` takes."""
+    from paramlora import launch
+
+    down, up = launch.pack(a, b, scale, strength, flat.dtype)
+    y, u = launch.matmul(_rows(flat), weight.t(), down, up, bias)
     return y, u, down, up
 
 
@@ -53,18 +55,36 @@ def backward(
     input_too: bool,
     factors_too: bool,
     scale_too: bool,
+    beside: bool = True,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    kernels, dy, flat = _triton(), _rows(dy), _rows(flat)
+    """The gradients of x, A, B and the scale, those that are wanted; `beside`: on two streams."""
+    from paramlora import launch
+
+    dy, flat = _rows(dy), _rows(flat)
+    inside = None if scale_too else scale
+    factors_too = factors_too or scale_too
     dx = da = db = dscale = None
-    if input_too:
-        dx, v = kernels.matmul(dy, weight, up, down)
+    r = a.shape[0]
+    if (
+        input_too
+        and factors_too
+        and beside
+        and launch.overlaps(len(dy), flat.shape[1], dy.shape[1], len(up))
+    ):
+        v = launch.project(dy, up)
+        current, other = torch.cuda.current_stream(dy.device), launch.side(dy.get_device())
+        other.wait_stream(current)
+        with torch.cuda.stream(other):
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+        dx, _ = launch.matmul(dy, weight, up, down, p=v)
+        current.wait_stream(other)
     else:
-        v = kernels.project(dy, up)
-    if factors_too or scale_too:
-        inside = None if scale_too else scale
-        da, db = kernels.outer(flat, v, dy, u, a.shape[0], inside, strength)
-        if scale_too:
-            db, dscale = gradient_of_second(db, b, scale, strength, True)
+        dx, v = launch.matmul(dy, weight, up, down) if input_too else (None, launch.project(dy, up))
+        if factors_too:
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+    if db is not None and scale_too:
+        db, dscale = gradient_of_second(db, b, scale, strength, True)
+    if da is not None and db is not None:
         da, db = da.to(a.dtype), db.to(b.dtype)
     return dx, da, db, dscale
 
@@ -119,9 +139,11 @@ def _linear_backward_op(
     factors_too: bool,
     scale_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    down, up = _triton().pack(a, b, scale, 1.0, x.dtype)
+    from paramlora import launch
+
+    down, up = launch.pack(a, b, scale, 1.0, x.dtype)
     needs = (input_too, factors_too, scale_too)
-    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs)
+    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs, beside=False)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 

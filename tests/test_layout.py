@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config switch lowrank whole adapter targets init inputs kernels operators functional "
-    "convolution forwards layers soft attach merge state files optim summary demo cli"
+    "errors config switch lowrank whole adapter targets init inputs kernels launch operators "
+    "functional convolution forwards layers soft attach merge state files optim summary demo cli"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 
