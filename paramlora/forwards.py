@@ -88,7 +88,7 @@ def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
 def _product(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
 ) -> Tensor:
-    bias = layer.bias
+    bias: Any = layer.bias
     if not updates:
         return F.linear(x, weight, bias)
     if _dropping(layer, updates):
