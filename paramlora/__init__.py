@@ -15,9 +15,9 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.files import load_adapter, save_adapter
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
+from paramlora.native import load_adapter, save_adapter
 from paramlora.optim import parameter_groups, trainable_parameters
 from paramlora.state import adapter_state_dict, load_adapter_state_dict
 from paramlora.summary import Summary, summary

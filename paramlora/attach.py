@@ -38,11 +38,22 @@ def attach(
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
     parsed = as_config(config)
-    if adapter in adapter_names(model):
-        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+    _check_new(model, adapter)
     chosen = targets(model, parsed, strict)
+    return attach_targets(model, chosen, adapter, parsed.trainable_model)
+
+
+def attach_targets(
+    model: nn.Module, chosen: list[Target], adapter: str, trainable_model: bool = False
+) -> nn.Module:
+    """Adapt the chosen tensors in place; all or nothing.
+
+    Raises:
+        AdapterError: `adapter` is attached already.
+    """
+    _check_new(model, adapter)
     fresh = _fresh(model, chosen, adapter)
-    frozen = not parsed.trainable_model and not adapter_names(model)
+    frozen = not trainable_model and not adapter_names(model)
     with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
         if frozen:
             model.requires_grad_(False)
@@ -97,13 +108,18 @@ def adapter_names(model: nn.Module) -> list[str]:
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
     """(path of the tensor in files, owner, update) of every attached update, each once."""
     seen: set[int] = set()
+    for path, module, lowrank in placed(model):
+        if id(lowrank) not in seen:
+            seen.add(id(lowrank))
+            yield path, module, lowrank
+
+
+def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
+    """As `lowranks`, with an update that tied tensors share once for each holder."""
     for path, module in model.named_modules():
         for name, plist in updates_of(module):
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
-            for lowrank in plist:
-                if isinstance(lowrank, LowRank) and id(lowrank) not in seen:
-                    seen.add(id(lowrank))
-                    yield stem, module, lowrank
+            yield from ((stem, module, p) for p in plist if isinstance(p, LowRank))
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -111,6 +127,11 @@ def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     found = list(parametrized(module).items()) if parametrize.is_parametrized(module) else []
     branches = module._modules.get(BRANCHES)
     return found + ([("weight", branches)] if branches is not None else [])
+
+
+def _check_new(model: nn.Module, adapter: str) -> None:
+    if adapter in adapter_names(model):
+        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
@@ -180,7 +201,7 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
         "all of them. Merging will untie the adapted one; name every holder in one entry "
         "(re:...) to keep them tied.",
         ParamloraWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

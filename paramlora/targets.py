@@ -3,8 +3,8 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from paramlora.lowrank import Layout, LowRank, matrix_shape
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+_NO_ENTRY = TargetConfig("", 1)
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,43 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     found = {entry.name: _matches(model, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
-    for target in chosen:
-        _check_rank(target)
-        _check_scale(target)
-        if not target.entry.hard:
-            _check_soft(target, model.get_submodule(target.module))
-    return chosen
+    return [_checked(model, target) for target in chosen]
+
+
+def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Target]:
+    """The targets at exact paths, as `Target.path` spells them, in the model's order.
+
+    Raises:
+        TargetError: a path that the model lacks, or a rank, scale or kind that does not fit.
+    """
+    found = [target for target in adaptable(model) if target.path in entries]
+    missing = sorted(entries.keys() - {target.path for target in found})
+    if missing:
+        text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in missing)
+        raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
+    return [_checked(model, replace(t, entry=entries[t.path])) for t in found]
+
+
+def adaptable(model: nn.Module) -> Iterator[Target]:
+    """Every tensor that an update fits, with an entry that says nothing yet."""
+    for path, module, name, tensor in _tensors(model):
+        if tensor.dim() >= 2:
+            yield _target(path, module, name, tensor, _NO_ENTRY)
+
+
+def _checked(model: nn.Module, target: Target) -> Target:
+    _check_rank(target)
+    _check_scale(target)
+    if not target.entry.hard:
+        _check_soft(target, model.get_submodule(target.module))
+    return target
+
+
+def _target(
+    path: str, module: nn.Module, name: str, tensor: torch.Tensor, entry: TargetConfig
+) -> Target:
+    layout = _layout(module, name, tensor)
+    return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -91,19 +123,10 @@ def _shown(module: nn.Module, name: str) -> torch.Tensor:
 def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
     out = []
     for path, module, name, tensor in _tensors(model):
-        by_module = name == "weight" and _fits(entry.name, path)
-        by_tensor = _fits(entry.name, f"{path}.{name}" if path else name)
+        by_module = name == "weight" and fits(entry.name, path)
+        by_tensor = fits(entry.name, f"{path}.{name}" if path else name)
         if (by_module or by_tensor) and tensor.dim() >= 2:
-            out.append(
-                Target(
-                    path,
-                    name,
-                    entry,
-                    tuple(tensor.shape),
-                    _layout(module, name, tensor),
-                    tensor.dtype,
-                )
-            )
+            out.append(_target(path, module, name, tensor, entry))
         elif (by_tensor or by_module) and not _broad(entry.name):
             raise TargetError(
                 f'"{entry.name}" matches {path or "the model"}.{name} of shape '
@@ -116,7 +139,7 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
 
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
-        if path and _fits(entry.name, path):
+        if path and fits(entry.name, path):
             inside = [f"{path}.{n}" for n, p in module.named_parameters() if p.dim() >= 2]
             hint = f" Name what is inside it, for example {inside[0]}." if inside else ""
             raise TargetError(
@@ -125,7 +148,7 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
             )
 
 
-def _fits(pattern: str, path: str) -> bool:
+def fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
@@ -164,8 +187,8 @@ def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[T
 
 
 def _winner(group: list[Target]) -> Target:
-    best = max(_specificity(t.entry.name) for t in group)
-    top = [t for t in group if _specificity(t.entry.name) == best]
+    best = max(specificity(t.entry.name) for t in group)
+    top = [t for t in group if specificity(t.entry.name) == best]
     if len(top) > 1:
         names = " and ".join(f'"{t.entry.name}"' for t in top)
         raise TargetError(
@@ -175,7 +198,7 @@ def _winner(group: list[Target]) -> Target:
     return top[0]
 
 
-def _specificity(name: str) -> int:
+def specificity(name: str) -> int:
     return 0 if name.startswith("re:") else len(name.split("."))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config lowrank adapter targets layers soft attach merge state files optim summary "
-    "demo cli"
+    "errors config lowrank adapter targets layers soft attach merge state files native optim "
+    "summary demo cli"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 

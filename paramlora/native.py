@@ -1,0 +1,188 @@
+"""The native adapter file: one safetensors file that describes itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn, tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.errors import ConfigError, FileError
+from paramlora.files import PathLike, write_whole
+from paramlora.state import adapter_of, attach_adapter
+from paramlora.targets import fits, specificity
+
+FORMAT = 1
+_NAMES = ("lora_A", "lora_B", "lora_scale")
+
+
+def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
+    """Write one adapter and its configuration; an older file at `path` survives a failure.
+
+    The file holds the tensors of `adapter_state_dict` and describes itself in its metadata
+    (see `write_native`): `load_adapter` needs nothing else.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+        FileError: the file cannot be written.
+    """
+    write_native(adapter_of(model, adapter), path)
+
+
+def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:
+    """Attach the adapter in a file written by `save_adapter`; all or nothing.
+
+    Args:
+        model: the model that it was trained for, or one with the same targets.
+        path: the file.
+        adapter: a name of your own instead of the file's.
+
+    Raises:
+        FileError: the file is missing, truncated, of another tool, or does not fit the model.
+        TargetError: the file's configuration does not fit the model.
+        AdapterError: an adapter of that name is attached already.
+    """
+    return attach_adapter(model, read_native(path), adapter)
+
+
+def write_native(adapter: Adapter, path: PathLike) -> None:
+    """Write an adapter as the native file, whole or not at all.
+
+    Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``. The metadata keeps `adapter`'s own
+    and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name), ``config`` (an entry for
+    each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}`` of the weights) and
+    ``ties`` (``{path: first path}`` where tied tensors share one update).
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    first: dict[int, str] = {}
+    ties = {p: first.setdefault(id(u), p) for p, u in adapter.updates.items()}
+    own = {path: update for path, update in adapter.updates.items() if ties[path] == path}
+    about = {
+        "format": FORMAT,
+        "adapter": adapter.name,
+        "config": LoRAConfig(tuple(_entry(*item) for item in own.items())).to_dict(),
+        "shapes": {p: _weight(u) for p, u in own.items() if u.shape is not None},
+        "ties": {path: head for path, head in ties.items() if path != head},
+    }
+    metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
+    write_whole(Path(path), save(_tensors(own), metadata))
+
+
+def read_native(path: PathLike) -> Adapter:
+    """The adapter in a native file.
+
+    Files without ``shapes`` (written before there were any) give updates without a shape.
+
+    Raises:
+        FileError: missing, truncated, written by another tool, or not whole.
+    """
+    path = Path(path)
+    metadata, state = _read(path)
+    about, config = _about(path, metadata)
+    stems = about.get("shapes") or dict.fromkeys(_stem(key) for key in state)
+    wanted = {_key(stem, name) for stem in stems for name in _NAMES}
+    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    if missing or unexpected:
+        raise FileError(
+            f"{path}: its tensors do not match its metadata: missing: "
+            f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
+            "Copy or save it again."
+        )
+    updates = {s: _update(path, s, state, config, about.get("shapes", {})) for s in stems}
+    updates |= {tied: updates[head] for tied, head in about.get("ties", {}).items()}
+    rest = {key: value for key, value in metadata.items() if key != "paramlora"}
+    return Adapter(updates, str(about["adapter"]), rest)
+
+
+def _key(stem: str, name: str) -> str:
+    return f"{stem}.{name}" if stem else name
+
+
+def _stem(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    out = {}
+    for stem, update in updates.items():
+        a, b = update.lora_A.contiguous(), update.lora_B.contiguous()
+        for name, value in zip(_NAMES, (a, b, tensor(update.scale, dtype=a.dtype))):
+            out[_key(stem, name)] = value
+    return out
+
+
+def _entry(path: str, update: Update) -> TargetConfig:
+    options = (update.scale, update.trainable_scale, update.hard, update.up_kernel)
+    return TargetConfig(path or "weight", update.r, *options)
+
+
+def _weight(update: Update) -> dict[str, Any]:
+    return {"shape": list(update.shape or ()), "layout": update.layout}
+
+
+def _update(
+    path: Path, stem: str, state: Mapping[str, Tensor], config: LoRAConfig, shapes: Any
+) -> Update:
+    a, b, scale = (state[_key(stem, name)] for name in _NAMES)
+    entry = _entry_for(path, stem, config)
+    exact = scale.numel() == 1 and float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
+    return Update(
+        a,
+        b,
+        entry.scale if exact else float(scale),
+        tuple(shapes[stem]["shape"]) if stem in shapes else None,
+        shapes[stem]["layout"] if stem in shapes else ("stack" if a.dim() == 3 else "matrix"),
+        entry.trainable_scale,
+        entry.hard,
+        entry.up_kernel,
+    )
+
+
+def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
+    """The entry at exactly this path, or as a model would match it in files without shapes."""
+    whole = f"{stem}.weight" if stem else "weight"
+    fitting = [e for e in config.entries if fits(e.name, stem) or fits(e.name, whole)]
+    exact = [e for e in config.entries if e.name == (stem or "weight")]
+    for entry in exact or sorted(fitting, key=lambda e: -specificity(e.name)):
+        return entry
+    raise FileError(f'{path}: no entry of its configuration names "{stem}". Save it again.')
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except OSError as error:
+        reason = error.strerror or "no such file"
+        raise FileError(f"{path}: cannot be read: {reason}.") from error
+    except SafetensorError as error:
+        raise FileError(
+            f"{path}: not a whole safetensors file ({error}). Copy or save it again."
+        ) from error
+    return metadata, state
+
+
+def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
+    if "paramlora" not in metadata:
+        raise FileError(
+            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Attach a '
+            "configuration and use load_adapter_state_dict with renamed keys."
+        )
+    try:
+        about: dict[str, Any] = json.loads(metadata["paramlora"])
+        version, _, _ = about["format"], about["adapter"], about["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f'{path}: its "paramlora" metadata is damaged: {error}.') from error
+    if version != FORMAT:
+        raise FileError(f"{path}: format {version!r}; this paramlora reads {FORMAT}. Upgrade it.")
+    try:
+        return about, LoRAConfig.from_dict(about["config"], source=path.name)
+    except ConfigError as error:
+        raise FileError(f"{path}: its configuration is damaged: {error}") from error
