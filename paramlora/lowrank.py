@@ -24,6 +24,16 @@ def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple
     return (1, rest, first) if layout == "transposed" else (1, first, rest)
 
 
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of an update's factors: a 16-bit one would lose their small steps."""
+    return torch.float32 if dtype.itemsize <= 2 else dtype
+
+
+def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
+    """Whether the factors' shapes do not tell which side of the weight is the input."""
+    return layout != "stack" and shape[0] ** 2 == math.prod(shape)
+
+
 class LowRank(nn.Module):
     r"""Low-rank update of one tensor, Hu et al. 2021 (arXiv:2106.09685), equation 3.
 
@@ -39,7 +49,9 @@ class LowRank(nn.Module):
 
     Shapes: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]`` (a leading ``stack`` dimension for
     ``layout="stack"``), ``lora_scale`` ``[]``. They are float32 on a 16-bit weight, where their
-    updates would otherwise vanish, and the weight's own type elsewhere.
+    updates would otherwise vanish, and the weight's own type elsewhere. A transposed weight with
+    as many inputs as outputs also has the buffer ``lora_transposed``, because a state dict would
+    otherwise not tell on which side they lie.
     """
 
     lora_A: nn.Parameter
@@ -58,8 +70,7 @@ class LowRank(nn.Module):
         super().__init__()
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
-        dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
-        where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
         self.written_by_reader = False  # such as an embedding with max_norm, set by attach
         self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
@@ -71,6 +82,9 @@ class LowRank(nn.Module):
             self.lora_scale = nn.Parameter(value)
         else:
             self.register_buffer("lora_scale", value)
+        if layout == "transposed" and ambiguous(weight.shape, layout):
+            mark = torch.ones((), dtype=torch.uint8, device=weight.device)
+            self.register_buffer("lora_transposed", mark)
 
     def delta(self, shape: "tuple[int, ...] | torch.Size") -> Tensor:
         """``strength · scale · B·A`` reshaped to `shape`, in the factors' own type."""

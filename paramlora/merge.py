@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paramlora.attach import check_adapters, holders, lowranks, replace, updates_of
 from paramlora.errors import AdapterError
+from paramlora.fold import Term, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
@@ -93,11 +94,12 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
 
 
 def _fold(base: Tensor, updates: list[LowRank]) -> None:
-    total = base.to(updates[0].lora_A.dtype)
-    for update in updates:
-        if update.strength != 0:
-            total = total + update.delta(base.shape)
-    base.copy_(total)
+    terms = [
+        Term(one.lora_A, one.lora_B, one.lora_scale * one.strength, one.layout)
+        for one in updates
+        if one.strength != 0
+    ]
+    base.copy_(folded(base, terms))
 
 
 def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> list[tuple[Tensor, Tensor]]:

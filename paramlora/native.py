@@ -7,12 +7,12 @@ from typing import Any, Optional
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn, tensor
+from torch import Tensor, float32, nn, tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.disk import PathLike, write_whole
 from paramlora.errors import ConfigError, FileError
-from paramlora.files import PathLike, write_whole
 from paramlora.state import adapter_of, attach_adapter
 from paramlora.targets import fits, specificity
 
@@ -71,7 +71,7 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
         "ties": {path: head for path, head in ties.items() if path != head},
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
-    write_whole(Path(path), save(_tensors(own), metadata))
+    write_whole(path, save(_tensors(own), metadata))
 
 
 def read_native(path: PathLike) -> Adapter:
@@ -112,7 +112,9 @@ def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
     out = {}
     for stem, update in updates.items():
         a, b = update.lora_A.contiguous(), update.lora_B.contiguous()
-        for name, value in zip(_NAMES, (a, b, tensor(update.scale, dtype=a.dtype))):
+        # a 16-bit scale would not survive
+        scale = tensor(update.scale, dtype=a.dtype if a.dtype.itemsize > 2 else float32)
+        for name, value in zip(_NAMES, (a, b, scale)):
             out[_key(stem, name)] = value
     return out
 

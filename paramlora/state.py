@@ -135,8 +135,12 @@ def _values(adapter: Adapter) -> dict[str, Tensor]:
     return {
         f"{path}.{name}" if path else name: value
         for path, update in adapter.updates.items()
-        for name, value in zip(_NAMES, (update.lora_A, update.lora_B, torch.tensor(update.scale)))
+        for name, value in zip(_NAMES, (update.lora_A, update.lora_B, _scale(update)))
     }
+
+
+def _scale(update: Update) -> Tensor:
+    return torch.tensor(update.scale, dtype=torch.float64)
 
 
 def _live(model: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config lowrank adapter targets layers soft attach merge state files native optim "
+    "errors config lowrank fold adapter targets layers soft attach merge state disk native optim "
     "summary demo cli"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
