@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config lowrank fold adapter targets layers soft attach merge state disk native optim "
-    "summary demo cli"
+    "errors config lowrank fold adapter targets layers soft attach merge state keys plan "
+    "checkpoint disk stream pickles native optim summary demo cli"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 
