@@ -71,10 +71,7 @@ def merge(base: State, *adapters: Weighted) -> dict[str, Any]:
         >>> style = Adapter({"proj": Update(torch.ones(1, 3), torch.ones(2, 1), scale=0.5)})
         >>> assert torch.equal(merge(base, (style, 3))["proj.weight"], torch.full((2, 3), 1.5))
     """
-    out = apply(merge_plan(Contents(base), adapters, base.__getitem__), base)
-    if hasattr(out, "_metadata"):
-        out._metadata = without_updates(out._metadata)
-    return out
+    return apply(merge_plan(Contents(base), adapters, base.__getitem__), base)
 
 
 def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
@@ -100,9 +97,11 @@ def apply(plan: Plan, state: State) -> dict[str, Any]:
         if same not in made:
             made[same] = recipe.make(state.__getitem__)
         out[key] = made[same]
-    if not hasattr(state, "_metadata"):
+    versions = getattr(state, "_metadata", None)  # of the modules, as torch keeps them
+    if not isinstance(versions, Mapping):
         return dict(out)
-    out._metadata = OrderedDict(state._metadata)
+    attached = any(Key.parse(key).part for key in out)
+    out._metadata = OrderedDict(versions) if attached else without_updates(versions)
     return out  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError
-from paramlora.stream import Spec, pieces_of, spec_of
+from paramlora.stream import Progress, Spec, pieces_of, spec_of
 
 _NESTS = ("state_dict", "model", "module")
 
@@ -65,19 +65,13 @@ class PickledFile:
         return _around(self.whole, self.place, state)
 
 
-def is_zip(path: Path) -> bool:
-    """Whether a file begins as ``torch.save`` begins since torch 1.6."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def save(content: Any, file: BinaryIO) -> None:
+def save(content: Any, file: BinaryIO, progress: Progress) -> None:
     """Write with ``torch.save``.
 
     Raises:
         OSError: as the file raised it, such as for a full disk.
     """
-    watched = _Watched(file)
+    watched = _Watched(file, progress)
     try:
         torch.save(content, watched)  # type: ignore[arg-type]
     except RuntimeError:
@@ -87,18 +81,20 @@ def save(content: Any, file: BinaryIO) -> None:
 
 
 class _Watched:
-    """A file that remembers why a write failed."""
+    """A file that tells what is written, and remembers why that failed."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: Optional[OSError] = None
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+        self.error: Optional[BaseException] = None
 
     def write(self, piece: bytes) -> int:
         try:
-            return self._file.write(piece)
-        except OSError as error:
+            count = self._file.write(piece)
+            self._progress(count)
+        except BaseException as error:
             self.error = error
             raise
+        return count
 
     def flush(self) -> None:
         self._file.flush()
@@ -106,7 +102,8 @@ class _Watched:
 
 def _load(path: Path) -> Any:
     try:
-        zipped = is_zip(path)
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6
         if zipped:
             _check_zip(path)
         else:

@@ -48,9 +48,14 @@ class Spec:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of its content."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
 
 def spec_of(tensor: Tensor) -> Spec:
@@ -67,6 +72,9 @@ class SafeFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: dict[str, str] = {}
+        self.specs: dict[str, Spec] = {}
+        self._begin: dict[str, int] = {}
         try:
             self._file = open(path, "rb")
         except OSError as error:
@@ -119,9 +127,7 @@ class SafeFile:
             raise self._damaged(f"its header is not JSON: {error}") from error
         if not isinstance(header, dict):
             raise self._damaged("its header is not an object")
-        self.metadata: dict[str, str] = self._strings(header.pop("__metadata__", {}))
-        self.specs: dict[str, Spec] = {}
-        self._begin: dict[str, int] = {}
+        self.metadata = self._strings(header.pop("__metadata__", {}))
         for key, entry in header.items():
             self._add(key, entry, 8 + length)
         self._check_whole(8 + length, size)

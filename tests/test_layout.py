@@ -7,7 +7,7 @@ import pytest
 
 ORDER = (
     "errors config lowrank fold adapter targets layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native optim summary demo cli"
+    "checkpoint disk stream pickles native stored files optim summary demo cli"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 

@@ -1,0 +1,252 @@
+"""The three conversions on files: `embed`, `extract`, `merge`; streamed, and whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Optional, Union
+
+from paramlora import pickles
+from paramlora.adapter import Adapter
+from paramlora.checkpoint import apply, extracted
+from paramlora.disk import PathLike, check_new, new_file, new_folder
+from paramlora.errors import FileError
+from paramlora.native import read_native, write_native
+from paramlora.pickles import PickledFile
+from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
+from paramlora.stored import PICKLED, SAFE, Stored
+from paramlora.stream import Progress, Spec, pieces_of, spec_of, write_safetensors
+
+AdapterLike = Union[Adapter, PathLike]
+_ENDINGS = ", ".join((*SAFE, *PICKLED))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote, or would write.
+
+    Args:
+        out: the place.
+        tensors: how many it holds.
+        changed: how many of them differ from the input's, new ones included.
+        bytes: of all tensors together.
+    """
+
+    out: Path
+    tensors: int
+    changed: int
+    bytes: int
+
+
+def embed(
+    base: PathLike,
+    adapter: AdapterLike,
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Optional[Progress] = None,
+) -> Report:
+    """Write the checkpoint of `base` with `adapter` attached (see `paramlora.checkpoint.embed`).
+
+    Args:
+        base: a safetensors file, a file of ``torch.save``, or a folder of shards with its index.
+        adapter: an adapter, or its file.
+        out: the new file, of the kind that its ending tells, or a folder for a folder.
+        key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
+        force: replace what is at `out`.
+        dry_run: only check and report.
+        progress: called with the bytes written since its last call.
+
+    Raises:
+        FileError: a file cannot be read or written, or does not fit.
+    """
+    check_new(out, force or dry_run)
+    with Stored(base, key) as stored:
+        plan = embed_plan(Contents(stored.specs), _adapter(adapter))
+        return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def extract(
+    embedded: PathLike,
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Write the adapter inside an attached model's checkpoint as the native file.
+
+    Args:
+        embedded: as `base` of `embed`.
+        out, key, force, dry_run: as for `embed`.
+
+    Raises:
+        FileError: a file cannot be read or written.
+        AdapterError: nothing is inside, or more than one update on one tensor.
+    """
+    check_new(out, force or dry_run)
+    with Stored(embedded, key) as stored:
+        adapter = extracted(Contents(stored.specs), stored.read)
+    if not dry_run:
+        write_native(adapter, out)
+    count = 3 * len(adapter.updates)
+    size = sum(u.lora_A.nbytes + u.lora_B.nbytes for u in adapter.updates.values())
+    return Report(Path(out), count, count, size)
+
+
+def merge(
+    base: PathLike,
+    adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Optional[Progress] = None,
+) -> Report:
+    """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
+
+    From safetensors to safetensors at most two tensors are in memory at a time.
+
+    Args:
+        base: as for `embed`; what is inside an attached model's checkpoint is merged where
+            `adapters` is empty.
+        adapters: each an adapter or its file, or a pair of that and a strength.
+        out, key, force, dry_run, progress: as for `embed`.
+
+    Raises:
+        FileError: a file cannot be read or written, or does not fit.
+        AdapterError: an adapter that cannot be merged.
+    """
+    check_new(out, force or dry_run)
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    with Stored(base, key) as stored:
+        loaded = [(_adapter(one), strength) for one, strength in pairs]
+        plan = merge_plan(Contents(stored.specs), loaded, stored.read)
+        return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def _adapter(adapter: AdapterLike) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else read_native(adapter)
+
+
+def _write(
+    stored: Stored, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
+) -> Report:
+    specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
+    size = sum(spec.nbytes for spec in specs.values())
+    changed = sum(1 for r in plan.values() if r.updates or r.value is not None)
+    _check_kind(stored, out)
+    if not dry_run:
+        _check_space(out, size)
+        told = progress or (lambda count: None)
+        if _is_folder(out):
+            _write_folder(stored, plan, specs, out, told)
+        else:
+            with new_file(out) as file:
+                _fill(stored, plan, specs, list(stored.parts), out.suffix, file, told)
+    return Report(out, len(plan), changed, size)
+
+
+def _spec(stored: Stored, recipe: Recipe) -> Spec:
+    return stored.specs[recipe.source] if recipe.value is None else spec_of(recipe.value)
+
+
+def _is_folder(out: Path) -> bool:
+    return out.suffix not in (*SAFE, *PICKLED)
+
+
+def _check_kind(stored: Stored, out: Path) -> None:
+    """Refuse an output that cannot hold the input."""
+    if stored.index is None and _is_folder(out):
+        raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
+    if out.suffix in SAFE:
+        for part in stored.parts.values():
+            rest = part.beside() if isinstance(part, PickledFile) else []
+            if rest:
+                raise FileError(
+                    f"{out}: a safetensors file holds tensors only, and {part.path.name} also has "
+                    f"{', '.join(rest[:5])}. Give an output ending in {part.path.suffix}."
+                )
+
+
+def _check_space(out: Path, size: int) -> None:
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise FileError(f"{out}: cannot be written: {error.strerror}.") from error
+    if size > free:
+        raise FileError(f"{out}: needs {size:,} bytes, and {free:,} are free. Nothing was written.")
+
+
+def _write_folder(
+    stored: Stored, plan: Plan, specs: dict[str, Spec], out: Path, progress: Progress
+) -> None:
+    beside = [p for p in stored.folder.iterdir() if p.is_file() and not _is_weights(p)]
+    names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
+    with new_folder(out, names) as folder:
+        for name in stored.parts:
+            with open(folder / name, "wb") as file:
+                _fill(stored, plan, specs, [name], Path(name).suffix, file, progress)
+        for path in beside:
+            shutil.copyfile(path, folder / path.name)
+        text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
+        (folder / stored.index_name).write_text(text, encoding="utf-8")
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file holds weights, which would be other ones than those written."""
+    return path.suffix in (*SAFE, *PICKLED) or path.name.endswith(".index.json")
+
+
+def _index(stored: Stored, plan: Plan, specs: dict[str, Spec]) -> dict[str, Any]:
+    index = dict(stored.index or {})
+    totals = {
+        "total_size": sum(spec.nbytes for spec in specs.values()),
+        "total_parameters": sum(spec.elements for spec in specs.values()),
+    }
+    told = index.get("metadata", {})
+    index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
+    index["weight_map"] = {key: stored.where[recipe.source] for key, recipe in plan.items()}
+    return index
+
+
+def _fill(
+    stored: Stored,
+    plan: Plan,
+    specs: dict[str, Spec],
+    parts: list[str],
+    suffix: str,
+    file: BinaryIO,
+    progress: Progress,
+) -> None:
+    """Write what stands in some of the input's files as one file."""
+    mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
+    if suffix in SAFE:
+        metadata = stored.parts[parts[0]].metadata
+
+        def pieces(key: str) -> Iterable[memoryview]:
+            recipe = mine[key]
+            plain = not recipe.updates and recipe.value is None
+            return stored.raw(recipe.source) if plain else pieces_of(recipe.make(stored.read))
+
+        write_safetensors(file, {k: specs[k] for k in mine}, metadata, pieces, progress)
+    else:
+        _fill_pickled(stored, mine, parts, file, progress)
+
+
+def _fill_pickled(
+    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, progress: Progress
+) -> None:
+    part = stored.parts[parts[0]]
+    if isinstance(part, PickledFile) and len(parts) == 1:
+        state = apply(plan, part.state)
+        for key in part.state.keys() - part.specs.keys():
+            state[key] = part.state[key]
+        whole = part.around(state)
+    else:
+        whole = {key: recipe.make(stored.read) for key, recipe in plan.items()}
+    pickles.save(whole, file, progress)
