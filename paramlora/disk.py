@@ -12,17 +12,8 @@ from typing import BinaryIO, Union
 from paramlora.errors import FileError
 
 PathLike = Union[str, "os.PathLike[str]"]
+_STRIDE = 32 << 20
 _AT_FDCWD, _EXCHANGE = -100, 2  # of Linux's renameat2
-
-
-def write_whole(path: PathLike, content: bytes) -> None:
-    """Put `content` at `path`: a crash leaves the older file or the new one.
-
-    Raises:
-        FileError: the place cannot be written.
-    """
-    with new_file(path) as file:
-        file.write(content)
 
 
 @contextmanager
@@ -44,6 +35,21 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         _sync(target.parent)
+
+
+class Ahead:
+    """Has the system write out a file while it grows, so that its last flush is short."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._told, self._written = file, 0, 0
+
+    def wrote(self, count: int) -> None:
+        """Count bytes that were written; where the system takes no advice nothing is done."""
+        self._written += count
+        if self._written - self._told >= _STRIDE and hasattr(os, "posix_fadvise"):
+            length, number = self._written - self._told, self._file.fileno()
+            os.posix_fadvise(number, self._told, length, os.POSIX_FADV_DONTNEED)
+            self._told = self._written
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The three conversions on files: `embed`, `extract`, `merge`; streamed, and whole or not at all."""
+"""The three conversions on files, streamed: `embed`, `extract`, `merge`."""
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
@@ -12,6 +12,7 @@ from paramlora.adapter import Adapter
 from paramlora.checkpoint import apply, extracted
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
+from paramlora.fold import Fold
 from paramlora.native import read_native, write_native
 from paramlora.pickles import PickledFile
 from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
@@ -229,13 +230,23 @@ def _fill(
         metadata = stored.parts[parts[0]].metadata
 
         def pieces(key: str) -> Iterable[memoryview]:
-            recipe = mine[key]
-            plain = not recipe.updates and recipe.value is None
-            return stored.raw(recipe.source) if plain else pieces_of(recipe.make(stored.read))
+            return _pieces(stored, mine[key])
 
         write_safetensors(file, {k: specs[k] for k in mine}, metadata, pieces, progress)
     else:
         _fill_pickled(stored, mine, parts, file, progress)
+
+
+def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
+    """The bytes of one tensor; of a merged one never more than a block is in memory."""
+    if recipe.value is not None:
+        yield from pieces_of(recipe.value)
+    elif not recipe.updates:
+        yield from stored.raw(recipe.source)
+    else:
+        spec = stored.specs[recipe.source]
+        for elements, summed in Fold(spec.shape, recipe.terms(spec.dtype)).blocks():
+            yield from pieces_of(summed(stored.run(recipe.source, elements)))
 
 
 def _fill_pickled(

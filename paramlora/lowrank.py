@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from paramlora.config import TargetConfig
 
 Layout = Literal["matrix", "transposed", "stack"]
+LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 
 
 def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple[int, int, int]:

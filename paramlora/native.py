@@ -5,19 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, float32, nn, tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.config import LoRAConfig, TargetConfig
-from paramlora.disk import PathLike, write_whole
+from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
+from paramlora.lowrank import LAYOUTS, Layout
 from paramlora.state import adapter_of, attach_adapter
+from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
 FORMAT = 1
 _NAMES = ("lora_A", "lora_B", "lora_scale")
+_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout]]
 
 
 def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
@@ -71,7 +72,10 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
         "ties": {path: head for path, head in ties.items() if path != head},
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
-    write_whole(path, save(_tensors(own), metadata))
+    state = _tensors(own)
+    specs = {key: spec_of(value) for key, value in state.items()}
+    with new_file(path) as file:
+        write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
 
 
 def read_native(path: PathLike) -> Adapter:
@@ -85,7 +89,8 @@ def read_native(path: PathLike) -> Adapter:
     path = Path(path)
     metadata, state = _read(path)
     about, config = _about(path, metadata)
-    stems = about.get("shapes") or dict.fromkeys(_stem(key) for key in state)
+    shapes, ties = _shapes(path, about), _ties(path, about)
+    stems = list(shapes) or list(dict.fromkeys(_stem(key) for key in state))
     wanted = {_key(stem, name) for stem in stems for name in _NAMES}
     missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or unexpected:
@@ -94,8 +99,8 @@ def read_native(path: PathLike) -> Adapter:
             f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
             "Copy or save it again."
         )
-    updates = {s: _update(path, s, state, config, about.get("shapes", {})) for s in stems}
-    updates |= {tied: updates[head] for tied, head in about.get("ties", {}).items()}
+    updates = {stem: _update(path, stem, state, config, shapes) for stem in stems}
+    updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
     return Adapter(updates, str(about["adapter"]), rest)
 
@@ -129,21 +134,46 @@ def _weight(update: Update) -> dict[str, Any]:
 
 
 def _update(
-    path: Path, stem: str, state: Mapping[str, Tensor], config: LoRAConfig, shapes: Any
+    path: Path, stem: str, state: Mapping[str, Tensor], config: LoRAConfig, shapes: _Shapes
 ) -> Update:
     a, b, scale = (state[_key(stem, name)] for name in _NAMES)
+    flat = min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1
+    if flat or not all(t.is_floating_point() for t in (a, b, scale)):
+        raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
     entry = _entry_for(path, stem, config)
-    exact = scale.numel() == 1 and float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
+    exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
+    shape, layout = shapes.get(stem, (None, "stack" if a.dim() == 3 else "matrix"))
     return Update(
         a,
         b,
         entry.scale if exact else float(scale),
-        tuple(shapes[stem]["shape"]) if stem in shapes else None,
-        shapes[stem]["layout"] if stem in shapes else ("stack" if a.dim() == 3 else "matrix"),
+        shape,
+        layout,
         entry.trainable_scale,
         entry.hard,
         entry.up_kernel,
     )
+
+
+def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
+    """The weights' shapes and layouts, by path; empty in files from before they were written."""
+    out: _Shapes = {}
+    try:
+        for stem, told in about.get("shapes", {}).items():
+            shape, layout = tuple(told["shape"]), told["layout"]
+            if not all(type(n) is int and n > 0 for n in shape) or layout not in LAYOUTS:
+                raise ValueError(f"{stem}: no shape and layout of a weight")
+            out[stem] = (shape, layout)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f'{path}: the "shapes" in its metadata are damaged: {error}.') from error
+    return out
+
+
+def _ties(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
+    ties = about.get("ties", {})
+    if not isinstance(ties, dict) or not all(isinstance(head, str) for head in ties.values()):
+        raise FileError(f'{path}: the "ties" in its metadata are damaged.')
+    return ties
 
 
 def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
@@ -157,18 +187,11 @@ def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    file = SafeFile(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except OSError as error:
-        reason = error.strerror or "no such file"
-        raise FileError(f"{path}: cannot be read: {reason}.") from error
-    except SafetensorError as error:
-        raise FileError(
-            f"{path}: not a whole safetensors file ({error}). Copy or save it again."
-        ) from error
-    return metadata, state
+        return file.metadata, {key: file.read(key) for key in file.specs}
+    finally:
+        file.close()
 
 
 def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:

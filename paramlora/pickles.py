@@ -51,6 +51,10 @@ class PickledFile:
         """A tensor's bytes in pieces."""
         return pieces_of(self.state[key])
 
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of a tensor's elements, in order."""
+        return self.state[key].detach().reshape(-1)[elements]  # type: ignore[no-any-return]
+
     def beside(self) -> list[str]:
         """What the file holds beside the tensors of its state dict."""
         rest = [key for key in self.state if key not in self.specs]

@@ -12,14 +12,13 @@ from paramlora.adapter import Adapter, Update
 from paramlora.errors import AdapterError, FileError, closest
 from paramlora.fold import Term, folded
 from paramlora.keys import Key, weights_at
-from paramlora.lowrank import Layout, ambiguous, factor_dtype, matrix_shape
+from paramlora.lowrank import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.soft import refuse_two_kernels
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
 Strong = tuple[Update, float]  # an update and its strength
 _NAMES = ("lora_A", "lora_B", "lora_scale")
-_LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,21 @@ class Recipe:
         if self.value is not None:
             return self.value
         base = read(self.source)
-        if not self.updates:
-            return base
-        return folded(base, [_term(base, *pair) for pair in self.updates if pair[1] != 0])
+        return folded(base, self.terms(base.dtype, base.device)) if self.updates else base
+
+    def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
+        """What to fold into a tensor of that type, as a live model has it."""
+        kind = factor_dtype(dtype)
+        return [
+            Term(
+                update.lora_A.to(device, kind),
+                update.lora_B.to(device, kind),
+                torch.tensor(update.scale, dtype=kind, device=device) * strength,
+                update.layout,
+            )
+            for update, strength in self.updates
+            if strength != 0
+        ]
 
 
 Plan = dict[str, Recipe]
@@ -92,7 +103,7 @@ class Contents:
                 f"{weight}: shape {list(shape)}, and the adapter was made for "
                 f"{list(update.shape)}. Is it the base of this adapter?"
             )
-        layouts = [update.layout] if update.shape is not None else [update.layout, *_LAYOUTS]
+        layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
         for layout in layouts:
             if len(shape) >= 2 and _fits(update, shape, layout):
                 return replace(update, shape=shape, layout=layout)
@@ -279,10 +290,3 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
             f"{path}: its weight is under another parametrization, and no tensor in a file gives "
             "the sum. Nothing was merged; load the model and use paramlora.merge."
         )
-
-
-def _term(base: Tensor, update: Update, strength: float) -> Term:
-    kind = factor_dtype(base.dtype)
-    a, b = (factor.to(base.device, kind) for factor in (update.lora_A, update.lora_B))
-    number = torch.tensor(update.scale, dtype=kind, device=base.device) * strength
-    return Term(a, b, number, update.layout)

@@ -72,6 +72,10 @@ class Stored:
         """One tensor's bytes in pieces."""
         return self.parts[self.where[key]].raw(key)
 
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of one tensor's elements; not to be written to."""
+        return self.parts[self.where[key]].run(key, elements)
+
     def _open(self, key: Optional[str]) -> None:
         if not self.path.is_dir() and not self.path.name.endswith(_INDEX):
             self.parts[self.path.name] = _part(self.path, key)

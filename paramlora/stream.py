@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from paramlora.disk import Ahead
 from paramlora.errors import FileError
 
 Progress = Callable[[int], None]  # called with the bytes written since the last call
@@ -76,7 +77,7 @@ class SafeFile:
         self.specs: dict[str, Spec] = {}
         self._begin: dict[str, int] = {}
         try:
-            self._file = open(path, "rb")
+            self._file = open(path, "rb", buffering=0)
         except OSError as error:
             raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
         try:
@@ -105,6 +106,13 @@ class SafeFile:
             piece = buffer[: min(_CHUNK, end - at)]
             self._fill(at, piece)
             yield piece
+
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of a tensor's elements as they lie in the file, in memory of their own."""
+        dtype = self.specs[key].dtype
+        out = torch.empty(elements.stop - elements.start, dtype=dtype)
+        self._fill(self._begin[key] + elements.start * dtype.itemsize, content(out))
+        return out
 
     def _fill(self, at: int, buffer: memoryview) -> None:
         try:
@@ -188,15 +196,17 @@ def write_safetensors(
     specs: Mapping[str, Spec],
     metadata: Mapping[str, str],
     pieces: Callable[[str], Iterable[memoryview]],
-    progress: Progress,
+    progress: Progress = lambda count: None,
 ) -> None:
     """Write a safetensors file; each tensor's bytes are asked for when their turn comes."""
     # wide types first, so that each lies at a multiple of its size, as the library writes them
     keys = sorted(specs, key=lambda key: -specs[key].dtype.itemsize)
     file.write(_header(specs, keys, metadata))
+    ahead = Ahead(file)
     for key in keys:
         for piece in pieces(key):
             file.write(piece)
+            ahead.wrote(len(piece))
             progress(len(piece))
 
 
