@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
@@ -17,8 +17,9 @@ from paramlora.native import read_native, write_native
 from paramlora.pickles import PickledFile
 from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
 from paramlora.stored import PICKLED, SAFE, Stored
-from paramlora.stream import Progress, Spec, pieces_of, spec_of, write_safetensors
+from paramlora.stream import Count, Spec, pieces_of, spec_of, write_safetensors
 
+Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
 AdapterLike = Union[Adapter, PathLike]
 _ENDINGS = ", ".join((*SAFE, *PICKLED))
 
@@ -59,7 +60,7 @@ def embed(
         key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
         force: replace what is at `out`.
         dry_run: only check and report.
-        progress: called with the bytes written since its last call.
+        progress: called with the bytes written since its last call, and those of all tensors.
 
     Raises:
         FileError: a file cannot be read or written, or does not fit.
@@ -110,7 +111,7 @@ def merge(
 ) -> Report:
     """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
 
-    From safetensors to safetensors at most two tensors are in memory at a time.
+    From safetensors to safetensors some megabytes are in memory at a time, whatever the size.
 
     Args:
         base: as for `embed`; what is inside an attached model's checkpoint is merged where
@@ -143,7 +144,11 @@ def _write(
     _check_kind(stored, out)
     if not dry_run:
         _check_space(out, size)
-        told = progress or (lambda count: None)
+
+        def told(count: int) -> None:
+            if progress is not None:
+                progress(count, size)
+
         if _is_folder(out):
             _write_folder(stored, plan, specs, out, told)
         else:
@@ -184,7 +189,7 @@ def _check_space(out: Path, size: int) -> None:
 
 
 def _write_folder(
-    stored: Stored, plan: Plan, specs: dict[str, Spec], out: Path, progress: Progress
+    stored: Stored, plan: Plan, specs: dict[str, Spec], out: Path, progress: Count
 ) -> None:
     beside = [p for p in stored.folder.iterdir() if p.is_file() and not _is_weights(p)]
     names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
@@ -222,7 +227,7 @@ def _fill(
     parts: list[str],
     suffix: str,
     file: BinaryIO,
-    progress: Progress,
+    progress: Count,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
     mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
@@ -250,7 +255,7 @@ def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
 
 
 def _fill_pickled(
-    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, progress: Progress
+    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, progress: Count
 ) -> None:
     part = stored.parts[parts[0]]
     if isinstance(part, PickledFile) and len(parts) == 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError
-from paramlora.stream import Progress, Spec, pieces_of, spec_of
+from paramlora.stream import Count, Spec, pieces_of, spec_of
 
 _NESTS = ("state_dict", "model", "module")
 
@@ -69,7 +69,7 @@ class PickledFile:
         return _around(self.whole, self.place, state)
 
 
-def save(content: Any, file: BinaryIO, progress: Progress) -> None:
+def save(content: Any, file: BinaryIO, progress: Count) -> None:
     """Write with ``torch.save``.
 
     Raises:
@@ -87,7 +87,7 @@ def save(content: Any, file: BinaryIO, progress: Progress) -> None:
 class _Watched:
     """A file that tells what is written, and remembers why that failed."""
 
-    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+    def __init__(self, file: BinaryIO, progress: Count) -> None:
         self._file, self._progress = file, progress
         self.error: Optional[BaseException] = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from paramlora.disk import Ahead
 from paramlora.errors import FileError
 
-Progress = Callable[[int], None]  # called with the bytes written since the last call
+Count = Callable[[int], None]  # called with the bytes written since the last call
 _MOST_HEADER = 100_000_000  # as the safetensors library limits it
 _MOST_SIDE, _MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 _CHUNK = 8 << 20
@@ -117,19 +117,25 @@ class SafeFile:
     def _fill(self, at: int, buffer: memoryview) -> None:
         try:
             self._file.seek(at)
-            got = self._file.readinto(buffer)
+            while buffer and (got := self._file.readinto(buffer)):  # the system may give less
+                buffer = buffer[got:]
         except OSError as error:
             raise FileError(f"{self.path}: cannot be read: {error.strerror}.") from error
-        if got != len(buffer):
+        if buffer:
             raise self._damaged("it became shorter while it was read")
+
+    def _bytes(self, at: int, count: int) -> bytearray:
+        out = bytearray(count)
+        self._fill(at, memoryview(out))
+        return out
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
+        length = int.from_bytes(self._bytes(0, min(8, size)), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise self._damaged(f"a header of {length:,} bytes in a file of {size:,}")
         try:
-            text = self._file.read(length).decode()
+            text = self._bytes(8, length).decode()
             header = json.loads(text, object_pairs_hook=self._unique)
         except (ValueError, RecursionError) as error:
             raise self._damaged(f"its header is not JSON: {error}") from error
@@ -196,7 +202,7 @@ def write_safetensors(
     specs: Mapping[str, Spec],
     metadata: Mapping[str, str],
     pieces: Callable[[str], Iterable[memoryview]],
-    progress: Progress = lambda count: None,
+    progress: Count = lambda count: None,
 ) -> None:
     """Write a safetensors file; each tensor's bytes are asked for when their turn comes."""
     # wide types first, so that each lies at a multiple of its size, as the library writes them
