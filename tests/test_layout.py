@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config lowrank fold adapter targets layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored files optim summary demo cli"
+    "errors config switch lowrank fold whole adapter targets init inputs layers soft attach merge "
+    "state keys plan checkpoint disk stream pickles native stored files optim summary demo cli "
+    "kernels"
 ).split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 
