@@ -1,5 +1,7 @@
 """LoRA for any `torch.nn.Module`, as a weight parametrization."""
 
+from paramlora import checkpoint
+from paramlora.adapter import Adapter, Update
 from paramlora.attach import (
     attach,
     detach,
@@ -15,16 +17,22 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.files import load_adapter, save_adapter
 from paramlora.inputs import disable_input_grads, enable_input_grads
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
+from paramlora.native import load_adapter, save_adapter
 from paramlora.optim import parameter_groups, trainable_parameters
-from paramlora.state import adapter_state_dict, load_adapter_state_dict
+from paramlora.state import (
+    adapter_of,
+    adapter_state_dict,
+    attach_adapter,
+    load_adapter_state_dict,
+)
 from paramlora.summary import Summary, summary
 from paramlora.targets import Target, targets
 
 __all__ = [
+    "Adapter",
     "AdapterError",
     "ConfigError",
     "FileError",
@@ -36,8 +44,12 @@ __all__ = [
     "Target",
     "TargetConfig",
     "TargetError",
+    "Update",
+    "adapter_of",
     "adapter_state_dict",
     "attach",
+    "attach_adapter",
+    "checkpoint",
     "detach",
     "disable_adapters",
     "disable_input_grads",

@@ -48,14 +48,33 @@ def attach(
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
-    parsed, given = as_config(config), model
-    check_model(given)
-    check_order(given)
-    model = unwrapped(model)
-    chosen = targets(model, parsed, strict)
+    parsed = as_config(config)
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
+    chosen = targets(inside, parsed, strict)
+    _check_name(adapter, adapter_names(inside))
+    _warn_frozen(inside, parsed)
+    attach_targets(inside, chosen, adapter, parsed.trainable_model)
+    return model
+
+
+def attach_targets(
+    model: nn.Module, chosen: list[Target], adapter: str, trainable_model: bool = False
+) -> None:
+    """Adapt the chosen tensors in place; all or nothing.
+
+    Args:
+        model: unwrapped, and checked by `check_model` and `check_order`.
+        chosen: of that model.
+        adapter: the name of this set of updates.
+        trainable_model: leave the backbone as it is, instead of freezing it.
+
+    Raises:
+        AdapterError: `adapter` is attached already, or another one has a tensor to itself.
+    """
     there = adapter_names(model)
     _check_name(adapter, there)
-    _warn_frozen(model, parsed)
     modules = dict(model.named_modules())
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
@@ -64,7 +83,7 @@ def attach(
         _check_at_home(module, target)
     with torch.inference_mode(False):  # else nothing made here could ever be trained
         fresh = _fresh(model, chosen, owners, adapter)
-    frozen = not parsed.trainable_model and not there
+    frozen = not trainable_model and not there
     with _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
@@ -76,7 +95,6 @@ def attach(
                 _register(module, target.tensor, update)
     if checkpoints_reentrantly(model):
         enable_input_grads(model)
-    return given
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
@@ -176,12 +194,17 @@ def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
+    for path, module, update in placed(model):
+        if id(update) not in seen:
+            seen.add(id(update))
+            yield path, module, update
+
+
+def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
+    """As `updates`, with an update that tied tensors share once for each holder."""
     for path, module in unwrapped(model).named_modules():
         for name, plist in updates_of(module):
-            for update in plist:
-                if isinstance(update, Switched) and id(update) not in seen:
-                    seen.add(id(update))
-                    yield stem(path, name), module, update
+            yield from ((stem(path, name), module, p) for p in plist if isinstance(p, Switched))
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -353,7 +376,7 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
         "all of them. Merging will untie the adapted one; name every holder in one entry "
         "(re:...) to keep them tied.",
         ParamloraWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

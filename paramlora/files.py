@@ -1,141 +1,268 @@
-"""Adapters on disk: one safetensors file that describes itself, written whole or not at all."""
+"""The three conversions on files, streamed: `embed`, `extract`, `merge`."""
 
 import json
-import os
-import tempfile
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, BinaryIO, Optional, Union
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from paramlora import pickles
+from paramlora.adapter import Adapter
+from paramlora.checkpoint import apply, extracted
+from paramlora.disk import PathLike, check_new, new_file, new_folder
+from paramlora.errors import FileError
+from paramlora.fold import Fold
+from paramlora.native import read_native, write_native
+from paramlora.pickles import PickledFile
+from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
+from paramlora.stored import PICKLED, SAFE, Stored
+from paramlora.stream import Count, Spec, pieces_of, spec_of, write_safetensors
 
-from paramlora.attach import attach, detach, updates
-from paramlora.config import FROM_WEIGHT, LoRAConfig, TargetConfig
-from paramlora.errors import ConfigError, FileError
-from paramlora.sharded import gathered, is_sharded, wait, writes
-from paramlora.state import adapter_state_dict, load_adapter_state_dict
-
-PathLike = Union[str, "os.PathLike[str]"]
-FORMAT = 1
-
-
-def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
-    """Write one adapter and its configuration; an older file at `path` survives a failure.
-
-    The file holds the tensors of `adapter_state_dict` and, in its metadata under ``paramlora``,
-    ``{"format": 1, "config": {...}, "adapter": "..."}``: `load_adapter` needs nothing else. Where
-    the adapter is sharded over processes all of them call this; the first one writes.
-
-    Raises:
-        AdapterError: `adapter` is not attached.
-        FileError: the file cannot be written.
-    """
-    live = adapter_state_dict(model, adapter)
-    state = {k: gathered(v).contiguous() for k, v in live.items()}
-    config = LoRAConfig(tuple(_entries(model, adapter)))
-    about = {"format": FORMAT, "config": config.to_dict(), "adapter": adapter}
-    together = any(is_sharded(v) for v in live.values())
-    if not together or writes():
-        _write(Path(path), save(state, {"paramlora": json.dumps(about)}))
-    if together:
-        wait()
+Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
+AdapterLike = Union[Adapter, PathLike]
+_ENDINGS = ", ".join((*SAFE, *PICKLED))
 
 
-def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:
-    """Attach the adapter in a file written by `save_adapter`; all or nothing.
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote, or would write.
 
     Args:
-        model: the model that it was trained for, or one with the same targets.
-        path: the file.
-        adapter: a name of your own instead of the file's.
+        out: the place.
+        tensors: how many it holds.
+        changed: how many of them differ from the input's, new ones included.
+        bytes: of all tensors together.
+    """
+
+    out: Path
+    tensors: int
+    changed: int
+    bytes: int
+
+
+def embed(
+    base: PathLike,
+    adapter: AdapterLike,
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Optional[Progress] = None,
+) -> Report:
+    """Write the checkpoint of `base` with `adapter` attached (see `paramlora.checkpoint.embed`).
+
+    Args:
+        base: a safetensors file, a file of ``torch.save``, or a folder of shards with its index.
+        adapter: an adapter, or its file.
+        out: the new file, of the kind that its ending tells, or a folder for a folder.
+        key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
+        force: replace what is at `out`.
+        dry_run: only check and report.
+        progress: called with the bytes written since its last call, and those of all tensors.
 
     Raises:
-        FileError: the file is missing, truncated, of another tool, or does not fit the model.
-        TargetError: the file's configuration does not fit the model.
-        AdapterError: an adapter of that name is attached already.
+        FileError: a file cannot be read or written, or does not fit.
     """
-    about, state = _read(Path(path))
-    name = str(about["adapter"]) if adapter is None else adapter
-    config = LoRAConfig.from_dict(about["config"], source=Path(path).name)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    attach(model, config, name, strict=True)
+    check_new(out, force or dry_run)
+    with Stored(base, key) as stored:
+        plan = embed_plan(Contents(stored.specs), _adapter(adapter))
+        return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def extract(
+    embedded: PathLike,
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Write the adapter inside an attached model's checkpoint as the native file.
+
+    Args:
+        embedded: as `base` of `embed`.
+        out, key, force, dry_run: as for `embed`.
+
+    Raises:
+        FileError: a file cannot be read or written.
+        AdapterError: nothing is inside, or more than one update on one tensor.
+    """
+    check_new(out, force or dry_run)
+    with Stored(embedded, key) as stored:
+        adapter = extracted(Contents(stored.specs), stored.read)
+    if not dry_run:
+        write_native(adapter, out)
+    factors = [t for u in adapter.updates.values() for t in (u.lora_A, u.lora_B)]
+    held = [*factors, *adapter.whole.values()]
+    return Report(Path(out), len(held), len(held), sum(tensor.nbytes for tensor in held))
+
+
+def merge(
+    base: PathLike,
+    adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
+    out: PathLike,
+    *,
+    key: Optional[str] = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Optional[Progress] = None,
+) -> Report:
+    """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
+
+    From safetensors to safetensors some megabytes are in memory at a time, whatever the size.
+
+    Args:
+        base: as for `embed`; what is inside an attached model's checkpoint is merged where
+            `adapters` is empty.
+        adapters: each an adapter or its file, or a pair of that and a strength.
+        out, key, force, dry_run, progress: as for `embed`.
+
+    Raises:
+        FileError: a file cannot be read or written, or does not fit.
+        AdapterError: an adapter that cannot be merged.
+    """
+    check_new(out, force or dry_run)
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    with Stored(base, key) as stored:
+        loaded = [(_adapter(one), strength) for one, strength in pairs]
+        plan = merge_plan(Contents(stored.specs), loaded, stored.read)
+        return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def _adapter(adapter: AdapterLike) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else read_native(adapter)
+
+
+def _write(
+    stored: Stored, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
+) -> Report:
+    specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
+    size = sum(spec.nbytes for spec in specs.values())
+    changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
+    _check_kind(stored, out)
+    if not dry_run:
+        _check_space(out, size)
+
+        def told(count: int) -> None:
+            if progress is not None:
+                progress(count, size)
+
+        if _is_folder(out):
+            _write_folder(stored, plan, specs, out, told)
+        else:
+            with new_file(out) as file:
+                _fill(stored, plan, specs, list(stored.parts), out.suffix, file, told)
+    return Report(out, len(plan), changed, size)
+
+
+def _spec(stored: Stored, recipe: Recipe) -> Spec:
+    return stored.specs[recipe.source] if recipe.value is None else spec_of(recipe.value)
+
+
+def _is_folder(out: Path) -> bool:
+    return out.suffix not in (*SAFE, *PICKLED)
+
+
+def _check_kind(stored: Stored, out: Path) -> None:
+    """Refuse an output that cannot hold the input."""
+    if stored.index is None and _is_folder(out):
+        raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
+    if out.suffix in SAFE:
+        for part in stored.parts.values():
+            rest = part.beside() if isinstance(part, PickledFile) else []
+            if rest:
+                raise FileError(
+                    f"{out}: a safetensors file holds tensors only, and {part.path.name} also has "
+                    f"{', '.join(rest[:5])}. Give an output ending in {part.path.suffix}."
+                )
+
+
+def _check_space(out: Path, size: int) -> None:
     try:
-        load_adapter_state_dict(model, state, name)
-    except BaseException:
-        detach(model, name)
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
-        raise
-    return model
-
-
-def _entries(model: nn.Module, adapter: str) -> list[TargetConfig]:
-    found = [update.entry for _, _, update in updates(model) if update.adapter == adapter]
-    return [_plain(entry) for entry in dict.fromkeys(found) if entry is not None]
-
-
-def _plain(entry: TargetConfig) -> TargetConfig:
-    """The entry of what is saved, which starts from its own values."""
-    r = 2 * entry.r if entry.init in FROM_WEIGHT else entry.r
-    return replace(entry, r=r, init="default")
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary: Optional[str] = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        free = shutil.disk_usage(out.parent).free
     except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror}.") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        raise FileError(f"{out}: cannot be written: {error.strerror}.") from error
+    if size > free:
+        raise FileError(f"{out}: needs {size:,} bytes, and {free:,} are free. Nothing was written.")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_folder(
+    stored: Stored, plan: Plan, specs: dict[str, Spec], out: Path, progress: Count
+) -> None:
+    beside = [p for p in stored.folder.iterdir() if p.is_file() and not _is_weights(p)]
+    names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
+    with new_folder(out, names) as folder:
+        for name in stored.parts:
+            with open(folder / name, "wb") as file:
+                _fill(stored, plan, specs, [name], Path(name).suffix, file, progress)
+        for path in beside:
+            shutil.copyfile(path, folder / path.name)
+        text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
+        (folder / stored.index_name).write_text(text, encoding="utf-8")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except OSError as error:
-        reason = error.strerror or "no such file"
-        raise FileError(f"{path}: cannot be read: {reason}.") from error
-    except SafetensorError as error:
-        raise FileError(
-            f"{path}: not a whole safetensors file ({error}). Copy or save it again."
-        ) from error
-    return _about(path, metadata), state
+def _is_weights(path: Path) -> bool:
+    """Whether a file holds weights, which would be other ones than those written."""
+    return path.suffix in (*SAFE, *PICKLED) or path.name.endswith(".index.json")
 
 
-def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if "paramlora" not in metadata:
-        raise FileError(
-            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Attach a '
-            "configuration and use load_adapter_state_dict with renamed keys."
-        )
-    try:
-        about: dict[str, Any] = json.loads(metadata["paramlora"])
-        version, _, _ = about["format"], about["adapter"], about["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f'{path}: its "paramlora" metadata is damaged: {error}.') from error
-    if version != FORMAT:
-        raise FileError(f"{path}: format {version!r}; this paramlora reads {FORMAT}. Upgrade it.")
-    try:
-        LoRAConfig.from_dict(about["config"], source=path.name)
-    except ConfigError as error:
-        raise FileError(f"{path}: its configuration is damaged: {error}") from error
-    return about
+def _index(stored: Stored, plan: Plan, specs: dict[str, Spec]) -> dict[str, Any]:
+    index = dict(stored.index or {})
+    totals = {
+        "total_size": sum(spec.nbytes for spec in specs.values()),
+        "total_parameters": sum(spec.elements for spec in specs.values()),
+    }
+    told = index.get("metadata", {})
+    index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
+    index["weight_map"] = {key: stored.where[recipe.source] for key, recipe in plan.items()}
+    return index
+
+
+def _fill(
+    stored: Stored,
+    plan: Plan,
+    specs: dict[str, Spec],
+    parts: list[str],
+    suffix: str,
+    file: BinaryIO,
+    progress: Count,
+) -> None:
+    """Write what stands in some of the input's files as one file."""
+    mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
+    if suffix in SAFE:
+        metadata = stored.parts[parts[0]].metadata
+
+        def pieces(key: str) -> Iterable[memoryview]:
+            return _pieces(stored, mine[key])
+
+        write_safetensors(file, {k: specs[k] for k in mine}, metadata, pieces, progress)
+    else:
+        _fill_pickled(stored, mine, parts, file, progress)
+
+
+def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
+    """The bytes of one tensor; of a merged one never more than a block is in memory."""
+    if recipe.value is not None:
+        yield from pieces_of(recipe.value)
+    elif not recipe.changes:
+        yield from stored.raw(recipe.source)
+    else:
+        spec = stored.specs[recipe.source]
+        for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
+            yield from pieces_of(summed(stored.run(recipe.source, elements)))
+
+
+def _fill_pickled(
+    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, progress: Count
+) -> None:
+    part = stored.parts[parts[0]]
+    if isinstance(part, PickledFile) and len(parts) == 1:
+        state = apply(plan, part.state)
+        for key in part.state.keys() - part.specs.keys():
+            state[key] = part.state[key]
+        whole = part.around(state)
+    else:
+        whole = {key: recipe.make(stored.read) for key, recipe in plan.items()}
+    pickles.save(whole, file, progress)

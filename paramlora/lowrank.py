@@ -11,6 +11,7 @@ from paramlora.sharded import take
 from paramlora.switch import Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
+LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 
 
 def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple[int, int, int]:
@@ -23,6 +24,16 @@ def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple
         return math.prod(shape[:-2]), shape[-2], shape[-1]
     first, rest = shape[0], math.prod(shape[1:])
     return (1, rest, first) if layout == "transposed" else (1, first, rest)
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of an update's factors: a 16-bit one would lose their small steps."""
+    return torch.float32 if dtype.itemsize <= 2 else dtype
+
+
+def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
+    """Whether the factors' shapes do not tell which side of the weight is the input."""
+    return layout != "stack" and shape[0] ** 2 == math.prod(shape)
 
 
 class LowRank(Switched):
@@ -40,7 +51,9 @@ class LowRank(Switched):
 
     Shapes: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]`` (a leading ``stack`` dimension for
     ``layout="stack"``), ``lora_scale`` ``[]``. They are float32 on a 16-bit weight, where their
-    updates would otherwise vanish, and the weight's own type elsewhere.
+    updates would otherwise vanish, and the weight's own type elsewhere. A transposed weight with
+    as many inputs as outputs also has the buffer ``lora_transposed``, because a state dict would
+    otherwise not tell on which side they lie.
     """
 
     lora_A: nn.Parameter
@@ -60,8 +73,7 @@ class LowRank(Switched):
     ) -> None:
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
-        dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
-        where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         super().__init__(adapter, **where)
         self.r, self.layout, self.first_scale = r, layout, scale
         self.dropout = 0.0  # on the input of the low-rank branch, set by attach
@@ -72,6 +84,9 @@ class LowRank(Switched):
             self.lora_scale = nn.Parameter(value)
         else:
             self.register_buffer("lora_scale", value)
+        if layout == "transposed" and ambiguous(weight.shape, layout):
+            mark = torch.ones((), dtype=torch.uint8, device=weight.device)
+            self.register_buffer("lora_transposed", mark)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
 

@@ -15,8 +15,10 @@ from paramlora.attach import (
     updates_of,
 )
 from paramlora.errors import AdapterError
+from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
+from paramlora.sharded import is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
 from paramlora.whole import Whole
@@ -119,15 +121,33 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
 
 
 def _fold(base: nn.Parameter, updates: list[Switched]) -> None:
-    total = base.to(torch.promote_types(base.dtype, torch.float32))
-    for update in updates:
-        if isinstance(update, Whole):
-            total = update(total)
-        elif isinstance(update, LowRank) and update.acts:
-            total = total + update.delta(base.shape, total.dtype)
+    acting = [update for update in updates if update.acts]
+    if is_sharded(base):
+        total = _folded_together(base, acting)
+    else:
+        total = folded(base, [_term(update) for update in acting])
     if 0 in base.stride():  # expanded: its elements share memory, which the sum's cannot
         base.data = base.data.clone(memory_format=torch.contiguous_format)
     base.copy_(total)
+
+
+def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
+    """Each process forms its own part of the sum, whose blocks the others could not follow."""
+    total = base.to(torch.promote_types(base.dtype, torch.float32))
+    for update in acting:
+        if isinstance(update, LowRank):
+            total = total + update.delta(base.shape, total.dtype)
+        else:
+            total = update(total)
+    return total
+
+
+def _term(update: Switched) -> Term:
+    if isinstance(update, LowRank):
+        factor = update.lora_scale * update.gain
+        return LowRankTerm(*update.factors(), factor, update.layout)
+    assert isinstance(update, Whole)
+    return WholeTerm(update.lora_whole, update.gain)
 
 
 def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:

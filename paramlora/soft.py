@@ -1,6 +1,6 @@
 """The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
 
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +65,7 @@ class Branch(LowRank):
 
     def check_mergeable(self, path: str) -> None:
         if self.kernel:
-            raise AdapterError(
-                f'{path or "this layer"}: "up_kernel": "same" is two convolutions of kernel '
-                f"{list(self.kernel)} in a row, which no kernel of that size equals. Nothing was "
-                'merged; keep the adapter attached, or train it with "up_kernel": 1.'
-            )
+            refuse_two_kernels(path, self.kernel)
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
@@ -110,6 +106,15 @@ class Branch(LowRank):
         if not any(key.startswith(prefix) for key in state):
             state.update({prefix + key: value for key, value in self.state_dict().items()})
         super()._load_from_state_dict(state, prefix, *args)
+
+
+def refuse_two_kernels(path: str, kernel: tuple[int, ...]) -> NoReturn:
+    """Say why a branch with ``"up_kernel": "same"`` cannot be merged."""
+    raise AdapterError(
+        f'{path or "this layer"}: "up_kernel": "same" is two convolutions of kernel '
+        f"{list(kernel)} in a row, which no kernel of that size equals. Nothing was "
+        'merged; keep the adapter attached, or train it with "up_kernel": 1.'
+    )
 
 
 def kernel_of(layer: nn.Module, up_kernel: Union[int, str]) -> tuple[int, ...]:

@@ -1,12 +1,24 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Optional
 
+import torch
 from torch import Tensor, nn
 
-from paramlora.attach import check_adapters, updates
+from paramlora.adapter import Adapter, Update
+from paramlora.attach import attach_targets, check_adapters, detach, placed, updates
+from paramlora.config import TargetConfig
 from paramlora.errors import FileError
+from paramlora.lowrank import LowRank, factor_dtype
+from paramlora.sharded import check_order, gathered
+from paramlora.soft import Branch
 from paramlora.switch import Switched
+from paramlora.targets import Target, adaptable, check_model, targets_at, unwrapped
+from paramlora.whole import Whole
+
+LOW_RANK = ("lora_A", "lora_B", "lora_scale")
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -55,6 +67,118 @@ def load_adapter_state_dict(
     for stem, update in stems.items():
         update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model
+
+
+def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
+    """An attached adapter as a value: its tensors detached, and shared where they are plain.
+
+    Where it is sharded over processes all of them call this, and each gets the whole.
+    Tied tensors that share one update hold the same `Update` under each of their paths.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+    """
+    check_adapters(model, adapter)
+    shapes = {target.path: target.shape for target in adaptable(model)}
+    held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
+    first: dict[int, str] = {}
+    made: dict[str, "Update | Tensor"] = {}
+    for path, update in held.items():
+        head = first.setdefault(id(update), path)
+        made[path] = _value(update, shapes.get(path)) if head == path else made[head]
+    return Adapter(
+        {path: value for path, value in made.items() if isinstance(value, Update)},
+        adapter,
+        whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
+    )
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = None) -> nn.Module:
+    """Attach an adapter at its own paths and load its values; all or nothing.
+
+    Args:
+        model: a model that has every path of `adapter`.
+        adapter: its tensors are copied into new parameters.
+        name: a name of your own instead of the adapter's.
+
+    Raises:
+        TargetError: a path that the model lacks, or a rank or kind that does not fit there.
+        FileError: a tensor of another shape.
+        AdapterError: an adapter of that name is attached already.
+    """
+    name = adapter.name if name is None else name
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
+    attach_targets(inside, chosen, name)
+    try:
+        values = _values(adapter)
+        needed = _live(_stems(model, name))  # of tied tensors only the first one's
+        load_adapter_state_dict(model, {k: values[k] for k in needed}, name)
+    except BaseException:
+        detach(model, name)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return model
+
+
+def _value(update: Switched, shape: Optional[tuple[int, ...]]) -> "Update | Tensor":
+    if isinstance(update, Whole):
+        return gathered(update.lora_whole.detach())
+    assert isinstance(update, LowRank)
+    a, b = update.factors()
+    entry = update.entry or TargetConfig("", update.r)
+    soft = isinstance(update, Branch)
+    return Update(
+        gathered(a.detach()),
+        gathered(b.detach()),
+        _number(gathered(update.lora_scale.detach()), entry.scale),
+        shape,
+        update.layout,
+        isinstance(update.lora_scale, nn.Parameter),
+        not soft,
+        "same" if isinstance(update, Branch) and update.kernel else 1,
+        dropout=update.dropout,
+        adapter_dtype=entry.adapter_dtype,
+    )
+
+
+def _number(scale: Tensor, asked: float) -> float:
+    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
+    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
+    return asked if same else scale.item()
+
+
+def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
+    """An entry for each path; paths that share one value share one entry."""
+    first: dict[int, str] = {}
+    entries = {}
+    for path, update in adapter.updates.items():
+        entries[path] = update.entry(first.setdefault(id(update), path))
+    for path, tensor in adapter.whole.items():
+        entries[path] = TargetConfig(first.setdefault(id(tensor), path), 0, whole=True)
+    return entries
+
+
+def _typed(target: Target, adapter: Adapter) -> Target:
+    """A tensor to have whole keeps its own type where that is not the usual one."""
+    tensor = adapter.whole.get(target.path)
+    if tensor is None or tensor.dtype == factor_dtype(target.dtype):
+        return target
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return replace(target, entry=replace(target.entry, adapter_dtype=kind))
+
+
+def _values(adapter: Adapter) -> dict[str, Tensor]:
+    out = {_key(path, "lora_whole"): tensor for path, tensor in adapter.whole.items()}
+    for path, update in adapter.updates.items():
+        scale = torch.tensor(update.scale, dtype=torch.float64)
+        for name, value in zip(LOW_RANK, (update.lora_A, update.lora_B, scale)):
+            out[_key(path, name)] = value
+    return out
 
 
 def _stems(model: nn.Module, adapter: str) -> dict[str, Switched]:

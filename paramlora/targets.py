@@ -4,8 +4,8 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -14,14 +14,16 @@ from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
-from paramlora.lowrank import Layout, LowRank, matrix_shape
+from paramlora.lowrank import Layout, matrix_shape
+from paramlora.switch import Switched
 
 BRANCHES = "lora_branches"  # the name under which a layer holds its soft updates
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # compiled, checkpointed and sharded layers have the user's layer under one of these names
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+_NO_ENTRY = TargetConfig("", 1)
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,52 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     found = {entry.name: _matches(model, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
-    for target in chosen:
-        if target.entry.whole:
-            continue
+    return [_checked(model, target) for target in chosen]
+
+
+def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Target]:
+    """The targets at exact paths, as `Target.path` spells them, in the model's order.
+
+    Raises:
+        TargetError: a path that the model lacks, or a rank, scale or kind that does not fit.
+    """
+    chosen = [
+        replace(target, entry=entries[target.path])
+        for target in _all(model)
+        if target.path in entries
+    ]
+    found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
+    missing = sorted(entries.keys() - found)
+    if missing:
+        text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in missing)
+        raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
+    return [_checked(model, target) for target in chosen]
+
+
+def adaptable(model: nn.Module) -> Iterator[Target]:
+    """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
+    return (target for target in _all(model) if len(target.shape) >= 2)
+
+
+def _all(model: nn.Module) -> Iterator[Target]:
+    for path, module, name, tensor in _tensors(unwrapped(model)):
+        yield _target(path, module, name, tensor, _NO_ENTRY)
+
+
+def _checked(model: nn.Module, target: Target) -> Target:
+    if not target.entry.whole:
         _check_rank(target)
         _check_scale(target)
         if not target.entry.hard:
             _check_soft(target, model.get_submodule(target.module))
-    return chosen
+    return target
+
+
+def _target(
+    path: str, module: nn.Module, name: str, tensor: torch.Tensor, entry: TargetConfig
+) -> Target:
+    layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
+    return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype)
 
 
 def check_model(model: nn.Module) -> None:
@@ -132,7 +172,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
 def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
     plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
-    if all(isinstance(p, LowRank) for p in plist):
+    if all(isinstance(p, Switched) for p in plist):
         return plist.original  # type: ignore[no-any-return]
     with torch.no_grad():
         return copy.deepcopy(plist)()  # type: ignore[no-any-return]
@@ -144,12 +184,11 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
     out = []
     for path, module, name, tensor in _tensors(model):
         full = f"{path}.{name}" if path else name
-        if not (_fits(entry.name, full) or (name == "weight" and _fits(entry.name, path))):
+        if not (fits(entry.name, full) or (name == "weight" and fits(entry.name, path))):
             continue
         reason = _unfit(entry, module, tensor)
         if reason is None:
-            layout = _layout(module, name, tensor)
-            out.append(Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype))
+            out.append(_target(path, module, name, tensor, entry))
         elif not _broad(entry.name):
             raise TargetError(f'"{entry.name}" matches {full}, {reason}')
     if not out:
@@ -168,8 +207,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"
     elif 0 in tensor.shape:
         reason = f"of shape {list(tensor.shape)}: it is empty"
-    elif entry.hard and tensor.dtype not in _FLOATS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+    elif entry.hard and tensor.dtype not in FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
     return reason and f"{reason}. Remove the entry."
 
@@ -180,21 +219,20 @@ def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
     for path, module, name, tensor in _tensors(model):
         parts = [part for part in path.split(".") if part] + [name]
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        if not any(_fits(entry.name, one) for one in above):
+        if not any(fits(entry.name, one) for one in above):
             continue
         if not tensor.is_floating_point():
             raise TargetError(
                 f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
                 "cannot train. Name another, or adapt it with r."
             )
-        layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
-        out.append(Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype))
+        out.append(_target(path, module, name, tensor, entry))
     return out
 
 
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
-        if path and _fits(entry.name, path):
+        if path and fits(entry.name, path):
             names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
             inside = [f"{path}.{name}" for name in names]
             hint = f". Name what is inside it, for example {inside[0]}." if inside else ""
@@ -209,7 +247,7 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
             )
 
 
-def _fits(pattern: str, path: str) -> bool:
+def fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], own_path(path)) is not None
@@ -248,8 +286,8 @@ def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[T
 
 
 def _winner(group: list[Target]) -> Target:
-    best = max(_specificity(t.entry.name) for t in group)
-    top = [t for t in group if _specificity(t.entry.name) == best]
+    best = max(specificity(t.entry.name) for t in group)
+    top = [t for t in group if specificity(t.entry.name) == best]
     if len(top) > 1:
         names = " and ".join(f'"{t.entry.name}"' for t in top)
         raise TargetError(
@@ -259,7 +297,7 @@ def _winner(group: list[Target]) -> Target:
     return top[0]
 
 
-def _specificity(name: str) -> int:
+def specificity(name: str) -> int:
     return 0 if name.startswith("re:") else len(name.split("."))
 
 

@@ -1,0 +1,153 @@
+"""Putting files in their place: whole, or not at all."""
+
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Union
+
+from paramlora.errors import FileError
+
+PathLike = Union[str, "os.PathLike[str]"]
+_STRIDE = 32 << 20
+_AT_FDCWD, _EXCHANGE = -100, 2  # of Linux's renameat2
+
+
+@contextmanager
+def new_file(path: PathLike) -> Iterator[BinaryIO]:
+    """A file to fill, beside `path`; it takes that place when the block ends well.
+
+    It is flushed to the disk and renamed, so a crash at any moment leaves the older file or the
+    new one; an error, or Ctrl-C, in the block leaves no trace.
+
+    Raises:
+        FileError: the place cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with _told(path), _temporary(target) as temporary:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync(target.parent)
+
+
+class Ahead:
+    """Has the system write out a file while it grows, so that its last flush is short."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._told, self._written = file, 0, 0
+
+    def wrote(self, count: int) -> None:
+        """Count bytes that were written; where the system takes no advice nothing is done."""
+        self._written += count
+        if self._written - self._told >= _STRIDE and hasattr(os, "posix_fadvise"):
+            length, number = self._written - self._told, self._file.fileno()
+            os.posix_fadvise(number, self._told, length, os.POSIX_FADV_DONTNEED)
+            self._told = self._written
+
+
+@contextmanager
+def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
+    """A folder to fill, beside `path`; it takes that place when the block ends well.
+
+    A folder that is there is exchanged in one step where the system can (Linux), and only where
+    `names`, those of the new one, cover the old one, so that nothing else is lost.
+
+    Raises:
+        FileError: the place cannot be written, or holds what would be lost.
+    """
+    target = Path(os.path.realpath(path))
+    _check_lost(target, names)
+    with _told(path), _temporary(target) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if target.exists():
+            _exchange(temporary, target)
+        else:
+            os.rename(temporary, target)
+        _sync(target.parent)
+
+
+def check_new(path: PathLike, force: bool) -> None:
+    """Refuse a place that is taken, unless forced.
+
+    Raises:
+        FileError: something is there.
+    """
+    if not force and os.path.lexists(path):
+        raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
+
+
+@contextmanager
+def _told(path: PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be written: {error.strerror or error}. Nothing was changed."
+        ) from error
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside `target`, free to be made; what is left at it in the end is removed."""
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:  # before it exists, so that no moment is left at which Ctrl-C would leave it
+        yield name
+    finally:
+        try:
+            _remove(name)
+        except KeyboardInterrupt:
+            _remove(name)  # a folder may have been half removed
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_lost(old: Path, names: Collection[str]) -> None:
+    there = os.listdir(old) if old.is_dir() else [old.name] if old.exists() else []
+    lost = sorted(set(there) - set(names))
+    if lost:
+        raise FileError(
+            f"{old}: replacing it would lose {', '.join(lost[:5])}. Give another place, or "
+            "move what is there."
+        )
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders; what was at `old` is then at `new`."""
+    system = ctypes.CDLL(None) if os.name == "posix" else None
+    swap = getattr(system, "renameat2", None)
+    paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
+    if swap is not None and swap(*paths, _EXCHANGE) == 0:
+        return
+    aside = new.with_name(f"{new.name}.old")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except BaseException:
+        os.rename(aside, old)
+        raise
+    os.rename(aside, new)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,237 @@
+"""The native adapter file: one safetensors file that describes itself."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from torch import Tensor, float32, nn, tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.disk import PathLike, new_file
+from paramlora.errors import ConfigError, FileError
+from paramlora.lowrank import LAYOUTS, Layout
+from paramlora.sharded import is_sharded, wait, writes
+from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict, attach_adapter
+from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
+from paramlora.targets import fits, specificity
+
+FORMAT = 1
+_WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
+_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout]]
+
+
+def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
+    """Write one adapter and its configuration; an older file at `path` survives a failure.
+
+    The file holds the tensors of `adapter_state_dict` and describes itself in its metadata
+    (see `write_native`): `load_adapter` needs nothing else. Where the adapter is sharded over
+    processes all of them call this; the first one writes.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+        FileError: the file cannot be written.
+    """
+    together = any(map(is_sharded, adapter_state_dict(model, adapter).values()))
+    value = adapter_of(model, adapter)
+    if not together or writes():
+        write_native(value, path)
+    if together:
+        wait()
+
+
+def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:
+    """Attach the adapter in a file written by `save_adapter`; all or nothing.
+
+    Args:
+        model: the model that it was trained for, or one with the same targets.
+        path: the file.
+        adapter: a name of your own instead of the file's.
+
+    Raises:
+        FileError: the file is missing, truncated, of another tool, or does not fit the model.
+        TargetError: the file's configuration does not fit the model.
+        AdapterError: an adapter of that name is attached already.
+    """
+    return attach_adapter(model, read_native(path), adapter)
+
+
+def write_native(adapter: Adapter, path: PathLike) -> None:
+    """Write an adapter as the native file, whole or not at all.
+
+    Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``, or ``.lora_whole``. The metadata
+    keeps `adapter`'s own and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name),
+    ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``
+    of the weights) and ``ties`` (``{path: first path}`` where tied tensors share one update).
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
+    first: dict[int, str] = {}
+    ties = {path: first.setdefault(id(value), path) for path, value in values.items()}
+    own = {path: value for path, value in values.items() if ties[path] == path}
+    about = {
+        "format": FORMAT,
+        "adapter": adapter.name,
+        "config": LoRAConfig(tuple(_entry(*item) for item in own.items())).to_dict(),
+        "shapes": {path: _weight(v) for path, v in own.items() if _shape(v) is not None},
+        "ties": {path: head for path, head in ties.items() if path != head},
+    }
+    metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
+    state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
+    specs = {key: spec_of(value) for key, value in state.items()}
+    with new_file(path) as file:
+        write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
+
+
+def read_native(path: PathLike) -> Adapter:
+    """The adapter in a native file.
+
+    Files without ``shapes`` (written before there were any) give updates without a shape.
+
+    Raises:
+        FileError: missing, truncated, written by another tool, or not whole.
+    """
+    path = Path(path)
+    metadata, state = _read(path)
+    about, config = _about(path, metadata)
+    shapes, ties = _shapes(path, about), _ties(path, about)
+    entries = _entries(path, config, state, told="shapes" in about)
+    wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
+    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    if missing or unexpected:
+        raise FileError(
+            f"{path}: its tensors do not match its metadata: missing: "
+            f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
+            "Copy or save it again."
+        )
+    updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
+    whole = {s: state[_key(s, _WHOLE)] for s, e in entries.items() if e.whole}
+    updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
+    whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
+    rest = {key: value for key, value in metadata.items() if key != "paramlora"}
+    return Adapter(updates, str(about["adapter"]), rest, whole)
+
+
+def _key(stem: str, name: str) -> str:
+    return f"{stem}.{name}" if stem else name
+
+
+def _names(entry: TargetConfig) -> tuple[str, ...]:
+    return (_WHOLE,) if entry.whole else LOW_RANK
+
+
+def _tensors(stem: str, value: Union[Update, Tensor]) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {_key(stem, _WHOLE): value}
+    # a 16-bit scale would not survive
+    kind = value.lora_A.dtype if value.lora_A.dtype.itemsize > 2 else float32
+    all_three = (value.lora_A, value.lora_B, tensor(value.scale, dtype=kind))
+    return {_key(stem, name): one for name, one in zip(LOW_RANK, all_three)}
+
+
+def _entry(path: str, value: Union[Update, Tensor]) -> TargetConfig:
+    name = path or _ROOT
+    return TargetConfig(name, 0, whole=True) if isinstance(value, Tensor) else value.entry(name)
+
+
+def _shape(value: Union[Update, Tensor]) -> Optional[tuple[int, ...]]:
+    return None if isinstance(value, Tensor) else value.shape
+
+
+def _weight(value: Union[Update, Tensor]) -> dict[str, Any]:
+    layout = "matrix" if isinstance(value, Tensor) else value.layout
+    return {"shape": list(_shape(value) or ()), "layout": layout}
+
+
+def _update(
+    path: Path, stem: str, state: Mapping[str, Tensor], entry: TargetConfig, shapes: _Shapes
+) -> Update:
+    a, b, scale = (state[_key(stem, name)] for name in LOW_RANK)
+    flat = min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1
+    if flat or not all(t.is_floating_point() for t in (a, b, scale)):
+        raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
+    exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
+    shape, layout = shapes.get(stem, (None, "stack" if a.dim() == 3 else "matrix"))
+    return Update(
+        a,
+        b,
+        entry.scale if exact else float(scale),
+        shape,
+        layout,
+        entry.trainable_scale,
+        entry.hard,
+        entry.up_kernel,
+        dropout=entry.dropout,
+        adapter_dtype=entry.adapter_dtype,
+    )
+
+
+def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
+    """The weights' shapes and layouts, by path; empty in files from before they were written."""
+    out: _Shapes = {}
+    try:
+        for stem, told in about.get("shapes", {}).items():
+            shape, layout = tuple(told["shape"]), told["layout"]
+            if not all(type(n) is int and n > 0 for n in shape) or layout not in LAYOUTS:
+                raise ValueError(f"{stem}: no shape and layout of a weight")
+            out[stem] = (shape, layout)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f'{path}: the "shapes" in its metadata are damaged: {error}.') from error
+    return out
+
+
+def _ties(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
+    ties = about.get("ties", {})
+    if not isinstance(ties, dict) or not all(isinstance(head, str) for head in ties.values()):
+        raise FileError(f'{path}: the "ties" in its metadata are damaged.')
+    return ties
+
+
+def _entries(
+    path: Path, config: LoRAConfig, state: Iterable[str], told: bool
+) -> dict[str, TargetConfig]:
+    """The entry of each path; by the patterns, in files from before the paths were told."""
+    if told:
+        return {"" if e.name == _ROOT else e.name: e for e in config.entries}
+    stems = dict.fromkeys(key.rpartition(".")[0] for key in state)
+    return {stem: _entry_for(path, stem, config) for stem in stems}
+
+
+def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
+    names = [stem, f"{stem}.weight" if stem else _ROOT]
+    if any(entry.whole for entry in config.entries):  # it also names what it contains
+        names += [stem[:at] for at, sign in enumerate(stem) if sign == "."]
+    fitting = [entry for entry in config.entries if any(fits(entry.name, n) for n in names)]
+    for entry in sorted(fitting, key=lambda entry: -specificity(entry.name)):
+        return entry
+    raise FileError(f'{path}: no entry of its configuration names "{stem}". Save it again.')
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    file = SafeFile(path)
+    try:
+        return file.metadata, {key: file.read(key) for key in file.specs}
+    finally:
+        file.close()
+
+
+def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
+    if "paramlora" not in metadata:
+        raise FileError(
+            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Attach a '
+            "configuration and use load_adapter_state_dict with renamed keys."
+        )
+    try:
+        about: dict[str, Any] = json.loads(metadata["paramlora"])
+        version, _, _ = about["format"], about["adapter"], about["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f'{path}: its "paramlora" metadata is damaged: {error}.') from error
+    if version != FORMAT:
+        raise FileError(f"{path}: format {version!r}; this paramlora reads {FORMAT}. Upgrade it.")
+    try:
+        return about, LoRAConfig.from_dict(about["config"], source=path.name)
+    except ConfigError as error:
+        raise FileError(f"{path}: its configuration is damaged: {error}") from error

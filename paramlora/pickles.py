@@ -1,0 +1,215 @@
+"""Files of ``torch.save``: read without unpickling anything but plain tensors and containers."""
+
+import io
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.errors import FileError
+from paramlora.stream import Count, Spec, pieces_of, spec_of
+
+_NESTS = ("state_dict", "model", "module")
+
+
+class PickledFile:
+    """A file of ``torch.save``, its tensors left on the disk until they are used.
+
+    Args:
+        path: the file.
+        key: where in it the state dict is, with dots between levels; by default the top, or one
+            of ``state_dict``, ``model``, ``module`` there.
+
+    Raises:
+        FileError: it cannot be read, needs more than tensors and containers, or has no state dict.
+    """
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path, key: Optional[str] = None) -> None:
+        self.path = path
+        self.whole = _load(path)
+        self.place = _place(path, self.whole, key)
+        self.state: Mapping[str, Any] = self.whole
+        for name in self.place:
+            self.state = self.state[name]
+        self.specs = {k: _spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)}
+
+    def close(self) -> None:
+        """Nothing is held but the mapped file, which goes with its last tensor."""
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, on the disk where the file could be mapped; never to be written to."""
+        return self.state[key]  # type: ignore[no-any-return]
+
+    def raw(self, key: str) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces."""
+        return pieces_of(self.state[key])
+
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of a tensor's elements, in order."""
+        return self.state[key].detach().reshape(-1)[elements]  # type: ignore[no-any-return]
+
+    def beside(self) -> list[str]:
+        """What the file holds beside the tensors of its state dict."""
+        rest = [key for key in self.state if key not in self.specs]
+        level = self.whole
+        for name in self.place:
+            rest += [key for key in level if key != name]
+            level = level[name]
+        return [str(key) for key in rest]
+
+    def around(self, state: Mapping[str, Any]) -> Any:
+        """The whole content with `state` in the place of the state dict."""
+        return _around(self.whole, self.place, state)
+
+
+def save(content: Any, file: BinaryIO, progress: Count) -> None:
+    """Write with ``torch.save``.
+
+    Raises:
+        OSError: as the file raised it, such as for a full disk.
+        FileError: hostile content that could be read but not written.
+    """
+    watched = _Watched(file, progress)
+    try:
+        torch.save(content, watched)  # type: ignore[arg-type]
+    except Exception as error:
+        if watched.error is not None:  # torch hides it behind its own
+            raise watched.error from None
+        reason = str(error) or type(error).__name__
+        raise FileError(f"what was read cannot be written with torch.save: {reason}.") from error
+
+
+class _Watched:
+    """A file that tells what is written, and remembers why that failed."""
+
+    def __init__(self, file: BinaryIO, progress: Count) -> None:
+        self._file, self._progress = file, progress
+        self.error: Optional[BaseException] = None
+
+    def write(self, piece: bytes) -> int:
+        try:
+            count = self._file.write(piece)
+            self._progress(count)
+        except BaseException as error:
+            self.error = error
+            raise
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _load(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6
+        if zipped:
+            _check_zip(path)
+        else:
+            _check_legacy(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # an unpickler of hostile bytes raises whatever they lead to
+        raise _refused(path, error) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what ``torch.save`` never writes: compressed, doubled or overlapping records."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        total = sum(max(record.file_size, record.compress_size) for record in records)
+        if not stored or len(names) < len(records) or total > path.stat().st_size:
+            raise FileError(
+                f"{path}: its records are compressed, doubled or larger than the file, which "
+                "torch.save never writes. It may be made to fill the memory; it is not read."
+            )
+        for record in records:
+            if record.filename.endswith("/data.pkl"):
+                _check_globals(path, archive.read(record))
+
+
+def _check_globals(path: Path, pickled: bytes) -> None:
+    unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    unsafe |= _bombs(io.BytesIO(pickled))
+    if unsafe:
+        raise _needs(path, sorted(unsafe))
+
+
+def _check_legacy(path: Path) -> None:
+    """Files from before torch 1.6: five pickles in a row, then bytes."""
+    with open(path, "rb") as file:
+        bombs = [name for _ in range(5) for name in _bombs(file)]
+    if bombs:
+        raise _needs(path, bombs)
+
+
+def _bombs(pickled: BinaryIO) -> set[str]:
+    """What torch allows although it makes as many bytes as the file cares to say."""
+    ops = pickletools.genops(pickled)
+    named = {str(text).split(" ")[-1] for op, text, _ in ops if op.name == "GLOBAL"}
+    return named & {"bytearray"}
+
+
+def _needs(path: Path, names: list[str]) -> FileError:
+    return FileError(
+        f"{path}: needs {', '.join(names)} to be unpickled, which could run anything, and only "
+        "tensors and plain containers are. Where you trust it: "
+        f'state = torch.load("{path.name}", weights_only=False), then torch.save the state dict '
+        "alone."
+    )
+
+
+def _refused(path: Path, error: Exception) -> FileError:
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return _needs(path, [named[1]])
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return FileError(f"{path}: not a whole file of torch.save ({reason}). Copy or save it again.")
+
+
+def _place(path: Path, whole: Any, key: Optional[str]) -> tuple[str, ...]:
+    places = [tuple(key.split("."))] if key else [*((name,) for name in _NESTS), ()]
+    for place in places:
+        level = whole
+        for name in place:
+            level = level.get(name) if isinstance(level, Mapping) else None
+        if _is_state(level):
+            return place
+    wanted = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
+    raise FileError(f"{path}: no state dict {wanted}. Name its place with key (--key).")
+
+
+def _is_state(value: Any) -> bool:
+    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return named and any(isinstance(v, Tensor) for v in value.values())
+
+
+def _spec(path: Path, key: str, tensor: Tensor) -> Spec:
+    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    plain = plain and tensor.device.type == "cpu"
+    if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):
+        kind = tensor.layout if type(tensor) is Tensor else type(tensor).__name__
+        raise FileError(f"{path}: {key} is no dense tensor ({kind}). Save it dense.")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise FileError(f"{path}: {key} claims more bytes than its file holds. Save it again.")
+    return spec_of(tensor)
+
+
+def _around(level: Any, place: tuple[str, ...], state: Mapping[str, Any]) -> Any:
+    if not place:
+        return state
+    out = type(level)(level)
+    out[place[0]] = _around(level[place[0]], place[1:], state)
+    return out
