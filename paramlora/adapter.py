@@ -23,6 +23,9 @@ class Update:
         shape: of the weight that it updates, where the file or the model tells.
         layout: where the input and output sides lie in that weight (see `matrix_shape`).
         trainable_scale, hard, up_kernel: as in the configuration.
+        kind: of the layer, where known: ``"linear"`` (transformers' ``Conv1D`` too, whose layout
+            is transposed), ``"convolution"``, ``"embedding"``, ``"parameter"`` (a tensor that is
+            no layer's ``weight``), else the name of its class. Formats name kinds apart.
     """
 
     lora_A: Tensor
@@ -33,6 +36,7 @@ class Update:
     trainable_scale: bool = False
     hard: bool = True
     up_kernel: Union[int, str] = 1
+    kind: Optional[str] = None
 
     @property
     def r(self) -> int:

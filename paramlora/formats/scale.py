@@ -1,0 +1,58 @@
+"""A scale as the alpha of other tools, so that ``alpha / r`` gives it back to the last bit."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from paramlora.adapter import Adapter
+from paramlora.errors import FileError
+from paramlora.formats.content import Content, number, parsed
+
+KEY = "paramlora_scales"
+
+
+def alpha_of(scale: float, r: int) -> float:
+    """The alpha whose ``alpha / r`` is `scale`, or the nearest: for one scale in ten or so of
+    double precision there is none.
+
+    Example:
+        >>> assert 0.1 * 3 / 3 != 0.1 and alpha_of(0.1, 3) / 3 == 0.1
+    """
+    alpha = scale * r
+    near = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
+    return next((a for a in near if a / r == scale), alpha)
+
+
+def unreachable(adapter: Adapter) -> dict[str, float]:
+    """The scales that no alpha gives exactly, to be stored beside it."""
+    return {
+        path: update.scale
+        for path, update in adapter.updates.items()
+        if alpha_of(update.scale, update.r) / update.r != update.scale
+    }
+
+
+def scales_metadata(adapter: Adapter) -> dict[str, str]:
+    """`unreachable` as an entry of a safetensors header, empty where there is none."""
+    found = unreachable(adapter)
+    return {KEY: json.dumps(found)} if found else {}
+
+
+def recorded(content: Content) -> Mapping[str, Any]:
+    """The scales that `unreachable` stored in a file."""
+    if KEY in content.metadata:
+        return parsed(content.metadata[KEY], content.source)
+    found = content.config.get(KEY, {})
+    if not isinstance(found, Mapping):
+        raise FileError(f"{content.source}: {KEY} is {found!r}, not an object.")
+    return found
+
+
+def scale_of(alpha: float, r: int, exact: Optional[Any] = None, where: str = "") -> float:
+    """``alpha / r``; `exact` instead, if nobody has changed the alpha since it was stored."""
+    if exact is not None:
+        value = number(exact, where)
+        if alpha_of(value, r) == alpha:
+            return value
+    return alpha / r
