@@ -23,9 +23,8 @@ class Update:
         shape: of the weight that it updates, where the file or the model tells.
         layout: where the input and output sides lie in that weight (see `matrix_shape`).
         trainable_scale, hard, up_kernel: as in the configuration.
-        kind: of the layer, where known: ``"linear"`` (transformers' ``Conv1D`` too, whose layout
-            is transposed), ``"convolution"``, ``"embedding"``, ``"parameter"`` (a tensor that is
-            no layer's ``weight``), else the name of its class. Formats name kinds apart.
+        kind: of the layer, where known (see `Target.kind`): formats name kinds apart.
+        groups: of a convolution.
     """
 
     lora_A: Tensor
@@ -37,6 +36,7 @@ class Update:
     hard: bool = True
     up_kernel: Union[int, str] = 1
     kind: Optional[str] = None
+    groups: int = 1
 
     @property
     def r(self) -> int:

@@ -1,6 +1,5 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Optional, get_args
@@ -12,14 +11,8 @@ from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.lowrank import Layout, matrix_shape
-from paramlora.targets import Target, targets
+from paramlora.targets import Target, adaptable
 
-_KINDS = (
-    (nn.Linear, "linear"),
-    (nn.Embedding, "embedding"),
-    (nn.modules.conv._ConvTransposeNd, ""),
-    (nn.modules.conv._ConvNd, "convolution"),
-)
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
     "text_encoders diffusion_model model.diffusion_model base_model.model base_model"
@@ -33,7 +26,7 @@ class Slot:
     Args:
         shape: the weight's own.
         layout: None where only a checkpoint is known.
-        kind: as in `Update`.
+        kind, groups: as in `Update`.
         classes: the names of the classes from the model down to the layer.
         input_first: whether a stack of matrices is ``[E, in, out]``, as its owner's
             ``is_transposed`` says (transformers' expert layers).
@@ -42,6 +35,7 @@ class Slot:
     shape: tuple[int, ...]
     layout: Optional[Layout] = None
     kind: Optional[str] = None
+    groups: Optional[int] = None
     classes: tuple[str, ...] = ()
     input_first: bool = False
 
@@ -56,8 +50,7 @@ def base_of(model: nn.Module) -> Base:
         >>> base_of(nn.Sequential(nn.Embedding(5, 2)))["0"].shape
         (5, 2)
     """
-    found = targets(model, {"re:.*": {"r": 1}})
-    return {target.path: _slot(model, target) for target in found}
+    return {target.path: _slot(model, target) for target in adaptable(model)}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
@@ -92,6 +85,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             f"Is it for another model, or several (component=...)?{hint}",
         )
     updates: dict[str, Update] = {}
+    made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
     for path, there in places.items():
         if there is None:
             continue
@@ -100,7 +94,9 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
                 f"{source}: {path} is a second update of {there}. Choose one part of the file "
                 "with component=..., such as text_encoder_2."
             )
-        updates[there] = _fitted(there, chosen[path], base[there], source)
+        key = (id(chosen[path]), base[there])
+        fresh = _fitted(there, chosen[path], base[there], source)
+        updates[there] = made.setdefault(key, fresh)
     return replace(adapter, updates=updates)
 
 
@@ -123,8 +119,6 @@ def _component(adapter: Adapter, component: Optional[str]) -> dict[str, Update]:
 
 
 def _fitted(path: str, update: Update, slot: Slot, source: str) -> Update:
-    if slot.input_first and update.layout == "stack":
-        update = turned(update)
     layout = slot.layout or _guessed(update, slot.shape)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     if layout is None or (a, b) != _factors(update, slot.shape, layout):
@@ -132,13 +126,8 @@ def _fitted(path: str, update: Update, slot: Slot, source: str) -> Update:
             f"{source}: {path}: an update of {list(a)} and {list(b)} (lora_A, lora_B) does not fit "
             f"the weight of {list(slot.shape)}. Was it made for another model?"
         )
-    return replace(update, shape=slot.shape, layout=layout, kind=slot.kind or update.kind)
-
-
-def turned(update: Update) -> Update:
-    """The same update of stacked matrices that are stored the other way round."""
-    a, b = update.lora_A.mT, update.lora_B.mT
-    return replace(update, lora_A=b.contiguous(), lora_B=a.contiguous(), shape=None)
+    kind, groups = slot.kind or update.kind, slot.groups or update.groups
+    return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
@@ -164,19 +153,11 @@ def _slot(model: nn.Module, target: Target) -> Slot:
     return Slot(
         target.shape,
         target.layout,
-        _kind(owner, target),
+        target.kind,
+        target.groups,
         tuple(_classes(model, target.module)),
         bool(getattr(owner, "is_transposed", False)) and target.layout == "stack",
     )
-
-
-def _kind(owner: nn.Module, target: Target) -> str:
-    if target.tensor != "weight":
-        return "parameter"
-    if type(owner).__name__ == "Conv1D":
-        return "linear"
-    kind = next((name for base, name in _KINDS if isinstance(owner, base)), "")
-    return kind or re.sub("^Parametrized", "", type(owner).__name__)
 
 
 def _classes(model: nn.Module, path: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What a file of adapters holds, whoever wrote it, and what the caller wants of it."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from paramlora.adapter import Adapter
 from paramlora.errors import FileError, ParamloraWarning
-
-SCALES = "paramlora_scales"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Options:
         alpha: for formats that do not store it, ``scale = alpha / r``.
         component: of a pipeline's file, the part to read, such as ``"text_encoder_2"``.
         split: parts that kohya trained apart and saved as one tensor: 3 for a fused q/k/v.
+        enable: which parts of loralib's merged projections were trained (its ``enable_lora``).
     """
 
     strict: bool = True
@@ -51,11 +51,15 @@ class Options:
     alpha: Optional[float] = None
     component: Optional[str] = None
     split: int = 1
+    enable: Optional[tuple[bool, ...]] = None
+
+
+DEFAULTS = Options()
 
 
 def unwrapped(content: Content) -> Content:
     """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``."""
-    for outer in ("state_dict", "model"):
+    for outer in ("state_dict", "model_state_dict", "model"):
         start = f"{outer}."
         if content.state and all(key.startswith(start) for key in content.state):
             state = {key.removeprefix(start): value for key, value in content.state.items()}
@@ -75,6 +79,50 @@ def report(source: str, what: str, names: Iterable[str], strict: bool, way_out: 
     warnings.warn(text, ParamloraWarning, stacklevel=4)
 
 
+def halves(
+    content: Content, pattern: "re.Pattern[str]", strict: bool
+) -> dict[str, dict[str, Tensor]]:
+    """``{path: {role: tensor}}`` of the keys that `pattern` matches, which must be all.
+
+    Raises:
+        FileError: a key that it does not match, or a path with one role of two.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    unused = []
+    for key, tensor in content.state.items():
+        match = pattern.fullmatch(key)
+        if match is None:
+            unused.append(key)
+        else:
+            found.setdefault(match["path"], {})[match["role"]] = tensor
+    report_unused(content, unused, strict)
+    single = [path for path, half in found.items() if len(half) < 2]
+    report(content.source, "one factor of two is missing", single, True, "Save it again.")
+    return found
+
+
+def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
+    """Every tensor of a file is accounted for: `keys` are those that no reader took."""
+    report(
+        content.source,
+        "tensors that are no update of one weight",
+        keys,
+        strict,
+        "Read with strict=False to leave them out.",
+    )
+
+
+def refuse_dora(content: Content, keys: Iterable[str]) -> None:
+    """DoRA (arXiv:2402.09353) is no sum, so no `Update` holds it: an error if there are `keys`."""
+    report(
+        content.source,
+        "DoRA, which rescales W + B·A by a magnitude",
+        keys,
+        True,
+        "Merge it with the tool that trained it.",
+    )
+
+
 def check_values(adapter: Adapter, source: str) -> Adapter:
     """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
     bad = [
@@ -84,9 +132,7 @@ def check_values(adapter: Adapter, source: str) -> Adapter:
         if not torch.isfinite(tensor).all()
     ]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
-    empty = [
-        path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())
-    ]
+    empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
     report(source, "all zero, so without effect", empty, False, "Was it saved before training?")
     return adapter
 
@@ -110,4 +156,15 @@ def parsed(text: str, where: str) -> dict[str, Any]:
         raise FileError(f"{where}: its metadata is damaged: {error}.") from error
     if not isinstance(value, dict):
         raise FileError(f"{where}: its metadata is a {type(value).__name__}, not an object.")
+    return value
+
+
+def parsed_list(text: str, where: str) -> list[str]:
+    """A JSON list of strings out of a file's metadata, or an error that says where."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: its metadata is damaged: {error}.") from error
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise FileError(f"{where}: its metadata is not a list of names.")
     return value

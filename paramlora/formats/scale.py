@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from paramlora.adapter import Adapter
 from paramlora.errors import FileError
 from paramlora.formats.content import Content, number, parsed
 
@@ -24,18 +23,14 @@ def alpha_of(scale: float, r: int) -> float:
     return next((a for a in near if a / r == scale), alpha)
 
 
-def unreachable(adapter: Adapter) -> dict[str, float]:
-    """The scales that no alpha gives exactly, to be stored beside it."""
-    return {
-        path: update.scale
-        for path, update in adapter.updates.items()
-        if alpha_of(update.scale, update.r) / update.r != update.scale
-    }
+def unreachable(scales: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Of ``{path: (scale, rank in the file)}`` the scales that no alpha gives exactly."""
+    return {path: scale for path, (scale, r) in scales.items() if alpha_of(scale, r) / r != scale}
 
 
-def scales_metadata(adapter: Adapter) -> dict[str, str]:
+def scales_metadata(scales: Mapping[str, tuple[float, int]]) -> dict[str, str]:
     """`unreachable` as an entry of a safetensors header, empty where there is none."""
-    found = unreachable(adapter)
+    found = unreachable(scales)
     return {KEY: json.dumps(found)} if found else {}
 
 
