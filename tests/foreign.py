@@ -12,7 +12,7 @@ from paramlora.adapter import Adapter, Update
 class Every(nn.Module):
     """Linear, convolutions of 1, 2 and 3 dimensions, grouped ones, an embedding and Conv1D."""
 
-    def __init__(self, kinds="linear conv1 conv2 conv3 embedding hf grouped".split()):
+    def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(11, 6)
         self.linear = nn.Linear(6, 8)
@@ -22,7 +22,6 @@ class Every(nn.Module):
         self.grouped = nn.Conv1d(6, 4, 3, padding=1, groups=2)
         self.conv2 = nn.Conv2d(1, 3, (3, 2), stride=(1, 2))
         self.conv3 = nn.Conv3d(1, 2, 2)
-        self.adapted = kinds
 
     def forward(self, tokens):
         x = self.hf(self.not_linear(self.linear(self.embedding(tokens))).tanh())  # batch time 8
