@@ -55,7 +55,7 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
 
     Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``. The metadata keeps `adapter`'s own
     and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name), ``config`` (an entry for
-    each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}`` of the weights) and
+    each path), ``shapes`` (``{path: {"shape": [...], "layout": "...", ...}}`` of the weights) and
     ``ties`` (``{path: first path}`` where tied tensors share one update).
 
     Raises:
@@ -130,7 +130,8 @@ def _entry(path: str, update: Update) -> TargetConfig:
 
 
 def _weight(update: Update) -> dict[str, Any]:
-    return {"shape": list(update.shape or ()), "layout": update.layout}
+    about = {"shape": list(update.shape or ()), "layout": update.layout, "groups": update.groups}
+    return about if update.kind is None else {**about, "kind": update.kind}
 
 
 def _update(
@@ -152,6 +153,8 @@ def _update(
         entry.trainable_scale,
         entry.hard,
         entry.up_kernel,
+        shapes.get(stem, {}).get("kind"),
+        shapes.get(stem, {}).get("groups", 1),
     )
 
 

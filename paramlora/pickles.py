@@ -33,7 +33,7 @@ class PickledFile:
 
     def __init__(self, path: Path, key: Optional[str] = None) -> None:
         self.path = path
-        self.whole = _load(path)
+        self.whole = load(path)
         self.place = _place(path, self.whole, key)
         self.state: Mapping[str, Any] = self.whole
         for name in self.place:
@@ -104,7 +104,12 @@ class _Watched:
         self._file.flush()
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The content of a file of ``torch.save``, its tensors left on the disk where they can be.
+
+    Raises:
+        FileError: it cannot be read, or needs more than tensors and plain containers.
+    """
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6

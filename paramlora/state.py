@@ -117,6 +117,8 @@ def _update(lowrank: LowRank, target: Optional[Target]) -> Update:
         isinstance(lowrank.lora_scale, nn.Parameter),
         not isinstance(lowrank, Branch),
         "same" if isinstance(lowrank, Branch) and lowrank.kernel else 1,
+        None if target is None else target.kind,
+        1 if target is None else target.groups,
     )
 
 
