@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, float32, nn, tensor
 
@@ -12,7 +12,7 @@ from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
-from paramlora.state import adapter_of, attach_adapter
+from paramlora.state import adapter_of
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
@@ -32,22 +32,6 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
         FileError: the file cannot be written.
     """
     write_native(adapter_of(model, adapter), path)
-
-
-def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:
-    """Attach the adapter in a file written by `save_adapter`; all or nothing.
-
-    Args:
-        model: the model that it was trained for, or one with the same targets.
-        path: the file.
-        adapter: a name of your own instead of the file's.
-
-    Raises:
-        FileError: the file is missing, truncated, of another tool, or does not fit the model.
-        TargetError: the file's configuration does not fit the model.
-        AdapterError: an adapter of that name is attached already.
-    """
-    return attach_adapter(model, read_native(path), adapter)
 
 
 def write_native(adapter: Adapter, path: PathLike) -> None:

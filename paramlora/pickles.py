@@ -38,7 +38,9 @@ class PickledFile:
         self.state: Mapping[str, Any] = self.whole
         for name in self.place:
             self.state = self.state[name]
-        self.specs = {k: _spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)}
+        self.specs = {
+            k: checked_spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)
+        }
 
     def close(self) -> None:
         """Nothing is held but the mapped file, which goes with its last tensor."""
@@ -199,7 +201,8 @@ def _is_state(value: Any) -> bool:
     return named and any(isinstance(v, Tensor) for v in value.values())
 
 
-def _spec(path: Path, key: str, tensor: Tensor) -> Spec:
+def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
+    """A tensor's type and shape, or an error where it is no dense tensor of its own."""
     plain = tensor.layout == torch.strided and not tensor.is_quantized
     plain = plain and tensor.device.type == "cpu"
     if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):

@@ -32,6 +32,7 @@ __all__ = [
     "detect",
     "fit",
     "read",
+    "unwrapped",
     "write",
 ]
 

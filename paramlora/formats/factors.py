@@ -115,3 +115,17 @@ def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
         a, b = torch.eye(fan_in, dtype=delta.dtype), matrix
     kind = "convolution" if delta.dim() > 2 else "linear"
     return Update(a.contiguous(), b.contiguous(), scale, tuple(delta.shape), kind=kind)
+
+
+def within(update: Update) -> Update:
+    """An update of no higher rank than its matrix holds: other tools allow more.
+
+    The two factors of such a one are multiplied out in double precision, and rounded once.
+    """
+    out, fan_in = update.lora_B.shape[-2], update.lora_A.shape[-1]
+    if update.up_kernel != 1 or update.r <= min(out, fan_in):
+        return update
+    product = (update.lora_B.double() @ update.lora_A.double()).to(update.lora_A.dtype)
+    eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
+    a, b = (product, eye) if out <= fan_in else (eye, product)
+    return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())
