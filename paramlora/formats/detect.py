@@ -62,7 +62,10 @@ def _comes_second(state: Mapping[str, Tensor], key: str) -> bool:
     a, b = state[key], state.get(key.replace(".lora_A.", ".lora_B."))
     if b is None or a.dim() < 2 or b.dim() < 2:
         return False
-    return a.shape[0] != b.shape[1] and a.shape[1] == b.shape[0]
+    if a.shape[0] == b.shape[1]:
+        return False
+    grouped = b.shape[0] % a.shape[1] == 0 and a.shape[0] % b.shape[1] != 0
+    return a.shape[1] == b.shape[0] or grouped
 
 
 # in the order of asking: what is told for certain first
@@ -81,5 +84,6 @@ _RULES: "tuple[tuple[str, Callable[[Content, list[str]], bool]], ...]" = (
     ("diffusers", _any(r".+\.lora_A(?:\.[^.]+)?\.weight")),
     ("diffusers", lambda content, keys: "lora_adapter_metadata" in content.metadata),
     ("litgpt", _any(_LITGPT)),
+    ("litgpt", lambda content, keys: "lora_r" in content.config and "lora_alpha" in content.config),
     ("loralib", _any(r".+\.lora_A")),
 )
