@@ -6,6 +6,7 @@ rank; a soft branch names its two layers the other way round (``lora_B.weight`` 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -16,6 +17,7 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, number, report_unused
 from paramlora.formats.factors import kernels, pair
+from paramlora.formats.merged import merged_linear
 
 _PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)")
 _HARD, _SOFT = {"lora_A", "lora_B"}, {"lora_A.weight", "lora_B.weight"}
@@ -63,7 +65,14 @@ def _update(path: str, parts: Mapping[str, Tensor], content: Content) -> Update:
             f"{where}: a soft branch of two kernels of {list(up.shape[2:])} in a row is one of "
             f'{kernel}, which the weight has no place for. Train it again with "hard": 1.'
         )
-    return pair(down, up, scale, where)
+    groups = down.shape[0] // up.shape[1]
+    if groups == 1:
+        return pair(down, up, scale, where)
+    # each group of both layers has factors of its own: [r, in/g, 1, 1] and [out, r/g, 1, 1]
+    rows = [up.shape[0] // groups] * groups
+    update = merged_linear(down.flatten(1), up.flatten(1), scale, rows, [True] * groups, where)
+    shape = (up.shape[0], *down.shape[1:])
+    return replace(update, shape=shape, kind="convolution", groups=groups)
 
 
 def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
