@@ -4,14 +4,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from paramlora import formats, pickles
 from paramlora.adapter import Adapter
-from paramlora.disk import PathLike, check_new, new_file, new_folder, write_whole
+from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
 from paramlora.formats.content import DEFAULTS, check_values
@@ -33,7 +33,7 @@ _FOLDERS = {
     "torchtune": ("adapter_model.pt", "adapter_config.json"),
     "litgpt": ("lit_model.pth.lora", "hyperparameters.yaml"),
 }
-_PICKLED = ("loralib", "seed")
+_PICKLED = ("litgpt", "loralib", "seed", "torchtune")
 
 
 def load_adapter(
@@ -250,22 +250,23 @@ def _within(adapter: Adapter) -> Adapter:
 
 def _save(content: Content, out: Path, to: str) -> None:
     if to not in _FOLDERS:
-        if to in _PICKLED:
-            with new_file(out) as file:
-                pickles.save(_apart(content.state), file, lambda count: None)
-        else:
-            write_whole(out, save(_apart(content.state), dict(content.metadata)))
+        with new_file(out) as file:
+            _fill(content, to, file)
         return
     weights, config = _FOLDERS[to]
     with new_folder(out, [weights, config]) as folder:
         (folder / config).write_text(_text(content.config, config), encoding="utf-8")
-        if to == "peft":
-            data = save(_apart(content.state), dict(content.metadata))
-            (folder / weights).write_bytes(data)
-            return
-        state: Any = _apart(content.state)
         with open(folder / weights, "wb") as file:
-            pickles.save({"model": state} if to == "litgpt" else state, file, lambda count: None)
+            _fill(content, to, file)
+
+
+def _fill(content: Content, to: str, file: BinaryIO) -> None:
+    state: Any = _apart(content.state)
+    if to in _PICKLED:
+        whole = {"model": state} if to == "litgpt" else state
+        pickles.save(whole, file, lambda count: None)
+    else:
+        file.write(save(state, dict(content.metadata)))
 
 
 def _text(config: Mapping[str, Any], name: str) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from torch import Tensor, float32, nn, tensor
 
@@ -18,7 +18,7 @@ from paramlora.targets import fits, specificity
 
 FORMAT = 1
 _NAMES = ("lora_A", "lora_B", "lora_scale")
-_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout]]
+_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
 
 
 def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
@@ -127,7 +127,8 @@ def _update(
         raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
     entry = _entry_for(path, stem, config)
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
-    shape, layout = shapes.get(stem, (None, "stack" if a.dim() == 3 else "matrix"))
+    by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
+    shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
     return Update(
         a,
         b,
@@ -137,8 +138,8 @@ def _update(
         entry.trainable_scale,
         entry.hard,
         entry.up_kernel,
-        shapes.get(stem, {}).get("kind"),
-        shapes.get(stem, {}).get("groups", 1),
+        kind,
+        groups,
     )
 
 
@@ -148,9 +149,11 @@ def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
     try:
         for stem, told in about.get("shapes", {}).items():
             shape, layout = tuple(told["shape"]), told["layout"]
-            if not all(type(n) is int and n > 0 for n in shape) or layout not in LAYOUTS:
+            groups, kind = told.get("groups", 1), told.get("kind")
+            counts = all(type(n) is int and n > 0 for n in (*shape, groups))
+            if not counts or layout not in LAYOUTS or not isinstance(kind, (str, type(None))):
                 raise ValueError(f"{stem}: no shape and layout of a weight")
-            out[stem] = (shape, layout)
+            out[stem] = (shape, layout, groups, kind)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f'{path}: the "shapes" in its metadata are damaged: {error}.') from error
     return out
@@ -184,8 +187,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
     if "paramlora" not in metadata:
         raise FileError(
-            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Attach a '
-            "configuration and use load_adapter_state_dict with renamed keys."
+            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Convert it '
+            "first (paramlora convert --to native)."
         )
     try:
         about: dict[str, Any] = json.loads(metadata["paramlora"])
