@@ -14,6 +14,7 @@ from paramlora.adapter import Adapter
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
+from paramlora.formats.base import check_known
 from paramlora.formats.content import DEFAULTS, check_values
 from paramlora.formats.factors import within
 from paramlora.native import read_native, write_native
@@ -67,9 +68,7 @@ def load_adapter(
     """
     options = Options(strict, rank, alpha, component, split, enable)
     found = read_adapter(path, base_of(model), options)
-    if found.name == "default" or adapter is not None:
-        return attach_adapter(model, _within(found), adapter)
-    return attach_adapter(model, _within(found))
+    return attach_adapter(model, _within(found), adapter)
 
 
 def read_adapter(
@@ -89,7 +88,11 @@ def read_adapter(
     if formats.detect(content) != NATIVE:
         return formats.read(content, base, options)
     adapter = check_values(read_native(weights_in(path)), content.source)
-    return adapter if base is None else formats.fit(adapter, base, options, content.source)
+    if base is None:
+        return adapter
+    known = {path: update for path, update in adapter.updates.items() if path in base}
+    check_known(adapter.updates.keys() - known.keys(), base, options, content.source)
+    return replace(adapter, updates=known)
 
 
 def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:

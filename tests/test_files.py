@@ -103,10 +103,7 @@ def shape(state, metadata):
         (bad_config, "its configuration is damaged"),
         (missing, "missing: 0.lora_A"),
         (unexpected, "unexpected: 7.lora_A"),
-        (
-            shape,
-            r"0: an update of \[2, 9\] and \[4, 2\] .* does not fit the weight of \[4, 3, 1, 1\]",
-        ),
+        (shape, r"0.lora_A: shape \[2, 9\] does not fit \[2, 3\]"),
     ],
 )
 def test_a_wrong_file_leaves_the_model_untouched(tmp_path, change, text):

@@ -1,6 +1,7 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Optional, get_args
 
@@ -72,20 +73,10 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """
     chosen = _component(adapter, options.component)
     places = {path: place(path, base) for path in chosen}
-    lost = {path for path, there in places.items() if there is None}
-    if lost:
-        first = min(lost)
-        near = closest(first, base)
-        hint = f' Closest to "{first}": "{near[0]}".' if near else ""
-        report(
-            source,
-            "updates of what the model does not have",
-            lost,
-            options.strict,
-            f"Is it for another model, or several (component=...)?{hint}",
-        )
+    check_known((path for path, there in places.items() if there is None), base, options, source)
     updates: dict[str, Update] = {}
     made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
+    holders = Counter(map(id, chosen.values()))
     for path, there in places.items():
         if there is None:
             continue
@@ -95,9 +86,24 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
                 "with component=..., such as text_encoder_2."
             )
         key = (id(chosen[path]), base[there])
-        fresh = _fitted(there, chosen[path], base[there], source)
+        tied = holders[id(chosen[path])] > 1
+        fresh = _fitted(there, chosen[path], base[there], source, tied)
         updates[there] = made.setdefault(key, fresh)
     return replace(adapter, updates=updates)
+
+
+def check_known(lost: Iterable[str], base: Base, options: Options, source: str) -> None:
+    """Report the updates that found no weight in the model."""
+    paths = sorted(lost)
+    near = closest(paths[0], base) if paths else []
+    hint = f' Closest to "{paths[0]}": "{near[0]}".' if near else ""
+    report(
+        source,
+        "updates of what the model does not have",
+        paths,
+        options.strict,
+        f"Is it for another model, or several (component=...)?{hint}",
+    )
 
 
 def place(path: str, base: Base) -> Optional[str]:
@@ -118,8 +124,10 @@ def _component(adapter: Adapter, component: Optional[str]) -> dict[str, Update]:
     return {path: u for path, u in adapter.updates.items() if path.startswith(start)}
 
 
-def _fitted(path: str, update: Update, slot: Slot, source: str) -> Update:
+def _fitted(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
+    if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
+        update = _turned(update)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     if layout is None or (a, b) != _factors(update, slot.shape, layout):
         raise FileError(
@@ -128,6 +136,11 @@ def _fitted(path: str, update: Update, slot: Slot, source: str) -> Update:
         )
     kind, groups = slot.kind or update.kind, slot.groups or update.groups
     return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
+
+
+def _turned(update: Update) -> Update:
+    """The update of a tied weight as the holder sees it to which its input is the output."""
+    return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
