@@ -65,7 +65,7 @@ def test_a_rank_above_the_layer_is_loaded_too(tmp_path):
 
 
 def damaged(state, config):
-    state["base_model.model.conv2.lora_B.weight"] = torch.ones(9, 2, 1, 1)
+    state["base_model.model.conv2.lora_B.weight"] = torch.ones(9, 2, 1, 1).double()
 
 
 def foreign_layer(state, config):

@@ -16,7 +16,7 @@ from paramlora.formats import (
     torchtune,
 )
 from paramlora.formats.base import Base, Slot, base_of, base_of_shapes, fit
-from paramlora.formats.content import DEFAULTS, Content, Options, check_values, unwrapped
+from paramlora.formats.content import DEFAULTS, Content, Options, check_values, unwrapped, widened
 from paramlora.formats.detect import detect
 
 __all__ = [
@@ -75,7 +75,7 @@ def read(
     Raises:
         FileError: no format that is known, damaged or foreign tensors, or another model's.
     """
-    content = unwrapped(content)
+    content = widened(unwrapped(content))
     adapter = READERS[source or detect(content)](content, base, options)
     if not adapter.updates:
         raise FileError(f"{content.source}: no update in it.")

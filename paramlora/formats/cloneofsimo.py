@@ -46,7 +46,8 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             f"{content.source}: holds {', '.join(parts) or 'nothing'}. Choose one with "
             "component=..."
         )
-    ((model, updates),) = parts.items()
+    ((model, numbered),) = parts.items()
+    updates = [update for _, update in sorted(numbered.items())]
     paths = _ordered(content, model, base, len(updates))
     start = f"{options.component}." if options.component is not None else ""
     return Adapter({start + path: updates[i] for i, path in enumerate(paths)})

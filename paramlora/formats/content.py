@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import torch
@@ -63,8 +63,17 @@ def unwrapped(content: Content) -> Content:
         start = f"{outer}."
         if content.state and all(key.startswith(start) for key in content.state):
             state = {key.removeprefix(start): value for key, value in content.state.items()}
-            return Content(state, content.metadata, content.config, content.source)
+            return replace(content, state=state)
     return content
+
+
+def widened(content: Content) -> Content:
+    """8-bit floats as float32, since nothing can be computed in them."""
+    state = {
+        key: tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+        for key, tensor in content.state.items()
+    }
+    return replace(content, state=state)
 
 
 def report(source: str, what: str, names: Iterable[str], strict: bool, way_out: str) -> None:
@@ -96,9 +105,28 @@ def halves(
         else:
             found.setdefault(match["path"], {})[match["role"]] = tensor
     report_unused(content, unused, strict)
+    check_whole(content, found)
+    return found
+
+
+def check_whole(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Both factors of each path, and no other tensors than factors can be."""
     single = [path for path, half in found.items() if len(half) < 2]
     report(content.source, "one factor of two is missing", single, True, "Save it again.")
-    return found
+    for path, half in found.items():
+        check_factors(f"{content.source}: {path}", *half.values())
+
+
+def check_factors(where: str, *tensors: Tensor) -> None:
+    """Refuse what cannot be multiplied: integers, vectors, two types, and nothing at all."""
+    shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)
+    if any(not t.numel() for t in tensors):
+        raise FileError(
+            f"{where}: an empty factor ({shapes}). A sharded one was not gathered before saving."
+        )
+    kinds = {t.dtype for t in tensors}
+    if any(t.dim() < 2 or not t.is_floating_point() for t in tensors) or len(kinds) > 1:
+        raise FileError(f"{where}: no factors of an update: {shapes}.")
 
 
 def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:

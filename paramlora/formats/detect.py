@@ -60,7 +60,7 @@ def _swapped(content: Content, keys: list[str]) -> bool:
 
 def _comes_second(state: Mapping[str, Tensor], key: str) -> bool:
     a, b = state[key], state.get(key.replace(".lora_A.", ".lora_B."))
-    if b is None or a.dim() < 2 or b.dim() < 2:
+    if b is None or min(a.dim(), b.dim()) < 2 or not a.numel() or not b.numel():
         return False
     if a.shape[0] == b.shape[1]:
         return False

@@ -95,6 +95,7 @@ def _path(match: "re.Match[str]") -> str:
 
 def _configs(content: Content) -> dict[str, dict[str, Any]]:
     """``LoraConfig``s by the prefix of their keys: ``{"unet": {...}}``, or ``{"": {...}}``."""
+    peft.check_config(content.config, content.source)
     if METADATA not in content.metadata:
         return {"": dict(content.config)} if content.config else {}
     found: dict[str, dict[str, Any]] = {}

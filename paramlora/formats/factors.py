@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paramlora.adapter import Update
 from paramlora.errors import FileError
+from paramlora.formats.content import check_factors
 from paramlora.formats.merged import merged_linear
 
 
@@ -25,8 +26,9 @@ def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     Raises:
         FileError: the two do not fit each other, or no weight of one layer equals them.
     """
+    check_factors(where, down, up)
     kernel = tuple(down.shape[2:])
-    if down.dim() < 2 or up.dim() < 2 or any(k != 1 for k in up.shape[2:]):
+    if any(k != 1 for k in up.shape[2:]):
         raise FileError(
             f"{where}: factors of {list(down.shape)} and {list(up.shape)} are not [r, in, ...] "
             "and [out, r, 1, ...]."
@@ -45,7 +47,8 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     no place for what they read of other groups' inputs: that must be zero.
     """
     groups = down.shape[0] // up.shape[1]
-    if down.shape[0] % up.shape[1] or down.shape[1] % groups or up.shape[0] % groups:
+    whole_groups = groups > 0 and not down.shape[1] % groups and not up.shape[0] % groups
+    if down.dim() < 3 or down.shape[0] % up.shape[1] or not whole_groups:
         raise FileError(
             f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other."
         )

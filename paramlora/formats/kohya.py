@@ -4,20 +4,29 @@ Read from sd-scripts networks/lora.py, networks/merge_lora.py and LyCORIS module
 loha.py, lokr.py.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from einops import einsum
+from einops import EinopsError, einsum
 from torch import Tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats import sgm
 from paramlora.formats.base import Base, place
-from paramlora.formats.content import DEFAULTS, Content, Options, number, refuse_dora, report_unused
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    check_factors,
+    number,
+    refuse_dora,
+    report_unused,
+)
 from paramlora.formats.factors import kernels, pair, whole
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
@@ -38,6 +47,7 @@ _LEAF = re.compile(
     r"dora_scale|diff(?:_b)?)"
 )
 _LORA = {"lora_down.weight", "lora_up.weight"}
+_MOST = 2**29  # elements of a dense difference
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
@@ -134,11 +144,10 @@ def _update(parts: Mapping[str, Tensor], exact: Any, options: Options, where: st
         update = _lora(parts, options, where)
         r = update.r if options.split == 1 else _part(update, options.split, where)
         return replace(update, scale=_scale(alpha, r, exact, where))
-    if leaves >= _HADA:
-        delta, r = loha(parts, where)
-    elif any(leaf.startswith("lokr_w1") for leaf in leaves):
-        delta, r = lokr(parts, where)
+    if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
+        delta, r = _product(parts, where)
     elif leaves == {"diff"}:
+        check_factors(where, parts["diff"])
         delta, r = parts["diff"], 0
     else:
         raise FileError(f"{where}: {', '.join(sorted(parts))}: no form that can be read.")
@@ -152,8 +161,10 @@ def _lora(parts: Mapping[str, Tensor], options: Options, where: str) -> Update:
         return pair(down, up, 1.0, where)
     # Tucker: dW = sum over m, n of mid[m,n] · up[:,m] · down[n,:]; the middle joins the first
     mid = parts["lora_mid.weight"]
+    check_factors(where, down, up, mid)
     if mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise FileError(f"{where}: lora_mid of {list(mid.shape)} does not fit its factors.")
+    _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), where)
     down = einsum(mid, down.flatten(1), "m n ..., n i -> m i ...")
     return pair(down, up, 1.0, where)
 
@@ -169,7 +180,28 @@ def _scale(alpha: Optional[float], r: int, exact: Any, where: str) -> float:
     return 1.0 if alpha is None else scale_of(alpha, r, exact, where)
 
 
-def loha(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
+def _product(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
+    """The dense difference of LoHa or LoKr, and its rank, once its size is known to be sane."""
+    shapes = ", ".join(f"{leaf} {list(t.shape)}" for leaf, t in parts.items() if leaf != "alpha")
+    check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
+    form = loha if "hada_w1_a" in parts else lokr
+    try:
+        size = form({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})[0]
+        _check_size(size.shape, where)
+        return form(parts)
+    except (RuntimeError, KeyError, EinopsError) as error:
+        raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
+
+
+def _check_size(shape: "tuple[int, ...] | torch.Size", where: str) -> None:
+    """Refuse factors of a few bytes that would fill the memory."""
+    if math.prod(shape) > _MOST:
+        raise FileError(
+            f"{where}: a dense weight of {list(shape)} is more than any layer has. Not formed."
+        )
+
+
+def loha(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """(difference, rank) of LoHa: ``(w1a·w1b) ∘ (w2a·w2b)``, FedPara (arXiv:2108.06098) 2.2."""
     names = [("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2")]
     sides = []
@@ -179,12 +211,10 @@ def loha(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
             sides.append(einsum(parts[t], wb, wa, "i j ..., j r, i p -> p r ..."))
         else:
             sides.append(wa @ wb)
-    if sides[0].shape != sides[1].shape:
-        raise FileError(f"{where}: its two products differ in shape.")
     return sides[0] * sides[1], parts["hada_w1_b"].shape[0]
 
 
-def lokr(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
+def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """(difference, rank) of LoKr: ``w1 ⊗ w2``; rank 0 where both are whole, and alpha unused."""
     rank = 0
     if "lokr_w1" in parts:

@@ -3,6 +3,7 @@
 Read from microsoft/LoRA loralib/layers.py and utils.py.
 """
 
+import math
 import re
 from typing import Any, Optional
 
@@ -52,6 +53,11 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
     r = a.shape[0] // kernel if a.shape[0] == b.shape[1] else b.shape[1]
     scale = 1.0 if options.alpha is None else options.alpha / r
     if slot is not None and len(slot.shape) > 2:
+        if a.shape[0] != b.shape[1] or b.shape[0] * a.shape[1] != math.prod(slot.shape):
+            raise FileError(
+                f"{where}: factors of {list(a.shape)} and {list(b.shape)} do not fit the weight of "
+                f"{list(slot.shape)}."
+            )
         # [r·k, in·k] and [out·k, r·k], reshaped to the weight: of low rank in no order of its axes
         return whole((b @ a).reshape(slot.shape), options.rank, scale)
     if slot is not None and slot.kind == "embedding":

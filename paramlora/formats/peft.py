@@ -21,6 +21,7 @@ from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
+    check_whole,
     number,
     refuse_dora,
     report,
@@ -38,6 +39,13 @@ _BEYOND = (
     "use_dora lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
     "monteclora_config arrow_config layer_replication use_bdlora"
 ).split()
+_TYPES: dict[str, tuple[type, ...]] = {
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "target_modules": (list, str),
+    "target_parameters": (list,),
+    "exclude_modules": (list, str),
+}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -103,6 +111,11 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise FileError(f'{source}: peft_type "{kind}"; only "LORA" can be read.')
+    for name, types in _TYPES.items():
+        if not isinstance(config.get(name), (*types, type(None))):
+            raise FileError(
+                f'{source}: "{name}" is {config[name]!r}; its configuration is damaged.'
+            )
     beyond = [name for name in _BEYOND if config.get(name)]
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
@@ -134,8 +147,7 @@ def _pairs(content: Content) -> tuple[dict[str, _Pair], list[str]]:
         raise FileError(
             f"{content.source}: several adapters in one file: {sorted(map(str, names))}."
         )
-    single = [path for path, half in halves.items() if len(half) < 2]
-    report(content.source, "one factor of two is missing", single, True, "Save it again.")
+    check_whole(content, halves)
     pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
     copies = {f"{path}{_INNER}.weight" for path in embeddings}  # save_embedding_layers
     return pairs, [key for key in unused if key.removeprefix(PREFIX) not in copies]
@@ -183,7 +195,9 @@ def _parameters(
 
     PEFT wraps them in the order in which the module holds them, which only a model tells.
     """
-    wanted = config.get("target_parameters") or []
+    wanted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    if not wanted:
+        return []
     there = place_of_owner(owner, base) if base is not None else owner
     if base is None:
         named = [t for t in wanted if _suffix(owner, t.rpartition(".")[0])]
@@ -227,8 +241,13 @@ def _expert(
     if depth >= len(parameters):
         raise FileError(f"{where}: more wrapped parameters than the model has: {parameters}.")
     name = parameters[len(parameters) - 1 - depth]
-    r = int(_lookup(config, "rank_pattern", name, config.get("r", pair_.a.shape[0])))
-    count = pair_.a.shape[0] // r
+    r = int(number(_lookup(config, "rank_pattern", name, config.get("r")), f"{where}, r"))
+    count, extra = divmod(pair_.a.shape[0], max(r, 1))
+    if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
+        raise FileError(
+            f"{where}: factors of {list(pair_.a.shape)} and {list(pair_.b.shape)} for "
+            f"experts of rank {r}."
+        )
     if count == 1 and (base is None or len(base[name].shape) == 2):
         return name, replace(pair(pair_.a, pair_.b, 1.0, where), kind="parameter")
     if base is None:
@@ -289,9 +308,12 @@ def _report_targets(content: Content, base: Base, adapter: Adapter, options: Opt
 
 
 def _targeted(names: Any, path: str) -> bool:
-    if isinstance(names, str):
+    if not isinstance(names, str):
+        return any(_suffix(path, str(name)) for name in names)
+    try:
         return re.fullmatch(names, path) is not None
-    return any(_suffix(path, name) for name in names)
+    except re.error as error:
+        raise FileError(f'target_modules: "{names}" is no regular expression: {error}.') from error
 
 
 def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -> Content:

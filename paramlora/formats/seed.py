@@ -15,7 +15,14 @@ from torch import Tensor
 from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
-from paramlora.formats.content import DEFAULTS, Content, Options, number, report_unused
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    check_factors,
+    number,
+    report_unused,
+)
 from paramlora.formats.factors import kernels, pair
 from paramlora.formats.merged import merged_linear
 
@@ -59,6 +66,7 @@ def _update(path: str, parts: Mapping[str, Tensor], content: Content) -> Update:
     if set(parts) - {"lora_scale"} != _SOFT:
         raise FileError(f"{where}: has {', '.join(sorted(parts))} only. Save it again.")
     down, up = parts["lora_B.weight"], parts["lora_A.weight"]
+    check_factors(where, down, up)
     if any(k != 1 for k in up.shape[2:]):
         kernel = [2 * k - 1 for k in up.shape[2:]]
         raise FileError(
@@ -66,7 +74,7 @@ def _update(path: str, parts: Mapping[str, Tensor], content: Content) -> Update:
             f'{kernel}, which the weight has no place for. Train it again with "hard": 1.'
         )
     groups = down.shape[0] // up.shape[1]
-    if groups == 1:
+    if groups < 2:
         return pair(down, up, scale, where)
     # each group of both layers has factors of its own: [r, in/g, 1, 1] and [out, r/g, 1, 1]
     rows = [up.shape[0] // groups] * groups

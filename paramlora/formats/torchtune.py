@@ -14,7 +14,7 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
 from paramlora.formats.factors import pair
-from paramlora.formats.peft import alpha
+from paramlora.formats.peft import alpha, check_config
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[ab])\.weight")
@@ -33,6 +33,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     """
     magnitudes = [key for key in content.state if key.endswith(".magnitude")]
     refuse_dora(content, magnitudes)
+    check_config(content.config, content.source)
     found = halves(content, _FACTOR, options.strict)
     return Adapter({path: _update(path, half, content, options) for path, half in found.items()})
 
