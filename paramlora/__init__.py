@@ -17,6 +17,7 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
+from paramlora.inputs import disable_input_grads, enable_input_grads
 from paramlora.interchange import load_adapter
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
@@ -52,6 +53,8 @@ __all__ = [
     "checkpoint",
     "detach",
     "disable_adapters",
+    "disable_input_grads",
+    "enable_input_grads",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",

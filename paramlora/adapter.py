@@ -7,6 +7,7 @@ from typing import Optional, Union
 from einops import rearrange
 from torch import Tensor
 
+from paramlora.config import TargetConfig
 from paramlora.lowrank import Layout
 
 
@@ -22,7 +23,7 @@ class Update:
         scale: the factor itself, never divided by ``r``.
         shape: of the weight that it updates, where the file or the model tells.
         layout: where the input and output sides lie in that weight (see `matrix_shape`).
-        trainable_scale, hard, up_kernel: as in the configuration.
+        trainable_scale, hard, up_kernel, dropout, adapter_dtype: as in the configuration.
         kind: of the layer, where known (see `Target.kind`): formats name kinds apart.
         groups: of a convolution.
     """
@@ -35,6 +36,8 @@ class Update:
     trainable_scale: bool = False
     hard: bool = True
     up_kernel: Union[int, str] = 1
+    dropout: float = 0.0
+    adapter_dtype: Optional[str] = None
     kind: Optional[str] = None
     groups: int = 1
 
@@ -42,6 +45,19 @@ class Update:
     def r(self) -> int:
         """The rank."""
         return self.lora_B.shape[1 if self.up_kernel == "same" else -1]
+
+    def entry(self, name: str) -> TargetConfig:
+        """The configuration that attaches it, under a name."""
+        return TargetConfig(
+            name,
+            self.r,
+            self.scale,
+            self.trainable_scale,
+            self.hard,
+            self.up_kernel,
+            dropout=self.dropout,
+            adapter_dtype=self.adapter_dtype,
+        )
 
     def delta(self) -> Tensor:
         """``scale · B·A`` in the weight's shape, in the factors' own type; needs `shape`."""
@@ -57,8 +73,15 @@ class Adapter:
 
     The paths are the stems of the native file's keys: ``unet.to_q`` updates
     ``unet.to_q.weight``, ``attn.in_proj_weight`` updates that parameter.
+
+    Args:
+        updates: the low-rank updates.
+        name: under which it is attached.
+        metadata: of its file, where it has any.
+        whole: by such a path, tensors to have instead of the base's.
     """
 
     updates: Mapping[str, Update]
     name: str = "default"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)

@@ -6,15 +6,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from paramlora.config import ConfigLike, as_config
 from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.init import initialise
+from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import Shared, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
-from paramlora.targets import Target, targets
+from paramlora.switch import Switched
+from paramlora.targets import Target, shown, targets
+from paramlora.whole import Whole
 
 
 def attach(
@@ -49,9 +54,11 @@ def attach_targets(
     """Adapt the chosen tensors in place; all or nothing.
 
     Raises:
-        AdapterError: `adapter` is attached already.
+        AdapterError: `adapter` is attached already, or another one has a tensor to itself.
     """
     _check_new(model, adapter)
+    for target in chosen:
+        _check_alone(model, target)
     fresh = _fresh(model, chosen, adapter)
     frozen = not trainable_model and not adapter_names(model)
     with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
@@ -63,6 +70,8 @@ def attach_targets(
                 add_branch(module, lowrank)
             else:
                 _register(module, target.tensor, lowrank)
+    if checkpoints_reentrantly(model):
+        enable_input_grads(model)
     return model
 
 
@@ -71,9 +80,16 @@ def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mo
     chosen = check_adapters(model, adapters)
     for module in list(model.modules()):
         for name, plist in updates_of(module):
-            kept = [p for p in plist if not (isinstance(p, LowRank) and p.adapter in chosen)]
+            kept = [p for p in plist if not (isinstance(p, Switched) and p.adapter in chosen)]
             replace(module, name, plist, kept)
+    tidy(model)
     return model
+
+
+def tidy(model: nn.Module) -> None:
+    """After the last adapter nothing of ours stays on the model."""
+    if not adapter_names(model):
+        disable_input_grads(model)
 
 
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -83,43 +99,50 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         AdapterError: a name that is not attached.
     """
     check_adapters(model, list(strengths))
-    for _, _, lowrank in lowranks(model):
-        lowrank.strength = float(strengths.get(lowrank.adapter, 0.0))
+    for _, _, update in updates(model):
+        update.strength = float(strengths.get(update.adapter, 0.0))
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the base, exactly."""
-    before = [(lowrank, lowrank.strength) for _, _, lowrank in lowranks(model)]
+    before = [(update, update.strength) for _, _, update in updates(model)]
     try:
-        for lowrank, _ in before:
-            lowrank.strength = 0.0
+        for update, _ in before:
+            update.strength = 0.0
         yield model
     finally:
-        for lowrank, strength in before:
-            lowrank.strength = strength
+        for update, strength in before:
+            update.strength = strength
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order of attaching."""
-    return list(dict.fromkeys(lowrank.adapter for _, _, lowrank in lowranks(model)))
+    return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """(path of the tensor in files, owner, update) of every attached update, each once."""
+    """(path of the tensor in files, owner, update) of every low-rank update, each once."""
+    for stem, module, update in updates(model):
+        if isinstance(update, LowRank):
+            yield stem, module, update
+
+
+def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
+    """As `lowranks`, with the tensors that are trained whole."""
     seen: set[int] = set()
-    for path, module, lowrank in placed(model):
-        if id(lowrank) not in seen:
-            seen.add(id(lowrank))
-            yield path, module, lowrank
+    for path, module, update in placed(model):
+        if id(update) not in seen:
+            seen.add(id(update))
+            yield path, module, update
 
 
-def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """As `lowranks`, with an update that tied tensors share once for each holder."""
+def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
+    """As `updates`, with an update that tied tensors share once for each holder."""
     for path, module in model.named_modules():
         for name, plist in updates_of(module):
             stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
-            yield from ((stem, module, p) for p in plist if isinstance(p, LowRank))
+            yield from ((stem, module, p) for p in plist if isinstance(p, Switched))
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -146,7 +169,7 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     return list(names)
 
 
-def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, LowRank]]:
+def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, Switched]]:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
     claims: dict[int, list[Target]] = {}
     for target in chosen:
@@ -165,18 +188,49 @@ def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[T
     return out
 
 
-def _new(model: nn.Module, target: Target, adapter: str) -> LowRank:
+def _new(model: nn.Module, target: Target, adapter: str) -> Switched:
     module, entry = model.get_submodule(target.module), target.entry
     base = base_of(model, target)
-    weight = base.detach() if tuple(base.shape) == target.shape else base.new_empty(target.shape)
+    update: Switched
+    if entry.whole:
+        update = Whole(_value(module, target), adapter)
+    else:
+        fits = tuple(base.shape) == target.shape
+        update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
+        if entry.init != "default":
+            initialise(update, _value(module, target), entry.init)
+        update.dropout = entry.dropout
+    if entry.adapter_dtype is not None:
+        update.to(getattr(torch, entry.adapter_dtype))
+    update.entry = entry
+    update.written_by_reader = getattr(module, "max_norm", None) is not None
+    return update
+
+
+def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
+    entry = target.entry
     options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
     if entry.hard:
-        lowrank = LowRank(weight, *options)
-    else:
-        lowrank = Branch(weight, *options, kernel=kernel_of(module, entry.up_kernel))
-    lowrank.entry = entry
-    lowrank.written_by_reader = getattr(module, "max_norm", None) is not None
-    return lowrank
+        return LowRank(weight.detach(), *options)
+    return Branch(weight.detach(), *options, kernel=kernel_of(module, entry.up_kernel))
+
+
+def _value(module: nn.Module, target: Target) -> Tensor:
+    """What the tensor shows before this update."""
+    known = module._parameters.get(target.tensor)
+    return shown(module, target.tensor).detach() if known is None else known.detach()
+
+
+def _check_alone(model: nn.Module, target: Target) -> None:
+    module = model.get_submodule(target.module)
+    there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    for update in there:
+        if isinstance(update, Whole) or (target.entry.whole and isinstance(update, LowRank)):
+            raise AdapterError(
+                f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
+                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
+                "Detach or merge that adapter first."
+            )
 
 
 def holders(model: nn.Module) -> "Counter[int]":
@@ -237,7 +291,7 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(v, v.copy()) for v in held]
 
 
-def _register(module: nn.Module, name: str, lowrank: LowRank) -> None:
+def _register(module: nn.Module, name: str, lowrank: Switched) -> None:
     ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
     lowrank.order = _order(module)
     if isinstance(type(module), Shared):
@@ -255,7 +309,7 @@ def _order(module: nn.Module) -> tuple[str, ...]:
     """The order of the parameters before the first registration, which a state dict shows."""
     for plist in parametrized(module).values():
         for lowrank in plist:
-            if isinstance(lowrank, LowRank):
+            if isinstance(lowrank, Switched):
                 return lowrank.order
     return tuple(module._parameters)
 

@@ -4,10 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from paramlora.adapter import Adapter
+from torch import Tensor
+
+from paramlora.adapter import Adapter, Update
 from paramlora.errors import AdapterError
 from paramlora.keys import Key, without_updates
-from paramlora.plan import Contents, Plan, Recipe, Weighted, embed_plan, merge_plan
+from paramlora.plan import Change, Contents, Plan, Recipe, Weighted, embed_plan, merge_plan
 
 State = Mapping[str, Any]
 
@@ -79,13 +81,18 @@ def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
     inside = contents.inside(read)
     if not inside:
         raise AdapterError("nothing to extract: no update of an attached adapter is inside.")
-    for weight, updates in inside.items():
-        if len(updates) > 1:
+    changes = {}
+    for weight, held in inside.items():
+        if len(held) > 1:
             raise AdapterError(
-                f"{weight} holds {len(updates)} updates, and a state dict does not tell which "
+                f"{weight} holds {len(held)} updates, and a state dict does not tell which "
                 "belong together. Attach them to the model and save each with save_adapter."
             )
-    return Adapter({Key(weight).path: updates[0] for weight, updates in inside.items()})
+        changes[Key(weight).path] = held[0]
+    return Adapter(
+        {path: change for path, change in changes.items() if isinstance(change, Update)},
+        whole={path: change for path, change in changes.items() if isinstance(change, Tensor)},
+    )
 
 
 def apply(plan: Plan, state: State) -> dict[str, Any]:
@@ -107,9 +114,15 @@ def apply(plan: Plan, state: State) -> dict[str, Any]:
 
 def _identity(recipe: Recipe, state: State) -> object:
     """Equal for recipes that give one tensor under several keys."""
-    if not recipe.updates:
+    if not recipe.changes:
         return object()
     base = state[recipe.source]
     what = (base.data_ptr(), tuple(base.shape), base.stride(), base.dtype)
+    return (*what, *(_same(*strong) for strong in recipe.changes))
+
+
+def _same(change: Change, strength: float) -> tuple[object, ...]:
+    if isinstance(change, Tensor):
+        return (id(change), strength)
     # an update that was fitted is another value with the same factors
-    return (*what, *((id(u.lora_A), id(u.lora_B), u.scale, s) for u, s in recipe.updates))
+    return (id(change.lora_A), id(change.lora_B), change.scale, strength)

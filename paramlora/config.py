@@ -7,12 +7,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from paramlora.errors import ConfigError, closest
 
 _MOST = 2**31  # elements along one side
-ALLOWED = ("alpha", "hard", "r", "scale", "trainable_scale", "up_kernel")
+ALLOWED = (
+    "adapter_dtype",
+    "alpha",
+    "dropout",
+    "hard",
+    "init",
+    "r",
+    "rslora",
+    "scale",
+    "trainable_scale",
+    "up_kernel",
+    "whole",
+)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+INITS = ("default", "kaiming", "olora", "orthogonal", "pissa")
+FROM_WEIGHT = ("olora", "pissa")  # saved at twice their rank (see `paramlora.init`)
 
 
 @dataclass(frozen=True)
@@ -21,11 +36,20 @@ class TargetConfig:
 
     Args:
         name: module path, parameter path, or ``re:`` pattern (see `paramlora.targets`).
-        r: rank of the update, at least 1.
-        scale: the factor in ``W + scale·B·A``, never divided by ``r``.
+        r: rank of the update, at least 1; 0 where the tensors are trained whole.
+        scale: the factor in ``W + scale·B·A``, never divided by ``r``. In JSON ``alpha`` gives
+            ``alpha / r``, with ``rslora`` ``alpha / sqrt(r)`` (Kalajdzievski 2023,
+            arXiv:2312.03732, equation 9).
         trainable_scale: whether the scale is trained too.
         hard: parametrize the weight (True) or add a parallel branch (False).
         up_kernel: kernel of a soft convolution's second factor, 1 or ``"same"``.
+        dropout: probability of zeroing an element of the low-rank branch's input in training
+            (Srivastava et al. 2014, JMLR 15:1929); the base's own input is never touched.
+        init: how the factors start, one of `INITS` (see `paramlora.init`).
+        adapter_dtype: the factors' type, one of `DTYPES`; None is float32 on a 16-bit weight
+            and the weight's own type elsewhere.
+        whole: train the tensors themselves, of any number of dimensions, and save them in the
+            adapter file.
     """
 
     name: str
@@ -34,9 +58,19 @@ class TargetConfig:
     trainable_scale: bool = False
     hard: bool = True
     up_kernel: Union[int, str] = 1
+    dropout: float = 0.0
+    init: str = "default"
+    adapter_dtype: Optional[str] = None
+    whole: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values, without its name."""
+        out: dict[str, Any] = {"whole": True} if self.whole else self._low_rank()
+        if self.adapter_dtype is not None:
+            out["adapter_dtype"] = self.adapter_dtype
+        return out
+
+    def _low_rank(self) -> dict[str, Any]:
         out: dict[str, Any] = {
             "r": self.r,
             "scale": self.scale,
@@ -45,6 +79,10 @@ class TargetConfig:
         }
         if not self.hard:
             out["up_kernel"] = self.up_kernel
+        if self.dropout:
+            out["dropout"] = self.dropout
+        if self.init != "default":
+            out["init"] = self.init
         return out
 
 
@@ -103,6 +141,12 @@ class LoRAConfig:
         if not rest:
             raise ConfigError(f'{source}: no entries. Add one, for example "to_q": {{"r": 8}}.')
         entries = tuple(_entry(name, entry, source) for name, entry in rest.items())
+        whole = [entry.name for entry in entries if entry.whole]
+        if trainable and whole:
+            raise ConfigError(
+                f'{source}, "{whole[0]}": "whole" while "trainable_model" trains every tensor in '
+                "place. Remove one of them."
+            )
         return cls(entries, trainable, source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,16 +196,64 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
             hint = closest(str(key), ALLOWED)
             also = f' Did you mean "{hint[0]}"?' if hint else ""
             raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}')
+    if _boolean(entry.get("whole", False), where, "whole"):
+        return _whole(name, entry, where)
     r = _rank(entry, where)
+    scale = _scale(entry, r, where)
     hard = _boolean(entry.get("hard", True), where, "hard")
     return TargetConfig(
         name=name,
         r=r,
-        scale=_scale(entry, r, where),
+        scale=scale,
         trainable_scale=_boolean(entry.get("trainable_scale", False), where, "trainable_scale"),
         hard=hard,
         up_kernel=_up_kernel(entry, hard, where),
+        dropout=_dropout(entry, where),
+        init=_init(entry, scale, where),
+        adapter_dtype=_choice(entry, "adapter_dtype", DTYPES, where),
     )
+
+
+def _whole(name: str, entry: Mapping[str, Any], where: str) -> TargetConfig:
+    rest = sorted(set(entry) - {"whole", "adapter_dtype"})
+    if rest:
+        raise ConfigError(
+            f'{where}: "whole" trains the tensors themselves, so "{rest[0]}" means nothing. '
+            "Remove one of them."
+        )
+    return TargetConfig(
+        name, r=0, whole=True, adapter_dtype=_choice(entry, "adapter_dtype", DTYPES, where)
+    )
+
+
+def _choice(
+    entry: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str
+) -> Optional[str]:
+    value = entry.get(key)
+    if value is None or (isinstance(value, str) and value in allowed):
+        return value
+    raise ConfigError(f'{where}: "{key}" must be one of {", ".join(allowed)}, got {value!r}.')
+
+
+def _init(entry: Mapping[str, Any], scale: float, where: str) -> str:
+    init = _choice(entry, "init", INITS, where) or "default"
+    if init in FROM_WEIGHT:
+        if scale == 0:
+            raise ConfigError(f'{where}: "init": "{init}" needs a scale other than 0.')
+        for key, plain in (("trainable_scale", False), ("up_kernel", 1)):
+            if entry.get(key, plain) != plain:
+                raise ConfigError(
+                    f'{where}: "init": "{init}" starts from the weight itself and cannot go with '
+                    f'"{key}": {entry[key]!r}. Remove one of them.'
+                )
+    return init
+
+
+def _dropout(entry: Mapping[str, Any], where: str) -> float:
+    dropout = _number(entry.get("dropout", 0.0), where, "dropout")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f'{where}: "dropout" must be at least 0 and below 1, got {dropout!r}.')
+    return dropout
 
 
 def _rank(entry: Mapping[str, Any], where: str) -> int:
@@ -181,7 +273,12 @@ def _scale(entry: Mapping[str, Any], r: int, where: str) -> float:
             f'{where}: both "scale" and "alpha" are given. Keep one: scale = alpha / r.'
         )
     if "alpha" in entry:
-        return _number(entry["alpha"], where, "alpha") / r
+        rslora = _boolean(entry.get("rslora", False), where, "rslora")
+        return _number(entry["alpha"], where, "alpha") / (math.sqrt(r) if rslora else r)
+    if _boolean(entry.get("rslora", False), where, "rslora"):
+        raise ConfigError(
+            f'{where}: "rslora" is scale = alpha / sqrt(r). Give "alpha", not "scale".'
+        )
     return _number(entry.get("scale", 1.0), where, "scale")
 
 

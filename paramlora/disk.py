@@ -2,9 +2,9 @@
 
 import ctypes
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Union
@@ -27,12 +27,11 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
         FileError: the place cannot be written.
     """
     target = Path(os.path.realpath(path))
-    with _told(path), _temporary(target, tempfile.mkstemp) as (handle, temporary):
-        with os.fdopen(handle, "w+b") as file:
+    with _told(path), _temporary(target) as temporary:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         _sync(target.parent)
 
@@ -64,12 +63,12 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     _check_lost(target, names)
-    with _told(path), _temporary(target, _mkdtemp) as (_, temporary):
+    with _told(path), _temporary(target) as temporary:
+        temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
         if target.exists():
             _exchange(temporary, target)
         else:
@@ -97,20 +96,25 @@ def _told(path: PathLike) -> Iterator[None]:
         ) from error
 
 
-def _mkdtemp(dir: Path, prefix: str) -> tuple[int, str]:
-    return -1, tempfile.mkdtemp(dir=dir, prefix=prefix)
-
-
 @contextmanager
-def _temporary(target: Path, make: Callable[..., tuple[int, str]]) -> Iterator[tuple[int, Path]]:
-    handle, name = make(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        yield handle, Path(name)
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside `target`, free to be made; what is left at it in the end is removed."""
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:  # before it exists, so that no moment is left at which Ctrl-C would leave it
+        yield name
     finally:
-        if os.path.isdir(name):
-            shutil.rmtree(name)
-        elif os.path.exists(name):
-            os.unlink(name)
+        try:
+            _remove(name)
+        except KeyboardInterrupt:
+            _remove(name)  # a folder may have been half removed
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_lost(old: Path, names: Collection[str]) -> None:
@@ -147,9 +151,3 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -94,9 +94,9 @@ def extract(
         adapter = extracted(Contents(stored.specs), stored.read)
     if not dry_run:
         write_native(adapter, out)
-    count = 3 * len(adapter.updates)
-    size = sum(u.lora_A.nbytes + u.lora_B.nbytes for u in adapter.updates.values())
-    return Report(Path(out), count, count, size)
+    factors = [t for u in adapter.updates.values() for t in (u.lora_A, u.lora_B)]
+    held = [*factors, *adapter.whole.values()]
+    return Report(Path(out), len(held), len(held), sum(tensor.nbytes for tensor in held))
 
 
 def merge(
@@ -140,7 +140,7 @@ def _write(
 ) -> Report:
     specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
     size = sum(spec.nbytes for spec in specs.values())
-    changed = sum(1 for r in plan.values() if r.updates or r.value is not None)
+    changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
     _check_kind(stored, out)
     if not dry_run:
         _check_space(out, size)
@@ -246,11 +246,11 @@ def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
     """The bytes of one tensor; of a merged one never more than a block is in memory."""
     if recipe.value is not None:
         yield from pieces_of(recipe.value)
-    elif not recipe.updates:
+    elif not recipe.changes:
         yield from stored.raw(recipe.source)
     else:
         spec = stored.specs[recipe.source]
-        for elements, summed in Fold(spec.shape, recipe.terms(spec.dtype)).blocks():
+        for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
             yield from pieces_of(summed(stored.run(recipe.source, elements)))
 
 

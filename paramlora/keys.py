@@ -8,6 +8,7 @@ from typing import Any
 
 from paramlora.soft import BRANCHES
 
+_OURS = ("lora_A", "lora_B", "lora_scale", "lora_transposed", "lora_whole", "start_A", "start_B")
 _HARD = re.compile(r"(?P<module>(?:.+\.)?)parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)")
 _SOFT = re.compile(rf"(?P<module>(?:.+\.)?){BRANCHES}\.(?P<part>.+)")
 
@@ -53,7 +54,7 @@ class Key:
     @property
     def of_update(self) -> bool:
         """Whether it is a tensor of an update of ours."""
-        return self.index >= 0 and self.part.startswith("lora_")
+        return self.index >= 0 and self.part in _OURS
 
     @property
     def path(self) -> str:

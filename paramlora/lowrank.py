@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from paramlora.config import TargetConfig
+from paramlora.switch import Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
 LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
@@ -35,7 +35,7 @@ def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
     return layout != "stack" and shape[0] ** 2 == math.prod(shape)
 
 
-class LowRank(nn.Module):
+class LowRank(Switched):
     r"""Low-rank update of one tensor, Hu et al. 2021 (arXiv:2106.09685), equation 3.
 
     .. math:: W' = W + strength · scale · B A
@@ -58,6 +58,8 @@ class LowRank(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: Tensor
+    start_A: Optional[Tensor]
+    start_B: Optional[Tensor]
 
     def __init__(
         self,
@@ -68,14 +70,12 @@ class LowRank(nn.Module):
         trainable_scale: bool = False,
         adapter: str = "default",
     ) -> None:
-        super().__init__()
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
         where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        self.order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
-        self.written_by_reader = False  # such as an embedding with max_norm, set by attach
-        self.entry: Optional[TargetConfig] = None  # what asked for it, set by attach
-        self.r, self.layout, self.adapter, self.strength = r, layout, adapter, 1.0
+        super().__init__(adapter, **where)
+        self.r, self.layout = r, layout
+        self.dropout = 0.0  # on the input of the low-rank branch, set by attach
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
         value = torch.tensor(scale, **where)
@@ -86,20 +86,59 @@ class LowRank(nn.Module):
         if layout == "transposed" and ambiguous(weight.shape, layout):
             mark = torch.ones((), dtype=torch.uint8, device=weight.device)
             self.register_buffer("lora_transposed", mark)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
 
-    def delta(self, shape: "tuple[int, ...] | torch.Size") -> Tensor:
-        """``strength · scale · B·A`` reshaped to `shape`, in the factors' own type."""
-        product = (self.lora_B * (self.lora_scale * self.strength)) @ self.lora_A
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Start the factors at `a` and `b`, and keep both to take them out of every sum.
+
+        The function starts unchanged: the update is ``scale·(B·A − b·a)`` (see `paramlora.init`).
+        """
+        for name, value in (("A", a), ("B", b)):
+            getattr(self, f"lora_{name}").data.copy_(value)
+            setattr(self, f"start_{name}", getattr(self, f"lora_{name}").detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
+        return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
+
+    def plain(self) -> dict[str, Tensor]:
+        """What a file holds: an update of the unchanged weight by its `factors`."""
+        a, b = self.factors()
+        return {"lora_A": a, "lora_B": b, "lora_scale": self.lora_scale}
+
+    @torch.no_grad()
+    def load_plain(self, state: dict[str, Tensor]) -> None:
+        """Take the values of a file, bit for bit those that `plain` gave it."""
+        a, b = state["lora_A"], state["lora_B"]
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(a[..., self.r :, :])
+            self.start_B.copy_(-b[..., self.r :])
+            a, b = a[..., : self.r, :], b[..., : self.r]
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        self.lora_scale.copy_(state["lora_scale"])
+
+    def delta(
+        self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
+    ) -> Tensor:
+        """``strength · scale · B·A`` reshaped to `shape`, in `dtype` or the factors' own type."""
+        a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
+        product = (b * (self.lora_scale * self.gain).to(b.dtype)) @ a
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
         return product.reshape(shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
-        if self.strength == 0:
+        if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"

@@ -7,14 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramlora.attach import check_adapters, holders, lowranks, replace, updates_of
+from paramlora.attach import (
+    check_adapters,
+    holders,
+    replace,
+    tidy,
+    updates,
+    updates_of,
+)
 from paramlora.errors import AdapterError
-from paramlora.fold import Term, folded
+from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
+from paramlora.switch import Switched
+from paramlora.whole import Whole
 
-_Job = tuple[nn.Module, str, list[LowRank]]
+_Job = tuple[nn.Module, str, list[Switched]]
 
 
 @torch.no_grad()
@@ -29,7 +38,7 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
             ``"up_kernel": "same"``, or one over a parametrization that cannot hold the sum.
     """
     chosen = check_adapters(model, adapters)
-    for path, _, lowrank in lowranks(model):
+    for path, _, lowrank in updates(model):
         if lowrank.adapter in chosen:
             _check_finite(path, lowrank)
             if isinstance(lowrank, Branch):
@@ -46,15 +55,16 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         for tensor, held in updates_of(module):
             if tensor == name:
                 replace(module, name, held, [p for p in held if not _among(p, ours)])
+    tidy(model)
     return model
 
 
-def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[LowRank]:
+def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[Switched]:
     lists = [held for tensor, held in updates_of(module) if tensor == name]
-    return [p for held in lists for p in held if isinstance(p, LowRank) and p.adapter in chosen]
+    return [p for held in lists for p in held if isinstance(p, Switched) and p.adapter in chosen]
 
 
-def _among(update: nn.Module, updates: list[LowRank]) -> bool:
+def _among(update: nn.Module, updates: list[Switched]) -> bool:
     return any(update is one for one in updates)
 
 
@@ -80,7 +90,7 @@ def _write(model: nn.Module, jobs: list[_Job], inverted: list[list[tuple[Tensor,
         _fold(base, ours)
 
 
-def _identity(module: nn.Module, name: str, ours: list[LowRank]) -> tuple[int, ...]:
+def _identity(module: nn.Module, name: str, ours: list[Switched]) -> tuple[int, ...]:
     owner, attribute = _stored(module, name)
     return (id(getattr(owner, attribute)), *map(id, ours))
 
@@ -93,16 +103,19 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _fold(base: Tensor, updates: list[LowRank]) -> None:
-    terms = [
-        Term(one.lora_A, one.lora_B, one.lora_scale * one.strength, one.layout)
-        for one in updates
-        if one.strength != 0
-    ]
-    base.copy_(folded(base, terms))
+def _fold(base: Tensor, updates: list[Switched]) -> None:
+    base.copy_(folded(base, [_term(update) for update in updates if update.acts]))
 
 
-def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> list[tuple[Tensor, Tensor]]:
+def _term(update: Switched) -> Term:
+    if isinstance(update, LowRank):
+        factor = update.lora_scale * update.gain
+        return LowRankTerm(*update.factors(), factor, update.layout)
+    assert isinstance(update, Whole)
+    return WholeTerm(update.lora_whole, update.gain)
+
+
+def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> list[tuple[Tensor, Tensor]]:
     """(stored tensor, new value) where another parametrization acts before an update.
 
     Empty where the updates come first: they then add to the stored tensor itself.
@@ -110,7 +123,7 @@ def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> list[tuple[T
     if name in module._parameters:
         return []
     plist: Any = parametrized(module)[name]
-    others = [i for i, p in enumerate(plist) if not isinstance(p, LowRank)]
+    others = [i for i, p in enumerate(plist) if not isinstance(p, Switched)]
     first = [i for i, p in enumerate(plist) if _among(p, ours)]
     soft = [p for p in ours if isinstance(p, Branch)]
     if not others or (not soft and first[-1] < others[0]):
@@ -128,7 +141,8 @@ def _inverted(module: nn.Module, name: str, ours: list[LowRank]) -> list[tuple[T
     ]
     wanted = _through(chain, stored)
     for branch in soft:
-        wanted = (wanted.to(branch.lora_A.dtype) + branch.delta(wanted.shape)).to(wanted.dtype)
+        wide = torch.promote_types(wanted.dtype, torch.float32)
+        wanted = (wanted.to(wide) + branch.delta(wanted.shape, wide)).to(wanted.dtype)
     new = _back(module, name, rules, wanted)
     close = 64 * torch.finfo(wanted.dtype).eps
     if not torch.allclose(_through(rules, new), wanted, rtol=close, atol=close):
@@ -162,7 +176,7 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
     )
 
 
-def _check_finite(path: str, lowrank: LowRank) -> None:
+def _check_finite(path: str, lowrank: Switched) -> None:
     for name, tensor in lowrank.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(

@@ -1,9 +1,9 @@
 """The native adapter file: one safetensors file that describes itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from torch import Tensor, float32, nn, tensor
 
@@ -12,12 +12,12 @@ from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
-from paramlora.state import adapter_of
+from paramlora.state import LOW_RANK, adapter_of
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
 FORMAT = 1
-_NAMES = ("lora_A", "lora_B", "lora_scale")
+_WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
 _Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
 
 
@@ -37,26 +37,28 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
 def write_native(adapter: Adapter, path: PathLike) -> None:
     """Write an adapter as the native file, whole or not at all.
 
-    Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``. The metadata keeps `adapter`'s own
-    and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name), ``config`` (an entry for
-    each path), ``shapes`` (``{path: {"shape": [...], "layout": "...", ...}}`` of the weights) and
-    ``ties`` (``{path: first path}`` where tied tensors share one update).
+    Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``, or ``.lora_whole``. The metadata
+    keeps `adapter`'s own and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name),
+    ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``,
+    of the weights, with ``kind`` and ``groups``) and ``ties`` (``{path: first path}`` where tied
+    tensors share one update).
 
     Raises:
         FileError: the file cannot be written.
     """
+    values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
     first: dict[int, str] = {}
-    ties = {p: first.setdefault(id(u), p) for p, u in adapter.updates.items()}
-    own = {path: update for path, update in adapter.updates.items() if ties[path] == path}
+    ties = {path: first.setdefault(id(value), path) for path, value in values.items()}
+    own = {path: value for path, value in values.items() if ties[path] == path}
     about = {
         "format": FORMAT,
         "adapter": adapter.name,
         "config": LoRAConfig(tuple(_entry(*item) for item in own.items())).to_dict(),
-        "shapes": {p: _weight(u) for p, u in own.items() if u.shape is not None},
+        "shapes": {path: _weight(v) for path, v in own.items() if _shape(v) is not None},
         "ties": {path: head for path, head in ties.items() if path != head},
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
-    state = _tensors(own)
+    state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
     specs = {key: spec_of(value) for key, value in state.items()}
     with new_file(path) as file:
         write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
@@ -74,8 +76,8 @@ def read_native(path: PathLike) -> Adapter:
     metadata, state = _read(path)
     about, config = _about(path, metadata)
     shapes, ties = _shapes(path, about), _ties(path, about)
-    stems = list(shapes) or list(dict.fromkeys(_stem(key) for key in state))
-    wanted = {_key(stem, name) for stem in stems for name in _NAMES}
+    entries = _entries(path, config, state, told="shapes" in about)
+    wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
     missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or unexpected:
         raise FileError(
@@ -83,49 +85,54 @@ def read_native(path: PathLike) -> Adapter:
             f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
             "Copy or save it again."
         )
-    updates = {stem: _update(path, stem, state, config, shapes) for stem in stems}
+    updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
+    whole = {s: state[_key(s, _WHOLE)] for s, e in entries.items() if e.whole}
     updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
+    whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
-    return Adapter(updates, str(about["adapter"]), rest)
+    return Adapter(updates, str(about["adapter"]), rest, whole)
 
 
 def _key(stem: str, name: str) -> str:
     return f"{stem}.{name}" if stem else name
 
 
-def _stem(key: str) -> str:
-    return key.rpartition(".")[0]
+def _names(entry: TargetConfig) -> tuple[str, ...]:
+    return (_WHOLE,) if entry.whole else LOW_RANK
 
 
-def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    out = {}
-    for stem, update in updates.items():
-        a, b = update.lora_A.contiguous(), update.lora_B.contiguous()
-        # a 16-bit scale would not survive
-        scale = tensor(update.scale, dtype=a.dtype if a.dtype.itemsize > 2 else float32)
-        for name, value in zip(_NAMES, (a, b, scale)):
-            out[_key(stem, name)] = value
-    return out
+def _tensors(stem: str, value: Union[Update, Tensor]) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {_key(stem, _WHOLE): value}
+    # a 16-bit scale would not survive
+    kind = value.lora_A.dtype if value.lora_A.dtype.itemsize > 2 else float32
+    all_three = (value.lora_A, value.lora_B, tensor(value.scale, dtype=kind))
+    return {_key(stem, name): one for name, one in zip(LOW_RANK, all_three)}
 
 
-def _entry(path: str, update: Update) -> TargetConfig:
-    options = (update.scale, update.trainable_scale, update.hard, update.up_kernel)
-    return TargetConfig(path or "weight", update.r, *options)
+def _entry(path: str, value: Union[Update, Tensor]) -> TargetConfig:
+    name = path or _ROOT
+    return TargetConfig(name, 0, whole=True) if isinstance(value, Tensor) else value.entry(name)
 
 
-def _weight(update: Update) -> dict[str, Any]:
-    about = {"shape": list(update.shape or ()), "layout": update.layout, "groups": update.groups}
-    return about if update.kind is None else {**about, "kind": update.kind}
+def _shape(value: Union[Update, Tensor]) -> Optional[tuple[int, ...]]:
+    return None if isinstance(value, Tensor) else value.shape
+
+
+def _weight(value: Union[Update, Tensor]) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {"shape": [], "layout": "matrix"}
+    about = {"shape": list(value.shape or ()), "layout": value.layout, "groups": value.groups}
+    return about if value.kind is None else {**about, "kind": value.kind}
 
 
 def _update(
-    path: Path, stem: str, state: Mapping[str, Tensor], config: LoRAConfig, shapes: _Shapes
+    path: Path, stem: str, state: Mapping[str, Tensor], entry: TargetConfig, shapes: _Shapes
 ) -> Update:
-    a, b, scale = (state[_key(stem, name)] for name in _NAMES)
+    a, b, scale = (state[_key(stem, name)] for name in LOW_RANK)
     flat = min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1
     if flat or not all(t.is_floating_point() for t in (a, b, scale)):
         raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
-    entry = _entry_for(path, stem, config)
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
     by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
     shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
@@ -138,8 +145,10 @@ def _update(
         entry.trainable_scale,
         entry.hard,
         entry.up_kernel,
-        kind,
-        groups,
+        dropout=entry.dropout,
+        adapter_dtype=entry.adapter_dtype,
+        kind=kind,
+        groups=groups,
     )
 
 
@@ -166,12 +175,22 @@ def _ties(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
     return ties
 
 
+def _entries(
+    path: Path, config: LoRAConfig, state: Iterable[str], told: bool
+) -> dict[str, TargetConfig]:
+    """The entry of each path; by the patterns, in files from before the paths were told."""
+    if told:
+        return {"" if e.name == _ROOT else e.name: e for e in config.entries}
+    stems = dict.fromkeys(key.rpartition(".")[0] for key in state)
+    return {stem: _entry_for(path, stem, config) for stem in stems}
+
+
 def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
-    """The entry at exactly this path, or as a model would match it in files without shapes."""
-    whole = f"{stem}.weight" if stem else "weight"
-    fitting = [e for e in config.entries if fits(e.name, stem) or fits(e.name, whole)]
-    exact = [e for e in config.entries if e.name == (stem or "weight")]
-    for entry in exact or sorted(fitting, key=lambda e: -specificity(e.name)):
+    names = [stem, f"{stem}.weight" if stem else _ROOT]
+    if any(entry.whole for entry in config.entries):  # it also names what it contains
+        names += [stem[:at] for at, sign in enumerate(stem) if sign == "."]
+    fitting = [entry for entry in config.entries if any(fits(entry.name, n) for n in names)]
+    for entry in sorted(fitting, key=lambda entry: -specificity(entry.name)):
         return entry
     raise FileError(f'{path}: no entry of its configuration names "{stem}". Save it again.')
 

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from paramlora.attach import lowranks
+from paramlora.attach import lowranks, updates
 from paramlora.errors import AdapterError
+from paramlora.whole import Whole
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -36,12 +37,14 @@ def parameter_groups(
         [('lora_A', 0.001), ('lora_B', 0.016)]
     """
     attached = [lowrank for _, _, lowrank in lowranks(model)]
-    if not attached:
+    whole = [update.lora_whole for _, _, update in updates(model) if isinstance(update, Whole)]
+    if not attached and not whole:
         raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
     named = {
         "lora_A": [low.lora_A for low in attached],
         "lora_B": [low.lora_B for low in attached],
         "lora_scale": [s for low in attached if isinstance(s := low.lora_scale, nn.Parameter)],
+        "whole": whole,
     }
     known = {id(p) for group in named.values() for p in group}
     named["model"] = [p for p in model.parameters() if id(p) not in known]

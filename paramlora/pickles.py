@@ -76,14 +76,16 @@ def save(content: Any, file: BinaryIO, progress: Count) -> None:
 
     Raises:
         OSError: as the file raised it, such as for a full disk.
+        FileError: hostile content that could be read but not written.
     """
     watched = _Watched(file, progress)
     try:
         torch.save(content, watched)  # type: ignore[arg-type]
-    except RuntimeError:
+    except Exception as error:
         if watched.error is not None:  # torch hides it behind its own
             raise watched.error from None
-        raise
+        reason = str(error) or type(error).__name__
+        raise FileError(f"what was read cannot be written with torch.save: {reason}.") from error
 
 
 class _Watched:

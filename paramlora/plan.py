@@ -10,15 +10,16 @@ from torch import Tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.errors import AdapterError, FileError, closest
-from paramlora.fold import Term, folded
+from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.keys import Key, weights_at
 from paramlora.lowrank import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.soft import refuse_two_kernels
+from paramlora.state import LOW_RANK
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
-Strong = tuple[Update, float]  # an update and its strength
-_NAMES = ("lora_A", "lora_B", "lora_scale")
+Change = Union[Update, Tensor]  # of one tensor: an update, or a tensor to have instead
+Strong = tuple[Change, float]  # and how strongly
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Recipe:
 
     Args:
         source: the key of the input that it is, or beside which it stands.
-        updates: what to fold into it, in order.
+        changes: what to fold into it, in order.
         value: a new tensor instead.
     """
 
     source: str
-    updates: tuple[Strong, ...] = ()
+    changes: tuple[Strong, ...] = ()
     value: Optional[Tensor] = None
 
     def make(self, read: Read) -> Any:
@@ -40,21 +41,11 @@ class Recipe:
         if self.value is not None:
             return self.value
         base = read(self.source)
-        return folded(base, self.terms(base.dtype, base.device)) if self.updates else base
+        return folded(base, self.terms(base.dtype, base.device)) if self.changes else base
 
     def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
         """What to fold into a tensor of that type, as a live model has it."""
-        kind = factor_dtype(dtype)
-        return [
-            Term(
-                update.lora_A.to(device, kind),
-                update.lora_B.to(device, kind),
-                torch.tensor(update.scale, dtype=kind, device=device) * strength,
-                update.layout,
-            )
-            for update, strength in self.updates
-            if strength != 0
-        ]
+        return [_term(change, s, dtype, device) for change, s in self.changes if s != 0]
 
 
 Plan = dict[str, Recipe]
@@ -78,49 +69,49 @@ class Contents:
             elif key.part in ("", "original", "original0"):
                 self.stored[key.weight] = text
 
-    def found(self, adapter: Adapter) -> dict[str, Update]:
-        """The updates by tensor, each with its shape; of tied tensors it is enough that one is.
+    def found(self, adapter: Adapter) -> dict[str, Change]:
+        """The changes by tensor, each with its shape; of tied tensors it is enough that one is.
 
         Raises:
             FileError: a path that is not there, or factors that do not fit.
         """
-        updates = adapter.updates
-        at = {p: next((w for w in weights_at(p) if w in self.stored), None) for p in updates}
-        kept = {id(update) for path, update in updates.items() if at[path] is not None}
-        missing = [p for p, update in updates.items() if at[p] is None and id(update) not in kept]
+        changes: dict[str, Change] = {**adapter.updates, **adapter.whole}
+        at = {p: next((w for w in weights_at(p) if w in self.stored), None) for p in changes}
+        kept = {id(change) for path, change in changes.items() if at[path] is not None}
+        missing = [p for p, change in changes.items() if at[p] is None and id(change) not in kept]
         if missing:
-            raise self._lacks(missing, len(updates))
-        return {w: self.fit(w, updates[path]) for path, w in at.items() if w is not None}
+            raise self._lacks(missing, len(changes))
+        return {w: self.fitted(w, changes[path]) for path, w in at.items() if w is not None}
 
-    def fit(self, weight: str, update: Update) -> Update:
-        """An update with its tensor's shape and layout, where those fit its factors."""
-        # of weight norm's two originals the second one has the weight's shape
-        base = self.there[self.stored[weight].replace(".original0", ".original1")]
-        shape = tuple(base.shape)
-        _check_type(weight, base.dtype)
-        if update.shape is not None and tuple(update.shape) != shape:
-            raise FileError(
-                f"{weight}: shape {list(shape)}, and the adapter was made for "
-                f"{list(update.shape)}. Is it the base of this adapter?"
+    def fitted(self, weight: str, change: Change) -> Change:
+        """A change with its tensor's shape and layout, where those fit it."""
+        base = self.base(weight)
+        if not base.dtype.is_floating_point:
+            raise AdapterError(
+                f"{weight} is of type {base.dtype}, so quantised: an update cannot be stored in "
+                "it. Use the checkpoint from before it was quantised."
             )
-        layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
-        for layout in layouts:
-            if len(shape) >= 2 and _fits(update, shape, layout):
-                return replace(update, shape=shape, layout=layout)
-        a, b = list(update.lora_A.shape), list(update.lora_B.shape)
-        raise FileError(
-            f"{weight}: lora_A of shape {a} and lora_B of {b} do not fit {list(shape)}. "
-            "Was the adapter made for another model?"
-        )
+        told = change.shape
+        if told is not None and tuple(told) != tuple(base.shape):
+            raise FileError(
+                f"{weight}: shape {list(base.shape)}, and the adapter was made for {list(told)}. "
+                "Is it the base of this adapter?"
+            )
+        return change if isinstance(change, Tensor) else self._laid_out(weight, change)
 
-    def inside(self, read: Read) -> dict[str, list[Update]]:
-        """The updates of an attached model by tensor: hard ones, then soft ones."""
+    def base(self, weight: str) -> Any:
+        """What has the weight's type and shape."""
+        # of weight norm's two originals it is the second one
+        return self.there[self.stored[weight].replace(".original0", ".original1")]
+
+    def inside(self, read: Read) -> dict[str, list[Change]]:
+        """The changes of an attached model by tensor: hard ones, then soft ones."""
         groups: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
         for text, key in self.keys.items():
             if key.of_update:
                 group = groups.setdefault((key.weight, not key.hard, key.index), {})
-                group[key.part] = read(text)
-        out: dict[str, list[Update]] = {}
+                group[key.part] = read(text).detach()
+        out: dict[str, list[Change]] = {}
         for (weight, soft, _), parts in sorted(groups.items(), key=lambda item: item[0]):
             out.setdefault(weight, []).append(self._attached(weight, soft, parts))
         return _shared(out)
@@ -144,21 +135,39 @@ class Contents:
             and {key.index for key in hard} == ours == set(range(len(ours)))
         )
 
-    def _attached(self, weight: str, soft: bool, parts: Mapping[str, Tensor]) -> Update:
-        missing = [name for name in _NAMES if name not in parts]
+    def _attached(self, weight: str, soft: bool, parts: Mapping[str, Tensor]) -> Change:
+        if weight in self.stored and "lora_whole" in parts:
+            return self.fitted(weight, parts["lora_whole"])
+        missing = [name for name in LOW_RANK if name not in parts]
         missing += [] if weight in self.stored else ["base"]
         if missing:
             raise FileError(
                 f"{weight}: an update is inside without its {', '.join(missing)}. Save the "
                 "attached model's state dict again."
             )
-        a, b, scale = (parts[name].detach() for name in _NAMES)
+        a, b = _factors(parts)
+        scale = parts["lora_scale"]
         if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
             raise FileError(f"{weight}: the update inside it has factors of impossible shape.")
         layout: Layout = "stack" if a.dim() == 3 else "matrix"
         layout = "transposed" if "lora_transposed" in parts else layout
         kernel = "same" if soft and b.dim() > 2 else 1
-        return self.fit(weight, Update(a, b, float(scale), None, layout, False, not soft, kernel))
+        usual = a.dtype == factor_dtype(self.base(weight).dtype)
+        kind = None if usual else str(a.dtype).removeprefix("torch.")
+        update = Update(a, b, float(scale), None, layout, False, not soft, kernel)
+        return self.fitted(weight, replace(update, adapter_dtype=kind))
+
+    def _laid_out(self, weight: str, update: Update) -> Update:
+        shape = tuple(self.base(weight).shape)
+        layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
+        for layout in layouts:
+            if len(shape) >= 2 and _fits(update, shape, layout):
+                return replace(update, shape=shape, layout=layout)
+        a, b = list(update.lora_A.shape), list(update.lora_B.shape)
+        raise FileError(
+            f"{weight}: lora_A of shape {a} and lora_B of {b} do not fit {list(shape)}. "
+            "Was the adapter made for another model?"
+        )
 
     def _lacks(self, missing: list[str], total: int) -> FileError:
         near = closest(weights_at(missing[0])[0], self.stored)
@@ -173,14 +182,15 @@ def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
     """The plan of `paramlora.checkpoint.embed`."""
     renamed: dict[str, str] = {}
     beside: dict[str, Plan] = {}
-    for weight, update in contents.found(adapter).items():
+    for weight, change in contents.found(adapter).items():
         source = contents.stored[weight]
-        if update.hard and source == weight:
+        hard = isinstance(change, Tensor) or change.hard
+        if hard and source == weight:
             renamed[source] = str(Key(weight, "original"))
-        index = contents.next(weight, update.hard)
+        index = contents.next(weight, hard)
         beside[source] = {
-            str(Key(weight, name, index, update.hard)): Recipe(source, value=value)
-            for name, value in _tensors(update, contents.there[source].dtype).items()
+            str(Key(weight, name, index, hard)): Recipe(source, value=value)
+            for name, value in _tensors(change, contents.base(weight).dtype).items()
         }
     plan: Plan = {}
     for text in contents.there:
@@ -197,12 +207,12 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
         raise AdapterError("an adapter is inside already. Merge that first, without others.")
     if not inside and not pairs:
         raise AdapterError("nothing to merge: no update is inside. Give an adapter.")
-    folds = {weight: [(update, 1.0) for update in held] for weight, held in inside.items()}
+    folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
         if not math.isfinite(strength):
             raise AdapterError(f'adapter "{adapter.name}": its weight {strength} is not finite.')
-        for weight, update in contents.found(adapter).items():
-            folds.setdefault(weight, []).append((update, float(strength)))
+        for weight, change in contents.found(adapter).items():
+            folds.setdefault(weight, []).append((change, float(strength)))
     for weight, strong in folds.items():
         _check_mergeable(contents, weight, strong)
     return _merged(contents, folds)
@@ -216,18 +226,10 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
             continue
         strong = folds.get(key.weight, []) if key.part in ("", "original") else []
         # a live model folds its parametrizations before its branches
-        ordered = sorted(strong, key=lambda pair: not pair[0].hard)
+        ordered = sorted(strong, key=lambda pair: isinstance(pair[0], Update) and not pair[0].hard)
         erased = key.part == "original" and key.weight in attached
         plan[key.weight if erased else text] = Recipe(text, tuple(ordered))
     return plan
-
-
-def _check_type(weight: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise AdapterError(
-            f"{weight} is of type {dtype}, so quantised: an update cannot be stored in it. Use "
-            "the checkpoint from before it was quantised."
-        )
 
 
 def _fits(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
@@ -242,51 +244,92 @@ def _fits(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
     return a == (update.r, fan_in) and b[0] == out
 
 
-def _tensors(update: Update, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What an attached update shows in a state dict."""
-    kind = factor_dtype(dtype)
-    scale = torch.tensor(update.scale, dtype=kind)
-    out = dict(zip(_NAMES, (update.lora_A.to(kind), update.lora_B.to(kind), scale)))
-    if update.layout == "transposed" and ambiguous(update.shape or (), update.layout):
+def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B``, with what a start from the weight takes out again (see `LowRank`)."""
+    a, b = parts["lora_A"], parts["lora_B"]
+    if "start_A" not in parts or "start_B" not in parts:
+        return a, b
+    return torch.cat([a, parts["start_A"]], -2), torch.cat([b, -parts["start_B"]], -1)
+
+
+def _kind(update: Update, dtype: torch.dtype) -> torch.dtype:
+    """The type that an update's factors have when attached to a tensor of a type."""
+    named = update.adapter_dtype
+    return factor_dtype(dtype) if named is None else getattr(torch, named)
+
+
+def _tensors(change: Change, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What an attached change shows in a state dict."""
+    if isinstance(change, Tensor):
+        return {"lora_whole": change}
+    kind = _kind(change, dtype)
+    scale = torch.tensor(change.scale, dtype=kind)
+    out = dict(zip(LOW_RANK, (change.lora_A.to(kind), change.lora_B.to(kind), scale)))
+    if change.layout == "transposed" and ambiguous(change.shape or (), change.layout):
         out["lora_transposed"] = torch.ones((), dtype=torch.uint8)
     return out
 
 
-def _shared(inside: dict[str, list[Update]]) -> dict[str, list[Update]]:
-    """One value for updates that are equal, as those of tied tensors are."""
-    seen: dict[object, list[Update]] = {}
-    for updates in inside.values():
-        for i, update in enumerate(updates):
-            mark = (update.shape, update.r, update.scale, float(update.lora_A.double().sum()))
-            alike = seen.setdefault(mark, [])
-            twins = [other for other in alike if _equal(update, other)]
+def _term(
+    change: Change, strength: float, dtype: torch.dtype, device: Union[str, torch.device]
+) -> Term:
+    if isinstance(change, Tensor):
+        gain = torch.tensor(strength, dtype=change.dtype, device=device)
+        return WholeTerm(change.to(device), gain)
+    kind = _kind(change, dtype)
+    a, b = (factor.to(device, kind) for factor in (change.lora_A, change.lora_B))
+    scale, gain = (torch.tensor(n, dtype=kind, device=device) for n in (change.scale, strength))
+    return LowRankTerm(a, b, scale * gain, change.layout)
+
+
+def _shared(inside: dict[str, list[Change]]) -> dict[str, list[Change]]:
+    """One value for changes that are equal, as those of tied tensors are."""
+    seen: dict[object, list[Change]] = {}
+    for changes in inside.values():
+        for i, change in enumerate(changes):
+            first = change if isinstance(change, Tensor) else change.lora_A
+            alike = seen.setdefault((tuple(first.shape), float(first.double().sum())), [])
+            twins = [other for other in alike if _equal(change, other)]
             if twins:
-                updates[i] = twins[0]
+                changes[i] = twins[0]
             else:
-                alike.append(update)
+                alike.append(change)
     return inside
 
 
-def _equal(one: Update, other: Update) -> bool:
-    flags = (one.layout, one.hard, one.up_kernel) == (other.layout, other.hard, other.up_kernel)
-    same = torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)
-    return flags and same
+def _equal(one: Change, other: Change) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and one.dtype == other.dtype and torch.equal(one, other)  # type: ignore[union-attr, arg-type]
+    told = [(u.shape, u.scale, u.layout, u.hard, u.up_kernel) for u in (one, other)]
+    factors = torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)
+    return told[0] == told[1] and factors
 
 
 def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> None:
     """Refuse what no stored tensor would give."""
     path = Key(weight).path
-    for update, _ in strong:
-        if update.up_kernel == "same":
-            refuse_two_kernels(path, tuple(update.lora_B.shape[2:]))
-        scale = torch.tensor(update.scale)
-        for name, value in zip(_NAMES, (update.lora_A, update.lora_B, scale)):
-            if not torch.isfinite(value).all():
+    for change, _ in strong:
+        if isinstance(change, Tensor):
+            _check_finite(path, "lora_whole", change)
+            if len(strong) > 1:
                 raise AdapterError(
-                    f"{path}.{name}: not finite. Nothing was merged; give a sound adapter."
+                    f"{path}: it is trained whole by one adapter, and changed by another. Nothing "
+                    "was merged; give only one of them."
                 )
+            continue
+        if change.up_kernel == "same":
+            refuse_two_kernels(path, tuple(change.lora_B.shape[2:]))
+        values = (change.lora_A, change.lora_B, torch.tensor(change.scale))
+        for name, value in zip(LOW_RANK, values):
+            _check_finite(path, name, value)
     if not contents.alone(weight):
         raise AdapterError(
             f"{path}: its weight is under another parametrization, and no tensor in a file gives "
             "the sum. Nothing was merged; load the model and use paramlora.merge."
         )
+
+
+def _check_finite(path: str, name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise AdapterError(f"{path}.{name}: not finite. Nothing was merged; give a sound adapter.")

@@ -1,6 +1,6 @@
 """The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
 
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +49,16 @@ class Branch(LowRank):
                 out //= size
             self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
 
-    def delta(self, shape: "tuple[int, ...] | torch.Size") -> Tensor:
+    def delta(
+        self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
+    ) -> Tensor:
         """The update of the layer's weight that equals the branch.
 
         Raises:
             AdapterError: two kernels in a row do not fit in one of the same size.
         """
         self.check_mergeable("")
-        return super().delta(shape)
+        return super().delta(shape, dtype)
 
     __deepcopy__ = deep_copy
     __getstate__ = refuse_pickling
@@ -67,14 +69,14 @@ class Branch(LowRank):
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
-        down = self.lora_A.to(x.dtype)
-        up = (self.lora_B * (self.lora_scale * self.strength)).to(x.dtype)
+        a, b = self.factors()
+        down, up = a.to(x.dtype), (b * (self.lora_scale * self.gain)).to(x.dtype)
         if isinstance(layer, nn.Linear):
             return F.linear(F.linear(x, down), up)
         n = len(layer.kernel_size)
         if self.layout == "transposed":
             return self._transposed(layer, x, output, down, up, n)
-        down = down.reshape(self.r, -1, *layer.kernel_size)
+        down = down.reshape(len(down), -1, *layer.kernel_size)
         hidden = layer._conv_forward(x, _each_group(down, layer.groups), None)
         if self.kernel:
             return _same_size(layer, hidden, up, n)
@@ -138,7 +140,7 @@ def remove_branches(layer: nn.Module) -> None:
 def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else kwargs["input"]
     for branch in layer._modules[BRANCHES]:
-        if branch.strength != 0:
+        if branch.acts:
             output = output + branch.branch(layer, x, output)
     return output
 

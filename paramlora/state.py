@@ -1,31 +1,36 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.adapter import Adapter, Update
-from paramlora.attach import attach_targets, check_adapters, detach, lowranks, placed
+from paramlora.attach import attach_targets, check_adapters, detach, placed, updates
 from paramlora.config import TargetConfig
 from paramlora.errors import FileError
-from paramlora.lowrank import LowRank
+from paramlora.lowrank import LowRank, factor_dtype
 from paramlora.soft import Branch
+from paramlora.switch import Switched
 from paramlora.targets import Target, adaptable, targets_at
+from paramlora.whole import Whole
 
-_NAMES = ("lora_A", "lora_B", "lora_scale")
+LOW_RANK = ("lora_A", "lora_B", "lora_scale")
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """``{"<module path>.lora_A": ...}``: the adapter's own tensors, detached, not copied.
 
     A tensor other than ``weight`` has its name in the path, such as ``lstm.weight_ih_l0.lora_A``.
+    One that is trained whole is ``lora_whole``. After ``"init": "pissa"`` or ``"olora"`` the
+    factors are new tensors, of twice the rank: a plain adapter for the unchanged base.
 
     Raises:
         AdapterError: `adapter` is not attached.
     """
-    return {key: tensor.detach() for key, tensor in _live(model, adapter).items()}
+    return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
 
 
 def load_adapter_state_dict(
@@ -37,7 +42,8 @@ def load_adapter_state_dict(
         AdapterError: `adapter` is not attached.
         FileError: missing or unexpected keys, or another shape.
     """
-    live = _live(model, adapter)
+    stems = _stems(model, adapter)
+    live = _live(stems)
     missing = sorted(live.keys() - state.keys())
     unexpected = sorted(state.keys() - live.keys())
     if missing or unexpected:
@@ -52,14 +58,13 @@ def load_adapter_state_dict(
                 f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
                 "Was it made for another model or rank?"
             )
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(state[key])
+    for stem, update in stems.items():
+        update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model
 
 
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
-    """An attached adapter as a value: its tensors detached, not copied.
+    """An attached adapter as a value: its tensors detached, and shared where they are plain.
 
     Tied tensors that share one update hold the same `Update` under each of their paths.
 
@@ -68,13 +73,17 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     """
     check_adapters(model, adapter)
     there = {target.path: target for target in adaptable(model)}
-    made: dict[int, Update] = {}
-    updates = {}
-    for path, _, lowrank in placed(model):
-        if lowrank.adapter == adapter:
-            fresh = _update(lowrank, there.get(path))
-            updates[path] = made.setdefault(id(lowrank), fresh)
-    return Adapter(updates, adapter)
+    held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
+    first: dict[int, str] = {}
+    made: dict[str, "Update | Tensor"] = {}
+    for path, update in held.items():
+        head = first.setdefault(id(update), path)
+        made[path] = _value(update, there.get(path)) if head == path else made[head]
+    return Adapter(
+        {path: value for path, value in made.items() if isinstance(value, Update)},
+        adapter,
+        whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
+    )
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = None) -> nn.Module:
@@ -92,10 +101,12 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     """
     name = adapter.name if name is None else name
     before = [(p, p.requires_grad) for p in model.parameters()]
-    attach_targets(model, targets_at(model, _entries(adapter)), name)
+    chosen = [_typed(target, adapter) for target in targets_at(model, _entries(adapter))]
+    attach_targets(model, chosen, name)
     try:
         values = _values(adapter)
-        load_adapter_state_dict(model, {k: values[k] for k in _live(model, name)}, name)
+        needed = _live(_stems(model, name))  # of tied tensors only the first one's
+        load_adapter_state_dict(model, {k: values[k] for k in needed}, name)
     except BaseException:
         detach(model, name)
         for parameter, requires_grad in before:
@@ -104,52 +115,76 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     return model
 
 
-def _update(lowrank: LowRank, target: Optional[Target]) -> Update:
-    scale = lowrank.lora_scale.detach()
-    asked = lowrank.entry.scale if lowrank.entry is not None else scale.item()
+def _value(update: Switched, target: Optional[Target]) -> "Update | Tensor":
+    if isinstance(update, Whole):
+        return update.lora_whole.detach()
+    assert isinstance(update, LowRank)
+    a, b = update.factors()
+    entry = update.entry or TargetConfig("", update.r)
+    soft = isinstance(update, Branch)
     return Update(
-        lowrank.lora_A.detach(),
-        lowrank.lora_B.detach(),
-        # the configuration's own number where it was not trained: 0.3, not float32's nearest
-        asked if torch.equal(scale, torch.full_like(scale, asked)) else scale.item(),
+        a.detach(),
+        b.detach(),
+        _number(update.lora_scale.detach(), entry.scale),
         None if target is None else target.shape,
-        lowrank.layout,
-        isinstance(lowrank.lora_scale, nn.Parameter),
-        not isinstance(lowrank, Branch),
-        "same" if isinstance(lowrank, Branch) and lowrank.kernel else 1,
-        None if target is None else target.kind,
-        1 if target is None else target.groups,
+        update.layout,
+        isinstance(update.lora_scale, nn.Parameter),
+        not soft,
+        "same" if isinstance(update, Branch) and update.kernel else 1,
+        dropout=update.dropout,
+        adapter_dtype=entry.adapter_dtype,
+        kind=None if target is None else target.kind,
+        groups=1 if target is None else target.groups,
     )
 
 
+def _number(scale: Tensor, asked: float) -> float:
+    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
+    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
+    return asked if same else scale.item()
+
+
 def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
-    """An entry for each path; paths that share one update share one entry."""
+    """An entry for each path; paths that share one value share one entry."""
     first: dict[int, str] = {}
     entries = {}
     for path, update in adapter.updates.items():
-        entry = first.setdefault(id(update), path)
-        options = (update.scale, update.trainable_scale, update.hard, update.up_kernel)
-        entries[path] = TargetConfig(entry, update.r, *options)
+        entries[path] = update.entry(first.setdefault(id(update), path))
+    for path, tensor in adapter.whole.items():
+        entries[path] = TargetConfig(first.setdefault(id(tensor), path), 0, whole=True)
     return entries
 
 
+def _typed(target: Target, adapter: Adapter) -> Target:
+    """A tensor to have whole keeps its own type where that is not the usual one."""
+    tensor = adapter.whole.get(target.path)
+    if tensor is None or tensor.dtype == factor_dtype(target.dtype):
+        return target
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return replace(target, entry=replace(target.entry, adapter_dtype=kind))
+
+
 def _values(adapter: Adapter) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, update in adapter.updates.items()
-        for name, value in zip(_NAMES, (update.lora_A, update.lora_B, _scale(update)))
-    }
+    out = {_key(path, "lora_whole"): tensor for path, tensor in adapter.whole.items()}
+    for path, update in adapter.updates.items():
+        scale = torch.tensor(update.scale, dtype=torch.float64)
+        for name, value in zip(LOW_RANK, (update.lora_A, update.lora_B, scale)):
+            out[_key(path, name)] = value
+    return out
 
 
-def _scale(update: Update) -> Tensor:
-    return torch.tensor(update.scale, dtype=torch.float64)
-
-
-def _live(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def _stems(model: nn.Module, adapter: str) -> dict[str, Switched]:
     check_adapters(model, adapter)
+    return {path: update for path, _, update in updates(model) if update.adapter == adapter}
+
+
+def _live(stems: Mapping[str, Switched]) -> dict[str, Tensor]:
     return {
-        f"{path}.{name}" if path else name: getattr(lowrank, name)
-        for path, _, lowrank in lowranks(model)
-        if lowrank.adapter == adapter
-        for name in _NAMES
+        _key(stem, name): tensor
+        for stem, update in stems.items()
+        for name, tensor in update.plain().items()
     }
+
+
+def _key(stem: str, name: str) -> str:
+    return f"{stem}.{name}" if stem else name

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paramlora.attach import lowranks
+from paramlora.attach import updates
+from paramlora.lowrank import LowRank
 from paramlora.soft import Branch
+from paramlora.switch import Switched
 
 
 @dataclass(frozen=True)
 class Row:
-    """One update: the tensor's path, the adapter, its rank, factor, kind and size."""
+    """One update: the tensor's path, the adapter, its rank (0 if whole), factor, kind and size."""
 
     path: str
     adapter: str
@@ -34,7 +36,7 @@ class Summary:
     def __str__(self) -> str:
         head = ("tensor", "adapter", "r", "scale", "kind", "parameters")
         body = [
-            (row.path or "(model)", row.adapter, str(row.r), f"{row.scale * row.strength:g}")
+            (row.path or "(model)", row.adapter, str(row.r or "-"), f"{row.scale * row.strength:g}")
             + (row.kind, f"{row.parameters:,}")
             for row in self.rows
         ]
@@ -58,18 +60,7 @@ def summary(model: nn.Module) -> Summary:
         0       default  2  1      hard  14
         14 of 29 parameters train (48.28 %)
     """
-    rows = tuple(
-        Row(
-            path,
-            low.adapter,
-            low.r,
-            low.lora_scale.detach().item() if not low.lora_scale.is_meta else math.nan,
-            low.strength,
-            "soft" if isinstance(low, Branch) else "hard",
-            sum(p.numel() for p in low.parameters()),
-        )
-        for path, _, low in lowranks(model)
-    )
+    rows = tuple(_row(path, update) for path, _, update in updates(model))
     parameters = list(model.parameters())
     return Summary(
         rows,
@@ -77,3 +68,13 @@ def summary(model: nn.Module) -> Summary:
         sum(p.numel() for p in parameters if p.requires_grad),
         sum(p.numel() for p in parameters),
     )
+
+
+def _row(path: str, update: Switched) -> Row:
+    size = sum(p.numel() for p in update.parameters())
+    if not isinstance(update, LowRank):
+        return Row(path, update.adapter, 0, 1.0, update.strength, "whole", size)
+    scale = update.lora_scale.detach()
+    value = math.nan if scale.is_meta else scale.item()
+    kind = "soft" if isinstance(update, Branch) else "hard"
+    return Row(path, update.adapter, update.r, value, update.strength, kind, size)

@@ -1,6 +1,7 @@
 """Matching the entries of a configuration to the tensors of a model. Changes nothing."""
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from paramlora.config import ConfigLike, LoRAConfig, TargetConfig, as_config
+from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
 from paramlora.lowrank import Layout, LowRank, matrix_shape
 
@@ -46,7 +47,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Elements of ``lora_A`` and ``lora_B`` together."""
+        """Elements of ``lora_A`` and ``lora_B`` together, or of the tensor trained whole."""
+        if self.entry.whole:
+            return math.prod(self.shape)
         stack, out, fan_in = matrix_shape(self.shape, self.layout)
         return stack * self.entry.r * (out + fan_in)
 
@@ -76,33 +79,43 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     Raises:
         TargetError: a path that the model lacks, or a rank, scale or kind that does not fit.
     """
-    found = [target for target in adaptable(model) if target.path in entries]
-    missing = sorted(entries.keys() - {target.path for target in found})
+    chosen = [
+        replace(target, entry=entries[target.path])
+        for target in _all(model)
+        if target.path in entries
+    ]
+    found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
+    missing = sorted(entries.keys() - found)
     if missing:
         text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in missing)
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
-    return [_checked(model, replace(t, entry=entries[t.path])) for t in found]
+    return [_checked(model, target) for target in chosen]
 
 
 def adaptable(model: nn.Module) -> Iterator[Target]:
-    """Every tensor that an update fits, with an entry that says nothing yet."""
+    """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
+    return (target for target in _all(model) if len(target.shape) >= 2)
+
+
+def _all(model: nn.Module) -> Iterator[Target]:
     for path, module, name, tensor in _tensors(model):
-        if tensor.dim() >= 2:
-            yield _target(path, module, name, tensor, _NO_ENTRY)
+        yield _target(path, module, name, tensor, _NO_ENTRY)
 
 
 def _checked(model: nn.Module, target: Target) -> Target:
-    _check_rank(target)
-    _check_scale(target)
-    if not target.entry.hard:
-        _check_soft(target, model.get_submodule(target.module))
+    if not target.entry.whole:
+        _check_rank(target)
+        _check_scale(target)
+        if not target.entry.hard:
+            _check_soft(target, model.get_submodule(target.module))
     return target
 
 
 def _target(
     path: str, module: nn.Module, name: str, tensor: torch.Tensor, entry: TargetConfig
 ) -> Target:
-    layout, kind = _layout(module, name, tensor), _kind(module, name)
+    layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
+    kind = _kind(module, name)
     groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
     return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype, kind, groups)
 
@@ -116,10 +129,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
             yield path, module, name, tensor
         if parametrize.is_parametrized(module):
             for name in getattr(module, "parametrizations", {}):
-                yield path, module, name, _shown(module, name)
+                yield path, module, name, shown(module, name)
 
 
-def _shown(module: nn.Module, name: str) -> torch.Tensor:
+def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
     plist: Any = module.parametrizations[name]  # type: ignore[index]
     if all(isinstance(p, LowRank) for p in plist):
@@ -129,6 +142,8 @@ def _shown(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
+    if entry.whole:
+        return _whole(model, entry)
     out = []
     for path, module, name, tensor in _tensors(model):
         by_module = name == "weight" and fits(entry.name, path)
@@ -142,6 +157,23 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
             )
     if not out:
         _refuse_containers(model, entry)
+    return out
+
+
+def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
+    """Every tensor that the entry names, or that lies anywhere in a module that it names."""
+    out = []
+    for path, module, name, tensor in _tensors(model):
+        parts = [part for part in path.split(".") if part] + [name]
+        above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        if not any(fits(entry.name, one) for one in above):
+            continue
+        if not tensor.is_floating_point():
+            raise TargetError(
+                f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
+                "cannot train. Name another, or adapt it with r."
+            )
+        out.append(_target(path, module, name, tensor, entry))
     return out
 
 
@@ -259,10 +291,13 @@ def _check_scale(target: Target) -> None:
 
 def _check_rank(target: Target) -> None:
     _, out, fan_in = matrix_shape(target.shape, target.layout)
-    if target.entry.r > min(out, fan_in):
+    twice = target.entry.init in FROM_WEIGHT
+    most = min(out, fan_in) // 2 if twice else min(out, fan_in)
+    if target.entry.r > most:
+        also = f' ("init": "{target.entry.init}" is saved at twice its rank)' if twice else ""
         raise TargetError(
             f'"{target.entry.name}": r = {target.entry.r} is more than {target.path or "weight"} '
-            f"holds: its matrix is {out}×{fan_in}. Give r of at most {min(out, fan_in)}."
+            f"holds: its matrix is {out}×{fan_in}{also}. Give r of at most {most}."
         )
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import paramlora
 from paramlora import Adapter, AdapterError, FileError, Update, adapter_of, attach, checkpoint
-from paramlora.attach import lowranks
+from paramlora.attach import lowranks, updates
 
 
 class Experts(nn.Module):
@@ -51,6 +51,19 @@ MODELS = {
     ),
     "experts": (lambda: nn.ModuleDict({"mlp": Experts()}), {"w1": {"r": 2}}),
     "tied": (Tied, {r"re:wte|head": {"r": 2}}),
+    "whole": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 3)),
+        {"0": {"whole": 1}, "1": {"whole": 1}, "2": {"r": 1}},
+    ),
+    "whole and tied": (Tied, {r"re:(wte|head).weight": {"whole": 1}}),
+    "started from the weight": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.ConvTranspose2d(4, 4, 1)),
+        {"0": {"r": 2, "init": "pissa"}, "1": {"r": 1, "init": "olora"}},
+    ),
+    "narrow factors": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)),
+        {"0": {"r": 2, "scale": 0.3, "adapter_dtype": "bfloat16"}, "1": {"r": 1, "dropout": 0.1}},
+    ),
     "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), {"0": {"r": 1}}),
 }
 
@@ -61,8 +74,8 @@ def trained(build, config, dtype=torch.float32, adapter="default"):
     model = build().to(dtype)
     base = copy.deepcopy(model).state_dict()
     attach(model, config, adapter)
-    for _, _, low in lowranks(model):
-        nn.init.normal_(low.lora_B)
+    for _, _, update in updates(model):
+        nn.init.normal_(update.lora_whole if hasattr(update, "lora_whole") else update.lora_B)
     return base, model
 
 
@@ -88,9 +101,15 @@ def test_files_and_the_live_model_agree_to_the_last_bit(name, dtype):
     base, model = trained(*MODELS[name], dtype)
     adapter, still = adapter_of(model), unchanged(base)
     embedded = checkpoint.embed(base, adapter)
-    equal(sorted_keys(embedded), sorted_keys(model.state_dict()))
-    other = attach(MODELS[name][0]().to(dtype), MODELS[name][1])
+    other = paramlora.attach_adapter(MODELS[name][0]().to(dtype), adapter)
+    if name == "started from the weight":  # saved at twice the rank, without a start
+        inside = checkpoint.merge(model.state_dict())
+        equal(sorted_keys(inside), sorted_keys(checkpoint.merge(base, adapter)))
+    else:
+        equal(sorted_keys(embedded), sorted_keys(model.state_dict()))
+    assert embedded.keys() == other.state_dict().keys()
     other.load_state_dict(embedded, strict=True)
+    equal(sorted_keys(embedded), sorted_keys(other.state_dict()))
     back = checkpoint.extract(embedded)
     untouched = unchanged(embedded)
     from_base, from_inside = checkpoint.merge(base, adapter), checkpoint.merge(embedded)
@@ -105,14 +124,18 @@ def test_files_and_the_live_model_agree_to_the_last_bit(name, dtype):
 def test_a_merge_is_the_dense_sum(name):
     base, model = trained(*MODELS[name], torch.float64)
     merged = checkpoint.merge(base, adapter_of(model))
+    for path, value in adapter_of(model).whole.items():
+        key = f"{path}.weight" if f"{path}.weight" in base else path
+        assert torch.equal(merged[key], value)
     for path, update in adapter_of(model).updates.items():
         key = f"{path}.weight" if path else "weight"
         key = key if key in base else path
-        product = torch.einsum("...or,...ri->...oi", update.lora_B, update.lora_A)
+        a, b = update.lora_A.double(), update.lora_B.double()
+        product = torch.einsum("...or,...ri->...oi", b, a)
         shape = base[key].shape
         delta = product.T.reshape(shape) if "square" in name else product
-        if name in ("transposed conv", "tied"):
-            delta = product.T.reshape(shape) if path != "head" or name != "tied" else product.T
+        if name in ("transposed conv", "tied") or (name.startswith("started") and path == "1"):
+            delta = product.T.reshape(shape)
         want = base[key] + update.scale * delta.reshape(shape)
         torch.testing.assert_close(merged[key], want, rtol=1e-13, atol=1e-13)
 

@@ -11,7 +11,7 @@ from paramlora import ConfigError, LoRAConfig, ParamloraWarning, TargetError, at
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"rnk": 8}, r'"0": unknown key "rnk"\. Allowed: alpha, hard, r, scale'),
+        ({"rnk": 8}, r'"0": unknown key "rnk"\. Allowed: adapter_dtype, alpha, dropout'),
         ({}, r'"r" is missing'),
         ({"r": "8"}, "got '8'"),
         ({"r": 8.0}, r"got 8\.0"),

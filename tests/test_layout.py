@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config lowrank fold adapter targets layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored formats interchange files inspection optim "
-    "summary demo cli"
+    "errors config switch lowrank fold whole adapter targets init inputs layers soft attach merge "
+    "state keys plan checkpoint disk stream pickles native stored formats interchange files "
+    "inspection optim summary demo cli kernels"
 ).split()
 FORMATS = (
     "content scale base merged factors sgm peft diffusers kohya seed loralib torchtune litgpt "
     "cloneofsimo detect"
 ).split()
+EVERY = [name for name in ORDER if name != "cli"] + [f"formats/{name}" for name in FORMATS]
 FOLDER = Path(__file__).parents[1] / "paramlora"
 
 
@@ -66,7 +67,7 @@ def test_the_configuration_knows_no_torch(name):
     assert not any(m.split(".")[0] == "torch" for m in imported(name))
 
 
-@pytest.mark.parametrize("name", [*ORDER[:-1], *(f"formats/{name}" for name in FORMATS)])
+@pytest.mark.parametrize("name", EVERY)
 def test_only_the_command_line_prints_or_exits(name):
     nodes = ast.walk(tree(name))
     calls = {n.func.id for n in nodes if isinstance(n, ast.Call) and hasattr(n.func, "id")}

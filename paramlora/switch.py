@@ -1,0 +1,57 @@
+"""What every update is: named, switched on and off, and moved to and from a file."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.config import TargetConfig
+
+
+class Switched(nn.Module):
+    """An update whose strength changes without compiling anything again.
+
+    The number is a tensor, ``gain``, that compiled code reads. Only whether it is not zero
+    (`acts`) and whether it is one (`fully`) are branches in that code.
+
+    Args:
+        adapter: the name under which the update is switched and saved.
+        device, dtype: of ``gain``.
+    """
+
+    gain: Tensor
+    acts: bool
+    fully: bool
+    order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+    written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
+    entry: Optional[TargetConfig] = None  # what asked for it, set by attach
+
+    def __init__(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.adapter = adapter
+        gain = torch.ones((), device=device, dtype=dtype)
+        self.register_buffer("gain", gain, persistent=False)
+        self.strength = 1.0
+
+    @property
+    def strength(self) -> float:
+        """How strongly the update acts: 1 as trained, 0 not at all."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength, self.acts, self.fully = value, value != 0, value == 1
+        self.gain.fill_(value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.gain.fill_(self._strength)  # lost in a narrower type, or in memory that is new
+        return self
+
+    def plain(self) -> dict[str, Tensor]:
+        """What a file holds, by the end of its key; live tensors where they are stored so."""
+        raise NotImplementedError
+
+    def load_plain(self, state: dict[str, Tensor]) -> None:
+        """Take the values of a file, bit for bit those that `plain` gave it."""
+        raise NotImplementedError
