@@ -95,6 +95,15 @@ def read_adapter(
     return replace(adapter, updates=known)
 
 
+def format_of(path: PathLike) -> str:
+    """The name of the format of an adapter's file, told by its content.
+
+    Raises:
+        FileError: it cannot be read, or is of no known format.
+    """
+    return formats.detect(opened(path))
+
+
 def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
     """The names and shapes of a checkpoint's weights, without reading them.
 

@@ -401,6 +401,13 @@ def test_formats_of_one_rank_and_scale_name_the_layer_that_differs(name):
         formats.write(adapter(scales=(0.7, 2.0, 0.7)), name)
 
 
+@pytest.mark.parametrize("name", sorted(formats.WRITERS))
+def test_whole_tensors_are_never_left_out(name):
+    more = Adapter(adapter(scales=(1.0,) * 3).updates, whole={"norm": torch.ones(3)})
+    with pytest.raises(FileError, match="norm: whole tensors beside the updates"):
+        formats.write(more, name)
+
+
 def test_loralib_has_no_place_for_a_scale():
     with pytest.raises(FileError, match="block.a: scale 0.7; loralib's files have no place"):
         formats.write(adapter(), "loralib")

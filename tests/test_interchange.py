@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
-from paramlora import formats, interchange
+from paramlora import files, formats, interchange
 from paramlora.adapter import Adapter, Update
 from paramlora.attach import lowranks
 from paramlora.errors import FileError, ParamloraWarning
@@ -284,3 +284,16 @@ def test_options_reach_the_reader(tmp_path):
     with pytest.warns(ParamloraWarning, match="no update of one weight: bias"):
         paramlora.load_adapter(foreign.model(), tmp_path / "more.pt", alpha=3, strict=False)
     assert Options().strict
+
+
+def test_a_file_of_another_tool_is_merged_into_a_checkpoint(tmp_path):
+    net, folder = theirs(tmp_path, KINDS)
+    save_file(foreign.model().state_dict(), tmp_path / "base.safetensors")
+    files.merge(tmp_path / "base.safetensors", [folder], tmp_path / "merged.safetensors")
+    model = foreign.model(seed=9)
+    model.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    close(model(foreign.TOKENS), net(foreign.TOKENS))
+    files.embed(tmp_path / "base.safetensors", folder, tmp_path / "in.safetensors")
+    files.merge(tmp_path / "in.safetensors", [], tmp_path / "again.safetensors")
+    first, second = (load_file(tmp_path / f"{n}.safetensors") for n in ("merged", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)

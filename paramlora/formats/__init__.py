@@ -99,6 +99,11 @@ def write(adapter: Adapter, to: str, base: Optional[Base] = None, **how: Any) ->
         raise FileError(f'"{to}" cannot be written. Known: {", ".join(sorted(WRITERS))}.')
     if not adapter.updates:
         raise FileError("the adapter has no updates.")
+    if adapter.whole:
+        raise FileError(
+            f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
+            "format holds."
+        )
     if base is not None:
         adapter = fit(adapter, base, Options(), "adapter")
     return WRITERS[to](adapter, base, **how)
