@@ -413,6 +413,16 @@ def test_loralib_has_no_place_for_a_scale():
         formats.write(adapter(), "loralib")
 
 
+@pytest.mark.parametrize("name", ["litgpt", "loralib", "torchtune"])
+def test_a_scale_without_a_place_can_be_folded(name):
+    first = adapter(scales=(0.7, 2.0, 1 / 3))
+    found = read(formats.write(first, name, fold_scale=True))
+    for path, update in first.updates.items():
+        want = update.scale * update.lora_B.double() @ update.lora_A.double()
+        assert found.updates[path].scale == 1.0
+        torch.testing.assert_close(found.updates[path].delta().double(), want)
+
+
 def test_a_rank_above_the_matrix_is_multiplied_out():
     torch.manual_seed(0)
     for shape in ((4, 6), (6, 4)):

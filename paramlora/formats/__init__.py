@@ -1,6 +1,7 @@
 """Adapters of other tools: one file for each format, read into and written from `Adapter`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Optional
 
 from paramlora.adapter import Adapter
@@ -18,6 +19,7 @@ from paramlora.formats import (
 from paramlora.formats.base import Base, Slot, base_of, base_of_shapes, fit
 from paramlora.formats.content import DEFAULTS, Content, Options, check_values, unwrapped, widened
 from paramlora.formats.detect import detect
+from paramlora.formats.factors import folded
 
 __all__ = [
     "NAMELESS",
@@ -83,13 +85,21 @@ def read(
     return adapter if base is None else fit(adapter, base, options, content.source)
 
 
-def write(adapter: Adapter, to: str, base: Optional[Base] = None, **how: Any) -> Content:
+def write(
+    adapter: Adapter,
+    to: str,
+    base: Optional[Base] = None,
+    *,
+    fold_scale: bool = False,
+    **how: Any,
+) -> Content:
     """An adapter as another tool's file.
 
     Args:
         adapter: fitted to its model where a format tells kinds of layers apart (see `fit`).
         to: a name in `WRITERS`.
         base: the model's names and shapes.
+        fold_scale: multiply each scale into ``lora_B``, for formats with no place for it.
         how: `prefix` for kohya and peft, `component` for diffusers.
 
     Raises:
@@ -106,4 +116,6 @@ def write(adapter: Adapter, to: str, base: Optional[Base] = None, **how: Any) ->
         )
     if base is not None:
         adapter = fit(adapter, base, Options(), "adapter")
+    if fold_scale:
+        adapter = replace(adapter, updates={p: folded(u) for p, u in adapter.updates.items()})
     return WRITERS[to](adapter, base, **how)

@@ -90,6 +90,25 @@ def kernels(update: Update) -> tuple[Tensor, Tensor]:
     return down, ones(update.lora_B, len(kernel))
 
 
+def check_told(path: str, update: Update, tool: str) -> None:
+    """Refuse an update that no tool's file of named layers can hold, or that is not known enough."""
+    if not path:
+        raise FileError(f"(model): {tool} names layers inside a model, and has none for itself.")
+    if update.up_kernel == "same":
+        raise FileError(
+            f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
+            "native format holds."
+        )
+    if update.shape is None or (update.kind is None and update.layout == "transposed"):
+        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+
+
+def folded(update: Update) -> Update:
+    """The same update with its scale multiplied into ``lora_B``, rounded once."""
+    b = (update.lora_B.double() * update.scale).to(update.lora_B.dtype)
+    return replace(update, lora_B=b, scale=1.0)
+
+
 def ones(matrix: Tensor, count: int) -> Tensor:
     """`matrix` with `count` sizes of 1 behind, as the weight of a 1×1 convolution."""
     return matrix.reshape(*matrix.shape, *[1] * count)

@@ -27,7 +27,7 @@ from paramlora.formats.content import (
     refuse_dora,
     report_unused,
 )
-from paramlora.formats.factors import kernels, pair, whole
+from paramlora.formats.factors import check_told, kernels, pair, whole
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
 # in front of a mangled path, and the components of a pipeline that it can mean
@@ -296,17 +296,8 @@ def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 def _check(path: str, update: Update) -> None:
-    if not path:
-        raise FileError(
-            "(model): kohya's format names layers inside a model; it has no name for the model."
-        )
-    if update.up_kernel == "same":
-        raise FileError(
-            f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
-            "native format holds."
-        )
-    if update.shape is None or (update.kind is None and update.layout == "transposed"):
-        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+    check_told(path, update, "kohya's format")
+    assert update.shape is not None
     flat = update.layout == "matrix" and len(update.shape) in (2, 4)
     if not flat or update.kind not in (None, "linear", "convolution"):
         kind = update.kind or update.layout

@@ -101,7 +101,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         if update.scale != 1:
             raise FileError(
                 f"{path}: scale {update.scale:g}; loralib's files have no place for a "
-                "scale. Fold it into lora_B first (fold_scale)."
+                "scale. Fold it into lora_B (fold_scale, --fold-scale)."
             )
         state[f"{path}.lora_A"] = update.lora_A.contiguous()
         state[f"{path}.lora_B"] = update.lora_B.contiguous()

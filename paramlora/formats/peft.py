@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Optional
 
 from einops import rearrange
@@ -27,7 +28,7 @@ from paramlora.formats.content import (
     report,
     report_unused,
 )
-from paramlora.formats.factors import grouped, kernels, pair
+from paramlora.formats.factors import check_told, grouped, kernels, pair
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
 PREFIX = "base_model.model."
@@ -282,11 +283,16 @@ def _lookup(config: Mapping[str, Any], name: str, path: str, default: Any) -> An
     """The first pattern that matches, as peft.utils.other.get_pattern_key."""
     for pattern, value in (config.get(name) or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
+            if _compiled(pattern).match(path):
                 return value
         except re.error as error:
             raise FileError(f'{name}: "{pattern}" is no regular expression: {error}.') from error
     return default
+
+
+@lru_cache(4096)  # re's own cache holds fewer than the layers of a large model
+def _compiled(pattern: str) -> "re.Pattern[str]":
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _report_targets(content: Content, base: Base, adapter: Adapter, options: Options) -> None:
@@ -351,15 +357,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
 
 def check_writable(path: str, update: Update) -> None:
     """Refuse what is no update of a layer that PEFT knows."""
-    if not path:
-        raise FileError("(model): PEFT names layers inside a model; it has no name for the model.")
-    if update.up_kernel == "same":
-        raise FileError(
-            f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
-            "native format holds."
-        )
-    if update.shape is None or (update.kind is None and update.layout == "transposed"):
-        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+    check_told(path, update, "PEFT")
     known = (None, "linear", "convolution", "embedding", "parameter", "weight")
     if update.kind not in known:
         raise FileError(f"{path}: a {update.kind}, which PEFT cannot adapt.")

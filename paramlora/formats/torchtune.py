@@ -87,5 +87,6 @@ def check_uniform(adapter: Adapter, tool: str) -> None:
         if (update.r, update.scale) != (first.r, first.scale):
             raise FileError(
                 f"{path}: r = {update.r} and scale {update.scale:g}, while {head} has {first.r} "
-                f"and {first.scale:g}: {tool}'s files hold one of each for all layers."
+                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Scales can "
+                "be folded into lora_B (fold_scale, --fold-scale)."
             )
