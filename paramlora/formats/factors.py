@@ -91,7 +91,7 @@ def kernels(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def check_told(path: str, update: Update, tool: str) -> None:
-    """Refuse an update that no tool's file of named layers can hold, or that is not known enough."""
+    """Refuse what no file of named layers can hold, and what is not known well enough."""
     if not path:
         raise FileError(f"(model): {tool} names layers inside a model, and has none for itself.")
     if update.up_kernel == "same":

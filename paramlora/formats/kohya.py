@@ -74,7 +74,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         where = f"{content.source}: {name}"
         if options.component and not _belongs(name, options.component):
             continue
-        path = _path(name, names, base, options.component)
+        path = _path(name, names, base, options.component, where)
         if path in updates:
             raise FileError(
                 f"{where}: a second update of {path}. Choose one part of the file with "
@@ -84,22 +84,18 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     return Adapter(updates)
 
 
-def mangled(base: Base) -> dict[str, str]:
-    """``{"down_blocks_0_...": "down_blocks.0...."}``, with the names of SDXL's original U-Net.
+def mangled(base: Base) -> dict[str, list[str]]:
+    """``{"down_blocks_0_...": ["down_blocks.0...."]}``: the paths that a mangled name can mean.
 
-    Raises:
-        FileError: two weights have one name with ``_`` for ``.``.
+    The original names of SDXL's U-Net stand beside the model's own, which come first.
     """
-    names: dict[str, str] = {}
-    spellings = [(path, path) for path in base] + list(sgm.original_names(base).items())
-    for path, spelling in spellings:
-        name = spelling.replace(".", "_")
-        if names.setdefault(name, path) != path:
-            raise FileError(
-                f"{path} and {names[name]} are both {name} in kohya's format, which cannot "
-                "tell them apart."
-            )
-    return names
+    own: dict[str, list[str]] = {}
+    for path in base:
+        own.setdefault(path.replace(".", "_"), []).append(path)
+    original: dict[str, list[str]] = {}
+    for path, name in sgm.original_names(base).items():
+        original.setdefault(name.replace(".", "_"), []).append(path)
+    return {**original, **own}
 
 
 def _belongs(name: str, component: str) -> bool:
@@ -111,7 +107,11 @@ def _prefix(name: str) -> str:
 
 
 def _path(
-    name: str, names: Mapping[str, str], base: Optional[Base], component: Optional[str]
+    name: str,
+    names: Mapping[str, list[str]],
+    base: Optional[Base],
+    component: Optional[str],
+    where: str,
 ) -> str:
     """The path that a key's name stands for, else the name."""
     if base is not None and place(name, base) is not None:
@@ -119,7 +119,12 @@ def _path(
     prefix = _prefix(name)
     rest = name.removeprefix(f"{prefix}_")
     starts = [f"{c}_" for c in PREFIXES.get(prefix, ())]
-    found = next((names[s + rest] for s in (*starts, "") if s + rest in names), name)
+    paths = next((names[s + rest] for s in (*starts, "") if s + rest in names), [name])
+    if len(paths) > 1:
+        raise FileError(
+            f"{where}: means {' or '.join(paths)}, which kohya's format cannot tell apart."
+        )
+    found = paths[0]
     # `fit` knows the chosen component by its name in front of a path
     whole = component is None or found.startswith(f"{component}.")
     return found if whole else f"{component}.{found}"
