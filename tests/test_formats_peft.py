@@ -80,6 +80,32 @@ def test_what_peft_writes_acts_here(tmp_path, kinds, rslora):
     close(attached(foreign.TOKENS), theirs(foreign.TOKENS))
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_what_peft_trains_whole_comes_along(tmp_path, bias):
+    """A head in ``modules_to_save``, and biases."""
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["linear", "conv2"],
+        modules_to_save=["not_linear"],
+        bias=bias,
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(foreign.model(), config, autocast_adapter_dtype=False).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "b")
+    model = paramlora.load_adapter(foreign.model(), tmp_path / "b")
+    close(model(foreign.TOKENS), theirs(foreign.TOKENS))
+    content = opened(tmp_path / "b")
+    whole = formats.read(content, formats.base_of(foreign.model())).whole
+    assert {"not_linear", "not_linear.bias"} <= set(whole)
+    assert ("linear.bias" in whole) == (bias != "none") and ("conv1.bias" in whole) == (
+        bias == "all"
+    )
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -159,6 +159,7 @@ def check_values(adapter: Adapter, source: str) -> Adapter:
         for name, tensor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
         if not torch.isfinite(tensor).all()
     ]
+    bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
     empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
     report(source, "all zero, so without effect", empty, False, "Was it saved before training?")

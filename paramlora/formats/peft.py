@@ -46,6 +46,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (list, str),
     "target_parameters": (list,),
     "exclude_modules": (list, str),
+    "modules_to_save": (list,),
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -91,8 +92,9 @@ def read_pairs(
     content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
 ) -> Adapter:
     """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
-    found, unused = _pairs(content)
-    report_unused(content, unused, options.strict)
+    found, rest = _pairs(content)
+    whole = _whole(rest, content.state, config)
+    report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
     updates: dict[str, Update] = {}
     for path, pair_ in found.items():
@@ -104,7 +106,28 @@ def read_pairs(
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         updates[key] = replace(made, scale=scale)
-    return Adapter(updates)
+    return Adapter(updates, whole=dict(whole.values()))
+
+
+def _whole(
+    rest: set[str], state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[str, Tensor]]:
+    """``{key: (path, tensor)}`` of what PEFT trained whole: ``modules_to_save``, and biases."""
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    found = {}
+    for key in sorted(rest):
+        module, _, name = key.removeprefix(PREFIX).rpartition(".")
+        bias = name == "bias" and config.get("bias", "none") != "none"
+        if bias or any(f".{part}." in f".{module}." for part in saved):
+            # with bias="all" PEFT saves those of its wrapper too: the frozen one and a second time
+            own = module.removesuffix(_INNER).removesuffix(".modules_to_save")
+            path = f"{own.removesuffix('.original_module')}.{name}".removesuffix(".weight")
+            frozen = ".original_module." in key
+            found[key] = (
+                path,
+                state[key.replace(".original_module", "")] if frozen else state[key],
+            )
+    return found
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -128,7 +151,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _pairs(content: Content) -> tuple[dict[str, _Pair], list[str]]:
+def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings, names, unused = set(), set(), []
     refuse_dora(content, [key for key in content.state if "lora_magnitude_vector" in key])
@@ -151,7 +174,7 @@ def _pairs(content: Content) -> tuple[dict[str, _Pair], list[str]]:
     check_whole(content, halves)
     pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
     copies = {f"{path}{_INNER}.weight" for path in embeddings}  # save_embedding_layers
-    return pairs, [key for key in unused if key.removeprefix(PREFIX) not in copies]
+    return pairs, {key for key in unused if key.removeprefix(PREFIX) not in copies}
 
 
 def _update(
