@@ -174,9 +174,8 @@ def main() -> None:
         largest = check(folder)
     copied, merged = (sorted(seconds[kind]) for kind in ("copy", "merge"))
     middle = len(copied) // 2
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, rank {options.rank}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(f"{machine}, {torch.get_num_threads()} threads, rank {options.rank}")
     print(f"checkpoint {size / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB")
     print("copy  s: " + " ".join(f"{s:.1f}" for s in seconds["copy"]))
     print("merge s: " + " ".join(f"{s:.1f}" for s in seconds["merge"]))

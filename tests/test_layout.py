@@ -10,6 +10,7 @@ ORDER = (
     "state keys plan checkpoint disk stream pickles native stored formats interchange files "
     "inspection optim summary demo cli kernels"
 ).split()
+CLI = "app checkpoints training adapters".split()
 FORMATS = (
     "content scale base merged factors sgm peft diffusers kohya seed loralib torchtune litgpt "
     "cloneofsimo detect"
@@ -37,6 +38,7 @@ def test_the_list_is_whole():
     packages = {p.parent.name for p in FOLDER.glob("*/__init__.py")}
     assert {p.stem for p in FOLDER.glob("*.py")} | packages == {*ORDER, "__init__", "__main__"}
     assert {p.stem for p in (FOLDER / "formats").glob("*.py")} == {*FORMATS, "__init__"}
+    assert {p.stem for p in (FOLDER / "cli").glob("*.py")} == {*CLI, "__init__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -72,3 +74,8 @@ def test_only_the_command_line_prints_or_exits(name):
     nodes = ast.walk(tree(name))
     calls = {n.func.id for n in nodes if isinstance(n, ast.Call) and hasattr(n.func, "id")}
     assert not calls & {"print", "exit"}
+
+
+def test_only_the_command_line_needs_typer_and_rich():
+    for name in [n for n in ORDER if n != "cli"]:
+        assert not {m.split(".")[0] for m in imported(name)} & {"typer", "rich", "click"}, name

@@ -1,35 +1,23 @@
-"""The command line: the only place that prints or exits."""
+"""The commands around training: `demo`, `targets`."""
 
 import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any
 
+import rich
+import typer
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
 from torch import nn
 
 import paramlora
-
-try:
-    import rich
-    import typer
-    from rich.markup import escape
-    from rich.progress import Progress
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(
-        f"the paramlora command needs {error.name}: pip install 'paramlora[demo]'"
-    ) from None
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+from paramlora.cli.app import app, fail
 
 
-@app.callback(help="LoRA fine-tuning for any torch.nn.Module, as a weight parametrization.")
-def _about() -> None:
-    return None
-
-
-@app.command()
+@app.command(epilog="Example: paramlora demo --out paramlora-demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("paramlora-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 700,
@@ -42,7 +30,7 @@ def demo(
 
         job.digits()
     except ImportError as error:
-        _fail(f"the demo needs {error.name}: pip install 'paramlora[demo]'")
+        fail(f"the demo needs {error.name}: pip install 'paramlora[demo]'")
     config = job.write_config(out)
     rich.print(f"[bold]{escape(str(out / 'lora.json'))}[/]\n{escape(config)}")
     with Progress() as bars:
@@ -68,17 +56,17 @@ def demo(
     rich.print(table)
     rich.print(f"Look at {escape(str(out / 'samples.png'))}.")
     if result.difference > job.TOLERANCE:
-        _fail(f"merged and attached samples differ by {result.difference:.1e}")
+        fail(f"merged and attached samples differ by {result.difference:.1e}")
 
 
-@app.command()
+@app.command(epilog="Example: paramlora targets lora.json --model my_package.models:build")
 def targets(
     config: Annotated[Path, typer.Argument(help="A configuration in JSON.")],
     model: Annotated[str, typer.Option(help="module:factory, called without arguments.")],
     strict: Annotated[bool, typer.Option(help="Entries without a match are errors.")] = False,
 ) -> None:
     """Show what a configuration would adapt; nothing is changed."""
-    found = paramlora.targets(_build(model), paramlora.LoRAConfig.from_file(config), strict)
+    found = paramlora.targets(build(model), paramlora.LoRAConfig.from_file(config), strict)
     table = Table("tensor", "shape", "entry", "r", "kind", "parameters")
     for target in found:
         kind = "hard" if target.entry.hard else "soft"
@@ -90,44 +78,14 @@ def targets(
     rich.print(f"{len(found)} tensors, {count:,} parameters of lora_A and lora_B")
 
 
-def _build(spec: str) -> nn.Module:
+def build(spec: str) -> nn.Module:
+    """The model that ``module:factory`` makes, or an exit that says why not."""
     name, _, factory = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         built: Any = getattr(importlib.import_module(name), factory)()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        _fail(f"--model {spec}: {error}. Give module:factory, such as my_package.models:build.")
+        fail(f"--model {spec}: {error}. Give module:factory, such as my_package.models:build.")
     if not isinstance(built, nn.Module):
-        _fail(f"--model {spec}: gave a {type(built).__name__}, not a torch.nn.Module.")
+        fail(f"--model {spec}: gave a {type(built).__name__}, not a torch.nn.Module.")
     return built
-
-
-def _fail(message: str) -> NoReturn:
-    rich.print(f"[red]error:[/] {escape(message)}", file=sys.stderr)
-    raise typer.Exit(2)
-
-
-def main(arguments: Optional[list[str]] = None) -> None:
-    """Run the command line and exit: 0, 2 for wrong input, 130 after Ctrl-C."""
-    try:
-        code = app(arguments, standalone_mode=False)
-    except paramlora.ParamloraError as error:
-        rich.print(f"[red]error:[/] {escape(str(error))}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        if type(error).__name__ == "Abort":
-            code = 130
-        elif hasattr(error, "show"):  # wrong use, as click reports it
-            error.show()
-            code = 2
-        else:
-            raise
-    if code == 130:
-        print("stopped", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

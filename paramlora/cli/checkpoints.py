@@ -1,0 +1,100 @@
+"""The commands on checkpoint files: `embed`, `extract`, `merge`."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from paramlora import files
+from paramlora.cli.app import app, bar, report
+
+Base = Annotated[
+    Path,
+    typer.Argument(help="A .safetensors file, a file of torch.save, or a folder of shards."),
+]
+Embedded = Annotated[Path, typer.Argument(help="A checkpoint of a model with an adapter attached.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Key = Annotated[
+    Optional[str],
+    typer.Option(help="Where the state dict is in a file of torch.save, such as model.ema."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Report in JSON on stdout.")]
+
+
+@app.command(epilog="Example: paramlora embed model/ style.safetensors -o embedded/")
+def embed(
+    base: Base,
+    adapter: Annotated[Path, typer.Argument(help="The adapter's file.")],
+    out: Out,
+    key: Key = None,
+    force: Force = False,
+    dry_run: Dry = False,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint that loads into the model with the adapter attached."""
+    with bar("embed") as told:
+        done = files.embed(base, adapter, out, key=key, force=force, dry_run=dry_run, progress=told)
+    _report(done, dry_run, json)
+
+
+@app.command(epilog="Example: paramlora extract embedded/ -o style.safetensors")
+def extract(
+    embedded: Embedded,
+    out: Out,
+    key: Key = None,
+    force: Force = False,
+    dry_run: Dry = False,
+    json: Json = False,
+) -> None:
+    """Write the small adapter file from a checkpoint of a model with it attached."""
+    done = files.extract(embedded, out, key=key, force=force, dry_run=dry_run)
+    _report(done, dry_run, json)
+
+
+@app.command(
+    epilog="Example: paramlora merge model/ style.safetensors:0.7 subject.safetensors -o merged/"
+)
+def merge(
+    base: Base,
+    out: Out,
+    adapters: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[ADAPTER[:WEIGHT]]...",
+            help="Files of adapters, each with how strongly it acts (1 if not said). Without any, "
+            "what is inside the checkpoint of a model with adapters attached is merged.",
+        ),
+    ] = None,
+    key: Key = None,
+    force: Force = False,
+    dry_run: Dry = False,
+    json: Json = False,
+) -> None:
+    """Write a plain checkpoint with adapters folded into the weights."""
+    chosen = [weighted(text) for text in adapters or []]
+    with bar("merge") as told:
+        done = files.merge(base, chosen, out, key=key, force=force, dry_run=dry_run, progress=told)
+    _report(done, dry_run, json)
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """``PATH:0.7`` as its two parts; a file of that whole name comes first."""
+    path, _, number = text.rpartition(":")
+    if path and not os.path.exists(text):
+        try:
+            return Path(path), float(number)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+def _report(done: files.Report, dry_run: bool, as_json: bool) -> None:
+    if dry_run or as_json:
+        content = {**asdict(done), "out": str(done.out), "dry_run": dry_run}
+        wrote = "would write" if dry_run else "wrote"
+        counts = f"{done.tensors:,} tensors, {done.changed:,} changed, {done.bytes:,} bytes"
+        report(content, as_json, f"{wrote} {done.out}: {counts}")
