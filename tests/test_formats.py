@@ -379,7 +379,7 @@ def kinds():
     yield Update(**{**same_kernel.__dict__, "hard": False, "up_kernel": "same"}), ""
 
 
-@pytest.mark.parametrize("update, holds", kinds())
+@pytest.mark.parametrize("update, holds", list(kinds()))
 @pytest.mark.parametrize("name", sorted(formats.WRITERS))
 def test_a_layer_that_a_format_cannot_hold_is_named(update, holds, name):
     one = Adapter({"inner.layer": update})
