@@ -19,12 +19,12 @@ def test_the_recipes_run(tmp_path, monkeypatch, capsys):
 
     text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"\n## Formats\n(.*?)(?=\n## |\Z)", text, re.S)
-    blocks = re.findall(r"```(python)?\n(.*?)```", section, re.S)
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", section, re.S)
     monkeypatch.chdir(tmp_path)
     names = {}
     torch.manual_seed(0)
     for language, code in blocks:
-        if language:
+        if language == "python":
             with warnings.catch_warnings():
                 warnings.simplefilter("error", paramlora.ParamloraWarning)
                 exec(compile(code, "checkpoints.md", "exec"), names)
@@ -46,6 +46,6 @@ def same(names):
         want = names["theirs"](x, t, c).sample
         paramlora.detach(names["model"]).load_state_dict(base)
         plain = names["model"](x, t, c).sample
-        ours = paramlora.load_adapter(names["model"], "style.safetensors")(x, t, c).sample
+        ours = paramlora.load_adapter(names["model"], "style-kohya.safetensors")(x, t, c).sample
     assert (plain - want).abs().max() > 0.01
     torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
