@@ -34,7 +34,7 @@ _FOLDERS = {
     "torchtune": ("adapter_model.pt", "adapter_config.json"),
     "litgpt": ("lit_model.pth.lora", "hyperparameters.yaml"),
 }
-_PICKLED = ("litgpt", "loralib", "seed", "torchtune")
+_PICKLED = ("litgpt", "loralib", "original", "torchtune")
 
 
 def load_adapter(

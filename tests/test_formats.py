@@ -46,7 +46,7 @@ def read(content, **options):
         return formats.read(content, BASE, Options(**options))
 
 
-MIXED = "diffusers kohya peft seed".split()
+MIXED = "diffusers kohya peft original".split()
 UNIFORM = [*MIXED, "litgpt", "torchtune"]
 # alphas that other tools divide by the rank: most are not exact in floating point
 ODD = st.floats(1e-3, 1e3, allow_nan=False) | st.sampled_from([0.1, 1 / 3, 0.7, 2.0, 1.0])
@@ -96,7 +96,7 @@ def test_names_are_told_by_content():
         content = formats.write(adapter(scales=(1.0,) * 3), name)
         assert formats.detect(Content(content.state, content.metadata)) in (name, "loralib")
     for outer in ("state_dict", "model"):
-        state = formats.write(adapter(), "seed").state
+        state = formats.write(adapter(), "original").state
         nested = Content({f"{outer}.{key}": value for key, value in state.items()})
         same(read(nested), adapter())
 
@@ -136,7 +136,7 @@ def test_the_original_soft_branch_has_its_roles_swapped():
         second = nn.Conv2d(4, 8, 1, groups=groups, bias=False)
         state = {"c.lora_B.weight": first.weight.data, "c.lora_A.weight": second.weight.data}
         base = {"c": Slot((8, 6 // groups, 1, 1), "matrix", "convolution", groups)}
-        assert formats.detect(Content(state)) == "seed"
+        assert formats.detect(Content(state)) == "original"
         update = formats.read(Content(state), base).updates["c"]
         ours = nn.functional.conv2d(x, update.delta(), groups=groups)
         torch.testing.assert_close(ours, second(first(x)))
@@ -365,7 +365,7 @@ def kinds():
     """One update of each kind of layer, with the formats that hold it."""
     torch.manual_seed(0)
     a, b, e = torch.randn(2, 6), torch.randn(4, 2), torch.randn(3, 2, 6)
-    yield Update(a, b, 0.7, (4, 6), kind="linear"), "diffusers kohya litgpt peft seed torchtune"
+    yield Update(a, b, 0.7, (4, 6), kind="linear"), "diffusers kohya litgpt peft original torchtune"
     yield Update(a, b, 0.7, (4, 3, 2), kind="convolution"), "diffusers peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1), kind="convolution"), "diffusers kohya peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1, 1), kind="convolution"), "diffusers peft"

@@ -170,7 +170,7 @@ def test_a_conversion_there_and_back_is_the_same_file(tmp_path, to):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("to", ["litgpt", "torchtune", "seed"])
+@pytest.mark.parametrize("to", ["litgpt", "torchtune", "original"])
 def test_formats_of_linear_layers_there_and_back(tmp_path, to):
     model, path = native(tmp_path, ("linear",))
     there = tmp_path / "there"

@@ -12,7 +12,7 @@ ORDER = (
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (
-    "content scale base merged factors sgm peft diffusers kohya seed loralib torchtune litgpt "
+    "content scale base merged factors sgm peft diffusers kohya original loralib torchtune litgpt "
     "cloneofsimo detect"
 ).split()
 EVERY = [name for name in ORDER if name != "cli"] + [f"formats/{name}" for name in FORMATS]

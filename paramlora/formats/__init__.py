@@ -12,8 +12,8 @@ from paramlora.formats import (
     kohya,
     litgpt,
     loralib,
+    original,
     peft,
-    seed,
     torchtune,
 )
 from paramlora.formats.base import Base, Slot, base_of, base_of_shapes, fit
@@ -45,7 +45,7 @@ READERS: dict[str, Callable[..., Adapter]] = {
     "litgpt": litgpt.read,
     "loralib": loralib.read,
     "peft": peft.read,
-    "seed": seed.read,
+    "original": original.read,
     "torchtune": torchtune.read,
 }
 WRITERS: dict[str, Callable[..., Content]] = {
@@ -54,7 +54,7 @@ WRITERS: dict[str, Callable[..., Content]] = {
     "litgpt": litgpt.write,
     "loralib": loralib.write,
     "peft": peft.write,
-    "seed": seed.write,
+    "original": original.write,
     "torchtune": torchtune.write,
 }
 NAMELESS = ("cloneofsimo", "kohya")  # whose names of layers only a model or checkpoint explains

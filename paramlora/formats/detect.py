@@ -54,7 +54,7 @@ def _refused(content: Content, keys: list[str]) -> bool:
 
 
 def _swapped(content: Content, keys: list[str]) -> bool:
-    """The seed's soft branches, whose ``lora_B`` comes first, apart from PEFT's layers."""
+    """The original wrapper's soft branches, whose ``lora_B`` comes first, apart from PEFT's layers."""
     return any(_comes_second(content.state, key) for key in keys if key.endswith(".lora_A.weight"))
 
 
@@ -79,8 +79,8 @@ _RULES: "tuple[tuple[str, Callable[[Content, list[str]], bool]], ...]" = (
     ("kohya", _any(_MANGLED)),
     ("kohya", _any(_LEAF)),
     ("diffusers", _any(_OLDER)),
-    ("seed", _any(r"(?:.+\.)?lora_scale")),
-    ("seed", _swapped),
+    ("original", _any(r"(?:.+\.)?lora_scale")),
+    ("original", _swapped),
     ("diffusers", _any(r".+\.lora_A(?:\.[^.]+)?\.weight")),
     ("diffusers", lambda content, keys: "lora_adapter_metadata" in content.metadata),
     ("litgpt", _any(_LITGPT)),
