@@ -202,6 +202,20 @@ def test_components_of_a_pipeline():
     }
 
 
+def test_a_text_encoder_without_its_outer_level():
+    """transformers 5 has no ``text_model`` in CLIPTextModel, and all the files do."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(num_hidden_layers=1, vocab_size=9, **sizes)
+    base = formats.base_of(transformers.CLIPTextModel(config))
+    (path,) = [p for p in base if p.endswith("q_proj")]
+    inside = "text_model.encoder.layers.0.self_attn.q_proj"
+    content = pair(f"lora_te_{inside.replace('.', '_')}", out=8, fan_in=8)
+    assert set(formats.read(formats.Content(content), base).updates) == {path}
+    state = {f"text_encoder.{inside}.lora_{n}.weight": torch.randn(8, 8) for n in "AB"}
+    assert set(formats.read(formats.Content(state), base).updates) == {path}
+
+
 def test_names_that_cannot_be_told_apart():
     slot = formats.Slot((4, 6), "matrix", "linear")
     base = {"a.b_c": slot, "a_b.c": slot, "other": slot}

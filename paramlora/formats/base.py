@@ -108,12 +108,14 @@ def check_known(lost: Iterable[str], base: Base, options: Options, source: str) 
 
 def place(path: str, base: Base) -> Optional[str]:
     """The weight that a file's path means."""
-    if path in base:
-        return path
-    for component in COMPONENTS:
-        rest = path.removeprefix(f"{component}.")
-        if rest != path and rest in base:
-            return rest
+    for component in ("", *COMPONENTS):
+        rest = path.removeprefix(f"{component}.") if component else path
+        if component and rest == path:
+            continue
+        # transformers 5 has left out this level of CLIP's text model
+        for name in (rest, rest.removeprefix("text_model.")):
+            if name in base:
+                return name
     return None
 
 

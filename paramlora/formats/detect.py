@@ -54,7 +54,7 @@ def _refused(content: Content, keys: list[str]) -> bool:
 
 
 def _swapped(content: Content, keys: list[str]) -> bool:
-    """The original wrapper's soft branches, whose ``lora_B`` comes first, apart from PEFT's layers."""
+    """The original's soft branches, whose ``lora_B`` comes first, apart from PEFT's layers."""
     return any(_comes_second(content.state, key) for key in keys if key.endswith(".lora_A.weight"))
 
 

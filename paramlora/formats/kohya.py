@@ -119,7 +119,10 @@ def _path(
     prefix = _prefix(name)
     rest = name.removeprefix(f"{prefix}_")
     starts = [f"{c}_" for c in PREFIXES.get(prefix, ())]
-    paths = next((names[s + rest] for s in (*starts, "") if s + rest in names), [name])
+    # transformers 5 has left out one level of CLIP's text model
+    tails = (rest, rest.removeprefix("text_model_"))
+    spelled = [start + tail for start in (*starts, "") for tail in tails]
+    paths = next((names[one] for one in spelled if one in names), [name])
     if len(paths) > 1:
         raise FileError(
             f"{where}: means {' or '.join(paths)}, which kohya's format cannot tell apart."
