@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.forwards import forward_of
+from paramlora.lowrank import value_of
 from paramlora.switch import Switched
 
 
@@ -56,7 +57,7 @@ def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Optional[Tensor]:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
-            return lists[name]()  # type: ignore[no-any-return]
+            return value_of(lists[name])
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
                 return held[name]

@@ -152,3 +152,18 @@ class LowRank(Switched):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
+
+
+def value_of(plist: Any) -> Tensor:
+    """What torch's list of parametrizations computes; the sum of several updates rounds once."""
+    updates = list(plist)
+    if len(updates) < 2 or not all(type(update) is LowRank for update in updates):
+        return plist()  # type: ignore[no-any-return]
+    weight: Tensor = plist.original
+    acting = [update for update in updates if update.acts]
+    if len(acting) < 2:
+        return plist()  # type: ignore[no-any-return]
+    total = weight
+    for update in acting:
+        total = total + update.delta(weight.shape)  # in the wider type of both
+    return total.to(weight.dtype)

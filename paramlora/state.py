@@ -41,7 +41,7 @@ def load_adapter_state_dict(
 
     Raises:
         AdapterError: `adapter` is not attached.
-        FileError: missing or unexpected keys, or another shape.
+        FileError: missing or unexpected keys, another shape, or no finite real numbers.
     """
     stems = _stems(model, adapter)
     live = _live(stems)
@@ -54,6 +54,7 @@ def load_adapter_state_dict(
             f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
         )
     for key, tensor in live.items():
+        _check_values(key, state[key], tensor.dtype)
         if tensor.shape != state[key].shape:
             raise FileError(
                 f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
@@ -67,6 +68,15 @@ def load_adapter_state_dict(
     for stem, update in stems.items():
         update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model
+
+
+def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor):
+        raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs.")
+    if not value.is_floating_point():
+        raise FileError(f"{key}: of type {value.dtype}, where real numbers belong.")
+    if not value.is_meta and not torch.isfinite(value.detach().to(dtype)).all():
+        raise FileError(f"{key}: not finite in {dtype}. Nothing was loaded.")
 
 
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:

@@ -79,7 +79,8 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     parsed = as_config(config)
     check_model(model)
     model = unwrapped(model)
-    found = {entry.name: _matches(model, entry) for entry in parsed.entries}
+    places = _Places(model)
+    found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
     return [_checked(model, target) for target in chosen]
@@ -187,14 +188,44 @@ def shown(module: nn.Module, name: str) -> torch.Tensor:
         return copy.deepcopy(plist)()  # type: ignore[no-any-return]
 
 
-def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
+_Place = tuple[str, nn.Module, str, torch.Tensor]
+
+
+class _Places:
+    """Every tensor of a model, found by what its path or its layer's path ends in.
+
+    A file that was loaded has an entry for each layer: looking every one up among all paths would
+    take a time that grows with the square of their number.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.all = list(_tensors(model))
+        self._by_end: dict[str, dict[int, _Place]] = {}
+        for index, place in enumerate(self.all):
+            for path in _names(place):
+                parts = own_path(path).split(".")
+                for start in range(len(parts)):
+                    self._by_end.setdefault(".".join(parts[start:]), {})[index] = place
+
+    def matching(self, pattern: str) -> list[_Place]:
+        if pattern.startswith("re:") or "*" in pattern.split("."):
+            return [one for one in self.all if any(fits(pattern, name) for name in _names(one))]
+        return list(self._by_end.get(pattern, {}).values())
+
+
+def _names(place: _Place) -> list[str]:
+    """The paths by which an entry may name a tensor: its own, and a weight's layer's."""
+    path, _, name, _ = place
+    full = f"{path}.{name}" if path else name
+    return [full, path] if name == "weight" else [full]
+
+
+def _matches(model: nn.Module, places: _Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
-        return _whole(model, entry)
+        return _whole(places, entry)
     out = []
-    for path, module, name, tensor in _tensors(model):
+    for path, module, name, tensor in places.matching(entry.name):
         full = f"{path}.{name}" if path else name
-        if not (fits(entry.name, full) or (name == "weight" and fits(entry.name, path))):
-            continue
         reason = _unfit(entry, module, tensor)
         if reason is None:
             out.append(_target(path, module, name, tensor, entry))
@@ -222,10 +253,10 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     return reason and f"{reason}. Remove the entry."
 
 
-def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
+def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
     """Every tensor that the entry names, or that lies anywhere in a module that it names."""
     out = []
-    for path, module, name, tensor in _tensors(model):
+    for path, module, name, tensor in places.all:
         parts = [part for part in path.split(".") if part] + [name]
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
         if not any(fits(entry.name, one) for one in above):

@@ -1,5 +1,6 @@
 """The configuration's checks, with their messages."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,23 @@ def test_empty_containers_and_claims():
         targets(model, {"attn1": {"r": 1}})
     with pytest.raises(TargetError, match="claim it equally"):
         targets(model, {"attn1.to_q": {"r": 1}, "*.to_q": {"r": 1}})
+
+
+def test_matching_grows_with_the_model_not_with_its_square(monkeypatch):
+    """An entry for every layer, as a loaded file has: each pattern meets few paths."""
+    from paramlora import targets as module
+
+    calls = []
+    original = sys.modules["paramlora.targets"].fits
+    monkeypatch.setattr(
+        sys.modules["paramlora.targets"], "fits", lambda *a: calls.append(a) or original(*a)
+    )
+    assert module is targets
+    model = nn.ModuleDict({f"layer{i}": block() for i in range(50)})
+    config = {f"layer{i}.to_q": {"r": 1} for i in range(50)}
+    assert len(targets(model, config)) == 50
+    assert len(calls) <= 50 * 50 * 2  # candidates share their last component
+    calls.clear()
+    named = nn.ModuleDict({f"a{i}": nn.Linear(4, 4) for i in range(50)})
+    assert len(targets(named, {f"a{i}": {"r": 1} for i in range(50)})) == 50
+    assert len(calls) <= 50 * 2

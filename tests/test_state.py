@@ -37,3 +37,22 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change, message):
     with pytest.raises(FileError, match=message):
         load_adapter_state_dict(model, {k: v for k, v in state.items() if v is not None})
     assert all(torch.equal(v, before[k]) for k, v in adapter_state_dict(model).items())
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.full((2, 4), float("nan")), "0.lora_A: not finite"),
+        (torch.full((2, 4), 1e300, dtype=torch.float64), "0.lora_A: not finite in torch.float32"),
+        (torch.ones(2, 4, dtype=torch.int64), "0.lora_A: of type torch.int64"),
+        (torch.ones(2, 4, dtype=torch.complex64), "0.lora_A: of type torch.complex64"),
+        ([[1.0] * 4] * 2, "0.lora_A: a list"),
+    ],
+)
+def test_values_that_no_factor_holds_are_refused_and_change_nothing(value, message):
+    model = attached()
+    before = {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    state = {k: v + 1 for k, v in before.items()} | {"0.lora_A": value}
+    with pytest.raises(FileError, match=message):
+        load_adapter_state_dict(model, state)
+    assert all(torch.equal(v, before[k]) for k, v in adapter_state_dict(model).items())
