@@ -28,7 +28,7 @@ from benchmarks.reference import SCALE
 from benchmarks.results import finetune_table, save
 from benchmarks.zoo import Block
 
-WIDTH, RANK = 128, 8
+WIDTH, RANK = 32, 8
 WAYS = {  # name: (way, dtype of the model)
     "float32": ("paramlora", torch.float32),
     "paramlora bf16": ("paramlora", torch.bfloat16),
@@ -146,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune_bf16", description=__doc__)
     parser.add_argument("--out", default="benchmark-results", help="folder of finetune_bf16.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", type=float, default=1e-3, help="‖Δ‖/‖W‖ of the teacher's update")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--size", type=float, default=3e-3, help="‖Δ‖/‖W‖ of the teacher's update")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--lr", type=float, default=1e-3)
     return parser
 
 

@@ -171,13 +171,16 @@ def kept_plot(content: Content) -> Any:
     first = content["rows"][0]["case"]
     rows = [row for row in content["rows"] if row["case"] == first]
     figure, axes = _axes(f"Share of the update that reaches the output, bf16 {first}", "share", 8)
-    for way in dict.fromkeys(row["way"] for row in rows):
+    ways = dict.fromkeys(row["way"] for row in rows)
+    for way in ways:
         points = [(row["size"], row["output"]) for row in rows if row["way"] == way]
-        style = dict(color="black", linewidth=3) if way == "paramlora" else {}
-        axes.plot(*zip(*points), marker="o", label=way, **style)
+        # several ways lose the same share, so that their lines coincide: thinner ones on top
+        ours = dict(color="black", linewidth=3)
+        style = ours if way == "paramlora" else dict(linewidth=9 - list(ways).index(way))
+        axes.plot(*zip(*points), marker="o", alpha=0.8, label=way, **style)
     axes.set_xscale("log")
     axes.set_xlabel("‖Δ‖ / ‖W‖")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -197,7 +200,7 @@ def loss_plot(content: Content) -> Any:
     panels[0].set_ylabel("loss / loss at the start")
     panels[0].legend(fontsize=8)
     size, seeds = content["options"]["size"], content["options"]["seeds"]
-    figure.suptitle(f"Learning an update of {size:.0e} of the weights, mean of {seeds} seeds")
+    figure.suptitle(f"Learning an update of {size:.0e} of the weights, seeds: {seeds}")
     return figure
 
 

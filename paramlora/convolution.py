@@ -30,7 +30,8 @@ def convolution(
     """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
     A low-rank branch of two convolutions is added in 16 bits, where a dense kernel would round a
-    small update away, and where positions are few (`denser`); else the dense kernel is formed.
+    small update away, and where positions are few (`denser`); else the dense kernel is formed. In
+    groups, where a branch repeats its first kernel for each, the update is a kernel of its own.
 
     Args:
         x: ``[N, C_in, ...]``.
@@ -62,7 +63,10 @@ def convolution(
         kernel = weight + ((lora_B * scale) @ lora_A).reshape(weight.shape)
         return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
     y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
-    return y + branch(x, weight.shape, lora_A, (lora_B * scale), *where)
+    if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
+        delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(weight.shape)
+        return y + CONVOLUTIONS[n - 1](x, delta, None, *where)
+    return y + branch(x, weight.shape, lora_A, lora_B * scale, *where)
 
 
 def branch(

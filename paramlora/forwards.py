@@ -41,7 +41,8 @@ def honours_dropout(base: type) -> bool:
 
 def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
     """The updates that act, or None where only the definition is right."""
-    plist: Any = layer._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    lists: Any = layer._modules["parametrizations"]
+    plist: Any = lists._modules.get("weight")
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
     held: Any = plist._modules.values()
@@ -116,7 +117,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     updates = _updates(self, x)
-    if updates is None:
+    if not updates:  # its own forward adds the bias in another order than ours
         y: Tensor = type(self).__bases__[0].forward(self, x)  # type: ignore[attr-defined]
         return y
     return _product(self, x, _original(self).t(), updates, "transposed")

@@ -213,10 +213,16 @@ def embedding(
         >>> y = embedding(rows, W, A, B, scale)
         >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
     """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):  # which leaves a look-up in the table's own type
+        with torch.autocast(device, enabled=False):
+            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx)
     base = F.embedding(rows, weight, padding_idx)
-    thin = F.embedding(rows, lora_A.t(), padding_idx)  # [..., r]
-    update = F.linear(thin, lora_B * scale)
-    if padding_idx is not None:  # nor does that row give B or the scale one
-        update = torch.where((rows == padding_idx)[..., None], update.detach(), update)
-    # the sum is rounded once; each row of a 16-bit table is widened only after it was looked up
-    return (base.to(update.dtype) + update).to(base.dtype)
+    thin = F.embedding(rows, lora_A.t(), padding_idx).to(base.dtype)  # [..., r]
+    up = (lora_B * scale).to(base.dtype).t()
+    if padding_idx is not None:  # nor does that row give B or the scale a gradient
+        update = thin @ up
+        return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
+    # a row of the table is exact, so this rounds the sum once
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
+    return flat.view(base.shape)

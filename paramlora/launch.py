@@ -321,7 +321,8 @@ def outer(
 
     def adding() -> _Plan:
         numbers = (fan_in, out, r, groups)
-        return _Plan((-(-(fan_in + out) // 16), 1), numbers, (scaled, R, 16, 8), 1, 4)
+        many = min(1 << (groups - 1).bit_length(), max(1, 1024 // R))
+        return _Plan((-(-(fan_in + out) // 8), 1), numbers, (scaled, R, 8, many), 1, 4)
 
     key = (M, fan_in, out, r, rows, scaled, x.dtype, factor.dtype)
     _OUTER(key, plan, (x, v, dy, u, part, da, db, factor), (strength,))

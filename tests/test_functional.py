@@ -271,6 +271,45 @@ def test_autocast_runs_in_sixteen_bits_and_casts_nothing_up(device):
     assert all(low.lora_A.grad.dtype == torch.float32 for _, _, low in updates(model))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("padding_idx", (None, 2))
+@pytest.mark.parametrize("device", ("cpu", CUDA))
+def test_an_embedding_under_autocast_keeps_its_type(dtype, padding_idx, device):
+    model = nn.Sequential(nn.Embedding(40, 24, padding_idx=padding_idx)).to(device, dtype)
+    plain = copy.deepcopy(model)
+    paramlora.attach(model, {"0": {"r": 4}})
+    ((_, _, low),) = updates(model)
+    nn.init.normal_(low.lora_B, std=0.3)
+    rows = torch.randint(40, (3, 50), device=device)
+    want = plain[0].weight.double() + (low.lora_B.double() @ low.lora_A.double()).t()
+    with torch.autocast(device, torch.bfloat16):
+        y = model(rows)
+    assert y.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert (y.double() - want[rows]).norm() < 2 * eps * want[rows].norm()
+
+
+@pytest.mark.parametrize("groups", (1, 8))
+@pytest.mark.parametrize("device", ("cpu", CUDA))
+def test_sixteen_bit_convolutions(groups, device):
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, groups=groups)).to(device, torch.bfloat16)
+    wide = copy.deepcopy(model).double()
+    paramlora.attach(model, {"0": {"r": 2}})
+    ((_, _, low),) = updates(model)
+    nn.init.normal_(low.lora_B, std=0.3)
+    a, b = (t.detach().double().requires_grad_() for t in (low.lora_A, low.lora_B))
+    total = wide[0].weight + (b @ a).reshape(wide[0].weight.shape)
+    x = torch.randn(4, 8, 9, 9, device=device).bfloat16()
+    want = F.conv2d(x.double(), total, wide[0].bias, groups=groups)
+    y = model(x)
+    seed = torch.randn_like(y)
+    assert y.dtype == torch.bfloat16 and (y.double() - want).norm() < 0.01 * want.norm()
+    y.backward(seed)
+    want.backward(seed.double())
+    for mine, true in ((low.lora_A.grad, a.grad), (low.lora_B.grad, b.grad)):
+        assert mine.dtype == torch.float32 and (mine.double() - true).norm() < 0.02 * true.norm()
+
+
 RAGGED = [
     (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1),
     (77, 768, 1280, 64), (600, 256, 512, 128), (300, 512, 256, 256), (513, 2056, 2064, 17),

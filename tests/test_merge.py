@@ -93,6 +93,62 @@ def test_without_adapters_there_is_nothing_to_do():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_merging_twice_adds_once():
+    model = net()
+    base = model[0].weight.detach().clone()
+    paramlora.attach(model, {"0": {"r": 2}})
+    fill(model)
+    ((_, _, low),) = lowranks(model)
+    want = base + low.lora_B @ low.lora_A
+    for _ in range(2):
+        paramlora.merge(model)
+        torch.testing.assert_close(model[0].weight, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("hard", (0, 1))
+def test_the_base_is_bit_identical_after_two_thousand_steps_and_switches(dtype, hard):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    plain = model(x).detach()
+    paramlora.attach(model, {"*": {"r": 2, "hard": hard}}, "a")
+    paramlora.attach(model, {"*": {"r": 1, "hard": hard}}, "b")
+    optimizer = torch.optim.SGD(paramlora.trainable_parameters(model), lr=0.05)
+    losses = []
+    for step in range(2000):
+        if step % 100 == 0:
+            paramlora.set_adapters(model, {"a": 1, "b": 0.5 if step % 200 else 0})
+            with paramlora.disable_adapters(model):
+                assert torch.equal(model(x), plain)
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(paramlora.detach(model)(x), plain)
+    assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
+
+
+def test_an_average_of_a_model_is_a_copy_of_its_own():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model, x = net(), torch.randn(3, 4).double()
+    paramlora.attach(model, {"*": {"r": 2}})
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)  # the first one copies
+    first, start = model(x).detach(), [low.lora_B.clone() for _, _, low in lowranks(model)]
+    fill(model)
+    trained = model(x).detach()
+    assert torch.equal(average(x), first) and not torch.equal(trained, first)
+    average.update_parameters(model)
+    for (_, _, mine), (_, _, its), before in zip(lowranks(model), lowranks(average), start):
+        want = (before + mine.lora_B) / 2
+        torch.testing.assert_close(its.lora_B, want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(x), trained)
+
+
 @pytest.mark.parametrize("kind", ("expanded", "transposed", "channels last", "shared memory"))
 def test_merging_into_memory_of_any_kind(kind):
     layer = nn.Conv2d(4, 6, 3).double()

@@ -175,3 +175,65 @@ def test_a_layer_of_the_users_own_called_parametrizations_is_left_alone():
     paramlora.attach(model, {"other": {"r": 1}})
     assert [path for path, _, _ in lowranks(model)] == ["other"]
     assert type(paramlora.merge(model)["other"]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "config, strict, text",
+    [
+        (
+            {"9": {"r": 1}},
+            False,
+            'nothing to adapt in Sequential (3 modules): "9" matches nothing.',
+        ),
+        ({"0": {"r": 1}, "9": {"r": 1}}, True, 'config: "9" matches nothing. Remove it, or attach'),
+        ({"re:0": {"r": 1}, "re:.*": {"r": 2}}, False, '0.weight: "re:0" and "re:.*" claim it equ'),
+        (
+            {"1": {"r": 4}},
+            False,
+            '"1": r = 4 is more than 1 holds: its matrix is 3×3. Give r of at',
+        ),
+        ({"0": {"r": 1}, "1": {"r": 1, "scale": 1e99}}, False, "scale 1e+99 is beyond"),
+        (
+            {"0": {"r": 1}, "1": {"r": 1, "hard": 0, "up_kernel": "same"}},
+            False,
+            "which has no kernel",
+        ),
+    ],
+)
+def test_configurations_that_do_not_fit(config, strict, text):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    before = picture(model)
+    with pytest.raises(paramlora.TargetError, match=re.escape(text)):
+        paramlora.attach(model, config, strict=strict)
+    assert picture(model) == before
+
+
+def test_one_entry_of_several_without_a_match_is_a_warning_with_the_closest_name():
+    model = nn.ModuleDict({"to_q": nn.Linear(4, 3), "to_v": nn.Linear(4, 3)})
+    with pytest.warns(paramlora.ParamloraWarning, match='"to_qq" matches nothing. Closest: "to_q"'):
+        paramlora.attach(model, {"to_qq": {"r": 1}, "to_v": {"r": 1}})
+    assert [path for path, _, _ in lowranks(model)] == ["to_v"]
+
+
+def test_the_same_adapter_twice():
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 1}}, "a")
+    before = picture(model)
+    with pytest.raises(paramlora.AdapterError, match='adapter "a" is attached already. Detach it'):
+        paramlora.attach(model, {"0": {"r": 2}}, "a")
+    assert picture(model) == before
+
+
+def test_reading_and_writing_an_adapter_that_is_not_there(tmp_path):
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 1}}, "a")
+    path = tmp_path / "b.safetensors"
+    for call in (
+        lambda: paramlora.adapter_state_dict(model, "b"),
+        lambda: paramlora.load_adapter_state_dict(model, {}, "b"),
+        lambda: paramlora.save_adapter(model, path, "b"),
+        lambda: paramlora.set_adapters(model, {"a": 1, "b": 1}),
+    ):
+        with pytest.raises(
+            paramlora.AdapterError, match='no adapter "b" is attached. Attached: a.'
+        ):
+            call()
+    assert not path.exists()
