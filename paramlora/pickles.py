@@ -39,6 +39,7 @@ class PickledFile:
         for name in self.place:
             self.state = self.state[name]
         self.specs = {k: _spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)}
+        self._flat: tuple[Optional[str], Tensor] = (None, torch.empty(0))
 
     def close(self) -> None:
         """Nothing is held but the mapped file, which goes with its last tensor."""
@@ -53,7 +54,9 @@ class PickledFile:
 
     def run(self, key: str, elements: slice) -> Tensor:
         """Some of a tensor's elements, in order."""
-        return self.state[key].detach().reshape(-1)[elements]  # type: ignore[no-any-return]
+        if self._flat[0] != key:  # a tensor in another order would be copied for each run
+            self._flat = (key, self.state[key].detach().reshape(-1))
+        return self._flat[1][elements]
 
     def beside(self) -> list[str]:
         """What the file holds beside the tensors of its state dict."""
