@@ -18,9 +18,10 @@ from paramlora.errors import (
     TargetError,
 )
 from paramlora.inputs import disable_input_grads, enable_input_grads
+from paramlora.interchange import load_adapter
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
-from paramlora.native import load_adapter, save_adapter
+from paramlora.native import save_adapter
 from paramlora.optim import parameter_groups, trainable_parameters
 from paramlora.state import (
     adapter_of,

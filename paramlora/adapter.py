@@ -24,6 +24,8 @@ class Update:
         shape: of the weight that it updates, where the file or the model tells.
         layout: where the input and output sides lie in that weight (see `matrix_shape`).
         trainable_scale, hard, up_kernel, dropout, adapter_dtype: as in the configuration.
+        kind: of the layer, where known (see `Target.kind`): formats name kinds apart.
+        groups: of a convolution.
     """
 
     lora_A: Tensor
@@ -36,6 +38,8 @@ class Update:
     up_kernel: Union[int, str] = 1
     dropout: float = 0.0
     adapter_dtype: Optional[str] = None
+    kind: Optional[str] = None
+    groups: int = 1
 
     @property
     def r(self) -> int:

@@ -13,6 +13,8 @@ from paramlora.checkpoint import apply, extracted
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.fold import Fold
+from paramlora.formats import base_of_shapes
+from paramlora.interchange import NATIVE, format_of, read_adapter
 from paramlora.native import read_native, write_native
 from paramlora.pickles import PickledFile
 from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
@@ -55,7 +57,7 @@ def embed(
 
     Args:
         base: a safetensors file, a file of ``torch.save``, or a folder of shards with its index.
-        adapter: an adapter, or its file.
+        adapter: an adapter, or its file, of paramlora or of another tool (see `read_adapter`).
         out: the new file, of the kind that its ending tells, or a folder for a folder.
         key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
         force: replace what is at `out`.
@@ -67,7 +69,7 @@ def embed(
     """
     check_new(out, force or dry_run)
     with Stored(base, key) as stored:
-        plan = embed_plan(Contents(stored.specs), _adapter(adapter))
+        plan = embed_plan(Contents(stored.specs), _adapter(adapter, stored))
         return _write(stored, plan, Path(out), dry_run, progress)
 
 
@@ -126,13 +128,19 @@ def merge(
     check_new(out, force or dry_run)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     with Stored(base, key) as stored:
-        loaded = [(_adapter(one), strength) for one, strength in pairs]
+        loaded = [(_adapter(one, stored), strength) for one, strength in pairs]
         plan = merge_plan(Contents(stored.specs), loaded, stored.read)
         return _write(stored, plan, Path(out), dry_run, progress)
 
 
-def _adapter(adapter: AdapterLike) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else read_native(adapter)
+def _adapter(adapter: AdapterLike, stored: Stored) -> Adapter:
+    """An adapter of any tool, its names and shapes those of the checkpoint."""
+    if isinstance(adapter, Adapter):
+        return adapter
+    if format_of(adapter) == NATIVE:
+        return read_native(adapter)
+    shapes = {key: spec.shape for key, spec in stored.specs.items()}
+    return read_adapter(adapter, base_of_shapes(shapes))
 
 
 def _write(

@@ -13,13 +13,13 @@ from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
 from paramlora.sharded import is_sharded, wait, writes
-from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict, attach_adapter
+from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
 FORMAT = 1
 _WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
-_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout]]
+_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
 
 
 def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
@@ -41,29 +41,14 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
         wait()
 
 
-def load_adapter(model: nn.Module, path: PathLike, adapter: Optional[str] = None) -> nn.Module:
-    """Attach the adapter in a file written by `save_adapter`; all or nothing.
-
-    Args:
-        model: the model that it was trained for, or one with the same targets.
-        path: the file.
-        adapter: a name of your own instead of the file's.
-
-    Raises:
-        FileError: the file is missing, truncated, of another tool, or does not fit the model.
-        TargetError: the file's configuration does not fit the model.
-        AdapterError: an adapter of that name is attached already.
-    """
-    return attach_adapter(model, read_native(path), adapter)
-
-
 def write_native(adapter: Adapter, path: PathLike) -> None:
     """Write an adapter as the native file, whole or not at all.
 
     Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``, or ``.lora_whole``. The metadata
     keeps `adapter`'s own and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name),
-    ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``
-    of the weights) and ``ties`` (``{path: first path}`` where tied tensors share one update).
+    ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``,
+    of the weights, with ``kind`` and ``groups``) and ``ties`` (``{path: first path}`` where tied
+    tensors share one update).
 
     Raises:
         FileError: the file cannot be written.
@@ -142,8 +127,10 @@ def _shape(value: Union[Update, Tensor]) -> Optional[tuple[int, ...]]:
 
 
 def _weight(value: Union[Update, Tensor]) -> dict[str, Any]:
-    layout = "matrix" if isinstance(value, Tensor) else value.layout
-    return {"shape": list(_shape(value) or ()), "layout": layout}
+    if isinstance(value, Tensor):
+        return {"shape": [], "layout": "matrix"}
+    about = {"shape": list(value.shape or ()), "layout": value.layout, "groups": value.groups}
+    return about if value.kind is None else {**about, "kind": value.kind}
 
 
 def _update(
@@ -154,7 +141,8 @@ def _update(
     if flat or not all(t.is_floating_point() for t in (a, b, scale)):
         raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
-    shape, layout = shapes.get(stem, (None, "stack" if a.dim() == 3 else "matrix"))
+    by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
+    shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
     return Update(
         a,
         b,
@@ -166,6 +154,8 @@ def _update(
         entry.up_kernel,
         dropout=entry.dropout,
         adapter_dtype=entry.adapter_dtype,
+        kind=kind,
+        groups=groups,
     )
 
 
@@ -175,9 +165,11 @@ def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
     try:
         for stem, told in about.get("shapes", {}).items():
             shape, layout = tuple(told["shape"]), told["layout"]
-            if not all(type(n) is int and n > 0 for n in shape) or layout not in LAYOUTS:
+            groups, kind = told.get("groups", 1), told.get("kind")
+            counts = all(type(n) is int and n > 0 for n in (*shape, groups))
+            if not counts or layout not in LAYOUTS or not isinstance(kind, (str, type(None))):
                 raise ValueError(f"{stem}: no shape and layout of a weight")
-            out[stem] = (shape, layout)
+            out[stem] = (shape, layout, groups, kind)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f'{path}: the "shapes" in its metadata are damaged: {error}.') from error
     return out
@@ -221,8 +213,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
     if "paramlora" not in metadata:
         raise FileError(
-            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Attach a '
-            "configuration and use load_adapter_state_dict with renamed keys."
+            f'{path}: no "paramlora" in its metadata, so another tool wrote it. Convert it '
+            "first (paramlora convert --to native)."
         )
     try:
         about: dict[str, Any] = json.loads(metadata["paramlora"])

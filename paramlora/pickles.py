@@ -33,12 +33,14 @@ class PickledFile:
 
     def __init__(self, path: Path, key: Optional[str] = None) -> None:
         self.path = path
-        self.whole = _load(path)
+        self.whole = load(path)
         self.place = _place(path, self.whole, key)
         self.state: Mapping[str, Any] = self.whole
         for name in self.place:
             self.state = self.state[name]
-        self.specs = {k: _spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)}
+        self.specs = {
+            k: checked_spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)
+        }
         self._flat: tuple[Optional[str], Tensor] = (None, torch.empty(0))
 
     def close(self) -> None:
@@ -109,7 +111,12 @@ class _Watched:
         self._file.flush()
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The content of a file of ``torch.save``, its tensors left on the disk where they can be.
+
+    Raises:
+        FileError: it cannot be read, or needs more than tensors and plain containers.
+    """
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6
@@ -199,7 +206,8 @@ def _is_state(value: Any) -> bool:
     return named and any(isinstance(v, Tensor) for v in value.values())
 
 
-def _spec(path: Path, key: str, tensor: Tensor) -> Spec:
+def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
+    """A tensor's type and shape, or an error where it is no dense tensor of its own."""
     plain = tensor.layout == torch.strided and not tensor.is_quantized
     plain = plain and tensor.device.type == "cpu"
     if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):

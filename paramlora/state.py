@@ -79,13 +79,13 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
         AdapterError: `adapter` is not attached.
     """
     check_adapters(model, adapter)
-    shapes = {target.path: target.shape for target in adaptable(model)}
+    there = {target.path: target for target in adaptable(model)}
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
     first: dict[int, str] = {}
     made: dict[str, "Update | Tensor"] = {}
     for path, update in held.items():
         head = first.setdefault(id(update), path)
-        made[path] = _value(update, shapes.get(path)) if head == path else made[head]
+        made[path] = _value(update, there.get(path)) if head == path else made[head]
     return Adapter(
         {path: value for path, value in made.items() if isinstance(value, Update)},
         adapter,
@@ -125,7 +125,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     return model
 
 
-def _value(update: Switched, shape: Optional[tuple[int, ...]]) -> "Update | Tensor":
+def _value(update: Switched, target: Optional[Target]) -> "Update | Tensor":
     if isinstance(update, Whole):
         return gathered(update.lora_whole.detach())
     assert isinstance(update, LowRank)
@@ -136,13 +136,15 @@ def _value(update: Switched, shape: Optional[tuple[int, ...]]) -> "Update | Tens
         gathered(a.detach()),
         gathered(b.detach()),
         _number(gathered(update.lora_scale.detach()), entry.scale),
-        shape,
+        None if target is None else target.shape,
         update.layout,
         isinstance(update.lora_scale, nn.Parameter),
         not soft,
         "same" if isinstance(update, Branch) and update.kernel else 1,
         dropout=update.dropout,
         adapter_dtype=entry.adapter_dtype,
+        kind=None if target is None else target.kind,
+        groups=1 if target is None else target.groups,
     )
 
 

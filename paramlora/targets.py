@@ -28,7 +28,12 @@ _NO_ENTRY = TargetConfig("", 1)
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor to adapt: its owner's path, its name there, and the entry that claims it."""
+    """One tensor to adapt: its owner's path, its name there, and the entry that claims it.
+
+    `kind` says what formats name apart: ``"linear"`` (transformers' ``Conv1D`` too, whose layout is
+    transposed), ``"convolution"``, ``"embedding"``, ``"parameter"`` (a tensor of another name than
+    ``weight``), ``"weight"`` (of a class outside torch), else the name of torch's class.
+    """
 
     module: str
     tensor: str
@@ -36,6 +41,8 @@ class Target:
     shape: tuple[int, ...]
     layout: Layout
     dtype: torch.dtype
+    kind: str = "linear"
+    groups: int = 1
 
     @property
     def path(self) -> str:
@@ -120,7 +127,9 @@ def _target(
     path: str, module: nn.Module, name: str, tensor: torch.Tensor, entry: TargetConfig
 ) -> Target:
     layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
-    return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype)
+    kind = _kind(module, name)
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype, kind, groups)
 
 
 def check_model(model: nn.Module) -> None:
@@ -267,6 +276,22 @@ def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
     if name == "weight" and (isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module)):
         return "transposed"
     return "stack" if tensor.dim() > 2 else "matrix"
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    if name != "weight":
+        return "parameter"
+    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
+        return "convolution"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    known = (
+        c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
+    )
+    name = next(known)
+    return "weight" if name == "Module" else name
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:

@@ -102,7 +102,10 @@ def test_nothing_is_overwritten_without_force(folder, capsys):
         (("merge", "base.safetensors", "none.st:2", "-o", "x.pt"), "none.st: cannot be read"),
         (("merge", "base.safetensors", "a.safetensors:nan", "-o", "x.pt"), "nan is not finite"),
         (("extract", "base.safetensors", "-o", "x.safetensors"), "nothing to extract"),
-        (("embed", "base.safetensors", "base.safetensors", "-o", "x.pt"), "another tool wrote it"),
+        (
+            ("embed", "base.safetensors", "base.safetensors", "-o", "x.pt"),
+            "no adapter format that is known",
+        ),
         (("merge", "base.safetensors"), "Missing option"),
         (("embed", "base.safetensors", "-o", "x.pt"), "Missing argument"),
     ],

@@ -8,12 +8,16 @@ import pytest
 ORDER = (
     "errors config sharded switch lowrank fold whole adapter targets init placement inputs kernels "
     "launch operators functional convolution forwards layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored files optim summary demo cli"
+    "checkpoint disk stream pickles native stored formats interchange files inspection optim "
+    "summary demo cli"
 ).split()
+CLI = "app checkpoints training adapters".split()
+FORMATS = (
+    "content scale base merged factors sgm peft diffusers kohya original loralib torchtune litgpt "
+    "cloneofsimo detect"
+).split()
+EVERY = [name for name in ORDER if name != "cli"] + [f"formats/{name}" for name in FORMATS]
 FOLDER = Path(__file__).parents[1] / "paramlora"
-
-
-CLI = "app checkpoints training".split()
 
 
 def tree(name):
@@ -26,6 +30,7 @@ def imported(name):
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -33,13 +38,31 @@ def imported(name):
 def test_the_list_is_whole():
     packages = {p.parent.name for p in FOLDER.glob("*/__init__.py")}
     assert {p.stem for p in FOLDER.glob("*.py")} | packages == {*ORDER, "__init__", "__main__"}
+    assert {p.stem for p in (FOLDER / "formats").glob("*.py")} == {*FORMATS, "__init__"}
     assert {p.stem for p in (FOLDER / "cli").glob("*.py")} == {*CLI, "__init__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_go_backwards(name):
-    used = {m.split(".")[1] for m in imported(name) if m.startswith("paramlora.")} - {name}
+    used = {m.split(".")[1] for m in imported(name) if m.startswith("paramlora.")}
+    used = {u for u in used & set(ORDER) if u != name}
     assert all(ORDER.index(u) < ORDER.index(name) for u in used), used
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_import_backwards_too(name):
+    used = [m.split(".") for m in imported(f"formats/{name}") if m.startswith("paramlora.")]
+    inside = {u[2] for u in used if u[1] == "formats" and len(u) > 2} & set(FORMATS)
+    outside = {u[1] for u in used} & set(ORDER)
+    assert all(FORMATS.index(u) < FORMATS.index(name) for u in inside), inside
+    assert all(ORDER.index(u) <= ORDER.index("formats") for u in outside), outside
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_pure(name):
+    """Values in, values out: no model but its names, and no file."""
+    forbidden = {"paramlora.attach", "paramlora.disk", "paramlora.native", "pathlib", "os"}
+    assert not forbidden & set(imported(f"formats/{name}"))
 
 
 @pytest.mark.parametrize("name", ["errors", "config"])
@@ -47,7 +70,7 @@ def test_the_configuration_knows_no_torch(name):
     assert not any(m.split(".")[0] == "torch" for m in imported(name))
 
 
-@pytest.mark.parametrize("name", [n for n in ORDER if n != "cli"])
+@pytest.mark.parametrize("name", EVERY)
 def test_only_the_command_line_prints_or_exits(name):
     nodes = ast.walk(tree(name))
     calls = {n.func.id for n in nodes if isinstance(n, ast.Call) and hasattr(n.func, "id")}

@@ -326,6 +326,8 @@ def test_factors_are_float32_on_a_16_bit_base_unless_told(dtype, tmp_path):
     assert first.lora_A.dtype == torch.float32 and second.lora_A.dtype == dtype
     assert second.lora_scale.dtype == dtype
     assert model(torch.randn(3, 8, dtype=dtype)).dtype == dtype
+    for low in (first, second):
+        nn.init.normal_(low.lora_B)
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     plain = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).to(dtype)
     other = paramlora.load_adapter(plain, tmp_path / "a.safetensors")

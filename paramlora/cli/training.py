@@ -66,7 +66,7 @@ def targets(
     strict: Annotated[bool, typer.Option(help="Entries without a match are errors.")] = False,
 ) -> None:
     """Show what a configuration would adapt; nothing is changed."""
-    found = paramlora.targets(_build(model), paramlora.LoRAConfig.from_file(config), strict)
+    found = paramlora.targets(build(model), paramlora.LoRAConfig.from_file(config), strict)
     table = Table("tensor", "shape", "entry", "r", "kind", "parameters")
     for target in found:
         kind = "hard" if target.entry.hard else "soft"
@@ -78,7 +78,8 @@ def targets(
     rich.print(f"{len(found)} tensors, {count:,} parameters of lora_A and lora_B")
 
 
-def _build(spec: str) -> nn.Module:
+def build(spec: str) -> nn.Module:
+    """The model that ``module:factory`` makes, or an exit that says why not."""
     name, _, factory = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:

@@ -1,0 +1,117 @@
+"""The commands on adapter files of any tool: `convert`, `inspect`."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import rich
+import typer
+from rich.markup import escape
+
+import paramlora
+from paramlora import inspection, interchange
+from paramlora.cli.app import app, fail, report
+from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out
+from paramlora.cli.training import build
+from paramlora.formats import WRITERS, Base, Options, base_of
+
+File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]
+Alpha = Annotated[
+    Optional[float],
+    typer.Option(help="For formats that do not store it: scale = alpha / r."),
+]
+Rank = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Nearest rank for LoHa, LoKr and other dense updates."),
+]
+_TARGETS = ", ".join(sorted([*WRITERS, interchange.NATIVE]))
+
+
+@app.command(
+    epilog="Example: paramlora convert style.safetensors -o style-peft --to peft --model my:unet"
+)
+def convert(
+    file: File,
+    out: Out,
+    to: Annotated[str, typer.Option(help=f"One of {_TARGETS}.")],
+    model: Annotated[
+        Optional[str], typer.Option(help="module:factory, to tell names and kinds of layers.")
+    ] = None,
+    base: Annotated[
+        Optional[Path], typer.Option(help="The model's checkpoint, to tell names and shapes.")
+    ] = None,
+    key: Key = None,
+    alpha: Alpha = None,
+    rank: Rank = None,
+    component: Annotated[
+        Optional[str], typer.Option(help="The part of a pipeline's file to read, such as unet.")
+    ] = None,
+    prefix: Annotated[
+        Optional[str],
+        typer.Option(help="Of kohya's keys (lora_unet), or diffusers' name of the model (unet)."),
+    ] = None,
+    fold_scale: Annotated[
+        bool,
+        typer.Option(
+            "--fold-scale",
+            help="Multiply scales into lora_B, for formats without a place for them.",
+        ),
+    ] = False,
+    loose: Annotated[
+        bool, typer.Option("--loose", help="Leave out, with a warning, what belongs to nothing.")
+    ] = False,
+    force: Force = False,
+    dry_run: Dry = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another tool's format."""
+    options = Options(not loose, rank, alpha, component)
+    known, how = _known(model, base, key), _how(to, prefix, fold_scale)
+    with _warnings_told():
+        found = interchange.convert(
+            file, out, to, known, options, force=force, dry_run=dry_run, **how
+        )
+    if dry_run or json:
+        wrote = "would write" if dry_run else "wrote"
+        content = {"out": str(out), "format": to, "updates": len(found.updates), "dry_run": dry_run}
+        report(content, json, f"{wrote} {out}: {len(found.updates)} updates as {to}")
+
+
+@app.command(epilog="Example: paramlora inspect style.safetensors --json")
+def inspect(file: File, alpha: Alpha = None, json: Json = False) -> None:
+    """Show an adapter's format, metadata and updates; name those that are damaged or idle."""
+    found = inspection.inspect(file, Options(strict=False, alpha=alpha))
+    if json:
+        report(found.to_dict(), json, "")
+    else:
+        print(found)  # a table, which must not be wrapped
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Say on stderr what was left undone, in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", paramlora.ParamloraWarning)
+        yield
+    for warning in caught:
+        rich.print(f"[yellow]warning:[/] {escape(str(warning.message))}", file=sys.stderr)
+
+
+def _known(model: Optional[str], base: Optional[Path], key: Optional[str]) -> Optional[Base]:
+    if model is not None and base is not None:
+        fail("--model and --base both tell the names of layers. Give one.")
+    if model is not None:
+        return base_of(build(model))
+    return None if base is None else interchange.base_of_file(base, key)
+
+
+def _how(to: str, prefix: Optional[str], fold_scale: bool) -> dict[str, Any]:
+    how: dict[str, Any] = {"fold_scale": True} if fold_scale else {}
+    if prefix is not None and to not in ("diffusers", "kohya"):
+        fail(f"--prefix is for kohya and diffusers, not for {to}. Leave it out.")
+    if prefix is not None:
+        how["prefix" if to == "kohya" else "component"] = prefix
+    return how

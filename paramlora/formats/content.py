@@ -1,0 +1,199 @@
+"""What a file of adapters holds, whoever wrote it, and what the caller wants of it."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.adapter import Adapter
+from paramlora.errors import FileError, ParamloraWarning
+
+
+@dataclass(frozen=True)
+class Content:
+    """The inside of a file.
+
+    Args:
+        state: tensors by key; a list's stand under ``"0"``, ``"1"``, and so on.
+        metadata: of the safetensors header.
+        config: of the file beside it: PEFT's ``adapter_config.json``, litgpt's
+            ``hyperparameters.yaml``.
+        source: its name, for messages.
+    """
+
+    state: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "adapter"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a reader cannot find in every file.
+
+    Args:
+        strict: a tensor that belongs to nothing, and a target without one, are errors.
+        rank: for LoHa, LoKr and other dense updates, the rank of the nearest low-rank one;
+            None keeps them whole.
+        alpha: for formats that do not store it, ``scale = alpha / r``.
+        component: of a pipeline's file, the part to read, such as ``"text_encoder_2"``.
+        split: parts that kohya trained apart and saved as one tensor: 3 for a fused q/k/v.
+        enable: which parts of loralib's merged projections were trained (its ``enable_lora``).
+    """
+
+    strict: bool = True
+    rank: Optional[int] = None
+    alpha: Optional[float] = None
+    component: Optional[str] = None
+    split: int = 1
+    enable: Optional[tuple[bool, ...]] = None
+
+
+DEFAULTS = Options()
+
+
+def unwrapped(content: Content) -> Content:
+    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``."""
+    for outer in ("state_dict", "model_state_dict", "model"):
+        start = f"{outer}."
+        if content.state and all(key.startswith(start) for key in content.state):
+            state = {key.removeprefix(start): value for key, value in content.state.items()}
+            return replace(content, state=state)
+    return content
+
+
+def widened(content: Content) -> Content:
+    """8-bit floats as float32, since nothing can be computed in them."""
+    state = {
+        key: tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+        for key, tensor in content.state.items()
+    }
+    return replace(content, state=state)
+
+
+def report(source: str, what: str, names: Iterable[str], strict: bool, way_out: str) -> None:
+    """An error that lists `names`, or a warning where the caller asked for one."""
+    listed = sorted(names)
+    if not listed:
+        return
+    shown = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+    text = f"{source}: {what}: {shown}. {way_out}"
+    if strict:
+        raise FileError(text)
+    warnings.warn(text, ParamloraWarning, stacklevel=4)
+
+
+def halves(
+    content: Content, pattern: "re.Pattern[str]", strict: bool
+) -> dict[str, dict[str, Tensor]]:
+    """``{path: {role: tensor}}`` of the keys that `pattern` matches, which must be all.
+
+    Raises:
+        FileError: a key that it does not match, or a path with one role of two.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    unused = []
+    for key, tensor in content.state.items():
+        match = pattern.fullmatch(key)
+        if match is None:
+            unused.append(key)
+        else:
+            found.setdefault(match["path"], {})[match["role"]] = tensor
+    report_unused(content, unused, strict)
+    check_whole(content, found)
+    return found
+
+
+def check_whole(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Both factors of each path, and no other tensors than factors can be."""
+    single = [path for path, half in found.items() if len(half) < 2]
+    report(content.source, "one factor of two is missing", single, True, "Save it again.")
+    for path, half in found.items():
+        check_factors(f"{content.source}: {path}", *half.values())
+
+
+def check_factors(where: str, *tensors: Tensor) -> None:
+    """Refuse what cannot be multiplied: integers, vectors, two types, and nothing at all."""
+    shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)
+    if any(not t.numel() for t in tensors):
+        raise FileError(
+            f"{where}: an empty factor ({shapes}). A sharded one was not gathered before saving."
+        )
+    kinds = {t.dtype for t in tensors}
+    if any(t.dim() < 2 or not t.is_floating_point() for t in tensors) or len(kinds) > 1:
+        raise FileError(f"{where}: no factors of an update: {shapes}.")
+
+
+def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
+    """Every tensor of a file is accounted for: `keys` are those that no reader took."""
+    report(
+        content.source,
+        "tensors that are no update of one weight",
+        keys,
+        strict,
+        "Read with strict=False to leave them out.",
+    )
+
+
+def refuse_dora(content: Content, keys: Iterable[str]) -> None:
+    """DoRA (arXiv:2402.09353) is no sum, so no `Update` holds it: an error if there are `keys`."""
+    report(
+        content.source,
+        "DoRA, which rescales W + B·A by a magnitude",
+        keys,
+        True,
+        "Merge it with the tool that trained it.",
+    )
+
+
+def check_values(adapter: Adapter, source: str) -> Adapter:
+    """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
+    bad = [
+        f"{path}.{name}"
+        for path, update in adapter.updates.items()
+        for name, tensor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
+        if not torch.isfinite(tensor).all()
+    ]
+    bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
+    report(source, "not finite", bad, True, "It was damaged in training or in copying.")
+    empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
+    report(source, "all zero, so without effect", empty, False, "Was it saved before training?")
+    return adapter
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number out of a tensor, a string or JSON, or an error that says where."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FileError(f"{where}: {value!r} is not a number ({error}).") from error
+    if not torch.isfinite(torch.tensor(result)):
+        raise FileError(f"{where}: {result} is not finite.")
+    return result
+
+
+def parsed(text: str, where: str) -> dict[str, Any]:
+    """A JSON object out of a file's metadata, or an error that says where."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: its metadata is damaged: {error}.") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: its metadata is a {type(value).__name__}, not an object.")
+    return value
+
+
+def parsed_list(text: str, where: str) -> list[str]:
+    """A JSON list of strings out of a file's metadata, or an error that says where."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: its metadata is damaged: {error}.") from error
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise FileError(f"{where}: its metadata is not a list of names.")
+    return value

@@ -1,0 +1,166 @@
+"""diffusers' ``pytorch_lora_weights.safetensors``, today's and the older spellings.
+
+Read from diffusers 0.42: loaders/peft.py (``save_lora_adapter``), loaders/lora_base.py (pipelines'
+``save_lora_weights``), utils/state_dict_utils.py (the older spellings), utils/peft_utils.py (the
+scale of a file without metadata).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Optional
+
+from torch import Tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.errors import FileError
+from paramlora.formats import peft
+from paramlora.formats.base import COMPONENTS, Base
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    number,
+    parsed,
+    refuse_dora,
+    report_unused,
+)
+from paramlora.formats.factors import grouped, kernels, pair
+from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+
+METADATA = "lora_adapter_metadata"
+_ROLES = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}
+_SPELLINGS = tuple(
+    re.compile(spelling)
+    for spelling in (
+        r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.[^.]+)?\.weight",  # 0.22 and later
+        r"(?P<path>.+)\.lora_(?P<role>[AB])",  # mochi
+        r"(?P<path>.+)\.lora_(?P<role>down|up)(?:\.weight)?",  # OneTrainer and ComfyUI
+        r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight",  # 0.19 to 0.25
+        # attention processors, before 0.22
+        r"(?P<path>.+?)(?:\.processor)?\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<role>down|up)\.weight",
+        r"(?P<path>.+)\.(?P<role>alpha)",
+    )
+)
+_SELF_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
+    """The adapter in a diffusers file, of one model or of a pipeline.
+
+    The paths keep a component's name (``unet.``); `fit` leaves it out where the model is that
+    component. Without metadata and alphas the scale is 1, as in diffusers.
+
+    Raises:
+        FileError: tensors of something else, DoRA, Control-LoRA, or half an update.
+    """
+    halves, unused = _halves(content)
+    report_unused(content, unused, options.strict)
+    configs, exact = _configs(content), recorded(content)
+    updates = {}
+    for path, half in halves.items():
+        where = f"{content.source}: {path}"
+        if not {"down", "up"} <= half.keys():
+            raise FileError(f"{where}: has {', '.join(sorted(half))} only. Save it again.")
+        update = pair(half["down"], half["up"], 1.0, where)
+        scale = _scale(path, half, configs, exact, options, where)
+        updates[path] = replace(update, scale=scale)
+    return Adapter(updates)
+
+
+def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    unused = []
+    refuse_dora(content, [k for k in content.state if "magnitude" in k or "dora_scale" in k])
+    if "lora_controlnet" in content.state:
+        raise FileError(f"{content.source}: a Control-LoRA, which is more than W + scale·B·A.")
+    for key, tensor in content.state.items():
+        match = next((m for s in _SPELLINGS if (m := s.fullmatch(key))), None)
+        if match is None:
+            unused.append(key)
+        else:
+            halves.setdefault(_path(match), {})[_ROLES[match["role"]]] = tensor
+    return halves, unused
+
+
+def _path(match: "re.Match[str]") -> str:
+    path, to = match["path"], match.groupdict().get("to")
+    if to is None:
+        return path.replace(".processor.", ".")
+    if path.endswith("self_attn"):  # of a text encoder
+        return f"{path}.{_SELF_ATTENTION[to]}"
+    return f"{path}.{'to_out.0' if to == 'to_out' else to}"
+
+
+def _configs(content: Content) -> dict[str, dict[str, Any]]:
+    """``LoraConfig``s by the prefix of their keys: ``{"unet": {...}}``, or ``{"": {...}}``."""
+    peft.check_config(content.config, content.source)
+    if METADATA not in content.metadata:
+        return {"": dict(content.config)} if content.config else {}
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in parsed(content.metadata[METADATA], content.source).items():
+        component = next((c for c in COMPONENTS if key.startswith(f"{c}.")), "")
+        found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
+    for config in found.values():
+        peft.check_config(config, content.source)
+    return found
+
+
+def _scale(
+    path: str,
+    half: Mapping[str, Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    exact: Mapping[str, Any],
+    options: Options,
+    where: str,
+) -> float:
+    r = half["down"].shape[0]
+    if "alpha" in half:
+        return scale_of(number(half["alpha"], where), r, exact.get(path), where)
+    component = next((c for c in configs if c and path.startswith(f"{c}.")), "")
+    if component not in configs and options.alpha is None:
+        return 1.0
+    config = configs.get(component, {})
+    alpha = peft.alpha(config, path.removeprefix(f"{component}."), r, options)
+    if config.get("use_rslora"):
+        return alpha / float(r**0.5)
+    return scale_of(alpha, r, exact.get(path), where)
+
+
+def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") -> Content:
+    """An adapter as the file of ``save_lora_adapter``, or a part of a pipeline's.
+
+    Args:
+        adapter: fitted to its model where kinds of layers matter.
+        base: not needed.
+        component: ``"unet"``, ``"transformer"``, ``"text_encoder"``: the pipeline's name for the
+            model; empty for a file that the model itself loads (``prefix=None``).
+
+    Raises:
+        FileError: a layer that is no Linear or convolution, named.
+    """
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    scales: dict[str, tuple[float, int]] = {}
+    start = f"{component}." if component else ""
+    for path, update in adapter.updates.items():
+        _check(path, update)
+        down, up = grouped(update) if update.groups > 1 else kernels(update)
+        r = down.shape[0]
+        ranks[path], alphas[path] = r, alpha_of(update.scale, r)
+        scales[f"{start}{path}"] = update.scale, r
+        state[f"{start}{path}.lora_A.weight"] = down.contiguous()
+        state[f"{start}{path}.lora_B.weight"] = up.contiguous()
+    config = peft.config_of(ranks, alphas, set(ranks), [])
+    flat = json.dumps({f"{start}{key}": value for key, value in config.items()}, sort_keys=True)
+    about = {"format": "pt", METADATA: flat, **scales_metadata(scales)}
+    return Content(state, about)
+
+
+def _check(path: str, update: Update) -> None:
+    peft.check_writable(path, update)
+    if update.kind in ("embedding", "parameter", "weight") or update.layout != "matrix":
+        what = "transformers Conv1D" if update.kind == "linear" else update.kind or update.layout
+        raise FileError(f"{path}: a {what}; diffusers' files hold Linear and convolutions only.")

@@ -1,0 +1,153 @@
+"""The two factors of an update, out of the shapes in which tools store them, and back."""
+
+import math
+from dataclasses import replace
+from typing import Optional
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from paramlora.adapter import Update
+from paramlora.errors import FileError
+from paramlora.formats.content import check_factors
+from paramlora.formats.merged import merged_linear
+
+
+def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
+    """An update of a Linear or a convolution out of two layers in a row.
+
+    Args:
+        down: ``[r, in]``, or ``[r, in, *kernel]``.
+        up: ``[out, r]``, or ``[out, r/groups, 1, ...]``.
+        scale: the factor itself.
+        where: the file and layer, for messages.
+
+    Raises:
+        FileError: the two do not fit each other, or no weight of one layer equals them.
+    """
+    check_factors(where, down, up)
+    kernel = tuple(down.shape[2:])
+    if any(k != 1 for k in up.shape[2:]):
+        raise FileError(
+            f"{where}: factors of {list(down.shape)} and {list(up.shape)} are not [r, in, ...] "
+            "and [out, r, 1, ...]."
+        )
+    if up.flatten(1).shape[1] != down.shape[0]:
+        return ungrouped(down, up.flatten(1), scale, where)
+    kind = "convolution" if kernel else "linear"
+    shape = (up.shape[0], *down.shape[1:])
+    return Update(down.flatten(1), up.flatten(1), scale, shape, kind=kind)
+
+
+def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
+    """An update out of a whole first and a grouped second convolution, as PEFT has them.
+
+    Group ``j`` of the output reads rows ``j`` of `down` ``[r, in, *kernel]``. A grouped weight has
+    no place for what they read of other groups' inputs: that must be zero.
+    """
+    groups = down.shape[0] // up.shape[1]
+    whole_groups = groups > 0 and not down.shape[1] % groups and not up.shape[0] % groups
+    if down.dim() < 3 or down.shape[0] % up.shape[1] or not whole_groups:
+        raise FileError(
+            f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other."
+        )
+    kernel = tuple(down.shape[2:])
+    blocks = rearrange(down.flatten(2), "(g r) (h i) k -> g h r (i k)", g=groups, h=groups)
+    own = torch.stack([blocks[j, j] for j in range(groups)])  # g r (i k)
+    if blocks.count_nonzero() != own.count_nonzero():
+        raise FileError(
+            f"{where}: the first factor of this grouped convolution reads all inputs for each "
+            f"group, and the weight of {groups} groups has no place for that: it cannot be merged "
+            'or attached here. Train it again with groups of its own ("hard": 1).'
+        )
+    a = rearrange(own, "g r i -> (g r) i")
+    rows = [up.shape[0] // groups] * groups
+    update = merged_linear(a, up, scale, rows, [True] * groups, where)
+    shape = (up.shape[0], down.shape[1] // groups, *kernel)
+    return replace(update, shape=shape, kind="convolution", groups=groups)
+
+
+def grouped(update: Update) -> tuple[Tensor, Tensor]:
+    """The reverse of `ungrouped`: ``down`` of rank ``groups · r``, ``up`` ``[out, r, 1, ...]``."""
+    assert update.shape is not None
+    g, kernel = update.groups, update.shape[2:]
+    a = rearrange(update.lora_A, "r (i k) -> r i k", k=math.prod(kernel))
+    down = a.new_zeros(g, update.r, g, *a.shape[1:])
+    for j in range(g):
+        down[j, :, j] = a
+    down = rearrange(down, "g r h i k -> (g r) (h i) k")
+    return down.reshape(*down.shape[:2], *kernel), ones(update.lora_B, len(kernel))
+
+
+def kernels(update: Update) -> tuple[Tensor, Tensor]:
+    """``[r, in, *kernel]`` and ``[out, r, 1, ...]``; the matrices themselves of a Linear."""
+    assert update.shape is not None
+    kernel = update.shape[2:]
+    if update.layout == "transposed" or not kernel:
+        return update.lora_A, update.lora_B
+    down = update.lora_A.reshape(update.r, *update.shape[1:])
+    return down, ones(update.lora_B, len(kernel))
+
+
+def check_told(path: str, update: Update, tool: str) -> None:
+    """Refuse what no file of named layers can hold, and what is not known well enough."""
+    if not path:
+        raise FileError(f"(model): {tool} names layers inside a model, and has none for itself.")
+    if update.up_kernel == "same":
+        raise FileError(
+            f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
+            "native format holds."
+        )
+    if update.shape is None or (update.kind is None and update.layout == "transposed"):
+        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+
+
+def folded(update: Update) -> Update:
+    """The same update with its scale multiplied into ``lora_B``, rounded once."""
+    b = (update.lora_B.double() * update.scale).to(update.lora_B.dtype)
+    return replace(update, lora_B=b, scale=1.0)
+
+
+def ones(matrix: Tensor, count: int) -> Tensor:
+    """`matrix` with `count` sizes of 1 behind, as the weight of a 1×1 convolution."""
+    return matrix.reshape(*matrix.shape, *[1] * count)
+
+
+def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
+    """A dense change of a weight ``[out, in, *kernel]`` as an update.
+
+    Without a `rank` it is kept to the last bit: the smaller side's identity is one factor. With
+    one it is the nearest of that rank in the Frobenius norm (Eckart and Young 1936).
+
+    Example:
+        >>> delta = torch.randn(3, 4)
+        >>> assert torch.equal(whole(delta, None).delta(), delta)
+    """
+    matrix = delta.flatten(1)
+    out, fan_in = matrix.shape
+    if rank is not None and rank < min(out, fan_in):
+        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        a, b = root[:, None] * v[:rank], u[:, :rank] * root
+        a, b = a.to(delta.dtype), b.to(delta.dtype)
+    elif out <= fan_in:
+        a, b = matrix, torch.eye(out, dtype=delta.dtype)
+    else:
+        a, b = torch.eye(fan_in, dtype=delta.dtype), matrix
+    kind = "convolution" if delta.dim() > 2 else "linear"
+    return Update(a.contiguous(), b.contiguous(), scale, tuple(delta.shape), kind=kind)
+
+
+def within(update: Update) -> Update:
+    """An update of no higher rank than its matrix holds: other tools allow more.
+
+    The two factors of such a one are multiplied out in double precision, and rounded once.
+    """
+    out, fan_in = update.lora_B.shape[-2], update.lora_A.shape[-1]
+    if update.up_kernel != 1 or update.r <= min(out, fan_in):
+        return update
+    product = (update.lora_B.double() @ update.lora_A.double()).to(update.lora_A.dtype)
+    eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
+    a, b = (product, eye) if out <= fan_in else (eye, product)
+    return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())

@@ -1,0 +1,315 @@
+"""kohya's sd-scripts and LyCORIS: one file, module paths with ``_`` for ``.``.
+
+Read from sd-scripts networks/lora.py, networks/merge_lora.py and LyCORIS modules/locon.py,
+loha.py, lokr.py.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Optional
+
+import torch
+from einops import EinopsError, einsum
+from torch import Tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.errors import FileError
+from paramlora.formats import sgm
+from paramlora.formats.base import Base, place
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    check_factors,
+    number,
+    refuse_dora,
+    report_unused,
+)
+from paramlora.formats.factors import check_told, kernels, pair, whole
+from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+
+# in front of a mangled path, and the components of a pipeline that it can mean
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    "lora_transformer": ("transformer",),
+    "lora_prior_unet": ("prior",),
+    "lora_prior_te": ("text_encoder",),
+    "lycoris": ("unet", "transformer"),
+}
+_LEAF = re.compile(
+    r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"
+    r"dora_scale|diff(?:_b)?)"
+)
+_LORA = {"lora_down.weight", "lora_up.weight"}
+_MOST = 2**29  # elements of a dense difference
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+
+
+def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
+    """The adapter in a kohya or LyCORIS file: LoRA, LoCon, LoHa, LoKr and full differences.
+
+    LoHa, LoKr and ``diff`` are dense: they are kept whole, or at the rank in `options`.
+
+    Args:
+        content: what the file holds.
+        base: the names that the mangled ones stand for; without it they stay as they are.
+        options: see `Options`; ``split`` divides alpha by the rank of one part.
+
+    Raises:
+        FileError: DoRA, a form of LyCORIS that is not read, or two weights of one mangled name.
+    """
+    modules, unused = _modules(content)
+    report_unused(content, unused, options.strict)
+    refuse_dora(content, [name for name, parts in modules.items() if "dora_scale" in parts])
+    names = {} if base is None else mangled(base)
+    exact = recorded(content)
+    updates: dict[str, Update] = {}
+    for name, parts in modules.items():
+        where = f"{content.source}: {name}"
+        if options.component and not _belongs(name, options.component):
+            continue
+        path = _path(name, names, base, options.component, where)
+        if path in updates:
+            raise FileError(
+                f"{where}: a second update of {path}. Choose one part of the file with "
+                "component=..., such as text_encoder_2."
+            )
+        updates[path] = _update(parts, exact.get(name), options, where)
+    return Adapter(updates)
+
+
+def mangled(base: Base) -> dict[str, list[str]]:
+    """``{"down_blocks_0_...": ["down_blocks.0...."]}``: the paths that a mangled name can mean.
+
+    The original names of SDXL's U-Net stand beside the model's own, which come first.
+    """
+    own: dict[str, list[str]] = {}
+    for path in base:
+        own.setdefault(path.replace(".", "_"), []).append(path)
+    original: dict[str, list[str]] = {}
+    for path, name in sgm.original_names(base).items():
+        original.setdefault(name.replace(".", "_"), []).append(path)
+    return {**original, **own}
+
+
+def _belongs(name: str, component: str) -> bool:
+    return name.startswith(f"{component}.") or component in PREFIXES.get(_prefix(name), ())
+
+
+def _prefix(name: str) -> str:
+    return next((p for p in PREFIXES if name.startswith(f"{p}_")), "")
+
+
+def _path(
+    name: str,
+    names: Mapping[str, list[str]],
+    base: Optional[Base],
+    component: Optional[str],
+    where: str,
+) -> str:
+    """The path that a key's name stands for, else the name."""
+    if base is not None and place(name, base) is not None:
+        return name  # dotted, as OneTrainer and ComfyUI write them
+    prefix = _prefix(name)
+    rest = name.removeprefix(f"{prefix}_")
+    starts = [f"{c}_" for c in PREFIXES.get(prefix, ())]
+    # transformers 5 has left out one level of CLIP's text model
+    tails = (rest, rest.removeprefix("text_model_"))
+    spelled = [start + tail for start in (*starts, "") for tail in tails]
+    paths = next((names[one] for one in spelled if one in names), [name])
+    if len(paths) > 1:
+        raise FileError(
+            f"{where}: means {' or '.join(paths)}, which kohya's format cannot tell apart."
+        )
+    found = paths[0]
+    # `fit` knows the chosen component by its name in front of a path
+    whole = component is None or found.startswith(f"{component}.")
+    return found if whole else f"{component}.{found}"
+
+
+def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    unused = []
+    for key, tensor in content.state.items():
+        match = _LEAF.fullmatch(key)
+        if match is None:
+            unused.append(key)
+        else:
+            modules.setdefault(match["name"], {})[match["leaf"]] = tensor
+    return modules, unused
+
+
+def _update(parts: Mapping[str, Tensor], exact: Any, options: Options, where: str) -> Update:
+    leaves = set(parts) - {"alpha"}
+    alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
+    if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
+        update = _lora(parts, options, where)
+        r = update.r if options.split == 1 else _part(update, options.split, where)
+        return replace(update, scale=_scale(alpha, r, exact, where))
+    if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
+        delta, r = _product(parts, where)
+    elif leaves == {"diff"}:
+        check_factors(where, parts["diff"])
+        delta, r = parts["diff"], 0
+    else:
+        raise FileError(f"{where}: {', '.join(sorted(parts))}: no form that can be read.")
+    scale = _scale(alpha, r, exact, where) if r else 1.0
+    return whole(delta.contiguous(), options.rank, scale)
+
+
+def _lora(parts: Mapping[str, Tensor], options: Options, where: str) -> Update:
+    down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+    if "lora_mid.weight" not in parts:
+        return pair(down, up, 1.0, where)
+    # Tucker: dW = sum over m, n of mid[m,n] · up[:,m] · down[n,:]; the middle joins the first
+    mid = parts["lora_mid.weight"]
+    check_factors(where, down, up, mid)
+    if mid.shape[:2] != (up.shape[1], down.shape[0]):
+        raise FileError(f"{where}: lora_mid of {list(mid.shape)} does not fit its factors.")
+    _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), where)
+    down = einsum(mid, down.flatten(1), "m n ..., n i -> m i ...")
+    return pair(down, up, 1.0, where)
+
+
+def _part(update: Update, split: int, where: str) -> int:
+    """The rank of one of the parts that training kept apart."""
+    if update.r % split:
+        raise FileError(f"{where}: rank {update.r} is not {split} equal parts (split={split}).")
+    return update.r // split
+
+
+def _scale(alpha: Optional[float], r: int, exact: Any, where: str) -> float:
+    return 1.0 if alpha is None else scale_of(alpha, r, exact, where)
+
+
+def _product(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
+    """The dense difference of LoHa or LoKr, and its rank, once its size is known to be sane."""
+    shapes = ", ".join(f"{leaf} {list(t.shape)}" for leaf, t in parts.items() if leaf != "alpha")
+    check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
+    form = loha if "hada_w1_a" in parts else lokr
+    try:
+        size = form({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})[0]
+        _check_size(size.shape, where)
+        return form(parts)
+    except (RuntimeError, KeyError, EinopsError) as error:
+        raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
+
+
+def _check_size(shape: "tuple[int, ...] | torch.Size", where: str) -> None:
+    """Refuse factors of a few bytes that would fill the memory."""
+    if math.prod(shape) > _MOST:
+        raise FileError(
+            f"{where}: a dense weight of {list(shape)} is more than any layer has. Not formed."
+        )
+
+
+def loha(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """(difference, rank) of LoHa: ``(w1a·w1b) ∘ (w2a·w2b)``, FedPara (arXiv:2108.06098) 2.2."""
+    names = [("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2")]
+    sides = []
+    for a, b, t in names:
+        wa, wb = parts[a], parts[b]
+        if t in parts:  # Tucker: w_a is [r, out], w_b [r, in], t [r, r, *kernel]
+            sides.append(einsum(parts[t], wb, wa, "i j ..., j r, i p -> p r ..."))
+        else:
+            sides.append(wa @ wb)
+    return sides[0] * sides[1], parts["hada_w1_b"].shape[0]
+
+
+def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """(difference, rank) of LoKr: ``w1 ⊗ w2``; rank 0 where both are whole, and alpha unused."""
+    rank = 0
+    if "lokr_w1" in parts:
+        w1 = parts["lokr_w1"]
+    else:
+        w1, rank = parts["lokr_w1_a"] @ parts["lokr_w1_b"], parts["lokr_w1_b"].shape[0]
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    elif "lokr_t2" in parts:
+        w2 = einsum(
+            parts["lokr_t2"],
+            parts["lokr_w2_b"],
+            parts["lokr_w2_a"],
+            "i j ..., j r, i p -> p r ...",
+        )
+        rank = parts["lokr_w2_b"].shape[0]
+    else:
+        w2, rank = parts["lokr_w2_a"] @ parts["lokr_w2_b"], parts["lokr_w2_b"].shape[0]
+    w1 = w1.reshape(*w1.shape, *[1] * (w2.dim() - w1.dim()))
+    return torch.kron(w1.contiguous(), w2.contiguous()), rank
+
+
+def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_unet") -> Content:
+    """An adapter as kohya's LoRA; ``alpha`` is ``scale · r``.
+
+    Args:
+        adapter: fitted to its model where kinds of layers matter.
+        base: not needed.
+        prefix: of every key; a component's name in front of a path (``text_encoder.``) gives its
+            own instead.
+
+    Raises:
+        FileError: a layer that is no Linear or Conv2d, or two of one mangled name.
+    """
+    state: dict[str, Tensor] = {}
+    scales: dict[str, tuple[float, int]] = {}
+    two = any(path.startswith("text_encoder_2.") for path in adapter.updates)
+    for path, update in adapter.updates.items():
+        _check(path, update)
+        name = name_of(path, prefix, two)
+        if name in scales:
+            raise FileError(
+                f"{path}: a second layer of the name {name}, which kohya's format "
+                "cannot tell apart."
+            )
+        down, up = kernels(update)
+        alpha = alpha_of(update.scale, update.r)
+        state[f"{name}.lora_down.weight"] = down.contiguous()
+        state[f"{name}.lora_up.weight"] = up.contiguous()
+        state[f"{name}.alpha"] = _alpha_tensor(alpha, down.dtype)
+        scales[name] = update.scale, update.r
+    ranks = {r for _, r in scales.values()}
+    about = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": "Dynamic",
+        **scales_metadata(scales),
+    }
+    return Content(state, about)
+
+
+def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
+    """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
+    component, _, rest = path.partition(".")
+    te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
+    te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
+    if component in te:
+        return f"{te[component]}_{rest.replace('.', '_')}"
+    return f"{prefix}_{path.replace('.', '_')}"
+
+
+def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """In the type of the factors where that holds it exactly, else in the smallest that does."""
+    for kind in (dtype, torch.float32):
+        value = torch.tensor(alpha, dtype=kind)
+        if value.item() == alpha:
+            return value
+    return torch.tensor(alpha, dtype=torch.float64)
+
+
+def _check(path: str, update: Update) -> None:
+    check_told(path, update, "kohya's format")
+    assert update.shape is not None
+    flat = update.layout == "matrix" and len(update.shape) in (2, 4)
+    if not flat or update.kind not in (None, "linear", "convolution"):
+        kind = update.kind or update.layout
+        raise FileError(
+            f"{path}: a {kind} of shape {list(update.shape)}; kohya's format holds "
+            "Linear and Conv2d only."
+        )

@@ -1,0 +1,532 @@
+"""PEFT's LoRA: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+Read from peft 0.21's writers and readers: utils/save_and_load.py, tuners/lora/layer.py,
+utils/other.py (patterns), tuners/tuners_utils.py (targets).
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Optional
+
+from einops import rearrange
+from torch import Tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.errors import FileError
+from paramlora.formats.base import COMPONENTS, Base, place
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    check_whole,
+    number,
+    refuse_dora,
+    report,
+    report_unused,
+)
+from paramlora.formats.factors import check_told, grouped, kernels, pair
+from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<name>[^.]+))?\.weight")
+_EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<role>[AB])(?:\.(?P<name>[^.]+))?")
+_INNER = ".base_layer"
+# what these do is more than W + scale·B·A
+_BEYOND = (
+    "use_dora lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
+    "monteclora_config arrow_config layer_replication use_bdlora"
+).split()
+_TYPES: dict[str, tuple[type, ...]] = {
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "target_modules": (list, str),
+    "target_parameters": (list,),
+    "exclude_modules": (list, str),
+    "modules_to_save": (list,),
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two tensors of one layer, under the path that the file gives it."""
+
+    a: Tensor
+    b: Tensor
+    embedding: bool = False
+
+
+def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
+    """The adapter in a PEFT file.
+
+    Args:
+        content: `config` is ``adapter_config.json``; without one ``alpha`` is ``r`` unless
+            `options` tells it, with a warning.
+        base: needed for expert parameters, whose names the file does not hold.
+        options: see `Options`.
+
+    Raises:
+        FileError: tensors of something else, DoRA and other terms beyond ``W + scale·B·A``,
+            or a target that got no tensors.
+    """
+    check_config(content.config, content.source)
+    if not content.config and options.alpha is None:
+        report(
+            content.source,
+            "the scale is not in this file",
+            ["adapter_config.json is missing"],
+            False,
+            "Using 1; give alpha for another.",
+        )
+    adapter = read_pairs(content, content.config, base, options)
+    if base is not None:
+        _report_targets(content, base, adapter, options)
+    return adapter
+
+
+def read_pairs(
+    content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
+) -> Adapter:
+    """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
+    found, rest = _pairs(content)
+    whole = _whole(rest, content.state, config)
+    report_unused(content, rest - whole.keys(), options.strict)
+    exact = recorded(content)
+    updates: dict[str, Update] = {}
+    for path, pair_ in found.items():
+        key, made = _update(path, pair_, found, config, base, options, content.source)
+        if made is None:
+            continue
+        r = made.r if made.layout == "stack" or pair_.embedding else pair_.a.shape[0]
+        value = alpha(config, _pattern_path(path, key), r, options)
+        root = math.sqrt(r) if config.get("use_rslora") else None
+        scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
+        updates[key] = replace(made, scale=scale)
+    return Adapter(updates, whole=dict(whole.values()))
+
+
+def _whole(
+    rest: set[str], state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[str, Tensor]]:
+    """``{key: (path, tensor)}`` of what PEFT trained whole: ``modules_to_save``, and biases."""
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    found = {}
+    for key in sorted(rest):
+        module, _, name = key.removeprefix(PREFIX).rpartition(".")
+        bias = name == "bias" and config.get("bias", "none") != "none"
+        if bias or any(f".{part}." in f".{module}." for part in saved):
+            # with bias="all" PEFT saves those of its wrapper too: the frozen one and a second time
+            own = module.removesuffix(_INNER).removesuffix(".modules_to_save")
+            path = f"{own.removesuffix('.original_module')}.{name}".removesuffix(".weight")
+            frozen = ".original_module." in key
+            found[key] = (
+                path,
+                state[key.replace(".original_module", "")] if frozen else state[key],
+            )
+    return found
+
+
+def check_config(config: Mapping[str, Any], source: str) -> None:
+    """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise FileError(f'{source}: peft_type "{kind}"; only "LORA" can be read.')
+    for name, types in _TYPES.items():
+        if not isinstance(config.get(name), (*types, type(None))):
+            raise FileError(
+                f'{source}: "{name}" is {config[name]!r}; its configuration is damaged.'
+            )
+    beyond = [name for name in _BEYOND if config.get(name)]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        beyond.append(f'init_lora_weights="{init}" (which changed the base weights)')
+    if beyond:
+        raise FileError(
+            f"{source}: {', '.join(beyond)}: more than W + scale·B·A. Merge it with peft "
+            "(merge_and_unload), or train it without."
+        )
+
+
+def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    embeddings, names, unused = set(), set(), []
+    refuse_dora(content, [key for key in content.state if "lora_magnitude_vector" in key])
+    for key, tensor in content.state.items():
+        stem = (
+            key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
+        )
+        match = _FACTOR.fullmatch(stem) or _EMBEDDING.fullmatch(stem)
+        if match is None:
+            unused.append(key)
+            continue
+        halves.setdefault(match["path"], {})[match["role"]] = tensor
+        names.add(match["name"])
+        if match.re is _EMBEDDING:
+            embeddings.add(match["path"])
+    if len(names) > 1:
+        raise FileError(
+            f"{content.source}: several adapters in one file: {sorted(map(str, names))}."
+        )
+    check_whole(content, halves)
+    pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
+    copies = {f"{path}{_INNER}.weight" for path in embeddings}  # save_embedding_layers
+    return pairs, {key for key in unused if key.removeprefix(PREFIX) not in copies}
+
+
+def _update(
+    path: str,
+    pair_: _Pair,
+    found: Mapping[str, _Pair],
+    config: Mapping[str, Any],
+    base: Optional[Base],
+    options: Options,
+    source: str,
+) -> tuple[str, Optional[Update]]:
+    """(path of the weight, its update with scale 1); None for an untouched half of attention."""
+    where = f"{source}: {path}"
+    if pair_.embedding:
+        shape = (pair_.a.shape[1], pair_.b.shape[0])
+        return path, Update(pair_.a, pair_.b, 1.0, shape, "transposed", kind="embedding")
+    inside = f"{path}{_INNER}.out_proj"
+    if inside in found or path.endswith(f"{_INNER}.out_proj"):
+        # PEFT always adapts both weights of attention: one that was never trained has B = 0
+        other = found.get(inside) or found.get(path.removesuffix(f"{_INNER}.out_proj"))
+        idle = not pair_.b.any() and other is not None and bool(other.b.any())
+        own = path.replace(_INNER, "") if inside not in found else f"{path}.in_proj_weight"
+        kind = "parameter" if inside in found else "linear"
+        return own, None if idle else replace(pair(pair_.a, pair_.b, 1.0, where), kind=kind)
+    owner = path
+    while owner.endswith(_INNER):
+        owner = owner.removesuffix(_INNER)
+    parameters = _parameters(owner, config, base, where)
+    if parameters:
+        return _expert(path, owner, parameters, pair_, config, base, where)
+    turned = bool(config.get("fan_in_fan_out")) and pair_.a.dim() == 2
+    update = pair(pair_.a, pair_.b, 1.0, where)
+    if turned and update.shape is not None:
+        update = replace(update, layout="transposed", shape=update.shape[::-1])
+    return path, update
+
+
+def _parameters(
+    owner: str, config: Mapping[str, Any], base: Optional[Base], where: str
+) -> list[str]:
+    """The parameters of `owner` that ``target_parameters`` names, innermost wrapper first.
+
+    PEFT wraps them in the order in which the module holds them, which only a model tells.
+    """
+    wanted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    if not wanted:
+        return []
+    there = place_of_owner(owner, base) if base is not None else owner
+    if base is None:
+        named = [t for t in wanted if _suffix(owner, t.rpartition(".")[0])]
+        if len(named) > 1:
+            raise FileError(
+                f"{where}: several parameters of one module; give the model, which "
+                "knows their order."
+            )
+        return [f"{owner}.{named[0].rpartition('.')[2]}"] if named else []
+    start = f"{there}."
+    keys = [key for key in base if key.startswith(start) and "." not in key[len(start) :]]
+    own = [there] if there in base and any(_suffix(f"{owner}.weight", t) for t in wanted) else []
+    return own + [k for k in keys if any(_suffix(k, t) for t in wanted)]
+
+
+def place_of_owner(owner: str, base: Base) -> str:
+    """`owner` without a component's name in front, where the base has none."""
+    if any(key == owner or key.startswith(f"{owner}.") for key in base):
+        return owner
+    for component in COMPONENTS:
+        rest = owner.removeprefix(f"{component}.")
+        if rest != owner and any(key.startswith(f"{rest}.") for key in base):
+            return rest
+    return owner
+
+
+def _suffix(path: str, tail: str) -> bool:
+    return path == tail or path.endswith(f".{tail}")
+
+
+def _expert(
+    path: str,
+    owner: str,
+    parameters: list[str],
+    pair_: _Pair,
+    config: Mapping[str, Any],
+    base: Optional[Base],
+    where: str,
+) -> tuple[str, Update]:
+    depth = path.count(_INNER, len(owner))
+    if depth >= len(parameters):
+        raise FileError(f"{where}: more wrapped parameters than the model has: {parameters}.")
+    name = parameters[len(parameters) - 1 - depth]
+    r = int(number(_lookup(config, "rank_pattern", name, config.get("r")), f"{where}, r"))
+    count, extra = divmod(pair_.a.shape[0], max(r, 1))
+    if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
+        raise FileError(
+            f"{where}: factors of {list(pair_.a.shape)} and {list(pair_.b.shape)} for "
+            f"experts of rank {r}."
+        )
+    if count == 1 and (base is None or len(base[name].shape) == 2):
+        return name, replace(pair(pair_.a, pair_.b, 1.0, where), kind="parameter")
+    if base is None:
+        raise FileError(
+            f"{where}: {count} experts, stored as [out, in] or [in, out]; give the "
+            "model, which knows."
+        )
+    a = rearrange(pair_.a, "(e r) i -> e r i", e=count)
+    b = rearrange(pair_.b, "o (r e) -> e o r", e=count)
+    shape = base[name].shape
+    plain, swapped = (b.shape[1], a.shape[2]) == shape[-2:], (a.shape[2], b.shape[1]) == shape[-2:]
+    if swapped and (base[name].input_first or not plain):
+        a, b = b.mT.contiguous(), a.mT.contiguous()
+    return name, Update(a, b, 1.0, shape, "stack", kind="parameter")
+
+
+def _pattern_path(path: str, key: str) -> str:
+    """The path at which PEFT looks up a layer's rank and alpha: attention's own, for both."""
+    if key.endswith(".in_proj_weight"):
+        return key.removesuffix(".in_proj_weight")
+    return path.removesuffix(f"{_INNER}.out_proj") if path.endswith(f"{_INNER}.out_proj") else key
+
+
+def alpha(config: Mapping[str, Any], path: str, r: int, options: Options) -> float:
+    """The alpha of one layer, by its path in the model that PEFT adapted."""
+    fallback = r if options.alpha is None else options.alpha
+    value = _lookup(config, "alpha_pattern", path, config.get("lora_alpha", fallback))
+    return number(value, f"lora_alpha of {path}")
+
+
+def _lookup(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
+    """The first pattern that matches, as peft.utils.other.get_pattern_key."""
+    for pattern, value in (config.get(name) or {}).items():
+        try:
+            if _compiled(pattern).match(path):
+                return value
+        except re.error as error:
+            raise FileError(f'{name}: "{pattern}" is no regular expression: {error}.') from error
+    return default
+
+
+@lru_cache(4096)  # re's own cache holds fewer than the layers of a large model
+def _compiled(pattern: str) -> "re.Pattern[str]":
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _report_targets(content: Content, base: Base, adapter: Adapter, options: Options) -> None:
+    """What ``target_modules`` names in the model, and the file has no tensors for."""
+    wanted, config = content.config.get("target_modules"), content.config
+    if not wanted or wanted == "all-linear" or config.get("layers_to_transform") is not None:
+        return
+    have = {place(path, base) for path in adapter.updates}
+    missing = [
+        path
+        for path, slot in base.items()
+        if slot.kind in ("linear", "convolution", "embedding")
+        and _targeted(wanted, path)
+        and not _targeted(config.get("exclude_modules") or [], path)
+        and path not in have
+        and f"{path.rpartition('.')[0]}.in_proj_weight" not in base
+    ]
+    report(content.source, "targets without tensors", missing, options.strict, "Is it whole?")
+
+
+def _targeted(names: Any, path: str) -> bool:
+    if not isinstance(names, str):
+        return any(_suffix(path, str(name)) for name in names)
+    try:
+        return re.fullmatch(names, path) is not None
+    except re.error as error:
+        raise FileError(f'target_modules: "{names}" is no regular expression: {error}.') from error
+
+
+def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -> Content:
+    """An adapter as PEFT's file and configuration.
+
+    Args:
+        adapter: fitted to its model where kinds of layers matter (see `fit`).
+        base: needed where several parameters of one module are adapted.
+        prefix: in front of every key.
+
+    Raises:
+        FileError: a layer that PEFT cannot adapt, named with the reason.
+    """
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    scales: dict[str, tuple[float, int]] = {}
+    modules: set[str] = set()
+    parameters: list[str] = []
+    for path, update in adapter.updates.items():
+        check_writable(path, update)
+        for key, tensor, r, module in _tensors(path, update, adapter, base):
+            state[f"{prefix}{key}"] = tensor.contiguous()
+            ranks[module], alphas[module] = r, alpha_of(update.scale, r)
+            scales[path] = update.scale, r
+            if update.kind in ("parameter", "weight") and not _attention(path, adapter, base):
+                parameters.append(module)
+            else:
+                modules.add(module)
+    _check_attention(adapter, base)
+    config = config_of(ranks, alphas, modules, sorted(set(parameters)))
+    config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
+    return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def check_writable(path: str, update: Update) -> None:
+    """Refuse what is no update of a layer that PEFT knows."""
+    check_told(path, update, "PEFT")
+    known = (None, "linear", "convolution", "embedding", "parameter", "weight")
+    if update.kind not in known:
+        raise FileError(f"{path}: a {update.kind}, which PEFT cannot adapt.")
+
+
+def _tensors(
+    path: str, update: Update, adapter: Adapter, base: Optional[Base]
+) -> Iterator[tuple[str, Tensor, int, str]]:
+    """(key, tensor, rank there, module or parameter) of one update."""
+    owner = path.rpartition(".")[0]
+    if update.kind == "embedding":
+        yield f"{path}.lora_embedding_A", update.lora_A, update.r, path
+        yield f"{path}.lora_embedding_B", update.lora_B, update.r, path
+        return
+    stem, module, r = path, path, update.r
+    a, b = kernels(update) if update.layout != "stack" else _stacked(path, update, base)
+    if update.groups > 1:
+        a, b = grouped(update)
+        r = a.shape[0]
+    if _attention(path, adapter, base):
+        inside = path.endswith(".out_proj")
+        stem, module = f"{owner}{_INNER}.out_proj" if inside else owner, owner
+        yield from _idle_half(owner, update, adapter, inside)
+    elif update.kind in ("parameter", "weight"):
+        stem = _wrapped(path, update, adapter, base)
+        module = f"{path}.weight" if update.kind == "weight" else path
+    yield f"{stem}.lora_A.weight", a, r, module
+    yield f"{stem}.lora_B.weight", b, r, module
+
+
+def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, Tensor]:
+    if update.shape is None or len(update.shape) != 3:
+        raise FileError(
+            f"{path}: a stack of shape {list(update.shape or ())}; PEFT adapts 3 sizes."
+        )
+    a, b = update.lora_A, update.lora_B
+    if base is not None and path in base and base[path].input_first:
+        a, b = b.mT, a.mT
+    return rearrange(a, "e r i -> (e r) i"), rearrange(b, "e o r -> o (r e)")
+
+
+def _attention(path: str, adapter: Adapter, base: Optional[Base]) -> bool:
+    """Whether a weight is one of the two that PEFT adapts together in MultiheadAttention."""
+    owner, _, name = path.rpartition(".")
+    if name == "in_proj_weight":
+        return True
+    sibling = f"{owner}.in_proj_weight"
+    apart = base is not None and f"{owner}.q_proj_weight" in base
+    if name == "out_proj" and apart:
+        raise FileError(f"{path}: PEFT adapts attention only where q, k and v have one width.")
+    return name == "out_proj" and (sibling in adapter.updates or sibling in (base or ()))
+
+
+def _idle_half(
+    owner: str, update: Update, adapter: Adapter, inside: bool
+) -> Iterator[tuple[str, Tensor, int, str]]:
+    """Zeros for the weight of attention that has no update, since PEFT always adapts both."""
+    other = f"{owner}.in_proj_weight" if inside else f"{owner}.out_proj"
+    if other in adapter.updates:
+        return
+    stem, width = (owner, 3) if inside else (f"{owner}{_INNER}.out_proj", 1)
+    size = update.lora_B.shape[0] // (1 if inside else 3)
+    yield f"{stem}.lora_A.weight", update.lora_A.new_zeros(update.r, size), update.r, owner
+    yield f"{stem}.lora_B.weight", update.lora_B.new_zeros(width * size, update.r), update.r, owner
+
+
+def _check_attention(adapter: Adapter, base: Optional[Base]) -> None:
+    for path, update in adapter.updates.items():
+        owner, _, name = path.rpartition(".")
+        twin = adapter.updates.get(f"{owner}.out_proj") if name == "in_proj_weight" else None
+        if twin is not None and (twin.r, twin.scale) != (update.r, update.scale):
+            raise FileError(
+                f"{path} has r = {update.r} and scale {update.scale:g}, {owner}.out_proj {twin.r} "
+                f"and {twin.scale:g}: PEFT holds one of each for both."
+            )
+
+
+def _wrapped(path: str, update: Update, adapter: Adapter, base: Optional[Base]) -> str:
+    """The module of a parameter, with a wrapper for each parameter that PEFT wraps after it."""
+    owner = path if update.kind == "weight" else path.rpartition(".")[0]
+    if not owner:
+        raise FileError(f"{path}: a parameter of the model itself, which PEFT cannot adapt.")
+    siblings = [
+        p
+        for p, u in adapter.updates.items()
+        if u.kind in ("parameter", "weight")
+        and (p if u.kind == "weight" else p.rpartition(".")[0]) == owner
+    ]
+    if len(siblings) > 1 and base is None:
+        raise FileError(
+            f"{owner}: several parameters of one module ({', '.join(siblings)}). Give "
+            "the model, which knows their order."
+        )
+    order = [p for p in (base or siblings) if p in siblings]
+    return owner + _INNER * (len(order) - 1 - order.index(path))
+
+
+def _fan_in_fan_out(adapter: Adapter) -> bool:
+    turned = [p for p, u in adapter.updates.items() if _is_conv1d(u)]
+    experts = [p for p, u in adapter.updates.items() if u.kind in ("parameter", "weight")]
+    experts = [p for p in experts if not p.endswith(".in_proj_weight")]
+    if turned and experts:
+        raise FileError(
+            f"{turned[0]} is a transformers Conv1D and {experts[0]} a parameter: PEFT "
+            "refuses both in one adapter. Save two adapters."
+        )
+    return bool(turned)
+
+
+def _is_conv1d(update: Update) -> bool:
+    return update.kind == "linear" and update.layout == "transposed"
+
+
+def config_of(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    modules: set[str],
+    parameters: list[str],
+) -> dict[str, Any]:
+    """``adapter_config.json``: the commonest rank and alpha, and a pattern for every other."""
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _short(alpha),
+        "target_modules": sorted(modules),
+        "rank_pattern": {_exactly(p): v for p, v in ranks.items() if v != r},
+        "alpha_pattern": {_exactly(p): _short(v) for p, v in alphas.items() if v != alpha},
+        "use_dora": False,
+        "use_rslora": False,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
+    return {**config, "target_parameters": parameters} if parameters else config
+
+
+def _short(alpha: float) -> "int | float":
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}"

@@ -1,0 +1,92 @@
+"""torchtune's ``adapter_model.pt`` and ``adapter_config.json``.
+
+Read from torchtune modules/peft/lora.py, modules/peft/_utils.py and
+training/checkpointing/_checkpointer.py.
+"""
+
+import re
+from typing import Any, Optional
+
+from torch import Tensor
+
+from paramlora.adapter import Adapter, Update
+from paramlora.errors import FileError
+from paramlora.formats.base import Base
+from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
+from paramlora.formats.factors import pair
+from paramlora.formats.peft import alpha, check_config
+from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[ab])\.weight")
+
+
+def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
+    """The adapter in a torchtune file, under torchtune's own names of layers.
+
+    Args:
+        content: `config` is ``adapter_config.json``, which holds ``r`` and ``lora_alpha``.
+        base: not needed.
+        options: `Options.alpha` where there is no configuration.
+
+    Raises:
+        FileError: DoRA, expert layers, half an update, or tensors of something else.
+    """
+    magnitudes = [key for key in content.state if key.endswith(".magnitude")]
+    refuse_dora(content, magnitudes)
+    check_config(content.config, content.source)
+    found = halves(content, _FACTOR, options.strict)
+    return Adapter({path: _update(path, half, content, options) for path, half in found.items()})
+
+
+def _update(path: str, half: dict[str, Tensor], content: Content, options: Options) -> Update:
+    where = f"{content.source}: {path}"
+    if "lora_alpha" not in content.config and options.alpha is None:
+        raise FileError(
+            f"{where}: the scale is in adapter_config.json, which is missing. "
+            "Put it beside the file, or give alpha."
+        )
+    r = half["a"].shape[0]
+    value = alpha(content.config, path, r, options)
+    exact = recorded(content).get(path)
+    return pair(half["a"], half["b"], scale_of(value, r, exact, where), where)
+
+
+def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
+    """An adapter of Linear layers that share one rank and one scale, as torchtune's.
+
+    Raises:
+        FileError: another kind of layer, or another rank or scale than the first, named.
+    """
+    check_uniform(adapter, "torchtune")
+    first = next(iter(adapter.updates.values()))
+    state = {}
+    for path, update in adapter.updates.items():
+        state[f"{path}.lora_a.weight"] = update.lora_A.contiguous()
+        state[f"{path}.lora_b.weight"] = update.lora_B.contiguous()
+    config: dict[str, Any] = {
+        "r": first.r,
+        "lora_alpha": alpha_of(first.scale, first.r),
+        "target_modules": sorted({path.rpartition(".")[2] for path in adapter.updates}),
+        "peft_type": "LORA",
+    }
+    rest = unreachable({path: (u.scale, u.r) for path, u in adapter.updates.items()})
+    return Content(state, {}, {**config, KEY: rest} if rest else config)
+
+
+def check_uniform(adapter: Adapter, tool: str) -> None:
+    """Refuse all but Linear layers of one rank and one scale."""
+    for path, update in adapter.updates.items():
+        flat = update.layout == "matrix" and (update.shape is None or len(update.shape) == 2)
+        if not path or not flat or update.kind not in (None, "linear") or update.up_kernel != 1:
+            raise FileError(
+                f"{path or '(model)'}: a {update.kind or update.layout}; {tool}'s "
+                "files hold Linear layers inside a model only."
+            )
+    head, first = next(iter(adapter.updates.items()))
+    for path, update in adapter.updates.items():
+        if (update.r, update.scale) != (first.r, first.scale):
+            raise FileError(
+                f"{path}: r = {update.r} and scale {update.scale:g}, while {head} has {first.r} "
+                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Scales can "
+                "be folded into lora_B (fold_scale, --fold-scale)."
+            )

@@ -1,0 +1,119 @@
+"""What is in an adapter file of any tool, as values and as a printed table."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from paramlora import formats
+from paramlora.adapter import Adapter, Update
+from paramlora.disk import PathLike
+from paramlora.errors import ParamloraWarning
+from paramlora.formats import Options
+from paramlora.interchange import NATIVE, opened, weights_in
+from paramlora.native import read_native
+
+_SHOWN = 60  # characters of a metadata value in the table
+_LOOSE = Options(strict=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One update of the file.
+
+    Args:
+        path: as the file names it; kohya's and cloneofsimo's names need a model to be told.
+        shape: of the weight, empty where the file does not tell.
+        r: its rank.
+        scale: its factor.
+        norm: the Frobenius norm of ``scale · B·A``.
+        flag: ``"not finite"``, ``"all zero"`` or nothing.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    r: int
+    scale: float
+    norm: float
+    flag: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole file; ``str()`` is a table, `to_dict` plain values for JSON."""
+
+    format: str
+    metadata: Mapping[str, str]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def flagged(self) -> int:
+        """How many updates have a flag."""
+        return sum(1 for row in self.rows if row.flag)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; a norm that is not finite is None, which JSON can hold."""
+        out = asdict(self) | {"flagged": self.flagged}
+        out["metadata"], out["notes"] = dict(self.metadata), list(self.notes)
+        out["rows"] = [
+            {**row, "norm": row["norm"] if math.isfinite(row["norm"]) else None}
+            for row in out["rows"]
+        ]
+        return out
+
+    def __str__(self) -> str:
+        lines = [f"format: {self.format}"]
+        for key, value in sorted(self.metadata.items()):
+            lines.append(f"{key}: {value if len(value) <= _SHOWN else value[:_SHOWN] + '...'}")
+        head = ("tensor", "shape", "r", "scale", "norm", "")
+        body = [
+            (row.path or "(model)", "×".join(map(str, row.shape)), str(row.r))
+            + (f"{row.scale:g}", f"{row.norm:.4g}", row.flag)
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in (head, *body)
+        ]
+        lines += self.notes
+        return "\n".join([*lines, f"{len(self.rows)} updates, {self.flagged} flagged"])
+
+
+def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
+    """Look into an adapter file of any tool; nothing is loaded onto a model.
+
+    Raises:
+        FileError: it cannot be read, or is no adapter that is known.
+    """
+    content = opened(path)
+    source = formats.detect(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ParamloraWarning)
+        if source == NATIVE:
+            adapter: Adapter = read_native(weights_in(path))
+        else:
+            adapter = formats.READERS[source](content, None, options)
+    notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
+    rows = tuple(_row(path_, update) for path_, update in adapter.updates.items())
+    return Inspection(source, dict(content.metadata), rows, tuple(notes))
+
+
+def _row(path: str, update: Update) -> Row:
+    a, b = update.lora_A, update.lora_B
+    finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+    flag = "not finite" if not finite else "" if a.any() and b.any() else "all zero"
+    return Row(path, update.shape or (), update.r, update.scale, _norm(update), flag)
+
+
+def _norm(update: Update) -> float:
+    """Of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
+    if update.up_kernel != 1:
+        return math.nan
+    a, b = update.lora_A.double(), update.lora_B.double()
+    squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+    return abs(update.scale) * squared.sqrt().item()
