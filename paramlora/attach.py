@@ -1,24 +1,30 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paramlora.config import ConfigLike, as_config
-from paramlora.errors import AdapterError, ParamloraWarning
+from paramlora.config import ConfigLike, LoRAConfig, as_config
+from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.forwards import honours_dropout
 from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
-from paramlora.layers import Shared, parametrized, refresh, shared
+from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
-from paramlora.soft import BRANCHES, Branch, add_branch, kernel_of, remove_branches
+from paramlora.placement import shard_like
+from paramlora.sharded import check_order, gathered, is_sharded
+from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
-from paramlora.targets import Target, shown, targets
+from paramlora.targets import BRANCHES, Target, check_model, shown, stem, targets, unwrapped
 from paramlora.whole import Whole
 
 
@@ -43,40 +49,71 @@ def attach(
         >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
     """
     parsed = as_config(config)
-    _check_new(model, adapter)
-    chosen = targets(model, parsed, strict)
-    return attach_targets(model, chosen, adapter, parsed.trainable_model)
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
+    chosen = targets(inside, parsed, strict)
+    _check_name(adapter, adapter_names(inside))
+    _warn_frozen(inside, parsed)
+    attach_targets(inside, chosen, adapter, parsed.trainable_model)
+    return model
 
 
 def attach_targets(
     model: nn.Module, chosen: list[Target], adapter: str, trainable_model: bool = False
-) -> nn.Module:
+) -> None:
     """Adapt the chosen tensors in place; all or nothing.
+
+    Args:
+        model: unwrapped, and checked by `check_model` and `check_order`.
+        chosen: of that model.
+        adapter: the name of this set of updates.
+        trainable_model: leave the backbone as it is, instead of freezing it.
 
     Raises:
         AdapterError: `adapter` is attached already, or another one has a tensor to itself.
     """
-    _check_new(model, adapter)
-    for target in chosen:
-        _check_alone(model, target)
-    fresh = _fresh(model, chosen, adapter)
-    frozen = not trainable_model and not adapter_names(model)
-    with _all_or_nothing(model, [model.get_submodule(target.module) for target in chosen]):
+    there = adapter_names(model)
+    _check_name(adapter, there)
+    modules = dict(model.named_modules())
+    owners = [modules[target.module] for target in chosen]
+    for module, target in zip(owners, chosen):
+        _check_alone(module, target)
+        _check_dropout(module, target)
+        _check_at_home(module, target)
+    with torch.inference_mode(False):  # else nothing made here could ever be trained
+        fresh = _fresh(model, chosen, owners, adapter)
+    frozen = not trainable_model and not there
+    with _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
-        for target, lowrank in fresh:
-            module = model.get_submodule(target.module)
-            if isinstance(lowrank, Branch):
-                add_branch(module, lowrank)
+        for module, target, update in fresh:
+            update.train(module.training)
+            if isinstance(update, Branch):
+                add_branch(module, update)
             else:
-                _register(module, target.tensor, lowrank)
+                _register(module, target.tensor, update)
     if checkpoints_reentrantly(model):
         enable_input_grads(model)
-    return model
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
-    """Take updates off without merging; the base comes back bit for bit."""
+    """Take updates off without merging; the base comes back bit for bit.
+
+    What `attach` froze stays frozen, as ``model.requires_grad_(True)`` undoes.
+
+    Args:
+        model: with adapters attached, or none: then nothing happens.
+        adapters: a name or several; all when None.
+
+    Raises:
+        AdapterError: an adapter that is not attached.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> before = layer.weight
+        >>> assert detach(attach(layer, {"weight": {"r": 2}})).weight is before
+    """
     chosen = check_adapters(model, adapters)
     for module in list(model.modules()):
         for name, plist in updates_of(module):
@@ -96,16 +133,42 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     """Which adapters act, and how strongly; those not named are switched off.
 
     Raises:
-        AdapterError: a name that is not attached.
+        AdapterError: a name that is not attached, or a strength that is no finite number.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 1}}, adapter="style")
+        >>> set_adapters(model, {"style": 0.7})
+        >>> assert model.parametrizations.weight[0].strength == 0.7
     """
+    if not isinstance(strengths, Mapping):
+        raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
+    wanted = {name: _strength(name, value) for name, value in strengths.items()}
     for _, _, update in updates(model):
-        update.strength = float(strengths.get(update.adapter, 0.0))
+        update.strength = wanted.get(update.adapter, 0.0)
+
+
+def _strength(name: str, value: Any) -> float:
+    # bool is refused as in the configuration: on and off are what a mapping without a name says
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise AdapterError(
+            f'adapter "{name}": its strength must be a finite number, got {value!r}.'
+        )
+    return float(value)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is the base, exactly."""
+    """Inside the block the model is the base, exactly.
+
+    The strengths belong to the model: another thread that calls it meanwhile also sees the base.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        >>> with disable_adapters(model):
+        ...     assert model.weight is model.parametrizations.weight.original
+    """
     before = [(update, update.strength) for _, _, update in updates(model)]
     try:
         for update, _ in before:
@@ -123,9 +186,9 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
     """(path of the tensor in files, owner, update) of every low-rank update, each once."""
-    for stem, module, update in updates(model):
+    for path, module, update in updates(model):
         if isinstance(update, LowRank):
-            yield stem, module, update
+            yield path, module, update
 
 
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
@@ -139,28 +202,23 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `updates`, with an update that tied tensors share once for each holder."""
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         for name, plist in updates_of(module):
-            stem = ".".join(part for part in (path, "" if name == "weight" else name) if part)
-            yield from ((stem, module, p) for p in plist if isinstance(p, Switched))
+            yield from ((stem(path, name), module, p) for p in plist if isinstance(p, Switched))
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     """(tensor name, torch's list of parametrizations or our list of soft branches)."""
-    found = list(parametrized(module).items()) if parametrize.is_parametrized(module) else []
-    branches = module._modules.get(BRANCHES)
-    return found + ([("weight", branches)] if branches is not None else [])
-
-
-def _check_new(model: nn.Module, adapter: str) -> None:
-    if adapter in adapter_names(model):
-        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+    soft = [("weight", module._modules[BRANCHES])] if BRANCHES in module._modules else []
+    return [*parametrized(module).items(), *soft]
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
     """The named adapters (all when None), or an AdapterError that lists what is there."""
     there = adapter_names(model)
     names = there if adapters is None else [adapters] if isinstance(adapters, str) else adapters
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        raise AdapterError(f"expected the names of adapters, got {names!r}.")
     for name in names:
         if name not in there:
             raise AdapterError(
@@ -169,42 +227,75 @@ def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list
     return list(names)
 
 
-def _fresh(model: nn.Module, chosen: list[Target], adapter: str) -> list[tuple[Target, Switched]]:
+def _check_name(adapter: Any, there: list[str]) -> None:
+    if not isinstance(adapter, str) or not adapter:
+        raise AdapterError(f"an adapter's name must be a non-empty string, got {adapter!r}.")
+    if adapter in there:
+        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+
+
+def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
+    if not config.trainable_model:
+        return
+    ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
+        warnings.warn(
+            f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
+            "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
+            ParamloraWarning,
+            stacklevel=3,
+        )
+
+
+_Fresh = list[tuple[nn.Module, Target, Switched]]
+
+
+def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> _Fresh:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
-    claims: dict[int, list[Target]] = {}
-    for target in chosen:
-        claims.setdefault(id(base_of(model, target)), []).append(target)
+    claims: dict[int, list[tuple[nn.Module, Target]]] = {}
+    for module, target in zip(owners, chosen):
+        claims.setdefault(id(base_of(module, target.tensor)), []).append((module, target))
     count = holders(model)
     out = []
     for key, group in claims.items():
-        whole = len(group) == count[key] and len({t.entry for t in group}) == 1
+        entries = {target.entry for _, target in group}
+        whole = len(group) == count[key] and len(entries) == 1
         if count[key] > 1 and not whole:
-            _warn_tied(model, key, group)
-        shared_by_all = whole and group[0].entry.hard
-        first = _new(model, group[0], adapter)
-        for target in group:
-            same = target is group[0] or shared_by_all
-            out.append((target, first if same else _new(model, target, adapter)))
+            _warn_tied(model, key, [target for _, target in group])
+        first = _new(*group[0], adapter)
+        for module, target in group:
+            same = target is group[0][1] or (whole and target.entry.hard)
+            out.append((module, target, first if same else _new(module, target, adapter)))
     return out
 
 
-def _new(model: nn.Module, target: Target, adapter: str) -> Switched:
-    module, entry = model.get_submodule(target.module), target.entry
-    base = base_of(model, target)
+def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
+    entry, base = target.entry, base_of(module, target.tensor)
     update: Switched
     if entry.whole:
+        _check_loaded(base, target)
         update = Whole(_value(module, target), adapter)
     else:
         fits = tuple(base.shape) == target.shape
         update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
         if entry.init != "default":
-            initialise(update, _value(module, target), entry.init)
+            initialise(update, gathered(_value(module, target)), entry.init)
         update.dropout = entry.dropout
+        if is_sharded(base):
+            shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
     update.entry = entry
     update.written_by_reader = getattr(module, "max_norm", None) is not None
     return update
+
+
+def _check_loaded(base: Tensor, target: Target) -> None:
+    if base.is_meta:
+        raise TargetError(
+            f'"{target.entry.name}" ("whole") matches {target.path or "weight"}, which lies on the '
+            "meta device and has no values to start from. Load the model first."
+        )
 
 
 def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
@@ -221,8 +312,7 @@ def _value(module: nn.Module, target: Target) -> Tensor:
     return shown(module, target.tensor).detach() if known is None else known.detach()
 
 
-def _check_alone(model: nn.Module, target: Target) -> None:
-    module = model.get_submodule(target.module)
+def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
     for update in there:
         if isinstance(update, Whole) or (target.entry.whole and isinstance(update, LowRank)):
@@ -233,17 +323,48 @@ def _check_alone(model: nn.Module, target: Target) -> None:
             )
 
 
+def _check_dropout(module: nn.Module, target: Target) -> None:
+    if is_sharded(base_of(module, target.tensor)) and (
+        target.entry.dropout or not target.entry.hard
+    ):
+        raise TargetError(
+            f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
+            'only "hard": 1 without "dropout" acts. Change the entry, or attach before sharding.'
+        )
+    if not target.entry.dropout or not target.entry.hard:
+        return
+    held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
+    ours = all(isinstance(p, Switched) for p in held)
+    base = type(module).__bases__[0] if held else type(module)
+    if target.tensor != "weight" or not ours or not honours_dropout(base):
+        raise TargetError(
+            f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
+            f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "
+            "Remove it there."
+        )
+
+
+def _check_at_home(module: nn.Module, target: Target) -> None:
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        raise TargetError(
+            f'"{target.entry.name}" matches {target.path or "weight"}, which accelerate keeps '
+            "elsewhere and brings in for each call, where no update would find it. Give that layer "
+            "a device in the device map, or leave it out."
+        )
+
+
 def holders(model: nn.Module) -> "Counter[int]":
     """How many layers hold each parameter, by ``id``; a shared layer counts once."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
 
-def base_of(model: nn.Module, target: Target) -> Tensor:
-    """The first stored tensor behind a target: the parameter, or torch's original of it."""
-    module = model.get_submodule(target.module)
-    if target.tensor in module._parameters:
-        return module._parameters[target.tensor]  # type: ignore[return-value]
-    plist = parametrized(module)[target.tensor]
+def base_of(module: nn.Module, name: str) -> Tensor:
+    """The first stored tensor behind ``module.name``: the parameter, or torch's original of it."""
+    held = module._parameters.get(name)
+    if held is not None:
+        return held
+    plist = parametrized(module)[name]
     return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
 
 
@@ -264,20 +385,25 @@ def _all_or_nothing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None
     """Put the modules back as they were when anything stops the block, Ctrl-C included."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     inside = [m for module in modules for m in (module, *_own(module))]
-    saved = [(m, type(m), m.__dict__.copy(), _containers(m)) for m in inside]
+    saved = [(m, type(m), [(held, held.copy()) for held in _held(m)]) for m in inside]
     try:
         yield
     except BaseException:
-        for module, cls, state, containers in saved:
+        for module, cls, containers in saved:
             module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(state)
             for held, content in containers:
                 held.clear()
-                held.extend(content) if isinstance(held, list) else held.update(content)
+                held.update(content)
         for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
         raise
+
+
+def _held(module: nn.Module) -> "tuple[dict[Any, Any], ...]":
+    """What registering an update changes in a module, besides its class."""
+    hooks = (module._forward_hooks, module._forward_hooks_with_kwargs)
+    return (module._parameters, module._modules, *hooks)
 
 
 def _own(module: nn.Module) -> list[nn.Module]:
@@ -286,49 +412,70 @@ def _own(module: nn.Module) -> list[nn.Module]:
     return [m for held in lists if held is not None for m in held.modules()]
 
 
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    held = [v for v in module.__dict__.values() if isinstance(v, (dict, list))]
-    return [(v, v.copy()) for v in held]
+def _register(module: nn.Module, name: str, update: Switched) -> None:
+    """What torch's `register_parametrization` does, with one class for many layers."""
+    update.order, update.former = _former(module)
+    lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
+    base = type(module).__bases__[0] if lists else type(module)
+    if name in lists:
+        lists[name].append(update)
+        lists[name].unsafe = True
+    else:
+        weight: Any = module._parameters.pop(name)
+        # torch would swap a sharded or quantised tensor with itself, which it refuses to do
+        odd = is_traceable_wrapper_subclass(weight)
+        stands_in = (
+            nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), False)
+            if odd
+            else weight
+        )
+        lists[name] = parametrize.ParametrizationList([update], stands_in, unsafe=True)
+        lists[name]._parameters["original"] = weight
+    module.__class__ = shared(base, frozenset(lists))
 
 
-def _register(module: nn.Module, name: str, lowrank: Switched) -> None:
-    ours = not parametrize.is_parametrized(module) or isinstance(type(module), Shared)
-    lowrank.order = _order(module)
-    if isinstance(type(module), Shared):
-        # else torch would put a property of this one layer on the class that many share
-        names = frozenset(parametrized(module)) | {name}
-        module.__class__ = shared(type(module).__bases__[0], names)
-    parametrize.register_parametrization(module, name, lowrank, unsafe=True)
-    if ours:
-        base = type(module).__bases__[0]
-        base = base.__bases__[0] if isinstance(base, Shared) else base
-        module.__class__ = shared(base, frozenset(parametrized(module)))
-
-
-def _order(module: nn.Module) -> tuple[str, ...]:
-    """The order of the parameters before the first registration, which a state dict shows."""
+def _former(module: nn.Module) -> tuple[tuple[str, ...], type]:
+    """Before the first registration: the order of the parameters, which a state dict shows,
+    and the class, which is torch's own where somebody else's parametrization was there."""
     for plist in parametrized(module).values():
-        for lowrank in plist:
-            if isinstance(lowrank, Switched):
-                return lowrank.order
-    return tuple(module._parameters)
+        for update in plist:
+            if isinstance(update, Switched):
+                return update.order, update.former
+    return tuple(module._parameters), type(module)
 
 
 def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> None:
     """Keep only `kept` of the updates in one list; the base tensor is untouched."""
     if len(kept) == len(plist):
         return
-    soft = plist is module._modules.get(BRANCHES)
-    if not kept and soft:
-        remove_branches(module)
-    elif not kept:
-        order = _order(module)
+    if plist is module._modules.get(BRANCHES):
+        _keep(plist, kept)
+        if not kept:
+            remove_branches(module)
+        return
+    order, former = _former(module)
+    if kept:
+        _keep(plist, kept)
+    else:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for key in order:
             if key in module._parameters:
                 module._parameters[key] = module._parameters.pop(key)
         refresh(module)
-    else:
-        for index in reversed(range(len(plist))):
-            if not any(plist[index] is k for k in kept):
-                del plist[index]
+    if parametrized(module):
+        module.__class__ = _class_of_the_rest(module, former)
+
+
+def _keep(held: Any, kept: list[nn.Module]) -> None:
+    for index in reversed(range(len(held))):
+        if not any(held[index] is one for one in kept):
+            del held[index]
+
+
+def _class_of_the_rest(module: nn.Module, former: type) -> type:
+    """The class for the parametrizations that are left: torch's own where none is ours."""
+    lists, cls = parametrized(module), type(module)
+    ours = _former(module)[1] is not cls
+    if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
+        return former
+    return shared(cls.__bases__[0], frozenset(lists))

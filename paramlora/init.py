@@ -27,10 +27,12 @@ def initialise(lowrank: LowRank, weight: Tensor, init: str) -> None:
     Raises:
         TargetError: `weight` has no values yet (the meta device), or is not finite.
     """
+    if init == "default":
+        return
+    _check_values(weight, init)
     if init in _RANDOM:
         _RANDOM[init](lowrank.lora_A)
-    elif init in _FROM_WEIGHT:
-        _check_values(weight, init)
+    else:
         matrix = _matrix(weight, lowrank).to(lowrank.lora_A.dtype)
         b, a = _FROM_WEIGHT[init](matrix, lowrank.r, lowrank.lora_scale)
         lowrank.start_from(a.reshape(lowrank.lora_A.shape), b.reshape(lowrank.lora_B.shape))
@@ -109,8 +111,8 @@ def _matrix(weight: Tensor, lowrank: LowRank) -> Tensor:
 def _check_values(weight: Tensor, init: str) -> None:
     if weight.is_meta:
         raise TargetError(
-            f'"init": "{init}" reads the weight, which lies on the meta device. Load it first, or '
-            'attach with "init": "default".'
+            f'"init": "{init}" of a weight on the meta device: it has no values yet, and what '
+            'gives it memory starts the factors by "default". Load the model first.'
         )
-    if not torch.isfinite(weight).all():
+    if init in _FROM_WEIGHT and not torch.isfinite(weight).all():
         raise TargetError(f'"init": "{init}" reads the weight, which is not finite.')

@@ -5,19 +5,12 @@ relative size 1e-3. cuBLAS rounds in between even in ``addmm`` (measured on an H
 product is computed here, in the accumulator that also takes the low-rank one. Partial sums are
 added in a fixed order: every result is deterministic.
 
-Imported only when a 16-bit CUDA tensor comes; everything works without Triton. Sizes are named as
-in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`` summed, and ``R`` the padded rank.
+Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`` summed, and ``R``
+is the padded rank. `paramlora.launch` chooses the tiles.
 """
 
-from typing import NamedTuple, Optional
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-WIDEST = 64  # above this rank the thin products go to cuBLAS, which is efficient there
 
 
 @triton.jit
@@ -53,12 +46,12 @@ def _low_rank_of_sum(acc, total, p, q, rm, rn, first, M, N, R: tl.constexpr):
 
 
 @triton.jit
-def _matmul_tma(
+def matmul_tma(
     x, w, f, y, p, q, bias, M, N, K,
     FUSED: tl.constexpr, BIAS: tl.constexpr, ROWS_OUT: tl.constexpr, R: tl.constexpr,
     STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``y = x @ w + p @ q + bias``; loads by the tensor memory engine, see `matmul`."""
+    """``y = x @ w + p @ q + bias``; loads by the tensor memory engine, see `launch.matmul`."""
     row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -84,7 +77,7 @@ def _matmul_tma(
 
 
 @triton.jit
-def _matmul(
+def matmul(
     x, w, f, y, p, q, bias, M, N, K, x_row, w_k, w_n,
     FUSED: tl.constexpr, BIAS: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
     STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -123,8 +116,8 @@ def _matmul(
 
 
 @triton.jit
-def _pack(
-    a, b, scale, strength, a_out, b_out, fan_in, out, r, a_rank, a_in, b_out_stride, b_rank,
+def pack(
+    a, b, scale, a_out, b_out, strength, fan_in, out, r, a_rank, a_in, b_dim, b_rank,
     R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The factors cast once, rank first and padded with zeros; the scale goes into B's."""
@@ -139,16 +132,14 @@ def _pack(
     else:
         rd += (block - blocks) * BD
         valid = (rr[:, None] < r) & (rd[None, :] < out)
-        value = tl.load(
-            b + rr[:, None] * b_rank + rd[None, :] * b_out_stride, mask=valid, other=0.0
-        )
+        value = tl.load(b + rr[:, None] * b_rank + rd[None, :] * b_dim, mask=valid, other=0.0)
         value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
         where = b_out + rr[:, None] * out + rd[None, :]
         tl.store(where, value.to(b_out.dtype.element_ty), mask=rd[None, :] < out)
 
 
 @triton.jit
-def _project(
+def project(
     x, f, p, M, K, x_row,
     WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -172,11 +163,27 @@ def _project(
 
 
 @triton.jit
-def _outer(
-    x, v, dy, u, part, M, fan_in, out, x_row, dy_row, rows,
-    R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+def _gradients(
+    acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED: tl.constexpr, R: tl.constexpr
+):
+    """Stores rows `rd` of ``[da.T; db]``: ``da[r, fan_in]``, and ``db[out, r]`` times the scale."""
+    rr = tl.arange(0, R)
+    ranks, inner = rr[None, :] < r, rd[:, None] < fan_in
+    where = da + rr[None, :].to(tl.int64) * fan_in + rd[:, None]
+    tl.store(where, acc, mask=ranks & inner & valid[:, None])
+    if SCALED:
+        acc *= strength * tl.load(scale).to(tl.float32)
+    where = db + (rd[:, None] - fan_in).to(tl.int64) * r + rr[None, :]
+    tl.store(where, acc, mask=ranks & (rd[:, None] >= fan_in) & valid[:, None])
+
+
+@triton.jit
+def outer(
+    x, v, dy, u, part, da, db, scale, strength, M, fan_in, out, r, x_row, dy_row, rows,
+    WHOLE: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``x.T @ v`` and ``dy.T @ u`` over groups of rows: ``part[group, fan_in + out, R]``."""
+    """``x.T @ v`` and ``dy.T @ u`` over groups of rows: ``part[group, fan_in + out, R]``, or where
+    one group is the whole, the gradients themselves as in `reduce`."""
     block, group = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(fan_in, BD)
     inner = block < blocks
@@ -195,184 +202,27 @@ def _outer(
         )
         right = tl.load(thin + mm[:, None] * R + rr[None, :], mask=mm[:, None] < M, other=0.0)
         acc = tl.dot(left, right, acc)
-    part += group.to(tl.int64) * (fan_in + out) * R + tl.where(inner, 0, fan_in) * R
-    tl.store(part + rd[:, None].to(tl.int64) * R + rr[None, :], acc, mask=rd[:, None] < size)
+    if WHOLE:
+        rd += tl.where(inner, 0, fan_in)
+        valid = rd < tl.where(inner, fan_in, fan_in + out)
+        _gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+    else:
+        part += group.to(tl.int64) * (fan_in + out) * R + tl.where(inner, 0, fan_in) * R
+        tl.store(part + rd[:, None].to(tl.int64) * R + rr[None, :], acc, mask=rd[:, None] < size)
 
 
 @triton.jit
-def _reduce(
+def reduce(
     part, da, db, scale, strength, fan_in, out, r, groups,
-    SCALED: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Adds the groups in order: ``da[r, fan_in]``, and ``db[out, r]`` times the scale."""
-    rd, rr = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, R)
+    """Adds the groups in a fixed order, and stores the gradients."""
+    rd, rr, rg = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, R), tl.arange(0, BG)
     total = fan_in + out
     acc = tl.zeros((BD, R), tl.float32)
-    for group in range(groups):
-        where = part + (group * total + rd[:, None]).to(tl.int64) * R + rr[None, :]
-        acc += tl.load(where, mask=rd[:, None] < total, other=0.0)
-    ranks = rr[None, :] < r
-    inner = rd[:, None] < fan_in
-    tl.store(da + rr[None, :].to(tl.int64) * fan_in + rd[:, None], acc, mask=ranks & inner)
-    if SCALED:
-        acc *= strength * tl.load(scale).to(tl.float32)
-    where = db + (rd[:, None] - fan_in).to(tl.int64) * r + rr[None, :]
-    tl.store(where, acc, mask=ranks & (rd[:, None] >= fan_in) & (rd[:, None] < total))
-
-
-class Tiling(NamedTuple):
-    """The tile of a product, Triton's stages and warps, and which kernel computes it."""
-
-    BM: int
-    BN: int
-    BK: int
-    GROUP: int
-    stages: int
-    warps: int
-    tma: bool
-
-
-def tiling(M: int, N: int, K: int, aligned: bool) -> Tiling:
-    """The table of choices, measured on an H200 with torch 2.11 (see benchmarks/RESULTS.md)."""
-    if not aligned:
-        return (
-            Tiling(64, 64, 64, 8, 4, 4, False) if M <= 512 else Tiling(128, 128, 64, 8, 3, 8, False)
-        )
-    if M <= 512:
-        return Tiling(64, 64, 128, 8, 3, 4, True)
-    if M <= 2048 and N <= 2048:
-        return Tiling(64, 256, 64, 8, 4, 4, True)
-    if N <= 512:
-        few = Tiling(128, 128, 64, 8, 3, 8, False)
-        return few if K <= 512 else Tiling(128, 128, 64, 8, 4, 4, True)
-    if triton.cdiv(M, 128) * triton.cdiv(N, 256) >= 90:
-        return Tiling(128, 256, 64, 16, 3, 8, True)
-    return Tiling(64, 128, 64, 8, 4, 4, True)
-
-
-def fuses(M: int, N: int, R: int) -> bool:
-    """Whether `matmul` computes p inside: R more columns for each column of tiles, against a
-    launch and a read of x; measured like `tiling`."""
-    return R <= 16 and (M <= 512 or N <= 1024 or (M <= 2048 and N <= 2048))
-
-
-def padded(r: int) -> int:
-    """The rank that tensor cores take: a power of two of at least 16."""
-    return max(16, 1 << (r - 1).bit_length())
-
-
-def pack(
-    lora_A: Tensor, lora_B: Tensor, scale: Tensor, strength: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``A[R, in]`` and ``strength · scale · B.T[R, out]`` in `dtype`, padded with zeros."""
-    (r, fan_in), out = lora_A.shape, lora_B.shape[0]
-    R = padded(r)
-    a = torch.empty(R, fan_in, dtype=dtype, device=lora_A.device)
-    b = torch.empty(R, out, dtype=dtype, device=lora_A.device)
-    BD = max(16, 2048 // R)
-    grid = (triton.cdiv(fan_in, BD) + triton.cdiv(out, BD),)
-    _pack[grid](
-        lora_A, lora_B, scale, strength, a, b, fan_in, out, r,
-        *lora_A.stride(), *lora_B.stride(), R=R, BD=BD, num_warps=4,
-    )  # fmt: skip
-    return a, b
-
-
-def matmul(
-    x: Tensor, w: Tensor, f: Tensor, q: Tensor, bias: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
-    """``y = x @ w + p @ q + bias`` with one rounding, and ``p = x @ f.T``.
-
-    Args:
-        x: ``[M, K]``, 16-bit, rows contiguous.
-        w: ``[K, N]``, 16-bit, any strides of which one is 1.
-        f: ``[R, K]`` of `pack`.
-        q: ``[R, N]`` of `pack`.
-        bias: ``[N]``.
-
-    Returns:
-        ``y[M, N]`` and ``p[M, R]``.
-    """
-    (M, K), N, R = x.shape, w.shape[1], f.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if M == 0:
-        return y, x.new_empty(0, R)
-    strides = (x.stride(0), *w.stride())
-    aligned = (
-        all(n % 8 == 0 for n in (K, N, *strides) if n != 1)
-        and x.data_ptr() % 16 == 0
-        and w.data_ptr() % 16 == 0
-    )
-    tile = tiling(M, N, K, aligned)
-    fused = fuses(M, N, R)
-    p = torch.empty(M, R, dtype=x.dtype, device=x.device) if fused else project(x, f)
-    grid = (triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)
-    rest = (p, q, bias if bias is not None else p, M, N, K)
-    flags = dict(FUSED=fused, BIAS=bias is not None, R=R, STEP=min(R, 32))
-    sizes = dict(BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tile.GROUP)
-    options = dict(num_stages=tile.stages, num_warps=tile.warps)
-    if tile.tma:
-        rows_out = w.stride(0) == 1
-        base, block = (w.t(), [tile.BN, tile.BK]) if rows_out else (w, [tile.BK, tile.BN])
-        _matmul_tma[grid](
-            TensorDescriptor.from_tensor(x, [tile.BM, tile.BK]),
-            TensorDescriptor.from_tensor(base, block),
-            TensorDescriptor.from_tensor(f, [R if fused else 16, tile.BK]),
-            TensorDescriptor.from_tensor(y, [tile.BM, tile.BN // 2]),
-            *rest, ROWS_OUT=rows_out, **flags, **sizes, **options,
-        )  # fmt: skip
-    else:
-        _matmul[grid](
-            x, w, f, y, *rest, *strides, WHOLE_K=K % tile.BK == 0, **flags, **sizes, **options
-        )
-    return y, p
-
-
-def project(x: Tensor, f: Tensor) -> Tensor:
-    """``x[M, K] @ f[R, K].T``, in x's type."""
-    (M, K), R = x.shape, f.shape[0]
-    if R > WIDEST or M == 0:
-        return x @ f.t()
-    p = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    BM, BK = (64, 128) if M >= 8192 else (32, 128) if M >= 2048 else (16, 256)
-    _project[(triton.cdiv(M, BM),)](
-        x, f, p, M, K, x.stride(0),
-        WHOLE_K=K % BK == 0, R=R, BM=BM, BK=BK, num_stages=4, num_warps=4,
-    )  # fmt: skip
-    return p
-
-
-def outer(
-    x: Tensor,
-    v: Tensor,
-    dy: Tensor,
-    u: Tensor,
-    r: int,
-    scale: Optional[Tensor] = None,
-    strength: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The factors' gradients in float32: ``(v.T @ x)[r, in]``, ``scale · (dy.T @ u)[out, r]``.
-
-    Without a scale the second is left unscaled.
-    """
-    (M, fan_in), out, R = x.shape, dy.shape[1], v.shape[1]
-    if R > WIDEST or M == 0:
-        da = torch.mm(v[:, :r].t(), x, out_dtype=torch.float32)
-        db = torch.mm(dy.t(), u[:, :r], out_dtype=torch.float32)
-        return da, db if scale is None else db * (scale * strength)
-    da = torch.empty(r, fan_in, dtype=torch.float32, device=x.device)
-    db = torch.empty(out, r, dtype=torch.float32, device=x.device)
-    BD, BM = 128, 64
-    blocks = triton.cdiv(fan_in, BD) + triton.cdiv(out, BD)
-    groups = max(1, min(triton.cdiv(M, 4 * BM), triton.cdiv(528, blocks)))
-    rows = triton.cdiv(triton.cdiv(M, groups), BM) * BM
-    part = torch.empty(groups, fan_in + out, R, dtype=torch.float32, device=x.device)
-    _outer[(blocks, groups)](
-        x, v, dy, u, part, M, fan_in, out, x.stride(0), dy.stride(0), rows,
-        R=R, BM=BM, BD=BD, num_stages=4, num_warps=4,
-    )  # fmt: skip
-    _reduce[(triton.cdiv(fan_in + out, 32),)](
-        part, da, db, scale if scale is not None else part, strength, fan_in, out, r, groups,
-        SCALED=scale is not None, R=R, BD=32, num_warps=4,
-    )  # fmt: skip
-    return da, db
+    for first in range(0, groups, BG):
+        group = first + rg[:, None, None]  # several at once, or their latencies would add up
+        where = part + (group * total + rd[None, :, None]).to(tl.int64) * R + rr[None, None, :]
+        valid = (group < groups) & (rd[None, :, None] < total)
+        acc += tl.sum(tl.load(where, mask=valid, other=0.0), axis=0)
+    _gradients(acc, rd, rd < total, da, db, scale, strength, fan_in, r, SCALED, R)

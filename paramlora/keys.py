@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paramlora.soft import BRANCHES
+from paramlora.targets import BRANCHES
 
 _OURS = ("lora_A", "lora_B", "lora_scale", "lora_transposed", "lora_whole", "start_A", "start_B")
 _HARD = re.compile(r"(?P<module>(?:.+\.)?)parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)")

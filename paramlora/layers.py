@@ -1,5 +1,6 @@
 """The class of an adapted layer: one for each base type, whatever the number of layers."""
 
+import copyreg
 from copy import deepcopy
 from functools import cache
 from typing import Any, Optional
@@ -7,11 +8,15 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.forwards import forward_of
+from paramlora.switch import Switched
 
 
 def parametrized(module: nn.Module) -> Any:
     """Torch's lists of parametrizations by tensor name, empty when there are none."""
-    return getattr(module, "parametrizations", {})
+    # not getattr: a wrapper may answer for the layer inside it; not get: a scripted one has none
+    held = module._modules["parametrizations"] if "parametrizations" in module._modules else None
+    return held if isinstance(held, nn.ModuleDict) else {}
 
 
 class Shared(type):
@@ -23,7 +28,8 @@ class Shared(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name not in cls.__dict__:  # ours reads each layer's own lists; torch's only one's
-            super().__setattr__(name, value)
+            ours = _tensor_property(name) if isinstance(value, property) else value
+            super().__setattr__(name, ours)
 
 
 @cache
@@ -33,7 +39,17 @@ def shared(base: type, names: frozenset[str]) -> type:
     body.update(
         __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
     )
-    return Shared(f"Parametrized{base.__name__}", (base,), body)
+    fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
+    if fast is not None:
+        body["forward"] = fast
+    cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+    return cls
+
+
+@cache
+def _meta(of_base: type) -> Any:
+    """`Shared`, together with a metaclass that the base brings, such as ``ABCMeta``."""
+    return Shared if of_base is type else type("Shared", (Shared, of_base), {})
 
 
 def _tensor_property(name: str) -> property:
@@ -41,12 +57,16 @@ def _tensor_property(name: str) -> property:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
             return lists[name]()  # type: ignore[no-any-return]
-        if name in self._parameters:
-            return self._parameters[name]
+        for held in (self._parameters, self._buffers, self.__dict__):
+            if name in held:
+                return held[name]
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def put(self: nn.Module, value: Tensor) -> None:
-        parametrized(self)[name].right_inverse(value)
+        if name in parametrized(self):
+            parametrized(self)[name].right_inverse(value)
+        else:  # of a layer that has this class for another tensor's sake
+            self.__dict__[name] = value
 
     return property(get, put)
 
@@ -58,6 +78,9 @@ def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
     flat = state.pop("_flat_weights", None)
     copy.__dict__.update(deepcopy(state, memo))
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]
+        if hasattr(self, slot):
+            setattr(copy, slot, deepcopy(getattr(self, slot), memo))
     if flat is not None:
         refresh(copy)
     return copy
@@ -81,11 +104,17 @@ def _load(base: type) -> Any:
 
     def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, plist in parametrized(self).items():
-            if prefix + name in state:
-                stem = f"{prefix}parametrizations.{name}."
+            stem = f"{prefix}parametrizations.{name}."
+            if plist.is_tensor and prefix + name in state:
                 state[stem + "original"] = state.pop(prefix + name)
-                for key, value in plist.state_dict().items():
-                    state.setdefault(stem + key, value)
+            own = {
+                f"{stem}{index}.{key}": value
+                for index, update in enumerate(plist)
+                if isinstance(update, Switched)
+                for key, value in update.state_dict().items()
+            }
+            if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
+                state.update(own)
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
 
     return load

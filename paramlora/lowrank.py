@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.sharded import take
 from paramlora.switch import Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
@@ -74,7 +75,7 @@ class LowRank(Switched):
         lead = (stack,) if layout == "stack" else ()
         where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         super().__init__(adapter, **where)
-        self.r, self.layout = r, layout
+        self.r, self.layout, self.first_scale = r, layout, scale
         self.dropout = 0.0  # on the input of the low-rank branch, set by attach
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
@@ -89,6 +90,13 @@ class LowRank(Switched):
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``A`` normal with standard deviation ``1/r``, ``B`` zero, and the scale as given."""
+        take(self.lora_A, torch.randn(self.lora_A.shape, device=self.gain.device) / self.r)
+        self.lora_B.zero_()
+        self.lora_scale.fill_(self.first_scale)
+
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Start the factors at `a` and `b`, and keep both to take them out of every sum.
 
@@ -100,8 +108,10 @@ class LowRank(Switched):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
+        own = self._parameters  # without nn.Module's look-up, which a small layer would feel
+        if self._buffers["start_A"] is None:
+            return own["lora_A"], own["lora_B"]  # type: ignore[return-value]
+        assert self.start_A is not None and self.start_B is not None
         a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
         return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
 
@@ -115,12 +125,12 @@ class LowRank(Switched):
         """Take the values of a file, bit for bit those that `plain` gave it."""
         a, b = state["lora_A"], state["lora_B"]
         if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(a[..., self.r :, :])
-            self.start_B.copy_(-b[..., self.r :])
+            take(self.start_A, a[..., self.r :, :])
+            take(self.start_B, -b[..., self.r :])
             a, b = a[..., : self.r, :], b[..., : self.r]
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
-        self.lora_scale.copy_(state["lora_scale"])
+        take(self.lora_A, a)
+        take(self.lora_B, b)
+        take(self.lora_scale, state["lora_scale"])
 
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None

@@ -1,7 +1,6 @@
 """Folding the updates into the base weights: the one writer of base weights."""
 
 import copy
-from collections import Counter
 from typing import Any
 
 import torch
@@ -19,23 +18,39 @@ from paramlora.errors import AdapterError
 from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
+from paramlora.sharded import is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
 from paramlora.whole import Whole
 
 _Job = tuple[nn.Module, str, list[Switched]]
+_Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
     """Fold the updates into the base weights and erase them; returns the same model.
 
     The sum is computed in float32 (float64 for a float64 base) and rounded once to the
-    weight's own type. Everything is checked before the first weight is written.
+    weight's own type. Everything is checked before the first weight is written. A merge that
+    is stopped half-way leaves the rest attached and the outputs as they were: merge again.
+    What `attach` froze stays frozen, as ``model.requires_grad_(True)`` undoes.
+
+    Args:
+        model: with adapters attached, or none: then nothing happens.
+        adapters: a name or several; all when None. Those that `set_adapters` weakened are
+            folded in as strongly as they act.
 
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite, a soft one with
             ``"up_kernel": "same"``, or one over a parametrization that cannot hold the sum.
+
+    Example:
+        >>> import paramlora
+        >>> layer = paramlora.attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        >>> x, y = torch.ones(1, 4), layer(torch.ones(1, 4))
+        >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
     chosen = check_adapters(model, adapters)
     for path, _, lowrank in updates(model):
@@ -49,12 +64,14 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
-    inverted = [_inverted(*job) for job in jobs]
-    _write(model, jobs, inverted)
-    for module, name, ours in jobs:
-        for tensor, held in updates_of(module):
-            if tensor == name:
-                replace(module, name, held, [p for p in held if not _among(p, ours)])
+    alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
+    for job in jobs:
+        alike.setdefault(_identity(*job), []).append((job, _inverted(*job)))
+    count = holders(model)
+    for (base, *_), group in alike.items():
+        _write(group, whole=len(group) == count[base])
+        for (module, name, ours), _ in group:
+            _erase(module, name, ours)
     tidy(model)
     return model
 
@@ -68,26 +85,26 @@ def _among(update: nn.Module, updates: list[Switched]) -> bool:
     return any(update is one for one in updates)
 
 
-def _write(model: nn.Module, jobs: list[_Job], inverted: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Write every base: one that all its holders share with the same updates is written once."""
-    count = holders(model)
-    alike = Counter(_identity(*job) for job in jobs)
-    done = set()
-    for job, values in zip(jobs, inverted):
-        module, name, ours = job
+def _write(group: list[tuple[_Job, _Values]], whole: bool) -> None:
+    """Write a base once for the holders that share it with the same updates."""
+    for _, values in group:
         for tensor, value in values:
             tensor.copy_(value)
-        key = _identity(*job)
-        if values or key in done:
-            continue
-        owner, attribute = _stored(module, name)
-        base: nn.Parameter = getattr(owner, attribute)
-        if alike[key] == count[id(base)]:
-            done.add(key)
-        else:  # tied to a holder without these updates, which must not move
-            base = nn.Parameter(base.detach().clone(), base.requires_grad)
+    plain = [_stored(module, name) for (module, name, _), values in group if not values]
+    if not plain:
+        return
+    base: nn.Parameter = getattr(*plain[0])
+    if not whole:  # tied to a holder without these updates, which must not move
+        base = nn.Parameter(base.detach().clone(), base.requires_grad)
+        for owner, attribute in plain:
             setattr(owner, attribute, base)
-        _fold(base, ours)
+    _fold(base, group[0][0][2])
+
+
+def _erase(module: nn.Module, name: str, ours: list[Switched]) -> None:
+    for tensor, held in updates_of(module):
+        if tensor == name:
+            replace(module, name, held, [p for p in held if not _among(p, ours)])
 
 
 def _identity(module: nn.Module, name: str, ours: list[Switched]) -> tuple[int, ...]:
@@ -103,8 +120,26 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _fold(base: Tensor, updates: list[Switched]) -> None:
-    base.copy_(folded(base, [_term(update) for update in updates if update.acts]))
+def _fold(base: nn.Parameter, updates: list[Switched]) -> None:
+    acting = [update for update in updates if update.acts]
+    if is_sharded(base):
+        total = _folded_together(base, acting)
+    else:
+        total = folded(base, [_term(update) for update in acting])
+    if 0 in base.stride():  # expanded: its elements share memory, which the sum's cannot
+        base.data = base.data.clone(memory_format=torch.contiguous_format)
+    base.copy_(total)
+
+
+def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
+    """Each process forms its own part of the sum, whose blocks the others could not follow."""
+    total = base.to(torch.promote_types(base.dtype, torch.float32))
+    for update in acting:
+        if isinstance(update, LowRank):
+            total = total + update.delta(base.shape, total.dtype)
+        else:
+            total = update(total)
+    return total
 
 
 def _term(update: Switched) -> Term:
@@ -115,7 +150,7 @@ def _term(update: Switched) -> Term:
     return WholeTerm(update.lora_whole, update.gain)
 
 
-def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> list[tuple[Tensor, Tensor]]:
+def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
     """(stored tensor, new value) where another parametrization acts before an update.
 
     Empty where the updates come first: they then add to the stored tensor itself.
@@ -178,7 +213,7 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
 
 def _check_finite(path: str, lowrank: Switched) -> None:
     for name, tensor in lowrank.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise AdapterError(
                 f'adapter "{lowrank.adapter}", {path}.{name}: not finite. Nothing was merged; '
                 "detach the adapter or load a sound one."

@@ -12,7 +12,8 @@ from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
-from paramlora.state import LOW_RANK, adapter_of
+from paramlora.sharded import is_sharded, wait, writes
+from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
@@ -25,13 +26,19 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
     """Write one adapter and its configuration; an older file at `path` survives a failure.
 
     The file holds the tensors of `adapter_state_dict` and describes itself in its metadata
-    (see `write_native`): `load_adapter` needs nothing else.
+    (see `write_native`): `load_adapter` needs nothing else. Where the adapter is sharded over
+    processes all of them call this; the first one writes.
 
     Raises:
         AdapterError: `adapter` is not attached.
         FileError: the file cannot be written.
     """
-    write_native(adapter_of(model, adapter), path)
+    together = any(map(is_sharded, adapter_state_dict(model, adapter).values()))
+    value = adapter_of(model, adapter)
+    if not together or writes():
+        write_native(value, path)
+    if together:
+        wait()
 
 
 def write_native(adapter: Adapter, path: PathLike) -> None:

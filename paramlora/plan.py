@@ -15,6 +15,7 @@ from paramlora.keys import Key, weights_at
 from paramlora.lowrank import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.soft import refuse_two_kernels
 from paramlora.state import LOW_RANK
+from paramlora.targets import FLOATS
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
@@ -86,10 +87,10 @@ class Contents:
     def fitted(self, weight: str, change: Change) -> Change:
         """A change with its tensor's shape and layout, where those fit it."""
         base = self.base(weight)
-        if not base.dtype.is_floating_point:
+        if base.dtype not in FLOATS:
             raise AdapterError(
-                f"{weight} is of type {base.dtype}, so quantised: an update cannot be stored in "
-                "it. Use the checkpoint from before it was quantised."
+                f"{weight} is of type {base.dtype}, in which no update can be stored. Where it was "
+                "quantised, use the checkpoint from before."
             )
         told = change.shape
         if told is not None and tuple(told) != tuple(base.shape):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from paramlora.errors import AdapterError
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
+from paramlora.targets import BRANCHES
 
-BRANCHES = "lora_branches"
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -69,6 +69,8 @@ class Branch(LowRank):
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
+        if self.dropout and layer.training:
+            x = F.dropout(x, self.dropout)
         a, b = self.factors()
         down, up = a.to(x.dtype), (b * (self.lora_scale * self.gain)).to(x.dtype)
         if isinstance(layer, nn.Linear):

@@ -12,9 +12,10 @@ from paramlora.attach import attach_targets, check_adapters, detach, placed, upd
 from paramlora.config import TargetConfig
 from paramlora.errors import FileError
 from paramlora.lowrank import LowRank, factor_dtype
+from paramlora.sharded import check_order, gathered
 from paramlora.soft import Branch
 from paramlora.switch import Switched
-from paramlora.targets import Target, adaptable, targets_at
+from paramlora.targets import Target, adaptable, check_model, targets_at, unwrapped
 from paramlora.whole import Whole
 
 LOW_RANK = ("lora_A", "lora_B", "lora_scale")
@@ -58,6 +59,11 @@ def load_adapter_state_dict(
                 f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
                 "Was it made for another model or rank?"
             )
+    for key, tensor in live.items():
+        if tensor.is_meta:
+            raise FileError(
+                f"{key} lies on the meta device, where values are lost. Load the model first."
+            )
     for stem, update in stems.items():
         update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
     return model
@@ -66,6 +72,7 @@ def load_adapter_state_dict(
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     """An attached adapter as a value: its tensors detached, and shared where they are plain.
 
+    Where it is sharded over processes all of them call this, and each gets the whole.
     Tied tensors that share one update hold the same `Update` under each of their paths.
 
     Raises:
@@ -100,9 +107,12 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
         AdapterError: an adapter of that name is attached already.
     """
     name = adapter.name if name is None else name
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
     before = [(p, p.requires_grad) for p in model.parameters()]
-    chosen = [_typed(target, adapter) for target in targets_at(model, _entries(adapter))]
-    attach_targets(model, chosen, name)
+    chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
+    attach_targets(inside, chosen, name)
     try:
         values = _values(adapter)
         needed = _live(_stems(model, name))  # of tied tensors only the first one's
@@ -117,15 +127,15 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
 
 def _value(update: Switched, target: Optional[Target]) -> "Update | Tensor":
     if isinstance(update, Whole):
-        return update.lora_whole.detach()
+        return gathered(update.lora_whole.detach())
     assert isinstance(update, LowRank)
     a, b = update.factors()
     entry = update.entry or TargetConfig("", update.r)
     soft = isinstance(update, Branch)
     return Update(
-        a.detach(),
-        b.detach(),
-        _number(update.lora_scale.detach(), entry.scale),
+        gathered(a.detach()),
+        gathered(b.detach()),
+        _number(gathered(update.lora_scale.detach()), entry.scale),
         None if target is None else target.shape,
         update.layout,
         isinstance(update.lora_scale, nn.Parameter),

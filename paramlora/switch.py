@@ -23,6 +23,7 @@ class Switched(nn.Module):
     acts: bool
     fully: bool
     order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
+    former: type = nn.Module  # the owner's class before the first, set when registered
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
 
@@ -44,9 +45,16 @@ class Switched(nn.Module):
         self.gain.fill_(value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
+        lazy = self.gain.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.gain.fill_(self._strength)  # lost in a narrower type, or in memory that is new
+        if lazy and not self.gain.is_meta:
+            self.reset_parameters()
         return self
+
+    def reset_parameters(self) -> None:
+        """Start anew, where a model from the meta device has been given its memory."""
+        raise NotImplementedError
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""

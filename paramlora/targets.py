@@ -6,17 +6,22 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
-from paramlora.lowrank import Layout, LowRank, matrix_shape
+from paramlora.lowrank import Layout, matrix_shape
+from paramlora.switch import Switched
 
+BRANCHES = "lora_branches"  # the name under which a layer holds its soft updates
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# compiled, checkpointed and sharded layers have the user's layer under one of these names
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 
@@ -42,8 +47,7 @@ class Target:
     @property
     def path(self) -> str:
         """The key's stem in files: the module path, with the tensor's name unless ``weight``."""
-        parts = [self.module] if self.module else []
-        return ".".join(parts + ([] if self.tensor == "weight" else [self.tensor]))
+        return stem(self.module, self.tensor)
 
     @property
     def parameters(self) -> int:
@@ -63,10 +67,18 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
         strict: an entry that matches nothing is an error instead of a warning.
 
     Raises:
+        ConfigError: the configuration is wrong.
         TargetError: nothing matches, two entries claim one tensor, an entry names a container,
-            or a rank is more than the matrix holds.
+            a rank is more than the matrix holds, or a weight is not of real numbers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> [(t.path, t.shape, t.parameters) for t in targets(model, {"*": {"r": 2}})]
+        [('0', (3, 4), 14), ('1', (2, 3), 10)]
     """
     parsed = as_config(config)
+    check_model(model)
+    model = unwrapped(model)
     found = {entry.name: _matches(model, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
@@ -98,7 +110,7 @@ def adaptable(model: nn.Module) -> Iterator[Target]:
 
 
 def _all(model: nn.Module) -> Iterator[Target]:
-    for path, module, name, tensor in _tensors(model):
+    for path, module, name, tensor in _tensors(unwrapped(model)):
         yield _target(path, module, name, tensor, _NO_ENTRY)
 
 
@@ -120,22 +132,56 @@ def _target(
     return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype, kind, groups)
 
 
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TargetError(
+                f"{name} has no shape yet. Call the model once on an example, and then attach."
+            )
+        if parameter.is_inference():
+            raise TargetError(
+                f"{name} was made under torch.inference_mode(), where nothing can be trained. "
+                "Build the model outside, or under torch.no_grad()."
+            )
+
+
+def stem(module: str, tensor: str) -> str:
+    """The key's stem in files of a tensor of the module at a path."""
+    return own_path(module if tensor == "weight" else f"{module}.{tensor}" if module else tensor)
+
+
+def own_path(path: str) -> str:
+    """The path without the names that torch's wrappers put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside ``torch.compile``'s or ``DistributedDataParallel``'s."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
+        "_orig_mod" in model._modules
+    ):
+        model = next(iter(model.children()))
+    return model
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """(module path, module, tensor name, base tensor) of every parameter, each owner once."""
     for path, module in model.named_modules():
-        if ".parametrizations" in f".{path}":
+        if not {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
             continue
         for name, tensor in module.named_parameters(recurse=False):
             yield path, module, name, tensor
-        if parametrize.is_parametrized(module):
-            for name in getattr(module, "parametrizations", {}):
-                yield path, module, name, shown(module, name)
+        lists = dict(module.named_children()).get("parametrizations")
+        for name in lists if isinstance(lists, nn.ModuleDict) else ():
+            yield path, module, name, shown(module, name)
 
 
 def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
-    plist: Any = module.parametrizations[name]  # type: ignore[index]
-    if all(isinstance(p, LowRank) for p in plist):
+    plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
+    if all(isinstance(p, Switched) for p in plist):
         return plist.original  # type: ignore[no-any-return]
     with torch.no_grad():
         return copy.deepcopy(plist)()  # type: ignore[no-any-return]
@@ -146,18 +192,34 @@ def _matches(model: nn.Module, entry: TargetConfig) -> list[Target]:
         return _whole(model, entry)
     out = []
     for path, module, name, tensor in _tensors(model):
-        by_module = name == "weight" and fits(entry.name, path)
-        by_tensor = fits(entry.name, f"{path}.{name}" if path else name)
-        if (by_module or by_tensor) and tensor.dim() >= 2:
+        full = f"{path}.{name}" if path else name
+        if not (fits(entry.name, full) or (name == "weight" and fits(entry.name, path))):
+            continue
+        reason = _unfit(entry, module, tensor)
+        if reason is None:
             out.append(_target(path, module, name, tensor, entry))
-        elif (by_tensor or by_module) and not _broad(entry.name):
-            raise TargetError(
-                f'"{entry.name}" matches {path or "the model"}.{name} of shape '
-                f"{list(tensor.shape)}: an update needs two or more dimensions. Remove the entry."
-            )
+        elif not _broad(entry.name):
+            raise TargetError(f'"{entry.name}" matches {full}, {reason}')
     if not out:
         _refuse_containers(model, entry)
     return out
+
+
+def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Optional[str]:
+    """Why a tensor cannot be adapted, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "which torch.jit compiled. Attach to the module that it was made from."
+    if entry.hard and getattr(module, "sparse", False) is True:
+        return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
+    reason = None
+    if tensor.dim() < 2:
+        reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"
+    elif 0 in tensor.shape:
+        reason = f"of shape {list(tensor.shape)}: it is empty"
+    elif entry.hard and tensor.dtype not in FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
+    return reason and f"{reason}. Remove the entry."
 
 
 def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
@@ -180,19 +242,25 @@ def _whole(model: nn.Module, entry: TargetConfig) -> list[Target]:
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
         if path and fits(entry.name, path):
-            inside = [f"{path}.{n}" for n, p in module.named_parameters() if p.dim() >= 2]
-            hint = f" Name what is inside it, for example {inside[0]}." if inside else ""
+            names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
+            inside = [f"{path}.{name}" for name in names]
+            hint = f". Name what is inside it, for example {inside[0]}." if inside else ""
+            if isinstance(module.__dict__.get("weight"), torch.Tensor):
+                hint = (
+                    ", because a hook computes it anew before each call (torch.nn.utils."
+                    "weight_norm, spectral_norm or prune). Use torch.nn.utils.parametrizations."
+                )
             raise TargetError(
                 f'"{entry.name}" matches {path}, a {type(module).__name__} '
-                f"with no weight of its own to adapt.{hint}"
+                f"with no weight of its own to adapt{hint or '.'}"
             )
 
 
 def fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    want, have = pattern.split("."), path.split(".")
+        return re.fullmatch(pattern[3:], own_path(path)) is not None
+    want, have = pattern.split("."), own_path(path).split(".")
     tail = have[-len(want) :]
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from paramlora.sharded import take
 from paramlora.switch import Switched
 
 
@@ -42,7 +43,7 @@ class Whole(Switched):
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the value of a file."""
-        self.lora_whole.copy_(state["lora_whole"])
+        take(self.lora_whole, state["lora_whole"])
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"

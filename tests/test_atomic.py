@@ -108,11 +108,11 @@ def folder(tmp_path):
 @pytest.fixture
 def paths(folder, request):
     torch.manual_seed(0)
-    state = {f"{i}.weight": torch.randn(64, 64) for i in range(6)}
+    state = {f"{i}.weight": torch.randn(512, 512) for i in range(6)}
     base = write_base(request.param, folder, state)
     adapter = folder / "adapter.safetensors"
     names = [f"{i}" for i in range(6)]
-    update = Update(torch.randn(2, 64), torch.randn(64, 2), shape=(64, 64))
+    update = Update(torch.randn(2, 512), torch.randn(512, 2), shape=(512, 512))
     write_native(Adapter(dict.fromkeys(names, update)), adapter)
     return base, adapter, folder / f"out{base.suffix}"
 
@@ -137,7 +137,7 @@ def test_a_full_disk(paths):
     before = content(out)
     there = sorted(os.listdir(out.parent))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (1, 500, 20_000, 40_000):
+    for limit in (1, 500, 1_000_000, 2_500_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(FileError, match=f"{out.name}: cannot be written: File too large"):
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_meanwhile(paths, tmp_path):
     base, adapter, _ = paths
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -164,15 +164,15 @@ def test_a_disk_that_fills_up_meanwhile(paths, tmp_path):
         out = disk / f"out{base.suffix}"
         files.merge(base, [adapter], out)
         before = content(out)
-        with pytest.raises(FileError, match="needs 98,304 bytes, and .* are free"):
-            (disk / "filler").write_bytes(b"x" * 100_000)
+        with pytest.raises(FileError, match="needs 6,291,456 bytes, and .* are free"):
+            (disk / "filler").write_bytes(b"x" * 5_000_000)
             files.merge(base, [(adapter, 2)], out, force=True)
         (disk / "filler").unlink()
 
         def fill(*_):
             with open(disk / "filler", "ab", buffering=0) as file:
                 try:
-                    file.write(b"x" * 200_000)
+                    file.write(b"x" * 10_000_000)
                 except OSError:
                     pass
 

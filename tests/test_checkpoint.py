@@ -240,7 +240,7 @@ BASE = {"proj.weight": torch.zeros(3, 4), "count.weight": torch.zeros(3, 4, dtyp
         (FileError, {"proj": update(lora_A=torch.ones(1, 5))}, r"lora_A of shape \[1, 5\]"),
         (FileError, {"proj": update(lora_B=torch.ones(1, 3))}, "do not fit"),
         (FileError, {"proj": update(shape=(4, 3))}, r"the adapter was made for \[4, 3\]"),
-        (AdapterError, {"count": update()}, "so quantised"),
+        (AdapterError, {"count": update()}, "of type torch.int8, in which no update can be stored"),
         (AdapterError, {"proj": update(scale=math.nan)}, "proj.lora_scale: not finite"),
         (AdapterError, {"proj": update(lora_A=torch.full((1, 4), math.inf))}, "proj.lora_A: not"),
     ],

@@ -93,7 +93,7 @@ def check_equal(want, got, **close):
 @pytest.mark.parametrize("embed", (True, False))
 @pytest.mark.parametrize("autocast", (True, False))
 def test_plain_blocks_with_dropout(hard, reentrant, embed, autocast):
-    model = attached(Blocks(embed), [r"re:blocks\..*"], hard)
+    model = attached(Blocks(embed), [r"re:blocks\..*"], hard, dropout=0.2)
     x = torch.randint(9, (4, 5)) if embed else torch.randn(4, 5, 8)
     want = gradients(model, lambda m: m(x.clone()), autocast)
     model.mode = reentrant

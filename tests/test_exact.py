@@ -28,9 +28,8 @@ def dense(model, base_state):
             key = f"{name}.{tensor}" if name else tensor
             flat = torch.einsum("...or,...ri->...oi", low.lora_B, low.lora_A).detach()
             shape = out[key].shape
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "Transpose" in str(
-                type(module).__mro__
-            ):
+            names = str(type(module).__mro__)
+            if any(n in names for n in ("Embedding", "ConvTranspose", "pytorch_utils.Conv1D")):
                 flat = flat.T
             out[key] = out[key] + low.lora_scale.item() * flat.reshape(shape)
     return out
@@ -56,7 +55,9 @@ def check(layer, entry, *inputs, call=lambda m, *x: m(*x)):
     before = call(model.layer, *inputs)
     classes = [type(m) for m in model.modules()]
     paramlora.attach(model, {entry: {"r": 1, "scale": 1.7, "trainable_scale": 1}})
-    assert torch.equal(call(model.layer, *inputs), before)
+    torch.testing.assert_close(call(model.layer, *inputs), before, rtol=1e-15, atol=1e-15)
+    with paramlora.disable_adapters(model):
+        assert torch.equal(call(model.layer, *inputs), before)
     randomise(model)
     expected = dense(model, base)
     reference = copy.deepcopy(layer_like(model, base))
@@ -111,6 +112,38 @@ def test_convolution(dim, options):
 
 
 @pytest.mark.parametrize("dim", (1, 2, 3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=3, padding="same"),
+        dict(kernel_size=2, padding="same", dilation=3),  # one more on one side
+        dict(kernel_size=3, padding="same", padding_mode="circular", groups=2),
+        dict(kernel_size=3, padding="valid", groups=4),
+        dict(kernel_size=3, padding=2, padding_mode="replicate", stride=2, dilation=2),
+    ],
+)
+def test_convolution_with_other_paddings(dim, options):
+    layer, x = conv(dim, options)
+    check(layer, "layer", x)
+
+
+def test_convolution_of_uneven_sides():
+    options = dict(kernel_size=(3, 2), stride=(1, 2), dilation=(2, 1), padding=(0, 1), bias=False)
+    check(nn.Conv2d(4, 8, **options), "layer", torch.randn(2, 4, 6, 7))
+    check(nn.Conv2d(4, 8, **options), "layer", torch.randn(4, 6, 7))  # not batched
+
+
+@pytest.mark.parametrize("shape", ((5,), (2, 5), (2, 3, 4, 5)))
+def test_linear_on_inputs_of_any_rank(shape):
+    check(nn.Linear(5, 7, bias=False), "layer", torch.randn(shape))
+
+
+def test_transformers_conv1d():
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    check(conv1d(7, 5), "layer", torch.randn(2, 3, 5))
+
+
+@pytest.mark.parametrize("dim", (1, 2, 3))
 @pytest.mark.parametrize("groups", (1, 2))
 def test_transposed_convolution(dim, groups):
     layer = getattr(nn, f"ConvTranspose{dim}d")(4, 6, 3, stride=2, groups=groups)
@@ -143,9 +176,10 @@ def test_attention(training, entry):
     check(layer, entry, torch.randn(2, 3, 8), call=lambda m, x: m(x, x, x)[0])
 
 
+@pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("name", ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"))
-def test_attention_of_unequal_widths(name):
-    layer = nn.MultiheadAttention(8, 2, kdim=5, vdim=6)
+def test_attention_of_unequal_widths(name, training):
+    layer = nn.MultiheadAttention(8, 2, kdim=5, vdim=6).train(training)
     inputs = torch.randn(3, 2, 8), torch.randn(4, 2, 5), torch.randn(4, 2, 6)
     check(layer, name, *inputs, call=lambda m, q, k, v: m(q, k, v)[0])
 
@@ -236,8 +270,11 @@ def test_factors_are_float32_on_a_16_bit_base():
 def test_non_finite_values_are_refused_at_merge():
     model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
     model[0].parametrizations.weight[0].lora_B.data[0, 0] = float("nan")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(paramlora.AdapterError, match=r"0\.lora_B: not finite"):
         paramlora.merge(model)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
 
 
 def test_merging_one_holder_of_a_tied_weight_leaves_the_other():

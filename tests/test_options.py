@@ -210,9 +210,90 @@ def test_what_such_a_start_cannot_have(init):
         paramlora.attach(model, {"0": {"r": 4, "init": init}})
     with torch.device("meta"):
         lazy = nn.Sequential(nn.Linear(8, 6))
-    with pytest.raises(TargetError, match="lies on the meta device"):
+    with pytest.raises(TargetError, match="of a weight on the meta device"):
         paramlora.attach(lazy, {"0": {"r": 2, "init": init}})
     assert type(model[0]) is type(lazy[0]) is nn.Linear
+
+
+# dropout
+
+
+DROPPED = {
+    "linear": (lambda: nn.Linear(8, 6), lambda: torch.randn(50, 8)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: torch.randn(9, 4, 5, 5)),
+    "circular": (
+        lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2, padding_mode="circular"),
+        lambda: torch.randn(9, 4, 5),
+    ),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 6, 3), lambda: torch.randn(9, 4, 5)),
+}
+HOW = [(k, h) for k in DROPPED for h in (1, 0) if not (k == "transposed" and h)]
+
+
+@pytest.mark.parametrize("kind, hard", HOW)
+def test_dropout_takes_from_the_branchs_input_alone(kind, hard):
+    """With the mask known, the output is the base's plus the update of the masked input."""
+    make, data = DROPPED[kind]
+    plain, x = make().double(), data().double().requires_grad_()
+    model = nn.Sequential(copy.deepcopy(plain))
+    paramlora.attach(model, {"0": {"r": 2, "scale": 1.5, "dropout": 0.25, "hard": hard}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B)
+    product = (low.lora_B @ low.lora_A).detach()
+    update = copy.deepcopy(plain)
+    update.bias = None
+    update.weight = nn.Parameter(1.5 * as_weight(plain, product, plain.weight.shape))
+    torch.manual_seed(3)
+    got = model.train()(x)
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones_like(x), 0.25)
+    assert 0.1 < (mask == 0).double().mean() < 0.4 and mask.max() == 1 / 0.75
+    torch.testing.assert_close(got, plain(x) + update(x * mask), **CLOSE)
+    grad = torch.autograd.grad(got.square().sum(), x)[0]
+    want = torch.autograd.grad((plain(x) + update(x * mask)).square().sum(), x)[0]
+    torch.testing.assert_close(grad, want, **CLOSE)
+    torch.testing.assert_close(model.eval()(x), plain(x) + update(x), **CLOSE)
+    paramlora.merge(model)
+    torch.testing.assert_close(model.train()(x), plain(x) + update(x), **CLOSE)
+
+
+def test_dropout_stays_with_a_whole_bias_and_a_second_adapter():
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    paramlora.attach(model, {"0": {"r": 2, "dropout": 0.5}, "0.bias": {"whole": 1}})
+    paramlora.attach(model, {"0": {"r": 1}}, "second")
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B)
+    x = torch.randn(4, 8).double()
+    assert not torch.equal(model(x), model(x))
+    first, second = (low for _, _, low in lowranks(model))
+    base, bias = model[0].parametrizations.weight.original, model[0].bias
+    torch.manual_seed(3)
+    got = model(x)
+    torch.manual_seed(3)
+    masked = F.dropout(x, 0.5)
+    want = F.linear(x, base + second.lora_B @ second.lora_A, bias)
+    torch.testing.assert_close(got, want + masked @ (first.lora_B @ first.lora_A).T, **CLOSE)
+    paramlora.set_adapters(model, {"second": 1})
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight, bias), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "layer, entry",
+    [
+        (lambda: nn.MultiheadAttention(8, 2), "0.in_proj_weight"),
+        (lambda: nn.MultiheadAttention(8, 2), "out_proj"),
+        (lambda: nn.Embedding(9, 8), "0"),
+        (lambda: nn.LSTM(4, 4), "weight_ih_l0"),
+        (lambda: nn.ConvTranspose1d(4, 4, 3), "0"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "0.weight"),
+    ],
+)
+def test_dropout_where_only_the_weight_is_known_is_refused(layer, entry):
+    model = nn.Sequential(layer())
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(TargetError, match=f'"{entry}": "dropout" cannot act at 0.* a weight has'):
+        paramlora.attach(model, {entry: {"r": 1, "dropout": 0.1}})
+    assert [type(m) for m in model.modules()] == before
 
 
 # types

@@ -1,12 +1,38 @@
-"""The README's own code runs."""
+"""The README's own code runs, and what it points at exists."""
 
 import re
 from pathlib import Path
 
+from paramlora import __all__ as exported
+from paramlora.config import ALLOWED, INITS
 
-def test_the_snippet_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_snippet_is_short_and_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(code.splitlines()) < 15 and TEXT.index(code) < 2_500  # on the first screen
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "merged.pt").stat().st_size > 0
+
+
+def test_the_files_that_it_links_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_table_names_every_key_and_every_start():
+    table = TEXT[TEXT.index("| key |") : TEXT.index("Beside the entries")]
+    keys = {
+        k for row in re.findall(r"^\| (.*?) \|", table, re.M) for k in re.findall(r"`(\w+)`", row)
+    }
+    assert keys == set(ALLOWED)
+    assert all(f"`{start}`" in table for start in INITS)
+
+
+def test_every_function_is_in_the_text():
+    for name in exported:
+        if name.islower() and name != "disable_input_grads":
+            assert f"`{name}`" in TEXT, name

@@ -79,6 +79,13 @@ def test_a_soft_branch_is_the_dense_update(name):
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.parametrize("hard", [0, 1])
+def test_updates_are_born_in_the_mode_of_their_layer(hard):
+    model = nn.Sequential(nn.Linear(4, 4).eval(), nn.Linear(4, 4))
+    paramlora.attach(model, {"*": {"r": 2, "hard": hard}})
+    assert [low.training for _, _, low in lowranks(model)] == [False, True]
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_up_kernel_same_is_two_convolutions(mode, groups):

@@ -1,0 +1,1 @@
+"""Benchmarks of paramlora against the other ways to compute the same layer."""

@@ -1,0 +1,43 @@
+"""What a measurement was made on: processor, device and versions."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("paramlora", "torch", "triton", "peft", "diffusers", "transformers", "numpy")
+
+
+def device() -> torch.device:
+    """CUDA if it is there, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, object]:
+    """The machine and the versions, as they go into every result file."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it (Linux), else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,234 @@
+"""The ways to compute an adapted layer, each written from its mathematics or its library.
+
+Every way gets the same frozen layer's tensors and the same factors. The formulas of loralib,
+minLoRA, RunLoRA and of the original wrapper hold their factors in the weight's type: with float32
+factors on a bfloat16 weight they raise. The dense way holds float32 masters.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+import paramlora
+from benchmarks.reference import SCALE
+from benchmarks.runlora import BestOrder
+
+Formula = Callable[["Adapted", Tensor], Tensor]
+
+
+class Way(NamedTuple):
+    """A layer under test: what to call, and the factors whose gradients are wanted."""
+
+    call: nn.Module
+    A: Optional[nn.Parameter] = None
+    B: Optional[nn.Parameter] = None
+
+
+def twin(layer: nn.Module) -> nn.Module:
+    """A second layer on the same tensors."""
+    return copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+
+
+class Adapted(nn.Module):
+    """A frozen layer beside its factors, evaluated by a formula."""
+
+    def __init__(
+        self, layer: nn.Module, A: Tensor, B: Tensor, formula: Formula, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer, self.formula = layer, formula
+        self.A, self.B = nn.Parameter(A.to(dtype, copy=True)), nn.Parameter(B.to(dtype, copy=True))
+        scale = torch.tensor(SCALE, device=A.device)  # a parameter in the original
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, x)
+
+    def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The layer's own forward with another weight."""
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        if isinstance(self.layer, nn.Conv2d):
+            return self.layer._conv_forward(x, weight, self.layer.bias)
+        return functional_call(self.layer, {"weight": weight}, (x,))
+
+    def shaped(self, product: Tensor) -> Tensor:
+        """``B·A`` in the shape of the weight; an embedding stores ``[in, out]``."""
+        product = product.T if isinstance(self.layer, nn.Embedding) else product
+        return product.reshape(self.layer.weight.shape)
+
+
+def dense(m: Adapted, x: Tensor) -> Tensor:
+    """The definition through autograd, in the fewest launches: ``W + scale·B·A`` in one."""
+    weight = m.layer.weight
+    A, B = m.A.to(weight.dtype), m.B.to(weight.dtype)
+    if isinstance(m.layer, nn.Linear):
+        return m.with_weight(torch.addmm(weight, B, A, alpha=SCALE), x)
+    return m.with_weight(weight + SCALE * m.shaped(B @ A), x)
+
+
+def original(m: Adapted, x: Tensor) -> Tensor:
+    """The wrapper that this project descends from: ``(scale·B)·A`` added to the weight."""
+    return m.with_weight(m.layer.weight + m.shaped(m.scale * m.B @ m.A), x)
+
+
+def loralib(m: Adapted, x: Tensor) -> Tensor:
+    """Hu et al. 2021 (arXiv:2106.09685): a parallel branch, but a dense sum for convolutions."""
+    if isinstance(m.layer, nn.Linear):
+        return m.layer(x) + (x @ m.A.T @ m.B.T) * SCALE
+    if isinstance(m.layer, nn.Embedding):
+        return m.layer(x) + (F.embedding(x, m.A.T) @ m.B.T) * SCALE
+    return m.with_weight(m.layer.weight + m.shaped(m.B @ m.A) * SCALE, x)
+
+
+class MinLoRA(nn.Module):
+    """minLoRA: a plain torch parametrization, the scale applied to the dense product."""
+
+    def __init__(self, A: Tensor, B: Tensor, transposed: bool) -> None:
+        super().__init__()
+        self.A, self.B, self.transposed = (
+            nn.Parameter(A.clone()),
+            nn.Parameter(B.clone()),
+            transposed,
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        product = torch.mm(self.B, self.A)
+        product = product.T if self.transposed else product
+        return weight + product.reshape(weight.shape) * SCALE
+
+
+def frozen_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+    return Way(twin(layer))
+
+
+def formula_way(formula: Formula, masters: bool = False) -> Callable[..., Way]:
+    def build(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+        dtype = torch.float32 if masters else layer.weight.dtype
+        module = Adapted(twin(layer), A, B, formula, dtype)
+        return Way(module, module.A, module.B)
+
+    return build
+
+
+def minlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+    module, dtype = twin(layer), layer.weight.dtype
+    low = MinLoRA(A.to(dtype), B.to(dtype), isinstance(layer, nn.Embedding))
+    parametrize.register_parametrization(module, "weight", low)
+    return Way(module, low.A, low.B)
+
+
+def runlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+    if not isinstance(layer, nn.Linear):
+        raise NotImplementedError("RunLoRA has linear layers only")
+    module = BestOrder(twin(layer), A, B)
+    return Way(module, module.A, module.B)
+
+
+def peft_way(masters: bool = True) -> Callable[..., Way]:
+    def build(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+        model = adapt_peft(nn.Sequential(twin(layer)), ["0"], len(A), masters)
+        params = dict(model.named_parameters())
+        (a,) = (p for name, p in params.items() if "lora_A" in name or "embedding_A" in name)
+        (b,) = (p for name, p in params.items() if "lora_B" in name or "embedding_B" in name)
+        with torch.no_grad():
+            a.copy_(A.reshape(a.shape)), b.copy_(B.reshape(b.shape))
+        return Way(model.base_model.model[0], a, b)
+
+    return build
+
+
+def paramlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+    model = paramlora.attach(nn.Sequential(twin(layer)), {"0": {"r": len(A), "scale": SCALE}})
+    scale = torch.tensor(SCALE)
+    state = {"0.lora_A": A, "0.lora_B": B, "0.lora_scale": scale}
+    paramlora.load_adapter_state_dict(model, state)
+    params = dict(model.named_parameters())
+    (a,) = (p for name, p in params.items() if name.endswith("lora_A"))
+    (b,) = (p for name, p in params.items() if name.endswith("lora_B"))
+    return Way(model[0], a, b)
+
+
+def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
+    def build_compiled(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+        way = build(layer, A, B)
+        return way._replace(call=torch.compile(way.call, dynamic=False))
+
+    return build_compiled
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
+    "frozen": frozen_way,
+    "dense": formula_way(dense, masters=True),
+    "peft": peft_way(),
+    "peft bf16": peft_way(masters=False),
+    "loralib": formula_way(loralib),
+    "minLoRA": minlora_way,
+    "original": formula_way(original),
+    "RunLoRA": runlora_way,
+    "paramlora": paramlora_way,
+    "peft compiled": compiled(peft_way()),
+    "paramlora compiled": compiled(paramlora_way),
+}
+
+
+def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
+    """A whole model adapted one way in place.
+
+    Args:
+        way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16`` or
+            ``paramlora``.
+        entries: paths of the layers to adapt, or their last components.
+        r: rank.
+    """
+    if way == "paramlora":
+        return paramlora.attach(model, {entry: {"r": r, "scale": SCALE} for entry in entries})
+    if way.startswith("peft"):
+        return adapt_peft(model, entries, r, masters=way == "peft")
+    model.requires_grad_(False)
+    formulas = {"dense": dense, "original": original, "loralib": loralib}
+    if way in formulas:
+        _wrap(model, entries, r, formulas[way])
+    return model
+
+
+def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) by the path that the layer had before it was adapted, whatever the way."""
+    sides: tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]] = ({}, {})
+    for name, parameter in model.named_parameters():
+        found = re.fullmatch(
+            r"(?:base_model\.model\.)?(.*?)(?:\.parametrizations\.weight\.0)?"
+            r"\.(?:lora_)?([AB])(?:\.default\.weight)?",
+            name,
+        )
+        if found:
+            sides[found[2] == "B"][found[1]] = parameter
+    return {path: (A, sides[1][path]) for path, A in sides[0].items()}
+
+
+def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> nn.Module:
+    """peft's model; `masters` is its default, float32 factors on a 16-bit weight."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=r * SCALE, target_modules=entries)
+    return get_peft_model(model, config, autocast_adapter_dtype=masters)
+
+
+def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula) -> None:
+    for path, layer in list(model.named_modules()):
+        if not any(path == e or path.endswith("." + e) for e in entries):
+            continue
+        weight = layer.weight
+        low = weight.dtype.itemsize <= 2
+        A = torch.randn(r, weight[0].numel(), device=weight.device) / r
+        dtype = torch.float32 if low and formula is dense else weight.dtype
+        wrapped = Adapted(layer, A, A.new_zeros(len(weight), r), formula, dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, wrapped)

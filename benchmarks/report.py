@@ -1,0 +1,225 @@
+"""Result files as Markdown tables and plots.
+
+``python -m benchmarks.report FOLDER... --out benchmarks/RESULTS.md`` reads every JSON file of the
+folders (those of ``benchmarks.*`` and pytest-benchmark's) and writes one Markdown file, with
+plots beside it: R by shape, the share of the update kept, memory, and loss curves.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.results import load, markdown
+
+Content = dict[str, Any]
+ORDER = ("layers", "models", "update_kept", "finetune_bf16", "stable_diffusion", "many", "pytest")
+TITLES = {
+    "layers": "One layer",
+    "models": "Whole models",
+    "update_kept": "Share of the update kept in bfloat16",
+    "finetune_bf16": "Fine-tuning in bfloat16",
+    "stable_diffusion": "The original's table: Stable Diffusion v1-4",
+    "many": "A thousand layers, and the import",
+    "pytest": "pytest-benchmark",
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/RESULTS.md"))
+    options = parser.parse_args(arguments)
+    files = [path for folder in options.folders for path in sorted(folder.glob("*.json"))]
+    contents = [(path, _known(load(path))) for path in files]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(report(contents, options.out.parent), encoding="utf-8")
+    print(f"{options.out}: {len(contents)} result files")
+    return 0
+
+
+def report(contents: list[tuple[Path, Content]], folder: Path) -> str:
+    """The whole Markdown; plots go into `folder`."""
+    parts = ["# Results", __doc__.split("\n\n")[1], "Written by `benchmarks/report.py`."]
+    for kind in ORDER:
+        found = [(path, content) for path, content in contents if content["kind"] == kind]
+        for path, content in found:
+            parts += [f"## {TITLES[kind]}", _where(path, content), TABLES[kind](content)]
+            for name, draw in PLOTS.get(kind, {}).items():
+                figure = draw(content)
+                if figure is not None:
+                    image = folder / f"{path.parent.name}-{name}.png"
+                    figure.savefig(image, dpi=120, bbox_inches="tight")
+                    parts.append(f"![{name}]({image.name})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _known(content: Content) -> Content:
+    """Ours as it is; pytest-benchmark's under our names."""
+    if "benchmarks" not in content:
+        return content
+    return {"kind": "pytest", "machine": content["machine_info"], "rows": content["benchmarks"]}
+
+
+def _where(path: Path, content: Content) -> str:
+    made_on = content["machine"]
+    packages = ", ".join(f"{k} {v}" for k, v in made_on["packages"].items() if v != "absent")
+    size = " (tiny models)" if content.get("tiny") else ""
+    return (
+        f"`{path.parent.name}/{path.name}`{size}: {made_on['device']}; {made_on['processor']}, "
+        f"{made_on['cores']} cores, {made_on['threads']} threads; Python {made_on['python']}; "
+        f"{packages}."
+    )
+
+
+def pytest_table(content: Content) -> str:
+    """Median milliseconds by group, and the interleaved R where the file recorded it."""
+    lines = []
+    for row in content["rows"]:
+        way = row["params"].get("way", row["name"]) if row["params"] else row["name"]
+        ratio = row["extra_info"].get("eager_R")
+        median = f"{1e3 * row['stats']['median']:.3f}"
+        lines.append([row["group"] or "", way, median, f"{ratio:.2f}" if ratio else ""])
+    return markdown(["group", "way", "median ms", "R, interleaved"], lines)
+
+
+def _axes(title: str, ylabel: str, wide: float = 10) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(wide, 4.5))
+    axes.set_title(title)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def _bars(axes: Any, cases: list[str], series: dict[str, list[float]]) -> None:
+    """Grouped bars, a group for each case."""
+    width = 0.85 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        at = [i + (index - (len(series) - 1) / 2) * width for i in range(len(cases))]
+        ours = name.startswith("paramlora")
+        hatch = "//" if "compiled" in name else None
+        colour = "black" if ours else f"C{index % 10}"
+        axes.bar(at, values, width, label=name, color=colour, hatch=hatch)
+    axes.set_xticks(range(len(cases)), [_broken(c) for c in cases], fontsize=8)
+    axes.legend(fontsize=8, ncols=4)
+
+
+def _broken(case: str) -> str:
+    return case.replace(" ", "\n")
+
+
+def _series(rows: list[Content], value: str, skip: tuple[str, ...] = ()) -> Any:
+    """(cases, way → values), missing ones as 0, so that no bar shows."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    ways = [w for w in dict.fromkeys(row["way"] for row in rows if value in row) if w not in skip]
+    at = {(row["case"], row["way"]): row.get(value, 0.0) for row in rows}
+    return cases, {way: [at.get((case, way), 0.0) for case in cases] for way in ways}
+
+
+def ratio_plot(content: Content) -> Any:
+    """R by shape: the device's time where it was measured, else wall time."""
+    rows = [row for row in content["rows"] if not row.get("inference")]
+    mode = "device_R" if any("device_R" in row for row in rows) else "eager_R"
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
+    rows = [r for r in rows if r["dtype"] == kinds[0] and r["case"].startswith("linear")]
+    cases, series = _series(rows, mode, skip=("frozen",))
+    if not series:
+        return None
+    figure, axes = _axes(
+        f"Forward + backward against the frozen layer, {kinds[0]}", f"R ({mode[:-2]} time)", 14
+    )
+    _bars(axes, cases, series)
+    axes.axhline(1, color="grey", linewidth=1)
+    return figure
+
+
+def memory_plot(content: Content) -> Any:
+    """Peak of a training step against the frozen model's."""
+    rows = [row for row in content["rows"] if "peak_mib" in row]
+    if not rows:
+        return None
+    cases, series = _series(rows, "peak_mib")
+    figure, axes = _axes("Peak memory of a training step", "MiB")
+    _bars(axes, cases, series)
+    return figure
+
+
+def saved_plot(content: Content) -> Any:
+    """Bytes that one layer keeps for backward beyond its input."""
+    rows = [row for row in content["rows"] if "saved_bytes" in row]
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
+    rows = [r for r in rows if r["dtype"] == kinds[0] and r["case"].startswith("linear")]
+    if not rows:
+        return None
+    cases, series = _series(rows, "saved_bytes", skip=("frozen",))
+    series = {way: [value / 2**20 for value in values] for way, values in series.items()}
+    figure, axes = _axes(f"Kept for backward beyond the input, {kinds[0]}", "MiB", 14)
+    _bars(axes, cases, series)
+    axes.set_yscale("symlog", linthresh=0.1)
+    return figure
+
+
+def kept_plot(content: Content) -> Any:
+    """Share of the update in the output by its size, the first shape."""
+    first = content["rows"][0]["case"]
+    rows = [row for row in content["rows"] if row["case"] == first]
+    figure, axes = _axes(f"Share of the update that reaches the output, bf16 {first}", "share", 8)
+    ways = dict.fromkeys(row["way"] for row in rows)
+    for way in ways:
+        points = [(row["size"], row["output"]) for row in rows if row["way"] == way]
+        # several ways lose the same share, so that their lines coincide: thinner ones on top
+        ours = dict(color="black", linewidth=3)
+        style = ours if way == "paramlora" else dict(linewidth=9 - list(ways).index(way))
+        axes.plot(*zip(*points), marker="o", alpha=0.8, label=way, **style)
+    axes.set_xscale("log")
+    axes.set_xlabel("‖Δ‖ / ‖W‖")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def loss_plot(content: Content) -> Any:
+    """Losses during fine-tuning, the mean over the seeds: as computed, and as learned."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 4.5), sharey=True)
+    titles = {"computed": "the output as computed", "learned": "the learned factors, in float64"}
+    for axes, (key, title) in zip(panels, titles.items()):
+        for curve in content["curves"]:
+            style = "--" if curve["way"] == "float32" else "-"
+            colour = {"paramlora bf16": "black", "float32": "grey"}.get(curve["way"])
+            axes.plot(curve["steps"], curve[key], style, color=colour, label=curve["way"])
+        axes.set(xlabel="step", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("loss / loss at the start")
+    panels[0].legend(fontsize=8)
+    size, seeds = content["options"]["size"], content["options"]["seeds"]
+    figure.suptitle(f"Learning an update of {size:.0e} of the weights, seeds: {seeds}")
+    return figure
+
+
+TABLES: dict[str, Callable[[Content], str]] = {
+    "layers": results.layers_table,
+    "models": results.models_table,
+    "update_kept": results.kept_table,
+    "finetune_bf16": results.finetune_table,
+    "stable_diffusion": results.diffusion_table,
+    "many": results.many_table,
+    "pytest": pytest_table,
+}
+PLOTS: dict[str, dict[str, Callable[[Content], Any]]] = {
+    "layers": {"ratio": ratio_plot, "saved": saved_plot},
+    "models": {"memory": memory_plot},
+    "update_kept": {"kept": kept_plot},
+    "finetune_bf16": {"loss": loss_plot},
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

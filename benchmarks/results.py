@@ -1,0 +1,145 @@
+"""Result files: one JSON for each benchmark, and its Markdown."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+
+
+def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
+    """Write ``<kind>.json`` with the machine beside the numbers."""
+    path = Path(folder) / f"{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"kind": kind, "machine": machine(), **content}
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: "str | Path") -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def grid(rows: list[dict[str, Any]], value: str, form: str = "{:.2f}") -> str:
+    """A table of one value: a row for each case, a column for each way."""
+    ways = list(dict.fromkeys(row["way"] for row in rows if value in row))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    at = {(row["case"], row["way"]): row for row in rows}
+    body = [[c] + [_cell(at.get((c, w)), value, form) for w in ways] for c in cases]
+    return markdown(["case", *ways], body)
+
+
+def layers_table(content: dict[str, Any]) -> str:
+    """R by case and way, device time where there is a device, then eager; and Python per layer."""
+    parts = []
+    for inference in (False, True):
+        for kind in dict.fromkeys(row["dtype"] for row in content["rows"]):
+            rows = [
+                row
+                for row in content["rows"]
+                if row["dtype"] == kind and row.get("inference", False) == inference
+            ]
+            for mode in ("device", "eager"):
+                if any(f"{mode}_R" in row for row in rows):
+                    what = "inference" if inference else "training"
+                    parts += [f"R, {kind}, {what}, {mode} time", grid(rows, f"{mode}_R")]
+    trained = [row for row in content["rows"] if "saved_bytes" in row]
+    if trained:
+        kinds = {row["dtype"] for row in trained}
+        parts.append("Bytes kept for backward beyond the input and the parameters")
+        parts += [grid([r for r in trained if r["dtype"] == k], "saved_bytes", "{}") for k in kinds]
+    if content.get("launches"):
+        lines = [
+            [row["way"], row["dtype"], f"{row['forward_us']:.0f}", f"{row['step_us']:.0f}"]
+            for row in content["launches"]
+        ]
+        parts.append("Python per layer, microseconds")
+        parts.append(markdown(["way", "dtype", "forward", "forward and backward"], lines))
+    return "\n\n".join(parts)
+
+
+def models_table(content: dict[str, Any]) -> str:
+    """One line for each model and way: times, R, peak memory against the frozen model's."""
+    lines = []
+    frozen: dict[str, Any] = {}
+    for row in content["rows"]:
+        frozen = row if row["way"] == "frozen" else frozen
+        share = row.get("peak_mib", 0) / frozen["peak_mib"] if "peak_mib" in row else None
+        values = [row.get(k) for k in ("device_ms", "device_R", "eager_ms", "eager_R", "peak_mib")]
+        numbers = [
+            "" if v is None else f"{v:.{p}f}" for v, p in zip([*values, share], (1, 3, 1, 3, 0, 3))
+        ]
+        lines.append([row["case"], row["dtype"], row["way"], f"{row['trainable']:,}", *numbers])
+    header = ["model", "dtype", "way", "trainable", "device ms", "R device", "eager ms", "R eager"]
+    return markdown([*header, "peak MiB", "peak / frozen"], lines)
+
+
+def kept_table(content: dict[str, Any]) -> str:
+    """Shares that reach the output and the input gradient, in percent, by size of the update."""
+    ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    groups: dict[tuple[str, float], dict[str, str]] = {}
+    for row in content["rows"]:
+        both = f"{100 * row['output']:.1f} / {100 * row['input_gradient']:.1f}"
+        groups.setdefault((row["case"], row["size"]), {})[row["way"]] = both
+    lines = [[c, f"{size:.0e}", *(g[w] for w in ways)] for (c, size), g in groups.items()]
+    title = "Percent of the update in the output / the input gradient; frozen shows the noise"
+    return f"{title}\n\n" + markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+
+
+def many_table(content: dict[str, Any]) -> str:
+    """Seconds of each act on many layers."""
+    acts = ("attach", "save", "load", "merge", "import")
+    lines = [
+        [row["way"], str(row["layers"]), *(f"{row[act]:.3f}" for act in acts)]
+        for row in content["rows"]
+    ]
+    return "Seconds\n\n" + markdown(["way", "layers", *acts], lines)
+
+
+def finetune_table(content: dict[str, Any]) -> str:
+    """The final losses relative to the start: as computed, and as learned (each seed's)."""
+    lines = []
+    for curve in content["curves"]:
+        seeds = [", ".join(f"{v:.4f}" for v in curve["final"][k]) for k in ("computed", "learned")]
+        lines.append([curve["way"], *seeds])
+    title = f"Loss at the end / at the start; the update is {content['options']['size']:.0e} of W"
+    return f"{title}\n\n" + markdown(["way", "as computed, each seed", "as learned"], lines)
+
+
+def diffusion_table(content: dict[str, Any]) -> str:
+    """A line for each size and batch, a cell for each way: speed and peak memory, or OOM."""
+    ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in content["rows"]:
+        key = (row["image"], row["batch"], row["checkpointing"])
+        cells.setdefault(key, {})[row["way"]] = row.get("outcome") or (
+            f"{row['per_second']:.2f} it/s, {row['peak_mib']:.0f} MiB"
+        )
+    count = content["processes"]
+    lines = [
+        [f"{image} & {batch}" + (f"×{count}" if count > 1 else ""), "yes" if saved else "no"]
+        + [cell.get(way, "") for way in ways]
+        for (image, batch, saved), cell in cells.items()
+    ]
+    kinds = ("trainable", "checkpoint_bytes", "reduced_bytes")
+    sizes = [
+        [way, *(f"{values[kind]:,}" if kind in values else "" for kind in kinds)]
+        for way, values in content["ways"].items()
+    ]
+    header = ["way", "trainable parameters", "checkpoint bytes", "bytes reduced a step"]
+    table = markdown(["image size & batch", "checkpointing", *ways], lines)
+    return table + "\n\n" + markdown(header, sizes)
+
+
+def _cell(row: "dict[str, Any] | None", value: str, form: str) -> str:
+    if row is None:
+        return ""
+    if "refused" in row:
+        return "wrong" if row["refused"].startswith("AssertionError") else "refused"
+    return form.format(row[value]) if value in row else ""

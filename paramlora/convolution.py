@@ -1,0 +1,196 @@
+"""Low-rank convolution: a dense kernel that is not kept, or a branch of two convolutions."""
+
+from math import prod
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+
+from paramlora.functional import cast_for_autocast, denser, differentiable
+from paramlora.operators import gradient_of_second
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_Maybe = Optional[Tensor]
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
+
+    A low-rank branch of two convolutions is added in 16 bits, where a dense kernel would round a
+    small update away, and where positions are few (`denser`); else the dense kernel is formed. In
+    groups, where a branch repeats its first kernel for each, the update is a kernel of its own.
+
+    Args:
+        x: ``[N, C_in, ...]``.
+        weight: ``[C_out, C_in / groups, *kernel]``.
+        bias: ``[C_out]`` or None.
+        lora_A: ``[r, C_in / groups · prod(kernel)]``.
+        lora_B: ``[C_out, r]``.
+        scale: ``[]``.
+        stride, padding, dilation, groups: as for `torch.nn.functional.conv2d`; zeros padding.
+
+    Example:
+        >>> x, W = torch.randn(2, 4, 6, 6).double(), torch.randn(8, 4, 3, 3).double()
+        >>> A, B = torch.randn(2, 36).double(), torch.randn(8, 2).double()
+        >>> where = ((1, 1), (0, 0), (1, 1), 1)
+        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
+        >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
+    """
+    where = (stride, padding, dilation, groups)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = cast_for_autocast(x.device.type, x, weight, bias)
+    n = weight.dim() - 2
+    tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
+    dense = denser(tokens, weight[0].numel(), len(weight), x.dtype) or (
+        groups > 1 and x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
+    )
+    if dense and not torch.compiler.is_compiling():
+        return _Convolution.apply(x, weight, bias, lora_A, lora_B, scale, *where)  # type: ignore[no-any-return,no-untyped-call]
+    if dense:
+        kernel = weight + ((lora_B * scale) @ lora_A).reshape(weight.shape)
+        return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
+    y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
+    if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
+        delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(weight.shape)
+        return y + CONVOLUTIONS[n - 1](x, delta, None, *where)
+    return y + branch(x, weight.shape, lora_A, lora_B * scale, *where)
+
+
+def branch(
+    x: Tensor,
+    shape: Sequence[int],
+    down: Tensor,
+    up: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The update alone: ``down`` with the layer's kernel, repeated for each group, then 1×1 ``up``.
+
+    Args:
+        x: ``[N, C_in, ...]``.
+        shape: of the weight, ``[C_out, C_in / groups, *kernel]``.
+        down: ``[r, C_in / groups · prod(kernel)]``.
+        up: ``[C_out, r]``.
+        stride, padding, dilation, groups: of the layer.
+    """
+    conv = CONVOLUTIONS[len(shape) - 3]
+    first, second = kernels_of(down.to(x.dtype), up.to(x.dtype), shape, groups)
+    return conv(conv(x, first, None, stride, padding, dilation, groups), second, groups=groups)
+
+
+def kernels_of(
+    down: Tensor, up: Tensor, shape: Sequence[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """The factors as kernels: ``[groups · r, C_in / groups, *kernel]`` and ``[C_out, r, 1...]``."""
+    first = down.reshape(-1, *shape[1:])
+    first = repeat(first, "r ... -> (g r) ...", g=groups) if groups > 1 else first
+    return first, up.reshape(*up.shape, *[1] * (len(shape) - 2))
+
+
+class _Convolution(torch.autograd.Function):
+    """Forms the dense kernel, twice, and keeps x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where = where
+        ctx.save_for_backward(x, weight, bias, a, b, scale)
+        conv = CONVOLUTIONS[weight.dim() - 3]
+        return conv(x, _kernel(weight, b * scale, a), bias, *where)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, a, b, scale = ctx.saved_tensors
+        needs, where = ctx.needs_input_grad, ctx.where
+        none = (None,) * len(where)
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            dense = weight + ((b * scale) @ a).reshape(weight.shape)
+            y = CONVOLUTIONS[weight.dim() - 3](x, dense, bias, *where)
+            return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
+        scaled = b * scale
+        whole = needs[1] or x.is_cpu or where[3] > 1
+        dx = kernel = dbias = None
+        if needs[0] or whole or needs[2]:
+            dense = _kernel(weight, scaled, a) if needs[0] else weight
+            dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
+        wanted = needs[3], needs[4] or needs[5]
+        if kernel is not None:
+            da, product = _from_kernel(kernel.reshape(len(kernel), -1), a, scaled, wanted)
+        else:
+            da, product = _from_thin(dy, x, a, scaled, weight.shape, where, wanted)
+        db = dscale = None
+        if product is not None:
+            db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
+
+
+def _from_kernel(
+    kernel: Tensor, a: Tensor, scaled: Tensor, wanted: tuple[bool, bool]
+) -> tuple[_Maybe, _Maybe]:
+    """The gradients of A and, before its scale, of B, from the dense kernel's: cheaper than four
+    thin convolutions on a CPU, which runs them badly, and in groups."""
+    return (
+        scaled.t() @ kernel if wanted[0] else None,
+        kernel @ a.t() if wanted[1] else None,
+    )
+
+
+def _from_thin(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    scaled: Tensor,
+    shape: Sequence[int],
+    where: tuple[Any, ...],
+    wanted: tuple[bool, bool],
+) -> tuple[_Maybe, _Maybe]:
+    """The same without the dense kernel's gradient; for one group."""
+    conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
+    da: _Maybe = None
+    down, up = kernels_of(a, scaled, shape, 1)
+    if wanted[0]:
+        v = conv(dy, up.transpose(0, 1))
+        _, first, _ = _backward(v, x, down, where, (False, True, False))
+        da = None if first is None else first.reshape(a.shape)
+    if not wanted[1]:
+        return da, None
+    one = ((1,) * n, (0,) * n, (1,) * n, 1)
+    _, second, _ = _backward(dy, conv(x, down, None, *where), up, one, (False, True, False))
+    return da, None if second is None else second.reshape(scaled.shape)
+
+
+def _kernel(weight: Tensor, scaled: Tensor, a: Tensor) -> Tensor:
+    return torch.addmm(weight.reshape(len(weight), -1), scaled, a).view(weight.shape)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, where: tuple[Any, ...], masks: Sequence[bool]
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    stride, padding, dilation, groups = where
+    none, sizes = [0] * len(stride), [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        dy, x, weight, sizes, stride, padding, dilation, False, none, groups, list(masks)
+    )

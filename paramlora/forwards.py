@@ -1,0 +1,183 @@
+"""Which layers' forwards are known, and those forwards: a faster way to the definition's number.
+
+A known forward is used only while the updates are the weight's only parametrizations and every
+tensor is a plain one; else the layer's own forward reads ``weight``, the dense sum.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paramlora import functional
+from paramlora.convolution import branch, convolution
+from paramlora.lowrank import Layout, LowRank
+
+_Forward = Callable[..., Tensor]
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def forward_of(base: type) -> Optional[_Forward]:
+    """The fast forward of a layer type whose own forward is a known one, else None."""
+    own: Any = getattr(base, "forward", None)
+    for known, fast in _KNOWN.items():
+        if own is known.forward:
+            return fast
+    if getattr(own, "__qualname__", "") == "Conv1D.forward" and (
+        getattr(own, "__module__", "") == "transformers.pytorch_utils"
+    ):
+        return _conv1d_of_transformers
+    return None
+
+
+def honours_dropout(base: type) -> bool:
+    """Whether an update of that layer type can drop its own input: its forward is known, it is
+    called, and it has a float to drop from."""
+    unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return forward_of(base) is not None and not issubclass(base, unread)
+
+
+def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
+    """The updates that act, or None where only the definition is right."""
+    lists: Any = layer._modules["parametrizations"]
+    plist: Any = lists._modules.get("weight")
+    if plist is None:  # torch removed ours, and somebody's of another tensor is left
+        return None
+    held: Any = plist._modules.values()
+    for update in held:
+        if type(update) is not LowRank:
+            return None
+    if not torch.compiler.is_compiling():
+        plain = type(x) in _PLAIN and type(plist._parameters.get("original")) in _PLAIN
+        if not plain or torch._C._are_functorch_transforms_active():
+            return None
+    return [update for update in held if update.acts]
+
+
+def _original(layer: nn.Module) -> Tensor:
+    # the registered tensors are read without nn.Module's look-up, which costs as much as a launch
+    held: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    original: Tensor = held._parameters["original"]
+    return original
+
+
+def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
+    """A on the layer's input side and B on its output side, also where a tied layer of the other
+    layout gave the update its sides."""
+    a, b = update.factors()
+    return (a, b) if update.layout == layout else (b.t(), a.t())
+
+
+def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, scale and strength of one update, or of several by concatenating their ranks."""
+    if len(updates) == 1:
+        (update,) = updates
+        if torch.compiler.is_compiling():
+            return *_factors(update, layout), update.lora_scale * update.gain, 1.0
+        return *_factors(update, layout), update.lora_scale, update.strength
+    pairs = [_factors(update, layout) for update in updates]
+    scaled = [b * (update.lora_scale * update.gain) for (_, b), update in zip(pairs, updates)]
+    one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
+    return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
+
+
+def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
+    return layer.training and any(update.dropout for update in updates)
+
+
+def _product(
+    layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
+) -> Tensor:
+    own = layer._parameters
+    bias: Any = own["bias"] if "bias" in own else layer.bias  # one that is trained whole
+    if not updates:
+        return F.linear(x, weight, bias)
+    if _dropping(layer, updates):
+        y = F.linear(x, weight, bias)
+        for update in updates:
+            y = y + _dropped_product(x, update, layout)
+        return y
+    return functional.linear(x, weight, bias, *_together(updates, layout))
+
+
+def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
+    a, b = _factors(update, layout)
+    thin = F.linear(F.dropout(x, update.dropout), a.to(x.dtype))
+    return F.linear(thin, (b * (update.lora_scale * update.gain)).to(x.dtype))
+
+
+def _linear(self: Any, input: Tensor) -> Tensor:
+    updates = _updates(self, input)
+    if updates is None:
+        return nn.Linear.forward(self, input)
+    return _product(self, input, _original(self), updates, "matrix")
+
+
+def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
+    updates = _updates(self, x)
+    if not updates:  # its own forward adds the bias in another order than ours
+        y: Tensor = type(self).__bases__[0].forward(self, x)  # type: ignore[attr-defined]
+        return y
+    return _product(self, x, _original(self).t(), updates, "transposed")
+
+
+def _convolution(self: Any, input: Tensor) -> Tensor:
+    updates = _updates(self, input)
+    if updates is None or input.dim() != len(self.kernel_size) + 2:
+        y: Tensor = type(self).__bases__[0].forward(self, input)  # type: ignore[attr-defined]
+        return y
+    weight = _original(self)
+    if not updates:
+        y = self._conv_forward(input, weight, self.bias)
+        return y
+    x, padding = _padded(self, input)
+    where = (self.stride, padding, self.dilation, self.groups)
+    if _dropping(self, updates):
+        y = self._conv_forward(input, weight, self.bias)
+        for update in updates:
+            a, b = _factors(update, "matrix")
+            up = b * (update.lora_scale * update.gain)
+            dropped, _ = _padded(self, F.dropout(input, update.dropout))
+            y = y + branch(dropped, weight.shape, a, up, *where)
+        return y
+    a, b, scale, strength = _together(updates, "matrix")
+    scale = scale if strength == 1 else scale * strength
+    return convolution(x, weight, self.bias, a, b, scale, *where)
+
+
+def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the zeros padding that is left: other modes and uneven ones come first."""
+    pads = layer._reversed_padding_repeated_twice
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return F.pad(x, pads, mode=layer.padding_mode), none
+    if not isinstance(layer.padding, str):
+        return x, layer.padding
+    if layer.padding == "valid":
+        return x, none
+    if pads[::2] == pads[1::2]:
+        return x, tuple(pads[::-2])
+    return F.pad(x, pads), none
+
+
+def _embedding(self: Any, input: Tensor) -> Tensor:
+    updates = _updates(self, input)
+    if updates is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+        return nn.Embedding.forward(self, input)
+    weight = _original(self)
+    if not updates:
+        return F.embedding(input, weight, self.padding_idx)
+    a, b, scale, strength = _together(updates, "transposed")
+    scale = scale if strength == 1 else scale * strength
+    return functional.embedding(input, weight, a, b, scale, self.padding_idx)
+
+
+_KNOWN: dict[Any, _Forward] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.Embedding: _embedding,
+}

@@ -1,0 +1,228 @@
+"""Low-rank linear and embedding, and the choice between evaluations.
+
+``W + scale·B·A`` (Hu et al. 2021, arXiv:2106.09685, equation 3) applied to an input, without the
+gradient of the dense weight. Tensors only.
+"""
+
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paramlora import operators
+
+_Maybe = Optional[Tensor]
+TINY = 2**19  # multiplications that a CPU does in the time that a Python function takes to call
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    strength: float = 1.0,
+) -> Tensor:
+    """``x (W + strength · scale · B A)ᵀ + bias``.
+
+    Args:
+        x: ``[..., in]``, of the weight's type, or of any under autocast.
+        weight: ``[out, in]``, any strides.
+        bias: ``[out]`` or None.
+        lora_A: ``[r, in]``; cast down to the input's type, whose gradient is in its own.
+        lora_B: ``[out, r]``, likewise.
+        scale: ``[]``.
+        strength: a number on top of it.
+
+    Returns:
+        ``[..., out]``. In 16 bits the two products are added before their only rounding, but
+        for a CUDA device without Triton and with an older torch.
+
+    Example:
+        >>> x, W, A, B = (torch.randn(*s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2)))
+        >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
+        >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+    return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        if operators.has_kernel(x, weight):
+            flat = x.reshape(-1, x.shape[-1])
+            y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
+            return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+        return linear_by_definition(x, weight, bias, a, b, scale * strength)
+    if x.is_cpu and x.numel() * weight.shape[0] < TINY and x.dtype.itemsize > 2:
+        up = operators.scaled_down(b, scale, strength, x.dtype)
+        return F.linear(x, torch.addmm(weight, up, a.to(x.dtype)), bias)
+    return _Linear.apply(x, weight, bias, a, b, scale, strength)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def linear_by_definition(
+    x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Tensor:
+    """The same in plain operations: for compilers, and for gradients of gradients."""
+    down, up = lora_A.to(x.dtype), (lora_B * scale).to(x.dtype)
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+
+
+def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
+    """Whether the dense sum is the cheaper way: where tokens outnumber ``2·in·out/(in+out)``.
+
+    Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
+    ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
+    sum rounds a small update away.
+
+    Below `TINY` on a CPU not even an autograd function pays: there the dense sum goes through
+    autograd, gradient and all.
+    """
+    return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x by reference and ``x·Aᵀ``; where the dense sum is formed, x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        strength: float,
+    ) -> Tensor:
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        ctx.strength = strength
+        ctx.kernel = operators.has_kernel(x, weight)
+        ctx.dense = not ctx.kernel and denser(
+            flat.shape[0], weight.shape[1], weight.shape[0], x.dtype
+        )
+        kept: tuple[_Maybe, ...]
+        if ctx.kernel:
+            y, u, down, up = operators.forward(flat, weight, bias, a, b, scale, strength)
+            kept = (u, down, up)
+        else:
+            down, up = a.to(x.dtype), operators.scaled_down(b, scale, strength, x.dtype)
+            if ctx.dense:
+                y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), (None, None, None)
+            else:
+                u = flat @ down.t()
+                y, kept = _both(flat, weight.t(), u, up.t(), bias), (u, None, None)
+        ctx.save_for_backward(x, weight, bias, a, b, scale, *kept)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, a, b, scale, u, down, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            inputs = [x, weight, bias, a, b, scale]
+            y = linear_by_definition(x, weight, bias, a, b, scale * ctx.strength)
+            return (*differentiable(y, inputs, needs, dy), None)
+        flat = x
+        if x.dim() != 2:
+            dy, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = da = db = dscale = None
+        if ctx.kernel:
+            dx, da, db, dscale = operators.backward(
+                dy, flat, weight, a, b, scale, ctx.strength, u, down, up, *operators.needed(needs)
+            )
+        else:
+            down, up = a.to(x.dtype), operators.scaled_down(b, scale, ctx.strength, x.dtype)
+            v = dy @ up if needs[0] or needs[3] else None  # [N, r]
+            if needs[0]:
+                whole = torch.addmm(weight, up, down) if ctx.dense else None
+                dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
+            if needs[3]:
+                da = (v.t() @ flat).to(a.dtype)  # type: ignore[union-attr]
+            if needs[4] or needs[5]:
+                u = flat @ down.t() if u is None else u
+                db, dscale = operators.gradient_of_second(
+                    (u.t() @ dy).t(), b, scale, ctx.strength, needs[5]
+                )
+        dweight = dy.t() @ flat if needs[1] else None
+        dbias = dy.sum(0) if needs[2] else None
+        if dx is not None and x.dim() != 2:
+            dx = dx.view(x.shape)
+        return dx, dweight, dbias, da, db, dscale, None
+
+
+def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
+    """``x @ w + u @ v + bias``; in 16 bits the smaller product comes first, so that one float32
+    accumulator takes both, and the bias last, so that a large one does not drown it."""
+    if x.dtype.itemsize > 2:
+        y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+        return y.addmm_(u, v)
+    if x.is_cuda:  # cuBLAS rounds in between
+        y = torch.mm(x, w, out_dtype=torch.float32)
+        y = y.addmm_(u.float(), v.float())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = torch.mm(u, v).addmm_(x, w)
+    return y if bias is None else y.add_(bias)
+
+
+def differentiable(
+    y: Tensor, inputs: list[_Maybe], needs: Sequence[bool], dy: Tensor
+) -> list[_Maybe]:
+    wanted = [t for t, need in zip(inputs, needs) if need and t is not None]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs)]
+
+
+def embedding(
+    rows: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    padding_idx: Optional[int] = None,
+) -> Tensor:
+    """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product.
+
+    Args:
+        rows: indices of any shape.
+        weight: ``[num, dim]``.
+        lora_A: ``[r, num]``.
+        lora_B: ``[dim, r]``.
+        scale: ``[]``.
+        padding_idx: the row that gets no gradient.
+
+    Example:
+        >>> W, A, B = (torch.randn(*s).double() for s in ((9, 4), (2, 9), (4, 2)))
+        >>> rows, scale = torch.tensor([[0, 8], [3, 3]]), torch.tensor(0.5).double()
+        >>> y = embedding(rows, W, A, B, scale)
+        >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):  # which leaves a look-up in the table's own type
+        with torch.autocast(device, enabled=False):
+            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx)
+    base = F.embedding(rows, weight, padding_idx)
+    thin = F.embedding(rows, lora_A.t(), padding_idx).to(base.dtype)  # [..., r]
+    up = (lora_B * scale).to(base.dtype).t()
+    if padding_idx is not None:  # nor does that row give B or the scale a gradient
+        update = thin @ up
+        return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
+    # a row of the table is exact, so this rounds the sum once
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
+    return flat.view(base.shape)

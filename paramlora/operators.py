@@ -1,0 +1,190 @@
+"""16-bit CUDA: the way to the kernels, as custom operators that compilers and export see whole."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+_Maybe = Optional[Tensor]
+
+
+_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
+_SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton."""
+    if not (x.is_cuda and x.dtype in _SIXTEEN and weight.dtype == x.dtype):
+        return False
+    device = x.get_device()
+    if device not in _SERVED:
+        _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
+    return _SERVED[device] and 1 in weight.stride()
+
+
+def _importable() -> bool:
+    try:
+        import paramlora.launch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def forward(
+    flat: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y``, ``x·Aᵀ``, and the packed factors that `backward` takes."""
+    from paramlora import launch
+
+    down, up = launch.pack(a, b, scale, strength, flat.dtype)
+    y, u = launch.matmul(_rows(flat), weight.t(), down, up, bias)
+    return y, u, down, up
+
+
+def backward(
+    dy: Tensor,
+    flat: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    u: Tensor,
+    down: Tensor,
+    up: Tensor,
+    input_too: bool,
+    factors_too: bool,
+    scale_too: bool,
+    beside: bool = True,
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A, B and the scale, those that are wanted; `beside`: on two streams."""
+    from paramlora import launch
+
+    dy, flat = _rows(dy), _rows(flat)
+    inside = None if scale_too else scale
+    factors_too = factors_too or scale_too
+    dx = da = db = dscale = None
+    r = a.shape[0]
+    if (
+        input_too
+        and factors_too
+        and beside
+        and launch.overlaps(len(dy), flat.shape[1], dy.shape[1], len(up))
+    ):
+        v = launch.project(dy, up)
+        current, other = torch.cuda.current_stream(dy.device), launch.side(dy.get_device())
+        other.wait_stream(current)
+        with torch.cuda.stream(other):
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+        dx, _ = launch.matmul(dy, weight, up, down, p=v)
+        current.wait_stream(other)
+    else:
+        dx, v = launch.matmul(dy, weight, up, down) if input_too else (None, launch.project(dy, up))
+        if factors_too:
+            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
+    if db is not None and scale_too:
+        db, dscale = gradient_of_second(db, b, scale, strength, True)
+    if da is not None and db is not None:
+        da, db = da.to(a.dtype), db.to(b.dtype)
+    return dx, da, db, dscale
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
+    return (b * (scale if strength == 1 else scale * strength)).to(dtype)
+
+
+def gradient_of_second(
+    product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
+) -> tuple[Tensor, _Maybe]:
+    """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
+    product = product.to(b.dtype)
+    dscale = ((product * b).sum() * strength).to(scale.dtype) if scale_too else None
+    return scaled_down(product, scale, strength, b.dtype), dscale
+
+
+def needed(needs: Any) -> tuple[bool, bool, bool]:
+    return needs[0], needs[3] or needs[4], needs[5]
+
+
+@torch.library.custom_op("paramlora::linear", mutates_args=(), device_types="cuda")
+def _linear_op(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    y, u, _, _ = forward(x, weight, bias, a, b, scale, 1.0)
+    return y, u
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    rank = max(16, 1 << (a.shape[0] - 1).bit_length())
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], rank)
+
+
+@torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")
+def _linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    input_too: bool,
+    factors_too: bool,
+    scale_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from paramlora import launch
+
+    down, up = launch.pack(a, b, scale, 1.0, x.dtype)
+    needs = (input_too, factors_too, scale_too)
+    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs, beside=False)
+    dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, da, db, dscale
+
+
+@_linear_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    input_too: bool,
+    factors_too: bool,
+    scale_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none, factors = x.new_empty(0), factors_too or scale_too
+    return (
+        torch.empty_like(x) if input_too else none,
+        torch.empty_like(a) if factors else none,
+        torch.empty_like(b) if factors else none,
+        torch.empty_like(scale) if scale_too else none,
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, a, b, scale = inputs
+    ctx.save_for_backward(x, weight, a, b, scale, output[1])
+
+
+def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, a, b, scale, u = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = needed(needs)
+    grads = torch.ops.paramlora.linear_backward(dy, x, weight, a, b, scale, u, *wanted)
+    dx, da, db, dscale = (
+        g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
+    )
+    dweight = dy.t() @ x if needs[1] else None
+    return dx, dweight, dy.sum(0) if needs[2] else None, da, db, dscale
+
+
+_linear_op.register_autograd(_linear_op_backward, setup_context=_keep)

@@ -1,0 +1,70 @@
+"""Weights that lie on several processes (DTensor), and the order of attaching and wrapping."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; in a process that has none, nothing is imported to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The tensor on every process; all of them must call this together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def take(own: Tensor, value: Tensor) -> None:
+    """Copy `value`, the same on every process, into `own`, sharded or not."""
+    if is_sharded(own) and not is_sharded(value):
+        value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
+    own.copy_(value)
+
+
+def check_order(model: nn.Module) -> None:
+    """Refuse to attach where a wrapper has taken the parameters already.
+
+    Raises:
+        AdapterError: names the wrapper and the order that works.
+    """
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _TAKERS and cls.__module__.startswith("torch."):
+                raise AdapterError(
+                    f"{path or type(module).__name__} is under {_TAKERS[cls.__name__]} already, "
+                    "which would not know new parameters. Attach first, then wrap."
+                )
+
+
+_TAKERS = {
+    "FSDPModule": "fully_shard",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "DistributedDataParallel": "DistributedDataParallel",
+}
+
+
+def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, placements)
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes a file for all."""
+    return not _running() or torch.distributed.get_rank() == 0
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if _running():
+        torch.distributed.barrier()
+
+
+def _running() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

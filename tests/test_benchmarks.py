@@ -1,0 +1,122 @@
+"""The benchmarks still run, check what they measure, and report it; no time is asserted."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+from benchmarks import finetune_bf16, layers, many, models, report, timing, update_kept
+from benchmarks.opponents import WAYS, Way
+from benchmarks.reference import Result, bound, check, definition
+from benchmarks.runlora import BACKWARDS, FORWARDS, gradients
+from benchmarks.zoo import ZOO
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the other libraries' own advice
+
+
+def read(folder, kind):
+    return json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
+
+
+def test_one_layer_is_measured_and_every_way_is_right_or_says_why(tmp_path, capsys):
+    options = ["--size", "tiny", "--no-compile", "--rounds", "1", "--seconds", "0"]
+    assert layers.main([*options, "--dtypes", "bf16", "autocast", "--out", str(tmp_path)]) == 0
+    content = read(tmp_path, "layers")
+    assert content["machine"]["packages"]["torch"] == torch.__version__
+    ways = {row["way"] for row in content["rows"]}
+    assert ways >= {name for name in WAYS if "compiled" not in name}
+    refused = {(r["case"].split()[0], r["way"]) for r in content["rows"] if "refused" in r}
+    assert not any(way == "paramlora" for _, way in refused)
+    assert not any(case == "linear" for case, _ in refused)
+    wrong = [r for r in content["rows"] if r.get("refused", "").startswith("AssertionError")]
+    assert wrong == []
+    assert "R, bf16, training, eager time" in capsys.readouterr().out
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "r.md")]) == 0
+    assert (tmp_path / f"{tmp_path.name}-ratio.png").exists()
+    assert "saved" in (tmp_path / "r.md").read_text(encoding="utf-8")
+
+
+def test_a_wrong_layer_is_caught():
+    layer = nn.Linear(6, 5).requires_grad_(False)
+    x, dy = torch.randn(4, 6), torch.randn(4, 5)
+    A, B = torch.randn(2, 6), torch.randn(5, 2)
+    want = definition(layer, A, B, x, dy)
+    exact = Result(*(t.float() for t in want))
+    check(exact, want, bound(torch.float32, 6))
+    half = exact._replace(y=(layer(x) + (want.y - layer(x)) / 2).float())
+    with pytest.raises(AssertionError, match="y: relative error"):
+        check(half, want, bound(torch.float32, 6))
+    with pytest.raises(AssertionError, match="dB is zero"):
+        check(exact._replace(dB=torch.zeros(5, 2)), want, bound(torch.float32, 6))
+
+
+def test_all_of_runloras_orders_agree():
+    tensors = [torch.randn(s).double() for s in ((3, 4, 6), (5, 6), (2, 6), (5, 2), (5,))]
+    x, W, A, B, bias = (t.requires_grad_() for t in tensors)
+    y = nn.functional.linear(x, W + B @ A, bias)
+    dy = torch.randn_like(y)
+    want = torch.autograd.grad(y, (x, A, B), dy)
+    with torch.no_grad():
+        for forward in FORWARDS:
+            torch.testing.assert_close(forward(x, W, A, B, bias), y)
+        for order in BACKWARDS:
+            for got, one in zip(gradients(order, dy, x, W, A, B), want):
+                torch.testing.assert_close(got, one)
+    assert len(FORWARDS) == 4 and len(set(BACKWARDS)) == 8
+
+
+@pytest.mark.parametrize("way", [way for way in models.WAYS if way != "frozen"])
+@pytest.mark.parametrize("name", ["unet", "llama"])
+def test_whole_models_are_right(name, way):
+    pytest.importorskip("diffusers")
+    models.check_tiny(ZOO[name], way)
+
+
+def test_a_whole_model_is_measured(tmp_path):
+    options = ["--models", "llama", "--tiny", "--rounds", "1", "--ways", "paramlora", "peft"]
+    assert models.main([*options, "--dtypes", "float32", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "models")["rows"]
+    assert [row["way"] for row in rows] == ["frozen", "paramlora", "peft"]
+    assert rows[1]["trainable"] == rows[2]["trainable"] > rows[0]["trainable"] == 0
+
+
+def test_the_share_of_an_update_is_one_when_it_arrives_and_zero_when_it_does_not(tmp_path):
+    base, true = torch.randn(50, 40).double(), torch.randn(50, 40).double()
+    assert update_kept.share(base + true, base, true) == pytest.approx(1)
+    assert update_kept.share(base, base, true) == 0
+    assert update_kept.main(["--size", "tiny", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "update_kept")["rows"]
+    large = {r["way"]: r["output"] for r in rows if r["size"] == 1e-2 and "bias" not in r["case"]}
+    assert abs(large["frozen"]) < 0.2 < 0.8 < large["dense"]
+
+
+def test_many_layers_and_fine_tuning_run(tmp_path):
+    for way in ("paramlora", "peft"):
+        (tmp_path / way).mkdir()
+        many.check(way, 3, tmp_path / way)
+    options = ["--steps", "10", "--seeds", "1", "--size", "1e-2", "--out", str(tmp_path)]
+    assert finetune_bf16.main(options) == 0
+    curve = read(tmp_path, "finetune_bf16")["curves"][0]
+    assert curve["way"] == "float32" and curve["learned"][0] == pytest.approx(1)
+
+
+def test_steps_take_turns():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = timing.eager(steps, torch.device("cpu"), rounds=3, seconds=0)
+    assert order[-6:] == list("ababab") and all(len(t) == 3 for t in times.values())
+
+
+def test_saved_bytes_leave_out_what_lives_anyway():
+    from benchmarks.cases import linear, make
+    from benchmarks.saved import saved_bytes
+
+    made = make(linear(8, 6, 5, 2), torch.float32, torch.device("cpu"), torch.float32)
+    frozen = WAYS["frozen"](made.layer, made.A, made.B)
+    branch = WAYS["loralib"](made.layer, made.A, made.B)
+    context = layers.context_of("float32")
+    assert isinstance(branch, Way)
+    assert saved_bytes(frozen, made, context) == 0
+    assert saved_bytes(branch, made, context) == 8 * 2 * 4  # x·Aᵀ
