@@ -41,6 +41,7 @@ class PickledFile:
         self.specs = {
             k: checked_spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)
         }
+        self._flat: tuple[Optional[str], Tensor] = (None, torch.empty(0))
 
     def close(self) -> None:
         """Nothing is held but the mapped file, which goes with its last tensor."""
@@ -55,7 +56,9 @@ class PickledFile:
 
     def run(self, key: str, elements: slice) -> Tensor:
         """Some of a tensor's elements, in order."""
-        return self.state[key].detach().reshape(-1)[elements]  # type: ignore[no-any-return]
+        if self._flat[0] != key:  # a tensor in another order would be copied for each run
+            self._flat = (key, self.state[key].detach().reshape(-1))
+        return self._flat[1][elements]
 
     def beside(self) -> list[str]:
         """What the file holds beside the tensors of its state dict."""

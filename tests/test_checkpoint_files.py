@@ -178,6 +178,21 @@ def test_one_kind_of_file_can_become_another(parts, tmp_path):
     equal(torch.load(tmp_path / "b.pt", weights_only=True), read(tmp_path / "a.safetensors"))
 
 
+def test_tensors_in_another_order_become_safetensors(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(
+        memory_format=torch.channels_last
+    )
+    state = model.state_dict()
+    assert not state["0.weight"].is_contiguous()
+    torch.save(state, tmp_path / "base.pt")
+    paramlora.attach(model, {"0": {"r": 2}})
+    nn.init.normal_(next(lowranks(model))[2].lora_B)
+    adapter = adapter_of(model)
+    files.merge(tmp_path / "base.pt", [adapter], tmp_path / "out.safetensors")
+    equal(read(tmp_path / "out.safetensors"), dict(paramlora.merge(model).state_dict()))
+
+
 def test_tied_tensors_stay_one_in_a_pickled_file(tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleDict({"wte": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})

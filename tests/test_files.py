@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import paramlora
 from paramlora.attach import lowranks
+from paramlora.native import read_native
 
 CONFIG = {
     "0": {"r": 2, "scale": 1.7, "trainable_scale": 1},
@@ -162,3 +164,55 @@ def test_an_adapter_of_that_name_is_there_already(tmp_path):
     paramlora.save_adapter(model, path, "style")
     with pytest.raises(paramlora.AdapterError, match='"style" is attached already'):
         paramlora.load_adapter(model, path)
+
+
+def test_a_file_from_before_it_told_shapes(tmp_path):
+    """Its entries are patterns, its tensors by path: it loads, and merges into a base."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": net(), "b": net()})
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    paramlora.attach(model, {"0": {"r": 1, "scale": 0.3}, "re:b.2": {"r": 2, "hard": 0}}, "old")
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B)
+    config = {"0": {"r": 1, "scale": 0.3}, "re:b.2": {"r": 2, "hard": 0}}
+    about = {"format": 1, "adapter": "old", "config": config}
+    path = tmp_path / "old.safetensors"
+    state = paramlora.adapter_state_dict(model, "old")
+    save_file({k: v.contiguous() for k, v in state.items()}, path, {"paramlora": json.dumps(about)})
+    plain = nn.ModuleDict({"a": net(), "b": net()})
+    plain.load_state_dict(base)
+    paramlora.load_adapter(plain, path)
+    kinds = {path: type(low).__name__ for path, _, low in lowranks(plain)}
+    assert kinds == {"a.0": "LowRank", "b.0": "LowRank", "b.2": "Branch"}
+    assert [low.entry.scale for _, _, low in lowranks(plain)] == [0.3, 0.3, 1.0]
+    merged = paramlora.checkpoint.merge(base, read_native(path))
+    live = paramlora.merge(plain).state_dict()
+    assert all(torch.equal(merged[key], live[key]) for key in live)
+
+
+def test_a_tied_adapter_comes_back_tied(tmp_path):
+    def build():
+        model = nn.ModuleDict({"wte": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+        model.head.weight = model.wte.weight
+        return model
+
+    model = paramlora.attach(build(), {"re:wte|head": {"r": 2}})
+    paramlora.save_adapter(model, tmp_path / "tied.safetensors")
+    with safe_open(tmp_path / "tied.safetensors", "pt") as file:
+        assert set(file.keys()) == {"wte.lora_A", "wte.lora_B", "wte.lora_scale"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would say that they are no longer tied
+        other = paramlora.load_adapter(build(), tmp_path / "tied.safetensors")
+    assert len(list(lowranks(other))) == 1
+    paramlora.merge(other)
+    assert other.head.weight is other.wte.weight
+
+
+def test_options_of_training_come_back(tmp_path):
+    config = {"0": {"r": 2, "dropout": 0.25, "adapter_dtype": "float64", "scale": 0.5}}
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), config)
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = paramlora.load_adapter(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.safetensors")
+    (one,), (two,) = ([low for _, _, low in lowranks(m)] for m in (model, other))
+    assert two.entry == one.entry and two.dropout == 0.25 and two.lora_A.dtype == torch.float64
+    assert torch.equal(one.lora_A, two.lora_A) and torch.equal(one.lora_scale, two.lora_scale)
