@@ -15,7 +15,7 @@ from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
 from paramlora.formats.base import check_known
-from paramlora.formats.content import DEFAULTS, check_values
+from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.factors import within
 from paramlora.native import read_native, write_native
 from paramlora.state import attach_adapter
@@ -87,7 +87,8 @@ def read_adapter(
     content = opened(path)
     if formats.detect(content) != NATIVE:
         return formats.read(content, base, options)
-    adapter = check_values(read_native(weights_in(path)), content.source)
+    adapter = read_native(weights_in(path))
+    check_finite(adapter, content.source)  # all zero is how our own begin
     if base is None:
         return adapter
     known = {path: update for path, update in adapter.updates.items() if path in base}

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import paramlora
 from paramlora import formats
 from paramlora.adapter import Adapter, Update
 
@@ -187,6 +188,15 @@ def test_the_older_text_encoder_names():
     state |= {f"{stem}.q_proj.lora_linear_layer.up.weight": b}
     found = formats.read(formats.Content(state))
     assert set(found.updates) == {f"{stem}.out_proj", f"{stem}.q_proj"}
+
+
+@pytest.mark.parametrize("component", ["", "unet"])
+def test_a_target_without_tensors_is_reported(component):
+    net = unet()
+    content = formats.write(adapter(net), "diffusers", formats.base_of(net), component=component)
+    state = {key: tensor for key, tensor in content.state.items() if ".mid_block." not in f".{key}"}
+    with pytest.raises(paramlora.FileError, match="targets without tensors: mid_block.attentions"):
+        formats.read(formats.Content(state, content.metadata), formats.base_of(net))
 
 
 def test_a_flat_metadata_has_the_components_in_front(tmp_path):

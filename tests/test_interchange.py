@@ -297,3 +297,15 @@ def test_a_file_of_another_tool_is_merged_into_a_checkpoint(tmp_path):
     files.merge(tmp_path / "in.safetensors", [], tmp_path / "again.safetensors")
     first, second = (load_file(tmp_path / f"{n}.safetensors") for n in ("merged", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_our_own_file_begins_at_zero_but_is_finite(tmp_path, recwarn):
+    model = paramlora.attach(foreign.model(), {"linear": {"r": 2}})
+    paramlora.save_adapter(model, tmp_path / "fresh.safetensors")
+    paramlora.load_adapter(foreign.model(), tmp_path / "fresh.safetensors")
+    assert not [w for w in recwarn if issubclass(w.category, ParamloraWarning)]
+    ((_, _, low),) = lowranks(model)
+    low.lora_A.data[0, 0] = math.nan
+    paramlora.save_adapter(model, tmp_path / "bad.safetensors")
+    with pytest.raises(FileError, match="not finite: linear.lora_A"):
+        paramlora.load_adapter(foreign.model(), tmp_path / "bad.safetensors")

@@ -151,8 +151,8 @@ def refuse_dora(content: Content, keys: Iterable[str]) -> None:
     )
 
 
-def check_values(adapter: Adapter, source: str) -> Adapter:
-    """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
+def check_finite(adapter: Adapter, source: str) -> None:
+    """Refuse a tensor that is not finite."""
     bad = [
         f"{path}.{name}"
         for path, update in adapter.updates.items()
@@ -161,9 +161,13 @@ def check_values(adapter: Adapter, source: str) -> Adapter:
     ]
     bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
+
+
+def check_values(adapter: Adapter, source: str) -> None:
+    """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
+    check_finite(adapter, source)
     empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
     report(source, "all zero, so without effect", empty, False, "Was it saved before training?")
-    return adapter
 
 
 def number(value: Any, where: str) -> float:

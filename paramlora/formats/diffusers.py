@@ -66,7 +66,13 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         update = pair(half["down"], half["up"], 1.0, where)
         scale = _scale(path, half, configs, exact, options, where)
         updates[path] = replace(update, scale=scale)
-    return Adapter(updates)
+    adapter = Adapter(updates)
+    for component, config in configs.items():
+        if base is None or options.component not in (None, component):
+            continue
+        own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}
+        peft.report_targets(content, config, own or base, adapter, options)
+    return adapter
 
 
 def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

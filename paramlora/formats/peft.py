@@ -84,7 +84,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
-        _report_targets(content, base, adapter, options)
+        report_targets(content, content.config, base, adapter, options)
     return adapter
 
 
@@ -318,9 +318,11 @@ def _compiled(pattern: str) -> "re.Pattern[str]":
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def _report_targets(content: Content, base: Base, adapter: Adapter, options: Options) -> None:
+def report_targets(
+    content: Content, config: Mapping[str, Any], base: Base, adapter: Adapter, options: Options
+) -> None:
     """What ``target_modules`` names in the model, and the file has no tensors for."""
-    wanted, config = content.config.get("target_modules"), content.config
+    wanted = config.get("target_modules")
     if not wanted or wanted == "all-linear" or config.get("layers_to_transform") is not None:
         return
     have = {place(path, base) for path in adapter.updates}
