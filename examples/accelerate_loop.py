@@ -1,6 +1,6 @@
 """accelerate: one loop for any number of devices, gradients accumulated and clipped.
 
-    accelerate launch examples/accelerate_loop.py
+accelerate launch examples/accelerate_loop.py
 """
 
 from pathlib import Path
@@ -63,10 +63,17 @@ def main(folder: Path = Path(".")) -> dict[str, float]:
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
     torch.manual_seed(3)
     resumed = train(accelerator, again, optimizer, loader, 20)
-    merged = paramlora.merge(accelerator.unwrap_model(again)).eval()
+    alone = accelerator.unwrap_model(again).eval()
     *_, (x, y) = loader
-    after = nn.functional.mse_loss(merged(x), y).item()
-    return {"first": first, "last": last, "resumed": resumed, "merged": after}
+    attached = nn.functional.mse_loss(alone(x), y).item()
+    merged = nn.functional.mse_loss(paramlora.merge(alone)(x), y).item()
+    return {
+        "first": first,
+        "last": last,
+        "resumed": resumed,
+        "attached": attached,
+        "merged": merged,
+    }
 
 
 if __name__ == "__main__":

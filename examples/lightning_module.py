@@ -1,6 +1,6 @@
 """Lightning: `AdapterCheckpoint` keeps the base out of the checkpoints.
 
-    python examples/lightning_module.py
+python examples/lightning_module.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """FSDP2 over any number of processes: shard base and adapter together, save only the adapter.
 
-    torchrun --nproc-per-node 2 examples/many_processes.py
+torchrun --nproc-per-node 2 examples/many_processes.py
 """
 
 import os
@@ -60,7 +60,7 @@ def main(folder: Path = Path(".")) -> dict[str, float]:
     sharded = nn.functional.mse_loss(model(mine), mine[:, :4].sin()).item()
     main_process = dist.get_rank() == 0
     dist.destroy_process_group()
-    return {"first": first, "sharded": sharded, "merged": merged} if main_process else {}
+    return {"first": first, "attached": sharded, "merged": merged} if main_process else {}
 
 
 if __name__ == "__main__":

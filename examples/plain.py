@@ -1,6 +1,6 @@
 """Plain PyTorch: train, save the adapter, resume with the optimizer's state, merge.
 
-    python examples/plain.py
+python examples/plain.py
 """
 
 from pathlib import Path
@@ -51,11 +51,13 @@ def main(folder: Path = Path(".")) -> dict[str, float]:
     optimizer = optimizer_for(resumed)
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
     again = train(resumed, optimizer, range(50, 150))
-    paramlora.merge(resumed)
-    torch.save(resumed.state_dict(), folder / "merged.pt")
-    (x, y), *_ = batches(range(149, 150))
-    merged = nn.functional.mse_loss(resumed(x), y).item()
-    return {"first": first, "last": last, "resumed": again, "merged": merged}
+    ((x, y),) = batches(range(150, 151))
+    attached = nn.functional.mse_loss(resumed(x), y).item()
+    torch.save(paramlora.merge(resumed).state_dict(), folder / "merged.pt")
+    plain = base()  # which needs no paramlora
+    plain.load_state_dict(torch.load(folder / "merged.pt"))
+    merged = nn.functional.mse_loss(plain(x), y).item()
+    return {"first": first, "last": last, "resumed": again, "attached": attached, "merged": merged}
 
 
 if __name__ == "__main__":

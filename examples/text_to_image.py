@@ -1,6 +1,6 @@
 """diffusers: the text-to-image loop (predict the noise), with checkpointing and an EMA.
 
-    python examples/text_to_image.py
+python examples/text_to_image.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """transformers' Trainer: its checkpoints hold the adapter and the optimizer's state, not the base.
 
-    python examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 import os
@@ -69,16 +69,21 @@ def main(folder: Path = Path("trainer")) -> dict[str, float]:
     resumed = trainer(folder / "stopped", 40)
     resumed.train(resume_from_checkpoint=True)
     first, last = losses(whole)
-    merged = paramlora.merge(resumed.model).eval()
-    with torch.no_grad():
-        after = [merged(**{k: v[None] for k, v in row.items()}).loss.item() for row in sentences()]
-    merged.save_pretrained(folder / "merged")
+    attached = evaluated(resumed.model)
+    paramlora.merge(resumed.model).save_pretrained(folder / "merged")
     return {
         "first": first,
         "last": last,
         "resumed": losses(resumed)[-1],
-        "merged": sum(after) / len(after),
+        "attached": attached,
+        "merged": evaluated(GPT2LMHeadModel.from_pretrained(folder / "merged")),
     }
+
+
+@torch.no_grad()
+def evaluated(model: GPT2LMHeadModel) -> float:
+    rows = torch.stack([row["input_ids"] for row in sentences()])
+    return model.eval()(input_ids=rows, labels=rows).loss.item()
 
 
 if __name__ == "__main__":
