@@ -21,6 +21,7 @@ from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enabl
 from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.placement import shard_like
+from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
@@ -277,9 +278,9 @@ def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
         update = Whole(_value(module, target), adapter)
     else:
         fits = tuple(base.shape) == target.shape
-        update = _low_rank(target, module, base if fits else base.new_empty(target.shape), adapter)
+        update = _low_rank(target, module, base if fits else _like(base, target), adapter)
         if entry.init != "default":
-            initialise(update, gathered(_value(module, target)), entry.init)
+            initialise(update, gathered(dense(module, _value(module, target))), entry.init)
         update.dropout = entry.dropout
         if is_sharded(base):
             shard_like(update, base, target.path or "weight")
@@ -298,6 +299,12 @@ def _check_loaded(base: Tensor, target: Target) -> None:
         )
 
 
+def _like(base: Tensor, target: Target) -> Tensor:
+    """Memory of the target's shape, where the base is stored in another."""
+    dtype = base.dtype if base.is_floating_point() else torch.bfloat16
+    return torch.empty(target.shape, dtype=dtype, device=base.device)
+
+
 def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
     entry = target.entry
     options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
@@ -309,7 +316,7 @@ def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -
 def _value(module: nn.Module, target: Target) -> Tensor:
     """What the tensor shows before this update."""
     known = module._parameters.get(target.tensor)
-    return shown(module, target.tensor).detach() if known is None else known.detach()
+    return shown(module, target.tensor).detach() if known is None else known
 
 
 def _check_alone(module: nn.Module, target: Target) -> None:

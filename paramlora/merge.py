@@ -18,6 +18,7 @@ from paramlora.errors import AdapterError
 from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
+from paramlora.quantised import is_quantised, make_dense
 from paramlora.sharded import is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
@@ -29,7 +30,9 @@ _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
+def merge(
+    model: nn.Module, adapters: "str | list[str] | None" = None, dequantize: bool = False
+) -> nn.Module:
     """Fold the updates into the base weights and erase them; returns the same model.
 
     The sum is computed in float32 (float64 for a float64 base) and rounded once to the
@@ -41,10 +44,13 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         model: with adapters attached, or none: then nothing happens.
         adapters: a name or several; all when None. Those that `set_adapters` weakened are
             folded in as strongly as they act.
+        dequantize: make a quantised weight that is adapted a dense one, which takes several
+            times its memory; otherwise such a merge is refused.
 
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite, a soft one with
-            ``"up_kernel": "same"``, or one over a parametrization that cannot hold the sum.
+            ``"up_kernel": "same"``, one over a parametrization that cannot hold the sum, or one
+            of a quantised weight without `dequantize`.
 
     Example:
         >>> import paramlora
@@ -64,6 +70,15 @@ def merge(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mod
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
+    packed = [
+        (module, name)
+        for module, name, _ in jobs
+        if (stored := module._parameters.get(name)) is not None and is_quantised(stored)
+    ]
+    if packed and not dequantize:
+        raise AdapterError(_quantised(model, *packed[0]))
+    for module, name in packed:
+        make_dense(module, name)
     alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
     for job in jobs:
         alike.setdefault(_identity(*job), []).append((job, _inverted(*job)))
@@ -208,6 +223,14 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
         f"{type(module).__bases__[0].__name__}.{name} is under {kinds}, which cannot hold the "
         "sum exactly. Nothing was merged; call torch's remove_parametrizations(layer, "
         f'"{name}", leave_parametrized=True) on it to fold both.'
+    )
+
+
+def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
+    path = next(path for path, one in model.named_modules() if one is module)
+    return (
+        f"{path or type(module).__name__}.{name} is quantised and cannot hold the sum. Nothing was "
+        "merged; merge(model, dequantize=True) makes it dense, or keep the adapter attached."
     )
 
 

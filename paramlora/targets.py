@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest
 from paramlora.lowrank import Layout, matrix_shape
+from paramlora.quantised import is_quantised, shape_of
 from paramlora.switch import Switched
 
 BRANCHES = "lora_branches"  # the name under which a layer holds its soft updates
@@ -130,7 +131,8 @@ def _target(
     layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
     kind = _kind(module, name)
     groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
-    return Target(path, name, entry, tuple(tensor.shape), layout, tensor.dtype, kind, groups)
+    shape = shape_of(module, tensor)
+    return Target(path, name, entry, shape, layout, tensor.dtype, kind, groups)
 
 
 def check_model(model: nn.Module) -> None:
@@ -242,6 +244,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
         return "which torch.jit compiled. Attach to the module that it was made from."
     if entry.hard and getattr(module, "sparse", False) is True:
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
+    if entry.hard and is_quantised(tensor):
+        return 'which is quantised: no sum can be stored there. Use "hard": 0.'
     reason = None
     if tensor.dim() < 2:
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"
@@ -261,7 +265,7 @@ def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
         if not any(fits(entry.name, one) for one in above):
             continue
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or is_quantised(tensor):
             raise TargetError(
                 f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
                 "cannot train. Name another, or adapt it with r."

@@ -215,3 +215,31 @@ def test_diffusers(hard, reentrant, autocast):
     got = gradients(model, call_unet, autocast)
     check_equal(want, got, **({"of_size": 1e-5} if reentrant else {}))
     assert len(runs) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@HARD
+@REENTRANT
+def test_checkpointing_saves_memory_on_the_device(hard, reentrant):
+    with torch.device("cuda"):
+        model = Blocks(False)
+        model.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(16)
+        )
+    attached(model, [r"re:blocks\..*"], hard)
+    x = torch.randn(4096, 512, device="cuda")
+
+    def peak(mode):
+        model.mode = mode
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(x.clone()).square().mean().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    if reentrant:
+        paramlora.enable_input_grads(model)
+    without, saved = peak(None), peak(reentrant)
+    print(f"peak {without / 2**20:.0f} MiB without, {saved / 2**20:.0f} MiB with checkpointing")
+    assert saved < without / 2

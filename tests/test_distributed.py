@@ -283,6 +283,22 @@ def case_fsdp_of_a_narrow_base(rank, mesh, folder):
     assert len(moved) == 2 * 5, moved
 
 
+def case_tensors_trained_whole(rank, mesh, folder):
+    x, y = batch()
+    plain = net().requires_grad_(False)
+    plain.head.requires_grad_(True)
+    train(plain, x, y)
+    wrappers = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": lambda m: shard(m, mesh)}
+    for name, wrap in wrappers.items():
+        model = wrap(paramlora.attach(net(), {"head": {"whole": 1}}))
+        train(model, *half(rank, x, y))
+        paramlora.save_adapter(model, folder / f"{name}.safetensors")
+        alone = paramlora.merge(paramlora.load_adapter(net(), folder / f"{name}.safetensors"))
+        assert (plain.head.weight - net().head.weight).abs().max() > 0.05
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(alone.state_dict()[key], value, **CLOSE)
+
+
 def case_tensor_parallel(rank, mesh, folder):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

@@ -1,0 +1,1 @@
+"""Small pieces for other libraries, each importing its own; nothing here is loaded by itself."""

@@ -1,0 +1,63 @@
+"""Layers whose stored weight is quantised: how to tell, and the dense weight it stands for.
+
+torchao's tensors (int8, int4, NF4) and the parameters of bitsandbytes (NF4, FP4, int8) are known by
+what they carry, so neither library is imported before one of its tensors is met.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from paramlora.sharded import is_sharded
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether the tensor only stands for a weight."""
+    if is_traceable_wrapper_subclass(tensor):
+        own = getattr(type(tensor), "dequantize", Tensor.dequantize)
+        return own is not Tensor.dequantize and not is_sharded(tensor)
+    return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
+
+
+def shape_of(module: nn.Module, tensor: Tensor) -> tuple[int, ...]:
+    """The weight's shape, also where four bits are packed in another."""
+    if hasattr(tensor, "quant_state"):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    return tuple(tensor.shape)
+
+
+@torch.no_grad()
+def dense(module: nn.Module, tensor: Any) -> Tensor:
+    """The weight that a quantised tensor stands for; any other tensor itself."""
+    if not is_quantised(tensor):
+        return tensor  # type: ignore[no-any-return]
+    if hasattr(tensor, "get_original_weight"):  # torchao's NF4
+        return tensor.get_original_weight()  # type: ignore[no-any-return]
+    if hasattr(tensor, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)
+        return whole.reshape(shape_of(module, tensor))
+    if hasattr(tensor, "SCB"):
+        state: Any = module.state  # which takes the scales at the first call
+        rows = tensor.SCB if tensor.SCB is not None else state.SCB
+        values = tensor.data if tensor.data.dtype == torch.int8 else state.CB
+        bias: Any = module.bias
+        dtype = torch.get_default_dtype() if bias is None else bias.dtype
+        wide: Tensor = values.float() * rows.float()[:, None] / 127
+        return wide.to(dtype)
+    return tensor.dequantize()  # type: ignore[no-any-return]
+
+
+def make_dense(module: nn.Module, name: str) -> None:
+    """Store the dense weight instead; a layer of bitsandbytes becomes the Linear that it is."""
+    weight, bias = dense(module, module._parameters[name]), module._parameters.get("bias")
+    dtype = getattr(module, "compute_dtype", None) if bias is None else bias.dtype
+    module._parameters[name] = nn.Parameter(weight.detach().to(dtype, copy=True), False)
+    vars(module).pop("extra_repr", None)  # torchao's, which cannot be pickled
+    if type(module).__module__.startswith("bitsandbytes."):
+        module.__class__ = nn.Linear
+        for attribute in set(vars(module)) - set(vars(nn.Linear(1, 1))):
+            delattr(module, attribute)

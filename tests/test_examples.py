@@ -1,0 +1,113 @@
+"""The examples run, resume exactly where they stopped, and merge to what they trained."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import paramlora
+from paramlora.attach import lowranks
+
+FOLDER = Path(__file__).parents[1] / "examples"
+NEEDS = {
+    "plain": "torch",
+    "transformers_trainer": "transformers",
+    "accelerate_loop": "accelerate",
+    "lightning_module": "lightning",
+    "text_to_image": "diffusers",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainers themselves
+@pytest.mark.parametrize("name", NEEDS)
+def test_example(name, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS[name])
+    monkeypatch.chdir(tmp_path)
+    loss = load(name).main(tmp_path)
+    assert loss["last"] < loss["first"]
+    assert loss["resumed"] == loss["last"]  # the same numbers in the same order
+    assert loss["merged"] == pytest.approx(loss["attached"], rel=1e-5)
+    small = [f for f in tmp_path.rglob("adapter.safetensors")] or list(tmp_path.rglob("*.ckpt"))
+    assert small
+
+
+def test_lightnings_checkpoint_holds_no_base(tmp_path):
+    pl = pytest.importorskip("lightning.pytorch")
+    example = load("lightning_module")
+    example.trainer(tmp_path, 1).fit(example.Regression(), example.data())
+    (path,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["state_dict"] == {} and checkpoint["optimizer_states"]
+    module = example.Regression()
+    assert set(checkpoint["paramlora"]) == set(paramlora.adapter_state_dict(module))
+    assert isinstance(module, pl.LightningModule)
+    other = example.Regression()
+    paramlora.detach(other)
+    paramlora.attach(other, {"re:net.0": {"r": 4}})
+    with pytest.raises(paramlora.FileError, match="does not fit Regression: .*unexpected: net.2"):
+        example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
+
+
+def test_many_processes(tmp_path):
+    if not torch.distributed.is_gloo_available() or torch.cuda.device_count() == 1:
+        pytest.skip("needs gloo, or a CUDA device for each process")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(FOLDER / "many_processes.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss = {
+        name: float(value) for name, value in re.findall(r"^(\w+) +([\d.]+)$", done.stdout, re.M)
+    }
+    assert loss["attached"] < loss["first"] / 4
+    assert loss["merged"] == pytest.approx(loss["attached"], abs=1e-4)
+    assert (tmp_path / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("hard", (1, 0))
+def test_an_average_of_models_averages_the_factors_alone(hard):
+    torch.manual_seed(0)
+    model = paramlora.attach(nn.Sequential(nn.Linear(6, 5)).double(), {"0": {"r": 2, "hard": hard}})
+    base = {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
+    ((_, _, low),) = lowranks(model)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    want = None
+    optimizer = torch.optim.SGD(paramlora.trainable_parameters(model), lr=0.1)
+    for _ in range(5):
+        nn.init.normal_(low.lora_B) if want is None else None
+        model(torch.randn(4, 6).double()).square().mean().backward()
+        optimizer.step()
+        ema.update_parameters(model)
+        now = {n: getattr(low, n).detach().clone() for n in ("lora_A", "lora_B")}
+        want = now if want is None else {n: 0.9 * v + 0.1 * now[n] for n, v in want.items()}
+    ((_, _, mean),) = lowranks(ema.module)
+    for name, value in want.items():
+        torch.testing.assert_close(getattr(mean, name), value, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(getattr(mean, name), getattr(low, name))
+    state = ema.module.state_dict()
+    assert base and all(torch.equal(v, state[k]) for k, v in base.items())
+    weight = model.state_dict()[next(k for k in base if "weight" in k)]
+    merged = paramlora.merge(ema.module)
+    torch.testing.assert_close(
+        merged[0].weight, weight + want["lora_B"] @ want["lora_A"], rtol=1e-12, atol=1e-12
+    )
