@@ -1,5 +1,6 @@
-"""The demonstration: a small diffusion U-Net learns some digits, then is adapted to the others.
+"""The demonstration: a small diffusion U-Net learns five digits, then is adapted to the others.
 
+The model draws five kinds of image, one a row of the picture: 0 to 4 before, 5 to 9 after.
 Pure steps; `paramlora.cli` prints. The digits are the 8×8 scans inside scikit-learn.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import paramlora
 
-OLD, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+ROWS, COLUMNS = 5, 7  # of each panel of the picture
 CONFIG = {
     "trainable_model": 0,
     "to_q": {"r": 16, "scale": 1},
@@ -30,6 +31,7 @@ CONFIG = {
     "time": {"r": 16, "scale": 1},
 }
 TOLERANCE = 1e-3  # of a pixel in [-1, 1] after 50 sampling steps in float32
+BATCH = 32
 LEVELS = 200  # of noise
 SAMPLING_STEPS = 50
 Progress = Callable[..., None]  # (stage, step, total=steps of the stage)
@@ -88,32 +90,48 @@ class FusedAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in ``[batch, 1, 8, 8]`` images at a level in ``[0, 1]``."""
+    """Predicts the velocity of ``[batch, 1, 8, 8]`` images at a level in ``[0, 1]``.
 
-    def __init__(self, width: int = 32) -> None:
+    `row` in ``[0, 5)`` names one of five kinds of image: which digit that is, training decides.
+    """
+
+    def __init__(self, width: int = 16, deep: int = 128) -> None:
         super().__init__()
-        embed = 2 * width
+        embed = 4 * width
         self.width = width
         self.embed = nn.Sequential(nn.Linear(width, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.row = nn.Embedding(ROWS, embed)
         self.first = nn.Conv2d(1, width, 3, padding=1)
         self.down1 = Block(width, width, embed)
         self.shrink = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.down2, self.attention = Block(width, embed, embed), Attention(embed)
-        self.middle, self.fused = Block(embed, embed, embed), FusedAttention(embed)
-        self.up2 = Block(2 * embed, width, embed)
+        self.down2, self.attention = Block(width, deep, embed), Attention(deep)
+        self.middle, self.fused = Block(deep, deep, embed), FusedAttention(deep)
+        self.up2 = Block(2 * deep, width, embed)
         self.up1 = Block(2 * width, width, embed)
         self.norm, self.last = nn.GroupNorm(8, width), nn.Conv2d(width, 1, 3, padding=1)
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, row: Tensor) -> Tensor:
         rates = torch.exp(torch.linspace(0, math.log(1000), self.width // 2))
         waves = level[:, None] * rates
-        emb = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], 1)))
+        emb = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], 1)) + self.row(row))
         a = self.down1(self.first(x), emb)
         b = self.attention(self.down2(self.shrink(a), emb))
         h = self.fused(self.middle(b, emb))
         h = self.up2(torch.cat([h, b], 1), emb)
         h = self.up1(torch.cat([F.interpolate(h, scale_factor=2.0), a], 1), emb)
         return self.last(F.silu(self.norm(h)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images ``[n, 1, 8, 8]`` in ``[-1, 1]`` and the row that each belongs to, ``[n]``."""
+
+    images: Tensor
+    rows: Tensor
+
+    def take(self, which: Tensor) -> "Digits":
+        """Those at the given indices."""
+        return Digits(self.images[which], self.rows[which])
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -125,14 +143,14 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(data.target)
 
 
-def split(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(old digits, new digits to train on, new digits held out)."""
+def split(seed: int) -> tuple[Digits, Digits, Digits]:
+    """(0 to 4, 5 to 9 to train on, 5 to 9 held out)."""
     images, labels = digits()
-    old = images[torch.isin(labels, torch.tensor(OLD))]
-    new = images[torch.isin(labels, torch.tensor(NEW))]
+    every = Digits(images, labels % ROWS)
+    (old,), (new,) = torch.where(labels < ROWS), torch.where(labels >= ROWS)
     new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
     cut = len(new) // 5
-    return old, new[cut:], new[:cut]
+    return every.take(old), every.take(new[cut:]), every.take(new[:cut])
 
 
 def signal(level: Tensor) -> Tensor:
@@ -141,16 +159,17 @@ def signal(level: Tensor) -> Tensor:
     return torch.cos((level + 0.008) / 1.008 * math.pi / 2).square().clamp(1e-4, 1)
 
 
-def loss_of(model: nn.Module, images: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise, Ho et al. 2020 (arXiv:2006.11239), eq. 14."""
+def loss_of(model: nn.Module, digits: Digits, noise: Tensor, level: Tensor) -> Tensor:
+    """Mean squared error of the velocity, Salimans and Ho 2022 (arXiv:2202.00512), appendix D."""
     kept = signal(level)[:, None, None, None]
-    noisy = kept.sqrt() * images + (1 - kept).sqrt() * noise
-    return F.mse_loss(model(noisy, level), noise)
+    noisy = kept.sqrt() * digits.images + (1 - kept).sqrt() * noise
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * digits.images
+    return F.mse_loss(model(noisy, level, digits.rows), velocity)
 
 
 def train(
     model: nn.Module,
-    images: Tensor,
+    digits: Digits,
     steps: int,
     lr: float,
     seed: int,
@@ -158,57 +177,67 @@ def train(
 ) -> None:
     """AdamW on whatever trains in `model`, with a cosine learning rate."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(paramlora.trainable_parameters(model), lr=lr, weight_decay=0.0)
+    params = paramlora.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     for step in range(steps):
-        batch = images[torch.randint(len(images), (64,), generator=generator)]
-        noise = torch.randn(batch.shape, generator=generator)
-        level = torch.randint(1, LEVELS + 1, (len(batch),), generator=generator) / LEVELS
+        batch = digits.take(torch.randint(len(digits.rows), (BATCH,), generator=generator))
+        noise = torch.randn(batch.images.shape, generator=generator)
+        level = torch.randint(1, LEVELS + 1, (BATCH,), generator=generator) / LEVELS
         loss = loss_of(model, batch, noise, level)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(paramlora.trainable_parameters(model), 1.0)
+        nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         schedule.step()
         progress(step + 1)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, seed: int) -> float:
-    """The loss on fixed noise at evenly spread levels."""
+def evaluate(model: nn.Module, digits: Digits, seed: int) -> float:
+    """The loss on fixed noise at evenly spread levels, eight for each image."""
     generator = torch.Generator().manual_seed(seed)
-    many = images.repeat(8, 1, 1, 1)
-    noise = torch.randn(many.shape, generator=generator)
-    level = (torch.arange(len(many)) % LEVELS + 1) / LEVELS
+    many = digits.take(torch.arange(len(digits.rows)).repeat(8))
+    noise = torch.randn(many.images.shape, generator=generator)
+    level = (torch.arange(len(many.rows)) % LEVELS + 1) / LEVELS
     return float(loss_of(model, many, noise, level))
 
 
 @torch.no_grad()
-def sample(model: nn.Module, count: int, seed: int) -> Tensor:
-    """Deterministic sampling, Song et al. 2021 (arXiv:2010.02502), equation 12 with σ = 0."""
-    x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+def sample(model: nn.Module, seed: int) -> Tensor:
+    """`COLUMNS` images of every row, ``[35, 1, 8, 8]``.
+
+    Deterministic sampling, Song et al. 2021 (arXiv:2010.02502), equation 12 with σ = 0.
+    """
+    rows = torch.arange(ROWS).repeat_interleave(COLUMNS)
+    x = torch.randn(len(rows), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     levels = torch.linspace(1, 0, SAMPLING_STEPS + 1)
     for now, then in zip(levels[:-1], levels[1:]):
-        noise = model(x, now.expand(count))
         kept, later = signal(now), signal(then)
-        image = ((x - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-1, 1)
+        velocity = model(x, now.expand(len(rows)), rows)
+        image = (kept.sqrt() * x - (1 - kept).sqrt() * velocity).clamp(-1, 1)
         noise = (x - kept.sqrt() * image) / (1 - kept).sqrt()
         x = later.sqrt() * image + (1 - later).sqrt() * noise
     return x.clamp(-1, 1)
 
 
+def examples(digits: Digits) -> Tensor:
+    """The first `COLUMNS` real images of every row, ``[35, 1, 8, 8]``."""
+    return torch.cat([digits.images[digits.rows == row][:COLUMNS] for row in range(ROWS)])
+
+
 def draw(path: Path, panels: dict[str, Tensor]) -> None:
-    """Grids of six by six images side by side, one panel for each title."""
+    """Grids of `ROWS` by `COLUMNS` images side by side, one panel for each title."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.4))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.3))
     for axis, (title, images) in zip(axes, panels.items()):
-        framed = F.pad(images[:36], (1, 1, 1, 1), value=-0.6)
+        framed = F.pad(images, (1, 1, 1, 1), value=-0.6)
         axis.imshow(
-            rearrange(framed, "(a b) 1 h w -> (a h) (b w)", a=6).numpy(),
+            rearrange(framed, "(a b) 1 h w -> (a h) (b w)", a=ROWS).numpy(),
             cmap="gray",
             vmin=-1,
             vmax=1,
@@ -235,7 +264,7 @@ class Result:
     seconds: float
 
 
-def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: int = 1500) -> Result:
+def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: int = 1000) -> Result:
     """Pre-train, adapt with the configuration in `out`, save, merge, and compare.
 
     Writes ``adapter.safetensors``, ``merged.pt`` and ``samples.png`` into `out`, which holds
@@ -248,22 +277,21 @@ def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: in
     train(
         model, old, pretrain_steps, 2e-3, seed, lambda n: progress("pre-train", n, pretrain_steps)
     )
-    before, loss_before = sample(model, 36, seed), evaluate(model, held_out, seed)
+    before, loss_before = sample(model, seed), evaluate(model, held_out, seed)
     total = sum(p.numel() for p in model.parameters())
     paramlora.attach(model, out / "lora.json")
     trainable = sum(p.numel() for p in paramlora.trainable_parameters(model))
     train(model, new, steps, 4e-3, seed + 1, partial(progress, "adapt", total=steps))
     loss_after = evaluate(model, held_out, seed)
     paramlora.save_adapter(model, out / "adapter.safetensors")
-    after = sample(model, 36, seed)
+    after = sample(model, seed)
     paramlora.merge(model)
     torch.save(model.state_dict(), out / "merged.pt")
     plain = UNet()
     plain.load_state_dict(torch.load(out / "merged.pt", weights_only=True))
-    merged = sample(plain, 36, seed)
-    real = held_out[:36]
-    titles = ("before: knows 0 to 4", "after: adapted to 5 to 9", "real 5 to 9")
-    draw(out / "samples.png", dict(zip(titles, (before, after, real))))
+    merged = sample(plain, seed)
+    titles = ("before: knows 0 to 4", "after: adapted to 5 to 9", "real 5 to 9, held out")
+    draw(out / "samples.png", dict(zip(titles, (before, after, examples(held_out)))))
     return Result(
         trainable,
         total,

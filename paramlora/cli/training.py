@@ -20,9 +20,9 @@ from paramlora.cli.app import app, fail
 @app.command(epilog="Example: paramlora demo --out paramlora-demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("paramlora-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 600,
     seed: Annotated[int, typer.Option(help="Seed; the same one gives the same files.")] = 0,
-    pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1500,
+    pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1000,
 ) -> None:
     """Teach a small diffusion U-Net the digits 0 to 4, adapt it to 5 to 9, merge, and compare."""
     try:
@@ -31,7 +31,10 @@ def demo(
         job.digits()
     except ImportError as error:
         fail(f"the demo needs {error.name}: pip install 'paramlora[demo]'")
-    config = job.write_config(out)
+    try:
+        config = job.write_config(out)
+    except OSError as error:
+        fail(f"--out {out}: cannot be written: {error.strerror}. Give a folder of your own.")
     rich.print(f"[bold]{escape(str(out / 'lora.json'))}[/]\n{escape(config)}")
     with Progress() as bars:
         tasks = {"pre-train": bars.add_task("pre-train", total=pretrain_steps)}
