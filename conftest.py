@@ -1,7 +1,10 @@
-"""What pytest may not import: what needs Triton or Lightning, where they are not installed."""
+"""One thread a process, and what pytest may not import where Triton or Lightning is missing."""
 
+import os
 from importlib.util import find_spec
 
+# layers this small wait for threads a hundred times longer than they compute
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 collect_ignore = [] if find_spec("triton") else ["paramlora/kernels.py", "paramlora/launch.py"]
 if not find_spec("lightning"):
     collect_ignore.append("paramlora/integrations/lightning.py")
