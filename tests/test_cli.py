@@ -74,6 +74,25 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch, tmp_path):
     assert code == 130 and "stopped" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_the_demo_says_when_its_folder_cannot_be_written(capsys, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(capsys, "demo", "--out", tmp_path / "file" / below)
+    said = " ".join(err.split())
+    assert code == 2 and "cannot be written" in said and "Give a folder of your own." in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_demo_adapts_a_modest_share_and_keeps_the_threads(tmp_path):
+    from paramlora import demo
+
+    demo.write_config(tmp_path)
+    threads = torch.get_num_threads()
+    result = demo.run(tmp_path, 1, 0, lambda *_, **__: None, pretrain_steps=1)
+    assert result.trainable / result.total < 0.08
+    assert torch.get_num_threads() == threads
+
+
 def test_the_demo_writes_the_same_files_for_a_seed(capsys, tmp_path):
     for name in ("a", "b"):
         options = ("--out", tmp_path / name, "--steps", 2, "--pretrain-steps", 2, "--seed", 3)
