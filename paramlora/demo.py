@@ -165,7 +165,7 @@ def signal(level: Tensor) -> Tensor:
 
 
 def loss_of(model: nn.Module, digits: Digits, noise: Tensor, level: Tensor) -> Tensor:
-    """Mean squared error of the velocity, Salimans and Ho 2022 (arXiv:2202.00512), appendix D."""
+    """Mean squared error of the velocity, Salimans and Ho 2022 (arXiv:2202.00512), section 4."""
     kept = signal(level)[:, None, None, None]
     noisy = kept.sqrt() * digits.images + (1 - kept).sqrt() * noise
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * digits.images
