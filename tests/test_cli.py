@@ -83,14 +83,21 @@ def test_the_demo_says_when_its_folder_cannot_be_written(capsys, tmp_path, below
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_demo_adapts_a_modest_share_and_keeps_the_threads(tmp_path):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_demo_adapts_a_modest_share_and_keeps_the_threads(tmp_path, two_threads):
     from paramlora import demo
 
     demo.write_config(tmp_path)
-    threads = torch.get_num_threads()
     result = demo.run(tmp_path, 1, 0, lambda *_, **__: None, pretrain_steps=1)
     assert result.trainable / result.total < 0.08
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
 
 
 def test_the_demo_writes_the_same_files_for_a_seed(capsys, tmp_path):
