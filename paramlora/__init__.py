@@ -1,6 +1,8 @@
 """LoRA for any `torch.nn.Module`, as a weight parametrization."""
 
-from paramlora import checkpoint
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from paramlora.adapter import Adapter, Update
 from paramlora.attach import (
     attach,
@@ -18,10 +20,8 @@ from paramlora.errors import (
     TargetError,
 )
 from paramlora.inputs import disable_input_grads, enable_input_grads
-from paramlora.interchange import load_adapter
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
-from paramlora.native import save_adapter
 from paramlora.optim import parameter_groups, trainable_parameters
 from paramlora.state import (
     adapter_of,
@@ -31,6 +31,11 @@ from paramlora.state import (
 )
 from paramlora.summary import Summary, summary
 from paramlora.targets import Target, targets
+
+if TYPE_CHECKING:
+    from paramlora import checkpoint
+    from paramlora.interchange import load_adapter
+    from paramlora.native import save_adapter
 
 __all__ = [
     "Adapter",
@@ -65,3 +70,22 @@ __all__ = [
     "targets",
     "trainable_parameters",
 ]
+
+# files and their formats are half of the package, and most processes that import it read none
+_LATER = {
+    "checkpoint": "paramlora.checkpoint",
+    "load_adapter": "paramlora.interchange",
+    "save_adapter": "paramlora.native",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LATER[name])
+    globals()[name] = found = module if name == "checkpoint" else getattr(module, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -13,6 +13,7 @@ from paramlora.operators import gradient_of_second
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
+SMALL = 2**23  # multiplications below which a CPU's autograd function costs more than it saves
 
 
 def convolution(
@@ -57,10 +58,11 @@ def convolution(
     dense = denser(tokens, weight[0].numel(), len(weight), x.dtype) or (
         groups > 1 and x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
     )
-    if dense and not torch.compiler.is_compiling():
+    few = x.is_cpu and tokens * weight.numel() < SMALL
+    if dense and not few and not torch.compiler.is_compiling():
         return _Convolution.apply(x, weight, bias, lora_A, lora_B, scale, *where)  # type: ignore[no-any-return,no-untyped-call]
     if dense:
-        kernel = weight + ((lora_B * scale) @ lora_A).reshape(weight.shape)
+        kernel = _kernel(weight, lora_B * scale, lora_A)
         return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
     y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost

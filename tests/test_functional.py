@@ -66,7 +66,9 @@ def test_linear_and_its_gradient_can_be_differentiated_again(tokens):
     assert torch.autograd.gradgradcheck(functional.linear, values)
 
 
-def test_convolution_and_its_gradient_can_be_differentiated_again():
+@pytest.mark.parametrize("small", (0, convolution.SMALL))
+def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeypatch):
+    monkeypatch.setattr(convolution, "SMALL", small)
     x, weight = torch.randn(2, 4, 5).double(), torch.randn(4, 2, 3).double()
     a, b = torch.randn(2, 6).double(), torch.randn(4, 2).double()
     values = [x, weight, torch.randn(4).double(), a, b, torch.tensor(0.5).double()]
@@ -91,10 +93,12 @@ def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
 
 @pytest.mark.parametrize("side", (2, 9))  # few positions take a branch, many the dense kernel
 @pytest.mark.parametrize("groups", (1, 4))
-@pytest.mark.parametrize("thin", (False, True))
+@pytest.mark.parametrize("way", ("few", "own", "thin"))
 @pytest.mark.parametrize("which", WHICH)
-def test_convolution_and_only_the_wanted_gradients(side, groups, thin, which, monkeypatch):
-    if thin and groups == 1:  # what a GPU takes
+def test_convolution_and_only_the_wanted_gradients(side, groups, way, which, monkeypatch):
+    if way != "few":
+        monkeypatch.setattr(convolution, "SMALL", 0)
+    if way == "thin" and groups == 1:  # what a GPU takes
 
         def on_a_gpu(kernel, a, scaled, wanted):
             return convolution._from_thin(seed, values[0], a, scaled, shape, where, wanted)
