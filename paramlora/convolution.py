@@ -91,17 +91,21 @@ def branch(
         stride, padding, dilation, groups: of the layer.
     """
     conv = CONVOLUTIONS[len(shape) - 3]
-    first, second = kernels_of(down.to(x.dtype), up.to(x.dtype), shape, groups)
+    first, second = kernels_of(down.to(x.dtype), up.to(x.dtype), shape[2:], groups)
     return conv(conv(x, first, None, stride, padding, dilation, groups), second, groups=groups)
 
 
 def kernels_of(
-    down: Tensor, up: Tensor, shape: Sequence[int], groups: int
+    down: Tensor, up: Tensor, kernel: Sequence[int], groups: int
 ) -> tuple[Tensor, Tensor]:
     """The factors as kernels: ``[groups · r, C_in / groups, *kernel]`` and ``[C_out, r, 1...]``."""
-    first = down.reshape(-1, *shape[1:])
-    first = repeat(first, "r ... -> (g r) ...", g=groups) if groups > 1 else first
-    return first, up.reshape(*up.shape, *[1] * (len(shape) - 2))
+    first = down.reshape(len(down), -1, *kernel)
+    return each_group(first, groups), up.reshape(*up.shape, *[1] * len(kernel))
+
+
+def each_group(weight: Tensor, groups: int) -> Tensor:
+    """A kernel repeated for each group."""
+    return repeat(weight, "first ... -> (groups first) ...", groups=groups)
 
 
 class _Convolution(torch.autograd.Function):
@@ -129,8 +133,7 @@ class _Convolution(torch.autograd.Function):
         needs, where = ctx.needs_input_grad, ctx.where
         none = (None,) * len(where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            dense = weight + ((b * scale) @ a).reshape(weight.shape)
-            y = CONVOLUTIONS[weight.dim() - 3](x, dense, bias, *where)
+            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, b * scale, a), bias, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
         scaled = b * scale
         whole = needs[1] or x.is_cpu or where[3] > 1
@@ -172,7 +175,7 @@ def _from_thin(
     """The same without the dense kernel's gradient; for one group."""
     conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
     da: _Maybe = None
-    down, up = kernels_of(a, scaled, shape, 1)
+    down, up = kernels_of(a, scaled, shape[2:], 1)
     if wanted[0]:
         v = conv(dy, up.transpose(0, 1))
         _, first, _ = _backward(v, x, down, where, (False, True, False))

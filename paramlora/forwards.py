@@ -75,12 +75,18 @@ def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, T
     if len(updates) == 1:
         (update,) = updates
         if torch.compiler.is_compiling():
-            return *_factors(update, layout), update.lora_scale * update.gain, 1.0
+            return *_factors(update, layout), update.scaling, 1.0
         return *_factors(update, layout), update.lora_scale, update.strength
     pairs = [_factors(update, layout) for update in updates]
-    scaled = [b * (update.lora_scale * update.gain) for (_, b), update in zip(pairs, updates)]
+    scaled = [b * update.scaling for (_, b), update in zip(pairs, updates)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
     return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
+
+
+def _with_strength(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the strength in the scale."""
+    a, b, scale, strength = _together(updates, layout)
+    return a, b, scale if strength == 1 else scale * strength
 
 
 def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
@@ -105,7 +111,7 @@ def _product(
 def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
     a, b = _factors(update, layout)
     thin = F.linear(F.dropout(x, update.dropout), a.to(x.dtype))
-    return F.linear(thin, (b * (update.lora_scale * update.gain)).to(x.dtype))
+    return F.linear(thin, (b * update.scaling).to(x.dtype))
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
@@ -138,13 +144,10 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
         y = self._conv_forward(input, weight, self.bias)
         for update in updates:
             a, b = _factors(update, "matrix")
-            up = b * (update.lora_scale * update.gain)
             dropped, _ = _padded(self, F.dropout(input, update.dropout))
-            y = y + branch(dropped, weight.shape, a, up, *where)
+            y = y + branch(dropped, weight.shape, a, b * update.scaling, *where)
         return y
-    a, b, scale, strength = _together(updates, "matrix")
-    scale = scale if strength == 1 else scale * strength
-    return convolution(x, weight, self.bias, a, b, scale, *where)
+    return convolution(x, weight, self.bias, *_with_strength(updates, "matrix"), *where)
 
 
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -169,9 +172,8 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
     weight = _original(self)
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
-    a, b, scale, strength = _together(updates, "transposed")
-    scale = scale if strength == 1 else scale * strength
-    return functional.embedding(input, weight, a, b, scale, self.padding_idx)
+    factors = _with_strength(updates, "transposed")
+    return functional.embedding(input, weight, *factors, self.padding_idx)
 
 
 _KNOWN: dict[Any, _Forward] = {

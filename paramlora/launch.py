@@ -62,11 +62,6 @@ def fuses(M: int, N: int, R: int) -> bool:
     return R <= 16 and (M <= 512 or N <= 1024 or (M <= 2048 and N <= 2048))
 
 
-def padded(r: int) -> int:
-    """The rank that tensor cores take: a power of two of at least 16."""
-    return max(16, 1 << (r - 1).bit_length())
-
-
 class _Block:
     """What a launch reads of a `TensorDescriptor`, without its checks."""
 
@@ -167,11 +162,10 @@ _OUTER, _REDUCE = Launcher(kernels.outer), Launcher(kernels.reduce)
 
 
 def pack(
-    lora_A: Tensor, lora_B: Tensor, scale: Tensor, strength: float, dtype: torch.dtype
+    lora_A: Tensor, lora_B: Tensor, scale: Tensor, strength: float, dtype: torch.dtype, R: int
 ) -> tuple[Tensor, Tensor]:
     """``A[R, in]`` and ``strength · scale · B.T[R, out]`` in `dtype`, padded with zeros."""
     (r, fan_in), out = lora_A.shape, lora_B.shape[0]
-    R = padded(r)
     a, b = lora_A.new_empty((R, fan_in), dtype=dtype), lora_B.new_empty((R, out), dtype=dtype)
     strides = (*lora_A.stride(), *lora_B.stride())
 

@@ -106,6 +106,11 @@ class LowRank(Switched):
             getattr(self, f"lora_{name}").data.copy_(value)
             setattr(self, f"start_{name}", getattr(self, f"lora_{name}").detach().clone())
 
+    @property
+    def scaling(self) -> Tensor:
+        """The number before ``B·A``: the scale times the strength."""
+        return self.lora_scale * self.gain
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
         own = self._parameters  # without nn.Module's look-up, which a small layer would feel
@@ -137,7 +142,7 @@ class LowRank(Switched):
     ) -> Tensor:
         """``strength · scale · B·A`` reshaped to `shape`, in `dtype` or the factors' own type."""
         a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
-        product = (b * (self.lora_scale * self.gain).to(b.dtype)) @ a
+        product = (b * self.scaling.to(b.dtype)) @ a
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
         return product.reshape(shape)

@@ -159,8 +159,7 @@ def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
 
 def _term(update: Switched) -> Term:
     if isinstance(update, LowRank):
-        factor = update.lora_scale * update.gain
-        return LowRankTerm(*update.factors(), factor, update.layout)
+        return LowRankTerm(*update.factors(), update.scaling, update.layout)
     assert isinstance(update, Whole)
     return WholeTerm(update.lora_whole, update.gain)
 

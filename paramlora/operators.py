@@ -36,7 +36,7 @@ def forward(
     """``y``, ``x·Aᵀ``, and the packed factors that `backward` takes."""
     from paramlora import launch
 
-    down, up = launch.pack(a, b, scale, strength, flat.dtype)
+    down, up = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)))
     y, u = launch.matmul(_rows(flat), weight.t(), down, up, bias)
     return y, u, down, up
 
@@ -89,6 +89,11 @@ def backward(
     return dx, da, db, dscale
 
 
+def padded(r: int) -> int:
+    """The rank that tensor cores take: a power of two of at least 16."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
@@ -122,8 +127,7 @@ def _linear_op(
 def _(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rank = max(16, 1 << (a.shape[0] - 1).bit_length())
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], rank)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], padded(len(a)))
 
 
 @torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")
@@ -141,7 +145,7 @@ def _linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from paramlora import launch
 
-    down, up = launch.pack(a, b, scale, 1.0, x.dtype)
+    down, up = launch.pack(a, b, scale, 1.0, x.dtype, padded(len(a)))
     needs = (input_too, factors_too, scale_too)
     grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs, beside=False)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)

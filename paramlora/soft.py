@@ -4,15 +4,15 @@ from typing import Any, NoReturn, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of
 from paramlora.errors import AdapterError
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
 from paramlora.targets import BRANCHES
 
-_CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -72,18 +72,17 @@ class Branch(LowRank):
         if self.dropout and layer.training:
             x = F.dropout(x, self.dropout)
         a, b = self.factors()
-        down, up = a.to(x.dtype), (b * (self.lora_scale * self.gain)).to(x.dtype)
+        down, up = a.to(x.dtype), (b * self.scaling).to(x.dtype)
         if isinstance(layer, nn.Linear):
             return F.linear(F.linear(x, down), up)
         n = len(layer.kernel_size)
         if self.layout == "transposed":
             return self._transposed(layer, x, output, down, up, n)
-        down = down.reshape(len(down), -1, *layer.kernel_size)
-        hidden = layer._conv_forward(x, _each_group(down, layer.groups), None)
+        first, second = kernels_of(down, up, layer.kernel_size, layer.groups)
+        hidden = layer._conv_forward(x, first, None)
         if self.kernel:
             return _same_size(layer, hidden, up, n)
-        up = up.reshape(*up.shape, *[1] * n)
-        return _CONVS[n - 1](hidden, up, groups=layer.groups)
+        return CONVOLUTIONS[n - 1](hidden, second, groups=layer.groups)
 
     def _transposed(
         self, layer: Any, x: Tensor, output: Tensor, down: Tensor, up: Tensor, n: int
@@ -94,11 +93,13 @@ class Branch(LowRank):
             first = rearrange(down, "(r k) i -> i r k", r=self.r)
             first = first.reshape(*first.shape[:2], *self.kernel)
             hidden = _TRANSPOSED[n - 1](x, first, None, *where)
-            return _same_size(layer, hidden, _each_group(up, layer.groups), n)
+            return _same_size(layer, hidden, each_group(up, layer.groups), n)
         narrow = rearrange(down, "r (g i) -> (g r) i", g=layer.groups)
-        hidden = _CONVS[n - 1](x, narrow.reshape(*narrow.shape, *[1] * n), groups=layer.groups)
+        hidden = CONVOLUTIONS[n - 1](
+            x, narrow.reshape(*narrow.shape, *[1] * n), groups=layer.groups
+        )
         wide = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // layer.groups)
-        wide = _each_group(wide.reshape(*wide.shape[:2], *layer.kernel_size), layer.groups)
+        wide = each_group(wide.reshape(*wide.shape[:2], *layer.kernel_size), layer.groups)
         return _TRANSPOSED[n - 1](hidden, wide, None, *where)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -147,16 +148,12 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     return output
 
 
-def _each_group(weight: Tensor, groups: int) -> Tensor:
-    return repeat(weight, "first ... -> (groups first) ...", groups=groups)
-
-
 def _same_size(layer: Any, x: Tensor, up: Tensor, n: int) -> Tensor:
     """A convolution with the layer's kernel and dilation, stride 1, that keeps the size."""
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
     pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return _CONVS[n - 1](
+    return CONVOLUTIONS[n - 1](
         F.pad(x, pads, mode=mode), up, dilation=layer.dilation, groups=layer.groups
     )
 
