@@ -77,11 +77,12 @@ def merge(
     ]
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
+    inverted = [_inverted(*job) for job in jobs]  # the last check
     for module, name in packed:
         make_dense(module, name)
     alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
-    for job in jobs:
-        alike.setdefault(_identity(*job), []).append((job, _inverted(*job)))
+    for job, values in zip(jobs, inverted):
+        alike.setdefault(_identity(*job), []).append((job, values))
     count = holders(model)
     for (base, *_), group in alike.items():
         _write(group, whole=len(group) == count[base])

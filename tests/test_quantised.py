@@ -124,3 +124,16 @@ def test_a_quantised_weight_is_not_trained_whole():
     layer, _ = torchao_int8()
     with pytest.raises(TargetError, match='"0.weight" .*cannot train'):
         paramlora.attach(nn.Sequential(layer), {"0.weight": {"whole": 1}})
+
+
+def test_a_refused_merge_leaves_the_quantised_layer_packed():
+    packed, _ = torchao_nf4()
+    model = nn.ModuleDict({"packed": packed, "bound": nn.Linear(6, 4)}).eval()
+    nn.utils.parametrizations.spectral_norm(model["bound"])
+    paramlora.attach(model, {"packed": {"r": 2, "hard": 0}, "bound": {"r": 2}})
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B)
+    weight = packed.weight
+    with pytest.raises(AdapterError, match="under SpectralNorm, which cannot hold"):
+        paramlora.merge(model, dequantize=True)
+    assert packed.weight is weight and len(list(lowranks(model))) == 2
