@@ -19,12 +19,8 @@ REENTRANT = pytest.mark.parametrize("reentrant", (True, False))
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Blocks(nn.Module):

@@ -19,13 +19,10 @@ CLOSE = dict(rtol=1e-9, atol=1e-9)
 
 @pytest.fixture(autouse=True)
 def a_fresh_compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.compiler.reset()
     counters.clear()
     yield
-    torch.set_num_threads(threads)
     torch.compiler.reset()
 
 

@@ -12,15 +12,6 @@ import paramlora
 EXAMPLE = Path(__file__).parents[1] / "example_config.json"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def stable_diffusion():
     unet = pytest.importorskip("diffusers").UNet2DConditionModel
     with torch.device("meta"):

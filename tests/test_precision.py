@@ -28,12 +28,8 @@ DEVICES = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net():

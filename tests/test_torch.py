@@ -21,12 +21,8 @@ CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def adapted(plain, *entries, **options):
