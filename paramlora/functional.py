@@ -112,28 +112,27 @@ class _Linear(torch.autograd.Function):
         strength: float,
     ) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        ctx.strength = strength
+        ctx.strength, ctx.spent = strength, False
         ctx.kernel = operators.has_kernel(x, weight)
         ctx.dense = not ctx.kernel and denser(
             flat.shape[0], weight.shape[1], weight.shape[0], x.dtype
         )
-        kept: tuple[_Maybe, ...]
+        kept: list[_Maybe]
         if ctx.kernel:
-            y, u, down, up = operators.forward(flat, weight, bias, a, b, scale, strength)
-            kept = (u, down, up)
+            y, *kept = operators.forward(flat, weight, bias, a, b, scale, strength)
         else:
             down, up = a.to(x.dtype), operators.scaled_down(b, scale, strength, x.dtype)
             if ctx.dense:
-                y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), (None, None, None)
+                y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), [None, None]
             else:
                 u = flat @ down.t()
-                y, kept = _both(flat, weight.t(), u, up.t(), bias), (u, None, None)
+                y, kept = _both(flat, weight.t(), u, up.t(), bias), [u, None]
         ctx.save_for_backward(x, weight, bias, a, b, scale, *kept)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, u, down, up = ctx.saved_tensors
+        x, weight, bias, a, b, scale, u, packed = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             inputs = [x, weight, bias, a, b, scale]
@@ -144,9 +143,9 @@ class _Linear(torch.autograd.Function):
             dy, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = da = db = dscale = None
         if ctx.kernel:
-            dx, da, db, dscale = operators.backward(
-                dy, flat, weight, a, b, scale, ctx.strength, u, down, up, *operators.needed(needs)
-            )
+            values = (dy, flat, weight, a, b, scale, ctx.strength, u, None if ctx.spent else packed)
+            ctx.spent = True
+            dx, da, db, dscale = operators.backward(*values, *operators.needed(needs))
         else:
             down, up = a.to(x.dtype), operators.scaled_down(b, scale, ctx.strength, x.dtype)
             v = dy @ up if needs[0] or needs[3] else None  # [N, r]

@@ -5,18 +5,46 @@ relative size 1e-3. cuBLAS rounds in between even in ``addmm`` (measured on an H
 product is computed here, in the accumulator that also takes the low-rank one. Partial sums are
 added in a fixed order: every result is deterministic.
 
+`product` and `backward` divide one grid among several kinds of work, so that what waits for memory
+runs beside what waits for arithmetic, and so that a layer takes few launches:
+
+1. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
+   the same rows await before their last step; programs start in the order of their index, so what
+   is awaited always runs already. Else `project` computed it, and the tiles start before it ends
+   (Hopper's programmatic dependent launch);
+2. the tiles of ``x @ w + p @ q``;
+3. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
+
 Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`` summed, and ``R``
-is the padded rank. `paramlora.launch` chooses the tiles.
+is the padded rank. `packed` holds ``A[R, in]``, ``scale · B.T[R, out]`` and after them the signals:
+one for each `SPAN` rows of the forward, of the backward, and a count for each block of gradients.
+`paramlora.launch` chooses the tiles.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+SPAN = tl.constexpr(64)  # rows of the lowest tile, so at most one signal for each
 
 
 @triton.jit
-def _place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def _await(signal):
+    while tl.atomic_add(signal, 0, sem="acquire", scope="gpu") == 0:
+        pass
+
+
+@triton.jit
+def _signals(packed, M, N, K, R: tl.constexpr, BACKWARD: tl.constexpr):
+    """Those of the forward's or the backward's rows, and the counts."""
+    first = (packed + R * (N + K)).to(tl.pointer_type(tl.int32), bitcast=True)
+    rows = tl.cdiv(M, SPAN)
+    return first + (rows if BACKWARD else 0), first + 2 * rows
+
+
+@triton.jit
+def _place(tile, rows, columns, GROUP: tl.constexpr):
     """Row and column of a tile, in groups of rows that share the weight's columns in L2."""
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = tile // (GROUP * columns) * GROUP
     height = min(rows - first, GROUP)
     inside = tile % (GROUP * columns)
@@ -24,127 +52,12 @@ def _place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr, STEP: tl.constexpr):
-    """``acc + p @ q`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
-    for start in tl.static_range(0, R, STEP):
-        rr = start + tl.arange(0, STEP)
-        left = tl.load(p + rm[:, None] * R + rr[None, :], mask=rm[:, None] < M, other=0.0)
-        right = tl.load(q + rr[:, None] * N + rn[None, :], mask=rn[None, :] < N, other=0.0)
-        acc = tl.dot(left, right, acc)
-    return acc
-
-
-@triton.jit
-def _low_rank_of_sum(acc, total, p, q, rm, rn, first, M, N, R: tl.constexpr):
-    """``acc + total @ q``; the first column of tiles also stores the rounded `total` in p."""
-    rr = tl.arange(0, R)
-    left = total.to(p.dtype.element_ty)
-    if first:
-        tl.store(p + rm[:, None] * R + rr[None, :], left, mask=rm[:, None] < M)
-    right = tl.load(q + rr[:, None] * N + rn[None, :], mask=rn[None, :] < N, other=0.0)
-    return tl.dot(left, right, acc)
-
-
-@triton.jit
-def matmul_tma(
-    x, w, f, y, p, q, bias, M, N, K,
-    FUSED: tl.constexpr, BIAS: tl.constexpr, ROWS_OUT: tl.constexpr, R: tl.constexpr,
-    STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """``y = x @ w + p @ q + bias``; loads by the tensor memory engine, see `launch.matmul`."""
-    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP)
-    rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    total = tl.zeros((BM, R), tl.float32)
-    if not FUSED:
-        acc = _low_rank(acc, p, q, rm, rn, M, N, R, STEP)
-    for k in range(0, K, BK):
-        left = x.load([row * BM, k])
-        if ROWS_OUT:
-            acc = tl.dot(left, w.load([column * BN, k]).T, acc)
-        else:
-            acc = tl.dot(left, w.load([k, column * BN]), acc)
-        if FUSED:
-            total = tl.dot(left, f.load([0, k]).T, total)
-    if FUSED:
-        acc = _low_rank_of_sum(acc, total, p, q, rm, rn, column == 0, M, N, R)
-    if BIAS:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
-    lower, upper = tl.split(halves)  # one store of half the width leaves room for a third stage
-    y.store([row * BM, column * BN], lower.to(y.dtype))
-    y.store([row * BM, column * BN + BN // 2], upper.to(y.dtype))
-
-
-@triton.jit
-def matmul(
-    x, w, f, y, p, q, bias, M, N, K, x_row, w_k, w_n,
-    FUSED: tl.constexpr, BIAS: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """The same with pointers: any strides and sizes, and a cheaper launch."""
-    row, column = _place(tl.program_id(0), M, N, BM, BN, GROUP)
-    rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    total = tl.zeros((BM, R), tl.float32)
-    if not FUSED:
-        acc = _low_rank(acc, p, q, rm, rn, M, N, R, STEP)
-    left = x + (rm % M)[:, None].to(tl.int64) * x_row + rk[None, :]
-    right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
-    thin = f + tl.arange(0, R)[None, :] * K + rk[:, None]
-    for k in range(0, K, BK):
-        if WHOLE_K:
-            tile = tl.load(left)
-            acc = tl.dot(tile, tl.load(right), acc)
-            if FUSED:
-                total = tl.dot(tile, tl.load(thin), total)
-        else:
-            inside = rk < K - k
-            tile = tl.load(left, mask=inside[None, :], other=0.0)
-            acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
-            if FUSED:
-                total = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), total)
-        left += BK
-        right += BK * w_k
-        thin += BK
-    if FUSED:
-        acc = _low_rank_of_sum(acc, total, p, q, rm, rn, column == 0, M, N, R)
-    if BIAS:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    out = y + rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(out, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
-
-
-@triton.jit
-def pack(
-    a, b, scale, a_out, b_out, strength, fan_in, out, r, a_rank, a_in, b_dim, b_rank,
-    R: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The factors cast once, rank first and padded with zeros; the scale goes into B's."""
-    block, rr, rd = tl.program_id(0), tl.arange(0, R), tl.arange(0, BD)
-    blocks = tl.cdiv(fan_in, BD)
-    if block < blocks:
-        rd += block * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < fan_in)
-        value = tl.load(a + rr[:, None] * a_rank + rd[None, :] * a_in, mask=valid, other=0.0)
-        where = a_out + rr[:, None] * fan_in + rd[None, :]
-        tl.store(where, value.to(a_out.dtype.element_ty), mask=rd[None, :] < fan_in)
-    else:
-        rd += (block - blocks) * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < out)
-        value = tl.load(b + rr[:, None] * b_rank + rd[None, :] * b_dim, mask=valid, other=0.0)
-        value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
-        where = b_out + rr[:, None] * out + rd[None, :]
-        tl.store(where, value.to(b_out.dtype.element_ty), mask=rd[None, :] < out)
-
-
-@triton.jit
-def project(
-    x, f, p, M, K, x_row,
+def _project(
+    x, f, p, row, M, K, x_row,
     WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``p[M, R] = x[M, K] @ f[R, K].T``: one read of x."""
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x."""
+    rm = row * BM + tl.arange(0, BM)
     rk, rr = tl.arange(0, BK), tl.arange(0, R)
     acc = tl.zeros((BM, R), tl.float32)
     left = x + rm[:, None].to(tl.int64) * x_row + rk[None, :]
@@ -163,7 +76,92 @@ def project(
 
 
 @triton.jit
-def _gradients(
+def _product(
+    x, w, row, column, M, N, K, x_row, w_k, w_n,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``x[M, K] @ w[K, N]`` in float32.
+
+    Where `TMA`, x and w are descriptors (w of ``[N, K]`` where ROWS_OUT), loaded by the tensor
+    memory engine; else pointers, with any strides and a cheaper launch.
+    """
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        for k in range(0, K, BK):
+            left = x.load([row * BM, k])
+            if ROWS_OUT:
+                acc = tl.dot(left, w.load([column * BN, k]).T, acc)
+            else:
+                acc = tl.dot(left, w.load([k, column * BN]), acc)
+    else:
+        rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+        left = x + (rm % M)[:, None].to(tl.int64) * x_row + rk[None, :]
+        right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
+        for k in range(0, K, BK):
+            if WHOLE_K:
+                acc = tl.dot(tl.load(left), tl.load(right), acc)
+            else:
+                inside = rk < K - k
+                tile = tl.load(left, mask=inside[None, :], other=0.0)
+                acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
+            left += BK
+            right += BK * w_k
+    return acc
+
+
+@triton.jit
+def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr):
+    """``acc + p @ q`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
+    STEP: tl.constexpr = min(R, 32)
+    for start in tl.static_range(0, R, STEP):
+        rr = start + tl.arange(0, STEP)
+        left = tl.load(p + rm[:, None] * R + rr[None, :], mask=rm[:, None] < M, other=0.0)
+        right = tl.load(q + rr[:, None] * N + rn[None, :], mask=rn[None, :] < N, other=0.0)
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
+def _tile(
+    x, w, y, wide, f, q, p, bias, signals, program, M, N, K, x_row, w_k, w_n,
+    LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p."""
+    tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
+    columns = tl.cdiv(N, BN) + (1 if LOCAL else 0)
+    row, column = _place(program, tl.cdiv(M, BM), columns, GROUP)
+    if LOCAL and column == 0:
+        _project(wide, f, p, row, M, K, x_row, WHOLE_K, R, BM, BK)
+        tl.debug_barrier()  # all of the program's rows are stored
+        tl.atomic_xchg(signals + row, 1, sem="release", scope="gpu")
+    else:
+        column -= 1 if LOCAL else 0
+        acc = _product(
+            x, w, row, column, M, N, K, x_row, w_k, w_n, TMA, ROWS_OUT, WHOLE_K, BM, BN, BK
+        )
+        if LOCAL:
+            _await(signals + row)
+        if EARLY:
+            gdc_wait()
+        rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+        acc = _low_rank(acc, p, q, rm, rn, M, N, R)
+        if BIAS:
+            acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        if TMA:
+            halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+            lower, upper = tl.split(halves)  # one store of half the width leaves room for a stage
+            y.store([row * BM, column * BN], lower.to(y.dtype))
+            y.store([row * BM, column * BN + BN // 2], upper.to(y.dtype))
+        else:
+            out = y + rm[:, None].to(tl.int64) * N + rn[None, :]
+            tl.store(out, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+
+
+@triton.jit
+def _store_gradients(
     acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED: tl.constexpr, R: tl.constexpr
 ):
     """Stores rows `rd` of ``[da.T; db]``: ``da[r, fan_in]``, and ``db[out, r]`` times the scale."""
@@ -178,13 +176,16 @@ def _gradients(
 
 
 @triton.jit
-def outer(
-    x, v, dy, u, part, da, db, scale, strength, M, fan_in, out, r, x_row, dy_row, rows,
-    WHOLE: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+def _gradients(
+    dy, x, v, u, part, da, db, scale, strength, signals, counts, program,
+    M, fan_in, out, r, dy_row, x_row, groups, each,
+    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr,
+    HEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``x.T @ v`` and ``dy.T @ u`` over groups of rows: ``part[group, fan_in + out, R]``, or where
-    one group is the whole, the gradients themselves as in `reduce`."""
-    block, group = tl.program_id(0), tl.program_id(1)
+    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
+    to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
+    block, group = program // groups, program % groups
+    count = counts + block
     blocks = tl.cdiv(fan_in, BD)
     inner = block < blocks
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
@@ -192,8 +193,15 @@ def outer(
     size, row = tl.where(inner, fan_in, out), tl.where(inner, x_row, dy_row)
     block -= tl.where(inner, 0, blocks)
     rd, rm, rr = block * BD + tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, R)
+    low, high = group * each, min(M, group * each + each)
+    if LOCAL:
+        if inner:
+            for tile in range(low // HEIGHT, tl.cdiv(high, HEIGHT)):
+                _await(signals + tile)
+    if EARLY:
+        gdc_wait()
     acc = tl.zeros((BD, R), tl.float32)
-    for m in range(group * rows, min(M, group * rows + rows), BM):
+    for m in range(low, high, BM):
         mm = m + rm
         left = tl.load(
             wide + mm[None, :].to(tl.int64) * row + rd[:, None],
@@ -202,27 +210,104 @@ def outer(
         )
         right = tl.load(thin + mm[:, None] * R + rr[None, :], mask=mm[:, None] < M, other=0.0)
         acc = tl.dot(left, right, acc)
-    if WHOLE:
-        rd += tl.where(inner, 0, fan_in)
-        valid = rd < tl.where(inner, fan_in, fan_in + out)
-        _gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+    rd += tl.where(inner, 0, fan_in)
+    valid = rd < tl.where(inner, fan_in, fan_in + out)
+    if groups == 1:
+        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
     else:
-        part += group.to(tl.int64) * (fan_in + out) * R + tl.where(inner, 0, fan_in) * R
-        tl.store(part + rd[:, None].to(tl.int64) * R + rr[None, :], acc, mask=rd[:, None] < size)
+        where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
+        step = (fan_in + out).to(tl.int64) * R
+        tl.store(where + group * step, acc, mask=valid[:, None])
+        tl.debug_barrier()  # all of the program's sums are stored
+        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
+            tl.store(count, 0)
+            acc = tl.zeros((BD, R), tl.float32)
+            for other in range(groups):
+                acc += tl.load(where + other * step, mask=valid[:, None], other=0.0)
+            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+
+
+@triton.jit(do_not_specialize=["r", "signals"])
+def pack(
+    a, b, scale, packed, strength, fan_in, out, r, a_rank, a_in, b_dim, b_rank, signals,
+    EARLY: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The factors cast once, rank first and padded with zeros; the scale goes into B's."""
+    if EARLY:
+        gdc_launch_dependents()
+    block, rr, rd = tl.program_id(0), tl.arange(0, R), tl.arange(0, BD)
+    inner, outer = tl.cdiv(fan_in, BD), tl.cdiv(out, BD)
+    if block < inner:
+        rd += block * BD
+        valid = (rr[:, None] < r) & (rd[None, :] < fan_in)
+        value = tl.load(a + rr[:, None] * a_rank + rd[None, :] * a_in, mask=valid, other=0.0)
+        where = packed + rr[:, None] * fan_in + rd[None, :]
+        tl.store(where, value.to(packed.dtype.element_ty), mask=rd[None, :] < fan_in)
+    elif block < inner + outer:
+        rd += (block - inner) * BD
+        valid = (rr[:, None] < r) & (rd[None, :] < out)
+        value = tl.load(b + rr[:, None] * b_rank + rd[None, :] * b_dim, mask=valid, other=0.0)
+        value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
+        where = packed + R * fan_in + rr[:, None] * out + rd[None, :]
+        tl.store(where, value.to(packed.dtype.element_ty), mask=rd[None, :] < out)
+    else:
+        first = (packed + R * (fan_in + out)).to(tl.pointer_type(tl.int32), bitcast=True)
+        for start in range(0, signals, BD):
+            tl.store(first + start + rd, tl.zeros((BD,), tl.int32), mask=start + rd < signals)
 
 
 @triton.jit
-def reduce(
-    part, da, db, scale, strength, fan_in, out, r, groups,
-    SCALED: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
+def project(
+    x, packed, p, M, K, skipped, x_row,
+    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the groups in a fixed order, and stores the gradients."""
-    rd, rr, rg = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, R), tl.arange(0, BG)
-    total = fan_in + out
-    acc = tl.zeros((BD, R), tl.float32)
-    for first in range(0, groups, BG):
-        group = first + rg[:, None, None]  # several at once, or their latencies would add up
-        where = part + (group * total + rd[None, :, None]).to(tl.int64) * R + rr[None, None, :]
-        valid = (group < groups) & (rd[None, :, None] < total)
-        acc += tl.sum(tl.load(where, mask=valid, other=0.0), axis=0)
-    _gradients(acc, rd, rd < total, da, db, scale, strength, fan_in, r, SCALED, R)
+    """``p[M, R] = x[M, K] @ f[R, K].T``, f being the packed factor after `skipped` dimensions."""
+    if EARLY:  # what reads x or the factors may start only after those who wrote them
+        gdc_wait()
+        gdc_launch_dependents()
+    f = packed + R * skipped
+    _project(x, f, p, tl.program_id(0), M, K, x_row, WHOLE_K, R, BM, BK)
+
+
+@triton.jit
+def product(
+    x, w, y, wide, packed, p, bias, M, N, K, x_row, w_k, w_n,
+    BACKWARD: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``y = x @ w + p @ q + bias``; `wide` is x again, always as a pointer."""
+    signals, _ = _signals(packed, M, N, K, R, BACKWARD)
+    f, q = packed, packed
+    if BACKWARD:
+        f += R * N
+    else:
+        q += R * K
+    _tile(
+        x, w, y, wide, f, q, p, bias, signals, tl.program_id(0), M, N, K, x_row, w_k, w_n,
+        LOCAL, EARLY, BIAS, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles", "r", "groups", "each"])
+def backward(
+    dy, w, dx, wide, packed, v, x, u, part, da, db, scale, strength,
+    tiles, M, N, K, dy_row, w_k, w_n, x_row, r, groups, each,
+    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GM: tl.constexpr, GD: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the input, in `tiles` programs that may be none, and of the factors."""
+    signals, counts = _signals(packed, M, N, K, R, True)
+    program = tl.program_id(0)
+    if program < tiles:
+        f = packed + R * N
+        _tile(
+            dy, w, dx, wide, f, packed, v, v, signals, program, M, N, K, dy_row, w_k, w_n,
+            LOCAL, EARLY, False, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
+        )  # fmt: skip
+    else:
+        _gradients(
+            wide, x, v, u, part, da, db, scale, strength, signals, counts, program - tiles,
+            M, N, K, r, dy_row, x_row, groups, each, LOCAL, EARLY, SCALED, R, BM, GM, GD,
+        )  # fmt: skip

@@ -4,6 +4,7 @@ Everything works without Triton, and so without this file.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -13,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from paramlora import kernels
 
 WIDEST = 64  # above this rank the thin products go to cuBLAS, which is efficient there
+_SPAN = kernels.SPAN.value
+_Maybe = Optional[Tensor]
 
 
 class Tiling(NamedTuple):
@@ -28,38 +31,25 @@ class Tiling(NamedTuple):
     tma: bool
 
 
-def tiling(M: int, N: int, K: int, aligned: bool) -> Tiling:
+def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
     """The table of choices, measured on an H200 with torch 2.11 and Triton 3.6.
 
     `aligned`: the device has the engine, and its rules on addresses and strides are met.
+    `local`: the thin product is computed in the same grid. That spares a launch, and `project`
+    beside it is a little faster, so it is chosen where the host takes longer than the device:
+    small products, but not in a CUDA graph. There also describing blocks to the engine costs more
+    than it saves.
     """
-    if not aligned:
-        few = Tiling(64, 64, 64, 8, 4, 4, False)
-        return few if M <= 512 else Tiling(128, 128, 64, 8, 3, 8, False)
-    # describing blocks to the engine takes longer on the host than it saves in a small product
-    small = M * N * K < 2**32
+    if not aligned or (local and M * N * K < 2**32):
+        if M <= 512:
+            return Tiling(64, 64, 64, 8, 4, 4, False)
+        wide = N <= 512 and K <= 512 or not aligned
+        return Tiling(128, 128, 64, 8, 3, 8, False) if wide else Tiling(64, 128, 64, 8, 3, 4, False)
     if M <= 512:
-        pointers = small and K < 2048
-        return (
-            Tiling(64, 64, 64, 8, 4, 4, False) if pointers else Tiling(64, 64, 128, 8, 3, 4, True)
-        )
-    if N <= 512 and K <= 512:
-        return Tiling(128, 128, 64, 8, 3, 8, False)
-    if small:
-        return Tiling(64, 128, 64, 8, 3, 4, False)
-    if M <= 2048 and N <= 2048:
-        return Tiling(64, 256, 64, 8, 4, 4, True)
-    if N <= 512:
-        return Tiling(128, 128, 64, 8, 4, 4, True)
-    if -(-M // 128) * -(-N // 256) >= 90:
-        return Tiling(128, 256, 64, 16, 3, 8, True)
-    return Tiling(64, 128, 64, 8, 4, 4, True)
-
-
-def fuses(M: int, N: int, R: int) -> bool:
-    """Whether `matmul` computes p inside: R more columns for each column of tiles, against a
-    launch and a read of x; measured like `tiling`."""
-    return R <= 16 and (M <= 512 or N <= 1024 or (M <= 2048 and N <= 2048))
+        return Tiling(64, 64, 128, 8, 4, 4, True)
+    if local or M * N * K < 2**32 or -(-M // 128) * -(-N // 256) < 90:
+        return Tiling(128, 128, 64, 8, 3, 4, True)
+    return Tiling(128, 256, 64, 16, 3, 8, True)
 
 
 class _Block:
@@ -80,6 +70,7 @@ class _Plan(NamedTuple):
     constants: tuple[Any, ...]
     stages: int
     warps: int
+    early: bool = False  # may start before the kernel ahead ends (programmatic dependent launch)
 
 
 class Launcher:
@@ -124,7 +115,7 @@ class Launcher:
         found = self.known.get(key)
         if found is None:
             found = self.known[key] = self._find(device, plan(), pointers, strength, blocks)
-        compiled, (grid, numbers, constants, _, _) = found
+        compiled, (grid, numbers, constants, _, _, _) = found
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(
             *grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
@@ -144,182 +135,257 @@ class Launcher:
             tuple(t.dtype for t in pointers),
             tuple(t.data_ptr() & 15 == 0 for t in pointers),
             tuple((n == 1, n & 15 == 0, n >> 31 != 0) for n in plan.numbers),
-            plan.constants,
-            plan.stages,
-            plan.warps,
+            *plan[2:],
         )
         if kind not in self.compiled:
             described = [TensorDescriptor.from_tensor(b.base, b.block_shape) for b in blocks]
             arguments = (*described, *pointers, *strength, *plan.numbers, *plan.constants)
             options = {"num_stages": plan.stages, "num_warps": plan.warps}
+            if plan.early:
+                options["launch_pdl"] = True
             self.compiled[kind] = self.kernel.warmup(*arguments, grid=plan.grid, **options)
         return self.compiled[kind], plan
 
 
-_MATMUL, _MATMUL_TMA = Launcher(kernels.matmul), Launcher(kernels.matmul_tma)
 _PACK, _PROJECT = Launcher(kernels.pack), Launcher(kernels.project)
-_OUTER, _REDUCE = Launcher(kernels.outer), Launcher(kernels.reduce)
+_PRODUCT, _BACKWARD = Launcher(kernels.product), Launcher(kernels.backward)
+_DEEP = 128  # dimensions of a block of the factors' gradients
+
+
+class Packed(NamedTuple):
+    """Both factors in the input's type and the signals between programs, see `kernels`."""
+
+    tensor: Tensor
+    R: int
+    fan_in: int
+    out: int
+
+    def factor(self, backward: bool) -> Tensor:
+        """``A[R, in]``, or ``B.T[R, out]`` with the scale."""
+        half = self.R * self.fan_in
+        rest = self.tensor[half : half + self.R * self.out] if backward else self.tensor[:half]
+        return rest.view(self.R, -1)
 
 
 def pack(
-    lora_A: Tensor, lora_B: Tensor, scale: Tensor, strength: float, dtype: torch.dtype, R: int
-) -> tuple[Tensor, Tensor]:
-    """``A[R, in]`` and ``strength · scale · B.T[R, out]`` in `dtype`, padded with zeros."""
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    strength: float,
+    dtype: torch.dtype,
+    R: int,
+    tokens: int,
+) -> Packed:
+    """``A[R, in]`` and ``strength · scale · B.T[R, out]`` in `dtype`, padded with zeros, and the
+    signals of one forward and one backward of `tokens` rows."""
     (r, fan_in), out = lora_A.shape, lora_B.shape[0]
-    a, b = lora_A.new_empty((R, fan_in), dtype=dtype), lora_B.new_empty((R, out), dtype=dtype)
+    signals = 2 * -(-tokens // _SPAN) + -(-fan_in // _DEEP) + -(-out // _DEEP)
+    packed = lora_A.new_empty(R * (fan_in + out) + 2 * signals, dtype=dtype)
     strides = (*lora_A.stride(), *lora_B.stride())
 
     def plan() -> _Plan:
         BD = max(16, 2048 // R)
-        grid = (-(-fan_in // BD) + -(-out // BD), 1)
-        return _Plan(grid, (fan_in, out, r, *strides), (R, BD), 1, 4)
+        grid = (-(-fan_in // BD) + -(-out // BD) + 1, 1)
+        return _Plan(grid, (fan_in, out, r, *strides, signals), (_hopper(packed), R, BD), 1, 4)
 
-    key = (fan_in, out, r, strides, dtype, lora_A.dtype, lora_B.dtype, scale.dtype)
-    _PACK(key, plan, (lora_A, lora_B, scale, a, b), (strength,))
-    return a, b
+    key = (fan_in, out, r, signals, strides, dtype, lora_A.dtype, lora_B.dtype, scale.dtype)
+    _PACK(key, plan, (lora_A, lora_B, scale, packed), (strength,))
+    return Packed(packed, R, fan_in, out)
 
 
-def matmul(
+def project(x: Tensor, packed: Packed, backward: bool, after_pack: bool) -> Tensor:
+    """``x[M, K] @ f[R, K].T`` in x's type, f being `Packed.factor`."""
+    (M, K), R = x.shape, packed.R
+    if R > WIDEST:
+        return x @ packed.factor(backward).t()
+    p = x.new_empty((M, R))
+    hopper = _hopper(x)
+
+    def plan() -> _Plan:
+        BM, BK = (64, 64) if M >= 2048 else (16, 256)
+        numbers = (M, K, packed.fan_in if backward else 0, x.stride(0))
+        constants = (hopper, K % BK == 0, R, BM, BK)
+        return _Plan((-(-M // BM), 1), numbers, constants, 4, 4, hopper and after_pack)
+
+    key = (M, K, R, packed.fan_in, x.stride(0), x.dtype, backward, after_pack)
+    _PROJECT(key, plan, (x, packed.tensor, p))
+    return p
+
+
+class _Choice(NamedTuple):
+    """How a product is computed: its tiles, and where its thin product comes from."""
+
+    tiles: Tiling
+    local: bool  # from the same grid
+    early: bool  # from `project`, beside which it starts
+    rows_out: bool  # w is stored as [N, K]
+
+    def grid(self, M: int, N: int) -> int:
+        return -(-M // self.tiles.BM) * (-(-N // self.tiles.BN) + self.local)
+
+    def constants(self, K: int, R: int) -> tuple[Any, ...]:
+        BM, BN, BK, GROUP, _, _, tma = self.tiles
+        whole = K % BK == 0
+        return (tma, self.rows_out, whole, R, BM, BN, BK, GROUP)
+
+    def operands(
+        self, x: Tensor, w: Tensor, y: Tensor
+    ) -> tuple[tuple[_Block, ...], tuple[Tensor, ...]]:
+        """As blocks for the tensor memory engine, or as pointers."""
+        BM, BN, BK, _, _, _, tma = self.tiles
+        if not tma:
+            return (), (x, w, y)
+        right = _Block(w.t(), [BN, BK]) if self.rows_out else _Block(w, [BK, BN])
+        return (_Block(x, [BM, BK]), right, _Block(y, [BM, BN // 2])), ()
+
+
+@lru_cache(maxsize=None)
+def _choice(
+    M: int, N: int, K: int, R: int, rows_out: bool, aligned: bool, captured: bool, hopper: bool
+) -> _Choice:
+    local = R <= WIDEST and not captured and M * N * K <= 2**34
+    tiles = tiling(M, N, K, aligned, local)
+    return _Choice(tiles, local, hopper and R <= WIDEST and not local, rows_out)
+
+
+def _chosen(x: Tensor, w: Tensor, R: int) -> tuple[_Choice, tuple[Any, ...]]:
+    """The choice, and all that it and a plan depend on."""
+    (M, K), N = x.shape, w.shape[1]
+    x_row, (w_k, w_n) = x.stride(0), w.stride()
+    hopper = _hopper(x)
+    strides = K | N | x_row | (w_n if w_k == 1 else w_k)
+    aligned = hopper and not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15
+    captured = torch.cuda.is_current_stream_capturing()
+    choice = _choice(M, N, K, R, w_k == 1, aligned, captured, hopper)
+    return choice, (M, N, K, R, x_row, w_k, w_n, aligned, captured, x.dtype)
+
+
+def product(
     x: Tensor,
     w: Tensor,
-    f: Tensor,
-    q: Tensor,
-    bias: Optional[Tensor] = None,
-    p: Optional[Tensor] = None,
+    packed: Packed,
+    bias: _Maybe = None,
+    backward: bool = False,
+    p: _Maybe = None,
 ) -> tuple[Tensor, Tensor]:
     """``y = x @ w + p @ q + bias`` with one rounding, and ``p = x @ f.T``.
 
     Args:
         x: ``[M, K]``, 16-bit, rows contiguous.
         w: ``[K, N]``, 16-bit, any strides of which one is 1.
-        f: ``[R, K]`` of `pack`.
-        q: ``[R, N]`` of `pack`.
+        packed: f is its A and q its B, or with `backward` the other way round.
         bias: ``[N]``.
-        p: ``[M, R]`` of `project`, where it is there already.
 
     Returns:
         ``y[M, N]`` and ``p[M, R]``.
     """
-    (M, K), N, R = x.shape, w.shape[1], f.shape[0]
+    (M, K), N, R = x.shape, w.shape[1], packed.R
     y = x.new_empty((M, N))
     if M == 0:
         return y, x.new_empty((0, R))
-    x_row, (w_k, w_n) = x.stride(0), w.stride()
-    rows_out = w_k == 1
-    strides = K | N | x_row | (w_n if rows_out else w_k)
-    aligned = not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15 and _engine(x)
-    BM, BN, BK, group, stages, warps, tma = tiling(M, N, K, aligned)
-    fused = p is None and fuses(M, N, R)
-    if p is None:
-        p = x.new_empty((M, R)) if fused else project(x, f)
-    rest = (p, q, p if bias is None else bias)
+    choice, key = _chosen(x, w, R)
+    p = x.new_empty((M, R)) if choice.local else project(x, packed, backward, not backward)
 
     def plan() -> _Plan:
-        numbers = (M, N, K) if tma else (M, N, K, x_row, w_k, w_n)
-        flags = (fused, bias is not None, rows_out if tma else K % BK == 0)
-        constants = (*flags, R, min(R, 32), BM, BN, BK, group)
-        return _Plan((-(-M // BM) * -(-N // BN), 1), numbers, constants, stages, warps)
+        numbers = (M, N, K, x.stride(0), *w.stride())
+        flags = (backward, choice.local, choice.early, bias is not None)
+        constants = (*flags, *choice.constants(K, R))
+        stages, warps = choice.tiles[4:6]
+        return _Plan((choice.grid(M, N), 1), numbers, constants, stages, warps, choice.early)
 
-    key = (M, N, K, R, fused, x_row, w_k, w_n, x.dtype, bias is None or bias.dtype)
-    if tma:
-        blocks = (
-            _Block(x, [BM, BK]),
-            _Block(w.t(), [BN, BK]) if rows_out else _Block(w, [BK, BN]),
-            _Block(f, [R if fused else 16, BK]),
-            _Block(y, [BM, BN // 2]),
-        )
-        _MATMUL_TMA(key, plan, rest, (), blocks)
-    else:
-        _MATMUL(key, plan, (x, w, f, y, *rest))
+    blocks, pointers = choice.operands(x, w, y)
+    rest = (x, packed.tensor, p, p if bias is None else bias)
+    key = (key, backward, bias is None or bias.dtype)
+    _PRODUCT(key, plan, (*pointers, *rest), (), blocks)
     return y, p
 
 
-def overlaps(M: int, N: int, K: int, R: int) -> bool:
-    """Whether `outer` runs beside the product that gives the input's gradient: one waits for
-    memory and the other for arithmetic. Handing over to a second stream takes time on the host,
-    which only a large product or a captured graph has to spare."""
-    size = M * N * K
-    if fuses(M, N, R) or size < 2**34:
-        return False
-    return size >= 2**36 or torch.cuda.is_current_stream_capturing()
-
-
-_SIDES: dict[int, torch.cuda.Stream] = {}
-
-
-def side(device: int) -> torch.cuda.Stream:
-    """The second stream of a device. Nothing else runs or allocates there, and it always waits
-    for the first before it starts, so what it allocates may be used and freed on the first."""
-    if device not in _SIDES:
-        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _SIDES[device]
-
-
-_ENGINES: dict[int, bool] = {}
-
-
-def _engine(x: Tensor) -> bool:
-    """Whether the tensor's device has the tensor memory engine: Hopper and later."""
-    device = x.get_device()
-    if device not in _ENGINES:
-        _ENGINES[device] = torch.cuda.get_device_capability(device) >= (9, 0)
-    return _ENGINES[device]
-
-
-def project(x: Tensor, f: Tensor) -> Tensor:
-    """``x[M, K] @ f[R, K].T``, in x's type."""
-    (M, K), R = x.shape, f.shape[0]
-    if R > WIDEST or M == 0:
-        return x @ f.t()
-    p = x.new_empty((M, R))
-
-    def plan() -> _Plan:
-        BM, BK = (64, 128) if M >= 8192 else (32, 128) if M >= 2048 else (16, 256)
-        return _Plan((-(-M // BM), 1), (M, K, x.stride(0)), (K % BK == 0, R, BM, BK), 4, 4)
-
-    _PROJECT((M, K, R, x.stride(0), x.dtype), plan, (x, f, p))
-    return p
-
-
-def outer(
-    x: Tensor,
-    v: Tensor,
+def gradients(
     dy: Tensor,
+    w: Tensor,
+    packed: Packed,
+    x: Tensor,
     u: Tensor,
     r: int,
-    scale: Optional[Tensor] = None,
-    strength: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The factors' gradients in float32: ``(v.T @ x)[r, in]``, ``scale · (dy.T @ u)[out, r]``.
+    scale: _Maybe,
+    strength: float,
+    input_too: bool,
+) -> tuple[_Maybe, Tensor, Tensor]:
+    """The input's gradient ``dy @ w + v @ A`` where wanted, and the factors' in float32:
+    ``(v.T @ x)[r, in]`` and ``scale · (dy.T @ u)[out, r]``, where ``v = dy @ B``.
 
-    Without a scale the second is left unscaled.
+    Args:
+        dy: ``[M, out]``, 16-bit, rows contiguous.
+        w: ``[out, in]``, likewise, any strides of which one is 1.
+        packed: of `pack`, for this backward alone.
+        x: ``[M, in]``, rows contiguous.
+        u: ``[M, R]`` of the forward.
+        r: the rank.
+        scale: ``[]``, or None to leave the last unscaled.
     """
-    (M, fan_in), out, R = x.shape, dy.shape[1], v.shape[1]
+    (M, K), N, R = dy.shape, w.shape[1], packed.R
     if R > WIDEST or M == 0:
-        da = torch.mm(v[:, :r].t(), x, out_dtype=torch.float32)
-        db = torch.mm(dy.t(), u[:, :r], out_dtype=torch.float32)
-        return da, db if scale is None else db * (scale * strength)
-    da = x.new_empty((r, fan_in), dtype=torch.float32)
-    db = x.new_empty((out, r), dtype=torch.float32)
-    BD, BM = 128, 64
-    blocks = -(-fan_in // BD) + -(-out // BD)
-    groups = max(1, min(-(-M // (4 * BM)), -(-528 // blocks)))
-    part = da if groups == 1 else da.new_empty((groups, fan_in + out, R))
-    scaled, factor = (False, part) if scale is None else (True, scale)
-    rows = (x.stride(0), dy.stride(0))
+        return _wide_gradients(dy, w, packed, x, u, r, scale, strength, input_too)
+    dx = dy.new_empty((M, N)) if input_too else None
+    da = x.new_empty((r, N), dtype=torch.float32)
+    db = x.new_empty((K, r), dtype=torch.float32)
+    choice, key = _chosen(dy, w, R)
+    if dx is None:
+        choice = choice._replace(tiles=_NONE, local=False, early=_hopper(dy))
+    v = x.new_empty((M, R)) if choice.local else project(dy, packed, True, False)
+    deep = 128 if R <= 16 and choice.tiles.stages <= 3 else 64
+    blocks = -(-N // _DEEP) + -(-K // _DEEP)
+    groups = max(1, min(-(-M // (4 * deep)), -(-264 // blocks)))
+    each = -(-M // groups // deep) * deep
+    groups = -(-M // each)
+    part = da if groups == 1 else da.new_empty((groups, N + K, R))
+    factor = part if scale is None else scale
 
     def plan() -> _Plan:
-        each = -(-M // groups // BM) * BM
-        numbers = (M, fan_in, out, r, *rows, each)
-        return _Plan((blocks, groups), numbers, (groups == 1, scaled, R, BM, BD), 4, 4)
+        tiles = 0 if dx is None else choice.grid(M, N)
+        numbers = (tiles, M, N, K, dy.stride(0), *w.stride(), x.stride(0), r, groups, each)
+        constants = (choice.local, choice.early, scale is not None, *choice.constants(K, R))
+        grid, (stages, warps) = (tiles + blocks * groups, 1), choice.tiles[4:6]
+        return _Plan(grid, numbers, (*constants, deep, _DEEP), stages, warps, choice.early)
 
-    def adding() -> _Plan:
-        numbers = (fan_in, out, r, groups)
-        many = min(1 << (groups - 1).bit_length(), max(1, 1024 // R))
-        return _Plan((-(-(fan_in + out) // 8), 1), numbers, (scaled, R, 8, many), 1, 4)
+    described, pointers = choice.operands(dy, w, da if dx is None else dx)
+    rest = (dy, packed.tensor, v, x, u, part, da, db, factor)
+    key = (key, r, x.stride(0), input_too, scale is not None, factor.dtype)
+    _BACKWARD(key, plan, (*pointers, *rest), (strength,), described)
+    return dx, da, db
 
-    key = (M, fan_in, out, r, rows, scaled, x.dtype, factor.dtype)
-    _OUTER(key, plan, (x, v, dy, u, part, da, db, factor), (strength,))
-    if groups > 1:
-        _REDUCE(key, adding, (part, da, db, factor), (strength,))
-    return da, db
+
+_NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a grid without tiles
+
+
+def _wide_gradients(
+    dy: Tensor,
+    w: Tensor,
+    packed: Packed,
+    x: Tensor,
+    u: Tensor,
+    r: int,
+    scale: _Maybe,
+    strength: float,
+    input_too: bool,
+) -> tuple[_Maybe, Tensor, Tensor]:
+    """The same with the thin products by cuBLAS."""
+    if input_too:
+        dx, v = product(dy, w, packed, backward=True)
+    else:
+        dx, v = None, dy @ packed.factor(True).t()
+    da = torch.mm(v[:, :r].t(), x, out_dtype=torch.float32)
+    db = torch.mm(dy.t(), u[:, :r], out_dtype=torch.float32)
+    return dx, da, db if scale is None else db * (scale * strength)
+
+
+_HOPPER: dict[int, bool] = {}
+
+
+def _hopper(x: Tensor) -> bool:
+    """Whether the tensor's device has the tensor memory engine and lets a kernel start before the
+    one ahead ends: Hopper and later."""
+    device = x.get_device()
+    if device not in _HOPPER:
+        _HOPPER[device] = torch.cuda.get_device_capability(device) >= (9, 0)
+    return _HOPPER[device]

@@ -32,13 +32,13 @@ def _importable() -> bool:
 
 def forward(
     flat: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y``, ``x·Aᵀ``, and the packed factors that `backward` takes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``, ``x·Aᵀ``, and the packed factors, which one `backward` can take."""
     from paramlora import launch
 
-    down, up = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)))
-    y, u = launch.matmul(_rows(flat), weight.t(), down, up, bias)
-    return y, u, down, up
+    packed = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)), len(flat))
+    y, u = launch.product(_rows(flat), weight.t(), packed, bias)
+    return y, u, packed.tensor
 
 
 def backward(
@@ -50,43 +50,31 @@ def backward(
     scale: Tensor,
     strength: float,
     u: Tensor,
-    down: Tensor,
-    up: Tensor,
+    packed: _Maybe,
     input_too: bool,
     factors_too: bool,
     scale_too: bool,
-    beside: bool = True,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A, B and the scale, those that are wanted; `beside`: on two streams."""
+    """The gradients of x, A, B and the scale, those that are wanted.
+
+    `packed`: of `forward`, or None where another backward has taken it.
+    """
     from paramlora import launch
 
-    dy, flat = _rows(dy), _rows(flat)
-    inside = None if scale_too else scale
-    factors_too = factors_too or scale_too
-    dx = da = db = dscale = None
-    r = a.shape[0]
-    if (
-        input_too
-        and factors_too
-        and beside
-        and launch.overlaps(len(dy), flat.shape[1], dy.shape[1], len(up))
-    ):
-        v = launch.project(dy, up)
-        current, other = torch.cuda.current_stream(dy.device), launch.side(dy.get_device())
-        other.wait_stream(current)
-        with torch.cuda.stream(other):
-            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
-        dx, _ = launch.matmul(dy, weight, up, down, p=v)
-        current.wait_stream(other)
+    dy, flat, r = _rows(dy), _rows(flat), len(a)
+    if packed is None:
+        ready = launch.pack(a, b, scale, strength, flat.dtype, padded(r), len(flat))
     else:
-        dx, v = launch.matmul(dy, weight, up, down) if input_too else (None, launch.project(dy, up))
-        if factors_too:
-            da, db = launch.outer(flat, v, dy, u, r, inside, strength)
-    if db is not None and scale_too:
+        ready = launch.Packed(packed, padded(r), a.shape[1], len(b))
+    if not factors_too and not scale_too:
+        dx = launch.product(dy, weight, ready, backward=True)[0] if input_too else None
+        return dx, None, None, None
+    inside = None if scale_too else scale
+    dx, da, db = launch.gradients(dy, weight, ready, flat, u, r, inside, strength, input_too)
+    dscale = None
+    if scale_too:
         db, dscale = gradient_of_second(db, b, scale, strength, True)
-    if da is not None and db is not None:
-        da, db = da.to(a.dtype), db.to(b.dtype)
-    return dx, da, db, dscale
+    return dx, da.to(a.dtype), db.to(b.dtype), dscale
 
 
 def padded(r: int) -> int:
@@ -119,7 +107,7 @@ def needed(needs: Any) -> tuple[bool, bool, bool]:
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    y, u, _, _ = forward(x, weight, bias, a, b, scale, 1.0)
+    y, u, _ = forward(x, weight, bias, a, b, scale, 1.0)
     return y, u
 
 
@@ -143,11 +131,8 @@ def _linear_backward_op(
     factors_too: bool,
     scale_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from paramlora import launch
-
-    down, up = launch.pack(a, b, scale, 1.0, x.dtype, padded(len(a)))
     needs = (input_too, factors_too, scale_too)
-    grads = backward(dy, x, weight, a, b, scale, 1.0, u, down, up, *needs, beside=False)
+    grads = backward(dy, x, weight, a, b, scale, 1.0, u, None, *needs)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 

@@ -314,32 +314,6 @@ def test_sixteen_bit_convolutions(groups, device):
         assert mine.dtype == torch.float32 and (mine.double() - true).norm() < 0.02 * true.norm()
 
 
-RAGGED = [
-    (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1),
-    (77, 768, 1280, 64), (600, 256, 512, 128), (300, 512, 256, 256), (513, 2056, 2064, 17),
-]  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", RAGGED, ids=str)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
-def test_kernels_on_ragged_shapes_and_every_rank(shape, dtype):
-    tokens, fan_in, out, r = shape
-    values = tensors((tokens,), fan_in, out, r, "cuda", dtype)
-    which, seed = (0, 2, 3, 4, 5), torch.randn(tokens, out, device="cuda").to(dtype)
-    y, got = gradients(functional.linear, values, which, seed)
-    again, twice = gradients(functional.linear, values, which, seed)
-    wide = [v.double() for v in values]
-    want_y, want = gradients(dense, wide, which, seed.double())
-    eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-3  # tf32 may be on
-    assert (y.double() - want_y).norm() < 2 * eps * want_y.norm()
-    for i in which:
-        assert torch.equal(got[i], twice[i]), "not deterministic"
-        near = 2 * eps * want[i].norm() + (eps * tokens**0.5 if i in (2, 5) else 0)
-        assert (got[i].double() - want[i]).norm() <= near * (4 if i == 5 else 1), i
-    assert torch.equal(y, again)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("trainable_scale", (0, 1))
 def test_compiled_kernels_have_no_break_and_switching_compiles_nothing(trainable_scale):

@@ -1,0 +1,113 @@
+"""The 16-bit CUDA kernels: every way to divide the work, against float64 and against each other."""
+
+import pytest
+import torch
+
+from paramlora import functional
+from tests.test_functional import dense, gradients, tensors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+WANTED = (0, 2, 3, 4, 5)
+SMALL = [  # the thin product in the same grid
+    (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1),
+    (77, 768, 1280, 64), (600, 256, 512, 128), (300, 512, 256, 256), (513, 2056, 2064, 17),
+    (1024, 4096, 4096, 16), (64, 4096, 4096, 8),
+]  # fmt: skip
+LARGE = [  # the thin product in a grid of its own
+    (4096, 2048, 4096, 16), (5000, 2051, 2049, 5), (4100, 4104, 1032, 64), (4096, 4096, 2048, 128),
+    (16384, 1280, 1280, 8),
+]  # fmt: skip
+
+
+def run(values, seed, which=WANTED, **options):
+    return gradients(functional.linear, values, which, seed, **options)
+
+
+def case(shape, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    tokens, fan_in, out, r = shape
+    values = tensors((tokens,), fan_in, out, r, "cuda", dtype)
+    return values, torch.randn(tokens, out, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_ragged_shapes_and_every_rank(shape, dtype):
+    values, seed = case(shape, dtype)
+    y, got = run(values, seed)
+    again, twice = run(values, seed)
+    want_y, want = gradients(dense, [v.double() for v in values], WANTED, seed.double())
+    eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-3  # tf32 may be on
+    assert (y.double() - want_y).norm() < 2 * eps * want_y.norm()
+    for i in WANTED:
+        assert torch.equal(got[i], twice[i]), "not deterministic"
+        near = 2 * eps * want[i].norm() + (eps * shape[0] ** 0.5 if i in (2, 5) else 0)
+        assert (got[i].double() - want[i]).norm() <= near * (4 if i == 5 else 1), i
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("shape", (SMALL[0], SMALL[1], LARGE[0], LARGE[3]), ids=str)
+@pytest.mark.parametrize("which", ((0,), (3, 4), (0, 4)), ids=("input", "factors", "input and B"))
+def test_some_of_the_gradients_alone(shape, which):
+    values, seed = case(shape)
+    _, want = run(values, seed)
+    _, got = run(values, seed, which)
+    for i in which:
+        # the thin product in a grid of its own may round a last bit otherwise
+        assert (got[i].double() - want[i].double()).norm() <= 1e-4 * want[i].double().norm()
+
+
+@pytest.mark.parametrize("shape", (SMALL[0], SMALL[8], LARGE[0]), ids=str)
+def test_a_second_backward_through_the_same_graph(shape):
+    (x, weight, bias, a, b, scale), seed = case(shape)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    first = torch.autograd.grad(y, leaves, seed, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, -2 * seed)
+    for one, two in zip(first, second):
+        assert one.abs().max() > 0 and torch.equal(-2 * one, two)
+
+
+@pytest.mark.parametrize("shape", (SMALL[0], SMALL[8], (512, 320, 320, 8), LARGE[0]), ids=str)
+def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
+    (x, weight, bias, a, b, scale), seed = case(shape)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+
+    def step():
+        y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+        return y, *torch.autograd.grad(y, leaves, seed)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    for factor in (1.0, 0.5, -3.0):
+        with torch.no_grad():
+            leaves[0].copy_(x * factor), leaves[2].copy_(b * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip(held, step()):
+            assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
+
+
+@pytest.mark.parametrize("shape", (SMALL[0], (1024, 1280, 1280, 8), LARGE[4]), ids=str)
+def test_no_race_among_programs_or_streams(shape):
+    """Programs that read what others have not written yet would differ from run to run."""
+    values, seed = case(shape)
+    want_y, want = run(values, seed)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(60):
+        with torch.cuda.stream(streams[turn % 3]):
+            results.append(run(values, seed))
+    torch.cuda.synchronize()
+    for y, got in results:
+        assert torch.equal(y, want_y)
+        assert all(torch.equal(got[i], want[i]) for i in WANTED)
