@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from paramlora.functional import cast_for_autocast, denser, differentiable
-from paramlora.operators import gradient_of_second
+from paramlora.functional import cast_for_autocast, denser, differentiable, pointwise
+from paramlora.operators import gradient_of_second, has_kernel
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -30,7 +30,8 @@ def convolution(
 ) -> Tensor:
     """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
-    A low-rank branch of two convolutions is added in 16 bits, where a dense kernel would round a
+    One of kernel 1 is a linear layer of every position, in 16 bits on CUDA. Else a low-rank branch
+    of two convolutions is added in 16 bits, where a dense kernel would round a
     small update away, and where positions are few (`denser`); else the dense kernel is formed. In
     groups, where a branch repeats its first kernel for each, the update is a kernel of its own.
 
@@ -58,6 +59,8 @@ def convolution(
     dense = denser(tokens, weight[0].numel(), len(weight), x.dtype) or (
         groups > 1 and x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
     )
+    if _is_pointwise(x, weight, where) and not torch.compiler.is_compiling():
+        return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
     few = x.is_cpu and tokens * weight.numel() < SMALL
     if dense and not few and not torch.compiler.is_compiling():
         return _Convolution.apply(x, weight, bias, lora_A, lora_B, scale, *where)  # type: ignore[no-any-return,no-untyped-call]
@@ -69,6 +72,14 @@ def convolution(
         delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(weight.shape)
         return y + CONVOLUTIONS[n - 1](x, delta, None, *where)
     return y + branch(x, weight.shape, lora_A, lora_B * scale, *where)
+
+
+def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
+    """Whether it is a linear layer of every position, and has a kernel as such."""
+    stride, padding, _, groups = where
+    if not x.is_cuda or groups > 1 or weight[0].numel() != x.shape[1]:
+        return False
+    return {*stride} == {1} and {*padding} == {0} and has_kernel(x, weight.flatten(1))
 
 
 def branch(

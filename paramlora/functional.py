@@ -65,7 +65,22 @@ def _linear(
     if x.is_cpu and x.numel() * weight.shape[0] < TINY and x.dtype.itemsize > 2:
         up = operators.scaled_down(b, scale, strength, x.dtype)
         return F.linear(x, torch.addmm(weight, up, a.to(x.dtype)), bias)
-    return _Linear.apply(x, weight, bias, a, b, scale, strength)  # type: ignore[no-any-return,no-untyped-call]
+    return _Linear.apply(x, weight, bias, a, b, scale, strength, False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Tensor:
+    """`linear` of every position, where `operators.has_kernel`; in x's memory format, no copies.
+
+    Args:
+        x: ``[N, in, ...]``.
+        weight: ``[out, in]``.
+        bias, lora_A, lora_B, scale: as of `linear`.
+    """
+    rows = x.flatten(2).transpose(1, 2)
+    y: Tensor = _Linear.apply(rows, weight, bias, lora_A, lora_B, scale, 1.0, True)  # type: ignore[no-untyped-call]
+    return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
 
 
 def linear_by_definition(
@@ -110,9 +125,10 @@ class _Linear(torch.autograd.Function):
         b: Tensor,
         scale: Tensor,
         strength: float,
+        image: bool,
     ) -> Tensor:
-        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        ctx.strength, ctx.spent = strength, False
+        ctx.strength, ctx.image, ctx.spent = strength, image, False
+        flat = _flat(x, image)
         ctx.kernel = operators.has_kernel(x, weight)
         ctx.dense = not ctx.kernel and denser(
             flat.shape[0], weight.shape[1], weight.shape[0], x.dtype
@@ -128,7 +144,7 @@ class _Linear(torch.autograd.Function):
                 u = flat @ down.t()
                 y, kept = _both(flat, weight.t(), u, up.t(), bias), [u, None]
         ctx.save_for_backward(x, weight, bias, a, b, scale, *kept)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -137,10 +153,8 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             inputs = [x, weight, bias, a, b, scale]
             y = linear_by_definition(x, weight, bias, a, b, scale * ctx.strength)
-            return (*differentiable(y, inputs, needs, dy), None)
-        flat = x
-        if x.dim() != 2:
-            dy, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            return (*differentiable(y, inputs, needs, dy), None, None)
+        dy, flat = _flat(dy, ctx.image), _flat(x, ctx.image)
         dx = da = db = dscale = None
         if ctx.kernel:
             values = (dy, flat, weight, a, b, scale, ctx.strength, u, None if ctx.spent else packed)
@@ -159,11 +173,16 @@ class _Linear(torch.autograd.Function):
                 db, dscale = operators.gradient_of_second(
                     (u.t() @ dy).t(), b, scale, ctx.strength, needs[5]
                 )
-        dweight = dy.t() @ flat if needs[1] else None
-        dbias = dy.sum(0) if needs[2] else None
-        if dx is not None and x.dim() != 2:
+        dweight = _flat(dy).t() @ _flat(flat) if needs[1] else None
+        dbias = _flat(dy).sum(0) if needs[2] else None
+        if dx is not None and x.dim() != dx.dim():
             dx = dx.view(x.shape)
-        return dx, dweight, dbias, da, db, dscale, None
+        return dx, dweight, dbias, da, db, dscale, None, None
+
+
+def _flat(x: Tensor, image: bool = False) -> Tensor:
+    """Its rows, ``[M, K]``; of an image, whose rows lie apart, where they are."""
+    return x if image or x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:

@@ -16,9 +16,11 @@ runs beside what waits for arithmetic, and so that a layer takes few launches:
 3. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 
 Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`` summed, and ``R``
-is the padded rank. `packed` holds ``A[R, in]``, ``scale · B.T[R, out]`` and after them the signals:
-one for each `SPAN` rows of the forward, of the backward, and a count for each block of gradients.
-`paramlora.launch` chooses the tiles.
+is the padded rank. Row m of a wide matrix lies ``m // P`` batches and ``m % P`` rows from its
+start, so that the positions of an image are rows without a copy, whatever its memory format.
+`packed` holds ``A[R, in]``, ``scale · B.T[R, out]`` and after them the signals: one for each `SPAN`
+rows of the forward, of the backward, and a count for each block of gradients. `paramlora.launch`
+chooses the tiles.
 """
 
 import triton
@@ -52,15 +54,21 @@ def _place(tile, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _rows(rm, P, batch, row):
+    """Where rows start, in 64 bits."""
+    return (rm // P).to(tl.int64) * batch + (rm % P).to(tl.int64) * row
+
+
+@triton.jit
 def _project(
-    x, f, p, row, M, K, x_row,
+    x, f, p, row, M, K, P, x_batch, x_row, x_k,
     WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x."""
     rm = row * BM + tl.arange(0, BM)
     rk, rr = tl.arange(0, BK), tl.arange(0, R)
     acc = tl.zeros((BM, R), tl.float32)
-    left = x + rm[:, None].to(tl.int64) * x_row + rk[None, :]
+    left = x + _rows(rm, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
     thin = f + rr[None, :] * K + rk[:, None]
     for k in range(0, K, BK):
         if WHOLE_K:
@@ -70,14 +78,14 @@ def _project(
             inside = rk < K - k
             tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
             acc = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), acc)
-        left += BK
+        left += BK * x_k
         thin += BK
     tl.store(p + rm[:, None] * R + rr[None, :], acc.to(p.dtype.element_ty), mask=rm[:, None] < M)
 
 
 @triton.jit
 def _product(
-    x, w, row, column, M, N, K, x_row, w_k, w_n,
+    x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +104,7 @@ def _product(
                 acc = tl.dot(left, w.load([k, column * BN]), acc)
     else:
         rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-        left = x + (rm % M)[:, None].to(tl.int64) * x_row + rk[None, :]
+        left = x + _rows(rm % M, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
         right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
         for k in range(0, K, BK):
             if WHOLE_K:
@@ -105,7 +113,7 @@ def _product(
                 inside = rk < K - k
                 tile = tl.load(left, mask=inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
-            left += BK
+            left += BK * x_k
             right += BK * w_k
     return acc
 
@@ -124,7 +132,8 @@ def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr):
 
 @triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, signals, program, M, N, K, x_row, w_k, w_n,
+    x, w, y, wide, f, q, p, bias, signals, program,
+    M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -134,14 +143,15 @@ def _tile(
     columns = tl.cdiv(N, BN) + (1 if LOCAL else 0)
     row, column = _place(program, tl.cdiv(M, BM), columns, GROUP)
     if LOCAL and column == 0:
-        _project(wide, f, p, row, M, K, x_row, WHOLE_K, R, BM, BK)
+        _project(wide, f, p, row, M, K, P, x_batch, x_row, x_k, WHOLE_K, R, BM, BK)
         tl.debug_barrier()  # all of the program's rows are stored
         tl.atomic_xchg(signals + row, 1, sem="release", scope="gpu")
     else:
         column -= 1 if LOCAL else 0
         acc = _product(
-            x, w, row, column, M, N, K, x_row, w_k, w_n, TMA, ROWS_OUT, WHOLE_K, BM, BN, BK
-        )
+            x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
+            TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
+        )  # fmt: skip
         if LOCAL:
             _await(signals + row)
         if EARLY:
@@ -156,7 +166,7 @@ def _tile(
             y.store([row * BM, column * BN], lower.to(y.dtype))
             y.store([row * BM, column * BN + BN // 2], upper.to(y.dtype))
         else:
-            out = y + rm[:, None].to(tl.int64) * N + rn[None, :]
+            out = y + _rows(rm, P, y_batch, y_row)[:, None] + rn[None, :].to(tl.int64) * y_n
             tl.store(out, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
@@ -178,7 +188,7 @@ def _store_gradients(
 @triton.jit
 def _gradients(
     dy, x, v, u, part, da, db, scale, strength, signals, counts, program,
-    M, fan_in, out, r, dy_row, x_row, groups, each,
+    M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr,
     HEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +200,8 @@ def _gradients(
     inner = block < blocks
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
     wide, thin = tl.where(inner, x, dy), tl.where(inner, v, u)
-    size, row = tl.where(inner, fan_in, out), tl.where(inner, x_row, dy_row)
+    size, batch = tl.where(inner, fan_in, out), tl.where(inner, x_batch, dy_batch)
+    row, step = tl.where(inner, x_row, dy_row), tl.where(inner, x_k, dy_k)
     block -= tl.where(inner, 0, blocks)
     rd, rm, rr = block * BD + tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, R)
     low, high = group * each, min(M, group * each + each)
@@ -204,7 +215,7 @@ def _gradients(
     for m in range(low, high, BM):
         mm = m + rm
         left = tl.load(
-            wide + mm[None, :].to(tl.int64) * row + rd[:, None],
+            wide + _rows(mm, P, batch, row)[None, :] + rd[:, None].to(tl.int64) * step,
             mask=(mm[None, :] < M) & (rd[:, None] < size),
             other=0.0,
         )
@@ -216,14 +227,14 @@ def _gradients(
         _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
     else:
         where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
-        step = (fan_in + out).to(tl.int64) * R
-        tl.store(where + group * step, acc, mask=valid[:, None])
+        whole = (fan_in + out).to(tl.int64) * R
+        tl.store(where + group * whole, acc, mask=valid[:, None])
         tl.debug_barrier()  # all of the program's sums are stored
         if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
             tl.store(count, 0)
             acc = tl.zeros((BD, R), tl.float32)
             for other in range(groups):
-                acc += tl.load(where + other * step, mask=valid[:, None], other=0.0)
+                acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
             _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
 
 
@@ -258,7 +269,7 @@ def pack(
 
 @triton.jit
 def project(
-    x, packed, p, M, K, skipped, x_row,
+    x, packed, p, M, K, skipped, P, x_batch, x_row, x_k,
     EARLY: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``p[M, R] = x[M, K] @ f[R, K].T``, f being the packed factor after `skipped` dimensions."""
@@ -266,12 +277,13 @@ def project(
         gdc_wait()
         gdc_launch_dependents()
     f = packed + R * skipped
-    _project(x, f, p, tl.program_id(0), M, K, x_row, WHOLE_K, R, BM, BK)
+    _project(x, f, p, tl.program_id(0), M, K, P, x_batch, x_row, x_k, WHOLE_K, R, BM, BK)
 
 
 @triton.jit
 def product(
-    x, w, y, wide, packed, p, bias, M, N, K, x_row, w_k, w_n,
+    x, w, y, wide, packed, p, bias,
+    M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
     BACKWARD: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -284,7 +296,8 @@ def product(
     else:
         q += R * K
     _tile(
-        x, w, y, wide, f, q, p, bias, signals, tl.program_id(0), M, N, K, x_row, w_k, w_n,
+        x, w, y, wide, f, q, p, bias, signals, tl.program_id(0),
+        M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
         LOCAL, EARLY, BIAS, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
     )  # fmt: skip
 
@@ -292,7 +305,8 @@ def product(
 @triton.jit(do_not_specialize=["tiles", "r", "groups", "each"])
 def backward(
     dy, w, dx, wide, packed, v, x, u, part, da, db, scale, strength,
-    tiles, M, N, K, dy_row, w_k, w_n, x_row, r, groups, each,
+    tiles, M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
+    x_batch, x_row, x_k, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GM: tl.constexpr, GD: tl.constexpr,
@@ -303,11 +317,13 @@ def backward(
     if program < tiles:
         f = packed + R * N
         _tile(
-            dy, w, dx, wide, f, packed, v, v, signals, program, M, N, K, dy_row, w_k, w_n,
+            dy, w, dx, wide, f, packed, v, v, signals, program,
+            M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
             LOCAL, EARLY, False, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
         )  # fmt: skip
     else:
         _gradients(
             wide, x, v, u, part, da, db, scale, strength, signals, counts, program - tiles,
-            M, N, K, r, dy_row, x_row, groups, each, LOCAL, EARLY, SCALED, R, BM, GM, GD,
+            M, N, K, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
+            LOCAL, EARLY, SCALED, R, BM, GM, GD,
         )  # fmt: skip

@@ -46,10 +46,10 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
         wide = N <= 512 and K <= 512 or not aligned
         return Tiling(128, 128, 64, 8, 3, 8, False) if wide else Tiling(64, 128, 64, 8, 3, 4, False)
     if M <= 512:
-        return Tiling(64, 64, 128, 8, 4, 4, True)
-    if local or M * N * K < 2**32 or -(-M // 128) * -(-N // 256) < 90:
-        return Tiling(128, 128, 64, 8, 3, 4, True)
-    return Tiling(128, 256, 64, 16, 3, 8, True)
+        return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
+    if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
+        return Tiling(128, 256, 64, 16, 3, 8, True)
+    return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
 
 class _Block:
@@ -193,21 +193,34 @@ def pack(
     return Packed(packed, R, fan_in, out)
 
 
+def _rows_of(x: Tensor) -> int:
+    return x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+
+
+def _places(period: int, x: Tensor) -> tuple[int, int, int]:
+    """What a batch of `period` rows, a row and a column are apart in memory."""
+    if x.dim() == 3:
+        batch, row, column = x.stride()
+        return batch, row, column
+    row, column = x.stride()
+    return period * row, row, column
+
+
 def project(x: Tensor, packed: Packed, backward: bool, after_pack: bool) -> Tensor:
-    """``x[M, K] @ f[R, K].T`` in x's type, f being `Packed.factor`."""
-    (M, K), R = x.shape, packed.R
+    """``x @ f.T`` for ``f[R, K]`` of `packed`, as ``[M, R]`` in x's type."""
+    M, K, R = _rows_of(x), x.shape[-1], packed.R
     if R > WIDEST:
-        return x @ packed.factor(backward).t()
+        return (x @ packed.factor(backward).t()).view(M, R)
     p = x.new_empty((M, R))
-    hopper = _hopper(x)
+    hopper, period = _hopper(x), x.shape[-2]
 
     def plan() -> _Plan:
-        BM, BK = (64, 64) if M >= 2048 else (16, 256)
-        numbers = (M, K, packed.fan_in if backward else 0, x.stride(0))
+        BM, BK = (16, 256) if M <= 512 else (64, 64) if M < 16384 else (128, 64)
+        numbers = (M, K, packed.fan_in if backward else 0, period, *_places(period, x))
         constants = (hopper, K % BK == 0, R, BM, BK)
         return _Plan((-(-M // BM), 1), numbers, constants, 4, 4, hopper and after_pack)
 
-    key = (M, K, R, packed.fan_in, x.stride(0), x.dtype, backward, after_pack)
+    key = (M, K, R, packed.fan_in, x.shape, x.stride(), x.dtype, backward, after_pack)
     _PROJECT(key, plan, (x, packed.tensor, p))
     return p
 
@@ -243,21 +256,21 @@ class _Choice(NamedTuple):
 def _choice(
     M: int, N: int, K: int, R: int, rows_out: bool, aligned: bool, captured: bool, hopper: bool
 ) -> _Choice:
-    local = R <= WIDEST and not captured and M * N * K <= 2**34
+    local = R <= WIDEST and not captured and M * N * K <= 2**35
     tiles = tiling(M, N, K, aligned, local)
     return _Choice(tiles, local, hopper and R <= WIDEST and not local, rows_out)
 
 
 def _chosen(x: Tensor, w: Tensor, R: int) -> tuple[_Choice, tuple[Any, ...]]:
     """The choice, and all that it and a plan depend on."""
-    (M, K), N = x.shape, w.shape[1]
-    x_row, (w_k, w_n) = x.stride(0), w.stride()
+    M, K, N = _rows_of(x), x.shape[-1], w.shape[1]
+    w_k, w_n = w.stride()
     hopper = _hopper(x)
-    strides = K | N | x_row | (w_n if w_k == 1 else w_k)
-    aligned = hopper and not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15
+    strides = K | N | x.stride(0) | (w_n if w_k == 1 else w_k)
+    aligned = hopper and not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15 and x.dim() == 2
     captured = torch.cuda.is_current_stream_capturing()
     choice = _choice(M, N, K, R, w_k == 1, aligned, captured, hopper)
-    return choice, (M, N, K, R, x_row, w_k, w_n, aligned, captured, x.dtype)
+    return choice, (x.shape, N, R, x.stride(), w_k, w_n, aligned, captured, x.dtype)
 
 
 def product(
@@ -266,38 +279,49 @@ def product(
     packed: Packed,
     bias: _Maybe = None,
     backward: bool = False,
-    p: _Maybe = None,
 ) -> tuple[Tensor, Tensor]:
     """``y = x @ w + p @ q + bias`` with one rounding, and ``p = x @ f.T``.
 
     Args:
-        x: ``[M, K]``, 16-bit, rows contiguous.
+        x: ``[M, K]``, 16-bit, or of positions ``[batch, P, K]``; one of the last two strides is 1,
+            of ``[M, K]`` the last.
         w: ``[K, N]``, 16-bit, any strides of which one is 1.
         packed: f is its A and q its B, or with `backward` the other way round.
         bias: ``[N]``.
 
     Returns:
-        ``y[M, N]`` and ``p[M, R]``.
+        y, ``[M, N]`` or ``[batch, P, N]`` in memory as x, and ``p[M, R]``.
     """
-    (M, K), N, R = x.shape, w.shape[1], packed.R
-    y = x.new_empty((M, N))
+    (M, K), N, R = (_rows_of(x), x.shape[-1]), w.shape[1], packed.R
+    y = _like(x, N)
     if M == 0:
         return y, x.new_empty((0, R))
     choice, key = _chosen(x, w, R)
     p = x.new_empty((M, R)) if choice.local else project(x, packed, backward, not backward)
 
     def plan() -> _Plan:
-        numbers = (M, N, K, x.stride(0), *w.stride())
+        period = x.shape[-2]
+        places = (*_places(period, x), *w.stride(), *_places(period, y))
         flags = (backward, choice.local, choice.early, bias is not None)
         constants = (*flags, *choice.constants(K, R))
-        stages, warps = choice.tiles[4:6]
-        return _Plan((choice.grid(M, N), 1), numbers, constants, stages, warps, choice.early)
+        grid, (stages, warps) = (choice.grid(M, N), 1), choice.tiles[4:6]
+        return _Plan(grid, (M, N, K, period, *places), constants, stages, warps, choice.early)
 
     blocks, pointers = choice.operands(x, w, y)
     rest = (x, packed.tensor, p, p if bias is None else bias)
     key = (key, backward, bias is None or bias.dtype)
     _PRODUCT(key, plan, (*pointers, *rest), (), blocks)
     return y, p
+
+
+def _like(x: Tensor, columns: int) -> Tensor:
+    """A new tensor of as many rows, in memory as x."""
+    if x.dim() == 2:
+        return x.new_empty((x.shape[0], columns))
+    batch, period, _ = x.shape
+    if x.stride(1) == 1:
+        return x.new_empty((batch, columns, period)).transpose(1, 2)
+    return x.new_empty((batch, period, columns))
 
 
 def gradients(
@@ -315,42 +339,47 @@ def gradients(
     ``(v.T @ x)[r, in]`` and ``scale · (dy.T @ u)[out, r]``, where ``v = dy @ B``.
 
     Args:
-        dy: ``[M, out]``, 16-bit, rows contiguous.
-        w: ``[out, in]``, likewise, any strides of which one is 1.
+        dy: ``[M, out]`` or ``[batch, P, out]``, as x in `product`, but not necessarily as the x.
+        w: ``[out, in]``, 16-bit, any strides of which one is 1.
         packed: of `pack`, for this backward alone.
-        x: ``[M, in]``, rows contiguous.
+        x: ``[M, in]`` or ``[batch, P, in]`` of the forward.
         u: ``[M, R]`` of the forward.
         r: the rank.
         scale: ``[]``, or None to leave the last unscaled.
     """
-    (M, K), N, R = dy.shape, w.shape[1], packed.R
+    (M, K), N, R = (_rows_of(dy), dy.shape[-1]), w.shape[1], packed.R
     if R > WIDEST or M == 0:
         return _wide_gradients(dy, w, packed, x, u, r, scale, strength, input_too)
-    dx = dy.new_empty((M, N)) if input_too else None
+    dx = _like(x, N) if input_too else None
     da = x.new_empty((r, N), dtype=torch.float32)
     db = x.new_empty((K, r), dtype=torch.float32)
     choice, key = _chosen(dy, w, R)
     if dx is None:
         choice = choice._replace(tiles=_NONE, local=False, early=_hopper(dy))
+    elif dx.dim() == 3 and choice.tiles.tma:  # the engine would store rows
+        choice = choice._replace(tiles=tiling(M, N, K, False, choice.local))
     v = x.new_empty((M, R)) if choice.local else project(dy, packed, True, False)
     deep = 128 if R <= 16 and choice.tiles.stages <= 3 else 64
     blocks = -(-N // _DEEP) + -(-K // _DEEP)
-    groups = max(1, min(-(-M // (4 * deep)), -(-264 // blocks)))
+    groups = max(1, min(-(-M // (4 * deep)), -(-132 // blocks)))
     each = -(-M // groups // deep) * deep
     groups = -(-M // each)
     part = da if groups == 1 else da.new_empty((groups, N + K, R))
     factor = part if scale is None else scale
+    out = da if dx is None else dx
 
     def plan() -> _Plan:
         tiles = 0 if dx is None else choice.grid(M, N)
-        numbers = (tiles, M, N, K, dy.stride(0), *w.stride(), x.stride(0), r, groups, each)
+        period = x.shape[1] if x.dim() == 3 else dy.shape[-2]
+        places = (*_places(period, dy), *w.stride(), *_places(period, out), *_places(period, x))
+        numbers = (tiles, M, N, K, period, *places, r, groups, each)
         constants = (choice.local, choice.early, scale is not None, *choice.constants(K, R))
         grid, (stages, warps) = (tiles + blocks * groups, 1), choice.tiles[4:6]
         return _Plan(grid, numbers, (*constants, deep, _DEEP), stages, warps, choice.early)
 
-    described, pointers = choice.operands(dy, w, da if dx is None else dx)
+    described, pointers = choice.operands(dy, w, out)
     rest = (dy, packed.tensor, v, x, u, part, da, db, factor)
-    key = (key, r, x.stride(0), input_too, scale is not None, factor.dtype)
+    key = (key, r, x.shape, x.stride(), input_too, scale is not None, factor.dtype)
     _BACKWARD(key, plan, (*pointers, *rest), (strength,), described)
     return dx, da, db
 
@@ -373,9 +402,9 @@ def _wide_gradients(
     if input_too:
         dx, v = product(dy, w, packed, backward=True)
     else:
-        dx, v = None, dy @ packed.factor(True).t()
-    da = torch.mm(v[:, :r].t(), x, out_dtype=torch.float32)
-    db = torch.mm(dy.t(), u[:, :r], out_dtype=torch.float32)
+        dx, v = None, project(dy, packed, True, False)
+    da = torch.mm(v[:, :r].t(), x.reshape(-1, x.shape[-1]), out_dtype=torch.float32)
+    db = torch.mm(dy.reshape(-1, dy.shape[-1]).t(), u[:, :r], out_dtype=torch.float32)
     return dx, da, db if scale is None else db * (scale * strength)
 
 

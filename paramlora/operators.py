@@ -36,7 +36,8 @@ def forward(
     """``y``, ``x·Aᵀ``, and the packed factors, which one `backward` can take."""
     from paramlora import launch
 
-    packed = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)), len(flat))
+    tokens = flat.shape[:-1].numel()
+    packed = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)), tokens)
     y, u = launch.product(_rows(flat), weight.t(), packed, bias)
     return y, u, packed.tensor
 
@@ -63,7 +64,7 @@ def backward(
 
     dy, flat, r = _rows(dy), _rows(flat), len(a)
     if packed is None:
-        ready = launch.pack(a, b, scale, strength, flat.dtype, padded(r), len(flat))
+        ready = launch.pack(a, b, scale, strength, flat.dtype, padded(r), len(u))
     else:
         ready = launch.Packed(packed, padded(r), a.shape[1], len(b))
     if not factors_too and not scale_too:
@@ -83,7 +84,13 @@ def padded(r: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    """As the kernels read it: ``[M, K]`` with contiguous rows, or ``[batch, P, K]`` of an image."""
+    if x.dim() == 2:
+        return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    batch, row, column = x.stride()
+    if column == 1 and row >= x.shape[2] and (batch == row * x.shape[1] or len(x) == 1):
+        return x.flatten(0, 1)
+    return x if row == 1 or column == 1 else x.contiguous()
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paramlora import functional
+from paramlora.convolution import convolution
 from tests.test_functional import dense, gradients, tensors
 
 pytestmark = [
@@ -111,3 +112,50 @@ def test_no_race_among_programs_or_streams(shape):
     for y, got in results:
         assert torch.equal(y, want_y)
         assert all(torch.equal(got[i], want[i]) for i in WANTED)
+
+
+FORMATS = {
+    "NCHW": torch.contiguous_format,
+    "NHWC": torch.channels_last,
+}
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+@pytest.mark.parametrize("dy_format", FORMATS)
+@pytest.mark.parametrize("shape", [(4, 320, 32, 32, 640, 8), (3, 33, 7, 7, 20, 100)], ids=str)
+def test_a_convolution_of_kernel_1_reads_every_memory_format(shape, x_format, dy_format):
+    torch.manual_seed(0)
+    n, fan_in, height, width, out, r = shape
+    layer = torch.nn.Conv2d(fan_in, out, 1).to("cuda", torch.bfloat16)
+    a = torch.randn(r, fan_in, device="cuda") / fan_in**0.5
+    b = torch.randn(out, r, device="cuda") / r**0.5
+    x = torch.randn(n, fan_in, height, width, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(n, out, height, width, device="cuda", dtype=torch.bfloat16)
+    x, dy = (t.to(memory_format=FORMATS[f]) for t, f in ((x, x_format), (dy, dy_format)))
+    want_leaves = [t.double().requires_grad_() for t in (x, a, b, layer.bias)]
+    total = layer.weight.double() + 0.7 * (want_leaves[2] @ want_leaves[1])[..., None, None]
+    want_y = torch.nn.functional.conv2d(want_leaves[0], total, want_leaves[3])
+    want = torch.autograd.grad(want_y, want_leaves, dy.double())
+    leaves = [t.detach().requires_grad_() for t in (x, a, b, layer.bias)]
+    y = convolution(
+        leaves[0], layer.weight, leaves[3], leaves[1], leaves[2], torch.tensor(0.7, device="cuda"),
+        (1, 1), (0, 0), (1, 1), 1,
+    )  # fmt: skip
+    got = torch.autograd.grad(y, leaves, dy)
+    assert y.shape == dy.shape and y.is_contiguous(memory_format=FORMATS[x_format])
+    assert (y.double() - want_y).norm() < 8e-3 * want_y.norm()
+    for mine, true in zip(got, want):
+        assert (mine.double() - true).norm() <= 0.016 * true.norm()
+
+
+def test_a_convolution_of_kernel_1_keeps_a_small_update():
+    torch.manual_seed(0)
+    weight = torch.randn(320, 320, 1, 1, device="cuda", dtype=torch.bfloat16) / 320**0.5
+    a, b = torch.randn(8, 320, device="cuda"), torch.randn(320, 8, device="cuda")
+    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
+    x = torch.randn(8, 320, 64, 64, device="cuda", dtype=torch.bfloat16)
+    y = convolution(x, weight, None, a, b, torch.ones((), device="cuda"), (1, 1), (0, 0), (1, 1), 1)
+    base = torch.nn.functional.conv2d(x.double(), weight.double())
+    update = torch.nn.functional.conv2d(x.double(), (b @ a).double()[..., None, None])
+    kept = ((y.double() - base) * update).sum() / update.square().sum()
+    assert 0.99 < kept < 1.01, kept
