@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("paramlora", "torch", "triton", "peft", "diffusers", "transformers", "numpy")
+PACKAGES = (
+    "paramlora",
+    "torch",
+    "triton",
+    "peft",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "numpy",
+)
 
 
 def device() -> torch.device:

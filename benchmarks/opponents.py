@@ -204,7 +204,7 @@ def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     sides: tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]] = ({}, {})
     for name, parameter in model.named_parameters():
         found = re.fullmatch(
-            r"(?:base_model\.model\.)?(.*?)(?:\.parametrizations\.weight\.0)?"
+            r"(?:base_model\.model\.)?(.*?)(?:\.parametrizations\.weight\.0|\.lora_branches\.0)?"
             r"\.(?:lora_)?([AB])(?:\.default\.weight)?",
             name,
         )

@@ -15,10 +15,20 @@ from benchmarks import results
 from benchmarks.results import load, markdown
 
 Content = dict[str, Any]
-ORDER = ("layers", "models", "update_kept", "finetune_bf16", "stable_diffusion", "many", "pytest")
+ORDER = (
+    "layers",
+    "models",
+    "quantised",
+    "update_kept",
+    "finetune_bf16",
+    "stable_diffusion",
+    "many",
+    "pytest",
+)
 TITLES = {
     "layers": "One layer",
     "models": "Whole models",
+    "quantised": "Quantised bases, against peft's QLoRA",
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
@@ -207,6 +217,7 @@ def loss_plot(content: Content) -> Any:
 TABLES: dict[str, Callable[[Content], str]] = {
     "layers": results.layers_table,
     "models": results.models_table,
+    "quantised": results.quantised_table,
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,

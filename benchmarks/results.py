@@ -80,6 +80,20 @@ def models_table(content: dict[str, Any]) -> str:
     return markdown([*header, "peak MiB", "peak / frozen"], lines)
 
 
+def quantised_table(content: dict[str, Any]) -> str:
+    """One line for each way, without and with checkpointing."""
+    kinds = {"stored_mib": 1, "peak_mib": 1, "eager_ms": 1}
+    lines = []
+    for row in content["rows"]:
+        numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
+        errors = [f"{row[k]:.1e}" for k in ("output_error", "gradient_error")]
+        saved = "yes" if row["checkpointing"] else "no"
+        lines.append([row["way"], saved, f"{row['trainable']:,}", *numbers, *errors])
+    header = ["way", "checkpointing", "trainable", "stored MiB", "peak MiB", "eager ms"]
+    title = f"{content['rows'][0]['case']}: a training step; errors against float32"
+    return f"{title}\n\n" + markdown([*header, "output error", "gradient error"], lines)
+
+
 def kept_table(content: dict[str, Any]) -> str:
     """Shares that reach the output and the input gradient, in percent, by size of the update."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from benchmarks import finetune_bf16, layers, many, models, report, timing, update_kept
+from benchmarks import (
+    finetune_bf16,
+    layers,
+    many,
+    models,
+    quantised,
+    report,
+    timing,
+    update_kept,
+)
 from benchmarks.opponents import WAYS, Way
 from benchmarks.reference import Result, bound, check, definition
 from benchmarks.runlora import BACKWARDS, FORWARDS, gradients
@@ -80,6 +89,32 @@ def test_a_whole_model_is_measured(tmp_path):
     rows = read(tmp_path, "models")["rows"]
     assert [row["way"] for row in rows] == ["frozen", "paramlora", "peft"]
     assert rows[1]["trainable"] == rows[2]["trainable"] > rows[0]["trainable"] == 0
+
+
+def test_quantised_bases_are_measured_and_take_what_their_bits_take(tmp_path, capsys):
+    for package in ("transformers", "bitsandbytes", "torchao"):
+        pytest.importorskip(package)
+    options = ["--tiny", "--rounds", "1", "--out", str(tmp_path)]
+    assert quantised.main(options) == 0
+    rows = read(tmp_path, "quantised")["rows"]
+    assert [r["way"] for r in rows] == 2 * list(quantised.WAYS)
+    assert len({row["trainable"] for row in rows}) == 1
+    at = {row["way"]: row for row in rows if row["checkpointing"]}
+    model = quantised.plain(quantised._TINY)
+    weights = sum(model.get_submodule(p).weight.numel() for p in quantised.targeted(model))
+    rest = sum(p.numel() for p in model.parameters()) - weights
+    for base, bits in (("bf16", 16), ("torchao int8", 8), ("nf4", 4), ("torchao nf4", 4)):
+        row = at[f"{base}, paramlora"]
+        packed = row["stored_mib"] * 2**20 - 2 * rest - 4 * row["trainable"]
+        assert bits <= 8 * packed / weights < 1.25 * bits  # the rest is scales
+    assert "| nf4 prepared, peft | yes |" in capsys.readouterr().out
+
+
+def test_peft_trains_its_own_4_bit_layers():
+    pytest.importorskip("bitsandbytes")
+    model = quantised.adapted(quantised.WAYS["nf4, peft"], quantised._TINY, True)
+    kinds = {type(m) for m in model.modules() if "Linear4bit" in type(m).__name__}
+    assert {kind.__module__.split(".")[0] for kind in kinds} == {"peft", "bitsandbytes"}
 
 
 def test_the_share_of_an_update_is_one_when_it_arrives_and_zero_when_it_does_not(tmp_path):
