@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import AdapterError, TargetError
@@ -14,48 +16,70 @@ from paramlora.attach import lowranks
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torchao and bitsandbytes say on a CPU
 
 
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    ],
+)
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+
+
 def plain():
     torch.manual_seed(0)
     return nn.Linear(64, 128).to(torch.bfloat16)
 
 
-def torchao_int8():
+def torchao(device, config, *options, **named):
     quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(plain())
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    model = nn.Sequential(plain()).to(device)
+    quantization.quantize_(model, getattr(quantization, config)(*options, **named))
     return model[0], model[0].weight.dequantize()
 
 
-def torchao_nf4():
+def torchao_int8(device="cpu"):
+    return torchao(device, "Int8WeightOnlyConfig")
+
+
+def torchao_int4(device="cpu"):
+    granularity = pytest.importorskip("torchao.quantization").PerGroup(32)
+    layer, weight = torchao(device, "IntxWeightOnlyConfig", torch.int4, granularity)
+    assert len(weight[0, :32].unique()) <= 16  # four bits, whose tensor of int8 holds them
+    return layer, weight
+
+
+def torchao_nf4(device="cpu"):
     nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
-    layer = plain()
+    layer = plain().to(device)
     layer.weight = nn.Parameter(nf4.to_nf4(layer.weight.detach(), 64, 1), requires_grad=False)
     return layer, layer.weight.get_original_weight()
 
 
-def bitsandbytes_nf4():
+def bitsandbytes_nf4(device="cpu"):
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.bfloat16)
     layer.load_state_dict(plain().state_dict())
-    layer = layer.to("cpu")
+    layer = layer.to(device)
     layer.bias.data = layer.bias.data.to(torch.bfloat16)
     whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer, whole.to(torch.bfloat16)
 
 
-def bitsandbytes_int8():
+def bitsandbytes_int8(device="cpu"):
     bnb = pytest.importorskip("bitsandbytes")
     source = plain()
     layer = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)
     layer.load_state_dict(source.state_dict())
-    layer = layer.to("cpu")
+    layer = layer.to(device)
     layer.bias.data = layer.bias.data.to(torch.bfloat16)
     # its own arithmetic also rounds the input to 8 bits; the weight is within a step of the source
-    return layer, source.weight.detach()
+    return layer, source.weight.detach().to(device)
 
 
 KINDS = {
     "torchao int8": (torchao_int8, 0.01),
+    "torchao int4": (torchao_int4, 0.01),
     "torchao nf4": (torchao_nf4, 0.01),
     "bitsandbytes nf4": (bitsandbytes_nf4, 0.01),
     "bitsandbytes int8": (bitsandbytes_int8, 0.03),
@@ -67,10 +91,11 @@ def close(got, want, share):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_layer(kind, tmp_path):
+@DEVICES
+def test_a_quantised_layer(kind, device, tmp_path):
     build, share = KINDS[kind]
-    layer, weight = build()
-    bias, x = layer.bias.detach(), torch.randn(8, 64).to(torch.bfloat16)
+    layer, weight = build(device)
+    bias, x = layer.bias.detach(), torch.randn(8, 64, device=device).to(torch.bfloat16)
     base = layer(x)
     model = nn.Sequential(layer)
     stored = type(layer.weight)
@@ -98,7 +123,7 @@ def test_a_quantised_layer(kind, tmp_path):
         close(own, grad, share)
 
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
-    other = nn.Sequential(build()[0])
+    other = nn.Sequential(build(device)[0])
     paramlora.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(x), got)
     with pytest.raises(AdapterError, match=r"0\.weight is quantised and cannot.*dequantize=True"):
@@ -111,13 +136,79 @@ def test_a_quantised_layer(kind, tmp_path):
     close(pickle.loads(pickle.dumps(model))(x), want, share)
 
 
-@pytest.mark.parametrize("kind", ("torchao int8", "bitsandbytes nf4"))
-def test_starting_from_a_quantised_weight(kind):
-    layer, weight = KINDS[kind][0]()
+@pytest.mark.parametrize("kind", ("torchao int8", "torchao int4", "bitsandbytes nf4"))
+@DEVICES
+def test_starting_from_a_quantised_weight(kind, device):
+    layer, weight = KINDS[kind][0](device)
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 4, "hard": 0, "init": "pissa"}})
     ((_, _, low),) = lowranks(model)
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     close((low.lora_B @ low.lora_A).detach(), (u[:, :4] * s[:4]) @ v[:4], 0.01)
+
+
+def two_layers(kind, device, **options):
+    """Two adapted quantised layers, and a function of (x, factors) that says it in float64."""
+    built = [KINDS[kind][0](device) for _ in range(2)]
+    model = nn.Sequential(built[0][0], nn.Unflatten(-1, (2, 64)), nn.Tanh(), built[1][0])
+    paramlora.attach(model, {"re:[03]": {"r": 4, "hard": 0, "scale": 2, **options}})
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_A, std=0.2)
+        nn.init.normal_(low.lora_B, std=0.2)
+
+    def wide(x, factors, strength):
+        for (layer, weight), (a, b) in zip(built, zip(factors[::2], factors[1::2])):
+            if x.shape[-1] != 64:
+                x = torch.tanh(x.unflatten(-1, (2, 64)))
+            x = F.linear(x, weight.double() + 2 * strength * b @ a, layer.bias.double())
+        return x
+
+    return model, wide
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@DEVICES
+def test_quantised_layers_compile_whole_whatever_the_strength(kind, device):
+    torch.compiler.reset()
+    counters.clear()
+    model, wide = two_layers(kind, device)
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(8, 64, device=device).to(torch.bfloat16).requires_grad_()
+    factors = [x, *paramlora.trainable_parameters(model)]
+    model(x)  # bitsandbytes' int8 layers move their scales at the first call
+    for strength in (1.0, -0.5):
+        paramlora.set_adapters(model, {"default": strength})
+        y = compiled(x)
+        seed = torch.randn_like(y)
+        got = torch.autograd.grad(y, factors, seed)
+        leaves = [t.detach().double().requires_grad_() for t in factors]
+        want = wide(leaves[0], leaves[1:], strength)
+        close(y, want, 0.03)
+        for own, grad in zip(got, torch.autograd.grad(want, leaves, seed.double())):
+            close(own, grad, 0.04)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", (False, True))
+@DEVICES
+def test_checkpointing_quantised_layers_changes_no_bit(kind, reentrant, device):
+    model, _ = two_layers(kind, device, dropout=0.25)
+    x = torch.randn(8, 64, device=device).to(torch.bfloat16).requires_grad_(reentrant)
+
+    def gradients(call):
+        model.zero_grad()
+        torch.manual_seed(1)
+        y = call(model, x)
+        y.float().square().sum().backward()
+        return [y, *(p.grad for p in paramlora.trainable_parameters(model))]
+
+    want = gradients(lambda m, x: m(x))
+    got = gradients(lambda m, x: checkpoint(m, x, use_reentrant=reentrant))
+    assert len(got) == 5 and all(g.norm() > 0 for g in got)
+    assert all(torch.equal(a, b) for a, b in zip(want, got))
+    assert not torch.equal(model(x), want[0])  # another mask
 
 
 def test_a_quantised_weight_is_not_trained_whole():
