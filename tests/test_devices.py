@@ -346,7 +346,7 @@ def test_training_in_cuda_graphs_follows_the_strength(hard, device, kernels):
 def test_checkpointing_changes_no_bit(
     dtype, hard, reentrant, dropout, device, tokens, sizes, kernels
 ):
-    model, _ = blocks(hard, device, dtype, dropout, 0.3, sizes)
+    model, _ = blocks(hard, device, dtype, dropout, 0.0 if dropout else 0.3, sizes)
     if tokens == 2**14:
         from paramlora import launch
 
