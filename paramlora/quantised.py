@@ -4,6 +4,7 @@ torchao's tensors (int8, int4, NF4) and the parameters of bitsandbytes (NF4, FP4
 what they carry, so neither library is imported before one of its tensors is met.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def dense(module: nn.Module, tensor: Any) -> Tensor:
     if hasattr(tensor, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        whole: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)
+        whole: Tensor = dequantize_4bit(*_in_order(tensor))
         return whole.reshape(shape_of(module, tensor))
     if hasattr(tensor, "SCB"):
         state: Any = module.state  # which takes the scales at the first call
@@ -49,6 +50,21 @@ def dense(module: nn.Module, tensor: Any) -> Tensor:
         wide: Tensor = values.float() * rows.float()[:, None] / 127
         return wide.to(dtype)
     return tensor.dequantize()  # type: ignore[no-any-return]
+
+
+def _in_order(tensor: Any) -> tuple[Tensor, Any]:
+    """Four-bit data and scales as they were quantised: a layer that was evaluated on a CPU with
+    16-bit instructions holds them in that CPU's order, its scales no longer quantised."""
+    state = tensor.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return tensor.data, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    own = copy.copy(state)
+    own.original_nested = False  # else the scales would be quantised once more
+    data, own = _convert_weight_packed_for_cpu_inverse(tensor.data, own)
+    own.absmax = state.absmax.T.reshape(-1).float()  # [out · in / block]
+    return data, own
 
 
 def make_dense(module: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import paramlora
 from paramlora import AdapterError, TargetError
 from paramlora.attach import lowranks
+from paramlora.quantised import dense
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torchao and bitsandbytes say on a CPU
 
@@ -134,6 +135,23 @@ def test_a_quantised_layer(kind, device, tmp_path):
     assert type(paramlora.detach(other)[0].weight) is stored
     close(model[0].weight, weight.double() + 2 * b @ a, share)
     close(pickle.loads(pickle.dumps(model))(x), want, share)
+
+
+def test_a_layer_that_bitsandbytes_reordered_for_its_cpu():
+    """As its forward does in eval mode, on a CPU with instructions for bfloat16."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    layer, weight = bitsandbytes_nf4()
+    model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 4, "hard": 0}})
+    packed = layer.weight
+    packed.data, packed.quant_state = functional._convert_weight_packed_for_cpu(
+        packed.data, packed.quant_state
+    )
+    before = packed.data.clone(), packed.quant_state.absmax.clone()
+    close(dense(layer, packed), weight, 0.003)  # the scales are bfloat16 now
+    assert torch.equal(packed.data, before[0]) and packed.quant_state.packing_format_for_cpu
+    assert torch.equal(packed.quant_state.absmax, before[1])
+    paramlora.merge(model, dequantize=True)
+    close(model[0].weight, weight, 0.005)
 
 
 @pytest.mark.parametrize("kind", ("torchao int8", "torchao int4", "bitsandbytes nf4"))
