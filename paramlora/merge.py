@@ -78,8 +78,9 @@ def merge(
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
     inverted = [_inverted(*job) for job in jobs]  # the last check
+    usual = _usual_type(model)
     for module, name in packed:
-        make_dense(module, name)
+        make_dense(module, name, usual)
     alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
@@ -95,6 +96,13 @@ def merge(
 def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[Switched]:
     lists = [held for tensor, held in updates_of(module) if tensor == name]
     return [p for held in lists for p in held if isinstance(p, Switched) and p.adapter in chosen]
+
+
+def _usual_type(model: nn.Module) -> "torch.dtype | None":
+    """The type of the first parameter that is neither packed nor an update's."""
+    ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
+    there = (p.dtype for p in model.parameters() if id(p) not in ours and p.is_floating_point())
+    return next(there, None)
 
 
 def _among(update: nn.Module, updates: list[Switched]) -> bool:

@@ -5,7 +5,7 @@ what they carry, so neither library is imported before one of its tensors is met
 """
 
 import copy
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,18 @@ def _in_order(tensor: Any) -> tuple[Tensor, Any]:
     return data, own
 
 
-def make_dense(module: nn.Module, name: str) -> None:
-    """Store the dense weight instead; a layer of bitsandbytes becomes the Linear that it is."""
-    weight, bias = dense(module, module._parameters[name]), module._parameters.get("bias")
-    dtype = getattr(module, "compute_dtype", None) if bias is None else bias.dtype
+def make_dense(module: nn.Module, name: str, usual: Optional[torch.dtype]) -> None:
+    """Store the dense weight instead; a layer of bitsandbytes becomes the Linear that it is.
+
+    Its type is the bias's or the one that the layer computes in, else `usual`: bitsandbytes' int8
+    weights do not tell what they were.
+    """
+    stored, bias = module._parameters[name], module._parameters.get("bias")
+    weight, dtype = dense(module, stored), getattr(module, "compute_dtype", None)
+    if bias is not None:
+        dtype = bias.dtype
+    elif hasattr(stored, "SCB"):
+        dtype = usual
     module._parameters[name] = nn.Parameter(weight.detach().to(dtype, copy=True), False)
     vars(module).pop("extra_repr", None)  # torchao's, which cannot be pickled
     if type(module).__module__.startswith("bitsandbytes."):

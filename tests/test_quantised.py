@@ -137,6 +137,36 @@ def test_a_quantised_layer(kind, device, tmp_path):
     close(pickle.loads(pickle.dumps(model))(x), want, share)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_layer_without_bias_becomes_dense_in_the_models_type(kind, dtype, monkeypatch):
+    """As in a Llama, where nothing at an int8 layer of bitsandbytes tells its type."""
+    if kind == "torchao nf4" and dtype != torch.bfloat16:
+        pytest.skip("torchao's NF4 stands for bfloat16 alone")
+    torch.manual_seed(0)
+    norm, source = nn.RMSNorm(64).to(dtype), nn.Linear(64, 128).to(dtype)
+    if kind.startswith("bitsandbytes"):
+        bnb = pytest.importorskip("bitsandbytes")
+        options = dict(quant_type="nf4", compute_dtype=dtype) if "nf4" in kind else {}
+        cls = bnb.nn.Linear4bit if options else bnb.nn.Linear8bitLt
+        options = options or dict(has_fp16_weights=False)
+        layer = cls(64, 128, bias=False, **options)
+        layer.load_state_dict({"weight": source.weight})
+        layer = layer.to("cpu")
+    else:
+        source.bias = None
+        monkeypatch.setitem(globals(), "plain", lambda: source)
+        layer = KINDS[kind][0]()[0]
+    model = paramlora.attach(nn.Sequential(norm, layer), {"1": {"r": 4, "hard": 0}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B, std=0.2)
+    x = torch.randn(8, 64).to(dtype)
+    want = model(x)
+    paramlora.merge(model, dequantize=True)
+    assert type(model[1]) is nn.Linear and model[1].weight.dtype == dtype
+    close(model(x), want, 0.03)
+
+
 def test_a_layer_that_bitsandbytes_reordered_for_its_cpu():
     """As its forward does in eval mode, on a CPU with instructions for bfloat16."""
     functional = pytest.importorskip("bitsandbytes.functional")
