@@ -17,7 +17,7 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class Branch(LowRank):
-    r"""``up(down(x))`` beside a Linear or a convolution, Hu et al. 2021, equation 3.
+    r"""``up(down(x))`` beside a linear layer or a convolution, Hu et al. 2021, equation 3.
 
     With a 1×1 ``up`` this equals the hard update on the same ``lora_A`` and ``lora_B``, groups
     included: ``down`` repeats ``lora_A`` for each group.
@@ -73,7 +73,7 @@ class Branch(LowRank):
             x = F.dropout(x, self.dropout)
         a, b = self.factors()
         down, up = a.to(x.dtype), (b * self.scaling).to(x.dtype)
-        if isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return F.linear(F.linear(x, down), up)
         n = len(layer.kernel_size)
         if self.layout == "transposed":

@@ -411,10 +411,13 @@ def _check_soft(target: Target, module: nn.Module) -> None:
             f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
         )
     convolution = isinstance(module, nn.modules.conv._ConvNd)
-    if target.tensor != "weight" or not (convolution or isinstance(module, nn.Linear)):
+    linear = isinstance(module, nn.Linear) or _is_hf_conv1d(module)
+    if target.tensor != "weight" or not (convolution or linear):
         raise TargetError(
             f"{where}, a {type(module).__name__}: a soft update serves Linear and convolutions. "
             'Use "hard": 1.'
         )
     if target.entry.up_kernel == "same" and not convolution:
-        raise TargetError(f'{where}, a Linear, which has no kernel for "up_kernel": "same".')
+        raise TargetError(
+            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same".'
+        )

@@ -41,6 +41,7 @@ MODELS = {
     "transposed conv": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), {"0": {"r": 3}}),
     "square embedding": (lambda: nn.Sequential(nn.Embedding(5, 5)), {"0": {"r": 2}}),
     "square gpt-2": (lambda: nn.Sequential(gpt2_layer()), {"0": {"r": 2}}),
+    "soft square gpt-2": (lambda: nn.Sequential(gpt2_layer()), {"0": {"r": 2, "hard": 0}}),
     "attention": (
         lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}),
         {"attn.in_proj_weight": {"r": 2}, "out_proj": {"r": 1, "scale": -2}},

@@ -102,9 +102,9 @@ MODELS = {
 
 
 def every_linear(plain, hard):
-    """One entry that names every linear layer, transformers' Conv1D included where it can be."""
+    """One entry that names every linear layer, transformers' Conv1D included."""
     named = plain.named_modules()
-    paths = [n for n, m in named if isinstance(m, nn.Linear) or (hard and _is_conv1d(m))]
+    paths = [n for n, m in named if isinstance(m, nn.Linear) or _is_conv1d(m)]
     return {"re:" + "|".join(p.replace(".", r"\.") for p in paths): {"r": 2, "hard": hard}}, paths
 
 
@@ -150,7 +150,7 @@ def check(model, plain, call, compiled, strength=1.0):
 
 
 @pytest.mark.parametrize(
-    "name, hard", [("unet", 1), ("unet", 0), ("vit", 1), ("gpt2", 1), ("llama", 1), ("llama", 0)]
+    "name, hard", [(n, h) for n in ("unet", "vit", "gpt2", "llama") for h in (1, 0)]
 )
 def test_one_graph_whatever_the_strength(name, hard):
     model, plain, call = adapted(name, hard)

@@ -194,7 +194,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-WHOLE = [("unet", 1), ("unet", 0), ("vit", 1), ("vit", 0), ("gpt2", 1), ("llama", 1), ("llama", 0)]
+WHOLE = [(name, hard) for name in MODELS for hard in (1, 0)]
 
 
 @pytest.mark.parametrize(

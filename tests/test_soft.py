@@ -11,8 +11,15 @@ from torch import nn
 import paramlora
 from paramlora.attach import lowranks
 
+
+def conv1d(out, fan_in):
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(out, fan_in)
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 6), (3, 4)),
+    "Conv1D": (lambda: conv1d(6, 4), (2, 3, 4)),
+    "square Conv1D": (lambda: conv1d(4, 4), (3, 4)),
     **{
         f"conv{dim}d-{'-'.join(map(str, (k, s, d, g, m)))}": (
             lambda dim=dim, k=k, s=s, d=d, g=g, m=m: getattr(nn, f"Conv{dim}d")(
@@ -48,7 +55,7 @@ def soft(layer, **more):
 
 def dense_weight(plain, low, a, b, scale):
     product = b @ a
-    if isinstance(plain, nn.modules.conv._ConvTransposeNd):
+    if isinstance(plain, nn.modules.conv._ConvTransposeNd) or type(plain).__name__ == "Conv1D":
         product = product.T
     return plain.weight + scale * product.reshape(plain.weight.shape)
 
@@ -155,7 +162,7 @@ def test_soft_copies_are_independent_and_refuse_pickling():
     [
         (nn.LSTM(4, 4), {}, "a soft update serves Linear and convolutions"),
         (nn.Embedding(8, 4), {}, "a Embedding"),
-        (nn.Linear(4, 4), {"up_kernel": "same"}, 'no kernel for "up_kernel": "same"'),
+        (nn.Linear(4, 4), {"up_kernel": "same"}, 'a Linear, which has no kernel for "up_kernel"'),
     ],
 )
 def test_soft_is_refused_where_it_cannot_act(layer, more, text):
