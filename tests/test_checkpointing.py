@@ -160,28 +160,38 @@ TRANSFORMERS = {
 }
 
 
+SUMS = {"of_size": 0.02}  # several readers' gradients in another order, in bfloat16
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
+@HARD
 @REENTRANT
 @pytest.mark.parametrize("order", ("attach first", "attach last"))
-def test_transformers(name, reentrant, order):
+@pytest.mark.parametrize("autocast", (False, True))
+def test_transformers(name, hard, reentrant, order, autocast):
     build, call, entries, norm = TRANSFORMERS[name]
     model = build().train()
-    twin = attached(copy.deepcopy(model), entries, 1)
-    want = gradients(twin, call)
+    twin = attached(copy.deepcopy(model), entries, hard, dropout=0.2)
+    want = gradients(twin, call, autocast)
+    config = {e: {"r": 2, "hard": hard, "dropout": 0.2} for e in entries}
     how = {"use_reentrant": reentrant}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*deprecated", FutureWarning)  # its name since 5.20
         if order == "attach last":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-            model = paramlora.attach(model, {e: {"r": 2} for e in entries})
+            model = paramlora.attach(model, config)
         else:
-            model = paramlora.attach(model, {e: {"r": 2} for e in entries})
+            model = paramlora.attach(model, config)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
             if reentrant:
                 paramlora.enable_input_grads(model)
     paramlora.load_adapter_state_dict(model, paramlora.adapter_state_dict(twin))
     runs = count_runs(next(m for n, m in model.named_modules() if n.endswith("0." + norm)))
-    check_equal(want, gradients(model, call))
+    check_equal(
+        want,
+        gradients(model, call, autocast),
+        **(SUMS if (name, reentrant, autocast) == ("bert", True, True) else {}),
+    )
     assert len(runs) == 2
 
 
@@ -196,7 +206,7 @@ def count_runs(module):
 @pytest.mark.parametrize("reentrant, autocast", [(True, False), (False, False), (False, True)])
 def test_diffusers(hard, reentrant, autocast):
     entries = ["to_q", "to_v", "to_out.0", "conv1", "ff.net.0.proj"]
-    model = attached(small_unet(), entries, hard)
+    model = attached(small_unet(), entries, hard, dropout=0.2)
     want = gradients(model, call_unet, autocast)
     if reentrant:
 

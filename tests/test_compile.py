@@ -171,6 +171,26 @@ def test_one_graph_whatever_the_strength(name, hard):
     assert graphs() == off
 
 
+@pytest.mark.parametrize("hard", (1, 0))
+@pytest.mark.parametrize("trainable", (0, 1))
+def test_a_changed_scale_and_loaded_factors_compile_nothing(hard, trainable):
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    entry = {"r": 2, "hard": hard, "trainable_scale": trainable}
+    model = paramlora.attach(copy.deepcopy(plain), {"re:[02]": entry})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4).double()
+    for scale in (1.0, 0.3, -2.0):
+        state = {
+            key: torch.tensor(scale, dtype=torch.float64)
+            if key.endswith("scale")
+            else torch.randn_like(value)
+            for key, value in paramlora.adapter_state_dict(model).items()
+        }
+        paramlora.load_adapter_state_dict(model, state)
+        check(model, plain, lambda m: m(x), compiled, scale)
+        assert graphs() == 1
+
+
 def test_two_adapters_switch_without_compiling_again_once_seen():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
     model = paramlora.attach(plain, {"0": {"r": 2}})
