@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
 from paramlora.attach import lowranks
@@ -152,10 +153,37 @@ def split(model, mesh):
     return model
 
 
-def merged_equals(model, want, **close):
-    from paramlora.sharded import gathered
+class Exchanged(TorchDispatchMode):
+    """Collects the sizes of what processes put together."""
 
-    state = {k: gathered(v) for k, v in paramlora.merge(model).state_dict().items()}
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torch.distributed.tensor import DTensor
+
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # which then shows the operations that it is made of
+        out = func(*args, **(kwargs or {}))
+        if "c10d" in str(func) and isinstance(out, torch.Tensor) and "wait" not in str(func):
+            self.sizes.append(out.numel())
+        return out
+
+
+LARGEST = 3 * 12  # elements of a factor; a block's weight has 96
+
+
+def merged_equals(model, want, **close):
+    from paramlora.sharded import gathered, is_sharded
+
+    with Exchanged() as exchanged:
+        paramlora.merge(model)
+    assert max(exchanged.sizes, default=0) <= LARGEST, exchanged.sizes
+    with Exchanged() as exchanged:
+        state = {k: gathered(v) for k, v in model.state_dict().items()}
+    sharded = any(is_sharded(t) for t in model.state_dict().values())
+    assert not sharded or max(exchanged.sizes) > LARGEST  # which this gather does show
     assert set(state) == set(net().state_dict())
     for name, weight in want.items():
         torch.testing.assert_close(state[name], weight, **(close or CLOSE))
@@ -215,7 +243,9 @@ def case_fsdp(rank, mesh, folder, checkpoint=False, hard=1):
     train(model, *half(rank, x, y))
     compare(model, want)
     path = folder / "fsdp.safetensors"
-    paramlora.save_adapter(model, path)
+    with Exchanged() as exchanged:
+        paramlora.save_adapter(model, path)
+    assert 0 < max(exchanged.sizes) <= LARGEST, exchanged.sizes
     assert path.exists()
     compare(paramlora.load_adapter(net(), path), want)
     again = shard(adapted(FSDP, hard=hard), mesh)
@@ -316,7 +346,9 @@ def case_tensor_parallel(rank, mesh, folder):
     want = dense_weights(state_of(model), x, y)
     train(model, x, y)
     compare(model, want)
-    paramlora.save_adapter(model, folder / "tp.safetensors")
+    with Exchanged() as exchanged:
+        paramlora.save_adapter(model, folder / "tp.safetensors")
+    assert 0 < max(exchanged.sizes) <= LARGEST, exchanged.sizes
     compare(paramlora.load_adapter(net(), folder / "tp.safetensors"), want)
     other = paramlora.load_adapter(split(net(), mesh), folder / "tp.safetensors")
     torch.testing.assert_close(other(x), model(x), **CLOSE)
