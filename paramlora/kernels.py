@@ -104,14 +104,15 @@ def _product(
                 acc = tl.dot(left, w.load([k, column * BN]), acc)
     else:
         rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-        left = x + _rows(rm % M, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
+        left = x + _rows(rm, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
+        rows = rm[:, None] < M
         right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
         for k in range(0, K, BK):
             if WHOLE_K:
-                acc = tl.dot(tl.load(left), tl.load(right), acc)
+                acc = tl.dot(tl.load(left, mask=rows, other=0.0), tl.load(right), acc)
             else:
                 inside = rk < K - k
-                tile = tl.load(left, mask=inside[None, :], other=0.0)
+                tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
             left += BK * x_k
             right += BK * w_k

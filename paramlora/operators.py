@@ -8,18 +8,26 @@ from torch import Tensor
 _Maybe = Optional[Tensor]
 
 
-_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
 _SIXTEEN = (torch.bfloat16, torch.float16)
+_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton."""
     if not (x.is_cuda and x.dtype in _SIXTEEN and weight.dtype == x.dtype):
         return False
-    device = x.get_device()
+    return _serves(x.get_device()) and 1 in weight.stride()
+
+
+def _serves(device: int) -> bool:
     if device not in _SERVED:
         _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
-    return _SERVED[device] and 1 in weight.stride()
+    return _SERVED[device]
+
+
+# What torch.compiler.assume_constant_result sets, without the import of the compiler: a dictionary
+# that is filled while it traces would have it compile everything a second time.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _importable() -> bool:

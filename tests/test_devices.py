@@ -141,15 +141,19 @@ def fill(model):
         nn.init.normal_(low.lora_B, std=0.2)
 
 
-def reference(model, plain, call, strength=1.0):
-    """Output and gradients of every factor by the dense formula, all in float64."""
+def reference(model, plain, call, strength=1.0, dtype=torch.float64):
+    """Output and gradients of every factor by the dense formula: all in float64, or computed in
+    `dtype` from what the model keeps."""
     values, leaves = dict(plain.named_parameters()), {}
     for path, _, low in lowranks(model):
         a, b = (getattr(low, f"lora_{n}").detach().double().requires_grad_() for n in "AB")
         leaves[path], owner = (a, b), plain.get_submodule(path)
         product = strength * low.lora_scale.double() * b @ a
         values[f"{path}.weight"] = owner.weight + (product.T if _is_conv1d(owner) else product)
-    out = call(lambda *args, **kwargs: functional_call(plain, values, args, kwargs), torch.float64)
+    if dtype != torch.float64:
+        (kept,) = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
+        values = {name: value.to(kept) for name, value in values.items()}
+    out = call(lambda *args, **kwargs: functional_call(plain, values, args, kwargs), dtype)
     out.backward(direction(out))
     return out.detach(), {path: (a.grad, b.grad) for path, (a, b) in leaves.items()}
 
@@ -168,7 +172,8 @@ def check(model, plain, call, runs, dtype, strength=1.0):
     """Output and gradients, against float64 within some roundings of the narrow type.
 
     A factor's own gradient may be the small difference of large numbers (a key's, before softmax):
-    all together are held to the narrow type, each alone to what a wrong one could not reach.
+    each alone is held to what a wrong one could not reach, and all together to the narrow type, or
+    to the error of torch's own operations on the dense sum where that is larger (GPT-2).
     """
     model.zero_grad()
     out = call(runs, dtype)
@@ -187,7 +192,9 @@ def check(model, plain, call, runs, dtype, strength=1.0):
     assert {got.dtype for got, _ in pairs} == {torch.float32}
     assert max(error(*pair) for pair in pairs) < 32 * eps
     got, want = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs))
-    assert error(got, want) < 8 * eps
+    _, plainly = reference(model, plain, call, strength, dtype)
+    noise = torch.cat([t.flatten() for pair in plainly.values() for t in pair])
+    assert error(got, want) < max(8 * eps, 1.5 * error(noise, want))
 
 
 def graphs():
@@ -252,7 +259,7 @@ def test_compiled_under_autocast(hard, dtype, device, kernels):
     x = fixed((5, 8, 64), device, torch.float64)
 
     def call(m, kind):
-        if m is not compiled:
+        if kind == torch.float64:
             return m(x)
         with torch.autocast(device, dtype):
             y = m(x.float())
@@ -339,7 +346,7 @@ def test_training_in_cuda_graphs_follows_the_strength(hard, device, kernels):
     [
         ("cpu", 40, (64, 96)),
         pytest.param("cuda", 40, (64, 96), marks=CUDA.marks),
-        # where the gradients of the factors are computed beside the input's, on a second stream
+        # where the thin product has a grid of its own
         pytest.param("cuda", 2**14, (2048, 4096), marks=CUDA.marks),
     ],
 )
@@ -347,10 +354,6 @@ def test_checkpointing_changes_no_bit(
     dtype, hard, reentrant, dropout, device, tokens, sizes, kernels
 ):
     model, _ = blocks(hard, device, dtype, dropout, 0.0 if dropout else 0.3, sizes)
-    if tokens == 2**14:
-        from paramlora import launch
-
-        assert launch.overlaps(tokens, *sizes, 16) and launch.overlaps(tokens, *sizes[::-1], 16)
     x = fixed((tokens, sizes[0]), device, dtype)
 
     def gradients(saving):
