@@ -54,21 +54,27 @@ def _place(tile, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _rows(rm, P, batch, row):
-    """Where rows start, in 64 bits."""
-    return (rm // P).to(tl.int64) * batch + (rm % P).to(tl.int64) * row
+def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
+    """Where rows ``start + inside`` lie, in 64 bits; where `EVEN`, all of them in one batch."""
+    if EVEN:
+        within = tl.multiple_of(start % P, 16)  # as blocks and batches are
+        first = (start // P).to(tl.int64) * batch + within.to(tl.int64) * row
+        return first + inside.to(tl.int64) * row
+    rows = start + inside
+    return (rows // P).to(tl.int64) * batch + (rows % P).to(tl.int64) * row
 
 
 @triton.jit
 def _project(
     x, f, p, row, M, K, P, x_batch, x_row, x_k,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x."""
     rm = row * BM + tl.arange(0, BM)
     rk, rr = tl.arange(0, BK), tl.arange(0, R)
     acc = tl.zeros((BM, R), tl.float32)
-    left = x + _rows(rm, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
+    where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
+    left = x + where[:, None] + rk[None, :] * x_k
     thin = f + rr[None, :] * K + rk[:, None]
     for k in range(0, K, BK):
         if WHOLE_K:
@@ -86,7 +92,7 @@ def _project(
 @triton.jit
 def _product(
     x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x[M, K] @ w[K, N]`` in float32.
@@ -104,7 +110,8 @@ def _product(
                 acc = tl.dot(left, w.load([k, column * BN]), acc)
     else:
         rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-        left = x + _rows(rm, P, x_batch, x_row)[:, None] + rk[None, :] * x_k
+        where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
+        left = x + where[:, None] + rk[None, :] * x_k
         rows = rm[:, None] < M
         right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
         for k in range(0, K, BK):
@@ -136,22 +143,22 @@ def _tile(
     x, w, y, wide, f, q, p, bias, signals, program,
     M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p."""
     tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
     columns = tl.cdiv(N, BN) + (1 if LOCAL else 0)
     row, column = _place(program, tl.cdiv(M, BM), columns, GROUP)
     if LOCAL and column == 0:
-        _project(wide, f, p, row, M, K, P, x_batch, x_row, x_k, WHOLE_K, R, BM, BK)
+        _project(wide, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
         tl.debug_barrier()  # all of the program's rows are stored
         tl.atomic_xchg(signals + row, 1, sem="release", scope="gpu")
     else:
         column -= 1 if LOCAL else 0
         acc = _product(
             x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
-            TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
+            TMA, ROWS_OUT, EVEN, WHOLE_K, BM, BN, BK,
         )  # fmt: skip
         if LOCAL:
             _await(signals + row)
@@ -167,7 +174,8 @@ def _tile(
             y.store([row * BM, column * BN], lower.to(y.dtype))
             y.store([row * BM, column * BN + BN // 2], upper.to(y.dtype))
         else:
-            out = y + _rows(rm, P, y_batch, y_row)[:, None] + rn[None, :].to(tl.int64) * y_n
+            where = _rows(row * BM, tl.arange(0, BM), P, y_batch, y_row, EVEN)
+            out = y + where[:, None] + rn[None, :].to(tl.int64) * y_n
             tl.store(out, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
@@ -190,8 +198,8 @@ def _store_gradients(
 def _gradients(
     dy, x, v, u, part, da, db, scale, strength, signals, counts, program,
     M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
-    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr,
-    HEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
     to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
@@ -216,7 +224,7 @@ def _gradients(
     for m in range(low, high, BM):
         mm = m + rm
         left = tl.load(
-            wide + _rows(mm, P, batch, row)[None, :] + rd[:, None].to(tl.int64) * step,
+            wide + _rows(m, rm, P, batch, row, EVEN)[None, :] + rd[:, None].to(tl.int64) * step,
             mask=(mm[None, :] < M) & (rd[:, None] < size),
             other=0.0,
         )
@@ -271,14 +279,16 @@ def pack(
 @triton.jit
 def project(
     x, packed, p, M, K, skipped, P, x_batch, x_row, x_k,
-    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``p[M, R] = x[M, K] @ f[R, K].T``, f being the packed factor after `skipped` dimensions."""
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
     f = packed + R * skipped
-    _project(x, f, p, tl.program_id(0), M, K, P, x_batch, x_row, x_k, WHOLE_K, R, BM, BK)
+    row = tl.program_id(0)
+    _project(x, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
 
 
 @triton.jit
@@ -286,8 +296,8 @@ def product(
     x, w, y, wide, packed, p, bias,
     M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
     BACKWARD: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + p @ q + bias``; `wide` is x again, always as a pointer."""
     signals, _ = _signals(packed, M, N, K, R, BACKWARD)
@@ -299,7 +309,7 @@ def product(
     _tile(
         x, w, y, wide, f, q, p, bias, signals, tl.program_id(0),
         M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-        LOCAL, EARLY, BIAS, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
+        LOCAL, EARLY, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
     )  # fmt: skip
 
 
@@ -309,8 +319,9 @@ def backward(
     tiles, M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
     x_batch, x_row, x_k, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GM: tl.constexpr, GD: tl.constexpr,
+    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    GM: tl.constexpr, GD: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the input, in `tiles` programs that may be none, and of the factors."""
     signals, counts = _signals(packed, M, N, K, R, True)
@@ -320,11 +331,11 @@ def backward(
         _tile(
             dy, w, dx, wide, f, packed, v, v, signals, program,
             M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
-            LOCAL, EARLY, False, TMA, ROWS_OUT, WHOLE_K, R, BM, BN, BK, GROUP,
+            LOCAL, EARLY, False, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
         )  # fmt: skip
     else:
         _gradients(
             wide, x, v, u, part, da, db, scale, strength, signals, counts, program - tiles,
             M, N, K, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
-            LOCAL, EARLY, SCALED, R, BM, GM, GD,
+            LOCAL, EARLY, SCALED, EVEN, R, BM, GM, GD,
         )  # fmt: skip

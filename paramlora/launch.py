@@ -206,6 +206,11 @@ def _places(period: int, x: Tensor) -> tuple[int, int, int]:
     return period * row, row, column
 
 
+def _even(period: int, M: int) -> bool:
+    """Whether no block of rows, of 128 or a divisor, reaches over the end of a batch."""
+    return period == M or period % 128 == 0
+
+
 def project(x: Tensor, packed: Packed, backward: bool, after_pack: bool) -> Tensor:
     """``x @ f.T`` for ``f[R, K]`` of `packed`, as ``[M, R]`` in x's type."""
     M, K, R = _rows_of(x), x.shape[-1], packed.R
@@ -217,7 +222,7 @@ def project(x: Tensor, packed: Packed, backward: bool, after_pack: bool) -> Tens
     def plan() -> _Plan:
         BM, BK = (16, 256) if M <= 512 else (64, 64) if M < 16384 else (128, 64)
         numbers = (M, K, packed.fan_in if backward else 0, period, *_places(period, x))
-        constants = (hopper, K % BK == 0, R, BM, BK)
+        constants = (hopper, _even(period, M), K % BK == 0, R, BM, BK)
         return _Plan((-(-M // BM), 1), numbers, constants, 4, 4, hopper and after_pack)
 
     key = (M, K, R, packed.fan_in, x.shape, x.stride(), x.dtype, backward, after_pack)
@@ -236,10 +241,9 @@ class _Choice(NamedTuple):
     def grid(self, M: int, N: int) -> int:
         return -(-M // self.tiles.BM) * (-(-N // self.tiles.BN) + self.local)
 
-    def constants(self, K: int, R: int) -> tuple[Any, ...]:
+    def constants(self, M: int, K: int, R: int, period: int) -> tuple[Any, ...]:
         BM, BN, BK, GROUP, _, _, tma = self.tiles
-        whole = K % BK == 0
-        return (tma, self.rows_out, whole, R, BM, BN, BK, GROUP)
+        return (tma, self.rows_out, _even(period, M), K % BK == 0, R, BM, BN, BK, GROUP)
 
     def operands(
         self, x: Tensor, w: Tensor, y: Tensor
@@ -303,7 +307,7 @@ def product(
         period = x.shape[-2]
         places = (*_places(period, x), *w.stride(), *_places(period, y))
         flags = (backward, choice.local, choice.early, bias is not None)
-        constants = (*flags, *choice.constants(K, R))
+        constants = (*flags, *choice.constants(M, K, R, period))
         grid, (stages, warps) = (choice.grid(M, N), 1), choice.tiles[4:6]
         return _Plan(grid, (M, N, K, period, *places), constants, stages, warps, choice.early)
 
@@ -373,9 +377,10 @@ def gradients(
         period = x.shape[1] if x.dim() == 3 else dy.shape[-2]
         places = (*_places(period, dy), *w.stride(), *_places(period, out), *_places(period, x))
         numbers = (tiles, M, N, K, period, *places, r, groups, each)
-        constants = (choice.local, choice.early, scale is not None, *choice.constants(K, R))
+        flags = (choice.local, choice.early, scale is not None)
+        constants = (*flags, *choice.constants(M, K, R, period), deep, _DEEP)
         grid, (stages, warps) = (tiles + blocks * groups, 1), choice.tiles[4:6]
-        return _Plan(grid, numbers, (*constants, deep, _DEEP), stages, warps, choice.early)
+        return _Plan(grid, numbers, constants, stages, warps, choice.early)
 
     described, pointers = choice.operands(dy, w, out)
     rest = (dy, packed.tensor, v, x, u, part, da, db, factor)
