@@ -15,6 +15,7 @@ import paramlora
 from paramlora.attach import lowranks
 
 FOLDER = Path(__file__).parents[1] / "examples"
+DOCUMENT = (FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")
 NEEDS = {
     "plain": "torch",
     "transformers_trainer": "transformers",
@@ -40,6 +41,11 @@ def test_example(name, tmp_path, monkeypatch):
     assert loss["last"] < loss["first"]
     assert loss["resumed"] == loss["last"]  # the same numbers in the same order
     assert loss["merged"] == pytest.approx(loss["attached"], rel=1e-5)
+    if not torch.cuda.is_available():  # the document's numbers are a CPU's
+        written = re.search(rf"`examples/{name}\.py`.*\| ([\d., ]+) \|", DOCUMENT)
+        told = [float(value) for value in written[1].split(", ")]
+        shown = [loss[key] for key in ("first", "resumed", "merged")]
+        assert shown == pytest.approx(told, rel=0.02)
     small = [f for f in tmp_path.rglob("adapter.safetensors")] or list(tmp_path.rglob("*.ckpt"))
     assert small
 
@@ -61,16 +67,19 @@ def test_lightnings_checkpoint_holds_no_base(tmp_path):
         example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
 
 
-def test_many_processes(tmp_path):
-    if not torch.distributed.is_gloo_available() or torch.cuda.device_count() == 1:
+@pytest.mark.parametrize("count", (2, 3))
+def test_many_processes(count, tmp_path):
+    if not torch.distributed.is_gloo_available() or 0 < torch.cuda.device_count() < count:
         pytest.skip("needs gloo, or a CUDA device for each process")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(FOLDER / "many_processes.py")]
+    command += ["--nproc-per-node", str(count), str(FOLDER / "many_processes.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    loss = {
-        name: float(value) for name, value in re.findall(r"^(\w+) +([\d.]+)$", done.stdout, re.M)
-    }
+    printed = r"^(\w+) +([\d.]+)$"
+    loss = {name: float(value) for name, value in re.findall(printed, done.stdout, re.M)}
+    told = {name: float(value) for name, value in re.findall(printed, DOCUMENT, re.M)}
+    if count == 2 and not torch.cuda.is_available():
+        assert loss == pytest.approx(told, rel=0.02)
     assert loss["attached"] < loss["first"] / 4
     assert loss["merged"] == pytest.approx(loss["attached"], abs=1e-4)
     assert (tmp_path / "adapter.safetensors").exists()
