@@ -8,6 +8,7 @@ import copy
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -17,9 +18,13 @@ from paramlora.sharded import is_sharded
 def is_quantised(tensor: Tensor) -> bool:
     """Whether the tensor only stands for a weight."""
     if is_traceable_wrapper_subclass(tensor):
-        own = getattr(type(tensor), "dequantize", Tensor.dequantize)
-        return own is not Tensor.dequantize and not is_sharded(tensor)
+        packed = _dequantises(tensor) or hasattr(tensor, "qdata")  # as torchao names what it holds
+        return packed and not is_sharded(tensor)
     return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
+
+
+def _dequantises(tensor: Tensor) -> bool:
+    return getattr(type(tensor), "dequantize", Tensor.dequantize) is not Tensor.dequantize
 
 
 def shape_of(module: nn.Module, tensor: Tensor) -> tuple[int, ...]:
@@ -49,6 +54,9 @@ def dense(module: nn.Module, tensor: Any) -> Tensor:
         dtype = torch.get_default_dtype() if bias is None else bias.dtype
         wide: Tensor = values.float() * rows.float()[:, None] / 127
         return wide.to(dtype)
+    if not _dequantises(tensor):  # laid out for torch's int4 product, which is all it can do
+        one = torch.eye(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+        return F.linear(one, tensor).t().contiguous()  # [out, in]
     return tensor.dequantize()  # type: ignore[no-any-return]
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -82,6 +83,22 @@ def test_accelerates_device_map(hard):
     )
     assert model[0]._hf_hook is not None
     paramlora.attach(model, {"re:[02]": {"r": 3, "hard": hard}})
+    check_training(model, plain, x)
+
+
+@pytest.mark.filterwarnings("ignore")  # accelerate's, of a checkpoint without metadata
+@pytest.mark.parametrize("hard", (1, 0))
+def test_a_model_that_accelerate_loads_into_empty_weights(hard, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    plain, x = net(), torch.randn(5, 40).double()
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        empty = net()
+    assert all(p.is_meta for p in empty.parameters())
+    model = accelerate.load_checkpoint_and_dispatch(
+        empty, str(tmp_path / "model.safetensors"), device_map={"0": "cpu", "1": "cpu", "2": "cpu"}
+    )
+    paramlora.attach(model, {"re:[02]": {"r": 3, "hard": hard, "init": "kaiming"}})
     check_training(model, plain, x)
 
 

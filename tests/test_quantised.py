@@ -259,6 +259,50 @@ def test_checkpointing_quantised_layers_changes_no_bit(kind, reentrant, device):
     assert not torch.equal(model(x), want[0])  # another mask
 
 
+def test_int4_in_the_layout_of_its_product_is_known_as_quantised():
+    tensor = pytest.importorskip("torchao.quantization").Int4TilePackedTo4dTensor
+    data = torch.zeros(16, 1, 32, 4, dtype=torch.int32)
+    scales = torch.ones(32, 128, 2, dtype=torch.bfloat16)
+    layer = nn.Linear(1024, 128, bias=False)
+    packed = tensor(data, scales, [1, 32], torch.Size([128, 1024]))
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    model = nn.Sequential(layer)
+    with pytest.raises(TargetError, match="0.weight, which is quantised"):
+        paramlora.attach(model, {"0": {"r": 2}})
+    paramlora.attach(model, {"0": {"r": 2, "hard": 0}})
+    ((_, _, low),) = lowranks(model)
+    assert low.lora_A.shape == (2, 1024) and low.lora_B.shape == (128, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_int4_in_the_layout_of_its_product():
+    """Its input has no gradient in torch, so the layer is a model's first."""
+    source = plain().weight.detach().cuda()
+    config = dict(group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain()).to("cuda")
+    quantization.quantize_(model, quantization.Int4WeightOnlyConfig(**config))
+    layer, bias = model[0], model[0].bias.detach().double()
+    weight = dense(layer, layer.weight)
+    assert 0 < (weight - source).norm() < 0.1 * source.norm()  # half of a step of 1/15
+    paramlora.attach(model, {"0": {"r": 4, "scale": 2, "hard": 0}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B, std=0.2)
+    x = torch.randn(8, 64, device="cuda").to(torch.bfloat16)
+    y = model(x)
+    seed = torch.randn_like(y)
+    y.backward(seed)
+    a, b = (t.detach().double().requires_grad_() for t in (low.lora_A, low.lora_B))
+    want = F.linear(x.double(), weight.double() + 2 * b @ a, bias)
+    want.backward(seed.double())
+    for own, ref in ((y, want), (low.lora_A.grad, a.grad), (low.lora_B.grad, b.grad)):
+        close(own, ref, 0.01)
+    paramlora.merge(model, dequantize=True)
+    close(model[0].weight, weight.double() + 2 * b @ a, 0.01)
+    close(model(x), want, 0.01)
+
+
 def test_a_quantised_weight_is_not_trained_whole():
     layer, _ = torchao_int8()
     with pytest.raises(TargetError, match='"0.weight" .*cannot train'):
