@@ -437,9 +437,10 @@ def run_one(device, hard, port, folder):
     kernels = count_kernels(setattr)
     failed = {}
     for name, case in CASES.items():
-        kernels.clear()
+        kernels.clear(), counters.clear()
         try:
             train_wrapped(case, hard, mesh, folder / f"{name}.safetensors")
+            assert (graphs() > 0) is name.endswith("compiled")
             least = 6 * len(STRENGTHS) if device == "cuda" and hard else 0
             assert (len(kernels) >= least) if least else not kernels, len(kernels)
         except Exception:
