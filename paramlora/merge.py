@@ -18,7 +18,7 @@ from paramlora.errors import AdapterError
 from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
-from paramlora.quantised import is_quantised, make_dense
+from paramlora.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.sharded import is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
@@ -81,6 +81,8 @@ def merge(
     usual = _usual_type(model)
     for module, name in packed:
         make_dense(module, name, usual)
+    if packed:
+        tell_transformers(model, [module for module, _ in packed])
     alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))

@@ -93,3 +93,23 @@ def make_dense(module: nn.Module, name: str, usual: Optional[torch.dtype]) -> No
         module.__class__ = nn.Linear
         for attribute in set(vars(module)) - set(vars(nn.Linear(1, 1))):
             delattr(module, attribute)
+
+
+def tell_transformers(model: nn.Module, packed: list[nn.Module]) -> None:
+    """Have a model of transformers remember which of its layers are dense now.
+
+    Its configuration says that they are quantised, and it would be saved so and loaded as such.
+    """
+    for owner in model.modules():
+        quantizer: Any = vars(owner).get("hf_quantizer")
+        if quantizer is None:
+            continue
+        if not any(is_quantised(p) for p in owner.parameters()):
+            quantizer.remove_quantization_config(owner)
+            continue
+        here = [path for path, module in owner.named_modules() if any(module is m for m in packed)]
+        kept = [*(getattr(quantizer, "modules_to_not_convert", None) or ()), *here]
+        config: Any = owner.config
+        for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes, others
+            if hasattr(config.quantization_config, name):
+                setattr(config.quantization_config, name, kept)

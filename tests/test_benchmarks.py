@@ -107,7 +107,9 @@ def test_quantised_bases_are_measured_and_take_what_their_bits_take(tmp_path, ca
         row = at[f"{base}, paramlora"]
         packed = row["stored_mib"] * 2**20 - 2 * rest - 4 * row["trainable"]
         assert bits <= 8 * packed / weights < 1.25 * bits  # the rest is scales
-    assert "| nf4 prepared, peft | yes |" in capsys.readouterr().out
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "r.md")]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "r.md").read_text(encoding="utf-8")):
+        assert "| nf4 prepared, peft | yes |" in text
 
 
 def test_peft_trains_its_own_4_bit_layers():

@@ -259,6 +259,43 @@ def test_checkpointing_quantised_layers_changes_no_bit(kind, reentrant, device):
     assert not torch.equal(model(x), want[0])  # another mask
 
 
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("some", (False, True))
+def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some, tmp_path):
+    """Merged whole it is a plain model; merged in part, the rest stays quantised."""
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = transformers.LlamaConfig(**sizes, intermediate_size=128, num_key_value_heads=2)
+    cls, tokens = transformers.LlamaForCausalLM, torch.arange(16).reshape(2, 8)
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    options = dict(load_in_4bit=True, **four) if bits == 4 else dict(load_in_8bit=True)
+    how = transformers.BitsAndBytesConfig(**options)
+
+    def load(path, **how):
+        return cls.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu", **how).eval()
+
+    def logits(model):
+        with torch.no_grad():
+            return model(tokens).logits
+
+    model = load(tmp_path / "base", quantization_config=how)
+    layers = "(q|o|up)_proj" if some else "(q|k|v|o|gate|up|down)_proj"
+    paramlora.attach(model, {f"re:.*{layers}": {"r": 4, "hard": 0}})
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B, std=0.1)
+    want = logits(model)
+    paramlora.merge(model, dequantize=True)
+    close(logits(model), want, 0.03)
+    model.save_pretrained(tmp_path / "merged")
+    other = load(tmp_path / "merged")
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert hasattr(other.config, "quantization_config") is some
+    close(logits(other), logits(model), 0.01)
+
+
 def test_int4_in_the_layout_of_its_product_is_known_as_quantised():
     tensor = pytest.importorskip("torchao.quantization").Int4TilePackedTo4dTensor
     data = torch.zeros(16, 1, 32, 4, dtype=torch.int32)
