@@ -259,29 +259,32 @@ def test_checkpointing_quantised_layers_changes_no_bit(kind, reentrant, device):
     assert not torch.equal(model(x), want[0])  # another mask
 
 
-@pytest.mark.parametrize("bits", (4, 8))
-@pytest.mark.parametrize("some", (False, True))
-def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some, tmp_path):
-    """Merged whole it is a plain model; merged in part, the rest stays quantised."""
+def quantised_llama(bits, folder):
+    """A Llama that transformers loads from `folder` in 4 or 8 bits."""
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     config = transformers.LlamaConfig(**sizes, intermediate_size=128, num_key_value_heads=2)
-    cls, tokens = transformers.LlamaForCausalLM, torch.arange(16).reshape(2, 8)
-    cls(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    cls = transformers.LlamaForCausalLM
+    cls(config).to(torch.bfloat16).save_pretrained(folder)
     four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     options = dict(load_in_4bit=True, **four) if bits == 4 else dict(load_in_8bit=True)
     how = transformers.BitsAndBytesConfig(**options)
+    where = dict(dtype=torch.bfloat16, device_map="cpu")
+    return cls.from_pretrained(folder, quantization_config=how, **where)
 
-    def load(path, **how):
-        return cls.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu", **how).eval()
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("some", (False, True))
+def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some, tmp_path):
+    """Merged whole it is a plain model; merged in part, the rest stays quantised."""
 
     def logits(model):
         with torch.no_grad():
-            return model(tokens).logits
+            return model.eval()(torch.arange(16).reshape(2, 8)).logits
 
-    model = load(tmp_path / "base", quantization_config=how)
+    model = quantised_llama(bits, tmp_path / "base")
     layers = "(q|o|up)_proj" if some else "(q|k|v|o|gate|up|down)_proj"
     paramlora.attach(model, {f"re:.*{layers}": {"r": 4, "hard": 0}})
     for _, _, low in lowranks(model):
@@ -290,10 +293,43 @@ def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some
     paramlora.merge(model, dequantize=True)
     close(logits(model), want, 0.03)
     model.save_pretrained(tmp_path / "merged")
-    other = load(tmp_path / "merged")
+    other = type(model).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
     assert hasattr(other.config, "quantization_config") is some
     close(logits(other), logits(model), 0.01)
+
+
+def test_transformers_trainer_takes_a_quantised_model(tmp_path):
+    """It knows peft's adapters alone, and is told by the attribute that the documents name."""
+    model = quantised_llama(4, tmp_path / "base")
+    paramlora.attach(model, {"re:.*_proj": {"r": 4, "hard": 0}})
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=8,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(32).reshape(4, 8)]
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model=model, args=arguments, train_dataset=rows)
+    model.is_quantized = False
+    packed = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    run = Trainer(model=model, args=arguments, train_dataset=rows)
+    run.train()
+    losses = [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
+    assert all(low.lora_B.any() for _, _, low in lowranks(model))
 
 
 def test_int4_in_the_layout_of_its_product_is_known_as_quantised():
