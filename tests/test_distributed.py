@@ -7,8 +7,10 @@ import os
 import socket
 import traceback
 import warnings
+from importlib.util import find_spec
 
 import pytest
+import test_quantised
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -393,6 +395,41 @@ def case_distributed_checkpoint_of_the_adapter(rank, mesh, folder):
         torch.testing.assert_close(other(x), model(x), **CLOSE)
     saved = dcp.FileSystemReader(folder / "dcp").read_metadata().state_dict_metadata
     assert set(saved) == set(paramlora.adapter_state_dict(model))
+
+
+def case_quantised_bases(rank, mesh, folder):
+    """Packed weights, the same everywhere: neither sent around at the start nor sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    def ddp(model):
+        return nn.parallel.DistributedDataParallel(model, init_sync=False)
+
+    def fsdp(model):
+        frozen = {p for p in model.parameters() if not p.requires_grad}
+        return fully_shard(model, mesh=mesh, ignored_params=frozen)
+
+    for kind in filter(lambda kind: find_spec(kind.split()[0]), test_quantised.KINDS):
+        for wrap in (ddp, fsdp):
+            model, wide = test_quantised.two_layers(kind, "cpu")
+            x = torch.randn(8, 64).to(torch.bfloat16)
+            start = [p.detach().double() for p in paramlora.trainable_parameters(model)]
+            leaves = [p.clone().requires_grad_() for p in start]
+            optimizer = torch.optim.SGD(leaves, lr=RATE)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                wide(x.double(), leaves, 1.0).square().mean().backward()
+                optimizer.step()
+            keys = [k for k in paramlora.adapter_state_dict(model) if not k.endswith("scale")]
+            wrapped = wrap(model)
+            optimizer = torch.optim.SGD(paramlora.trainable_parameters(wrapped), lr=RATE)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                wrapped(*half(rank, x)).float().square().mean().backward()
+                optimizer.step()
+            state = state_of(wrapped)
+            for key, first, want in zip(keys, start, leaves):
+                off = state[key].double() - want.detach()
+                assert off.norm() < 0.05 * (want.detach() - first).norm(), (kind, wrap, key)
 
 
 CASES = {name[5:]: case for name, case in list(globals().items()) if name.startswith("case_")}
