@@ -259,7 +259,7 @@ def test_checkpointing_quantised_layers_changes_no_bit(kind, reentrant, device):
     assert not torch.equal(model(x), want[0])  # another mask
 
 
-def quantised_llama(bits, folder):
+def quantised_llama(bits, folder, device):
     """A Llama that transformers loads from `folder` in 4 or 8 bits."""
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
@@ -271,20 +271,21 @@ def quantised_llama(bits, folder):
     four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     options = dict(load_in_4bit=True, **four) if bits == 4 else dict(load_in_8bit=True)
     how = transformers.BitsAndBytesConfig(**options)
-    where = dict(dtype=torch.bfloat16, device_map="cpu")
+    where = dict(dtype=torch.bfloat16, device_map=device)
     return cls.from_pretrained(folder, quantization_config=how, **where)
 
 
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("some", (False, True))
-def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some, tmp_path):
+@DEVICES
+def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some, device, tmp_path):
     """Merged whole it is a plain model; merged in part, the rest stays quantised."""
 
     def logits(model):
         with torch.no_grad():
-            return model.eval()(torch.arange(16).reshape(2, 8)).logits
+            return model.eval()(torch.arange(16, device=device).reshape(2, 8)).logits
 
-    model = quantised_llama(bits, tmp_path / "base")
+    model = quantised_llama(bits, tmp_path / "base", device)
     layers = "(q|o|up)_proj" if some else "(q|k|v|o|gate|up|down)_proj"
     paramlora.attach(model, {f"re:.*{layers}": {"r": 4, "hard": 0}})
     for _, _, low in lowranks(model):
@@ -293,15 +294,17 @@ def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some
     paramlora.merge(model, dequantize=True)
     close(logits(model), want, 0.03)
     model.save_pretrained(tmp_path / "merged")
-    other = type(model).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    how = dict(dtype=torch.bfloat16, device_map=device)
+    other = type(model).from_pretrained(tmp_path / "merged", **how)
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
     assert hasattr(other.config, "quantization_config") is some
     close(logits(other), logits(model), 0.01)
 
 
-def test_transformers_trainer_takes_a_quantised_model(tmp_path):
+@DEVICES
+def test_transformers_trainer_takes_a_quantised_model(device, tmp_path):
     """It knows peft's adapters alone, and is told by the attribute that the documents name."""
-    model = quantised_llama(4, tmp_path / "base")
+    model = quantised_llama(4, tmp_path / "base", device)
     paramlora.attach(model, {"re:.*_proj": {"r": 4, "hard": 0}})
     from transformers import Trainer, TrainingArguments
 
@@ -316,7 +319,7 @@ def test_transformers_trainer_takes_a_quantised_model(tmp_path):
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=True,
     )
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(32).reshape(4, 8)]
