@@ -213,6 +213,31 @@ def test_two_adapters_switch_without_compiling_again_once_seen():
     assert graphs() == seen
 
 
+@pytest.mark.parametrize("hard", (1, 0))
+def test_dropout_draws_its_mask_inside_one_graph(hard):
+    plain = nn.Sequential(nn.Linear(8, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2)).double()
+    model = paramlora.attach(plain, {"re:[02]": {"r": 2, "hard": hard, "dropout": 0.5}})
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 8).double()
+
+    def run(call, seed):
+        model.zero_grad()
+        torch.manual_seed(seed)
+        y = call(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in paramlora.trainable_parameters(model))]
+
+    for seed in (1, 2):
+        for own, want in zip(run(compiled, seed), run(model, seed)):
+            torch.testing.assert_close(own, want, **CLOSE)
+    assert not torch.equal(run(compiled, 1)[0], run(compiled, 2)[0])
+    assert graphs() == 1
+    torch.testing.assert_close(compiled.eval()(x), model.eval()(x), **CLOSE)
+    assert graphs() == 2
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
