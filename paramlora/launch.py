@@ -49,6 +49,8 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
         return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
     if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
         return Tiling(128, 256, 64, 16, 3, 8, True)
+    if K >= 2048 and -(-M // 128) * -(-N // 128) < 132:  # fewer than the multiprocessors
+        return Tiling(64, 128, 64, 8, 4, 4, True)
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
 
