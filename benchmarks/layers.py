@@ -142,10 +142,10 @@ def launches(kind: str, names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def selection(size: str, groups: list[str]) -> Iterator[cases.Case]:
+def selection(size: str, groups: list[str], match: str = "") -> Iterator[cases.Case]:
     sizes = {"cuda": cases.CUDA, "cpu": cases.CPU, "tiny": cases.TINY}[size]
     for group in groups:
-        yield from sizes[group]
+        yield from (case for case in sizes[group] if match in case.name)
 
 
 def main(arguments: list[str]) -> int:
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     for kind in options.dtypes:
-        for case in selection(options.size or device().type, options.groups):
+        for case in selection(options.size or device().type, options.groups, options.match):
             if time.monotonic() - started > options.limit:
                 rows.append(
                     {"case": case.name, "dtype": kind, "way": "all", "refused": "no time left"}
@@ -186,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     parser.add_argument("--out", default="benchmark-results", help="folder of layers.json")
     parser.add_argument("--groups", nargs="+", default=["linear", "small", "other"])
+    parser.add_argument("--match", default="", help="only cases with this in their names")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--size", choices=["cuda", "cpu", "tiny"])

@@ -4,7 +4,6 @@ Everything works without Triton, and so without this file.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -258,25 +257,29 @@ class _Choice(NamedTuple):
         return (_Block(x, [BM, BK]), right, _Block(y, [BM, BN // 2])), ()
 
 
-@lru_cache(maxsize=None)
-def _choice(
-    M: int, N: int, K: int, R: int, rows_out: bool, aligned: bool, captured: bool, hopper: bool
-) -> _Choice:
-    local = R <= WIDEST and not captured and M * N * K <= 2**35
-    tiles = tiling(M, N, K, aligned, local)
-    return _Choice(tiles, local, hopper and R <= WIDEST and not local, rows_out)
+_CHOICES: dict[tuple[Any, ...], _Choice] = {}
 
 
 def _chosen(x: Tensor, w: Tensor, R: int) -> tuple[_Choice, tuple[Any, ...]]:
     """The choice, and all that it and a plan depend on."""
+    odd = (x.data_ptr() | w.data_ptr()) & 15
+    captured = torch.cuda.is_current_stream_capturing()
+    key = (x.shape, x.stride(), w.shape, w.stride(), R, odd, captured, x.dtype, x.get_device())
+    choice = _CHOICES.get(key)
+    if choice is None:
+        choice = _CHOICES[key] = _choose(x, w, R, bool(odd), captured)
+    return choice, key
+
+
+def _choose(x: Tensor, w: Tensor, R: int, odd: bool, captured: bool) -> _Choice:
     M, K, N = _rows_of(x), x.shape[-1], w.shape[1]
     w_k, w_n = w.stride()
     hopper = _hopper(x)
     strides = K | N | x.stride(0) | (w_n if w_k == 1 else w_k)
-    aligned = hopper and not strides & 7 and not (x.data_ptr() | w.data_ptr()) & 15 and x.dim() == 2
-    captured = torch.cuda.is_current_stream_capturing()
-    choice = _choice(M, N, K, R, w_k == 1, aligned, captured, hopper)
-    return choice, (x.shape, N, R, x.stride(), w_k, w_n, aligned, captured, x.dtype)
+    aligned = hopper and x.dim() == 2 and not odd and not strides & 7
+    local = R <= WIDEST and not captured and M * N * K <= 2**35
+    early = hopper and R <= WIDEST and not local
+    return _Choice(tiling(M, N, K, aligned, local), local, early, w_k == 1)
 
 
 def product(

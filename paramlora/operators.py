@@ -83,7 +83,9 @@ def backward(
     dscale = None
     if scale_too:
         db, dscale = gradient_of_second(db, b, scale, strength, True)
-    return dx, da.to(a.dtype), db.to(b.dtype), dscale
+    if a.dtype != da.dtype or b.dtype != db.dtype:
+        da, db = da.to(a.dtype), db.to(b.dtype)
+    return dx, da, db, dscale
 
 
 def padded(r: int) -> int:
