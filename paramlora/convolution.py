@@ -1,4 +1,4 @@
-"""Low-rank convolution: a dense kernel that is not kept, or a branch of two convolutions."""
+"""Low-rank convolution: a dense kernel that is not kept, both kernels joined, or a branch."""
 
 from math import prod
 from typing import Any, Optional, Sequence
@@ -30,10 +30,11 @@ def convolution(
 ) -> Tensor:
     """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
-    One of kernel 1 is a linear layer of every position, in 16 bits on CUDA. Else a low-rank branch
-    of two convolutions is added in 16 bits, where a dense kernel would round a
-    small update away, and where positions are few (`denser`); else the dense kernel is formed. In
-    groups, where a branch repeats its first kernel for each, the update is a kernel of its own.
+    In 16 bits both products go into one accumulator, so that a small update is not rounded away:
+    a kernel of 1 is a linear layer of every position (on CUDA), other kernels are joined (but in
+    groups and under a compiler). Elsewhere the dense kernel is formed, or a low-rank branch of two
+    convolutions is added where positions are few (`denser`). In groups, where a branch repeats its
+    first kernel for each, the update is a kernel of its own.
 
     Args:
         x: ``[N, C_in, ...]``.
@@ -67,6 +68,8 @@ def convolution(
     if dense:
         kernel = _kernel(weight, lora_B * scale, lora_A)
         return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
+    if groups == 1 and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        return _Joined.apply(x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation)  # type: ignore[no-any-return,no-untyped-call]
     y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
         delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(weight.shape)
@@ -117,6 +120,105 @@ def kernels_of(
 def each_group(weight: Tensor, groups: int) -> Tensor:
     """A kernel repeated for each group."""
     return repeat(weight, "first ... -> (groups first) ...", groups=groups)
+
+
+class _Joined(torch.autograd.Function):
+    """One convolution of both kernels, whose one accumulator takes both products.
+
+    ``A`` is a convolution of its own, whose output ``t`` joins the input as more channels, where
+    ``B`` is the middle of the kernel; for the gradient of the input, ``dY`` and ``dY·B`` join in
+    the same way. Where a kernel's middle meets the padding, the forward adds two rounded outputs.
+    Keeps x by reference and ``t``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where = where
+        conv, (down, up) = CONVOLUTIONS[weight.dim() - 3], _joined(weight, a, b, scale)
+        t = conv(x, down, None, *where)
+        ctx.save_for_backward(x, weight, bias, a, b, scale, t)
+        more = _at_the_middle(t, x, weight.shape[2:], *where)
+        if more is not None:
+            middle = up.new_zeros(*up.shape[:2], *weight.shape[2:])
+            middle.flatten(2)[..., _middle(weight.shape[2:])] = up.flatten(1)
+            return conv(torch.cat([x, more], 1), torch.cat([weight, middle], 1), bias, *where)
+        return conv(x, weight, bias, *where) + conv(t, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, a, b, scale, t = ctx.saved_tensors
+        needs, where = ctx.needs_input_grad, (*ctx.where, 1)
+        none = (None,) * len(ctx.where)
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            y = CONVOLUTIONS[weight.dim() - 3](x, weight, bias, *where)
+            y = y + branch(x, weight.shape, a, b * scale, *where)
+            return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
+        down, up = _joined(weight, a, b, scale)
+        v = CONVOLUTIONS[weight.dim() - 3](dy, up.transpose(0, 1))
+        dx = da = db = dscale = None
+        if needs[0]:
+            both = torch.cat([dy, v], 1), torch.cat([weight, down], 0)
+            dx, _, _ = _backward(both[0], x, both[1], where, (True, False, False))
+        if needs[3]:
+            _, first, _ = _backward(v, x, down, where, (False, True, False))
+            da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
+        if needs[4] or needs[5]:
+            n = weight.dim() - 2
+            one = ((1,) * n, (0,) * n, (1,) * n, 1)
+            _, second, _ = _backward(dy, t, up, one, (False, True, False))
+            if second is not None:
+                product = second.flatten(1)[:, : len(a)]
+                db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
+        return (dx, dweight, dbias, da, db, dscale, *none)
+
+
+def _middle(kernel: Sequence[int]) -> int:
+    """The index of a kernel's middle once its dimensions are flattened."""
+    index = 0
+    for k in kernel:
+        index = index * k + k // 2
+    return index
+
+
+def _at_the_middle(
+    t: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> _Maybe:
+    """``t`` at those positions of x that a kernel's middle meets for each output, zeros elsewhere;
+    None where it meets the padding."""
+    firsts = [k // 2 * d - p for k, d, p in zip(kernel, dilation, padding)]
+    lasts = [f + (size - 1) * s for f, size, s in zip(firsts, t.shape[2:], stride)]
+    if min(firsts) < 0 or any(last >= size for last, size in zip(lasts, x.shape[2:])):
+        return None
+    if t.shape[2:] == x.shape[2:]:
+        return t
+    more = t.new_zeros(*t.shape[:2], *x.shape[2:])
+    at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
+    more[at] = t
+    return more
+
+
+def _joined(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors as kernels of the weight's type, their rank padded with zeros to a multiple of
+    the 8 channels that tensor cores take."""
+    missing = -len(a) % 8
+    down, up = F.pad(a, (0, 0, 0, missing)), F.pad(b * scale, (0, missing))
+    first, second = kernels_of(down.to(weight.dtype), up.to(weight.dtype), weight.shape[2:], 1)
+    return first, second
 
 
 class _Convolution(torch.autograd.Function):

@@ -344,3 +344,62 @@ def test_the_operators_pass_torchs_own_checks():
     arguments = (leaves[0], weight, bias, *leaves[1:])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
+
+
+GEOMETRIES = [  # kernel, stride, padding, dilation, input
+    ((3, 3), (1, 1), (1, 1), (1, 1), (7, 6)),
+    ((3, 3), (2, 2), (1, 1), (1, 1), (8, 9)),
+    ((4, 2), (2, 1), (1, 0), (1, 2), (8, 9)),
+    ((3, 1), (1, 3), (4, 0), (2, 1), (6, 5)),  # a middle that meets the padding
+    ((5,), (1,), (0,), (1,), (9,)),
+    ((3, 2, 1), (1, 2, 1), (1, 0, 0), (1, 1, 1), (4, 5, 3)),
+]
+
+
+@pytest.mark.parametrize("kernel, stride, padding, dilation, size", GEOMETRIES, ids=str)
+def test_joined_kernels_are_the_sum_and_their_gradients_too(
+    kernel, stride, padding, dilation, size
+):
+    conv = convolution.CONVOLUTIONS[len(size) - 1]
+    x, weight = torch.randn(2, 3, *size).double(), torch.randn(4, 3, *kernel).double()
+    a, b = torch.randn(3, weight[0].numel()).double(), torch.randn(4, 3).double()
+    values = (x, weight, torch.randn(4).double(), a, b, torch.tensor(0.7).double())
+    where = (stride, padding, dilation)
+
+    def definition(x, weight, bias, a, b, scale):
+        return conv(x, weight + (scale * b @ a).reshape(weight.shape), bias, *where)
+
+    def joined(*values):
+        return convolution._Joined.apply(*values, *where)
+
+    seed = torch.randn_like(definition(*values))
+    y, got = gradients(joined, values, range(6), seed)
+    want_y, want = gradients(definition, values, range(6), seed)
+    torch.testing.assert_close(y, want_y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    leaves = tuple(v.requires_grad_() for v in values)
+    assert torch.autograd.gradgradcheck(joined, leaves)
+
+
+@pytest.mark.parametrize("device", ("cpu", CUDA))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_a_convolution_keeps_a_small_update(dtype, stride, device):
+    weight = (torch.randn(64, 64, 3, 3, device=device) / 576**0.5).to(dtype)
+    a, b = torch.randn(4, 576, device=device), torch.randn(64, 4, device=device)
+    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
+    update = (b.double() @ a.double()).reshape(weight.shape)
+    x = torch.randn(4, 64, 32, 32, device=device).to(dtype).requires_grad_()
+    where = ((stride, stride), (1, 1), (1, 1), 1)
+    y = convolution.convolution(x, weight, None, a, b, torch.ones((), device=device), *where)
+    seed = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, seed)
+
+    def exact(kernel):
+        wide = x.detach().double().requires_grad_()
+        out = F.conv2d(wide, kernel, None, *where)
+        return out.detach(), torch.autograd.grad(out, wide, seed.double())[0]
+
+    for got, base, part in zip((y, dx), exact(weight.double()), exact(update)):
+        kept = ((got.double() - base) * part).sum() / part.square().sum()
+        assert 0.98 < kept < 1.02, kept
