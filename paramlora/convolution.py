@@ -128,7 +128,7 @@ class _Joined(torch.autograd.Function):
     ``A`` is a convolution of its own, whose output ``t`` joins the input as more channels, where
     ``B`` is the middle of the kernel; for the gradient of the input, ``dY`` and ``dY·B`` join in
     the same way. Where a kernel's middle meets the padding, the forward adds two rounded outputs.
-    Keeps x by reference and ``t``.
+    Keeps x by reference, ``t`` and both small kernels.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class _Joined(torch.autograd.Function):
         ctx.where = where
         conv, (down, up) = CONVOLUTIONS[weight.dim() - 3], _joined(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(x, weight, bias, a, b, scale, t)
+        ctx.save_for_backward(x, weight, bias, a, b, scale, t, down, up)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is not None:
             middle = up.new_zeros(*up.shape[:2], *weight.shape[2:])
@@ -155,16 +155,15 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, t = ctx.saved_tensors
+        x, weight, bias, a, b, scale, t, down, up = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, (*ctx.where, 1)
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             y = CONVOLUTIONS[weight.dim() - 3](x, weight, bias, *where)
             y = y + branch(x, weight.shape, a, b * scale, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        down, up = _joined(weight, a, b, scale)
         v = CONVOLUTIONS[weight.dim() - 3](dy, up.transpose(0, 1))
-        dx = da = db = dscale = None
+        dx = da = db = dscale = dweight = dbias = None
         if needs[0]:
             both = torch.cat([dy, v], 1), torch.cat([weight, down], 0)
             dx, _, _ = _backward(both[0], x, both[1], where, (True, False, False))
@@ -178,7 +177,8 @@ class _Joined(torch.autograd.Function):
             if second is not None:
                 product = second.flatten(1)[:, : len(a)]
                 db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
-        _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
+        if needs[1] or needs[2]:
+            _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (dx, dweight, dbias, da, db, dscale, *none)
 
 
@@ -215,10 +215,12 @@ def _at_the_middle(
 def _joined(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The factors as kernels of the weight's type, their rank padded with zeros to a multiple of
     the 8 channels that tensor cores take."""
+    down, up = a.to(weight.dtype), (b * scale).to(weight.dtype)
     missing = -len(a) % 8
-    down, up = F.pad(a, (0, 0, 0, missing)), F.pad(b * scale, (0, missing))
-    first, second = kernels_of(down.to(weight.dtype), up.to(weight.dtype), weight.shape[2:], 1)
-    return first, second
+    if missing:
+        down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+    kernel = weight.shape[2:]
+    return down.reshape(len(down), -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
 
 
 class _Convolution(torch.autograd.Function):
