@@ -31,10 +31,10 @@ def convolution(
     """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
     In 16 bits both products go into one accumulator, so that a small update is not rounded away:
-    a kernel of 1 is a linear layer of every position (on CUDA), other kernels are joined (but in
-    groups and under a compiler). Elsewhere the dense kernel is formed, or a low-rank branch of two
-    convolutions is added where positions are few (`denser`). In groups, where a branch repeats its
-    first kernel for each, the update is a kernel of its own.
+    a kernel of 1 is a linear layer of every position (on CUDA), and other kernels are joined; but
+    neither in groups nor under a compiler. Elsewhere the dense kernel is formed, or where positions
+    are few (`denser`), a low-rank branch of two convolutions is added. In groups, where a branch
+    repeats its first kernel for each, the update is a kernel of its own.
 
     Args:
         x: ``[N, C_in, ...]``.
@@ -80,7 +80,7 @@ def convolution(
 def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
     """Whether it is a linear layer of every position, and has a kernel as such."""
     stride, padding, _, groups = where
-    if not x.is_cuda or groups > 1 or weight[0].numel() != x.shape[1]:
+    if not x.is_cuda or groups > 1 or prod(weight.shape[2:]) > 1:
         return False
     return {*stride} == {1} and {*padding} == {0} and has_kernel(x, weight.flatten(1))
 

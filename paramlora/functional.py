@@ -38,7 +38,7 @@ def linear(
 
     Returns:
         ``[..., out]``. In 16 bits the two products are added before their only rounding, but
-        for a CUDA device without Triton and with an older torch.
+        for what is compiled where `operators.has_kernel` is not.
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2)))
@@ -57,7 +57,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
     if torch.compiler.is_compiling():
-        if operators.has_kernel(x, weight):
+        if operators.has_kernel(x, weight) and operators.fits(x, weight, bias, a, b, scale):
             flat = x.reshape(-1, x.shape[-1])
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
@@ -113,7 +113,8 @@ def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x by reference and ``x·Aᵀ``; where the dense sum is formed, x alone."""
+    """Keeps x by reference and ``x·Aᵀ``; for the kernels also both factors in x's type; where the
+    dense sum is formed, x alone."""
 
     @staticmethod
     def forward(
@@ -127,9 +128,11 @@ class _Linear(torch.autograd.Function):
         strength: float,
         image: bool,
     ) -> Tensor:
-        ctx.strength, ctx.image, ctx.spent = strength, image, False
-        flat = _flat(x, image)
-        ctx.kernel = operators.has_kernel(x, weight)
+        ctx.kernel = operators.has_kernel(x, weight) and operators.fits(
+            x, weight, bias, a, b, scale
+        )
+        ctx.strength, ctx.image, ctx.spent = strength, image and ctx.kernel, False
+        flat = _flat(x, ctx.image)
         ctx.dense = not ctx.kernel and denser(
             flat.shape[0], weight.shape[1], weight.shape[0], x.dtype
         )

@@ -9,9 +9,9 @@ added in a fixed order: every result is deterministic.
 runs beside what waits for arithmetic, and so that a layer takes few launches:
 
 1. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
-   the same rows await before their last step; programs start in the order of their index, so what
-   is awaited always runs already. Else `project` computed it, and the tiles start before it ends
-   (Hopper's programmatic dependent launch);
+   the same rows await before their last step; a device starts programs in the order of their
+   index (as observed; CUDA does not promise it), so what is awaited runs already. Else `project`
+   computed it, and the tiles start before it ends (Hopper's programmatic dependent launch);
 2. the tiles of ``x @ w + p @ q``;
 3. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 
@@ -74,8 +74,9 @@ def _project(
     rk, rr = tl.arange(0, BK), tl.arange(0, R)
     acc = tl.zeros((BM, R), tl.float32)
     where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
-    left = x + where[:, None] + rk[None, :] * x_k
+    left = x + where[:, None] + rk[None, :].to(tl.int64) * x_k
     thin = f + rr[None, :] * K + rk[:, None]
+    step = tl.cast(x_k, tl.int64) * BK
     for k in range(0, K, BK):
         if WHOLE_K:
             tile = tl.load(left, mask=rm[:, None] < M, other=0.0)
@@ -84,9 +85,13 @@ def _project(
             inside = rk < K - k
             tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
             acc = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), acc)
-        left += BK * x_k
+        left += step
         thin += BK
-    tl.store(p + rm[:, None] * R + rr[None, :], acc.to(p.dtype.element_ty), mask=rm[:, None] < M)
+    tl.store(
+        p + rm[:, None].to(tl.int64) * R + rr[None, :],
+        acc.to(p.dtype.element_ty),
+        mask=rm[:, None] < M,
+    )
 
 
 @triton.jit
@@ -111,7 +116,8 @@ def _product(
     else:
         rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
         where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
-        left = x + where[:, None] + rk[None, :] * x_k
+        left = x + where[:, None] + rk[None, :].to(tl.int64) * x_k
+        step = tl.cast(x_k, tl.int64) * BK
         rows = rm[:, None] < M
         right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
         for k in range(0, K, BK):
@@ -121,7 +127,7 @@ def _product(
                 inside = rk < K - k
                 tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
-            left += BK * x_k
+            left += step
             right += BK * w_k
     return acc
 
@@ -132,7 +138,9 @@ def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr):
     STEP: tl.constexpr = min(R, 32)
     for start in tl.static_range(0, R, STEP):
         rr = start + tl.arange(0, STEP)
-        left = tl.load(p + rm[:, None] * R + rr[None, :], mask=rm[:, None] < M, other=0.0)
+        left = tl.load(
+            p + rm[:, None].to(tl.int64) * R + rr[None, :], mask=rm[:, None] < M, other=0.0
+        )
         right = tl.load(q + rr[:, None] * N + rn[None, :], mask=rn[None, :] < N, other=0.0)
         acc = tl.dot(left, right, acc)
     return acc
@@ -228,7 +236,8 @@ def _gradients(
             mask=(mm[None, :] < M) & (rd[:, None] < size),
             other=0.0,
         )
-        right = tl.load(thin + mm[:, None] * R + rr[None, :], mask=mm[:, None] < M, other=0.0)
+        where = thin + mm[:, None].to(tl.int64) * R + rr[None, :]
+        right = tl.load(where, mask=mm[:, None] < M, other=0.0)
         acc = tl.dot(left, right, acc)
     rd += tl.where(inner, 0, fan_in)
     valid = rd < tl.where(inner, fan_in, fan_in + out)
@@ -236,7 +245,7 @@ def _gradients(
         _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
     else:
         where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
-        whole = (fan_in + out).to(tl.int64) * R
+        whole = tl.cast(fan_in + out, tl.int64) * R
         tl.store(where + group * whole, acc, mask=valid[:, None])
         tl.debug_barrier()  # all of the program's sums are stored
         if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paramlora import kernels
 
+_PROCESSORS = 132  # of the device that the choices were measured on
 WIDEST = 64  # above this rank the thin products go to cuBLAS, which is efficient there
 _SPAN = kernels.SPAN.value
 _Maybe = Optional[Tensor]
@@ -31,7 +32,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
-    """The table of choices, measured on an H200 with torch 2.11 and Triton 3.6.
+    """The table of choices, measured on an H200, of 132 multiprocessors, by Triton 3.6.
 
     `aligned`: the device has the engine, and its rules on addresses and strides are met.
     `local`: the thin product is computed in the same grid. That spares a launch, and `project`
@@ -48,7 +49,7 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
         return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
     if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
         return Tiling(128, 256, 64, 16, 3, 8, True)
-    if K >= 2048 and -(-M // 128) * -(-N // 128) < 132:  # fewer than the multiprocessors
+    if K >= 2048 and -(-M // 128) * -(-N // 128) < _PROCESSORS:
         return Tiling(64, 128, 64, 8, 4, 4, True)
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
@@ -56,10 +57,11 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
 class _Block:
     """What a launch reads of a `TensorDescriptor`, without its checks."""
 
-    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
+    __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
 
     def __init__(self, base: Tensor, block: list[int]) -> None:
         self.base, self.block_shape, self.padding = base, block, "zero"
+        self.round_f32_to_tf32 = False  # read by Triton 3.7 and later
         self.shape, self.strides = base.shape, base.stride()
 
 
@@ -72,6 +74,12 @@ class _Plan(NamedTuple):
     stages: int
     warps: int
     early: bool = False  # may start before the kernel ahead ends (programmatic dependent launch)
+
+
+def _bound(held: dict[Any, Any]) -> None:
+    """Forget shapes before a run of ever new ones fills the host's memory."""
+    if len(held) >= 4096:
+        held.clear()
 
 
 class Launcher:
@@ -115,6 +123,7 @@ class Launcher:
         key = (device, odd and tuple(a & 15 for a in addresses), key)
         found = self.known.get(key)
         if found is None:
+            _bound(self.known)
             found = self.known[key] = self._find(device, plan(), pointers, strength, blocks)
         compiled, (grid, numbers, constants, _, _, _) = found
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -190,7 +199,7 @@ def pack(
         return _Plan(grid, (fan_in, out, r, *strides, signals), (_hopper(packed), R, BD), 1, 4)
 
     key = (fan_in, out, r, signals, strides, dtype, lora_A.dtype, lora_B.dtype, scale.dtype)
-    _PACK(key, plan, (lora_A, lora_B, scale, packed), (strength,))
+    _PACK(key, plan, (lora_A, lora_B, scale, packed), (float(strength),))
     return Packed(packed, R, fan_in, out)
 
 
@@ -221,7 +230,8 @@ def project(x: Tensor, packed: Packed, backward: bool, after_pack: bool) -> Tens
     hopper, period = _hopper(x), x.shape[-2]
 
     def plan() -> _Plan:
-        BM, BK = (16, 256) if M <= 512 else (64, 64) if M < 16384 else (128, 64)
+        deep = 256 if R <= 32 else 128  # fits the shared memory of every device
+        BM, BK = (16, deep) if M <= 512 else (64, 64) if M < 16384 else (128, 64)
         numbers = (M, K, packed.fan_in if backward else 0, period, *_places(period, x))
         constants = (hopper, _even(period, M), K % BK == 0, R, BM, BK)
         return _Plan((-(-M // BM), 1), numbers, constants, 4, 4, hopper and after_pack)
@@ -262,11 +272,16 @@ _CHOICES: dict[tuple[Any, ...], _Choice] = {}
 
 def _chosen(x: Tensor, w: Tensor, R: int) -> tuple[_Choice, tuple[Any, ...]]:
     """The choice, and all that it and a plan depend on."""
-    odd = (x.data_ptr() | w.data_ptr()) & 15
-    captured = torch.cuda.is_current_stream_capturing()
-    key = (x.shape, x.stride(), w.shape, w.stride(), R, odd, captured, x.dtype, x.get_device())
+    device, odd = x.get_device(), (x.data_ptr() | w.data_ptr()) & 15
+    if device == torch._C._cuda_getDevice():
+        captured = torch.cuda.is_current_stream_capturing()
+    else:
+        with torch.cuda.device(device):
+            captured = torch.cuda.is_current_stream_capturing()
+    key = (x.shape, x.stride(), w.shape, w.stride(), R, odd, captured, x.dtype, device)
     choice = _CHOICES.get(key)
     if choice is None:
+        _bound(_CHOICES)
         choice = _CHOICES[key] = _choose(x, w, R, bool(odd), captured)
     return choice, key
 
@@ -370,7 +385,7 @@ def gradients(
     v = x.new_empty((M, R)) if choice.local else project(dy, packed, True, False)
     deep = 128 if R <= 16 and choice.tiles.stages <= 3 else 64
     blocks = -(-N // _DEEP) + -(-K // _DEEP)
-    groups = max(1, min(-(-M // (4 * deep)), -(-132 // blocks)))
+    groups = max(1, min(-(-M // (4 * deep)), -(-_PROCESSORS // blocks)))
     each = -(-M // groups // deep) * deep
     groups = -(-M // each)
     part = da if groups == 1 else da.new_empty((groups, N + K, R))
@@ -390,7 +405,7 @@ def gradients(
     described, pointers = choice.operands(dy, w, out)
     rest = (dy, packed.tensor, v, x, u, part, da, db, factor)
     key = (key, r, x.shape, x.stride(), input_too, scale is not None, factor.dtype)
-    _BACKWARD(key, plan, (*pointers, *rest), (strength,), described)
+    _BACKWARD(key, plan, (*pointers, *rest), (float(strength),), described)
     return dx, da, db
 
 

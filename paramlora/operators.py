@@ -19,6 +19,18 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     return _serves(x.get_device()) and 1 in weight.stride()
 
 
+def fits(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Whether the operands are what they should be, on one device: the kernels get bare addresses.
+    Others are left to torch, which says what is wrong with them."""
+    (out, fan_in), device = weight.shape, x.get_device()
+    if x.shape[-1] != fan_in or a.shape[1] != fan_in or b.shape != (out, a.shape[0]):
+        return False
+    if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
+        return False
+    others = (weight.get_device(), a.get_device(), b.get_device(), scale.get_device())
+    return others == (device, device, device, device)
+
+
 def _serves(device: int) -> bool:
     if device not in _SERVED:
         _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
@@ -44,6 +56,8 @@ def forward(
     """``y``, ``x·Aᵀ``, and the packed factors, which one `backward` can take."""
     from paramlora import launch
 
+    if bias is not None:
+        bias = bias.contiguous()
     tokens = flat.shape[:-1].numel()
     packed = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)), tokens)
     y, u = launch.product(_rows(flat), weight.t(), packed, bias)
@@ -124,6 +138,8 @@ def needed(needs: Any) -> tuple[bool, bool, bool]:
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if not fits(x, weight, bias, a, b, scale):
+        raise ValueError("paramlora::linear: the operands differ in size or device")
     y, u, _ = forward(x, weight, bias, a, b, scale, 1.0)
     return y, u
 
@@ -169,10 +185,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none, factors = x.new_empty(0), factors_too or scale_too
     return (
-        torch.empty_like(x) if input_too else none,
-        torch.empty_like(a) if factors else none,
-        torch.empty_like(b) if factors else none,
-        torch.empty_like(scale) if scale_too else none,
+        x.new_empty(x.shape) if input_too else none,
+        a.new_empty(a.shape) if factors else none,
+        b.new_empty(b.shape) if factors else none,
+        scale.new_empty(scale.shape) if scale_too else none,
     )
 
 

@@ -338,12 +338,21 @@ def test_compiled_kernels_have_no_break_and_switching_compiles_nothing(trainable
 
 
 @pytest.mark.gpu
-def test_the_operators_pass_torchs_own_checks():
+@pytest.mark.parametrize("transposed", (0, 1))
+def test_the_operators_pass_torchs_own_checks(transposed):
     x, weight, bias, a, b, scale = tensors((96,), 64, 48, 4, "cuda", torch.bfloat16)
+    if transposed:
+        x, a, b = (t.t().contiguous().t() for t in (x, a, b))
     leaves = [t.requires_grad_() for t in (x, a, b, scale)]
     arguments = (leaves[0], weight, bias, *leaves[1:])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
+    y, u = torch.ops.paramlora.linear(*arguments)
+    values = [t.detach() for t in (torch.randn_like(y), x, weight, a, b, scale, u)]
+    for wanted in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(
+            torch.ops.paramlora.linear_backward.default, (*values, *wanted), test_utils=tests[:2]
+        )
 
 
 GEOMETRIES = [  # kernel, stride, padding, dilation, input
