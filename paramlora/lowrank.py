@@ -59,6 +59,10 @@ class LowRank(Switched):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: Tensor
+    r: int
+    layout: Layout
+    first_scale: float
+    dropout: float = 0.0  # on the input of the low-rank branch, set by attach
     start_A: Optional[Tensor]
     start_B: Optional[Tensor]
 
@@ -75,11 +79,10 @@ class LowRank(Switched):
         lead = (stack,) if layout == "stack" else ()
         where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         super().__init__(adapter, **where)
-        self.r, self.layout, self.first_scale = r, layout, scale
-        self.dropout = 0.0  # on the input of the low-rank branch, set by attach
-        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where) / r)
+        self.keep(r=r, layout=layout, first_scale=scale)
+        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where).div_(r))
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
-        value = torch.tensor(scale, **where)
+        value = torch.full((), scale, **where)
         if trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:
@@ -87,8 +90,7 @@ class LowRank(Switched):
         if layout == "transposed" and ambiguous(weight.shape, layout):
             mark = torch.ones((), dtype=torch.uint8, device=weight.device)
             self.register_buffer("lora_transposed", mark)
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        self._buffers.update(start_A=None, start_B=None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -180,6 +180,16 @@ def test_a_sweeping_pattern_passes_over_the_updates_that_are_there():
         paramlora.targets(nn.ModuleDict({"top": model}), {"top": {"r": 1}})
 
 
+def test_a_layer_called_weight_and_a_parameter_of_two_names_are_one_target_each():
+    layer = nn.Linear(4, 4)
+    layer.also = layer.weight
+    model = nn.ModuleDict({"weight": layer})
+    for entry in ("weight", "weight.weight"):
+        found = paramlora.targets(model, {entry: {"r": 1}})
+        assert [(t.module, t.tensor) for t in found] == [("weight", "weight")]
+    assert len(paramlora.targets(model, {"re:.*": {"r": 1}})) == 1
+
+
 NORMS = {
     "weight norm": parametrizations.weight_norm,
     "spectral norm": parametrizations.spectral_norm,
