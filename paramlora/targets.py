@@ -366,6 +366,8 @@ def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[T
 
 
 def _winner(group: list[Target]) -> Target:
+    if len(group) == 1:
+        return group[0]
     best = max(specificity(t.entry.name) for t in group)
     top = [t for t in group if specificity(t.entry.name) == best]
     if len(top) > 1:
