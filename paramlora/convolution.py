@@ -75,7 +75,8 @@ def convolution(
     if dense:
         few = x.is_cpu and tokens * size < SMALL
         if few or is_compiling():
-            kernel = _kernel(weight, lora_A, lora_B, scale)
+            up, down = scaled(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
+            kernel = _kernel(weight, up, down)
             return conv(x, kernel, bias, stride, padding, dilation, groups)
         return _Convolution.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation, groups
@@ -142,21 +143,22 @@ class _Convolution(torch.autograd.Function):
         ctx.where = where
         ctx.save_for_backward(x, weight, bias, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
-        return conv(x, _kernel(weight, a, b, scale), bias, *where)
+        up, down = scaled(b, scale, 1.0, x.dtype), cast(a, x.dtype)
+        return conv(x, _kernel(weight, up, down), bias, *where)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, a, b, scale = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, ctx.where
         none = (None,) * len(where)
+        up, down = scaled(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, a, b, scale), bias, *where)
+            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, up, down), bias, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        down, up = cast(a, x.dtype), scaled(b, scale, 1.0, x.dtype)
         whole = needs[1] or x.is_cpu or where[3] > 1
         dx = kernel = dbias = None
         if needs[0] or whole or needs[2]:
-            dense = _kernel(weight, a, b, scale) if needs[0] else weight
+            dense = _kernel(weight, up, down) if needs[0] else weight
             dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
         wanted = needs[3], needs[4] or needs[5]
         if kernel is not None:
@@ -205,10 +207,9 @@ def _from_thin(
     return da, None if second is None else second.reshape(up.shape)
 
 
-def _kernel(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    shape, dtype = weight.shape, weight.dtype
-    up = scaled(b, scale, 1.0, dtype)
-    return torch.addmm(weight.reshape(shape[0], -1), up, cast(a, dtype)).view(shape)
+def _kernel(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    shape = weight.shape
+    return torch.addmm(weight.reshape(shape[0], -1), up, down).view(shape)
 
 
 def _backward(
