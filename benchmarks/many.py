@@ -113,7 +113,7 @@ def seconds(make: Callable[[], Any], act: Callable[[Any], object]) -> float:
 
 
 def measure(way: str, count: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each act, the median of `repeats`."""
+    """Seconds of each act, the median of `repeats`; of attaching by one name, and by one each."""
     check(way, min(count, 20), folder)
 
     def typical(make: Callable[[], Any], act: Callable[[Any], object]) -> float:
@@ -121,6 +121,8 @@ def measure(way: str, count: int, repeats: int, folder: Path) -> dict[str, Any]:
 
     row: dict[str, Any] = {"way": way, "layers": count}
     row["attach"] = typical(lambda: layers(count), lambda m: adapt(way, m, ["proj"], RANK))
+    each = [f"{index}.proj" for index in range(count)]
+    row["attach each"] = typical(lambda: layers(count), lambda m: adapt(way, m, each, RANK))
     row["save"] = typical(lambda: attach(way, count), lambda m: write(m, folder))
     row["load"] = typical(lambda: layers(count), lambda m: read(way, m, folder))
     row["merge"] = typical(lambda: attach(way, count), merged)

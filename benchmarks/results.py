@@ -107,8 +107,9 @@ def kept_table(content: dict[str, Any]) -> str:
 
 
 def many_table(content: dict[str, Any]) -> str:
-    """Seconds of each act on many layers."""
-    acts = ("attach", "save", "load", "merge", "import")
+    """Seconds of each act on many layers; ``attach each`` names every layer by itself."""
+    told = ("attach", "attach each", "save", "load", "merge", "import")
+    acts = [act for act in told if all(act in row for row in content["rows"])]
     lines = [
         [row["way"], str(row["layers"]), *(f"{row[act]:.3f}" for act in acts)]
         for row in content["rows"]

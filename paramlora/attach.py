@@ -1,5 +1,6 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
+import gc
 import math
 import warnings
 from collections import Counter
@@ -25,7 +26,15 @@ from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
 from paramlora.switch import Switched
-from paramlora.targets import BRANCHES, Target, check_model, shown, stem, targets, unwrapped
+from paramlora.targets import (
+    BRANCHES,
+    Target,
+    check_model,
+    chosen_targets,
+    shown,
+    stem,
+    unwrapped,
+)
 from paramlora.whole import Whole
 
 
@@ -53,8 +62,7 @@ def attach(
     check_model(model)
     check_order(model)
     inside = unwrapped(model)
-    chosen = targets(inside, parsed, strict)
-    _check_name(adapter, adapter_names(inside))
+    chosen = chosen_targets(inside, parsed, strict)
     _warn_frozen(inside, parsed)
     attach_targets(inside, chosen, adapter, parsed.trainable_model)
     return model
@@ -82,19 +90,22 @@ def attach_targets(
         _check_alone(module, target)
         _check_dropout(module, target)
         _check_at_home(module, target)
-    with torch.inference_mode(False):  # else nothing made here could ever be trained
+    # not under inference mode, where nothing made here could ever be trained
+    with _uncollected(), torch.inference_mode(False):
         fresh = _fresh(model, chosen, owners, adapter)
     frozen = not trainable_model and not there
-    with _all_or_nothing(model, owners):
+    carries = checkpoints_reentrantly(model)
+    with _uncollected(), _all_or_nothing(model, owners):
         if frozen:
             model.requires_grad_(False)
         for module, target, update in fresh:
-            update.train(module.training)
+            if not module.training:
+                update.eval()
             if isinstance(update, Branch):
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
-    if checkpoints_reentrantly(model):
+    if carries:
         enable_input_grads(model)
 
 
@@ -204,8 +215,11 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Switched]]:
     """As `updates`, with an update that tied tensors share once for each holder."""
     for path, module in unwrapped(model).named_modules():
-        for name, plist in updates_of(module):
-            yield from ((stem(path, name), module, p) for p in plist if isinstance(p, Switched))
+        if "parametrizations" in module._modules or BRANCHES in module._modules:
+            for name, plist in updates_of(module):
+                for update in plist:
+                    if isinstance(update, Switched):
+                        yield stem(path, name), module, update
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -286,8 +300,7 @@ def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
             shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
-    update.entry = entry
-    update.written_by_reader = getattr(module, "max_norm", None) is not None
+    update.keep(entry=entry, written_by_reader=getattr(module, "max_norm", None) is not None)
     return update
 
 
@@ -331,14 +344,14 @@ def _check_alone(module: nn.Module, target: Target) -> None:
 
 
 def _check_dropout(module: nn.Module, target: Target) -> None:
-    if is_sharded(base_of(module, target.tensor)) and (
-        target.entry.dropout or not target.entry.hard
-    ):
+    if target.entry.hard and not target.entry.dropout:
+        return
+    if is_sharded(base_of(module, target.tensor)):
         raise TargetError(
             f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
             'only "hard": 1 without "dropout" acts. Change the entry, or attach before sharding.'
         )
-    if not target.entry.dropout or not target.entry.hard:
+    if not target.entry.hard:
         return
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
     ours = all(isinstance(p, Switched) for p in held)
@@ -352,7 +365,7 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
 
 
 def _check_at_home(module: nn.Module, target: Target) -> None:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
         raise TargetError(
             f'"{target.entry.name}" matches {target.path or "weight"}, which accelerate keeps '
@@ -385,6 +398,19 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
         ParamloraWarning,
         stacklevel=5,
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage: a thousand updates are 70,000 containers, which all stay, and
+    for which the collector would go through everything that lives, for a third of the time."""
+    collecting = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
@@ -421,7 +447,8 @@ def _own(module: nn.Module) -> list[nn.Module]:
 
 def _register(module: nn.Module, name: str, update: Switched) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
-    update.order, update.former = _former(module)
+    order, former = _former(module)
+    update.keep(order=order, former=former)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
     base = type(module).__bases__[0] if lists else type(module)
     if name in lists:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from paramlora.functional import cast_for_autocast, denser, differentiable, pointwise
-from paramlora.operators import gradient_of_second, has_kernel
+from paramlora.functional import cast, cast_for_autocast, denser, differentiable, pointwise
+from paramlora.operators import gradient_of_second, has_kernel, scaled_down
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -27,8 +28,9 @@ def convolution(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    strength: float = 1.0,
 ) -> Tensor:
-    """``conv(x, W + scale · B A) + bias`` in 1, 2 or 3 dimensions.
+    """``conv(x, W + strength · scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
     In 16 bits both products go into one accumulator, so that a small update is not rounded away:
     a kernel of 1 is a linear layer of every position (on CUDA), and other kernels are joined; but
@@ -44,6 +46,7 @@ def convolution(
         lora_B: ``[C_out, r]``.
         scale: ``[]``.
         stride, padding, dilation, groups: as for `torch.nn.functional.conv2d`; zeros padding.
+        strength: a number on top of `scale`.
 
     Example:
         >>> x, W = torch.randn(2, 4, 6, 6).double(), torch.randn(8, 4, 3, 3).double()
@@ -52,37 +55,45 @@ def convolution(
         >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
         >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
     """
-    where = (stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = cast_for_autocast(x.device.type, x, weight, bias)
-    n = weight.dim() - 2
+    if strength != 1:
+        scale = scale * strength
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+    shape, size = weight.shape, weight.numel()
+    conv = CONVOLUTIONS[len(shape) - 3]
     tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
-    dense = denser(tokens, weight[0].numel(), len(weight), x.dtype) or (
-        groups > 1 and x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
+    dense = (
+        x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
+        if groups > 1
+        else denser(tokens, size // shape[0], shape[0], x.dtype)
     )
-    if _is_pointwise(x, weight, where) and not torch.compiler.is_compiling():
-        return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-    few = x.is_cpu and tokens * weight.numel() < SMALL
-    if dense and not few and not torch.compiler.is_compiling():
-        return _Convolution.apply(x, weight, bias, lora_A, lora_B, scale, *where)  # type: ignore[no-any-return,no-untyped-call]
+    compiling = is_compiling()
     if dense:
-        kernel = _kernel(weight, lora_B * scale, lora_A)
-        return CONVOLUTIONS[n - 1](x, kernel, bias, *where)
-    if groups == 1 and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        if compiling or x.is_cpu and tokens * size < SMALL:
+            up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
+            kernel = _kernel(weight, up, down)
+            return conv(x, kernel, bias, stride, padding, dilation, groups)
+        return _Convolution.apply(  # type: ignore[no-any-return,no-untyped-call]
+            x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation, groups
+        )
+    where = (stride, padding, dilation, groups)
+    if groups == 1 and x.dtype.itemsize == 2 and not compiling:
+        if _is_pointwise(x, weight, where):
+            return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
         return _Joined.apply(x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation)  # type: ignore[no-any-return,no-untyped-call]
-    y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
+    y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
-        delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(weight.shape)
-        return y + CONVOLUTIONS[n - 1](x, delta, None, *where)
-    return y + branch(x, weight.shape, lora_A, lora_B * scale, *where)
+        delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(shape)
+        return y + conv(x, delta, None, *where)
+    return y + branch(x, shape, lora_A, lora_B * scale, *where)
 
 
 def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
     """Whether it is a linear layer of every position, and has a kernel as such."""
     stride, padding, _, groups = where
-    if not x.is_cuda or groups > 1 or prod(weight.shape[2:]) > 1:
-        return False
-    return {*stride} == {1} and {*padding} == {0} and has_kernel(x, weight.flatten(1))
+    plain = prod(weight.shape[2:]) == groups == 1 and {*stride} == {1} and {*padding} == {0}
+    return plain and has_kernel(x, weight.flatten(1))
 
 
 def branch(
@@ -240,49 +251,51 @@ class _Convolution(torch.autograd.Function):
         ctx.where = where
         ctx.save_for_backward(x, weight, bias, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
-        return conv(x, _kernel(weight, b * scale, a), bias, *where)
+        up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
+        return conv(x, _kernel(weight, up, down), bias, *where)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, a, b, scale = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, ctx.where
         none = (None,) * len(where)
+        up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, b * scale, a), bias, *where)
+            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, up, down), bias, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        scaled = b * scale
         whole = needs[1] or x.is_cpu or where[3] > 1
         dx = kernel = dbias = None
         if needs[0] or whole or needs[2]:
-            dense = _kernel(weight, scaled, a) if needs[0] else weight
+            dense = _kernel(weight, up, down) if needs[0] else weight
             dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
         wanted = needs[3], needs[4] or needs[5]
         if kernel is not None:
-            da, product = _from_kernel(kernel.reshape(len(kernel), -1), a, scaled, wanted)
+            da, product = _from_kernel(kernel.reshape(len(kernel), -1), down, up, wanted)
         else:
-            da, product = _from_thin(dy, x, a, scaled, weight.shape, where, wanted)
+            da, product = _from_thin(dy, x, down, up, weight.shape, where, wanted)
         db = dscale = None
         if product is not None:
             db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        da = None if da is None else cast(da, a.dtype)
         return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
 
 
 def _from_kernel(
-    kernel: Tensor, a: Tensor, scaled: Tensor, wanted: tuple[bool, bool]
+    kernel: Tensor, down: Tensor, up: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[_Maybe, _Maybe]:
     """The gradients of A and, before its scale, of B, from the dense kernel's: cheaper than four
     thin convolutions on a CPU, which runs them badly, and in groups."""
     return (
-        scaled.t() @ kernel if wanted[0] else None,
-        kernel @ a.t() if wanted[1] else None,
+        up.t() @ kernel if wanted[0] else None,
+        kernel @ down.t() if wanted[1] else None,
     )
 
 
 def _from_thin(
     dy: Tensor,
     x: Tensor,
-    a: Tensor,
-    scaled: Tensor,
+    down: Tensor,
+    up: Tensor,
     shape: Sequence[int],
     where: tuple[Any, ...],
     wanted: tuple[bool, bool],
@@ -290,20 +303,21 @@ def _from_thin(
     """The same without the dense kernel's gradient; for one group."""
     conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
     da: _Maybe = None
-    down, up = kernels_of(a, scaled, shape[2:], 1)
+    inner, outer = kernels_of(down, up, shape[2:], 1)
     if wanted[0]:
-        v = conv(dy, up.transpose(0, 1))
-        _, first, _ = _backward(v, x, down, where, (False, True, False))
-        da = None if first is None else first.reshape(a.shape)
+        v = conv(dy, outer.transpose(0, 1))
+        _, first, _ = _backward(v, x, inner, where, (False, True, False))
+        da = None if first is None else first.reshape(down.shape)
     if not wanted[1]:
         return da, None
     one = ((1,) * n, (0,) * n, (1,) * n, 1)
-    _, second, _ = _backward(dy, conv(x, down, None, *where), up, one, (False, True, False))
-    return da, None if second is None else second.reshape(scaled.shape)
+    _, second, _ = _backward(dy, conv(x, inner, None, *where), outer, one, (False, True, False))
+    return da, None if second is None else second.reshape(up.shape)
 
 
-def _kernel(weight: Tensor, scaled: Tensor, a: Tensor) -> Tensor:
-    return torch.addmm(weight.reshape(len(weight), -1), scaled, a).view(weight.shape)
+def _kernel(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    shape = weight.shape
+    return torch.addmm(weight.reshape(shape[0], -1), up, down).view(shape)
 
 
 def _backward(

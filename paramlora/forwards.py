@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from paramlora import functional
 from paramlora.convolution import branch, convolution
@@ -39,28 +40,37 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-def _updates(layer: nn.Module, x: Any) -> Optional[list[LowRank]]:
-    """The updates that act, or None where only the definition is right."""
+_Known = tuple[Tensor, list[LowRank], bool]
+
+
+def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
+    """(base weight, updates that act, whether one drops inputs now), or None where only the
+    definition is right."""
+    # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
     lists: Any = layer._modules["parametrizations"]
     plist: Any = lists._modules.get("weight")
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
-    held: Any = plist._modules.values()
-    for update in held:
+    updates, dropping = [], False
+    for update in plist._modules.values():
         if type(update) is not LowRank:
             return None
-    if not torch.compiler.is_compiling():
-        plain = type(x) in _PLAIN and type(plist._parameters.get("original")) in _PLAIN
-        if not plain or torch._C._are_functorch_transforms_active():
+        if update.acts:
+            updates.append(update)
+            dropping = dropping or (update.dropout != 0 and layer.training)
+    weight = plist._parameters.get("original")
+    if not is_compiling():
+        if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
-    return [update for update in held if update.acts]
+        # which takes the plain operations of a dropping update, but no autograd function
+        if torch._C._are_functorch_transforms_active() and not dropping:
+            return None
+    return weight, updates, dropping
 
 
-def _original(layer: nn.Module) -> Tensor:
-    # the registered tensors are read without nn.Module's look-up, which costs as much as a launch
-    held: Any = layer._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
-    original: Tensor = held._parameters["original"]
-    return original
+def _bias(layer: Any) -> Any:
+    own = layer._parameters
+    return own["bias"] if "bias" in own else layer.bias  # one that is trained whole
 
 
 def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -74,33 +84,22 @@ def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, T
     """A, B, scale and strength of one update, or of several by concatenating their ranks."""
     if len(updates) == 1:
         (update,) = updates
-        if torch.compiler.is_compiling():
-            return *_factors(update, layout), update.scaling, 1.0
-        return *_factors(update, layout), update.lora_scale, update.strength
+        a, b = _factors(update, layout)
+        if is_compiling():
+            return a, b, update.scaling, 1.0
+        return a, b, update.stored_scale(), update.strength
     pairs = [_factors(update, layout) for update in updates]
     scaled = [b * update.scaling for (_, b), update in zip(pairs, updates)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
     return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
 
 
-def _with_strength(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the strength in the scale."""
-    a, b, scale, strength = _together(updates, layout)
-    return a, b, scale if strength == 1 else scale * strength
-
-
-def _dropping(layer: nn.Module, updates: list[LowRank]) -> bool:
-    return layer.training and any(update.dropout for update in updates)
-
-
-def _product(
-    layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], layout: Layout
-) -> Tensor:
-    own = layer._parameters
-    bias: Any = own["bias"] if "bias" in own else layer.bias  # one that is trained whole
+def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
+    weight, updates, dropping = known
+    bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
-    if _dropping(layer, updates):
+    if dropping:
         y = F.linear(x, weight, bias)
         for update in updates:
             y = y + _dropped_product(x, update, layout)
@@ -115,49 +114,51 @@ def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    updates = _updates(self, input)
-    if updates is None:
+    known = _known(self, input)
+    if known is None:
         return nn.Linear.forward(self, input)
-    return _product(self, input, _original(self), updates, "matrix")
+    return _product(self, input, known, "matrix")
 
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    updates = _updates(self, x)
-    if not updates:  # its own forward adds the bias in another order than ours
+    known = _known(self, x)
+    if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = type(self).__bases__[0].forward(self, x)  # type: ignore[attr-defined]
         return y
-    return _product(self, x, _original(self).t(), updates, "transposed")
+    return _product(self, x, (known[0].t(), *known[1:]), "transposed")
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    updates = _updates(self, input)
-    if updates is None or input.dim() != len(self.kernel_size) + 2:
+    known = _known(self, input)
+    if known is None or input.dim() != len(self.kernel_size) + 2:
         y: Tensor = type(self).__bases__[0].forward(self, input)  # type: ignore[attr-defined]
         return y
-    weight = _original(self)
+    (weight, updates, dropping), bias = known, _bias(self)
     if not updates:
-        y = self._conv_forward(input, weight, self.bias)
+        y = self._conv_forward(input, weight, bias)
         return y
     x, padding = _padded(self, input)
-    where = (self.stride, padding, self.dilation, self.groups)
-    if _dropping(self, updates):
-        y = self._conv_forward(input, weight, self.bias)
+    stride, dilation, groups = self.stride, self.dilation, self.groups
+    if dropping:
+        y = self._conv_forward(input, weight, bias)
         for update in updates:
             a, b = _factors(update, "matrix")
             dropped, _ = _padded(self, F.dropout(input, update.dropout))
-            y = y + branch(dropped, weight.shape, a, b * update.scaling, *where)
+            up = b * update.scaling
+            y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
         return y
-    return convolution(x, weight, self.bias, *_with_strength(updates, "matrix"), *where)
+    a, b, scale, strength = _together(updates, "matrix")
+    return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the zeros padding that is left: other modes and uneven ones come first."""
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return x, layer.padding
     pads = layer._reversed_padding_repeated_twice
     none = (0,) * len(layer.kernel_size)
     if layer.padding_mode != "zeros":
         return F.pad(x, pads, mode=layer.padding_mode), none
-    if not isinstance(layer.padding, str):
-        return x, layer.padding
     if layer.padding == "valid":
         return x, none
     if pads[::2] == pads[1::2]:
@@ -166,14 +167,14 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
-    updates = _updates(self, input)
-    if updates is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+    known = _known(self, input)
+    if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
         return nn.Embedding.forward(self, input)
-    weight = _original(self)
+    weight, updates, _ = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
-    factors = _with_strength(updates, "transposed")
-    return functional.embedding(input, weight, *factors, self.padding_idx)
+    a, b, scale, strength = _together(updates, "transposed")
+    return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
 
 
 _KNOWN: dict[Any, _Forward] = {

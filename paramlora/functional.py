@@ -9,11 +9,13 @@ from typing import Any, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from paramlora import operators
+from paramlora.operators import gradient_of_second, scaled_down
 
 _Maybe = Optional[Tensor]
-TINY = 2**19  # multiplications that a CPU does in the time that a Python function takes to call
+TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
 
 
 def linear(
@@ -45,7 +47,7 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # whose name takes as long to spell as a launch
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
@@ -56,15 +58,15 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if operators.has_kernel(x, weight) and operators.fits(x, weight, bias, a, b, scale):
             flat = x.reshape(-1, x.shape[-1])
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
-    if x.is_cpu and x.numel() * weight.shape[0] < TINY and x.dtype.itemsize > 2:
-        up = operators.scaled_down(b, scale, strength, x.dtype)
-        return F.linear(x, torch.addmm(weight, up, a.to(x.dtype)), bias)
+    if x.is_cpu and x.dtype.itemsize > 2 and tiny(x.numel(), weight.shape, a.shape[0]):
+        up = scaled_down(b, scale, strength, x.dtype)
+        return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
     return _Linear.apply(x, weight, bias, a, b, scale, strength, False)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -91,6 +93,11 @@ def linear_by_definition(
     return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a launch even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
     dtype = torch.get_autocast_dtype(device)
     return [
@@ -105,11 +112,26 @@ def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
     Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
     ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
     sum rounds a small update away.
-
-    Below `TINY` on a CPU not even an autograd function pays: there the dense sum goes through
-    autograd, gradient and all.
     """
     return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
+
+
+def tiny(numbers: int, shape: Sequence[int], r: int) -> bool:
+    """Whether on a CPU not even an autograd function pays: the dense sum then goes through
+    autograd, gradient and all.
+
+    That costs ``tokens·in·out`` multiplications for the dense gradient, ``3·r·in·out`` for the
+    sum and its gradients, and six passes over a dense matrix, each as long as 8 multiplications
+    of every element. Measured in float32 at 43 shapes of 1 to 4096 tokens, the function is
+    the faster from `TINY` on, but for some of very many tokens and few inputs.
+
+    Args:
+        numbers: elements of the input.
+        shape: of the weight, ``[out, in]``.
+        r: rank.
+    """
+    out, fan_in = shape
+    return (numbers + 3 * (r + 16) * fan_in) * out < TINY
 
 
 class _Linear(torch.autograd.Function):
@@ -140,7 +162,7 @@ class _Linear(torch.autograd.Function):
         if ctx.kernel:
             y, *kept = operators.forward(flat, weight, bias, a, b, scale, strength)
         else:
-            down, up = a.to(x.dtype), operators.scaled_down(b, scale, strength, x.dtype)
+            down, up = cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype)
             if ctx.dense:
                 y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), [None, None]
             else:
@@ -164,18 +186,16 @@ class _Linear(torch.autograd.Function):
             ctx.spent = True
             dx, da, db, dscale = operators.backward(*values, *operators.needed(needs))
         else:
-            down, up = a.to(x.dtype), operators.scaled_down(b, scale, ctx.strength, x.dtype)
+            down, up = cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
             v = dy @ up if needs[0] or needs[3] else None  # [N, r]
             if needs[0]:
                 whole = torch.addmm(weight, up, down) if ctx.dense else None
                 dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
             if needs[3]:
-                da = (v.t() @ flat).to(a.dtype)  # type: ignore[union-attr]
+                da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
             if needs[4] or needs[5]:
                 u = flat @ down.t() if u is None else u
-                db, dscale = operators.gradient_of_second(
-                    (u.t() @ dy).t(), b, scale, ctx.strength, needs[5]
-                )
+                db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
         dweight = _flat(dy).t() @ _flat(flat) if needs[1] else None
         dbias = _flat(dy).sum(0) if needs[2] else None
         if dx is not None and x.dim() != dx.dim():
@@ -217,6 +237,7 @@ def embedding(
     lora_B: Tensor,
     scale: Tensor,
     padding_idx: Optional[int] = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product.
 
@@ -227,6 +248,7 @@ def embedding(
         lora_B: ``[dim, r]``.
         scale: ``[]``.
         padding_idx: the row that gets no gradient.
+        strength: a number on top of `scale`.
 
     Example:
         >>> W, A, B = (torch.randn(*s).double() for s in ((9, 4), (2, 9), (4, 2)))
@@ -234,13 +256,16 @@ def embedding(
         >>> y = embedding(rows, W, A, B, scale)
         >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
     """
-    device = weight.device.type
+    device = "cpu" if weight.is_cpu else weight.device.type
     if torch.is_autocast_enabled(device):  # which leaves a look-up in the table's own type
         with torch.autocast(device, enabled=False):
-            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx)
+            return embedding(rows, weight, lora_A, lora_B, scale, padding_idx, strength)
     base = F.embedding(rows, weight, padding_idx)
-    thin = F.embedding(rows, lora_A.t(), padding_idx).to(base.dtype)  # [..., r]
-    up = (lora_B * scale).to(base.dtype).t()
+    up = scaled_down(lora_B, scale, strength, base.dtype).t()
+    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
+        thin = cast(lora_A.index_select(1, rows.reshape(-1)), base.dtype).t()
+    else:
+        thin = cast(F.embedding(rows, lora_A.t(), padding_idx), base.dtype)  # [..., r]
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         update = thin @ up
         return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 
+_TOLD = "gradient_checkpointing"
+
 
 def enable_input_grads(model: nn.Module, *sources: nn.Module) -> nn.Module:
     """Let gradients begin at the model's input, before its first adapted layer; returns it.
@@ -59,7 +61,9 @@ def disable_input_grads(model: nn.Module) -> None:
 def checkpoints_reentrantly(model: nn.Module) -> bool:
     """Whether transformers' own checkpointing is on, in a way that needs such inputs."""
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) is True:
+        # nn.Module takes long to look for what is not there
+        told = vars(module).get(_TOLD, getattr(type(module), _TOLD, False))
+        if told is True:
             how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
             if how is not None and how.get("use_reentrant", True):
                 return True

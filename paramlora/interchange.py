@@ -17,7 +17,7 @@ from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
 from paramlora.formats.base import check_known
 from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.factors import within
-from paramlora.native import read_native, write_native
+from paramlora.native import native_of, write_native
 from paramlora.state import attach_adapter
 from paramlora.stored import Stored
 from paramlora.stream import SafeFile
@@ -84,10 +84,12 @@ def read_adapter(
     Raises:
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
-    content = opened(path)
+    weights = weights_in(path)
+    state, metadata = _read(weights)
+    content = _content(weights, state, metadata)
     if formats.detect(content) != NATIVE:
         return formats.read(content, base, options)
-    adapter = read_native(weights_in(path))
+    adapter = native_of(weights, metadata, state)
     check_finite(adapter, content.source)  # all zero is how our own begin
     if base is None:
         return adapter
@@ -167,7 +169,10 @@ def opened(path: PathLike) -> Content:
         FileError: it cannot be read, or needs more than tensors and plain containers.
     """
     weights = weights_in(path)
-    state, metadata = _read(weights)
+    return _content(weights, *_read(weights))
+
+
+def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Content:
     return formats.unwrapped(Content(state, metadata, _beside(weights.parent), weights.name))
 
 

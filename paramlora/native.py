@@ -79,8 +79,11 @@ def read_native(path: PathLike) -> Adapter:
     Raises:
         FileError: missing, truncated, written by another tool, or not whole.
     """
-    path = Path(path)
-    metadata, state = _read(path)
+    return native_of(Path(path), *_read(Path(path)))
+
+
+def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Adapter:
+    """The same of a file that was read already."""
     about, config = _about(path, metadata)
     shapes, ties = _shapes(path, about), _ties(path, about)
     entries = _entries(path, config, state, told="shapes" in about)
@@ -210,7 +213,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         file.close()
 
 
-def _about(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
+def _about(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
     if "paramlora" not in metadata:
         raise FileError(
             f'{path}: no "paramlora" in its metadata, so another tool wrote it. Convert it '

@@ -118,14 +118,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
-    return (b * (scale if strength == 1 else scale * strength)).to(dtype)
+    b = b * (scale if strength == 1 else scale * strength)
+    return b if b.dtype == dtype else b.to(dtype)  # which takes as long as a launch to do nothing
 
 
 def gradient_of_second(
     product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
 ) -> tuple[Tensor, _Maybe]:
     """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
-    product = product.to(b.dtype)
+    product = product if product.dtype == b.dtype else product.to(b.dtype)
     dscale = ((product * b).sum() * strength).to(scale.dtype) if scale_too else None
     return scaled_down(product, scale, strength, b.dtype), dscale
 

@@ -33,11 +33,14 @@ def check_order(model: nn.Module) -> None:
     Raises:
         AdapterError: names the wrapper and the order that works.
     """
+    first: dict[type, str] = {}
     for path, module in model.named_modules():
-        for cls in type(module).__mro__:
+        first.setdefault(type(module), path)
+    for kind, path in first.items():
+        for cls in kind.__mro__:
             if cls.__name__ in _TAKERS and cls.__module__.startswith("torch."):
                 raise AdapterError(
-                    f"{path or type(module).__name__} is under {_TAKERS[cls.__name__]} already, "
+                    f"{path or kind.__name__} is under {_TAKERS[cls.__name__]} already, "
                     "which would not know new parameters. Attach first, then wrap."
                 )
 

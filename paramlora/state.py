@@ -43,7 +43,13 @@ def load_adapter_state_dict(
         AdapterError: `adapter` is not attached.
         FileError: missing or unexpected keys, another shape, or no finite real numbers.
     """
-    stems = _stems(model, adapter)
+    _load(model, _stems(model, adapter), state, adapter)
+    return model
+
+
+def _load(
+    model: nn.Module, stems: Mapping[str, Switched], state: Mapping[str, Tensor], adapter: str
+) -> None:
     live = _live(stems)
     missing = sorted(live.keys() - state.keys())
     unexpected = sorted(state.keys() - live.keys())
@@ -67,7 +73,6 @@ def load_adapter_state_dict(
             )
     for stem, update in stems.items():
         update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
-    return model
 
 
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
@@ -88,9 +93,10 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     Raises:
         AdapterError: `adapter` is not attached.
     """
-    check_adapters(model, adapter)
-    there = {target.path: target for target in adaptable(model)}
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
+    if not held:
+        check_adapters(model, adapter)
+    there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
     made: dict[str, "Update | Tensor"] = {}
     for path, update in held.items():
@@ -124,9 +130,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
     attach_targets(inside, chosen, name)
     try:
-        values = _values(adapter)
-        needed = _live(_stems(model, name))  # of tied tensors only the first one's
-        load_adapter_state_dict(model, {k: values[k] for k in needed}, name)
+        values, stems = _values(adapter), _stems(model, name)
+        needed = _live(stems)  # of tied tensors only the first one's
+        _load(model, stems, {k: values[k] for k in needed}, name)
     except BaseException:
         detach(model, name)
         for parameter, requires_grad in before:
@@ -194,8 +200,10 @@ def _values(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _stems(model: nn.Module, adapter: str) -> dict[str, Switched]:
-    check_adapters(model, adapter)
-    return {path: update for path, _, update in updates(model) if update.adapter == adapter}
+    found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
+    if not found:
+        check_adapters(model, adapter)
+    return found
 
 
 def _live(stems: Mapping[str, Switched]) -> dict[str, Tensor]:

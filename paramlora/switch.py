@@ -20,8 +20,10 @@ class Switched(nn.Module):
     """
 
     gain: Tensor
+    adapter: str
     acts: bool
     fully: bool
+    _strength: float
     order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
     former: type = nn.Module  # the owner's class before the first, set when registered
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
@@ -29,10 +31,14 @@ class Switched(nn.Module):
 
     def __init__(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.adapter = adapter
-        gain = torch.ones((), device=device, dtype=dtype)
+        gain = torch.full((), 1.0, device=device, dtype=dtype)
         self.register_buffer("gain", gain, persistent=False)
-        self.strength = 1.0
+        self.keep(adapter=adapter, _strength=1.0, acts=True, fully=True)
+
+    def keep(self, **values: Any) -> None:
+        """Set attributes that are neither tensors nor modules, which nn.Module would first look
+        for: as long as it takes to make a tensor, and a model has thousands of updates."""
+        self.__dict__.update(values)
 
     @property
     def strength(self) -> float:
@@ -41,7 +47,7 @@ class Switched(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength, self.acts, self.fully = value, value != 0, value == 1
+        self.keep(_strength=value, acts=value != 0, fully=value == 1)
         self.gain.fill_(value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":

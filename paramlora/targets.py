@@ -23,6 +23,7 @@ _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # compiled, checkpointed and sharded layers have the user's layer under one of these names
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPER = re.compile("|".join(_WRAPPED))
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 
@@ -79,7 +80,11 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
     """
     parsed = as_config(config)
     check_model(model)
-    model = unwrapped(model)
+    return chosen_targets(unwrapped(model), parsed, strict)
+
+
+def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
+    """As `targets`, of a model that is unwrapped and checked."""
     places = _Places(model)
     found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
@@ -157,6 +162,8 @@ def stem(module: str, tensor: str) -> str:
 
 def own_path(path: str) -> str:
     """The path without the names that torch's wrappers put into it."""
+    if _WRAPPER.search(path) is None:
+        return path
     return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
@@ -174,11 +181,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
     for path, module in model.named_modules():
         if not {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
             continue
-        for name, tensor in module.named_parameters(recurse=False):
-            yield path, module, name, tensor
-        lists = dict(module.named_children()).get("parametrizations")
-        for name in lists if isinstance(lists, nn.ModuleDict) else ():
-            yield path, module, name, shown(module, name)
+        first: dict[int, str] = {}
+        for name, tensor in module._parameters.items():
+            if tensor is not None and first.setdefault(id(tensor), name) == name:
+                yield path, module, name, tensor
+        # not get: a scripted layer's modules have none
+        if "parametrizations" in module._modules:
+            lists = module._modules["parametrizations"]
+            for name in lists if isinstance(lists, nn.ModuleDict) else ():
+                yield path, module, name, shown(module, name)
 
 
 def shown(module: nn.Module, name: str) -> torch.Tensor:
@@ -202,17 +213,26 @@ class _Places:
 
     def __init__(self, model: nn.Module) -> None:
         self.all = list(_tensors(model))
-        self._by_end: dict[str, dict[int, _Place]] = {}
-        for index, place in enumerate(self.all):
+        self._by_end: dict[str, list[_Place]] = {}
+        for place in self.all:
             for path in _names(place):
-                parts = own_path(path).split(".")
-                for start in range(len(parts)):
-                    self._by_end.setdefault(".".join(parts[start:]), {})[index] = place
+                for end in _ends(own_path(path)):
+                    found = self._by_end.setdefault(end, [])
+                    if not found or found[-1] is not place:
+                        found.append(place)
 
     def matching(self, pattern: str) -> list[_Place]:
         if pattern.startswith("re:") or "*" in pattern.split("."):
             return [one for one in self.all if any(fits(pattern, name) for name in _names(one))]
-        return list(self._by_end.get(pattern, {}).values())
+        return self._by_end.get(pattern, [])
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The path, and what is left of it after each dot."""
+    yield path
+    while (dot := path.find(".")) >= 0:
+        path = path[dot + 1 :]
+        yield path
 
 
 def _names(place: _Place) -> list[str]:
@@ -346,6 +366,8 @@ def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[T
 
 
 def _winner(group: list[Target]) -> Target:
+    if len(group) == 1:
+        return group[0]
     best = max(specificity(t.entry.name) for t in group)
     top = [t for t in group if specificity(t.entry.name) == best]
     if len(top) > 1:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import paramlora
+from paramlora import stream
 from paramlora.attach import lowranks
 from paramlora.native import read_native
 
@@ -125,6 +126,18 @@ def test_a_truncated_file(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(paramlora.FileError, match="not a whole safetensors file"):
         paramlora.load_adapter(net(), path)
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), {"*": {"r": 2}})
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    read, whole = [], stream.SafeFile.read
+    monkeypatch.setattr(
+        stream.SafeFile, "read", lambda self, key: (read.append(key), whole(self, key))[1]
+    )
+    fresh = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    paramlora.load_adapter(fresh, tmp_path / "a.safetensors")
+    assert sorted(read) == sorted(paramlora.adapter_state_dict(model))
 
 
 def test_a_missing_file_and_an_unwritable_place(tmp_path):

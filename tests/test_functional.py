@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import paramlora
 from paramlora import convolution, functional
@@ -78,10 +79,10 @@ def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeyp
     assert torch.autograd.gradgradcheck(call, values)
 
 
-@pytest.mark.parametrize("tokens, fan_in, out", ((40, 160, 120), (300, 160, 120)))
+@pytest.mark.parametrize("tokens, fan_in, out", ((60, 160, 120), (300, 160, 120)))
 @pytest.mark.parametrize("which", WHICH)
 def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
-    assert tokens * fan_in * out >= functional.TINY
+    assert not functional.tiny(tokens * fan_in, (out, fan_in), 3)
     values = tensors((tokens,), fan_in, out, 3)
     seed = torch.randn(tokens, out).double()
     y, got = gradients(functional.linear, values, which, seed)
@@ -139,6 +140,90 @@ def test_the_choice_between_the_two_ways():
     assert functional.denser(241, 200, 300, torch.float32)
     assert not functional.denser(10**6, 200, 300, torch.bfloat16)
     assert not functional.denser(10**6, 200, 300, torch.float16)
+
+
+def test_the_choice_of_the_dense_gradient_at_tiny_sizes():
+    assert functional.tiny(16 * 64, (64, 64), 4)  # (16 + 3·20)·64·64 < 2^21
+    assert not functional.tiny(64 * 256, (256, 256), 8)
+    assert not functional.tiny(512, (512, 512), 8)  # one token, but a large matrix to form
+    edge = functional.TINY // 64 // 64 - 3 * 24
+    assert functional.tiny((edge - 1) * 64, (64, 64), 8)
+    assert not functional.tiny(edge * 64, (64, 64), 8)
+
+
+@pytest.mark.parametrize("tokens", (2, 70))
+@pytest.mark.parametrize("call", ("linear", "convolution", "embedding"))
+def test_the_scale_is_never_held_for_a_constant(call, tokens):
+    layer, x = {
+        "linear": (nn.Linear(160, 120), torch.randn(tokens, 160)),
+        "convolution": (nn.Conv2d(8, 12, 3), torch.randn(tokens, 8, 9, 9)),
+        "embedding": (nn.Embedding(30, 12), torch.randint(30, (tokens,))),
+    }[call]
+    model = paramlora.attach(nn.Sequential(layer.double()), {"0": {"r": 2}})
+    (_, _, update), x = next(updates(model)), x.double() if call != "embedding" else x
+    nn.init.normal_(update.lora_B)
+    first = model(x)
+    update.lora_scale.fill_(0.25)
+    torch.testing.assert_close(model(x), first + 0.75 * (detached(model, x) - first))
+    update.lora_scale.fill_(1.0)
+    torch.testing.assert_close(model(x), first)
+
+
+def detached(model, x):
+    with paramlora.disable_adapters(model):
+        return model(x)
+
+
+@pytest.mark.parametrize("layer, x", ((nn.Linear(4, 5), (3, 4)), (nn.Conv1d(4, 5, 3), (2, 4, 8))))
+def test_the_scale_is_derived_by_in_forward_mode(layer, x):
+    model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2}}).double()
+    (_, _, update) = next(updates(model))
+    nn.init.normal_(update.lora_B)
+    x = torch.randn(x).double()
+    with torch.autograd.forward_ad.dual_level():
+        scale = torch.autograd.forward_ad.make_dual(update.lora_scale, torch.tensor(1.0).double())
+        update.lora_scale = scale
+        got = torch.autograd.forward_ad.unpack_dual(model(x)).tangent
+        update.lora_scale = torch.autograd.forward_ad.unpack_dual(scale).primal
+    torch.testing.assert_close(got, model(x) - detached(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the sizes, which it may hold
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tracing itself
+def test_a_trace_follows_the_scale():
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 5)), {"0": {"r": 2}})
+    (_, _, update), x = next(updates(model)), torch.randn(3, 4)
+    nn.init.normal_(update.lora_B)
+    traced = torch.jit.trace(model, x)
+    update.lora_scale.fill_(0.25)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_graph_of_operations_takes_the_scale_as_an_input():
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 5)), {"0": {"r": 2}})
+    (_, _, update), x = next(updates(model)), torch.randn(3, 4)
+    nn.init.normal_(update.lora_B)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    graph = make_fx(lambda state, x: torch.func.functional_call(model, state, (x,)))(state, x)
+    update.lora_scale.fill_(0.25)
+    torch.testing.assert_close(graph(state, x), model(x))
+
+
+@pytest.mark.parametrize("small", (0, convolution.SMALL))
+@pytest.mark.parametrize("kind", ("bfloat16", "float64"))
+def test_a_convolution_takes_factors_of_another_type(kind, small, monkeypatch):
+    monkeypatch.setattr(convolution, "SMALL", small)
+    layer = nn.Conv2d(4, 6, 3)
+    model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2, "adapter_dtype": kind}})
+    (_, _, update), x = next(updates(model)), torch.randn(2, 4, 9, 9)
+    nn.init.normal_(update.lora_B)
+    y = model(x)
+    y.sum().backward()
+    base = model[0].parametrizations.weight.original
+    delta = (update.lora_B.float() @ update.lora_A.float()).reshape(base.shape)
+    torch.testing.assert_close(y, F.conv2d(x, base + delta, layer.bias), rtol=1e-5, atol=1e-5)
+    for factor in (update.lora_A, update.lora_B):
+        assert factor.grad.dtype == factor.dtype and factor.grad.norm() > 0
 
 
 def saved(call):

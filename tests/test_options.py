@@ -496,3 +496,24 @@ def test_a_base_checkpoint_loads_and_the_trained_values_stay():
     assert torch.equal(logits(model, x), want)
     off = paramlora.detach(model).state_dict()
     assert all(torch.equal(v, off[k]) for k, v in moved.items())
+
+
+@pytest.mark.parametrize("hard", (1, 0))
+@pytest.mark.parametrize(
+    "layer, shape",
+    [(lambda: nn.Linear(8, 6), (4, 8)), (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9))],
+    ids=("linear", "conv"),
+)
+def test_dropout_acts_under_functional_transforms(hard, layer, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer()).double()
+    paramlora.attach(model, {"0": {"r": 2, "hard": hard, "dropout": 0.5}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B)
+    x = torch.randn(shape).double()
+    torch.manual_seed(1)
+    want = model(x)
+    torch.manual_seed(1)
+    got, _ = torch.func.vjp(model, x)
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, model.eval()(x))

@@ -2,6 +2,9 @@
 
 import abc
 import copy
+import gc
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import paramlora
 from paramlora.attach import lowranks
+
+attach_module = sys.modules["paramlora.attach"]  # the package's own name is the function
 
 
 def fill(model):
@@ -180,6 +185,16 @@ def test_a_sweeping_pattern_passes_over_the_updates_that_are_there():
         paramlora.targets(nn.ModuleDict({"top": model}), {"top": {"r": 1}})
 
 
+def test_a_layer_called_weight_and_a_parameter_of_two_names_are_one_target_each():
+    layer = nn.Linear(4, 4)
+    layer.also = layer.weight
+    model = nn.ModuleDict({"weight": layer})
+    for entry in ("weight", "weight.weight"):
+        found = paramlora.targets(model, {entry: {"r": 1}})
+        assert [(t.module, t.tensor) for t in found] == [("weight", "weight")]
+    assert len(paramlora.targets(model, {"re:.*": {"r": 1}})) == 1
+
+
 NORMS = {
     "weight norm": parametrizations.weight_norm,
     "spectral norm": parametrizations.spectral_norm,
@@ -212,3 +227,22 @@ def test_a_layer_that_somebody_parametrized_loads_copies_and_returns_to_its_clas
     assert type(model.other) is nn.Linear
     state = model.state_dict()
     assert list(state) == list(base) and all(torch.equal(state[k], base[k]) for k in base)
+
+
+@pytest.mark.parametrize("collecting", (True, False))
+@pytest.mark.parametrize("stopped", (True, False))
+def test_attaching_leaves_the_garbage_collector_as_it_was(collecting, stopped, monkeypatch):
+    def looked(*_):
+        assert not gc.isenabled()
+        if stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(attach_module, "_register", looked)
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+            paramlora.attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if before else gc.disable)()
