@@ -184,13 +184,11 @@ def _(
     factors_too: bool,
     scale_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none, factors = x.new_empty(0), factors_too or scale_too
-    return (
-        x.new_empty(x.shape) if input_too else none,
-        a.new_empty(a.shape) if factors else none,
-        b.new_empty(b.shape) if factors else none,
-        scale.new_empty(scale.shape) if scale_too else none,
-    )
+    factors = factors_too or scale_too
+    wanted = ((x, input_too), (a, factors), (b, factors), (scale, scale_too))
+    # each its own, also those that are left out: none may be the other's alias
+    dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in wanted)
+    return dx, da, db, dscale
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
