@@ -122,7 +122,7 @@ def _bars(axes: Any, cases: list[str], series: dict[str, list[float]]) -> None:
 
 
 def _broken(case: str) -> str:
-    return case.replace(" ", "\n")
+    return case.replace(" ", "\n").replace("×", "×\n")
 
 
 def _series(rows: list[Content], value: str, skip: tuple[str, ...] = ()) -> Any:
