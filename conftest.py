@@ -5,6 +5,9 @@ from importlib.util import find_spec
 
 # layers this small wait for threads a hundred times longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-collect_ignore = [] if find_spec("triton") else ["paramlora/kernels.py", "paramlora/launch.py"]
+collect_ignore = ["tests/interpreted.py"]
+if not find_spec("triton"):
+    cuda = ("kernels", "launch", "tiles", "fused", "joined")
+    collect_ignore += [f"paramlora/{name}.py" for name in cuda]
 if not find_spec("lightning"):
     collect_ignore.append("paramlora/integrations/lightning.py")

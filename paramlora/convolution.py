@@ -9,8 +9,16 @@ from einops import repeat
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.functional import cast, cast_for_autocast, denser, differentiable, pointwise
-from paramlora.operators import gradient_of_second, has_kernel, scaled_down
+from paramlora.functional import (
+    applied,
+    cast,
+    cast_for_autocast,
+    denser,
+    differentiable,
+    pointwise,
+)
+from paramlora.operators import gradient_of_second, join, scaled_down
+from paramlora.served import has_kernel
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -68,20 +76,18 @@ def convolution(
         if groups > 1
         else denser(tokens, size // shape[0], shape[0], x.dtype)
     )
-    compiling = is_compiling()
+    compiling, operands = is_compiling(), (weight, bias, lora_A, lora_B, scale)
     if dense:
         if compiling or x.is_cpu and tokens * size < SMALL:
             up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
             kernel = _kernel(weight, up, down)
             return conv(x, kernel, bias, stride, padding, dilation, groups)
-        return _Convolution.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation, groups
-        )
+        return applied(_Convolution, x, *operands, stride, padding, dilation, groups)
     where = (stride, padding, dilation, groups)
     if groups == 1 and x.dtype.itemsize == 2 and not compiling:
         if _is_pointwise(x, weight, where):
             return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-        return _Joined.apply(x, weight, bias, lora_A, lora_B, scale, stride, padding, dilation)  # type: ignore[no-any-return,no-untyped-call]
+        return applied(_Joined, x, *operands, stride, padding, dilation)
     y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
         delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(shape)
@@ -139,7 +145,7 @@ class _Joined(torch.autograd.Function):
     ``A`` is a convolution of its own, whose output ``t`` joins the input as more channels, where
     ``B`` is the middle of the kernel; for the gradient of the input, ``dY`` and ``dY·B`` join in
     the same way. Where a kernel's middle meets the padding, the forward adds two rounded outputs.
-    Keeps x by reference, ``t`` and both small kernels.
+    Keeps x by reference, ``t`` and B's kernel.
     """
 
     @staticmethod
@@ -154,51 +160,49 @@ class _Joined(torch.autograd.Function):
         *where: Any,
     ) -> Tensor:
         ctx.where = where
-        conv, (down, up) = CONVOLUTIONS[weight.dim() - 3], _joined(weight, a, b, scale)
+        conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(x, weight, bias, a, b, scale, t, down, up)
+        ctx.save_for_backward(x, weight, bias, a, b, scale, t, up)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
-        if more is not None:
-            middle = up.new_zeros(*up.shape[:2], *weight.shape[2:])
-            middle.flatten(2)[..., _middle(weight.shape[2:])] = up.flatten(1)
-            return conv(torch.cat([x, more], 1), torch.cat([weight, middle], 1), bias, *where)
-        return conv(x, weight, bias, *where) + conv(t, up)
+        if more is None:
+            return conv(x, weight, bias, *where) + conv(t, up)
+        return conv(_beside(x, more, both.shape[1]), both, bias, *where)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, t, down, up = ctx.saved_tensors
-        needs, where = ctx.needs_input_grad, (*ctx.where, 1)
+        x, weight, bias, a, b, scale, t, up = ctx.saved_tensors
+        needs, where, n = ctx.needs_input_grad, (*ctx.where, 1), weight.dim() - 2
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[weight.dim() - 3](x, weight, bias, *where)
+            y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
             y = y + branch(x, weight.shape, a, b * scale, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        v = CONVOLUTIONS[weight.dim() - 3](dy, up.transpose(0, 1))
+        one = ((1,) * n, (0,) * n, (1,) * n, 1)
+        wanted = (needs[0] or needs[3], needs[4] or needs[5], False)
+        v, product, _ = _backward(dy, t, up, one, wanted)
         dx = da = db = dscale = dweight = dbias = None
-        if needs[0]:
-            both = torch.cat([dy, v], 1), torch.cat([weight, down], 0)
-            dx, _, _ = _backward(both[0], x, both[1], where, (True, False, False))
-        if needs[3]:
-            _, first, _ = _backward(v, x, down, where, (False, True, False))
-            da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
-        if needs[4] or needs[5]:
-            n = weight.dim() - 2
-            one = ((1,) * n, (0,) * n, (1,) * n, 1)
-            _, second, _ = _backward(dy, t, up, one, (False, True, False))
-            if second is not None:
-                product = second.flatten(1)[:, : len(a)]
-                db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        if v is not None:
+            tall = _tall(weight, a, b, scale)
+            if needs[0]:
+                both = _beside(dy, v, len(tall))
+                dx, _, _ = _backward(both, x, tall, where, (True, False, False))
+            if needs[3]:
+                down = tall[len(weight) : len(weight) + v.shape[1]]
+                _, first, _ = _backward(v, x, down, where, (False, True, False))
+                da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
+        if product is not None:
+            product = product.flatten(1)[:, : len(a)]
+            db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (dx, dweight, dbias, da, db, dscale, *none)
 
 
-def _middle(kernel: Sequence[int]) -> int:
-    """The index of a kernel's middle once its dimensions are flattened."""
-    index = 0
-    for k in kernel:
-        index = index * k + k // 2
-    return index
+def _beside(x: Tensor, more: Tensor, channels: int) -> Tensor:
+    """Both in so many channels, the last of which are zeros."""
+    left = channels - x.shape[1] - more.shape[1]
+    zeros = [x.new_zeros((len(x), left, *x.shape[2:]))] if left else []
+    return torch.cat([x, more, *zeros], 1)
 
 
 def _at_the_middle(
@@ -223,15 +227,29 @@ def _at_the_middle(
     return more
 
 
-def _joined(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors as kernels of the weight's type, their rank padded with zeros to a multiple of
-    the 8 channels that tensor cores take."""
-    down, up = a.to(weight.dtype), (b * scale).to(weight.dtype)
-    missing = -len(a) % 8
-    if missing:
-        down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    kernel = weight.shape[2:]
-    return down.reshape(len(down), -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
+def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels of both, joined, and those of the update alone, in the weight's type, their rank
+    padded with zeros to a multiple of the 8 channels that tensor cores take; in the joined one more
+    may follow."""
+    ready = join(weight, a, b, scale, False)
+    if ready is not None:
+        both, down, up = ready
+        return both, down, up
+    up, kernel = F.pad((b * scale).to(weight.dtype), (0, -len(a) % 8)), weight.shape[2:]
+    up = up.reshape(*up.shape, *[1] * len(kernel))
+    around = [size for k in reversed(kernel) for size in (k // 2, k - 1 - k // 2)]
+    return torch.cat([weight, F.pad(up, around)], 1), _down(weight, a), up
+
+
+def _down(weight: Tensor, a: Tensor) -> Tensor:
+    down = F.pad(a.to(weight.dtype), (0, 0, 0, -len(a) % 8))
+    return down.reshape(len(down), *weight.shape[1:])
+
+
+def _tall(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """The layer's kernel above A's, ``[C_out + R, C_in, *kernel]``, or more zeros."""
+    ready = join(weight, a, b, scale, True)
+    return torch.cat([weight, _down(weight, a)], 0) if ready is None else ready[0]
 
 
 class _Convolution(torch.autograd.Function):

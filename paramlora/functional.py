@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from paramlora import operators
 from paramlora.operators import gradient_of_second, scaled_down
+from paramlora.served import fits, has_kernel
 
 _Maybe = Optional[Tensor]
 TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
@@ -40,16 +41,19 @@ def linear(
 
     Returns:
         ``[..., out]``. In 16 bits the two products are added before their only rounding, but
-        for what is compiled where `operators.has_kernel` is not.
+        for what is compiled where `served.has_kernel` is not.
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2)))
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    device = "cpu" if x.is_cpu else x.device.type  # whose name takes as long to spell as a launch
+    # a device's name takes as long to spell as a launch
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
+        if has_kernel(x, weight):  # which autocast has no part in: leaving it costs Python time
+            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
         with torch.autocast(device, enabled=False):
             return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
     return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
@@ -59,7 +63,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
     if is_compiling():
-        if operators.has_kernel(x, weight) and operators.fits(x, weight, bias, a, b, scale):
+        if has_kernel(x, weight) and fits(x, weight, bias, a, b, scale):
             flat = x.reshape(-1, x.shape[-1])
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
@@ -67,13 +71,13 @@ def _linear(
     if x.is_cpu and x.dtype.itemsize > 2 and tiny(x.numel(), weight.shape, a.shape[0]):
         up = scaled_down(b, scale, strength, x.dtype)
         return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
-    return _Linear.apply(x, weight, bias, a, b, scale, strength, False)  # type: ignore[no-any-return,no-untyped-call]
+    return applied(_Linear, x, weight, bias, a, b, scale, strength, False)
 
 
 def pointwise(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
-    """`linear` of every position, where `operators.has_kernel`; in x's memory format, no copies.
+    """`linear` of every position, where `served.has_kernel`; in x's memory format, no copies.
 
     Args:
         x: ``[N, in, ...]``.
@@ -81,8 +85,22 @@ def pointwise(
         bias, lora_A, lora_B, scale: as of `linear`.
     """
     rows = x.flatten(2).transpose(1, 2)
-    y: Tensor = _Linear.apply(rows, weight, bias, lora_A, lora_B, scale, 1.0, True)  # type: ignore[no-untyped-call]
+    y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True)
     return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
+
+
+def applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
+    """``function.apply(x, *rest)`` without its preparations for torch.func's transforms, a third of
+    its time, where there is none and no tensor is left over from one."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
+    try:
+        return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc,no-any-return]
+    except RuntimeError:  # the address of one left over cannot be read
+        left_over = torch._C._functorch.is_functorch_wrapped_tensor
+        if not any(isinstance(t, Tensor) and left_over(t) for t in (x, *rest)):
+            raise
+        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def linear_by_definition(
@@ -135,7 +153,7 @@ def tiny(numbers: int, shape: Sequence[int], r: int) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x by reference and ``x·Aᵀ``; for the kernels also both factors in x's type; where the
+    """Keeps x by reference and ``x·Aᵀ``; of the kernels with both factors in x's type; where the
     dense sum is formed, x alone."""
 
     @staticmethod
@@ -150,62 +168,64 @@ class _Linear(torch.autograd.Function):
         strength: float,
         image: bool,
     ) -> Tensor:
-        ctx.kernel = operators.has_kernel(x, weight) and operators.fits(
-            x, weight, bias, a, b, scale
-        )
-        ctx.strength, ctx.image, ctx.spent = strength, image and ctx.kernel, False
-        flat = _flat(x, ctx.image)
-        ctx.dense = not ctx.kernel and denser(
-            flat.shape[0], weight.shape[1], weight.shape[0], x.dtype
-        )
-        kept: list[_Maybe]
-        if ctx.kernel:
-            y, *kept = operators.forward(flat, weight, bias, a, b, scale, strength)
+        ctx.strength, ctx.image, ctx.dense = strength, image, False
+        result = operators.forward(x, weight, bias, a, b, scale, strength, image)
+        ctx.kernel = result is not None
+        if result is not None:
+            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
+            return result[0]
+        flat = _flat(x)
+        ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
+        down, up = cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype)
+        if ctx.dense:
+            y, u = F.linear(flat, torch.addmm(weight, up, down), bias), None
         else:
-            down, up = cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype)
-            if ctx.dense:
-                y, kept = F.linear(flat, torch.addmm(weight, up, down), bias), [None, None]
-            else:
-                u = flat @ down.t()
-                y, kept = _both(flat, weight.t(), u, up.t(), bias), [u, None]
-        ctx.save_for_backward(x, weight, bias, a, b, scale, *kept)
+            u = flat @ down.t()
+            y = _both(flat, weight.t(), u, up.t(), bias)
+        ctx.save_for_backward(x, weight, bias, a, b, scale, u)
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, u, packed = ctx.saved_tensors
+        x, weight, bias, a, b, scale, u = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             inputs = [x, weight, bias, a, b, scale]
             y = linear_by_definition(x, weight, bias, a, b, scale * ctx.strength)
             return (*differentiable(y, inputs, needs, dy), None, None)
-        dy, flat = _flat(dy, ctx.image), _flat(x, ctx.image)
-        dx = da = db = dscale = None
         if ctx.kernel:
-            values = (dy, flat, weight, a, b, scale, ctx.strength, u, None if ctx.spent else packed)
-            ctx.spent = True
-            dx, da, db, dscale = operators.backward(*values, *operators.needed(needs))
+            factors = (a, b, scale, ctx.strength, u)
+            grads = operators.backward(dy, x, weight, *factors, operators.needed(needs), ctx.image)
         else:
-            down, up = cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
-            v = dy @ up if needs[0] or needs[3] else None  # [N, r]
-            if needs[0]:
-                whole = torch.addmm(weight, up, down) if ctx.dense else None
-                dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
-            if needs[3]:
-                da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
-            if needs[4] or needs[5]:
-                u = flat @ down.t() if u is None else u
-                db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
-        dweight = _flat(dy).t() @ _flat(flat) if needs[1] else None
+            grads = _gradients(ctx, dy, x, weight, a, b, scale, u)
+        dx, da, db, dscale = grads
+        dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
         dbias = _flat(dy).sum(0) if needs[2] else None
-        if dx is not None and x.dim() != dx.dim():
-            dx = dx.view(x.shape)
         return dx, dweight, dbias, da, db, dscale, None, None
 
 
-def _flat(x: Tensor, image: bool = False) -> Tensor:
-    """Its rows, ``[M, K]``; of an image, whose rows lie apart, where they are."""
-    return x if image or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+def _gradients(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    needs, flat = ctx.needs_input_grad, _flat(x)
+    dy, down, up = _flat(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
+    dx = da = db = dscale = None
+    v = dy @ up if needs[0] or needs[3] else None  # [N, r]
+    if needs[0]:
+        whole = torch.addmm(weight, up, down) if ctx.dense else None
+        dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
+        dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
+    if needs[3]:
+        da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
+    if needs[4] or needs[5]:
+        u = flat @ down.t() if u is None else u
+        db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
+    return dx, da, db, dscale
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:

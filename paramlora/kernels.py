@@ -5,43 +5,71 @@ relative size 1e-3. cuBLAS rounds in between even in ``addmm`` (measured on an H
 product is computed here, in the accumulator that also takes the low-rank one. Partial sums are
 added in a fixed order: every result is deterministic.
 
-`product` and `backward` divide one grid among several kinds of work, so that what waits for memory
-runs beside what waits for arithmetic, and so that a layer takes few launches:
+`forward` and `backward` divide one grid among several kinds of work, so that what waits for memory
+runs beside what waits for arithmetic, and so that a layer takes one launch each way:
 
-1. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
+1. in `forward`, programs that cast the factors, once, for all others to read;
+2. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
    the same rows await before their last step; a device starts programs in the order of their
-   index (as observed; CUDA does not promise it), so what is awaited runs already. Else `project`
-   computed it, and the tiles start before it ends (Hopper's programmatic dependent launch);
-2. the tiles of ``x @ w + p @ q``;
-3. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
+   index (as observed; CUDA does not promise it), so what is awaited runs already. Else `pack` and
+   `project` prepare both, and the tiles start before they end (Hopper's programmatic dependent
+   launch);
+3. the tiles of ``x @ w + p @ q``;
+4. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
+
+Programs signal each other by a 64-bit number that no other launch of the process uses, so the
+memory of the signals needs no clearing.
 
 Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`` summed, and ``R``
 is the padded rank. Row m of a wide matrix lies ``m // P`` batches and ``m % P`` rows from its
 start, so that the positions of an image are rows without a copy, whatever its memory format.
-`packed` holds ``A[R, in]``, ``scale · B.T[R, out]`` and after them the signals: one for each `SPAN`
-rows of the forward, of the backward, and a count for each block of gradients. `paramlora.launch`
-chooses the tiles.
+`kept` goes from a forward to its backwards: ``A[R, in]``, ``scale · B.T[R, out]``, ``u[M, R]``,
+the count of each block of gradients, and the forward's signals. `paramlora.tiles` chooses the
+tiles.
+
+`join` prepares the kernels of a convolution.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-SPAN = tl.constexpr(64)  # rows of the lowest tile, so at most one signal for each
+from paramlora import served
+
+SPAN, DEEP = tl.constexpr(served.SPAN), tl.constexpr(served.DEEP)
 
 
 @triton.jit
-def _await(signal):
-    while tl.atomic_add(signal, 0, sem="acquire", scope="gpu") == 0:
+def _await(signal, number):
+    while tl.atomic_add(signal, 0, sem="acquire", scope="gpu") != number:
         pass
 
 
 @triton.jit
-def _signals(packed, M, N, K, R: tl.constexpr, BACKWARD: tl.constexpr):
-    """Those of the forward's or the backward's rows, and the counts."""
-    first = (packed + R * (N + K)).to(tl.pointer_type(tl.int32), bitcast=True)
-    rows = tl.cdiv(M, SPAN)
-    return first + (rows if BACKWARD else 0), first + 2 * rows
+def _await_all(signals, size, number):
+    for start in range(0, size, 128):
+        which = start + tl.arange(0, 128)
+        none = tl.zeros((128,), tl.int64)
+        missing = 1
+        while missing > 0:
+            seen = tl.atomic_add(signals + which, none, which < size, sem="acquire", scope="gpu")
+            missing = tl.sum(((which < size) & (seen != number)).to(tl.int32))
+    tl.debug_barrier()  # each thread has seen but its own
+
+
+@triton.jit
+def _after(matrix, rows, R: tl.constexpr):
+    """The address that follows ``matrix[rows, R]``."""
+    return matrix + tl.cast(rows, tl.int64) * R
+
+
+@triton.jit
+def _counts(kept, M, N, K, R: tl.constexpr):
+    """The blocks' counts, and the signals behind them."""
+    counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
+    blocks = tl.cdiv(K, DEEP) + tl.cdiv(N, DEEP)
+    signals = counts + (blocks + blocks % 2)
+    return counts, blocks, signals.to(tl.pointer_type(tl.int64), bitcast=True)
 
 
 @triton.jit
@@ -148,20 +176,25 @@ def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr):
 
 @triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, signals, program,
+    x, w, y, wide, f, q, p, bias, signals, number, packs, program,
     M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-    LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p."""
+    """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p.
+
+    `signals`: of the `packs` programs that cast the factors, where `PACKS`; then of rows.
+    """
     tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
     columns = tl.cdiv(N, BN) + (1 if LOCAL else 0)
     row, column = _place(program, tl.cdiv(M, BM), columns, GROUP)
     if LOCAL and column == 0:
+        if PACKS:
+            _await_all(signals, packs, number)
         _project(wide, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
         tl.debug_barrier()  # all of the program's rows are stored
-        tl.atomic_xchg(signals + row, 1, sem="release", scope="gpu")
+        tl.atomic_xchg(signals + packs + row, number, sem="release", scope="gpu")
     else:
         column -= 1 if LOCAL else 0
         acc = _product(
@@ -169,7 +202,7 @@ def _tile(
             TMA, ROWS_OUT, EVEN, WHOLE_K, BM, BN, BK,
         )  # fmt: skip
         if LOCAL:
-            _await(signals + row)
+            _await(signals + packs + row, number)
         if EARLY:
             gdc_wait()
         rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
@@ -204,31 +237,31 @@ def _store_gradients(
 
 @triton.jit
 def _gradients(
-    dy, x, v, u, part, da, db, scale, strength, signals, counts, program,
+    dy, x, v, u, part, da, db, scale, strength, signals, number, counts, program,
     M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
     to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
     block, group = program // groups, program % groups
     count = counts + block
-    blocks = tl.cdiv(fan_in, BD)
+    blocks = tl.cdiv(fan_in, DEEP)
     inner = block < blocks
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
     wide, thin = tl.where(inner, x, dy), tl.where(inner, v, u)
     size, batch = tl.where(inner, fan_in, out), tl.where(inner, x_batch, dy_batch)
     row, step = tl.where(inner, x_row, dy_row), tl.where(inner, x_k, dy_k)
     block -= tl.where(inner, 0, blocks)
-    rd, rm, rr = block * BD + tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, R)
+    rd, rm, rr = block * DEEP + tl.arange(0, DEEP), tl.arange(0, BM), tl.arange(0, R)
     low, high = group * each, min(M, group * each + each)
     if LOCAL:
         if inner:
             for tile in range(low // HEIGHT, tl.cdiv(high, HEIGHT)):
-                _await(signals + tile)
+                _await(signals + tile, number)
     if EARLY:
         gdc_wait()
-    acc = tl.zeros((BD, R), tl.float32)
+    acc = tl.zeros((DEEP, R), tl.float32)
     for m in range(low, high, BM):
         mm = m + rm
         left = tl.load(
@@ -250,101 +283,207 @@ def _gradients(
         tl.debug_barrier()  # all of the program's sums are stored
         if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
             tl.store(count, 0)
-            acc = tl.zeros((BD, R), tl.float32)
+            acc = tl.zeros((DEEP, R), tl.float32)
             for other in range(groups):
                 acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
             _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
 
 
-@triton.jit(do_not_specialize=["r", "signals"])
-def pack(
-    a, b, scale, packed, strength, fan_in, out, r, a_rank, a_in, b_dim, b_rank, signals,
-    EARLY: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+@triton.jit
+def _pack(
+    a, b, scale, kept, strength, program,
+    M, N, K, r, a_rank, a_in, b_dim, b_rank, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The factors cast once, rank first and padded with zeros; the scale goes into B's."""
-    if EARLY:
-        gdc_launch_dependents()
-    block, rr, rd = tl.program_id(0), tl.arange(0, R), tl.arange(0, BD)
-    inner, outer = tl.cdiv(fan_in, BD), tl.cdiv(out, BD)
-    if block < inner:
-        rd += block * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < fan_in)
+    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's."""
+    rr, rd = tl.arange(0, R), tl.arange(0, BD)
+    inner, outer = tl.cdiv(K, BD), tl.cdiv(N, BD)
+    if program < inner:
+        rd += program * BD
+        valid = (rr[:, None] < r) & (rd[None, :] < K)
         value = tl.load(a + rr[:, None] * a_rank + rd[None, :] * a_in, mask=valid, other=0.0)
-        where = packed + rr[:, None] * fan_in + rd[None, :]
-        tl.store(where, value.to(packed.dtype.element_ty), mask=rd[None, :] < fan_in)
-    elif block < inner + outer:
-        rd += (block - inner) * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < out)
+        where = kept + rr[:, None] * K + rd[None, :]
+        tl.store(where, value.to(kept.dtype.element_ty), mask=rd[None, :] < K)
+    elif program < inner + outer:
+        rd += (program - inner) * BD
+        valid = (rr[:, None] < r) & (rd[None, :] < N)
         value = tl.load(b + rr[:, None] * b_rank + rd[None, :] * b_dim, mask=valid, other=0.0)
         value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
-        where = packed + R * fan_in + rr[:, None] * out + rd[None, :]
-        tl.store(where, value.to(packed.dtype.element_ty), mask=rd[None, :] < out)
+        where = kept + R * K + rr[:, None] * N + rd[None, :]
+        tl.store(where, value.to(kept.dtype.element_ty), mask=rd[None, :] < N)
     else:
-        first = (packed + R * (fan_in + out)).to(tl.pointer_type(tl.int32), bitcast=True)
-        for start in range(0, signals, BD):
-            tl.store(first + start + rd, tl.zeros((BD,), tl.int32), mask=start + rd < signals)
+        counts, blocks, _ = _counts(kept, M, N, K, R)
+        for start in range(0, blocks, BD):
+            tl.store(counts + start + rd, tl.zeros((BD,), tl.int32), mask=start + rd < blocks)
+
+
+@triton.jit(do_not_specialize=["r"])
+def pack(
+    a, b, scale, kept, strength, M, N, K, r, a_rank, a_in, b_dim, b_rank,
+    EARLY: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The factors cast, and the counts cleared, where `forward` does not."""
+    if EARLY:
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
 
 
 @triton.jit
 def project(
-    x, packed, p, M, K, skipped, P, x_batch, x_row, x_k,
+    x, f, p, M, K, P, x_batch, x_row, x_k,
     EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``p[M, R] = x[M, K] @ f[R, K].T``, f being the packed factor after `skipped` dimensions."""
+    """``p[M, R] = x[M, K] @ f[R, K].T``."""
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
-    f = packed + R * skipped
     row = tl.program_id(0)
     _project(x, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
 
 
 @triton.jit
 def product(
-    x, w, y, wide, packed, p, bias,
+    x, w, y, q, p, bias,
     M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-    BACKWARD: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``y = x @ w + p @ q + bias``; `wide` is x again, always as a pointer."""
-    signals, _ = _signals(packed, M, N, K, R, BACKWARD)
-    f, q = packed, packed
-    if BACKWARD:
-        f += R * N
-    else:
-        q += R * K
-    _tile(
-        x, w, y, wide, f, q, p, bias, signals, tl.program_id(0),
+    """``y = x @ w + p @ q + bias``."""
+    _tile(  # without a thin product of its own: what that would need is filled in
+        x, w, y, x, q, q, p, bias, p, 0, 0, tl.program_id(0),
         M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-        LOCAL, EARLY, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
+        False, False, EARLY, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tiles", "r", "groups", "each"])
+@triton.jit(do_not_specialize=["number", "packs", "r"])
+def forward(
+    x, w, y, wide, a, b, scale, kept, bias, strength, number,
+    packs, M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
+    r, a_rank, a_in, b_dim, b_rank,
+    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
+    program = tl.program_id(0)
+    _, _, signals = _counts(kept, M, N, K, R)
+    if program < packs:
+        _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
+        tl.debug_barrier()  # all of the program's part is stored
+        tl.atomic_xchg(signals + program, number, sem="release", scope="gpu")
+    else:
+        _tile(
+            x, w, y, wide, kept, kept + R * K, _after(kept, K + N, R), bias, signals, number,
+            packs, program - packs,
+            M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
+            True, True, False, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each"])
 def backward(
-    dy, w, dx, wide, packed, v, x, u, part, da, db, scale, strength,
+    dy, w, dx, wide, kept, scratch, x, da, db, scale, strength, number,
     tiles, M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
     x_batch, x_row, x_k, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    GM: tl.constexpr, GD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GM: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the input, in `tiles` programs that may be none, and of the factors."""
-    signals, counts = _signals(packed, M, N, K, R, True)
+    """The gradients of the input, in `tiles` programs that may be none, and of the factors. Of
+    ``dx = dy @ w`` K are the layer's outputs and N its inputs.
+
+    `scratch` holds ``v[M, R]``, the signals, and the groups' sums.
+    """
+    counts, _, _ = _counts(kept, M, N, K, R)
+    signals = _after(scratch, M, R).to(tl.pointer_type(tl.int64), bitcast=True)
+    rows = tl.cdiv(M, SPAN)
+    part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
+    part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
     program = tl.program_id(0)
     if program < tiles:
-        f = packed + R * N
         _tile(
-            dy, w, dx, wide, f, packed, v, v, signals, program,
+            dy, w, dx, wide, kept + R * N, kept, scratch, kept, signals, number, 0, program,
             M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
-            LOCAL, EARLY, False, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
+            False, LOCAL, EARLY, False, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
         )  # fmt: skip
     else:
         _gradients(
-            wide, x, v, u, part, da, db, scale, strength, signals, counts, program - tiles,
+            wide, x, scratch, _after(kept, N + K, R), part, da, db, scale, strength,
+            signals, number, counts, program - tiles,
             M, N, K, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
-            LOCAL, EARLY, SCALED, EVEN, R, BM, GM, GD,
+            LOCAL, EARLY, SCALED, EVEN, R, BM, GM,
         )  # fmt: skip
+
+
+@triton.jit
+def _inner(at, channels, positions, LAST: tl.constexpr):
+    """Channel and position of the elements `at` of a kernel's row."""
+    if LAST:
+        return at % channels, at // channels
+    else:
+        return at // positions, at % positions
+
+
+@triton.jit
+def _join_row(
+    weight, b, scale, joined, up, strength, row, at,
+    inner, added, positions, r, R, middle, b_dim, b_rank,
+    LAST: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """A row of the weight, where `RANKS` with the added channels and the row of `up`."""
+    channels = inner + added
+    channel, position = _inner(at, channels, positions, LAST)
+    rank, here = channel - inner, at < channels * positions
+    inside = position * inner + channel if LAST else at
+    source = weight + tl.cast(row, tl.int64) * inner * positions + inside
+    value = tl.load(source, mask=here & (rank < 0), other=0.0)
+    if RANKS > 0:
+        factor = strength * tl.load(scale).to(tl.float32)
+        update = here & (rank >= 0) & (rank < r) & (position == middle)
+        more = tl.load(b + row * b_dim + rank * b_rank, mask=update, other=0.0)
+        value = (value.to(tl.float32) + factor * more).to(value.dtype)
+        rr = tl.arange(0, RANKS)
+        whole = factor * tl.load(b + row * b_dim + rr * b_rank, mask=rr < r, other=0.0)
+        tl.store(up + row * R + rr, whole.to(up.dtype.element_ty), mask=rr < R)
+    tl.store(joined + tl.cast(row, tl.int64) * channels * positions + at, value, mask=here)
+
+
+@triton.jit
+def _join_rank(
+    a, down, rank, at, inner, positions, r, a_rank, a_in, LAST: tl.constexpr
+):  # fmt: skip
+    channel, position = _inner(at, inner, positions, LAST)
+    here = at < inner * positions
+    source = a + rank * a_rank + (channel * positions + position) * a_in
+    value = tl.load(source, mask=here & (rank < r), other=0.0)
+    target = down + tl.cast(rank, tl.int64) * inner * positions + at
+    tl.store(target, value.to(down.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["r", "middle"])
+def join(
+    weight, a, b, scale, joined, down, up, strength,
+    out, inner, added, positions, r, R, middle, a_rank, a_in, b_dim, b_rank,
+    LAST: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A convolution's kernel with that of its update; channels are the last in memory where `LAST`,
+    also the weight's.
+
+    Where `RANKS`, a power of two of at least R, ``joined[out, inner + added, positions]`` holds
+    ``scale · b`` at the `middle` position of the channels that are added, and ``down[R, inner,
+    positions]`` and ``up[out, R]`` are the factors alone; else nothing is added, and joined and
+    what follows it in memory, down, are ``[weight; a; 0]``.
+    """
+    blocks = tl.cdiv((inner + added) * positions, BLOCK)
+    row = tl.program_id(0) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    if row < out:
+        _join_row(
+            weight, b, scale, joined, up, strength, row, at,
+            inner, added, positions, r, R, middle, b_dim, b_rank, LAST, RANKS,
+        )  # fmt: skip
+    else:
+        _join_rank(a, down, row - out, at, inner, positions, r, a_rank, a_in, LAST)

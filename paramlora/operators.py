@@ -1,100 +1,62 @@
-"""16-bit CUDA: the way to the kernels, as custom operators that compilers and export see whole."""
+"""16-bit CUDA: the way to the kernels, eagerly and as custom operators that compilers and export
+see whole; and what they share with other devices."""
 
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from paramlora.served import SIXTEEN, kept_size, serves
+
 _Maybe = Optional[Tensor]
 
 
-_SIXTEEN = (torch.bfloat16, torch.float16)
-_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
-
-
-def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton."""
-    if not (x.is_cuda and x.dtype in _SIXTEEN and weight.dtype == x.dtype):
-        return False
-    return _serves(x.get_device()) and 1 in weight.stride()
-
-
-def fits(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """Whether the operands are what they should be, on one device: the kernels get bare addresses.
-    Others are left to torch, which says what is wrong with them."""
-    (out, fan_in), device = weight.shape, x.get_device()
-    if x.shape[-1] != fan_in or a.shape[1] != fan_in or b.shape != (out, a.shape[0]):
-        return False
-    if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
-        return False
-    others = (weight.get_device(), a.get_device(), b.get_device(), scale.get_device())
-    return others == (device, device, device, device)
-
-
-def _serves(device: int) -> bool:
-    if device not in _SERVED:
-        _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
-    return _SERVED[device]
-
-
-# What torch.compiler.assume_constant_result sets, without the import of the compiler: a dictionary
-# that is filled while it traces would have it compile everything a second time.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _importable() -> bool:
-    try:
-        import paramlora.launch  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def forward(
-    flat: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y``, ``x·Aᵀ``, and the packed factors, which one `backward` can take."""
-    from paramlora import launch
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float = 1.0,
+    image: bool = False,
+) -> Optional[tuple[Tensor, Tensor]]:
+    """``y`` and what `backward` takes of it, or None where the kernels do not serve the operands.
 
-    if bias is not None:
-        bias = bias.contiguous()
-    tokens = flat.shape[:-1].numel()
-    packed = launch.pack(a, b, scale, strength, flat.dtype, padded(len(a)), tokens)
-    y, u = launch.product(_rows(flat), weight.t(), packed, bias)
-    return y, u, packed.tensor
+    `image`: x is ``[batch, P, in]``, y lies in memory as it does.
+    """
+    if x.dtype not in SIXTEEN or not (x.is_cuda and serves(x.get_device())):
+        return None
+    from paramlora import fused
+
+    return fused.forward(x, weight, bias, a, b, scale, strength, image)
 
 
 def backward(
     dy: Tensor,
-    flat: Tensor,
+    x: Tensor,
     weight: Tensor,
     a: Tensor,
     b: Tensor,
     scale: Tensor,
     strength: float,
-    u: Tensor,
-    packed: _Maybe,
-    input_too: bool,
-    factors_too: bool,
-    scale_too: bool,
+    kept: Tensor,
+    wanted: tuple[bool, bool, bool],
+    image: bool = False,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A, B and the scale, those that are wanted.
+    """The gradients of x, A, B and the scale; `wanted`: of x, of the factors, of the scale."""
+    if not any(wanted):
+        return None, None, None, None
+    from paramlora import fused
 
-    `packed`: of `forward`, or None where another backward has taken it.
-    """
-    from paramlora import launch
-
-    dy, flat, r = _rows(dy), _rows(flat), len(a)
-    if packed is None:
-        ready = launch.pack(a, b, scale, strength, flat.dtype, padded(r), len(u))
-    else:
-        ready = launch.Packed(packed, padded(r), a.shape[1], len(b))
-    if not factors_too and not scale_too:
-        dx = launch.product(dy, weight, ready, backward=True)[0] if input_too else None
-        return dx, None, None, None
-    inside = None if scale_too else scale
-    dx, da, db = launch.gradients(dy, weight, ready, flat, u, r, inside, strength, input_too)
+    input_too, factors_too, scale_too = wanted
+    inside, factors_too = None if scale_too else scale, factors_too or scale_too
+    dx, da, db = fused.backward(
+        dy, x, weight, kept, len(a), inside, strength, input_too, factors_too, image
+    )
     dscale = None
+    if da is None or db is None:
+        return dx, None, None, None
     if scale_too:
         db, dscale = gradient_of_second(db, b, scale, strength, True)
     if a.dtype != da.dtype or b.dtype != db.dtype:
@@ -102,19 +64,15 @@ def backward(
     return dx, da, db, dscale
 
 
-def padded(r: int) -> int:
-    """The rank that tensor cores take: a power of two of at least 16."""
-    return max(16, 1 << (r - 1).bit_length())
+def join(
+    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, tall: bool
+) -> Optional[tuple[Tensor, ...]]:
+    """The kernels of a convolution and its update, see `joined.join`, or None."""
+    if weight.dtype not in SIXTEEN or not (weight.is_cuda and serves(weight.get_device())):
+        return None
+    from paramlora import joined
 
-
-def _rows(x: Tensor) -> Tensor:
-    """As the kernels read it: ``[M, K]`` with contiguous rows, or ``[batch, P, K]`` of an image."""
-    if x.dim() == 2:
-        return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-    batch, row, column = x.stride()
-    if column == 1 and row >= x.shape[2] and (batch == row * x.shape[1] or len(x) == 1):
-        return x.flatten(0, 1)
-    return x if row == 1 or column == 1 else x.contiguous()
+    return joined.join(weight, a, b, scale, tall)
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
@@ -139,17 +97,18 @@ def needed(needs: Any) -> tuple[bool, bool, bool]:
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if not fits(x, weight, bias, a, b, scale):
-        raise ValueError("paramlora::linear: the operands differ in size or device")
-    y, u, _ = forward(x, weight, bias, a, b, scale, 1.0)
-    return y, u
+    result = forward(x, weight, bias, a, b, scale)
+    if result is None:
+        raise ValueError("paramlora::linear: the operands differ in size, type or device")
+    return result
 
 
 @_linear_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], padded(len(a)))
+    (M, K), N = x.shape, weight.shape[0]
+    return x.new_empty(M, N), x.new_empty(kept_size(M, N, K, len(a)))
 
 
 @torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")
@@ -160,13 +119,13 @@ def _linear_backward_op(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    u: Tensor,
+    kept: Tensor,
     input_too: bool,
     factors_too: bool,
     scale_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = (input_too, factors_too, scale_too)
-    grads = backward(dy, x, weight, a, b, scale, 1.0, u, None, *needs)
+    wanted = (input_too, factors_too, scale_too)
+    grads = backward(dy, x, weight, a, b, scale, 1.0, kept, wanted)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
@@ -179,7 +138,7 @@ def _(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    u: Tensor,
+    kept: Tensor,
     input_too: bool,
     factors_too: bool,
     scale_too: bool,
@@ -197,10 +156,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-    x, weight, a, b, scale, u = ctx.saved_tensors
+    x, weight, a, b, scale, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = needed(needs)
-    grads = torch.ops.paramlora.linear_backward(dy, x, weight, a, b, scale, u, *wanted)
+    grads = torch.ops.paramlora.linear_backward(dy, x, weight, a, b, scale, kept, *wanted)
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
     )

@@ -422,6 +422,29 @@ def test_compiled_kernels_have_no_break_and_switching_compiles_nothing(trainable
             assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm() + 1e-3
 
 
+class Address(torch.autograd.Function):
+    """What the kernels read: a tensor left over from a transform hides it."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        seen.append(x.data_ptr())
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy, None
+
+
+def test_an_input_left_over_from_a_transform():
+    x, left, seen = torch.randn(3, requires_grad=True), [], []
+    torch.func.grad(lambda t: (left.append(t * 1), t.sum())[1])(x.detach())
+    for one in (x, left[0]):
+        assert torch.equal(functional.applied(Address, one, seen), 2 * x)
+    assert seen[0] == x.data_ptr() and seen[1] not in (0, seen[0])
+    (grad,) = torch.autograd.grad(functional.applied(Address, x, seen).sum(), x)
+    assert torch.equal(grad, torch.full((3,), 2.0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", (0, 1))
 def test_the_operators_pass_torchs_own_checks(transposed):
@@ -432,8 +455,10 @@ def test_the_operators_pass_torchs_own_checks(transposed):
     arguments = (leaves[0], weight, bias, *leaves[1:])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
-    y, u = torch.ops.paramlora.linear(*arguments)
-    values = [t.detach() for t in (torch.randn_like(y), x, weight, a, b, scale, u)]
+    none = (x[:0].detach(), *arguments[1:])
+    torch.library.opcheck(torch.ops.paramlora.linear.default, none, test_utils=tests[:2])
+    y, kept = torch.ops.paramlora.linear(*arguments)
+    values = [t.detach() for t in (torch.randn_like(y), x, weight, a, b, scale, kept)]
     for wanted in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(
             torch.ops.paramlora.linear_backward.default, (*values, *wanted), test_utils=tests[:2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paramlora import functional, operators
+from paramlora import functional
 from paramlora.convolution import convolution
 from tests.test_functional import dense, gradients, tensors
 
@@ -11,7 +11,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
-launch = pytest.importorskip("paramlora.launch", reason="needs Triton")
+fused = pytest.importorskip("paramlora.fused", reason="needs Triton")
+joining = pytest.importorskip("paramlora.joined", reason="needs Triton")
 WANTED = (0, 2, 3, 4, 5)
 SMALL = [  # the thin product in the same grid
     (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1), (1, 1, 1, 1),
@@ -38,9 +39,10 @@ def case(shape, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_ragged_shapes_and_every_rank(shape, dtype):
     values, seed = case(shape, dtype)
-    choice, _ = launch._chosen(values[0], values[1].t(), operators.padded(shape[-1]))
-    assert (choice.local, choice.early) == (shape in SMALL, shape in LARGE)
+    fused._FORWARDS.clear()
     y, got = run(values, seed)
+    (plan,) = fused._FORWARDS.values()
+    assert (plan.whole is not None, plan.tiles.early) == (shape in SMALL, shape in LARGE)
     again, twice = run(values, seed)
     want_y, want = gradients(dense, [v.double() for v in values], WANTED, seed.double())
     eps = torch.finfo(dtype).eps
@@ -141,6 +143,15 @@ def test_a_layer_of_no_rows_and_wrong_operands():
             functional.linear(*values)
 
 
+def test_a_weight_that_moves_between_forward_and_backward():
+    (x, weight, bias, a, b, scale), seed = case((64, 48, 32, 4))
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    weight.data = weight.data.cpu()
+    with pytest.raises(ValueError, match=r"belong together .*\[32, 48\] on cpu.*forward again"):
+        torch.autograd.grad(y, leaves, seed)
+
+
 LAYOUTS = {
     "padded rows": lambda x, w, bias, a, b: (x.repeat(1, 2)[:, : x.shape[1]], w, bias, a, b),
     "transposed weight": lambda x, w, bias, a, b: (x, w.t().contiguous().t(), bias, a, b),
@@ -176,6 +187,23 @@ def run_as_they_lie(call, values, seed):
     leaves = [v.detach().requires_grad_(i in (0, 3, 4)) for i, v in enumerate(values)]
     y = call(*leaves)
     return y.detach(), torch.autograd.grad(y, [leaves[i] for i in (0, 3, 4)], seed)
+
+
+@pytest.mark.parametrize(
+    "x", (torch.randn(1, 7).t(), torch.randn(3, 1, 7).mT, torch.randn(7, 1, 1))
+)
+def test_a_single_input_of_any_stride(x):
+    x = x.cuda().bfloat16()
+    (_, weight, bias, a, b, scale), _ = case((7, 1, 48, 4))
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    got = torch.autograd.grad(y, leaves, torch.ones((), device="cuda", dtype=y.dtype).expand_as(y))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want_y = dense(wide[0], weight.double(), bias.double(), *wide[1:], scale.double())
+    want = torch.autograd.grad(want_y.sum(), wide)
+    assert (y.double() - want_y).norm() < 8e-3 * want_y.norm()
+    for mine, true in zip(got, want):
+        assert mine.shape == true.shape and (mine.double() - true).norm() <= 0.02 * true.norm()
 
 
 def test_a_backward_outside_the_graph_that_holds_its_forward():
@@ -245,3 +273,45 @@ def test_a_convolution_of_kernel_1_keeps_a_small_update():
     update = torch.nn.functional.conv2d(x.double(), (b @ a).double()[..., None, None])
     kept = ((y.double() - base) * update).sum() / update.square().sum()
     assert 0.99 < kept < 1.01, kept
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels last"))
+@pytest.mark.parametrize(
+    "shape, r",
+    [
+        ((5, 3, 3, 3), 4),
+        ((320, 70, 3, 3), 8),
+        ((8, 16, 3, 1), 9),
+        ((7, 4, 5), 3),
+        ((6, 5, 2, 3, 4), 2),
+    ],
+    ids=str,
+)
+def test_the_kernels_of_a_convolution_and_its_update_are_joined(shape, r, last):
+    if last and len(shape) == 3:
+        pytest.skip("a signal has no such format")
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if last:
+        weight = weight.to(memory_format=formats[len(shape)])
+    a = torch.randn(r, weight[0].numel(), device="cuda")
+    b, scale = torch.randn(r, shape[0], device="cuda").t(), torch.tensor(0.7, device="cuda")
+    joined, down, up = joining.join(weight, a, b, scale, False)
+    (tall,) = joining.join(weight, a, b, scale, True)
+    out, inner, *kernel = shape
+    middle = tuple(k // 2 for k in kernel)
+    want = torch.zeros(out, r, *kernel, device="cuda")
+    want[(..., *middle)] = 0.7 * b
+    empty = torch.zeros(-r % 8, *down.shape[1:], device="cuda")
+    assert joined.shape == (out, joining.widened(inner, r + -r % 8), *kernel)
+    assert torch.equal(joined[:, :inner], weight)
+    assert torch.equal(joined[:, inner : inner + r], want.bfloat16())
+    assert torch.equal(down, torch.cat([a.reshape(r, inner, *kernel), empty]).bfloat16())
+    assert torch.equal(up[:, :r].flatten(1), (0.7 * b).bfloat16())
+    assert not joined[:, inner + r :].any() and not up[:, r:].any()
+    assert len(tall) == joining.widened(out, r + -r % 8) and up.shape[2:].numel() == 1
+    assert torch.equal(tall[: out + len(down)], torch.cat([weight, down]))
+    assert not tall[out + len(down) :].any()
+    for one in (joined, down, up, tall):
+        assert one.is_contiguous(memory_format=formats[len(shape)]) if last else one.is_contiguous()

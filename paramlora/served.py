@@ -1,0 +1,76 @@
+"""Which operands the 16-bit CUDA kernels serve, and the sizes that follow from theirs."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+SIXTEEN = (torch.bfloat16, torch.float16)
+SPAN = 64  # rows of the smallest tile: at most one signal for each
+DEEP = 128  # dimensions of a block of the factors' gradients
+_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton,
+    and the weight's rows or columns contiguous."""
+    if not (x.is_cuda and x.dtype in SIXTEEN and weight.dtype == x.dtype):
+        return False
+    return serves(x.get_device()) and 1 in weight.stride()
+
+
+def fits(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
+) -> bool:
+    """Whether the operands are what they should be, on one device: the kernels get bare addresses.
+    Others are left to torch, which says what is wrong with them."""
+    (out, fan_in), device = weight.shape, x.get_device()
+    if x.shape[-1] != fan_in or a.shape[1] != fan_in or b.shape != (out, a.shape[0]):
+        return False
+    if scale.numel() != 1 or not weight.numel():
+        return False
+    if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
+        return False
+    others = (weight.get_device(), a.get_device(), b.get_device(), scale.get_device())
+    return others == (device, device, device, device)
+
+
+def serves(device: int) -> bool:
+    if device not in _SERVED:
+        _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
+    return _SERVED[device]
+
+
+# What torch.compiler.assume_constant_result sets, without the import of the compiler: a dictionary
+# that is filled while it traces would have it compile everything a second time.
+serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _importable() -> bool:
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def kept_size(M: int, N: int, K: int, r: int) -> int:
+    """Elements of `kept`, of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank r: see `kernels`."""
+    R = padded(r)
+    blocks = -(-K // DEEP) + -(-N // DEEP)
+    return R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+
+
+def packs(N: int, K: int, R: int) -> int:
+    """Programs that cast the factors, the last of which clears the counts."""
+    return -(-K // pack_width(R)) + -(-N // pack_width(R)) + 1
+
+
+def pack_width(R: int) -> int:
+    """Dimensions that one of them casts."""
+    return max(16, 2048 // R)
+
+
+def padded(r: int) -> int:
+    """The rank that tensor cores take: a power of two of at least 16."""
+    return max(16, 1 << (r - 1).bit_length())
