@@ -1,0 +1,192 @@
+"""Runs the 16-bit CUDA kernels in Triton's interpreter and prints their errors against float64.
+
+`test_interpreted` starts it in a process of its own with ``TRITON_INTERPRET=1``, which Triton reads
+when a kernel is defined. Programs of a grid run one after the other there, so it finds wrong
+arithmetic, places and masks, but no race; `test_kernels` runs on CUDA. float16 alone: the
+interpreter cuts off what bfloat16 would round.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from paramlora import fused, joined, kernels
+from paramlora.launch import Launch
+
+captured = False
+launched = []
+
+
+@triton.jit
+def nothing():
+    tl.debug_barrier()
+
+
+def interpret(self, pointers, addresses, values=(), blocks=()):
+    """What `Launch.__call__` has the device do."""
+    launched.append(self.kernel.fn.__name__)
+    aligned = [address % 16 == 0 for address in addresses]
+    self.first = getattr(self, "first", aligned)  # what a compiled kernel counts on
+    assert all(now or not then for now, then in zip(aligned, self.first)), "a stale alignment"
+    described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+    placed = [from_address(*one) for one in zip(pointers, addresses, strict=True)]
+    self.kernel[(self.grid,)](*described, *placed, *values, *self.tail)
+
+
+def from_address(tensor, address):
+    """The rest of the tensor's memory from there on."""
+    skipped, odd = divmod(address - tensor.data_ptr(), tensor.element_size())
+    left = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    assert odd == 0 <= skipped < left, "an address outside its tensor"
+    return tensor.as_strided((left - skipped,), (1,), tensor.storage_offset() + skipped)
+
+
+def stand_in_for_the_device():
+    torch._C._cuda_getDevice = lambda: -1
+    torch.cuda.is_current_stream_capturing = lambda: captured
+    mm = torch.mm  # which has no out_dtype on a CPU
+    torch.mm = lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype))
+    fused.has_kernel = lambda x, weight: 1 in weight.stride()
+    fused.is_hopper = lambda device: True
+    kernels.gdc_wait = kernels.gdc_launch_dependents = nothing
+    Launch.__call__ = interpret
+
+
+def lead(*shape):
+    return lambda fan_in: torch.randn(*shape, fan_in).half()
+
+
+INPUTS = {
+    "rows": lead(70),
+    "one row": lead(1),
+    "many rows": lead(640),
+    "a batch": lead(2, 3, 20),
+    "padded rows": lambda k: lead(2, 33)(2 * k)[..., :k],
+    "every other batch": lambda k: lead(4, 33)(k)[::2],
+    "a single column": lambda k: torch.randn(1, 7).half().t(),
+    "NCHW": lambda k: torch.randn(3, k, 49).half().transpose(1, 2),
+    "NCHW, even": lambda k: torch.randn(2, k, 128).half().transpose(1, 2),
+    "NCHW, one": lambda k: torch.randn(1, k, 128).half().transpose(1, 2),
+    "NCHW, pooled": lambda k: torch.randn(2, k, 128).half().transpose(1, 2),
+    "NHWC": lead(2, 128),
+    "a vector": lead(),
+}
+BOTH = (True, True)
+LAYERS = [  # input, in, out, rank, transposed weight, wanted gradients: input, factors
+    ("rows", 64, 48, 4, False, BOTH),
+    ("one row", 1, 1, 1, False, BOTH),
+    ("a batch", 40, 136, 17, False, BOTH),
+    ("many rows", 256, 272, 16, False, BOTH),
+    ("rows", 317, 211, 5, True, BOTH),
+    ("a batch", 64, 64, 64, False, BOTH),
+    ("rows", 96, 64, 100, False, BOTH),
+    ("padded rows", 64, 32, 3, False, BOTH),
+    ("every other batch", 64, 32, 3, False, BOTH),
+    ("a single column", 1, 48, 4, False, BOTH),
+    ("NCHW", 33, 20, 3, False, BOTH),
+    ("NCHW, even", 64, 32, 3, False, BOTH),
+    ("NCHW, one", 64, 48, 4, False, BOTH),
+    ("NCHW, pooled", 64, 32, 3, False, BOTH),
+    ("NHWC", 64, 32, 3, False, BOTH),
+    ("a vector", 64, 48, 100, False, BOTH),
+    ("NCHW", 33, 20, 100, False, BOTH),
+    ("rows", 64, 48, 4, False, (True, False)),
+    ("rows", 64, 48, 4, False, (False, True)),
+    ("rows", 96, 64, 100, False, (True, False)),
+]
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def layer(name, fan_in, out, r, transposed, wanted):
+    """Errors of everything that one layer computes, and the kernels that ran."""
+    x, image = INPUTS[name](fan_in), name.startswith("N")
+    weight = (torch.randn(out, fan_in) / fan_in**0.5).half()
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias, a, b = torch.randn(out).half(), torch.randn(r, fan_in), torch.randn(out, r)
+    a, b, scale = a / fan_in**0.5, b / r**0.5, torch.tensor(0.7)
+    dy = torch.randn(*x.shape[:-1], out).half()
+    dy = dy[:, :1].expand_as(dy) if name == "NCHW, pooled" else dy
+    launched.clear()
+    y, kept = fused.forward(x, weight, bias, a, b, scale, 1.5, image)
+    got = [y, *fused.backward(dy, x, weight, kept, r, scale, 1.5, *wanted, image)]
+    moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
+    again = fused.backward(dy, x, weight, moved, r, scale, 1.5, *wanted, image)
+    assert all(p is q or torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    total = weight.double() + 1.5 * scale.double() * leaves[2] @ leaves[1]
+    want_y = leaves[0] @ total.T + bias.double()
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
+    if image:
+        assert y[0].stride(0) == x.stride(1) == 1 or y.is_contiguous() and x.is_contiguous()
+        assert got[1] is None or got[1].stride() == x.stride()
+    else:
+        assert y.is_contiguous()
+    named = zip(("y", "x", "A", "B"), got, want)
+    return {key: error(mine, true) for key, mine, true in named if mine is not None}
+
+
+KERNELS = [  # a convolution's weight and rank
+    ((5, 3, 3, 3), 4),
+    ((40, 64, 3, 3), 8),
+    ((8, 16, 3, 1), 9),
+    ((7, 4, 5), 3),
+    ((6, 5, 2, 3, 4), 2),
+]
+
+
+def join(shape, r, last):
+    """Errors of the joined kernels."""
+    weight, formats = torch.randn(shape).half(), {4: torch.channels_last, 5: torch.channels_last_3d}
+    if last:
+        weight = weight.to(memory_format=formats[len(shape)])
+    a, b, scale = torch.randn(r, weight[0].numel()), torch.randn(r, shape[0]).t(), torch.tensor(0.7)
+    both, down, up = joined.join(weight, a, b, scale, False)
+    (tall,) = joined.join(weight, a, b, scale, True)
+    out, inner, *kernel = shape
+    update = torch.zeros(out, both.shape[1] - inner, *kernel)
+    update[(slice(None), slice(r), *(k // 2 for k in kernel))] = 0.7 * b
+    below = torch.zeros(len(tall) - out, inner, *kernel)
+    below[:r] = a.reshape(r, inner, *kernel)
+    one = torch.zeros(out, up.shape[1], *[1] * len(kernel))
+    one[:, :r] = (0.7 * b).reshape(out, r, *[1] * len(kernel))
+    for result in (both, down, tall):
+        assert result.is_contiguous(
+            memory_format=formats[len(shape)] if last else torch.contiguous_format
+        )
+    pairs = {
+        "joined": (both, torch.cat([weight, update.half()], 1)),
+        "down": (down, below[: len(down)].half()),
+        "up": (up, one.half()),
+        "tall": (tall, torch.cat([weight, below.half()])),
+    }
+    return {key: error(mine, true.double()) for key, (mine, true) in pairs.items()}
+
+
+def main():
+    global captured
+    stand_in_for_the_device()
+    warnings.simplefilter("error")
+    results = {}
+    for captured in (False, True):
+        for case in LAYERS:
+            torch.manual_seed(0)
+            errors = layer(*case)
+            results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
+    for shape, r in KERNELS:
+        for last in (False, True):
+            if len(shape) > 3 or not last:
+                torch.manual_seed(0)
+                results[f"{shape}, {r}, {'last' if last else 'first'}"] = join(shape, r, last), []
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

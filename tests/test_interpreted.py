@@ -1,0 +1,51 @@
+"""The 16-bit CUDA kernels without CUDA, in Triton's interpreter; see `interpreted`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+EPS = 2**-10  # of float16
+
+
+@pytest.fixture(scope="module")
+def results():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_layer_is_right_to_one_rounding(results):
+    layers = {name: errors for name, (errors, ran) in results.items() if ran}
+    assert len(layers) == 40
+    wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all({"y"} < errors.keys() for errors in layers.values())
+
+
+def test_the_layers_ran_every_way(results):
+    ways = {tuple(ran) for _, ran in results.values() if ran}
+    assert ways == {
+        ("forward", "backward", "backward"),
+        ("forward", "project", "backward", "project", "backward"),
+        ("forward", "project", "product", "project", "product"),
+        ("pack", "project", "product", "project", "backward", "project", "backward"),
+        ("pack", "project", "product", "project", "product", "project", "product"),
+        ("pack", "product", "product", "product"),
+    }
+
+
+def test_the_joined_kernels_are_exact(results):
+    exact = {name: errors for name, (errors, ran) in results.items() if not ran}
+    assert len(exact) == 9
+    assert not {name: errors for name, errors in exact.items() if max(errors.values()) > 0}
