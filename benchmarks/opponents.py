@@ -31,6 +31,25 @@ class Way(NamedTuple):
     B: Optional[nn.Parameter] = None
 
 
+class Bound(torch.autograd.Function):
+    """The least that training an update in Python takes: an autograd function for each layer that
+    keeps its input and reserves the factors' gradients. It computes no update at all."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B):
+        ctx.save_for_backward(x, weight, A, B)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _, weight, A, B = ctx.saved_tensors
+        return dy @ weight, None, None, torch.empty_like(A), torch.empty_like(B)
+
+
+def bound(m: "Adapted", x: Tensor) -> Tensor:
+    return Bound.apply(x, m.layer.weight, m.layer.bias, m.A, m.B)
+
+
 def twin(layer: nn.Module) -> nn.Module:
     """A second layer on the same tensors."""
     return copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
@@ -183,8 +202,8 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
     """A whole model adapted one way in place.
 
     Args:
-        way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16`` or
-            ``paramlora``.
+        way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16``,
+            ``paramlora``, or ``bound``, which no update can be below.
         entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
@@ -193,7 +212,7 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
     if way.startswith("peft"):
         return adapt_peft(model, entries, r, masters=way == "peft")
     model.requires_grad_(False)
-    formulas = {"dense": dense, "original": original, "loralib": loralib}
+    formulas = {"dense": dense, "original": original, "loralib": loralib, "bound": bound}
     if way in formulas:
         _wrap(model, entries, r, formulas[way])
     return model
@@ -228,7 +247,7 @@ def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula) -> Non
         weight = layer.weight
         low = weight.dtype.itemsize <= 2
         A = torch.randn(r, weight[0].numel(), device=weight.device) / r
-        dtype = torch.float32 if low and formula is dense else weight.dtype
+        dtype = torch.float32 if low and formula in (dense, bound) else weight.dtype
         wrapped = Adapted(layer, A, A.new_zeros(len(weight), r), formula, dtype)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, wrapped)

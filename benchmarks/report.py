@@ -158,6 +158,7 @@ def memory_plot(content: Content) -> Any:
     cases, series = _series(rows, "peak_mib")
     figure, axes = _axes("Peak memory of a training step", "MiB")
     _bars(axes, cases, series)
+    axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
     return figure
 
 
