@@ -68,26 +68,20 @@ def convolution(
     device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-    shape, size = weight.shape, weight.numel()
-    conv = CONVOLUTIONS[len(shape) - 3]
+    shape, size, compiling = weight.shape, weight.numel(), is_compiling()
+    conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
     tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
-    dense = (
-        x.dtype.itemsize > 2  # a branch repeats its first kernel for every group
-        if groups > 1
-        else denser(tokens, size // shape[0], shape[0], x.dtype)
-    )
-    compiling, operands = is_compiling(), (weight, bias, lora_A, lora_B, scale)
-    if dense:
+    where = (stride, padding, dilation, groups)
+    # a branch repeats its first kernel for every group
+    if x.dtype.itemsize > 2 and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
         if compiling or x.is_cpu and tokens * size < SMALL:
             up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
-            kernel = _kernel(weight, up, down)
-            return conv(x, kernel, bias, stride, padding, dilation, groups)
-        return applied(_Convolution, x, *operands, stride, padding, dilation, groups)
-    where = (stride, padding, dilation, groups)
+            return conv(x, _kernel(weight, up, down), bias, *where)
+        return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
     if groups == 1 and x.dtype.itemsize == 2 and not compiling:
         if _is_pointwise(x, weight, where):
             return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-        return applied(_Joined, x, *operands, stride, padding, dilation)
+        return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
     y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
         delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(shape)
