@@ -175,15 +175,15 @@ class _Joined(torch.autograd.Function):
         wanted = (needs[0] or needs[3], needs[4] or needs[5], False)
         v, product, _ = _backward(dy, t, up, one, wanted)
         dx = da = db = dscale = dweight = dbias = None
-        if v is not None:
+        if needs[0] and v is not None:
             tall = _tall(weight, a, b, scale)
-            if needs[0]:
-                both = _beside(dy, v, len(tall))
-                dx, _, _ = _backward(both, x, tall, where, (True, False, False))
-            if needs[3]:
-                down = tall[len(weight) : len(weight) + v.shape[1]]
-                _, first, _ = _backward(v, x, down, where, (False, True, False))
-                da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
+            both = _beside(dy, v, len(tall))
+            dx, _, _ = _backward(both, x, tall, where, (True, False, False))
+        if needs[3] and v is not None:
+            # of A's kernel its shape alone counts here
+            down = weight.new_empty((v.shape[1], *weight.shape[1:]))
+            _, first, _ = _backward(v, x, down, where, (False, True, False))
+            da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
         if product is not None:
             product = product.flatten(1)[:, : len(a)]
             db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])

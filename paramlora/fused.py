@@ -216,10 +216,8 @@ def forward(
     if plan is None:
         return None
     if type(plan) is _Copy:
-        x, bias = (
-            x.contiguous() if plan.left else x,
-            bias.contiguous() if bias is not None else None,
-        )
+        x = x.contiguous() if plan.left else x
+        bias = bias.contiguous() if plan.right and bias is not None else bias
         return forward(x, weight, bias, a, b, scale, strength, image)
     return plan(x, weight, bias, a, b, scale, strength, (px, pw, pa, pb, ps, pbias))  # type: ignore[no-any-return]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paramlora import kernels
 from paramlora.launch import Launch, bound
-from paramlora.served import padded
+from paramlora.served import factors_fit, padded
 
 
 class _Join:
@@ -43,7 +43,7 @@ class _Join:
             # Triton, which knows that length, takes it element by element
             more = 3 * results
             addresses += (addresses[4] + self.down, addresses[4])
-        self.launch((*tensors, *more), tuple(addresses), (1.0,))
+        self.launch((*tensors, *more), tuple(addresses))
         return results
 
 
@@ -104,9 +104,7 @@ def join(
 
 
 def _plan_join(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, tall: bool) -> Optional[_Join]:
-    devices = {weight.get_device(), a.get_device(), b.get_device(), scale.get_device()}
-    sizes = (len(a), a.shape[1], *b.shape) == (len(a), weight[0].numel(), len(weight), len(a))
-    if len(devices) > 1 or not sizes or not weight.numel():
+    if not factors_fit(weight, a, b, scale):
         return None
     if weight.is_contiguous():
         return _Join(weight, a, b, False, tall)

@@ -429,7 +429,7 @@ def _inner(at, channels, positions, LAST: tl.constexpr):
 
 @triton.jit
 def _join_row(
-    weight, b, scale, joined, up, strength, row, at,
+    weight, b, scale, joined, up, row, at,
     inner, added, positions, r, R, middle, b_dim, b_rank,
     LAST: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -441,7 +441,7 @@ def _join_row(
     source = weight + tl.cast(row, tl.int64) * inner * positions + inside
     value = tl.load(source, mask=here & (rank < 0), other=0.0)
     if RANKS > 0:
-        factor = strength * tl.load(scale).to(tl.float32)
+        factor = tl.load(scale).to(tl.float32)
         update = here & (rank >= 0) & (rank < r) & (position == middle)
         more = tl.load(b + row * b_dim + rank * b_rank, mask=update, other=0.0)
         value = (value.to(tl.float32) + factor * more).to(value.dtype)
@@ -465,7 +465,7 @@ def _join_rank(
 
 @triton.jit(do_not_specialize=["r", "middle"])
 def join(
-    weight, a, b, scale, joined, down, up, strength,
+    weight, a, b, scale, joined, down, up,
     out, inner, added, positions, r, R, middle, a_rank, a_in, b_dim, b_rank,
     LAST: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -482,7 +482,7 @@ def join(
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     if row < out:
         _join_row(
-            weight, b, scale, joined, up, strength, row, at,
+            weight, b, scale, joined, up, row, at,
             inner, added, positions, r, R, middle, b_dim, b_rank, LAST, RANKS,
         )  # fmt: skip
     else:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.served import SIXTEEN, kept_size, serves
+from paramlora.served import kept_size, served
 
 _Maybe = Optional[Tensor]
 
@@ -25,7 +25,7 @@ def forward(
 
     `image`: x is ``[batch, P, in]``, y lies in memory as it does.
     """
-    if x.dtype not in SIXTEEN or not (x.is_cuda and serves(x.get_device())):
+    if not served(x):
         return None
     from paramlora import fused
 
@@ -68,7 +68,7 @@ def join(
     weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, tall: bool
 ) -> Optional[tuple[Tensor, ...]]:
     """The kernels of a convolution and its update, see `joined.join`, or None."""
-    if weight.dtype not in SIXTEEN or not (weight.is_cuda and serves(weight.get_device())):
+    if not served(weight):
         return None
     from paramlora import joined
 

@@ -5,18 +5,22 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-SIXTEEN = (torch.bfloat16, torch.float16)
+_SIXTEEN = (torch.bfloat16, torch.float16)
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
 _SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve this product: 16 bits, on a device of 8.0 or later, with Triton,
-    and the weight's rows or columns contiguous."""
-    if not (x.is_cuda and x.dtype in SIXTEEN and weight.dtype == x.dtype):
-        return False
-    return serves(x.get_device()) and 1 in weight.stride()
+    """Whether the kernels serve this product: x is `served`, and the weight of its type has
+    contiguous rows or columns."""
+    return weight.dtype == x.dtype and served(x) and 1 in weight.stride()
+
+
+def served(x: Tensor) -> bool:
+    """Whether the kernels serve tensors such as this: 16 bits, on a device of 8.0 or later, with
+    Triton."""
+    return x.is_cuda and x.dtype in _SIXTEEN and _serves(x.get_device())
 
 
 def fits(
@@ -25,17 +29,22 @@ def fits(
     """Whether the operands are what they should be, on one device: the kernels get bare addresses.
     Others are left to torch, which says what is wrong with them."""
     (out, fan_in), device = weight.shape, x.get_device()
-    if x.shape[-1] != fan_in or a.shape[1] != fan_in or b.shape != (out, a.shape[0]):
-        return False
-    if scale.numel() != 1 or not weight.numel():
+    if x.shape[-1] != fan_in or weight.get_device() != device:
         return False
     if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
         return False
-    others = (weight.get_device(), a.get_device(), b.get_device(), scale.get_device())
-    return others == (device, device, device, device)
+    return factors_fit(weight, a, b, scale)
 
 
-def serves(device: int) -> bool:
+def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """The same of an update's own operands, for a weight ``[out, ...]`` that is not empty."""
+    out, size, device = weight.shape[0], weight.numel(), weight.get_device()
+    if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
+        return False
+    return (a.get_device(), b.get_device(), scale.get_device()) == (device, device, device)
+
+
+def _serves(device: int) -> bool:
     if device not in _SERVED:
         _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
     return _SERVED[device]
@@ -43,7 +52,7 @@ def serves(device: int) -> bool:
 
 # What torch.compiler.assume_constant_result sets, without the import of the compiler: a dictionary
 # that is filled while it traces would have it compile everything a second time.
-serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _importable() -> bool:
