@@ -17,7 +17,7 @@ from paramlora.functional import (
     differentiable,
     pointwise,
 )
-from paramlora.operators import gradient_of_second, join, scaled_down
+from paramlora.operators import convolved, convolved_backward, gradient_of_second, scaled_down
 from paramlora.served import has_kernel
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -154,49 +154,66 @@ class _Joined(torch.autograd.Function):
         *where: Any,
     ) -> Tensor:
         ctx.where = where
+        result = convolved(x, weight, bias, a, b, scale, where)
+        ctx.kernel = result is not None
+        if result is not None:
+            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
+            return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
         ctx.save_for_backward(x, weight, bias, a, b, scale, t, up)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is None:
             return conv(x, weight, bias, *where) + conv(t, up)
-        return conv(_beside(x, more, both.shape[1]), both, bias, *where)
+        return conv(torch.cat([x, more], 1), both, bias, *where)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, t, up = ctx.saved_tensors
-        needs, where, n = ctx.needs_input_grad, (*ctx.where, 1), weight.dim() - 2
+        x, weight, bias, a, b, scale, *kept = ctx.saved_tensors
+        needs, where = ctx.needs_input_grad, (*ctx.where, 1)
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[n - 1](x, weight, bias, *where)
+            y = CONVOLUTIONS[weight.dim() - 3](x, weight, bias, *where)
             y = y + branch(x, weight.shape, a, b * scale, *where)
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        one = ((1,) * n, (0,) * n, (1,) * n, 1)
-        wanted = (needs[0] or needs[3], needs[4] or needs[5], False)
-        v, product, _ = _backward(dy, t, up, one, wanted)
-        dx = da = db = dscale = dweight = dbias = None
-        if needs[0] and v is not None:
-            tall = _tall(weight, a, b, scale)
-            both = _beside(dy, v, len(tall))
-            dx, _, _ = _backward(both, x, tall, where, (True, False, False))
-        if needs[3] and v is not None:
-            # of A's kernel its shape alone counts here
-            down = weight.new_empty((v.shape[1], *weight.shape[1:]))
-            _, first, _ = _backward(v, x, down, where, (False, True, False))
-            da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
-        if product is not None:
-            product = product.flatten(1)[:, : len(a)]
-            db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
+        if ctx.kernel:
+            grads = convolved_backward(dy, x, weight, a, b, scale, kept[0], wanted, ctx.where)
+        else:
+            grads = _gradients(dy, x, weight, a, b, scale, kept[0], kept[1], wanted, where)
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
-        return (dx, dweight, dbias, da, db, dscale, *none)
+        return (grads[0], dweight, dbias, *grads[1:], *none)
 
 
-def _beside(x: Tensor, more: Tensor, channels: int) -> Tensor:
-    """Both in so many channels, the last of which are zeros."""
-    left = channels - x.shape[1] - more.shape[1]
-    zeros = [x.new_zeros((len(x), left, *x.shape[2:]))] if left else []
-    return torch.cat([x, more, *zeros], 1)
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    up: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[Any, ...],
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    n, dx, da, db, dscale = weight.dim() - 2, None, None, None, None
+    one = ((1,) * n, (0,) * n, (1,) * n, 1)
+    masks = (wanted[0] or wanted[1], wanted[2] or wanted[3], False)
+    v, product, _ = _backward(dy, t, up, one, masks)
+    down = _down(weight, a)
+    if wanted[0] and v is not None:
+        tall = torch.cat([weight, down], 0)
+        dx, _, _ = _backward(torch.cat([dy, v], 1), x, tall, where, (True, False, False))
+    if wanted[1] and v is not None:
+        _, first, _ = _backward(v, x, down, where, (False, True, False))
+        da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
+    if product is not None:
+        product = product.flatten(1)[:, : len(a)]
+        db, dscale = gradient_of_second(product, b, scale, 1.0, wanted[3])
+    return dx, da, db, dscale
 
 
 def _at_the_middle(
@@ -223,12 +240,7 @@ def _at_the_middle(
 
 def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels of both, joined, and those of the update alone, in the weight's type, their rank
-    padded with zeros to a multiple of the 8 channels that tensor cores take; in the joined one more
-    may follow."""
-    ready = join(weight, a, b, scale, False)
-    if ready is not None:
-        both, down, up = ready
-        return both, down, up
+    padded with zeros to a multiple of the 8 channels that tensor cores take."""
     up, kernel = F.pad((b * scale).to(weight.dtype), (0, -len(a) % 8)), weight.shape[2:]
     up = up.reshape(*up.shape, *[1] * len(kernel))
     around = [size for k in reversed(kernel) for size in (k // 2, k - 1 - k // 2)]
@@ -238,12 +250,6 @@ def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tenso
 def _down(weight: Tensor, a: Tensor) -> Tensor:
     down = F.pad(a.to(weight.dtype), (0, 0, 0, -len(a) % 8))
     return down.reshape(len(down), *weight.shape[1:])
-
-
-def _tall(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """The layer's kernel above A's, ``[C_out + R, C_in, *kernel]``, or more zeros."""
-    ready = join(weight, a, b, scale, True)
-    return torch.cat([weight, _down(weight, a)], 0) if ready is None else ready[0]
 
 
 class _Convolution(torch.autograd.Function):

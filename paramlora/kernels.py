@@ -26,8 +26,6 @@ start, so that the positions of an image are rows without a copy, whatever its m
 `kept` goes from a forward to its backwards: ``A[R, in]``, ``scale · B.T[R, out]``, ``u[M, R]``,
 the count of each block of gradients, and the forward's signals. `paramlora.tiles` chooses the
 tiles.
-
-`join` prepares the kernels of a convolution.
 """
 
 import triton
@@ -236,14 +234,35 @@ def _store_gradients(
 
 
 @triton.jit
+def store_sums(
+    acc, rd, valid, part, count, group, groups, da, db, scale, strength, fan_in, out, r,
+    SCALED: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Rows `rd` of the factors' gradients, of which `acc` is what one of the groups has summed: the
+    last group to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
+    if groups == 1:
+        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+    else:
+        where = part + rd[:, None].to(tl.int64) * R + tl.arange(0, R)[None, :]
+        whole = tl.cast(fan_in + out, tl.int64) * R
+        tl.store(where + group * whole, acc, mask=valid[:, None])
+        tl.debug_barrier()  # all of the program's sums are stored
+        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
+            tl.store(count, 0)
+            acc = tl.zeros((DEEP, R), tl.float32)
+            for other in range(groups):
+                acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
+            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+
+
+@triton.jit
 def _gradients(
     dy, x, v, u, part, da, db, scale, strength, signals, number, counts, program,
     M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
-    to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
+    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows."""
     block, group = program // groups, program % groups
     count = counts + block
     blocks = tl.cdiv(fan_in, DEEP)
@@ -274,19 +293,10 @@ def _gradients(
         acc = tl.dot(left, right, acc)
     rd += tl.where(inner, 0, fan_in)
     valid = rd < tl.where(inner, fan_in, fan_in + out)
-    if groups == 1:
-        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
-    else:
-        where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
-        whole = tl.cast(fan_in + out, tl.int64) * R
-        tl.store(where + group * whole, acc, mask=valid[:, None])
-        tl.debug_barrier()  # all of the program's sums are stored
-        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
-            tl.store(count, 0)
-            acc = tl.zeros((DEEP, R), tl.float32)
-            for other in range(groups):
-                acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
-            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+    store_sums(
+        acc, rd, valid, part, count, group, groups, da, db, scale, strength, fan_in, out, r,
+        SCALED, R,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -416,74 +426,3 @@ def backward(
             M, N, K, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
             LOCAL, EARLY, SCALED, EVEN, R, BM, GM,
         )  # fmt: skip
-
-
-@triton.jit
-def _inner(at, channels, positions, LAST: tl.constexpr):
-    """Channel and position of the elements `at` of a kernel's row."""
-    if LAST:
-        return at % channels, at // channels
-    else:
-        return at // positions, at % positions
-
-
-@triton.jit
-def _join_row(
-    weight, b, scale, joined, up, row, at,
-    inner, added, positions, r, R, middle, b_dim, b_rank,
-    LAST: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """A row of the weight, where `RANKS` with the added channels and the row of `up`."""
-    channels = inner + added
-    channel, position = _inner(at, channels, positions, LAST)
-    rank, here = channel - inner, at < channels * positions
-    inside = position * inner + channel if LAST else at
-    source = weight + tl.cast(row, tl.int64) * inner * positions + inside
-    value = tl.load(source, mask=here & (rank < 0), other=0.0)
-    if RANKS > 0:
-        factor = tl.load(scale).to(tl.float32)
-        update = here & (rank >= 0) & (rank < r) & (position == middle)
-        more = tl.load(b + row * b_dim + rank * b_rank, mask=update, other=0.0)
-        value = (value.to(tl.float32) + factor * more).to(value.dtype)
-        rr = tl.arange(0, RANKS)
-        whole = factor * tl.load(b + row * b_dim + rr * b_rank, mask=rr < r, other=0.0)
-        tl.store(up + row * R + rr, whole.to(up.dtype.element_ty), mask=rr < R)
-    tl.store(joined + tl.cast(row, tl.int64) * channels * positions + at, value, mask=here)
-
-
-@triton.jit
-def _join_rank(
-    a, down, rank, at, inner, positions, r, a_rank, a_in, LAST: tl.constexpr
-):  # fmt: skip
-    channel, position = _inner(at, inner, positions, LAST)
-    here = at < inner * positions
-    source = a + rank * a_rank + (channel * positions + position) * a_in
-    value = tl.load(source, mask=here & (rank < r), other=0.0)
-    target = down + tl.cast(rank, tl.int64) * inner * positions + at
-    tl.store(target, value.to(down.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=["r", "middle"])
-def join(
-    weight, a, b, scale, joined, down, up,
-    out, inner, added, positions, r, R, middle, a_rank, a_in, b_dim, b_rank,
-    LAST: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A convolution's kernel with that of its update; channels are the last in memory where `LAST`,
-    also the weight's.
-
-    Where `RANKS`, a power of two of at least R, ``joined[out, inner + added, positions]`` holds
-    ``scale · b`` at the `middle` position of the channels that are added, and ``down[R, inner,
-    positions]`` and ``up[out, R]`` are the factors alone; else nothing is added, and joined and
-    what follows it in memory, down, are ``[weight; a; 0]``.
-    """
-    blocks = tl.cdiv((inner + added) * positions, BLOCK)
-    row = tl.program_id(0) // blocks
-    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    if row < out:
-        _join_row(
-            weight, b, scale, joined, up, row, at,
-            inner, added, positions, r, R, middle, b_dim, b_rank, LAST, RANKS,
-        )  # fmt: skip
-    else:
-        _join_rank(a, down, row - out, at, inner, positions, r, a_rank, a_in, LAST)

@@ -1,6 +1,7 @@
 """16-bit CUDA: the way to the kernels, eagerly and as custom operators that compilers and export
 see whole; and what they share with other devices."""
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -64,15 +65,47 @@ def backward(
     return dx, da, db, dscale
 
 
-def join(
-    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, tall: bool
-) -> Optional[tuple[Tensor, ...]]:
-    """The kernels of a convolution and its update, see `joined.join`, or None."""
-    if not served(weight):
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    where: tuple[tuple[int, ...], ...],
+) -> Optional[tuple[Tensor, Tensor]]:
+    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `where`: stride,
+    padding and dilation."""
+    if not served(x):
         return None
     from paramlora import joined
 
-    return joined.join(weight, a, b, scale, tall)
+    return joined.forward(x, weight, bias, a, b, scale, where)
+
+
+def convolved_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    kept: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[tuple[int, ...], ...],
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A, B and the scale that are `wanted`."""
+    if not any(wanted):
+        return None, None, None, None
+    from paramlora import joined
+
+    input_too, a_too, _, scale_too = wanted
+    inside = None if scale_too else scale
+    dx, da, db = joined.backward(dy, x, weight, a, kept, inside, input_too, a_too, where)
+    dscale = None
+    if scale_too:
+        db, dscale = gradient_of_second(db, b, scale, 1.0, True)
+    return dx, None if da is None else da.to(a.dtype), db.to(b.dtype), dscale
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

@@ -133,41 +133,46 @@ def layer(name, fan_in, out, r, transposed, wanted):
     return {key: error(mine, true) for key, mine, true in named if mine is not None}
 
 
-KERNELS = [  # a convolution's weight and rank
-    ((5, 3, 3, 3), 4),
-    ((40, 64, 3, 3), 8),
-    ((8, 16, 3, 1), 9),
-    ((7, 4, 5), 3),
-    ((6, 5, 2, 3, 4), 2),
+CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation
+    ((2, 9, 9), (20, 33, 3, 3), 4, 1, 1, 1),
+    ((2, 16, 16), (130, 64, 3, 3), 8, 1, 1, 1),
+    ((1, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1),
+    ((3, 7, 5), (6, 5, 5, 3), 17, 1, (2, 2), (1, 2)),
+    ((2, 8, 8), (7, 300, 2, 2), 40, 2, 0, 1),
+    ((1, 4, 4), (1, 1, 1, 1), 1, 2, 0, 1),
+    ((3, 40), (7, 4, 5), 3, 2, 2, 1),
+    ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1),
 ]
 
 
-def join(shape, r, last):
-    """Errors of the joined kernels."""
-    weight, formats = torch.randn(shape).half(), {4: torch.channels_last, 5: torch.channels_last_3d}
-    if last:
-        weight = weight.to(memory_format=formats[len(shape)])
-    a, b, scale = torch.randn(r, weight[0].numel()), torch.randn(r, shape[0]).t(), torch.tensor(0.7)
-    both, down, up = joined.join(weight, a, b, scale, False)
-    (tall,) = joined.join(weight, a, b, scale, True)
-    out, inner, *kernel = shape
-    update = torch.zeros(out, both.shape[1] - inner, *kernel)
-    update[(slice(None), slice(r), *(k // 2 for k in kernel))] = 0.7 * b
-    below = torch.zeros(len(tall) - out, inner, *kernel)
-    below[:r] = a.reshape(r, inner, *kernel)
-    one = torch.zeros(out, up.shape[1], *[1] * len(kernel))
-    one[:, :r] = (0.7 * b).reshape(out, r, *[1] * len(kernel))
-    for result in (both, down, tall):
-        assert result.is_contiguous(
-            memory_format=formats[len(shape)] if last else torch.contiguous_format
-        )
-    pairs = {
-        "joined": (both, torch.cat([weight, update.half()], 1)),
-        "down": (down, below[: len(down)].half()),
-        "up": (up, one.half()),
-        "tall": (tall, torch.cat([weight, below.half()])),
-    }
-    return {key: error(mine, true.double()) for key, (mine, true) in pairs.items()}
+def convolution(sizes, shape, r, stride, padding, dilation, last):
+    """Errors of everything that one convolution computes; None where it is not served."""
+    (batch, *sizes), (out, inner, *kernel) = sizes, shape
+    n, formats = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
+    where = tuple((v,) * n if isinstance(v, int) else v for v in (stride, padding, dilation))
+    x = torch.randn(batch, inner, *sizes).half()
+    fan_in = inner * torch.Size(kernel).numel()
+    weight = (torch.randn(shape) / fan_in**0.5).half()
+    x = x.to(memory_format=formats[n]) if "x" in last else x
+    weight = weight.to(memory_format=formats[n]) if "w" in last else weight
+    bias, a = torch.randn(out).half(), torch.randn(r, fan_in) / fan_in**0.5
+    b, scale = torch.randn(r, out).t() / r**0.5, torch.tensor(0.7)
+    launched.clear()
+    y, kept = joined.forward(x, weight, bias, a, b, scale, where)
+    dy = torch.randn(y.shape).half()
+    dy = dy.to(memory_format=formats[n]) if "y" in last else dy
+    dy = dy[:, :1].expand_as(dy) if "e" in last else dy
+    got = [y, *joined.backward(dy, x, weight, a, kept, scale, True, True, where)]
+    moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
+    again = joined.backward(dy, x, weight, a, moved, scale, False, True, where)
+    assert again[0] is None
+    assert all(torch.equal(p, q) for p, q in zip(got[2:], again[1:])), "not twice the same"
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    total = weight.double() + (scale.double() * leaves[2] @ leaves[1]).reshape(shape)
+    conv = getattr(torch.nn.functional, f"conv{n}d")
+    want_y = conv(leaves[0], total, bias.double(), *where)
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
+    return {key: error(*pair) for key, *pair in zip(("y", "x", "A", "B"), got, want)}
 
 
 def main():
@@ -180,11 +185,12 @@ def main():
             torch.manual_seed(0)
             errors = layer(*case)
             results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
-    for shape, r in KERNELS:
-        for last in (False, True):
-            if len(shape) > 3 or not last:
+    for convolved in CONVOLUTIONS:
+        for last in ("", "xwy", "e") if convolved[2] > 4 else ("", "x", "w", "y", "xwy"):
+            if len(convolved[1]) > 3 or not {*last} & {*"xwy"}:
                 torch.manual_seed(0)
-                results[f"{shape}, {r}, {'last' if last else 'first'}"] = join(shape, r, last), []
+                errors = convolution(*convolved, last)
+                results[f"{convolved}, last: {last}"] = errors, launched[:]
     json.dump(results, sys.stdout)
 
 

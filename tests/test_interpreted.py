@@ -26,15 +26,15 @@ def results():
 
 
 def test_every_layer_is_right_to_one_rounding(results):
-    layers = {name: errors for name, (errors, ran) in results.items() if ran}
-    assert len(layers) == 40
+    layers = {name: errors for name, (errors, _) in results.items()}
+    assert len(layers) == 40 + 28
     wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
     assert not wrong
     assert all({"y"} < errors.keys() for errors in layers.values())
 
 
 def test_the_layers_ran_every_way(results):
-    ways = {tuple(ran) for _, ran in results.values() if ran}
+    ways = {tuple(ran) for _, ran in results.values()}
     assert ways == {
         ("forward", "backward", "backward"),
         ("forward", "project", "backward", "project", "backward"),
@@ -42,10 +42,5 @@ def test_the_layers_ran_every_way(results):
         ("pack", "project", "product", "project", "backward", "project", "backward"),
         ("pack", "project", "product", "project", "product", "project", "product"),
         ("pack", "product", "product", "product"),
+        ("prepare", "beside", "spread", "spread"),
     }
-
-
-def test_the_joined_kernels_are_exact(results):
-    exact = {name: errors for name, (errors, ran) in results.items() if not ran}
-    assert len(exact) == 9
-    assert not {name: errors for name, errors in exact.items() if max(errors.values()) > 0}

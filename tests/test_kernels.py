@@ -275,43 +275,107 @@ def test_a_convolution_of_kernel_1_keeps_a_small_update():
     assert 0.99 < kept < 1.01, kept
 
 
-@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels last"))
-@pytest.mark.parametrize(
-    "shape, r",
-    [
-        ((5, 3, 3, 3), 4),
-        ((320, 70, 3, 3), 8),
-        ((8, 16, 3, 1), 9),
-        ((7, 4, 5), 3),
-        ((6, 5, 2, 3, 4), 2),
-    ],
-    ids=str,
-)
-def test_the_kernels_of_a_convolution_and_its_update_are_joined(shape, r, last):
-    if last and len(shape) == 3:
+CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation; served
+    ((8, 64, 64), (320, 320, 3, 3), 8, 1, 1, 1, True),
+    ((2, 8, 8), (640, 320, 3, 3), 32, 2, 1, 1, True),
+    ((2, 17, 9), (20, 33, 3, 3), 4, 1, 2, 2, True),
+    ((3, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1, True),
+    ((2, 8, 8), (7, 300, 2, 2), 64, 2, 0, 1, True),
+    ((3, 40), (7, 4, 5), 3, 2, 2, 1, True),
+    ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1, True),
+    ((2, 9, 9), (20, 33, 3, 3), 4, 1, 2, 1, False),  # a middle that meets the padding
+    ((2, 9, 9), (20, 33, 3, 3), 100, 1, 1, 1, False),  # a wide rank
+]
+
+
+@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_a_convolution_and_its_gradients(case, dtype, formats):
+    """In every memory format of x, the weight and dy, which may also be expanded."""
+    (batch, *sizes), (out, inner, *kernel), r, *where, served = case
+    n, last = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
+    if n == 1 and {*formats} & {*"xwy"}:
         pytest.skip("a signal has no such format")
     torch.manual_seed(0)
-    weight = torch.randn(shape, device="cuda").bfloat16()
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if last:
-        weight = weight.to(memory_format=formats[len(shape)])
-    a = torch.randn(r, weight[0].numel(), device="cuda")
-    b, scale = torch.randn(r, shape[0], device="cuda").t(), torch.tensor(0.7, device="cuda")
-    joined, down, up = joining.join(weight, a, b, scale, False)
-    (tall,) = joining.join(weight, a, b, scale, True)
-    out, inner, *kernel = shape
-    middle = tuple(k // 2 for k in kernel)
-    want = torch.zeros(out, r, *kernel, device="cuda")
-    want[(..., *middle)] = 0.7 * b
-    empty = torch.zeros(-r % 8, *down.shape[1:], device="cuda")
-    assert joined.shape == (out, joining.widened(inner, r + -r % 8), *kernel)
-    assert torch.equal(joined[:, :inner], weight)
-    assert torch.equal(joined[:, inner : inner + r], want.bfloat16())
-    assert torch.equal(down, torch.cat([a.reshape(r, inner, *kernel), empty]).bfloat16())
-    assert torch.equal(up[:, :r].flatten(1), (0.7 * b).bfloat16())
-    assert not joined[:, inner + r :].any() and not up[:, r:].any()
-    assert len(tall) == joining.widened(out, r + -r % 8) and up.shape[2:].numel() == 1
-    assert torch.equal(tall[: out + len(down)], torch.cat([weight, down]))
-    assert not tall[out + len(down) :].any()
-    for one in (joined, down, up, tall):
-        assert one.is_contiguous(memory_format=formats[len(shape)]) if last else one.is_contiguous()
+    stride, padding, dilation = (v if isinstance(v, tuple) else (v,) * n for v in where)
+    fan_in = inner * torch.Size(kernel).numel()
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    x, weight = random(batch, inner, *sizes), random(out, inner, *kernel) / fan_in**0.5
+    x, weight = (
+        t.to(dtype, memory_format=last[n] if f in formats else torch.contiguous_format)
+        for t, f in ((x, "x"), (weight, "w"))
+    )
+    bias, a, b = random(out).to(dtype), random(r, fan_in) / fan_in**0.5, random(r, out).t() / r**0.5
+    scale = torch.tensor(0.7, device="cuda")
+    taken = joining.forward(x, weight, bias, a, b, scale, (stride, padding, dilation))
+    assert (taken is not None) == served
+    leaves = [t.requires_grad_() for t in (x, weight, bias, a, b, scale)]
+    y = convolution(*leaves, stride, padding, dilation, 1)
+    dy = torch.randn_like(y)
+    dy = dy.to(memory_format=last[n]) if "y" in formats else dy
+    dy = dy[:, :1].expand_as(dy) if "e" in formats else dy
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(weight.shape)
+    conv = getattr(torch.nn.functional, f"conv{n}d")
+    want_y = conv(wide[0], total, wide[2], stride, padding, dilation)
+    want = torch.autograd.grad(want_y, wide, dy.double())
+    eps = torch.finfo(dtype).eps
+    assert (y.double() - want_y).norm() <= (eps if served else 2 * eps) * want_y.norm()
+    for subset in (range(6), (0, 3, 4), (3, 4), (0,), (4,)):
+        some = [leaves[i] for i in subset]
+        for i, mine in zip(subset, torch.autograd.grad(y, some, dy, retain_graph=True)):
+            assert mine.dtype == leaves[i].dtype
+            assert (mine.double() - want[i]).norm() <= 2 * eps * want[i].norm(), (subset, i)
+
+
+def test_a_convolution_keeps_a_small_update():
+    torch.manual_seed(0)
+    weight = torch.randn(320, 320, 3, 3, device="cuda", dtype=torch.bfloat16) / 54
+    a, b = torch.randn(8, 2880, device="cuda"), torch.randn(320, 8, device="cuda")
+    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
+    x = torch.randn(8, 320, 32, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    one, where = torch.ones((), device="cuda"), ((1, 1), (1, 1), (1, 1))
+    y = convolution(x, weight, None, a, b, one, *where, 1)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    delta, wide = (b @ a).double().reshape(weight.shape), x.detach().double().requires_grad_()
+    for mine, of in (
+        (y, lambda t: t),
+        (dx, lambda t: torch.autograd.grad(t, wide, dy.double())[0]),
+    ):
+        base, update = (
+            of(torch.nn.functional.conv2d(wide, w, None, *where)).detach()
+            for w in (weight.double(), delta)
+        )
+        kept = ((mine.double() - base) * update).sum() / update.square().sum()
+        assert 0.98 < kept < 1.02, kept
+
+
+def test_a_captured_convolution_is_the_eager_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 24
+    a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((8, 576), (64, 8)))
+    scale, dy = torch.ones((), device="cuda"), torch.randn_like(x)
+
+    def step():
+        y = convolution(x, weight, None, a, b, scale, (1, 1), (1, 1), (1, 1), 1)
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            eager = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        for one, two in zip(eager, captured):
+            assert torch.equal(one, two)
