@@ -68,20 +68,21 @@ def convolution(
     device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-    shape, size, compiling = weight.shape, weight.numel(), is_compiling()
+    where, compiling = (stride, padding, dilation, groups), is_compiling()
+    low = x.dtype.itemsize == 2
+    if low and groups == 1 and not compiling:
+        if _is_pointwise(x, weight, where):
+            return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
+        return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
+    shape, size = weight.shape, weight.numel()
     conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
     tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
-    where = (stride, padding, dilation, groups)
     # a branch repeats its first kernel for every group
-    if x.dtype.itemsize > 2 and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
+    if not low and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
         if compiling or x.is_cpu and tokens * size < SMALL:
             up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
             return conv(x, _kernel(weight, up, down), bias, *where)
         return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
-    if groups == 1 and x.dtype.itemsize == 2 and not compiling:
-        if _is_pointwise(x, weight, where):
-            return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-        return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
     y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
         delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(shape)
@@ -157,7 +158,7 @@ class _Joined(torch.autograd.Function):
         result = convolved(x, weight, bias, a, b, scale, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
+            ctx.save_for_backward(x, weight, bias, a, b, scale, *result[1:])
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
@@ -169,7 +170,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, *kept = ctx.saved_tensors
+        x, weight, bias, a, b, scale, t, kept = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, (*ctx.where, 1)
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
@@ -178,9 +179,10 @@ class _Joined(torch.autograd.Function):
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
         wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
         if ctx.kernel:
-            grads = convolved_backward(dy, x, weight, a, b, scale, kept[0], wanted, ctx.where)
+            kept = (t, kept)
+            grads = convolved_backward(dy, x, weight, a, b, scale, kept, wanted, ctx.where)
         else:
-            grads = _gradients(dy, x, weight, a, b, scale, kept[0], kept[1], wanted, where)
+            grads = _gradients(dy, x, weight, a, b, scale, t, kept, wanted, where)
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (grads[0], dweight, dbias, *grads[1:], *none)

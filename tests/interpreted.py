@@ -158,15 +158,20 @@ def convolution(sizes, shape, r, stride, padding, dilation, last):
     bias, a = torch.randn(out).half(), torch.randn(r, fan_in) / fan_in**0.5
     b, scale = torch.randn(r, out).t() / r**0.5, torch.tensor(0.7)
     launched.clear()
-    y, kept = joined.forward(x, weight, bias, a, b, scale, where)
+    y, t, kept = joined.forward(x, weight, bias, a, b, scale, where)
     dy = torch.randn(y.shape).half()
     dy = dy.to(memory_format=formats[n]) if "y" in last else dy
     dy = dy[:, :1].expand_as(dy) if "e" in last else dy
-    got = [y, *joined.backward(dy, x, weight, a, kept, scale, True, True, where)]
+    got = [y, *joined.backward(dy, x, weight, a, t, kept, scale, True, True, where)]
     moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
-    again = joined.backward(dy, x, weight, a, moved, scale, False, True, where)
-    assert again[0] is None
-    assert all(torch.equal(p, q) for p, q in zip(got[2:], again[1:])), "not twice the same"
+    t = t.contiguous()
+    alone = joined.backward(dy, x, weight, a, t, moved, scale, False, True, where)
+    other = joined.backward(dy, x, weight, a, t, moved, scale, True, False, where)
+    assert alone[0] is None and other[1] is None, "not wanted"
+    again = (other[0], alone[1], other[2])
+    assert all(torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
+    assert y.is_contiguous() or {*last} & {*"xw"}
+    assert got[1].is_contiguous() or not x.is_contiguous()
     leaves = [t.double().requires_grad_() for t in (x, a, b)]
     total = weight.double() + (scale.double() * leaves[2] @ leaves[1]).reshape(shape)
     conv = getattr(torch.nn.functional, f"conv{n}d")
@@ -186,7 +191,7 @@ def main():
             errors = layer(*case)
             results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
     for convolved in CONVOLUTIONS:
-        for last in ("", "xwy", "e") if convolved[2] > 4 else ("", "x", "w", "y", "xwy"):
+        for last in ("", "xwy", "e") if convolved[2] != 4 else ("", "x", "w", "y", "xwy"):
             if len(convolved[1]) > 3 or not {*last} & {*"xwy"}:
                 torch.manual_seed(0)
                 errors = convolution(*convolved, last)

@@ -329,7 +329,9 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
         some = [leaves[i] for i in subset]
         for i, mine in zip(subset, torch.autograd.grad(y, some, dy, retain_graph=True)):
             assert mine.dtype == leaves[i].dtype
-            assert (mine.double() - want[i]).norm() <= 2 * eps * want[i].norm(), (subset, i)
+            # the scale's is one sum, of terms that cancel
+            size = want[i].norm() if i < 5 else want[4].norm() * wide[4].norm() / wide[5]
+            assert (mine.double() - want[i]).norm() <= 2 * eps * size, (subset, i)
 
 
 def test_a_convolution_keeps_a_small_update():
