@@ -158,7 +158,7 @@ class _Joined(torch.autograd.Function):
         result = convolved(x, weight, bias, a, b, scale, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(x, weight, bias, a, b, scale, *result[1:])
+            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
@@ -170,7 +170,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, t, kept = ctx.saved_tensors
+        x, weight, bias, a, b, scale, *kept = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, (*ctx.where, 1)
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
@@ -179,10 +179,9 @@ class _Joined(torch.autograd.Function):
             return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
         wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
         if ctx.kernel:
-            kept = (t, kept)
-            grads = convolved_backward(dy, x, weight, a, b, scale, kept, wanted, ctx.where)
+            grads = convolved_backward(dy, x, weight, a, b, scale, kept[0], wanted, ctx.where)
         else:
-            grads = _gradients(dy, x, weight, a, b, scale, t, kept, wanted, where)
+            grads = _gradients(dy, x, weight, a, b, scale, kept[0], kept[1], wanted, where)
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (grads[0], dweight, dbias, *grads[1:], *none)

@@ -20,7 +20,7 @@ from paramlora.tiles import PROCESSORS, WIDEST
 _Maybe = Optional[Tensor]
 _Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_BLOCK = 1024  # elements of a weight's row in one program
+_BLOCK = 1024  # elements of a row of A in one program
 
 
 class _Image(NamedTuple):
@@ -124,43 +124,23 @@ def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
     return _power(channels, 128 if last else 64), _power(P, 32 if last else 64)
 
 
+def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
+    """The same of a weight."""
+    most = min(64, 1 << (positions - 1).bit_length())
+    return _power(channels, 1024 // most), most
+
+
 def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
     return batch * -(-channels // block[0]) * -(-P // block[1])
-
-
-class _Back(NamedTuple):
-    """The launch of `conv_kernels.back`, for an image and A's gradient or one of them."""
-
-    launch: Launch
-
-    def __call__(self, y: Tensor, result: Tensor, a_last: Tensor, da: Tensor) -> None:
-        tensors = (y, result, a_last, da)
-        self.launch(tensors, tuple(t.data_ptr() for t in tensors))
-
-
-def _back(
-    device: int, image: Optional[tuple[int, int, int]], weight: tuple[int, int, int]
-) -> Optional[_Back]:
-    """For ``[batch, channels, P]``, and r rows of so many channels and positions."""
-    batch, channels, P = image or (0, 1, 1)
-    r, inner, positions = weight
-    block = _copy_blocks(channels, P, False)
-    tiles = _copies(batch, channels, P, block)
-    grid = tiles + r * -(-inner * positions // _BLOCK)
-    numbers = (tiles, channels, P, inner, positions)
-    constants = (*block, _BLOCK)
-    return (
-        _Back(Launch(conv_kernels.back, device, grid, numbers, constants, 1, 4)) if grid else None
-    )
 
 
 class _Forward:
     """The plan of a forward: two convolutions between two or three launches."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, geometry: _Geometry
+        self, x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, geometry: _Geometry
     ) -> None:
-        (batch, inner), out, (r, _), R = x.shape[:2], len(weight), a.shape, padded(len(a))
+        (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
         P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(inner, R), x.get_device()
@@ -168,24 +148,26 @@ class _Forward:
         self.conv, self.where = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
         self.wide, self.t = _last((batch, channels, *sizes)), _last((batch, R, *outputs))
         self.joined, self.down = _last((out, channels, *kernel)), _last((R, channels, *kernel))
-        self.size = R * out + 2 * -(-out // DEEP)
-        factors, added = (*a.stride(), *b.stride()), channels - inner
-        block = _copy_blocks(channels, P, last)
-        numbers = (out, inner, added, positions, P, r, geometry.middle, *factors)
-        grid = (out + R) * -(-channels * positions // _BLOCK) + _copies(batch, channels, P, block)
-        constants: tuple[Any, ...] = (last, weight_last, R, *block, _BLOCK)
+        added, block = channels - inner, _copy_blocks(channels, P, last)
+        of_weight = _weight_blocks(channels, positions)
+        self.folded = bias is not None and added > r
+        numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
+        constants: tuple[Any, ...] = (self.folded, last, weight_last, R, *of_weight, *block)
+        grid = _copies(out + R, channels, positions, of_weight)
+        grid += _copies(batch, channels, P, block)
         self.prepare = Launch(conv_kernels.prepare, device, grid, numbers, constants, 1, 4)
-        flat = (1,) * (3 - len(sizes))
+        flat, BP = (1,) * (3 - len(sizes)), _power(P, 64)
         axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
-        numbers = (inner, added, P, PO, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
+        numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
-        BP = _power(P, 64)
-        constants = (same, R, BP)
-        self.put = Launch(conv_kernels.put, device, batch * -(-P // BP), numbers, constants, 1, 4)
-        self.y = _last((batch, out, *outputs))
-        self.result = _first((batch, out, *outputs[len(sizes) + 2 - x.dim() :]))
-        image = None if last or weight_last else (batch, out, PO)
-        self.back = _back(device, image, (0, 1, 1))
+        grid = batch * -(-P // BP)
+        constants = (self.folded, same, R, BP)
+        self.put = Launch(conv_kernels.put, device, grid, numbers, constants, 1, 4)
+        self.back: Optional[Launch] = None
+        if not (last or weight_last):
+            self.y = _last((batch, out, *outputs))
+            self.result = _first((batch, out, *outputs[len(sizes) + 2 - x.dim() :]))
+            self.back = _back(device, (batch, out, PO))
 
     def __call__(
         self,
@@ -196,20 +178,43 @@ class _Forward:
         b: Tensor,
         scale: Tensor,
         addresses: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        joined, down, kept = self.joined.new(x), self.down.new(x), x.new_empty(self.size)
-        wide = self.wide.new(x)
-        made = (wide, joined, down, kept)
-        places = tuple(t.data_ptr() for t in made)
-        self.prepare((x, weight, a, b, scale, *made), addresses + places)
+    ) -> tuple[Tensor, Tensor]:
+        wide, joined, down = self.wide.new(x), self.joined.new(x), self.down.new(x)
+        folded, left = (bias, None) if self.folded and bias is not None else (weight, bias)
+        made = (wide, joined, down)
+        places = (folded.data_ptr(), *(of.data_ptr() for of in made))
+        self.prepare((x, weight, a, b, scale, folded, *made), (*addresses, *places))
         t = self.t.of(self.conv(wide, down, None, *self.where))
-        self.put((t, wide), (t.data_ptr(), places[0]))
-        y = self.conv(wide, joined, bias, *self.where)
+        self.put((t, wide), (t.data_ptr(), places[1]))
+        y = self.conv(wide, joined, left, *self.where)
         if self.back is None:
-            return y, t, kept
+            return y, t
         y, result = self.y.of(y), self.result.new(y)
-        self.back(y, result, y, y)
-        return result, t, kept
+        py, pr = y.data_ptr(), result.data_ptr()
+        self.back((y, result, y, y, y, y, y), (py, pr, py, py, py, py, py))
+        return result, t
+
+
+def _back(
+    device: int,
+    image: Optional[tuple[int, int, int]] = None,
+    rows: tuple[int, int, int] = (0, 1, 1),
+    sums: tuple[int, int, int] = (1, 0, 1),
+    scaled: bool = False,
+) -> Launch:
+    """Of an image ``[batch, channels, P]``, of so many rows of A's kernel its channels and
+    positions, and of so many groups the sums ``[out, r]``."""
+    (batch, channels, P), (count, inner, positions), (groups, out, r) = (
+        image or (0, 1, 1),
+        rows,
+        sums,
+    )
+    block, R, many = _copy_blocks(channels, P, False), padded(r), 1 << (groups - 1).bit_length()
+    tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
+    grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
+    numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
+    constants = (scaled, R, many, each, *block, _BLOCK)
+    return Launch(conv_kernels.back, device, grid, numbers, constants, 1, 4)
 
 
 _FORWARDS: dict[Any, Any] = {}
@@ -219,7 +224,7 @@ _COPY = object()  # instead of a plan: the input must first be laid out anew
 
 def forward(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
-) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+) -> Optional[tuple[Tensor, Tensor]]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
 
     Args:
@@ -232,8 +237,8 @@ def forward(
         where: stride, padding and dilation, a number for each axis.
 
     Returns:
-        ``[N, C_out, ...]``, ``t[N, R, ...]`` and `kept`, or None where the kernels do not serve
-        these operands.
+        ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
+        operands.
     """
     device = x.get_device()
     if device != torch._C._cuda_getDevice():
@@ -241,17 +246,19 @@ def forward(
             return forward(x, weight, bias, a, b, scale, where)
     px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
     pa, pb = a.data_ptr(), b.data_ptr()
-    odd = (px | pw | pa | pb | ps) & 15
+    odd, biased = (px | pw | pa | pb | ps) & 15, None
+    if bias is not None:
+        biased = (bias.shape, bias.stride(), bias.dtype, bias.get_device(), bias.data_ptr() & 15)
     key = (
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype,
-        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, where,
+        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, biased, where,
         device, weight.get_device(), a.get_device(), b.get_device(), scale.get_device(),
         odd and tuple(p & 15 for p in (px, pw, pa, pb, ps)),
     )  # fmt: skip
     plan = _FORWARDS.get(key, _FORWARDS)
     if plan is _FORWARDS:
         bound(_FORWARDS)
-        plan = _FORWARDS[key] = _plan_forward(x, weight, a, b, scale, where)
+        plan = _FORWARDS[key] = _plan_forward(x, weight, bias, a, b, scale, where)
     if plan is None:
         return None
     if plan is _COPY:
@@ -260,20 +267,25 @@ def forward(
 
 
 def _plan_forward(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, where: _Where
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
 ) -> Any:
-    together = weight.dtype == x.dtype and weight.get_device() == x.get_device()
-    if not (together and factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
-        return None
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
+    if not (factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
+        return None
+    if (weight.dtype, weight.get_device()) != (x.dtype, x.get_device()):
+        return None
+    if bias is not None:
+        like = (torch.Size(weight.shape[:1]), (1,), x.dtype, x.get_device())
+        if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
+            return None
     geometry = _geometry(x, weight, where)
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
     positions = max(math.prod(of) for of in (geometry.sizes, geometry.outputs, geometry.kernel))
     if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
         return None
-    return _COPY if _format(x) is None else _Forward(x, weight, a, b, geometry)
+    return _COPY if _format(x) is None else _Forward(x, weight, bias, a, b, geometry)
 
 
 class _Backward:
@@ -285,43 +297,47 @@ class _Backward:
         x: Tensor,
         weight: Tensor,
         a: Tensor,
+        b: Tensor,
         geometry: _Geometry,
         scaled: bool,
         input_too: bool,
         a_too: bool,
     ) -> None:
-        (batch, inner), out, (r, _), R = x.shape[:2], len(weight), a.shape, padded(len(a))
+        (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
         PX, P, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(out, R), x.get_device()
-        last, x_last, weight_last = (bool(_format(t)) for t in (dy, x, weight))
+        last, x_last, weight_last = (bool(_format(of)) for of in (dy, x, weight))
         self.input_too, self.a_too = input_too, a_too
+        self.relaid, self.returned = a_too and not x_last, input_too and not x_last
         self.transposed, self.where = getattr(F, f"conv_transpose{len(sizes)}d"), geometry[2:]
         self.back_where = (*geometry[2:4], geometry.output_padding, 1, geometry.dilation)
         self.wide, self.tall = _last((batch, channels, *outputs)), _last((channels, inner, *kernel))
-        self.t, self.x, self.down = (
+        self.v, self.x, self.down = (
             _last(of) for of in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
         )
-        self.relaid = a_too and not x_last
-        most = 128 if batch * -(-P // 128) >= PROCESSORS else 32
-        BP, GP, block = _power(P, most), _power(P, 64), _copy_blocks(inner, PX, False)
+        self.dx, self.da, self.db = (_first(tuple(of)) for of in (x.shape, a.shape, (out, r)))
+        BP = _power(P, 128 if batch * -(-P // 128) >= PROCESSORS else 32)
+        GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
+        of_weight = _weight_blocks(inner, positions)
         tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
         groups = max(1, min(-(-units // 4), -(-PROCESSORS // blocks)))
         each = -(-units // groups)
         groups = -(-units // each)
-        self.sums = groups * out * R if groups > 1 else 0
+        self.parts = groups * out * R
         grid = tiles + groups * blocks
-        grid += channels * -(-inner * positions // _BLOCK) if input_too else 0
+        grid += _copies(channels, inner, positions, of_weight) if input_too else 0
         grid += _copies(batch, inner, PX, block) if self.relaid else 0
         numbers = (
-            tiles, groups, each, batch, out, inner, channels - out, positions, P, PX, r, *a.stride()
+            tiles, groups, each, batch, out, inner, channels - out, positions, P, PX, r,
+            *a.stride(), *b.stride(),
         )  # fmt: skip
-        constants = (input_too, scaled, last, weight_last, R, BP, block[0], GP, block[1], _BLOCK)
-        self.launch = Launch(conv_kernels.spread, device, grid, numbers, constants, 3, 4)
-        self.db = _first((out, r))
-        self.da, self.dx = _first(tuple(a.shape)), None if x_last else _first(tuple(x.shape))
-        image = (batch, inner, PX) if input_too and not x_last else None
-        self.back = _back(device, image, (r if a_too else 0, inner, positions))
+        sizes = (DEEP, BP, 64, GP, *of_weight, *block)
+        constants = (input_too, last, weight_last, R, *sizes)
+        self.spread = Launch(conv_kernels.spread, device, grid, numbers, constants, 1, 4)
+        image = (batch, inner, PX) if self.returned else None
+        rows = (r if a_too else 0, inner, positions)
+        self.back = _back(device, image, rows, (groups, out, r), scaled)
 
     def __call__(
         self,
@@ -329,39 +345,37 @@ class _Backward:
         x: Tensor,
         weight: Tensor,
         a: Tensor,
+        b: Tensor,
         t: Tensor,
-        kept: Tensor,
-        scale: _Maybe,
+        scale: Tensor,
         addresses: tuple[int, ...],
     ) -> tuple[_Maybe, _Maybe, Tensor]:
-        v = self.t.new(x)
-        db = x.new_empty_strided(*self.db, dtype=torch.float32)
-        part = x.new_empty(self.sums, dtype=torch.float32) if self.sums else db
+        v, part = self.v.new(x), x.new_empty(self.parts, dtype=torch.float32)
         wide, tall = (self.wide.new(x), self.tall.new(x)) if self.input_too else (v, v)
         x_last = self.x.new(x) if self.relaid else x
-        py, px, pw, pa, pt, pk, ps = addresses
-        made = (wide, tall, x_last, v, db, part)
-        places = [t.data_ptr() for t in made]
-        self.launch(
-            (dy, kept, t, weight, a, x, *made, db if scale is None else scale),
-            (py, pk, pt, pw, pa, px, *places, ps or places[4]),
-        )
-        dx = self.transposed(wide, tall, None, *self.back_where) if self.input_too else None
-        a_last = da = v
+        made = (wide, tall, x_last, v, part)
+        places = [of.data_ptr() for of in made]
+        self.spread((dy, t, weight, a, b, scale, x, *made), (*addresses, *places))
+        dx: Any = None
+        da: _Maybe = None
+        if self.input_too:
+            dx = self.transposed(wide, tall, None, *self.back_where)
+        y, result, a_last, a_first = v, v, v, v
+        if self.returned:
+            y, result = self.x.of(dx), self.dx.new(x)
+            dx = result
         if self.a_too:
-            # of A's kernel its shape alone counts here
+            down = self.down.new(x)  # whose shape alone counts
             _, a_last, _ = torch.ops.aten.convolution_backward.default(
-                v, x_last, self.down.new(x), [0], *self.where, False, [0] * len(self.where[0]), 1,
+                v, x_last, down, [0], *self.where, False, [0] * len(self.where[0]), 1,
                 [False, True, False],
             )  # fmt: skip
             a_last, da = self.down.of(a_last), a.new_empty_strided(*self.da)
-        if self.back is not None:
-            y, result = v, v
-            if dx is not None and self.dx is not None:
-                y, result = self.x.of(dx), self.dx.new(x)
-                dx = result
-            self.back(y, result, a_last, da)
-        return dx, da if self.a_too else None, db
+            a_first = da
+        db = x.new_empty_strided(*self.db, dtype=torch.float32)
+        tensors = (y, result, a_last, a_first, part, db, scale)
+        self.back(tensors, tuple(of.data_ptr() for of in tensors))
+        return dx, da, db
 
 
 def backward(
@@ -369,9 +383,10 @@ def backward(
     x: Tensor,
     weight: Tensor,
     a: Tensor,
+    b: Tensor,
     t: Tensor,
-    kept: Tensor,
-    scale: _Maybe,
+    scale: Tensor,
+    scaled: bool,
     input_too: bool,
     a_too: bool,
     where: _Where,
@@ -380,40 +395,37 @@ def backward(
 
     Args:
         dy: ``[N, C_out, ...]``.
-        x, weight, a, where: of the forward.
-        t, kept: of the forward.
-        scale: ``[]``, or None to leave the last gradient unscaled.
+        x, weight, a, b, scale, where: of the forward.
+        t: of the forward.
+        scaled: whether the scale is in the last gradient.
         input_too, a_too: what is wanted.
     """
     device = x.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return backward(dy, x, weight, a, t, kept, scale, input_too, a_too, where)
-    py, px, pw, pa = dy.data_ptr(), x.data_ptr(), weight.data_ptr(), a.data_ptr()
-    pt, pk, ps = t.data_ptr(), kept.data_ptr(), 0 if scale is None else scale.data_ptr()
-    if (pt | pk) & 15:  # a hook on saved tensors may have laid them anywhere
-        t, kept = t.clone(), kept.clone()
-        pt, pk = t.data_ptr(), kept.data_ptr()
-    odd = (py | px | pw | pa | ps) & 15
+            return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
+    py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
+    pa, pb, pt, ps = a.data_ptr(), b.data_ptr(), t.data_ptr(), scale.data_ptr()
+    odd = (py | px | pw | pa | pb | pt | ps) & 15
     key = (
         dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, weight.shape,
-        weight.stride(), weight.dtype, a.shape, a.stride(), a.dtype, t.shape, t.stride(), t.dtype,
-        kept.shape, kept.dtype, scale is None or (scale.dtype, scale.get_device()), input_too,
-        a_too, where, device, dy.get_device(), weight.get_device(), a.get_device(),
-        t.get_device(), kept.get_device(),
-        odd and tuple(p & 15 for p in (py, px, pw, pa, ps)),
+        weight.stride(), weight.dtype, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype,
+        t.shape, t.stride(), t.dtype, scale.dtype, scaled, input_too, a_too, where,
+        device, dy.get_device(), weight.get_device(), a.get_device(), b.get_device(),
+        t.get_device(), scale.get_device(),
+        odd and tuple(p & 15 for p in (py, px, pw, pa, pb, pt, ps)),
     )  # fmt: skip
     plan = _BACKWARDS.get(key)
     if plan is None:
         bound(_BACKWARDS)
-        plan = _plan_backward(dy, x, weight, a, t, kept, scale, input_too, a_too, where)
+        plan = _plan_backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
         _BACKWARDS[key] = plan
     if plan is _COPY:
         dy, x = (of if _format(of) is not None else of.contiguous() for of in (dy, x))
         t = _last(tuple(t.shape)).of(t)
-        return backward(dy, x, weight, a, t, kept, scale, input_too, a_too, where)
-    addresses = (py, px, pw, pa, pt, pk, ps)
-    return plan(dy, x, weight, a, t, kept, scale, addresses)  # type: ignore[no-any-return]
+        return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
+    addresses = (py, pt, pw, pa, pb, ps, px)
+    return plan(dy, x, weight, a, b, t, scale, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
@@ -421,27 +433,25 @@ def _plan_backward(
     x: Tensor,
     weight: Tensor,
     a: Tensor,
+    b: Tensor,
     t: Tensor,
-    kept: Tensor,
-    scale: _Maybe,
+    scale: Tensor,
+    scaled: bool,
     input_too: bool,
     a_too: bool,
     where: _Where,
 ) -> Any:
-    together = [dy, x, weight, a, t, kept] if scale is None else [dy, x, weight, a, t, kept, scale]
-    geometry, R, out = _geometry(x, weight, where), padded(len(a)), len(weight)
-    outputs, lead = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :], (len(x), out)
-    shapes = dy.shape == (*lead, *outputs) and t.shape == (len(x), R, *geometry.outputs)
-    sizes = len(kept) == R * out + 2 * -(-out // DEEP) and a.shape[1] * out == weight.numel()
-    types = {dy.dtype, x.dtype, weight.dtype, t.dtype, kept.dtype} == {x.dtype}
-    devices = len({of.get_device() for of in together}) == 1
-    if not (shapes and sizes and types and devices) or _format(weight) is None:
+    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, where)
+    outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
+    shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
+    shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
+    types = {of.dtype for of in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
+    if not (shapes and types) or len({of.get_device() for of in together}) > 1:
         described = ", ".join(f"{of.dtype} {list(of.shape)} on {of.device}" for of in together)
         raise ValueError(
-            f"the gradient, the input, the weight, A, what the forward kept and the scale do not "
-            f"belong together ({described}): did one of them change after the forward? Run the "
-            f"forward again"
+            f"the gradient, the input, the weight, A, B, A's output and the scale do not belong "
+            f"together ({described}): did one of them change after the forward? Run it again"
         )
     if _format(dy) is None or _format(x) is None or t.stride() != _last(tuple(t.shape)).stride:
         return _COPY
-    return _Backward(dy, x, weight, a, geometry, scale is not None, input_too, a_too)
+    return _Backward(dy, x, weight, a, b, geometry, scaled, input_too, a_too)

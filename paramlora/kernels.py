@@ -234,35 +234,14 @@ def _store_gradients(
 
 
 @triton.jit
-def store_sums(
-    acc, rd, valid, part, count, group, groups, da, db, scale, strength, fan_in, out, r,
-    SCALED: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Rows `rd` of the factors' gradients, of which `acc` is what one of the groups has summed: the
-    last group to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
-    if groups == 1:
-        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
-    else:
-        where = part + rd[:, None].to(tl.int64) * R + tl.arange(0, R)[None, :]
-        whole = tl.cast(fan_in + out, tl.int64) * R
-        tl.store(where + group * whole, acc, mask=valid[:, None])
-        tl.debug_barrier()  # all of the program's sums are stored
-        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
-            tl.store(count, 0)
-            acc = tl.zeros((DEEP, R), tl.float32)
-            for other in range(groups):
-                acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
-            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
-
-
-@triton.jit
 def _gradients(
     dy, x, v, u, part, da, db, scale, strength, signals, number, counts, program,
     M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows."""
+    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
+    to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
     block, group = program // groups, program % groups
     count = counts + block
     blocks = tl.cdiv(fan_in, DEEP)
@@ -293,10 +272,19 @@ def _gradients(
         acc = tl.dot(left, right, acc)
     rd += tl.where(inner, 0, fan_in)
     valid = rd < tl.where(inner, fan_in, fan_in + out)
-    store_sums(
-        acc, rd, valid, part, count, group, groups, da, db, scale, strength, fan_in, out, r,
-        SCALED, R,
-    )  # fmt: skip
+    if groups == 1:
+        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+    else:
+        where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
+        whole = tl.cast(fan_in + out, tl.int64) * R
+        tl.store(where + group * whole, acc, mask=valid[:, None])
+        tl.debug_barrier()  # all of the program's sums are stored
+        if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
+            tl.store(count, 0)
+            acc = tl.zeros((DEEP, R), tl.float32)
+            for other in range(groups):
+                acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
+            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
 
 
 @triton.jit

@@ -73,9 +73,9 @@ def convolved(
     b: Tensor,
     scale: Tensor,
     where: tuple[tuple[int, ...], ...],
-) -> Optional[tuple[Tensor, Tensor, Tensor]]:
-    """A convolution's ``y`` and the two tensors that `convolved_backward` takes of it, or None;
-    `where`: stride, padding and dilation."""
+) -> Optional[tuple[Tensor, Tensor]]:
+    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `where`: stride,
+    padding and dilation."""
     if not served(x):
         return None
     from paramlora import joined
@@ -90,7 +90,7 @@ def convolved_backward(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    kept: tuple[Tensor, Tensor],
+    kept: Tensor,
     wanted: Sequence[bool],
     where: tuple[tuple[int, ...], ...],
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
@@ -100,12 +100,11 @@ def convolved_backward(
     from paramlora import joined
 
     input_too, a_too, _, scale_too = wanted
-    inside = None if scale_too else scale
-    dx, da, db = joined.backward(dy, x, weight, a, *kept, inside, input_too, a_too, where)
-    dscale = None
+    factors = (a, b, kept, scale)
+    dx, da, db = joined.backward(dy, x, weight, *factors, not scale_too, input_too, a_too, where)
     if scale_too:
-        db, dscale = gradient_of_second(db, b, scale, 1.0, True)
-    return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), dscale
+        return dx, da, *gradient_of_second(db, b, scale, 1.0, True)
+    return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), None
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

@@ -281,6 +281,7 @@ CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dila
     ((2, 17, 9), (20, 33, 3, 3), 4, 1, 2, 2, True),
     ((3, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1, True),
     ((2, 8, 8), (7, 300, 2, 2), 64, 2, 0, 1, True),
+    ((2, 6, 7), (9, 16, 3, 3), 16, 1, 1, 1, True),  # no channel is left for the bias
     ((3, 40), (7, 4, 5), 3, 2, 2, 1, True),
     ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1, True),
     ((2, 9, 9), (20, 33, 3, 3), 4, 1, 2, 1, False),  # a middle that meets the padding
