@@ -17,6 +17,7 @@ from paramlora.served import fits, has_kernel
 
 _Maybe = Optional[Tensor]
 TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
+BRIEF = 2**31  # those of a layer in float32 that takes an H100 no longer than Python
 
 
 def linear(
@@ -68,9 +69,15 @@ def _linear(
             y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
             return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
-    if x.is_cpu and x.dtype.itemsize > 2 and tiny(x.numel(), weight.shape, a.shape[0]):
-        up = scaled_down(b, scale, strength, x.dtype)
-        return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
+    if x.dtype.itemsize > 2:
+        # what autograd does in C++ is the quicker where Python takes longer than the device
+        if x.is_cpu and tiny(x.numel(), weight.shape, a.shape[0]):
+            up = scaled_down(b, scale, strength, x.dtype)
+            return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
+        if x.is_cuda and x.numel() * weight.shape[0] < BRIEF:
+            up = scaled_down(b, scale, strength, x.dtype)
+            thin = F.linear(x, cast(a, x.dtype))
+            return _added(F.linear(x, weight, bias), thin, up.t())
     return applied(_Linear, x, weight, bias, a, b, scale, strength, False)
 
 
@@ -242,6 +249,14 @@ def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tenso
     return y if bias is None else y.add_(bias)
 
 
+def _added(base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
+    """``base + thin @ up`` of so many dimensions."""
+    if base.dim() == 2:
+        return torch.addmm(base, thin, up)
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
+    return flat.view(base.shape)
+
+
 def differentiable(
     y: Tensor, inputs: list[_Maybe], needs: Sequence[bool], dy: Tensor
 ) -> list[_Maybe]:
@@ -289,6 +304,4 @@ def embedding(
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         update = thin @ up
         return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
-    # a row of the table is exact, so this rounds the sum once
-    flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
-    return flat.view(base.shape)
+    return _added(base, thin, up)  # a row of the table is exact, so this rounds the sum once
