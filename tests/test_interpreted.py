@@ -25,8 +25,13 @@ def results():
     return json.loads(done.stdout)
 
 
+def chosen(results, embeddings):
+    """Of embeddings or of layers; the joined kernels ran by themselves."""
+    return {k: v for k, v in results.items() if v[1] and k.startswith("embedding") == embeddings}
+
+
 def test_every_layer_is_right_to_one_rounding(results):
-    layers = {name: errors for name, (errors, ran) in results.items() if ran}
+    layers = {name: errors for name, (errors, _) in chosen(results, False).items()}
     assert len(layers) == 40
     wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
     assert not wrong
@@ -34,7 +39,7 @@ def test_every_layer_is_right_to_one_rounding(results):
 
 
 def test_the_layers_ran_every_way(results):
-    ways = {tuple(ran) for _, ran in results.values() if ran}
+    ways = {tuple(ran) for _, ran in chosen(results, False).values()}
     assert ways == {
         ("forward", "backward", "backward"),
         ("forward", "project", "backward", "project", "backward"),
@@ -43,6 +48,16 @@ def test_the_layers_ran_every_way(results):
         ("pack", "project", "product", "project", "product", "project", "product"),
         ("pack", "product", "product", "product"),
     }
+
+
+def test_every_embedding_is_right_to_one_rounding(results):
+    embeddings = chosen(results, True)
+    assert len(embeddings) == 11
+    wrong = {name: errors for name, (errors, _) in embeddings.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all(errors["thin"] == 0 for errors, _ in embeddings.values())
+    ways = {tuple(ran) for _, ran in embeddings.values()}
+    assert ways == {("look_up", "look_up_backward", "look_up_backward"), ("look_up",)}
 
 
 def test_the_joined_kernels_are_exact(results):
