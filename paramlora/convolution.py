@@ -18,7 +18,7 @@ from paramlora.functional import (
     pointwise,
 )
 from paramlora.operators import convolved, convolved_backward, gradient_of_second, scaled_down
-from paramlora.served import has_kernel
+from paramlora.served import has_kernel, recorded
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -155,7 +155,7 @@ class _Joined(torch.autograd.Function):
         *where: Any,
     ) -> Tensor:
         ctx.where = where
-        result = convolved(x, weight, bias, a, b, scale, where)
+        result = None if recorded() else convolved(x, weight, bias, a, b, scale, where)
         ctx.kernel = result is not None
         if result is not None:
             ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])

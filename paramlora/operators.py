@@ -107,6 +107,56 @@ def convolved_backward(
     return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), None
 
 
+def look_up(
+    rows: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    padding: int,
+    strength: float,
+) -> tuple[Tensor, Tensor]:
+    """``y`` and what `look_up_backward` takes of it, where `served.looks_up`; see
+    `lookup.forward`."""
+    from paramlora import lookup
+
+    return lookup.forward(rows, weight, a, b, scale, padding, strength)
+
+
+def look_up_backward(
+    dy: Tensor,
+    rows: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    padding: int,
+    strength: float,
+    kept: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of A, B and the scale that are `wanted`."""
+    a_too, b_too, scale_too = wanted
+    if not any(wanted):
+        return None, None, None
+    from paramlora import lookup
+
+    r, num = a.shape
+    v, db = lookup.backward(dy, kept, r, not scale_too, a_too, b_too or scale_too)
+    da = dscale = None
+    if v is not None:
+        da = sum_by_row(v, rows, num, padding, False).t()
+        da = da if da.dtype == a.dtype else da.to(a.dtype)
+    if db is not None and scale_too:
+        db, dscale = gradient_of_second(db, b, scale, strength, True)
+    if db is not None and db.dtype != b.dtype:
+        db = db.to(b.dtype)
+    return da, db, dscale
+
+
+# for every index the sum of the gradients that it got, in a fixed order
+sum_by_row = torch.ops.aten.embedding_dense_backward.default
+
+
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
     b = b * (scale if strength == 1 else scale * strength)
     return b if b.dtype == dtype else b.to(dtype)  # which takes as long as a launch to do nothing

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
+_INDICES = (torch.int64, torch.int32)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
 _SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
@@ -42,6 +45,27 @@ def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
     if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
         return False
     return (a.get_device(), b.get_device(), scale.get_device()) == (device, device, device)
+
+
+def recorded() -> bool:
+    """Whether torch's operations are being recorded by `make_fx`, which does not see a launch."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def looks_up(
+    rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, padding_idx: Optional[int]
+) -> bool:
+    """Whether the kernels serve this look-up of an embedding and its update, see
+    `functional.embedding`. What is wrong with other operands, torch says."""
+    if not served(weight) or rows.dtype not in _INDICES or weight.dim() != 2 or a.dim() != 2:
+        return False
+    (num, dim), r, device = weight.shape, len(a), weight.get_device()
+    if a.shape[1] != num or b.shape != (dim, r) or scale.numel() != 1 or not 0 < r <= HIGHEST:
+        return False
+    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num):
+        return False
+    devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
+    return devices == (device, device, device, device)
 
 
 def _serves(device: int) -> bool:

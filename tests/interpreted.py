@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora import fused, joined, kernels
+from paramlora import fused, joined, kernels, lookup, operators
 from paramlora.launch import Launch
 
 captured = False
@@ -180,11 +180,68 @@ def convolution(sizes, shape, r, stride, padding, dilation, last):
     return {key: error(*pair) for key, *pair in zip(("y", "x", "A", "B"), got, want)}
 
 
+TABLES = {  # how the weight, A and B lie
+    "rows": lambda weight, a, b: (weight, a, b),
+    "columns": lambda *tensors: [t.t().contiguous().t() for t in tensors],
+    "spread": lambda *tensors: [t.repeat_interleave(2, 1)[:, ::2] for t in tensors],
+}
+LOOK_UPS = [  # rows, num, dim, rank, padding, layout, wanted gradients: A, B
+    ((70,), 50, 48, 4, -1, "rows", BOTH),
+    ((2, 3), 9, 1, 1, 2, "rows", BOTH),
+    ((1,), 7, 64, 17, -1, "columns", BOTH),
+    ((), 7, 40, 3, 0, "rows", BOTH),
+    ((5, 21), 30, 317, 17, 3, "spread", BOTH),
+    ((640,), 100, 272, 16, 0, "columns", BOTH),
+    ((4300,), 12, 136, 8, 5, "rows", BOTH),
+    ((33,), 20, 64, 100, 4, "rows", BOTH),
+    ((300,), 20, 96, 256, -1, "columns", BOTH),
+    ((70,), 50, 48, 4, 1, "rows", (True, False)),
+    ((70,), 50, 48, 4, 1, "rows", (False, True)),
+]
+
+
+def look_up(shape, num, dim, r, padding, layout, wanted):
+    """Errors of an embedding and its update, and of what its backward is given."""
+    rows = torch.randint(num, (*shape, 2))[..., 0].int()  # not contiguous, and many are the same
+    rows = rows if len(shape) == 1 else rows.long()
+    weight = torch.randn(num, dim).half()
+    weight, a, b = TABLES[layout](weight, torch.randn(r, num), torch.randn(dim, r) / r**0.5)
+    scale, dy = torch.tensor(0.7), torch.randn(dim, *shape).half().movedim(0, -1)
+    launched.clear()
+    y, kept = lookup.forward(rows, weight, a, b, scale, padding, 1.5)
+    v, db = lookup.backward(dy, kept, r, True, *wanted)
+    moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
+    again = lookup.backward(dy, moved, r, True, *wanted)
+    assert all(p is q or torch.equal(p, q) for p, q in zip((v, db), again)), "not twice the same"
+    da = None if v is None else operators.sum_by_row(v, rows, num, padding, False).t()
+    leaves = [t.double().requires_grad_() for t in (a, b)]
+    want_y = (weight.double() + 1.5 * scale.double() * (leaves[1] @ leaves[0]).T)[rows]
+    counts = (rows != padding)[..., None]
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, counts * dy.double())]
+    R, M = 16 if r <= 16 else 1 << (r - 1).bit_length(), rows.numel()
+    thin = torch.zeros(M, R).double()
+    thin[:, :r] = (counts * a.t()[rows].half()).view(M, r)
+    pairs = [
+        (y, want[0]),
+        (kept[R * dim :][: M * R].view(M, R), thin),
+        (da, want[1]),
+        (db, want[2]),
+    ]
+    assert y.is_contiguous()
+    return {
+        k: error(*pair) for k, pair in zip(("y", "thin", "A", "B"), pairs) if pair[0] is not None
+    }
+
+
 def main():
     global captured
     stand_in_for_the_device()
     warnings.simplefilter("error")
     results = {}
+    for case in LOOK_UPS:
+        torch.manual_seed(0)
+        errors = look_up(*case)
+        results[f"embedding {case}"] = errors, launched[:]
     for captured in (False, True):
         for case in LAYERS:
             torch.manual_seed(0)

@@ -25,8 +25,13 @@ def results():
     return json.loads(done.stdout)
 
 
+def chosen(results, embeddings):
+    """Of embeddings or of layers."""
+    return {k: v for k, v in results.items() if k.startswith("embedding") == embeddings}
+
+
 def test_every_layer_is_right_to_one_rounding(results):
-    layers = {name: errors for name, (errors, _) in results.items()}
+    layers = {name: errors for name, (errors, _) in chosen(results, False).items()}
     assert len(layers) == 40 + 28
     wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
     assert not wrong
@@ -34,7 +39,7 @@ def test_every_layer_is_right_to_one_rounding(results):
 
 
 def test_the_layers_ran_every_way(results):
-    ways = {tuple(ran) for _, ran in results.values()}
+    ways = {tuple(ran) for _, ran in chosen(results, False).values()}
     assert ways == {
         ("forward", "backward", "backward"),
         ("forward", "project", "backward", "project", "backward"),
@@ -45,3 +50,13 @@ def test_the_layers_ran_every_way(results):
         ("prepare", "put", "back", "spread", "back", "spread", "back", "spread", "back"),
         ("prepare", "put", "spread", "back", "spread", "back", "spread", "back"),
     }
+
+
+def test_every_embedding_is_right_to_one_rounding(results):
+    embeddings = chosen(results, True)
+    assert len(embeddings) == 11
+    wrong = {name: errors for name, (errors, _) in embeddings.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all(errors["thin"] == 0 for errors, _ in embeddings.values())
+    ways = {tuple(ran) for _, ran in embeddings.values()}
+    assert ways == {("look_up", "look_up_backward", "look_up_backward"), ("look_up",)}

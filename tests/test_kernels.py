@@ -1,7 +1,12 @@
 """The 16-bit CUDA kernels: every way to divide the work, against float64 and against each other."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from paramlora import functional
 from paramlora.convolution import convolution
@@ -382,3 +387,233 @@ def test_a_captured_convolution_is_the_eager_one():
         graph.replay()
         for one, two in zip(eager, captured):
             assert torch.equal(one, two)
+
+
+TABLES = [  # the indices' shape, the table, the rank
+    ((16384,), 5000, 1024, 16), ((3, 700), 50, 317, 5), ((1,), 1, 1, 1), ((), 9, 40, 8),
+    ((4, 128), 300, 768, 64), ((9000,), 777, 136, 17), ((600,), 100, 256, 128),
+    ((2, 150), 70, 512, 256),
+]  # fmt: skip
+
+
+def table(case, dtype=torch.bfloat16):
+    """Indices; weight, A, B and scale; the output's gradient."""
+    torch.manual_seed(0)
+    shape, num, dim, r = case
+    rows = torch.randint(num, shape, device="cuda")
+    weight = torch.randn(num, dim, device="cuda").to(dtype)
+    a, b = torch.randn(r, num, device="cuda"), torch.randn(dim, r, device="cuda") / r**0.5
+    seed = torch.randn(*shape, dim, device="cuda").to(dtype)
+    return rows, [weight, a, b, torch.tensor(0.7, device="cuda")], seed
+
+
+def looked_up(rows, values, seed, padding=None, strength=1.0, which=range(4)):
+    """Output and gradients of the values `which`; of float64 by the dense sum."""
+    leaves = [v.detach().requires_grad_(i in which) for i, v in enumerate(values)]
+    if leaves[0].dtype == torch.float64:
+        weight, a, b, scale = leaves
+        y = (weight + strength * scale * (b @ a).t())[rows]
+        seed = seed.double() if padding is None else seed * (rows != padding)[..., None].double()
+    else:
+        y = functional.embedding(rows, *leaves, padding, strength)
+        assert (type(y.grad_fn).__name__ == "_EmbeddingBackward") == (rows.numel() > 0)
+    return y.detach(), torch.autograd.grad(y, [leaves[i] for i in which], seed)
+
+
+def check_looked_up(rows, values, seed, padding=None, strength=1.0):
+    y, got = looked_up(rows, values, seed, padding, strength)
+    again, twice = looked_up(rows, values, seed, padding, strength)
+    wide = [v.double() for v in values]
+    want_y, want = looked_up(rows, wide, seed, padding, strength)
+    eps = torch.finfo(y.dtype).eps
+    assert torch.equal(y, again) and all(map(torch.equal, got, twice)), "not deterministic"
+    assert y.shape == want_y.shape and y.is_contiguous()
+    parts = want_y.norm() + wide[0][rows].norm()  # which may nearly cancel
+    assert (y.double() - want_y).norm() <= eps * parts
+    torch_own = values[0].detach().requires_grad_()
+    F.embedding(rows, torch_own, padding).backward(seed)
+    assert torch.equal(got[0], torch_own.grad)
+    for i in (1, 2):
+        assert got[i].dtype == values[i].dtype
+        assert (got[i].double() - want[i]).norm() <= 2 * eps * want[i].norm(), i
+    terms = ((wide[i] * want[i]).norm() for i in (1, 2))  # the scale's gradient is a sum of these
+    assert (got[3].double() - want[3]).abs() <= 4 * eps * sum(terms) / 0.7
+    for which in ((1,), (2,), (3,), (1, 2)):
+        _, some = looked_up(rows, values, seed, padding, strength, which)
+        if 2 not in which or 3 in which:
+            assert all(torch.equal(mine, got[i]) for mine, i in zip(some, which))
+        else:  # scaled in the kernel, or after it
+            near = 4 * torch.finfo(got[2].dtype).eps * got[2].double().norm()
+            assert (some[-1].double() - got[2].double()).norm() <= near
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("case", TABLES, ids=str)
+def test_an_embedding_of_every_size_and_rank(case, dtype):
+    check_looked_up(*table(case, dtype), strength=-1.5)
+
+
+@pytest.mark.parametrize("case", TABLES[:2] + TABLES[3:], ids=str)
+def test_an_embeddings_padding_row_gives_no_gradient(case):
+    rows, values, seed = table(case)
+    rows.view(-1)[::5] = 3
+    check_looked_up(rows, values, seed, 3)
+    y, grads = looked_up(torch.full_like(rows, 3), values, seed, 3)
+    assert torch.equal(y, looked_up(torch.full_like(rows, 3), values, seed)[0])
+    assert not any(grad.any() for grad in grads)
+
+
+TABLE_LAYOUTS = {
+    "int32": lambda rows, *values: (rows.int(), *values),
+    "spread indices": lambda rows, *values: (rows.repeat_interleave(2, -1)[..., ::2], *values),
+    "columns": lambda rows, *values: (rows, *(v.t().contiguous().t() for v in values)),
+    "spread": lambda rows, *values: (rows, *(v.repeat(1, 2)[:, : v.shape[1]] for v in values)),
+    "narrow factors": lambda rows, *values: (rows, *(v.to(values[0].dtype) for v in values)),
+    "odd addresses": lambda rows, *values: (
+        rows, *(torch.cat([v.flatten(), v[0, :1]])[1:].view(v.shape) for v in values)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+@pytest.mark.parametrize("case", (TABLES[0], TABLES[1], TABLES[6]), ids=str)
+def test_an_embeddings_operands_lie_in_memory_as_they_like(case, layout):
+    rows, (*values, scale), seed = table(case)
+    rows, *values = TABLE_LAYOUTS[layout](rows, *values)
+    check_looked_up(rows, [*values, scale], seed)
+    y, got = looked_up(rows, [*values, scale], seed[..., :1].expand_as(seed))
+    _, want = looked_up(rows, [*values, scale], seed[..., :1].expand_as(seed).contiguous())
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_an_embedding_keeps_what_its_type_can_hold_of_a_small_update(dtype):
+    rows, (weight, a, b, scale), _ = table(((4096,), 2000, 512, 8), dtype)
+    b *= 1e-3 * weight.double().norm() / (scale * b @ a).norm()
+    base, update = weight.double()[rows], (scale * b @ a).double().t()[rows]
+
+    def kept(y):
+        return ((y.double() - base) * update).sum() / update.square().sum()
+
+    y = functional.embedding(rows, weight, a, b, scale)
+    best = kept((base + update).to(dtype))
+    assert abs(kept(y) - best) < 0.01 and best > (0.99 if dtype == torch.float16 else 0.5)
+
+
+@pytest.mark.parametrize("case", (TABLES[0], TABLES[1], TABLES[6]), ids=str)
+@pytest.mark.parametrize("padding", (None, 3))
+def test_a_cuda_graph_holds_an_embeddings_step_and_replays_it(case, padding):
+    rows, values, seed = table(case)
+    leaves = [v.requires_grad_() for v in values[1:]]
+
+    def step():
+        y = functional.embedding(rows, values[0], *leaves, padding)
+        return y, *torch.autograd.grad(y, leaves, seed)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    for factor in (1.0, 0.5, -3.0):
+        with torch.no_grad():
+            rows.copy_(rows.flip(0)), leaves[1].mul_(factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, held, step()))
+
+
+def test_an_embedding_of_a_higher_rank_takes_torchs_operations():
+    rows, values, _ = table(((40,), 30, 64, 300))
+    y = functional.embedding(rows, values[0], *(v.requires_grad_() for v in values[1:]))
+    weight, a, b, scale = (v.double() for v in values)
+    want = (weight + scale * (b @ a).t())[rows]
+    assert type(y.grad_fn).__name__ != "_EmbeddingBackward"
+    assert (y.double() - want).norm() < 8e-3 * want.norm()
+
+
+def test_an_embedding_of_no_rows_and_one_that_torch_refuses():
+    rows, values, seed = table(TABLES[3])
+    y, grads = looked_up(rows.new_empty(2, 0), values, seed.new_empty(2, 0, 40))
+    assert y.shape == (2, 0, 40) and not any(grad.any() for grad in grads)
+    weight, a, b, scale = values
+    with pytest.raises(RuntimeError, match="shape|size|mat2"):
+        functional.embedding(rows, weight, a, b[:39], scale)
+    assert not functional.looks_up(rows, weight, a[:, :8], b, scale, None)
+    for at in range(3):
+        moved = [v.cpu() if i == at else v for i, v in enumerate(values)]
+        with pytest.raises(RuntimeError, match="device"):
+            functional.embedding(rows, *moved)
+    with pytest.raises(AssertionError, match="adding_idx"):
+        functional.embedding(rows, *values, 9)
+
+
+@pytest.mark.parametrize("index", (9, -1, 2**40))
+def test_an_index_out_of_range_stops_the_device(index):
+    code = f"""
+import torch
+from paramlora import functional
+weight, a, b = (torch.ones(s, device="cuda") for s in ((9, 40), (8, 9), (40, 8)))
+rows, scale = torch.tensor([0, 8, {index}], device="cuda"), torch.ones((), device="cuda")
+assert functional.looks_up(rows, weight.half(), a, b, scale, None)
+functional.embedding(rows, weight.half(), a, b, scale)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
+    assert "an index is out of range" in done.stdout + done.stderr
+
+
+def test_an_embeddings_gradient_can_be_differentiated_again():
+    rows, values, _ = table(((50,), 9, 40, 8), torch.float16)
+
+    def second(values, call):
+        leaves = [v.detach().requires_grad_() for v in values]
+        (first,) = torch.autograd.grad(call(leaves).square().sum(), leaves[1], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaves)
+
+    got = second(values, lambda v: functional.embedding(rows, *v).float())
+    wide = [v.double() for v in values]
+    want = second(wide, lambda v: (v[0] + v[3] * (v[2] @ v[1]).t())[rows])
+    for mine, true in zip(got, want):
+        assert (mine.double() - true).norm() <= 1e-2 * true.norm()
+
+
+def test_what_follows_torchs_operations_is_shown_an_embeddings():
+    rows, (weight, a, b, scale), _ = table(((50,), 9, 40, 8))
+
+    def call(a, scale):
+        return functional.embedding(rows, weight, a, b, scale)
+
+    y = call(a, scale)
+    graph = make_fx(call)(a, scale)
+    torch.testing.assert_close(graph(a, 0 * scale), weight[rows])
+    _, tangent = torch.func.jvp(call, (a, scale), (0 * a, scale))
+    torch.testing.assert_close(tangent, y - weight[rows], atol=0.05, rtol=0.05)
+    with torch.autograd.forward_ad.dual_level():
+        dual = call(a, torch.autograd.forward_ad.make_dual(scale, scale))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+@pytest.mark.parametrize("kernel", ((), (1, 1), (3, 3)), ids=str)
+def test_make_fx_is_shown_what_the_kernels_compute(kernel):
+    """Of a linear layer and of convolutions: a launch would be missing in its graph."""
+    torch.manual_seed(0)
+    shape, size = (16, 16, *kernel), torch.Size(kernel).numel()
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    a, b = torch.randn(4, 16 * size, device="cuda"), torch.randn(16, 4, device="cuda")
+    x, other = (
+        torch.randn(5, 16, *(9 for _ in kernel), device="cuda").bfloat16() for _ in range(2)
+    )
+
+    def call(x, scale):
+        if kernel:
+            return convolution(x, weight, None, a, b, scale, (1, 1), (0, 0), (1, 1), 1)
+        return functional.linear(x, weight, None, a, b, scale)
+
+    scale = torch.ones((), device="cuda")
+    graph = make_fx(call)(x, scale)
+    for value in (scale, 0 * scale):
+        got, want = graph(other, value), call(other, value)
+        assert (got - want).norm() <= 0.01 * want.norm()
