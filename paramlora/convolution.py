@@ -23,6 +23,7 @@ from paramlora.served import has_kernel, recorded
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
 SMALL = 2**23  # multiplications below which a CPU's autograd function costs more than it saves
+LIGHT = 2**17  # numbers of a weight that a CPU passes over in no time
 
 
 def convolution(
@@ -68,15 +69,22 @@ def convolution(
     device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
+    elif x.is_cpu and lora_A.dtype == lora_B.dtype == x.dtype:
+        size = weight.numel()
+        if x.dtype.itemsize > 2 and size < LIGHT and x.numel() * size < SMALL * x.shape[1]:
+            # a layer so small feels each line of Python, so these come before every question
+            dense = torch.addmm(weight.flatten(1), lora_B * scale, lora_A).view_as(weight)
+            conv = CONVOLUTIONS[x.dim() - 3]
+            return conv(x, dense, bias, stride, padding, dilation, groups)
     where, compiling = (stride, padding, dilation, groups), is_compiling()
     low = x.dtype.itemsize == 2
     if low and groups == 1 and not compiling:
         if _is_pointwise(x, weight, where):
             return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
         return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
-    shape, size = weight.shape, weight.numel()
+    shape, size, numbers = weight.shape, weight.numel(), x.numel()
     conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
-    tokens = x.numel() // (x.shape[1] * prod(stride)) if x.numel() else 0
+    tokens = numbers // (shape[1] * groups * prod(stride))
     # a branch repeats its first kernel for every group
     if not low and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
         if compiling or x.is_cpu and tokens * size < SMALL:
@@ -335,8 +343,8 @@ def _from_thin(
 
 
 def _kernel(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    shape = weight.shape
-    return torch.addmm(weight.reshape(shape[0], -1), up, down).view(shape)
+    # a view by sizes takes longer than by example
+    return torch.addmm(weight.flatten(1), up, down).view_as(weight)
 
 
 def _backward(
