@@ -19,6 +19,8 @@ from paramlora.tiles import PROCESSORS, WIDEST
 
 _Maybe = Optional[Tensor]
 _Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
+# unlike F.conv_transpose2d no autocast around the backward changes its types
+_gradients = torch.ops.aten.convolution_backward.default
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BLOCK = 1024  # elements of a row of A in one program
 
@@ -75,16 +77,8 @@ class _Geometry(NamedTuple):
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        return tuple((free + s) // s for free, s in zip(self._free(), self.stride))
-
-    @property
-    def output_padding(self) -> tuple[int, ...]:
-        """Of the transposed convolution that leads back to `sizes`."""
-        return tuple(free % s for free, s in zip(self._free(), self.stride))
-
-    def _free(self) -> list[int]:
-        along = zip(self.sizes, self.kernel, self.padding, self.dilation)
-        return [n + 2 * p - d * (k - 1) - 1 for n, k, p, d in along]
+        along = zip(self.sizes, self.kernel, self.stride, self.padding, self.dilation)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
     @property
     def firsts(self) -> tuple[int, ...]:
@@ -310,8 +304,8 @@ class _Backward:
         last, x_last, weight_last = (bool(_format(of)) for of in (dy, x, weight))
         self.input_too, self.a_too = input_too, a_too
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
-        self.transposed, self.where = getattr(F, f"conv_transpose{len(sizes)}d"), geometry[2:]
-        self.back_where = (*geometry[2:4], geometry.output_padding, 1, geometry.dilation)
+        none = [0] * len(sizes)
+        self.where = ([0], *geometry[2:], False, none, 1)
         self.wide, self.tall = _last((batch, channels, *outputs)), _last((channels, inner, *kernel))
         self.v, self.x, self.down = (
             _last(of) for of in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
@@ -352,24 +346,21 @@ class _Backward:
     ) -> tuple[_Maybe, _Maybe, Tensor]:
         v, part = self.v.new(x), x.new_empty(self.parts, dtype=torch.float32)
         wide, tall = (self.wide.new(x), self.tall.new(x)) if self.input_too else (v, v)
-        x_last = self.x.new(x) if self.relaid else x
+        x_last = self.x.new(x) if self.relaid or x.dim() == 3 else x
         made = (wide, tall, x_last, v, part)
         places = [of.data_ptr() for of in made]
         self.spread((dy, t, weight, a, b, scale, x, *made), (*addresses, *places))
         dx: Any = None
         da: _Maybe = None
-        if self.input_too:
-            dx = self.transposed(wide, tall, None, *self.back_where)
         y, result, a_last, a_first = v, v, v, v
+        if self.input_too:
+            dx, _, _ = _gradients(wide, x_last, tall, *self.where, [True, False, False])
         if self.returned:
             y, result = self.x.of(dx), self.dx.new(x)
             dx = result
         if self.a_too:
             down = self.down.new(x)  # whose shape alone counts
-            _, a_last, _ = torch.ops.aten.convolution_backward.default(
-                v, x_last, down, [0], *self.where, False, [0] * len(self.where[0]), 1,
-                [False, True, False],
-            )  # fmt: skip
+            _, a_last, _ = _gradients(v, x_last, down, *self.where, [False, True, False])
             a_last, da = self.down.of(a_last), a.new_empty_strided(*self.da)
             a_first = da
         db = x.new_empty_strided(*self.db, dtype=torch.float32)
