@@ -16,6 +16,7 @@ from paramlora.functional import (
     denser,
     differentiable,
     pointwise,
+    without_autocast,
 )
 from paramlora.operators import convolved, convolved_backward, gradient_of_second, scaled_down
 from paramlora.served import has_kernel, recorded
@@ -177,6 +178,7 @@ class _Joined(torch.autograd.Function):
         return conv(torch.cat([x, more], 1), both, bias, *where)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, a, b, scale, *kept = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, (*ctx.where, 1)
@@ -282,6 +284,7 @@ class _Convolution(torch.autograd.Function):
         return conv(x, _kernel(weight, up, down), bias, *where)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, a, b, scale = ctx.saved_tensors
         needs, where = ctx.needs_input_grad, ctx.where

@@ -4,6 +4,8 @@
 gradient of the dense weight. Tensors only.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Optional, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from paramlora.operators import gradient_of_second, scaled_down
 from paramlora.served import fits, has_kernel, looks_up, recorded, served
 
 _Maybe = Optional[Tensor]
+_Gradients = Callable[[Any, Tensor], Any]
 TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
 BRIEF = 2**31  # those of a layer in float32 that takes an H100 no longer than Python
 
@@ -110,6 +113,20 @@ def applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> T
         return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def without_autocast(backward: _Gradients) -> _Gradients:
+    """A function's backward in its forward's types, whatever the context that it is called in."""
+
+    @functools.wraps(backward)
+    def called(ctx: Any, dy: Tensor) -> Any:
+        device = "cuda" if dy.is_cuda else "cpu" if dy.is_cpu else dy.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, dy)
+        return backward(ctx, dy)
+
+    return called
+
+
 def linear_by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
@@ -195,6 +212,7 @@ class _Linear(torch.autograd.Function):
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, a, b, scale, u = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -358,6 +376,7 @@ class _Embedding(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows, weight, a, b, scale, kept = ctx.saved_tensors
         needs, padding, strength = ctx.needs_input_grad, ctx.padding, ctx.strength

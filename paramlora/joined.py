@@ -19,7 +19,6 @@ from paramlora.tiles import PROCESSORS, WIDEST
 
 _Maybe = Optional[Tensor]
 _Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
-# unlike F.conv_transpose2d no autocast around the backward changes its types
 _gradients = torch.ops.aten.convolution_backward.default
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BLOCK = 1024  # elements of a row of A in one program

@@ -617,26 +617,3 @@ def test_make_fx_is_shown_what_the_kernels_compute(kernel):
     for value in (scale, 0 * scale):
         got, want = graph(other, value), call(other, value)
         assert (got - want).norm() <= 0.01 * want.norm()
-
-
-@pytest.mark.parametrize("r", (8, 100))
-@pytest.mark.parametrize("kernel", ((), (1, 1), (3, 3)), ids=str)
-def test_a_backward_under_autocast_keeps_its_type(kernel, r):
-    """Its thread has a type of autocast's own, float16, where such gradients overflow."""
-    torch.manual_seed(0)
-    shape, size = (16, 16, *kernel), torch.Size(kernel).numel()
-    weight, a, b = (
-        torch.randn(s, device="cuda", requires_grad=True) for s in (shape, (r, 16 * size), (16, r))
-    )
-    x = torch.randn(5, 16, *(9 for _ in kernel), device="cuda", requires_grad=True)
-    scale, leaves, grads = torch.ones((), device="cuda"), (x, weight, a, b), []
-    for inside in (False, True):
-        with torch.autocast("cuda", torch.bfloat16):
-            if kernel:
-                y = convolution(x, weight, None, a, b, scale, (1, 1), (1, 1), (1, 1), 1)
-            else:
-                y = functional.linear(x, weight, None, a, b, scale)
-        with torch.autocast("cuda", torch.bfloat16, enabled=inside):
-            grads.append(torch.autograd.grad(y, leaves, torch.full_like(y, 1e5)))
-    for one, two in zip(*grads):
-        assert one.isfinite().all() and torch.equal(one, two)

@@ -149,6 +149,36 @@ def test_autocast_of_a_narrow_model(hard, dtype, device):
     check(model, plain, x, y, torch.finfo(dtype).eps)
 
 
+LARGE = {  # too large for plain autograd, which computes what the context says
+    "linear": (lambda: nn.Linear(256, 256), (512, 256)),
+    "wide rank": (lambda: nn.Linear(256, 256), (512, 256)),
+    "convolution": (lambda: nn.Conv2d(64, 64, 3, padding=1), (4, 64, 32, 32)),
+    "pointwise": (lambda: nn.Conv2d(256, 256, 1), (4, 256, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@DEVICES
+def test_autocast_around_a_backward_changes_no_gradient(kind, dtype, device):
+    """Only the forward's context counts, though an autograd function's operations meet this one;
+    on CUDA in a thread where autocast's type is float16, which 1e5 overflows."""
+    build, shape = LARGE[kind]
+    model = nn.Sequential(build()).to(device, dtype)
+    paramlora.attach(model, {"0": {"r": 100 if kind == "wide rank" else 4}})
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B, std=0.05)
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    leaves = [x, *paramlora.trainable_parameters(model)]
+    dy, grads = torch.full_like(model(x), 1e5), []
+    for inside in (False, True):
+        y = model(x)
+        with torch.autocast(device, torch.bfloat16, enabled=inside):
+            grads.append(torch.autograd.grad(y, leaves, dy))
+    for one, two in zip(*grads):
+        assert one.isfinite().all() and torch.equal(one, two)
+
+
 @HARD
 @DEVICES
 def test_a_scaler_unscales_and_skips_a_step_that_overflows(hard, device):
