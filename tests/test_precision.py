@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
+from paramlora import functional
 from paramlora.attach import lowranks
 
 HARD = pytest.mark.parametrize("hard", (1, 0))
@@ -149,7 +150,7 @@ def test_autocast_of_a_narrow_model(hard, dtype, device):
     check(model, plain, x, y, torch.finfo(dtype).eps)
 
 
-LARGE = {  # too large for plain autograd, which computes what the context says
+FUNCTIONS = {  # what is no plain autograd, which computes what the context says
     "linear": (lambda: nn.Linear(256, 256), (512, 256)),
     "wide rank": (lambda: nn.Linear(256, 256), (512, 256)),
     "convolution": (lambda: nn.Conv2d(64, 64, 3, padding=1), (4, 64, 32, 32)),
@@ -157,13 +158,14 @@ LARGE = {  # too large for plain autograd, which computes what the context says
 }
 
 
-@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @DEVICES
-def test_autocast_around_a_backward_changes_no_gradient(kind, dtype, device):
+def test_autocast_around_a_backward_changes_no_gradient(kind, dtype, device, monkeypatch):
     """Only the forward's context counts, though an autograd function's operations meet this one;
     on CUDA in a thread where autocast's type is float16, which 1e5 overflows."""
-    build, shape = LARGE[kind]
+    build, shape = FUNCTIONS[kind]
+    monkeypatch.setattr(functional, "BRIEF", 0)
     model = nn.Sequential(build()).to(device, dtype)
     paramlora.attach(model, {"0": {"r": 100 if kind == "wide rank" else 4}})
     for _, _, low in lowranks(model):
