@@ -41,13 +41,15 @@ def run(strength, tick):
 def in_child(job):
     child = os.fork()
     if child == 0:
+        code = 0
         try:
             job()
-            os._exit(0)
         except KeyboardInterrupt:
-            os._exit(130)
+            code = 130
         except BaseException:
-            os._exit(1)
+            code = 1
+        # only now, as at a program's end, are the frames of the error gone, and what they held open
+        os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def counted(result):
