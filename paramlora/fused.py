@@ -17,24 +17,30 @@ from torch import Tensor
 from paramlora import kernels
 from paramlora.launch import Launch, bound, is_hopper
 from paramlora.served import DEEP, SPAN, fits, has_kernel, kept_size, pack_width, packs, padded
-from paramlora.tiles import PROCESSORS, WIDEST, Rows, Tiles, is_even, is_local, rows_of
+from paramlora.tiles import (
+    PROCESSORS,
+    Rows,
+    Tiles,
+    gradients,
+    is_even,
+    is_local,
+    is_ours,
+    projection,
+    rows_of,
+)
 
 _Maybe = Optional[Tensor]
 # a signal's number: no other launch has it, nor by chance what the memory held before
 _NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 
-def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Optional[Launch]:
-    """``left[M, K] @ f[R, K].T``, or None where cuBLAS computes it."""
-    if R > WIDEST:
-        return None
-    M, hopper = left.M, is_hopper(device)
-    deep = 256 if R <= 32 else 128  # fits the shared memory of every device
-    BM, BK = (16, deep) if M <= 512 else (64, 64) if M < 16384 else (128, 64)
+def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Launch:
+    """``left[M, K] @ f[R, K].T``."""
+    M, hopper, (BM, BK, stages, warps) = left.M, is_hopper(device), projection(left.M, R)
     numbers = (M, K, left.period, *left.places(left.period))
     constants = (hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
     early = hopper and after_pack
-    return Launch(kernels.project, device, -(-M // BM), numbers, constants, 4, 4, early)
+    return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
 
 
 def _product(device: int, tiles: Tiles, bias: bool) -> Launch:
@@ -89,12 +95,16 @@ class _Forward:
     ) -> None:
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
         self.sizes, self.R = (M, N, K), padded(r)
-        R, hopper, local = self.R, is_hopper(device), is_local(self.sizes, self.R, captured)
+        R, hopper = self.R, is_hopper(device)
+        local = is_local(self.sizes, R, captured, hopper)
+        ours = is_ours(self.sizes, R, captured, hopper)
         self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
-        self.tiles = tiles = Tiles(rows, out, period, w, self.sizes, R, hopper, misaligned, local)
+        self.tiles = tiles = Tiles(
+            rows, out, period, w, self.sizes, R, hopper, misaligned, ours, local
+        )
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.whole: Optional[Launch] = None
         if local:
@@ -105,7 +115,7 @@ class _Forward:
             return
         numbers = (*self.sizes, *factors)
         self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
-        self.project = _projection(device, rows, K, R, True)
+        self.project = _projection(device, rows, K, R, True) if ours else None
         self.product = _product(device, tiles, bias is not None)
 
     def __call__(
@@ -270,22 +280,24 @@ class _Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         self.input_too, self.factors_too = wanted
-        self.separate = R > WIDEST or not self.factors_too
-        local = all(wanted) and is_local(self.sizes, R, captured)
         hopper, w = is_hopper(device), weight.stride()
+        ours = is_ours(self.sizes, R, captured, hopper)
+        local = all(wanted) and is_local(self.sizes, R, captured, hopper)
+        self.separate = not (ours and self.factors_too)
         self.result = _result(x.shape, N, rows[1])
         out = self.result.rows
         period = min(rows[0].period, rows[1].period, out.period)
         self.tiles = tiles = Tiles(
-            rows[0], out, period, w, self.sizes, R, hopper, misaligned, local, self.input_too
+            rows[0], out, period, w, self.sizes, R, hopper, misaligned, ours, local, self.input_too
         )
-        self.project = None if local else _projection(device, rows[0], K, R, False)
+        self.project = None
+        if ours and not local:
+            self.project = _projection(device, rows[0], K, R, False)
         self.size = M * R
         if self.separate:
             self.launch = _product(device, tiles, False)
             return
-        stages, warps = tiles.tiling[4:6]
-        deep = 128 if R <= 16 and stages <= 3 else 64
+        deep, stages, warps = gradients(tiles.tiling, R)
         blocks = -(-N // DEEP) + -(-K // DEEP)
         groups = max(1, min(-(-M // (4 * deep)), -(-PROCESSORS // blocks)))
         each = -(-M // groups // deep) * deep

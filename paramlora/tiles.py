@@ -8,7 +8,7 @@ from torch import Tensor
 from paramlora.launch import Block
 
 PROCESSORS = 132  # of the device that the choices were measured on
-WIDEST = 64  # above this rank the thin products go to cuBLAS, which is efficient there
+WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
 
 
 class Tiling(NamedTuple):
@@ -48,6 +48,41 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
 
 
 NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
+
+
+def is_ours(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the kernels compute the thin products, else cuBLAS.
+
+    Above `WIDEST` cuBLAS takes the device a little less time, but the host twice as long as all
+    else in a step, so it is left to a CUDA graph, to the largest products, and to devices without
+    the shared memory for such blocks.
+    """
+    if R <= WIDEST:
+        return True
+    return hopper and not captured and (R <= 128 or (R <= 256 and math.prod(sizes) <= 2**35))
+
+
+def is_local(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the thin product is computed in the same grid, see `tiling`."""
+    if captured or R > (128 if hopper else WIDEST):
+        return False
+    return math.prod(sizes) <= (2**35 if R <= WIDEST else 2**32)
+
+
+def projection(M: int, R: int) -> tuple[int, int, int, int]:
+    """Rows, depth, stages and warps of a block of the thin product in a grid of its own."""
+    if R > WIDEST:
+        return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
+    deep = 256 if R <= 32 else 128  # fits the shared memory of every device
+    return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < 16384 else (128, 64, 4, 4)
+
+
+def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
+    """Depth of a block of the factors' gradients beside such tiles, and the grid's stages and
+    warps."""
+    if R > 128:
+        return 32, tiling.stages, 8
+    return 128 if R <= 16 and tiling.stages <= 3 else 64, tiling.stages, tiling.warps
 
 
 class Rows(NamedTuple):
@@ -96,9 +131,9 @@ def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Opt
 class Tiles:
     """How a product ``left[M, K] @ w[K, N]`` is divided.
 
-    `local`: its thin product is computed in the same grid. Its `early` says that it may start
-    before the `project` ends that must be launched right ahead of it. `misaligned`: the address of
-    left or w is not a multiple of 16.
+    `local`: its thin product is computed in the same grid; `ours`: by the kernels. Its `early` says
+    that it may start before the `project` ends that must be launched right ahead of it.
+    `misaligned`: the address of left or w is not a multiple of 16.
     """
 
     def __init__(
@@ -111,6 +146,7 @@ class Tiles:
         R: int,
         hopper: bool,
         misaligned: bool,
+        ours: bool,
         local: bool,
         wanted: bool = True,
     ) -> None:
@@ -118,7 +154,7 @@ class Tiles:
         step = w_n if w_k == 1 else w_k
         strides = (K | N | left.row | out.row | step) & 7 or not step
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
-        self.early = hopper and R <= WIDEST and not local
+        self.early = hopper and ours and not local
         self.tiling = tiling(M, N, K, aligned, local) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
@@ -134,11 +170,6 @@ class Tiles:
     def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
         """left, w and the output for the tensor memory engine, where that loads them."""
         return tuple(map(Block, matrices, self._layouts)) if self._layouts else ()
-
-
-def is_local(sizes: tuple[int, int, int], R: int, captured: bool) -> bool:
-    """Whether the thin product is computed in the same grid, see `tiling`."""
-    return R <= WIDEST and not captured and math.prod(sizes) <= 2**35
 
 
 def is_even(period: int, M: int) -> bool:

@@ -22,11 +22,13 @@ WANTED = (0, 2, 3, 4, 5)
 SMALL = [  # the thin product in the same grid
     (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1), (1, 1, 1, 1),
     (77, 768, 1280, 64), (513, 2056, 2064, 17), (1024, 4096, 4096, 16), (64, 4096, 4096, 8),
+    (600, 256, 512, 128), (70, 40, 24, 65),
 ]  # fmt: skip
 LARGE = [  # in a grid of its own, beside which the tiles start
     (8192, 4096, 2048, 16), (9000, 2051, 2049, 5), (8200, 4104, 1032, 64), (32768, 1280, 1280, 8),
+    (4096, 4096, 2048, 128), (8200, 1029, 1040, 100), (300, 512, 256, 256), (1000, 317, 211, 129),
 ]  # fmt: skip
-WIDE = [(600, 256, 512, 128), (300, 512, 256, 256), (4096, 4096, 2048, 128)]  # by cuBLAS
+WIDE = [(8192, 4096, 2048, 256), (70, 317, 211, 300)]  # by cuBLAS
 
 
 def run(values, seed, which=WANTED, **options):
@@ -59,7 +61,9 @@ def test_ragged_shapes_and_every_rank(shape, dtype):
     assert torch.equal(y, again)
 
 
-@pytest.mark.parametrize("shape", (SMALL[0], SMALL[1], LARGE[0], LARGE[1], WIDE[0]), ids=str)
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], SMALL[1], SMALL[9], *LARGE[:2], *LARGE[4:], WIDE[1]), ids=str
+)
 @pytest.mark.parametrize("which", ((0,), (3, 4), (0, 4)), ids=("input", "factors", "input and B"))
 def test_some_of_the_gradients_alone(shape, which):
     values, seed = case(shape)
@@ -81,7 +85,9 @@ def test_a_second_backward_through_the_same_graph(shape):
         assert one.abs().max() > 0 and torch.equal(-2 * one, two)
 
 
-@pytest.mark.parametrize("shape", (SMALL[0], SMALL[7], (512, 320, 320, 8), LARGE[0]), ids=str)
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], SMALL[7], (512, 320, 320, 8), LARGE[0], SMALL[9], LARGE[6]), ids=str
+)
 def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
     (x, weight, bias, a, b, scale), seed = case(shape)
     leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
@@ -106,7 +112,9 @@ def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
             assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
 
 
-@pytest.mark.parametrize("shape", (SMALL[0], (1024, 1280, 1280, 8), LARGE[0], LARGE[3]), ids=str)
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], (1024, 1280, 1280, 8), LARGE[0], *LARGE[3:7], SMALL[9]), ids=str
+)
 def test_no_race_among_programs_or_streams(shape):
     """Programs that read what others have not written yet would read NaN, which every freed block
     holds here, or what another input left."""
