@@ -14,11 +14,12 @@ another format, each operand of each convolution by itself, so the kernels do th
    of B's gradient, and x for cuDNN; cuDNN: the gradients of x and A; `back`: all three as the
    caller has them.
 
-Every result is deterministic. Images are ``[batch, channels, P positions]``, in memory with the
-channels last where `LAST`; weights are ``[out, inner, positions]`` likewise. What is made for cuDNN
-always has them last. ``R`` is the padded rank; `added` channels are the ranks and, up to what cuDNN
-is quick at, zeros. The first of these, if there is one, is 1 where there is a bias, which so is
-added before the rounding, and without a pass of its own.
+The kernels are deterministic; cuDNN is as torch's settings ask of it. Images are ``[batch,
+channels, P positions]``, in memory with the channels last where `LAST`; weights are ``[out, inner,
+positions]`` likewise. What is made for cuDNN always has them last. ``R`` is the padded rank;
+`added` channels are the ranks and, up to what cuDNN is quick at, zeros. The first of these, if
+there is one, is 1 where there is a bias, which so is added before the rounding, and without a pass
+of its own.
 """
 
 import triton

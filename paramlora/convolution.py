@@ -1,5 +1,6 @@
 """Low-rank convolution: a dense kernel that is not kept, both kernels joined, or a branch."""
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, Optional, Sequence
 
@@ -15,6 +16,9 @@ from paramlora.functional import (
     cast_for_autocast,
     denser,
     differentiable,
+    input_of,
+    is_batched,
+    kept_input,
     pointwise,
     without_autocast,
 )
@@ -167,11 +171,11 @@ class _Joined(torch.autograd.Function):
         result = None if recorded() else convolved(x, weight, bias, a, b, scale, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
+            ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(x, weight, bias, a, b, scale, t, up)
+        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, t, up)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is None:
             return conv(x, weight, bias, *where) + conv(t, up)
@@ -180,13 +184,16 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, *kept = ctx.saved_tensors
-        needs, where = ctx.needs_input_grad, (*ctx.where, 1)
+        held, weight, a, b, scale, *kept = ctx.saved_tensors
+        needs, where, x = ctx.needs_input_grad, (*ctx.where, 1), input_of(ctx, held, weight)
         none = (None,) * len(ctx.where)
-        if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[weight.dim() - 3](x, weight, bias, *where)
-            y = y + branch(x, weight.shape, a, b * scale, *where)
-            return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
+        if torch.is_grad_enabled() or ctx.kernel and is_batched(dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *where)
+                return y + branch(x, weight.shape, a, b * scale, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
         if ctx.kernel:
             grads = convolved_backward(dy, x, weight, a, b, scale, kept[0], wanted, ctx.where)
@@ -222,7 +229,7 @@ def _gradients(
         _, first, _ = _backward(v, x, down, where, (False, True, False))
         da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
     if product is not None:
-        product = product.flatten(1)[:, : len(a)]
+        product = product.reshape(len(product), -1)[:, : len(a)]
         db, dscale = gradient_of_second(product, b, scale, 1.0, wanted[3])
     return dx, da, db, dscale
 
@@ -278,7 +285,7 @@ class _Convolution(torch.autograd.Function):
         *where: Any,
     ) -> Tensor:
         ctx.where = where
-        ctx.save_for_backward(x, weight, bias, a, b, scale)
+        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         return conv(x, _kernel(weight, up, down), bias, *where)
@@ -286,19 +293,23 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale = ctx.saved_tensors
-        needs, where = ctx.needs_input_grad, ctx.where
+        held, weight, a, b, scale = ctx.saved_tensors
+        needs, where, x = ctx.needs_input_grad, ctx.where, input_of(ctx, held, weight)
         none = (None,) * len(where)
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                dense = _kernel(weight, scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype))
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
-        if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            y = CONVOLUTIONS[weight.dim() - 3](x, _kernel(weight, up, down), bias, *where)
-            return (*differentiable(y, [x, weight, bias, a, b, scale], needs, dy), *none)
-        whole = needs[1] or x.is_cpu or where[3] > 1
+        wanted = needs[3], needs[4] or needs[5]
+        whole = needs[1] or any(wanted) and (x.is_cpu or where[3] > 1)
         dx = kernel = dbias = None
         if needs[0] or whole or needs[2]:
             dense = _kernel(weight, up, down) if needs[0] else weight
             dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
-        wanted = needs[3], needs[4] or needs[5]
         if kernel is not None:
             da, product = _from_kernel(kernel.reshape(len(kernel), -1), down, up, wanted)
         else:
@@ -308,6 +319,15 @@ class _Convolution(torch.autograd.Function):
             db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
         da = None if da is None else cast(da, a.dtype)
         return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
+
+
+def _differentiable(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
+) -> tuple[_Maybe, ...]:
+    """`differentiable`, and of a bias behind the weight."""
+    dbias = dy.sum([0, *range(2, dy.dim())]) if needs[2] else None
+    dx, dweight, *others = differentiable(compute, inputs, (*needs[:2], *needs[3:6]), dy)
+    return dx, dweight, dbias, *others
 
 
 def _from_kernel(

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from paramlora import functional
@@ -62,8 +63,9 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
     if not is_compiling():
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
-        # which takes the plain operations of a dropping update, but no autograd function
-        if torch._C._are_functorch_transforms_active() and not dropping:
+        # which take the plain operations of a dropping update, but no autograd function
+        followed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if followed and not dropping:
             return None
     return weight, updates, dropping
 

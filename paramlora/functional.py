@@ -19,6 +19,7 @@ from paramlora.served import fits, has_kernel, looks_up, recorded, served
 
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
+_unsafe_view = torch.ops.aten._unsafe_view.default
 TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
 BRIEF = 2**31  # those of a layer in float32 that takes an H100 no longer than Python
 
@@ -198,7 +199,7 @@ class _Linear(torch.autograd.Function):
             result = operators.forward(x, weight, bias, a, b, scale, strength, image)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(x, weight, bias, a, b, scale, result[1])
+            ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = _flat(x)
         ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
@@ -208,18 +209,25 @@ class _Linear(torch.autograd.Function):
         else:
             u = flat @ down.t()
             y = _both(flat, weight.t(), u, up.t(), bias)
-        ctx.save_for_backward(x, weight, bias, a, b, scale, u)
-        return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
+        held = kept_input(ctx, x)
+        ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
+        # no view, which nobody could change in place
+        return y if x.dim() == y.dim() else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, a, b, scale, u = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            inputs = [x, weight, bias, a, b, scale]
-            y = linear_by_definition(x, weight, bias, a, b, scale * ctx.strength)
-            return (*differentiable(y, inputs, needs, dy), None, None)
+        held, weight, a, b, scale, u = ctx.saved_tensors
+        needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
+        dbias = _flat(dy).sum(0) if needs[2] else None
+        if torch.is_grad_enabled() or ctx.kernel and is_batched(dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                return linear_by_definition(x, weight, None, a, b, scale * ctx.strength)
+
+            inputs, wanted = (x, weight, a, b, scale), (*needs[:2], *needs[3:6])
+            dx, dweight, *others = differentiable(again, inputs, wanted, dy)
+            return dx, dweight, dbias, *others, None, None
         if ctx.kernel:
             factors = (a, b, scale, ctx.strength, u)
             grads = operators.backward(dy, x, weight, *factors, operators.needed(needs), ctx.image)
@@ -227,8 +235,26 @@ class _Linear(torch.autograd.Function):
             grads = _gradients(ctx, dy, x, weight, a, b, scale, u)
         dx, da, db, dscale = grads
         dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
-        dbias = _flat(dy).sum(0) if needs[2] else None
         return dx, dweight, dbias, da, db, dscale, None, None
+
+
+# whether it stands for many gradients (`is_grads_batched`), which no kernel can be given
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def kept_input(ctx: Any, x: Tensor) -> _Maybe:
+    """What a function of an input, a weight, a bias, both factors and the scale keeps of its input:
+    nothing where only the input's own gradient is wanted, as of a frozen layer."""
+    needs = ctx.needs_input_grad
+    if needs[1] or needs[3] or needs[4] or needs[5]:
+        return x
+    ctx.sizes = x.shape, x.stride()
+    return None
+
+
+def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
+    """The input, or where `kept_input` kept nothing any tensor of its sizes."""
+    return weight.new_empty_strided(*ctx.sizes) if held is None else held
 
 
 def _gradients(
@@ -278,11 +304,28 @@ def _added(base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
 
 
 def differentiable(
-    y: Tensor, inputs: list[_Maybe], needs: Sequence[bool], dy: Tensor
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
 ) -> list[_Maybe]:
-    wanted = [t for t, need in zip(inputs, needs) if need and t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs)]
+    """The gradients of ``compute(*inputs)`` that are wanted, by torch's operations alone; if they
+    will be differentiated themselves, as a function of the inputs and dy.
+
+    Of aliases: an input may itself come from a layer of the same factors, and what reaches them
+    through it is added by whoever asked for the gradients.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [_alias(t) if need else t for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(aliases, needs) if need]
+        if not wanted:
+            return [None for _ in needs]
+        y = compute(*aliases)
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
+    return [next(grads) if need else None for need in needs]
+
+
+def _alias(t: Tensor) -> Tensor:
+    # one that requires no gradient only stands for the sizes of an input, see `input_of`
+    return t.view_as(t) if t.requires_grad else t.requires_grad_()
 
 
 def embedding(
@@ -303,7 +346,7 @@ def embedding(
         lora_A: ``[r, num]``.
         lora_B: ``[dim, r]``.
         scale: ``[]``.
-        padding_idx: the row that gets no gradient.
+        padding_idx: the row that gets no gradient, from the end where negative.
         strength: a number on top of `scale`.
 
     Example:
@@ -312,6 +355,8 @@ def embedding(
         >>> y = embedding(rows, W, A, B, scale)
         >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
     """
+    if padding_idx is not None and -len(weight) <= padding_idx < 0:
+        padding_idx += len(weight)
     plain = not served(weight) or _followed()
     if not plain and looks_up(rows, weight, lora_A, lora_B, scale, padding_idx):
         return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
@@ -380,10 +425,14 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows, weight, a, b, scale, kept = ctx.saved_tensors
         needs, padding, strength = ctx.needs_input_grad, ctx.padding, ctx.strength
-        if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            factors, padding_idx = (a, b, scale), None if padding < 0 else padding
-            y = embedding_by_definition(rows, weight, *factors, padding_idx, strength)
-            return (*differentiable(y, [rows, weight, *factors], needs, dy), None, None)
+        if torch.is_grad_enabled() or is_batched(dy):
+            padding_idx = None if padding < 0 else padding
+
+            def again(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                return embedding_by_definition(rows, weight, a, b, scale, padding_idx, strength)
+
+            found = differentiable(again, (weight, a, b, scale), needs[1:5], dy)
+            return None, *found, None, None
         grads = operators.look_up_backward(
             dy, rows, a, b, scale, padding, strength, kept, needs[2:5]
         )

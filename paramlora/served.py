@@ -44,7 +44,14 @@ def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
     out, size, device = weight.shape[0], weight.numel(), weight.get_device()
     if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
         return False
+    if not (_is_near(a) and _is_near(b) and padded(len(a)) * (a.shape[1] + out) < 2**31):
+        return False
     return (a.get_device(), b.get_device(), scale.get_device()) == (device, device, device)
+
+
+def _is_near(t: Tensor) -> bool:
+    """Whether 32 bits reach every element of a factor from its first."""
+    return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
 
 
 def recorded() -> bool:
@@ -62,7 +69,7 @@ def looks_up(
     (num, dim), r, device = weight.shape, len(a), weight.get_device()
     if a.shape[1] != num or b.shape != (dim, r) or scale.numel() != 1 or not 0 < r <= HIGHEST:
         return False
-    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num):
+    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num and _is_near(b)):
         return False
     devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
     return devices == (device, device, device, device)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import paramlora
-from paramlora import convolution, functional
+from paramlora import convolution, functional, served
 from paramlora.attach import updates
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu])
@@ -60,8 +60,10 @@ def test_linear_and_only_the_wanted_gradients(tokens, fan_in, out, r, which, str
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("tiny", (0, functional.TINY))
 @pytest.mark.parametrize("tokens", (3, 50))
-def test_linear_and_its_gradient_can_be_differentiated_again(tokens):
+def test_linear_and_its_gradient_can_be_differentiated_again(tokens, tiny, monkeypatch):
+    monkeypatch.setattr(functional, "TINY", tiny)
     values = [v.requires_grad_() for v in tensors((tokens,), 4, 5, 2)]
     assert torch.autograd.gradcheck(functional.linear, values)
     assert torch.autograd.gradgradcheck(functional.linear, values)
@@ -376,6 +378,29 @@ def test_an_embedding_under_autocast_keeps_its_type(dtype, padding_idx, device):
     assert y.dtype == dtype
     eps = torch.finfo(dtype).eps
     assert (y.double() - want[rows]).norm() < 2 * eps * want[rows].norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("device", ("cpu", CUDA))
+def test_the_row_without_a_gradient_may_be_counted_from_the_end(dtype, device):
+    weight, a, b = torch.randn(9, 4), torch.randn(2, 9), torch.randn(4, 2)
+    leaves = [t.to(device).requires_grad_() for t in (weight.to(dtype), a, b)]
+    rows, scale = torch.tensor([8, 3, 8], device=device), torch.tensor(0.5, device=device)
+    found = [
+        torch.autograd.grad(functional.embedding(rows, *leaves, scale, row).sum(), leaves)
+        for row in (8, -1)
+    ]
+    assert all(g.norm() > 0 and torch.equal(g, h) for g, h in zip(*found))
+    assert not found[1][0][8].any() and not found[1][1][:, 8].any()
+    with pytest.raises((AssertionError, RuntimeError), match="num_embeddings|[Pp]adding_idx"):
+        functional.embedding(rows, *leaves, scale, -10)
+
+
+@pytest.mark.parametrize("step, near", ((2**31 - 4, True), (2**31 - 2, False)))
+def test_factors_that_32_bits_do_not_reach_have_no_kernel(step, near):
+    weight, a, b, scale = (torch.empty(s, device="meta") for s in ((3, 4), (2, 4), (3, 2), ()))
+    assert served.factors_fit(weight, a.as_strided((2, 4), (step, 1)), b, scale) == near
+    assert served.factors_fit(weight, a, b.as_strided((3, 2), (1, step)), scale) == near
 
 
 @pytest.mark.parametrize("groups", (1, 8))
