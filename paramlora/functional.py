@@ -77,7 +77,7 @@ def _linear(
         # what autograd does in C++ is the quicker where Python takes longer than the device
         if x.is_cpu and tiny(x.numel(), weight.shape, a.shape[0]):
             up = scaled_down(b, scale, strength, x.dtype)
-            return F.linear(x, torch.addmm(weight, up, cast(a, x.dtype)), bias)
+            return F.linear(x, _sum(weight, up, cast(a, x.dtype)), bias)
         if x.is_cuda and x.numel() * weight.shape[0] < BRIEF:
             up = scaled_down(b, scale, strength, x.dtype)
             thin = F.linear(x, cast(a, x.dtype))
@@ -205,7 +205,7 @@ class _Linear(torch.autograd.Function):
         ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
         down, up = cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype)
         if ctx.dense:
-            y, u = F.linear(flat, torch.addmm(weight, up, down), bias), None
+            y, u = F.linear(flat, _sum(weight, up, down), bias), None
         else:
             u = flat @ down.t()
             y = _both(flat, weight.t(), u, up.t(), bias)
@@ -266,7 +266,7 @@ def _gradients(
     dx = da = db = dscale = None
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
-        whole = torch.addmm(weight, up, down) if ctx.dense else None
+        whole = _sum(weight, up, down) if ctx.dense else None
         dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
@@ -293,6 +293,14 @@ def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tenso
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     y = torch.mm(u, v).addmm_(x, w)
     return y if bias is None else y.add_(bias)
+
+
+def _sum(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """``weight + up @ down``, in memory as the weight: by another layout some processors round a
+    product otherwise than the layer's own forward does."""
+    if weight.stride(0) == 1 and len(weight) > 1:
+        return torch.addmm(weight.t(), down.t(), up.t()).t()
+    return torch.addmm(weight, up, down)
 
 
 def _added(base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
