@@ -22,8 +22,15 @@ from paramlora.functional import (
     pointwise,
     without_autocast,
 )
-from paramlora.operators import convolved, convolved_backward, gradient_of_second, scaled_down
-from paramlora.served import has_kernel, recorded
+from paramlora.operators import (
+    convolved,
+    convolved_backward,
+    depthwise,
+    depthwise_backward,
+    gradient_of_second,
+    scaled_down,
+)
+from paramlora.served import has_kernel, is_depthwise, recorded
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -47,8 +54,9 @@ def convolution(
     """``conv(x, W + strength · scale · B A) + bias`` in 1, 2 or 3 dimensions.
 
     In 16 bits both products go into one accumulator, so that a small update is not rounded away:
-    a kernel of 1 is a linear layer of every position (on CUDA), and other kernels are joined; but
-    neither in groups nor under a compiler. Elsewhere the dense kernel is formed, or where positions
+    a kernel of 1 is a linear layer of every position (on CUDA), other kernels are joined, and those
+    of single channels summed in float32 (on CUDA); but no other groups, and nothing under a
+    compiler. Elsewhere the dense kernel is formed, or where positions
     are few (`denser`), a low-rank branch of two convolutions is added. In groups, where a branch
     repeats its first kernel for each, the update is a kernel of its own.
 
@@ -87,6 +95,9 @@ def convolution(
         if _is_pointwise(x, weight, where):
             return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
         return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
+    if low and not compiling and not recorded():
+        if is_depthwise(x, weight, bias, lora_A, lora_B, scale, where[:3], groups):
+            return applied(_Depthwise, x, weight, bias, lora_A, lora_B, scale, *where[:3])
     shape, size, numbers = weight.shape, weight.numel(), x.numel()
     conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
     tokens = numbers // (shape[1] * groups * prod(stride))
@@ -319,6 +330,49 @@ class _Convolution(torch.autograd.Function):
             db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
         da = None if da is None else cast(da, a.dtype)
         return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
+
+
+class _Depthwise(torch.autograd.Function):
+    """Single channels in 16 bits: the kernels' way, see `depthwise`. Keeps x and the sum of W and
+    the update in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where = where
+        y, total = depthwise(x, weight, bias, a, b, scale, where)
+        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale, total = ctx.saved_tensors
+        needs, where, x = (
+            ctx.needs_input_grad,
+            (*ctx.where, len(weight)),
+            input_of(ctx, held, weight),
+        )
+        none = (None,) * len(ctx.where)
+        if torch.is_grad_enabled() or is_batched(dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                dense = weight + ((b * scale) @ a).to(weight.dtype).view_as(weight)
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
+        wanted = (*needs[:2], *needs[3:6])
+        grads = depthwise_backward(dy, x, weight, a, b, scale, total, wanted, ctx.where)
+        dbias = dy.sum([0, *range(2, dy.dim())]) if needs[2] else None
+        return (*grads[:2], dbias, *grads[2:], *none)
 
 
 def _differentiable(

@@ -299,7 +299,9 @@ class _Backward:
             return
         deep, stages, warps = gradients(tiles.tiling, R)
         blocks = -(-N // DEEP) + -(-K // DEEP)
-        groups = max(1, min(-(-M // (4 * deep)), -(-PROCESSORS // blocks)))
+        # columns of an image that lie apart take longer to load, so twice as many programs do
+        programs = PROCESSORS if rows[0].column == rows[1].column == 1 else 2 * PROCESSORS
+        groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
         groups = -(-M // each)
         strips = -(-M // SPAN)

@@ -107,6 +107,51 @@ def convolved_backward(
     return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), None
 
 
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    where: tuple[tuple[int, ...], ...],
+) -> tuple[Tensor, Tensor]:
+    """``y`` and what `depthwise_backward` takes of it, where `served.is_depthwise`; see
+    `depthwise.forward`."""
+    from paramlora import depthwise
+
+    return depthwise.forward(x, weight, bias, a, b, scale, where)
+
+
+def depthwise_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    kept: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[tuple[int, ...], ...],
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]:
+    """The gradients of x, the weight, A, B and the scale that are `wanted`."""
+    if not any(wanted):
+        return None, None, None, None, None
+    from paramlora import depthwise
+
+    input_too, weight_too, a_too, b_too, scale_too = wanted
+    masks = input_too, weight_too, a_too or b_too or scale_too
+    dx, kernels, da, db = depthwise.backward(
+        dy, x, weight, a, b, scale, kept, where, not scale_too, masks
+    )
+    dweight = dscale = None
+    if kernels is not None and weight_too:
+        dweight = kernels.to(weight.dtype).view_as(weight)
+    if db is not None and scale_too:
+        db, dscale = gradient_of_second(db, b, scale, 1.0, True)
+    return dx, dweight, da, db, dscale
+
+
 def look_up(
     rows: Tensor,
     weight: Tensor,

@@ -1,5 +1,6 @@
 """Which operands the 16-bit CUDA kernels serve, and the sizes that follow from theirs."""
 
+from math import prod
 from typing import Optional
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
 HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
@@ -73,6 +75,32 @@ def looks_up(
         return False
     devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
     return devices == (device, device, device, device)
+
+
+def is_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    where: tuple[tuple[int, ...], ...],
+    groups: int,
+) -> bool:
+    """Whether the kernels serve this convolution and its update, of single channels; `where`: its
+    stride, padding and dilation. What is wrong with other operands, torch says."""
+    if not (served(x) and x.dim() == weight.dim() and x.numel() and x.dtype == weight.dtype):
+        return False
+    channels, device, kernel = x.shape[1], x.get_device(), weight.shape[2:]
+    if not weight.shape[:2] == (channels, 1) or groups != channels or kernel.numel() > TAPS:
+        return False
+    if bias is not None and (bias.shape != (channels,) or bias.get_device() != device):
+        return False
+    along = zip(x.shape[2:], kernel, *where)
+    outputs = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
+    if min(outputs) < 1 or max(x[0, 0].numel(), prod(outputs)) >= 2**31:
+        return False
+    return weight.get_device() == device and factors_fit(weight, a, b, scale)
 
 
 def _serves(device: int) -> bool:

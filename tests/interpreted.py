@@ -6,6 +6,7 @@ arithmetic, places and masks, but no race; `test_kernels` runs on CUDA. float16 
 interpreter cuts off what bfloat16 would round.
 """
 
+import functools
 import json
 import sys
 import warnings
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora import fused, joined, kernels, lookup, operators
+from paramlora import depthwise, fused, joined, kernels, lookup, operators
 from paramlora.launch import Launch
 
 captured = False
@@ -182,6 +183,50 @@ def convolution(sizes, shape, r, stride, padding, dilation, last):
     return {key: error(*pair) for key, *pair in zip(("y", "x", "A", "B"), got, want)}
 
 
+DEPTHWISE = [  # input, kernel, rank, stride, padding, dilation
+    ((2, 2, 9, 9), (3, 3), 4, 1, 1, 1),
+    ((1, 3, 12, 11), (3, 1), 9, (2, 3), (1, 0), 1),
+    ((1, 20, 5, 4), (2, 2), 40, 1, (2, 1), (2, 1)),
+    ((2, 2, 8, 8), (2, 2), 3, 2, 1, 3),
+    ((1, 1, 1, 1), (1, 1), 1, 1, 0, 1),
+    ((1, 2, 20, 17), (5, 4), 5, 1, 2, 1),
+    ((1, 2, 520), (4,), 2, 1, 3, 1),
+    ((1, 1, 40), (31,), 8, 3, 15, 1),
+    ((1, 2, 3, 4, 5), (3, 2, 3), 2, (1, 2, 1), (1, 0, 2), (1, 2, 1)),
+]
+
+
+def depth(shape, kernel, r, stride, padding, dilation, last):
+    """Errors of everything that a convolution of single channels computes."""
+    n, channels, fan_in = len(kernel), shape[1], torch.Size(kernel).numel()
+    where = tuple((v,) * n if isinstance(v, int) else v for v in (stride, padding, dilation))
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    x, weight = torch.randn(shape).half(), torch.randn(channels, 1, *kernel).half()
+    x = x.to(memory_format=formats[n]) if last else x
+    bias, a = 9 * torch.randn(channels).half(), torch.randn(r, fan_in) / fan_in**0.5
+    b, scale = torch.randn(r, channels).t() / r**0.5, torch.tensor(0.7)
+    launched.clear()
+    y, total = depthwise.forward(x, weight, bias, a, b, scale, where)
+    dy = torch.randn(y.shape).half()
+    call = functools.partial(depthwise.backward, dy, x, weight, a, b, scale)
+    got = call(total, where, True, (True, True, True))
+    moved = total.new_empty(total.numel() + 1)[1:].view_as(total).copy_(total)
+    alone = [call(moved, where, True, tuple(i == j for j in range(3))) for i in range(3)]
+    again = (alone[0][0], alone[1][1], *alone[2][2:])
+    assert all(torch.equal(p, q) for p, q in zip(got, again)), "not twice the same"
+    assert alone[0][1] is alone[1][0] is alone[1][2] is alone[2][0] is None, "not wanted"
+    unscaled = call(total, where, False, (False, False, True))[3]
+    assert torch.allclose(unscaled * scale, got[3], rtol=1e-5, atol=1e-5)
+    assert not last or y.stride() == y.to(memory_format=formats[n]).stride()
+    leaf, *factors = (t.double().requires_grad_() for t in (x, a, b))
+    whole = weight.double() + (scale.double() * factors[1] @ factors[0]).view_as(weight)
+    conv = getattr(torch.nn.functional, f"conv{n}d")
+    want_y = conv(leaf, whole, bias.double(), *where, channels)
+    want = [want_y.detach(), *torch.autograd.grad(want_y, (leaf, whole, *factors), dy.double())]
+    got = (y, got[0], got[1].view_as(weight), *got[2:])
+    return {k: error(*pair) for k, *pair in zip(("y", "x", "W", "A", "B"), got, want)}
+
+
 TABLES = {  # how the weight, A and B lie
     "rows": lambda weight, a, b: (weight, a, b),
     "columns": lambda *tensors: [t.t().contiguous().t() for t in tensors],
@@ -255,6 +300,11 @@ def main():
                 torch.manual_seed(0)
                 errors = convolution(*convolved, last)
                 results[f"{convolved}, last: {last}"] = errors, launched[:]
+    for case in DEPTHWISE:
+        for last in (False, True) if len(case[0]) > 3 else (False,):
+            torch.manual_seed(0)
+            errors = depth(*case, last)
+            results[f"depthwise {case}, last: {last}"] = errors, launched[:]
     json.dump(results, sys.stdout)
 
 

@@ -25,13 +25,13 @@ def results():
     return json.loads(done.stdout)
 
 
-def chosen(results, embeddings):
-    """Of embeddings or of layers."""
-    return {k: v for k, v in results.items() if k.startswith("embedding") == embeddings}
+def chosen(results, kind):
+    """Of an "embedding", of a "depthwise" convolution, or of all other layers: "("."""
+    return {name: result for name, result in results.items() if name.startswith(kind)}
 
 
 def test_every_layer_is_right_to_one_rounding(results):
-    layers = {name: errors for name, (errors, _) in chosen(results, False).items()}
+    layers = {name: errors for name, (errors, _) in chosen(results, "(").items()}
     assert len(layers) == 44 + 28
     wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
     assert not wrong
@@ -39,7 +39,7 @@ def test_every_layer_is_right_to_one_rounding(results):
 
 
 def test_the_layers_ran_every_way(results):
-    ways = {tuple(ran) for _, ran in chosen(results, False).values()}
+    ways = {tuple(ran) for _, ran in chosen(results, "(").values()}
     assert ways == {
         ("forward", "backward", "backward"),
         ("forward", "project", "backward", "project", "backward"),
@@ -53,10 +53,20 @@ def test_the_layers_ran_every_way(results):
 
 
 def test_every_embedding_is_right_to_one_rounding(results):
-    embeddings = chosen(results, True)
+    embeddings = chosen(results, "embedding")
     assert len(embeddings) == 11
     wrong = {name: errors for name, (errors, _) in embeddings.items() if max(errors.values()) > EPS}
     assert not wrong
     assert all(errors["thin"] == 0 for errors, _ in embeddings.values())
     ways = {tuple(ran) for _, ran in embeddings.values()}
     assert ways == {("look_up", "look_up_backward", "look_up_backward"), ("look_up",)}
+
+
+def test_every_convolution_of_single_channels_is_right_to_one_rounding(results):
+    convolutions = chosen(results, "depthwise")
+    assert len(convolutions) == 16
+    for name, (errors, ran) in convolutions.items():
+        # all that was rounded is the output and its input's gradient
+        assert max(errors[key] for key in "yx") < EPS, (name, errors)
+        assert max(errors[key] for key in "WAB") < 1e-6, (name, errors)
+        assert {*ran} == {"add", "convolve", "correlate", "divide"}, name

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from paramlora import functional
+from paramlora import functional, served
 from paramlora.convolution import convolution
 from tests.test_functional import dense, gradients, tensors
 
@@ -302,43 +302,79 @@ CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dila
 ]
 
 
+DEPTHWISE = [  # input's batch and sizes, weight, rank, stride, padding, dilation
+    ((8, 64, 64), (320, 1, 3, 3), 8, 1, 1, 1),
+    ((2, 17, 9), (20, 1, 3, 3), 4, 1, (4, 0), 2),
+    ((3, 12, 11), (8, 1, 3, 1), 9, (2, 3), (1, 0), 1),
+    ((2, 56, 56), (96, 1, 7, 7), 64, 1, 3, 1),
+    ((2, 8, 8), (7, 1, 2, 2), 40, 2, 0, 3),
+    ((2, 1500), (64, 1, 4), 3, 1, 3, 1),
+    ((2, 40), (9, 1, 31), 8, 3, 15, 1),
+    ((2, 5, 6, 4), (6, 1, 2, 3, 4), 2, 1, (0, 1, 1), 1),
+]
+
+
 @pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_a_convolution_and_its_gradients(case, dtype, formats):
     """In every memory format of x, the weight and dy, which may also be expanded."""
-    (batch, *sizes), (out, inner, *kernel), r, *where, served = case
+    *case, taken = case
+    leaves, where, seed = convolved(*case, dtype, formats)
+    assert (joining.forward(*leaves, where) is not None) == taken
+    compare_convolutions(leaves, where, seed, 1, taken)
+
+
+@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_a_convolution_of_single_channels_and_its_gradients(case, dtype, formats):
+    leaves, where, seed = convolved(*case, dtype, formats)
+    channels = len(leaves[1])
+    assert served.is_depthwise(*leaves, where, channels)
+    compare_convolutions(leaves, where, seed, channels, True)
+
+
+def convolved(sizes, shape, r, stride, padding, dilation, dtype, formats):
+    """x, the weight, a bias, both factors and a scale; stride, padding and dilation; what gives an
+    output its gradient."""
+    (batch, *sizes), (out, inner, *kernel) = sizes, shape
     n, last = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
     if n == 1 and {*formats} & {*"xwy"}:
         pytest.skip("a signal has no such format")
     torch.manual_seed(0)
-    stride, padding, dilation = (v if isinstance(v, tuple) else (v,) * n for v in where)
+    where = tuple(v if isinstance(v, tuple) else (v,) * n for v in (stride, padding, dilation))
     fan_in = inner * torch.Size(kernel).numel()
 
     def random(*shape):
         return torch.randn(*shape, device="cuda")
 
-    x, weight = random(batch, inner, *sizes), random(out, inner, *kernel) / fan_in**0.5
+    x = random(batch, out if inner == 1 else inner, *sizes)
+    weight = random(out, inner, *kernel) / fan_in**0.5
     x, weight = (
         t.to(dtype, memory_format=last[n] if f in formats else torch.contiguous_format)
         for t, f in ((x, "x"), (weight, "w"))
     )
     bias, a, b = random(out).to(dtype), random(r, fan_in) / fan_in**0.5, random(r, out).t() / r**0.5
-    scale = torch.tensor(0.7, device="cuda")
-    taken = joining.forward(x, weight, bias, a, b, scale, (stride, padding, dilation))
-    assert (taken is not None) == served
-    leaves = [t.requires_grad_() for t in (x, weight, bias, a, b, scale)]
-    y = convolution(*leaves, stride, padding, dilation, 1)
-    dy = torch.randn_like(y)
-    dy = dy.to(memory_format=last[n]) if "y" in formats else dy
-    dy = dy[:, :1].expand_as(dy) if "e" in formats else dy
+    leaves = [t.requires_grad_() for t in (x, weight, bias, a, b, torch.tensor(0.7, device="cuda"))]
+
+    def seed(y):
+        dy = torch.randn_like(y)
+        dy = dy.to(memory_format=last[n]) if "y" in formats else dy
+        return dy[:, :1].expand_as(dy) if "e" in formats else dy
+
+    return leaves, where, seed
+
+
+def compare_convolutions(leaves, where, seed, groups, one_rounding):
+    y = convolution(*leaves, *where, groups)
+    dy, eps = seed(y), torch.finfo(y.dtype).eps
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(weight.shape)
-    conv = getattr(torch.nn.functional, f"conv{n}d")
-    want_y = conv(wide[0], total, wide[2], stride, padding, dilation)
+    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(wide[1].shape)
+    conv = getattr(torch.nn.functional, f"conv{y.dim() - 2}d")
+    want_y = conv(wide[0], total, wide[2], *where, groups)
     want = torch.autograd.grad(want_y, wide, dy.double())
-    eps = torch.finfo(dtype).eps
-    assert (y.double() - want_y).norm() <= (eps if served else 2 * eps) * want_y.norm()
+    assert (y.double() - want_y).norm() <= (eps if one_rounding else 2 * eps) * want_y.norm()
     for subset in (range(6), (0, 3, 4), (3, 4), (0,), (4,)):
         some = [leaves[i] for i in subset]
         for i, mine in zip(subset, torch.autograd.grad(y, some, dy, retain_graph=True)):
@@ -348,14 +384,16 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
             assert (mine.double() - want[i]).norm() <= 2 * eps * size, (subset, i)
 
 
-def test_a_convolution_keeps_a_small_update():
+@pytest.mark.parametrize("inner", (320, 1))
+def test_a_convolution_keeps_a_small_update(inner):
     torch.manual_seed(0)
-    weight = torch.randn(320, 320, 3, 3, device="cuda", dtype=torch.bfloat16) / 54
-    a, b = torch.randn(8, 2880, device="cuda"), torch.randn(320, 8, device="cuda")
+    weight = torch.randn(320, inner, 3, 3, device="cuda", dtype=torch.bfloat16) / 3 / inner**0.5
+    a, b = torch.randn(8, 9 * inner, device="cuda"), torch.randn(320, 8, device="cuda")
+    groups = 320 // inner
     b *= 1e-3 * weight.double().norm() / (b @ a).norm()
     x = torch.randn(8, 320, 32, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     one, where = torch.ones((), device="cuda"), ((1, 1), (1, 1), (1, 1))
-    y = convolution(x, weight, None, a, b, one, *where, 1)
+    y = convolution(x, weight, None, a, b, one, *where, groups)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
     delta, wide = (b @ a).double().reshape(weight.shape), x.detach().double().requires_grad_()
@@ -364,7 +402,7 @@ def test_a_convolution_keeps_a_small_update():
         (dx, lambda t: torch.autograd.grad(t, wide, dy.double())[0]),
     ):
         base, update = (
-            of(torch.nn.functional.conv2d(wide, w, None, *where)).detach()
+            of(torch.nn.functional.conv2d(wide, w, None, *where, groups)).detach()
             for w in (weight.double(), delta)
         )
         kept = ((mine.double() - base) * update).sum() / update.square().sum()
@@ -561,7 +599,7 @@ def test_an_embedding_of_no_rows_and_one_that_torch_refuses():
 def test_an_index_out_of_range_stops_the_device(index):
     code = f"""
 import torch
-from paramlora import functional
+from paramlora import functional, served
 weight, a, b = (torch.ones(s, device="cuda") for s in ((9, 40), (8, 9), (40, 8)))
 rows, scale = torch.tensor([0, 8, {index}], device="cuda"), torch.ones((), device="cuda")
 assert functional.looks_up(rows, weight.half(), a, b, scale, None)
