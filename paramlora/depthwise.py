@@ -14,10 +14,9 @@ from paramlora.launch import Launch
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
 _Where = tuple[_Sizes, ...]  # stride, padding, dilation
-BLOCK = (
-    512  # positions of one program of `correlate`; of `convolve`, which keeps more of each, half
-)
-MANY = 16  # taps of one program of `correlate`, beyond which it takes a row of them
+TILE = 256  # positions of one program that convolves
+BLOCK = 512  # and of one that sums a part of the kernels' gradients,
+MANY = 16  # of so many taps at most, else of a row of them
 _CHANNELS, _RANKS = 16, 32  # of one program of `add` and `divide`, which sums so many at a time:
 _SUMMED = 64
 _FLOAT = torch.float32
@@ -60,7 +59,7 @@ def forward(
     addresses = (flat.data_ptr(), a.data_ptr(), b.data_ptr(), scale.data_ptr(), places[1])
     plan.add((flat, a, b, scale, total), addresses)
     more = total if more is None else more
-    plan.convolve((x, total, more, y), (*places[:2], more.data_ptr(), places[2]))
+    plan.launch((x, total, more, y), (*places[:2], more.data_ptr(), places[2]))
     return y, total
 
 
@@ -94,24 +93,24 @@ def backward(
         dense = dy.contiguous(), x.contiguous()
         dx, *others = backward(*dense, weight, a, b, scale, total, where, scaled, wanted)
         return dx if dx is None else _as_it_lies(dx, x), *others  # type: ignore[return-value]
-    inputs, r = (dy, x, a, b, scale, total), len(a)
+    inputs, input_too, kernels_too = (dy, x, a, b, scale, total), wanted[0], any(wanted[1:])
     plan = _plan_backward(
-        device, x.shape, dy.shape, weight.shape, r, where, scaled,
+        device, x.shape, dy.shape, weight.shape, len(a), where, scaled, input_too, kernels_too,
         a.stride(), b.stride(), _kinds(inputs),
     )  # fmt: skip
     py, px, pa, pb, ps, pt = (t.data_ptr() for t in inputs)
-    dx = kernels = da = db = None
-    if wanted[0]:
-        dx = x.new_empty(x.shape)
-        plan.convolve((dy, total, total, dx), (py, pt, pt, dx.data_ptr()))
-    if wanted[1] or wanted[2]:
-        part = x.new_empty(plan.part, dtype=_FLOAT)
-        plan.correlate((dy, x, part), (py, px, part.data_ptr()))
-        kernels = part.sum(0)
-        if wanted[2]:
-            da, db = a.new_empty(a.shape), b.new_empty(b.shape)
-            places = (kernels.data_ptr(), pa, pb, ps, da.data_ptr(), db.data_ptr())
-            plan.divide((kernels, a, b, scale, da, db), places)
+    dx = x.new_empty(x.shape) if input_too else None
+    part = x.new_empty(plan.part, dtype=_FLOAT) if kernels_too else total
+    out = total if dx is None else dx
+    plan.launch((dy, x, total, out, part), (py, px, pt, out.data_ptr(), part.data_ptr()))
+    if not kernels_too:
+        return dx, None, None, None
+    kernels = part.sum(0)
+    if not wanted[2]:
+        return dx, kernels, None, None
+    da, db = a.new_empty(a.shape), b.new_empty(b.shape)
+    places = (kernels.data_ptr(), pa, pb, ps, da.data_ptr(), db.data_ptr())
+    plan.divide((kernels, a, b, scale, da, db), places)
     return dx, kernels, da, db
 
 
@@ -153,20 +152,10 @@ class _Tiles:
         self.grid = shape[0] * shape[1] * self.blocks
 
 
-def _convolve(
-    device: int, source: _Sizes, result: _Sizes, weight: _Sizes, where: _Where, bias: bool,
-    back: bool,
-) -> Launch:  # fmt: skip
-    tiles = _Tiles(result, BLOCK // 2)
-    numbers = (result[1], *_three(source[2:]), *tiles.sizes, *_axes(where))
-    constants = (bias, back, *_three(weight[2:]), tiles.rows, tiles.columns)
-    return Launch(depthwise_kernels.convolve, device, tiles.grid, numbers, constants, 1, 2)
-
-
 class _Forward(NamedTuple):
     result: _Sizes
     add: Launch
-    convolve: Launch
+    launch: Launch
 
 
 # A launch keeps to the types and alignments that it was first given, so they tell plans apart.
@@ -188,16 +177,19 @@ def _plan_forward(
     result = (*shape[:2], *outputs)
     channels, taps = shape[1], math.prod(weight[2:])
     numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
-    constants = (_CHANNELS, max(16, _power(taps)), _RANKS)
+    constants: _Sizes = (_CHANNELS, max(16, _power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
     add = Launch(depthwise_kernels.add, device, grid, numbers, constants, 1, 4)
-    return _Forward(result, add, _convolve(device, shape, result, weight, where, not plain, False))
+    tiles = _Tiles(result, TILE)
+    numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(where))
+    constants = (not plain, *_three(weight[2:]), tiles.rows, tiles.columns)
+    launch = Launch(depthwise_kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
+    return _Forward(result, add, launch)
 
 
 class _Backward(NamedTuple):
     part: _Sizes
-    convolve: Launch
-    correlate: Launch
+    launch: Launch
     divide: Launch
 
 
@@ -210,21 +202,23 @@ def _plan_backward(
     r: int,
     where: _Where,
     scaled: bool,
+    input_too: bool,
+    kernels_too: bool,
     a_stride: _Sizes,
     b_stride: _Sizes,
     kinds: tuple[object, ...],
 ) -> _Backward:
-    channels, kernel, tiles = shape[1], _three(weight[2:]), _Tiles(gradient, BLOCK)
-    taps = math.prod(kernel)
+    channels, kernel, taps = shape[1], _three(weight[2:]), math.prod(weight[2:])
+    tiles, blocks = _Tiles(shape, TILE), _Tiles(gradient, BLOCK)
     split = taps > MANY and taps > kernel[2]
-    numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(where))
-    constants = (split, *kernel, tiles.rows, tiles.columns)
-    grid = tiles.grid * (kernel[0] * kernel[1] if split else 1)
-    correlate = Launch(depthwise_kernels.correlate, device, grid, numbers, constants, 1, 1)
-    blocks, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, _power(r)))
-    numbers = (blocks, channels, taps, r, *a_stride, *b_stride)
+    first = tiles.grid if input_too else 0
+    grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
+    numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(where))
+    constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
+    launch = Launch(depthwise_kernels.backward, device, first + grid, numbers, constants, 1, 1)
+    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, _power(r)))
+    numbers = (programs, channels, taps, r, *a_stride, *b_stride)
     constants = (scaled, _CHANNELS, _SUMMED, max(16, _power(taps)), ranks)
-    grid = blocks + -(-r // ranks)
+    grid = programs + -(-r // ranks)
     divide = Launch(depthwise_kernels.divide, device, grid, numbers, constants, 1, 4)
-    convolve = _convolve(device, gradient, shape, weight, where, False, True)
-    return _Backward((shape[0] * tiles.blocks, channels, taps), convolve, correlate, divide)
+    return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

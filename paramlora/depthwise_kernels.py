@@ -55,16 +55,17 @@ def _read(at, tap, size, step, padding, dilation, BACK: tl.constexpr):
 
 
 @triton.jit
-def convolve(
-    source, total, bias, result, channels,
+def _convolve(
+    source, total, bias, result, program, channels,
     in_depth, in_height, in_width, depth, height, width,
     depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
     depth_dilation, height_dilation, width_dilation,
     BIAS: tl.constexpr, BACK: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Planes ``[depth, height, width]`` of the convolution, or where `BACK` of its gradient."""
-    plane, d, h, w = _block(tl.program_id(0), depth, height, width, BH, BW)
+    """A block of a plane ``[depth, height, width]`` of the convolution, or where `BACK` of its
+    gradient."""
+    plane, d, h, w = _block(program, depth, height, width, BH, BW)
     c = plane % channels
     start = source + plane.to(tl.int64) * in_depth * in_height * in_width
     taps = total + c.to(tl.int64) * (KD * KH * KW)
@@ -85,8 +86,8 @@ def convolve(
 
 
 @triton.jit
-def correlate(
-    dy, x, part, channels,
+def _correlate(
+    dy, x, part, program, channels,
     in_depth, in_height, in_width, depth, height, width,
     depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
     depth_dilation, height_dilation, width_dilation,
@@ -95,7 +96,7 @@ def correlate(
 ):  # fmt: skip
     """A block's share of the kernels' gradients: ``part[blocks of a channel, channels, taps]``; of
     all taps, or where `SPLIT` of one row of them."""
-    program, first = tl.program_id(0), 0
+    first = 0
     if SPLIT:
         first = program % (KD * KH)
         program //= KD * KH
@@ -119,6 +120,52 @@ def correlate(
             value = tl.load(values + ww, mask=in_d & in_h & in_w, other=0.0)
             product = tl.sum(tl.sum(gradient * value.to(tl.float32), 1), 0)
             tl.store(sums + row * KW + kw, product)
+
+
+@triton.jit
+def forward(
+    x, total, bias, y, channels,
+    x_depth, x_height, x_width, depth, height, width,
+    depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
+    depth_dilation, height_dilation, width_dilation,
+    BIAS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """``y = conv(x, total) + bias``."""
+    _convolve(
+        x, total, bias, y, tl.program_id(0), channels,
+        x_depth, x_height, x_width, depth, height, width,
+        depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
+        depth_dilation, height_dilation, width_dilation, BIAS, False, KD, KH, KW, BH, BW,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def backward(
+    dy, x, total, dx, part, tiles, channels,
+    x_depth, x_height, x_width, depth, height, width,
+    depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
+    depth_dilation, height_dilation, width_dilation,
+    SPLIT: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
+):  # fmt: skip
+    """In `tiles` programs, which may be none, the gradient of x; in none or all others, of `CH` by
+    `CW` results, parts of the kernels'."""
+    program = tl.program_id(0)
+    if program < tiles:
+        _convolve(
+            dy, total, total, dx, program, channels,
+            depth, height, width, x_depth, x_height, x_width,
+            depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
+            depth_dilation, height_dilation, width_dilation, False, True, KD, KH, KW, BH, BW,
+        )  # fmt: skip
+    else:
+        _correlate(
+            dy, x, part, program - tiles, channels,
+            x_depth, x_height, x_width, depth, height, width,
+            depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
+            depth_dilation, height_dilation, width_dilation, SPLIT, KD, KH, KW, CH, CW,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["r", "blocks"])

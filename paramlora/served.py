@@ -1,5 +1,6 @@
 """Which operands the 16-bit CUDA kernels serve, and the sizes that follow from theirs."""
 
+import functools
 from math import prod
 from typing import Optional
 
@@ -89,18 +90,25 @@ def is_depthwise(
 ) -> bool:
     """Whether the kernels serve this convolution and its update, of single channels; `where`: its
     stride, padding and dilation. What is wrong with other operands, torch says."""
-    if not (served(x) and x.dim() == weight.dim() and x.numel() and x.dtype == weight.dtype):
+    device = x.get_device()
+    if not served(x) or x.dtype != weight.dtype or weight.get_device() != device:
         return False
-    channels, device, kernel = x.shape[1], x.get_device(), weight.shape[2:]
-    if not weight.shape[:2] == (channels, 1) or groups != channels or kernel.numel() > TAPS:
+    if bias is not None and (bias.shape != x.shape[1:2] or bias.get_device() != device):
         return False
-    if bias is not None and (bias.shape != (channels,) or bias.get_device() != device):
+    fits = _is_depthwise(x.shape, weight.shape, where, groups)
+    return fits and factors_fit(weight, a, b, scale)
+
+
+@functools.lru_cache(4096)
+def _is_depthwise(
+    x: tuple[int, ...], weight: tuple[int, ...], where: tuple[tuple[int, ...], ...], groups: int
+) -> bool:
+    if len(x) != len(weight) or weight[:2] != (x[1], 1) or groups != x[1]:
         return False
-    along = zip(x.shape[2:], kernel, *where)
+    along = zip(x[2:], weight[2:], *where)
     outputs = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
-    if min(outputs) < 1 or max(x[0, 0].numel(), prod(outputs)) >= 2**31:
-        return False
-    return weight.get_device() == device and factors_fit(weight, a, b, scale)
+    small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
+    return small and prod(x) > 0 and min(outputs) > 0
 
 
 def _serves(device: int) -> bool:
