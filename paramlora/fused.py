@@ -25,6 +25,7 @@ from paramlora.tiles import (
     is_even,
     is_local,
     is_ours,
+    is_prepared,
     projection,
     rows_of,
 )
@@ -80,7 +81,7 @@ def _part(kept: Tensor, start: int, rows: int, columns: int) -> Tensor:
 
 
 class _Forward:
-    """The plan of a forward: one launch, or three of large products and in a CUDA graph."""
+    """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class _Forward:
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
         self.tiles = tiles = Tiles(
-            rows, out, period, w, self.sizes, R, hopper, misaligned, ours, local
+            rows, out, period, w, self.sizes, R, hopper, misaligned, ours, local, True
         )
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.whole: Optional[Launch] = None
@@ -113,10 +114,18 @@ class _Forward:
             stages, warps = tiles.tiling[4:6]
             self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
             return
+        self.prepare: Optional[Launch] = None
+        self.product = _product(device, tiles, bias is not None)
+        if ours and is_prepared(M, R, hopper):
+            BM, BK, stages, warps = projection(M, R)
+            numbers = (*self.sizes, rows.period, *rows.places(rows.period), *factors)
+            blocks = (hopper, is_even(rows.period, M), K % BK == 0, R, BM, BK, width)
+            grid = -(-M // BM) + first
+            self.prepare = Launch(kernels.prepare, device, grid, numbers, blocks, stages, warps)
+            return
         numbers = (*self.sizes, *factors)
         self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
         self.project = _projection(device, rows, K, R, True) if ours else None
-        self.product = _product(device, tiles, bias is not None)
 
     def __call__(
         self,
@@ -143,12 +152,15 @@ class _Forward:
             )
             return y, kept
         (M, N, K), R = self.sizes, self.R
-        self.pack((a, b, scale, kept), (pa, pb, ps, pk), (float(strength),))
         pu = pk + self.row_bytes * (K + N)
-        if self.project is None:
-            _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
+        if self.prepare is not None:
+            self.prepare((x, a, b, scale, kept), (px, pa, pb, ps, pk), (float(strength),))
         else:
-            self.project((x, kept, kept), (px, pk, pu))
+            self.pack((a, b, scale, kept), (pa, pb, ps, pk), (float(strength),))
+            if self.project is None:
+                _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
+            else:
+                self.project((x, kept, kept), (px, pk, pu))
         self.product(
             (*first, kept, kept, more),
             (*places, pk + self.row_bytes * K, pu, pbias or pk),
@@ -287,9 +299,11 @@ class _Backward:
         self.result = _result(x.shape, N, rows[1])
         out = self.result.rows
         period = min(rows[0].period, rows[1].period, out.period)
+        alone, input_too = self.separate, self.input_too
         self.tiles = tiles = Tiles(
-            rows[0], out, period, w, self.sizes, R, hopper, misaligned, ours, local, self.input_too
-        )
+            rows[0], out, period, w, self.sizes, R, hopper, misaligned,
+            ours, local, alone, input_too,
+        )  # fmt: skip
         self.project = None
         if ours and not local:
             self.project = _projection(device, rows[0], K, R, False)

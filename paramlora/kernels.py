@@ -94,19 +94,26 @@ def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
 
 @triton.jit
 def _project(
-    x, f, p, row, M, K, P, x_batch, x_row, x_k,
-    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    x, f, p, row, M, K, P, x_batch, x_row, x_k, r, f_rank, f_k,
+    CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x."""
+    """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x. `CAST`: f is of another type,
+    and has but r ranks."""
     rm = row * BM + tl.arange(0, BM)
     rk, rr = tl.arange(0, BK), tl.arange(0, R)
     acc = tl.zeros((BM, R), tl.float32)
     where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
     left = x + where[:, None] + rk[None, :].to(tl.int64) * x_k
-    thin = f + rr[None, :] * K + rk[:, None]
+    thin = f + rr[None, :] * f_rank + rk[:, None] * f_k
     step = tl.cast(x_k, tl.int64) * BK
     for k in range(0, K, BK):
-        if WHOLE_K:
+        if CAST:
+            inside = rk < K - k
+            tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
+            factor = tl.load(thin, mask=inside[:, None] & (rr[None, :] < r), other=0.0)
+            acc = tl.dot(tile, factor.to(tile.dtype), acc)
+        elif WHOLE_K:
             tile = tl.load(left, mask=rm[:, None] < M, other=0.0)
             acc = tl.dot(tile, tl.load(thin), acc)
         else:
@@ -114,7 +121,7 @@ def _project(
             tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
             acc = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), acc)
         left += step
-        thin += BK
+        thin += BK * f_k
     tl.store(
         p + rm[:, None].to(tl.int64) * R + rr[None, :],
         acc.to(p.dtype.element_ty),
@@ -192,7 +199,9 @@ def _tile(
     if LOCAL and column == 0:
         if PACKS:
             _await_all(signals, packs, number)
-        _project(wide, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
+        _project(
+            wide, f, p, row, M, K, P, x_batch, x_row, x_k, R, K, 1, False, EVEN, WHOLE_K, R, BM, BK
+        )
         tl.debug_barrier()  # all of the program's rows are stored
         tl.atomic_xchg(signals + packs + row, number, sem="release", scope="gpu")
     else:
@@ -339,7 +348,29 @@ def project(
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
-    _project(x, f, p, row, M, K, P, x_batch, x_row, x_k, EVEN, WHOLE_K, R, BM, BK)
+    _project(x, f, p, row, M, K, P, x_batch, x_row, x_k, R, K, 1, False, EVEN, WHOLE_K, R, BM, BK)
+
+
+@triton.jit(do_not_specialize=["r"])
+def prepare(
+    x, a, b, scale, kept, strength,
+    M, N, K, P, x_batch, x_row, x_k, r, a_rank, a_in, b_dim, b_rank,
+    EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What `pack` and `project` compute, in one grid: the factors are small enough to be cast by
+    every program that reads them."""
+    if EARLY:
+        gdc_launch_dependents()
+    program, rows = tl.program_id(0), tl.cdiv(M, BM)
+    if program < rows:
+        _project(
+            x, a, _after(kept, K + N, R), program, M, K, P, x_batch, x_row, x_k, r, a_rank, a_in,
+            True, EVEN, WHOLE_K, R, BM, BK,
+        )  # fmt: skip
+    else:
+        program -= rows
+        _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
 
 
 @triton.jit

@@ -24,14 +24,14 @@ class Tiling(NamedTuple):
     tma: bool
 
 
-def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
+def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> Tiling:
     """The table of choices, measured on an H200, of 132 multiprocessors, by Triton 3.6.
 
     `aligned`: the device has the engine, and its rules on addresses and strides are met.
     `local`: the thin product is computed in the same grid. That spares launches, and `project`
     beside it is a little faster, so it is chosen where the host takes longer than the device:
     small products, but not in a CUDA graph. There also describing blocks to the engine costs more
-    than it saves.
+    than it saves. `alone`: no gradients of factors are computed in the same grid.
     """
     if not aligned or (local and M * N * K < 2**32):
         if M <= 512:
@@ -42,11 +42,14 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool) -> Tiling:
         return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
     if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
         return Tiling(128, 256, 64, 16, 3, 8, True)
+    if alone and not local and N <= 640 and K < 2048:
+        return Tiling(128, 64, 64, 8, 3, 4, True)
     if K >= 2048 and -(-M // 128) * -(-N // 128) < PROCESSORS:
         return Tiling(64, 128, 64, 8, 4, 4, True)
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
 
+LONG = 16384  # rows of which a block of the thin product takes 128
 NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
 
 
@@ -74,7 +77,13 @@ def projection(M: int, R: int) -> tuple[int, int, int, int]:
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
-    return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < 16384 else (128, 64, 4, 4)
+    return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
+
+
+def is_prepared(M: int, R: int, hopper: bool) -> bool:
+    """Whether the thin product casts its factor itself, so that one launch does what else waits for
+    another: where so many rows take so few programs that they read the factor seldom."""
+    return hopper and M >= LONG and R <= 32
 
 
 def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
@@ -133,7 +142,7 @@ class Tiles:
 
     `local`: its thin product is computed in the same grid; `ours`: by the kernels. Its `early` says
     that it may start before the `project` ends that must be launched right ahead of it.
-    `misaligned`: the address of left or w is not a multiple of 16.
+    `misaligned`: the address of left or w is not a multiple of 16. `alone`: as of `tiling`.
     """
 
     def __init__(
@@ -148,6 +157,7 @@ class Tiles:
         misaligned: bool,
         ours: bool,
         local: bool,
+        alone: bool,
         wanted: bool = True,
     ) -> None:
         (M, N, K), (w_k, w_n) = sizes, w
@@ -155,7 +165,7 @@ class Tiles:
         strides = (K | N | left.row | out.row | step) & 7 or not step
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
         self.early = hopper and ours and not local
-        self.tiling = tiling(M, N, K, aligned, local) if wanted else NONE
+        self.tiling = tiling(M, N, K, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
