@@ -116,7 +116,7 @@ class _Forward:
             return
         self.prepare: Optional[Launch] = None
         self.product = _product(device, tiles, bias is not None)
-        if ours and is_prepared(M, R, hopper):
+        if ours and is_prepared(M, K, R, hopper):
             BM, BK, stages, warps = projection(M, R)
             numbers = (*self.sizes, rows.period, *rows.places(rows.period), *factors)
             blocks = (hopper, is_even(rows.period, M), K % BK == 0, R, BM, BK, width)

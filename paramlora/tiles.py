@@ -80,10 +80,10 @@ def projection(M: int, R: int) -> tuple[int, int, int, int]:
     return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
 
 
-def is_prepared(M: int, R: int, hopper: bool) -> bool:
+def is_prepared(M: int, K: int, R: int, hopper: bool) -> bool:
     """Whether the thin product casts its factor itself, so that one launch does what else waits for
-    another: where so many rows take so few programs that they read the factor seldom."""
-    return hopper and M >= LONG and R <= 32
+    another: where few programs read the factor, or a short one."""
+    return hopper and R <= 32 and (M >= LONG or (M <= 1024 and K <= 1280))
 
 
 def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
