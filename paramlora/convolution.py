@@ -56,9 +56,9 @@ def convolution(
     In 16 bits both products go into one accumulator, so that a small update is not rounded away:
     a kernel of 1 is a linear layer of every position (on CUDA), other kernels are joined, and those
     of single channels summed in float32 (on CUDA); but no other groups, and nothing under a
-    compiler. Elsewhere the dense kernel is formed, or where positions
-    are few (`denser`), a low-rank branch of two convolutions is added. In groups, where a branch
-    repeats its first kernel for each, the update is a kernel of its own.
+    compiler. Elsewhere the dense kernel is formed, or where positions are few (`denser`), a
+    low-rank branch of two convolutions is added. In other groups, where a branch repeats its first
+    kernel for each, the update is a kernel of its own.
 
     Args:
         x: ``[N, C_in, ...]``.
@@ -91,13 +91,14 @@ def convolution(
             return conv(x, dense, bias, stride, padding, dilation, groups)
     where, compiling = (stride, padding, dilation, groups), is_compiling()
     low = x.dtype.itemsize == 2
-    if low and groups == 1 and not compiling:
+    if low and not compiling:
+        values = (x, weight, bias, lora_A, lora_B, scale)
         if _is_pointwise(x, weight, where):
             return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-        return applied(_Joined, x, weight, bias, lora_A, lora_B, scale, *where[:3])
-    if low and not compiling and not recorded():
-        if is_depthwise(x, weight, bias, lora_A, lora_B, scale, where[:3], groups):
-            return applied(_Depthwise, x, weight, bias, lora_A, lora_B, scale, *where[:3])
+        if groups == 1:
+            return applied(_Joined, *values, *where[:3])
+        if not recorded() and is_depthwise(*values, where[:3], groups):
+            return applied(_Depthwise, *values, *where[:3])
     shape, size, numbers = weight.shape, weight.numel(), x.numel()
     conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
     tokens = numbers // (shape[1] * groups * prod(stride))
@@ -356,11 +357,8 @@ class _Depthwise(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, a, b, scale, total = ctx.saved_tensors
-        needs, where, x = (
-            ctx.needs_input_grad,
-            (*ctx.where, len(weight)),
-            input_of(ctx, held, weight),
-        )
+        needs, where = ctx.needs_input_grad, (*ctx.where, len(weight))
+        x = input_of(ctx, held, weight)
         none = (None,) * len(ctx.where)
         if torch.is_grad_enabled() or is_batched(dy):
 
@@ -371,7 +369,7 @@ class _Depthwise(torch.autograd.Function):
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         wanted = (*needs[:2], *needs[3:6])
         grads = depthwise_backward(dy, x, weight, a, b, scale, total, wanted, ctx.where)
-        dbias = dy.sum([0, *range(2, dy.dim())]) if needs[2] else None
+        dbias = _bias_gradient(dy) if needs[2] else None
         return (*grads[:2], dbias, *grads[2:], *none)
 
 
@@ -379,9 +377,13 @@ def _differentiable(
     compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
 ) -> tuple[_Maybe, ...]:
     """`differentiable`, and of a bias behind the weight."""
-    dbias = dy.sum([0, *range(2, dy.dim())]) if needs[2] else None
+    dbias = _bias_gradient(dy) if needs[2] else None
     dx, dweight, *others = differentiable(compute, inputs, (*needs[:2], *needs[3:6]), dy)
     return dx, dweight, dbias, *others
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum([0, *range(2, dy.dim())])
 
 
 def _from_kernel(

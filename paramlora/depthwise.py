@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from paramlora import depthwise_kernels
-from paramlora.launch import Launch
+from paramlora.launch import Launch, changed
+from paramlora.served import factors_fit, outputs_of
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
@@ -89,6 +90,12 @@ def backward(
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return backward(dy, x, weight, a, b, scale, total, where, scaled, wanted)
+    result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], where))
+    together = (dy, x, weight, a, b, total, scale)
+    sizes = dy.shape == result and total.numel() == weight.numel()
+    if not (sizes and factors_fit(weight, a, b, scale)) or len(set(map(_device, together))) > 1:
+        named = "the gradient, the input, the weight, A, B, their sum and the scale"
+        raise changed(named, together)
     if not (dy.is_contiguous() and x.is_contiguous()):
         dense = dy.contiguous(), x.contiguous()
         dx, *others = backward(*dense, weight, a, b, scale, total, where, scaled, wanted)
@@ -112,6 +119,10 @@ def backward(
     places = (kernels.data_ptr(), pa, pb, ps, da.data_ptr(), db.data_ptr())
     plan.divide((kernels, a, b, scale, da, db), places)
     return dx, kernels, da, db
+
+
+def _device(t: Tensor) -> int:
+    return t.get_device()
 
 
 def _kinds(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
@@ -172,9 +183,7 @@ def _plan_forward(
     b_stride: _Sizes,
     kinds: tuple[object, ...],
 ) -> _Forward:
-    along = zip(shape[2:], weight[2:], *where)
-    outputs = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
-    result = (*shape[:2], *outputs)
+    result = (*shape[:2], *outputs_of(shape[2:], weight[2:], where))
     channels, taps = shape[1], math.prod(weight[2:])
     numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
     constants: _Sizes = (_CHANNELS, max(16, _power(taps)), _RANKS)

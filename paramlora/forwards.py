@@ -10,7 +10,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from paramlora import functional
@@ -64,8 +63,7 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
         # which take the plain operations of a dropping update, but no autograd function
-        followed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if followed and not dropping:
+        if functional.transformed() and not dropping:
             return None
     return weight, updates, dropping
 

@@ -11,6 +11,7 @@ from typing import Any, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from paramlora import operators
@@ -376,13 +377,17 @@ def embedding(
     return embedding_by_definition(*values)
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward mode is at work, which no autograd function here serves."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _followed() -> bool:
     """Whether something follows torch's operations, and so must be shown them."""
     return (
         is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or transformed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 

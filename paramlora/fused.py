@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramlora import kernels
-from paramlora.launch import Launch, bound, is_hopper
+from paramlora.launch import Launch, bound, changed, is_hopper
 from paramlora.served import DEEP, SPAN, fits, has_kernel, kept_size, pack_width, packs, padded
 from paramlora.tiles import (
     PROCESSORS,
@@ -455,11 +455,7 @@ def _plan_backward(
     sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
     types = dy.dtype == x.dtype and has_kernel(x, weight)
     if not (sizes and types) or len({t.get_device() for t in together}) > 1:
-        described = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in together)
-        raise ValueError(
-            f"the gradient, the input, the weight and the scale do not belong together "
-            f"({described}): did one of them change after the forward? Run the forward again"
-        )
+        raise changed("the gradient, the input, the weight and the scale", together)
     if not x.numel():
         return functools.partial(_gradients_of_no_rows, r=r, wanted=wanted)
     left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)

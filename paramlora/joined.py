@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora import conv_kernels
-from paramlora.launch import Launch, bound
-from paramlora.served import DEEP, factors_fit, padded
+from paramlora.launch import Launch, bound, changed
+from paramlora.served import DEEP, factors_fit, outputs_of, padded
 from paramlora.tiles import PROCESSORS, WIDEST
 
 _Maybe = Optional[Tensor]
@@ -76,8 +76,7 @@ class _Geometry(NamedTuple):
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        along = zip(self.sizes, self.kernel, self.stride, self.padding, self.dilation)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+        return outputs_of(self.sizes, self.kernel, (self.stride, self.padding, self.dilation))
 
     @property
     def firsts(self) -> tuple[int, ...]:
@@ -437,11 +436,8 @@ def _plan_backward(
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
     types = {of.dtype for of in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
     if not (shapes and types) or len({of.get_device() for of in together}) > 1:
-        described = ", ".join(f"{of.dtype} {list(of.shape)} on {of.device}" for of in together)
-        raise ValueError(
-            f"the gradient, the input, the weight, A, B, A's output and the scale do not belong "
-            f"together ({described}): did one of them change after the forward? Run it again"
-        )
+        named = "the gradient, the input, the weight, A, B, A's output and the scale"
+        raise changed(named, together)
     if _format(dy) is None or _format(x) is None or t.stride() != _last(tuple(t.shape)).stride:
         return _COPY
     return _Backward(dy, x, weight, a, b, geometry, scaled, input_too, a_too)

@@ -12,8 +12,8 @@ runs beside what waits for arithmetic, and so that a layer takes one launch each
 2. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
    the same rows await before their last step; a device starts programs in the order of their
    index (as observed; CUDA does not promise it), so what is awaited runs already. Else `pack` and
-   `project` prepare both, and the tiles start before they end (Hopper's programmatic dependent
-   launch);
+   `project`, or `prepare` alone, prepare both, and the tiles start before they end (Hopper's
+   programmatic dependent launch);
 3. the tiles of ``x @ w + p @ q``;
 4. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 

@@ -99,6 +99,15 @@ class Launch:
         self.run = run
 
 
+def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
+    """What to raise where a backward is not given what its forward had: kernels take addresses."""
+    described = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors)
+    return ValueError(
+        f"{named} do not belong together ({described}): did one of them change after the forward? "
+        "Run the forward again"
+    )
+
+
 def bound(held: dict[Any, Any]) -> None:
     """Forget shapes before a run of ever new ones fills the host's memory."""
     if len(held) >= 4096:

@@ -78,6 +78,14 @@ def looks_up(
     return devices == (device, device, device, device)
 
 
+def outputs_of(
+    sizes: tuple[int, ...], kernel: tuple[int, ...], where: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...]:
+    """The sizes of a convolution's output; `where`: its stride, padding and dilation."""
+    along = zip(sizes, kernel, *where)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+
+
 def is_depthwise(
     x: Tensor,
     weight: Tensor,
@@ -105,8 +113,7 @@ def _is_depthwise(
 ) -> bool:
     if len(x) != len(weight) or weight[:2] != (x[1], 1) or groups != x[1]:
         return False
-    along = zip(x[2:], weight[2:], *where)
-    outputs = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
+    outputs = outputs_of(x[2:], weight[2:], where)
     small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
     return small and prod(x) > 0 and min(outputs) > 0
 

@@ -19,7 +19,7 @@ from tests import interpreted
 
 NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 LAYERS = [(8192, 4096, 4096, 16), (64, 4096, 4096, 64)]  # rows, in, out, rank
-LONG = [(16384, 320, 320, 32), (70, 317, 211, 5)]  # on Hopper
+HOPPER = [(16384, 320, 320, 32), (70, 317, 211, 5)]
 WIDE = [(8192, 1024, 1024, 128), (600, 256, 512, 128), (300, 512, 256, 256)]  # and eager
 
 
@@ -65,7 +65,7 @@ def main(capability):
     fused.is_hopper = lambda device: hopper
     for interpreted.captured in (False, True):
         wide = WIDE if hopper and not interpreted.captured else []
-        for shape in LAYERS + (LONG if hopper else []) + wide:
+        for shape in LAYERS + (HOPPER if hopper else []) + wide:
             linear(*shape)
     convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
     convolution((3, 40, 17, 9), (24, 40, 3, 3), 64)

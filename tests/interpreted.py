@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -218,6 +219,9 @@ def depth(shape, kernel, r, stride, padding, dilation, last):
     unscaled = call(total, where, False, (False, False, True))[3]
     assert torch.allclose(unscaled * scale, got[3], rtol=1e-5, atol=1e-5)
     assert not last or y.stride() == y.to(memory_format=formats[n]).stride()
+    for wrong in ((total[:, 1:], where), (total, tuple((9,) * n for _ in where))):
+        with pytest.raises(ValueError, match="belong together .*Run the forward again"):
+            call(*wrong, True, (True, True, True))
     leaf, *factors = (t.double().requires_grad_() for t in (x, a, b))
     whole = weight.double() + (scale.double() * factors[1] @ factors[0]).view_as(weight)
     conv = getattr(torch.nn.functional, f"conv{n}d")
