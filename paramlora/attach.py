@@ -1,10 +1,8 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
-import gc
-import math
+import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -25,7 +23,8 @@ from paramlora.placement import shard_like
 from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
-from paramlora.switch import Switched
+from paramlora.statistics import forget, put_back, remember, warn_moving
+from paramlora.switch import Gains, Switch, Switched
 from paramlora.targets import (
     BRANCHES,
     Target,
@@ -35,7 +34,13 @@ from paramlora.targets import (
     stem,
     unwrapped,
 )
+from paramlora.ties import holders, overlapping
+from paramlora.undo import unchanged_on_error
 from paramlora.whole import Whole
+
+Fresh = list[tuple[nn.Module, Target, Switched]]
+_MOST = torch.finfo(torch.float32).max
+_SWITCHING = threading.RLock()  # threads that switch one model do so one after the other
 
 
 def attach(
@@ -69,7 +74,11 @@ def attach(
 
 
 def attach_targets(
-    model: nn.Module, chosen: list[Target], adapter: str, trainable_model: bool = False
+    model: nn.Module,
+    chosen: list[Target],
+    adapter: str,
+    trainable_model: bool = False,
+    fill: "Callable[[Fresh], None]" = lambda fresh: None,
 ) -> None:
     """Adapt the chosen tensors in place; all or nothing.
 
@@ -78,6 +87,7 @@ def attach_targets(
         chosen: of that model.
         adapter: the name of this set of updates.
         trainable_model: leave the backbone as it is, instead of freezing it.
+        fill: gives the new updates their values, before the model is touched.
 
     Raises:
         AdapterError: `adapter` is attached already, or another one has a tensor to itself.
@@ -91,13 +101,16 @@ def attach_targets(
         _check_dropout(module, target)
         _check_at_home(module, target)
     # not under inference mode, where nothing made here could ever be trained
-    with _uncollected(), torch.inference_mode(False):
+    with torch.inference_mode(False):
         fresh = _fresh(model, chosen, owners, adapter)
-    frozen = not trainable_model and not there
+        fill(fresh)
     carries = checkpoints_reentrantly(model)
-    with _uncollected(), _all_or_nothing(model, owners):
-        if frozen:
-            model.requires_grad_(False)
+    touched = [model, *(one for owner in owners for one in with_lists(owner))]
+    if carries:
+        touched += model.modules()
+    with unchanged_on_error(touched, model.parameters()):
+        if not there:
+            remember(model, froze=not trainable_model)
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
@@ -105,14 +118,16 @@ def attach_targets(
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
-    if carries:
-        enable_input_grads(model)
+        if carries:
+            enable_input_grads(model)
+    warn_moving(model)
 
 
 def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
     """Take updates off without merging; the base comes back bit for bit.
 
-    What `attach` froze stays frozen, as ``model.requires_grad_(True)`` undoes.
+    With the last adapter everything that `attach` changed is as it was: what it froze trains again,
+    and running statistics that moved have the values that they had. All or nothing.
 
     Args:
         model: with adapters attached, or none: then nothing happens.
@@ -127,11 +142,16 @@ def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Mo
         >>> assert detach(attach(layer, {"weight": {"r": 2}})).weight is before
     """
     chosen = check_adapters(model, adapters)
-    for module in list(model.modules()):
-        for name, plist in updates_of(module):
-            kept = [p for p in plist if not (isinstance(p, Switched) and p.adapter in chosen)]
-            replace(module, name, plist, kept)
-    tidy(model)
+    if not chosen:
+        return model
+    with unchanged_on_error(model.modules(), model.parameters()):
+        for module in list(model.modules()):
+            for name, plist in updates_of(module):
+                kept = [p for p in plist if not (isinstance(p, Switched) and p.adapter in chosen)]
+                replace(module, name, plist, kept)
+        if not adapter_names(model):
+            put_back(model)
+        tidy(model)
     return model
 
 
@@ -139,6 +159,7 @@ def tidy(model: nn.Module) -> None:
     """After the last adapter nothing of ours stays on the model."""
     if not adapter_names(model):
         disable_input_grads(model)
+        forget(model)
 
 
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -156,16 +177,34 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
     wanted = {name: _strength(name, value) for name, value in strengths.items()}
-    for _, _, update in updates(model):
-        update.strength = wanted.get(update.adapter, 0.0)
+    with _SWITCHING:
+        gains, found = Gains(), [update for _, _, update in updates(model)]
+        _put(
+            [
+                (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
+                for u in found
+            ]
+        )
+
+
+def _put(switches: list[tuple[Switched, Switch]]) -> None:
+    """Put switches in their places; what stops this half-way does not leave half of them."""
+    try:
+        for update, switch in switches:
+            update.keep(switch=switch)
+    except BaseException:
+        for update, switch in switches:
+            update.keep(switch=switch)
+        raise
 
 
 def _strength(name: str, value: Any) -> float:
     # bool is refused as in the configuration: on and off are what a mapping without a name says
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or not abs(value) <= _MOST:  # nor what is no number
         raise AdapterError(
-            f'adapter "{name}": its strength must be a finite number, got {value!r}.'
+            f'adapter "{name}": its strength must be a finite number of at most {_MOST:.3g}, '
+            f"got {value!r}."
         )
     return float(value)
 
@@ -174,21 +213,29 @@ def _strength(name: str, value: Any) -> float:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the base, exactly.
 
-    The strengths belong to the model: another thread that calls it meanwhile also sees the base.
+    Blocks nest and may overlap: the adapters act again when the last one is left, with the
+    strengths that `set_adapters` gave them last. They belong to the model: another thread that
+    calls it meanwhile also sees the base. A layer that keeps statistics of what it sees, such as
+    BatchNorm in training, counts a batch inside the block like any other.
 
     Example:
         >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 2}})
         >>> with disable_adapters(model):
         ...     assert model.weight is model.parametrizations.weight.original
     """
-    before = [(update, update.strength) for _, _, update in updates(model)]
+    found, block = [update for _, _, update in updates(model)], object()
     try:
-        for update, _ in before:
-            update.strength = 0.0
+        _mute(found, lambda muted: muted | {block})
         yield model
     finally:
-        for update, strength in before:
-            update.strength = strength
+        _mute(found, lambda muted: muted - {block})
+
+
+def _mute(found: list[Switched], to: Callable[[frozenset[object]], frozenset[object]]) -> None:
+    """Change the blocks in which updates do not act."""
+    with _SWITCHING:
+        gains, now = Gains(), [(update, update.switch) for update in found]
+        _put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -262,37 +309,36 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
         )
 
 
-_Fresh = list[tuple[nn.Module, Target, Switched]]
-
-
-def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> _Fresh:
+def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> Fresh:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
     claims: dict[int, list[tuple[nn.Module, Target]]] = {}
     for module, target in zip(owners, chosen):
         claims.setdefault(id(base_of(module, target.tensor)), []).append((module, target))
-    count = holders(model)
+    count, gains = holders(model), Gains()
+    _warn_overlapping(model, claims)
     out = []
     for key, group in claims.items():
         entries = {target.entry for _, target in group}
         whole = len(group) == count[key] and len(entries) == 1
         if count[key] > 1 and not whole:
             _warn_tied(model, key, [target for _, target in group])
-        first = _new(*group[0], adapter)
+        first = _new(*group[0], adapter, gains)
         for module, target in group:
             same = target is group[0][1] or (whole and target.entry.hard)
-            out.append((module, target, first if same else _new(module, target, adapter)))
+            out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
 
 
-def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
+def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Switched:
     entry, base = target.entry, base_of(module, target.tensor)
     update: Switched
     if entry.whole:
         _check_loaded(base, target)
-        update = Whole(_value(module, target), adapter)
+        update = Whole(_value(module, target), adapter, gains)
     else:
         fits = tuple(base.shape) == target.shape
-        update = _low_rank(target, module, base if fits else _like(base, target), adapter)
+        weight = base if fits else _like(base, target)
+        update = _low_rank(target, module, weight, adapter, gains)
         if entry.init != "default":
             initialise(update, gathered(dense(module, _value(module, target))), entry.init)
         update.dropout = entry.dropout
@@ -300,7 +346,9 @@ def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
             shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
-    update.keep(entry=entry, written_by_reader=getattr(module, "max_norm", None) is not None)
+    update.keep(entry=entry)
+    if getattr(module, "max_norm", None) is not None:
+        update.keep(written_by_reader=True)
     return update
 
 
@@ -318,9 +366,11 @@ def _like(base: Tensor, target: Target) -> Tensor:
     return torch.empty(target.shape, dtype=dtype, device=base.device)
 
 
-def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -> LowRank:
+def _low_rank(
+    target: Target, module: nn.Module, weight: Tensor, adapter: str, gains: Gains
+) -> LowRank:
     entry = target.entry
-    options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter)
+    options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter, gains)
     if entry.hard:
         return LowRank(weight.detach(), *options)
     return Branch(weight.detach(), *options, kernel=kernel_of(module, entry.up_kernel))
@@ -328,7 +378,7 @@ def _low_rank(target: Target, module: nn.Module, weight: Tensor, adapter: str) -
 
 def _value(module: nn.Module, target: Target) -> Tensor:
     """What the tensor shows before this update."""
-    known = module._parameters.get(target.tensor)
+    known = stored(module, target.tensor)
     return shown(module, target.tensor).detach() if known is None else known
 
 
@@ -374,18 +424,33 @@ def _check_at_home(module: nn.Module, target: Target) -> None:
         )
 
 
-def holders(model: nn.Module) -> "Counter[int]":
-    """How many layers hold each parameter, by ``id``; a shared layer counts once."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values())
+def stored(module: nn.Module, name: str) -> "Tensor | None":
+    """A layer's own parameter or buffer of a name; None where it is parametrized."""
+    return module._parameters.get(name, module._buffers.get(name))
 
 
 def base_of(module: nn.Module, name: str) -> Tensor:
     """The first stored tensor behind ``module.name``: the parameter, or torch's original of it."""
-    held = module._parameters.get(name)
+    held = stored(module, name)
     if held is not None:
         return held
     plist = parametrized(module)[name]
     return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
+
+
+def _warn_overlapping(
+    model: nn.Module, claims: Mapping[int, list[tuple[nn.Module, Target]]]
+) -> None:
+    found = overlapping(model)
+    for key, ((_, target), *_) in claims.items():
+        if key in found:
+            warnings.warn(
+                f"{target.path or 'weight'}: it shares its memory with {', '.join(found[key])}, as "
+                "another tensor. Merging will give it memory of its own; hold one Parameter in "
+                "both places to keep them tied.",
+                ParamloraWarning,
+                stacklevel=6,
+            )
 
 
 def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
@@ -400,62 +465,23 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
     )
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: a thousand updates are 70,000 containers, which all stay, and
-    for which the collector would go through everything that lives, for a third of the time."""
-    collecting = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """Put the modules back as they were when anything stops the block, Ctrl-C included."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    inside = [m for module in modules for m in (module, *_own(module))]
-    saved = [(m, type(m), [(held, held.copy()) for held in _held(m)]) for m in inside]
-    try:
-        yield
-    except BaseException:
-        for module, cls, containers in saved:
-            module.__class__ = cls
-            for held, content in containers:
-                held.clear()
-                held.update(content)
-        for parameter, requires_grad in before:
-            if parameter.requires_grad is not requires_grad:
-                parameter.requires_grad_(requires_grad)
-        raise
-
-
-def _held(module: nn.Module) -> "tuple[dict[Any, Any], ...]":
-    """What registering an update changes in a module, besides its class."""
-    hooks = (module._forward_hooks, module._forward_hooks_with_kwargs)
-    return (module._parameters, module._modules, *hooks)
-
-
-def _own(module: nn.Module) -> list[nn.Module]:
-    """The modules inside a layer that hold its updates."""
+def with_lists(module: nn.Module) -> list[nn.Module]:
+    """A layer, and the modules inside of it that hold its updates."""
     lists = [module._modules.get(BRANCHES), module._modules.get("parametrizations")]
-    return [m for held in lists if held is not None for m in held.modules()]
+    return [module, *(m for held in lists if held is not None for m in held.modules())]
 
 
 def _register(module: nn.Module, name: str, update: Switched) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
-    order, former = _former(module)
-    update.keep(order=order, former=former)
+    before = _before(module)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
     base = type(module).__bases__[0] if lists else type(module)
     if name in lists:
         lists[name].append(update)
         lists[name].unsafe = True
     else:
-        weight: Any = module._parameters.pop(name)
+        held = module._parameters if name in module._parameters else module._buffers
+        weight: Any = held.pop(name)
         # torch would swap a sharded or quantised tensor with itself, which it refuses to do
         odd = is_traceable_wrapper_subclass(weight)
         stands_in = (
@@ -464,18 +490,23 @@ def _register(module: nn.Module, name: str, update: Switched) -> None:
             else weight
         )
         lists[name] = parametrize.ParametrizationList([update], stands_in, unsafe=True)
-        lists[name]._parameters["original"] = weight
+        if odd:
+            lists[name]._parameters["original"] = weight
+    vars(lists[name])[_BEFORE] = before
     module.__class__ = shared(base, frozenset(lists))
 
 
-def _former(module: nn.Module) -> tuple[tuple[str, ...], type]:
-    """Before the first registration: the order of the parameters, which a state dict shows,
-    and the class, which is torch's own where somebody else's parametrization was there."""
+_BEFORE = "before_paramlora"
+_Before = tuple[tuple[str, ...], tuple[str, ...], type]
+
+
+def _before(module: nn.Module) -> _Before:
+    """Before our first update of a layer: the order of its parameters and buffers, which a state
+    dict shows, and its class, which is torch's own where somebody else's parametrization was."""
     for plist in parametrized(module).values():
-        for update in plist:
-            if isinstance(update, Switched):
-                return update.order, update.former
-    return tuple(module._parameters), type(module)
+        if _BEFORE in vars(plist):
+            return vars(plist)[_BEFORE]  # type: ignore[no-any-return]
+    return tuple(module._parameters), tuple(module._buffers), type(module)
 
 
 def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> None:
@@ -487,17 +518,28 @@ def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> 
         if not kept:
             remove_branches(module)
         return
-    order, former = _former(module)
+    before = _before(module)
     if kept:
         _keep(plist, kept)
+        if not any(isinstance(one, Switched) for one in kept):
+            del vars(plist)[_BEFORE]
     else:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        for key in order:
-            if key in module._parameters:
-                module._parameters[key] = module._parameters.pop(key)
-        refresh(module)
-    if parametrized(module):
-        module.__class__ = _class_of_the_rest(module, former)
+        _take_off(module, name, plist, before)
+    module.__class__ = _class_of_the_rest(module, before[-1])
+
+
+def _take_off(module: nn.Module, name: str, plist: Any, before: _Before) -> None:
+    """Give a layer back the tensor behind a list that is empty now."""
+    held = "_parameters" if "original" in plist._parameters else "_buffers"
+    own = getattr(module, held)
+    own[name] = getattr(plist, held)["original"]
+    for key in before[0] if held == "_parameters" else before[1]:
+        if key in own:
+            own[key] = own.pop(key)
+    del module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+    if not parametrized(module):
+        del module._modules["parametrizations"]
+    refresh(module)
 
 
 def _keep(held: Any, kept: list[nn.Module]) -> None:
@@ -507,9 +549,9 @@ def _keep(held: Any, kept: list[nn.Module]) -> None:
 
 
 def _class_of_the_rest(module: nn.Module, former: type) -> type:
-    """The class for the parametrizations that are left: torch's own where none is ours."""
-    lists, cls = parametrized(module), type(module)
-    ours = _former(module)[1] is not cls
+    """The class for the parametrizations that are left: the former one where none is ours."""
+    lists = parametrized(module)
+    ours = any(_BEFORE in vars(plist) for plist in lists.values())
     if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
         return former
-    return shared(cls.__bases__[0], frozenset(lists))
+    return shared(type(module).__bases__[0], frozenset(lists))

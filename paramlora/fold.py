@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from paramlora.contexts import in_own_types
 from paramlora.lowrank import Layout, factor_dtype, matrix_shape
 
 _BLOCK = 1 << 18  # elements of a weight that are in float32 at one time: fit a core's own cache
@@ -77,11 +78,12 @@ class Fold:
     @torch.no_grad()
     def _sum(self, at: _At, run: slice, before: Tensor) -> Tensor:
         total = before.view(at[1].stop - at[1].start, -1)
-        for term in self._terms:
-            if isinstance(term, WholeTerm):
-                total = _instead(term, run, total.to(self._wide))
-            else:
-                total = _delta(term, at).add_(total.to(self._wide))
+        with in_own_types(before):
+            for term in self._terms:
+                if isinstance(term, WholeTerm):
+                    total = _instead(term, run, total.to(self._wide))
+                else:
+                    total = _delta(term, at).add_(total.to(self._wide))
         return total.to(before.dtype).reshape(-1)
 
 
@@ -100,6 +102,38 @@ def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def overflows(base: Tensor, terms: Sequence[Term]) -> bool:
+    """Whether a sum of finite numbers is beyond the largest of the base's type.
+
+    A bound by the factors' norms (Cauchy and Schwarz) answers where it can, without the sum.
+    """
+    if base.is_meta or not base.is_floating_point() or not terms:
+        return False
+    most, added = torch.finfo(base.dtype).max, sum(map(_bound, terms))
+    if base.dtype != torch.float16 and added < most * 2**-10:
+        return False  # a weight that near to the end of a float32's range is no weight
+    if base.numel() and base.abs().max().double() + added <= most:
+        return False
+    before = base.reshape(-1)
+    for run, summed in Fold(base.shape, base.dtype, terms).blocks():
+        if (torch.isfinite(before[run]) & ~torch.isfinite(summed(before[run]))).any():
+            return True
+    return False
+
+
+def _bound(term: Term) -> float:
+    """What no element of a term's change is larger than."""
+    if isinstance(term, WholeTerm):
+        return 2 * float(term.value.abs().max()) * abs(float(term.strength))
+    with in_own_types(term.lora_A):
+        longest = [
+            torch.linalg.vector_norm(factor.double(), dim=dim).max()
+            for factor, dim in ((term.lora_A, -2), (term.lora_B, -1))
+        ]
+        return float(longest[0] * longest[1] * term.factor.abs().double())
+
+
 def _flat(factor: Tensor) -> Tensor:
     """``[stack, ...]``, also where there is no stack."""
     return factor.reshape(-1, *factor.shape[-2:])
@@ -115,6 +149,6 @@ def _delta(term: LowRankTerm, at: _At) -> Tensor:
 
 def _instead(term: WholeTerm, run: slice, total: Tensor) -> Tensor:
     own = term.value[run].view(total.shape)
-    if term.strength != 1:
+    if term.strength != 1 and own.is_floating_point():
         own = torch.lerp(total.to(own.dtype), own, term.strength)
     return own.to(total.dtype)

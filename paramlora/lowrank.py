@@ -7,8 +7,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.contexts import in_own_types
 from paramlora.sharded import take
-from paramlora.switch import Switched
+from paramlora.switch import Gains, Switched
 
 Layout = Literal["matrix", "transposed", "stack"]
 LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
@@ -48,6 +49,7 @@ class LowRank(Switched):
         layout: where the input and output sides lie in `weight`.
         trainable_scale: make ``lora_scale`` a parameter instead of a buffer.
         adapter: the name under which this update is switched and saved.
+        gains: where updates that are made together share the tensor of their strength.
 
     Shapes: ``lora_A`` ``[r, in]``, ``lora_B`` ``[out, r]`` (a leading ``stack`` dimension for
     ``layout="stack"``), ``lora_scale`` ``[]``. They are float32 on a 16-bit weight, where their
@@ -74,11 +76,12 @@ class LowRank(Switched):
         layout: Layout = "matrix",
         trainable_scale: bool = False,
         adapter: str = "default",
+        gains: Optional[Gains] = None,
     ) -> None:
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
         where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where)
+        super().__init__(adapter, **where, gains=gains)
         self.keep(r=r, layout=layout, first_scale=scale)
         self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where).div_(r))
         self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
@@ -95,7 +98,7 @@ class LowRank(Switched):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """``A`` normal with standard deviation ``1/r``, ``B`` zero, and the scale as given."""
-        take(self.lora_A, torch.randn(self.lora_A.shape, device=self.gain.device) / self.r)
+        take(self.lora_A, torch.randn(self.lora_A.shape, device=self.lora_A.device) / self.r)
         self.lora_B.zero_()
         self.lora_scale.fill_(self.first_scale)
 
@@ -111,7 +114,8 @@ class LowRank(Switched):
     @property
     def scaling(self) -> Tensor:
         """The number before ``B·A``: the scale times the strength."""
-        return self.lora_scale * self.gain
+        scale, gain = self.stored_scale(), self.gain
+        return scale * (gain if gain.device == scale.device else gain.to(scale.device))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
@@ -158,9 +162,10 @@ class LowRank(Switched):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
-        delta = self.delta(weight.shape)
-        wide = torch.promote_types(weight.dtype, delta.dtype)
-        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+        with in_own_types(weight):
+            delta = self.delta(weight.shape)
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
@@ -176,6 +181,7 @@ def value_of(plist: Any) -> Tensor:
     if len(acting) < 2:
         return plist()  # type: ignore[no-any-return]
     total = weight
-    for update in acting:
-        total = total + update.delta(weight.shape)  # in the wider type of both
-    return total.to(weight.dtype)
+    with in_own_types(weight):
+        for update in acting:
+            total = total + update.delta(weight.shape)  # in the wider type of both
+        return total.to(weight.dtype)

@@ -1,33 +1,41 @@
 """Folding the updates into the base weights: the one writer of base weights."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.attach import (
     check_adapters,
-    holders,
     replace,
+    stored,
     tidy,
     updates,
     updates_of,
+    with_lists,
 )
+from paramlora.contexts import own_context
 from paramlora.errors import AdapterError
-from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
+from paramlora.fold import LowRankTerm, Term, WholeTerm, folded, overflows
 from paramlora.layers import parametrized
 from paramlora.lowrank import LowRank
 from paramlora.quantised import is_quantised, make_dense, tell_transformers
-from paramlora.sharded import is_sharded
+from paramlora.sharded import gathered, is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
+from paramlora.ties import holders, overlapping
+from paramlora.undo import unchanged_on_error
 from paramlora.whole import Whole
 
 _Job = tuple[nn.Module, str, list[Switched]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
+_Group = list[tuple[_Job, _Values]]  # the holders of one tensor with the same updates
+_Step = Callable[[], None]
 
 
+@own_context()
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(
@@ -35,10 +43,11 @@ def merge(
 ) -> nn.Module:
     """Fold the updates into the base weights and erase them; returns the same model.
 
-    The sum is computed in float32 (float64 for a float64 base) and rounded once to the
-    weight's own type. Everything is checked before the first weight is written. A merge that
-    is stopped half-way leaves the rest attached and the outputs as they were: merge again.
-    What `attach` froze stays frozen, as ``model.requires_grad_(True)`` undoes.
+    The sum is computed in float32 (float64 for a float64 base), outside of any autocast, and
+    rounded once to the weight's own type. Everything is checked before the first weight is written.
+    What stops a merge, Ctrl-C included, before that leaves the model as it was; what stops it
+    later is raised when the merge has ended. What `attach` froze stays frozen, as
+    ``model.requires_grad_(True)`` undoes.
 
     Args:
         model: with adapters attached, or none: then nothing happens.
@@ -48,9 +57,10 @@ def merge(
             times its memory; otherwise such a merge is refused.
 
     Raises:
-        AdapterError: an adapter that is not attached, one that is not finite, a soft one with
-            ``"up_kernel": "same"``, one over a parametrization that cannot hold the sum, or one
-            of a quantised weight without `dequantize`.
+        AdapterError: an adapter that is not attached, one that is not finite or whose sum is
+            beyond the weight's type, a soft one with ``"up_kernel": "same"``, one over a
+            parametrization that cannot hold the sum, or one of a quantised weight without
+            `dequantize`.
 
     Example:
         >>> import paramlora
@@ -73,26 +83,79 @@ def merge(
     packed = [
         (module, name)
         for module, name, _ in jobs
-        if (stored := module._parameters.get(name)) is not None and is_quantised(stored)
+        if (held := module._parameters.get(name)) is not None and is_quantised(held)
     ]
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
-    inverted = [_inverted(*job) for job in jobs]  # the last check
+    inverted = [_inverted(*job) for job in jobs]
+    for job, values in zip(jobs, inverted):
+        if not values and (job[0], job[1]) not in packed:
+            _check_overflow(model, *job)
+    _to_the_end([*_unpacking(model, packed), *_merging(model, jobs, inverted)])
+    return model
+
+
+def _to_the_end(steps: list[_Step]) -> None:
+    """Take all steps. What stops one is raised after the last: a step leaves a model that is whole
+    and, taken again, does the same, so that a merge that has begun can always be ended."""
+    try:
+        while steps:
+            steps[0]()
+            del steps[0]
+    except BaseException:
+        while steps:
+            steps[0]()
+            del steps[0]
+        raise
+
+
+def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_Step]:
+    """The steps that make quantised weights dense."""
+    if not packed:
+        return []
     usual = _usual_type(model)
-    for module, name in packed:
-        make_dense(module, name, usual)
-    if packed:
-        tell_transformers(model, [module for module, _ in packed])
-    alike: dict[tuple[int, ...], list[tuple[_Job, _Values]]] = {}
+
+    def unpack(module: nn.Module, name: str) -> None:
+        with unchanged_on_error([module]):
+            make_dense(module, name, usual)
+
+    steps: list[_Step] = [lambda at=at: unpack(*at) for at in packed]  # type: ignore[misc]
+    return [*steps, lambda: tell_transformers(model, [module for module, _ in packed])]
+
+
+def _merging(model: nn.Module, jobs: list[_Job], inverted: list[_Values]) -> list[_Step]:
+    """The steps that write each sum and erase its updates."""
+    alike: dict[tuple[int, ...], _Group] = {}
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
-    count = holders(model)
-    for (base, *_), group in alike.items():
-        _write(group, whole=len(group) == count[base])
-        for (module, name, ours), _ in group:
-            _erase(module, name, ours)
-    tidy(model)
-    return model
+    count, shared = holders(model), overlapping(model)
+    steps: list[_Step] = [
+        _step(group, len(group) == count[base], base in shared)
+        for (base, *_), group in alike.items()
+    ]
+    return [*steps, lambda: tidy(model)]
+
+
+def _step(group: _Group, whole: bool, shares: bool) -> _Step:
+    """The step of one tensor: form its sum, write it, erase the updates.
+
+    Args:
+        group: the holders that share the tensor with the same updates.
+        whole: whether no layer else holds it.
+        shares: whether another tensor lies in the same memory, which must not move.
+    """
+    formed: list[Optional[Tensor]] = []  # the sum, formed once, from the base as it was
+
+    def step() -> None:
+        if not formed:
+            formed.append(_total(group))
+        touched = [one for (module, _, _), _ in group for one in with_lists(module)]
+        with unchanged_on_error(touched):
+            _write(group, formed[0], whole, shares)
+            for (module, name, ours), _ in group:
+                _erase(module, name, ours)
+
+    return step
 
 
 def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[Switched]:
@@ -111,20 +174,38 @@ def _among(update: nn.Module, updates: list[Switched]) -> bool:
     return any(update is one for one in updates)
 
 
-def _write(group: list[tuple[_Job, _Values]], whole: bool) -> None:
+def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) -> None:
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
             tensor.copy_(value)
-    plain = [_stored(module, name) for (module, name, _), values in group if not values]
-    if not plain:
+    if total is None:
         return
-    base: nn.Parameter = getattr(*plain[0])
+    plain = _plain(group)
+    base: Any = getattr(*plain[0])
     if not whole:  # tied to a holder without these updates, which must not move
-        base = nn.Parameter(base.detach().clone(), base.requires_grad)
+        own = nn.Parameter(_laid_out(total, base), base.requires_grad)
         for owner, attribute in plain:
-            setattr(owner, attribute, base)
-    _fold(base, group[0][0][2])
+            setattr(owner, attribute, own)
+    elif shares or 0 in base.stride():  # expanded: its elements share memory, the sum's cannot
+        base.data = _laid_out(total, base)
+    else:
+        base.copy_(total)
+
+
+def _laid_out(total: Tensor, base: Tensor) -> Tensor:
+    """The sum in memory of its own, with the strides of its base."""
+    return torch.empty_like(base).copy_(total)
+
+
+def _plain(group: _Group) -> list[tuple[Any, str]]:
+    """Where the tensor is stored, of the holders in which the sum is written as it is."""
+    return [_stored(module, name) for (module, name, _), values in group if not values]
+
+
+def _total(group: _Group) -> Optional[Tensor]:
+    plain = _plain(group)
+    return _sum(getattr(*plain[0]), group[0][0][2]) if plain else None
 
 
 def _erase(module: nn.Module, name: str, ours: list[Switched]) -> None:
@@ -140,21 +221,34 @@ def _identity(module: nn.Module, name: str, ours: list[Switched]) -> tuple[int, 
 
 def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     """The owner and the attribute of the tensor behind ``module.name``."""
-    if name in module._parameters:
+    if stored(module, name) is not None:
         return module, name
     plist = parametrized(module)[name]
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _fold(base: nn.Parameter, updates: list[Switched]) -> None:
+def _sum(base: Tensor, updates: list[Switched]) -> Tensor:
+    """A new tensor with the sum of a base and those of its updates that act."""
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
-        total = _folded_together(base, acting)
+        return _folded_together(base, acting).to(base.dtype)
+    return folded(base, [_term(update) for update in acting])
+
+
+def _check_overflow(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
+    base: Tensor = getattr(*_stored(module, name))
+    if not is_sharded(base):
+        over = overflows(base, [_term(update) for update in ours if update.acts])
     else:
-        total = folded(base, [_term(update) for update in acting])
-    if 0 in base.stride():  # expanded: its elements share memory, which the sum's cannot
-        base.data = base.data.clone(memory_format=torch.contiguous_format)
-    base.copy_(total)
+        narrow = base.dtype == torch.float16
+        over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
+    if over:
+        path = next(path for path, one in model.named_modules() if one is module)
+        raise AdapterError(
+            f"{f'{path}.' if path else ''}{name}: the sum is beyond {torch.finfo(base.dtype).max:g}"
+            f", the most that {base.dtype} holds. Nothing was merged; make the model wider "
+            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
+        )
 
 
 def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
@@ -190,24 +284,32 @@ def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
         return []
     names = ["original"] if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
     stored = [getattr(plist, n) for n in names]
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stored]
     # a copy in eval mode: spectral norm steps its power iteration whenever it is read
-    rules = copy.deepcopy([plist[i] for i in others])
-    for rule in rules:
-        rule.eval()
+    rules = [copy.deepcopy(plist[i]).eval() for i in others]
+    wide_rules = [copy.deepcopy(rule).to(wide[0].dtype) for rule in rules]
     chain = [
-        rules[others.index(i)] if i in others else p
+        wide_rules[others.index(i)] if i in others else p
         for i, p in enumerate(plist)
         if i in others or _among(p, ours)
     ]
-    wanted = _through(chain, stored)
+    wanted = _through(chain, wide)
     for branch in soft:
-        wide = torch.promote_types(wanted.dtype, torch.float32)
-        wanted = (wanted.to(wide) + branch.delta(wanted.shape, wide)).to(wanted.dtype)
-    new = _back(module, name, rules, wanted)
-    close = 64 * torch.finfo(wanted.dtype).eps
-    if not torch.allclose(_through(rules, new), wanted, rtol=close, atol=close):
+        wanted = wanted + branch.delta(wanted.shape, wanted.dtype)
+    exact = _back(module, name, wide_rules, wanted)
+    new = [value.to(t.dtype) for value, t in zip(exact, stored)]
+    held = _through(wide_rules, exact), _through(rules, new)
+    if not (_is(held[0], wanted, 64) and _is(held[1], wanted.to(held[1].dtype), 4)):
         raise AdapterError(_cannot_hold(module, name, rules))
     return list(zip(stored, new))
+
+
+def _is(value: Tensor, wanted: Tensor, units: int) -> bool:
+    """Whether a value is the one that was wanted, but for some units in the last place of each
+    element: a small update of a large weight would hide behind any absolute tolerance."""
+    eps = torch.finfo(wanted.dtype).eps
+    near = units * eps * wanted.abs() + torch.finfo(wanted.dtype).tiny
+    return bool(((value - wanted).abs() <= near).all())
 
 
 def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def parameter_groups(
         [('lora_A', 0.001), ('lora_B', 0.016)]
     """
     attached = [lowrank for _, _, lowrank in lowranks(model)]
-    whole = [update.lora_whole for _, _, update in updates(model) if isinstance(update, Whole)]
+    whole = [p for _, _, u in updates(model) if isinstance(u, Whole) for p in u.parameters()]
     if not attached and not whole:
         raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
     named = {

@@ -11,6 +11,7 @@ from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of
 from paramlora.errors import AdapterError
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
+from paramlora.switch import Gains
 from paramlora.targets import BRANCHES
 
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -23,7 +24,7 @@ class Branch(LowRank):
     included: ``down`` repeats ``lora_A`` for each group.
 
     Args:
-        weight, r, scale, layout, trainable_scale, adapter: as for `LowRank`.
+        weight, r, scale, layout, trainable_scale, adapter, gains: as for `LowRank`.
         kernel: the kernel of ``up`` where it is the layer's own (``up_kernel: "same"``), else
             empty. Then ``lora_B`` is ``[out, r, *kernel]``, and for a transposed convolution
             ``lora_A`` is ``[r·prod(kernel), in]``.
@@ -37,9 +38,10 @@ class Branch(LowRank):
         layout: Layout = "matrix",
         trainable_scale: bool = False,
         adapter: str = "default",
+        gains: Optional[Gains] = None,
         kernel: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(weight, r, scale, layout, trainable_scale, adapter)
+        super().__init__(weight, r, scale, layout, trainable_scale, adapter, gains)
         self.kernel = kernel
         if kernel:
             size = torch.Size(kernel).numel()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.adapter import Adapter, Update
-from paramlora.attach import attach_targets, check_adapters, detach, placed, updates
+from paramlora.attach import Fresh, attach_targets, check_adapters, placed, updates
 from paramlora.config import TargetConfig
 from paramlora.errors import FileError
 from paramlora.lowrank import LowRank, factor_dtype
@@ -78,7 +78,7 @@ def _load(
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
         raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs.")
-    if not value.is_floating_point():
+    if not value.is_floating_point() and value.dtype != dtype:
         raise FileError(f"{key}: of type {value.dtype}, where real numbers belong.")
     if not value.is_meta and not torch.isfinite(value.detach().to(dtype)).all():
         raise FileError(f"{key}: not finite in {dtype}. Nothing was loaded.")
@@ -126,18 +126,17 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     check_model(model)
     check_order(model)
     inside = unwrapped(model)
-    before = [(p, p.requires_grad) for p in model.parameters()]
     chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
-    attach_targets(inside, chosen, name)
-    try:
-        values, stems = _values(adapter), _stems(model, name)
-        needed = _live(stems)  # of tied tensors only the first one's
-        _load(model, stems, {k: values[k] for k in needed}, name)
-    except BaseException:
-        detach(model, name)
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
-        raise
+    values = _values(adapter)
+
+    def fill(fresh: Fresh) -> None:
+        stems: dict[str, Switched] = {}
+        for _, target, update in fresh:  # of tied tensors only the first one's
+            if not any(update is one for one in stems.values()):
+                stems[target.path] = update
+        _load(model, stems, {key: values[key] for key in _live(stems)}, name)
+
+    attach_targets(inside, chosen, name, fill=fill)
     return model
 
 

@@ -4,59 +4,169 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from paramlora.config import TargetConfig
+from paramlora.errors import AdapterError
+
+_REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
+
+
+class Switch:
+    """How strongly an update acts: one value, which is never changed but replaced as a whole.
+
+    So nothing can disagree with it: not after a change that was stopped, in a child process or in
+    another thread, and a gradient still finds what its forward read.
+
+    Args:
+        strength: as `set_adapters` gave it.
+        gain: what acts, as a tensor, which compiled code reads: another number compiles nothing.
+        muted: the blocks of `disable_adapters` that are open; any makes the gain zero.
+        past: earlier gains, each with the first sequence number of autograd that it did not see.
+    """
+
+    # not a tuple, nor frozen: torch.compile would guard all of it, where it reads one attribute
+    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully")
+
+    def __init__(
+        self,
+        strength: float,
+        gain: Tensor,
+        muted: frozenset[object] = frozenset(),
+        past: tuple[tuple[int, float], ...] = (),
+    ) -> None:
+        self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
+        # the only branches in compiled code
+        self.acts = strength != 0 and not muted
+        self.fully = strength == 1 and not muted
+
+    @property
+    def effective(self) -> float:
+        """What acts now."""
+        return 0.0 if self.muted else self.strength
+
+    def changed(self, strength: float, muted: frozenset[object], gains: "Gains") -> "Switch":
+        """Another value in its place, which remembers this one."""
+        new = 0.0 if muted else strength
+        past = self.past
+        if new != self.effective:
+            seen: int = torch._C._autograd._get_sequence_nr()
+            past = (*past[1 - _REMEMBERED :], (seen, self.effective))
+        gain = gains.at(new, self.gain.device, self.gain.dtype)
+        return Switch(strength, gain, muted, past)
+
+    def at(self, sequence: int) -> "Switch":
+        """As it was when the forward drew a sequence number of autograd."""
+        for until, effective in self.past:
+            if sequence < until:
+                if len(self.past) == _REMEMBERED and until == self.past[0][0]:
+                    raise AdapterError(_FORGOTTEN)
+                return Switch(effective, torch.full_like(self.gain, effective))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
+        """Of a model: nobody will close the blocks of `disable_adapters` that are open for it."""
+        gain = torch.full_like(self.gain, self.strength) if self.muted else self.gain.clone()
+        return Switch(self.strength, gain)
+
+
+_FORGOTTEN = (
+    f"the strengths of the adapters changed more than {_REMEMBERED - 1} times between a "
+    "checkpointed forward and its backward, which computes it again. Call backward sooner."
+)
+
+
+class Gains:
+    """One tensor for all updates of a type and device that get one strength."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+
+    def at(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A tensor with `value` on a device."""
+        key = (value, device, dtype)
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = torch.full((), value, device=device, dtype=dtype)
+        return self._made[key]
 
 
 class Switched(nn.Module):
     """An update whose strength changes without compiling anything again.
 
-    The number is a tensor, ``gain``, that compiled code reads. Only whether it is not zero
-    (`acts`) and whether it is one (`fully`) are branches in that code.
-
     Args:
         adapter: the name under which the update is switched and saved.
-        device, dtype: of ``gain``.
+        device, dtype: of its tensors. The gain is in float32 at least, which holds any strength.
     """
 
-    gain: Tensor
     adapter: str
-    acts: bool
-    fully: bool
-    _strength: float
-    order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
-    former: type = nn.Module  # the owner's class before the first, set when registered
+    switch: Switch
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
 
-    def __init__(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        gains: Optional[Gains] = None,
+    ) -> None:
         super().__init__()
-        gain = torch.full((), 1.0, device=device, dtype=dtype)
-        self.register_buffer("gain", gain, persistent=False)
-        self.keep(adapter=adapter, _strength=1.0, acts=True, fully=True)
+        gain = (gains or Gains()).at(1.0, device, _wide(dtype))
+        self.keep(adapter=adapter, switch=Switch(1.0, gain))
 
     def keep(self, **values: Any) -> None:
         """Set attributes that are neither tensors nor modules, which nn.Module would first look
         for: as long as it takes to make a tensor, and a model has thousands of updates."""
         self.__dict__.update(values)
 
+    def now(self) -> Switch:
+        """The switch that holds: inside of a backward, which computes a checkpointed forward
+        again, that of the forward."""
+        own = self.switch
+        if is_compiling() or not own.past or torch._C._current_graph_task_id() == -1:
+            return own
+        node = torch._C._current_autograd_node()
+        return own if node is None else own.at(node._sequence_nr())
+
+    @property
+    def acts(self) -> bool:
+        """Whether the update changes anything."""
+        return self.now().acts
+
+    @property
+    def fully(self) -> bool:
+        """Whether it acts as it was trained."""
+        return self.now().fully
+
+    @property
+    def gain(self) -> Tensor:
+        """The strength as a tensor."""
+        return self.now().gain
+
     @property
     def strength(self) -> float:
         """How strongly the update acts: 1 as trained, 0 not at all."""
-        return self._strength
+        return self.now().effective
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self.keep(_strength=value, acts=value != 0, fully=value == 1)
-        self.gain.fill_(value)
+        self.keep(switch=self.switch.changed(value, self.switch.muted, Gains()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
-        lazy = self.gain.is_meta
+        lazy = any(t.is_meta for t in self._tensors())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.gain.fill_(self._strength)  # lost in a narrower type, or in memory that is new
-        if lazy and not self.gain.is_meta:
+        first, old = next(self._tensors()), self.switch
+        gain = Gains().at(old.effective, first.device, _wide(first.dtype))
+        self.keep(switch=Switch(old.strength, gain, old.muted, old.past))
+        if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def _tensors(self) -> Any:
+        return (
+            t for held in (self._parameters, self._buffers) for t in held.values() if t is not None
+        )
 
     def reset_parameters(self) -> None:
         """Start anew, where a model from the meta device has been given its memory."""
@@ -69,3 +179,7 @@ class Switched(nn.Module):
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, bit for bit those that `plain` gave it."""
         raise NotImplementedError
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -100,7 +100,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     """
     chosen = [
         replace(target, entry=entries[target.path])
-        for target in _all(model)
+        for target in (*_all(model, _tensors), *_all(model, buffers_of))
         if target.path in entries
     ]
     found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
@@ -113,11 +113,11 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
 
 def adaptable(model: nn.Module) -> Iterator[Target]:
     """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
-    return (target for target in _all(model) if len(target.shape) >= 2)
+    return (target for target in _all(model, _tensors) if len(target.shape) >= 2)
 
 
-def _all(model: nn.Module) -> Iterator[Target]:
-    for path, module, name, tensor in _tensors(unwrapped(model)):
+def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) -> Iterator[Target]:
+    for path, module, name, tensor in places(unwrapped(model)):
         yield _target(path, module, name, tensor, _NO_ENTRY)
 
 
@@ -192,6 +192,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
                 yield path, module, name, shown(module, name)
 
 
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(module path, module, name, tensor) of every buffer in a state dict, each owner once."""
+    for path, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if not scripted and {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
+            for name, tensor in module._buffers.items():
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    yield path, module, name, tensor
+
+
 def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
     plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
@@ -213,6 +223,7 @@ class _Places:
 
     def __init__(self, model: nn.Module) -> None:
         self.all = list(_tensors(model))
+        self.buffers = list(buffers_of(model))
         self._by_end: dict[str, list[_Place]] = {}
         for place in self.all:
             for path in _names(place):
@@ -280,12 +291,13 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
 def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
     """Every tensor that the entry names, or that lies anywhere in a module that it names."""
     out = []
-    for path, module, name, tensor in places.all:
+    for path, module, name, tensor in places.all + places.buffers:
         parts = [part for part in path.split(".") if part] + [name]
         above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
         if not any(fits(entry.name, one) for one in above):
             continue
-        if not tensor.is_floating_point() or is_quantised(tensor):
+        counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
+        if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
             raise TargetError(
                 f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
                 "cannot train. Name another, or adapt it with r."

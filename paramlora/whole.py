@@ -1,10 +1,13 @@
-"""A tensor trained whole beside its frozen original: a new head, norms, biases."""
+"""A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
+
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+from paramlora.contexts import in_own_types
 from paramlora.sharded import take
-from paramlora.switch import Switched
+from paramlora.switch import Gains, Switched
 
 
 class Whole(Switched):
@@ -12,29 +15,66 @@ class Whole(Switched):
 
     .. math:: W' = W + strength · (V - W)
 
+    A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
+    trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves.
+
     Args:
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
         adapter: the name under which it is switched and saved.
+        gains: where updates that are made together share the tensor of their strength.
 
-    Shapes: ``lora_whole`` has the shape of `weight`; it is float32 on a 16-bit weight, where its
-    updates would otherwise vanish, and the weight's own type elsewhere.
+    Shapes: ``lora_whole`` has the shape of `weight`. Of a parameter it is a parameter, in float32
+    on a 16-bit weight, where its updates would otherwise vanish, and in the weight's own type
+    elsewhere; of a buffer it is a buffer of the same type.
     """
 
-    lora_whole: nn.Parameter
+    lora_whole: Tensor
+    unset: bool = False  # from the meta device: its memory has no values yet
 
-    def __init__(self, weight: Tensor, adapter: str = "default") -> None:
-        dtype = torch.float32 if weight.dtype.itemsize <= 2 else weight.dtype
-        super().__init__(adapter, weight.device, dtype)
-        self.lora_whole = nn.Parameter(weight.detach().to(dtype, copy=True))
+    def __init__(
+        self, weight: Tensor, adapter: str = "default", gains: Optional[Gains] = None
+    ) -> None:
+        trains = isinstance(weight, nn.Parameter)
+        dtype = torch.float32 if trains and weight.dtype.itemsize <= 2 else weight.dtype
+        super().__init__(adapter, weight.device, dtype, gains)
+        own = weight.detach().to(dtype, copy=True)
+        if trains:
+            self.lora_whole = nn.Parameter(own)
+        else:
+            self.register_buffer("lora_whole", own)
+            self.keep(written_by_reader=True)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``lora_whole`` in `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
+        if self.unset:
+            self._start(weight)
         own = self.lora_whole
-        if not self.fully:
-            own = torch.lerp(weight.to(own.dtype), own, self.gain)  # type: ignore[assignment]
+        if not self.fully and own.is_floating_point():
+            with in_own_types(weight):
+                own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
         return own.to(weight.dtype)
+
+    def _gain_for(self, own: Tensor) -> Tensor:
+        return self.gain.to(own.device, own.dtype)
+
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> None:
+        take(self.lora_whole, weight)
+        self.keep(unset=False)
+
+    def reset_parameters(self) -> None:
+        """Start as a copy of the base, once that has its values: at the first read."""
+        self.keep(unset=True)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state.get(prefix + "lora_whole")
+        # a base checkpoint is given the update's own values, see `layers`
+        told = isinstance(value, Tensor) and value.data_ptr() != self.lora_whole.data_ptr()
+        super()._load_from_state_dict(state, prefix, *args)
+        if told:
+            self.keep(unset=False)
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds."""
@@ -44,6 +84,7 @@ class Whole(Switched):
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the value of a file."""
         take(self.lora_whole, state["lora_whole"])
+        self.keep(unset=False)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"

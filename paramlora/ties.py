@@ -1,0 +1,60 @@
+"""Which layers hold one tensor, as one object or as one memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def holders(model: nn.Module) -> "Counter[int]":
+    """How many layers hold each parameter or buffer, by ``id``; a shared layer counts once."""
+    return Counter(id(t) for module in model.modules() for _, t in _held(module))
+
+
+def overlapping(model: nn.Module) -> dict[int, list[str]]:
+    """For a tensor, by ``id``, the names of the others that share memory with it, as
+    ``b.data = a.data`` has them do; tensors that share none are left out."""
+    named = {
+        id(tensor): (f"{path}.{name}" if path else name, tensor)
+        for path, module in model.named_modules()
+        for name, tensor in _held(module)
+        if type(tensor) in _PLAIN and not tensor.is_meta and tensor.numel()
+    }
+    stores: dict[tuple[torch.device, int], list[int]] = {}
+    for key, (_, tensor) in named.items():
+        where = tensor.device, tensor.untyped_storage().data_ptr()
+        stores.setdefault(where, []).append(key)
+    out: dict[int, list[str]] = {}
+    for keys in stores.values():
+        if len(keys) > 1:
+            spans = sorted((*_span(named[key][1]), key) for key in keys)
+            for key, other in _crossing(spans):
+                out.setdefault(key, []).append(named[other][0])
+    return out
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for held in (module._parameters, module._buffers):
+        for name, tensor in held.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one after its last, in its storage."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    return start, start + (last + 1) * tensor.itemsize
+
+
+def _crossing(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Both orders of each pair that overlaps, of spans in the order of their starts."""
+    for index, (_, end, key) in enumerate(spans):
+        for start, _, other in spans[index + 1 :]:
+            if start >= end:
+                break
+            yield key, other
+            yield other, key

@@ -1,0 +1,55 @@
+"""Changing a model all or nothing: what stops a change half-way leaves the model as it was."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its content
+# where torch keeps what registering changes; an RNN also lists its weights
+_CONTAINERS = (*vars(nn.Module()), "_flat_weights")
+
+
+@contextmanager
+def unchanged_on_error(
+    modules: Iterable[nn.Module], flags_of: Iterable[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Put everything back when anything stops the block, Ctrl-C included.
+
+    Args:
+        modules: whose class, attributes, tensors, modules and hooks the block may change; those
+            inside of them, such as lists of parametrizations, are to be named too.
+        flags_of: parameters whose ``requires_grad`` the block may change.
+    """
+    flags = [(p, p.requires_grad) for p in flags_of]
+    saved = [_saved(module) for module in dict.fromkeys(modules)]
+    try:
+        yield
+    except BaseException:
+        for one in saved:
+            _restore(*one)
+        for parameter, requires_grad in flags:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _saved(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[_Held]]:
+    attributes = vars(module)
+    containers = (attributes[name] for name in _CONTAINERS if name in attributes)
+    held = [(one, one.copy()) for one in containers if isinstance(one, (dict, list, set))]
+    return module, type(module), attributes.copy(), held
+
+
+def _restore(
+    module: nn.Module, cls: type, attributes: dict[str, Any], containers: list[_Held]
+) -> None:
+    module.__class__ = cls
+    now = vars(module)
+    for name in now.keys() - attributes.keys():
+        del now[name]
+    now.update(attributes)
+    for held, content in containers:
+        held.clear()
+        held.extend(content) if isinstance(held, list) else held.update(content)
