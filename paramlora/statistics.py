@@ -111,6 +111,6 @@ def _moved(owner: nn.Module, record: Before) -> Iterator[tuple[str, Tensor, Tens
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, buffer) of what `Before` records; nothing that is an update's own."""
-    for path, module, name, held in buffers_of(model):
+    for path, _, name, held in buffers_of(model):
         if type(held) in (Tensor, nn.Buffer) and (held.is_floating_point() or held.dim() == 0):
             yield own_path(f"{path}.{name}" if path else name), held

