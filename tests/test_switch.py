@@ -211,11 +211,8 @@ def test_a_child_process_that_switches_a_shared_model():
     model.share_memory()
     x = torch.randn(3, 4).double()
     want, weight = model(x), model.weight
-    if method == "spawn":  # an attached model is not pickled, and so not sent
-        pytest.skip("an attached model cannot be sent to a spawned process")
-    child = torch.multiprocessing.get_context(method).Process(
-        target=_switch_in_child, args=(model,)
-    )
+    context = torch.multiprocessing.get_context("fork")  # an attached model is not pickled
+    child = context.Process(target=_switch_in_child, args=(model,))
     child.start()
     child.join()
     assert child.exitcode == 0
