@@ -79,9 +79,11 @@ class Adapter:
         name: under which it is attached.
         metadata: of its file, where it has any.
         whole: by such a path, tensors to have instead of the base's.
+        base: by path, what tells the base that it was trained on (see `digest`), where known.
     """
 
     updates: Mapping[str, Update]
     name: str = "default"
     metadata: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Attaching, detaching and switching adapters: the one place that registers and freezes."""
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -101,14 +102,14 @@ def attach_targets(
         _check_dropout(module, target)
         _check_at_home(module, target)
     # not under inference mode, where nothing made here could ever be trained
-    with torch.inference_mode(False):
+    with _uncollected(), torch.inference_mode(False):
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
     carries = checkpoints_reentrantly(model)
     touched = [model, *(one for owner in owners for one in with_lists(owner))]
     if carries:
         touched += model.modules()
-    with unchanged_on_error(touched, model.parameters()):
+    with _uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, froze=not trainable_model)
         for module, target, update in fresh:
@@ -463,6 +464,32 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
         ParamloraWarning,
         stacklevel=5,
     )
+
+
+_PAUSING = threading.Lock()
+_paused: set[object] = set()  # the blocks that are open, in any thread
+_resumes = False  # whether the collector was on before the first of them
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage: a thousand updates are tens of thousands of containers, which
+    all stay, and for which the collector would go through everything that lives."""
+    global _resumes
+    block = object()
+    try:
+        with _PAUSING:
+            if not _paused:
+                _resumes = gc.isenabled()
+            _paused.add(block)
+            gc.disable()
+        yield
+    finally:
+        with _PAUSING:
+            _paused.discard(block)
+            if not _paused and _resumes:
+                _resumes = False
+                gc.enable()
 
 
 def with_lists(module: nn.Module) -> list[nn.Module]:

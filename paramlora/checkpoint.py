@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from paramlora.adapter import Adapter, Update
+from paramlora.contexts import own_context
 from paramlora.errors import AdapterError
 from paramlora.keys import Key, without_updates
 from paramlora.plan import Change, Contents, Plan, Recipe, Weighted, embed_plan, merge_plan
@@ -14,6 +15,7 @@ from paramlora.plan import Change, Contents, Plan, Recipe, Weighted, embed_plan,
 State = Mapping[str, Any]
 
 
+@own_context()
 def embed(base: State, adapter: Adapter) -> dict[str, Any]:
     """The state dict of a model with `adapter` attached: it loads there with ``strict=True``.
 
@@ -36,6 +38,7 @@ def embed(base: State, adapter: Adapter) -> dict[str, Any]:
     return apply(embed_plan(Contents(base), adapter), base)
 
 
+@own_context()
 def extract(state: State) -> Adapter:
     """The adapter inside an attached model's state dict; its tensors are shared, not copied.
 
@@ -53,6 +56,7 @@ def extract(state: State) -> Adapter:
     return extracted(Contents(state), state.__getitem__)
 
 
+@own_context()
 def merge(base: State, *adapters: Weighted) -> dict[str, Any]:
     """The state dict with updates folded in; to the last bit what `paramlora.merge` gives.
 

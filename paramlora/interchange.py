@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paramlora import formats, pickles
 from paramlora.adapter import Adapter
+from paramlora.contexts import own_context
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
@@ -37,6 +38,7 @@ _FOLDERS = {
 _PICKLED = ("litgpt", "loralib", "original", "torchtune")
 
 
+@own_context()
 def load_adapter(
     model: nn.Module,
     path: PathLike,
@@ -71,6 +73,7 @@ def load_adapter(
     return attach_adapter(model, _within(found), adapter)
 
 
+@own_context()
 def read_adapter(
     path: PathLike, base: Optional[Base] = None, options: Options = DEFAULTS
 ) -> Adapter:
@@ -107,6 +110,7 @@ def format_of(path: PathLike) -> str:
     return formats.detect(opened(path))
 
 
+@own_context()
 def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
     """The names and shapes of a checkpoint's weights, without reading them.
 

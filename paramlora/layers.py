@@ -117,5 +117,8 @@ def _load(base: type) -> Any:
             if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
                 state.update(own)
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
+        # BatchNorm adds a counter that an old state lacks, by the name that it had
+        added = {prefix + name for name in parametrized(self)}
+        args[3][:] = [key for key in args[3] if key not in added]
 
     return load

@@ -1,6 +1,7 @@
 """The native adapter file: one safetensors file that describes itself."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -9,11 +10,13 @@ from torch import Tensor, float32, nn, tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.contexts import own_context
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
+from paramlora.statistics import warn_moved
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import fits, specificity
 
@@ -22,6 +25,7 @@ _WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a config
 _Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
 
 
+@own_context()
 def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> None:
     """Write one adapter and its configuration; an older file at `path` survives a failure.
 
@@ -33,6 +37,7 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
         AdapterError: `adapter` is not attached.
         FileError: the file cannot be written.
     """
+    warn_moved(model)
     together = any(map(is_sharded, adapter_state_dict(model, adapter).values()))
     value = adapter_of(model, adapter)
     if not together or writes():
@@ -41,13 +46,15 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
         wait()
 
 
+@own_context()
 def write_native(adapter: Adapter, path: PathLike) -> None:
     """Write an adapter as the native file, whole or not at all.
 
     Keys are ``<path>.lora_A``, ``.lora_B``, ``.lora_scale``, or ``.lora_whole``. The metadata
     keeps `adapter`'s own and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name),
     ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``,
-    of the weights, with ``kind`` and ``groups``) and ``ties`` (``{path: first path}`` where tied
+    of the weights, with ``kind`` and ``groups``), ``base`` (``{path: digits}``, see
+    `paramlora.digest`) and ``ties`` (``{path: first path}`` where tied
     tensors share one update).
 
     Raises:
@@ -63,6 +70,7 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
         "config": LoRAConfig(tuple(_entry(*item) for item in own.items())).to_dict(),
         "shapes": {path: _weight(v) for path, v in own.items() if _shape(v) is not None},
         "ties": {path: head for path, head in ties.items() if path != head},
+        "base": dict(adapter.base),
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
     state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
@@ -71,6 +79,7 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
         write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
 
 
+@own_context()
 def read_native(path: PathLike) -> Adapter:
     """The adapter in a native file.
 
@@ -100,7 +109,18 @@ def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tenso
     updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
     whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
-    return Adapter(updates, str(about["adapter"]), rest, whole)
+    return Adapter(updates, str(about["adapter"]), rest, whole, _base(path, about))
+
+
+def _base(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
+    """What tells the base, by path; empty in files from before it was written."""
+    told = about.get("base", {})
+    sound = isinstance(told, dict) and all(
+        isinstance(one, str) and re.fullmatch("([0-9a-f]{4}){1,16}", one) for one in told.values()
+    )
+    if not sound:
+        raise FileError(f'{path}: the "base" in its metadata is damaged.')
+    return dict(told)
 
 
 def _key(stem: str, name: str) -> str:

@@ -87,7 +87,8 @@ class Contents:
     def fitted(self, weight: str, change: Change) -> Change:
         """A change with its tensor's shape and layout, where those fit it."""
         base = self.base(weight)
-        if base.dtype not in FLOATS:
+        counts = isinstance(change, Tensor) and change.dtype == base.dtype == torch.int64
+        if base.dtype not in FLOATS and not counts:
             raise AdapterError(
                 f"{weight} is of type {base.dtype}, in which no update can be stored. Where it was "
                 "quantised, use the checkpoint from before."
@@ -321,7 +322,8 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
             continue
         if change.up_kernel == "same":
             refuse_two_kernels(path, tuple(change.lora_B.shape[2:]))
-        values = (change.lora_A, change.lora_B, torch.tensor(change.scale))
+        scale = torch.tensor(change.scale, dtype=torch.float64)
+        values = (change.lora_A, change.lora_B, scale)
         for name, value in zip(LOW_RANK, values):
             _check_finite(path, name, value)
     if not contents.alone(weight):

@@ -1,5 +1,6 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Optional
@@ -8,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.adapter import Adapter, Update
-from paramlora.attach import Fresh, attach_targets, check_adapters, placed, updates
+from paramlora.attach import (
+    Fresh,
+    attach_targets,
+    base_of,
+    check_adapters,
+    placed,
+    updates,
+    updates_of,
+)
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError
+from paramlora.digest import digest, others
+from paramlora.errors import FileError, ParamloraWarning
 from paramlora.lowrank import LowRank, factor_dtype
 from paramlora.sharded import check_order, gathered
 from paramlora.soft import Branch
 from paramlora.switch import Switched
-from paramlora.targets import Target, adaptable, check_model, targets_at, unwrapped
+from paramlora.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.whole import Whole
 
 LOW_RANK = ("lora_A", "lora_B", "lora_scale")
@@ -71,8 +81,8 @@ def _load(
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
-    for stem, update in stems.items():
-        update.load_plain({name: state[_key(stem, name)] for name in update.plain()})
+    for path, update in stems.items():
+        update.load_plain({name: state[_key(path, name)] for name in update.plain()})
 
 
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
@@ -106,6 +116,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
         {path: value for path, value in made.items() if isinstance(value, Update)},
         adapter,
         whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
+        base=_digests(model, adapter),
     )
 
 
@@ -131,13 +142,38 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
 
     def fill(fresh: Fresh) -> None:
         stems: dict[str, Switched] = {}
+        seen: set[int] = set()
         for _, target, update in fresh:  # of tied tensors only the first one's
-            if not any(update is one for one in stems.values()):
+            if id(update) not in seen:
                 stems[target.path] = update
+                seen.add(id(update))
         _load(model, stems, {key: values[key] for key in _live(stems)}, name)
 
     attach_targets(inside, chosen, name, fill=fill)
+    if adapter.base:
+        _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
+
+
+def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
+    """By path, what tells each tensor that an adapter updates, as the base stores it."""
+    found = {}
+    for path, module in unwrapped(model).named_modules():
+        for name, held in updates_of(module):
+            if any(isinstance(one, Switched) and one.adapter == adapter for one in held):
+                found[stem(path, name)] = digest(base_of(module, name))
+    return {path: told for path, told in found.items() if told is not None}
+
+
+def _warn_other(paths: list[str], count: int) -> None:
+    if paths:
+        warnings.warn(
+            f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
+            "than those that the adapter was trained on. Is this its base, and is the adapter not "
+            "merged into it already?",
+            ParamloraWarning,
+            stacklevel=5,
+        )
 
 
 def _value(update: Switched, target: Optional[Target]) -> "Update | Tensor":

@@ -7,12 +7,14 @@ file. So they are remembered, told of, and put back.
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.errors import ParamloraWarning
-from paramlora.targets import buffers_of, own_path
+from paramlora.switch import Switched
+from paramlora.targets import own_path
 
 _RECORD = "_before_paramlora"
 _WAYS = (
@@ -111,6 +113,15 @@ def _moved(owner: nn.Module, record: Before) -> Iterator[tuple[str, Tensor, Tens
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, buffer) of what `Before` records; nothing that is an update's own."""
-    for path, _, name, held in buffers_of(model):
-        if type(held) in (Tensor, nn.Buffer) and (held.is_floating_point() or held.dim() == 0):
-            yield own_path(f"{path}.{name}" if path else name), held
+    for path, module in model.named_modules():
+        if not isinstance(module, (Switched, torch.jit.ScriptModule)):
+            for name, held in module._buffers.items():
+                if _is_recorded(held) and name not in module._non_persistent_buffers_set:
+                    yield own_path(f"{path}.{name}" if path else name), held
+
+
+def _is_recorded(held: object) -> TypeGuard[Tensor]:
+    """Whether it is a plain tensor of real numbers, or a single number, such as a count."""
+    if not isinstance(held, Tensor) or type(held) not in (Tensor, nn.Buffer):
+        return False
+    return held.is_floating_point() or held.dim() == 0

@@ -16,7 +16,8 @@ class Whole(Switched):
     .. math:: W' = W + strength · (V - W)
 
     A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
-    trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves.
+    trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
+    count of batches always itself.
 
     Args:
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
@@ -46,12 +47,13 @@ class Whole(Switched):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``lora_whole`` in `weight`'s type; `weight` unchanged when off."""
-        if not self.acts:
+        counts = not weight.is_floating_point()  # batches: what reads it divides by what it adds
+        if not self.acts and not counts:
             return weight.clone() if self.written_by_reader else weight
         if self.unset:
             self._start(weight)
         own = self.lora_whole
-        if not self.fully and own.is_floating_point():
+        if not self.fully and not counts:
             with in_own_types(weight):
                 own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
         return own.to(weight.dtype)

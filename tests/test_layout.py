@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config contexts undo ties sharded quantised switch lowrank fold whole adapter "
+    "errors config contexts undo ties sharded quantised switch digest lowrank fold whole adapter "
     "targets statistics init placement inputs served kernels conv_kernels depthwise_kernels "
     "launch tiles fused joined depthwise lookup operators functional convolution forwards "
     "layers soft attach merge state keys plan checkpoint disk stream pickles native stored "

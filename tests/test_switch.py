@@ -244,15 +244,14 @@ def test_a_model_goes_through_the_meta_device(name):
 
 def test_two_threads_that_attach_leave_the_collector_on():
     assert gc.isenabled()
-    seen = []
 
     def work():
-        paramlora.attach(nn.Sequential(*[nn.Linear(2, 2) for _ in range(50)]), {"*": {"r": 1}})
-        seen.append(gc.isenabled())
+        for _ in range(20):
+            paramlora.attach(nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)]), {"*": {"r": 1}})
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert gc.isenabled() and seen == [True] * 4
+    assert gc.isenabled()
