@@ -8,7 +8,9 @@ import os
 import socket
 import traceback
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
+from multiprocessing import connection
 
 import pytest
 import test_quantised
@@ -31,6 +33,7 @@ CONFIG = {
 }
 FSDP = CONFIG | {"head": {"r": 2}}  # fully_shard takes no scalar parameter
 STEPS, RATE = 3, 0.05
+PATIENCE = timedelta(seconds=30)
 
 
 class Block(nn.Module):
@@ -443,25 +446,35 @@ CASES = {name[5:]: case for name, case in list(globals().items()) if name.starts
 
 
 def run(rank, port, folder, backend, cases):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend)
+    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh(here().type, (2,))
     failed = {}
-    for name, case in cases.items():
+    for number, (name, case) in enumerate(cases.items()):
         (folder / name).mkdir(exist_ok=True)
         try:
             case(rank, mesh, folder / name)
         except Exception:
             failed[name] = traceback.format_exc()
-            break  # the processes are no longer in step
-        dist.barrier()
-    torch.save((list(cases).index(name), failed), folder / f"{rank}.pt")
+        torch.save((number, failed), folder / f"{rank}.pt")
+        if not ended(name, rank, store):
+            break
+    ended("every case", rank, store)  # the first process serves the store
     os._exit(0)  # a process that waits for one that failed would hang here
+
+
+def ended(name, rank, store):
+    """Whether the other process is at the end of the case too: no exchange of theirs is open."""
+    store.set(f"{name} {rank}", "")
+    try:
+        store.wait([f"{name} {1 - rank}"], PATIENCE)
+    except dist.DistError:
+        return False
+    return True
 
 
 def both(folder, backend, cases):
@@ -475,8 +488,9 @@ def both(folder, backend, cases):
     ]
     for process in pair:
         process.start()
+    connection.wait([process.sentinel for process in pair], 240)
     for process in pair:
-        process.join(240)
+        process.join(PATIENCE.total_seconds())  # one that waits for one that failed
         if process.is_alive():
             process.kill()
     return [torch.load(f) if (f := folder / f"{rank}.pt").exists() else None for rank in range(2)]
