@@ -463,15 +463,24 @@ def run(rank, port, folder, backend, cases):
         torch.save((number, failed), folder / f"{rank}.pt")
         if not ended(name, rank, store):
             break
-    ended("every case", rank, store)  # the first process serves the store
+    leave(rank, store)
     os._exit(0)  # a process that waits for one that failed would hang here
 
 
 def ended(name, rank, store):
     """Whether the other process is at the end of the case too: no exchange of theirs is open."""
     store.set(f"{name} {rank}", "")
+    return came(f"{name} {1 - rank}", store)
+
+
+def leave(rank, store):
+    """The first process serves the store, and so goes last."""
+    came("left", store) if rank == 0 else store.set("left", "")
+
+
+def came(key, store):
     try:
-        store.wait([f"{name} {1 - rank}"], PATIENCE)
+        store.wait([key], PATIENCE)
     except dist.DistError:
         return False
     return True
