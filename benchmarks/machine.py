@@ -43,13 +43,16 @@ def machine() -> dict[str, object]:
 
 @functools.cache
 def commit() -> str:
-    """The measured code: git's word, else PARAMLORA_COMMIT's where the code came without git."""
+    """The measured code: PARAMLORA_COMMIT where a copy was told what it is of, else git's word."""
+    told = os.environ.get("PARAMLORA_COMMIT")
+    if told:
+        return told
     asked = ["git", "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
-        return os.environ.get("PARAMLORA_COMMIT", "unknown")
-    return done.stdout.strip() or os.environ.get("PARAMLORA_COMMIT", "unknown")
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _version(package: str) -> str:

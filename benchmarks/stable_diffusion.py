@@ -58,7 +58,8 @@ QUICK = [(512, 4), (512, 1), (256, 16), (128, 64)]
 DTYPES = {"float32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}
 DTYPES["float64"] = torch.float64
 FIXED = ("dtype", "tf32", "tiny", "cap", "fsdp")  # the same for all rows of a file
-CUT = "not run: the process ended in it"
+LEFT, CUT = "not run: no time left", "not run: the process ended in it"
+SPARE = 2**28  # bytes left by a rehearsal among several: their allocators fragment differently
 Cell = tuple[int, int, bool]  # image size, batch on each device, with checkpointing
 Key = tuple[str, Cell]
 
@@ -153,8 +154,17 @@ class Training:
             _shard(self.unet)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         fused = device().type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=fused)
+        self._make_moments()
         self.wrapped: Optional[nn.Module] = None
+
+    def _make_moments(self) -> None:
+        """AdamW's, which it makes in its first step: what fits beside them fits in every step."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # by nothing, as the rate is zero
+        self.optimizer.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = 1e-4
 
     def prepare(self, checkpointing: bool) -> None:
         act = "enable" if checkpointing else "disable"
@@ -168,32 +178,40 @@ class Training:
             self.wrapped = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
             self.wrapped.register_comm_hook(self, _counted)
 
-    def alone(self, arguments: tuple[Tensor, ...]) -> None:
-        """Forward and backward without an exchange, where an OOM leaves no process waiting."""
-        self.wrapped = self.loss
-        self.backward(arguments)
-        self.optimizer.zero_grad()
+    def rehearse(self, arguments: tuple[Tensor, ...]) -> None:
+        """Forward and backward without an exchange, where an OOM leaves no process waiting.
+
+        They need the memory of a step: DDP's buckets are there, and as a step moves each gradient
+        into them, each is dropped.
+        """
+        spare = torch.empty(SPARE if processes() > 1 else 0, dtype=torch.uint8, device=device())
+        dropping = [p.register_post_accumulate_grad_hook(_drop) for p in self.parameters]
+        try:
+            self.backward(self.loss, arguments)
+        finally:
+            for hook in dropping:
+                hook.remove()
+        del spare
+        _empty()
 
     def step(self, arguments: tuple[Tensor, ...]) -> Tensor:
         self.optimizer.zero_grad()
         self.reduced = 0
-        loss = self.backward(arguments)
+        assert self.wrapped is not None
+        loss = self.backward(self.wrapped, arguments)
         self.optimizer.step()
         return loss
 
-    def backward(self, arguments: tuple[Tensor, ...]) -> Tensor:
-        assert self.wrapped is not None
+    def backward(self, model: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         with _autocast(self.options.dtype):
-            loss = self.wrapped(*arguments)
+            loss: Tensor = model(*arguments)
         loss.backward()
         return loss
 
     def release(self) -> None:
         self.optimizer.zero_grad()
         self.wrapped = None
-        gc.collect()
-        if device().type == "cuda":
-            torch.cuda.empty_cache()
+        _empty()
 
     def checkpoint_bytes(self) -> int:
         """The size of the file that the user of this way keeps."""
@@ -209,6 +227,16 @@ class Training:
             else:
                 return sum(t.nbytes for t in self.unet.state_dict().values())
             return path.stat().st_size
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
+
+
+def _empty() -> None:
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _counted(training: Training, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -243,8 +271,6 @@ def _rank(options: argparse.Namespace) -> int:
 def run_cell(training: Training, frozen: Frozen, cell: Cell) -> dict[str, Any]:
     """Iterations a second and peak memory of one cell, or OOM."""
     row, started = _row(training.way, cell), time.perf_counter()
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     try:
         row.update(_timed(training, frozen, cell))
     except torch.OutOfMemoryError:
@@ -260,9 +286,11 @@ def _timed(training: Training, frozen: Frozen, cell: Cell) -> dict[str, Any]:
     image, batch, checkpointing = cell
     data = Batch.draw(torch.Generator().manual_seed(0), batch, image, frozen.words)
     training.prepare(checkpointing)
-    if not training.options.fsdp:  # whose forward exchanges already
-        together(lambda: training.alone(frozen(data)))
     together(training.start)
+    if not training.options.fsdp:  # whose forward exchanges already
+        together(lambda: training.rehearse(frozen(data)))
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     loss = together(lambda: training.step(frozen(data)))
     assert loss.isfinite(), "the loss is not finite"
     together(lambda: training.step(frozen(data)))  # the first has no gradient of A: B is zero
@@ -325,10 +353,10 @@ class Table:
         self.rows = {_key(row): row for row in self.content["rows"]}
         self.ways = self.content.setdefault("ways", {})
         wanted = [key for key in plan(options) if not is_done(self.rows.get(key))]
-        # a cell that ended a run is tried again last, so that it cannot end every run
-        self.todo = sorted(wanted, key=lambda k: self.rows.get(k, {}).get("outcome") == CUT)
+        # a cell that failed or ended a run is tried again last, so that it cannot end every run
+        self.todo = sorted(wanted, key=lambda k: self.rows.get(k, {}).get("outcome", LEFT) != LEFT)
         for key in wanted:
-            self.rows.setdefault(key, _row(*key) | {"outcome": "not run: no time left"})
+            self.rows.setdefault(key, _row(*key) | {"outcome": LEFT})
 
     def put(self, row: dict[str, Any]) -> None:
         self.rows[_key(row)] = row

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
@@ -100,6 +101,52 @@ def test_what_failed_is_run_again_and_what_did_not_fit_is_not(tmp_path, counted)
     (tmp_path / "stable_diffusion.json").write_text(json.dumps(content), encoding="utf-8")
     counted.cells.clear()
     assert sd(tmp_path) == 0 and counted.cells == [again]
+
+
+def test_what_failed_comes_after_what_was_not_run(tmp_path, counted):
+    assert sd(tmp_path, "--count", "1") == 0
+    content = read(tmp_path, "stable_diffusion")
+    content["rows"][0].pop("per_second")
+    content["rows"][0]["outcome"] = "RuntimeError: no luck"
+    (tmp_path / "stable_diffusion.json").write_text(json.dumps(content), encoding="utf-8")
+    counted.cells.clear()
+    assert sd(tmp_path) == 0
+    assert len(counted.cells) == 4 and counted.cells[-1] == ("full", False)
+
+
+@pytest.mark.parametrize("way", ["full", "paramlora"])
+def test_a_rehearsal_needs_what_a_step_needs_and_changes_nothing(way):
+    options = stable_diffusion._parser().parse_args(["--tiny"])
+    training = stable_diffusion.Training(way, options)
+    frozen = stable_diffusion.Frozen(torch.float32, tiny=True)
+    training.prepare(checkpointing=False)
+    before = {n: t.clone() for n, t in training.unet.state_dict().items()}
+    # the moments are there before the first step, and moved nothing
+    assert len(training.optimizer.state) == len(training.parameters)
+    if way == "full":
+        torch.manual_seed(0)
+        fresh = stable_diffusion.unet(tiny=True)
+        assert all(torch.equal(before[n], t) for n, t in fresh.state_dict().items())
+    gradients: list[int] = []
+    for p in training.parameters:  # called before the rehearsal's own, which drops the gradient
+        p.register_post_accumulate_grad_hook(
+            lambda _: gradients.append(sum(q.grad is not None for q in training.parameters))
+        )
+    data = stable_diffusion.Batch.draw(torch.Generator().manual_seed(0), 2, 64, frozen.words)
+    training.rehearse(frozen(data))
+    assert gradients == [1] * len(training.parameters)
+    assert all(torch.equal(before[n], t) for n, t in training.unet.state_dict().items())
+    training.start()
+    training.step(frozen(data))
+    assert all(p.grad is not None for p in training.parameters)
+    assert any(not torch.equal(before[n], t) for n, t in training.unet.state_dict().items())
+
+
+def test_a_copy_says_which_commit_it_is_of(monkeypatch):
+    monkeypatch.setenv("PARAMLORA_COMMIT", "told")
+    assert commit.__wrapped__() == "told"
+    monkeypatch.delenv("PARAMLORA_COMMIT")
+    assert commit.__wrapped__() != "told"
 
 
 def test_no_time_runs_nothing_and_loses_nothing(tmp_path, counted):
