@@ -1,7 +1,9 @@
 """What a measurement was made on: processor, device and versions."""
 
+import functools
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -34,8 +36,23 @@ def machine() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "commit": commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+@functools.cache
+def commit() -> str:
+    """The measured code: PARAMLORA_COMMIT where a copy was told what it is of, else git's word."""
+    told = os.environ.get("PARAMLORA_COMMIT")
+    if told:
+        return told
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _version(package: str) -> str:

@@ -22,6 +22,8 @@ ORDER = (
     "update_kept",
     "finetune_bf16",
     "stable_diffusion",
+    "stable_diffusion_fsdp",
+    "sharded_llama",
     "many",
     "pytest",
 )
@@ -32,6 +34,8 @@ TITLES = {
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
+    "stable_diffusion_fsdp": "Stable Diffusion v1-4 under FSDP2",
+    "sharded_llama": "Llama 3 8B's blocks under FSDP2",
     "many": "A thousand layers, and the import",
     "pytest": "pytest-benchmark",
 }
@@ -222,6 +226,8 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,
+    "stable_diffusion_fsdp": results.diffusion_table,
+    "sharded_llama": results.sharded_table,
     "many": results.many_table,
     "pytest": pytest_table,
 }

@@ -1,7 +1,8 @@
 """Result files: one JSON for each benchmark, and its Markdown."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ from benchmarks.machine import machine
 
 
 def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
-    """Write ``<kind>.json`` with the machine beside the numbers."""
+    """Write ``<kind>.json`` with the machine beside the numbers, whole or not at all."""
     path = Path(folder) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"kind": kind, "machine": machine(), **content}
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, path)
     return path
 
 
@@ -130,12 +133,12 @@ def finetune_table(content: dict[str, Any]) -> str:
 def diffusion_table(content: dict[str, Any]) -> str:
     """A line for each size and batch, a cell for each way: speed and peak memory, or OOM."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    marks, legend = _origins(content["rows"])
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in content["rows"]:
         key = (row["image"], row["batch"], row["checkpointing"])
-        cells.setdefault(key, {})[row["way"]] = row.get("outcome") or (
-            f"{row['per_second']:.2f} it/s, {row['peak_mib']:.0f} MiB"
-        )
+        told = row.get("outcome") or f"{row['per_second']:.2f} it/s, {row['peak_mib']:.0f} MiB"
+        cells.setdefault(key, {})[row["way"]] = told + marks(row)
     count = content["processes"]
     lines = [
         [f"{image} & {batch}" + (f"×{count}" if count > 1 else ""), "yes" if saved else "no"]
@@ -149,7 +152,41 @@ def diffusion_table(content: dict[str, Any]) -> str:
     ]
     header = ["way", "trainable parameters", "checkpoint bytes", "bytes reduced a step"]
     table = markdown(["image size & batch", "checkpointing", *ways], lines)
-    return table + "\n\n" + markdown(header, sizes)
+    return "\n\n".join([table, *legend, markdown(header, sizes)])
+
+
+def sharded_table(content: dict[str, Any]) -> str:
+    """Tokens a second over all devices and the peak of one, by way."""
+    marks, legend = _origins(content["rows"])
+    lines = []
+    for row in content["rows"]:
+        numbers = ["", "", "", ""]
+        if "tokens_per_second" in row:
+            numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib'] / 1024:.1f}"]
+            numbers += [str(row["steps"]), f"{row['trainable']:,}"]
+        lines.append([row["way"] + marks(row), *numbers, row.get("outcome", "")])
+    options, count = content["options"], content["processes"]
+    title = f"{options['layers']} layers over {count} processes, {options['batch']} × "
+    title += f"{options['tokens']} tokens in each"
+    header = ["way", "tokens a second", "peak GiB a device", "steps", "trainable", "outcome"]
+    return "\n\n".join([title, markdown(header, lines), *legend])
+
+
+def _origins(rows: list[dict[str, Any]]) -> tuple[Callable[[dict[str, Any]], str], list[str]]:
+    """A mark for each measured row where several commits or devices made them, and its meaning."""
+    found = dict.fromkeys((r["commit"], r["device"]) for r in rows if "commit" in r)
+    if not found:
+        return lambda row: "", []
+    if len(found) == 1:
+        ((made, device),) = found
+        return lambda row: "", [f"Measured at commit {made} on {device}."]
+    letters = {origin: chr(ord("a") + i) for i, origin in enumerate(found)}
+    told = "; ".join(f"({x}) commit {made} on {device}" for (made, device), x in letters.items())
+
+    def marks(row: dict[str, Any]) -> str:
+        return f" ({letters[row['commit'], row['device']]})" if "commit" in row else ""
+
+    return marks, [f"Measured at {told}."]
 
 
 def _cell(row: "dict[str, Any] | None", value: str, form: str) -> str:

@@ -1,17 +1,18 @@
 """The table of the project that this one descends from: Stable Diffusion v1-4, rank 8.
 
 ``python -m benchmarks.stable_diffusion --out FOLDER`` fills it on one device, the same under
-``torchrun --nproc-per-node N -m`` on N. Full fine-tuning, the original's formula, peft and
-paramlora on ``to_q`` and ``to_v`` (the configuration's ``qkv_proj`` matches nothing in this
-model), with the frozen VAE encoder and CLIP text encoder in the loop, AdamW, random weights and
-data. Memory is capped at 24 GiB a device; what does not fit is recorded as OOM. The
-last rows checkpoint activations, which the original held to be incompatible with LoRA.
+``torchrun --nproc-per-node N -m`` on N. A run goes on with the file that it finds in FOLDER, so
+that several short ones fill the table; ``--fsdp`` shards instead of DDP, into a file of its own.
+Full fine-tuning, the original's formula, peft and paramlora on ``to_q`` and ``to_v`` (the
+configuration's ``qkv_proj`` matches nothing in this model), with the frozen VAE encoder and CLIP
+text encoder in the loop, AdamW, random weights and data. Memory is capped at 24 GiB a device;
+what does not fit is recorded as OOM. The last rows checkpoint activations, which the original
+held to be incompatible with LoRA.
 """
 
 import argparse
 import dataclasses
 import gc
-import os
 import sys
 import tempfile
 import time
@@ -27,20 +28,40 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import paramlora
-from benchmarks.machine import device
+from benchmarks.machine import commit, device
 from benchmarks.models import check_tiny
 from benchmarks.opponents import adapt, factors
-from benchmarks.results import diffusion_table, load, save
+from benchmarks.processes import (
+    STARTED,
+    elapsed,
+    is_done,
+    origin,
+    processes,
+    rank,
+    resume,
+    start,
+    stop,
+    store,
+    tell,
+    together,
+)
+from benchmarks.results import diffusion_table, load
+from benchmarks.timing import synchronise
 from benchmarks.zoo import ZOO, unet
 
 RANK, TARGETS = 8, ["to_q", "to_v"]
 WAYS = ("full", "original", "peft", "paramlora")
 CELLS = [(512, b) for b in (8, 4, 2, 1)] + [(256, b) for b in (32, 16, 8, 4)]
 CELLS += [(128, b) for b in (256, 128, 64, 32)]
-CHECKPOINTED = [(512, 8), (256, 32), (128, 256)]
+CHECKPOINTED = [(512, 8), (512, 4), (256, 32), (128, 256)]
 QUICK = [(512, 4), (512, 1), (256, 16), (128, 64)]
 DTYPES = {"float32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}
 DTYPES["float64"] = torch.float64
+FIXED = ("dtype", "tf32", "tiny", "cap", "fsdp")  # the same for all rows of a file
+LEFT, CUT = "not run: no time left", "not run: the process ended in it"
+SPARE = 2**28  # bytes left by a rehearsal among several: their allocators fragment differently
+Cell = tuple[int, int, bool]  # image size, batch on each device, with checkpointing
+Key = tuple[str, Cell]
 
 
 class Batch(dataclasses.make_dataclass("Batch", ["images", "words", "times"])):
@@ -133,35 +154,64 @@ class Training:
             _shard(self.unet)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         fused = device().type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=fused)
+        self._make_moments()
         self.wrapped: Optional[nn.Module] = None
 
-    def start(self, checkpointing: bool) -> None:
-        """Ready for one cell; DDP is made anew, since an OOM leaves it in the middle of a step."""
+    def _make_moments(self) -> None:
+        """AdamW's, which it makes in its first step: what fits beside them fits in every step."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # by nothing, as the rate is zero
+        self.optimizer.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = 1e-4
+
+    def prepare(self, checkpointing: bool) -> None:
         act = "enable" if checkpointing else "disable"
         getattr(self.unet, f"{act}_gradient_checkpointing")()
         self.unet.train()
+
+    def start(self) -> None:
+        """Ready for one cell; DDP is made anew, since an OOM leaves it in the middle of a step."""
         self.wrapped = self.loss
         if processes() > 1 and not self.options.fsdp:
             self.wrapped = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
             self.wrapped.register_comm_hook(self, _counted)
 
+    def rehearse(self, arguments: tuple[Tensor, ...]) -> None:
+        """Forward and backward without an exchange, where an OOM leaves no process waiting.
+
+        They need the memory of a step: DDP's buckets are there, and as a step moves each gradient
+        into them, each is dropped.
+        """
+        spare = torch.empty(SPARE if processes() > 1 else 0, dtype=torch.uint8, device=device())
+        dropping = [p.register_post_accumulate_grad_hook(_drop) for p in self.parameters]
+        try:
+            self.backward(self.loss, arguments)
+        finally:
+            for hook in dropping:
+                hook.remove()
+        del spare
+        _empty()
+
     def step(self, arguments: tuple[Tensor, ...]) -> Tensor:
-        assert self.wrapped is not None
         self.optimizer.zero_grad()
         self.reduced = 0
-        with _autocast(self.options.dtype):
-            loss = self.wrapped(*arguments)
-        loss.backward()
+        assert self.wrapped is not None
+        loss = self.backward(self.wrapped, arguments)
         self.optimizer.step()
+        return loss
+
+    def backward(self, model: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+        with _autocast(self.options.dtype):
+            loss: Tensor = model(*arguments)
+        loss.backward()
         return loss
 
     def release(self) -> None:
         self.optimizer.zero_grad()
         self.wrapped = None
-        gc.collect()
-        if device().type == "cuda":
-            torch.cuda.empty_cache()
+        _empty()
 
     def checkpoint_bytes(self) -> int:
         """The size of the file that the user of this way keeps."""
@@ -179,6 +229,16 @@ class Training:
             return path.stat().st_size
 
 
+def _drop(p: Tensor) -> None:
+    p.grad = None
+
+
+def _empty() -> None:
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _counted(training: Training, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's own reduction, counting its bytes."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -188,9 +248,13 @@ def _counted(training: Training, bucket: dist.GradBucket) -> torch.futures.Futur
 
 
 def _shard(model: nn.Module) -> None:
-    """FSDP2 over the U-Net's blocks."""
+    """FSDP2 over the U-Net's blocks; it takes no scalar, such as the original's scale."""
     from torch.distributed.fsdp import fully_shard
 
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.ndim == 0:
+                setattr(module, name, nn.Parameter(p.detach().reshape(1), p.requires_grad))
     for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         fully_shard(block)
     fully_shard(model)
@@ -204,105 +268,147 @@ def _rank(options: argparse.Namespace) -> int:
     return 2 if options.tiny else RANK
 
 
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def run_cell(
-    training: Training, frozen: Frozen, image: int, batch: int, checkpointing: bool
-) -> dict[str, Any]:
+def run_cell(training: Training, frozen: Frozen, cell: Cell) -> dict[str, Any]:
     """Iterations a second and peak memory of one cell, or OOM."""
-    row = {"way": training.way, "image": image, "batch": batch, "checkpointing": checkpointing}
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    row, started = _row(training.way, cell), time.perf_counter()
     try:
-        row.update(_timed(training, frozen, image, batch, checkpointing))
-    except torch.cuda.OutOfMemoryError:
+        row.update(_timed(training, frozen, cell))
+    except torch.OutOfMemoryError:
         row["outcome"] = "OOM"
     except RuntimeError as reason:  # recorded, so that one cell does not lose the others
         row["outcome"] = f"{type(reason).__name__}: {reason}"[:120]
     training.release()
-    return row
+    row["cell_seconds"] = time.perf_counter() - started
+    return row | origin()
 
 
-def _timed(
-    training: Training, frozen: Frozen, image: int, batch: int, checkpointing: bool
-) -> dict[str, Any]:
+def _timed(training: Training, frozen: Frozen, cell: Cell) -> dict[str, Any]:
+    image, batch, checkpointing = cell
     data = Batch.draw(torch.Generator().manual_seed(0), batch, image, frozen.words)
-    training.start(checkpointing)
-    loss = training.step(frozen(data))
+    training.prepare(checkpointing)
+    together(training.start)
+    if not training.options.fsdp:  # whose forward exchanges already
+        together(lambda: training.rehearse(frozen(data)))
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loss = together(lambda: training.step(frozen(data)))
     assert loss.isfinite(), "the loss is not finite"
-    training.step(frozen(data))  # the first one has no gradient of A, since B starts as zero
+    together(lambda: training.step(frozen(data)))  # the first has no gradient of A: B is zero
     assert all(p.grad.norm() > 0 for p in training.parameters), "a gradient is zero"
-    _synchronise()
+    synchronise(device())
     start, count = time.perf_counter(), 0
-    while count < 2 or (_elapsed(start) < training.options.seconds and count < 100):
+    while count < 2 or (elapsed(start) < training.options.seconds and count < 100):
         training.step(frozen(data))
-        _synchronise()
+        synchronise(device())
         count += 1
-    found = {"per_second": count / (time.perf_counter() - start), "peak_mib": 0.0}
+    found = {"per_second": count / (time.perf_counter() - start), "steps": count, "peak_mib": 0.0}
     if device().type == "cuda":
         found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         found["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
     return found
 
 
-def _elapsed(start: float) -> float:
-    """Seconds since `start` on the first process, so that all take the same number of steps."""
-    elapsed = torch.tensor(time.perf_counter() - start, device=device())
-    if processes() > 1:
-        dist.broadcast(elapsed, 0)
-    return elapsed.item()
-
-
-def _synchronise() -> None:
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-
-
-def cells(options: argparse.Namespace) -> Iterator[tuple[int, int, bool]]:
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """(image size, batch on each device, with checkpointing)"""
     if options.tiny:
         chosen, checkpointed = [(64, 2)], [(64, 2)]
     elif options.cells:
         chosen, checkpointed = [tuple(map(int, c.split("x"))) for c in options.cells], []
+    elif options.fsdp:
+        chosen, checkpointed = [(512, 4)], []
     else:
         chosen, checkpointed = (QUICK, [(512, 8)]) if options.quick else (CELLS, CHECKPOINTED)
     yield from ((*cell, False) for cell in chosen)
     yield from ((*cell, True) for cell in checkpointed)
 
 
-def fill(options: argparse.Namespace) -> dict[str, Any]:
-    """Every cell of every way; cells for which no time is left say so."""
-    started, rows, ways = time.perf_counter(), [], {}
-    for way in options.ways:
-        if way != "full" and rank() == 0:
+def plan(options: argparse.Namespace) -> list[Key]:
+    """(way, cell), those that tell most before the others, for every way."""
+    every = list(cells(options))
+    first = [cell for cell in every if cell[0] == 512 and cell[1] >= 4]
+    rest = [cell for cell in every if cell not in first]
+    return [(way, cell) for stage in (first, rest) for way in options.ways for cell in stage]
+
+
+def _row(way: str, cell: Cell) -> dict[str, Any]:
+    return {"way": way, **dict(zip(("image", "batch", "checkpointing"), cell))}
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["way"], (row["image"], row["batch"], row["checkpointing"])
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in the table: large images and batches first, checkpointing last."""
+    return row["checkpointing"], -row["image"], -row["batch"], WAYS.index(row["way"])
+
+
+class Table:
+    """The rows of this run and of those before, written after every cell."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.folder, self.kind = options.out, kind_of(options)
+        fixed = {name: getattr(options, name) for name in FIXED}
+        self.content = resume(self.folder, self.kind, fixed)
+        self.rows = {_key(row): row for row in self.content["rows"]}
+        self.ways = self.content.setdefault("ways", {})
+        wanted = [key for key in plan(options) if not is_done(self.rows.get(key))]
+        # a cell that failed or ended a run is tried again last, so that it cannot end every run
+        self.todo = sorted(wanted, key=lambda k: self.rows.get(k, {}).get("outcome", LEFT) != LEFT)
+        for key in wanted:
+            self.rows.setdefault(key, _row(*key) | {"outcome": LEFT})
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.rows[_key(row)] = row
+        self.write()
+
+    def write(self) -> None:
+        self.content["rows"] = sorted(self.rows.values(), key=_place)
+        store(self.folder, self.kind, self.content)
+
+    def check(self, way: str) -> None:
+        """The way's formula against float64 in the first process, once for each commit."""
+        known = self.ways.setdefault(way, {})
+        if way == "full" or (known.get("checked") == commit() != "unknown"):
+            return
+        if rank() == 0:
             zoo = dataclasses.replace(ZOO["unet"], targets=lambda p: p.split(".")[-1] in TARGETS)
             check_tiny(zoo, way)
-    frozen = Frozen(DTYPES[options.dtype], options.tiny)
-    for way in options.ways:
+        known["checked"] = commit()
+        tell(f"{way} is right")
+
+    def begin(self, way: str, options: argparse.Namespace) -> Training:
+        """The way's model; what it trains and saves is told once."""
+        self.check(way)
         training = Training(way, options)
-        ways[way] = {"trainable": sum(p.numel() for p in training.parameters)}
-        if not options.fsdp:
-            ways[way]["checkpoint_bytes"] = training.checkpoint_bytes()
-        for image, batch, checkpointing in cells(options):
-            share = (options.ways.index(way) + 1) / len(options.ways)  # each way's part of the time
-            if _elapsed(started) < options.limit * share:
-                rows.append(run_cell(training, frozen, image, batch, checkpointing))
-                if processes() > 1 and not options.fsdp:
-                    ways[way]["reduced_bytes"] = training.reduced
-            else:
-                late = {"way": way, "image": image, "batch": batch, "checkpointing": checkpointing}
-                rows.append({**late, "outcome": "not run: no time left"})
-        training.release()
-        del training
-        gc.collect()
-    chosen = {k: v for k, v in vars(options).items() if k != "out"}
-    return {"options": chosen, "processes": processes(), "rows": rows, "ways": ways}
+        sizes = self.ways[way]
+        sizes["trainable"] = sum(p.numel() for p in training.parameters)
+        if not options.fsdp and "checkpoint_bytes" not in sizes:
+            sizes["checkpoint_bytes"] = training.checkpoint_bytes()
+        tell(f"{way} is built")
+        return training
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Every cell of every way that no earlier run has measured, while there is time."""
+    table, frozen, training = Table(options), None, None
+    for way, cell in table.todo[: options.count]:
+        if elapsed(STARTED) >= options.limit:
+            break
+        frozen = frozen or Frozen(DTYPES[options.dtype], options.tiny)
+        if training is None or training.way != way:
+            training = None  # which frees the last way's memory before the next is built
+            gc.collect()
+            training = table.begin(way, options)
+        table.put(_row(way, cell) | {"outcome": CUT})
+        row = run_cell(training, frozen, cell)
+        if processes() > 1 and not options.fsdp and training.reduced:
+            table.ways[way]["reduced_bytes"] = training.reduced
+        table.put(row)
+        tell(f"{way} {cell}: {row.get('outcome') or row['per_second']}")
+        if options.fsdp and "outcome" in row:
+            training = None  # it may have stopped with its shards gathered
+    table.write()
 
 
 def dump(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,7 +418,8 @@ def dump(options: argparse.Namespace) -> dict[str, Any]:
         nn.init.normal_(B, std=0.1)
     image, count = (64, options.joint // processes())
     generator = torch.Generator().manual_seed(1)
-    training.start(checkpointing=False)
+    training.prepare(checkpointing=False)
+    training.start()
     gradients: list[Tensor] = []
     for _ in range(3):
         training.step(frozen(Batch.draw(generator, count, image, frozen.words)))
@@ -324,27 +431,26 @@ def dump(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def kind_of(options: argparse.Namespace) -> str:
+    return "stable_diffusion_fsdp" if options.fsdp else "stable_diffusion"
+
+
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    if "WORLD_SIZE" in os.environ:
-        if device().type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+    start(options.timeout)
     if device().type == "cuda":
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap * 2**30 / total))
-    started = time.perf_counter()
     if options.dump:
         torch.save(dump(options), f"{options.dump}.{rank()}")
     else:
-        content = fill(options)
+        fill(options)
         if rank() == 0:
-            path = save(options.out, "stable_diffusion", content)
+            path = Path(options.out) / f"{kind_of(options)}.json"
             print(diffusion_table(load(path)))
-            print(f"{time.perf_counter() - started:.0f} s, {path}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            tell(str(path))
+    stop()
     return 0
 
 
@@ -358,7 +464,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", help="such as 512x4: image size x batch, only these")
     parser.add_argument("--tiny", action="store_true", help="tiny models, for the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timed steps in a cell")
-    parser.add_argument("--limit", type=float, default=450, help="seconds, then cells are skipped")
+    parser.add_argument("--limit", type=float, default=450, help="seconds, then no cell is begun")
+    parser.add_argument("--count", type=int, help="measure at most this many cells")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for a process")
     parser.add_argument("--cap", type=float, default=24, help="GiB of device memory")
     parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP")
     parser.add_argument("--dump", help="write gradients and factors of a few steps, and stop")

@@ -1,13 +1,16 @@
 """Training over two processes (gloo) against one process, in float64 by the dense formula.
 
 The cases run in one pair of processes, because starting a pair takes longer than all of them.
+`test_two_gpus` runs them over NCCL.
 """
 
 import os
 import socket
 import traceback
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
+from multiprocessing import connection
 
 import pytest
 import test_quantised
@@ -30,6 +33,7 @@ CONFIG = {
 }
 FSDP = CONFIG | {"head": {"r": 2}}  # fully_shard takes no scalar parameter
 STEPS, RATE = 3, 0.05
+PATIENCE = timedelta(seconds=30)
 
 
 class Block(nn.Module):
@@ -57,14 +61,20 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def here():
+    """Where this process computes: its own device under NCCL."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
 def net():
     torch.manual_seed(0)
-    return Net().double()
+    return Net().double().to(here())
 
 
 def batch():
     torch.manual_seed(1)
-    return torch.randn(8, 8).double(), torch.randn(8, 4).double()
+    return torch.randn(8, 8).double().to(here()), torch.randn(8, 4).double().to(here())
 
 
 def adapted(config=CONFIG, **options):
@@ -410,8 +420,8 @@ def case_quantised_bases(rank, mesh, folder):
 
     for kind in filter(lambda kind: find_spec(kind.split()[0]), test_quantised.KINDS):
         for wrap in (ddp, fsdp):
-            model, wide = test_quantised.two_layers(kind, "cpu")
-            x = torch.randn(8, 64).to(torch.bfloat16)
+            model, wide = test_quantised.two_layers(kind, here())
+            x = torch.randn(8, 64).to(here(), torch.bfloat16)
             start = [p.detach().double() for p in paramlora.trainable_parameters(model)]
             leaves = [p.clone().requires_grad_() for p in start]
             optimizer = torch.optim.SGD(leaves, lr=RATE)
@@ -435,47 +445,79 @@ def case_quantised_bases(rank, mesh, folder):
 CASES = {name[5:]: case for name, case in list(globals().items()) if name.startswith("case_")}
 
 
-def run(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+def run(rank, port, folder, backend, cases):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh(here().type, (2,))
     failed = {}
-    for name, case in CASES.items():
+    for number, (name, case) in enumerate(cases.items()):
         (folder / name).mkdir(exist_ok=True)
         try:
             case(rank, mesh, folder / name)
         except Exception:
             failed[name] = traceback.format_exc()
-            break  # the processes are no longer in step
-        dist.barrier()
-    torch.save((list(CASES).index(name), failed), folder / f"{rank}.pt")
+        torch.save((number, failed), folder / f"{rank}.pt")
+        if not ended(name, rank, store):
+            break
+    leave(rank, store)
     os._exit(0)  # a process that waits for one that failed would hang here
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
+def ended(name, rank, store):
+    """Whether the other process is at the end of the case too: no exchange of theirs is open."""
+    store.set(f"{name} {rank}", "")
+    return came(f"{name} {1 - rank}", store)
+
+
+def leave(rank, store):
+    """The first process serves the store, and so goes last."""
+    came("left", store) if rank == 0 else store.set("left", "")
+
+
+def came(key, store):
+    try:
+        store.wait([key], PATIENCE)
+    except dist.DistError:
+        return False
+    return True
+
+
+def both(folder, backend, cases):
+    """(the last case's number, tracebacks by case) of each process; None of one that died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
-    both = [context.Process(target=run, args=(rank, port, folder)) for rank in range(2)]
-    for process in both:
+    pair = [
+        context.Process(target=run, args=(rank, port, folder, backend, cases)) for rank in range(2)
+    ]
+    for process in pair:
         process.start()
-    for process in both:
-        process.join(240)
+    connection.wait([process.sentinel for process in pair], 240)
+    for process in pair:
+        process.join(PATIENCE.total_seconds())  # one that waits for one that failed
         if process.is_alive():
             process.kill()
     return [torch.load(f) if (f := folder / f"{rank}.pt").exists() else None for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes(results, name):
+def assert_ran(results, cases, name):
     seen = [result for result in results if result is not None]
     failed = [failures[name] for _, failures in seen if name in failures]
     assert not failed, failed[0]
-    assert seen and all(reached >= list(CASES).index(name) for reached, _ in seen), "not reached"
+    assert seen and all(reached >= list(cases).index(name) for reached, _ in seen), "not reached"
     assert len(seen) == 2, "a process died"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return both(tmp_path_factory.mktemp("distributed"), "gloo", CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes(results, name):
+    assert_ran(results, CASES, name)
