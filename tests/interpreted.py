@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora import depthwise, fused, joined, kernels, lookup, operators
+from paramlora import depthwise, fused, joined, linear_kernels, lookup, operators
 from paramlora.launch import Launch
 
 captured = False
@@ -55,7 +55,7 @@ def stand_in_for_the_device():
     torch.mm = lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype))
     fused.has_kernel = lambda x, weight: 1 in weight.stride()
     fused.is_hopper = lambda device: True
-    kernels.gdc_wait = kernels.gdc_launch_dependents = nothing
+    linear_kernels.gdc_wait = linear_kernels.gdc_launch_dependents = nothing
     Launch.__call__ = interpret
 
 
