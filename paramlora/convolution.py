@@ -84,8 +84,8 @@ def convolution(
     """
     if strength != 1:
         scale = scale * strength
-    if not weight.is_contiguous():
-        x = as_weight_lies(x, weight)
+    if weight.stride(1) == 1:
+        x = _as_weight_lies(x, weight)
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -122,13 +122,23 @@ def convolution(
     return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
 
 
-def as_weight_lies(x: Tensor, weight: Tensor) -> Tensor:
+def _as_weight_lies(x: Tensor, weight: Tensor) -> Tensor:
     """x with its channels last in memory where the weight has them so, as a convolution of torch
     would lay it: the output and the gradients then lie as the plain layer's."""
     last = _LAST.get(weight.dim())
-    if last is None or x.dim() != weight.dim() or not weight.is_contiguous(memory_format=last):
+    if last is None or x.dim() != weight.dim():
         return x
-    return x.contiguous(memory_format=last)
+    return x.contiguous(memory_format=last) if _has_channels_last(weight) else x
+
+
+def _has_channels_last(t: Tensor) -> bool:
+    """As torch judges, by strides alone: a kernel of 1×1 lies the same in either format."""
+    least, shape, stride = 0, t.shape, t.stride()
+    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
+            return False
+        least = stride[axis] * shape[axis]
+    return True
 
 
 def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
