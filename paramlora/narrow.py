@@ -35,7 +35,7 @@ def _logarithms(*tensors: Tensor) -> list[Tensor]:
         for t in tensors
     ]
     found = torch.stack([t.float() for t in largest]).nan_to_num_(nan=65504.0)
-    return list(found.log2_().clamp_(-80, 80).unbind())
+    return list(found.log2_().clamp_(-120, 120).unbind())
 
 
 def balance(x: _Maybe, first: Tensor, second: Tensor, reach: int) -> Tensor:
@@ -49,7 +49,7 @@ def balance(x: _Maybe, first: Tensor, second: Tensor, reach: int) -> Tensor:
     if more:
         bound = alone + more[0].clamp(-24, 16) + math.log2(max(reach, 1))
     g = torch.maximum((other - bound) * 0.5, _FLOOR - bound)
-    return torch.minimum(g, _TOP - torch.maximum(bound, alone)).floor_().exp2_()
+    return torch.minimum(g, _TOP - torch.maximum(bound, alone)).clamp_(-120, 120).floor_().exp2_()
 
 
 def in_range(x: _Maybe, a: Tensor, b: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""float16: finite and right to its roundings wherever the dense definition in float64 is finite, in
+every layer that is evaluated without the dense sum, for numbers at both ends of its range."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import paramlora
+from paramlora.attach import lowranks
+
+EPS = 2**-10
+
+
+def conv1d_of_transformers():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(64, 48)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(48, 64), (9, 48)),
+    "linear, a vector": (lambda: nn.Linear(48, 64), (48,)),
+    "linear, a batch": (lambda: nn.Linear(48, 64), (2, 3, 48)),
+    "transformers' Conv1D": (conv1d_of_transformers, (9, 48)),
+    "convolution 1×1": (lambda: nn.Conv2d(48, 64, 1), (2, 48, 3, 3)),
+    "convolution": (lambda: nn.Conv2d(12, 64, 3, padding=1), (2, 12, 6, 5)),
+    "convolution, strided": (lambda: nn.Conv1d(12, 64, 3, 2), (2, 12, 11)),
+    "convolution, without a batch": (lambda: nn.Conv2d(12, 64, 3, padding=1), (12, 6, 5)),
+    "convolution, a kernel that meets the padding": (
+        lambda: nn.Conv2d(12, 64, 1, padding=1),
+        (2, 12, 3, 3),
+    ),
+    "convolution, circular": (
+        lambda: nn.Conv2d(12, 64, 3, padding=1, padding_mode="circular"),
+        (2, 12, 6, 5),
+    ),
+    "convolution, channels last": (
+        lambda: nn.Conv2d(12, 64, 3, padding=1).to(memory_format=torch.channels_last),
+        (2, 12, 6, 5),
+    ),
+    "convolution in groups": (lambda: nn.Conv2d(12, 64, 3, groups=4), (2, 12, 6, 5)),
+    "convolution of single channels": (lambda: nn.Conv2d(32, 64, 3, groups=32), (2, 32, 6, 5)),
+    "convolution in three dimensions": (lambda: nn.Conv3d(6, 64, 2), (2, 6, 3, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(12, 64, 3, stride=2), (2, 12, 4, 3)),
+    "transposed in groups": (lambda: nn.ConvTranspose1d(12, 64, 3, groups=2), (2, 12, 5)),
+    "embedding": (lambda: nn.Embedding(30, 64), None),
+    "embedding with padding": (lambda: nn.Embedding(30, 64, padding_idx=3), None),
+}
+NUMBERS = {  # of A, B, the scale, the input and the output's gradient
+    "ordinary": (0.1, 0.1, 1.0, 1.0, 1.0),
+    "a large scale": (1e-3, 1.0, 1e5, 1.0, 1.0),
+    "a large scale and a large gradient": (1e-6, 1.0, 1e5, 0.1, 2000.0),
+    "a large B": (1e-7, 1e6, 1.0, 1.0, 100.0),
+    "a large A": (1e6, 1e-7, 1.0, 1.0, 100.0),
+    "a large input": (1.0, 1e-3, 1.0, 3000.0, 1.0),
+    "a large gradient": (1e-3, 1.0, 1.0, 1e-3, 2000.0),
+    "a small gradient": (0.3, 0.3, 1.0, 1.0, 1e-3),
+    "beyond both ends": (1e-30, 1e28, 1.0, 1.0, 1.0),
+    "a small scale": (1.0, 1e7, 1e-8, 1.0, 1.0),
+    "no scale": (0.1, 0.1, 0.0, 1.0, 1.0),
+    "no B": (0.1, 0.0, 1.0, 1.0, 1.0),
+    "no B and a large A": (1e6, 0.0, 1e5, 10.0, 1.0),
+}
+WAYS = {"hard": {}, "soft": {"hard": 0}, "dropping": {"dropout": 1e-9}}
+
+
+def build(kind, way, numbers):
+    """The layer inside a model, adapted, and its input and output's gradient."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    a, b, scale, size, gradient = NUMBERS[numbers]
+    layer = make()
+    with torch.no_grad():
+        layer.weight.div_(layer.weight.std()).mul_(0.1 / max(size, 1.0))
+    entry = {"r": 2, "scale": scale or 1.0, "trainable_scale": 1, **WAYS[way]}
+    model = paramlora.attach(nn.Sequential(layer).half(), {"0": entry})
+    ((_, _, update),) = lowranks(model)
+    with torch.no_grad():
+        update.lora_A.normal_().mul_(a)
+        update.lora_B.normal_().mul_(b)
+        update.lora_scale.fill_(scale)
+    if shape is None:
+        x = torch.randint(30, (2, 5))
+    else:
+        x = (torch.randn(shape) * size).half().requires_grad_()
+    y = model(x)
+    return model, update, x, y, (torch.randn(y.shape) * gradient).half()
+
+
+def reference(kind, model, update, x, dy):
+    """The same in float64 by the dense definition, and the size of the scale's gradient's terms."""
+    layer = model[0]
+    hard = "parametrizations" in layer._modules
+    base = layer.parametrizations.weight.original if hard else layer.weight
+    leaves = [t.detach().double().requires_grad_() for t in update.plain().values()]
+    a, b, scale = leaves
+    delta = scale * b @ a
+    if update.layout == "transposed":
+        delta = delta.t()
+    plain = LAYERS[kind][0]().double()
+    wide = x.detach().double().requires_grad_() if x.is_floating_point() else x
+    weights = {"weight": base.detach().double() + delta.reshape(base.shape)}
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        weights["bias"] = bias.detach().double()
+    y = functional_call(plain, weights, (wide,))
+    inputs = [wide] * wide.is_floating_point() + [*leaves, weights["weight"]]
+    *grads, whole = torch.autograd.grad(y, inputs, dy.double())
+    return y.detach(), grads, whole.norm() * (b @ a).norm()
+
+
+def error(got, want):
+    assert got.isfinite().all()
+    if want.abs().max() == 0:
+        return got.abs().max().item()
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def check(kind, way, numbers):
+    model, update, x, y, dy = build(kind, way, numbers)
+    leaves = [x] * x.is_floating_point() + [update.lora_A, update.lora_B, update.lora_scale]
+    got = torch.autograd.grad(y, leaves, dy)
+    want_y, want, terms = reference(kind, model, update, x, dy)
+    largest = max(t.abs().max() for t in (want_y, *want[: x.is_floating_point()]))
+    assert largest < 65504, "the case asks for more than float16 has"
+    assert y.dtype == torch.float16 and error(y, want_y) < 4 * EPS
+    *matrices, (dscale, true_scale) = zip(got, want)
+    for name, (mine, true), leaf in zip(("x", "A", "B")[-len(matrices) :], matrices, leaves):
+        assert mine.dtype == leaf.dtype
+        assert error(mine, true) < 4 * EPS, name
+    assert dscale.isfinite() and abs(dscale - true_scale) <= 2 * EPS * terms, "scale"
+
+
+def is_there(kind, way):
+    """Whether the way evaluates the kind otherwise than by the definition."""
+    if way == "hard":
+        return not kind.startswith("transposed")
+    return not (kind.startswith("embedding") or kind.startswith("transposed") and way == "dropping")
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("way", ("hard", "soft", "dropping"))
+def test_every_layer_is_finite_and_right(way, numbers):
+    failed = {}
+    for kind in LAYERS:
+        if is_there(kind, way):
+            try:
+                check(kind, way, numbers)
+            except AssertionError as wrong:
+                failed[kind] = str(wrong).splitlines()[:2]
+    assert not failed, failed
