@@ -151,7 +151,7 @@ class LowRank(Switched):
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
     ) -> Tensor:
-        """``strength · scale · B·A`` in `shape`, of `dtype` or else the factors' own type; in float32
+        """``strength · scale · B·A`` in `shape`, of `dtype` or the factors' own type; of float32
         instead of float16, in which the scaled B alone might be too large."""
         a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
         if b.dtype == torch.float16:
