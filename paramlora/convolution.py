@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora import narrow
+from paramlora.autocast import autocast_of
 from paramlora.functional import (
     applied,
-    autocast_of,
     cast,
     cast_for_autocast,
     denser,

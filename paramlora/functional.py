@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from paramlora import narrow, operators
+from paramlora.autocast import autocast_of
 from paramlora.operators import gradient_of_second, scaled_down
 from paramlora.served import fits, has_kernel, looks_up, recorded, served, switched_on
 
@@ -112,16 +113,6 @@ def applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> T
         if not any(isinstance(t, Tensor) and left_over(t) for t in (x, *rest)):
             raise
         return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def autocast_of(x: Tensor) -> Optional[str]:
-    """The kind of x's device where autocast is on there, else None. Not every kind has one: the
-    meta device, where shapes are inferred, has none, and torch raises when asked."""
-    # a device's name takes as long to spell as a launch
-    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-    if device not in ("cuda", "cpu") and not torch.amp.is_autocast_available(device):
-        return None
-    return device if torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(backward: _Gradients) -> _Gradients:

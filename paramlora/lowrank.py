@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.autocast import autocast_of
 from paramlora.sharded import take
 from paramlora.switch import Switched
 
@@ -154,6 +155,10 @@ class LowRank(Switched):
         """``strength · scale · B·A`` in `shape`, of `dtype` or the factors' own type; of float32
         instead of float16, in which the scaled B alone might be too large."""
         a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
+        device = autocast_of(b)
+        if device is not None:  # a weight is what it is, wherever it is read
+            with torch.autocast(device, enabled=False):
+                return self.delta(shape, dtype)
         if b.dtype == torch.float16:
             a, b = a.float(), b.float()
         product = (b * self.scaling.to(b.dtype)) @ a

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.autocast import autocast_of
 from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of, pointwise_of
 from paramlora.errors import AdapterError
 from paramlora.forwards import padded_input
-from paramlora.functional import autocast_of, cast_for_autocast, thin_pair
+from paramlora.functional import cast_for_autocast, thin_pair
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
 from paramlora.narrow import LINEAR, Stage, wide
