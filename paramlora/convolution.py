@@ -85,7 +85,7 @@ def convolution(
     if strength != 1:
         scale = scale * strength
     if weight.stride(1) == 1:
-        x = _as_weight_lies(x, weight)
+        x = laid_as(x, weight)
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -122,13 +122,13 @@ def convolution(
     return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
 
 
-def _as_weight_lies(x: Tensor, weight: Tensor) -> Tensor:
-    """x with its channels last in memory where the weight has them so, as a convolution of torch
-    would lay it: the output and the gradients then lie as the plain layer's."""
-    last = _LAST.get(weight.dim())
-    if last is None or x.dim() != weight.dim():
+def laid_as(x: Tensor, other: Tensor) -> Tensor:
+    """x with its channels last in memory where a convolution's weight or output has them so, as
+    torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
+    last = _LAST.get(other.dim())
+    if last is None or x.dim() != other.dim():
         return x
-    return x.contiguous(memory_format=last) if _has_channels_last(weight) else x
+    return x.contiguous(memory_format=last) if _has_channels_last(other) else x
 
 
 def _has_channels_last(t: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora import functional
-from paramlora.convolution import branch, convolution
+from paramlora.convolution import branch, convolution, laid_as
 from paramlora.lowrank import Layout, LowRank
 from paramlora.narrow import LINEAR, wide
 
@@ -184,7 +184,7 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
         y = self._conv_forward(input, weight, bias)
         for update in updates:
             a, b = _factors(update, "matrix")
-            dropped, _ = padded_input(self, F.dropout(input, update.dropout))
+            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
             up = wide(b) * update.scaling
             y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
         return y

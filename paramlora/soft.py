@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from paramlora.autocast import autocast_of
-from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of, pointwise_of
+from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of, laid_as, pointwise_of
 from paramlora.errors import AdapterError
 from paramlora.forwards import padded_input
 from paramlora.functional import cast_for_autocast, thin_pair
@@ -78,6 +78,7 @@ class Branch(LowRank):
         up = wide(b) * self.scaling
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
+        x = laid_as(x, output)
         if self.kernel:
             return self._two_kernels(layer, x, output, a, up)
         if self.layout == "transposed":
