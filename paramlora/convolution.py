@@ -117,9 +117,18 @@ def convolution(
         return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
     y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
-        delta = ((narrow.wide(lora_B) * scale) @ narrow.wide(lora_A)).reshape(shape)
+        delta = _update(lora_A, lora_B, scale).reshape(shape)
         return y + one_kernel(x, delta, narrow.Stage(*where))
     return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
+
+
+def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
+    device = autocast_of(b)
+    if device is not None:
+        with torch.autocast(device, enabled=False):
+            return _update(a, b, scale)
+    return (narrow.wide(b) * scale) @ narrow.wide(a)
 
 
 def laid_as(x: Tensor, other: Tensor) -> Tensor:
@@ -427,7 +436,7 @@ class _Depthwise(torch.autograd.Function):
         if torch.is_grad_enabled() or in_plain_operations(True, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-                dense = weight + ((b * scale) @ a).to(weight.dtype).view_as(weight)
+                dense = weight + _update(a, b, scale).to(weight.dtype).view_as(weight)
                 return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paramlora.autocast import autocast_of
+
 _Maybe = Optional[Tensor]
 _TOP = 15  # the power of two that no product may reach
 _FLOOR = 5  # that which a bound of a product is lifted to: its sums may lie far below their bound
@@ -30,6 +32,10 @@ def wide(t: Tensor) -> Tensor:
 
 def _logarithms(*tensors: Tensor) -> list[Tensor]:
     """Those of the largest numbers in each; one that is none, or infinite, counts as large."""
+    device = autocast_of(tensors[0])
+    if device is not None:  # which would have all of them cast
+        with torch.autocast(device, enabled=False):
+            return _logarithms(*tensors)
     largest = [
         torch.linalg.vector_norm(t.detach(), math.inf).float() if t.numel() else t.new_zeros(())
         for t in tensors

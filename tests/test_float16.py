@@ -1,6 +1,8 @@
 """float16: finite and right to its roundings wherever the dense definition in float64 is finite, in
 every layer that is evaluated without the dense sum, for numbers at both ends of its range."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -148,3 +150,98 @@ def test_every_layer_is_finite_and_right(way, numbers):
             except AssertionError as wrong:
                 failed[kind] = str(wrong).splitlines()[:2]
     assert not failed, failed
+
+
+LARGE = ("a large scale", "a large gradient", "beyond both ends")
+
+
+@pytest.mark.parametrize("numbers", LARGE)
+@pytest.mark.parametrize("kind", ("linear", "convolution", "convolution in groups"))
+@pytest.mark.parametrize("way", WAYS)
+def test_autocast_of_a_float32_model(kind, way, numbers):
+    model, update, x, _, dy = build(kind, way, numbers)
+    model = copy.deepcopy(model).float()
+    ((_, _, update),) = lowranks(model)
+    x = x.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = model(x)
+    got = torch.autograd.grad(y, [x, update.lora_A, update.lora_B], dy)
+    want_y, want, _ = reference(kind, model, update, x, dy)
+    assert y.dtype == torch.float16 and error(y, want_y) < 4 * EPS
+    assert all(error(mine, true) < 4 * EPS for mine, true in zip(got, want))
+
+
+@pytest.mark.parametrize("kind", ("linear", "convolution", "embedding"))
+def test_factors_in_float16_themselves(kind):
+    """Their product with the scale need not be finite, their update is."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    entry = {"r": 2, "scale": 30000, "adapter_dtype": "float16"}
+    model = paramlora.attach(nn.Sequential(make()).half(), {"0": entry})
+    ((_, _, update),) = lowranks(model)
+    with torch.no_grad():
+        update.lora_A.normal_().mul_(1e-5)
+        update.lora_B.normal_().mul_(3)
+    x = torch.randint(30, (2, 5)) if shape is None else torch.randn(shape).half()
+    y = model(x)
+    dy = torch.randn(y.shape).half()
+    got = torch.autograd.grad(y, [update.lora_A, update.lora_B], dy * 1e-4)
+    want_y, want, _ = reference(kind, model, update, x, dy * 1e-4)
+    assert error(y, want_y) < 4 * EPS
+    assert all(error(m, t) < 4 * EPS for m, t in zip(got, want[x.is_floating_point() :]))
+    weight = model[0].weight
+    a, b = update.lora_A.double(), update.lora_B.double()
+    delta = 30000 * (b @ a)
+    delta = delta.t() if update.layout == "transposed" else delta
+    base = model[0].parametrizations.weight.original.double()
+    assert error(weight, base + delta.reshape(base.shape)) < EPS
+
+
+@pytest.mark.parametrize("numbers", LARGE)
+def test_two_convolutions_in_a_row(numbers):
+    a, b, scale, size, gradient = NUMBERS[numbers]
+    torch.manual_seed(0)
+    for make in (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: nn.ConvTranspose2d(4, 6, 3)):
+        entry = {"r": 2, "hard": 0, "up_kernel": "same", "scale": scale}
+        model = paramlora.attach(nn.Sequential(make()).half(), {"0": entry})
+        ((_, _, update),) = lowranks(model)
+        with torch.no_grad():
+            update.lora_A.normal_().mul_(a)
+            update.lora_B.normal_().mul_(b)
+        wide = copy.deepcopy(model).double()
+        x = (torch.randn(2, 4, 6, 5) * size).half()
+        y, want = model(x), wide(x.double())
+        assert error(y, want) < 4 * EPS
+        dy, leaves = torch.randn(y.shape).half(), [update.lora_A, update.lora_B]
+        ((_, _, other),) = lowranks(wide)
+        got = torch.autograd.grad(y, leaves, dy)
+        true = torch.autograd.grad(want, [other.lora_A, other.lora_B], dy.double())
+        assert all(error(mine, t) < 4 * EPS for mine, t in zip(got, true))
+
+
+@pytest.mark.parametrize("numbers", ("ordinary", *LARGE[:2]))
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_gradients_and_many_at_once(way, numbers):
+    """By plain operations; the first against the second way to the same gradients."""
+    for kind in LAYERS:
+        if not is_there(kind, way) or kind.startswith("embedding"):
+            continue
+        model, update, x, y, dy = build(kind, way, numbers)
+        leaves = [x, update.lora_A, update.lora_B]
+        _, want, _ = reference(kind, model, update, x, dy)
+        again = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        many = torch.autograd.grad(model(x), leaves, torch.stack([dy, -dy]), is_grads_batched=True)
+        for one, two, true in zip(again, many, want):
+            assert one.requires_grad and error(one.detach(), true) < 4 * EPS, kind
+            assert error(two[0], true) < 4 * EPS and error(-two[1], true) < 4 * EPS, kind
+
+
+def test_a_row_does_not_see_what_the_others_hold():
+    """Nor infinity, nor what is no number."""
+    for kind in ("linear", "convolution"):
+        model, update, x, y, _ = build(kind, "hard", "ordinary")
+        bad = x.detach().clone()
+        bad[-1] = torch.tensor([torch.inf, torch.nan]).repeat(bad[-1].numel() // 2).view_as(bad[-1])
+        got = model(bad)
+        assert error(got[:-1], y[:-1].detach().double()) < EPS
+        assert not got[-1].isfinite().any()
