@@ -12,6 +12,11 @@ import paramlora
 from paramlora.attach import lowranks
 
 EPS = 2**-10
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 
 
 def conv1d_of_transformers():
@@ -65,7 +70,7 @@ NUMBERS = {  # of A, B, the scale, the input and the output's gradient
 WAYS = {"hard": {}, "soft": {"hard": 0}, "dropping": {"dropout": 1e-9}}
 
 
-def build(kind, way, numbers):
+def build(kind, way, numbers, device="cpu"):
     """The layer inside a model, adapted, and its input and output's gradient."""
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
@@ -74,18 +79,18 @@ def build(kind, way, numbers):
     with torch.no_grad():
         layer.weight.div_(layer.weight.std()).mul_(0.1 / max(size, 1.0))
     entry = {"r": 2, "scale": scale or 1.0, "trainable_scale": 1, **WAYS[way]}
-    model = paramlora.attach(nn.Sequential(layer).half(), {"0": entry})
+    model = paramlora.attach(nn.Sequential(layer).half().to(device), {"0": entry})
     ((_, _, update),) = lowranks(model)
     with torch.no_grad():
         update.lora_A.normal_().mul_(a)
         update.lora_B.normal_().mul_(b)
         update.lora_scale.fill_(scale)
     if shape is None:
-        x = torch.randint(30, (2, 5))
+        x = torch.randint(30, (2, 5)).to(device)
     else:
-        x = (torch.randn(shape) * size).half().requires_grad_()
+        x = (torch.randn(shape) * size).half().to(device).requires_grad_()
     y = model(x)
-    return model, update, x, y, (torch.randn(y.shape) * gradient).half()
+    return model, update, x, y, (torch.randn(y.shape) * gradient).half().to(device)
 
 
 def reference(kind, model, update, x, dy):
@@ -98,7 +103,7 @@ def reference(kind, model, update, x, dy):
     delta = scale * b @ a
     if update.layout == "transposed":
         delta = delta.t()
-    plain = LAYERS[kind][0]().double()
+    plain = LAYERS[kind][0]().double().to(x.device)
     wide = x.detach().double().requires_grad_() if x.is_floating_point() else x
     weights = {"weight": base.detach().double() + delta.reshape(base.shape)}
     bias = getattr(layer, "bias", None)
@@ -117,8 +122,9 @@ def error(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def check(kind, way, numbers):
-    model, update, x, y, dy = build(kind, way, numbers)
+def check(kind, way, numbers, device, prepare=lambda model: model):
+    model, update, x, y, dy = build(kind, way, numbers, device)
+    y = prepare(model)(x)
     leaves = [x] * x.is_floating_point() + [update.lora_A, update.lora_B, update.lora_scale]
     got = torch.autograd.grad(y, leaves, dy)
     want_y, want, terms = reference(kind, model, update, x, dy)
@@ -140,16 +146,34 @@ def is_there(kind, way):
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("way", ("hard", "soft", "dropping"))
-def test_every_layer_is_finite_and_right(way, numbers):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_layer_is_finite_and_right(device, way, numbers):
     failed = {}
     for kind in LAYERS:
         if is_there(kind, way):
             try:
-                check(kind, way, numbers)
+                check(kind, way, numbers, device)
             except AssertionError as wrong:
                 failed[kind] = str(wrong).splitlines()[:2]
     assert not failed, failed
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_layer_is_too(device, numbers):
+    if device == "cpu" and numbers not in ("a large scale", "a large B"):
+        pytest.skip("one operator fewer than on CUDA")
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    for kind in ("linear", "convolution"):
+        torch.compiler.reset()
+        check(
+            kind,
+            "hard",
+            numbers,
+            device,
+            lambda m: torch.compile(m, backend=backend, fullgraph=True),
+        )
 
 
 LARGE = ("a large scale", "a large gradient", "beyond both ends")
