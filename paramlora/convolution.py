@@ -331,7 +331,7 @@ def _at_the_middle(
         return None
     if t.shape[2:] == x.shape[2:]:
         return t
-    more = t.new_zeros(*t.shape[:2], *x.shape[2:])
+    more = laid_as(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
     at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
     more[at] = t
     return more

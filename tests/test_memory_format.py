@@ -60,7 +60,8 @@ def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
     )
     for (inner, out, size), kernel, groups, weight_last, x_last, trained in cases:
         groups, out = (inner, inner) if groups == "each" else (groups, out)
-        layer = kind(inner, out, kernel, padding=kernel // 2, groups=groups).to(device, dtype)
+        inside = kernel // 2 if trained else 0  # or where the middle meets not every position
+        layer = kind(inner, out, kernel, padding=inside, groups=groups).to(device, dtype)
         x = torch.randn(2, inner, *[size] * n).to(device, dtype)
         layer = layer.to(memory_format=LAST[n]) if weight_last else layer
         x = x.to(memory_format=LAST[n]) if x_last else x
