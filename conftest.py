@@ -7,7 +7,7 @@ from importlib.util import find_spec
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 collect_ignore = ["tests/interpreted.py"]
 if not find_spec("triton"):
-    cuda = ("kernels", "launch", "tiles", "fused", "joined")
+    cuda = ("linear_kernels", "launch", "tiles", "fused", "joined")
     collect_ignore += [f"paramlora/{name}.py" for name in cuda]
 if not find_spec("lightning"):
     collect_ignore.append("paramlora/integrations/lightning.py")

@@ -23,6 +23,7 @@ from paramlora.inputs import disable_input_grads, enable_input_grads
 from paramlora.lowrank import LowRank
 from paramlora.merge import merge
 from paramlora.optim import parameter_groups, trainable_parameters
+from paramlora.served import kernels
 from paramlora.state import (
     adapter_of,
     adapter_state_dict,
@@ -60,6 +61,7 @@ __all__ = [
     "disable_adapters",
     "disable_input_grads",
     "enable_input_grads",
+    "kernels",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",

@@ -2,18 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 
-def in_own_types(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Leave autocast, which would round a product of `tensor`'s device to 16 bits."""
-    device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
-    if device == "meta" or not _casts(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+def autocast_of(x: Tensor) -> Optional[str]:
+    """The kind of x's device where autocast is on there, else None. Not every kind has one: the
+    meta device, where shapes are inferred, has none, and torch raises when asked."""
+    # a device's name takes as long to spell as a launch
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    if device not in ("cuda", "cpu") and not torch.amp.is_autocast_available(device):
+        return None
+    return device if torch.is_autocast_enabled(device) else None
+
+
+def in_own_types(x: Tensor) -> AbstractContextManager[Any]:
+    """Leave autocast, which would round a product of x's device to 16 bits."""
+    device = autocast_of(x)
+    return nullcontext() if device is None else torch.autocast(device, enabled=False)
 
 
 @contextmanager
@@ -25,12 +33,8 @@ def own_context() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda", "xpu", "mps"):
-            if _casts(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
-
-
-def _casts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

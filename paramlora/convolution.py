@@ -10,16 +10,20 @@ from einops import repeat
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from paramlora import narrow
+from paramlora.contexts import autocast_of
 from paramlora.functional import (
     applied,
     cast,
     cast_for_autocast,
     denser,
     differentiable,
+    in_plain_operations,
     input_of,
-    is_batched,
     kept_input,
+    one_kernel,
     pointwise,
+    thin_pair,
     without_autocast,
 )
 from paramlora.operators import (
@@ -35,6 +39,7 @@ from paramlora.served import has_kernel, is_depthwise, recorded
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
 SMALL = 2**23  # multiplications below which a CPU's autograd function costs more than it saves
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LIGHT = 2**17  # numbers of a weight that a CPU passes over in no time
 
 
@@ -79,8 +84,10 @@ def convolution(
     """
     if strength != 1:
         scale = scale * strength
-    device = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
+    if weight.stride(1) == 1:
+        x = laid_as(x, weight)
+    device = autocast_of(x)
+    if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
     elif x.is_cpu and lora_A.dtype == lora_B.dtype == x.dtype:
         size = weight.numel()
@@ -110,9 +117,37 @@ def convolution(
         return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
     y = conv(x, weight, bias, *where)
     if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
-        delta = ((lora_B * scale) @ lora_A).to(x.dtype).reshape(shape)
-        return y + conv(x, delta, None, *where)
-    return y + branch(x, shape, lora_A, lora_B * scale, *where)
+        delta = _update(lora_A, lora_B, scale).reshape(shape)
+        return y + one_kernel(x, delta, narrow.Stage(*where))
+    return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
+
+
+def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
+    device = autocast_of(b)
+    if device is not None:
+        with torch.autocast(device, enabled=False):
+            return _update(a, b, scale)
+    return (narrow.wide(b) * scale) @ narrow.wide(a)
+
+
+def laid_as(x: Tensor, other: Tensor) -> Tensor:
+    """x with its channels last in memory where a convolution's weight or output has them so, as
+    torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
+    last = _LAST.get(other.dim())
+    if last is None or x.dim() != other.dim():
+        return x
+    return x.contiguous(memory_format=last) if _has_channels_last(other) else x
+
+
+def _has_channels_last(t: Tensor) -> bool:
+    """As torch judges, by strides alone: a kernel of 1×1 lies the same in either format."""
+    least, shape, stride = 0, t.shape, t.stride()
+    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
+            return False
+        least = stride[axis] * shape[axis]
+    return True
 
 
 def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
@@ -141,9 +176,14 @@ def branch(
         up: ``[C_out, r]``.
         stride, padding, dilation, groups: of the layer.
     """
-    conv = CONVOLUTIONS[len(shape) - 3]
-    first, second = kernels_of(down.to(x.dtype), up.to(x.dtype), shape[2:], groups)
-    return conv(conv(x, first, None, stride, padding, dilation, groups), second, groups=groups)
+    n, (first, second) = len(shape) - 2, kernels_of(down, up, shape[2:], groups)
+    one = narrow.Stage(stride, padding, dilation, groups)
+    return thin_pair(x, first, second, one, pointwise_of(n, groups))
+
+
+def pointwise_of(n: int, groups: int) -> narrow.Stage:
+    """A convolution 1×1 in so many dimensions."""
+    return narrow.Stage((1,) * n, (0,) * n, (1,) * n, groups)
 
 
 def kernels_of(
@@ -165,7 +205,7 @@ class _Joined(torch.autograd.Function):
     ``A`` is a convolution of its own, whose output ``t`` joins the input as more channels, where
     ``B`` is the middle of the kernel; for the gradient of the input, ``dY`` and ``dY·B`` join in
     the same way. Where a kernel's middle meets the padding, the forward adds two rounded outputs.
-    Keeps x by reference, ``t`` and B's kernel.
+    Keeps x by reference, and ``t``.
     """
 
     @staticmethod
@@ -179,15 +219,18 @@ class _Joined(torch.autograd.Function):
         scale: Tensor,
         *where: Any,
     ) -> Tensor:
-        ctx.where = where
+        ctx.where, g, inputs = where, None, (kept_input(ctx, x), weight, a, b, scale)
+        if x.dtype == torch.float16:
+            a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
+            scale = torch.ones_like(g)
         result = None if recorded() else convolved(x, weight, bias, a, b, scale, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
+            ctx.save_for_backward(*inputs, result[1], g)
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, t, up)
+        ctx.save_for_backward(*inputs, t, g)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is None:
             return conv(x, weight, bias, *where) + conv(t, up)
@@ -196,10 +239,10 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        held, weight, a, b, scale, *kept = ctx.saved_tensors
+        held, weight, a, b, scale, t, g = ctx.saved_tensors
         needs, where, x = ctx.needs_input_grad, (*ctx.where, 1), input_of(ctx, held, weight)
         none = (None,) * len(ctx.where)
-        if torch.is_grad_enabled() or ctx.kernel and is_batched(dy):
+        if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *where)
@@ -207,16 +250,19 @@ class _Joined(torch.autograd.Function):
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
-        if ctx.kernel:
-            grads = convolved_backward(dy, x, weight, a, b, scale, kept[0], wanted, ctx.where)
-        else:
-            grads = _gradients(dy, x, weight, a, b, scale, kept[0], kept[1], wanted, where)
+        values = (ctx.kernel, dy, x, weight, a, b, scale, t, wanted, ctx.where)
+        grads = _gradients(*values) if g is None else _gradients_in_range(g, *values)
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (grads[0], dweight, dbias, *grads[1:], *none)
 
 
-def _gradients(
+_Four = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
+
+
+def _gradients_in_range(
+    g: Tensor,
+    kernel: bool,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -224,21 +270,44 @@ def _gradients(
     b: Tensor,
     scale: Tensor,
     t: Tensor,
-    up: Tensor,
     wanted: Sequence[bool],
     where: tuple[Any, ...],
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """Those of x, A, B and the scale that are wanted, in torch's operations."""
-    n, dx, da, db, dscale = weight.dim() - 2, None, None, None, None
-    one = ((1,) * n, (0,) * n, (1,) * n, 1)
-    masks = (wanted[0] or wanted[1], wanted[2] or wanted[3], False)
-    v, product, _ = _backward(dy, t, up, one, masks)
-    down = _down(weight, a)
+) -> _Four:
+    """`_gradients` of float16, whose forward had the power of two g, see `narrow`."""
+    scaled, ones = b.float() * scale.float(), torch.ones_like(g)
+    up, down, h = narrow.in_range(dy, scaled, a, len(b))
+    masks = (*wanted[:2], wanted[2] or wanted[3], False)
+    dx, da, db, dscale = _gradients(kernel, dy, x, weight, down, up, ones, t, masks, where)
+    if db is not None:
+        db, dscale = gradient_of_second(db / g, b, scale, 1.0, wanted[3])
+    return dx, None if da is None else (da / h).to(a.dtype), db, dscale
+
+
+def _gradients(
+    kernel: bool,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[Any, ...],
+) -> _Four:
+    """Those of x, A, B and the scale that are wanted, as the forward was computed."""
+    if kernel:
+        return convolved_backward(dy, x, weight, a, b, scale, t, wanted, where)
+    stride, padding, dilation = where
+    one, two = narrow.Stage(stride, padding, dilation, 1), pointwise_of(weight.dim() - 2, 1)
+    dx = da = db = dscale = None
+    down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted[0] or wanted[1]
+    v, product = two.gradients(dy, t, up, (thin_too, wanted[2] or wanted[3]))
     if wanted[0] and v is not None:
         tall = torch.cat([weight, down], 0)
-        dx, _, _ = _backward(torch.cat([dy, v], 1), x, tall, where, (True, False, False))
+        dx, _ = one.gradients(torch.cat([dy, v], 1), x, tall, (True, False))
     if wanted[1] and v is not None:
-        _, first, _ = _backward(v, x, down, where, (False, True, False))
+        _, first = one.gradients(v, x, down, (False, True))
         da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
     if product is not None:
         product = product.reshape(len(product), -1)[:, : len(a)]
@@ -262,7 +331,7 @@ def _at_the_middle(
         return None
     if t.shape[2:] == x.shape[2:]:
         return t
-    more = t.new_zeros(*t.shape[:2], *x.shape[2:])
+    more = laid_as(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
     at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
     more[at] = t
     return more
@@ -271,10 +340,14 @@ def _at_the_middle(
 def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels of both, joined, and those of the update alone, in the weight's type, their rank
     padded with zeros to a multiple of the 8 channels that tensor cores take."""
-    up, kernel = F.pad((b * scale).to(weight.dtype), (0, -len(a) % 8)), weight.shape[2:]
-    up = up.reshape(*up.shape, *[1] * len(kernel))
-    around = [size for k in reversed(kernel) for size in (k // 2, k - 1 - k // 2)]
+    up = _up(weight, b, scale)
+    around = [size for k in reversed(weight.shape[2:]) for size in (k // 2, k - 1 - k // 2)]
     return torch.cat([weight, F.pad(up, around)], 1), _down(weight, a), up
+
+
+def _up(weight: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    up = F.pad((b * scale).to(weight.dtype), (0, -b.shape[1] % 8))
+    return up.reshape(*up.shape, *[1] * (weight.dim() - 2))
 
 
 def _down(weight: Tensor, a: Tensor) -> Tensor:
@@ -360,10 +433,10 @@ class _Depthwise(torch.autograd.Function):
         needs, where = ctx.needs_input_grad, (*ctx.where, len(weight))
         x = input_of(ctx, held, weight)
         none = (None,) * len(ctx.where)
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-                dense = weight + ((b * scale) @ a).to(weight.dtype).view_as(weight)
+                dense = weight + _update(a, b, scale).to(weight.dtype).view_as(weight)
                 return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)

@@ -4,6 +4,7 @@ A known forward is used only while the updates are the weight's only parametriza
 tensor is a plain one; else the layer's own forward reads ``weight``, the dense sum.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -13,24 +14,55 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora import functional
-from paramlora.convolution import branch, convolution
+from paramlora.convolution import branch, convolution, laid_as
 from paramlora.lowrank import Layout, LowRank
+from paramlora.narrow import LINEAR, wide
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _written_in(module: str, function: Any) -> bool:
+    """Whether that module wrote a function, and nobody put another in its place, be it under the
+    same name, as `functools.wraps` does."""
+    code, there = getattr(function, "__code__", None), sys.modules.get(module)
+    return code is not None and code.co_filename == getattr(there, "__file__", None)
+
+
+def _torchs(known: Any, name: str = "forward") -> Any:
+    function = getattr(known, name)
+    return function if _written_in(known.__module__, function) else None
+
+
+# torch's own functions, whatever is put in their place later, or was before this import
+_LINEAR, _EMBEDDING = _torchs(nn.Linear), _torchs(nn.Embedding)
+_CONVOLVED = {_torchs(known) for known in _CONVOLUTIONS} - {None}
+_INNER = {_torchs(known, "_conv_forward") for known in _CONVOLUTIONS} - {None}
+_OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
 
 
 def forward_of(base: type) -> Optional[_Forward]:
     """The fast forward of a layer type whose own forward is a known one, else None."""
     own: Any = getattr(base, "forward", None)
-    for known, fast in _KNOWN.items():
-        if own is known.forward:
-            return fast
-    if getattr(own, "__qualname__", "") == "Conv1D.forward" and (
-        getattr(own, "__module__", "") == "transformers.pytorch_utils"
-    ):
+    if own is None:
+        return None
+    if own is _LINEAR:
+        return _linear
+    if own is _EMBEDDING:
+        return _embedding
+    if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
+        return _convolution
+    name = getattr(own, "__qualname__", "")
+    if name == "Conv1D.forward" and _written_in("transformers.pytorch_utils", own):
+        _OF_TRANSFORMERS.add(own)
         return _conv1d_of_transformers
     return None
+
+
+def _plain_forward(layer: nn.Module) -> Any:
+    """The forward that the layer's type has now, of itself."""
+    return type(layer).__bases__[0].forward  # type: ignore[attr-defined]
 
 
 def honours_dropout(base: type) -> bool:
@@ -59,6 +91,10 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
             updates.append(update)
             dropping = dropping or (update.dropout != 0 and layer.training)
     weight = plist._parameters.get("original")
+    if weight is None:  # of a replica, and of a flat shard
+        weight = plist.__dict__.get("original")
+    if weight is None:
+        return None
     if not is_compiling():
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
@@ -89,7 +125,7 @@ def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, T
             return a, b, update.scaling, 1.0
         return a, b, update.stored_scale(), update.strength
     pairs = [_factors(update, layout) for update in updates]
-    scaled = [b * update.scaling for (_, b), update in zip(pairs, updates)]
+    scaled = [wide(b) * update.scaling for (_, b), update in zip(pairs, updates)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
     return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
 
@@ -109,49 +145,59 @@ def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tens
 
 def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
     a, b = _factors(update, layout)
-    thin = F.linear(F.dropout(x, update.dropout), a.to(x.dtype))
-    return F.linear(thin, (b * update.scaling).to(x.dtype))
+    dropped = F.dropout(x, update.dropout)
+    return functional.thin_pair(dropped, a, wide(b) * update.scaling, LINEAR, LINEAR)
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    known = _known(self, input)
+    plain = _plain_forward(self)
+    known = _known(self, input) if plain is _LINEAR else None
     if known is None:
-        return nn.Linear.forward(self, input)
+        y: Tensor = plain(self, input)
+        return y
     return _product(self, input, known, "matrix")
 
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    known = _known(self, x)
+    plain = _plain_forward(self)
+    known = _known(self, x) if plain in _OF_TRANSFORMERS else None
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
-        y: Tensor = type(self).__bases__[0].forward(self, x)  # type: ignore[attr-defined]
+        y: Tensor = plain(self, x)
         return y
     return _product(self, x, (known[0].t(), *known[1:]), "transposed")
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    known = _known(self, input)
-    if known is None or input.dim() != len(self.kernel_size) + 2:
-        y: Tensor = type(self).__bases__[0].forward(self, input)  # type: ignore[attr-defined]
+    plain, known = _plain_forward(self), None
+    if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
+        known = _known(self, input)
+    if known is None:
+        y: Tensor = plain(self, input)
         return y
     (weight, updates, dropping), bias = known, _bias(self)
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
-    x, padding = _padded(self, input)
+    x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
     if dropping:
         y = self._conv_forward(input, weight, bias)
         for update in updates:
             a, b = _factors(update, "matrix")
-            dropped, _ = _padded(self, F.dropout(input, update.dropout))
-            up = b * update.scaling
+            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
+            up = wide(b) * update.scaling
             y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
         return y
     a, b, scale, strength = _together(updates, "matrix")
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
-def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _inner(layer: Any) -> Any:
+    own = layer.__dict__
+    return own["_conv_forward"] if "_conv_forward" in own else type(layer)._conv_forward
+
+
+def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the zeros padding that is left: other modes and uneven ones come first."""
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return x, layer.padding
@@ -167,20 +213,13 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
-    known = _known(self, input)
+    plain = _plain_forward(self)
+    known = _known(self, input) if plain is _EMBEDDING else None
     if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
-        return nn.Embedding.forward(self, input)
+        y: Tensor = plain(self, input)
+        return y
     weight, updates, _ = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
     a, b, scale, strength = _together(updates, "transposed")
     return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
-
-
-_KNOWN: dict[Any, _Forward] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
-    nn.Embedding: _embedding,
-}

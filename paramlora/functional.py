@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from paramlora import operators
+from paramlora import narrow, operators
+from paramlora.contexts import autocast_of
 from paramlora.operators import gradient_of_second, scaled_down
-from paramlora.served import fits, has_kernel, looks_up, recorded, served
+from paramlora.served import fits, has_kernel, looks_up, recorded, served, switched_on
 
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
@@ -54,9 +55,8 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    # a device's name takes as long to spell as a launch
-    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
+    device = autocast_of(x)
+    if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         if has_kernel(x, weight):  # which autocast has no part in: leaving it costs Python time
             return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
@@ -120,8 +120,8 @@ def without_autocast(backward: _Gradients) -> _Gradients:
 
     @functools.wraps(backward)
     def called(ctx: Any, dy: Tensor) -> Any:
-        device = "cuda" if dy.is_cuda else "cpu" if dy.is_cpu else dy.device.type
-        if torch.is_autocast_enabled(device):
+        device = autocast_of(dy)
+        if device is not None:
             with torch.autocast(device, enabled=False):
                 return backward(ctx, dy)
         return backward(ctx, dy)
@@ -133,8 +133,51 @@ def linear_by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
     """The same in plain operations: for compilers, and for gradients of gradients."""
-    down, up = lora_A.to(x.dtype), (lora_B * scale).to(x.dtype)
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+    y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
+    return y + in_a_row(x, lora_A, up, narrow.LINEAR, narrow.LINEAR)
+
+
+def thin_pair(x: Tensor, first: Tensor, second: Tensor, one: Any, two: Any) -> Tensor:
+    """``two(one(x, first), second)`` of two thin kernels, in x's type, or autocast's.
+
+    Args:
+        x: the input of the first.
+        first, second: kernels in the factors' types, with what scales them.
+        one, two: `narrow.LINEAR`, or a `narrow.Stage`.
+    """
+    device = autocast_of(x)
+    if device is not None:
+        (x,) = cast_for_autocast(device, x)
+        with torch.autocast(device, enabled=False):
+            return thin_pair(x, first, second, one, two)
+    if x.dtype != torch.float16 or untold():
+        return in_a_row(x, first, second, one, two)
+    if one is not narrow.LINEAR and x.dim() < first.dim():  # an image without its batch
+        return thin_pair(x[None], first, second, one, two)[0]
+
+    def again(inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor) -> list[_Maybe]:
+        return differentiable(lambda x, f, s: in_a_row(x, f, s, one, two), inputs, needs, dy)
+
+    return applied(narrow.Pair, x, first, second, one, two, again)
+
+
+def in_a_row(x: Tensor, first: Tensor, second: Tensor, one: Any, two: Any) -> Tensor:
+    """`thin_pair` in plain operations; float16, whose range they do not heed, in float32."""
+    if x.dtype == torch.float16:
+        y: Tensor = two(one(x.float(), first.float()), second.float())
+        return y.to(x.dtype)
+    return two(one(x, cast(first, x.dtype)), cast(second, x.dtype))  # type: ignore[no-any-return]
+
+
+def one_kernel(x: Tensor, kernel: Tensor, stage: narrow.Stage) -> Tensor:
+    """``stage(x, kernel)`` of a kernel in the factors' type."""
+    if x.dtype != torch.float16 or untold():
+        return stage(x, kernel.to(x.dtype))
+
+    def again(inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor) -> list[_Maybe]:
+        return differentiable(lambda x, k: stage(x, k.to(x.dtype)), inputs, needs, dy)
+
+    return applied(narrow.Single, x, kernel, stage, again)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,7 +247,7 @@ class _Linear(torch.autograd.Function):
             return result[0]
         flat = _flat(x)
         ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
-        down, up = cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype)
+        down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
         if ctx.dense:
             y, u = F.linear(flat, _sum(weight, up, down), bias), None
         else:
@@ -221,7 +264,7 @@ class _Linear(torch.autograd.Function):
         held, weight, a, b, scale, u = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
         dbias = _flat(dy).sum(0) if needs[2] else None
-        if torch.is_grad_enabled() or ctx.kernel and is_batched(dy):
+        if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 return linear_by_definition(x, weight, None, a, b, scale * ctx.strength)
@@ -243,6 +286,25 @@ class _Linear(torch.autograd.Function):
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
+    """Whether a backward, whose forward the kernels computed or not, must be torch's own: they were
+    switched off since then, or dy is many gradients, which have no range of their own either."""
+    if kernel and not switched_on():
+        return True
+    return (kernel or dy.dtype == torch.float16) and is_batched(dy)
+
+
+def _narrowed(
+    x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> tuple[Tensor, Tensor, _Maybe]:
+    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
+    if x.dtype != torch.float16:
+        return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
+    b = b.float() * (scale.float() * strength)
+    down, up, g = narrow.in_range(x, a, b, x.shape[-1])
+    return down.half(), up.half(), g
+
+
 def kept_input(ctx: Any, x: Tensor) -> _Maybe:
     """What a function of an input, a weight, a bias, both factors and the scale keeps of its input:
     nothing where only the input's own gradient is wanted, as of a frozen layer."""
@@ -262,6 +324,8 @@ def _gradients(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
     """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    if x.dtype == torch.float16:
+        return _gradients_in_range(ctx, dy, x, weight, a, b, scale, u)
     needs, flat = ctx.needs_input_grad, _flat(x)
     dy, down, up = _flat(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
     dx = da = db = dscale = None
@@ -278,6 +342,26 @@ def _gradients(
     return dx, da, db, dscale
 
 
+def _gradients_in_range(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The same in float16."""
+    needs, flat, dy = ctx.needs_input_grad, _flat(x), _flat(dy)
+    dx = da = db = dscale = None
+    if needs[0] or needs[3]:
+        scaled = b.float() * (scale.float() * ctx.strength)
+        up, down, h = narrow.in_range(dy, scaled, a, dy.shape[1])
+        v = dy @ up.half()
+        if needs[0]:
+            dx = _both(dy, weight, v, down.half())
+            dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
+        da = (narrow.outer(v, flat) / h).to(a.dtype) if needs[3] else None
+    if u is not None and (needs[4] or needs[5]):
+        product = narrow.outer(u, dy).t() / ctx.power
+        db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[5])
+    return dx, da, db, dscale
+
+
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -288,7 +372,7 @@ def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tenso
     if x.dtype.itemsize > 2:
         y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
         return y.addmm_(u, v)
-    if x.is_cuda:  # cuBLAS rounds in between
+    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
         y = torch.mm(x, w, out_dtype=torch.float32)
         y = y.addmm_(u.float(), v.float())
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -370,8 +454,8 @@ def embedding(
     if not plain and looks_up(rows, weight, lora_A, lora_B, scale, padding_idx):
         return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
     values = (rows, weight, lora_A, lora_B, scale, padding_idx, strength)
-    device = "cpu" if weight.is_cpu else weight.device.type
-    if torch.is_autocast_enabled(device):  # which leaves a look-up in the table's own type
+    device = autocast_of(weight)
+    if device is not None:  # which leaves a look-up in the table's own type
         with torch.autocast(device, enabled=False):
             return embedding_by_definition(*values)
     return embedding_by_definition(*values)
@@ -382,14 +466,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def untold() -> bool:
+    """Whether a compiler, a transform or a trace is at work, which knows no autograd function."""
+    return is_compiling() or transformed() or torch._C._get_tracing_state() is not None
+
+
 def _followed() -> bool:
     """Whether something follows torch's operations, and so must be shown them."""
-    return (
-        is_compiling()
-        or transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return untold() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def embedding_by_definition(
@@ -401,8 +485,8 @@ def embedding_by_definition(
     padding_idx: Optional[int],
     strength: float,
 ) -> Tensor:
-    """The same in plain operations."""
-    base = F.embedding(rows, weight, padding_idx)
+    """The same in plain operations; float16, whose thin products know no range, in float32."""
+    base = narrow.wide(F.embedding(rows, weight, padding_idx))
     up = scaled_down(lora_B, scale, strength, base.dtype).t()
     if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
         thin = cast(lora_A.index_select(1, rows.reshape(-1)), base.dtype).t()
@@ -410,8 +494,10 @@ def embedding_by_definition(
         thin = cast(F.embedding(rows, lora_A.t(), padding_idx), base.dtype)  # [..., r]
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         update = thin @ up
-        return base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
-    return _added(base, thin, up)  # a row of the table is exact, so this rounds the sum once
+        y = base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
+        return cast(y, weight.dtype)
+    y = _added(base, thin, up)  # a row of the table is exact, so this rounds the sum once
+    return cast(y, weight.dtype)
 
 
 class _Embedding(torch.autograd.Function):
@@ -438,7 +524,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows, weight, a, b, scale, kept = ctx.saved_tensors
         needs, padding, strength = ctx.needs_input_grad, ctx.padding, ctx.strength
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
             padding_idx = None if padding < 0 else padding
 
             def again(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

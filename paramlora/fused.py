@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from paramlora import kernels
+from paramlora import linear_kernels as kernels
 from paramlora.launch import Launch, bound, changed, is_hopper
 from paramlora.served import DEEP, SPAN, fits, has_kernel, kept_size, pack_width, packs, padded
 from paramlora.tiles import (

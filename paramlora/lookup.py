@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora import kernels
+from paramlora import linear_kernels as kernels
 from paramlora.launch import Launch, bound
 from paramlora.served import DEEP, padded
 from paramlora.tiles import PROCESSORS, WIDEST
@@ -21,7 +21,7 @@ class _Forward:
         R = padded(r)
         self.shape = (*rows.shape, dim)
         self.stride = torch.empty(self.shape, device="meta").stride()
-        self.size = R * (dim + M) + 2 * (-(-dim // DEEP) + 1)  # see `kernels.look_up`
+        self.size = R * (dim + M) + 2 * (-(-dim // DEEP) + 1)  # see `linear_kernels.look_up`
         # few rows are divided further, and by columns; blocks leave registers for other programs
         BM, BD = 64 if M >= 32 * PROCESSORS else 16, 64 if R <= 128 else 32
         stages = 3 if R <= WIDEST else 2
@@ -77,7 +77,7 @@ def forward(
         strength: a number on top of `scale`.
 
     Returns:
-        ``[*rows, dim]`` and `kept`, see `kernels.look_up`.
+        ``[*rows, dim]`` and `kept`, see `linear_kernels.look_up`.
     """
     device = weight.get_device()
     if device != torch._C._cuda_getDevice():

@@ -121,15 +121,19 @@ class LowRank(Switched):
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
         own = self._parameters  # without nn.Module's look-up, which a small layer would feel
         if self._buffers["start_A"] is None:
-            return own["lora_A"], own["lora_B"]  # type: ignore[return-value]
+            if "lora_A" in own and "lora_B" in own:
+                return own["lora_A"], own["lora_B"]  # type: ignore[return-value]
+            # a replica, a flat shard and a parametrization of a factor hold it elsewhere
+            return self.lora_A, self.lora_B
         assert self.start_A is not None and self.start_B is not None
         a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
         return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
 
     def stored_scale(self) -> Tensor:
         """``lora_scale``, in a fifth of the time."""
-        held = self._buffers if "lora_scale" in self._buffers else self._parameters
-        return held["lora_scale"]  # type: ignore[return-value]
+        scale = self._buffers.get("lora_scale")
+        scale = self._parameters.get("lora_scale") if scale is None else scale
+        return self.lora_scale if scale is None else scale
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds: an update of the unchanged weight by its `factors`."""
@@ -151,9 +155,13 @@ class LowRank(Switched):
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
     ) -> Tensor:
-        """``strength · scale · B·A`` reshaped to `shape`, in `dtype` or the factors' own type."""
+        """``strength · scale · B·A`` in `shape`, of `dtype` or the factors' own type; of float32
+        instead of float16, in which the scaled B alone might be too large."""
         a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
-        product = (b * self.scaling.to(b.dtype)) @ a
+        if b.dtype == torch.float16:
+            a, b = a.float(), b.float()
+        with in_own_types(b):  # a weight is what it is, wherever it is read
+            product = (b * self.scaling.to(b.dtype)) @ a
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
         return product.reshape(shape)
@@ -162,10 +170,9 @@ class LowRank(Switched):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
-        with in_own_types(weight):
-            delta = self.delta(weight.shape)
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+        delta = self.delta(weight.shape)
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
@@ -181,7 +188,6 @@ def value_of(plist: Any) -> Tensor:
     if len(acting) < 2:
         return plist()  # type: ignore[no-any-return]
     total = weight
-    with in_own_types(weight):
-        for update in acting:
-            total = total + update.delta(weight.shape)  # in the wider type of both
-        return total.to(weight.dtype)
+    for update in acting:
+        total = total + update.delta(weight.shape)  # in the wider type of both
+    return total.to(weight.dtype)

@@ -7,7 +7,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.served import kept_size, served
+from paramlora import narrow
+from paramlora.served import kept_size, padded, served
 
 _Maybe = Optional[Tensor]
 
@@ -30,7 +31,14 @@ def forward(
         return None
     from paramlora import fused
 
-    return fused.forward(x, weight, bias, a, b, scale, strength, image)
+    if x.dtype != torch.float16:
+        return fused.forward(x, weight, bias, a, b, scale, strength, image)
+    scaled = b.float() * (scale.float() * strength)
+    a, scaled, g = narrow.in_range(x, a, scaled, weight.shape[1])
+    result = fused.forward(x, weight, bias, a, scaled, torch.ones_like(g), 1.0, image)
+    if result is None:
+        return None
+    return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])  # behind all of `kept`
 
 
 def backward(
@@ -51,7 +59,11 @@ def backward(
     from paramlora import fused
 
     input_too, factors_too, scale_too = wanted
-    inside, factors_too = None if scale_too else scale, factors_too or scale_too
+    factors_too = factors_too or scale_too
+    if x.dtype == torch.float16:
+        wanted = input_too, factors_too, scale_too
+        return _backward_in_range(dy, x, weight, a, b, scale, strength, kept, wanted, image)
+    inside = None if scale_too else scale
     dx, da, db = fused.backward(
         dy, x, weight, kept, len(a), inside, strength, input_too, factors_too, image
     )
@@ -63,6 +75,34 @@ def backward(
     if a.dtype != da.dtype or b.dtype != db.dtype:
         da, db = da.to(a.dtype), db.to(b.dtype)
     return dx, da, db, dscale
+
+
+def _backward_in_range(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    kept: Tensor,
+    wanted: tuple[bool, bool, bool],
+    image: bool,
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """`backward` of float16: the gradient has a range of its own, so the factors are cast anew."""
+    from paramlora import fused
+
+    (out, fan_in), r, R = weight.shape, len(a), padded(len(a))
+    scaled = b.float() * (scale.float() * strength)
+    up, down, h = narrow.in_range(dy, scaled, a, out)
+    g, kept = kept[-2:].clone().view(torch.float32)[0], kept.clone()
+    kept[: R * fan_in].view(R, fan_in)[:r] = down
+    kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
+    dx, da, db = fused.backward(dy, x, weight, kept, r, None, 1.0, *wanted[:2], image)
+    if da is None or db is None:
+        return dx, None, None, None
+    db, dscale = gradient_of_second(db / g, b, scale, strength, wanted[2])
+    return dx, (da / h).to(a.dtype), db, dscale
 
 
 def convolved(
@@ -165,7 +205,12 @@ def look_up(
     `lookup.forward`."""
     from paramlora import lookup
 
-    return lookup.forward(rows, weight, a, b, scale, padding, strength)
+    if weight.dtype != torch.float16:
+        return lookup.forward(rows, weight, a, b, scale, padding, strength)
+    scaled = b.float() * (scale.float() * strength)
+    a, scaled, g = narrow.in_range(None, a, scaled, 1)
+    y, kept = lookup.forward(rows, weight, a, scaled, torch.ones_like(g), padding, 1.0)
+    return y, torch.cat([kept, g.view(1).view(torch.float16)])
 
 
 def look_up_backward(
@@ -185,14 +230,18 @@ def look_up_backward(
         return None, None, None
     from paramlora import lookup
 
-    r, num = a.shape
-    v, db = lookup.backward(dy, kept, r, not scale_too, a_too, b_too or scale_too)
+    (r, num), low = a.shape, dy.dtype == torch.float16
+    if low:
+        g, kept = kept[-2:].clone().view(torch.float32)[0], kept[:-2]
+    v, db = lookup.backward(dy, kept, r, not (scale_too or low), a_too, b_too or scale_too)
     da = dscale = None
+    if low:  # the range of their factors, see `look_up`
+        v, db = v if v is None else v * g, db if db is None else db / g
     if v is not None:
         da = sum_by_row(v, rows, num, padding, False).t()
         da = da if da.dtype == a.dtype else da.to(a.dtype)
-    if db is not None and scale_too:
-        db, dscale = gradient_of_second(db, b, scale, strength, True)
+    if db is not None and (scale_too or low):
+        db, dscale = gradient_of_second(db, b, scale, strength, scale_too)
     if db is not None and db.dtype != b.dtype:
         db = db.to(b.dtype)
     return da, db, dscale
@@ -203,7 +252,7 @@ sum_by_row = torch.ops.aten.embedding_dense_backward.default
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
-    b = b * (scale if strength == 1 else scale * strength)
+    b = narrow.wide(b) * (scale if strength == 1 else scale * strength)
     return b if b.dtype == dtype else b.to(dtype)  # which takes as long as a launch to do nothing
 
 
@@ -211,7 +260,8 @@ def gradient_of_second(
     product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
 ) -> tuple[Tensor, _Maybe]:
     """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
-    product = product if product.dtype == b.dtype else product.to(b.dtype)
+    own = torch.float32 if b.dtype == torch.float16 else b.dtype
+    product = product if product.dtype == own else product.to(own)
     dscale = ((product * b).sum() * strength).to(scale.dtype) if scale_too else None
     return scaled_down(product, scale, strength, b.dtype), dscale
 
@@ -235,7 +285,8 @@ def _(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
-    return x.new_empty(M, N), x.new_empty(kept_size(M, N, K, len(a)))
+    more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `forward`
+    return x.new_empty(M, N), x.new_empty(kept_size(M, N, K, len(a)) + more)
 
 
 @torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")

@@ -1,6 +1,8 @@
-"""Which operands the 16-bit CUDA kernels serve, and the sizes that follow from theirs."""
+"""Whether the 16-bit CUDA kernels compute, which operands they serve, and the sizes that follow
+from theirs."""
 
 import functools
+import os
 from math import prod
 from typing import Optional
 
@@ -15,6 +17,54 @@ HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
 _SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
+_OFF = ("0", "false", "off", "no")
+# what was asked for: by the environment or a call, then by each block that was entered since
+_asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in _OFF]]
+_on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it compiled again
+
+
+class kernels:
+    """Whether paramlora's own kernels compute what they serve, or torch's operations do everything.
+
+    A call switches the process; as a context manager it holds until the block is left. So does
+    ``PARAMLORA_KERNELS=0`` in the environment, from the start. Without the kernels no custom
+    operator is compiled either. The numbers differ by roundings: whoever doubts one compares both.
+
+    Args:
+        on: False leaves everything to torch's operations.
+
+    Example:
+        >>> layer, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+        >>> with kernels(False):
+        ...     y = layer(x)
+        >>> assert torch.equal(y, layer(x))
+    """
+
+    def __init__(self, on: bool) -> None:
+        self._own, self._outer = [bool(on)], _asked[-1]
+        self._before, self._outer[0] = self._outer[0], bool(on)
+        _settle()
+
+    def __enter__(self) -> "kernels":
+        self._outer[0] = self._before  # which the call had already changed
+        _asked.append(self._own)
+        _settle()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # by itself, not the last: blocks of several threads may overlap
+        _asked[:] = [held for held in _asked if held is not self._own]
+        _settle()
+
+
+def _settle() -> None:
+    global _on
+    _on = _asked[-1][0]
+
+
+def switched_on() -> bool:
+    """Whether the kernels may compute what they serve, see `kernels`."""
+    return _on
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -24,9 +74,9 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 def served(x: Tensor) -> bool:
-    """Whether the kernels serve tensors such as this: 16 bits, on a device of 8.0 or later, with
-    Triton."""
-    return x.is_cuda and x.dtype in _SIXTEEN and _serves(x.get_device())
+    """Whether the kernels serve tensors such as this: 16 bits, on a device that `runs` them, and
+    nobody has switched them off."""
+    return _on and x.is_cuda and x.dtype in _SIXTEEN and _serves(x.get_device())
 
 
 def fits(
@@ -118,9 +168,22 @@ def _is_depthwise(
     return small and prod(x) > 0 and min(outputs) > 0
 
 
+def runs(hip: Optional[str], capability: tuple[int, int], triton: bool) -> bool:
+    """Whether the kernels run on a device: one of NVIDIA's, of 8.0 or later, with Triton.
+
+    Args:
+        hip: `torch.version.hip`. Where there is one, devices are AMD's, which torch also calls
+            "cuda", and whose capabilities are other numbers: an MI300's is (9, 4).
+        capability: of the device.
+        triton: whether Triton is there.
+    """
+    return hip is None and capability >= (8, 0) and triton
+
+
 def _serves(device: int) -> bool:
     if device not in _SERVED:
-        _SERVED[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _importable()
+        capability = torch.cuda.get_device_capability(device)
+        _SERVED[device] = runs(torch.version.hip, capability, _importable())
     return _SERVED[device]
 
 
@@ -138,7 +201,8 @@ def _importable() -> bool:
 
 
 def kept_size(M: int, N: int, K: int, r: int) -> int:
-    """Elements of `kept`, of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank r: see `kernels`."""
+    """Elements of `kept` (see `linear_kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
+    r."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)
     return R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))

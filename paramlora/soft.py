@@ -1,5 +1,6 @@
 """The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
 
+import inspect
 from typing import Any, NoReturn, Optional, Union
 
 import torch
@@ -7,14 +8,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of
+from paramlora.contexts import autocast_of
+from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of, laid_as, pointwise_of
 from paramlora.errors import AdapterError
+from paramlora.forwards import padded_input
+from paramlora.functional import cast_for_autocast, thin_pair
 from paramlora.layers import deep_copy, refuse_pickling
 from paramlora.lowrank import Layout, LowRank
+from paramlora.narrow import LINEAR, Stage, wide
 from paramlora.switch import Gains
 from paramlora.targets import BRANCHES
-
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class Branch(LowRank):
@@ -74,35 +77,46 @@ class Branch(LowRank):
         if self.dropout and layer.training:
             x = F.dropout(x, self.dropout)
         a, b = self.factors()
-        down, up = a.to(x.dtype), (b * self.scaling).to(x.dtype)
+        up = wide(b) * self.scaling
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
-            return F.linear(F.linear(x, down), up)
-        n = len(layer.kernel_size)
+            return thin_pair(x, a, up, LINEAR, LINEAR)
+        x = laid_as(x, output)
+        if self.kernel:
+            return self._two_kernels(layer, x, output, a, up)
         if self.layout == "transposed":
-            return self._transposed(layer, x, output, down, up, n)
-        first, second = kernels_of(down, up, layer.kernel_size, layer.groups)
-        hidden = layer._conv_forward(x, first, None)
-        if self.kernel:
-            return _same_size(layer, hidden, up, n)
-        return CONVOLUTIONS[n - 1](hidden, second, groups=layer.groups)
+            return self._transposed(layer, x, output, a, up)
+        first, second = kernels_of(a, up, layer.kernel_size, layer.groups)
+        x, padding = padded_input(layer, x)
+        one = Stage(layer.stride, padding, layer.dilation, layer.groups)
+        return thin_pair(x, first, second, one, pointwise_of(len(padding), layer.groups))
 
-    def _transposed(
-        self, layer: Any, x: Tensor, output: Tensor, down: Tensor, up: Tensor, n: int
-    ) -> Tensor:
-        extra = _output_padding(layer, x, output, n)
-        where = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
-        if self.kernel:
-            first = rearrange(down, "(r k) i -> i r k", r=self.r)
+    def _transposed(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        groups, n = layer.groups, len(layer.kernel_size)
+        first = rearrange(a, "r (g i) -> (g r) i", g=groups)
+        first = first.reshape(*first.shape, *[1] * n)
+        second = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // groups)
+        second = each_group(second.reshape(*second.shape[:2], *layer.kernel_size), groups)
+        two = _stage_of(layer, x, output)
+        return thin_pair(x, first, second, pointwise_of(n, groups), two)
+
+    def _two_kernels(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        """The layer's convolution to `r` channels, then one of its kernel; float16 in float32."""
+        device = autocast_of(x)
+        if device is not None:
+            (x,) = cast_for_autocast(device, x)
+            with torch.autocast(device, enabled=False):
+                return self._two_kernels(layer, x, output, a, up)
+        x, dtype, n = wide(x), x.dtype, len(self.kernel)
+        a, up = a.to(x.dtype), up.to(x.dtype)
+        if self.layout == "transposed":
+            first = rearrange(a, "(r k) i -> i r k", r=self.r)
             first = first.reshape(*first.shape[:2], *self.kernel)
-            hidden = _TRANSPOSED[n - 1](x, first, None, *where)
-            return _same_size(layer, hidden, each_group(up, layer.groups), n)
-        narrow = rearrange(down, "r (g i) -> (g r) i", g=layer.groups)
-        hidden = CONVOLUTIONS[n - 1](
-            x, narrow.reshape(*narrow.shape, *[1] * n), groups=layer.groups
-        )
-        wide = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // layer.groups)
-        wide = each_group(wide.reshape(*wide.shape[:2], *layer.kernel_size), layer.groups)
-        return _TRANSPOSED[n - 1](hidden, wide, None, *where)
+            hidden = _stage_of(layer, x, output)(x, first)
+            y = _same_size(layer, hidden, each_group(up, layer.groups), n)
+        else:
+            first, _ = kernels_of(a, up, self.kernel, layer.groups)
+            y = _same_size(layer, layer._conv_forward(x, first, None), up, n)
+        return y.to(dtype)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         # a base checkpoint knows no branch: it then keeps its values
@@ -143,11 +157,25 @@ def remove_branches(layer: nn.Module) -> None:
 
 
 def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    x = args[0] if args else kwargs["input"]
+    x = args[0] if args else _named_input(layer, kwargs)
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
             output = output + branch.branch(layer, x, output)
     return output
+
+
+def _named_input(layer: Any, named: dict[str, Any]) -> Any:
+    """The layer's input where no argument has a place: its forward's first, by whatever name."""
+    for name in inspect.signature(layer.forward).parameters:
+        if name in named:
+            return named[name]
+    return next(value for value in named.values() if isinstance(value, Tensor))
+
+
+def _stage_of(layer: Any, x: Tensor, output: Tensor) -> Stage:
+    """A transposed layer's own convolution, with the size that it gave its output."""
+    extra = _output_padding(layer, x, output, len(layer.kernel_size))
+    return Stage(layer.stride, layer.padding, layer.dilation, layer.groups, True, extra)
 
 
 def _same_size(layer: Any, x: Tensor, up: Tensor, n: int) -> Tensor:

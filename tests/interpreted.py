@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora import depthwise, fused, joined, kernels, lookup, operators
+from paramlora import depthwise, fused, joined, linear_kernels, lookup, operators
+from paramlora.convolution import convolution as convolved
 from paramlora.launch import Launch
 
 captured = False
@@ -55,7 +56,8 @@ def stand_in_for_the_device():
     torch.mm = lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype))
     fused.has_kernel = lambda x, weight: 1 in weight.stride()
     fused.is_hopper = lambda device: True
-    kernels.gdc_wait = kernels.gdc_launch_dependents = nothing
+    operators.served = lambda x: x.dtype == torch.float16
+    linear_kernels.gdc_wait = linear_kernels.gdc_launch_dependents = nothing
     Launch.__call__ = interpret
 
 
@@ -106,7 +108,7 @@ LAYERS = [  # input, in, out, rank, transposed weight, wanted gradients: input, 
 
 
 def error(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()
+    return ((got.double() - want).norm() / (want.norm() or 1)).item()
 
 
 def layer(name, fan_in, out, r, transposed, wanted):
@@ -284,6 +286,62 @@ def look_up(shape, num, dim, r, padding, layout, wanted):
     }
 
 
+EXTREMES = {  # of A, B, the scale, the input and the output's gradient
+    "a large scale": (1e-4, 1.0, 1e5, 1.0, 10.0),
+    "a large gradient": (1e-3, 1.0, 1.0, 1e-2, 2000.0),
+    "a large A": (1e6, 1e-7, 1.0, 1.0, 1000.0),
+    "beyond both ends": (1e-30, 1e28, 1.0, 1.0, 1.0),
+    "no B": (1e6, 0.0, 1e5, 1.0, 1.0),
+}
+
+
+def in_range(numbers, kind, scale_too):
+    """Errors of what `operators` computes of float16, whose factors alone it could not hold."""
+    a_size, b_size, scale, size, gradient = EXTREMES[numbers]
+    shape = {"linear": (48, 40), "convolution": (48, 8, 3, 3), "embedding": (48, 40)}[kind]
+    fan_in = torch.Size(shape[1:]).numel()
+    weight, a = (0.1 * torch.randn(shape)).half(), a_size * torch.randn(3, fan_in)
+    b, scale = b_size * torch.randn(48, 3), torch.tensor(scale)
+    x = (
+        size * torch.randn({"linear": (70, 40), "convolution": (2, 8, 6, 6)}.get(kind, (0,)))
+    ).half()
+    where = ((1, 1), (1, 1), (1, 1))
+    leaves = [t.double().requires_grad_() for t in (x, a, b, scale)]
+    total = weight.double() + (leaves[3] * leaves[2] @ leaves[1]).reshape(shape)
+    launched.clear()
+    if kind == "linear":
+        y, kept = operators.forward(x, weight, None, a, b, scale, 0.5)
+        total = weight.double() + 0.5 * leaves[3] * leaves[2] @ leaves[1]
+        want = leaves[0] @ total.T
+    elif kind == "convolution":
+        leaf = [t.clone().requires_grad_() for t in (x, a, b, scale)]
+        y = convolved(leaf[0], weight, None, *leaf[1:], *where, 1)
+        want = torch.nn.functional.conv2d(leaves[0], total, None, *where)
+    else:
+        rows = torch.randint(40, (33,))
+        table = weight.t().contiguous()
+        y, kept = operators.look_up(rows, table, a, b, scale, -1, 0.5)
+        want = (table.double() + 0.5 * (leaves[3] * leaves[2] @ leaves[1]).T)[rows]
+    dy = (gradient * torch.randn(y.shape)).half()
+    if kind == "linear":
+        wanted = (True, True, scale_too)
+        got = operators.backward(dy, x, weight, a, b, scale, 0.5, kept, wanted)
+    elif kind == "convolution":
+        got = torch.autograd.grad(y, leaf if scale_too else leaf[:3], dy)
+    else:
+        got = (x, *operators.look_up_backward(
+            dy, rows, a, b, scale, -1, 0.5, kept, (True, True, scale_too)
+        ))  # fmt: skip
+    true = torch.autograd.grad(want, leaves, dy.double(), allow_unused=True)
+    named = [("y", y, want), *zip(("x", "A", "B"), got, true)]
+    errors = {key: error(mine, real) for key, mine, real in named if mine.numel()}
+    if scale_too:  # a sum that may cancel
+        terms = (true[2].norm() * b.norm() / scale).item()
+        errors["scale"] = (got[3].double() - true[3]).abs().item() / (terms or 1.0)
+    assert got[1].dtype == a.dtype and got[2].dtype == b.dtype
+    return {k: v if v == v else "not a number" for k, v in errors.items()}
+
+
 def main():
     global captured
     stand_in_for_the_device()
@@ -298,17 +356,23 @@ def main():
             torch.manual_seed(0)
             errors = layer(*case)
             results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
-    for convolved in CONVOLUTIONS:
-        for last in ("", "xwy", "e") if convolved[2] != 4 else ("", "x", "w", "y", "xwy"):
-            if len(convolved[1]) > 3 or not {*last} & {*"xwy"}:
+    for one in CONVOLUTIONS:
+        for last in ("", "xwy", "e") if one[2] != 4 else ("", "x", "w", "y", "xwy"):
+            if len(one[1]) > 3 or not {*last} & {*"xwy"}:
                 torch.manual_seed(0)
-                errors = convolution(*convolved, last)
-                results[f"{convolved}, last: {last}"] = errors, launched[:]
+                errors = convolution(*one, last)
+                results[f"{one}, last: {last}"] = errors, launched[:]
     for case in DEPTHWISE:
         for last in (False, True) if len(case[0]) > 3 else (False,):
             torch.manual_seed(0)
             errors = depth(*case, last)
             results[f"depthwise {case}, last: {last}"] = errors, launched[:]
+    for numbers in EXTREMES:
+        for kind in ("linear", "convolution", "embedding"):
+            for scale_too in (False, True):
+                torch.manual_seed(0)
+                errors = in_range(numbers, kind, scale_too)
+                results[f"range: {numbers}, {kind}, {scale_too}"] = errors, launched[:]
     json.dump(results, sys.stdout)
 
 

@@ -53,6 +53,14 @@ def test_the_layers_ran_every_way(results):
     }
 
 
+def test_float16_is_finite_and_right_at_both_ends_of_its_range(results):
+    ranges = chosen(results, "range")
+    assert len(ranges) == 5 * 3 * 2
+    wrong = {name: e for name, (e, _) in ranges.items() if not max(e.values()) < 4 * EPS}
+    assert not wrong
+    assert all(ran for _, ran in ranges.values())
+
+
 def test_every_embedding_is_right_to_one_rounding(results):
     embeddings = chosen(results, "embedding")
     assert len(embeddings) == 11
