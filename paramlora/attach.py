@@ -21,6 +21,7 @@ from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
 from paramlora.layers import parametrized, refresh, shared
 from paramlora.lowrank import LowRank
+from paramlora.methods import add_methods, remove_methods
 from paramlora.placement import shard_like
 from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
@@ -105,6 +106,7 @@ def attach_targets(
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
+    add_methods(model)
     if carries:
         enable_input_grads(model)
 
@@ -139,6 +141,7 @@ def tidy(model: nn.Module) -> None:
     """After the last adapter nothing of ours stays on the model."""
     if not adapter_names(model):
         disable_input_grads(model)
+        remove_methods(model)
 
 
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
