@@ -48,7 +48,7 @@ def remove_methods(model: nn.Module) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def library(cls: type) -> str:
+def library(cls: Any) -> str:
     """The library whose kind of model a class is; empty for any other."""
     for base in cls.__mro__:
         known = _OWNERS.get(base.__name__)

@@ -176,8 +176,6 @@ def test_saving_the_model_holds_no_tensors_of_ours_in_the_base(tmp_path):
     assert all(torch.equal(state[k], v) for k, v in plain.items())
 
 
-
-
 @pytest.mark.parametrize("kind", ("mixtral", "llava"))
 def test_it_resumes_models_whose_checkpoints_have_other_names(kind, tmp_path):
     def make():

@@ -110,8 +110,8 @@ def _beside(model: nn.Module) -> list[_Beside]:
     names = adapter_names(model)
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
-    if len(names) == 1 and strength[names[0]] == 1 and library(type(model)) in _FORMS:
-        form, file, config = _FORMS[library(type(model))]
+    if len(names) == 1 and strength[names[0]] == 1 and _reads(type(model)) in _FORMS:
+        form, file, config = _FORMS[_reads(type(model))]
         try:
             content = formats.write(adapters[names[0]], form, base_of(model))
         except FileError:  # something that only the native file holds
@@ -120,6 +120,14 @@ def _beside(model: nn.Module) -> list[_Beside]:
             return [_Beside(adapters[names[0]], 1.0, file, config, content)]
     files = {name: _file_name(name, index) for index, name in enumerate(names)}
     return [_Beside(adapters[name], strength[name], files[name]) for name in names]
+
+
+def _reads(cls: Any) -> str:
+    """The library whose form of adapters the class reads beside a base."""
+    found = library(cls)
+    # Wav2Vec2's method of that name reads something else, and from_pretrained would call it
+    other = found == "transformers" and "integrations.peft" not in cls.load_adapter.__module__
+    return "" if other else found
 
 
 def _file_name(adapter: str, index: int) -> str:
@@ -186,7 +194,7 @@ def _stand_in(model: nn.Module, resumes: bool) -> nn.Module:
     def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return _base_state(model, model.state_dict(*args, **kwargs), resumes)
 
-    other.__dict__["state_dict"] = functools.wraps(cls.state_dict)(state_dict)
+    other.__dict__["state_dict"] = functools.wraps(nn.Module.state_dict)(state_dict)
     return other
 
 
@@ -266,7 +274,7 @@ def _check_kept(model: nn.Module, ask: str, value: Any) -> None:
     if isinstance(old, nn.Module) and old is not value and holds_updates(old):
         name = adapter_names(old)[0]
         raise AdapterError(
-            f"{ask.replace('get', 'set')} would lose what adapter \"{name}\" has learnt there. "
+            f'{ask.replace("get", "set")} would lose what adapter "{name}" has learnt there. '
             "Merge or detach it first, or call model.resize_token_embeddings."
         )
 
@@ -391,4 +399,3 @@ def _sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
     out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
     return out
-
