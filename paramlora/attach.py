@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paramlora.casts import is_storage
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.forwards import honours_dropout
@@ -303,6 +304,7 @@ def _new(module: nn.Module, target: Target, adapter: str) -> Switched:
             shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
+    update.keep(stored=is_storage(base.dtype))
     update.keep(entry=entry, written_by_reader=getattr(module, "max_norm", None) is not None)
     return update
 

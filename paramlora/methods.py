@@ -32,7 +32,7 @@ def add_methods(model: nn.Module) -> None:
     that a deep copy has its own.
     """
     for module in model.modules():
-        if library(type(module)) and holds_updates(module):
+        if library(module) and holds_updates(module):
             for name in _METHODS:
                 own = getattr(type(module), name, None)
                 if callable(own) and name not in module.__dict__:
@@ -47,10 +47,10 @@ def remove_methods(model: nn.Module) -> None:
                 del module.__dict__[name]
 
 
-@functools.lru_cache(maxsize=1024)
-def library(cls: Any) -> str:
-    """The library whose kind of model a class is; empty for any other."""
-    for base in cls.__mro__:
+def library(model: nn.Module) -> str:
+    """The library whose kind of model it is; empty for any other module."""
+    known_by = type(model).__mro__ if hasattr(type(model), "save_pretrained") else ()
+    for base in known_by:
         known = _OWNERS.get(base.__name__)
         if known is not None and base.__module__.partition(".")[0] == known:
             return known

@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from paramlora.casts import without_storage
 from paramlora.config import TargetConfig
 
 
@@ -26,6 +27,7 @@ class Switched(nn.Module):
     _strength: float
     order: tuple[str, ...] = ()  # of the owner's parameters, set when registered
     former: type = nn.Module  # the owner's class before the first, set when registered
+    stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
 
@@ -52,7 +54,7 @@ class Switched(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
         lazy = self.gain.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
         self.gain.fill_(self._strength)  # lost in a narrower type, or in memory that is new
         if lazy and not self.gain.is_meta:
             self.reset_parameters()

@@ -71,7 +71,7 @@ def save_pretrained(
     folder, beside = Path(save_directory), _beside(model)
     if kwargs.get("is_main_process", args[0] if args else True) and writes():
         _clear(folder, beside)
-    resumes = library(type(model)) == "transformers" and bool(_CHECKPOINT.fullmatch(folder.name))
+    resumes = library(model) == "transformers" and bool(_CHECKPOINT.fullmatch(folder.name))
     if resumes:  # a Trainer compares the keys with those of the model
         kwargs.setdefault("save_original_format", False)
     if kwargs.get("state_dict") is not None:
@@ -110,8 +110,8 @@ def _beside(model: nn.Module) -> list[_Beside]:
     names = adapter_names(model)
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
-    if len(names) == 1 and strength[names[0]] == 1 and _reads(type(model)) in _FORMS:
-        form, file, config = _FORMS[_reads(type(model))]
+    if len(names) == 1 and strength[names[0]] == 1 and _reads(model) in _FORMS:
+        form, file, config = _FORMS[_reads(model)]
         try:
             content = formats.write(adapters[names[0]], form, base_of(model))
         except FileError:  # something that only the native file holds
@@ -122,11 +122,11 @@ def _beside(model: nn.Module) -> list[_Beside]:
     return [_Beside(adapters[name], strength[name], files[name]) for name in names]
 
 
-def _reads(cls: Any) -> str:
-    """The library whose form of adapters the class reads beside a base."""
-    found = library(cls)
+def _reads(model: Any) -> str:
+    """The library whose form of adapters the model's class reads beside a base."""
+    found = library(model)
     # Wav2Vec2's method of that name reads something else, and from_pretrained would call it
-    other = found == "transformers" and "integrations.peft" not in cls.load_adapter.__module__
+    other = found == "transformers" and "integrations.peft" not in model.load_adapter.__module__
     return "" if other else found
 
 
@@ -170,7 +170,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _warn_not_loaded(model: nn.Module, folder: Path, beside: list[_Beside]) -> None:
-    form = "" if beside[0].content is None else library(type(model))
+    form = "" if beside[0].content is None else library(model)
     if form == "transformers" and importlib.util.find_spec("peft") is not None:
         return
     calls = [f'paramlora.load_adapter(model, "{folder / one.file}")' for one in beside]
