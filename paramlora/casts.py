@@ -1,10 +1,12 @@
-"""Casts that are for a model's weights alone: into an 8-bit float type to store them, and back."""
+"""What is done to a model's weights to save memory, and must not be done to its updates."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from paramlora.errors import AdapterError
 
 _Fn = Callable[[Tensor], Tensor]
 
@@ -27,3 +29,32 @@ def without_storage(update: Any, fn: _Fn) -> _Fn:
         return fn
     update.keep(stored=is_storage(after.dtype))
     return lambda tensor: tensor.to(after.device)
+
+
+class NotOffloaded:
+    """The attribute ``_hf_hook``, where one that takes the tensors elsewhere is refused.
+
+    accelerate brings them back for a call of the module that holds them; an update is read by its
+    layer without such a call, so that it would be read where it has no values.
+    """
+
+    def __get__(self, update: Any, cls: type) -> Any:
+        if update is None:
+            return self
+        try:
+            return update.__dict__["_hf_hook"]
+        except KeyError:
+            raise AttributeError("_hf_hook") from None
+
+    def __set__(self, update: Any, hook: Any) -> None:
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            hook.detach_hook(update)  # it has taken the tensors already
+            raise AdapterError(
+                f'adapter "{update.adapter}": accelerate cannot keep an update elsewhere between '
+                "calls. Call accelerate.hooks.remove_hook_from_submodules(model), then merge, or "
+                "move the whole model with cpu_offload_with_hook."
+            )
+        update.__dict__["_hf_hook"] = hook
+
+    def __delete__(self, update: Any) -> None:
+        del update.__dict__["_hf_hook"]

@@ -120,7 +120,7 @@ def _set(base: type) -> Any:
                 f"{_name(self)} has an adapter, and torch's quantisation does not know adapted "
                 "layers. Call merge(model) first."
             )
-        base.__setattr__(self, name, value)
+        base.__setattr__(self, name, value)  # type: ignore[call-arg, arg-type]
 
     return set_
 
@@ -130,7 +130,7 @@ def _delete(base: type) -> Any:
 
     def delete(self: nn.Module, name: str) -> None:
         _check_free(self, name, "deleted")
-        base.__delattr__(self, name)
+        base.__delattr__(self, name)  # type: ignore[call-arg, arg-type]
 
     return delete
 

@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from paramlora.casts import without_storage
+from paramlora.casts import NotOffloaded, without_storage
 from paramlora.config import TargetConfig
 
 
@@ -30,6 +30,7 @@ class Switched(nn.Module):
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
+    _hf_hook = NotOffloaded()
 
     def __init__(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()

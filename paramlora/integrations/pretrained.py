@@ -359,7 +359,7 @@ class _Held:
         for name in self.order:
             parametrized(layer)._modules[name] = parametrized(layer)._modules.pop(name)
         if layer is not self.layer and self.lists:
-            layer.__class__ = shared(type(layer), frozenset(self.lists))
+            layer.__class__ = shared(type(layer), frozenset(self.lists))  # type: ignore[arg-type]
 
     def _fit(self, held: Any, name: str, base: Optional[Tensor]) -> None:
         if base is not None and base.shape != self.shapes.get(name, base.shape):
