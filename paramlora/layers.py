@@ -75,7 +75,8 @@ def shared(base: type, names: frozenset[str]) -> type:
         __getstate__=refuse_pickling,
         __setattr__=_set(base),
         __delattr__=_delete(base),
-        register_parameter=_register(base),
+        register_parameter=_register(base, "register_parameter"),
+        register_buffer=_register(base, "register_buffer"),
         _load_from_state_dict=_load(base),
     )
     fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
@@ -135,16 +136,16 @@ def _delete(base: type) -> Any:
     return delete
 
 
-def _register(base: type) -> Any:
-    """Registering a parameter, where an adapted tensor is refused, and what `prune` makes of it."""
+def _register(base: type, method: str) -> Any:
+    """Registering a tensor, where an adapted one is refused, and what `prune` makes of it."""
 
-    def register_parameter(self: nn.Module, name: str, param: Optional[nn.Parameter]) -> None:
+    def register(self: nn.Module, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         _check_free(self, name, "registered again")
-        if isinstance(param, Tensor) and not isinstance(param, nn.Parameter):
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             _check_free(self, name.removesuffix("_orig"), "pruned")
-        base.register_parameter(self, name, param)  # type: ignore[attr-defined]
+        getattr(base, method)(self, name, value, *args, **kwargs)
 
-    return register_parameter
+    return register
 
 
 def _check_free(layer: nn.Module, name: str, what: str) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config sharded quantised casts switch lowrank fold whole adapter targets init placement "
-    "inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise "
-    "lookup operators functional convolution forwards layers methods soft attach merge state keys "
-    "plan checkpoint disk stream pickles native stored formats interchange files inspection optim "
-    "summary integrations demo cli"
+    "errors config sharded quantised casts switch lowrank fold whole adapter targets init "
+    "placement inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined "
+    "depthwise lookup operators functional convolution forwards layers methods soft attach merge "
+    "state keys plan checkpoint disk stream pickles native stored formats interchange files "
+    "inspection optim summary integrations demo cli"
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (
