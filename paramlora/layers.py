@@ -7,8 +7,10 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
+from paramlora.again import AGAIN, read_again
 from paramlora.errors import AdapterError
 from paramlora.forwards import forward_of
+from paramlora.functional import transformed
 from paramlora.lowrank import value_of
 from paramlora.switch import Switched
 from paramlora.targets import BRANCHES
@@ -96,6 +98,8 @@ def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Optional[Tensor]:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
+            if AGAIN in self.__dict__ and not transformed():
+                return read_again(lists[name], value_of)
             return value_of(lists[name])
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config sharded quantised casts switch lowrank fold whole adapter targets init "
+    "errors config sharded quantised casts switch again lowrank fold whole adapter targets init "
     "placement inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined "
     "depthwise lookup operators functional convolution forwards layers methods soft attach merge "
     "state keys plan checkpoint disk stream pickles native stored formats interchange files "
