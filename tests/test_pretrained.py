@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn.utils import parametrizations
 
 import paramlora
@@ -292,6 +294,46 @@ def test_a_state_dict_that_is_given_is_written_under_the_bases_names(tmp_path):
     bare = paramlora.detach(copy.deepcopy(model)).state_dict()
     assert state.keys() <= bare.keys()
     assert all(torch.equal(value, bare[key] + 1) for key, value in state.items())
+
+
+def test_a_state_dict_that_is_given_by_position(tmp_path):
+    model = attached(gpt2, {"c_attn": {"r": 2}})
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    torch.testing.assert_close(
+        outputs(type(model).from_pretrained(tmp_path)), outputs(model), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_beside_an_adapter_of_pefts_it_is_refused(tmp_path):
+    from peft import LoraConfig
+
+    model = gpt2()
+    model.add_adapter(LoraConfig(target_modules=["c_proj"], r=2, fan_in_fan_out=True))
+    fill(paramlora.attach(model, {"c_attn": {"r": 2}}))
+    with pytest.raises(paramlora.AdapterError, match="holds an adapter of peft's beside ours"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    paramlora.detach(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+class Hubbed(nn.Module, PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+def test_a_model_of_the_hubs_mixin(tmp_path):
+    model = fill(paramlora.attach(Hubbed(), {"layer": {"r": 2}}))
+    (warned,), names = saved(model, tmp_path)
+    found = Hubbed.from_pretrained(tmp_path)
+    assert not torch.equal(found.layer.weight, model.layer.weight)
+    exec(
+        warned.partition("then call ")[2].removesuffix("."),
+        {"paramlora": paramlora, "model": found},
+    )
+    assert torch.equal(found.layer.weight, model.layer.weight)
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):

@@ -176,6 +176,18 @@ def test_saving_the_model_holds_no_tensors_of_ours_in_the_base(tmp_path):
     assert all(torch.equal(state[k], v) for k, v in plain.items())
 
 
+def test_it_resumes_from_a_checkpoint_in_shards(tmp_path):
+    run = trainer(attached(CONFIGS["tied"]), tmp_path, 2)
+    run.train()
+    folder = tmp_path / "checkpoint-9"
+    run.model.save_pretrained(folder, max_shard_size="4KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    other = trainer(attached(CONFIGS["tied"]), tmp_path / "other", 2)
+    other._load_from_checkpoint(str(folder))
+    want, got = run.model.state_dict(), other.model.state_dict()
+    assert [k for k in want if not torch.equal(want[k], got[k])] == []
+
+
 @pytest.mark.parametrize("kind", ("mixtral", "llava"))
 def test_it_resumes_models_whose_checkpoints_have_other_names(kind, tmp_path):
     def make():

@@ -6,8 +6,8 @@
 
 import functools
 import importlib.util
+import inspect
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,9 +48,7 @@ _FORMS = {
 }
 
 
-def save_pretrained(
-    model: nn.Module, own: _Own, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any
-) -> Any:
+def save_pretrained(model: nn.Module, own: _Own, *args: Any, **kwargs: Any) -> Any:
     """Write the base under its own names, and the adapters in files beside it.
 
     One adapter at strength 1 is written as the library's own tools read it: for transformers as
@@ -60,28 +58,47 @@ def save_pretrained(
     under the keys of the attached model's state dict: all that a Trainer reads to resume.
 
     Raises:
-        AdapterError: what would write, or upload, the base before the adapter is there.
+        AdapterError: what would write, or upload, the base without the adapter.
+        FileError: the folder holds somebody else's adapter, which would be loaded onto this base.
     """
-    for name in ("push_to_hub", "distributed_checkpoint"):
-        if kwargs.get(name):
-            raise AdapterError(
-                f"save_pretrained({name}=True) does not know the attached adapter. Save to a "
-                "folder first, or call model.push_to_hub(repo_id)."
-            )
-    folder, beside = Path(save_directory), _beside(model)
-    if kwargs.get("is_main_process", args[0] if args else True) and writes():
+    call = inspect.signature(own).bind(model, *args, **kwargs)
+    told = call.arguments
+    _check_whole(model, told)
+    folder, beside = Path(told["save_directory"]), _beside(model)
+    writes_here = told.get("is_main_process", True) and (not _sharded(model) or writes())
+    if writes_here:
         _clear(folder, beside)
     resumes = library(model) == "transformers" and bool(_CHECKPOINT.fullmatch(folder.name))
-    if resumes:  # a Trainer compares the keys with those of the model
-        kwargs.setdefault("save_original_format", False)
-    if kwargs.get("state_dict") is not None:
-        kwargs["state_dict"] = _base_state(model, kwargs["state_dict"], resumes)
-    result = own(_stand_in(model, resumes), save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", args[0] if args else True) and writes():
+    if resumes and "save_original_format" in call.signature.parameters:
+        told.setdefault("save_original_format", False)  # a Trainer looks for the model's own names
+    if told.get("state_dict") is not None:
+        told["state_dict"] = _base_state(model, told["state_dict"], resumes)
+    told[next(iter(call.signature.parameters))] = _stand_in(model, resumes)
+    result = own(*call.args, **call.kwargs)
+    if writes_here:
         for one in beside:
             one.write(folder)
         _warn_not_loaded(model, folder, beside)
     return result
+
+
+def _check_whole(model: nn.Module, told: Mapping[str, Any]) -> None:
+    """Refuse to save what would leave an adapter out."""
+    for name in ("push_to_hub", "distributed_checkpoint"):
+        if told.get(name):
+            raise AdapterError(
+                f"save_pretrained({name}=True) does not know the attached adapter. Save to a "
+                "folder first, or call model.push_to_hub(repo_id)."
+            )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise AdapterError(
+            f"{type(model).__name__} holds an adapter of peft's beside ours, and one folder cannot "
+            "hold both. Save ours with save_adapter, then detach it and save peft's."
+        )
+
+
+def _sharded(model: nn.Module) -> bool:
+    return any(is_sharded(p) for _, _, update in updates(model) for p in update.parameters())
 
 
 @dataclass(frozen=True)
