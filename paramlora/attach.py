@@ -20,7 +20,7 @@ from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.forwards import honours_dropout
 from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
-from paramlora.layers import parametrized, refresh, shared
+from paramlora.layers import Updates, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
 from paramlora.methods import add_methods, remove_methods
 from paramlora.placement import shard_like
@@ -468,7 +468,7 @@ def _register(module: nn.Module, name: str, update: Switched) -> None:
             if odd
             else weight
         )
-        lists[name] = parametrize.ParametrizationList([update], stands_in, unsafe=True)
+        lists[name] = Updates([update], stands_in, unsafe=True)
         lists[name]._parameters["original"] = weight
     module.__class__ = shared(base, frozenset(lists))
 

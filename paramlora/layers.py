@@ -3,9 +3,11 @@
 import copyreg
 from copy import deepcopy
 from functools import cache
+from inspect import signature
 from typing import Any, Optional
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from paramlora.again import AGAIN, read_again
 from paramlora.errors import AdapterError
@@ -36,6 +38,22 @@ def adapted_by(module: nn.Module, name: str) -> list[str]:
     lists = parametrized(module)
     held = lists[name] if name in lists else ()
     return [update.adapter for update in held if isinstance(update, Switched)]
+
+
+class Updates(ParametrizationList):
+    """Torch's list of parametrizations, where one that computes the tensor from several cannot
+    follow ours, which give one: torch would take it, and every call of the layer would fail."""
+
+    def append(self, module: nn.Module) -> "Updates":
+        taken = signature(module.forward).parameters.values()
+        needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not isinstance(module, Switched) and len(needed) > 1:
+            raise AdapterError(
+                f"{type(module).__name__.lstrip('_')} computes a tensor from {len(needed)} others, "
+                "which an adapted tensor has not. Register it first, then attach."
+            )
+        super().append(module)
+        return self
 
 
 class Shared(type):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import fuse_modules, quantize_dynamic
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import paramlora
 from paramlora.attach import lowranks
@@ -110,6 +110,24 @@ class Twice(nn.Module):
 
     def right_inverse(self, x):
         return x / 2
+
+
+def test_weight_norm_after_attach_is_one_sentence():
+    model = layer()
+    before = picture(model)
+    with pytest.raises(paramlora.AdapterError, match="WeightNorm computes a tensor from 2 others"):
+        parametrizations.weight_norm(model)
+    check_same(before, model)
+    parametrizations.spectral_norm(model)
+    model(torch.randn(2, 4).double())
+
+
+def test_torchaos_quantising_is_one_sentence():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(layer().float())
+    with pytest.raises(paramlora.AdapterError, match="weight of Linear cannot be assigned"):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    torchao.quantize_(paramlora.merge(model), torchao.Int8WeightOnlyConfig())
 
 
 def test_quantising_is_one_sentence_and_works_after_merging():

@@ -318,6 +318,35 @@ def test_beside_an_adapter_of_pefts_it_is_refused(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_tensor_of_the_model_itself(tmp_path):
+    size = {key: value for key, value in SMALL.items() if "layers" in key or "size" in key}
+    vision = transformers.CLIPVisionConfig(
+        **{k: v for k, v in size.items() if k != "vocab_size"},
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = transformers.CLIPTextConfig(
+        **size, num_attention_heads=2, bos_token_id=0, eos_token_id=1
+    )
+    config = transformers.CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config)
+    before = float(model.logit_scale)
+    paramlora.attach(model, {"logit_scale": {"whole": True}, "q_proj": {"r": 2}})
+    fill(model)
+    for one in (model, copy.deepcopy(model)):
+        (warned,), _ = saved(one, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["architectures"] == ["CLIPModel"]
+        found = transformers.CLIPModel.from_pretrained(tmp_path)
+        assert float(found.logit_scale) == before
+        paramlora.load_adapter(found, tmp_path / "adapter.safetensors")
+        assert float(found.logit_scale) == float(model.logit_scale) != before
+
+
 class Hubbed(nn.Module, PyTorchModelHubMixin):
     def __init__(self):
         super().__init__()
