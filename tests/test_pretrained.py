@@ -347,6 +347,47 @@ def test_a_tensor_of_the_model_itself(tmp_path):
         assert float(found.logit_scale) == float(model.logit_scale) != before
 
 
+RESIZED = ("gpt2 tied", "gpt2 head", "llama", "gemma tied", "bert tied", "t5 tied", "mixtral")
+APART = {
+    f"re:{name}": {"r": r} for r, name in enumerate(("shared", ".*embed_tokens", "lm_head"), 1)
+}
+
+
+@pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")
+@pytest.mark.parametrize("case", RESIZED)
+def test_a_larger_vocabulary_leaves_old_tokens_alone_and_saves(case, tmp_path):
+    model = attached(*CASES[case])
+    want = outputs(model)
+    model.resize_token_embeddings(23)
+    assert model.config.vocab_size == 23
+    got = outputs(model)
+    assert got.shape[-1] == 23
+    torch.testing.assert_close(got[..., :20], want, rtol=1e-5, atol=1e-6)
+    warned, _ = saved(model, tmp_path)
+    assert warned == []
+    found = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(found), got, rtol=1e-5, atol=1e-5)
+    keys = model.state_dict().keys()
+    model.tie_weights()
+    assert model.state_dict().keys() == keys
+    torch.testing.assert_close(outputs(model), got, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")
+def test_embeddings_that_are_resized_together_keep_each_its_update():
+    model = attached(t5, APART)
+    want, paths = outputs(model), [path for path, _, _ in updates(model)]
+    model.resize_token_embeddings(23)
+    torch.testing.assert_close(outputs(model)[..., :20], want, rtol=1e-5, atol=1e-6)
+    assert [path for path, _, _ in updates(model)] == paths
+    assert model.encoder.embed_tokens.num_embeddings == model.shared.num_embeddings == 23
+    paramlora.detach(model)
+    assert (
+        len({id(m.weight) for m in (model.shared, model.encoder.embed_tokens, model.lm_head)}) == 1
+    )
+    assert outputs(model).shape[-1] == 23
+
+
 class Hubbed(nn.Module, PyTorchModelHubMixin):
     def __init__(self):
         super().__init__()

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 
 import paramlora
@@ -197,6 +198,12 @@ def test_it_resumes_models_whose_checkpoints_have_other_names(kind, tmp_path):
         return paramlora.attach(model, {"q_proj": {"r": 2}, "re:.*lm_head": {"r": 2}})
 
     check_resumes(make, tmp_path)
+    folder = tmp_path / "whole" / "checkpoint-4"
+    model = type(make()).from_pretrained(folder).eval()
+    ours = paramlora.load_adapter(type(make())(model.config), folder, strict=False)
+    ours.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    ids = rows()[3]["input_ids"][None]
+    torch.testing.assert_close(model(input_ids=ids).logits, ours.eval()(input_ids=ids).logits)
 
 
 def mixtral():

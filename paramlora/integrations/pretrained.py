@@ -320,8 +320,24 @@ def _bare(model: nn.Module) -> Iterator[None]:
             one.take_off()
         yield
     finally:
+        _part(model, held)
         for one in held:
             one.put_back(model.get_submodule(one.path))
+
+
+def _part(model: nn.Module, held: "list[_Held]") -> None:
+    """Give each layer its own object again, with the same tensors, where one took the place of
+    several: T5 has its resized embedding in the place of the others."""
+    paths = {one.path: one.layer for one in held}
+    for one in held:
+        there = model.get_submodule(one.path)
+        if there is not one.layer and any(there is layer for layer in paths.values()):
+            one.layer.__dict__.update(
+                {key: value for key, value in vars(there).items() if not key.startswith("_")}
+            )
+            one.layer._parameters.update(there._parameters)
+            owner, _, name = one.path.rpartition(".")
+            setattr(model.get_submodule(owner), name, one.layer)
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -348,8 +364,9 @@ class _Held:
         }
         shapes = {name: plist.original.shape for name, plist in lists.items()}
         branches = layer._modules.get(BRANCHES)
-        if branches is not None and "weight" in layer._parameters:
-            shapes["weight"] = layer._parameters["weight"].shape  # type: ignore[union-attr]
+        weight = layer._parameters.get("weight")
+        if branches is not None and weight is not None:
+            shapes["weight"] = weight.shape
         return cls(path, layer, tuple(parametrized(layer)), lists, branches, shapes)
 
     def take_off(self) -> None:
@@ -360,12 +377,7 @@ class _Held:
 
     def put_back(self, layer: nn.Module) -> None:
         if self.branches is not None:
-            self.layer._modules[BRANCHES] = self.branches
-            if layer is not self.layer:
-                remove_branches(self.layer)
-                for branch in self.branches:
-                    add_branch(layer, branch)
-            self._fit(self.branches, "weight", layer._parameters.get("weight"))
+            self._put_branches_back(layer)
         if layer is not self.layer and self.lists:
             layer._modules["parametrizations"] = self.layer._modules["parametrizations"]
         for name, plist in self.lists.items():
@@ -377,6 +389,14 @@ class _Held:
             parametrized(layer)._modules[name] = parametrized(layer)._modules.pop(name)
         if layer is not self.layer and self.lists:
             layer.__class__ = shared(type(layer), frozenset(self.lists))  # type: ignore[arg-type]
+
+    def _put_branches_back(self, layer: nn.Module) -> None:
+        self.layer._modules[BRANCHES] = self.branches
+        if layer is not self.layer:
+            remove_branches(self.layer)
+            for branch in self.branches:
+                add_branch(layer, branch)
+        self._fit(self.branches, "weight", layer._parameters.get("weight"))
 
     def _fit(self, held: Any, name: str, base: Optional[Tensor]) -> None:
         if base is not None and base.shape != self.shapes.get(name, base.shape):
