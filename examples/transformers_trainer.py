@@ -1,31 +1,16 @@
-"""transformers' Trainer: its checkpoints hold the adapter and the optimizer's state, not the base.
+"""transformers' Trainer as it is: it trains an attached model, saves it, and resumes.
 
 python examples/transformers_trainer.py
 """
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import paramlora
 
 CONFIG = {"c_attn": {"r": 4, "alpha": 8}, "attn.c_proj": {"r": 4, "alpha": 8}}
-
-
-class AdapterTrainer(Trainer):
-    """Saves and restores `adapter.safetensors` where a Trainer has the whole model."""
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        paramlora.save_adapter(self.model, folder / "adapter.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        state = load_file(os.path.join(resume_from_checkpoint, "adapter.safetensors"))
-        paramlora.load_adapter_state_dict(self.model, state)
 
 
 def base() -> GPT2LMHeadModel:
@@ -40,7 +25,7 @@ def sentences() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer(folder: Path, steps: int) -> AdapterTrainer:
+def trainer(folder: Path, steps: int) -> Trainer:
     torch.manual_seed(1)
     model = paramlora.attach(base(), CONFIG)
     arguments = TrainingArguments(
@@ -55,10 +40,10 @@ def trainer(folder: Path, steps: int) -> AdapterTrainer:
         disable_tqdm=True,
         use_cpu=True,
     )
-    return AdapterTrainer(model=model, args=arguments, train_dataset=sentences())
+    return Trainer(model=model, args=arguments, train_dataset=sentences())
 
 
-def losses(run: AdapterTrainer) -> list[float]:
+def losses(run: Trainer) -> list[float]:
     return [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
 
 
@@ -70,12 +55,14 @@ def main(folder: Path = Path("trainer")) -> dict[str, float]:
     resumed.train(resume_from_checkpoint=True)
     first, last = losses(whole)
     attached = evaluated(resumed.model)
+    resumed.save_model(str(folder / "saved"))  # the base, and beside it the adapter as PEFT's
     paramlora.merge(resumed.model).save_pretrained(folder / "merged")
     return {
         "first": first,
         "last": last,
         "resumed": losses(resumed)[-1],
         "attached": attached,
+        "loaded": evaluated(paramlora.load_adapter(base(), folder / "saved")),
         "merged": evaluated(GPT2LMHeadModel.from_pretrained(folder / "merged")),
     }
 

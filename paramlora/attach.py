@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paramlora.casts import is_storage
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.forwards import honours_dropout
 from paramlora.init import initialise
 from paramlora.inputs import checkpoints_reentrantly, disable_input_grads, enable_input_grads
-from paramlora.layers import parametrized, refresh, shared
+from paramlora.layers import Updates, parametrized, refresh, shared
 from paramlora.lowrank import LowRank
+from paramlora.methods import add_methods, remove_methods
 from paramlora.placement import shard_like
 from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
@@ -119,6 +120,7 @@ def attach_targets(
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
+        add_methods(model)
         if carries:
             enable_input_grads(model)
     warn_moving(model)
@@ -160,6 +162,7 @@ def tidy(model: nn.Module) -> None:
     """After the last adapter nothing of ours stays on the model."""
     if not adapter_names(model):
         disable_input_grads(model)
+        remove_methods(model)
         forget(model)
 
 
@@ -347,7 +350,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Switc
             shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
-    update.keep(entry=entry)
+    update.keep(entry=entry, stored=is_storage(base.dtype))
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)
     return update
@@ -516,7 +519,7 @@ def _register(module: nn.Module, name: str, update: Switched) -> None:
             if odd
             else weight
         )
-        lists[name] = parametrize.ParametrizationList([update], stands_in, unsafe=True)
+        lists[name] = Updates([update], stands_in, unsafe=True)
         if odd:
             lists[name]._parameters["original"] = weight
     vars(lists[name])[_BEFORE] = before

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paramlora.again import AGAIN
 from paramlora.errors import AdapterError
 
 _TOLD = "gradient_checkpointing"
@@ -15,8 +16,10 @@ def enable_input_grads(model: nn.Module, *sources: nn.Module) -> nn.Module:
 
     ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` gives a segment gradients only
     when one of its inputs requires one, and with a frozen base none does. Without reentrance
-    nothing is needed. The numbers do not change. `attach` calls this where transformers' own
-    checkpointing is on already; merging or detaching the last adapter undoes it.
+    nothing is needed. The numbers do not change. An adapted tensor that is read outside of the
+    segments and handed to several by keyword, as queries are, gets its gradient from each.
+    `attach` calls this where transformers' own checkpointing is on already; merging or detaching
+    the last adapter undoes it.
 
     Args:
         model: the model, adapted or not yet.
@@ -56,6 +59,7 @@ def disable_input_grads(model: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [k for k, hook in module._forward_hooks.items() if hook is _outputs]:
             del module._forward_hooks[key]
+        module.__dict__.pop(AGAIN, None)
 
 
 def checkpoints_reentrantly(model: nn.Module) -> bool:
@@ -89,6 +93,9 @@ def _named(module: nn.Module) -> "nn.Module | None":
 def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         return None
+    for module in model.modules():  # now, because layers may be adapted after the call of ours
+        if "parametrizations" in module._modules:
+            module.__dict__[AGAIN] = True
     main = getattr(model, "main_input_name", None)
     if isinstance(main, str) and _floating(kwargs.get(main)):
         return args, {**kwargs, main: _carrying(kwargs[main])}

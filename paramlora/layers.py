@@ -3,14 +3,19 @@
 import copyreg
 from copy import deepcopy
 from functools import cache
+from inspect import signature
 from typing import Any, Optional
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from paramlora.again import AGAIN, read_again
 from paramlora.errors import AdapterError
 from paramlora.forwards import forward_of
+from paramlora.functional import transformed
 from paramlora.lowrank import value_of
 from paramlora.switch import Switched
+from paramlora.targets import BRANCHES
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -20,17 +25,64 @@ def parametrized(module: nn.Module) -> Any:
     return held if isinstance(held, nn.ModuleDict) else {}
 
 
+def holds_updates(module: nn.Module) -> bool:
+    """Whether an update of ours acts on a tensor of `module` or of one inside it."""
+    return any(
+        BRANCHES in m._modules or any(adapted_by(m, name) for name in parametrized(m))
+        for m in module.modules()
+    )
+
+
+def adapted_by(module: nn.Module, name: str) -> list[str]:
+    """The adapters with an update in torch's list of parametrizations of one tensor."""
+    lists = parametrized(module)
+    held = lists[name] if name in lists else ()
+    return [update.adapter for update in held if isinstance(update, Switched)]
+
+
+class Updates(ParametrizationList):
+    """Torch's list of parametrizations, where one that computes the tensor from several cannot
+    follow ours, which give one: torch would take it, and every call of the layer would fail."""
+
+    def append(self, module: nn.Module) -> "Updates":
+        taken = signature(module.forward).parameters.values()
+        needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not isinstance(module, Switched) and len(needed) > 1:
+            raise AdapterError(
+                f"{type(module).__name__.lstrip('_')} computes a tensor from {len(needed)} others, "
+                "which an adapted tensor has not. Register it first, then attach."
+            )
+        super().append(module)
+        return self
+
+
 class Shared(type):
     """Lets one class serve many layers: torch deletes the property of the layer that it
-    removes, from the class, where the other layers still need it."""
+    removes, from the class, where the other layers still need it. Anything else that is set on
+    the class, such as another forward, holds for all layers of it."""
 
     def __delattr__(cls, name: str) -> None:
-        return None
+        if not _is_ours(cls.__dict__.get(name)):
+            super().__delattr__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if name not in cls.__dict__:  # ours reads each layer's own lists; torch's only one's
-            ours = _tensor_property(name) if isinstance(value, property) else value
-            super().__setattr__(name, ours)
+        if _is_ours(cls.__dict__.get(name)):
+            if isinstance(value, property):  # torch's, which reads the lists of one layer only
+                return
+            raise AdapterError(
+                f"{cls.__name__}.{name} is what shows the adapted tensor of each layer of this "
+                "class, and cannot be replaced. Set it on one layer after detach or merge."
+            )
+        ours = _tensor_property(name) if isinstance(value, property) else value
+        super().__setattr__(name, ours)
+
+
+class _Shown(property):
+    """The property of an adapted tensor."""
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, _Shown)
 
 
 @cache
@@ -38,7 +90,14 @@ def shared(base: type, names: frozenset[str]) -> type:
     """One class for all adapted layers of a base type, so that compilation sees one type."""
     body: dict[str, Any] = {name: _tensor_property(name) for name in names}
     body.update(
-        __deepcopy__=deep_copy, __getstate__=refuse_pickling, _load_from_state_dict=_load(base)
+        __copy__=shallow_copy,
+        __deepcopy__=deep_copy,
+        __getstate__=refuse_pickling,
+        __setattr__=_set(base),
+        __delattr__=_delete(base),
+        register_parameter=_register(base, "register_parameter"),
+        register_buffer=_register(base, "register_buffer"),
+        _load_from_state_dict=_load(base),
     )
     fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
     if fast is not None:
@@ -57,6 +116,8 @@ def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Optional[Tensor]:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
+            if AGAIN in self.__dict__ and not transformed():
+                return read_again(lists[name], value_of)
             return value_of(lists[name])
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
@@ -69,7 +130,68 @@ def _tensor_property(name: str) -> property:
         else:  # of a layer that has this class for another tensor's sake
             self.__dict__[name] = value
 
-    return property(get, put)
+    return _Shown(get, put)
+
+
+def _set(base: type) -> Any:
+    """Assigning an attribute, where an adapted tensor is refused."""
+
+    def set_(self: nn.Module, name: str, value: Any) -> None:
+        _check_free(self, name, "assigned")
+        if name == "qconfig" and value is not None:  # how torch marks a layer that it will convert
+            raise AdapterError(
+                f"{_name(self)} has an adapter, and torch's quantisation does not know adapted "
+                "layers. Call merge(model) first."
+            )
+        base.__setattr__(self, name, value)  # type: ignore[call-arg, arg-type]
+
+    return set_
+
+
+def _delete(base: type) -> Any:
+    """Deleting an attribute, where an adapted tensor is refused."""
+
+    def delete(self: nn.Module, name: str) -> None:
+        _check_free(self, name, "deleted")
+        base.__delattr__(self, name)  # type: ignore[call-arg, arg-type]
+
+    return delete
+
+
+def _register(base: type, method: str) -> Any:
+    """Registering a tensor, where an adapted one is refused, and what `prune` makes of it."""
+
+    def register(self: nn.Module, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        _check_free(self, name, "registered again")
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            _check_free(self, name.removesuffix("_orig"), "pruned")
+        getattr(base, method)(self, name, value, *args, **kwargs)
+
+    return register
+
+
+def _check_free(layer: nn.Module, name: str, what: str) -> None:
+    adapters = adapted_by(layer, name)
+    if adapters:
+        raise AdapterError(
+            f'{name} of {_name(layer)} cannot be {what}: adapter "{adapters[0]}" is attached to '
+            f"it. Merge or detach first, or write the base, parametrizations.{name}.original."
+        )
+
+
+def _name(layer: nn.Module) -> str:
+    """The name of the class that the layer has without updates."""
+    return type(layer).__bases__[0].__name__
+
+
+def shallow_copy(self: nn.Module) -> nn.Module:
+    """What ``copy.copy`` gives of any module: another one that holds the same tensors."""
+    copy = type(self).__new__(type(self))
+    copy.__dict__.update(self.__dict__)
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]
+        if hasattr(self, slot):
+            setattr(copy, slot, getattr(self, slot))
+    return copy
 
 
 def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

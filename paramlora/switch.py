@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from paramlora.casts import NotOffloaded, without_storage
 from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError
 
@@ -101,8 +102,10 @@ class Switched(nn.Module):
 
     adapter: str
     switch: Switch
+    stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
+    _hf_hook = NotOffloaded()
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class Switched(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Switched":
         lazy = any(t.is_meta for t in self._tensors())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past))
