@@ -297,6 +297,12 @@ def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
         if path and fits(entry.name, path):
+            taken = {"parametrizations", BRANCHES} & set(path.split("."))
+            if taken:
+                raise TargetError(
+                    f'"{entry.name}" matches {path}, but updates themselves stand under the name '
+                    f'"{taken.pop()}". Rename the layer.'
+                )
             names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
             inside = [f"{path}.{name}" for name in names]
             hint = f". Name what is inside it, for example {inside[0]}." if inside else ""

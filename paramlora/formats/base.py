@@ -12,7 +12,7 @@ from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.lowrank import Layout, matrix_shape
-from paramlora.targets import Target, adaptable
+from paramlora.targets import Target, adaptable, unwrapped
 
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
@@ -51,7 +51,8 @@ def base_of(model: nn.Module) -> Base:
         >>> base_of(nn.Sequential(nn.Embedding(5, 2)))["0"].shape
         (5, 2)
     """
-    return {target.path: _slot(model, target) for target in adaptable(model)}
+    inside = unwrapped(model)
+    return {target.path: _slot(inside, target) for target in adaptable(inside)}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
