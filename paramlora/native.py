@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from torch import Tensor, float32, float64, isfinite, nn, tensor
+from torch import Tensor, float32, isfinite, nn, tensor
 
 from paramlora.adapter import Adapter, Holder, Update
 from paramlora.config import LoRAConfig, TargetConfig
@@ -180,8 +180,7 @@ def _tensors(stem: str, value: Union[Update, Tensor]) -> dict[str, Tensor]:
         return {_key(stem, _WHOLE): value}
     # a 16-bit scale would not survive
     kind = value.lora_A.dtype if value.lora_A.dtype.itemsize > 2 else float32
-    scale = tensor(value.scale, dtype=float64).to(kind)  # beyond `kind` it is infinite
-    all_three = (value.lora_A, value.lora_B, scale)
+    all_three = (value.lora_A, value.lora_B, tensor(value.scale, dtype=kind))
     return {_key(stem, name): one for name, one in zip(LOW_RANK, all_three)}
 
 

@@ -42,7 +42,31 @@ class Recipe:
         if self.value is not None:
             return self.value
         base = read(self.source)
-        return folded(base, self.terms(base.dtype, base.device)) if self.changes else base
+        if not self.changes:
+            return base
+        terms = self.terms(base.dtype, base.device)
+        merged = folded(base, terms)
+        self.check(base, merged, lambda wide: folded(wide, terms))
+        return merged
+
+    def check(self, before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]) -> None:
+        """Refuse a sum that its type cannot hold; what the base itself has not finite stays.
+
+        Raises:
+            AdapterError: names the tensor and the sum.
+        """
+        if torch.isfinite(after).all():
+            return
+        lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
+        if not lost.any():
+            return
+        wide = before.to(factor_dtype(before.dtype))
+        value, dtype = summed(wide).reshape(-1)[lost][0].item(), before.dtype
+        raise AdapterError(
+            f"{Key.parse(self.source).weight}: its sum with the update is {value:g}, and {dtype} "
+            f"holds up to {torch.finfo(dtype).max:g}. Nothing was merged; convert the base to a "
+            "wider type, or merge with a smaller weight."
+        )
 
     def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
         """What to fold into a tensor of that type, as a live model has it."""
@@ -189,9 +213,12 @@ def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
         if hard and source == weight:
             renamed[source] = str(Key(weight, "original"))
         index = contents.next(weight, hard)
+        made = _tensors(change, contents.base(weight).dtype)
+        for name, value in made.items():
+            _check_finite(Key(weight).path, name, value, "embedded")
         beside[source] = {
             str(Key(weight, name, index, hard)): Recipe(source, value=value)
-            for name, value in _tensors(change, contents.base(weight).dtype).items()
+            for name, value in made.items()
         }
     plan: Plan = {}
     for text in contents.there:
@@ -321,7 +348,7 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
             continue
         if change.up_kernel == "same":
             refuse_two_kernels(path, tuple(change.lora_B.shape[2:]))
-        values = (change.lora_A, change.lora_B, torch.tensor(change.scale))
+        values = (change.lora_A, change.lora_B, torch.tensor(change.scale, dtype=torch.float64))
         for name, value in zip(LOW_RANK, values):
             _check_finite(path, name, value)
     if not contents.alone(weight):
@@ -331,6 +358,8 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
         )
 
 
-def _check_finite(path: str, name: str, value: Tensor) -> None:
+def _check_finite(path: str, name: str, value: Tensor, what: str = "merged") -> None:
     if not torch.isfinite(value).all():
-        raise AdapterError(f"{path}.{name}: not finite. Nothing was merged; give a sound adapter.")
+        raise AdapterError(
+            f"{path}.{name}: not finite in {value.dtype}. Nothing was {what}; give a sound adapter."
+        )
