@@ -388,10 +388,6 @@ def test_embedding_what_the_factors_type_cannot_hold_is_refused(tmp_path):
     source, out = at("safetensors", tmp_path, base)
     wrong = (Update(a, b), Update(a, b, adapter_dtype="float16"), Update(a, a[:, :3].mT, 1e39))
     for update in wrong:
-        Update(a, b),
-        Update(a, b, adapter_dtype="float16"),
-        Update(a, a[:, :3].mT, 1e39),
-    ):
         for embed in (
             lambda one: paramlora.checkpoint.embed(base, one),
             lambda one: files.embed(source, one, out, force=True),

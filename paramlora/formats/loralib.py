@@ -13,7 +13,7 @@ from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
-from paramlora.formats.factors import pair, whole
+from paramlora.formats.factors import pair, whole, wide
 from paramlora.formats.merged import merged_linear
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])")
@@ -59,7 +59,7 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
                 f"{list(slot.shape)}."
             )
         # [r·k, in·k] and [out·k, r·k], reshaped to the weight: of low rank in no order of its axes
-        return whole((b @ a).reshape(slot.shape), options.rank, scale)
+        return whole((wide(b) @ wide(a)).reshape(slot.shape), options.rank, scale)
     if slot is not None and slot.kind == "embedding":
         return Update(a, b, scale, slot.shape, "transposed", kind="embedding")
     if a.shape[0] != b.shape[1]:
