@@ -9,6 +9,7 @@ import torch
 from paramlora import Adapter, FileError, Update, formats
 from paramlora.formats.factors import held, whole, within
 from paramlora.interchange import convert, read_adapter
+from paramlora.native import write_native
 
 SCALES = [1e-8, 1e-4, 1 / 16, 0.3, 1 / 3, 1.0, 7.0, 1e3, 1e5]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -36,13 +37,12 @@ def written(to, value, folder, **how):
     value = replace(value, updates={path: next(iter(value.updates.values()))})
     base = {path: formats.Slot((5, 6), "matrix", "linear", 1)}
     convert_from = folder / "in.safetensors"
-    from paramlora.native import write_native
-
     write_native(value, convert_from)
     suffix = {"peft": "", "torchtune": "", "litgpt": "", "loralib": ".pt", "original": ".pt"}
     out = folder / f"out{suffix.get(to, '.safetensors')}"
     convert(convert_from, out, to, base, **how)
-    return next(iter(read_adapter(out, base).updates.values()))
+    options = formats.Options(alpha=3.0 if to == "loralib" else None)  # which it has nowhere
+    return next(iter(read_adapter(out, base, options).updates.values()))
 
 
 @pytest.mark.parametrize("size", [4e-7, 1e-3, 1.0, 3e3])
@@ -107,10 +107,8 @@ def test_products_of_16_bit_files_are_formed_in_32(form, size):
     if form == "loha":
         parts = {f"hada_w{i}_{x}": halves(*shape, size=size)
                  for i in (1, 2) for x, shape in (("a", (5, 2)), ("b", (2, 6)))}  # fmt: skip
-        double = {key: value.double() for key, value in parts.items()}
-        want = (double["hada_w1_a"] @ double["hada_w1_b"]) * (
-            double["hada_w2_a"] @ double["hada_w2_b"]
-        )
+        a, b, c, d = (parts[f"hada_{leaf}"].double() for leaf in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        want = (a @ b) * (c @ d)
     elif form == "lokr":
         parts = {"lokr_w1": halves(5, 2, size=size), "lokr_w2_a": halves(1, 2, size=size)}
         parts["lokr_w2_b"] = halves(2, 3, size=size)
