@@ -17,7 +17,7 @@ from paramlora.formats import (
     peft,
     torchtune,
 )
-from paramlora.formats.base import Base, Slot, base_of, base_of_shapes, fit
+from paramlora.formats.base import Base, Slot, apart, base_of, base_of_shapes, fit
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -124,12 +124,11 @@ def write(
             "format holds."
         )
     check_finite(adapter, "adapter")
-    if base is not None:
-        adapter = fit(adapter, base, Options(), "adapter")
+    told = apart(adapter, base)
     if fold_scale:
-        adapter = replace(adapter, updates={p: folded(u) for p, u in adapter.updates.items()})
-    _check_scales(adapter, to)
-    return WRITERS[to](adapter, base, **how)
+        told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
+    _check_scales(told, to)
+    return WRITERS[to](told, base, **how)
 
 
 def _check_scales(adapter: Adapter, to: str) -> None:

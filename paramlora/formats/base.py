@@ -8,7 +8,7 @@ from typing import Optional, get_args
 import torch
 from torch import nn
 
-from paramlora.adapter import Adapter, Update
+from paramlora.adapter import Adapter, Holder, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.lowrank import Layout, matrix_shape
@@ -86,11 +86,40 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
                 f"{source}: {path} is a second update of {there}. Choose one part of the file "
                 "with component=..., such as text_encoder_2."
             )
-        key = (id(chosen[path]), base[there])
+        slot = _told(base[there], adapter.holders.get(path))
+        key = (id(chosen[path]), slot)
         tied = holders[id(chosen[path])] > 1
-        fresh = _fitted(there, chosen[path], base[there], source, tied)
+        fresh = _fitted(there, chosen[path], slot, source, tied)
         updates[there] = made.setdefault(key, fresh)
     return replace(adapter, updates=updates)
+
+
+def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
+    """`adapter` with an update of its own for each layer that holds a tied tensor, as `fit` gives.
+
+    Raises:
+        FileError: nothing tells what kind of layers hold it, as in files of the first release.
+    """
+    count = Counter(map(id, adapter.updates.values()))
+    tied = [path for path, update in adapter.updates.items() if count[id(update)] > 1]
+    kinds = {path for path, slot in (base or {}).items() if slot.kind is not None}
+    if any(path not in adapter.holders and place(path, base or {}) not in kinds for path in tied):
+        raise FileError(
+            f"{', '.join(tied)}: one tied tensor, and the adapter does not tell what kind of layer "
+            "each is. Give the model (--model)."
+        )
+    if base is not None:
+        return fit(adapter, base, Options(), "adapter")
+    slots = {p: _told(Slot(adapter.updates[p].shape or ()), adapter.holders[p]) for p in tied}
+    fresh = {p: _fitted(p, adapter.updates[p], slots[p], "adapter", True) for p in tied}
+    return replace(adapter, updates={**adapter.updates, **fresh})
+
+
+def _told(slot: Slot, holder: Optional[Holder]) -> Slot:
+    """With what the adapter tells of the layer, where the base does not."""
+    if slot.kind is not None or holder is None:
+        return slot
+    return replace(slot, kind=holder.kind, layout=holder.layout, groups=holder.groups)
 
 
 def check_known(lost: Iterable[str], base: Base, options: Options, source: str) -> None:
