@@ -15,6 +15,7 @@ from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
+from paramlora.mistaken import check_tensors
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
@@ -98,6 +99,7 @@ def read_native(path: PathLike) -> Adapter:
     Raises:
         FileError: missing, truncated, written by another tool, or not whole.
     """
+    check_tensors(Path(path))
     return native_of(Path(path), *_read(Path(path)))
 
 

@@ -116,6 +116,11 @@ def adaptable(model: nn.Module) -> Iterator[Target]:
     return (target for target in _all(model) if len(target.shape) >= 2)
 
 
+def tensor_paths(model: nn.Module) -> set[str]:
+    """The path of every tensor, of any number of dimensions, as adapters' files spell it."""
+    return {target.path for target in _all(model)}
+
+
 def _all(model: nn.Module) -> Iterator[Target]:
     for path, module, name, tensor in _tensors(unwrapped(model)):
         yield _target(path, module, name, tensor, _NO_ENTRY)

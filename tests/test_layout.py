@@ -9,8 +9,8 @@ ORDER = (
     "errors config sharded quantised switch lowrank fold whole adapter targets init placement "
     "inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise "
     "lookup operators functional convolution forwards layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored formats interchange files inspection optim "
-    "summary integrations demo cli"
+    "checkpoint disk mistaken stream pickles native stored formats interchange files inspection "
+    "optim summary integrations demo cli"
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (

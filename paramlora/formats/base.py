@@ -84,7 +84,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
         if there in updates:
             raise FileError(
                 f"{source}: {path} is a second update of {there}. Choose one part of the file "
-                "with component=..., such as text_encoder_2."
+                "with component=... (convert --component), such as text_encoder_2."
             )
         slot = _told(base[there], adapter.holders.get(path))
         key = (id(chosen[path]), slot)
@@ -132,7 +132,8 @@ def check_known(lost: Iterable[str], base: Base, options: Options, source: str) 
         "updates of what the model does not have",
         paths,
         options.strict,
-        f"Is it for another model, or several (component=...)?{hint}",
+        f"Is it for another model, or for several, of which component=... (convert --component) "
+        f"chooses one?{hint}",
     )
 
 

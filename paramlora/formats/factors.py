@@ -100,7 +100,9 @@ def check_told(path: str, update: Update, tool: str) -> None:
             "native format holds."
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
-        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+        raise FileError(
+            f"{path}: the shape or kind of its layer is unknown. Give the model (convert --model)."
+        )
 
 
 def folded(update: Update) -> Update:

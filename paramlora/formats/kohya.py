@@ -78,7 +78,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         if path in updates:
             raise FileError(
                 f"{where}: a second update of {path}. Choose one part of the file with "
-                "component=..., such as text_encoder_2."
+                "component=... (convert --component), such as text_encoder_2."
             )
         updates[path] = _update(parts, exact.get(name), options, where)
     return Adapter(updates)

@@ -37,7 +37,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["lora_alpha"],
             False,
-            "Using 1; give alpha for another.",
+            "Using 1; give alpha (convert --alpha) for another.",
         )
     updates = {}
     for path, half in halves(content, _FACTOR, options.strict).items():
@@ -77,7 +77,7 @@ def _merged(
     if len(on) != parts:
         raise FileError(
             f"{where}: {count} of {parts} parts of a merged projection were trained. Which is not "
-            "in the file: give enable, such as (True, False, True)."
+            "in the file: load it with load_adapter(enable=...), such as (True, False, True)."
         )
     return merged_linear(a, b, scale, [size] * parts, on, where)
 

@@ -84,7 +84,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["adapter_config.json is missing"],
             False,
-            "Using 1; give alpha for another.",
+            "Using 1; give alpha (convert --alpha) for another.",
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
@@ -232,7 +232,7 @@ def _parameters(
         if len(named) > 1:
             raise FileError(
                 f"{where}: several parameters of one module; give the model, which "
-                "knows their order."
+                "knows their order (load_adapter, or convert --model)."
             )
         inner = [target.rpartition(".")[2] for target in named]
         return [owner if name == "weight" else f"{owner}.{name}" for name in inner]
@@ -449,7 +449,8 @@ def _tensors(
 def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, Tensor]:
     if update.shape is None or len(update.shape) != 3:
         raise FileError(
-            f"{path}: a stack of shape {list(update.shape or ())}; PEFT adapts 3 sizes."
+            f"{path}: a parameter of shape {list(update.shape or ())}; PEFT adapts parameters of "
+            "two or three dimensions. Leave it out, or keep the native format."
         )
     a, b = update.lora_A, update.lora_B
     if base is not None and path in base and base[path].input_first:
