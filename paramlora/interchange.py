@@ -14,7 +14,7 @@ from paramlora.adapter import Adapter
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
-from paramlora.formats.base import check_known
+from paramlora.formats.base import check_holders, check_known
 from paramlora.formats.content import DEFAULTS, check_finite, report
 from paramlora.formats.factors import within
 from paramlora.mistaken import check_tensors
@@ -161,6 +161,8 @@ def convert(
         if not dry_run:
             write_native(adapter, out)
         return adapter
+    if source == NATIVE:
+        check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
     if not dry_run:
         _save(written, Path(out), to)

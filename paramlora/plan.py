@@ -215,7 +215,7 @@ def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
         index = contents.next(weight, hard)
         made = _tensors(change, contents.base(weight).dtype)
         for name, value in made.items():
-            _check_finite(Key(weight).path, name, value, "embedded")
+            _check_held(Key(weight).path, name, value)
         beside[source] = {
             str(Key(weight, name, index, hard)): Recipe(source, value=value)
             for name, value in made.items()
@@ -358,8 +358,15 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
         )
 
 
-def _check_finite(path: str, name: str, value: Tensor, what: str = "merged") -> None:
+def _check_finite(path: str, name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise AdapterError(f"{path}.{name}: not finite. Nothing was merged; give a sound adapter.")
+
+
+def _check_held(path: str, name: str, value: Tensor) -> None:
+    """Refuse what would be embedded in a type that does not hold it."""
     if not torch.isfinite(value).all():
         raise AdapterError(
-            f"{path}.{name}: not finite in {value.dtype}. Nothing was {what}; give a sound adapter."
+            f"{path}.{name}: not finite in {value.dtype}. Nothing was embedded; give a sound "
+            "adapter."
         )

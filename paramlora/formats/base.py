@@ -98,21 +98,40 @@ def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
     """`adapter` with an update of its own for each layer that holds a tied tensor, as `fit` gives.
 
     Raises:
-        FileError: nothing tells what kind of layers hold it, as in files of the first release.
+        FileError: nothing tells what kind of layers hold an embedding's tensor.
     """
+    if any(adapter.updates[path].kind == "embedding" for path in _untold(adapter, base)):
+        check_holders(adapter, base)
+    if base is not None:
+        return fit(adapter, base, Options(), "adapter")
+    fresh = {}
+    for path, holder in adapter.holders.items():
+        update = adapter.updates.get(path)
+        if update is not None and update.shape is not None:
+            slot = _told(Slot(update.shape), holder)
+            fresh[path] = _fitted(path, update, slot, "adapter", True)
+    return replace(adapter, updates={**adapter.updates, **fresh})
+
+
+def check_holders(adapter: Adapter, base: Optional[Base]) -> None:
+    """Refuse tied tensors of whose layers nothing tells the kind, as files of 0.1.0 do not.
+
+    Raises:
+        FileError: names them.
+    """
+    untold = _untold(adapter, base)
+    if untold:
+        raise FileError(
+            f"{', '.join(untold)}: one tied tensor, and the adapter does not tell what kind of "
+            "layer each is. Give the model (--model)."
+        )
+
+
+def _untold(adapter: Adapter, base: Optional[Base]) -> list[str]:
     count = Counter(map(id, adapter.updates.values()))
     tied = [path for path, update in adapter.updates.items() if count[id(update)] > 1]
     kinds = {path for path, slot in (base or {}).items() if slot.kind is not None}
-    if any(path not in adapter.holders and place(path, base or {}) not in kinds for path in tied):
-        raise FileError(
-            f"{', '.join(tied)}: one tied tensor, and the adapter does not tell what kind of layer "
-            "each is. Give the model (--model)."
-        )
-    if base is not None:
-        return fit(adapter, base, Options(), "adapter")
-    slots = {p: _told(Slot(adapter.updates[p].shape or ()), adapter.holders[p]) for p in tied}
-    fresh = {p: _fitted(p, adapter.updates[p], slots[p], "adapter", True) for p in tied}
-    return replace(adapter, updates={**adapter.updates, **fresh})
+    return [p for p in tied if p not in adapter.holders and place(p, base or {}) not in kinds]
 
 
 def _told(slot: Slot, holder: Optional[Holder]) -> Slot:

@@ -116,7 +116,8 @@ def held(value: Tensor, dtype: torch.dtype) -> Tensor:
     rounding to float32 does.
 
     Example:
-        >>> [held(torch.tensor([n]).double(), torch.float16).dtype for n in (0.5, 0.1, 1e-60)]
+        >>> numbers = torch.tensor([0.5, 0.1, 1e-60], dtype=torch.float64)
+        >>> [held(number, torch.float16).dtype for number in numbers]
         [torch.float16, torch.float32, torch.float64]
     """
     if dtype.itemsize <= 2 and torch.equal(value.to(dtype).double(), value):
