@@ -68,6 +68,19 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """A layer that holds a tied tensor: what of an `Update` depends on the layer, not the tensor.
+
+    Args:
+        kind, layout, groups: as in `Update`.
+    """
+
+    kind: str
+    layout: Layout
+    groups: int = 1
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The updates of one adapter, by path: a module's for its ``weight``, else the parameter's.
 
@@ -80,6 +93,8 @@ class Adapter:
         metadata: of its file, where it has any.
         whole: by such a path, tensors to have instead of the base's.
         base: by path, what tells the base that it was trained on (see `digest`), where known.
+        holders: the layers of tied tensors by path, where known: those share one `Update`, which
+            has the first one's kind.
     """
 
     updates: Mapping[str, Update]
@@ -87,3 +102,4 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
+    holders: Mapping[str, Holder] = field(default_factory=dict)

@@ -166,6 +166,11 @@ def as_config(config: ConfigLike) -> LoRAConfig:
         return config
     if isinstance(config, (str, os.PathLike)):
         return LoRAConfig.from_file(config)
+    if not isinstance(config, Mapping):  # such as a model, which would be spelled out whole
+        raise ConfigError(
+            "expected a configuration (a dict, a path or a LoRAConfig), got a "
+            f"{type(config).__name__}. The model comes first, then the configuration."
+        )
     return LoRAConfig.from_dict(config)
 
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import paramlora
+from paramlora.disk import new_file
 
 ROWS, COLUMNS = 5, 7  # of each panel of the picture
 CONFIG = {
@@ -182,7 +183,7 @@ def train(
 ) -> None:
     """AdamW on whatever trains in `model`, with a cosine learning rate."""
     generator = torch.Generator().manual_seed(seed)
-    params = paramlora.trainable_parameters(model)
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     for step in range(steps):
@@ -251,7 +252,8 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
         axis.set_title(title)
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110, metadata={"Software": None}, format="png")
     plt.close(figure)
 
 
@@ -304,7 +306,8 @@ def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: in
     paramlora.save_adapter(model, out / "adapter.safetensors")
     after = sample(model, seed)
     paramlora.merge(model)
-    torch.save(model.state_dict(), out / "merged.pt")
+    with new_file(out / "merged.pt") as file:
+        torch.save(model.state_dict(), file)
     plain = UNet()
     plain.load_state_dict(torch.load(out / "merged.pt", weights_only=True))
     merged = sample(plain, seed)
@@ -327,5 +330,6 @@ def write_config(out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     entries = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in CONFIG.items())
     text = f"{{\n{entries}\n}}\n"
-    (out / "lora.json").write_text(text, encoding="utf-8")
+    with new_file(out / "lora.json") as file:
+        file.write(text.encode())
     return text

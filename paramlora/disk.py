@@ -4,7 +4,8 @@ import ctypes
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Union
@@ -14,6 +15,12 @@ from paramlora.errors import FileError
 PathLike = Union[str, "os.PathLike[str]"]
 _STRIDE = 32 << 20
 _AT_FDCWD, _EXCHANGE = -100, 2  # of Linux's renameat2
+_KINDS: dict[str, Callable[[int], bool]] = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
 
 
 @contextmanager
@@ -21,14 +28,16 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
     """A file to fill, beside `path`; it takes that place when the block ends well.
 
     It is flushed to the disk and renamed, so a crash at any moment leaves the older file or the
-    new one; an error, or Ctrl-C, in the block leaves no trace.
+    new one; an error, or Ctrl-C, in the block leaves no trace. An older file's mode and owner stay.
 
     Raises:
-        FileError: the place cannot be written.
+        FileError: the place cannot be written, or is no file.
     """
     target = Path(os.path.realpath(path))
     with _told(path), _temporary(target) as temporary:
-        with open(temporary, "xb") as file:
+        _check_file(path)
+        with open(temporary, "xb", opener=_private if target.exists() else None) as file:
+            _keep_access(target, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -56,7 +65,8 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
     """A folder to fill, beside `path`; it takes that place when the block ends well.
 
     A folder that is there is exchanged in one step where the system can (Linux), and only where
-    `names`, those of the new one, cover the old one, so that nothing else is lost.
+    `names`, those of the new one, cover the old one, so that nothing else is lost. Its mode and
+    owner stay, and those of the files in it.
 
     Raises:
         FileError: the place cannot be written, or holds what would be lost.
@@ -64,10 +74,12 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     _check_lost(target, names)
     with _told(path), _temporary(target) as temporary:
-        temporary.mkdir()
+        temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
         for file in temporary.iterdir():
+            _keep_access(target / file.name, file)
             _sync(file)
+        _keep_access(target, temporary)
         _sync(temporary)
         if target.exists():
             _exchange(temporary, target)
@@ -80,8 +92,11 @@ def check_new(path: PathLike, force: bool) -> None:
     """Refuse a place that is taken, unless forced.
 
     Raises:
-        FileError: something is there.
+        FileError: something is there, or what no file can replace.
     """
+    with _told(path):
+        if not os.path.isdir(path):
+            _check_file(path)
     if not force and os.path.lexists(path):
         raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
 
@@ -108,6 +123,44 @@ def _temporary(target: Path) -> Iterator[Path]:
         except KeyboardInterrupt:
             _remove(name)  # a folder may have been half removed
             raise
+
+
+def _check_file(path: PathLike) -> None:
+    """Refuse what a file would replace and never be: a pipe, a device, a socket, a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((name for name, told in _KINDS.items() if told(mode)), "no regular file")
+        raise FileError(f"{path}: is {kind}, which no file replaces. Give the name of a file.")
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a new file that only its owner can read, as the one that it replaces may be."""
+    return os.open(path, flags, 0o600)
+
+
+def _keep_access(old: Path, new: Path) -> None:
+    """Give `new` the mode and owner of `old`, or less access where the owner cannot be kept."""
+    if os.name != "posix" or not old.exists():
+        return
+    had, has = old.stat(), new.stat()
+    mode = stat.S_IMODE(had.st_mode)
+    if (had.st_uid, had.st_gid) != (has.st_uid, has.st_gid):
+        mode = _keep_owner(had, new, mode)
+    os.chmod(new, mode)  # after the owner, whose change takes bits away
+
+
+def _keep_owner(had: os.stat_result, new: Path, mode: int) -> int:
+    """The mode to have then: what a group had is not another group's to have."""
+    for user, kept in ((had.st_uid, mode), (-1, mode & ~0o6000)):
+        try:
+            os.chown(new, user, had.st_gid)
+            return kept
+        except OSError:  # only root gives files away
+            continue
+    return mode & ~0o6070
 
 
 def _remove(path: Path) -> None:

@@ -259,7 +259,10 @@ def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
     else:
         spec = stored.specs[recipe.source]
         for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
-            yield from pieces_of(summed(stored.run(recipe.source, elements)))
+            before = stored.run(recipe.source, elements)
+            after = summed(before)
+            recipe.check(before, after, summed)
+            yield from pieces_of(after)
 
 
 def _fill_pickled(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from paramlora import formats
 from paramlora.adapter import Adapter, Update
@@ -22,15 +23,16 @@ _LOOSE = Options(strict=False)
 
 @dataclass(frozen=True)
 class Row:
-    """One update of the file.
+    """One update of the file, or one tensor that was trained whole.
 
     Args:
         path: as the file names it; kohya's and cloneofsimo's names need a model to be told.
         shape: of the weight, empty where the file does not tell.
-        r: its rank.
-        scale: its factor.
-        norm: the Frobenius norm of ``scale · B·A``.
+        r: its rank, 0 of a whole tensor.
+        scale: its factor, 1 of a whole tensor.
+        norm: the Frobenius norm of ``scale · B·A``, or of the whole tensor.
         flag: ``"not finite"``, ``"all zero"`` or nothing.
+        kind: ``"low-rank"`` or ``"whole"``.
     """
 
     path: str
@@ -39,6 +41,7 @@ class Row:
     scale: float
     norm: float
     flag: str
+    kind: str = "low-rank"
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class Inspection:
             lines.append(f"{key}: {value if len(value) <= _SHOWN else value[:_SHOWN] + '...'}")
         head = ("tensor", "shape", "r", "scale", "norm", "")
         body = [
-            (row.path or "(model)", "×".join(map(str, row.shape)), str(row.r))
-            + (f"{row.scale:g}", f"{row.norm:.4g}", row.flag)
+            (row.path or "(model)", "×".join(map(str, row.shape)))
+            + (("whole", "-") if row.kind == "whole" else (str(row.r), f"{row.scale:g}"))
+            + (f"{row.norm:.4g}", row.flag)
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(head, *body)]
@@ -81,7 +85,10 @@ class Inspection:
             for line in (head, *body)
         ]
         lines += self.notes
-        return "\n".join([*lines, f"{len(self.rows)} updates, {self.flagged} flagged"])
+        whole = sum(1 for row in self.rows if row.kind == "whole")
+        counts = [f"{len(self.rows) - whole} updates", f"{self.flagged} flagged"]
+        counts[1:1] = [f"{whole} whole tensors"] if whole else []
+        return "\n".join([*lines, ", ".join(counts)])
 
 
 def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
@@ -99,8 +106,9 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
         else:
             adapter = formats.READERS[source](content, None, options)
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
-    rows = tuple(_row(path_, update) for path_, update in adapter.updates.items())
-    return Inspection(source, dict(content.metadata), rows, tuple(notes))
+    rows = [_row(path_, update) for path_, update in adapter.updates.items()]
+    rows += [_whole_row(path_, tensor) for path_, tensor in adapter.whole.items()]
+    return Inspection(source, dict(content.metadata), tuple(rows), tuple(notes))
 
 
 def _row(path: str, update: Update) -> Row:
@@ -108,6 +116,12 @@ def _row(path: str, update: Update) -> Row:
     finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
     flag = "not finite" if not finite else "" if a.any() and b.any() else "all zero"
     return Row(path, update.shape or (), update.r, update.scale, _norm(update), flag)
+
+
+def _whole_row(path: str, tensor: Tensor) -> Row:
+    flag = "" if torch.isfinite(tensor).all() else "not finite"  # zeros are what a bias may be
+    norm = tensor.double().norm().item()
+    return Row(path, tuple(tensor.shape), 0, 1.0, norm, flag, "whole")
 
 
 def _norm(update: Update) -> float:

@@ -15,13 +15,15 @@ from paramlora.contexts import own_context
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
-from paramlora.formats.base import check_known
-from paramlora.formats.content import DEFAULTS, check_finite
+from paramlora.formats.base import check_holders, check_known
+from paramlora.formats.content import DEFAULTS, check_finite, report
 from paramlora.formats.factors import within
+from paramlora.mistaken import check_tensors
 from paramlora.native import native_of, write_native
 from paramlora.state import attach_adapter
-from paramlora.stored import Stored
+from paramlora.stored import PICKLED, SAFE, Stored
 from paramlora.stream import SafeFile
+from paramlora.targets import tensor_paths
 
 NATIVE = "native"
 # the weights in a folder, the best first: torchtune writes PEFT's form beside its own
@@ -70,6 +72,8 @@ def load_adapter(
     """
     options = Options(strict, rank, alpha, component, split, enable)
     found = read_adapter(path, base_of(model), options)
+    if not strict:
+        found = _without_strangers(found, model, Path(path).name)
     return attach_adapter(model, _within(found), adapter)
 
 
@@ -148,6 +152,7 @@ def convert(
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
     check_new(out, force or dry_run)
+    _check_ending(Path(out), to)
     content = opened(path)
     source = formats.detect(content)
     if base is None and source in formats.NAMELESS and source != to:
@@ -160,6 +165,8 @@ def convert(
         if not dry_run:
             write_native(adapter, out)
         return adapter
+    if source == NATIVE:
+        check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
     if not dry_run:
         _save(written, Path(out), to)
@@ -184,7 +191,10 @@ def weights_in(path: PathLike) -> Path:
     """The file of tensors that a path means: itself, or the one in a folder."""
     folder = Path(path)
     if not folder.is_dir():
+        check_tensors(folder)
         return folder
+    for name in _WEIGHTS:  # a pointer or a page under such a name is better told than passed over
+        check_tensors(folder / name)
     found = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_weights(file)]
     known = [folder / name for name in _WEIGHTS if folder / name in found]
     if known or len(found) == 1:
@@ -265,9 +275,31 @@ def _flat_yaml(text: str) -> dict[str, Any]:
     return config
 
 
+def _without_strangers(adapter: Adapter, model: nn.Module, source: str) -> Adapter:
+    """Without whole tensors that the model lacks; of updates `read_adapter` left none."""
+    lost = adapter.whole.keys() - tensor_paths(model)
+    report(source, "tensors of what the model does not have", lost, False, "They were left out.")
+    if not adapter.updates and lost == adapter.whole.keys():
+        raise FileError(f"{source}: nothing in it belongs to {type(model).__name__}.")
+    return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
+
+
 def _within(adapter: Adapter) -> Adapter:
     made = {id(update): within(update) for update in adapter.updates.values()}
     return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
+
+
+def _check_ending(out: Path, to: str) -> None:
+    """Refuse a name that says another kind of file than the one written."""
+    pickled = to in _PICKLED
+    if to not in _FOLDERS and out.suffix in (SAFE if pickled else PICKLED):
+        kinds = "torch.save's", "safetensors"
+        own, other = kinds if pickled else kinds[::-1]
+        right = ".pt" if pickled else ".safetensors"
+        raise FileError(
+            f"{out}: {to}'s file would be {own}, under a name of {other}. Give a name that ends in "
+            f"{right}."
+        )
 
 
 def _save(content: Content, out: Path, to: str) -> None:

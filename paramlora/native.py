@@ -3,17 +3,19 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from torch import Tensor, float32, nn, tensor
+from torch import Tensor, float32, isfinite, nn, tensor
 
-from paramlora.adapter import Adapter, Update
+from paramlora.adapter import Adapter, Holder, Update
 from paramlora.config import LoRAConfig, TargetConfig
 from paramlora.contexts import own_context
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError
 from paramlora.lowrank import LAYOUTS, Layout
+from paramlora.mistaken import check_tensors
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
 from paramlora.statistics import warn_moved
@@ -22,6 +24,8 @@ from paramlora.targets import fits, specificity
 
 FORMAT = 1
 _WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
+_PLAIN = re.compile(r"(?!re:)[^*]+")  # a path that means itself as a name of a configuration
+_Holders = dict[str, Holder]
 _Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
 
 
@@ -35,10 +39,18 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
 
     Raises:
         AdapterError: `adapter` is not attached.
-        FileError: the file cannot be written.
+        FileError: the file cannot be written, its name ends in something other than
+            ``.safetensors``, or `load_adapter` would refuse it: numbers that are not finite.
     """
     warn_moved(model)
-    together = any(map(is_sharded, adapter_state_dict(model, adapter).values()))
+    live = adapter_state_dict(model, adapter)
+    for key, one in live.items():
+        if one.is_meta:
+            raise FileError(
+                f"{path}: {key} lies on the meta device, without values. Load the model first. "
+                "Nothing was written."
+            )
+    together = any(map(is_sharded, live.values()))
     value = adapter_of(model, adapter)
     if not together or writes():
         write_native(value, path)
@@ -54,13 +66,17 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
     keeps `adapter`'s own and adds ``paramlora``, JSON of ``format``, ``adapter`` (its name),
     ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``,
     of the weights, with ``kind`` and ``groups``), ``base`` (``{path: digits}``, see
-    `paramlora.digest`) and ``ties`` (``{path: first path}`` where tied
-    tensors share one update).
+    `paramlora.digest`), ``ties`` (``{path: first path}`` where tied tensors share one update) and
+    ``holders`` (``{path: {"kind", "layout", "groups"}}`` of the layers of those that are tied,
+    where known).
 
     Raises:
-        FileError: the file cannot be written.
+        FileError: the file cannot be written, or `read_native` would refuse it.
     """
     values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
+    _check_name(path)
+    for stem, value in values.items():
+        _check_value(path, stem, value)
     first: dict[int, str] = {}
     ties = {path: first.setdefault(id(value), path) for path, value in values.items()}
     own = {path: value for path, value in values.items() if ties[path] == path}
@@ -71,9 +87,11 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
         "shapes": {path: _weight(v) for path, v in own.items() if _shape(v) is not None},
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
+        "holders": {path: asdict(holder) for path, holder in adapter.holders.items()},
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
     state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
+    _check_readable(Path(path), metadata, state, values)
     specs = {key: spec_of(value) for key, value in state.items()}
     with new_file(path) as file:
         write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
@@ -88,13 +106,14 @@ def read_native(path: PathLike) -> Adapter:
     Raises:
         FileError: missing, truncated, written by another tool, or not whole.
     """
+    check_tensors(Path(path))
     return native_of(Path(path), *_read(Path(path)))
 
 
 def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Adapter:
     """The same of a file that was read already."""
     about, config = _about(path, metadata)
-    shapes, ties = _shapes(path, about), _ties(path, about)
+    shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
     entries = _entries(path, config, state, told="shapes" in about)
     wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
     missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
@@ -109,7 +128,9 @@ def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tenso
     updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
     whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
-    return Adapter(updates, str(about["adapter"]), rest, whole, _base(path, about))
+    return Adapter(
+        updates, str(about["adapter"]), rest, whole, base=_base(path, about), holders=holders
+    )
 
 
 def _base(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
@@ -121,6 +142,42 @@ def _base(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
     if not sound:
         raise FileError(f'{path}: the "base" in its metadata is damaged.')
     return dict(told)
+
+
+def _check_name(path: PathLike) -> None:
+    if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise FileError(
+            f"{path}: it would be a safetensors file under a name of torch.save's. Give a name "
+            "that ends in .safetensors."
+        )
+
+
+def _check_value(path: PathLike, stem: str, value: Union[Update, Tensor]) -> None:
+    """Refuse what `load_adapter` would refuse, before an older file is replaced."""
+    for key, one in _tensors(stem, value).items():
+        bad = one[~isfinite(one)] if one.is_floating_point() else one[:0]
+        if bad.numel():
+            raise FileError(
+                f"{path}: {key} is not finite ({bad[0].item()}), and no file of that could be "
+                "loaded. Nothing was written; save it from before training diverged."
+            )
+
+
+def _check_readable(
+    path: Path,
+    metadata: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    values: Mapping[str, Union[Update, Tensor]],
+) -> None:
+    """Read back what is to be written, since a file that cannot be read is a training lost."""
+    try:
+        "".join([*state, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        name = repr(error.object[max(0, error.start - 20) : error.end])
+        raise FileError(f"{path}: {name} is no text that a file can hold. Rename it.") from error
+    again = native_of(path, metadata, state)
+    if (again.updates | again.whole).keys() != values.keys():  # type: ignore[operator]
+        raise FileError(f"{path}: the names of its tensors could not be read back.")
 
 
 def _key(stem: str, name: str) -> str:
@@ -141,8 +198,20 @@ def _tensors(stem: str, value: Union[Update, Tensor]) -> dict[str, Tensor]:
 
 
 def _entry(path: str, value: Union[Update, Tensor]) -> TargetConfig:
-    name = path or _ROOT
+    name = _name(path)
     return TargetConfig(name, 0, whole=True) if isinstance(value, Tensor) else value.entry(name)
+
+
+def _name(path: str) -> str:
+    """The name in a configuration of exactly what is at a path.
+
+    A pattern where the path itself would mean something else: the model's own ``weight``, another
+    key of the configuration, a pattern.
+    """
+    if not path:
+        return _ROOT
+    plain = _PLAIN.fullmatch(path) and path not in (_ROOT, "trainable_model")
+    return path if plain else f"re:{re.escape(path)}"
 
 
 def _shape(value: Union[Update, Tensor]) -> Optional[tuple[int, ...]]:
@@ -205,13 +274,31 @@ def _ties(path: Path, about: Mapping[str, Any]) -> dict[str, str]:
     return ties
 
 
+def _holders(path: Path, about: Mapping[str, Any]) -> _Holders:
+    """The kinds of layers that hold tied tensors; empty in files from before they were written."""
+    out: _Holders = {}
+    try:
+        for stem, told in about.get("holders", {}).items():
+            holder = Holder(told["kind"], told["layout"], told["groups"])
+            sound = type(holder.groups) is int and holder.groups > 0 and holder.layout in LAYOUTS
+            if not sound or not isinstance(holder.kind, str):
+                raise ValueError(f"{stem}: no layer")
+            out[stem] = holder
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f'{path}: the "holders" in its metadata are damaged: {error}.') from error
+    return out
+
+
 def _entries(
     path: Path, config: LoRAConfig, state: Iterable[str], told: bool
 ) -> dict[str, TargetConfig]:
     """The entry of each path; by the patterns, in files from before the paths were told."""
-    if told:
-        return {"" if e.name == _ROOT else e.name: e for e in config.entries}
     stems = dict.fromkeys(key.rpartition(".")[0] for key in state)
+    if told:
+        known = {_name(stem): stem for stem in stems}
+        if "" not in stems:  # 0.1.0 wrote a layer called "weight" under that name
+            known[_ROOT] = _ROOT
+        return {known.get(e.name, e.name): e for e in config.entries}
     return {stem: _entry_for(path, stem, config) for stem in stems}
 
 
@@ -247,6 +334,15 @@ def _about(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], LoR
     if version != FORMAT:
         raise FileError(f"{path}: format {version!r}; this paramlora reads {FORMAT}. Upgrade it.")
     try:
-        return about, LoRAConfig.from_dict(about["config"], source=path.name)
+        return about, LoRAConfig.from_dict(_escaped(about["config"]), source=path.name)
     except ConfigError as error:
         raise FileError(f"{path}: its configuration is damaged: {error}") from error
+
+
+def _escaped(config: Any) -> Any:
+    """The configuration in a file, where 0.1.0 wrote a layer called ``trainable_model`` over a key
+    of its own."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("trainable_model"), Mapping):
+        return config
+    own = _name("trainable_model")
+    return {own if name == "trainable_model" else name: entry for name, entry in config.items()}

@@ -1,21 +1,40 @@
 """What the optimizer trains, and at which learning rates."""
 
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 
-from paramlora.attach import lowranks, updates
+from paramlora.attach import check_adapters, lowranks, updates
 from paramlora.errors import AdapterError
 from paramlora.whole import Whole
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient, each once, for the optimizer."""
-    return [p for p in model.parameters() if p.requires_grad]
+def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> list[nn.Parameter]:
+    """The parameters that require a gradient, each once, for the optimizer.
+
+    Args:
+        model: with at least one adapter attached.
+        adapter: only this one's; without it everything that trains, such as a backbone under
+            ``"trainable_model"``.
+
+    Raises:
+        AdapterError: nothing is attached, where everything would train, or no `adapter`.
+    """
+    attached = list(updates(model))
+    if not attached:
+        raise AdapterError(
+            "no adapter is attached, so the whole model would train. Attach one, or use "
+            "model.parameters()."
+        )
+    if adapter is None:
+        return [p for p in model.parameters() if p.requires_grad]
+    check_adapters(model, adapter)
+    own = [p for _, _, u in attached if u.adapter == adapter for p in u.parameters()]
+    return [p for p in own if p.requires_grad]
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, lr_ratio: float = 1.0, weight_decay: float = 0.0
+    model: nn.Module, lr: float, lr_ratio: float = 1.0, weight_decay: Optional[float] = None
 ) -> list[dict[str, Any]]:
     """Groups for any ``torch.optim`` optimizer; empty ones are left out.
 
@@ -24,7 +43,7 @@ def parameter_groups(
         lr: of ``lora_A``, and of everything else that trains.
         lr_ratio: ``lora_B`` trains at ``lr · lr_ratio``; LoRA+ (Hayou et al. 2024,
             arXiv:2402.12354, section 4) recommends more than 1.
-        weight_decay: for ``lora_A`` and ``lora_B``; scales have none.
+        weight_decay: of everything but scales, which have none; the optimizer's own where None.
 
     Raises:
         AdapterError: nothing is attached.
@@ -53,6 +72,7 @@ def parameter_groups(
         params = [p for p in members if p.requires_grad]
         if params:
             rate = lr * lr_ratio if name == "lora_B" else lr
+            group = {"name": name, "params": params, "lr": rate}
             decay = 0.0 if name == "lora_scale" else weight_decay
-            out.append({"name": name, "params": params, "lr": rate, "weight_decay": decay})
+            out.append(group if decay is None else {**group, "weight_decay": decay})
     return out

@@ -42,7 +42,31 @@ class Recipe:
         if self.value is not None:
             return self.value
         base = read(self.source)
-        return folded(base, self.terms(base.dtype, base.device)) if self.changes else base
+        if not self.changes:
+            return base
+        terms = self.terms(base.dtype, base.device)
+        merged = folded(base, terms)
+        self.check(base, merged, lambda wide: folded(wide, terms))
+        return merged
+
+    def check(self, before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]) -> None:
+        """Refuse a sum that its type cannot hold; what the base itself has not finite stays.
+
+        Raises:
+            AdapterError: names the tensor and the sum.
+        """
+        if torch.isfinite(after).all():
+            return
+        lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
+        if not lost.any():
+            return
+        wide = before.to(factor_dtype(before.dtype))
+        value, dtype = summed(wide).reshape(-1)[lost][0].item(), before.dtype
+        raise AdapterError(
+            f"{Key.parse(self.source).weight}: its sum with the update is {value:g}, and {dtype} "
+            f"holds up to {torch.finfo(dtype).max:g}. Nothing was merged; convert the base to a "
+            "wider type, or merge with a smaller weight."
+        )
 
     def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
         """What to fold into a tensor of that type, as a live model has it."""
@@ -190,9 +214,12 @@ def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
         if hard and source == weight:
             renamed[source] = str(Key(weight, "original"))
         index = contents.next(weight, hard)
+        made = _tensors(change, contents.base(weight).dtype)
+        for name, value in made.items():
+            _check_held(Key(weight).path, name, value)
         beside[source] = {
             str(Key(weight, name, index, hard)): Recipe(source, value=value)
-            for name, value in _tensors(change, contents.base(weight).dtype).items()
+            for name, value in made.items()
         }
     plan: Plan = {}
     for text in contents.there:
@@ -322,8 +349,7 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
             continue
         if change.up_kernel == "same":
             refuse_two_kernels(path, tuple(change.lora_B.shape[2:]))
-        scale = torch.tensor(change.scale, dtype=torch.float64)
-        values = (change.lora_A, change.lora_B, scale)
+        values = (change.lora_A, change.lora_B, torch.tensor(change.scale, dtype=torch.float64))
         for name, value in zip(LOW_RANK, values):
             _check_finite(path, name, value)
     if not contents.alone(weight):
@@ -336,3 +362,12 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
 def _check_finite(path: str, name: str, value: Tensor) -> None:
     if not torch.isfinite(value).all():
         raise AdapterError(f"{path}.{name}: not finite. Nothing was merged; give a sound adapter.")
+
+
+def _check_held(path: str, name: str, value: Tensor) -> None:
+    """Refuse what would be embedded in a type that does not hold it."""
+    if not torch.isfinite(value).all():
+        raise AdapterError(
+            f"{path}.{name}: not finite in {value.dtype}. Nothing was embedded; give a sound "
+            "adapter."
+        )

@@ -1,6 +1,7 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Optional
@@ -8,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from paramlora.adapter import Adapter, Update
+from paramlora.adapter import Adapter, Holder, Update
 from paramlora.attach import (
     Fresh,
     attach_targets,
@@ -117,6 +118,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
         adapter,
         whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
         base=_digests(model, adapter),
+        holders=_holders(held, there),
     )
 
 
@@ -153,6 +155,13 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     if adapter.base:
         _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
+
+
+def _holders(held: Mapping[str, Switched], there: Mapping[str, Target]) -> dict[str, Holder]:
+    """The layers of tied tensors, which share the first one's update and not its kind."""
+    count = Counter(map(id, held.values()))
+    tied = (there[path] for path in held if count[id(held[path])] > 1 and path in there)
+    return {one.path: Holder(one.kind, one.layout, one.groups) for one in tied}
 
 
 def _digests(model: nn.Module, adapter: str) -> dict[str, str]:

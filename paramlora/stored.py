@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paramlora.disk import PathLike
 from paramlora.errors import FileError
+from paramlora.mistaken import check_tensors
 from paramlora.pickles import PickledFile
 from paramlora.stream import SafeFile, Spec
 
@@ -100,6 +101,7 @@ class Stored:
 
 
 def _part(path: Path, key: Optional[str]) -> Part:
+    check_tensors(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)

@@ -1,5 +1,6 @@
 """What is attached, as values and as a printed table."""
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -48,6 +49,10 @@ class Summary:
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same table, as a notebook shows it."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def summary(model: nn.Module) -> Summary:

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -26,6 +27,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPER = re.compile("|".join(_WRAPPED))
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
+_LISTED = 12  # names in a message
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[T
     found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
     _report_empty(model, parsed, found, strict)
     chosen = _most_specific(parsed, found)
+    _check_thin(chosen)
     return [_checked(model, target) for target in chosen]
 
 
@@ -114,6 +117,11 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
 def adaptable(model: nn.Module) -> Iterator[Target]:
     """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
     return (target for target in _all(model, _tensors) if len(target.shape) >= 2)
+
+
+def tensor_paths(model: nn.Module) -> set[str]:
+    """The path of every tensor, of any number of dimensions, as adapters' files spell it."""
+    return {target.path for target in (*_all(model, _tensors), *_all(model, buffers_of))}
 
 
 def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) -> Iterator[Target]:
@@ -309,9 +317,19 @@ def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
         if path and fits(entry.name, path):
+            taken = {"parametrizations", BRANCHES} & set(path.split("."))
+            if taken:
+                raise TargetError(
+                    f'"{entry.name}" matches {path}, but updates themselves stand under the name '
+                    f'"{taken.pop()}". Rename the layer.'
+                )
             names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
             inside = [f"{path}.{name}" for name in names]
-            hint = f". Name what is inside it, for example {inside[0]}." if inside else ""
+            hint = f". Name what is inside it, for example {inside[0]}" if inside else ""
+            every = f"{entry.name}.*"
+            if any(fits(every, one) for one in inside):
+                hint += f', or all of it: "{every}"'
+            hint += "." if hint else ""
             if isinstance(module.__dict__.get("weight"), torch.Tensor):
                 hint = (
                     ", because a hook computes it anew before each call (torch.nn.utils."
@@ -414,7 +432,25 @@ def _closest_in(model: nn.Module, name: str) -> str:
     last = name.split(".")[-1]
     owners = [path.split(".")[-1] for path, _, n, t in _tensors(model) if t.dim() >= 2]
     best = closest(last, sorted(set(owners) - {""}))
-    return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else ""
+    return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else _there(owners)
+
+
+def _there(owners: list[str]) -> str:
+    """What a model has to name, grouped by how often: ``query, key (2 layers each)``.
+
+    Numbers, which are places in a sequence and no names, are left out.
+    """
+    by_count: dict[int, list[str]] = {}
+    for name, count in Counter(name for name in owners if not name.isdigit()).items():
+        by_count.setdefault(count, []).append(name)
+    parts, left = [], _LISTED
+    for count, names in by_count.items():
+        shown = [name for name in names if name][: max(left, 0)]
+        left -= len(names)
+        each = " each" if len(shown) > 1 else ""
+        if shown:
+            parts.append(f"{', '.join(shown)} ({count} layer{'s' * (count > 1)}{each})")
+    return f" There are: {'; '.join(parts)}{', and more' if left < 0 else ''}." if parts else ""
 
 
 def _check_scale(target: Target) -> None:
@@ -426,10 +462,28 @@ def _check_scale(target: Target) -> None:
         )
 
 
+def _most_rank(target: Target) -> int:
+    _, out, fan_in = matrix_shape(target.shape, target.layout)
+    return min(out, fan_in) // 2 if target.entry.init in FROM_WEIGHT else min(out, fan_in)
+
+
+def _check_thin(chosen: list[Target]) -> None:
+    """Refuse several tensors that hold less than the rank of one entry, all of them at once."""
+    for entry in dict.fromkeys(target.entry for target in chosen if not target.entry.whole):
+        thin = [t for t in chosen if t.entry == entry and entry.r > _most_rank(t)]
+        if len(thin) > 1:
+            names = ", ".join(f"{t.path or 'weight'} ({_most_rank(t)})" for t in thin[:_LISTED])
+            more = f" and {len(thin) - _LISTED} more" if len(thin) > _LISTED else ""
+            raise TargetError(
+                f'"{entry.name}": r = {entry.r} is more than {len(thin)} tensors hold, each with '
+                f"the most that it does: {names}{more}. Give a smaller r, or those an entry of "
+                "their own."
+            )
+
+
 def _check_rank(target: Target) -> None:
     _, out, fan_in = matrix_shape(target.shape, target.layout)
-    twice = target.entry.init in FROM_WEIGHT
-    most = min(out, fan_in) // 2 if twice else min(out, fan_in)
+    twice, most = target.entry.init in FROM_WEIGHT, _most_rank(target)
     if target.entry.r > most:
         also = f' ("init": "{target.entry.init}" is saved at twice its rank)' if twice else ""
         raise TargetError(

@@ -40,7 +40,7 @@ def test_names_come_from_a_model_or_from_its_checkpoint(capsys, tmp_path, style)
     for option, value in known.items():
         out = tmp_path / option
         code, *said = run(capsys, "convert", style, "-o", out, "--to", "peft", f"--{option}", value)
-        assert (code, said) == (0, ["", ""])
+        assert (code, said) == (0, ["", f"wrote {out}: 2 updates as peft"])
         keys = load_file(out / "adapter_model.safetensors")
         assert "base_model.model.conv2.lora_A.weight" in keys
     code, _, err = run(capsys, "convert", style, "-o", tmp_path / "x", "--to", "peft")
@@ -78,11 +78,8 @@ def test_the_names_of_keys_can_be_chosen(capsys, tmp_path, style):
         ("diffusers", "transformer", "transformer.linear.lora_A.weight"),
     ):
         out = tmp_path / to
-        assert run(capsys, "convert", style, "-o", out, "--to", to, "--prefix", prefix, *known) == (
-            0,
-            "",
-            "",
-        )
+        command = ("convert", style, "-o", out, "--to", to, "--prefix", prefix, *known)
+        assert run(capsys, *command, "--quiet") == (0, "", "")
         assert start in load_file(out)
     code, _, err = run(
         capsys, "convert", style, "-o", tmp_path / "p", "--to", "peft", "--prefix", "x", *known

@@ -46,7 +46,7 @@ def equal(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_commands_do_what_the_functions_do_and_print_nothing(folder, capsys):
+def test_the_commands_do_what_the_functions_do_and_say_so_in_one_line(folder, capsys):
     _, state = folder
     a, b = read_native("a.safetensors"), read_native("b.safetensors")
     commands = [
@@ -63,7 +63,11 @@ def test_the_commands_do_what_the_functions_do_and_print_nothing(folder, capsys)
         ),
     ]
     for command in commands:
-        assert run(capsys, *command) == (0, "", "")
+        code, out, err = run(capsys, *command)
+        place = command[command.index("-o" if "-o" in command else "--out") + 1]
+        assert (code, out) == (0, "") and err.startswith(f"wrote {place}: ")
+        assert err.endswith(" bytes\n") and err.count("\n") == 1
+        assert run(capsys, *command, "--force", "--quiet") == (0, "", "")
     equal(loaded("in.safetensors"), checkpoint.embed(state, a))
     equal(loaded("merged.safetensors"), checkpoint.merge(state, a))
     equal(loaded("2.safetensors"), checkpoint.merge(state, (a, 0.5), b))

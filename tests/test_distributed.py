@@ -88,7 +88,8 @@ def adapted(config=CONFIG, **options):
 
 
 def train(model, x, y):
-    optimizer = torch.optim.AdamW(paramlora.trainable_parameters(model), lr=RATE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
     for _ in range(STEPS):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()

@@ -288,17 +288,32 @@ def test_a_file_without_a_state_dict(content, tmp_path):
     refused(path, "no state dict at the top")
 
 
+def spoil(path, key, tensor):
+    """Put another tensor into a safetensors file."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = {**safetensors.torch.load_file(path), key: tensor}
+    safetensors.torch.save_file(state, path, metadata)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite(bad, tmp_path):
     path = tmp_path / "base.safetensors"
     a = torch.ones(1, 4)
     a[0, 2] = bad
-    write_native(Adapter({"a": Update(a, torch.ones(3, 1))}), tmp_path / "adapter.safetensors")
+    sound = Adapter({"a": Update(torch.ones(1, 4), torch.ones(3, 1))})
+    write_native(sound, tmp_path / "adapter.safetensors")
+    spoil(tmp_path / "adapter.safetensors", "a.lora_A", a)  # no writer of ours would
     safetensors.torch.save_file(STATE, path)
     out = tmp_path / "out.safetensors"
     with pytest.raises(AdapterError, match="a.lora_A: not finite. Nothing was merged"):
         files.merge(path, [tmp_path / "adapter.safetensors"], out)
-    files.embed(path, tmp_path / "adapter.safetensors", tmp_path / "in.safetensors")
+    with pytest.raises(
+        AdapterError, match="a.lora_A: not finite in torch.float32. Nothing was emb"
+    ):
+        files.embed(path, tmp_path / "adapter.safetensors", tmp_path / "in.safetensors")
+    files.embed(path, sound, tmp_path / "in.safetensors")
+    spoil(tmp_path / "in.safetensors", "a.parametrizations.weight.0.lora_A", a)
     with pytest.raises(AdapterError, match="a.lora_A: not finite. Nothing was merged"):
         files.merge(tmp_path / "in.safetensors", [], out)
     assert not out.exists()

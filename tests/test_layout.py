@@ -10,8 +10,8 @@ ORDER = (
     "fold whole adapter targets statistics init placement inputs served narrow linear_kernels "
     "conv_kernels depthwise_kernels launch tiles fused joined depthwise lookup operators "
     "functional convolution forwards layers methods soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored formats interchange files inspection optim "
-    "summary integrations demo cli "
+    "checkpoint disk mistaken stream pickles native stored formats interchange files "
+    "inspection optim summary integrations demo cli "
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (

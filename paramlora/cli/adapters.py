@@ -1,20 +1,13 @@
 """The commands on adapter files of any tool: `convert`, `inspect`."""
 
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import rich
 import typer
-from rich.markup import escape
 
-import paramlora
 from paramlora import inspection, interchange
-from paramlora.cli.app import app, fail, report
-from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out
+from paramlora.cli.app import app, fail, report, warnings_told, wrote
+from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out, Quiet
 from paramlora.cli.training import build
 from paramlora.formats import WRITERS, Base, Options, base_of
 
@@ -66,18 +59,27 @@ def convert(
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an adapter in another tool's format."""
     options = Options(not loose, rank, alpha, component)
     known, how = _known(model, base, key), _how(to, prefix, fold_scale)
-    with _warnings_told():
+    with warnings_told():
         found = interchange.convert(
             file, out, to, known, options, force=force, dry_run=dry_run, **how
         )
+    text = f"{out}: {_counts(len(found.updates), len(found.whole))} as {to}"
     if dry_run or json:
-        wrote = "would write" if dry_run else "wrote"
-        content = {"out": str(out), "format": to, "updates": len(found.updates), "dry_run": dry_run}
-        report(content, json, f"{wrote} {out}: {len(found.updates)} updates as {to}")
+        content = {"out": str(out), "format": to, "updates": len(found.updates)}
+        content |= {"whole": len(found.whole)} if found.whole else {}
+        content["dry_run"] = dry_run
+        report(content, json, f"would write {text}")
+    else:
+        wrote(text, quiet)
+
+
+def _counts(updates: int, whole: int) -> str:
+    return f"{updates} updates, {whole} whole tensors" if whole else f"{updates} updates"
 
 
 @app.command(epilog="Example: paramlora inspect style.safetensors --json")
@@ -88,16 +90,6 @@ def inspect(file: File, alpha: Alpha = None, json: Json = False) -> None:
         report(found.to_dict(), json, "")
     else:
         print(found)  # a table, which must not be wrapped
-
-
-@contextmanager
-def _warnings_told() -> Iterator[None]:
-    """Say on stderr what was left undone, in one line each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", paramlora.ParamloraWarning)
-        yield
-    for warning in caught:
-        rich.print(f"[yellow]warning:[/] {escape(str(warning.message))}", file=sys.stderr)
 
 
 def _known(model: Optional[str], base: Optional[Path], key: Optional[str]) -> Optional[Base]:

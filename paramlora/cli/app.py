@@ -3,15 +3,15 @@
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn, Optional
 
-import rich
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 import paramlora
 from paramlora.files import Progress as Told
@@ -38,7 +38,7 @@ def _about(
 
 def fail(message: str) -> NoReturn:
     """Say what is wrong with the input, and exit."""
-    _tell(message)
+    _tell("error", "red", message)
     raise typer.Exit(WRONG)
 
 
@@ -47,7 +47,23 @@ def report(content: dict[str, Any], as_json: bool, text: str) -> None:
     if as_json:
         print(json.dumps(content))
     else:
-        rich.print(escape(text))
+        print(text)  # not by rich, which reads paths as markup and emoji
+
+
+def wrote(text: str, quiet: bool) -> None:
+    """Say on stderr, in one line, that a file was written."""
+    if not quiet:
+        print(f"wrote {text}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Say on stderr what was left undone, in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", paramlora.ParamloraWarning)
+        yield
+    for warning in caught:
+        _tell("warning", "yellow", str(warning.message))
 
 
 @contextmanager
@@ -88,14 +104,16 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return STOPPED
     if isinstance(error, paramlora.ParamloraError):
-        _tell(str(error))
+        _tell("error", "red", str(error))
         return WRONG
     if hasattr(error, "show"):  # wrong use, as click reports it
         error.show()
         return WRONG
-    _tell(f"{type(error).__name__}: {error}. This is a fault of paramlora: --debug shows where.")
+    fault = f"{type(error).__name__}: {error}. This is a fault of paramlora: --debug shows where."
+    _tell("error", "red", fault)
     return FAULT
 
 
-def _tell(message: str) -> None:
-    rich.print(f"[red]error:[/] {escape(message)}", file=sys.stderr)
+def _tell(kind: str, style: str, message: str) -> None:
+    text = Text.assemble((f"{kind}:", style), f" {message}")  # read neither as markup nor emoji
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)

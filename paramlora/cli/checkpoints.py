@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from paramlora import files
-from paramlora.cli.app import app, bar, report
+from paramlora.cli.app import app, bar, report, warnings_told, wrote
 
 Base = Annotated[
     Path,
@@ -23,6 +23,7 @@ Key = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Report in JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was written.")]
 
 
 @app.command(epilog="Example: paramlora embed model/ style.safetensors -o embedded/")
@@ -34,11 +35,12 @@ def embed(
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint that loads into the model with the adapter attached."""
-    with bar("embed") as told:
+    with warnings_told(), bar("embed") as told:
         done = files.embed(base, adapter, out, key=key, force=force, dry_run=dry_run, progress=told)
-    _report(done, dry_run, json)
+    _report(done, dry_run, json, quiet)
 
 
 @app.command(epilog="Example: paramlora extract embedded/ -o style.safetensors")
@@ -49,10 +51,12 @@ def extract(
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the small adapter file from a checkpoint of a model with it attached."""
-    done = files.extract(embedded, out, key=key, force=force, dry_run=dry_run)
-    _report(done, dry_run, json)
+    with warnings_told():
+        done = files.extract(embedded, out, key=key, force=force, dry_run=dry_run)
+    _report(done, dry_run, json, quiet)
 
 
 @app.command(
@@ -73,12 +77,13 @@ def merge(
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a plain checkpoint with adapters folded into the weights."""
     chosen = [weighted(text) for text in adapters or []]
-    with bar("merge") as told:
+    with warnings_told(), bar("merge") as told:
         done = files.merge(base, chosen, out, key=key, force=force, dry_run=dry_run, progress=told)
-    _report(done, dry_run, json)
+    _report(done, dry_run, json, quiet)
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -92,9 +97,11 @@ def weighted(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
-def _report(done: files.Report, dry_run: bool, as_json: bool) -> None:
+def _report(done: files.Report, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    counts = f"{done.tensors:,} tensors, {done.changed:,} changed, {done.bytes:,} bytes"
+    text = f"{done.out}: {counts}"
     if dry_run or as_json:
         content = {**asdict(done), "out": str(done.out), "dry_run": dry_run}
-        wrote = "would write" if dry_run else "wrote"
-        counts = f"{done.tensors:,} tensors, {done.changed:,} changed, {done.bytes:,} bytes"
-        report(content, as_json, f"{wrote} {done.out}: {counts}")
+        report(content, as_json, f"would write {text}")
+    else:
+        wrote(text, quiet)

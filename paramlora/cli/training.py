@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import rich
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import paramlora
-from paramlora.cli.app import app, fail
+from paramlora import ParamloraError
+from paramlora.cli.app import app, fail, warnings_told
 
 
 @app.command(epilog="Example: paramlora demo --out paramlora-demo")
@@ -35,7 +36,7 @@ def demo(
         config = job.write_config(out)
     except OSError as error:
         fail(f"--out {out}: cannot be written: {error.strerror}. Give a folder of your own.")
-    rich.print(f"[bold]{escape(str(out / 'lora.json'))}[/]\n{escape(config)}")
+    print(f"{out / 'lora.json'}\n{config}")
     with Progress() as bars:
         tasks = {"pre-train": bars.add_task("pre-train", total=pretrain_steps)}
         tasks["adapt"] = bars.add_task("adapt", total=steps)
@@ -57,7 +58,7 @@ def demo(
     table.add_row("largest difference after merging", f"{result.difference:.1e}")
     table.add_row("time", f"{result.seconds:.0f} s")
     rich.print(table)
-    rich.print(f"Look at {escape(str(out / 'samples.png'))}.")
+    print(f"Look at {out / 'samples.png'}.")
     if result.difference > job.TOLERANCE:
         fail(f"merged and attached samples differ by {result.difference:.1e}")
 
@@ -69,26 +70,42 @@ def targets(
     strict: Annotated[bool, typer.Option(help="Entries without a match are errors.")] = False,
 ) -> None:
     """Show what a configuration would adapt; nothing is changed."""
-    found = paramlora.targets(build(model), paramlora.LoRAConfig.from_file(config), strict)
+    with warnings_told():
+        found = paramlora.targets(build(model), paramlora.LoRAConfig.from_file(config), strict)
     table = Table("tensor", "shape", "entry", "r", "kind", "parameters")
     for target in found:
-        kind = "hard" if target.entry.hard else "soft"
-        shape = "×".join(map(str, target.shape))
-        cells = (target.path or "(model)", shape, target.entry.name, str(target.entry.r), kind)
-        table.add_row(*map(escape, cells), f"{target.parameters:,}")
+        entry, shape = target.entry, "×".join(map(str, target.shape))
+        r = "-" if entry.whole else str(entry.r)
+        kind = "whole" if entry.whole else "hard" if entry.hard else "soft"
+        cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
+        table.add_row(*map(Text, cells))  # neither markup nor emoji
     rich.print(table)
     count = sum(target.parameters for target in found)
-    rich.print(f"{len(found)} tensors, {count:,} parameters of lora_A and lora_B")
+    print(f"{len(found)} tensors, {count:,} parameters of updates and whole tensors")
 
 
 def build(spec: str) -> nn.Module:
-    """The model that ``module:factory`` makes, or an exit that says why not."""
+    """The model that ``module:factory`` makes, or an error that says why not."""
     name, _, factory = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        built: Any = getattr(importlib.import_module(name), factory)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        fail(f"--model {spec}: {error}. Give module:factory, such as my_package.models:build.")
+        make: Any = getattr(importlib.import_module(name), factory)
+    except (Exception, SystemExit) as error:  # the user's own code runs here
+        raise ParamloraError(
+            f"--model {spec}: {_said(error)}. Give module:factory, such as my_package.models:build."
+        ) from error
+    try:
+        built: Any = make()
+    except (Exception, SystemExit) as error:
+        raise ParamloraError(
+            f"--model {spec}: {factory}() raised {_said(error)}. Mend the factory, which is called "
+            "without arguments; --debug shows where."
+        ) from error
     if not isinstance(built, nn.Module):
         fail(f"--model {spec}: gave a {type(built).__name__}, not a torch.nn.Module.")
     return built
+
+
+def _said(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -1,5 +1,6 @@
 """Adapters of other tools: one file for each format, read into and written from `Adapter`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Optional
@@ -16,8 +17,16 @@ from paramlora.formats import (
     peft,
     torchtune,
 )
-from paramlora.formats.base import Base, Slot, base_of, base_of_shapes, fit
-from paramlora.formats.content import DEFAULTS, Content, Options, check_values, unwrapped, widened
+from paramlora.formats.base import Base, Slot, apart, base_of, base_of_shapes, fit
+from paramlora.formats.content import (
+    DEFAULTS,
+    Content,
+    Options,
+    check_finite,
+    check_values,
+    unwrapped,
+    widened,
+)
 from paramlora.formats.detect import detect
 from paramlora.formats.factors import folded
 
@@ -103,7 +112,7 @@ def write(
         how: `prefix` for kohya and peft, `component` for diffusers.
 
     Raises:
-        FileError: a layer that the format cannot hold, named.
+        FileError: a layer or a number that the format cannot hold, named.
     """
     if to not in WRITERS:
         raise FileError(f'"{to}" cannot be written. Known: {", ".join(sorted(WRITERS))}.')
@@ -114,8 +123,18 @@ def write(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
             "format holds."
         )
-    if base is not None:
-        adapter = fit(adapter, base, Options(), "adapter")
+    check_finite(adapter, "adapter")
+    told = apart(adapter, base)
     if fold_scale:
-        adapter = replace(adapter, updates={p: folded(u) for p, u in adapter.updates.items()})
-    return WRITERS[to](adapter, base, **how)
+        told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
+    _check_scales(told, to)
+    return WRITERS[to](told, base, **how)
+
+
+def _check_scales(adapter: Adapter, to: str) -> None:
+    for path, update in adapter.updates.items():
+        if not math.isfinite(update.scale * update.r):
+            raise FileError(
+                f"{path}: its alpha, scale · r = {update.scale:g} · {update.r}, is beyond any "
+                f"number that {to}'s files hold. Give a smaller scale and larger factors."
+            )

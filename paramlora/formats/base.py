@@ -8,11 +8,11 @@ from typing import Optional, get_args
 import torch
 from torch import nn
 
-from paramlora.adapter import Adapter, Update
+from paramlora.adapter import Adapter, Holder, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.lowrank import Layout, matrix_shape
-from paramlora.targets import Target, adaptable
+from paramlora.targets import Target, adaptable, unwrapped
 
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
@@ -51,7 +51,8 @@ def base_of(model: nn.Module) -> Base:
         >>> base_of(nn.Sequential(nn.Embedding(5, 2)))["0"].shape
         (5, 2)
     """
-    return {target.path: _slot(model, target) for target in adaptable(model)}
+    inside = unwrapped(model)
+    return {target.path: _slot(inside, target) for target in adaptable(inside)}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
@@ -83,13 +84,61 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
         if there in updates:
             raise FileError(
                 f"{source}: {path} is a second update of {there}. Choose one part of the file "
-                "with component=..., such as text_encoder_2."
+                "with component=... (convert --component), such as text_encoder_2."
             )
-        key = (id(chosen[path]), base[there])
+        slot = _told(base[there], adapter.holders.get(path))
+        key = (id(chosen[path]), slot)
         tied = holders[id(chosen[path])] > 1
-        fresh = _fitted(there, chosen[path], base[there], source, tied)
+        fresh = _fitted(there, chosen[path], slot, source, tied)
         updates[there] = made.setdefault(key, fresh)
     return replace(adapter, updates=updates)
+
+
+def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
+    """`adapter` with an update of its own for each layer that holds a tied tensor, as `fit` gives.
+
+    Raises:
+        FileError: nothing tells what kind of layers hold an embedding's tensor.
+    """
+    if any(adapter.updates[path].kind == "embedding" for path in _untold(adapter, base)):
+        check_holders(adapter, base)
+    if base is not None:
+        return fit(adapter, base, Options(), "adapter")
+    fresh = {}
+    for path, holder in adapter.holders.items():
+        update = adapter.updates.get(path)
+        if update is not None and update.shape is not None:
+            slot = _told(Slot(update.shape), holder)
+            fresh[path] = _fitted(path, update, slot, "adapter", True)
+    return replace(adapter, updates={**adapter.updates, **fresh})
+
+
+def check_holders(adapter: Adapter, base: Optional[Base]) -> None:
+    """Refuse tied tensors of whose layers nothing tells the kind, as files of 0.1.0 do not.
+
+    Raises:
+        FileError: names them.
+    """
+    untold = _untold(adapter, base)
+    if untold:
+        raise FileError(
+            f"{', '.join(untold)}: one tied tensor, and the adapter does not tell what kind of "
+            "layer each is. Give the model (--model)."
+        )
+
+
+def _untold(adapter: Adapter, base: Optional[Base]) -> list[str]:
+    count = Counter(map(id, adapter.updates.values()))
+    tied = [path for path, update in adapter.updates.items() if count[id(update)] > 1]
+    kinds = {path for path, slot in (base or {}).items() if slot.kind is not None}
+    return [p for p in tied if p not in adapter.holders and place(p, base or {}) not in kinds]
+
+
+def _told(slot: Slot, holder: Optional[Holder]) -> Slot:
+    """With what the adapter tells of the layer, where the base does not."""
+    if slot.kind is not None or holder is None:
+        return slot
+    return replace(slot, kind=holder.kind, layout=holder.layout, groups=holder.groups)
 
 
 def check_known(lost: Iterable[str], base: Base, options: Options, source: str) -> None:
@@ -102,7 +151,8 @@ def check_known(lost: Iterable[str], base: Base, options: Options, source: str) 
         "updates of what the model does not have",
         paths,
         options.strict,
-        f"Is it for another model, or several (component=...)?{hint}",
+        f"Is it for another model, or for several, of which component=... (convert --component) "
+        f"chooses one?{hint}",
     )
 
 

@@ -100,13 +100,37 @@ def check_told(path: str, update: Update, tool: str) -> None:
             "native format holds."
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
-        raise FileError(f"{path}: the shape or kind of its layer is unknown. Give the model.")
+        raise FileError(
+            f"{path}: the shape or kind of its layer is unknown. Give the model (convert --model)."
+        )
 
 
 def folded(update: Update) -> Update:
-    """The same update with its scale multiplied into ``lora_B``, rounded once."""
-    b = (update.lora_B.double() * update.scale).to(update.lora_B.dtype)
-    return replace(update, lora_B=b, scale=1.0)
+    """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
+    b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
+    return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
+
+
+def held(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of doubles in `dtype`, or in a wider type where that would lose more than a
+    rounding to float32 does.
+
+    Example:
+        >>> numbers = torch.tensor([0.5, 0.1, 1e-60], dtype=torch.float64)
+        >>> [held(number, torch.float16).dtype for number in numbers]
+        [torch.float16, torch.float32, torch.float64]
+    """
+    if dtype.itemsize <= 2 and torch.equal(value.to(dtype).double(), value):
+        return value.to(dtype)
+    wide = dtype if dtype.itemsize > 2 else torch.float32
+    sizes, limits = value[value != 0].abs(), torch.finfo(wide)
+    within = sizes.numel() == 0 or bool(sizes.min() >= limits.tiny and sizes.max() <= limits.max)
+    return value.to(wide if within else torch.float64)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A factor in at least 32 bits, in which products lose nothing that 16 bits tell apart."""
+    return tensor.float() if tensor.dtype.itemsize <= 2 else tensor
 
 
 def ones(matrix: Tensor, count: int) -> Tensor:
@@ -129,8 +153,9 @@ def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
     if rank is not None and rank < min(out, fan_in):
         u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
         root = s[:rank].sqrt()
-        a, b = root[:, None] * v[:rank], u[:, :rank] * root
-        a, b = a.to(delta.dtype), b.to(delta.dtype)
+        a, b = held(root[:, None] * v[:rank], delta.dtype), held(u[:, :rank] * root, delta.dtype)
+        both = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(both), b.to(both)
     elif out <= fan_in:
         a, b = matrix, torch.eye(out, dtype=delta.dtype)
     else:
@@ -142,12 +167,12 @@ def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
 def within(update: Update) -> Update:
     """An update of no higher rank than its matrix holds: other tools allow more.
 
-    The two factors of such a one are multiplied out in double precision, and rounded once.
+    The two factors of such a one are multiplied out in double precision (see `held`).
     """
     out, fan_in = update.lora_B.shape[-2], update.lora_A.shape[-1]
     if update.up_kernel != 1 or update.r <= min(out, fan_in):
         return update
-    product = (update.lora_B.double() @ update.lora_A.double()).to(update.lora_A.dtype)
+    product = held(update.lora_B.double() @ update.lora_A.double(), update.lora_A.dtype)
     eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
     a, b = (product, eye) if out <= fan_in else (eye, product)
     return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())

@@ -27,7 +27,7 @@ from paramlora.formats.content import (
     refuse_dora,
     report_unused,
 )
-from paramlora.formats.factors import check_told, kernels, pair, whole
+from paramlora.formats.factors import check_told, kernels, pair, whole, wide
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
 # in front of a mangled path, and the components of a pipeline that it can mean
@@ -78,7 +78,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         if path in updates:
             raise FileError(
                 f"{where}: a second update of {path}. Choose one part of the file with "
-                "component=..., such as text_encoder_2."
+                "component=... (convert --component), such as text_encoder_2."
             )
         updates[path] = _update(parts, exact.get(name), options, where)
     return Adapter(updates)
@@ -173,8 +173,8 @@ def _lora(parts: Mapping[str, Tensor], options: Options, where: str) -> Update:
     if mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise FileError(f"{where}: lora_mid of {list(mid.shape)} does not fit its factors.")
     _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), where)
-    down = einsum(mid, down.flatten(1), "m n ..., n i -> m i ...")
-    return pair(down, up, 1.0, where)
+    down = einsum(wide(mid), wide(down.flatten(1)), "m n ..., n i -> m i ...")
+    return pair(down, wide(up), 1.0, where)
 
 
 def _part(update: Update, split: int, where: str) -> int:
@@ -196,7 +196,7 @@ def _product(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
     try:
         size = form({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})[0]
         _check_size(size.shape, where)
-        return form(parts)
+        return form({leaf: wide(t) for leaf, t in parts.items()})
     except (RuntimeError, KeyError, EinopsError) as error:
         raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
 

@@ -13,7 +13,7 @@ from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
-from paramlora.formats.factors import pair, whole
+from paramlora.formats.factors import pair, whole, wide
 from paramlora.formats.merged import merged_linear
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])")
@@ -37,7 +37,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["lora_alpha"],
             False,
-            "Using 1; give alpha for another.",
+            "Using 1; give alpha (convert --alpha) for another.",
         )
     updates = {}
     for path, half in halves(content, _FACTOR, options.strict).items():
@@ -59,7 +59,7 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
                 f"{list(slot.shape)}."
             )
         # [r·k, in·k] and [out·k, r·k], reshaped to the weight: of low rank in no order of its axes
-        return whole((b @ a).reshape(slot.shape), options.rank, scale)
+        return whole((wide(b) @ wide(a)).reshape(slot.shape), options.rank, scale)
     if slot is not None and slot.kind == "embedding":
         return Update(a, b, scale, slot.shape, "transposed", kind="embedding")
     if a.shape[0] != b.shape[1]:
@@ -77,7 +77,7 @@ def _merged(
     if len(on) != parts:
         raise FileError(
             f"{where}: {count} of {parts} parts of a merged projection were trained. Which is not "
-            "in the file: give enable, such as (True, False, True)."
+            "in the file: load it with load_adapter(enable=...), such as (True, False, True)."
         )
     return merged_linear(a, b, scale, [size] * parts, on, where)
 

@@ -35,6 +35,10 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<name>[^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<role>[AB])(?:\.(?P<name>[^.]+))?")
 _INNER = ".base_layer"
+# the layers of an expert before transformers 5, which peft 0.21 takes for parts of fused parameters
+# wherever they stand; and what tells that a model has such experts
+_PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+_EXPERTS = re.compile(r".*\b(?:experts\.(?:gate_up_proj|down_proj)|shared_experts?(?:\..+)?)")
 # what these do is more than W + scale·B·A
 _BEYOND = (
     "use_dora lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
@@ -80,7 +84,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["adapter_config.json is missing"],
             False,
-            "Using 1; give alpha for another.",
+            "Using 1; give alpha (convert --alpha) for another.",
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
@@ -102,7 +106,7 @@ def read_pairs(
         if made is None:
             continue
         r = made.r if made.layout == "stack" or pair_.embedding else pair_.a.shape[0]
-        value = alpha(config, _pattern_path(path, key), r, options)
+        value = alpha(config, _pattern_path(path, key, made.kind), r, options)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         updates[key] = replace(made, scale=scale)
@@ -228,9 +232,10 @@ def _parameters(
         if len(named) > 1:
             raise FileError(
                 f"{where}: several parameters of one module; give the model, which "
-                "knows their order."
+                "knows their order (load_adapter, or convert --model)."
             )
-        return [f"{owner}.{named[0].rpartition('.')[2]}"] if named else []
+        inner = [target.rpartition(".")[2] for target in named]
+        return [owner if name == "weight" else f"{owner}.{name}" for name in inner]
     start = f"{there}."
     keys = [key for key in base if key.startswith(start) and "." not in key[len(start) :]]
     own = [there] if there in base and any(_suffix(f"{owner}.weight", t) for t in wanted) else []
@@ -265,7 +270,8 @@ def _expert(
     if depth >= len(parameters):
         raise FileError(f"{where}: more wrapped parameters than the model has: {parameters}.")
     name = parameters[len(parameters) - 1 - depth]
-    r = int(number(_lookup(config, "rank_pattern", name, config.get("r")), f"{where}, r"))
+    told = _parameter_path(owner, name)
+    r = int(number(_lookup(config, "rank_pattern", told, config.get("r")), f"{where}, r"))
     count, extra = divmod(pair_.a.shape[0], max(r, 1))
     if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
         raise FileError(
@@ -288,8 +294,15 @@ def _expert(
     return name, Update(a, b, 1.0, shape, "stack", kind="parameter")
 
 
-def _pattern_path(path: str, key: str) -> str:
+def _parameter_path(owner: str, name: str) -> str:
+    """The path of a parameter as PEFT spells it: here a layer's own weight has the layer's."""
+    return f"{name}.weight" if _suffix(owner, name) else name
+
+
+def _pattern_path(path: str, key: str, kind: Optional[str]) -> str:
     """The path at which PEFT looks up a layer's rank and alpha: attention's own, for both."""
+    if kind == "parameter" and not key.endswith(".in_proj_weight"):
+        return _parameter_path(path.removesuffix(_INNER), key)
     if key.endswith(".in_proj_weight"):
         return key.removesuffix(".in_proj_weight")
     return path.removesuffix(f"{_INNER}.out_proj") if path.endswith(f"{_INNER}.out_proj") else key
@@ -375,9 +388,29 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
             else:
                 modules.add(module)
     _check_attention(adapter, base)
+    if any(_EXPERTS.fullmatch(path) for path in (*adapter.updates, *(base or ()))):
+        modules, ranks, alphas = _apart(modules, parameters, ranks, alphas)
     config = config_of(ranks, alphas, modules, sorted(set(parameters)))
     config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
     return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def _apart(
+    modules: set[str], parameters: list[str], ranks: dict[str, int], alphas: dict[str, float]
+) -> tuple[set[str], dict[str, int], dict[str, float]]:
+    """Layers under the names of experts' parts as parameters, which peft leaves as they are.
+
+    Fused experts and their shared or dense neighbours are in one model: peft 0.21 rewrites every
+    module of these names into the fused parameters, and drops the updates of all others.
+    """
+    moved = {path for path in modules if path.rpartition(".")[2] in _PARTS}
+    parameters.extend(f"{path}.weight" for path in moved)
+    names = {path: f"{path}.weight" if path in moved else path for path in ranks}
+    return (
+        modules - moved,
+        {names[path]: r for path, r in ranks.items()},
+        {names[path]: alpha for path, alpha in alphas.items()},
+    )
 
 
 def check_writable(path: str, update: Update) -> None:
@@ -416,7 +449,8 @@ def _tensors(
 def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, Tensor]:
     if update.shape is None or len(update.shape) != 3:
         raise FileError(
-            f"{path}: a stack of shape {list(update.shape or ())}; PEFT adapts 3 sizes."
+            f"{path}: a parameter of shape {list(update.shape or ())}; PEFT adapts parameters of "
+            "two or three dimensions. Leave it out, or keep the native format."
         )
     a, b = update.lora_A, update.lora_B
     if base is not None and path in base and base[path].input_first:

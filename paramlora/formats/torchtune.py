@@ -43,7 +43,7 @@ def _update(path: str, half: dict[str, Tensor], content: Content, options: Optio
     if "lora_alpha" not in content.config and options.alpha is None:
         raise FileError(
             f"{where}: the scale is in adapter_config.json, which is missing. "
-            "Put it beside the file, or give alpha."
+            "Put it beside the file, or give alpha (convert --alpha)."
         )
     r = half["a"].shape[0]
     value = alpha(content.config, path, r, options)

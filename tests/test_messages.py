@@ -1,0 +1,97 @@
+"""What is said where a configuration does not fit: everything that is wrong, and what there is."""
+
+import pytest
+import torch
+from torch import nn
+
+import paramlora
+from paramlora import ConfigError, TargetError
+
+transformers = pytest.importorskip("transformers")
+
+
+class Thin(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
+        self.depthwise = nn.Conv2d(32, 32, 3, groups=32)
+        self.wide = nn.Linear(32, 32)
+
+
+@pytest.mark.parametrize("pattern", ["re:.*", "*", "re:.*(token|weight)"])
+def test_thin_tensors_are_listed_all_at_once(pattern):
+    model = Thin()
+    config = {pattern: {"r": 16}}
+    if pattern == "*":
+        config = {"re:(?!wide).*": {"r": 16}}
+    told = (
+        r"r = 16 is more than 2 tensors hold.*cls_token \(1\), depthwise \(9\).*entry of their own"
+    )
+    with pytest.raises(TargetError, match=told):
+        paramlora.attach(model, config)
+    own = {"cls_token": {"r": 1}, "depthwise": {"r": 9}}  # the way out
+    assert len(paramlora.targets(model, config | own)) == 3 - (pattern == "*")
+
+
+def test_many_thin_tensors_are_counted():
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(30))
+    with pytest.raises(TargetError, match=r"more than 30 tensors hold.*11 \(4\) and 18 more"):
+        paramlora.attach(model, {"re:.*": {"r": 5}})
+
+
+def test_a_recurrent_layer_says_that_all_of_it_can_be_named():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4, num_layers=2)})
+    with pytest.raises(
+        TargetError, match=r'for example lstm.weight_ih_l0, or all of it: "lstm.\*"\.'
+    ):
+        paramlora.attach(model, {"lstm": {"r": 2}})
+    assert len(paramlora.targets(model, {"lstm.*": {"r": 2}})) == 4
+
+
+def test_a_container_of_containers_does_not_say_so():
+    model = nn.ModuleDict({"deep": nn.Sequential(nn.Sequential(nn.Linear(2, 2)))})
+    with pytest.raises(TargetError, match=r"for example deep.0.0.weight\.$"):
+        paramlora.attach(model, {"deep": {"r": 2}})
+    with pytest.raises(TargetError):
+        paramlora.attach(model, {"deep.*": {"r": 2}})
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        vocab_size=32, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertModel(config)
+
+
+def test_a_name_of_another_family_gets_the_names_that_there_are():
+    told = r'"q_proj" matches nothing. There are: .*query, key, value \(2 layers each\)'
+    with pytest.raises(TargetError, match=told):
+        paramlora.attach(bert(), {"q_proj": {"r": 2}})
+    with pytest.warns(paramlora.ParamloraWarning, match=told):
+        paramlora.targets(bert(), {"q_proj": {"r": 2}, "query": {"r": 2}})
+    with pytest.raises(TargetError, match='Closest: "query"'):
+        paramlora.attach(bert(), {"qery": {"r": 2}})
+
+
+def test_names_without_an_end_are_cut():
+    model = nn.ModuleDict({f"layer{n}x": nn.Linear(2, 2) for n in range(40)})
+    with pytest.raises(TargetError) as told:
+        paramlora.attach(model, {"zz": {"r": 1}})
+    assert "layer11x" in str(told.value) and "layer12x" not in str(told.value)
+    assert str(told.value).endswith("(1 layer each), and more.")
+
+
+@pytest.mark.parametrize("call", [paramlora.attach, paramlora.targets])
+def test_swapped_arguments_do_not_print_the_model(call):
+    with pytest.raises(ConfigError) as told:
+        call({"0": {"r": 2}}, nn.Sequential(*(nn.Linear(2, 2) for _ in range(50))))
+    assert "got a Sequential. The model comes first" in str(told.value)
+    assert len(str(told.value)) < 200
+    with pytest.raises(ConfigError, match="got a NoneType"):
+        call(nn.Linear(2, 2), None)
+
+
+def test_without_names_there_is_no_list():
+    with pytest.raises(TargetError, match=r'"q_proj" matches nothing\.$'):
+        paramlora.attach(nn.Linear(2, 2), {"q_proj": {"r": 1}})
