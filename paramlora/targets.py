@@ -320,6 +320,14 @@ def fits(pattern: str, path: str) -> bool:
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
 
 
+def as_pattern(name: str) -> str:
+    """The regular expression of the paths that a name of an entry fits."""
+    if name.startswith("re:"):
+        return name[3:]
+    parts = ("[^.]*" if part == "*" else re.escape(part) for part in name.split("."))
+    return r"(?:.*\.)?" + r"\.".join(parts)
+
+
 def _broad(pattern: str) -> bool:
     """Whether a pattern sweeps up tensors that it does not name, such as biases."""
     return pattern.startswith("re:") or pattern.split(".")[-1] == "*"

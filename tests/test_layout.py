@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config sharded quantised switch lowrank fold whole adapter targets init placement "
+    "errors reading patterns config sharded quantised switch lowrank fold whole adapter targets init placement "
     "inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise "
-    "lookup operators functional convolution forwards layers soft attach merge state keys plan "
-    "checkpoint disk stream pickles native stored formats interchange files inspection optim "
+    "lookup operators functional convolution forwards layers soft attach merge state keys disk "
+    "stream plan checkpoint opcodes pickles native stored formats interchange files inspection optim "
     "summary integrations demo cli"
 ).split()
 CLI = "app checkpoints training adapters".split()
@@ -66,7 +66,7 @@ def test_a_format_is_pure(name):
     assert not forbidden & set(imported(f"formats/{name}"))
 
 
-@pytest.mark.parametrize("name", ["errors", "config"])
+@pytest.mark.parametrize("name", ["errors", "reading", "patterns", "config"])
 def test_the_configuration_knows_no_torch(name):
     assert not any(m.split(".")[0] == "torch" for m in imported(name))
 

@@ -44,7 +44,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 }
 _LEAF = re.compile(
     r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"
-    r"dora_scale|diff(?:_b)?)"
+    r"dora_scale|diff(?:_b)?)",
+    re.DOTALL,
 )
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _MOST = 2**29  # elements of a dense difference
