@@ -215,7 +215,8 @@ def _entries(
     for stem in stems:
         for name in dict.fromkeys((stem, f"{stem}.weight" if stem else _ROOT)):
             meant.setdefault(own_path(name), []).append(stem)
-    names, entries = Names(meant), {}
+    names = Names(meant)
+    entries: dict[str, TargetConfig] = {}
     for entry in sorted(config.entries, key=lambda entry: -specificity(entry.name)):
         for name in _named(path, entry, names):
             for stem in meant[name]:

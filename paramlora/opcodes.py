@@ -146,8 +146,8 @@ class _Machine:
 
     def _act(self, name: str) -> None:
         if name == "TUPLE":
-            items = tuple(self._popped())
-            self._stack.append(items)
+            inside = tuple(self._popped())
+            self._stack.append(inside)
         elif name in ("APPENDS", "SETITEMS"):
             self._keep(self._popped())
         elif name in ("APPEND", "SETITEM"):
@@ -219,7 +219,7 @@ def _safe_globals() -> list[Any]:
 
 def _is_latin(arguments: tuple[Any, ...]) -> bool:
     """Whether text becomes bytes one by one; other codecs could make them more each time."""
-    return arguments[1] == "latin1"
+    return bool(arguments[1] == "latin1")
 
 
 def _count(number: Any) -> int:

@@ -141,7 +141,7 @@ class Names:
         if kind == "SUBPATTERN" and not argument[1] and not argument[2]:
             return self._before(argument[3], ends)
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeated(*argument, ends)
+            return self._repeated(argument, ends)
         if kind in ("ASSERT", "ASSERT_NOT") and argument[0] == 1:
             ahead = self._before(argument[1], places.ends | places.inside)
             return ends & (ahead if kind == "ASSERT" else ~ahead)
@@ -155,7 +155,8 @@ class Names:
             out |= self._before(parts, ends)
         return out
 
-    def _repeated(self, least: int, most: Any, parts: Sequence[Any], ends: int) -> int:
+    def _repeated(self, argument: Any, ends: int) -> int:
+        least, most, parts = argument
         for _ in range(least):
             before = self._before(parts, ends)
             if before == ends:
@@ -226,7 +227,7 @@ def _means(kind: str, argument: Any, character: str) -> bool:
     if kind == "ANY":
         return True
     if kind in ("LITERAL", "NOT_LITERAL"):
-        return (ord(character) == argument) == (kind == "LITERAL")
+        return bool(ord(character) == argument) == (kind == "LITERAL")
     if kind == "RANGE":
         return bool(argument[0] <= ord(character) <= argument[1])
     if kind == "CATEGORY":

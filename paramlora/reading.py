@@ -5,8 +5,9 @@ import os
 import re
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, Union
 
 from paramlora.errors import FileError, shown
 
@@ -26,7 +27,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: Union[str, "os.PathLike[str]"]) -> BinaryIO:
+def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
     """A regular file, open for reading; anything else could wait, or act, for ever.
 
     Raises:
@@ -97,7 +98,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read(path: Union[str, "os.PathLike[str]"], file: BinaryIO, count: int) -> bytes:
+def _read(path: Union[str, "os.PathLike[str]"], file: BufferedReader, count: int) -> bytes:
     try:
         return file.read(count)
     except OSError as error:

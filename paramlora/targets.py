@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ParamloraWarning, TargetError, closest
+from paramlora.errors import ParamloraWarning, TargetError, closest, listed
 from paramlora.lowrank import Layout, matrix_shape
 from paramlora.quantised import is_quantised, shape_of
 from paramlora.switch import Switched
@@ -106,7 +106,8 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
     missing = sorted(entries.keys() - found)
     if missing:
-        text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in missing)
+        text = f'"{missing[0]}" matches nothing.{_closest_in(model, missing[0])}'
+        text += f" So do {listed(missing[1:])}." if missing[1:] else ""
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
     return [_checked(model, target) for target in chosen]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors reading patterns config sharded quantised switch lowrank fold whole adapter targets init placement "
-    "inputs served kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise "
-    "lookup operators functional convolution forwards layers soft attach merge state keys disk "
-    "stream plan checkpoint opcodes pickles native stored formats interchange files inspection optim "
-    "summary integrations demo cli"
+    "errors reading patterns config sharded quantised switch lowrank fold whole adapter "
+    "targets init placement inputs served kernels conv_kernels depthwise_kernels launch tiles "
+    "fused joined depthwise lookup operators functional convolution forwards layers soft "
+    "attach merge state keys disk stream plan checkpoint opcodes pickles native stored formats "
+    "interchange files inspection optim summary integrations demo cli"
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (
