@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
 
-_MOST_WORD, _MOST_MESSAGE = 200, 2_000  # characters
+_MOST_WORD, _MOST_MESSAGE = 200, 980  # characters
 _LONG = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 # the work of comparing grows with the square of the length, and real names are shorter
 _MOST_COMPARED, _MOST_KNOWN = 100, 5_000
@@ -34,7 +34,8 @@ def shown(text: str) -> str:
     short = _shortened(_LONG.sub(lambda long: _shortened(long[0], _MOST_WORD), text), _MOST_MESSAGE)
     if short.isprintable():
         return short
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    return _shortened(escaped, _MOST_MESSAGE)
 
 
 def spelled(value: object) -> str:

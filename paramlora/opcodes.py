@@ -26,8 +26,8 @@ _SIZES = {
         for kind in kinds.split()
     },
 }
-_PLAIN = (torch.dtype, torch.qscheme, torch.layout)
-_KINDS = {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, _PLAIN)}
+_DTYPES = {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
+_KINDS = [n for n, v in vars(torch).items() if isinstance(v, (torch.qscheme, torch.layout))]
 _TENSORS = [f"torch._utils._rebuild_{n}" for n in "tensor tensor_v2 tensor_v3 qtensor".split()]
 _BY_TYPE = "torch._tensor._rebuild_from_type_v2"
 _CALLS = {
@@ -48,7 +48,12 @@ _CALLS = {
     "builtins.complex",
     "_codecs.encode",
 }
-_NAMES = {*_KINDS, *_SIZES, "torch.Tensor"}  # the last is the type of one with attributes
+_NAMES = {
+    *_DTYPES,
+    *_SIZES,
+    *(f"torch.{n}" for n in _KINDS),
+    "torch.Tensor",
+}  # the last is the type of one with attributes
 _PUTS = {"BINPUT", "LONG_BINPUT"}
 _GETS = {"BINGET", "LONG_BINGET"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -230,16 +235,19 @@ def _count(number: Any) -> int:
 
 def _check_built(made: Any) -> None:
     """A state that is set on a tensor could give it any memory."""
-    if isinstance(made, (Storage, list, tuple)) or made in map(_Made, _TENSORS):
+    plain = isinstance(made, _Made) and made.name not in _CALLS - {"collections.OrderedDict"}
+    if not plain:
         raise ValueError("it changes a tensor after making it")
 
 
 def _check_inside(name: str, arguments: tuple[Any, ...]) -> None:
     """Refuse a tensor that reaches out of its storage, for which torch would make that larger."""
     storage, offset, size, stride = arguments[:4]
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage of the file")
     itemsize = storage.itemsize
     if name.endswith("_v3"):
-        itemsize = _KINDS[arguments[6].name].itemsize
+        itemsize = _DTYPES[arguments[6].name].itemsize
     last = sum((_count(n) - 1) * _count(s) for n, s in zip(size, stride))
     reach = _count(offset) + last + 1 if 0 not in size else 0
     if len(size) != len(stride) or reach * itemsize > storage.nbytes:

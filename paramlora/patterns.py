@@ -138,16 +138,14 @@ class Names:
             return ends >> 1 & places.of(kind, argument)
         if kind == "BRANCH":
             return self._either(argument[1], ends)
-        if kind == "SUBPATTERN" and not argument[1] and not argument[2]:
+        if kind == "SUBPATTERN":
             return self._before(argument[3], ends)
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
             return self._repeated(argument, ends)
-        if kind in ("ASSERT", "ASSERT_NOT") and argument[0] == 1:
+        if kind in ("ASSERT", "ASSERT_NOT"):
             ahead = self._before(argument[1], places.ends | places.inside)
             return ends & (ahead if kind == "ASSERT" else ~ahead)
-        if kind == "AT":
-            return ends & places.at(str(argument))
-        raise Unbounded(f"more than can be followed in bounded time ({kind.lower()})")
+        return ends & places.at(str(argument))
 
     def _either(self, branches: Sequence[Any], ends: int) -> int:
         out = 0
@@ -256,8 +254,27 @@ def _parsed(pattern: str) -> Any:
     except (RecursionError, OverflowError):
         raise Unbounded("nested too deeply, or repeated too often") from None
     if parsed.state.flags != re.UNICODE:
-        raise Unbounded("more than can be followed in bounded time (flags)")
+        raise Unbounded("more than is followed in bounded time (flags)")
+    _check(parsed)
     return parsed
+
+
+def _check(parts: Any) -> None:
+    """Refuse parts that look back, or that decide for good on one of several ways."""
+    for kind, argument in parts:
+        inside: Sequence[Any] = []
+        if str(kind) == "BRANCH":
+            inside = argument[1]
+        elif str(kind) in ("MAX_REPEAT", "MIN_REPEAT"):
+            inside = argument[2:]
+        elif str(kind) == "SUBPATTERN" and not argument[1] and not argument[2]:
+            inside = argument[3:]
+        elif str(kind) in ("ASSERT", "ASSERT_NOT") and argument[0] == 1:
+            inside = argument[1:]
+        elif str(kind) not in (*_ONE, "AT"):
+            raise Unbounded(f"more than is followed in bounded time ({str(kind).lower()})")
+        for one in inside:
+            _check(one)
 
 
 def _fixed(parts: Any) -> Optional[str]:

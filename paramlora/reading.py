@@ -17,6 +17,7 @@ MOST_TEXT = 50_000_000
 _SMALL = 1 << 20  # bytes of text that cannot become much memory
 # a tensor's entry has eight; each value takes some hundred bytes of memory
 _MOST_VALUES, _MOST_DEPTH = 2_000_000, 100
+_MOST_ESCAPES = 4_000_000  # as many bytes of memory for each; JSON in a string has one a quote
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -115,6 +116,8 @@ def _check_counts(text: str) -> None:
     """Refuse what would fill the memory, before anything is made of it."""
     if len(text) > MOST_TEXT:
         raise ValueError(f"{len(text):,} characters, more than any real file has")
+    if text.count("\\") > _MOST_ESCAPES:
+        raise ValueError("it has more escaped characters than any real file")
     values = depth = 0
     for token in _TOKENS.finditer(text):
         sign = text[token.start()]
