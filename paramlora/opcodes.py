@@ -11,6 +11,9 @@ from typing import Any, BinaryIO
 import torch
 
 _MOST_STEPS = 1 << 22  # a checkpoint of a hundred thousand tensors takes two and a half million
+# of numbers beyond 64 bits and of tuples many can be made of one hash, so that a dictionary of them
+# takes a time that grows with the square of their number
+_MOST_RARE = 10_000
 _SIZES = {
     "torch.storage.UntypedStorage": 1,
     **{
@@ -127,10 +130,12 @@ class _Machine:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._calls = _CALLS | _trusted()
+        self._rare = 0
 
     def step(self, name: str, argument: Any) -> None:
         """Do what one opcode says to the stand-ins."""
         if name in _VALUES:
+            self._count_rare(name == "LONG1" and abs(argument) >= 2**63)
             self._stack.append(argument)
         elif name == "EMPTY_LIST":
             self._stack.append([])
@@ -156,7 +161,8 @@ class _Machine:
         elif name in ("APPENDS", "SETITEMS"):
             self._keep(self._popped())
         elif name in ("APPEND", "SETITEM"):
-            items = [self._stack.pop() for _ in range(1 + (name == "SETITEM"))]
+            start = len(self._stack) - 1 - (name == "SETITEM")
+            items, self._stack[start:] = self._stack[start:], []
             self._keep(items)
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = self._stack.pop(), self._stack.pop()
@@ -178,6 +184,13 @@ class _Machine:
     def _keep(self, items: list[Any]) -> None:
         if isinstance(self._stack[-1], list):  # such as the keys of a legacy file's storages
             self._stack[-1].extend(items)
+        else:
+            self._count_rare(sum(isinstance(key, tuple) for key in items[::2]))
+
+    def _count_rare(self, count: int) -> None:
+        self._rare += count
+        if self._rare > _MOST_RARE:
+            raise ValueError("it has more tuples as keys, or long numbers, than any real file")
 
     def _named(self, argument: str) -> _Global:
         name = argument.replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)

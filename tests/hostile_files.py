@@ -255,10 +255,17 @@ def many_values(path):
     path.write_bytes(zipped(b"\x80\x02]" + b"(" + b"]" * 5_000_000 + b"e."))
 
 
+def numbers_of_one_hash(path):
+    longs = ((i * (2**61 - 1)).to_bytes(11, "little") for i in range(60_000))
+    numbers = b"}(" + b"".join(b"\x8a\x0b" + one + b"N" for one in longs) + b"u"
+    start = b"}(" + opcodes("a.lora_A") + opcodes(ONE) + opcodes("b")
+    path.write_bytes(zipped(b"\x80\x02" + start + numbers + b"u."))
+
+
 def codecs(path):
-    value = encode = Call("_codecs.encode", ("x" * 50, "latin1"))
+    value = Call("_codecs.encode", ("x" * 50, "latin1"))
     for _ in range(40):
-        value = encode = Call("_codecs.encode", (encode, "hex"))
+        value = Call("_codecs.encode", (value, "hex"))
     path.write_bytes(zipped(pickled({"a": ONE, "b": value})))
 
 

@@ -1,21 +1,37 @@
 """What a hostile file can cost: little time, little memory, one sentence, and nothing else."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import hostile_files
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import paramlora
-from paramlora import Adapter, ConfigError, FileError, ParamloraWarning, Update, files, formats
+from paramlora import (
+    Adapter,
+    ConfigError,
+    FileError,
+    ParamloraWarning,
+    Update,
+    files,
+    formats,
+    opcodes,
+)
 from paramlora.errors import closest, shown, spelled
-from paramlora.interchange import convert
+from paramlora.interchange import convert, opened
 from paramlora.patterns import Names, Unbounded
 from paramlora.reading import open_regular, parse_json
 
@@ -50,6 +66,7 @@ REFUSED = {
     "many_views": "its tensors take 3,000,000,000 bytes, and share the",
     "many_values": "more values than any real file",
     "codecs": "needs _codecs.encode",
+    "numbers_of_one_hash": "more tuples as keys, or long numbers, than any real file",
     "a_sparse_adapter": "no adapter format that is known",
     "deep_metadata": "nested too deeply",
     "deep_config": "nested too deeply",
@@ -339,3 +356,157 @@ def test_a_conversion_writes_the_same_bytes_each_time(to, tmp_path):
         parts = sorted(out.iterdir()) if out.is_dir() else [out]
         written.append([part.read_bytes() for part in parts])
     assert all(one == written[0] for one in written)
+
+
+# what is made by chance, of parts that mean something; a hang ends with the alarm's error
+
+FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
+FUZZ = settings(FUZZ, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MARK = struct.pack("<f", 1.5)
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds):
+    def late(number, frame):
+        raise TimeoutError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tried(action):
+    """What an action gives, or None where it was refused; nothing else may come of it."""
+    with no_longer_than(20), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return action()
+        except paramlora.ParamloraError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
+            return None
+
+
+names = st.sampled_from(
+    ["a.lora_A", "a.lora_B", "a.weight", "b", "\n", "a" * 300, "0", "state_dict"]
+)
+plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | names | st.floats()
+sides = st.lists(st.sampled_from([0, 1, 3, 4, 12, -1, 2**40, 2**62]), max_size=3)
+kinds = st.sampled_from("torch.FloatStorage torch.storage.UntypedStorage torch.LongStorage".split())
+storages = st.builds(
+    hostile_files.Stored, st.sampled_from("012"), st.sampled_from([0, 1, 3, 12, 2**40, -1]), kinds
+)
+tensors = st.builds(
+    hostile_files.tensor,
+    sides,
+    storages,
+    st.sampled_from([0, 0, 0, 1, 12, -1, 2**62]),
+    st.sampled_from(["", "_v2", "_v2", "_v3"]),
+    st.just((hostile_files.Global("torch.float32"),)),
+)
+functions = st.sampled_from(sorted(opcodes._CALLS | opcodes._NAMES | {"os.system", "torch.rand"}))
+
+
+def nested(inside):
+    few = st.lists(inside, max_size=3)
+    many = few | few.map(tuple) | st.dictionaries(names, inside, max_size=3)
+    calls = st.builds(
+        hostile_files.Call, functions, few.map(tuple), st.sampled_from([b"R", b"\x81"])
+    )
+    return many | calls | st.builds(hostile_files.Built, inside, inside)
+
+
+values = st.recursive(plain | tensors | storages | functions.map(hostile_files.Global), nested)
+
+
+@given(content=st.dictionaries(names, values | tensors, min_size=1, max_size=4), old=st.booleans())
+@FUZZ
+def test_any_pickle_gives_tensors_of_the_file_or_is_refused(content, old, tmp_path):
+    path = tmp_path / "any.pt"
+    stored = {key: MARK * 12 for key in "012"}
+    if old:
+        value = hostile_files.with_views(content)
+        path.write_bytes(hostile_files.legacy(value, stored, stored.values()))
+    else:
+        path.write_bytes(hostile_files.zipped(hostile_files.pickled(content), stored))
+    found = tried(lambda: opened(path).state) or {}
+    for tensor in found.values():
+        inside = tensor.untyped_storage()
+        assert bytes(inside) == (MARK * 12)[: len(inside)]
+
+
+json_values = st.recursive(
+    plain
+    | st.sampled_from([10**400, -(10**4000), float("nan"), "(a+)+$", "re:(", "(a)\\1", "\x1b"]),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(names, inside, max_size=3),
+    max_leaves=5,
+)
+CONFIG = (
+    "peft_type r lora_alpha rank_pattern alpha_pattern target_modules target_parameters bias "
+    "exclude_modules modules_to_save use_rslora fan_in_fan_out init_lora_weights paramlora_scales"
+).split()
+
+
+@given(
+    config=st.dictionaries(
+        st.sampled_from(CONFIG), json_values | st.just(["a", "a.w"]), max_size=5
+    ),
+    lora=st.booleans(),
+)
+@FUZZ
+def test_any_configuration_beside_is_read_or_refused(config, lora, tmp_path):
+    place = tmp_path / "peft"
+    shutil.rmtree(place, ignore_errors=True)
+    told = {**config, "peft_type": "LORA"} if lora else config
+    hostile_files.folder(place, told, {**hostile_files.pairs(["base_model.model.a"]), "a.b": (1,)})
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3)})
+    tried(lambda: paramlora.load_adapter(model, place, strict=False))
+
+
+@given(
+    index=json_values | st.fixed_dictionaries({"weight_map": json_values, "metadata": json_values})
+)
+@FUZZ
+def test_any_index_is_read_or_refused(index, tmp_path):
+    place = tmp_path / "base"
+    if not place.exists():
+        base(place)
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    tried(lambda: files.merge(place, [ADAPTER], tmp_path / "out", dry_run=True))
+
+
+@given(
+    header=st.dictionaries(
+        names | st.just("__metadata__"),
+        json_values
+        | st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "I64", "BOOL", "F8_E8M0"]) | json_values,
+                "shape": sides | json_values,
+                "data_offsets": st.just([0, 4]) | json_values,
+            }
+        ),
+        max_size=3,
+    ),
+    size=st.sampled_from([0, 4, 48]),
+)
+@FUZZ
+def test_any_header_is_read_or_refused(header, size, tmp_path):
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(hostile_files.raw(json.dumps(header), bytes(size)))
+    tried(lambda: opened(path))
+    tried(lambda: files.merge(path, [ADAPTER], tmp_path / "out.safetensors", dry_run=True))
+
+
+@given(about=st.fixed_dictionaries({k: json_values for k in ("format", "adapter", "config")}))
+@FUZZ
+def test_any_metadata_is_read_or_refused(about, tmp_path):
+    path = tmp_path / "any.safetensors"
+    about = {**about, "format": 1, "config": {"a": about["config"], "re:.*": {"r": 1}}}
+    tensors = {f"a.{part}": shape for part, shape in hostile_files.NATIVE_PARTS}
+    path.write_bytes(hostile_files.safe(tensors, {"paramlora": json.dumps(about)}))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3)})
+    tried(lambda: paramlora.load_adapter(model, path))
