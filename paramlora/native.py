@@ -11,8 +11,9 @@ from paramlora.adapter import Adapter, Update
 from paramlora.config import LoRAConfig, TargetConfig, parsed
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError, listed, spelled
-from paramlora.lowrank import LAYOUTS, Layout
+from paramlora.lowrank import LAYOUTS, Layout, matrix_shape
 from paramlora.patterns import Names
+from paramlora.plan import fits_shape
 from paramlora.reading import parse_json
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
@@ -160,7 +161,7 @@ def _update(
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
     by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
     shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
-    return Update(
+    update = Update(
         a,
         b,
         entry.scale if exact else float(scale),
@@ -173,6 +174,25 @@ def _update(
         adapter_dtype=entry.adapter_dtype,
         kind=kind,
         groups=groups,
+    )
+    if shape is not None:
+        _check_fits(f"{path}: {stem}", update, shape)
+    return update
+
+
+def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
+    """Refuse factors of another weight than the metadata tells of, which anything may be."""
+    a = update.lora_A
+    if fits_shape(update, shape, update.layout) and shape[0] % update.groups == 0:
+        return
+    if len(shape) >= 2 and a.shape[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
+        raise FileError(
+            f"{where}.lora_A: shape {list(a.shape)} does not fit {[*a.shape[:-1], wanted]}, of the "
+            f"weight of {list(shape)} in its metadata. Save it again."
+        )
+    raise FileError(
+        f"{where}: factors of {list(a.shape)} and {list(update.lora_B.shape)} do not fit the shape "
+        f"{list(shape)} in its metadata. Save it again."
     )
 
 

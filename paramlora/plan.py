@@ -169,7 +169,7 @@ class Contents:
         shape = tuple(self.base(weight).shape)
         layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
         for layout in layouts:
-            if len(shape) >= 2 and _fits(update, shape, layout):
+            if fits_shape(update, shape, layout):
                 return replace(update, shape=shape, layout=layout)
         a, b = list(update.lora_A.shape), list(update.lora_B.shape)
         raise FileError(
@@ -240,7 +240,10 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
     return plan
 
 
-def _fits(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
+def fits_shape(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether an update's factors are those of a weight of that shape."""
+    if len(shape) < 2:
+        return False
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)

@@ -313,6 +313,21 @@ def huge_hyperparameters(path):
     folder(path, "lora_r: 1\nlora_alpha: 1" + "0" * 400, tensors, "hyperparameters.yaml")
 
 
+def shapes_that_lie(path):
+    shapes = {"a": {"shape": [3, 5, 7, 7], "layout": "matrix", "groups": 3, "kind": "convolution"}}
+    path.write_bytes(native({"a": {"r": 1}}, ["a"], shapes=shapes))
+
+
+def groups_without_end(path):
+    shapes = {"a": {"shape": [3, 4], "layout": "matrix", "groups": 2**40, "kind": "convolution"}}
+    path.write_bytes(native({"a": {"r": 1}}, ["a"], shapes=shapes))
+
+
+def dense_of_another_size(path):
+    parts = {"lokr_w1": (1, 1_500), "lokr_w2": (1_500, 1)}
+    path.write_bytes(safe({f"lora_unet_a.{leaf}": shape for leaf, shape in parts.items()}))
+
+
 def huge_scale(path):
     text = '{"format": 1, "adapter": "a", "config": {"a": {"r": 1, "scale": 1' + "0" * 400 + "}}}"
     path.write_bytes(safe({f"a.{p}": s for p, s in NATIVE_PARTS}, {"paramlora": text}))
