@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from paramlora.errors import ConfigError, closest
+from paramlora.errors import ConfigError, FileError, closest, spelled
+from paramlora.reading import parse_json, read_text
 
 _MOST = 2**31  # elements along one side
 ALLOWED = (
@@ -109,21 +110,14 @@ class LoRAConfig:
         """
         name = Path(path).name
         try:
-            data = json.loads(
-                Path(path).read_text(encoding="utf-8"),
-                object_pairs_hook=lambda pairs: _unique(pairs, name),
-            )
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+            data = parse_json(read_text(path))
+        except FileError as error:
+            raise ConfigError(str(error)) from error
         except json.JSONDecodeError as error:
             raise ConfigError(
                 f"{name}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
             ) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{name}: not UTF-8 text: {error.reason}.") from error
-        except ConfigError:
-            raise
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(f"{name}: cannot be read as JSON: {error}.") from error
         return cls.from_dict(data, source=name)
 
@@ -134,20 +128,10 @@ class LoRAConfig:
         Raises:
             ConfigError: names the source, the entry, the value and what is allowed.
         """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{source}: expected an object of entries, got {data!r}.")
-        rest = dict(data)
-        trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
-        if not rest:
-            raise ConfigError(f'{source}: no entries. Add one, for example "to_q": {{"r": 8}}.')
-        entries = tuple(_entry(name, entry, source) for name, entry in rest.items())
-        whole = [entry.name for entry in entries if entry.whole]
-        if trainable and whole:
-            raise ConfigError(
-                f'{source}, "{whole[0]}": "whole" while "trainable_model" trains every tensor in '
-                "place. Remove one of them."
-            )
-        return cls(entries, trainable, source)
+        config = parsed(data, source)
+        for entry in config.entries:
+            _check_pattern(entry.name, source)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` reads it back equal."""
@@ -155,6 +139,28 @@ class LoRAConfig:
             "trainable_model": self.trainable_model,
             **{entry.name: entry.to_dict() for entry in self.entries},
         }
+
+
+def parsed(data: Any, source: str) -> LoRAConfig:
+    """As `LoRAConfig.from_dict`, and nothing is made of the patterns, which may be a file's.
+
+    Raises:
+        ConfigError: as there.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected an object of entries, got {spelled(data)}.")
+    rest = dict(data)
+    trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
+    if not rest:
+        raise ConfigError(f'{source}: no entries. Add one, for example "to_q": {{"r": 8}}.')
+    entries = tuple(_entry(name, entry, source) for name, entry in rest.items())
+    whole = [entry.name for entry in entries if entry.whole]
+    if trainable and whole:
+        raise ConfigError(
+            f'{source}, "{whole[0]}": "whole" while "trainable_model" trains every tensor in '
+            "place. Remove one of them."
+        )
+    return LoRAConfig(entries, trainable, source)
 
 
 ConfigLike = Union[LoRAConfig, Mapping[str, Any], str, "os.PathLike[str]"]
@@ -174,28 +180,18 @@ def as_config(config: ConfigLike) -> LoRAConfig:
     return LoRAConfig.from_dict(config)
 
 
-def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ConfigError(f'{source}: "{key}" stands twice. Keep one of them.')
-        out[key] = value
-    return out
-
-
 def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
     where = f'{source}, "{name}"'
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{source}: an entry's name must be a non-empty string, got {name!r}.")
-    if name.startswith("re:"):
-        try:
-            re.compile(name[3:])
-        except re.error as error:
-            raise ConfigError(f"{where}: not a regular expression: {error}.") from error
+        raise ConfigError(
+            f"{source}: an entry's name must be a non-empty string, got {spelled(name)}."
+        )
     if not isinstance(entry, Mapping):
         hint = closest(name, ["trainable_model"])
         also = ' Did you mean "trainable_model"?' if hint else ""
-        raise ConfigError(f'{where}: expected an object such as {{"r": 8}}, got {entry!r}.{also}')
+        raise ConfigError(
+            f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
+        )
     for key in entry:
         if key not in ALLOWED:
             hint = closest(str(key), ALLOWED)
@@ -219,6 +215,17 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
     )
 
 
+def _check_pattern(name: str, source: str) -> None:
+    if not name.startswith("re:"):
+        return
+    try:
+        re.compile(name[3:])
+    except re.error as error:
+        raise ConfigError(f'{source}, "{name}": not a regular expression: {error}.') from error
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError(f'{source}, "{name}": nested or repeated too deeply.') from error
+
+
 def _whole(name: str, entry: Mapping[str, Any], where: str) -> TargetConfig:
     rest = sorted(set(entry) - {"whole", "adapter_dtype"})
     if rest:
@@ -237,7 +244,9 @@ def _choice(
     value = entry.get(key)
     if value is None or (isinstance(value, str) and value in allowed):
         return value
-    raise ConfigError(f'{where}: "{key}" must be one of {", ".join(allowed)}, got {value!r}.')
+    raise ConfigError(
+        f'{where}: "{key}" must be one of {", ".join(allowed)}, got {spelled(value)}.'
+    )
 
 
 def _init(entry: Mapping[str, Any], scale: float, where: str) -> str:
@@ -249,7 +258,7 @@ def _init(entry: Mapping[str, Any], scale: float, where: str) -> str:
             if entry.get(key, plain) != plain:
                 raise ConfigError(
                     f'{where}: "init": "{init}" starts from the weight itself and cannot go with '
-                    f'"{key}": {entry[key]!r}. Remove one of them.'
+                    f'"{key}": {spelled(entry[key])}. Remove one of them.'
                 )
     return init
 
@@ -257,7 +266,9 @@ def _init(entry: Mapping[str, Any], scale: float, where: str) -> str:
 def _dropout(entry: Mapping[str, Any], where: str) -> float:
     dropout = _number(entry.get("dropout", 0.0), where, "dropout")
     if not 0 <= dropout < 1:
-        raise ConfigError(f'{where}: "dropout" must be at least 0 and below 1, got {dropout!r}.')
+        raise ConfigError(
+            f'{where}: "dropout" must be at least 0 and below 1, got {spelled(dropout)}.'
+        )
     return dropout
 
 
@@ -266,7 +277,7 @@ def _rank(entry: Mapping[str, Any], where: str) -> int:
         raise ConfigError(f'{where}: "r" is missing. Give a rank, for example "r": 8.')
     r = entry["r"]
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ConfigError(f'{where}: "r" must be a whole number of at least 1, got {r!r}.')
+        raise ConfigError(f'{where}: "r" must be a whole number of at least 1, got {spelled(r)}.')
     if r > _MOST:
         raise ConfigError(f'{where}: "r" is more than {_MOST}, which no matrix holds.')
     return r
@@ -289,26 +300,20 @@ def _scale(entry: Mapping[str, Any], r: int, where: str) -> float:
 
 def _number(value: Any, where: str, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f'{where}: "{key}" must be a number, got {value!r}.')
+        raise ConfigError(f'{where}: "{key}" must be a number, got {spelled(value)}.')
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f'{where}: "{key}" must be finite, got {_short(value)}.')
+        raise ConfigError(f'{where}: "{key}" must be finite, got {spelled(value)}.')
     return number
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a whole number beyond any float"  # Python refuses to spell very long ones
-    return repr(value)
 
 
 def _boolean(value: Any, where: str, key: str) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    raise ConfigError(f'{where}: "{key}" must be 0, 1, true or false, got {value!r}.')
+    raise ConfigError(f'{where}: "{key}" must be 0, 1, true or false, got {spelled(value)}.')
 
 
 def _up_kernel(entry: Mapping[str, Any], hard: bool, where: str) -> Union[int, str]:
@@ -319,4 +324,4 @@ def _up_kernel(entry: Mapping[str, Any], hard: bool, where: str) -> Union[int, s
         return 1
     if value == "same":
         return "same"
-    raise ConfigError(f'{where}: "up_kernel" must be 1 or "same", got {value!r}.')
+    raise ConfigError(f'{where}: "up_kernel" must be 1 or "same", got {spelled(value)}.')

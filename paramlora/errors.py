@@ -7,14 +7,82 @@ ParamloraError
 └── FileError      a file that cannot be read or does not fit (also a ValueError)
 
 ParamloraWarning   one entry of several found nothing to adapt, a tied weight is split, ...
+
+A message may spell names and values out of a file that nobody trusts: what cannot be printed is
+escaped in all of them, and what is too long is shortened.
 """
 
+import re
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
+
+_MOST_WORD, _MOST_MESSAGE = 200, 980  # characters
+_LONG = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
+# the work of comparing grows with the square of the length, and real names are shorter
+_MOST_COMPARED, _MOST_KNOWN = 100, 5_000
+
+
+def shown(text: str) -> str:
+    """`text` as one line that any terminal can print: escaped, and shortened in the middle.
+
+    Example:
+        >>> shown("a\\n\\x1b[31mb"), len(shown("a" * 300_000))
+        ('a\\\\n\\\\x1b[31mb', 200)
+    """
+    short = _shortened(_LONG.sub(lambda long: _shortened(long[0], _MOST_WORD), text), _MOST_MESSAGE)
+    if short.isprintable():
+        return short
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    return _shortened(escaped, _MOST_MESSAGE)
+
+
+def spelled(value: object) -> str:
+    """A value out of a file as it is written, however long or deeply nested it is.
+
+    Example:
+        >>> spelled("a"), spelled([[[[[[[1]]]]]]]), spelled(10**5000)
+        ("'a'", '[[[[[[...]]]]]]', 'a whole number beyond any float')
+    """
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a whole number beyond any float"  # Python refuses to spell very long ones
+    return _SPELLING.repr(value)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 3]}...{text[-end:]}"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first names of many, each of a length that can be read."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(_shortened(name, 80) for name in known[:most]) + more
+
+
+class _Spelling(reprlib.Repr):
+    """Of a container the first items, of a string both ends, and no very long number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = _MOST_WORD
+
+    def repr_int(self, x: int, level: int) -> str:
+        return "a very long number" if abs(x) > 10**20 else repr(x)
+
+
+_SPELLING = _Spelling()
 
 
 class ParamloraError(ValueError):
     """Base of every error raised on purpose by paramlora."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(shown(a) if isinstance(a, str) else a for a in arguments))
 
 
 class ConfigError(ParamloraError):
@@ -36,7 +104,13 @@ class FileError(ParamloraError):
 class ParamloraWarning(UserWarning):
     """Something was left undone that the caller probably wanted."""
 
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(shown(a) if isinstance(a, str) else a for a in arguments))
+
 
 def closest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
-    """The names in `known` most like `word`, best first."""
-    return get_close_matches(word, list(known), n=n, cutoff=0.6)
+    """The names in `known` most like `word`, best first; none for a name of no real length."""
+    if len(word) > _MOST_COMPARED:
+        return []
+    near = (name for name in known if len(name) <= _MOST_COMPARED)
+    return get_close_matches(word, list(islice(near, _MOST_KNOWN)), n=n, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from paramlora import pickles
 from paramlora.adapter import Adapter
 from paramlora.checkpoint import apply, extracted
 from paramlora.disk import PathLike, check_new, new_file, new_folder
-from paramlora.errors import FileError
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.fold import Fold
 from paramlora.formats import base_of_shapes
 from paramlora.interchange import NATIVE, format_of, read_adapter
@@ -151,14 +152,15 @@ def _write(
     changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
     _check_kind(stored, out)
     if not dry_run:
-        _check_space(out, size)
+        beside = _beside(stored.folder) if _is_folder(out) else []
+        _check_space(out, size + sum(path.stat().st_size for path in beside))
 
         def told(count: int) -> None:
             if progress is not None:
                 progress(count, size)
 
         if _is_folder(out):
-            _write_folder(stored, plan, specs, out, told)
+            _write_folder(stored, plan, specs, beside, out, told)
         else:
             with new_file(out) as file:
                 _fill(stored, plan, specs, list(stored.parts), out.suffix, file, told)
@@ -197,9 +199,13 @@ def _check_space(out: Path, size: int) -> None:
 
 
 def _write_folder(
-    stored: Stored, plan: Plan, specs: dict[str, Spec], out: Path, progress: Count
+    stored: Stored,
+    plan: Plan,
+    specs: dict[str, Spec],
+    beside: list[Path],
+    out: Path,
+    progress: Count,
 ) -> None:
-    beside = [p for p in stored.folder.iterdir() if p.is_file() and not _is_weights(p)]
     names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
     with new_folder(out, names) as folder:
         for name in stored.parts:
@@ -209,6 +215,24 @@ def _write_folder(
             shutil.copyfile(path, folder / path.name)
         text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
         (folder / stored.index_name).write_text(text, encoding="utf-8")
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The files to copy: those of the folder itself, without the weights."""
+    there = [path for path in sorted(folder.iterdir()) if path.is_file() and not _is_weights(path)]
+    away = [path.name for path in there if not _is_inside(path, folder.resolve())]
+    if away:
+        text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
+        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+    return [path for path in there if path.name not in away]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file, or what it is a link to, belongs to its folder."""
+    real = path.resolve()
+    # the Hugging Face cache keeps the files of a snapshot in a folder of its own
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return real.parent in (folder, blobs)
 
 
 def _is_weights(path: Path) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from paramlora import formats
 from paramlora.adapter import Adapter, Update
 from paramlora.disk import PathLike
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import ParamloraWarning, shown
 from paramlora.formats import Options
-from paramlora.interchange import NATIVE, opened, weights_in
+from paramlora.interchange import NATIVE, opened, outlined, weights_in
 from paramlora.native import read_native
 
 _SHOWN = 60  # characters of a metadata value in the table
@@ -71,10 +71,11 @@ class Inspection:
     def __str__(self) -> str:
         lines = [f"format: {self.format}"]
         for key, value in sorted(self.metadata.items()):
-            lines.append(f"{key}: {value if len(value) <= _SHOWN else value[:_SHOWN] + '...'}")
+            cut = value if len(value) <= _SHOWN else value[:_SHOWN] + "..."
+            lines.append(f"{shown(key)}: {shown(cut)}")
         head = ("tensor", "shape", "r", "scale", "norm", "")
         body = [
-            (row.path or "(model)", "×".join(map(str, row.shape)))
+            (shown(row.path) or "(model)", "×".join(map(str, row.shape)))
             + (("whole", "-") if row.kind == "whole" else (str(row.r), f"{row.scale:g}"))
             + (f"{row.norm:.4g}", row.flag)
             for row in self.rows
@@ -97,14 +98,14 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
     """
-    content = opened(path)
+    content = outlined(path)
     source = formats.detect(content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
         if source == NATIVE:
             adapter: Adapter = read_native(weights_in(path))
         else:
-            adapter = formats.READERS[source](content, None, options)
+            adapter = formats.READERS[source](opened(path), None, options)
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
     rows = [_row(path_, update) for path_, update in adapter.updates.items()]
     rows += [_whole_row(path_, tensor) for path_, tensor in adapter.whole.items()]

@@ -1,28 +1,30 @@
 """Adapter files of any tool on disk: opened, loaded onto a model, converted."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-from safetensors.torch import save
+import torch
 from torch import Tensor, nn
 
 from paramlora import formats, pickles
 from paramlora.adapter import Adapter
 from paramlora.contexts import own_context
 from paramlora.disk import PathLike, check_new, new_file, new_folder
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
 from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
 from paramlora.formats.base import check_holders, check_known
 from paramlora.formats.content import DEFAULTS, check_finite, report
 from paramlora.formats.factors import within
 from paramlora.mistaken import check_tensors
-from paramlora.native import native_of, write_native
+from paramlora.native import read_native, write_native
+from paramlora.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
 from paramlora.state import attach_adapter
 from paramlora.stored import PICKLED, SAFE, Stored
-from paramlora.stream import SafeFile
+from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import tensor_paths
 
 NATIVE = "native"
@@ -37,6 +39,8 @@ _FOLDERS = {
     "torchtune": ("adapter_model.pt", "adapter_config.json"),
     "litgpt": ("lit_model.pth.lora", "hyperparameters.yaml"),
 }
+_MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
+_MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, and in any
 _PICKLED = ("litgpt", "loralib", "original", "torchtune")
 
 
@@ -91,17 +95,15 @@ def read_adapter(
     Raises:
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
-    weights = weights_in(path)
-    state, metadata = _read(weights)
-    content = _content(weights, state, metadata)
-    if formats.detect(content) != NATIVE:
-        return formats.read(content, base, options)
-    adapter = native_of(weights, metadata, state)
-    check_finite(adapter, content.source)  # all zero is how our own begin
+    outline = outlined(path)
+    if formats.detect(outline) != NATIVE:
+        return formats.read(opened(path), base, options)
+    adapter = read_native(weights_in(path))
+    check_finite(adapter, outline.source)  # all zero is how our own begin
     if base is None:
         return adapter
     known = {path: update for path, update in adapter.updates.items() if path in base}
-    check_known(adapter.updates.keys() - known.keys(), base, options, content.source)
+    check_known(adapter.updates.keys() - known.keys(), base, options, outline.source)
     return replace(adapter, updates=known)
 
 
@@ -111,7 +113,7 @@ def format_of(path: PathLike) -> str:
     Raises:
         FileError: it cannot be read, or is of no known format.
     """
-    return formats.detect(opened(path))
+    return formats.detect(outlined(path))
 
 
 @own_context()
@@ -153,7 +155,7 @@ def convert(
     """
     check_new(out, force or dry_run)
     _check_ending(Path(out), to)
-    content = opened(path)
+    content = outlined(path)
     source = formats.detect(content)
     if base is None and source in formats.NAMELESS and source != to:
         raise FileError(
@@ -180,7 +182,31 @@ def opened(path: PathLike) -> Content:
         FileError: it cannot be read, or needs more than tensors and plain containers.
     """
     weights = weights_in(path)
-    return _content(weights, *_read(weights))
+    if is_pickled(head_of(weights)):
+        return _content(weights, _flat(weights, pickles.load(weights)), {})
+    file = SafeFile(weights)
+    try:
+        return _content(weights, file.every(), file.metadata)
+    finally:
+        file.close()
+
+
+def outlined(path: PathLike) -> Content:
+    """As `opened`, and the tensors of a safetensors file have no content: it was not read.
+
+    Raises:
+        FileError: as there.
+    """
+    weights = weights_in(path)
+    if is_pickled(head_of(weights)):
+        return opened(weights)
+    file = SafeFile(weights)
+    file.close()
+    state = {
+        key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for key, spec in file.specs.items()
+    }
+    return _content(weights, state, file.metadata)
 
 
 def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Content:
@@ -195,7 +221,11 @@ def weights_in(path: PathLike) -> Path:
         return folder
     for name in _WEIGHTS:  # a pointer or a page under such a name is better told than passed over
         check_tensors(folder / name)
-    found = [file for file in sorted(folder.iterdir()) if file.is_file() and _is_weights(file)]
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
+    found = [file for file in there if file.is_file() and _is_weights(file)]
     known = [folder / name for name in _WEIGHTS if folder / name in found]
     if known or len(found) == 1:
         return (known or found)[0]
@@ -206,41 +236,53 @@ def weights_in(path: PathLike) -> Path:
 
 
 def _is_weights(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[8:] == b"{"
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
-    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{"):
-        return dict(_flat(path, pickles.load(path))), {}
-    file_ = SafeFile(path)
-    try:
-        return {key: file_.read(key) for key in file_.specs}, file_.metadata
-    finally:
-        file_.close()
+        head = head_of(path)
+    except FileError:
+        return False
+    return is_pickled(head) or head[8:] == b"{"
 
 
-def _flat(path: Path, value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested containers, their keys joined by dots."""
-    if isinstance(value, Tensor):
-        key = prefix.removesuffix(".")
-        pickles.checked_spec(path, key, value)
-        yield key, value.detach()
-        return
-    if isinstance(value, Mapping):
-        parts = ((str(key), item) for key, item in value.items())
-    elif isinstance(value, (list, tuple)):
-        parts = ((str(key), item) for key, item in enumerate(value))
-    else:
-        return
-    for key, item in parts:
-        yield from _flat(path, item, f"{prefix}{key}.")
+def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
+    """The tensors in nested containers, their keys joined by dots.
+
+    One container may stand in many places, and so may what is inside it: both the places and the
+    bytes that they stand for are counted, and no real file has so many.
+    """
+    out: dict[str, Tensor] = {}
+    levels = [iter([("", whole)])]
+    places = characters = size = 0
+    while levels:
+        for key, value in levels[-1]:
+            places, characters = places + 1, characters + len(key)
+            if places > _MOST_PLACES or characters > MOST_TEXT or len(levels) > _MOST_LEVELS:
+                raise FileError(f"{path}: its containers hold more, or deeper, than any real file.")
+            if isinstance(value, Tensor):
+                pickles.checked_spec(path, key, value)
+                out[key], size = value.detach(), size + value.nbytes
+            elif isinstance(value, (Mapping, list, tuple)):
+                levels.append(_items(key, value))
+                break
+        else:
+            levels.pop()
+    _check_shared(path, size)
+    return out
+
+
+def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    start = f"{key}." if key else ""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return ((f"{start}{name if isinstance(name, str) else spelled(name)}", v) for name, v in pairs)
+
+
+def _check_shared(path: Path, size: int) -> None:
+    """Refuse many tensors of the same few bytes: each of them would be worked on, and written."""
+    there = path.stat().st_size
+    if size > max(_MOST_SHARED * there, _SMALL):
+        raise FileError(
+            f"{path}: its tensors take {size:,} bytes, and share the {there:,} of the file. Save "
+            "each with bytes of its own."
+        )
 
 
 def _beside(folder: Path) -> dict[str, Any]:
@@ -248,13 +290,15 @@ def _beside(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     readers: list[tuple[str, Callable[[str], Any]]] = [
         ("hyperparameters.yaml", _flat_yaml),
-        ("adapter_config.json", json.loads),
+        ("adapter_config.json", parse_json),
     ]
     for name, read in readers:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             try:
-                found = read((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                found = read(read_text(folder / name))
+            except FileError:
+                raise
+            except ValueError as error:
                 raise FileError(f"{folder / name}: cannot be read: {error}.") from error
             if not isinstance(found, dict):
                 raise FileError(f"{folder / name}: a {type(found).__name__}, not an object.")
@@ -269,7 +313,7 @@ def _flat_yaml(text: str) -> dict[str, Any]:
         name, colon, value = line.partition(":")
         if colon and name == name.strip() and value.strip():
             try:
-                config[name] = json.loads(value.split(" #")[0])
+                config[name] = parse_json(value.split(" #")[0])
             except ValueError:
                 config[name] = value.strip()
     return config
@@ -315,12 +359,14 @@ def _save(content: Content, out: Path, to: str) -> None:
 
 
 def _fill(content: Content, to: str, file: BinaryIO) -> None:
-    state: Any = _apart(content.state)
     if to in _PICKLED:
+        state: Any = _apart(content.state)
         whole = {"model": state} if to == "litgpt" else state
         pickles.save(whole, file, lambda count: None)
     else:
-        file.write(save(state, dict(content.metadata)))
+        specs = {key: spec_of(tensor) for key, tensor in content.state.items()}
+        # not the library, which writes metadata in another order each time
+        write_safetensors(file, specs, content.metadata, lambda k: pieces_of(content.state[k]))
 
 
 def _text(config: Mapping[str, Any], name: str) -> str:

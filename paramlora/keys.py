@@ -9,8 +9,12 @@ from typing import Any
 from paramlora.targets import BRANCHES
 
 _OURS = ("lora_A", "lora_B", "lora_scale", "lora_transposed", "lora_whole", "start_A", "start_B")
-_HARD = re.compile(r"(?P<module>(?:.+\.)?)parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)")
-_SOFT = re.compile(rf"(?P<module>(?:.+\.)?){BRANCHES}\.(?P<part>.+)")
+# names hold any character; where a line break ended one, each of its parts would be tried in turn
+_HARD = re.compile(
+    r"(?P<module>(?:.+\.)?)parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
+)
+_SOFT = re.compile(rf"(?P<module>(?:.+\.)?){BRANCHES}\.(?P<part>.+)", re.DOTALL)
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")  # as torch spells them; any other is part of a name
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Key:
             if found := pattern.fullmatch(key):
                 weight = found["module"] + (found["tensor"] if hard else "weight")
                 index, dot, part = found["part"].partition(".")
-                if dot and index.isdecimal():
+                if dot and _INDEX.fullmatch(index):
                     return cls(weight, part, int(index), hard)
                 if hard and not dot and index.startswith("original"):
                     return cls(weight, index)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -10,17 +10,20 @@ from typing import Any, Optional, Union
 from torch import Tensor, float32, isfinite, nn, tensor
 
 from paramlora.adapter import Adapter, Holder, Update
-from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.config import LoRAConfig, TargetConfig, parsed
 from paramlora.contexts import own_context
 from paramlora.disk import PathLike, new_file
-from paramlora.errors import ConfigError, FileError
-from paramlora.lowrank import LAYOUTS, Layout
+from paramlora.errors import ConfigError, FileError, listed, spelled
+from paramlora.lowrank import LAYOUTS, Layout, matrix_shape
 from paramlora.mistaken import check_tensors
+from paramlora.patterns import Names
+from paramlora.plan import fits_shape
+from paramlora.reading import parse_json
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
 from paramlora.statistics import warn_moved
-from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
-from paramlora.targets import fits, specificity
+from paramlora.stream import MOST_SIDE, SafeFile, pieces_of, possible, spec_of, write_safetensors
+from paramlora.targets import as_pattern, own_path, specificity
 
 FORMAT = 1
 _WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
@@ -107,22 +110,18 @@ def read_native(path: PathLike) -> Adapter:
         FileError: missing, truncated, written by another tool, or not whole.
     """
     check_tensors(Path(path))
-    return native_of(Path(path), *_read(Path(path)))
+    file = SafeFile(Path(path))
+    try:
+        _checked_entries(file.path, file.metadata, file.specs)  # before anything is read
+        return native_of(file.path, file.metadata, file.every())
+    finally:
+        file.close()
 
 
 def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Adapter:
     """The same of a file that was read already."""
-    about, config = _about(path, metadata)
+    about, entries = _checked_entries(path, metadata, state)
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
-    entries = _entries(path, config, state, told="shapes" in about)
-    wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
-    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if missing or unexpected:
-        raise FileError(
-            f"{path}: its tensors do not match its metadata: missing: "
-            f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
-            "Copy or save it again."
-        )
     updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
     whole = {s: state[_key(s, _WHOLE)] for s, e in entries.items() if e.whole}
     updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
@@ -180,6 +179,22 @@ def _check_readable(
         raise FileError(f"{path}: the names of its tensors could not be read back.")
 
 
+def _checked_entries(
+    path: Path, metadata: Mapping[str, str], state: Collection[str]
+) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
+    """What the metadata tells, and the entry of each path, which the tensors' names must be of."""
+    about, config = _about(path, metadata)
+    entries = _entries(path, config, state, told="shapes" in about)
+    wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
+    missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    if missing or unexpected:
+        raise FileError(
+            f"{path}: its tensors do not match its metadata: missing: {listed(missing) or 'none'}; "
+            f"unexpected: {listed(unexpected) or 'none'}. Copy or save it again."
+        )
+    return about, entries
+
+
 def _key(stem: str, name: str) -> str:
     return f"{stem}.{name}" if stem else name
 
@@ -235,7 +250,7 @@ def _update(
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
     by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
     shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
-    return Update(
+    update = Update(
         a,
         b,
         entry.scale if exact else float(scale),
@@ -249,6 +264,25 @@ def _update(
         kind=kind,
         groups=groups,
     )
+    if shape is not None:
+        _check_fits(f"{path}: {stem}", update, shape)
+    return update
+
+
+def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
+    """Refuse factors of another weight than the metadata tells of, which anything may be."""
+    a = update.lora_A
+    if fits_shape(update, shape, update.layout) and shape[0] % update.groups == 0:
+        return
+    if len(shape) >= 2 and a.shape[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
+        raise FileError(
+            f"{where}.lora_A: shape {list(a.shape)} does not fit {[*a.shape[:-1], wanted]}, of the "
+            f"weight of {list(shape)} in its metadata. Save it again."
+        )
+    raise FileError(
+        f"{where}: factors of {list(a.shape)} and {list(update.lora_B.shape)} do not fit the shape "
+        f"{list(shape)} in its metadata. Save it again."
+    )
 
 
 def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
@@ -258,8 +292,13 @@ def _shapes(path: Path, about: Mapping[str, Any]) -> _Shapes:
         for stem, told in about.get("shapes", {}).items():
             shape, layout = tuple(told["shape"]), told["layout"]
             groups, kind = told.get("groups", 1), told.get("kind")
-            counts = all(type(n) is int and n > 0 for n in (*shape, groups))
-            if not counts or layout not in LAYOUTS or not isinstance(kind, (str, type(None))):
+            counts = all(type(n) is int and 0 < n <= MOST_SIDE for n in (*shape, groups))
+            if (
+                not counts
+                or not possible(shape)
+                or layout not in LAYOUTS
+                or not isinstance(kind, (str, type(None)))
+            ):
                 raise ValueError(f"{stem}: no shape and layout of a weight")
             out[stem] = (shape, layout, groups, kind)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -299,25 +338,29 @@ def _entries(
         if "" not in stems:  # 0.1.0 wrote a layer called "weight" under that name
             known[_ROOT] = _ROOT
         return {known.get(e.name, e.name): e for e in config.entries}
-    return {stem: _entry_for(path, stem, config) for stem in stems}
+    meant: dict[str, list[str]] = {}  # the stems by the names of their layers and tensors
+    for stem in stems:
+        for name in dict.fromkeys((stem, f"{stem}.weight" if stem else _ROOT)):
+            meant.setdefault(own_path(name), []).append(stem)
+    names = Names(meant)
+    entries: dict[str, TargetConfig] = {}
+    for entry in sorted(config.entries, key=lambda entry: -specificity(entry.name)):
+        for name in _named(path, entry, names):
+            for stem in meant[name]:
+                entries.setdefault(stem, entry)
+    lost = [stem for stem in stems if stem not in entries]
+    if lost:
+        raise FileError(f'{path}: no entry of its configuration names "{lost[0]}". Save it again.')
+    return entries
 
 
-def _entry_for(path: Path, stem: str, config: LoRAConfig) -> TargetConfig:
-    names = [stem, f"{stem}.weight" if stem else _ROOT]
-    if any(entry.whole for entry in config.entries):  # it also names what it contains
-        names += [stem[:at] for at, sign in enumerate(stem) if sign == "."]
-    fitting = [entry for entry in config.entries if any(fits(entry.name, n) for n in names)]
-    for entry in sorted(fitting, key=lambda entry: -specificity(entry.name)):
-        return entry
-    raise FileError(f'{path}: no entry of its configuration names "{stem}". Save it again.')
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    file = SafeFile(path)
+def _named(path: Path, entry: TargetConfig, names: Names) -> set[str]:
+    """The names of tensors and layers that an entry of an old file means."""
+    inside = r"(?:\..*)?" if entry.whole else ""  # it also names what it contains
     try:
-        return file.metadata, {key: file.read(key) for key in file.specs}
-    finally:
-        file.close()
+        return names.matching(f"(?:{as_pattern(entry.name)}){inside}")
+    except ValueError as error:
+        raise FileError(f"{path}: its pattern {error}. Save it again, with plain names.") from error
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
@@ -327,14 +370,16 @@ def _about(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], LoR
             "first (paramlora convert --to native)."
         )
     try:
-        about: dict[str, Any] = json.loads(metadata["paramlora"])
+        about: dict[str, Any] = parse_json(metadata["paramlora"])
         version, _, _ = about["format"], about["adapter"], about["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f'{path}: its "paramlora" metadata is damaged: {error}.') from error
     if version != FORMAT:
-        raise FileError(f"{path}: format {version!r}; this paramlora reads {FORMAT}. Upgrade it.")
+        raise FileError(
+            f"{path}: format {spelled(version)}; this paramlora reads {FORMAT}. Upgrade it."
+        )
     try:
-        return about, LoRAConfig.from_dict(_escaped(about["config"]), source=path.name)
+        return about, parsed(_escaped(about["config"]), path.name)
     except ConfigError as error:
         raise FileError(f"{path}: its configuration is damaged: {error}") from error
 

@@ -1,7 +1,6 @@
 """Files of ``torch.save``: read without unpickling anything but plain tensors and containers."""
 
 import io
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError
-from paramlora.stream import Count, Spec, pieces_of, spec_of
+from paramlora.opcodes import Told, Unsafe, told
+from paramlora.reading import MOST_TEXT, head_of, open_regular
+from paramlora.stream import Count, Spec, pieces_of, possible, spec_of
 
 _NESTS = ("state_dict", "model", "module")
 
@@ -117,16 +118,14 @@ def load(path: Path) -> Any:
     Raises:
         FileError: it cannot be read, or needs more than tensors and plain containers.
     """
+    zipped = head_of(path).startswith(b"PK\x03\x04")  # as torch writes since 1.6
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6
-        if zipped:
-            _check_zip(path)
-        else:
-            _check_legacy(path)
+        _check_zip(path) if zipped else _check_legacy(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileError:
         raise
+    except Unsafe as error:
+        raise _needs(path, error.names) from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # an unpickler of hostile bytes raises whatever they lead to
@@ -135,41 +134,39 @@ def load(path: Path) -> Any:
 
 def _check_zip(path: Path) -> None:
     """Refuse what ``torch.save`` never writes: compressed, doubled or overlapping records."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        names = {record.filename for record in records}
-        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-        total = sum(max(record.file_size, record.compress_size) for record in records)
-        if not stored or len(names) < len(records) or total > path.stat().st_size:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+        total = sum(max(record.file_size, record.compress_size) for record in records.values())
+        if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
             raise FileError(
                 f"{path}: its records are compressed, doubled or larger than the file, which "
                 "torch.save never writes. It may be made to fill the memory; it is not read."
             )
-        for record in records:
-            if record.filename.endswith("/data.pkl"):
-                _check_globals(path, archive.read(record))
+        for name, record in records.items():
+            if name.endswith("/data.pkl") and record.file_size <= MOST_TEXT:
+                found = told(io.BytesIO(archive.read(record)))
+                _check_records(name.removesuffix("data.pkl"), found, records)
+            elif name.endswith("/data.pkl"):
+                raise ValueError(
+                    f"{record.file_size:,} bytes of names, more than any real file has"
+                )
 
 
-def _check_globals(path: Path, pickled: bytes) -> None:
-    unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    unsafe |= _bombs(io.BytesIO(pickled))
-    if unsafe:
-        raise _needs(path, sorted(unsafe))
+def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipInfo]) -> None:
+    for key, storage in found.storages.items():
+        if storage.nbytes > records[f"{folder}data/{key}"].file_size:
+            raise ValueError(f"storage {key} is larger than its record")
 
 
 def _check_legacy(path: Path) -> None:
     """Files from before torch 1.6: five pickles in a row, then bytes."""
-    with open(path, "rb") as file:
-        bombs = [name for _ in range(5) for name in _bombs(file)]
-    if bombs:
-        raise _needs(path, bombs)
-
-
-def _bombs(pickled: BinaryIO) -> set[str]:
-    """What torch allows although it makes as many bytes as the file cares to say."""
-    ops = pickletools.genops(pickled)
-    named = {str(text).split(" ")[-1] for op, text, _ in ops if op.name == "GLOBAL"}
-    return named & {"bytearray"}
+    with open_regular(path) as file:
+        head, keys = [told(file) for _ in range(4)], told(file)
+    unread = {key for part in head for key in part.storages} - set(keys.value)
+    size = sum(storage.nbytes for part in head for storage in part.storages.values())
+    if unread or size > path.stat().st_size:
+        raise ValueError("a storage without its bytes")
 
 
 def _needs(path: Path, names: list[str]) -> FileError:
@@ -208,11 +205,13 @@ def _is_state(value: Any) -> bool:
 
 def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
     """A tensor's type and shape, or an error where it is no dense tensor of its own."""
-    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
     plain = plain and tensor.device.type == "cpu"
     if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):
         kind = tensor.layout if type(tensor) is Tensor else type(tensor).__name__
         raise FileError(f"{path}: {key} is no dense tensor ({kind}). Save it dense.")
+    if not possible(tensor.shape):
+        raise FileError(f"{path}: {key} has a shape that no tensor has. Save it again.")
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise FileError(f"{path}: {key} claims more bytes than its file holds. Save it again.")
     return spec_of(tensor)

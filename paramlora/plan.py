@@ -1,5 +1,6 @@
 """What a conversion of a checkpoint does to each key, planned from types and shapes alone."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from paramlora.keys import Key, weights_at
 from paramlora.lowrank import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.soft import refuse_two_kernels
 from paramlora.state import LOW_RANK
+from paramlora.stream import pieces_of
 from paramlora.targets import FLOATS
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
@@ -127,8 +129,13 @@ class Contents:
 
     def base(self, weight: str) -> Any:
         """What has the weight's type and shape."""
-        # of weight norm's two originals it is the second one
-        return self.there[self.stored[weight].replace(".original0", ".original1")]
+        stored = self.stored[weight]
+        if not stored.endswith(".original0"):
+            return self.there[stored]
+        second = f"{stored.removesuffix('0')}1"  # of weight norm's two originals
+        if second not in self.there:
+            raise FileError(f"{stored}: without its {second}. Save the state dict again.")
+        return self.there[second]
 
     def inside(self, read: Read) -> dict[str, list[Change]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
@@ -187,7 +194,7 @@ class Contents:
         shape = tuple(self.base(weight).shape)
         layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
         for layout in layouts:
-            if len(shape) >= 2 and _fits(update, shape, layout):
+            if fits_shape(update, shape, layout):
                 return replace(update, shape=shape, layout=layout)
         a, b = list(update.lora_A.shape), list(update.lora_B.shape)
         raise FileError(
@@ -261,7 +268,10 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
     return plan
 
 
-def _fits(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
+def fits_shape(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether an update's factors are those of a weight of that shape."""
+    if len(shape) < 2:
+        return False
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
@@ -313,26 +323,25 @@ def _term(
 
 def _shared(inside: dict[str, list[Change]]) -> dict[str, list[Change]]:
     """One value for changes that are equal, as those of tied tensors are."""
-    seen: dict[object, list[Change]] = {}
+    seen: dict[object, Change] = {}
     for changes in inside.values():
-        for i, change in enumerate(changes):
-            first = change if isinstance(change, Tensor) else change.lora_A
-            alike = seen.setdefault((tuple(first.shape), float(first.double().sum())), [])
-            twins = [other for other in alike if _equal(change, other)]
-            if twins:
-                changes[i] = twins[0]
-            else:
-                alike.append(change)
+        changes[:] = [seen.setdefault(_content(change), change) for change in changes]
     return inside
 
 
-def _equal(one: Change, other: Change) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        both = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return both and one.dtype == other.dtype and torch.equal(one, other)  # type: ignore[union-attr, arg-type]
-    told = [(u.shape, u.scale, u.layout, u.hard, u.up_kernel) for u in (one, other)]
-    factors = torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)
-    return told[0] == told[1] and factors
+def _content(change: Change) -> object:
+    """Equal for equal changes."""
+    if isinstance(change, Tensor):
+        return _digest(change)
+    told = (change.shape, change.scale, change.layout, change.hard, change.up_kernel)
+    return (*told, _digest(change.lora_A), _digest(change.lora_B))
+
+
+def _digest(tensor: Tensor) -> tuple[object, ...]:
+    digest = hashlib.sha256()
+    for piece in pieces_of(tensor):
+        digest.update(piece)
+    return (tensor.dtype, tuple(tensor.shape), digest.digest())
 
 
 def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint on disk, whatever its kind: one file, or a folder of shards with an index."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from paramlora.disk import PathLike
 from paramlora.errors import FileError
 from paramlora.mistaken import check_tensors
 from paramlora.pickles import PickledFile
+from paramlora.reading import head_of, is_pickled, parse_json, read_text
 from paramlora.stream import SafeFile, Spec
 
 SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".ckpt", ".bin")
@@ -102,14 +102,7 @@ class Stored:
 
 def _part(path: Path, key: Optional[str]) -> Part:
     check_tensors(path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
-    zipped = head.startswith(b"PK\x03\x04")
-    pickled = head.startswith(b"\x80") and not head.endswith(b"{")  # safetensors: 8 bytes, "{"
-    if zipped or pickled:
+    if is_pickled(head_of(path)):
         return PickledFile(path, key)
     if key is not None:
         raise FileError(f'{path}: a safetensors file has no levels; leave out the key "{key}".')
@@ -117,7 +110,10 @@ def _part(path: Path, key: Optional[str]) -> Part:
 
 
 def _index_in(folder: Path) -> Path:
-    found = sorted(p for p in folder.iterdir() if p.name.endswith(_INDEX))
+    try:
+        found = sorted(p for p in folder.iterdir() if p.name.endswith(_INDEX))
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
@@ -130,13 +126,13 @@ def _index_in(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(read_text(path))
         names = index["weight_map"].values()
         plain = all(isinstance(name, str) and _is_plain(name) for name in names)
         whole = isinstance(index.get("metadata", {}), dict)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except FileError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: not an index of shards: {error}.") from error
     if not plain or not whole or not names:
         raise FileError(f"{path}: not an index of files in its own folder. It is not followed.")

@@ -4,7 +4,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from paramlora.disk import Ahead
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
+from paramlora.reading import MOST_TEXT, open_regular, parse_json
 
 Count = Callable[[int], None]  # called with the bytes written since the last call
-_MOST_HEADER = 100_000_000  # as the safetensors library limits it
-_MOST_SIDE, _MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
+MOST_SIDE, MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 _CHUNK = 8 << 20
 DTYPES = {
     "F64": torch.float64,
@@ -41,7 +41,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Spec:
     """A tensor without its content: type and shape."""
 
@@ -57,6 +57,11 @@ class Spec:
     def nbytes(self) -> int:
         """The bytes of its content."""
         return self.elements * self.dtype.itemsize
+
+
+def possible(shape: Sequence[int]) -> bool:
+    """Whether a tensor can have a shape: an empty one, too, has strides that must be numbers."""
+    return len(shape) <= MOST_SIDES and math.prod(max(n, 1) for n in shape) <= MOST_SIDE // 16
 
 
 def spec_of(tensor: Tensor) -> Spec:
@@ -76,10 +81,7 @@ class SafeFile:
         self.metadata: dict[str, str] = {}
         self.specs: dict[str, Spec] = {}
         self._begin: dict[str, int] = {}
-        try:
-            self._file = open(path, "rb", buffering=0)
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
+        self._file = open_regular(path)
         try:
             self._read_header()
         except BaseException:
@@ -93,10 +95,25 @@ class SafeFile:
     def read(self, key: str) -> Tensor:
         """A tensor, in memory of its own."""
         spec = self.specs[key]
-        out = torch.empty(spec.nbytes, dtype=torch.uint8)
+        try:
+            out = torch.empty(spec.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise FileError(
+                f"{self.path}: {key} takes {spec.nbytes:,} bytes, which memory does not hold."
+            ) from error
         if spec.nbytes:
             self._fill(self._begin[key], content(out))
         return out.view(spec.dtype).reshape(spec.shape)
+
+    def every(self) -> dict[str, Tensor]:
+        """All tensors, where memory can hold them: a file with holes may claim any size."""
+        size, memory = sum(spec.nbytes for spec in self.specs.values()), _memory()
+        if size > memory:
+            raise FileError(
+                f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
+                "memory."
+            )
+        return {key: self.read(key) for key in self.specs}
 
     def raw(self, key: str) -> Iterator[memoryview]:
         """A tensor's bytes in pieces, each valid until the next one."""
@@ -132,13 +149,13 @@ class SafeFile:
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER):
+        if size < 8 or length > min(size - 8, MOST_TEXT):
             raise self._damaged(f"a header of {length:,} bytes in a file of {size:,}")
         try:
             text = self._bytes(8, length).decode()
-            header = json.loads(text, object_pairs_hook=self._unique)
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"its header is not JSON: {error}") from error
+            header = parse_json(text)
+        except ValueError as error:
+            raise self._damaged(f"its header cannot be read: {error}") from error
         if not isinstance(header, dict):
             raise self._damaged("its header is not an object")
         self.metadata = self._strings(header.pop("__metadata__", {}))
@@ -149,13 +166,13 @@ class SafeFile:
     def _add(self, key: str, entry: Any, start: int) -> None:
         try:
             (begin, end), shape = entry["data_offsets"], entry["shape"]
-            numbers = [begin, end, *shape]
+            numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
             dtype = DTYPES.get(entry["dtype"])
             key.encode()
         except (TypeError, KeyError, ValueError) as error:
             raise self._damaged(f'"{key}" is not a tensor') from error
-        whole = all(type(n) is int and 0 <= n <= _MOST_SIDE for n in numbers)
-        if not whole or len(shape) > _MOST_SIDES:
+        whole = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
+        if not whole or not possible(shape):
             raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
         if dtype is None:
             raise FileError(
@@ -183,14 +200,6 @@ class SafeFile:
             raise self._damaged("its metadata is not of strings") from error
         return dict(metadata)
 
-    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise self._damaged(f'"{twice}" stands twice')
-        return out
-
     def _damaged(self, reason: str) -> FileError:
         return FileError(
             f"{self.path}: not a whole safetensors file ({reason}). Copy or save it again."
@@ -216,6 +225,14 @@ def write_safetensors(
             progress(len(piece))
 
 
+def _memory() -> int:
+    """The bytes of the machine's memory, or the most that there can be where it does not tell."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():
+        return MOST_SIDE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def content(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied nor kept alive by this."""
     place = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
@@ -224,7 +241,7 @@ def content(tensor: Tensor) -> memoryview:
 
 def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of any tensor, in pieces."""
-    held = tensor.detach().cpu().contiguous()
+    held = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     whole = content(held) if held.nbytes else memoryview(b"")
     for at in range(0, len(whole), _CHUNK):
         yield whole[at : at + _CHUNK]
@@ -234,12 +251,17 @@ def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, s
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for key in keys:
+        if key == "__metadata__":
+            raise FileError(f"{key}: no name of a tensor in safetensors. Write a .pt file.")
         spec = specs[key]
         offsets = [at, at := at + spec.nbytes]
         code = CODES.get(spec.dtype)
         if code is None:
             raise FileError(f"{key}: safetensors holds no {spec.dtype}. Write a .pt file.")
         entries[key] = {"dtype": code, "shape": list(spec.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{spelled(error.object[error.start :])} is not Unicode text.") from error
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ParamloraWarning, TargetError, closest
+from paramlora.errors import ParamloraWarning, TargetError, closest, listed
 from paramlora.lowrank import Layout, matrix_shape
 from paramlora.quantised import is_quantised, shape_of
 from paramlora.switch import Switched
@@ -109,7 +109,8 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
     missing = sorted(entries.keys() - found)
     if missing:
-        text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in missing)
+        text = f'"{missing[0]}" matches nothing.{_closest_in(model, missing[0])}'
+        text += f" So do {listed(missing[1:])}." if missing[1:] else ""
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
     return [_checked(model, target) for target in chosen]
 
@@ -348,6 +349,14 @@ def fits(pattern: str, path: str) -> bool:
     want, have = pattern.split("."), own_path(path).split(".")
     tail = have[-len(want) :]
     return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
+
+
+def as_pattern(name: str) -> str:
+    """The regular expression of the paths that a name of an entry fits."""
+    if name.startswith("re:"):
+        return name[3:]
+    parts = ("[^.]*" if part == "*" else re.escape(part) for part in name.split("."))
+    return r"(?:.*\.)?" + r"\.".join(parts)
 
 
 def _broad(pattern: str) -> bool:

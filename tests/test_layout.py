@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors config contexts undo ties sharded quantised casts switch again digest lowrank "
-    "fold whole adapter targets statistics init placement inputs served narrow linear_kernels "
-    "conv_kernels depthwise_kernels launch tiles fused joined depthwise lookup operators "
-    "functional convolution forwards layers methods soft attach merge state keys plan "
-    "checkpoint disk mistaken stream pickles native stored formats interchange files "
-    "inspection optim summary integrations demo cli "
+    "errors reading patterns config contexts undo ties sharded quantised casts switch again "
+    "digest lowrank fold whole adapter targets statistics init placement inputs served narrow "
+    "linear_kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise lookup "
+    "operators functional convolution forwards layers methods soft attach merge state keys "
+    "disk mistaken stream plan checkpoint opcodes pickles native stored formats interchange "
+    "files inspection optim summary integrations demo cli "
 ).split()
 CLI = "app checkpoints training adapters".split()
 FORMATS = (
@@ -67,7 +67,7 @@ def test_a_format_is_pure(name):
     assert not forbidden & set(imported(f"formats/{name}"))
 
 
-@pytest.mark.parametrize("name", ["errors", "config"])
+@pytest.mark.parametrize("name", ["errors", "reading", "patterns", "config"])
 def test_the_configuration_knows_no_torch(name):
     assert not any(m.split(".")[0] == "torch" for m in imported(name))
 

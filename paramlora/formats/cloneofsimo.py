@@ -15,7 +15,8 @@ from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, parsed_list, report_unused
 from paramlora.formats.factors import pair
 
-_FACTOR = re.compile(r"(?P<model>.+):(?P<index>\d+):(?P<role>up|down)")
+_FACTOR = re.compile(r"(?P<model>.+):(?P<index>[0-9]{1,9}):(?P<role>up|down)", re.DOTALL)
+NUMBER = re.compile("[0-9]{1,9}")
 UNET = {"CrossAttention", "Attention", "GEGLU"}
 EXTENDED = {*UNET, "ResnetBlock2D"}
 TEXT = {"CLIPAttention"}
@@ -58,7 +59,7 @@ def _parts(content: Content) -> tuple[dict[str, dict[int, Update]], list[str]]:
     unused = []
     for key, tensor in content.state.items():
         match = _FACTOR.fullmatch(key)
-        if key.isdigit():  # a list: up, down, up, down
+        if NUMBER.fullmatch(key):  # a list: up, down, up, down
             role = "down" if int(key) % 2 else "up"
             halves.setdefault(("", int(key) // 2), {})[role] = tensor
         elif match is None:

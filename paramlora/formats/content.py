@@ -1,6 +1,5 @@
 """What a file of adapters holds, whoever wrote it, and what the caller wants of it."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from paramlora.adapter import Adapter
-from paramlora.errors import FileError, ParamloraWarning
+from paramlora.errors import FileError, ParamloraWarning, listed, spelled
+from paramlora.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,11 @@ def widened(content: Content) -> Content:
 
 
 def report(source: str, what: str, names: Iterable[str], strict: bool, way_out: str) -> None:
-    """An error that lists `names`, or a warning where the caller asked for one."""
-    listed = sorted(names)
-    if not listed:
+    """An error that tells `names`, or a warning where the caller asked for one."""
+    known = sorted(names)
+    if not known:
         return
-    shown = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-    text = f"{source}: {what}: {shown}. {way_out}"
+    text = f"{source}: {what}: {listed(known)}. {way_out}"
     if strict:
         raise FileError(text)
     warnings.warn(text, ParamloraWarning, stacklevel=4)
@@ -174,8 +173,8 @@ def number(value: Any, where: str) -> float:
     """A finite number out of a tensor, a string or JSON, or an error that says where."""
     try:
         result = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FileError(f"{where}: {value!r} is not a number ({error}).") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{where}: {spelled(value)} is not a number ({error}).") from error
     if not torch.isfinite(torch.tensor(result)):
         raise FileError(f"{where}: {result} is not finite.")
     return result
@@ -184,8 +183,8 @@ def number(value: Any, where: str) -> float:
 def parsed(text: str, where: str) -> dict[str, Any]:
     """A JSON object out of a file's metadata, or an error that says where."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise FileError(f"{where}: its metadata is damaged: {error}.") from error
     if not isinstance(value, dict):
         raise FileError(f"{where}: its metadata is a {type(value).__name__}, not an object.")
@@ -195,8 +194,8 @@ def parsed(text: str, where: str) -> dict[str, Any]:
 def parsed_list(text: str, where: str) -> list[str]:
     """A JSON list of strings out of a file's metadata, or an error that says where."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise FileError(f"{where}: its metadata is damaged: {error}.") from error
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise FileError(f"{where}: its metadata is not a list of names.")

@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, listed
+from paramlora.formats.cloneofsimo import NUMBER
 from paramlora.formats.content import Content
 from paramlora.formats.kohya import PREFIXES
 
-_LITGPT = re.compile(
+_LITGPT = (
     r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc\w*|proj))|lm_head)\.lora_[AB]"
 )
-_MANGLED = re.compile(rf"(?:{'|'.join(PREFIXES)})_[^.]+\..+")
-_LEAF = re.compile(r".+\.(?:lora_(?:down|mid)\.weight|hada_w1_a|lokr_w1(?:_a)?|dora_scale)")
-_OLDER = re.compile(r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)")
+_MANGLED = rf"(?:{'|'.join(PREFIXES)})_[^.]+\..+"
+_LEAF = r".+\.(?:lora_(?:down|mid)\.weight|hada_w1_a|lokr_w1(?:_a)?|dora_scale)"
+_OLDER = r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)"
 _REFUSED = {
     r".*\bparametrizations\..+": "a model with an adapter attached; use paramlora extract on it",
     r".+_lora_A": "a file of LoRA-Torch, which is not read",
@@ -31,12 +32,12 @@ def detect(content: Content) -> str:
     for name, fits in _RULES:
         if fits(content, keys):
             return name
-    shown = ", ".join(keys[:4]) or "none"
-    raise FileError(f"{content.source}: no adapter format that is known. Its first keys: {shown}.")
+    first = listed(keys, 4) or "none"
+    raise FileError(f"{content.source}: no adapter format that is known. Its first keys: {first}.")
 
 
-def _any(pattern: "str | re.Pattern[str]") -> "Callable[[Content, list[str]], bool]":
-    compiled = re.compile(pattern)
+def _any(pattern: str) -> "Callable[[Content, list[str]], bool]":
+    compiled = re.compile(pattern, re.DOTALL)  # names hold any character (see `paramlora.keys`)
     return lambda content, keys: any(compiled.fullmatch(key) for key in keys)
 
 
@@ -48,7 +49,7 @@ def _peft(content: Content, keys: list[str]) -> bool:
 
 def _refused(content: Content, keys: list[str]) -> bool:
     for pattern, what in _REFUSED.items():
-        if any(re.fullmatch(pattern, key) for key in keys):
+        if any(re.fullmatch(pattern, key, re.DOTALL) for key in keys):
             raise FileError(f"{content.source}: {what}.")
     return False
 
@@ -72,7 +73,10 @@ def _comes_second(state: Mapping[str, Tensor], key: str) -> bool:
 _RULES: "tuple[tuple[str, Callable[[Content, list[str]], bool]], ...]" = (
     ("native", lambda content, keys: "paramlora" in content.metadata),
     ("cloneofsimo", _any(r".+:\d+:(?:up|down)")),
-    ("cloneofsimo", lambda content, keys: bool(keys) and all(key.isdigit() for key in keys)),
+    (
+        "cloneofsimo",
+        lambda content, keys: bool(keys) and all(NUMBER.fullmatch(key) for key in keys),
+    ),
     ("torchtune", _any(r".+\.lora_[ab]\.weight|.+\.experts\.lora_gate_a")),
     ("peft", _peft),
     ("", _refused),

@@ -7,7 +7,7 @@ scale of a file without metadata).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -32,7 +32,7 @@ from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadat
 METADATA = "lora_adapter_metadata"
 _ROLES = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}
 _SPELLINGS = tuple(
-    re.compile(spelling)
+    re.compile(spelling, re.DOTALL)
     for spelling in (
         r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.[^.]+)?\.weight",  # 0.22 and later
         r"(?P<path>.+)\.lora_(?P<role>[AB])",  # mochi
@@ -58,13 +58,14 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     halves, unused = _halves(content)
     report_unused(content, unused, options.strict)
     configs, exact = _configs(content), recorded(content)
+    alphas = _alphas(configs, halves, content.source)
     updates = {}
     for path, half in halves.items():
         where = f"{content.source}: {path}"
         if not {"down", "up"} <= half.keys():
             raise FileError(f"{where}: has {', '.join(sorted(half))} only. Save it again.")
         update = pair(half["down"], half["up"], 1.0, where)
-        scale = _scale(path, half, configs, exact, options, where)
+        scale = _scale(path, half, configs, alphas, exact, options, where)
         updates[path] = replace(update, scale=scale)
     adapter = Adapter(updates)
     for component, config in configs.items():
@@ -113,10 +114,29 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _alphas(
+    configs: Mapping[str, Mapping[str, Any]], paths: Iterable[str], source: str
+) -> dict[str, dict[str, Any]]:
+    """What each component's patterns say of its layers' alphas."""
+    inside: dict[str, list[str]] = {component: [] for component in configs}
+    for path in paths:
+        component = _component(path, configs)
+        inside.setdefault(component, []).append(path.removeprefix(f"{component}."))
+    return {
+        component: peft.by_pattern(configs.get(component, {}), "alpha_pattern", own, source)
+        for component, own in inside.items()
+    }
+
+
+def _component(path: str, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    return next((c for c in configs if c and path.startswith(f"{c}.")), "")
+
+
 def _scale(
     path: str,
     half: Mapping[str, Tensor],
     configs: Mapping[str, Mapping[str, Any]],
+    alphas: Mapping[str, Mapping[str, Any]],
     exact: Mapping[str, Any],
     options: Options,
     where: str,
@@ -124,11 +144,11 @@ def _scale(
     r = half["down"].shape[0]
     if "alpha" in half:
         return scale_of(number(half["alpha"], where), r, exact.get(path), where)
-    component = next((c for c in configs if c and path.startswith(f"{c}.")), "")
+    component = _component(path, configs)
     if component not in configs and options.alpha is None:
         return 1.0
-    config = configs.get(component, {})
-    alpha = peft.alpha(config, path.removeprefix(f"{component}."), r, options)
+    config, own = configs.get(component, {}), path.removeprefix(f"{component}.")
+    alpha = peft.alpha(config, alphas[component], own, r, options)
     if config.get("use_rslora"):
         return alpha / float(r**0.5)
     return scale_of(alpha, r, exact.get(path), where)

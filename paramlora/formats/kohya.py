@@ -44,7 +44,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 }
 _LEAF = re.compile(
     r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"
-    r"dora_scale|diff(?:_b)?)"
+    r"dora_scale|diff(?:_b)?)",
+    re.DOTALL,
 )
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _MOST = 2**29  # elements of a dense difference
@@ -80,7 +81,9 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
                 f"{where}: a second update of {path}. Choose one part of the file with "
                 "component=... (convert --component), such as text_encoder_2."
             )
-        updates[path] = _update(parts, exact.get(name), options, where)
+        there = place(path, base) if base is not None else None
+        most = math.prod(base[there].shape) if base is not None and there is not None else _MOST
+        updates[path] = _update(parts, exact.get(name), options, most, where)
     return Adapter(updates)
 
 
@@ -145,15 +148,17 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
     return modules, unused
 
 
-def _update(parts: Mapping[str, Tensor], exact: Any, options: Options, where: str) -> Update:
+def _update(
+    parts: Mapping[str, Tensor], exact: Any, options: Options, most: int, where: str
+) -> Update:
     leaves = set(parts) - {"alpha"}
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
     if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
-        update = _lora(parts, options, where)
+        update = _lora(parts, where)
         r = update.r if options.split == 1 else _part(update, options.split, where)
         return replace(update, scale=_scale(alpha, r, exact, where))
     if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
-        delta, r = _product(parts, where)
+        delta, r = _product(parts, most, where)
     elif leaves == {"diff"}:
         check_factors(where, parts["diff"])
         delta, r = parts["diff"], 0
@@ -163,7 +168,7 @@ def _update(parts: Mapping[str, Tensor], exact: Any, options: Options, where: st
     return whole(delta.contiguous(), options.rank, scale)
 
 
-def _lora(parts: Mapping[str, Tensor], options: Options, where: str) -> Update:
+def _lora(parts: Mapping[str, Tensor], where: str) -> Update:
     down, up = parts["lora_down.weight"], parts["lora_up.weight"]
     if "lora_mid.weight" not in parts:
         return pair(down, up, 1.0, where)
@@ -172,7 +177,7 @@ def _lora(parts: Mapping[str, Tensor], options: Options, where: str) -> Update:
     check_factors(where, down, up, mid)
     if mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise FileError(f"{where}: lora_mid of {list(mid.shape)} does not fit its factors.")
-    _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), where)
+    _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), _MOST, where)
     down = einsum(wide(mid), wide(down.flatten(1)), "m n ..., n i -> m i ...")
     return pair(down, wide(up), 1.0, where)
 
@@ -188,24 +193,25 @@ def _scale(alpha: Optional[float], r: int, exact: Any, where: str) -> float:
     return 1.0 if alpha is None else scale_of(alpha, r, exact, where)
 
 
-def _product(parts: Mapping[str, Tensor], where: str) -> tuple[Tensor, int]:
+def _product(parts: Mapping[str, Tensor], most: int, where: str) -> tuple[Tensor, int]:
     """The dense difference of LoHa or LoKr, and its rank, once its size is known to be sane."""
     shapes = ", ".join(f"{leaf} {list(t.shape)}" for leaf, t in parts.items() if leaf != "alpha")
     check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
     form = loha if "hada_w1_a" in parts else lokr
     try:
         size = form({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})[0]
-        _check_size(size.shape, where)
+        _check_size(size.shape, most, where)
         return form({leaf: wide(t) for leaf, t in parts.items()})
     except (RuntimeError, KeyError, EinopsError) as error:
         raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
 
 
-def _check_size(shape: "tuple[int, ...] | torch.Size", where: str) -> None:
+def _check_size(shape: "tuple[int, ...] | torch.Size", most: int, where: str) -> None:
     """Refuse factors of a few bytes that would fill the memory."""
-    if math.prod(shape) > _MOST:
+    if math.prod(shape) > most:
+        layer = "any layer" if most == _MOST else "the model's layer"
         raise FileError(
-            f"{where}: a dense weight of {list(shape)} is more than any layer has. Not formed."
+            f"{where}: a dense weight of {list(shape)} is more than {layer} has. Not formed."
         )
 
 

@@ -18,7 +18,7 @@ from paramlora.formats.merged import merged_linear, parted
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.formats.torchtune import check_uniform
 
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])")
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
 _PARTS = ("lora_query", "lora_key", "lora_value")
 
 

@@ -16,7 +16,7 @@ from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
 from paramlora.formats.factors import pair, whole, wide
 from paramlora.formats.merged import merged_linear
 
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])")
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
 
 
 def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:

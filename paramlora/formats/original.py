@@ -26,7 +26,7 @@ from paramlora.formats.content import (
 from paramlora.formats.factors import kernels, pair
 from paramlora.formats.merged import merged_linear
 
-_PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)")
+_PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)", re.DOTALL)
 _HARD, _SOFT = {"lora_A", "lora_B"}, {"lora_A.weight", "lora_B.weight"}
 
 

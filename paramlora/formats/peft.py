@@ -6,17 +6,17 @@ utils/other.py (patterns), tuners/tuners_utils.py (targets).
 
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Optional
 
 from einops import rearrange
 from torch import Tensor
 
 from paramlora.adapter import Adapter, Update
-from paramlora.errors import FileError
+from paramlora.errors import FileError, listed, spelled
 from paramlora.formats.base import COMPONENTS, Base, place
 from paramlora.formats.content import (
     DEFAULTS,
@@ -30,10 +30,13 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import check_told, grouped, kernels, pair
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.patterns import Names, Unbounded
 
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<name>[^.]+))?\.weight")
-_EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<role>[AB])(?:\.(?P<name>[^.]+))?")
+_NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
+_FACTOR = re.compile(rf"(?P<path>.+)\.lora_{_NAME}\.weight", re.DOTALL)
+_EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
+_MOST_LEVELS = 64  # of modules inside modules
 _INNER = ".base_layer"
 # the layers of an expert before transformers 5, which peft 0.21 takes for parts of fused parameters
 # wherever they stand; and what tells that a model has such experts
@@ -97,16 +100,26 @@ def read_pairs(
 ) -> Adapter:
     """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
     found, rest = _pairs(content)
-    whole = _whole(rest, content.state, config)
+    whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
+    experts = _experts(found, config, base, content.source)
+    made_of = {
+        path: _update(path, pair_, found, experts, config, base, content.source)
+        for path, pair_ in found.items()
+    }
+    paths = [
+        _pattern_path(path, key, None if made is None else made.kind)
+        for path, (key, made) in made_of.items()
+    ]
+    chosen = by_pattern(config, "alpha_pattern", paths, content.source)
     updates: dict[str, Update] = {}
-    for path, pair_ in found.items():
-        key, made = _update(path, pair_, found, config, base, options, content.source)
+    for path, (key, made) in made_of.items():
         if made is None:
             continue
+        pair_ = found[path]
         r = made.r if made.layout == "stack" or pair_.embedding else pair_.a.shape[0]
-        value = alpha(config, _pattern_path(path, key, made.kind), r, options)
+        value = alpha(config, chosen, _pattern_path(path, key, made.kind), r, options)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         updates[key] = replace(made, scale=scale)
@@ -114,15 +127,15 @@ def read_pairs(
 
 
 def _whole(
-    rest: set[str], state: Mapping[str, Tensor], config: Mapping[str, Any]
+    rest: set[str], state: Mapping[str, Tensor], config: Mapping[str, Any], source: str
 ) -> dict[str, tuple[str, Tensor]]:
     """``{key: (path, tensor)}`` of what PEFT trained whole: ``modules_to_save``, and biases."""
-    saved = [str(name) for name in config.get("modules_to_save") or []]
+    saved = _saved([key.removeprefix(PREFIX).rpartition(".")[0] for key in rest], config, source)
     found = {}
     for key in sorted(rest):
         module, _, name = key.removeprefix(PREFIX).rpartition(".")
         bias = name == "bias" and config.get("bias", "none") != "none"
-        if bias or any(f".{part}." in f".{module}." for part in saved):
+        if bias or module in saved:
             # with bias="all" PEFT saves those of its wrapper too: the frozen one and a second time
             own = module.removesuffix(_INNER).removesuffix(".modules_to_save")
             path = f"{own.removesuffix('.original_module')}.{name}".removesuffix(".weight")
@@ -134,15 +147,29 @@ def _whole(
     return found
 
 
+def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[str]:
+    """Those that ``modules_to_save`` names, and what is inside them."""
+    names = {str(name) for name in config.get("modules_to_save") or []}
+    single = {name for name in names if "." not in name}
+    found = {module for module in modules if not single.isdisjoint(module.split("."))}
+    known = Names(modules)
+    try:
+        for name in sorted(names - single):
+            found |= known.matching(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?")
+    except ValueError as error:
+        raise FileError(f"{source}: modules_to_save: {error}.") from error
+    return found
+
+
 def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise FileError(f'{source}: peft_type "{kind}"; only "LORA" can be read.')
+        raise FileError(f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" can be read.')
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
             raise FileError(
-                f'{source}: "{name}" is {config[name]!r}; its configuration is damaged.'
+                f'{source}: "{name}" is {spelled(config[name])}; its configuration is damaged.'
             )
     beyond = [name for name in _BEYOND if config.get(name)]
     init = config.get("init_lora_weights")
@@ -173,7 +200,7 @@ def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
             embeddings.add(match["path"])
     if len(names) > 1:
         raise FileError(
-            f"{content.source}: several adapters in one file: {sorted(map(str, names))}."
+            f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}."
         )
     check_whole(content, halves)
     pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
@@ -185,9 +212,9 @@ def _update(
     path: str,
     pair_: _Pair,
     found: Mapping[str, _Pair],
+    experts: "_Experts",
     config: Mapping[str, Any],
     base: Optional[Base],
-    options: Options,
     source: str,
 ) -> tuple[str, Optional[Update]]:
     """(path of the weight, its update with scale 1); None for an untouched half of attention."""
@@ -196,19 +223,16 @@ def _update(
         shape = (pair_.a.shape[1], pair_.b.shape[0])
         return path, Update(pair_.a, pair_.b, 1.0, shape, "transposed", kind="embedding")
     inside = f"{path}{_INNER}.out_proj"
-    if inside in found or path.endswith(f"{_INNER}.out_proj"):
+    if _is_attention(path, found):
         # PEFT always adapts both weights of attention: one that was never trained has B = 0
         other = found.get(inside) or found.get(path.removesuffix(f"{_INNER}.out_proj"))
         idle = not pair_.b.any() and other is not None and bool(other.b.any())
         own = path.replace(_INNER, "") if inside not in found else f"{path}.in_proj_weight"
         kind = "parameter" if inside in found else "linear"
         return own, None if idle else replace(pair(pair_.a, pair_.b, 1.0, where), kind=kind)
-    owner = path
-    while owner.endswith(_INNER):
-        owner = owner.removesuffix(_INNER)
-    parameters = _parameters(owner, config, base, where)
-    if parameters:
-        return _expert(path, owner, parameters, pair_, config, base, where)
+    owner = _owner(path)
+    if experts.parameters.get(owner):
+        return _expert(path, owner, experts, pair_, base, where)
     turned = bool(config.get("fan_in_fan_out")) and pair_.a.dim() == 2
     update = pair(pair_.a, pair_.b, 1.0, where)
     if turned and update.shape is not None:
@@ -216,62 +240,124 @@ def _update(
     return path, update
 
 
-def _parameters(
-    owner: str, config: Mapping[str, Any], base: Optional[Base], where: str
-) -> list[str]:
-    """The parameters of `owner` that ``target_parameters`` names, innermost wrapper first.
+def _is_attention(path: str, found: Mapping[str, _Pair]) -> bool:
+    return f"{path}{_INNER}.out_proj" in found or path.endswith(f"{_INNER}.out_proj")
 
-    PEFT wraps them in the order in which the module holds them, which only a model tells.
-    """
+
+def _owner(path: str) -> str:
+    """The module inside PEFT's wrappers of its parameters."""
+    end = len(path)
+    while path.endswith(_INNER, 0, end):
+        end -= len(_INNER)
+    return path[:end]
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The parameters that ``target_parameters`` names, by their owner, and the ranks of each."""
+
+    parameters: Mapping[str, list[str]]
+    ranks: Mapping[str, Any]
+
+
+def _experts(
+    found: Mapping[str, _Pair], config: Mapping[str, Any], base: Optional[Base], source: str
+) -> _Experts:
     wanted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    owners = {_owner(p) for p, q in found.items() if not (q.embedding or _is_attention(p, found))}
     if not wanted:
-        return []
-    there = place_of_owner(owner, base) if base is not None else owner
+        return _Experts({}, {})
     if base is None:
-        named = [t for t in wanted if _suffix(owner, t.rpartition(".")[0])]
+        parameters = _named_parameters(owners, wanted, source)
+    else:
+        parameters = _held_parameters(owners, wanted, base)
+    told = {name: _parameter_path(at, name) for at, own in parameters.items() for name in own}
+    chosen = by_pattern(config, "rank_pattern", told.values(), source)
+    ranks = {name: chosen.get(path, config.get("r")) for name, path in told.items()}
+    return _Experts(parameters, ranks)
+
+
+def _named_parameters(owners: set[str], wanted: list[str], source: str) -> dict[str, list[str]]:
+    by_module: dict[str, list[str]] = {}
+    for name in wanted:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    out = {}
+    for owner in owners:
+        named = [name for tail in _tails(owner) for name in by_module.get(tail, [])]
         if len(named) > 1:
             raise FileError(
-                f"{where}: several parameters of one module; give the model, which "
+                f"{source}: {owner}: several parameters of one module; give the model, which "
                 "knows their order (load_adapter, or convert --model)."
             )
-        inner = [target.rpartition(".")[2] for target in named]
-        return [owner if name == "weight" else f"{owner}.{name}" for name in inner]
-    start = f"{there}."
-    keys = [key for key in base if key.startswith(start) and "." not in key[len(start) :]]
-    own = [there] if there in base and any(_suffix(f"{owner}.weight", t) for t in wanted) else []
-    return own + [k for k in keys if any(_suffix(k, t) for t in wanted)]
+        inner = [name.rpartition(".")[2] for name in named]
+        out[owner] = [owner if name == "weight" else f"{owner}.{name}" for name in inner]
+    return out
 
 
-def place_of_owner(owner: str, base: Base) -> str:
+def _held_parameters(owners: set[str], wanted: list[str], base: Base) -> dict[str, list[str]]:
+    """The parameters of each, innermost wrapper first: PEFT wraps them in the order in which the
+    module holds them, which only a model tells."""
+    held: dict[str, list[str]] = {}
+    for key in base:
+        held.setdefault(key.rpartition(".")[0], []).append(key)
+    known, names, out = sorted(base), set(wanted), {}
+    for owner in owners:
+        there = _place_of_owner(owner, known)
+        own = [there] if there in base and _ends_in(f"{owner}.weight", names) else []
+        out[owner] = own + [key for key in held.get(there, []) if _ends_in(key, names)]
+    return out
+
+
+def _place_of_owner(owner: str, known: list[str]) -> str:
     """`owner` without a component's name in front, where the base has none."""
-    if any(key == owner or key.startswith(f"{owner}.") for key in base):
+    if _begins(owner, known) or _begins(f"{owner}.", known):
         return owner
     for component in COMPONENTS:
         rest = owner.removeprefix(f"{component}.")
-        if rest != owner and any(key.startswith(f"{rest}.") for key in base):
+        if rest != owner and _begins(f"{rest}.", known):
             return rest
     return owner
 
 
-def _suffix(path: str, tail: str) -> bool:
-    return path == tail or path.endswith(f".{tail}")
+def _begins(start: str, known: list[str]) -> bool:
+    """Whether one of the sorted names is `start`, or begins so where that ends in a dot."""
+    at = bisect_left(known, start)
+    if at == len(known):
+        return False
+    return known[at].startswith(start) if start.endswith(".") else known[at] == start
+
+
+def _tails(path: str) -> Iterator[str]:
+    """The path, and what is left of it after its last dots, of which no model has more."""
+    yield path
+    at = len(path)
+    for _ in range(_MOST_LEVELS):
+        at = path.rfind(".", 0, at)
+        if at < 0:
+            return
+        yield path[at + 1 :]
+
+
+def _ends_in(path: str, names: Collection[str]) -> bool:
+    return any(tail in names for tail in _tails(path))
 
 
 def _expert(
     path: str,
     owner: str,
-    parameters: list[str],
+    experts: _Experts,
     pair_: _Pair,
-    config: Mapping[str, Any],
     base: Optional[Base],
     where: str,
 ) -> tuple[str, Update]:
+    parameters = experts.parameters[owner]
     depth = path.count(_INNER, len(owner))
     if depth >= len(parameters):
-        raise FileError(f"{where}: more wrapped parameters than the model has: {parameters}.")
+        raise FileError(
+            f"{where}: more wrapped parameters than the model has: {listed(parameters)}."
+        )
     name = parameters[len(parameters) - 1 - depth]
-    told = _parameter_path(owner, name)
-    r = int(number(_lookup(config, "rank_pattern", told, config.get("r")), f"{where}, r"))
+    r = int(number(experts.ranks[name], f"{where}, r"))
     count, extra = divmod(pair_.a.shape[0], max(r, 1))
     if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
         raise FileError(
@@ -296,7 +382,7 @@ def _expert(
 
 def _parameter_path(owner: str, name: str) -> str:
     """The path of a parameter as PEFT spells it: here a layer's own weight has the layer's."""
-    return f"{name}.weight" if _suffix(owner, name) else name
+    return f"{name}.weight" if _ends_in(owner, {name}) else name
 
 
 def _pattern_path(path: str, key: str, kind: Optional[str]) -> str:
@@ -308,27 +394,36 @@ def _pattern_path(path: str, key: str, kind: Optional[str]) -> str:
     return path.removesuffix(f"{_INNER}.out_proj") if path.endswith(f"{_INNER}.out_proj") else key
 
 
-def alpha(config: Mapping[str, Any], path: str, r: int, options: Options) -> float:
-    """The alpha of one layer, by its path in the model that PEFT adapted."""
+def alpha(
+    config: Mapping[str, Any], chosen: Mapping[str, Any], path: str, r: int, options: Options
+) -> float:
+    """The alpha of one layer, by its path in the model that PEFT adapted.
+
+    Args:
+        config: ``adapter_config.json``.
+        chosen: of its ``alpha_pattern``, from `by_pattern`.
+        path, r: of the layer.
+        options: see `Options`.
+    """
     fallback = r if options.alpha is None else options.alpha
-    value = _lookup(config, "alpha_pattern", path, config.get("lora_alpha", fallback))
+    value = chosen.get(path, config.get("lora_alpha", fallback))
     return number(value, f"lora_alpha of {path}")
 
 
-def _lookup(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
-    """The first pattern that matches, as peft.utils.other.get_pattern_key."""
-    for pattern, value in (config.get(name) or {}).items():
-        try:
-            if _compiled(pattern).match(path):
-                return value
-        except re.error as error:
-            raise FileError(f'{name}: "{pattern}" is no regular expression: {error}.') from error
-    return default
+def by_pattern(
+    config: Mapping[str, Any], name: str, paths: Iterable[str], source: str
+) -> dict[str, Any]:
+    """The value of each path by the first pattern that fits, as peft.utils.other.get_pattern_key.
 
-
-@lru_cache(4096)  # re's own cache holds fewer than the layers of a large model
-def _compiled(pattern: str) -> "re.Pattern[str]":
-    return re.compile(rf"(.*\.)?({pattern})$")
+    Raises:
+        FileError: a pattern that cannot be matched in bounded time.
+    """
+    values = list((config.get(name) or {}).values())
+    try:
+        found = Names(paths).first(config.get(name) or {})
+    except ValueError as error:
+        raise FileError(f"{source}: {name}: {error}.") from error
+    return {path: values[number] for path, number in found.items()}
 
 
 def report_targets(
@@ -338,26 +433,31 @@ def report_targets(
     wanted = config.get("target_modules")
     if not wanted or wanted == "all-linear" or config.get("layers_to_transform") is not None:
         return
+    try:
+        named = _targeted(wanted, base) - _targeted(config.get("exclude_modules") or [], base)
+    except Unbounded as error:
+        what = "target_modules was not compared with the file"
+        report(content.source, what, [str(error)], False, "Its updates are read.")
+        return
+    except ValueError as error:
+        raise FileError(f"{content.source}: target_modules: {error}.") from error
     have = {place(path, base) for path in adapter.updates}
     missing = [
         path
         for path, slot in base.items()
         if slot.kind in ("linear", "convolution", "embedding")
-        and _targeted(wanted, path)
-        and not _targeted(config.get("exclude_modules") or [], path)
+        and path in named
         and path not in have
         and f"{path.rpartition('.')[0]}.in_proj_weight" not in base
     ]
     report(content.source, "targets without tensors", missing, options.strict, "Is it whole?")
 
 
-def _targeted(names: Any, path: str) -> bool:
-    if not isinstance(names, str):
-        return any(_suffix(path, str(name)) for name in names)
-    try:
-        return re.fullmatch(names, path) is not None
-    except re.error as error:
-        raise FileError(f'target_modules: "{names}" is no regular expression: {error}.') from error
+def _targeted(names: Any, base: Base) -> set[str]:
+    if isinstance(names, str):
+        return Names(base).matching(names)
+    known = set(map(str, names))
+    return {path for path in base if _ends_in(path, known)}
 
 
 def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -> Content:

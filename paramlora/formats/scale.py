@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
 from paramlora.formats.content import Content, number, parsed
 
 KEY = "paramlora_scales"
@@ -38,7 +38,7 @@ def recorded(content: Content) -> Mapping[str, Any]:
         return parsed(content.metadata[KEY], content.source)
     found = content.config.get(KEY, {})
     if not isinstance(found, Mapping):
-        raise FileError(f"{content.source}: {KEY} is {found!r}, not an object.")
+        raise FileError(f"{content.source}: {KEY} is {spelled(found)}, not an object.")
     return found
 
 

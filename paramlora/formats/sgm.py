@@ -22,8 +22,9 @@ _SINGLE = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 _PLACE = re.compile(
-    r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\."
-    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)\.(?P<rest>.+)"
+    r"(?:(?P<side>down|up)_blocks\.(?P<block>[0-9]{1,9})|mid_block)\."
+    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>[0-9]{1,9})\.(?P<rest>.+)",
+    re.DOTALL,
 )
 
 
@@ -41,8 +42,10 @@ def original_names(paths: Iterable[str]) -> dict[str, str]:
     """
     known = list(paths)
     rest = [path.removeprefix("unet.") for path in known]
-    numbers = [int(m[1]) for p in rest if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", p))]
-    attends = {m[1] for p in rest if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", p))}
+    numbers = [
+        int(m[1]) for p in rest if (m := re.match(r"down_blocks\.0\.resnets\.([0-9]{1,9})\.", p))
+    ]
+    attends = {m[1] for p in rest if (m := re.match(r"up_blocks\.([0-9]{1,9})\.attentions\.", p))}
     found = {}
     for path, short in zip(known, rest):
         name = _name(short, 1 + max(numbers, default=0), attends)

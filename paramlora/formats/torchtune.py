@@ -5,6 +5,7 @@ training/checkpointing/_checkpointer.py.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Optional
 
 from torch import Tensor
@@ -14,10 +15,10 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
 from paramlora.formats.factors import pair
-from paramlora.formats.peft import alpha, check_config
+from paramlora.formats.peft import alpha, by_pattern, check_config
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[ab])\.weight")
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[ab])\.weight", re.DOTALL)
 
 
 def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
@@ -35,10 +36,18 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     refuse_dora(content, magnitudes)
     check_config(content.config, content.source)
     found = halves(content, _FACTOR, options.strict)
-    return Adapter({path: _update(path, half, content, options) for path, half in found.items()})
+    alphas = by_pattern(content.config, "alpha_pattern", found, content.source)
+    updates = {p: _update(p, half, alphas, content, options) for p, half in found.items()}
+    return Adapter(updates)
 
 
-def _update(path: str, half: dict[str, Tensor], content: Content, options: Options) -> Update:
+def _update(
+    path: str,
+    half: dict[str, Tensor],
+    alphas: Mapping[str, Any],
+    content: Content,
+    options: Options,
+) -> Update:
     where = f"{content.source}: {path}"
     if "lora_alpha" not in content.config and options.alpha is None:
         raise FileError(
@@ -46,7 +55,7 @@ def _update(path: str, half: dict[str, Tensor], content: Content, options: Optio
             "Put it beside the file, or give alpha (convert --alpha)."
         )
     r = half["a"].shape[0]
-    value = alpha(content.config, path, r, options)
+    value = alpha(content.config, alphas, path, r, options)
     exact = recorded(content).get(path)
     return pair(half["a"], half["b"], scale_of(value, r, exact, where), where)
 

@@ -1,0 +1,138 @@
+"""Opening files that others made: regular ones only, and JSON within limits."""
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Union
+
+from paramlora.errors import FileError, shown
+
+# the longest real header, of a checkpoint with a hundred thousand tensors, takes some 15 MB, and
+# the safetensors library takes twice this; one character of four bytes makes all take four
+MOST_TEXT = 50_000_000
+_SMALL = 1 << 20  # bytes of text that cannot become much memory
+# a tensor's entry has eight; each value takes some hundred bytes of memory
+_MOST_VALUES, _MOST_DEPTH = 2_000_000, 100
+_MOST_ESCAPES = 4_000_000  # as many bytes of memory for each; JSON in a string has one a quote
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
+    """A regular file, open for reading; anything else could wait, or act, for ever.
+
+    Raises:
+        FileError: it is missing, not to be read, or another kind of file.
+    """
+    try:
+        _check_regular(path, os.stat(path).st_mode)  # before the opening: that may act
+        # without waiting: what is at a name may have changed since
+        wanted = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = open(os.open(path, wanted), "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: cannot be read: {reason}.") from error
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_text(path: Union[str, "os.PathLike[str]"]) -> str:
+    """The text of a small file.
+
+    Raises:
+        FileError: as `open_regular`, or it is larger than any real one, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_TEXT:
+            raise FileError(f"{path}: {size:,} bytes, more than any real file of its kind has.")
+        content = _read(path, file, size)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not UTF-8 text: {error.reason}.") from error
+
+
+def head_of(path: Path) -> bytes:
+    """The bytes that tell a file's kind.
+
+    Raises:
+        FileError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        return _read(path, file, 9)
+
+
+def is_pickled(head: bytes) -> bool:
+    """Whether a file that begins so is of ``torch.save``, zipped or not."""
+    # a safetensors file has 8 bytes and then "{"
+    return head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{")
+
+
+def parse_json(text: str) -> Any:
+    """The value in a text that somebody else wrote, in time and memory that grow with its length.
+
+    Raises:
+        ValueError: no JSON, a key twice, or more and deeper than any real file.
+    """
+    if len(text) > _SMALL:
+        _check_counts(text)
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _read(path: Union[str, "os.PathLike[str]"], file: BufferedReader, count: int) -> bytes:
+    try:
+        return file.read(count)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def _check_regular(path: Union[str, "os.PathLike[str]"], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise FileError(f"{path}: {kind}, and only regular files are read.")
+
+
+def _check_counts(text: str) -> None:
+    """Refuse what would fill the memory, before anything is made of it."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{len(text):,} characters, more than any real file has")
+    if text.count("\\") > _MOST_ESCAPES:
+        raise ValueError("it has more escaped characters than any real file")
+    values = depth = 0
+    for token in _TOKENS.finditer(text):
+        sign = text[token.start()]
+        if sign in "{[":
+            depth += 1
+        elif sign in "}]":
+            depth -= 1
+        values += sign in "{[,"
+        if values > _MOST_VALUES or depth > _MOST_DEPTH:
+            raise ValueError("it has more values, or is nested deeper, than any real file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f'"{shown(twice)}" stands twice')
+    return out
