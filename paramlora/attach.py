@@ -25,7 +25,7 @@ from paramlora.placement import shard_like
 from paramlora.quantised import dense
 from paramlora.sharded import check_order, gathered, is_sharded
 from paramlora.soft import Branch, add_branch, kernel_of, remove_branches
-from paramlora.statistics import forget, put_back, remember, warn_moving
+from paramlora.statistics import forget, keepers, put_back, remember, warn_moving
 from paramlora.switch import Gains, Switch, Switched
 from paramlora.targets import (
     BRANCHES,
@@ -107,12 +107,13 @@ def attach_targets(
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
     carries = checkpoints_reentrantly(model)
-    touched = [model, *(one for owner in owners for one in with_lists(owner))]
+    kept = [] if there else keepers(model)
+    touched = [model, *kept, *(one for owner in owners for one in with_lists(owner))]
     if carries:
         touched += model.modules()
     with _uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
-            remember(model, froze=not trainable_model)
+            remember(model, kept, froze=not trainable_model)
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
@@ -243,7 +244,7 @@ def _mute(found: list[Switched], to: Callable[[frozenset[object]], frozenset[obj
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The attached adapters, in the order of attaching."""
+    """The attached adapters, in the order of the model's modules."""
     return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
 
 

@@ -153,6 +153,7 @@ def _write(
     _check_kind(stored, out)
     if not dry_run:
         beside = _beside(stored.folder) if _is_folder(out) else []
+        _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
 
         def told(count: int) -> None:

@@ -61,8 +61,9 @@ def forward_of(base: type) -> Optional[_Forward]:
 
 
 def _plain_forward(layer: nn.Module) -> Any:
-    """The forward that the layer's type has now, of itself."""
-    return type(layer).__bases__[0].forward  # type: ignore[attr-defined]
+    """The forward that the layer's type has now, of itself; a merged one has its own type back."""
+    kind: Any = type(layer)
+    return (kind.__bases__[0] if "parametrizations" in layer._modules else kind).forward
 
 
 def honours_dropout(base: type) -> bool:
@@ -79,7 +80,9 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
-    lists: Any = layer._modules["parametrizations"]
+    lists: Any = layer._modules.get("parametrizations")
+    if lists is None:  # merged or detached, and called through a forward that something kept
+        return None
     plist: Any = lists._modules.get("weight")
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None

@@ -31,7 +31,8 @@ NATIVE = "native"
 # the weights in a folder, the best first: torchtune writes PEFT's form beside its own
 _WEIGHTS = (
     "adapter_model.safetensors adapter_model.bin adapter_model.pt "
-    "pytorch_lora_weights.safetensors pytorch_lora_weights.bin lit_model.pth.lora"
+    "pytorch_lora_weights.safetensors pytorch_lora_weights.bin lit_model.pth.lora "
+    "adapter.safetensors"
 ).split()
 # formats that are a folder: the weights and the configuration beside them
 _FOLDERS = {

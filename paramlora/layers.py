@@ -35,7 +35,8 @@ def holds_updates(module: nn.Module) -> bool:
 
 def adapted_by(module: nn.Module, name: str) -> list[str]:
     """The adapters with an update in torch's list of parametrizations of one tensor."""
-    lists = parametrized(module)
+    # a replica of DataParallel is given its attributes after it is made
+    lists = parametrized(module) if "_modules" in vars(module) else {}
     held = lists[name] if name in lists else ()
     return [update.adapter for update in held if isinstance(update, Switched)]
 

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.casts import is_storage
 from paramlora.contexts import in_own_types
 from paramlora.sharded import take
 from paramlora.switch import Gains, Switched
@@ -171,8 +172,11 @@ class LowRank(Switched):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
-        wide = torch.promote_types(weight.dtype, delta.dtype)
-        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+        total = (_wide(weight, delta) + delta).to(weight.dtype)
+        if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
+            # channels last of a kernel of 1: its strides alone tell a convolution its format
+            return total.as_strided(weight.shape, weight.stride())
+        return total
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
@@ -189,5 +193,12 @@ def value_of(plist: Any) -> Tensor:
         return plist()  # type: ignore[no-any-return]
     total = weight
     for update in acting:
-        total = total + update.delta(weight.shape)  # in the wider type of both
+        delta = update.delta(weight.shape)
+        total = _wide(total, delta) + delta
     return total.to(weight.dtype)
+
+
+def _wide(weight: Tensor, delta: Tensor) -> Tensor:
+    """The weight in the wider type of both, in which torch adds; or where that only stores its
+    numbers (see `casts`) in the update's."""
+    return weight.to(delta.dtype) if is_storage(weight.dtype) else weight

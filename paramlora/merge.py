@@ -16,6 +16,7 @@ from paramlora.attach import (
     updates_of,
     with_lists,
 )
+from paramlora.casts import is_storage
 from paramlora.contexts import own_context
 from paramlora.errors import AdapterError
 from paramlora.fold import LowRankTerm, Term, WholeTerm, folded, overflows
@@ -90,7 +91,7 @@ def merge(
     inverted = [_inverted(*job) for job in jobs]
     for job, values in zip(jobs, inverted):
         if not values and (job[0], job[1]) not in packed:
-            _check_overflow(model, *job)
+            _check_held(model, *job)
     _to_the_end([*_unpacking(model, packed), *_merging(model, jobs, inverted)])
     return model
 
@@ -235,19 +236,26 @@ def _sum(base: Tensor, updates: list[Switched]) -> Tensor:
     return folded(base, [_term(update) for update in acting])
 
 
-def _check_overflow(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
+def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
+    """Refuse a sum that the base's type does not hold."""
     base: Tensor = getattr(*_stored(module, name))
+    path = next(path for path, one in model.named_modules() if one is module)
+    full = f"{f'{path}.' if path else ''}{name}"
+    if is_storage(base.dtype):
+        raise AdapterError(
+            f"{full} is stored in {base.dtype}, which would round the update away. Nothing was "
+            "merged; cast the model first (model.to(torch.bfloat16))."
+        )
     if not is_sharded(base):
         over = overflows(base, [_term(update) for update in ours if update.acts])
     else:
         narrow = base.dtype == torch.float16
         over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
     if over:
-        path = next(path for path, one in model.named_modules() if one is module)
         raise AdapterError(
-            f"{f'{path}.' if path else ''}{name}: the sum is beyond {torch.finfo(base.dtype).max:g}"
-            f", the most that {base.dtype} holds. Nothing was merged; make the model wider "
-            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
+            f"{full}: the sum is beyond {torch.finfo(base.dtype).max:g}, the most that {base.dtype} "
+            "holds. Nothing was merged; make the model wider (model.bfloat16() or model.float()) "
+            "or the adapter weaker (set_adapters) first."
         )
 
 

@@ -154,10 +154,10 @@ def _check_name(path: PathLike) -> None:
 def _check_value(path: PathLike, stem: str, value: Union[Update, Tensor]) -> None:
     """Refuse what `load_adapter` would refuse, before an older file is replaced."""
     for key, one in _tensors(stem, value).items():
-        bad = one[~isfinite(one)] if one.is_floating_point() else one[:0]
-        if bad.numel():
+        if one.is_floating_point() and not isfinite(one).all():
+            bad = one[~isfinite(one)].flatten()[0].item()
             raise FileError(
-                f"{path}: {key} is not finite ({bad[0].item()}), and no file of that could be "
+                f"{path}: {key} is not finite ({bad}), and no file of that could be "
                 "loaded. Nothing was written; save it from before training diverged."
             )
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from paramlora.casts import is_storage
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest, listed
 from paramlora.lowrank import Layout, matrix_shape
@@ -294,6 +295,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     elif entry.hard and tensor.dtype not in FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
+        if is_storage(tensor.dtype):
+            return f'{reason}. Attach before the model is stored so, or use "hard": 0.'
     return reason and f"{reason}. Remove the entry."
 
 

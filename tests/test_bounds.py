@@ -356,8 +356,9 @@ def test_an_adapter_of_many_holes_is_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("to", [*formats.WRITERS, "native"])
 def test_a_conversion_writes_the_same_bytes_each_time(to, tmp_path):
     names = [f"m{i}.attn.{x}" for i in range(9) for x in ("q", "k", "v")]
-    update = Update(torch.ones(2, 4), torch.ones(4, 2), 0.7 if to != "loralib" else 1.0, (4, 4))
-    many = Adapter(dict.fromkeys(names, update), metadata={f"key{i}": "x" for i in range(20)})
+    scale = 0.7 if to != "loralib" else 1.0
+    updates = {name: Update(torch.ones(2, 4), torch.ones(4, 2), scale, (4, 4)) for name in names}
+    many = Adapter(updates, metadata={f"key{i}": "x" for i in range(20)})
     paramlora.native.write_native(many, tmp_path / "a.safetensors")
     written = []
     for number in range(4):
