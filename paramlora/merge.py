@@ -253,9 +253,9 @@ def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switc
         over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
     if over:
         raise AdapterError(
-            f"{full}: the sum is beyond {torch.finfo(base.dtype).max:g}, the most that {base.dtype} "
-            "holds. Nothing was merged; make the model wider (model.bfloat16() or model.float()) "
-            "or the adapter weaker (set_adapters) first."
+            f"{full}: the sum is beyond {torch.finfo(base.dtype).max:g}, the most that "
+            f"{base.dtype} holds. Nothing was merged; make the model wider (model.bfloat16() or "
+            "model.float()) or the adapter weaker (set_adapters) first."
         )
 
 
