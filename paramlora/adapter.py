@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from paramlora.config import TargetConfig
-from paramlora.lowrank import Layout
+from paramlora.geometry import Layout
 
 
 @dataclass(frozen=True)

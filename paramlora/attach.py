@@ -390,7 +390,7 @@ def _value(module: nn.Module, target: Target) -> Tensor:
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
     for update in there:
-        if isinstance(update, Whole) or (target.entry.whole and isinstance(update, LowRank)):
+        if isinstance(update, Switched) and (update.alone or target.entry.whole):
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
                 f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '

@@ -1,40 +1,107 @@
-"""The sum ``W + Σ factor·B·A``, formed block by block: the arithmetic of every merge."""
+"""The sum of a base and its updates, formed block by block: the arithmetic of every merge."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Union
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from paramlora.contexts import in_own_types
-from paramlora.lowrank import Layout, factor_dtype, matrix_shape
+from paramlora.geometry import Layout, factor_dtype, matrix_shape
 
-_BLOCK = 1 << 18  # elements of a weight that are in float32 at one time: fit a core's own cache
-_At = tuple[int, slice, slice]  # of a stack, its rows and its columns
+# elements of a weight that are in a wide type at one time: fit a core's own cache, and on a device
+# are few launches in little memory
+_BLOCK, _BLOCK_OF_A_DEVICE = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
-class LowRankTerm:
-    """One update to add: its factors, and the number before them."""
+class Block:
+    """Some of a weight's elements.
+
+    Args:
+        run: which, as they lie in memory and in a file.
+        which: of the matrices of a stack.
+        rows, columns: of that matrix; all of its columns where a term asked for them.
+    """
+
+    run: slice
+    which: int
+    rows: slice
+    columns: slice
+
+
+class Term:
+    """What one update does to a weight: the one thing that a merge asks of it.
+
+    A kind of update gives its own; what a kind does not say is what this class says.
+    """
+
+    layout: Layout = "matrix"  # "stack" where the weight is a stack of matrices
+    whole_rows: bool = False  # whether `applied` needs all columns of a row at once, as a norm does
+
+    def prepared(self, wide: torch.dtype) -> "Term":
+        """The same, ready for blocks in a wide type."""
+        return self
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        """What the update makes of the sum so far; it may write into `total`.
+
+        Args:
+            total: ``[rows, columns]`` of `block`, in the wide type of `prepared`.
+        """
+        raise NotImplementedError
+
+    def bound(self) -> float:
+        """What no element is changed by more than; infinite where that is not known."""
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class LowRankTerm(Term):
+    """Adds ``factor·B·A``: the factors, and the number before them."""
 
     lora_A: Tensor
     lora_B: Tensor
     factor: Tensor
     layout: Layout = "matrix"
 
+    def prepared(self, wide: torch.dtype) -> "LowRankTerm":
+        a, b = (_stacked(factor.detach().to(wide)) for factor in (self.lora_A, self.lora_B))
+        return replace(self, lora_A=a, lora_B=b * self.factor.detach().to(wide))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        a, b = self.lora_A[block.which], self.lora_B[block.which]
+        if self.layout == "transposed":  # the weight's rows are the input side
+            return total.add_((b[block.columns] @ a[:, block.rows]).t())
+        return total.add_(b[block.rows] @ a[:, block.columns])
+
+    def bound(self) -> float:
+        """By the norms of B's rows and A's columns (Cauchy and Schwarz)."""
+        with in_own_types(self.lora_A):
+            a = torch.linalg.vector_norm(self.lora_A.double(), dim=-2).max()
+            b = torch.linalg.vector_norm(self.lora_B.double(), dim=-1).max()
+            return float(a * b * self.factor.abs().double())
+
 
 @dataclass(frozen=True)
-class WholeTerm:
-    """A tensor to have instead, and how far to go there: 1 is all the way."""
+class WholeTerm(Term):
+    """Has a tensor instead, or goes some of the way there: 1 is all of it."""
 
     value: Tensor
     strength: Tensor
 
+    def prepared(self, wide: torch.dtype) -> "WholeTerm":
+        return replace(self, value=self.value.detach().reshape(-1))
 
-Term = Union[LowRankTerm, WholeTerm]
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        own = self.value[block.run].view(total.shape)
+        if self.strength != 1 and own.is_floating_point():
+            own = torch.lerp(total.to(own.dtype), own, self.strength.to(own.dtype))
+        return own.to(total.dtype)
+
+    def bound(self) -> float:
+        return 2 * float(self.value.abs().max()) * abs(float(self.strength))
 
 
 class Fold:
@@ -42,54 +109,63 @@ class Fold:
 
     A block is a run of the weight's elements, as they lie in memory and in a file; the same blocks
     for a live model and for a file give the same bits. The sum is in float32, or in float64 for a
-    float64 weight.
+    float64 weight, and on a device that is allowed to round float32 products to TF32.
 
     Args:
         shape, dtype: of the weight.
         terms: in the order of summing.
+        device: where the blocks will lie.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, terms: Sequence[Term]) -> None:
-        stacked = any(isinstance(term, LowRankTerm) and term.layout == "stack" for term in terms)
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        terms: Sequence[Term],
+        device: "torch.device | str" = "cpu",
+    ) -> None:
+        stacked = any(term.layout == "stack" for term in terms)
         self._shape = matrix_shape(tuple(shape) or (1,), "stack" if stacked else "matrix")
+        on_device = torch.device(device).type != "cpu"
         self._wide = factor_dtype(dtype)
-        self._terms = [self._prepared(term) for term in terms]
+        if on_device and self._wide == torch.float32 and _rounds_products():
+            self._wide = torch.float64
+        self._size = _BLOCK_OF_A_DEVICE if on_device else _BLOCK
+        self._whole_rows = any(term.whole_rows for term in terms)
+        self._terms = [term.prepared(self._wide) for term in terms]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order."""
         stack, rows, columns = self._shape
-        wide = max(1, min(columns, _BLOCK))
-        high = _BLOCK // wide
+        wide = max(1, columns if self._whole_rows else min(columns, self._size))
+        high = max(1, self._size // wide)
         for which in range(stack):
             for top in range(0, rows, high):
                 for left in range(0, columns, wide):
-                    at = (which, slice(top, min(top + high, rows)), slice(left, left + wide))
+                    down = slice(top, min(top + high, rows))
                     start = (which * rows + top) * columns + left
-                    count = (at[1].stop - top) * min(wide, columns - left)
+                    count = (down.stop - top) * min(wide, columns - left)
                     run = slice(start, start + count)
-                    yield run, partial(self._sum, at, run)
-
-    def _prepared(self, term: Term) -> Term:
-        if isinstance(term, WholeTerm):
-            return WholeTerm(term.value.detach().reshape(-1), term.strength)
-        a, b = (_flat(factor.detach().to(self._wide)) for factor in (term.lora_A, term.lora_B))
-        return LowRankTerm(a, b * term.factor.detach().to(self._wide), term.factor, term.layout)
+                    block = Block(run, which, down, slice(left, left + wide))
+                    yield run, partial(self._sum, block)
 
     @torch.no_grad()
-    def _sum(self, at: _At, run: slice, before: Tensor) -> Tensor:
-        total = before.view(at[1].stop - at[1].start, -1)
+    def _sum(self, block: Block, before: Tensor) -> Tensor:
+        rows = before.view(block.rows.stop - block.rows.start, -1)
+        total = rows.to(self._wide, copy=bool(self._terms))
         with in_own_types(before):
             for term in self._terms:
-                if isinstance(term, WholeTerm):
-                    total = _instead(term, run, total.to(self._wide))
-                else:
-                    total = _delta(term, at).add_(total.to(self._wide))
+                total = term.applied(total, block)
         return total.to(before.dtype).reshape(-1)
+
+
+def _rounds_products() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 @torch.no_grad()
 def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
-    """A new tensor ``base + Σ factor·B·A``, summed in a wide type and rounded once.
+    """A new tensor: what the terms make of `base`, in a wide type and rounded once.
 
     Args:
         base: of any shape that the terms' layouts fit.
@@ -97,7 +173,7 @@ def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
     """
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     before, after = base.reshape(-1), out.view(-1)
-    for run, summed in Fold(base.shape, base.dtype, terms).blocks():
+    for run, summed in Fold(base.shape, base.dtype, terms, base.device).blocks():
         after[run] = summed(before[run])
     return out
 
@@ -106,49 +182,22 @@ def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
 def overflows(base: Tensor, terms: Sequence[Term]) -> bool:
     """Whether a sum of finite numbers is beyond the largest of the base's type.
 
-    A bound by the factors' norms (Cauchy and Schwarz) answers where it can, without the sum.
+    The terms' bounds answer where they can, without the sum.
     """
     if base.is_meta or not base.is_floating_point() or not terms:
         return False
-    most, added = torch.finfo(base.dtype).max, sum(map(_bound, terms))
+    most, added = torch.finfo(base.dtype).max, sum(term.bound() for term in terms)
     if base.dtype != torch.float16 and added < most * 2**-10:
         return False  # a weight that near to the end of a float32's range is no weight
     if base.numel() and base.abs().max().double() + added <= most:
         return False
     before = base.reshape(-1)
-    for run, summed in Fold(base.shape, base.dtype, terms).blocks():
+    for run, summed in Fold(base.shape, base.dtype, terms, base.device).blocks():
         if (torch.isfinite(before[run]) & ~torch.isfinite(summed(before[run]))).any():
             return True
     return False
 
 
-def _bound(term: Term) -> float:
-    """What no element of a term's change is larger than."""
-    if isinstance(term, WholeTerm):
-        return 2 * float(term.value.abs().max()) * abs(float(term.strength))
-    with in_own_types(term.lora_A):
-        longest = [
-            torch.linalg.vector_norm(factor.double(), dim=dim).max()
-            for factor, dim in ((term.lora_A, -2), (term.lora_B, -1))
-        ]
-        return float(longest[0] * longest[1] * term.factor.abs().double())
-
-
-def _flat(factor: Tensor) -> Tensor:
+def _stacked(factor: Tensor) -> Tensor:
     """``[stack, ...]``, also where there is no stack."""
     return factor.reshape(-1, *factor.shape[-2:])
-
-
-def _delta(term: LowRankTerm, at: _At) -> Tensor:
-    """The block of ``factor·B·A`` that stands at `at` of the weight, ``[rows, columns]``."""
-    (which, rows, columns), a, b = at, term.lora_A, term.lora_B
-    if term.layout == "transposed":  # the weight's rows are the input side
-        return rearrange(b[which, columns] @ a[which, :, rows], "out fan_in -> fan_in out")
-    return b[which, rows] @ a[which, :, columns]
-
-
-def _instead(term: WholeTerm, run: slice, total: Tensor) -> Tensor:
-    own = term.value[run].view(total.shape)
-    if term.strength != 1 and own.is_floating_point():
-        own = torch.lerp(total.to(own.dtype), own, term.strength)
-    return own.to(total.dtype)

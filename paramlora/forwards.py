@@ -15,7 +15,8 @@ from torch.compiler import is_compiling
 
 from paramlora import functional
 from paramlora.convolution import branch, convolution, laid_as
-from paramlora.lowrank import Layout, LowRank
+from paramlora.geometry import Layout
+from paramlora.lowrank import LowRank
 from paramlora.narrow import LINEAR, wide
 
 _Forward = Callable[..., Tensor]

@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import TargetError
-from paramlora.lowrank import LowRank, matrix_shape
+from paramlora.geometry import matrix_shape
+from paramlora.lowrank import LowRank
 
 
 @torch.no_grad()

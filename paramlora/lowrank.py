@@ -1,41 +1,20 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
 import math
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.adapter import Update
 from paramlora.casts import is_storage
+from paramlora.config import TargetConfig
 from paramlora.contexts import in_own_types
-from paramlora.sharded import take
+from paramlora.fold import LowRankTerm
+from paramlora.geometry import Layout, ambiguous, factor_dtype, matrix_shape
+from paramlora.sharded import gathered, take
 from paramlora.switch import Gains, Switched
-
-Layout = Literal["matrix", "transposed", "stack"]
-LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
-
-
-def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple[int, int, int]:
-    """(stack, out, in): the matrices that a weight of `shape` holds.
-
-    ``matrix`` flattens all but the first dimension into the input side, ``transposed``
-    stores the input side first, ``stack`` holds one ``[out, in]`` for each leading index.
-    """
-    if layout == "stack":
-        return math.prod(shape[:-2]), shape[-2], shape[-1]
-    first, rest = shape[0], math.prod(shape[1:])
-    return (1, rest, first) if layout == "transposed" else (1, first, rest)
-
-
-def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of an update's factors: a 16-bit one would lose their small steps."""
-    return torch.float32 if dtype.itemsize <= 2 else dtype
-
-
-def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
-    """Whether the factors' shapes do not tell which side of the weight is the input."""
-    return layout != "stack" and shape[0] ** 2 == math.prod(shape)
 
 
 class LowRank(Switched):
@@ -136,6 +115,35 @@ class LowRank(Switched):
         scale = self._parameters.get("lora_scale") if scale is None else scale
         return self.lora_scale if scale is None else scale
 
+    def term(self) -> LowRankTerm:
+        """``strength · scale · B·A``, to be added."""
+        return LowRankTerm(*self.factors(), self.scaling, self.layout)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Both factors, and the scale where it trains."""
+        scale = [self.lora_scale] if isinstance(self.lora_scale, nn.Parameter) else []
+        return {"lora_A": [self.lora_A], "lora_B": [self.lora_B], "lora_scale": scale}
+
+    def described(self) -> tuple[int, float, str]:
+        """Its rank and scale; no number on the meta device."""
+        scale = self.lora_scale.detach()
+        value = math.nan if scale.is_meta else scale.item()
+        return self.r, value, "soft" if self.beside else "hard"
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Update:
+        """Its factors, whole on every process, and what attaches them again."""
+        a, b = (gathered(factor.detach()) for factor in self.factors())
+        entry = self.entry or TargetConfig("", self.r)
+        scale = _number(gathered(self.lora_scale.detach()), entry.scale)
+        trains = isinstance(self.lora_scale, nn.Parameter)
+        return Update(
+            *(a, b, scale, shape, self.layout, trains, not self.beside),
+            dropout=self.dropout,
+            adapter_dtype=entry.adapter_dtype,
+            kind=kind,
+            groups=groups,
+        )
+
     def plain(self) -> dict[str, Tensor]:
         """What a file holds: an update of the unchanged weight by its `factors`."""
         a, b = self.factors()
@@ -180,6 +188,12 @@ class LowRank(Switched):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
+
+
+def _number(scale: Tensor, asked: float) -> float:
+    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
+    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
+    return asked if same else scale.item()
 
 
 def value_of(plist: Any) -> Tensor:

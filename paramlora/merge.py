@@ -19,16 +19,13 @@ from paramlora.attach import (
 from paramlora.casts import is_storage
 from paramlora.contexts import own_context
 from paramlora.errors import AdapterError
-from paramlora.fold import LowRankTerm, Term, WholeTerm, folded, overflows
+from paramlora.fold import folded, overflows
 from paramlora.layers import parametrized
-from paramlora.lowrank import LowRank
 from paramlora.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.sharded import gathered, is_sharded
-from paramlora.soft import Branch
-from paramlora.switch import Switched
+from paramlora.switch import Switched, answer
 from paramlora.ties import holders, overlapping
 from paramlora.undo import unchanged_on_error
-from paramlora.whole import Whole
 
 _Job = tuple[nn.Module, str, list[Switched]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -73,8 +70,7 @@ def merge(
     for path, _, lowrank in updates(model):
         if lowrank.adapter in chosen:
             _check_finite(path, lowrank)
-            if isinstance(lowrank, Branch):
-                lowrank.check_mergeable(path)
+            lowrank.check_mergeable(path)
     jobs = [
         (module, name, ours)
         for module in list(model.modules())
@@ -233,7 +229,7 @@ def _sum(base: Tensor, updates: list[Switched]) -> Tensor:
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         return _folded_together(base, acting).to(base.dtype)
-    return folded(base, [_term(update) for update in acting])
+    return folded(base, [answer(update, "term") for update in acting])
 
 
 def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
@@ -247,7 +243,7 @@ def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switc
             "merged; cast the model first (model.to(torch.bfloat16))."
         )
     if not is_sharded(base):
-        over = overflows(base, [_term(update) for update in ours if update.acts])
+        over = overflows(base, [answer(update, "term") for update in ours if update.acts])
     else:
         narrow = base.dtype == torch.float16
         over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
@@ -263,18 +259,8 @@ def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
     """Each process forms its own part of the sum, whose blocks the others could not follow."""
     total = base.to(torch.promote_types(base.dtype, torch.float32))
     for update in acting:
-        if isinstance(update, LowRank):
-            total = total + update.delta(base.shape, total.dtype)
-        else:
-            total = update(total)
+        total = update(total)
     return total
-
-
-def _term(update: Switched) -> Term:
-    if isinstance(update, LowRank):
-        return LowRankTerm(*update.factors(), update.scaling, update.layout)
-    assert isinstance(update, Whole)
-    return WholeTerm(update.lora_whole, update.gain)
 
 
 def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
@@ -287,7 +273,7 @@ def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
     plist: Any = parametrized(module)[name]
     others = [i for i, p in enumerate(plist) if not isinstance(p, Switched)]
     first = [i for i, p in enumerate(plist) if _among(p, ours)]
-    soft = [p for p in ours if isinstance(p, Branch)]
+    soft = [p for p in ours if p.beside]
     if not others or (not soft and first[-1] < others[0]):
         return []
     names = ["original"] if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
@@ -302,8 +288,8 @@ def _inverted(module: nn.Module, name: str, ours: list[Switched]) -> _Values:
         if i in others or _among(p, ours)
     ]
     wanted = _through(chain, wide)
-    for branch in soft:
-        wanted = wanted + branch.delta(wanted.shape, wanted.dtype)
+    if soft:
+        wanted = folded(wanted, [answer(update, "term") for update in soft])
     exact = _back(module, name, wide_rules, wanted)
     new = [value.to(t.dtype) for value, t in zip(exact, stored)]
     held = _through(wide_rules, exact), _through(rules, new)

@@ -14,7 +14,7 @@ from paramlora.config import LoRAConfig, TargetConfig, parsed
 from paramlora.contexts import own_context
 from paramlora.disk import PathLike, new_file
 from paramlora.errors import ConfigError, FileError, listed, spelled
-from paramlora.lowrank import LAYOUTS, Layout, matrix_shape
+from paramlora.geometry import LAYOUTS, Layout, matrix_shape
 from paramlora.mistaken import check_tensors
 from paramlora.patterns import Names
 from paramlora.plan import fits_shape

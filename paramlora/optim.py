@@ -4,9 +4,9 @@ from typing import Any, Optional
 
 from torch import nn
 
-from paramlora.attach import check_adapters, lowranks, updates
+from paramlora.attach import check_adapters, updates
 from paramlora.errors import AdapterError
-from paramlora.whole import Whole
+from paramlora.switch import answer
 
 
 def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> list[nn.Parameter]:
@@ -55,16 +55,12 @@ def parameter_groups(
         >>> [(group["name"], group["lr"]) for group in groups]
         [('lora_A', 0.001), ('lora_B', 0.016)]
     """
-    attached = [lowrank for _, _, lowrank in lowranks(model)]
-    whole = [p for _, _, u in updates(model) if isinstance(u, Whole) for p in u.parameters()]
-    if not attached and not whole:
+    named: dict[str, list[nn.Parameter]] = {}
+    for _, _, update in updates(model):
+        for name, members in answer(update, "groups").items():
+            named.setdefault(name, []).extend(members)
+    if not named:
         raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
-    named = {
-        "lora_A": [low.lora_A for low in attached],
-        "lora_B": [low.lora_B for low in attached],
-        "lora_scale": [s for low in attached if isinstance(s := low.lora_scale, nn.Parameter)],
-        "whole": whole,
-    }
     known = {id(p) for group in named.values() for p in group}
     named["model"] = [p for p in model.parameters() if id(p) not in known]
     out = []

@@ -12,8 +12,8 @@ from torch import Tensor
 from paramlora.adapter import Adapter, Update
 from paramlora.errors import AdapterError, FileError, closest
 from paramlora.fold import LowRankTerm, Term, WholeTerm, folded
+from paramlora.geometry import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.keys import Key, weights_at
-from paramlora.lowrank import LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
 from paramlora.soft import refuse_two_kernels
 from paramlora.state import LOW_RANK
 from paramlora.stream import pieces_of
@@ -317,8 +317,11 @@ def _term(
         return WholeTerm(change.to(device), gain)
     kind = _kind(change, dtype)
     a, b = (factor.to(device, kind) for factor in (change.lora_A, change.lora_B))
-    scale, gain = (torch.tensor(n, dtype=kind, device=device) for n in (change.scale, strength))
-    return LowRankTerm(a, b, scale * gain, change.layout)
+    scale = torch.tensor(change.scale, dtype=kind, device=device)
+    wide = torch.promote_types(kind, torch.float32)  # as a live update's strength is held
+    return LowRankTerm(
+        a, b, scale * torch.tensor(strength, dtype=wide, device=device), change.layout
+    )
 
 
 def _shared(inside: dict[str, list[Change]]) -> dict[str, list[Change]]:

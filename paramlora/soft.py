@@ -1,6 +1,7 @@
 """The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
 
 import inspect
+from dataclasses import replace
 from typing import Any, NoReturn, Optional, Union
 
 import torch
@@ -8,13 +9,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.adapter import Update
 from paramlora.contexts import autocast_of
 from paramlora.convolution import CONVOLUTIONS, each_group, kernels_of, laid_as, pointwise_of
 from paramlora.errors import AdapterError
 from paramlora.forwards import padded_input
 from paramlora.functional import cast_for_autocast, thin_pair
+from paramlora.geometry import Layout
 from paramlora.layers import deep_copy, refuse_pickling
-from paramlora.lowrank import Layout, LowRank
+from paramlora.lowrank import LowRank
 from paramlora.narrow import LINEAR, Stage, wide
 from paramlora.switch import Gains
 from paramlora.targets import BRANCHES
@@ -53,6 +56,13 @@ class Branch(LowRank):
                 self.lora_A = nn.Parameter(self.lora_A.new_empty(r * size, fan_in).normal_() / r)
                 out //= size
             self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
+
+    beside = True
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Update:
+        """As of a hard update, and which kernel ``up`` has."""
+        update = super().value(shape, kind, groups)
+        return replace(update, up_kernel="same" if self.kernel else 1)
 
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None

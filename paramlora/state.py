@@ -22,12 +22,10 @@ from paramlora.attach import (
 from paramlora.config import TargetConfig
 from paramlora.digest import digest, others
 from paramlora.errors import FileError, ParamloraWarning
-from paramlora.lowrank import LowRank, factor_dtype
-from paramlora.sharded import check_order, gathered
-from paramlora.soft import Branch
-from paramlora.switch import Switched
+from paramlora.geometry import factor_dtype
+from paramlora.sharded import check_order
+from paramlora.switch import Switched, answer
 from paramlora.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
-from paramlora.whole import Whole
 
 LOW_RANK = ("lora_A", "lora_B", "lora_scale")
 
@@ -186,32 +184,8 @@ def _warn_other(paths: list[str], count: int) -> None:
 
 
 def _value(update: Switched, target: Optional[Target]) -> "Update | Tensor":
-    if isinstance(update, Whole):
-        return gathered(update.lora_whole.detach())
-    assert isinstance(update, LowRank)
-    a, b = update.factors()
-    entry = update.entry or TargetConfig("", update.r)
-    soft = isinstance(update, Branch)
-    return Update(
-        gathered(a.detach()),
-        gathered(b.detach()),
-        _number(gathered(update.lora_scale.detach()), entry.scale),
-        None if target is None else target.shape,
-        update.layout,
-        isinstance(update.lora_scale, nn.Parameter),
-        not soft,
-        "same" if isinstance(update, Branch) and update.kernel else 1,
-        dropout=update.dropout,
-        adapter_dtype=entry.adapter_dtype,
-        kind=None if target is None else target.kind,
-        groups=1 if target is None else target.groups,
-    )
-
-
-def _number(scale: Tensor, asked: float) -> float:
-    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
-    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
-    return asked if same else scale.item()
+    layer = (None, None, 1) if target is None else (target.shape, target.kind, target.groups)
+    return answer(update, "value", *layer)  # type: ignore[no-any-return]
 
 
 def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
@@ -254,7 +228,7 @@ def _live(stems: Mapping[str, Switched]) -> dict[str, Tensor]:
     return {
         _key(stem, name): tensor
         for stem, update in stems.items()
-        for name, tensor in update.plain().items()
+        for name, tensor in answer(update, "plain").items()
     }
 
 

@@ -1,15 +1,12 @@
 """What is attached, as values and as a printed table."""
 
 import html
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from paramlora.attach import updates
-from paramlora.lowrank import LowRank
-from paramlora.soft import Branch
-from paramlora.switch import Switched
+from paramlora.switch import Switched, answer
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,5 @@ def summary(model: nn.Module) -> Summary:
 
 def _row(path: str, update: Switched) -> Row:
     size = sum(p.numel() for p in update.parameters())
-    if not isinstance(update, LowRank):
-        return Row(path, update.adapter, 0, 1.0, update.strength, "whole", size)
-    scale = update.lora_scale.detach()
-    value = math.nan if scale.is_meta else scale.item()
-    kind = "soft" if isinstance(update, Branch) else "hard"
-    return Row(path, update.adapter, update.r, value, update.strength, kind, size)
+    r, scale, kind = answer(update, "described")
+    return Row(path, update.adapter, r, scale, update.strength, kind, size)

@@ -1,6 +1,6 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 from paramlora.casts import NotOffloaded, without_storage
 from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError
+from paramlora.fold import Term
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
 
@@ -93,13 +94,21 @@ class Gains:
 
 
 class Switched(nn.Module):
-    """An update whose strength changes without compiling anything again.
+    """An update of one tensor: what every kind of it must tell, and its strength, which changes
+    without compiling anything again.
+
+    A kind says what it makes of a weight (`forward`), and the same as a `term` of a merge; what a
+    file holds of it (`plain`, `load_plain`) and its `value` there; what its parameters are to an
+    optimizer (`groups`); and what a table shows (`described`). `merge`, `save_adapter` and the
+    others ask these by `answer`, and nothing else: what a kind does not say is refused.
 
     Args:
         adapter: the name under which the update is switched and saved.
         device, dtype: of its tensors. The gain is in float32 at least, which holds any strength.
     """
 
+    alone: ClassVar[bool] = False  # whether its tensor can have no other update
+    beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     adapter: str
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
@@ -175,6 +184,29 @@ class Switched(nn.Module):
         """Start anew, where a model from the meta device has been given its memory."""
         raise NotImplementedError
 
+    def term(self) -> Term:
+        """What it does to a weight, for the sum of a merge."""
+        raise NotImplementedError
+
+    def check_mergeable(self, path: str) -> None:
+        """Refuse what no weight of the layer's shape could do."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its parameters, by the name of their optimizer's group."""
+        raise NotImplementedError
+
+    def described(self) -> tuple[int, float, str]:
+        """Its rank (0 where it has none), its factor and its kind, for `summary`."""
+        raise NotImplementedError
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Any:
+        """It as a value, free of the model: an `Update`, or a tensor to have instead.
+
+        Args:
+            shape, kind, groups: of its layer, see `Target`.
+        """
+        raise NotImplementedError
+
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""
         raise NotImplementedError
@@ -182,6 +214,29 @@ class Switched(nn.Module):
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, bit for bit those that `plain` gave it."""
         raise NotImplementedError
+
+
+def answer(update: Switched, question: str, *arguments: Any) -> Any:
+    """What an update tells, where its kind says it of the weight that it computes.
+
+    A class that computes another weight than the one that it inherits from, and says nothing of
+    it, would else be merged or saved as what it is not.
+
+    Raises:
+        AdapterError: it does not say so.
+    """
+    order = type(update).__mro__
+    told, computed = (
+        next(index for index, cls in enumerate(order) if name in vars(cls))
+        for name in (question, "forward")
+    )
+    if order[told] is Switched or told > computed:
+        raise AdapterError(
+            f'adapter "{update.adapter}": an update of the kind {type(update).__name__} computes a '
+            f'weight of its own and does not say its "{question}", so it cannot be merged, saved, '
+            f"shown or grouped. Give the class a method {question}, or detach it."
+        )
+    return getattr(update, question)(*arguments)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from paramlora.casts import is_storage
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
 from paramlora.errors import ParamloraWarning, TargetError, closest, listed
-from paramlora.lowrank import Layout, matrix_shape
+from paramlora.geometry import Layout, matrix_shape
 from paramlora.quantised import is_quantised, shape_of
 from paramlora.switch import Switched
 

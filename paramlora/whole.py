@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.contexts import in_own_types
-from paramlora.sharded import take
+from paramlora.fold import Term, WholeTerm
+from paramlora.sharded import gathered, take
 from paramlora.switch import Gains, Switched
 
 
@@ -29,6 +30,7 @@ class Whole(Switched):
     elsewhere; of a buffer it is a buffer of the same type.
     """
 
+    alone = True
     lora_whole: Tensor
     unset: bool = False  # from the meta device: its memory has no values yet
 
@@ -77,6 +79,22 @@ class Whole(Switched):
         super()._load_from_state_dict(state, prefix, *args)
         if told:
             self.keep(unset=False)
+
+    def term(self) -> Term:
+        """It instead of the weight."""
+        return WholeTerm(self.lora_whole, self.gain)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its one parameter; a buffer trains otherwise."""
+        return {"whole": list(self.parameters())}
+
+    def described(self) -> tuple[int, float, str]:
+        """It has neither a rank nor a factor."""
+        return 0, 1.0, "whole"
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Tensor:
+        """The tensor to have instead."""
+        return gathered(self.lora_whole.detach())
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds."""

@@ -11,7 +11,7 @@ from torch import nn
 from paramlora.adapter import Adapter, Holder, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
-from paramlora.lowrank import Layout, matrix_shape
+from paramlora.geometry import Layout, matrix_shape
 from paramlora.targets import Target, adaptable, unwrapped
 
 COMPONENTS = (

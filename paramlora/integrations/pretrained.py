@@ -25,9 +25,10 @@ from paramlora.attach import adapter_names, updates
 from paramlora.disk import new_file
 from paramlora.errors import AdapterError, FileError, ParamloraWarning
 from paramlora.formats import Content, base_of
+from paramlora.geometry import ambiguous, matrix_shape
 from paramlora.keys import Key
 from paramlora.layers import holds_updates, parametrized, shared
-from paramlora.lowrank import LowRank, ambiguous, matrix_shape
+from paramlora.lowrank import LowRank
 from paramlora.methods import library
 from paramlora.native import write_native
 from paramlora.sharded import is_sharded, writes
