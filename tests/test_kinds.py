@@ -1,5 +1,5 @@
-"""A kind of update that the package does not know: it acts by its forward, and is merged, saved, shown
-and grouped by what it says of itself, or refused in one sentence; never by half."""
+"""A kind of update that the package does not know: it acts by its forward, and is merged, saved,
+shown and grouped by what it says of itself, or refused in one sentence; never by half."""
 
 from dataclasses import dataclass
 
