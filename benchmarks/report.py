@@ -25,6 +25,7 @@ ORDER = (
     "stable_diffusion_fsdp",
     "sharded_llama",
     "many",
+    "merge_live",
     "pytest",
 )
 TITLES = {
@@ -37,6 +38,7 @@ TITLES = {
     "stable_diffusion_fsdp": "Stable Diffusion v1-4 under FSDP2",
     "sharded_llama": "Llama 3 8B's blocks under FSDP2",
     "many": "A thousand layers, and the import",
+    "merge_live": "Merging eight blocks of Llama 3 8B on the device",
     "pytest": "pytest-benchmark",
 }
 
@@ -229,6 +231,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "stable_diffusion_fsdp": results.diffusion_table,
     "sharded_llama": results.sharded_table,
     "many": results.many_table,
+    "merge_live": results.merge_table,
     "pytest": pytest_table,
 }
 PLOTS: dict[str, dict[str, Callable[[Content], Any]]] = {

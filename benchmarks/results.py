@@ -120,6 +120,17 @@ def many_table(content: dict[str, Any]) -> str:
     return "Seconds\n\n" + markdown(["way", "layers", *acts], lines)
 
 
+def merge_table(content: dict[str, Any]) -> str:
+    """Seconds, memory and accuracy of merging on the device."""
+    lines = [
+        [row["way"], "yes" if row["tf32"] else "no", f"{row['seconds']:.4f}"]
+        + [f"{row['beside_mib']:.0f}", f"{row['units']:.2f}"]
+        for row in content["rows"]
+    ]
+    header = ["way", "TF32 allowed", "seconds", "MiB beside the model", "units in the last place"]
+    return markdown(header, lines)
+
+
 def finetune_table(content: dict[str, Any]) -> str:
     """The final losses relative to the start: as computed, and as learned (each seed's)."""
     lines = []
