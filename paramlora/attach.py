@@ -4,7 +4,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any
 
@@ -37,12 +37,12 @@ from paramlora.targets import (
     unwrapped,
 )
 from paramlora.ties import holders, overlapping
-from paramlora.undo import unchanged_on_error
+from paramlora.undo import surely_left, unchanged_on_error
 from paramlora.whole import Whole
 
 Fresh = list[tuple[nn.Module, Target, Switched]]
 _MOST = torch.finfo(torch.float32).max
-_SWITCHING = threading.RLock()  # threads that switch one model do so one after the other
+_LOCK = threading.RLock()
 
 
 def attach(
@@ -102,8 +102,7 @@ def attach_targets(
         _check_alone(module, target)
         _check_dropout(module, target)
         _check_at_home(module, target)
-    # not under inference mode, where nothing made here could ever be trained
-    with _uncollected(), torch.inference_mode(False):
+    with _uncollected():
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
     carries = checkpoints_reentrantly(model)
@@ -182,7 +181,7 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
     wanted = {name: _strength(name, value) for name, value in strengths.items()}
-    with _SWITCHING:
+    with _one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
         _put(
             [
@@ -190,6 +189,14 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
                 for u in found
             ]
         )
+
+
+def _one_by_one() -> AbstractContextManager[None]:
+    """Threads that switch do so one after the other: each reads what the others left."""
+    return surely_left(
+        lambda kept: kept.append(_LOCK.acquire()),
+        lambda kept: _LOCK.release() if kept and kept.pop() else None,
+    )
 
 
 def _put(switches: list[tuple[Switched, Switch]]) -> None:
@@ -238,7 +245,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 def _mute(found: list[Switched], to: Callable[[frozenset[object]], frozenset[object]]) -> None:
     """Change the blocks in which updates do not act."""
-    with _SWITCHING:
+    with _one_by_one():
         gains, now = Gains(), [(update, update.switch) for update in found]
         _put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
@@ -314,6 +321,7 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
         )
 
 
+@torch.inference_mode(False)  # under which nothing made here could ever be trained
 def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> Fresh:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
     claims: dict[int, list[tuple[nn.Module, Target]]] = {}
@@ -454,7 +462,7 @@ def _warn_overlapping(
                 "another tensor. Merging will give it memory of its own; hold one Parameter in "
                 "both places to keep them tied.",
                 ParamloraWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
 
@@ -466,34 +474,41 @@ def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
         "all of them. Merging will untie the adapted one; name every holder in one entry "
         "(re:...) to keep them tied.",
         ParamloraWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
-_PAUSING = threading.Lock()
-_paused: set[object] = set()  # the blocks that are open, in any thread
-_resumes = False  # whether the collector was on before the first of them
+_paused: dict[int, list[bool]] = {}  # by block, in any thread: was the collector on before it?
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
+def _pause(kept: list[Any]) -> None:
+    """Stop the collector; what it was is told by the first of the blocks that are open at once."""
+    block = [gc.isenabled() or any(on for (on,) in list(_paused.values()))]
+    kept.append(block)
+    _paused[id(block)] = block
+    gc.disable()
+
+
+def _resume(kept: list[Any]) -> None:
+    """The last block to be left switches the collector on, where the first one found it on.
+
+    Without a lock: each line is one step to other threads, and a block that is left hands on to
+    those that are still open that it was on.
+    """
+    for block in kept:
+        _paused.pop(id(block), None)
+        if block[0]:
+            for other in list(_paused.values()):
+                other[0] = True
+            if not _paused:
+                gc.enable()
+    kept.clear()
+
+
+def _uncollected() -> AbstractContextManager[None]:
     """Without looking for garbage: a thousand updates are tens of thousands of containers, which
     all stay, and for which the collector would go through everything that lives."""
-    global _resumes
-    block = object()
-    try:
-        with _PAUSING:
-            if not _paused:
-                _resumes = gc.isenabled()
-            _paused.add(block)
-            gc.disable()
-        yield
-    finally:
-        with _PAUSING:
-            _paused.discard(block)
-            if not _paused and _resumes:
-                _resumes = False
-                gc.enable()
+    return surely_left(_pause, _resume)
 
 
 def with_lists(module: nn.Module) -> list[nn.Module]:

@@ -88,9 +88,14 @@ class Gains:
         """A tensor with `value` on a device."""
         key = (value, device, dtype)
         if key not in self._made:
-            with torch.inference_mode(False):
-                self._made[key] = torch.full((), value, device=device, dtype=dtype)
+            self._made[key] = _number(value, device, dtype)
         return self._made[key]
+
+
+@torch.inference_mode(False)
+def _number(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A single number that autograd may read, wherever it is made."""
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 class Switched(nn.Module):

@@ -217,8 +217,12 @@ def shown(module: nn.Module, name: str) -> torch.Tensor:
     plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
     if all(isinstance(p, Switched) for p in plist):
         return plist.original  # type: ignore[no-any-return]
-    with torch.no_grad():
-        return copy.deepcopy(plist)()  # type: ignore[no-any-return]
+    return _computed(copy.deepcopy(plist))
+
+
+@torch.no_grad()
+def _computed(plist: Any) -> torch.Tensor:
+    return plist()  # type: ignore[no-any-return]
 
 
 _Place = tuple[str, nn.Module, str, torch.Tensor]

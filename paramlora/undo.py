@@ -1,6 +1,6 @@
 """Changing a model all or nothing: what stops a change half-way leaves the model as it was."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,3 +53,30 @@ def _restore(
     for held, content in containers:
         held.clear()
         held.extend(content) if isinstance(held, list) else held.update(content)
+
+
+@contextmanager
+def surely_left(
+    enter: Callable[[list[Any]], None], leave: Callable[[list[Any]], None]
+) -> Iterator[None]:
+    """Around the block `enter`, and after it `leave`, also where Ctrl-C comes while it leaves.
+
+    A lock that is held for ever, or a collector that is off for ever, is worse than one call more:
+    `leave` is called twice, so that what stops the one does not stop the other.
+
+    Args:
+        enter, leave: get a list of their own to keep in it what was entered; `leave` does nothing
+            where nothing is kept.
+    """
+    kept: list[Any] = []
+    with _left(kept, leave), _left(kept, leave):
+        enter(kept)
+        yield
+
+
+@contextmanager
+def _left(kept: list[Any], leave: Callable[[list[Any]], None]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        leave(kept)

@@ -1,6 +1,7 @@
 """What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
 
 import copy
+import gc
 import os
 import signal
 import subprocess
@@ -99,7 +100,8 @@ def picture(model):
     rnns = (m for m in model.modules() if isinstance(m, nn.RNNBase))
     flat = [[getattr(m, name) for name in m._flat_weights_names] for m in rnns]
     strengths = [(path, u.adapter, u.strength, u.gain.item()) for path, _, u in updates(model)]
-    return modules, bits, [[t.detach().clone() for t in ts] for ts in flat], strengths
+    flat = [[t.detach().clone() for t in ts] for ts in flat]
+    return modules, bits, flat, strengths, gc.isenabled()
 
 
 def equal(one, other):
@@ -160,6 +162,8 @@ def run(trace, call):
             return True
         finally:
             sys.settrace(tracer)
+            # a line at which a block of torch's is left can be stopped here, where a signal cannot
+            torch.set_grad_enabled(True)
     return False
 
 
