@@ -239,12 +239,10 @@ def _sum(base: Tensor, updates: list[Switched]) -> Tensor:
 def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
     """Refuse a sum that the base's type does not hold."""
     base: Tensor = getattr(*_stored(module, name))
-    path = next(path for path, one in model.named_modules() if one is module)
-    full = f"{f'{path}.' if path else ''}{name}"
     if is_storage(base.dtype):
         raise AdapterError(
-            f"{full} is stored in {base.dtype}, which would round the update away. Nothing was "
-            "merged; cast the model first (model.to(torch.bfloat16))."
+            f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
+            "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
         )
     if not is_sharded(base):
         over = overflows(base, [_term(update) for update in ours if update.acts])
@@ -253,10 +251,16 @@ def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switc
         over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
     if over:
         raise AdapterError(
-            f"{full}: the sum is beyond {torch.finfo(base.dtype).max:g}, the most that "
-            f"{base.dtype} holds. Nothing was merged; make the model wider (model.bfloat16() or "
-            "model.float()) or the adapter weaker (set_adapters) first."
+            f"{_full(model, module, name)}: the sum is beyond {torch.finfo(base.dtype).max:g}, the "
+            f"most that {base.dtype} holds. Nothing was merged; make the model wider "
+            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
         )
+
+
+def _full(model: nn.Module, module: nn.Module, name: str) -> str:
+    """The name of a tensor in messages; looked for then, as it takes going through the model."""
+    path = next(path for path, one in model.named_modules() if one is module)
+    return f"{path}.{name}" if path else name
 
 
 def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
@@ -347,10 +351,9 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
 
 
 def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
-    path = next(path for path, one in model.named_modules() if one is module)
     return (
-        f"{path or type(module).__name__}.{name} is quantised and cannot hold the sum. Nothing was "
-        "merged; merge(model, dequantize=True) makes it dense, or keep the adapter attached."
+        f"{_full(model, module, name)} is quantised and cannot hold the sum. Nothing was merged; "
+        "merge(model, dequantize=True) makes it dense, or keep the adapter attached."
     )
 
 
