@@ -27,7 +27,7 @@ from paramlora.sharded import gathered, is_sharded
 from paramlora.soft import Branch
 from paramlora.switch import Switched
 from paramlora.ties import holders, overlapping
-from paramlora.undo import unchanged_on_error
+from paramlora.undo import to_the_end, unchanged_on_error
 from paramlora.whole import Whole
 
 _Job = tuple[nn.Module, str, list[Switched]]
@@ -92,22 +92,17 @@ def merge(
     for job, values in zip(jobs, inverted):
         if not values and (job[0], job[1]) not in packed:
             _check_held(model, *job)
-    _to_the_end([*_unpacking(model, packed), *_merging(model, jobs, inverted)])
+    steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted)]
+    to_the_end(lambda: _take_all(steps))
     return model
 
 
-def _to_the_end(steps: list[_Step]) -> None:
-    """Take all steps. What stops one is raised after the last: a step leaves a model that is whole
-    and, taken again, does the same, so that a merge that has begun can always be ended."""
-    try:
-        while steps:
-            steps[0]()
-            del steps[0]
-    except BaseException:
-        while steps:
-            steps[0]()
-            del steps[0]
-        raise
+def _take_all(steps: list[_Step]) -> None:
+    """A step leaves a model that is whole and, taken again, does the same, so that a merge that has
+    begun can always be ended."""
+    while steps:
+        steps[0]()
+        del steps[0]
 
 
 def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_Step]:
