@@ -37,7 +37,7 @@ from paramlora.targets import (
     unwrapped,
 )
 from paramlora.ties import holders, overlapping
-from paramlora.undo import surely_left, unchanged_on_error
+from paramlora.undo import surely_left, to_the_end, unchanged_on_error
 from paramlora.whole import Whole
 
 Fresh = list[tuple[nn.Module, Target, Switched]]
@@ -201,13 +201,12 @@ def _one_by_one() -> AbstractContextManager[None]:
 
 def _put(switches: list[tuple[Switched, Switch]]) -> None:
     """Put switches in their places; what stops this half-way does not leave half of them."""
-    try:
+
+    def put() -> None:
         for update, switch in switches:
             update.keep(switch=switch)
-    except BaseException:
-        for update, switch in switches:
-            update.keep(switch=switch)
-        raise
+
+    to_the_end(put)
 
 
 def _strength(name: str, value: Any) -> float:
@@ -240,7 +239,11 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         _mute(found, lambda muted: muted | {block})
         yield model
     finally:
-        _mute(found, lambda muted: muted - {block})
+        try:
+            _mute(found, lambda muted: muted - {block})
+        except BaseException:  # else nothing would ever close the block
+            to_the_end(lambda: _mute(found, lambda muted: muted - {block}))
+            raise
 
 
 def _mute(found: list[Switched], to: Callable[[frozenset[object]], frozenset[object]]) -> None:

@@ -12,6 +12,8 @@ from paramlora.sharded import is_sharded
 
 _COUNT = 16  # neighbouring numbers from the middle of a tensor
 _NEAR = 2**-6  # what casting to bfloat16 by way of another type may change, relatively
+_LEAST = 2**-23  # between float16's smallest numbers, and what rounding to bfloat16 adds
+_MOST = 2.0**16  # float16's largest number in bfloat16; what is beyond it is infinite in the former
 
 
 @torch.no_grad()
@@ -38,12 +40,13 @@ def others(told: Mapping[str, str], found: Mapping[str, Optional[str]]) -> list[
 def _near(one: str, other: str) -> bool:
     pairs = list(zip(_numbers(one), _numbers(other)))
     most = max(max(map(abs, pair)) for pair in pairs)
+    least = max(_NEAR * most * 2**-6, _LEAST)
     return len(one) == len(other) and all(
-        math.isclose(a, b, rel_tol=_NEAR, abs_tol=_NEAR * most * 2**-6) or a != a for a, b in pairs
+        math.isclose(a, b, rel_tol=_NEAR, abs_tol=least) or a != a for a, b in pairs
     )
 
 
 def _numbers(text: str) -> list[float]:
     bits = [int(text[at : at + 4], 16) for at in range(0, len(text), 4)]
     signed = torch.tensor([b - (1 << 16) if b >> 15 else b for b in bits], dtype=torch.int16)
-    return signed.view(torch.bfloat16).tolist()
+    return signed.view(torch.bfloat16).float().clamp(-_MOST, _MOST).tolist()

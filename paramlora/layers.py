@@ -2,7 +2,7 @@
 
 import copyreg
 from copy import deepcopy
-from functools import cache
+from functools import cache, wraps
 from inspect import signature
 from typing import Any, Optional
 
@@ -162,6 +162,7 @@ def _delete(base: type) -> Any:
 def _register(base: type, method: str) -> Any:
     """Registering a tensor, where an adapted one is refused, and what `prune` makes of it."""
 
+    @wraps(getattr(base, method))  # torch reads its signature where a buffer is assigned
     def register(self: nn.Module, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         _check_free(self, name, "registered again")
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

@@ -25,7 +25,7 @@ from paramlora.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.sharded import gathered, is_sharded
 from paramlora.switch import Switched, answer
 from paramlora.ties import holders, overlapping
-from paramlora.undo import unchanged_on_error
+from paramlora.undo import to_the_end, unchanged_on_error
 
 _Job = tuple[nn.Module, str, list[Switched]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -88,22 +88,17 @@ def merge(
     for job, values in zip(jobs, inverted):
         if not values and (job[0], job[1]) not in packed:
             _check_held(model, *job)
-    _to_the_end([*_unpacking(model, packed), *_merging(model, jobs, inverted)])
+    steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted)]
+    to_the_end(lambda: _take_all(steps))
     return model
 
 
-def _to_the_end(steps: list[_Step]) -> None:
-    """Take all steps. What stops one is raised after the last: a step leaves a model that is whole
-    and, taken again, does the same, so that a merge that has begun can always be ended."""
-    try:
-        while steps:
-            steps[0]()
-            del steps[0]
-    except BaseException:
-        while steps:
-            steps[0]()
-            del steps[0]
-        raise
+def _take_all(steps: list[_Step]) -> None:
+    """A step leaves a model that is whole and, taken again, does the same, so that a merge that has
+    begun can always be ended."""
+    while steps:
+        steps[0]()
+        del steps[0]
 
 
 def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_Step]:
@@ -235,12 +230,10 @@ def _sum(base: Tensor, updates: list[Switched]) -> Tensor:
 def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switched]) -> None:
     """Refuse a sum that the base's type does not hold."""
     base: Tensor = getattr(*_stored(module, name))
-    path = next(path for path, one in model.named_modules() if one is module)
-    full = f"{f'{path}.' if path else ''}{name}"
     if is_storage(base.dtype):
         raise AdapterError(
-            f"{full} is stored in {base.dtype}, which would round the update away. Nothing was "
-            "merged; cast the model first (model.to(torch.bfloat16))."
+            f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
+            "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
         )
     if not is_sharded(base):
         over = overflows(base, [answer(update, "term") for update in ours if update.acts])
@@ -249,10 +242,16 @@ def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[Switc
         over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
     if over:
         raise AdapterError(
-            f"{full}: the sum is beyond {torch.finfo(base.dtype).max:g}, the most that "
-            f"{base.dtype} holds. Nothing was merged; make the model wider (model.bfloat16() or "
-            "model.float()) or the adapter weaker (set_adapters) first."
+            f"{_full(model, module, name)}: the sum is beyond {torch.finfo(base.dtype).max:g}, the "
+            f"most that {base.dtype} holds. Nothing was merged; make the model wider "
+            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
         )
+
+
+def _full(model: nn.Module, module: nn.Module, name: str) -> str:
+    """The name of a tensor in messages; looked for then, as it takes going through the model."""
+    path = next(path for path, one in model.named_modules() if one is module)
+    return f"{path}.{name}" if path else name
 
 
 def _folded_together(base: Tensor, acting: list[Switched]) -> Tensor:
@@ -333,10 +332,9 @@ def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
 
 
 def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
-    path = next(path for path, one in model.named_modules() if one is module)
     return (
-        f"{path or type(module).__name__}.{name} is quantised and cannot hold the sum. Nothing was "
-        "merged; merge(model, dequantize=True) makes it dense, or keep the adapter attached."
+        f"{_full(model, module, name)} is quantised and cannot hold the sum. Nothing was merged; "
+        "merge(model, dequantize=True) makes it dense, or keep the adapter attached."
     )
 
 

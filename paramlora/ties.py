@@ -15,7 +15,7 @@ def holders(model: nn.Module) -> "Counter[int]":
 
 
 def overlapping(model: nn.Module) -> dict[int, list[str]]:
-    """For a tensor, by ``id``, the names of the others that share memory with it, as
+    """For a tensor, by ``id``, the names of one or two others that share memory with it, as
     ``b.data = a.data`` has them do; tensors that share none are left out."""
     named = {
         id(tensor): (f"{path}.{name}" if path else name, tensor)
@@ -31,8 +31,8 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
     for keys in stores.values():
         if len(keys) > 1:
             spans = sorted((*_span(named[key][1]), key) for key in keys)
-            for key, other in _crossing(spans):
-                out.setdefault(key, []).append(named[other][0])
+            for key, others in _crossing(spans):
+                out[key] = [named[other][0] for other in others]
     return out
 
 
@@ -50,11 +50,13 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.itemsize
 
 
-def _crossing(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Both orders of each pair that overlaps, of spans in the order of their starts."""
-    for index, (_, end, key) in enumerate(spans):
-        for start, _, other in spans[index + 1 :]:
-            if start >= end:
-                break
-            yield key, other
-            yield other, key
+def _crossing(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """What overlaps, of spans in the order of their starts, each with the one before it that
+    reaches furthest and the one after it where they do: of a thousand views not every pair."""
+    furthest = spans[0]
+    for index, (start, end, key) in enumerate(spans):
+        others = [furthest[-1]] if index and start < furthest[1] else []
+        others += [other for begin, _, other in spans[index + 1 : index + 2] if begin < end]
+        if others:
+            yield key, others
+        furthest = max(furthest, spans[index], key=lambda span: span[1])

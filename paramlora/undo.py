@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 
 _Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its content
+_Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
 
@@ -27,15 +28,35 @@ def unchanged_on_error(
     try:
         yield
     except BaseException:
-        for one in saved:
-            _restore(*one)
-        for parameter, requires_grad in flags:
-            if parameter.requires_grad is not requires_grad:
-                parameter.requires_grad_(requires_grad)
+        to_the_end(lambda: _put_back(saved, flags))
         raise
 
 
-def _saved(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[_Held]]:
+def to_the_end(act: Callable[[], None]) -> None:
+    """Do what does the same when done again: again after each stop, which is raised at the end. So
+    whoever is impatient stops it once more in vain; an error that comes again ends it."""
+    stop: Optional[BaseException] = None
+    while True:
+        try:
+            act()
+            break
+        except BaseException as error:
+            if isinstance(error, Exception) and isinstance(stop, Exception):
+                raise
+            stop = error
+    if stop is not None:
+        raise stop
+
+
+def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for one in saved:
+        _restore(*one)
+    for parameter, requires_grad in flags:
+        if parameter.requires_grad is not requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
+def _saved(module: nn.Module) -> _Saved:
     attributes = vars(module)
     containers = (attributes[name] for name in _CONTAINERS if name in attributes)
     held = [(one, one.copy()) for one in containers if isinstance(one, (dict, list, set))]

@@ -97,6 +97,16 @@ def test_other_attributes_are_set_as_ever():
     model.qconfig = None
 
 
+def test_a_buffer_that_is_in_no_state_dict_is_assigned_as_ever():
+    model = nn.Linear(3, 4)
+    model.register_buffer("seen", torch.zeros(2), persistent=False)
+    paramlora.attach(model, {"weight": {"r": 2}})
+    model.seen = torch.ones(2)
+    model.seen += 1
+    assert torch.equal(model._buffers["seen"], torch.full((2,), 2.0))
+    assert "seen" not in model.state_dict()
+
+
 def test_a_tensor_under_somebodys_parametrization_alone_is_assigned_as_ever():
     model = layer()
     parametrize.register_parametrization(model, "bias", Twice())

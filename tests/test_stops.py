@@ -237,22 +237,29 @@ SIGNALLED = """
     def same(a, b):
         return [k for k, _ in a] == [k for k, _ in b] and all(
             torch.equal(v, w) for (_, v), (_, w) in zip(a, b))
+    armed = False
+    def interrupt(*_):
+        if armed:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, interrupt)
     before, done = bits(model), copy.deepcopy(model)
     start = time.perf_counter(); act(done); took = time.perf_counter() - start
     after, hits = bits(done), 0
     for _ in range(40):
         one = copy.deepcopy(model)
-        delay = random.random() * took
+        delays = [random.random() * took / times for times in range(1, int(sys.argv[3]) + 1)]
         def kill():
-            time.sleep(delay)
-            os.kill(os.getpid(), signal.SIGINT)
+            for delay in delays:
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
         killer = threading.Thread(target=kill)
         try:
             killer.start()
+            armed = True
             act(one)
-            killer.join()
+            armed = False
         except KeyboardInterrupt:
-            hits += 1
+            armed, hits = False, hits + 1
         killer.join()
         now = bits(one)
         assert same(now, before) or same(now, after), "half done"
@@ -263,11 +270,12 @@ SIGNALLED = """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("presses", (1, 3))
 @pytest.mark.parametrize("name", ("merge", "detach"))
-def test_signals_at_random_times(name):
+def test_signals_at_random_times(name, presses):
     env = {**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent)}
     script = textwrap.dedent(SIGNALLED)
-    command = [sys.executable, "-c", script, name, "0"]
+    command = [sys.executable, "-c", script, name, "0", str(presses)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 5
