@@ -15,8 +15,8 @@ from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.fold import Fold
 from paramlora.formats import base_of_shapes
-from paramlora.interchange import NATIVE, format_of, read_adapter
-from paramlora.native import read_native, write_native
+from paramlora.interchange import format_of, read_adapter
+from paramlora.native import NATIVE, read_native, write_native
 from paramlora.pickles import PickledFile
 from paramlora.plan import Contents, Plan, Recipe, embed_plan, merge_plan
 from paramlora.stored import PICKLED, SAFE, Stored

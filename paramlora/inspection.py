@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from paramlora import formats
-from paramlora.adapter import Adapter, Update
+from paramlora.adapter import Update
+from paramlora.contexts import own_context
 from paramlora.disk import PathLike
 from paramlora.errors import ParamloraWarning, shown
 from paramlora.formats import Options
-from paramlora.interchange import NATIVE, opened, outlined, weights_in
-from paramlora.native import read_native
+from paramlora.interchange import opened, outlined
 
 _SHOWN = 60  # characters of a metadata value in the table
 _LOOSE = Options(strict=False)
@@ -92,6 +92,7 @@ class Inspection:
         return "\n".join([*lines, ", ".join(counts)])
 
 
+@own_context()
 def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
     """Look into an adapter file of any tool; nothing is loaded onto a model.
 
@@ -99,17 +100,15 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
         FileError: it cannot be read, or is no adapter that is known.
     """
     content = outlined(path)
-    source = formats.detect(content)
+    form = formats.form_of(content)
+    form.check(content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        if source == NATIVE:
-            adapter: Adapter = read_native(weights_in(path))
-        else:
-            adapter = formats.READERS[source](opened(path), None, options)
+        adapter = form.read(opened(path), None, options)
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
     rows = [_row(path_, update) for path_, update in adapter.updates.items()]
     rows += [_whole_row(path_, tensor) for path_, tensor in adapter.whole.items()]
-    return Inspection(source, dict(content.metadata), tuple(rows), tuple(notes))
+    return Inspection(form.name, dict(content.metadata), tuple(rows), tuple(notes))
 
 
 def _row(path: str, update: Update) -> Row:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
@@ -15,34 +15,19 @@ from paramlora.adapter import Adapter
 from paramlora.contexts import own_context
 from paramlora.disk import PathLike, check_new, new_file, new_folder
 from paramlora.errors import FileError, spelled
-from paramlora.formats import Base, Content, Options, base_of, base_of_shapes
-from paramlora.formats.base import check_holders, check_known
-from paramlora.formats.content import DEFAULTS, check_finite, report
+from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
+from paramlora.formats.base import check_holders
+from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.mistaken import check_tensors
-from paramlora.native import read_native, write_native
 from paramlora.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
 from paramlora.state import attach_adapter
 from paramlora.stored import PICKLED, SAFE, Stored
 from paramlora.stream import SafeFile, pieces_of, spec_of, write_safetensors
 from paramlora.targets import tensor_paths
 
-NATIVE = "native"
-# the weights in a folder, the best first: torchtune writes PEFT's form beside its own
-_WEIGHTS = (
-    "adapter_model.safetensors adapter_model.bin adapter_model.pt "
-    "pytorch_lora_weights.safetensors pytorch_lora_weights.bin lit_model.pth.lora "
-    "adapter.safetensors"
-).split()
-# formats that are a folder: the weights and the configuration beside them
-_FOLDERS = {
-    "peft": ("adapter_model.safetensors", "adapter_config.json"),
-    "torchtune": ("adapter_model.pt", "adapter_config.json"),
-    "litgpt": ("lit_model.pth.lora", "hyperparameters.yaml"),
-}
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
 _MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, and in any
-_PICKLED = ("litgpt", "loralib", "original", "torchtune")
 
 
 @own_context()
@@ -97,15 +82,8 @@ def read_adapter(
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
     outline = outlined(path)
-    if formats.detect(outline) != NATIVE:
-        return formats.read(opened(path), base, options)
-    adapter = read_native(weights_in(path))
-    check_finite(adapter, outline.source)  # all zero is how our own begin
-    if base is None:
-        return adapter
-    known = {path: update for path, update in adapter.updates.items() if path in base}
-    check_known(adapter.updates.keys() - known.keys(), base, options, outline.source)
-    return replace(adapter, updates=known)
+    formats.form_of(outline).check(outline)  # before anything is read
+    return formats.read(opened(path), base, options)
 
 
 def format_of(path: PathLike) -> str:
@@ -128,6 +106,7 @@ def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
         return base_of_shapes({name: spec.shape for name, spec in stored.specs.items()})
 
 
+@own_context()
 def convert(
     path: PathLike,
     out: PathLike,
@@ -143,8 +122,8 @@ def convert(
 
     Args:
         path: the file, or a folder such as PEFT's.
-        out: the new file; a folder for PEFT, torchtune and litgpt.
-        to: ``"native"``, or a name in `formats.WRITERS`.
+        out: the new file; a folder where the format is the weights and a configuration.
+        to: the name of a format that can be written.
         base: the names and shapes of the model, where a format needs them.
         options: what some formats do not tell.
         force: replace what is at `out`.
@@ -155,24 +134,21 @@ def convert(
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
     check_new(out, force or dry_run)
-    _check_ending(Path(out), to)
+    form = formats.writable(to)
+    _check_ending(Path(out), form)
     content = outlined(path)
-    source = formats.detect(content)
-    if base is None and source in formats.NAMELESS and source != to:
+    source = formats.form_of(content)
+    if base is None and not source.names_layers and source.name != to:
         raise FileError(
-            f"{content.source}: {source}'s names of layers cannot be read back without the model. "
-            "Give it (--model), or its checkpoint (--base)."
+            f"{content.source}: {source.name}'s names of layers cannot be read back without the "
+            "model. Give it (--model), or its checkpoint (--base)."
         )
     adapter = read_adapter(path, base, options)
-    if to == NATIVE:
-        if not dry_run:
-            write_native(adapter, out)
-        return adapter
-    if source == NATIVE:
+    if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
     if not dry_run:
-        _save(written, Path(out), to)
+        _save(written, Path(out), form)
     return adapter
 
 
@@ -211,7 +187,8 @@ def outlined(path: PathLike) -> Content:
 
 
 def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Content:
-    return formats.unwrapped(Content(state, metadata, _beside(weights.parent), weights.name))
+    beside = _beside(weights.parent)
+    return formats.unwrapped(Content(state, metadata, beside, weights.name, str(weights)))
 
 
 def weights_in(path: PathLike) -> Path:
@@ -220,20 +197,26 @@ def weights_in(path: PathLike) -> Path:
     if not folder.is_dir():
         check_tensors(folder)
         return folder
-    for name in _WEIGHTS:  # a pointer or a page under such a name is better told than passed over
+    names = [name for form in _by_weights() for name in form.weights]
+    for name in names:  # a pointer or a page under such a name is better told than passed over
         check_tensors(folder / name)
     try:
         there = sorted(folder.iterdir())
     except OSError as error:
         raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
     found = [file for file in there if file.is_file() and _is_weights(file)]
-    known = [folder / name for name in _WEIGHTS if folder / name in found]
+    known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:
         return (known or found)[0]
-    names = ", ".join(file.name for file in found[:5]) or "none"
+    several = ", ".join(file.name for file in found[:5]) or "none"
     raise FileError(
-        f"{folder}: a folder needs one file of tensors, and has {names}. Name the file."
+        f"{folder}: a folder needs one file of tensors, and has {several}. Name the file."
     )
+
+
+def _by_weights() -> list[Format]:
+    """The formats, the one first whose weights a folder of several means."""
+    return sorted(formats.FORMATS.values(), key=lambda form: form.weights_rank)
 
 
 def _is_weights(path: Path) -> bool:
@@ -287,13 +270,10 @@ def _check_shared(path: Path, size: int) -> None:
 
 
 def _beside(folder: Path) -> dict[str, Any]:
-    """The configuration beside a file: PEFT's and torchtune's JSON, litgpt's YAML."""
+    """The configurations beside a file as one; those of the format asked first win."""
     config: dict[str, Any] = {}
-    readers: list[tuple[str, Callable[[str], Any]]] = [
-        ("hyperparameters.yaml", _flat_yaml),
-        ("adapter_config.json", parse_json),
-    ]
-    for name, read in readers:
+    for name in dict.fromkeys(form.config for form in reversed(_by_weights()) if form.config):
+        read = _flat_yaml if name.endswith(".yaml") else parse_json
         if os.path.lexists(folder / name):
             try:
                 found = read(read_text(folder / name))
@@ -308,7 +288,7 @@ def _beside(folder: Path) -> dict[str, Any]:
 
 
 def _flat_yaml(text: str) -> dict[str, Any]:
-    """The top level's plain values, which is where litgpt has LoRA's."""
+    """The top level's plain values of a YAML file."""
     config: dict[str, Any] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
@@ -334,35 +314,35 @@ def _within(adapter: Adapter) -> Adapter:
     return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
 
 
-def _check_ending(out: Path, to: str) -> None:
+def _check_ending(out: Path, form: Format) -> None:
     """Refuse a name that says another kind of file than the one written."""
-    pickled = to in _PICKLED
-    if to not in _FOLDERS and out.suffix in (SAFE if pickled else PICKLED):
+    pickled = form.pickled
+    if not form.config and out.suffix in (SAFE if pickled else PICKLED):
         kinds = "torch.save's", "safetensors"
         own, other = kinds if pickled else kinds[::-1]
         right = ".pt" if pickled else ".safetensors"
         raise FileError(
-            f"{out}: {to}'s file would be {own}, under a name of {other}. Give a name that ends in "
-            f"{right}."
+            f"{out}: {form.name}'s file would be {own}, under a name of {other}. Give a name that "
+            f"ends in {right}."
         )
 
 
-def _save(content: Content, out: Path, to: str) -> None:
-    if to not in _FOLDERS:
+def _save(content: Content, out: Path, form: Format) -> None:
+    if not form.config:
         with new_file(out) as file:
-            _fill(content, to, file)
+            _fill(content, form, file)
         return
-    weights, config = _FOLDERS[to]
+    weights, config = form.weights[0], form.config
     with new_folder(out, [weights, config]) as folder:
         (folder / config).write_text(_text(content.config, config), encoding="utf-8")
         with open(folder / weights, "wb") as file:
-            _fill(content, to, file)
+            _fill(content, form, file)
 
 
-def _fill(content: Content, to: str, file: BinaryIO) -> None:
-    if to in _PICKLED:
+def _fill(content: Content, form: Format, file: BinaryIO) -> None:
+    if form.pickled:
         state: Any = _apart(content.state)
-        whole = {"model": state} if to == "litgpt" else state
+        whole = {form.wrap: state} if form.wrap else state
         pickles.save(whole, file, lambda count: None)
     else:
         specs = {key: spec_of(tensor) for key, tensor in content.state.items()}

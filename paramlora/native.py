@@ -25,7 +25,7 @@ from paramlora.statistics import warn_moved
 from paramlora.stream import MOST_SIDE, SafeFile, pieces_of, possible, spec_of, write_safetensors
 from paramlora.targets import as_pattern, own_path, specificity
 
-FORMAT = 1
+NATIVE, FORMAT = "native", 1  # its name, and the version of what is written
 _WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
 _PLAIN = re.compile(r"(?!re:)[^*]+")  # a path that means itself as a name of a configuration
 _Holders = dict[str, Holder]
@@ -76,8 +76,24 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
     Raises:
         FileError: the file cannot be written, or `read_native` would refuse it.
     """
-    values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
     _check_name(path)
+    state, metadata = described(adapter, path)
+    specs = {key: spec_of(value) for key, value in state.items()}
+    with new_file(path) as file:
+        write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
+
+
+def described(adapter: Adapter, path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of an adapter's native file.
+
+    Args:
+        adapter: with all that it has.
+        path: of the file, for messages.
+
+    Raises:
+        FileError: `read_native` would refuse it.
+    """
+    values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
     for stem, value in values.items():
         _check_value(path, stem, value)
     first: dict[int, str] = {}
@@ -95,9 +111,7 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
     state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
     _check_readable(Path(path), metadata, state, values)
-    specs = {key: spec_of(value) for key, value in state.items()}
-    with new_file(path) as file:
-        write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
+    return state, metadata
 
 
 @own_context()
@@ -112,15 +126,16 @@ def read_native(path: PathLike) -> Adapter:
     check_tensors(Path(path))
     file = SafeFile(Path(path))
     try:
-        _checked_entries(file.path, file.metadata, file.specs)  # before anything is read
+        checked_entries(file.path, file.metadata, file.specs)  # before anything is read
         return native_of(file.path, file.metadata, file.every())
     finally:
         file.close()
 
 
-def native_of(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Adapter:
-    """The same of a file that was read already."""
-    about, entries = _checked_entries(path, metadata, state)
+def native_of(path: PathLike, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Adapter:
+    """The adapter in a native file that was read already; `path` is for messages."""
+    path = Path(path)
+    about, entries = checked_entries(path, metadata, state)
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
     updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
     whole = {s: state[_key(s, _WHOLE)] for s, e in entries.items() if e.whole}
@@ -179,10 +194,11 @@ def _check_readable(
         raise FileError(f"{path}: the names of its tensors could not be read back.")
 
 
-def _checked_entries(
-    path: Path, metadata: Mapping[str, str], state: Collection[str]
+def checked_entries(
+    path: PathLike, metadata: Mapping[str, str], state: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
     """What the metadata tells, and the entry of each path, which the tensors' names must be of."""
+    path = Path(path)
     about, config = _about(path, metadata)
     entries = _entries(path, config, state, told="shapes" in about)
     wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from paramlora import inspection, interchange
 from paramlora.cli.app import app, fail, report, warnings_told, wrote
 from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out, Quiet
 from paramlora.cli.training import build
-from paramlora.formats import WRITERS, Base, Options, base_of
+from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
 
 File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]
 Alpha = Annotated[
@@ -20,16 +21,31 @@ Rank = Annotated[
     Optional[int],
     typer.Option(min=1, help="Nearest rank for LoHa, LoKr and other dense updates."),
 ]
-_TARGETS = ", ".join(sorted([*WRITERS, interchange.NATIVE]))
+
+
+class _Convert(TyperCommand):
+    """The command with the help that the formats give, of those that are known when it is run."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        names = sorted(form.name for form in FORMATS.values() if form.write is not None)
+        told = {
+            "to": f"One of {', '.join(names)}.",
+            "prefix": f"Of {', or of '.join(p.about for p in _prefixes().values())}.",
+        }
+        for param in self.params:
+            if isinstance(param, TyperOption):
+                param.help = told.get(str(param.name), param.help)
 
 
 @app.command(
-    epilog="Example: paramlora convert style.safetensors -o style-peft --to peft --model my:unet"
+    cls=_Convert,
+    epilog="Example: paramlora convert style.safetensors -o style-peft --to peft --model my:unet",
 )
 def convert(
     file: File,
     out: Out,
-    to: Annotated[str, typer.Option(help=f"One of {_TARGETS}.")],
+    to: Annotated[str, typer.Option()],
     model: Annotated[
         Optional[str], typer.Option(help="module:factory, to tell names and kinds of layers.")
     ] = None,
@@ -42,10 +58,7 @@ def convert(
     component: Annotated[
         Optional[str], typer.Option(help="The part of a pipeline's file to read, such as unet.")
     ] = None,
-    prefix: Annotated[
-        Optional[str],
-        typer.Option(help="Of kohya's keys (lora_unet), or diffusers' name of the model (unet)."),
-    ] = None,
+    prefix: Annotated[Optional[str], typer.Option()] = None,
     fold_scale: Annotated[
         bool,
         typer.Option(
@@ -102,8 +115,15 @@ def _known(model: Optional[str], base: Optional[Path], key: Optional[str]) -> Op
 
 def _how(to: str, prefix: Optional[str], fold_scale: bool) -> dict[str, Any]:
     how: dict[str, Any] = {"fold_scale": True} if fold_scale else {}
-    if prefix is not None and to not in ("diffusers", "kohya"):
-        fail(f"--prefix is for kohya and diffusers, not for {to}. Leave it out.")
+    known = _prefixes()
+    if prefix is not None and to not in known:
+        fail(f"--prefix is for {' and '.join(known)}, not for {to}. Leave it out.")
     if prefix is not None:
-        how["prefix" if to == "kohya" else "component"] = prefix
+        how[known[to].keyword] = prefix
     return how
+
+
+def _prefixes() -> dict[str, Prefix]:
+    """What ``--prefix`` means, by the formats with a use for it, in the order of their ranks."""
+    forms = sorted(FORMATS.values(), key=lambda form: min(mark.rank for mark in form.marks))
+    return {form.name: form.prefix for form in forms if form.prefix is not None}

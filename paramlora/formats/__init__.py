@@ -1,72 +1,86 @@
-"""Adapters of other tools: one file for each format, read into and written from `Adapter`."""
+"""Adapter files: one file for each format, read into and written from `Adapter`.
+
+A file of this folder with a `Format` called ``FORMAT`` is a format: no other names it.
+"""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Optional
 
 from paramlora.adapter import Adapter
 from paramlora.errors import FileError
-from paramlora.formats import (
-    cloneofsimo,
-    diffusers,
-    kohya,
-    litgpt,
-    loralib,
-    original,
-    peft,
-    torchtune,
+from paramlora.formats.base import (
+    Base,
+    Slot,
+    apart,
+    base_of,
+    base_of_shapes,
+    check_known,
+    fit,
 )
-from paramlora.formats.base import Base, Slot, apart, base_of, base_of_shapes, fit
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
     check_finite,
     check_values,
-    unwrapped,
     widened,
 )
-from paramlora.formats.detect import detect
+from paramlora.formats.detect import detect, unwrapped
 from paramlora.formats.factors import folded
+from paramlora.formats.format import (
+    FORMATS,
+    READERS,
+    WRITERS,
+    Format,
+    Mark,
+    Prefix,
+    any_key,
+    register,
+    unregister,
+    writable,
+)
 
 __all__ = [
-    "NAMELESS",
+    "FORMATS",
     "READERS",
     "WRITERS",
     "Base",
     "Content",
+    "Format",
+    "Mark",
     "Options",
+    "Prefix",
     "Slot",
+    "any_key",
     "base_of",
     "base_of_shapes",
     "detect",
     "fit",
+    "form_of",
     "read",
+    "register",
+    "unregister",
     "unwrapped",
+    "writable",
     "write",
 ]
 
-READERS: dict[str, Callable[..., Adapter]] = {
-    "cloneofsimo": cloneofsimo.read,
-    "diffusers": diffusers.read,
-    "kohya": kohya.read,
-    "litgpt": litgpt.read,
-    "loralib": loralib.read,
-    "peft": peft.read,
-    "original": original.read,
-    "torchtune": torchtune.read,
-}
-WRITERS: dict[str, Callable[..., Content]] = {
-    "diffusers": diffusers.write,
-    "kohya": kohya.write,
-    "litgpt": litgpt.write,
-    "loralib": loralib.write,
-    "peft": peft.write,
-    "original": original.write,
-    "torchtune": torchtune.write,
-}
-NAMELESS = ("cloneofsimo", "kohya")  # whose names of layers only a model or checkpoint explains
+for _file in iter_modules(__path__):  # so that a new format's file is all that it takes
+    _form = getattr(import_module(f"{__name__}.{_file.name}"), "FORMAT", None)
+    if _form is not None:
+        register(_form)
+
+
+def form_of(content: Content) -> Format:
+    """The format that a file's content tells (see `detect`).
+
+    Raises:
+        FileError: none that is known.
+    """
+    return FORMATS[detect(content)]
 
 
 def read(
@@ -75,7 +89,7 @@ def read(
     options: Options = DEFAULTS,
     source: Optional[str] = None,
 ) -> Adapter:
-    """The adapter in a file of another tool.
+    """The adapter in a file of any tool.
 
     Args:
         content: what the file holds.
@@ -86,12 +100,28 @@ def read(
     Raises:
         FileError: no format that is known, damaged or foreign tensors, or another model's.
     """
-    content = widened(unwrapped(content))
-    adapter = READERS[source or detect(content)](content, base, options)
+    content = unwrapped(content)
+    form = FORMATS[source or detect(content)]
+    if form.complete:
+        return _read_complete(form, content, base, options)
+    adapter = form.read(widened(content), base, options)
     if not adapter.updates:
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
     return adapter if base is None else fit(adapter, base, options, content.source)
+
+
+def _read_complete(
+    form: Format, content: Content, base: Optional[Base], options: Options
+) -> Adapter:
+    """The adapter in a complete file; updates of what the model lacks are reported, or left out."""
+    adapter = form.read(content, base, options)
+    check_finite(adapter, content.source)  # all zero is how our own begin
+    if base is None:
+        return adapter
+    known = {path: update for path, update in adapter.updates.items() if path in base}
+    check_known(adapter.updates.keys() - known.keys(), base, options, content.source)
+    return replace(adapter, updates=known)
 
 
 def write(
@@ -102,20 +132,22 @@ def write(
     fold_scale: bool = False,
     **how: Any,
 ) -> Content:
-    """An adapter as another tool's file.
+    """An adapter as a tool's file.
 
     Args:
         adapter: fitted to its model where a format tells kinds of layers apart (see `fit`).
-        to: a name in `WRITERS`.
+        to: the name of a format with a `Format.write`.
         base: the model's names and shapes.
         fold_scale: multiply each scale into ``lora_B``, for formats with no place for it.
-        how: `prefix` for kohya and peft, `component` for diffusers.
+        how: what the format's own `write` takes, such as kohya's `prefix`.
 
     Raises:
         FileError: a layer or a number that the format cannot hold, named.
     """
-    if to not in WRITERS:
-        raise FileError(f'"{to}" cannot be written. Known: {", ".join(sorted(WRITERS))}.')
+    form = writable(to)
+    assert form.write is not None
+    if form.complete:
+        return form.write(adapter, base, **how)
     if not adapter.updates:
         raise FileError("the adapter has no updates.")
     if adapter.whole:
@@ -128,7 +160,7 @@ def write(
     if fold_scale:
         told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
     _check_scales(told, to)
-    return WRITERS[to](told, base, **how)
+    return form.write(told, base, **how)
 
 
 def _check_scales(adapter: Adapter, to: str) -> None:

@@ -14,9 +14,10 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, parsed_list, report_unused
 from paramlora.formats.factors import pair
+from paramlora.formats.format import Format, Mark, any_key
 
 _FACTOR = re.compile(r"(?P<model>.+):(?P<index>[0-9]{1,9}):(?P<role>up|down)", re.DOTALL)
-NUMBER = re.compile("[0-9]{1,9}")
+_NUMBER = re.compile("[0-9]{1,9}")
 UNET = {"CrossAttention", "Attention", "GEGLU"}
 EXTENDED = {*UNET, "ResnetBlock2D"}
 TEXT = {"CLIPAttention"}
@@ -59,7 +60,7 @@ def _parts(content: Content) -> tuple[dict[str, dict[int, Update]], list[str]]:
     unused = []
     for key, tensor in content.state.items():
         match = _FACTOR.fullmatch(key)
-        if NUMBER.fullmatch(key):  # a list: up, down, up, down
+        if _NUMBER.fullmatch(key):  # a list: up, down, up, down
             role = "down" if int(key) % 2 else "up"
             halves.setdefault(("", int(key) // 2), {})[role] = tensor
         elif match is None:
@@ -94,3 +95,15 @@ def _ordered(content: Content, model: str, base: Base, count: int) -> list[str]:
         tried[", ".join(sorted(classes))] = len(paths)
     found = "; ".join(f"{n} inside {names}" for names, n in tried.items())
     raise FileError(f"{content.source}: {count} updates, and the model has {found}.")
+
+
+def _is_list(content: Content) -> bool:
+    return bool(content.state) and all(_NUMBER.fullmatch(key) for key in content.state)
+
+
+FORMAT = Format(
+    "cloneofsimo",
+    marks=(Mark(10, any_key(r".+:\d+:(?:up|down)")), Mark(11, _is_list)),
+    read=read,
+    names_layers=False,
+)

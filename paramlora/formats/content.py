@@ -24,12 +24,14 @@ class Content:
         config: of the file beside it: PEFT's ``adapter_config.json``, litgpt's
             ``hyperparameters.yaml``.
         source: its name, for messages.
+        path: its whole path, of what was opened.
     """
 
     state: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str = "adapter"
+    path: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import grouped, kernels, pair
+from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
 METADATA = "lora_adapter_metadata"
@@ -190,3 +191,20 @@ def _check(path: str, update: Update) -> None:
     if update.kind in ("embedding", "parameter", "weight") or update.layout != "matrix":
         what = "transformers Conv1D" if update.kind == "linear" else update.kind or update.layout
         raise FileError(f"{path}: a {what}; diffusers' files hold Linear and convolutions only.")
+
+
+FORMAT = Format(
+    "diffusers",
+    marks=(
+        Mark(
+            60, any_key(r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)")
+        ),
+        Mark(80, any_key(r".+\.lora_A(?:\.[^.]+)?\.weight")),
+        Mark(81, lambda content: METADATA in content.metadata),
+    ),
+    read=read,
+    write=write,
+    weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
+    weights_rank=30,
+    prefix=Prefix("component", "diffusers' keys (unet)"),
+)

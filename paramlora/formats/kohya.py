@@ -28,6 +28,7 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import check_told, kernels, pair, whole, wide
+from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 
 # in front of a mangled path, and the components of a pipeline that it can mean
@@ -319,3 +320,16 @@ def _check(path: str, update: Update) -> None:
             f"{path}: a {kind} of shape {list(update.shape)}; kohya's format holds "
             "Linear and Conv2d only."
         )
+
+
+FORMAT = Format(
+    "kohya",
+    marks=(
+        Mark(50, any_key(rf"(?:{'|'.join(PREFIXES)})_[^.]+\..+")),
+        Mark(51, any_key(r".+\.(?:lora_(?:down|mid)\.weight|hada_w1_a|lokr_w1(?:_a)?|dora_scale)")),
+    ),
+    read=read,
+    write=write,
+    names_layers=False,
+    prefix=Prefix("prefix", "kohya's keys (lora_unet)"),
+)

@@ -14,12 +14,14 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, number
 from paramlora.formats.factors import pair
+from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear, parted
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.formats.torchtune import check_uniform
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
 _PARTS = ("lora_query", "lora_key", "lora_value")
+_LAYERS = r"transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc\w*|proj))|lm_head"
 
 
 def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
@@ -148,3 +150,19 @@ def _sizes(path: str, update: Update, adapter: Adapter, base: Optional[Base]) ->
     if extra or kv < 1:
         raise FileError(f"{path}: {out} rows for queries of {q}. Give the model.")
     return [q, kv, kv]
+
+
+FORMAT = Format(
+    "litgpt",
+    marks=(
+        Mark(90, any_key(rf"(?:{_LAYERS})\.lora_[AB]")),
+        Mark(91, lambda content: {"lora_r", "lora_alpha"} <= content.config.keys()),
+    ),
+    read=read,
+    write=write,
+    weights=("lit_model.pth.lora",),
+    weights_rank=40,
+    config="hyperparameters.yaml",
+    pickled=True,
+    wrap="model",
+)

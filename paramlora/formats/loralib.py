@@ -14,6 +14,7 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
 from paramlora.formats.factors import pair, whole, wide
+from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
@@ -106,3 +107,12 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         state[f"{path}.lora_A"] = update.lora_A.contiguous()
         state[f"{path}.lora_B"] = update.lora_B.contiguous()
     return Content(state)
+
+
+FORMAT = Format(
+    "loralib",
+    marks=(Mark(100, any_key(r".+\.lora_A")),),
+    read=read,
+    write=write,
+    pickled=True,
+)

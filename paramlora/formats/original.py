@@ -24,6 +24,7 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import kernels, pair
+from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear
 
 _PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)", re.DOTALL)
@@ -108,3 +109,28 @@ def _is_conv(update: Update) -> bool:
 def _exact(scale: float) -> Tensor:
     value = torch.tensor(scale, dtype=torch.float32)
     return value if value.item() == scale else torch.tensor(scale, dtype=torch.float64)
+
+
+def _is_soft(content: Content) -> bool:
+    """Whether ``lora_B`` comes first, as in soft branches, and not in PEFT's layers."""
+    state = content.state
+    return any(_comes_second(state, key) for key in state if key.endswith(".lora_A.weight"))
+
+
+def _comes_second(state: Mapping[str, Tensor], key: str) -> bool:
+    a, b = state[key], state.get(key.replace(".lora_A.", ".lora_B."))
+    if b is None or min(a.dim(), b.dim()) < 2 or not a.numel() or not b.numel():
+        return False
+    if a.shape[0] == b.shape[1]:
+        return False
+    grouped = b.shape[0] % a.shape[1] == 0 and a.shape[0] % b.shape[1] != 0
+    return a.shape[1] == b.shape[0] or grouped
+
+
+FORMAT = Format(
+    "original",
+    marks=(Mark(70, any_key(r"(?:.+\.)?lora_scale")), Mark(71, _is_soft)),
+    read=read,
+    write=write,
+    pickled=True,
+)

@@ -29,6 +29,7 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import check_told, grouped, kernels, pair
+from paramlora.formats.format import Format, Mark
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.patterns import Names, Unbounded
 
@@ -666,3 +667,21 @@ def _short(alpha: float) -> "int | float":
 
 def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
+
+
+def _is_peft(content: Content) -> bool:
+    keys = list(content.state)
+    inside = any(".lora_A" in key or ".lora_embedding_A" in key for key in keys)
+    prefixed = any(key.startswith("base_model.") or "lora_embedding_A" in key for key in keys)
+    return inside and (prefixed or "peft_type" in content.config)
+
+
+FORMAT = Format(
+    "peft",
+    marks=(Mark(30, _is_peft),),
+    read=read,
+    write=write,
+    weights=("adapter_model.safetensors", "adapter_model.bin"),
+    weights_rank=10,  # before torchtune's, which writes this form beside its own
+    config="adapter_config.json",
+)

@@ -15,6 +15,7 @@ from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
 from paramlora.formats.factors import pair
+from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.peft import alpha, by_pattern, check_config
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 
@@ -99,3 +100,15 @@ def check_uniform(adapter: Adapter, tool: str) -> None:
                 f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Scales can "
                 "be folded into lora_B (fold_scale, --fold-scale)."
             )
+
+
+FORMAT = Format(
+    "torchtune",
+    marks=(Mark(20, any_key(r".+\.lora_[ab]\.weight|.+\.experts\.lora_gate_a")),),
+    read=read,
+    write=write,
+    weights=("adapter_model.pt",),
+    weights_rank=20,
+    config="adapter_config.json",
+    pickled=True,
+)
