@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors reading patterns config contexts undo ties sharded quantised casts switch again "
+    "errors reading patterns config compat contexts undo ties sharded quantised casts switch again "
     "digest lowrank fold whole adapter targets statistics init placement inputs served narrow "
     "linear_kernels conv_kernels depthwise_kernels launch tiles fused joined depthwise lookup "
     "operators functional convolution forwards layers methods soft attach merge state keys "
