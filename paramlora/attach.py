@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paramlora.casts import is_storage
+from paramlora.compat import is_wrapper
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.forwards import honours_dropout
@@ -532,7 +532,7 @@ def _register(module: nn.Module, name: str, update: Switched) -> None:
         held = module._parameters if name in module._parameters else module._buffers
         weight: Any = held.pop(name)
         # torch would swap a sharded or quantised tensor with itself, which it refuses to do
-        odd = is_traceable_wrapper_subclass(weight)
+        odd = is_wrapper(weight)
         stands_in = (
             nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), False)
             if odd

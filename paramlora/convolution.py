@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora import narrow
+from paramlora.compat import applied, recorded
 from paramlora.contexts import autocast_of
 from paramlora.functional import (
-    applied,
     cast,
     cast_for_autocast,
     denser,
@@ -34,7 +34,7 @@ from paramlora.operators import (
     gradient_of_second,
     scaled_down,
 )
-from paramlora.served import has_kernel, is_depthwise, recorded
+from paramlora.served import has_kernel, is_depthwise
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paramlora import depthwise_kernels
+from paramlora.compat import cuda_device
 from paramlora.launch import Launch, changed
 from paramlora.served import factors_fit, outputs_of
 
@@ -42,7 +43,7 @@ def forward(
         ``[N, C, ...]`` in x's memory format, and ``[C, prod(kernel)]`` in float32.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return forward(x, weight, bias, a, b, scale, where)
     if not x.is_contiguous():
@@ -87,7 +88,7 @@ def backward(
         wanted: of x, of the kernels, of the factors.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return backward(dy, x, weight, a, b, scale, total, where, scaled, wanted)
     result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], where))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora import functional
+from paramlora.compat import transformed
 from paramlora.convolution import branch, convolution, laid_as
 from paramlora.geometry import Layout
 from paramlora.lowrank import LowRank
@@ -103,7 +104,7 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
         # which take the plain operations of a dropping update, but no autograd function
-        if functional.transformed() and not dropping:
+        if transformed() and not dropping:
             return None
     return weight, updates, dropping
 

@@ -11,13 +11,13 @@ from typing import Any, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from paramlora import narrow, operators
+from paramlora.compat import applied, is_batched, modes_following, recorded, traced, transformed
 from paramlora.contexts import autocast_of
 from paramlora.operators import gradient_of_second, scaled_down
-from paramlora.served import fits, has_kernel, looks_up, recorded, served, switched_on
+from paramlora.served import fits, has_kernel, looks_up, served, switched_on
 
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
@@ -99,20 +99,6 @@ def pointwise(
     rows = x.flatten(2).transpose(1, 2)
     y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True)
     return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
-
-
-def applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
-    """``function.apply(x, *rest)`` without its preparations for torch.func's transforms, a third of
-    its time, where there is none and no tensor is left over from one."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
-    try:
-        return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc,no-any-return]
-    except RuntimeError:  # the address of one left over cannot be read
-        left_over = torch._C._functorch.is_functorch_wrapped_tensor
-        if not any(isinstance(t, Tensor) and left_over(t) for t in (x, *rest)):
-            raise
-        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def without_autocast(backward: _Gradients) -> _Gradients:
@@ -280,10 +266,6 @@ class _Linear(torch.autograd.Function):
         dx, da, db, dscale = grads
         dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, None, None
-
-
-# whether it stands for many gradients (`is_grads_batched`), which no kernel can be given
-is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
@@ -461,19 +443,14 @@ def embedding(
     return embedding_by_definition(*values)
 
 
-def transformed() -> bool:
-    """Whether torch.func or forward mode is at work, which no autograd function here serves."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def untold() -> bool:
     """Whether a compiler, a transform or a trace is at work, which knows no autograd function."""
-    return is_compiling() or transformed() or torch._C._get_tracing_state() is not None
+    return is_compiling() or transformed() or traced()
 
 
 def _followed() -> bool:
     """Whether something follows torch's operations, and so must be shown them."""
-    return untold() or torch._C._len_torch_dispatch_stack() > 0
+    return untold() or modes_following() > 0
 
 
 def embedding_by_definition(

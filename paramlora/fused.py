@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paramlora import linear_kernels as kernels
+from paramlora.compat import cuda_device
 from paramlora.launch import Launch, bound, changed, is_hopper
 from paramlora.served import DEEP, SPAN, fits, has_kernel, kept_size, pack_width, packs, padded
 from paramlora.tiles import (
@@ -213,7 +214,7 @@ def forward(
         ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return forward(x, weight, bias, a, b, scale, strength, image)
     px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
@@ -415,7 +416,7 @@ def backward(
         input_too, factors_too: what is wanted.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return backward(dy, x, weight, kept, r, scale, strength, input_too, factors_too, image)
     py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()

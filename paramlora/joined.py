@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora import conv_kernels
+from paramlora.compat import cuda_device
 from paramlora.launch import Launch, bound, changed
 from paramlora.served import DEEP, factors_fit, outputs_of, padded
 from paramlora.tiles import PROCESSORS, WIDEST
@@ -233,7 +234,7 @@ def forward(
         operands.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return forward(x, weight, bias, a, b, scale, where)
     px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
@@ -390,7 +391,7 @@ def backward(
         input_too, a_too: what is wanted.
     """
     device = x.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
     py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()

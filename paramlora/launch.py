@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from paramlora.compat import cuda_stream
+
 
 class Block:
     """What a launch reads of a `TensorDescriptor`, without its checks."""
@@ -70,7 +72,7 @@ class Launch:
         """
         if self.run is None:
             self._compile(pointers, values, blocks)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        stream = cuda_stream(self.device)
         self.run(
             self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
         )  # fmt: skip

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from paramlora.again import AGAIN, read_again
+from paramlora.compat import transformed
 from paramlora.errors import AdapterError
 from paramlora.forwards import forward_of
-from paramlora.functional import transformed
 from paramlora.lowrank import value_of
 from paramlora.switch import Switched
 from paramlora.targets import BRANCHES

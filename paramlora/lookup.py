@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paramlora import linear_kernels as kernels
+from paramlora.compat import cuda_device
 from paramlora.launch import Launch, bound
 from paramlora.served import DEEP, padded
 from paramlora.tiles import PROCESSORS, WIDEST
@@ -80,7 +81,7 @@ def forward(
         ``[*rows, dim]`` and `kept`, see `linear_kernels.look_up`.
     """
     device = weight.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return forward(rows, weight, a, b, scale, padding, strength)
     rows = rows if rows.is_contiguous() else rows.contiguous()
@@ -159,7 +160,7 @@ def backward(
         scaled, v_too, b_too: what is wanted, one at least.
     """
     device = kept.get_device()
-    if device != torch._C._cuda_getDevice():
+    if device != cuda_device():
         with torch.cuda.device(device):
             return backward(dy, kept, r, scaled, v_too, b_too)
     dy = dy if dy.is_contiguous() else dy.contiguous()

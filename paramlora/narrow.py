@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paramlora.compat import is_batched
 from paramlora.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
@@ -166,7 +167,7 @@ class Pair(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, first, second, thin, g = ctx.saved_tensors
         (one, two), needs = ctx.stages, ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if torch.is_grad_enabled() or is_batched(dy):
             return *ctx.again((x, first, second), needs[:3], dy), None, None, None
         up, down, h = in_range(dy, second, first, two.reach(second)[1])
         up, down = up.half(), down.half()
@@ -192,7 +193,7 @@ class Single(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, kernel = ctx.saved_tensors
         stage, needs = ctx.stage, ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if torch.is_grad_enabled() or is_batched(dy):
             return *ctx.again((x, kernel), needs[:2], dy), None, None
         dx, dkernel = stage.gradients(dy, x, kernel.half(), needs[:2])
         return dx, None if dkernel is None else dkernel.to(kernel.dtype), None, None

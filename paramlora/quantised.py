@@ -10,14 +10,14 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paramlora.compat import is_wrapper
 from paramlora.sharded import is_sharded
 
 
 def is_quantised(tensor: Tensor) -> bool:
     """Whether the tensor only stands for a weight."""
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         packed = _dequantises(tensor) or hasattr(tensor, "qdata")  # as torchao names what it holds
         return packed and not is_sharded(tensor)
     return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")

@@ -9,9 +9,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from paramlora.compat import constant_result
+
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
 TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
 HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
@@ -107,11 +108,6 @@ def _is_near(t: Tensor) -> bool:
     return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
 
 
-def recorded() -> bool:
-    """Whether torch's operations are being recorded by `make_fx`, which does not see a launch."""
-    return torch._C._get_dispatch_mode(_PROXY) is not None
-
-
 def looks_up(
     rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, padding_idx: Optional[int]
 ) -> bool:
@@ -180,16 +176,12 @@ def runs(hip: Optional[str], capability: tuple[int, int], triton: bool) -> bool:
     return hip is None and capability >= (8, 0) and triton
 
 
+@constant_result
 def _serves(device: int) -> bool:
     if device not in _SERVED:
         capability = torch.cuda.get_device_capability(device)
         _SERVED[device] = runs(torch.version.hip, capability, _importable())
     return _SERVED[device]
-
-
-# What torch.compiler.assume_constant_result sets, without the import of the compiler: a dictionary
-# that is filled while it traces would have it compile everything a second time.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _importable() -> bool:

@@ -7,6 +7,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.casts import NotOffloaded, without_storage
+from paramlora.compat import (
+    current_backward,
+    current_node,
+    next_number,
+    number_of,
+    strength_changes,
+)
 from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError
 from paramlora.fold import Term
@@ -52,8 +59,8 @@ class Switch:
         new = 0.0 if muted else strength
         past = self.past
         if new != self.effective:
-            seen: int = torch._C._autograd._get_sequence_nr()
-            past = (*past[1 - _REMEMBERED :], (seen, self.effective))
+            strength_changes()
+            past = (*past[1 - _REMEMBERED :], (next_number(), self.effective))
         gain = gains.at(new, self.gain.device, self.gain.dtype)
         return Switch(strength, gain, muted, past)
 
@@ -141,10 +148,10 @@ class Switched(nn.Module):
         """The switch that holds: inside of a backward, which computes a checkpointed forward
         again, that of the forward."""
         own = self.switch
-        if is_compiling() or not own.past or torch._C._current_graph_task_id() == -1:
+        if is_compiling() or not own.past or current_backward() == -1:
             return own
-        node = torch._C._current_autograd_node()
-        return own if node is None else own.at(node._sequence_nr())
+        node = current_node()
+        return own if node is None else own.at(number_of(node))
 
     @property
     def acts(self) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    "errors reading patterns config contexts undo ties sharded quantised casts geometry fold "
-    "switch again digest adapter lowrank whole targets statistics init placement inputs "
-    "served narrow linear_kernels conv_kernels depthwise_kernels launch tiles fused joined "
-    "depthwise lookup operators functional convolution forwards layers methods soft attach "
-    "merge state keys disk mistaken stream plan checkpoint opcodes pickles native stored "
-    "formats interchange files inspection optim summary integrations demo cli "
+    "errors reading patterns config compat contexts undo ties sharded quantised casts "
+    "geometry fold switch again digest adapter lowrank whole targets statistics init "
+    "placement inputs served narrow linear_kernels conv_kernels depthwise_kernels launch "
+    "tiles fused joined depthwise lookup operators functional convolution forwards layers "
+    "methods soft attach merge state keys disk mistaken stream plan checkpoint opcodes "
+    "pickles native stored formats interchange files inspection optim summary integrations "
+    "demo cli "
 ).split()
 CLI = "app checkpoints training adapters".split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
