@@ -170,7 +170,11 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else _named_input(layer, kwargs)
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
-            output = output + branch.branch(layer, x, output)
+            there = branch.factors()[0].device
+            if x.device == there:
+                output = output + branch.branch(layer, x, output)
+            else:  # a device map moves the layer's input after this hook was given it
+                output = output + branch.branch(layer, x.to(there), output).to(output.device)
     return output
 
 

@@ -366,7 +366,7 @@ def test_a_replica_of_data_parallel():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
 def test_data_parallel_on_two_devices(dtype):
     for case in CASES:
         if case in ("one row", "recurrent", "experts"):  # no batch first, flat weights, no split

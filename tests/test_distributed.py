@@ -89,7 +89,8 @@ def adapted(config=CONFIG, **options):
 
 def train(model, x, y):
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    # torch's joint step of many tensors takes no mixture of sharded and plain ones
+    optimizer = torch.optim.AdamW(trained, lr=RATE, foreach=False)
     for _ in range(STEPS):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
