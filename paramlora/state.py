@@ -26,7 +26,15 @@ from paramlora.lowrank import LowRank, factor_dtype
 from paramlora.sharded import check_order, gathered
 from paramlora.soft import Branch
 from paramlora.switch import Switched
-from paramlora.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
+from paramlora.targets import (
+    FLOATS,
+    Target,
+    adaptable,
+    check_model,
+    stem,
+    targets_at,
+    unwrapped,
+)
 from paramlora.whole import Whole
 
 LOW_RANK = ("lora_A", "lora_B", "lora_scale")
@@ -228,7 +236,7 @@ def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
 def _typed(target: Target, adapter: Adapter) -> Target:
     """A tensor to have whole keeps its own type where that is not the usual one."""
     tensor = adapter.whole.get(target.path)
-    if tensor is None or tensor.dtype == factor_dtype(target.dtype):
+    if tensor is None or tensor.dtype not in FLOATS or tensor.dtype == factor_dtype(target.dtype):
         return target
     kind = str(tensor.dtype).removeprefix("torch.")
     return replace(target, entry=replace(target.entry, adapter_dtype=kind))
