@@ -115,7 +115,8 @@ def write(
         FileError: a layer or a number that the format cannot hold, named.
     """
     if to not in WRITERS:
-        raise FileError(f'"{to}" cannot be written. Known: {", ".join(sorted(WRITERS))}.')
+        known = ", ".join(sorted([*WRITERS, "native"]))  # which has a writer of its own
+        raise FileError(f'"{to}" cannot be written. Known: {known}.')
     if not adapter.updates:
         raise FileError("the adapter has no updates.")
     if adapter.whole:
