@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Union
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, listed
 
 PathLike = Union[str, "os.PathLike[str]"]
 _STRIDE = 32 << 20
@@ -72,7 +72,7 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
         FileError: the place cannot be written, or holds what would be lost.
     """
     target = Path(os.path.realpath(path))
-    _check_lost(target, names)
+    _check_lost(path, target, names)
     with _told(path), _temporary(target) as temporary:
         temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
@@ -107,14 +107,14 @@ def _told(path: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be written: {error.strerror or error}. Nothing was changed."
+            f"{path}: cannot be written: {error.strerror or error}. Nothing was written."
         ) from error
 
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
     """A name beside `target`, free to be made; what is left at it in the end is removed."""
-    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    name = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:  # before it exists, so that no moment is left at which Ctrl-C would leave it
         yield name
     finally:
@@ -170,13 +170,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_lost(old: Path, names: Collection[str]) -> None:
+def _check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
     there = os.listdir(old) if old.is_dir() else [old.name] if old.exists() else []
     lost = sorted(set(there) - set(names))
     if lost:
         raise FileError(
-            f"{old}: replacing it would lose {', '.join(lost[:5])}. Give another place, or "
-            "move what is there."
+            f"{path}: replacing it would lose {listed(lost, 5)}. Give another place, or move what "
+            "is there."
         )
 
 

@@ -194,7 +194,9 @@ def _check_space(out: Path, size: int) -> None:
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
-        raise FileError(f"{out}: cannot be written: {error.strerror}.") from error
+        raise FileError(
+            f"{out}: cannot be written: {error.strerror}. Nothing was written."
+        ) from error
     if size > free:
         raise FileError(f"{out}: needs {size:,} bytes, and {free:,} are free. Nothing was written.")
 

@@ -59,11 +59,14 @@ class Inspection:
         return sum(1 for row in self.rows if row.flag)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; a norm that is not finite is None, which JSON can hold."""
+        """Plain values; a number that is not finite is None, which JSON can hold."""
         out = asdict(self) | {"flagged": self.flagged}
         out["metadata"], out["notes"] = dict(self.metadata), list(self.notes)
         out["rows"] = [
-            {**row, "norm": row["norm"] if math.isfinite(row["norm"]) else None}
+            {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in row.items()
+            }
             for row in out["rows"]
         ]
         return out
@@ -114,6 +117,7 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
 def _row(path: str, update: Update) -> Row:
     a, b = update.lora_A, update.lora_B
     finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+    finite = finite and math.isfinite(update.scale)
     flag = "not finite" if not finite else "" if a.any() and b.any() else "all zero"
     return Row(path, update.shape or (), update.r, update.scale, _norm(update), flag)
 

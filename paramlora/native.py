@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from torch import Tensor, float32, isfinite, nn, tensor
+from torch import Tensor, float32, int64, isfinite, nn, tensor
 
 from paramlora.adapter import Adapter, Holder, Update
 from paramlora.config import LoRAConfig, TargetConfig, parsed
@@ -17,7 +17,7 @@ from paramlora.errors import ConfigError, FileError, listed, spelled
 from paramlora.geometry import LAYOUTS, Layout, matrix_shape
 from paramlora.mistaken import check_tensors
 from paramlora.patterns import Names
-from paramlora.plan import fits_shape
+from paramlora.plan import check_types, fits_shape
 from paramlora.reading import parse_json
 from paramlora.sharded import is_sharded, wait, writes
 from paramlora.state import LOW_RANK, adapter_of, adapter_state_dict
@@ -139,6 +139,9 @@ def native_of(path: PathLike, metadata: Mapping[str, str], state: Mapping[str, T
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
     updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
     whole = {s: state[_key(s, _WHOLE)] for s, e in entries.items() if e.whole}
+    for stem, one in whole.items():
+        if one.dtype != int64:  # of BatchNorm's counts
+            check_types(f"{path}: {_key(stem, _WHOLE)}", one)
     updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
     whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
@@ -260,8 +263,8 @@ def _update(
     path: Path, stem: str, state: Mapping[str, Tensor], entry: TargetConfig, shapes: _Shapes
 ) -> Update:
     a, b, scale = (state[_key(stem, name)] for name in LOW_RANK)
-    flat = min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1
-    if flat or not all(t.is_floating_point() for t in (a, b, scale)):
+    check_types(f"{path}: {stem or 'weight'}", a, b, scale)
+    if min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1:
         raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
     exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
     by_factors: Layout = "stack" if a.dim() == 3 else "matrix"

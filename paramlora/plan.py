@@ -119,6 +119,9 @@ class Contents:
                 f"{weight} is of type {base.dtype}, in which no update can be stored. Where it was "
                 "quantised, use the checkpoint from before."
             )
+        if not counts:
+            parts = (change,) if isinstance(change, Tensor) else (change.lora_A, change.lora_B)
+            check_types(weight, *parts)
         told = change.shape
         if told is not None and tuple(told) != tuple(base.shape):
             raise FileError(
@@ -180,6 +183,7 @@ class Contents:
             )
         a, b = _factors(parts)
         scale = parts["lora_scale"]
+        check_types(weight, scale)
         if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
             raise FileError(f"{weight}: the update inside it has factors of impossible shape.")
         layout: Layout = "stack" if a.dim() == 3 else "matrix"
@@ -209,6 +213,14 @@ class Contents:
             f"{missing[0] or 'weight'}.{f' Closest: {near[0]}.' if near else ''} "
             "Is it the base of this adapter?"
         )
+
+
+def check_types(where: str, *tensors: Tensor) -> None:
+    """Refuse tensors of an update in whose type nothing can be computed, as in 8 bits."""
+    wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS), None)
+    if wrong is not None:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise FileError(f"{where}: an update of type {wrong}. Save it in one of {names}.")
 
 
 def embed_plan(contents: Contents, adapter: Adapter) -> Plan:

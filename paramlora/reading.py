@@ -64,9 +64,9 @@ def read_text(path: Union[str, "os.PathLike[str]"]) -> str:
             raise FileError(f"{path}: {size:,} bytes, more than any real file of its kind has.")
         content = _read(path, file, size)
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:
-        raise FileError(f"{path}: not UTF-8 text: {error.reason}.") from error
+        raise FileError(f"{path}: not UTF-8 text: {error.reason}. Save it as UTF-8.") from error
 
 
 def head_of(path: Path) -> bytes:
@@ -97,6 +97,10 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" not in str(error):
+            raise
+        raise ValueError("a number has more digits than any real one") from None
 
 
 def _read(path: Union[str, "os.PathLike[str]"], file: BufferedReader, count: int) -> bytes:
@@ -109,7 +113,7 @@ def _read(path: Union[str, "os.PathLike[str]"], file: BufferedReader, count: int
 def _check_regular(path: Union[str, "os.PathLike[str]"], mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise FileError(f"{path}: {kind}, and only regular files are read.")
+        raise FileError(f"{path}: {kind}, and only regular files are read. Give a file.")
 
 
 def _check_counts(text: str) -> None:

@@ -25,7 +25,15 @@ from paramlora.errors import FileError, ParamloraWarning
 from paramlora.geometry import factor_dtype
 from paramlora.sharded import check_order
 from paramlora.switch import Switched, answer
-from paramlora.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
+from paramlora.targets import (
+    FLOATS,
+    Target,
+    adaptable,
+    check_model,
+    stem,
+    targets_at,
+    unwrapped,
+)
 
 LOW_RANK = ("lora_A", "lora_B", "lora_scale")
 
@@ -202,7 +210,7 @@ def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
 def _typed(target: Target, adapter: Adapter) -> Target:
     """A tensor to have whole keeps its own type where that is not the usual one."""
     tensor = adapter.whole.get(target.path)
-    if tensor is None or tensor.dtype == factor_dtype(target.dtype):
+    if tensor is None or tensor.dtype not in FLOATS or tensor.dtype == factor_dtype(target.dtype):
         return target
     kind = str(tensor.dtype).removeprefix("torch.")
     return replace(target, entry=replace(target.entry, adapter_dtype=kind))

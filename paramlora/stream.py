@@ -19,6 +19,7 @@ from paramlora.reading import MOST_TEXT, open_regular, parse_json
 Count = Callable[[int], None]  # called with the bytes written since the last call
 MOST_SIDE, MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 _CHUNK = 8 << 20
+_MOST_CLAIMED = 2**40  # more than any header: the file begins with something else
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -149,6 +150,10 @@ class SafeFile:
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
+        if size > 8 and (length > _MOST_CLAIMED or self._bytes(8, 1) != b"{"):
+            raise FileError(
+                f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
+            )
         if size < 8 or length > min(size - 8, MOST_TEXT):
             raise self._damaged(f"a header of {length:,} bytes in a file of {size:,}")
         try:
@@ -156,8 +161,6 @@ class SafeFile:
             header = parse_json(text)
         except ValueError as error:
             raise self._damaged(f"its header cannot be read: {error}") from error
-        if not isinstance(header, dict):
-            raise self._damaged("its header is not an object")
         self.metadata = self._strings(header.pop("__metadata__", {}))
         for key, entry in header.items():
             self._add(key, entry, 8 + length)

@@ -440,7 +440,7 @@ def _report_empty(
         count = sum(1 for _ in model.modules())
         raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
     if strict:
-        raise TargetError(f"{config.source}: {text} Remove it, or attach with strict=False.")
+        raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
     warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
 
 

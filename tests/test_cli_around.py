@@ -3,9 +3,13 @@
 import gzip
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -20,6 +24,7 @@ import paramlora
 from paramlora import FileError
 from paramlora.inspection import inspect
 
+ROOT = Path(__file__).parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>"
 
@@ -257,3 +262,165 @@ def test_a_converted_file_has_a_name_of_its_kind(to, name, folder):
 def test_a_notebook_shows_a_table(folder):
     shown = paramlora.summary(paramlora.attach(marked(), {"*": {"r": 2}}, "<b>"))._repr_html_()
     assert shown.startswith("<pre>tensor ") and "&lt;b&gt;" in shown and "<b>" not in shown
+
+
+# outputs, streams and options
+
+
+@pytest.mark.parametrize("out", ["/", "..", ".", "", "a.safetensors/x", "\x00"])
+@pytest.mark.parametrize("command", [
+    ("merge", "base.safetensors", "a.safetensors"), ("extract", "base.pt"),
+    ("convert", "a.safetensors", "--to", "kohya"), ("convert", "a.safetensors", "--to", "native"),
+])  # fmt: skip
+def test_an_output_that_no_file_can_be_is_refused(command, out, folder, capsys):
+    torch.save(paramlora.attach(net(), {"0": {"r": 2}}).state_dict(), "base.pt")
+    code, printed, err = run(capsys, *command, "--force", "-o", out)
+    assert (code, printed) == (2, "") and "fault of paramlora" not in err
+
+
+def test_names_are_printed_without_what_moves_the_cursor(folder, capsys):
+    name = "\x1b[31m\nq\udcff.safetensors"
+    shown = r"\x1b[31m\nq\udcff.safetensors: 1 updates, 2 whole tensors as native"
+    told = ("convert", "a.safetensors", "-o", name, "--to", "native")
+    assert run(capsys, *told, "--dry-run") == (0, f"would write {shown}\n", "")
+    assert run(capsys, *told) == (0, "", f"wrote {shown}\n")
+
+
+def moving():
+    model = nn.Module()
+    model.add_module("a\x1b[31m\nb", nn.Linear(4, 3))
+    return model
+
+
+def test_a_table_prints_names_without_what_moves_the_cursor(folder, capsys):
+    (folder / "c.json").write_text(json.dumps({"a\x1b[31m\nb": {"r": 2}}))
+    _, out, _ = run(capsys, "targets", "c.json", "--model", f"{__name__}:moving")
+    assert "\x1b" not in out and r"a\x1b[31m\nb" in out
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+class Outside(BaseException):
+    pass
+
+
+def unspeakable():
+    raise Unspeakable
+
+
+def outside():
+    raise Outside("x")
+
+
+@pytest.mark.parametrize("factory", ["unspeakable", "outside"])
+def test_any_error_of_a_factory_is_its_own(factory, folder, capsys):
+    (folder / "c.json").write_text(json.dumps({"0": {"r": 2}}))
+    code, _, err = run(capsys, "targets", "c.json", "--model", f"{__name__}:{factory}")
+    assert code == 2 and f"{factory}() raised {factory.capitalize()}" in err
+
+
+def stopping():
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_factory_stops(folder, capsys):
+    (folder / "c.json").write_text(json.dumps({"0": {"r": 2}}))
+    code, _, err = run(capsys, "targets", "c.json", "--model", f"{__name__}:stopping")
+    assert (code, err) == (130, "stopped\n")
+
+
+def test_a_strict_run_says_which_option_to_leave_out(folder, capsys):
+    (folder / "c.json").write_text(json.dumps({"0": {"r": 2}, "gone": {"r": 1}}))
+    spec = f"{__name__}:net"
+    code, _, err = run(capsys, "targets", "c.json", "--model", spec, "--strict")
+    assert code == 2 and err.endswith('"gone" matches nothing. Remove it, or leave strict out.\n')
+
+
+@pytest.mark.parametrize("content", [b"hello there\n" * 5, bytes(1000), bytes(range(255, 0, -1))])
+def test_a_file_of_no_kind_is_not_called_half_of_one(content, folder, capsys):
+    (folder / "x").write_bytes(content)
+    code, _, err = run(capsys, "inspect", "x")
+    told = "error: x: neither a safetensors file nor one of torch.save. Give one of those.\n"
+    assert (code, err) == (2, told)
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "1e400", "O.7", ""])
+def test_a_weight_that_is_no_number_is_named(weight, folder, capsys):
+    one = f"a.safetensors:{weight}"
+    code, _, err = run(capsys, "merge", "base.safetensors", one, "-o", "x.safetensors")
+    told = "is no weight. Give a finite number, as in a.safetensors:0.7."
+    assert (code, err) == (2, f'error: {one}: "{weight}" {told}\n')
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "1e400"])
+def test_an_alpha_that_is_not_finite_is_refused(alpha, folder, capsys):
+    (folder / "c.json").write_text("{}")
+    code, _, err = run(
+        capsys, "convert", "a.safetensors", "-o", "o", "--to", "native", "--alpha", alpha
+    )
+    assert code == 2 and "alpha must be finite, got " in err
+
+
+def test_every_format_that_can_be_written_is_known(folder, capsys):
+    code, _, err = run(capsys, "convert", "a.safetensors", "-o", "o", "--to", "pefft")
+    assert code == 2 and "Known: diffusers, kohya, litgpt, loralib, native, original," in err
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_that_torch_does_not_take_is_refused(seed, folder, capsys):
+    code, out, err = run(capsys, "demo", "--seed", seed, "--out", "d")
+    assert (code, out) == (2, "") and "'--seed'" in err and not (folder / "d").exists()
+
+
+def test_a_configuration_from_a_windows_editor_is_read(folder, capsys):
+    (folder / "c.json").write_bytes(b'\xef\xbb\xbf{"0": {"r": 2}}')
+    assert run(capsys, "targets", "c.json", "--model", f"{__name__}:net")[0] == 0
+    (folder / "c.json").write_bytes('{"0": {"r": 2}}'.encode("utf-16"))
+    code, _, err = run(capsys, "targets", "c.json", "--model", f"{__name__}:net")
+    assert code == 2 and "c.json: not UTF-8 text" in err and "Save it as UTF-8." in err
+
+
+def test_a_number_of_too_many_digits_is_refused_without_python_s_words(folder, capsys):
+    (folder / "c.json").write_text(f'{{"0": {{"r": {"9" * 5000}}}}}')
+    code, _, err = run(capsys, "targets", "c.json", "--model", f"{__name__}:net")
+    told = "error: c.json: cannot be read as JSON: a number has more digits than any real one.\n"
+    assert (code, err) == (2, told)
+
+
+def test_a_scale_that_is_not_finite_is_flagged(folder, capsys):
+    with safetensors.safe_open("a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = safetensors.torch.load_file("a.safetensors")
+    state["0.lora_scale"].fill_(torch.nan)
+    safetensors.torch.save_file(state, "a.safetensors", metadata)
+    _, out, _ = run(capsys, "inspect", "a.safetensors", "--json")
+    row = json.loads(out, parse_constant=pytest.fail)["rows"][0]
+    assert (row["scale"], row["norm"], row["flag"]) == (None, None, "not finite")
+    assert "nan" in run(capsys, "inspect", "a.safetensors")[1]
+
+
+def piped(folder, *command, stdout=subprocess.PIPE, encoding="utf-8"):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "paramlora", *command]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def test_a_terminal_of_few_letters_shows_the_others_escaped(folder):
+    (folder / "c.json").write_text(json.dumps({"0": {"r": 2}}))
+    code, out, err = piped(folder, "inspect", "a.safetensors", encoding="ascii")
+    assert (code, err) == (0, "") and b"3\\xd74" in out
+    command = ("targets", "c.json", "--model", "test_cli_around:net")
+    code, out, err = piped(folder, *command, encoding="ascii")
+    assert (code, err) == (0, "") and b"3\\xd74" in out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_an_answer_that_cannot_be_printed_is_no_fault_of_ours(folder):
+    with open("/dev/full", "wb") as full:
+        code, _, err = piped(folder, "inspect", "a.safetensors", stdout=full)
+    assert (code, err) == (2, "error: cannot be written: No space left on device.\n")

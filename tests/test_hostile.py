@@ -18,6 +18,7 @@ from torch import nn
 
 import paramlora
 from paramlora import Adapter, AdapterError, FileError, Update, files
+from paramlora.inspection import inspect
 from paramlora.native import read_native, write_native
 from paramlora.stored import Stored
 
@@ -101,7 +102,10 @@ BAD_HEADERS = {
 def test_a_safetensors_file_that_is_not_whole(name, tmp_path):
     path = tmp_path / "base.safetensors"
     path.write_bytes(BAD_HEADERS[name])
-    refused(path, r"base.safetensors: not a whole safetensors file \(.+\). Copy or save it again.")
+    told = r"not a whole safetensors file \(.+\). Copy or save it again."
+    if name in ("header of 2^63 bytes", "a list"):  # nothing of it is as in such a file
+        told = "neither a safetensors file nor one of torch.save. Give one of those."
+    refused(path, f"base.safetensors: {told}")
 
 
 def test_an_unknown_type_is_named(tmp_path):
@@ -322,6 +326,38 @@ def test_numbers_that_are_not_finite(bad, tmp_path):
     safetensors.torch.save_file(state, path)
     files.merge(path, [ADAPTER], out)
     assert not torch.isfinite(safetensors.torch.load_file(out)["a.weight"]).any()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.bool, torch.complex64, torch.int64],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["a.lora_A", "a.lora_B", "a.lora_scale", "a.bias.lora_whole"])
+def test_a_type_in_which_nothing_is_computed(name, dtype, tmp_path):
+    path, base, inside = (tmp_path / f"{n}.safetensors" for n in ("adapter", "base", "inside"))
+    layer = nn.ModuleDict({"a": nn.Linear(4, 3)})
+    safetensors.torch.save_file(layer.state_dict(), base)
+    paramlora.attach(layer, {"a": {"r": 2}, "a.bias": {"whole": True}})
+    paramlora.save_adapter(layer, path)
+    safetensors.torch.save_file(layer.state_dict(), inside)
+    told = safetensors.torch.load_file(path)[name]
+    spoil(path, name, told.to(dtype))
+    _, owner, leaf = f".{name}".replace(".a.bias.", ".bias.").replace(".a.", ".weight.").split(".")
+    spoil(inside, f"a.parametrizations.{owner}.0.{leaf}", told.to(dtype))
+    calls = (
+        lambda: paramlora.load_adapter(nn.ModuleDict({"a": nn.Linear(4, 3)}), path),
+        lambda: files.merge(base, [path], tmp_path / "out.safetensors"),
+        lambda: files.embed(base, path, tmp_path / "out.safetensors"),
+        lambda: files.merge(inside, [], tmp_path / "out.safetensors"),
+        lambda: files.extract(inside, tmp_path / "out.safetensors"),
+        lambda: inspect(path),
+    )
+    counts = name.endswith("whole") and dtype == torch.int64  # as BatchNorm's, which are sound
+    for call in calls[:-1] if counts else calls:
+        with pytest.raises(paramlora.ParamloraError, match=rf"{str(dtype).split('.')[1]}"):
+            call()
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 values = st.none() | st.booleans() | st.integers(-1, 5) | st.floats() | st.text(max_size=3)

@@ -1,5 +1,6 @@
 """The application that the commands are added to: how it reports, fails and exits."""
 
+import io
 import json
 import sys
 import traceback
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 import paramlora
+from paramlora.errors import shown
 from paramlora.files import Progress as Told
 
 DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
@@ -47,13 +49,13 @@ def report(content: dict[str, Any], as_json: bool, text: str) -> None:
     if as_json:
         print(json.dumps(content))
     else:
-        print(text)  # not by rich, which reads paths as markup and emoji
+        print(shown(text))  # not by rich, which reads paths as markup and emoji
 
 
 def wrote(text: str, quiet: bool) -> None:
     """Say on stderr, in one line, that a file was written."""
     if not quiet:
-        print(f"wrote {text}", file=sys.stderr)
+        print(f"wrote {shown(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -89,6 +91,8 @@ def bar(title: str) -> Iterator[Told]:
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run the command line and exit: 0, 1 for a fault of ours, 2 for wrong input, 130 stopped."""
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a name may be any text
     try:
         code = app(given, standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
@@ -108,6 +112,9 @@ def _exit_code(error: BaseException) -> int:
         return WRONG
     if hasattr(error, "show"):  # wrong use, as click reports it
         error.show()
+        return WRONG
+    if isinstance(error, OSError) and error.filename is None:  # of a stream, not of a file
+        _tell("error", "red", f"cannot be written: {error.strerror or error}.")
         return WRONG
     fault = f"{type(error).__name__}: {error}. This is a fault of paramlora: --debug shows where."
     _tell("error", "red", fault)

@@ -1,5 +1,6 @@
 """The commands on checkpoint files: `embed`, `extract`, `merge`."""
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from paramlora import files
-from paramlora.cli.app import app, bar, report, warnings_told, wrote
+from paramlora.cli.app import app, bar, fail, report, warnings_told, wrote
 
 Base = Annotated[
     Path,
@@ -89,11 +90,15 @@ def merge(
 def weighted(text: str) -> tuple[Path, float]:
     """``PATH:0.7`` as its two parts; a file of that whole name comes first."""
     path, _, number = text.rpartition(":")
-    if path and not os.path.exists(text):
+    if path and not os.path.lexists(text):
         try:
-            return Path(path), float(number)
+            weight = float(number)
         except ValueError:
-            pass
+            weight = math.nan
+        if math.isfinite(weight):
+            return Path(path), weight
+        if os.path.lexists(path):
+            fail(f'{text}: "{number}" is no weight. Give a finite number, as in {path}:0.7.')
     return Path(text), 1.0
 
 

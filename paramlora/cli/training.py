@@ -16,13 +16,17 @@ from torch import nn
 import paramlora
 from paramlora import ParamloraError
 from paramlora.cli.app import app, fail, warnings_told
+from paramlora.errors import shown
+
+_SEEDS = 2**63 - 1  # of torch; adapting takes the next one
+_SEED = "Seed; the same one gives the same files."
 
 
 @app.command(epilog="Example: paramlora demo --out paramlora-demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("paramlora-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 600,
-    seed: Annotated[int, typer.Option(help="Seed; the same one gives the same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=-_SEEDS, max=_SEEDS - 1, help=_SEED)] = 0,
     pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1000,
 ) -> None:
     """Teach a small diffusion U-Net the digits 0 to 4, adapt it to 5 to 9, merge, and compare."""
@@ -78,7 +82,7 @@ def targets(
         r = "-" if entry.whole else str(entry.r)
         kind = "whole" if entry.whole else "hard" if entry.hard else "soft"
         cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
-        table.add_row(*map(Text, cells))  # neither markup nor emoji
+        table.add_row(*(Text(shown(cell)) for cell in cells))  # neither markup nor emoji
     rich.print(table)
     count = sum(target.parameters for target in found)
     print(f"{len(found)} tensors, {count:,} parameters of updates and whole tensors")
@@ -90,13 +94,17 @@ def build(spec: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         make: Any = getattr(importlib.import_module(name), factory)
-    except (Exception, SystemExit) as error:  # the user's own code runs here
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code runs here
         raise ParamloraError(
             f"--model {spec}: {_said(error)}. Give module:factory, such as my_package.models:build."
         ) from error
     try:
         built: Any = make()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ParamloraError(
             f"--model {spec}: {factory}() raised {_said(error)}. Mend the factory, which is called "
             "without arguments; --debug shows where."
@@ -107,5 +115,8 @@ def build(spec: str) -> nn.Module:
 
 
 def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # the user's own code, too
+        lines = []
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -1,5 +1,6 @@
 """What a file of adapters holds, whoever wrote it, and what the caller wants of it."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -54,6 +55,12 @@ class Options:
     component: Optional[str] = None
     split: int = 1
     enable: Optional[tuple[bool, ...]] = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise FileError(f"alpha must be finite, got {self.alpha}.")
+        if self.rank is not None and self.rank < 1:
+            raise FileError(f"rank must be at least 1, got {self.rank}.")
 
 
 DEFAULTS = Options()
