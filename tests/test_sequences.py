@@ -134,15 +134,15 @@ class Sequences(RuleBasedStateMachine):
         return functional_call(self.plain, self.weights(), (self.x,))
 
     @worn
-    @rule(rate=st.sampled_from([0.01, 0.1]))
+    @rule(rate=st.sampled_from([0.001, 0.01]))
     def train(self, rate):
         if not any(self.strengths.values()):
             return  # then nothing has a gradient
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.zero_grad()
-        self.model(self.x).square().mean().backward()
+        self.model(self.x).tanh().mean().backward()  # bounded: nothing runs away
         leaves = [f for held in self.held.values() for a, b, _ in held.values() for f in (a, b)]
-        grads = torch.autograd.grad(self.want().square().mean(), leaves, allow_unused=True)
+        grads = torch.autograd.grad(self.want().tanh().mean(), leaves, allow_unused=True)
         with torch.no_grad():
             for parameter in trained:
                 if parameter.grad is not None:
@@ -248,6 +248,7 @@ Sequences.TestCase.settings = settings(
     stateful_step_count=12,
     deadline=None,
     database=None,
+    derandomize=True,  # a run that differs each time would hide which change broke it
     suppress_health_check=list(HealthCheck),
 )
 TestSequences = Sequences.TestCase
