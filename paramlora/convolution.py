@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from paramlora import narrow
 from paramlora.compat import applied, recorded
-from paramlora.contexts import autocast_of
+from paramlora.contexts import autocast_of, in_own_types
 from paramlora.functional import (
     cast,
     cast_for_autocast,
@@ -124,11 +124,8 @@ def convolution(
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
-    device = autocast_of(b)
-    if device is not None:
-        with torch.autocast(device, enabled=False):
-            return _update(a, b, scale)
-    return (narrow.wide(b) * scale) @ narrow.wide(a)
+    with in_own_types(b):
+        return (narrow.wide(b) * scale) @ narrow.wide(a)
 
 
 def laid_as(x: Tensor, other: Tensor) -> Tensor:
