@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from paramlora.interchange import load_adapter
     from paramlora.native import save_adapter
 
+__version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
