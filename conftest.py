@@ -1,4 +1,4 @@
-"""One thread a process, and what pytest may not import where Triton or Lightning is missing."""
+"""One thread a process, and what pytest may not import where its library is missing."""
 
 import os
 from importlib.util import find_spec
@@ -9,5 +9,6 @@ collect_ignore = ["tests/interpreted.py"]
 if not find_spec("triton"):
     cuda = ("linear_kernels", "launch", "tiles", "fused", "joined")
     collect_ignore += [f"paramlora/{name}.py" for name in cuda]
-if not find_spec("lightning"):
-    collect_ignore.append("paramlora/integrations/lightning.py")
+for name in ("lightning", "transformers"):
+    if not find_spec(name):
+        collect_ignore.append(f"paramlora/integrations/{name}.py")
