@@ -3,8 +3,8 @@
 Only this file knows them, and a test holds that. Each is chosen once, at import: torch's own
 function itself where there is one, so that a small layer pays no Python call for the choice, else a
 public way to the same answer, which is slower. Where torch tells nothing publicly, the stand-in
-gives the answer that is right though it costs more. `tests/update/test_compat.py` hides each name in
-turn.
+gives the answer that is right though it costs more. `tests/update/test_compat.py` hides each name
+in turn.
 """
 
 import sys
