@@ -5,10 +5,10 @@ from importlib.util import find_spec
 
 # layers this small wait for threads a hundred times longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-collect_ignore = ["tests/interpreted.py"]
+collect_ignore = ["tests/cuda/interpreted.py"]
+collect_ignore_glob = [] if find_spec("triton") else ["paramlora/cuda/*/*.py"]
 if not find_spec("triton"):
-    cuda = ("linear_kernels", "launch", "tiles", "fused", "joined")
-    collect_ignore += [f"paramlora/{name}.py" for name in cuda]
+    collect_ignore.append("paramlora/cuda/launch.py")
 for name in ("lightning", "transformers"):
     if not find_spec(name):
         collect_ignore.append(f"paramlora/integrations/{name}.py")

@@ -5,13 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from paramlora.attach import base_of, check_adapters, disable_adapters, placed, updates_of
-from paramlora.lowrank import LowRank
-from paramlora.quantised import dense
-from paramlora.sharded import gathered
-from paramlora.soft import Branch
-from paramlora.switch import Switched
-from paramlora.whole import Whole
+from paramlora.model.attach import (
+    base_of,
+    check_adapters,
+    disable_adapters,
+    placed,
+    updates_of,
+)
+from paramlora.model.branch import Branch
+from paramlora.model.quantised import dense
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.lowrank import LowRank
+from paramlora.update.sharded import gathered
+from paramlora.update.whole import Whole
 
 
 @torch.no_grad()
@@ -77,17 +83,17 @@ def log_updates(
         write(f"update/{path}", norm, step)
 
 
-def _base(module: nn.Module, update: Switched) -> Tensor:
+def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
     """The weight that an update of this layer acts on, as numbers."""
     held = {name: list(of) for name, of in updates_of(module)}
     (name,) = [name for name, of in held.items() if any(one is update for one in of)]
-    if all(isinstance(one, Switched) for one in held[name]):
+    if all(isinstance(one, AttachedUpdate) for one in held[name]):
         return dense(module, base_of(module, name).detach())
     with disable_adapters(module):  # under a weight norm, the weight is what that computes
         return getattr(module, name).detach()  # type: ignore[no-any-return]
 
 
-def _size(update: Switched, base: Tensor) -> "Tensor | None":
+def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
     if isinstance(update, Whole):
         return _norm(update.lora_whole - base) * abs(update.strength)
     if not isinstance(update, LowRank) or (isinstance(update, Branch) and update.kernel):
