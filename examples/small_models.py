@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 _BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
