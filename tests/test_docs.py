@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("typer")
 
+import paramlora
 from paramlora.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -18,6 +19,7 @@ NEEDS = {
     "first_fine_tune.md": ["transformers"],
     "recipes.md": ["transformers", "diffusers", "peft"],
     "trainers.md": ["trl"],
+    "from_kohya.md": ["diffusers"],
 }
 NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -76,3 +78,37 @@ def test_the_notebook_is_the_first_recipe_and_runs(tmp_path, monkeypatch):
     for cell in code:
         run(cell[1:]) if cell.startswith("!") else exec(compile(cell, "cell", "exec"), names)
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_the_api_names_everything_public():
+    text = (DOCS / "api.md").read_text("utf-8")
+    named = set(re.findall(r"^::: paramlora\.(\w+)$", text, re.M))
+    assert named == set(paramlora.__all__) and not named & {"__version__"}
+
+
+def test_every_page_is_in_the_site_and_every_section_in_the_readme():
+    pages = {path.name for path in DOCS.glob("*.md")}
+    told = (DOCS.parent / "mkdocs.yml").read_text("utf-8")
+    assert set(re.findall(r"(\w+\.md)$", told, re.M)) == pages
+    headings = set(re.findall(r"^## (.+)$", (DOCS.parent / "README.md").read_text("utf-8"), re.M))
+    shown = {one for page in pages for one in re.findall(r"^README: (.+)$", read(page), re.M)}
+    assert shown - {"opening"} <= headings and len(shown) > 4
+
+
+def test_pages_link_only_what_exists():
+    """As mkdocs checks it, where that is not installed."""
+    for page in DOCS.glob("*.md"):
+        for target, anchor in re.findall(r"\]\(([\w.]*)(?:#([\w-]+))?\)", read(page.name)):
+            other = read(target or page.name) if target.endswith(".md") or not target else ""
+            assert (DOCS / (target or page.name)).exists(), (page.name, target)
+            assert not anchor or anchor in anchors(other), (page.name, target, anchor)
+
+
+def read(name):
+    return (DOCS / name).read_text("utf-8")
+
+
+def anchors(text):
+    """The anchors of a page's headings, as mkdocs makes them."""
+    words = [re.sub(r"[^\w\s-]", "", one).lower() for one in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[\s-]+", "-", one.strip()) for one in words}
