@@ -47,7 +47,7 @@ class KindKeys:
 
 
 # by the value of "kind"; `paramlora.update.kinds.register` adds to it
-KINDS: dict[str, KindKeys] = {"lora": KindKeys()}
+KINDS: dict[str, KindKeys] = {"lora": KindKeys(), "dora": KindKeys()}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
 from paramlora.update.kinds import kind_of
+from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import check_order, gathered, is_sharded
 
@@ -352,7 +353,10 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
     def dense_now() -> Tensor:
         return gathered(dense(module, shown_now()))
 
-    site = Site(module, target.path, weight, target.layout, shown_now, dense_now)
+    def read_now() -> Tensor:
+        return gathered(dense(module, _read(module, target.tensor)))
+
+    site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
     update = kind_of(entry).attached_to(site, entry, adapter, gains)
     if is_sharded(base) and not entry.whole:
         shard_like(update, base, target.path or "weight")
@@ -374,6 +378,17 @@ def _value(module: nn.Module, target: Target) -> Tensor:
     """What the tensor shows before this update."""
     known = stored(module, target.tensor)
     return shown(module, target.tensor).detach() if known is None else known
+
+
+@torch.no_grad()
+def _read(module: nn.Module, name: str) -> Tensor:
+    """What the tensor shows, earlier updates of it included."""
+    known = stored(module, name)
+    if known is not None:
+        return known.detach()
+    plist = parametrized(module)[name]
+    ours = all(isinstance(one, AttachedUpdate) for one in plist)
+    return value_of(plist) if ours else shown(module, name)
 
 
 def _check_alone(module: nn.Module, target: Target) -> None:

@@ -125,6 +125,7 @@ class Site:
         shown: gives the tensor as it is before the update: a parameter, a buffer, what another
             parametrization computes.
         dense: gives the same as plain numbers, on every process, where it is quantised or sharded.
+        read: gives plain numbers too, of what earlier updates of the tensor make of it now.
     """
 
     layer: nn.Module
@@ -133,6 +134,7 @@ class Site:
     layout: Layout
     shown: Callable[[], Tensor]
     dense: Callable[[], Tensor]
+    read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,12 @@ class AttachedUpdate(nn.Module):
     def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:
         """Why it cannot update a tensor of that shape; empty where it can."""
         return ""
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """How many elements its parameters have, but for its number."""
+        stack, out, fan_in = matrix_shape(shape, layout)
+        return stack * entry.r * (out + fan_in)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:

@@ -269,7 +269,7 @@ class LowRank(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
-        total = (_wide(weight, delta) + delta).to(weight.dtype)
+        total = (wide(weight, delta) + delta).to(weight.dtype)
         if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
             # channels last of a kernel of 1: its strides alone tell a convolution its format
             return total.as_strided(weight.shape, weight.stride())
@@ -321,11 +321,11 @@ def value_of(plist: Any) -> Tensor:
     total = weight
     for update in acting:
         delta = update.delta(weight.shape)
-        total = _wide(total, delta) + delta
+        total = wide(total, delta) + delta
     return total.to(weight.dtype)
 
 
-def _wide(weight: Tensor, delta: Tensor) -> Tensor:
+def wide(weight: Tensor, delta: Tensor) -> Tensor:
     """The weight in the wider type of both, in which torch adds; or where that only stores its
     numbers (see `casts`) in the update's."""
     return weight.to(delta.dtype) if is_storage(weight.dtype) else weight

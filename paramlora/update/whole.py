@@ -1,5 +1,6 @@
 """A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -101,6 +102,11 @@ class Whole(AttachedUpdate):
                 "meta device and has no values to start from. Load the model first."
             )
         return cls(site.shown(), adapter, gains)
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """Those of the tensor."""
+        return math.prod(shape)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
