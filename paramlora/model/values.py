@@ -65,13 +65,9 @@ def _load(
             f"missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
         )
-    for key, tensor in live.items():
-        _check_values(key, state[key], tensor.dtype)
-        if tensor.shape != state[key].shape:
-            raise FileError(
-                f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
-                "Was it made for another model or rank?"
-            )
+    for path, update in stems.items():
+        for name, tensor in update.plain().items():
+            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, update)
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
@@ -79,6 +75,15 @@ def _load(
             )
     for path, update in stems.items():
         update.load_plain({name: state[_key(path, name)] for name in update.plain()})
+
+
+def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: AttachedUpdate) -> None:
+    _check_values(key, value, tensor.dtype)
+    if not update.takes(name, tensor, tuple(value.shape)):
+        raise FileError(
+            f"{key}: shape {list(value.shape)} does not fit {list(tensor.shape)}. "
+            "Was it made for another model or rank?"
+        )
 
 
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:

@@ -339,6 +339,10 @@ class AttachedUpdate(nn.Module):
                 'which its "parts" do not tell, so no file would hold it. Add it there.'
             )
 
+    def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether `load_plain` takes a tensor of a shape in the place of one of its own."""
+        return tuple(own.shape) == shape
+
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, bit for bit those that `plain` gave it."""

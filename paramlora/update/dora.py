@@ -39,6 +39,7 @@ class Dora(LowRank):
     method = "dora"
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter
+    weight_shape: tuple[int, ...]
     unset: bool = False  # from the meta device: the magnitude starts at the first read
 
     def __init__(
@@ -59,7 +60,7 @@ class Dora(LowRank):
             shape[:outer] = weight.shape[:outer]
         where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         self.lora_magnitude = nn.Parameter(torch.empty(shape, **where))
-        self.keep(unset=True)
+        self.keep(unset=True, weight_shape=tuple(weight.shape))
 
     @classmethod
     def attached_to(
@@ -89,6 +90,14 @@ class Dora(LowRank):
         take(self.lora_magnitude, norms(weight.to(self.lora_magnitude.dtype), self.lora_magnitude))
         self.keep(unset=False)
 
+    def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
+        """As any, and a magnitude of the norm over the other side."""
+        if name != "lora_magnitude" or self.layout == "stack":
+            return super().takes(name, own, shape)
+        return len(shape) == len(self.weight_shape) and all(
+            n in (1, size) for n, size in zip(shape, self.weight_shape)
+        )
+
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, whose norm may be over the other side."""
@@ -108,6 +117,7 @@ class Dora(LowRank):
             kept = min(own.shape[dim], fresh.shape[dim])
             fresh.narrow(dim, 0, kept).copy_(own.narrow(dim, 0, kept))
             put_in_place(own, fresh)
+        self.keep(weight_shape=tuple(base.shape))
         super().resize(base)
 
     @property
