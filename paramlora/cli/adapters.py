@@ -82,9 +82,10 @@ def convert(
         found = interchange.convert(
             file, out, to, known, options, force=force, dry_run=dry_run, **how
         )
-    text = f"{out}: {_counts(len(found.updates), len(found.whole))} as {to}"
+    count = len(found.updates) + len(found.others)
+    text = f"{out}: {_counts(count, len(found.whole))} as {to}"
     if dry_run or json:
-        content = {"out": str(out), "format": to, "updates": len(found.updates)}
+        content = {"out": str(out), "format": to, "updates": count}
         content |= {"whole": len(found.whole)} if found.whole else {}
         content["dry_run"] = dry_run
         report(content, json, f"would write {text}")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -19,6 +19,7 @@ ALLOWED = (
     "dropout",
     "hard",
     "init",
+    "kind",
     "r",
     "rslora",
     "scale",
@@ -29,6 +30,24 @@ ALLOWED = (
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 INITS = ("default", "kaiming", "olora", "orthogonal", "pissa")
 FROM_WEIGHT = ("olora", "pissa")  # saved at twice their rank (see `paramlora.update.init`)
+
+
+@dataclass(frozen=True)
+class KindKeys:
+    """What an entry of a kind of update says beside the keys that every entry may have.
+
+    Args:
+        own: further keys, each with what makes a value that can be hashed of it; that is given the
+            value and its place, for messages, and raises ConfigError.
+        without: keys of `ALLOWED` that mean nothing to the kind, each with why.
+    """
+
+    own: Mapping[str, Callable[[Any, str], Any]] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+
+
+# by the value of "kind"; `paramlora.update.kinds.register` adds to it
+KINDS: dict[str, KindKeys] = {"lora": KindKeys(), "dora": KindKeys()}
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,8 @@ class TargetConfig:
             and the weight's own type elsewhere.
         whole: train the tensors themselves, of any number of dimensions, and save them in the
             adapter file.
+        kind: what the update makes of a weight, one of `KINDS` (see docs/kinds.md).
+        options: the kind's own keys, each with its value.
     """
 
     name: str
@@ -63,6 +84,8 @@ class TargetConfig:
     init: str = "default"
     adapter_dtype: Optional[str] = None
     whole: bool = False
+    kind: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values, without its name."""
@@ -84,7 +107,9 @@ class TargetConfig:
             out["dropout"] = self.dropout
         if self.init != "default":
             out["init"] = self.init
-        return out
+        if self.kind != "lora":
+            out["kind"] = self.kind
+        return {**out, **dict(self.options)}
 
 
 @dataclass(frozen=True)
@@ -192,16 +217,19 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
         raise ConfigError(
             f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
         )
+    kind = _choice(entry, "kind", tuple(KINDS), where) or "lora"
+    allowed = sorted((*ALLOWED, *KINDS[kind].own))
     for key in entry:
-        if key not in ALLOWED:
-            hint = closest(str(key), ALLOWED)
+        if key not in allowed:
+            hint = closest(str(key), allowed)
             also = f' Did you mean "{hint[0]}"?' if hint else ""
-            raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}')
+            raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{also}')
     if _boolean(entry.get("whole", False), where, "whole"):
         return _whole(name, entry, where)
     r = _rank(entry, where)
     scale = _scale(entry, r, where)
     hard = _boolean(entry.get("hard", True), where, "hard")
+    _check_kind(entry, kind, hard, where)
     return TargetConfig(
         name=name,
         r=r,
@@ -212,7 +240,27 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
         dropout=_dropout(entry, where),
         init=_init(entry, scale, where),
         adapter_dtype=_choice(entry, "adapter_dtype", DTYPES, where),
+        kind=kind,
+        options=_options(entry, kind, where),
     )
+
+
+def _check_kind(entry: Mapping[str, Any], kind: str, hard: bool, where: str) -> None:
+    """Refuse keys that mean nothing to a kind."""
+    if kind != "lora" and not hard:
+        raise ConfigError(
+            f'{where}: "kind": "{kind}" is a weight of its own, which no parallel branch adds. '
+            'Remove "hard": 0.'
+        )
+    for key, why in KINDS[kind].without.items():
+        if entry.get(key):
+            raise ConfigError(f'{where}: "{key}" cannot go with "kind": "{kind}": {why}')
+
+
+def _options(entry: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str, Any], ...]:
+    """The kind's own keys, checked."""
+    own = KINDS[kind].own
+    return tuple((key, own[key](entry[key], where)) for key in sorted(own) if key in entry)
 
 
 def _check_pattern(name: str, source: str) -> None:

@@ -306,7 +306,7 @@ def _without_strangers(adapter: Adapter, model: nn.Module, source: str) -> Adapt
     """Without whole tensors that the model lacks; of updates `read_adapter` left none."""
     lost = adapter.whole.keys() - tensor_paths(model)
     report(source, "tensors of what the model does not have", lost, False, "They were left out.")
-    if not adapter.updates and lost == adapter.whole.keys():
+    if not (adapter.updates or adapter.others) and lost == adapter.whole.keys():
         raise FileError(f"{source}: nothing in it belongs to {type(model).__name__}.")
     return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
 

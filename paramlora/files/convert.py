@@ -99,8 +99,7 @@ def extract(
         adapter = extracted(Contents(stored.specs), stored.read)
     if not dry_run:
         write_native(adapter, out)
-    factors = [t for u in adapter.updates.values() for t in (u.lora_A, u.lora_B)]
-    held = [*factors, *adapter.whole.values()]
+    held = [tensor for value in adapter.values().values() for tensor in value.tensors().values()]
     return Report(Path(out), len(held), len(held), sum(tensor.nbytes for tensor in held))
 
 

@@ -105,7 +105,7 @@ def read(
     if form.complete:
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
     return adapter if base is None else fit(adapter, base, options, content.source)
@@ -119,9 +119,13 @@ def _read_complete(
     check_finite(adapter, content.source)  # all zero is how our own begin
     if base is None:
         return adapter
-    known = {path: update for path, update in adapter.updates.items() if path in base}
-    check_known(adapter.updates.keys() - known.keys(), base, options, content.source)
-    return replace(adapter, updates=known)
+    there = {**adapter.updates, **adapter.others}
+    check_known(there.keys() - base.keys(), base, options, content.source)
+    return replace(
+        adapter,
+        updates={path: update for path, update in adapter.updates.items() if path in base},
+        others={path: update for path, update in adapter.others.items() if path in base},
+    )
 
 
 def write(
@@ -148,8 +152,9 @@ def write(
     assert form.write is not None
     if form.complete:
         return form.write(adapter, base, **how)
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError("the adapter has no updates.")
+    _check_kinds(adapter, form)
     if adapter.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
@@ -163,10 +168,20 @@ def write(
     return form.write(told, base, **how)
 
 
-def _check_scales(adapter: Adapter, to: str) -> None:
-    for path, update in adapter.updates.items():
-        if not math.isfinite(update.scale * update.r):
+def _check_kinds(adapter: Adapter, form: Format) -> None:
+    for path, update in adapter.others.items():
+        if update.method not in form.kinds:
             raise FileError(
-                f"{path}: its alpha, scale · r = {update.scale:g} · {update.r}, is beyond any "
+                f'{path or "weight"}: an update of the kind "{update.method}", which no file of '
+                f"{form.name} holds. Keep the native format, or merge it."
+            )
+
+
+def _check_scales(adapter: Adapter, to: str) -> None:
+    for path, value in adapter.values().items():
+        r, scale = value.listed()
+        if not math.isfinite(scale * r):
+            raise FileError(
+                f"{path}: its alpha, scale · r = {scale:g} · {r}, is beyond any "
                 f"number that {to}'s files hold. Give a smaller scale and larger factors."
             )

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Optional, get_args
+from typing import Optional, Union, get_args
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.kinds import KINDS
+from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
 
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
@@ -42,6 +43,7 @@ class Slot:
 
 
 Base = Mapping[str, Slot]
+_Any = Union[Update, KindUpdate]
 
 
 def base_of(model: nn.Module) -> Base:
@@ -75,8 +77,8 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     chosen = _component(adapter, options.component)
     places = {path: place(path, base) for path in chosen}
     check_known((path for path, there in places.items() if there is None), base, options, source)
-    updates: dict[str, Update] = {}
-    made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
+    updates: dict[str, Value] = {}
+    made: dict[tuple[int, Slot], Value] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
     for path, there in places.items():
         if there is None:
@@ -91,7 +93,8 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
         tied = holders[id(chosen[path])] > 1
         fresh = _fitted(there, chosen[path], slot, source, tied)
         updates[there] = made.setdefault(key, fresh)
-    return replace(adapter, updates=updates)
+    found = apart_by_kind(updates)
+    return replace(adapter, updates=found["updates"], others=found["others"])
 
 
 def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
@@ -109,7 +112,7 @@ def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
         update = adapter.updates.get(path)
         if update is not None and update.shape is not None:
             slot = _told(Slot(update.shape), holder)
-            fresh[path] = _fitted(path, update, slot, "adapter", True)
+            fresh[path] = _fitted_factors(path, update, slot, "adapter", True)
     return replace(adapter, updates={**adapter.updates, **fresh})
 
 
@@ -169,14 +172,31 @@ def place(path: str, base: Base) -> Optional[str]:
     return None
 
 
-def _component(adapter: Adapter, component: Optional[str]) -> dict[str, Update]:
+def _component(adapter: Adapter, component: Optional[str]) -> dict[str, _Any]:
+    found: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if component is None:
-        return dict(adapter.updates)
+        return found
     start = f"{component}."
-    return {path: u for path, u in adapter.updates.items() if path.startswith(start)}
+    return {path: update for path, update in found.items() if path.startswith(start)}
 
 
-def _fitted(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
+def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _Any:
+    if isinstance(update, Update):
+        return _fitted_factors(path, update, slot, source, tied)
+    layouts = [slot.layout] if slot.layout else [update.layout, *get_args(Layout)]
+    fits = KINDS[update.method].fits
+    layout = next((one for one in layouts if fits(update.held, slot.shape, one)), None)
+    if layout is None:
+        sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
+        raise FileError(
+            f"{source}: {path}: an update of {sizes} does not fit the weight of "
+            f"{list(slot.shape)}. Was it made for another model?"
+        )
+    kind, groups = slot.kind or update.kind, slot.groups or update.groups
+    return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
+
+
+def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
         update = _turned(update)

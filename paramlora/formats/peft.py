@@ -23,19 +23,19 @@ from paramlora.formats.content import (
     Options,
     check_whole,
     number,
-    refuse_dora,
     report,
     report_unused,
 )
-from paramlora.formats.factors import check_told, grouped, kernels, pair
+from paramlora.formats.factors import check_told, grouped, kernels, pair, rescaled, with_low_ranks
 from paramlora.formats.format import Format, Mark
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.model.match import Names, Unbounded
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 PREFIX = "base_model.model."
 _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
 _FACTOR = re.compile(rf"(?P<path>.+)\.lora_{_NAME}\.weight", re.DOTALL)
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\..+)?", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
 _MOST_LEVELS = 64  # of modules inside modules
 _INNER = ".base_layer"
@@ -45,7 +45,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
 _EXPERTS = re.compile(r".*\b(?:experts\.(?:gate_up_proj|down_proj)|shared_experts?(?:\..+)?)")
 # what these do is more than W + scale·B·A
 _BEYOND = (
-    "use_dora lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
+    "lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
     "monteclora_config arrow_config layer_replication use_bdlora"
 ).split()
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -78,7 +78,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         options: see `Options`.
 
     Raises:
-        FileError: tensors of something else, DoRA and other terms beyond ``W + scale·B·A``,
+        FileError: tensors of something else, terms beyond ``W + scale·B·A`` and DoRA,
             or a target that got no tensors.
     """
     check_config(content.config, content.source)
@@ -100,7 +100,8 @@ def read_pairs(
     content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
 ) -> Adapter:
     """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
-    found, rest = _pairs(content)
+    magnitudes = _magnitudes(content.state)
+    found, rest = _pairs(content, magnitudes)
     whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
@@ -115,6 +116,7 @@ def read_pairs(
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
     updates: dict[str, Update] = {}
+    others: dict[str, KindUpdate] = {}
     for path, (key, made) in made_of.items():
         if made is None:
             continue
@@ -123,8 +125,22 @@ def read_pairs(
         value = alpha(config, chosen, _pattern_path(path, key, made.kind), r, options)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
-        updates[key] = replace(made, scale=scale)
-    return Adapter(updates, whole=dict(whole.values()))
+        update = replace(made, scale=scale)
+        if path in magnitudes:
+            others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
+        else:
+            updates[key] = update
+    return Adapter(updates, whole=dict(whole.values()), others=others)
+
+
+def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of DoRA, by the path that the file gives their layer."""
+    matches = {key: _MAGNITUDE.fullmatch(_stem(key)) for key in state}
+    return {match["path"]: state[key] for key, match in matches.items() if match is not None}
+
+
+def _stem(key: str) -> str:
+    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
 
 
 def _whole(
@@ -183,14 +199,14 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
+def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings, names, unused = set(), set(), []
-    refuse_dora(content, [key for key in content.state if "lora_magnitude_vector" in key])
     for key, tensor in content.state.items():
-        stem = (
-            key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
-        )
+        stem = _stem(key)
+        magnitude = _MAGNITUDE.fullmatch(stem)
+        if magnitude is not None and magnitude["path"] in magnitudes:
+            continue
         match = _FACTOR.fullmatch(stem) or _EMBEDDING.fullmatch(stem)
         if match is None:
             unused.append(key)
@@ -204,6 +220,8 @@ def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
             f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}."
         )
     check_whole(content, halves)
+    single = sorted(set(magnitudes) - halves.keys())
+    report(content.source, "a magnitude without factors", single, True, "Save it again.")
     pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
     copies = {f"{path}{_INNER}.weight" for path in embeddings}  # save_embedding_layers
     return pairs, {key for key in unused if key.removeprefix(PREFIX) not in copies}
@@ -442,7 +460,7 @@ def report_targets(
         return
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
-    have = {place(path, base) for path in adapter.updates}
+    have = {place(path, base) for path in (*adapter.updates, *adapter.others)}
     missing = [
         path
         for path, slot in base.items()
@@ -478,8 +496,14 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     scales: dict[str, tuple[float, int]] = {}
     modules: set[str] = set()
     parameters: list[str] = []
+    check_all_rescaled(adapter, "PEFT")
+    adapter, magnitudes = with_low_ranks(adapter)
     for path, update in adapter.updates.items():
         check_writable(path, update)
+        if path in magnitudes:
+            _check_rescaled(path, update, adapter, base)
+            own = magnitude_of(path, update, magnitudes[path], "PEFT")
+            state[f"{prefix}{path}.lora_magnitude_vector"] = own
         for key, tensor, r, module in _tensors(path, update, adapter, base):
             state[f"{prefix}{key}"] = tensor.contiguous()
             ranks[module], alphas[module] = r, alpha_of(update.scale, r)
@@ -493,7 +517,41 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
         modules, ranks, alphas = _apart(modules, parameters, ranks, alphas)
     config = config_of(ranks, alphas, modules, sorted(set(parameters)))
     config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
+    config["use_dora"] = bool(magnitudes)
     return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def check_all_rescaled(adapter: Adapter, tool: str) -> None:
+    """Refuse DoRA beside plain updates, between which one switch of a tool's file decides."""
+    if adapter.updates and adapter.others:
+        raise FileError(
+            f'{next(iter(adapter.others))} is of the kind "dora", {next(iter(adapter.updates))} is '
+            f"not: {tool} has one switch for both. Save two adapters."
+        )
+
+
+def magnitude_of(path: str, update: Update, magnitude: Tensor, tool: str) -> Tensor:
+    """A magnitude as peft has it: ``[out]``, of a convolution ``[1, out, 1, ...]``.
+
+    Raises:
+        FileError: its norm is over the outputs, which peft does not know.
+    """
+    outer = 1 if update.layout == "transposed" else 0
+    if magnitude.shape[outer] != magnitude.numel():
+        raise FileError(
+            f"{path}: its magnitude is of the norm over outputs, {list(magnitude.shape)}, and "
+            f"{tool} takes that over inputs. Keep the native format, or kohya's."
+        )
+    flat = magnitude.reshape(-1).contiguous()
+    dims = 0 if update.kind != "convolution" else len(update.shape or ())
+    return flat.reshape(1, -1, *[1] * (dims - 2)) if dims else flat
+
+
+def _check_rescaled(path: str, update: Update, adapter: Adapter, base: Optional[Base]) -> None:
+    """Refuse DoRA where peft has none."""
+    if update.kind in ("parameter", "weight") or _attention(path, adapter, base):
+        what = "attention" if _attention(path, adapter, base) else f"a {update.kind}"
+        raise FileError(f'{path}: "dora" of {what}, which PEFT does not have.')
 
 
 def _apart(
@@ -681,6 +739,7 @@ FORMAT = Format(
     marks=(Mark(30, _is_peft),),
     read=read,
     write=write,
+    kinds=("lora", "soft", "dora"),
     weights=("adapter_model.safetensors", "adapter_model.bin"),
     weights_rank=10,  # before torchtune's, which writes this form beside its own
     config="adapter_config.json",

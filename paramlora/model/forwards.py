@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from paramlora.evaluate import functional
 from paramlora.evaluate.convolution import branch, convolution, laid_as
 from paramlora.update.compat import transformed
+from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
@@ -109,6 +110,116 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
     return weight, updates, dropping
 
 
+_Rescaled = tuple[Tensor, Dora, bool]
+
+
+def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
+    """(base weight, the one update that acts, whether it drops inputs now), where that is a DoRA
+    with a norm for each output; else None, where only the definition is right.
+
+    Args:
+        outer: the dimension of the weight along which the outputs lie.
+    """
+    lists: Any = layer._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    weight = None if plist is None else plist._parameters.get("original")
+    if weight is None:
+        return None
+    acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
+    if len(acting) != 1 or type(acting[0]) is not Dora or not acting[0].is_of_outputs(outer):
+        return None
+    (update,) = acting
+    dropping = update.dropout != 0 and layer.training
+    if not is_compiling():
+        if type(x) not in _PLAIN or type(weight) not in _PLAIN or (transformed() and not dropping):
+            return None
+    if update.unset:
+        update.start(weight)
+    return weight, update, dropping
+
+
+def _as_rescaled(
+    found: _Rescaled,
+    layout: Layout,
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor],
+    apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    bias: Any,
+    rest: int = 0,
+) -> Tensor:
+    """A layer's output under a DoRA: the low-rank layer's without bias, rescaled by outputs.
+
+    Args:
+        layout: of the layer.
+        fused: gives the layer's output of A, B and the scale.
+        apart: gives the base's output and the branch's, of A and the scaled B.
+        bias: of the layer, or None.
+        rest: how many dimensions of an output come after that of the outputs.
+    """
+    weight, update, dropping = found
+    a, b = _factors(update, layout)
+    matrix = weight.flatten(1) if layout == "matrix" else weight.t()
+    scale = update.stored_scale()
+    factor = update.rescale(output_norms(matrix, a, b, scale)).reshape(-1, *[1] * rest)
+    if update.fully and not dropping:
+        y = fused(a, b, scale)
+        dtype, total = y.dtype, y * factor
+    else:
+        base, low = apart(a, wide(b) * scale)
+        dtype = base.dtype
+        total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
+    if bias is not None:
+        total = total + bias.reshape(-1, *[1] * rest)
+    return total.to(dtype)
+
+
+def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
+    weight, update, dropping = found
+    own = weight if layout == "matrix" else weight.t()
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        inner = F.dropout(x, update.dropout) if dropping else x
+        return F.linear(x, own), functional.thin_pair(inner, a, up, LINEAR, LINEAR)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.linear(x, own, None, a, b, scale, 1.0)
+
+    return _as_rescaled(found, layout, fused, apart, _bias(layer))
+
+
+def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
+    weight, update, dropping = found
+    x, padding = padded_input(layer, input)
+    how = layer.stride, padding, layer.dilation, layer.groups
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        y = layer._conv_forward(input, weight, None)
+        inner = laid_as(input, y)
+        inner = F.dropout(inner, update.dropout) if dropping else inner
+        return y, branch(padded_input(layer, inner)[0], weight.shape, a, up, *how)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return convolution(x, weight, None, a, b, scale, *how, 1.0)
+
+    return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
+
+
+def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
+    weight, padding = found[0], layer.padding_idx
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        low = F.embedding(ids, a.t(), padding) @ up.t()
+        return F.embedding(ids, weight, padding), low
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.embedding(ids, weight, a, b, scale, padding, 1.0)
+
+    y = _as_rescaled(found, "transposed", fused, apart, None)
+    if padding is None:
+        return y
+    # no gradient from where padding stands, of the magnitude neither
+    return torch.where((ids == padding)[..., None], y.detach(), y)
+
+
 def _bias(layer: Any) -> Any:
     own = layer._parameters
     return own["bias"] if "bias" in own else layer.bias  # one that is trained whole
@@ -158,7 +269,9 @@ def _linear(self: Any, input: Tensor) -> Tensor:
     plain = _plain_forward(self)
     known = _known(self, input) if plain is _LINEAR else None
     if known is None:
-        y: Tensor = plain(self, input)
+        found = _rescaled(self, input, 0) if plain is _LINEAR else None
+        y: Tensor
+        y = plain(self, input) if found is None else _rescaled_product(self, input, found, "matrix")
         return y
     return _product(self, input, known, "matrix")
 
@@ -166,6 +279,9 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
     plain = _plain_forward(self)
     known = _known(self, x) if plain in _OF_TRANSFORMERS else None
+    found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
+    if found is not None:
+        return _rescaled_product(self, x, found, "transposed")
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y
@@ -173,11 +289,13 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    plain, known = _plain_forward(self), None
+    plain, known, found = _plain_forward(self), None, None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
         known = _known(self, input)
+        found = _rescaled(self, input, 0) if known is None else None
     if known is None:
-        y: Tensor = plain(self, input)
+        y: Tensor
+        y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
         return y
     (weight, updates, dropping), bias = known, _bias(self)
     if not updates:
@@ -219,9 +337,12 @@ def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
     plain = _plain_forward(self)
-    known = _known(self, input) if plain is _EMBEDDING else None
-    if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
-        y: Tensor = plain(self, input)
+    other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
+    known = _known(self, input) if plain is _EMBEDDING and not other else None
+    if known is None:
+        found = _rescaled(self, input, 1) if plain is _EMBEDDING and not other else None
+        y: Tensor
+        y = plain(self, input) if found is None else _rescaled_embedding(self, input, found)
         return y
     weight, updates, _ = known
     if not updates:

@@ -1,7 +1,6 @@
 """Matching the entries of a configuration to the tensors of a model. Changes nothing."""
 
 import copy
-import math
 import re
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.casts import is_storage
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
+from paramlora.update.kinds import kind_of
 from paramlora.update.names import BRANCHES
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
@@ -55,11 +55,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Elements of ``lora_A`` and ``lora_B`` together, or of the tensor trained whole."""
-        if self.entry.whole:
-            return math.prod(self.shape)
-        stack, out, fan_in = matrix_shape(self.shape, self.layout)
-        return stack * self.entry.r * (out + fan_in)
+        """Elements of ``lora_A`` and ``lora_B`` together, of the tensor trained whole, or of what
+        another kind of update trains."""
+        return kind_of(self.entry).elements(self.entry, self.shape, self.layout)
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:

@@ -25,7 +25,7 @@ class Block:
     Args:
         run: which, as they lie in memory and in a file.
         which: of the matrices of a stack.
-        rows, columns: of that matrix; all of its columns where a term asked for them.
+        rows, columns: of that matrix; all of them where a term asked for that.
     """
 
     run: slice
@@ -42,6 +42,7 @@ class Term:
 
     layout: Layout = "matrix"  # "stack" where the weight is a stack of matrices
     whole_rows: bool = False  # whether `applied` needs all columns of a row at once, as a norm does
+    whole_matrix: bool = False  # whether it needs all rows too
 
     def prepared(self, wide: torch.dtype) -> "Term":
         """The same, ready for blocks in a wide type."""
@@ -137,14 +138,15 @@ class Fold:
         if on_device and self._wide == torch.float32 and _rounds_products():
             self._wide = torch.float64
         self._size = _BLOCK_OF_A_DEVICE if on_device else _BLOCK
-        self._whole_rows = any(term.whole_rows for term in terms)
+        self._whole_matrix = any(term.whole_matrix for term in terms)
+        self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
         self._terms = [term.prepared(self._wide) for term in terms]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order."""
         stack, rows, columns = self._shape
         wide = max(1, columns if self._whole_rows else min(columns, self._size))
-        high = max(1, self._size // wide)
+        high = rows if self._whole_matrix else max(1, self._size // wide)
         for which in range(stack):
             for top in range(0, rows, high):
                 for left in range(0, columns, wide):
