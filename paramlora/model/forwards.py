@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.evaluate import functional
-from paramlora.evaluate.convolution import branch, convolution, laid_as
+from paramlora.evaluate import dropout, functional
+from paramlora.evaluate.convolution import convolution, dropped_convolution
 from paramlora.update.compat import transformed
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
-from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.narrow import wide
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -97,14 +97,14 @@ def honours_dropout(base: type) -> bool:
 _Known = tuple[Tensor, list[LowRank], bool]
 
 
-def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
+def _known(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
     lists: Any = layer._modules.get("parametrizations")
     if lists is None:  # merged or detached, and called through a forward that something kept
         return None
-    plist: Any = lists._modules.get("weight")
+    plist: Any = lists._modules.get(name)
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
     updates, dropping = [], False
@@ -137,21 +137,26 @@ def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
     """A on the layer's input side and B on its output side, also where a tied layer of the other
     layout gave the update its sides."""
     a, b = update.factors()
-    return (a, b) if update.layout == layout else (b.t(), a.t())
+    return (a, b) if update.layout == layout else (b.mT, a.mT)
 
 
-def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A, B, scale and strength of one update, or of several by concatenating their ranks."""
+def _together(
+    updates: list[LowRank], layout: Layout, dropping: bool = False
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, scale and strength of one update, or of several by concatenating their ranks; while
+    inputs are dropped, with what makes up for it."""
     if len(updates) == 1:
         (update,) = updates
         a, b = _factors(update, layout)
+        more = 1 / (1 - update.dropout) if dropping else 1.0
         if is_compiling():
-            return a, b, update.scaling, 1.0
-        return a, b, update.stored_scale(), update.strength
+            return a, b, update.scaling, more
+        return a, b, update.stored_scale(), update.strength * more
     pairs = [_factors(update, layout) for update in updates]
-    scaled = [wide(b) * update.scaling for (_, b), update in zip(pairs, updates)]
+    scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
+    scaled = [wide(b) * scale for (_, b), scale in zip(pairs, scales)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
-    return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
+    return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
 
 def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
@@ -159,18 +164,16 @@ def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tens
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
+    together = _together(updates, layout, dropping)
     if dropping:
-        y = F.linear(x, weight, bias)
-        for update in updates:
-            y = y + _dropped_product(x, update, layout)
-        return y
-    return functional.linear(x, weight, bias, *_together(updates, layout))
+        return dropout.dropped_linear(x, weight, bias, *together, drops_of(x, updates))
+    return functional.linear(x, weight, bias, *together)
 
 
-def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
-    a, b = _factors(update, layout)
-    dropped = F.dropout(x, update.dropout)
-    return functional.thin_pair(dropped, a, wide(b) * update.scaling, LINEAR, LINEAR)
+def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
+    """New masks for updates whose factors lie one after the other."""
+    ranks = tuple(update.factors()[0].shape[-2] for update in updates)
+    return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
@@ -212,17 +215,15 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
-    x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
+    a, b, scale, strength = _together(updates, "matrix", dropping)
     if dropping:
-        y = self._conv_forward(input, weight, bias)
-        for update in updates:
-            a, b = _factors(update, "matrix")
-            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
-            up = wide(b) * update.scaling
-            y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
-        return y
-    a, b, scale, strength = _together(updates, "matrix")
+        _, padding = padded_input(self, input[:0])
+        where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
+        scale = scale if strength == 1 else scale * strength
+        values = (weight, bias, a, b, scale, where, drops)
+        return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
+    x, padding = padded_input(self, input)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 

@@ -268,6 +268,11 @@ cached_by_torch: Callable[[], Optional[dict[Any, Any]]] = (
     else _nothing_cached
 )
 
+# --- products ------------------------------------------------------------------------------------
+
+# of each group's rows with its own matrix; None where this torch has none, which costs a loop
+grouped_product: Any = getattr(torch.nn.functional, "grouped_mm", None) or _private("_grouped_mm")
+
 # --- the device ----------------------------------------------------------------------------------
 
 # asked at every launch, where Python takes longer than the device
