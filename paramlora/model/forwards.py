@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.evaluate import dropout, functional
-from paramlora.evaluate.convolution import convolution, dropped_convolution
+from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.compat import transformed
 from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
-from paramlora.update.narrow import wide
+from paramlora.update.narrow import LINEAR, wide
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
