@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from paramlora.files.adapters import load_adapter
     from paramlora.files.native import save_adapter
 
+__version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
