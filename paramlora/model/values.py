@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
@@ -137,7 +137,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     check_order(model)
     inside = unwrapped(model)
     chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
-    values = _values(adapter)
+    values = _values(_laid_out(adapter, chosen))
 
     def fill(fresh: Fresh) -> None:
         stems: dict[str, AttachedUpdate] = {}
@@ -205,6 +205,16 @@ def _typed(target: Target, adapter: Adapter) -> Target:
         return target
     kind = str(tensor.dtype).removeprefix("torch.")
     return replace(target, entry=replace(target.entry, adapter_dtype=kind))
+
+
+def _laid_out(adapter: Adapter, chosen: Iterable[Target]) -> Adapter:
+    """With factors on the sides where the layers have them; of what has a shape of its own."""
+    updates = dict(adapter.updates)
+    for target in chosen:
+        update = updates.get(target.path)
+        if update is not None and update.shape == tuple(target.shape):
+            updates[target.path] = update.turned(target.layout)
+    return replace(adapter, updates=updates)
 
 
 def _values(adapter: Adapter) -> dict[str, Tensor]:

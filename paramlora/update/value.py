@@ -1,7 +1,7 @@
 """An adapter as a value: its updates by the path of their tensor, free of any model or file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Optional, Union
 
 from einops import rearrange
@@ -59,6 +59,15 @@ class Update:
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,
         )
+
+    def turned(self, layout: Layout) -> "Update":
+        """The same change of the same weight, as a layer of another layout has its factors.
+
+        A checkpoint does not tell which side of a weight is the input, as an embedding's first is.
+        """
+        if {layout, self.layout} != {"matrix", "transposed"} or self.up_kernel == "same":
+            return self
+        return replace(self, lora_A=self.lora_B.mT, lora_B=self.lora_A.mT, layout=layout)
 
     def delta(self) -> Tensor:
         """``scale · B·A`` in the weight's shape, in the factors' own type; needs `shape`."""
