@@ -3,17 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Optional, get_args
+from typing import Optional, TypeVar, get_args
 
 import torch
 from torch import nn
 
-from paramlora.errors import FileError, closest
+from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.value import Adapter, Holder, Update
 
+_Value = TypeVar("_Value")
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
     "text_encoders diffusion_model model.diffusion_model base_model.model base_model"
@@ -72,7 +73,9 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     Raises:
         FileError: an update without a weight, two for one weight, or another shape.
     """
-    chosen = _component(adapter, options.component)
+    chosen = dict(adapter.updates)
+    if options.component is not None:
+        chosen = component_of(adapter, options.component, source)
     places = {path: place(path, base) for path in chosen}
     check_known((path for path, there in places.items() if there is None), base, options, source)
     updates: dict[str, Update] = {}
@@ -84,7 +87,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
         if there in updates:
             raise FileError(
                 f"{source}: {path} is a second update of {there}. Choose one part of the file "
-                "with component=... (convert --component), such as text_encoder_2."
+                "with component=... (--component), such as text_encoder_2."
             )
         slot = _told(base[there], adapter.holders.get(path))
         key = (id(chosen[path]), slot)
@@ -151,7 +154,7 @@ def check_known(lost: Iterable[str], base: Base, options: Options, source: str) 
         "updates of what the model does not have",
         paths,
         options.strict,
-        f"Is it for another model, or for several, of which component=... (convert --component) "
+        f"Is it for another model, or for several, of which component=... (--component) "
         f"chooses one?{hint}",
     )
 
@@ -169,11 +172,41 @@ def place(path: str, base: Base) -> Optional[str]:
     return None
 
 
-def _component(adapter: Adapter, component: Optional[str]) -> dict[str, Update]:
-    if component is None:
-        return dict(adapter.updates)
+def part_of(adapter: Adapter, component: str, source: str) -> Adapter:
+    """One part of a pipeline, under the names that its own model has.
+
+    Raises:
+        FileError: there is none of it.
+    """
+    return replace(
+        adapter,
+        updates=_inside(component_of(adapter, component, source), component),
+        whole=_inside(adapter.whole, component),
+        base=_inside(adapter.base, component),
+        holders=_inside(adapter.holders, component),
+    )
+
+
+def _inside(values: Mapping[str, _Value], component: str) -> dict[str, _Value]:
     start = f"{component}."
-    return {path: u for path, u in adapter.updates.items() if path.startswith(start)}
+    return {path[len(start) :]: value for path, value in values.items() if path.startswith(start)}
+
+
+def component_of(adapter: Adapter, component: str, source: str) -> dict[str, Update]:
+    """The updates of one part of a pipeline.
+
+    Raises:
+        FileError: there is none of it.
+    """
+    start = f"{component}."
+    found = {path: u for path, u in adapter.updates.items() if path.startswith(start)}
+    if not found:
+        parts = dict.fromkeys(path.split(".")[0] for path in adapter.updates)
+        raise FileError(
+            f"{source}: it has no part {component}. Its names begin with {listed(parts, 4)}; give "
+            "one of those as component (--component), or leave it out."
+        )
+    return found
 
 
 def _fitted(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:

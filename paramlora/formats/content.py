@@ -144,7 +144,7 @@ def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
         "tensors that are no update of one weight",
         keys,
         strict,
-        "Read with strict=False (convert --loose) to leave them out.",
+        "Read with strict=False (--loose) to leave them out.",
     )
 
 

@@ -80,7 +80,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         if path in updates:
             raise FileError(
                 f"{where}: a second update of {path}. Choose one part of the file with "
-                "component=... (convert --component), such as text_encoder_2."
+                "component=... (--component), such as text_encoder_2."
             )
         there = place(path, base) if base is not None else None
         most = math.prod(base[there].shape) if base is not None and there is not None else _MOST

@@ -88,7 +88,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["adapter_config.json is missing"],
             False,
-            "Using 1; give alpha (convert --alpha) for another.",
+            "Using 1; give alpha (--alpha) for another.",
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:

@@ -150,7 +150,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
 
     attach_targets(inside, chosen, name, fill=fill)
     if adapter.base:
-        _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
+        warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
 
 
@@ -171,7 +171,8 @@ def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
     return {path: told for path, told in found.items() if told is not None}
 
 
-def _warn_other(paths: list[str], count: int) -> None:
+def warn_other(paths: list[str], count: int) -> None:
+    """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
         warnings.warn(
             f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
