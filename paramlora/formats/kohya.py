@@ -298,6 +298,8 @@ def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
         return f"{te[component]}_{rest.replace('.', '_')}"
+    if _prefix(path):  # out of a file of the same kind, read without a model
+        return path
     return f"{prefix}_{path.replace('.', '_')}"
 
 

@@ -290,7 +290,7 @@ def test_the_commands_share_how_an_adapter_is_read(folder, capsys):
     torch.save(bare, "bare.pt")
     for command in ("embed", "merge"):
         start = (command, "base.safetensors")
-        code, _, err = run(capsys, *start, "k.safetensors", "-o", "x.safetensors")
+        code, _, err = run(capsys, *start, "k.safetensors", "-o", "none.safetensors")
         assert code == 2 and "updates of what the model does not have" in err
         for option in ([], ["--model", named["--model"]]):
             known = (*start, "k.safetensors", "--loose", *option, "-o", "x.safetensors", "--force")
