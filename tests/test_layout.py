@@ -18,8 +18,8 @@ ORDER = (
 CLI = "app checkpoints training adapters".split()
 FOLDER = Path(__file__).parents[1] / "paramlora"
 FORMATS = (
-    "content scale base merged factors sgm format detect peft diffusers kohya original loralib "
-    "torchtune litgpt cloneofsimo native"
+    "content scale merged factors places pieces base format detect peft diffusers kohya original "
+    "loralib torchtune litgpt cloneofsimo native"
 ).split()
 # a new format needs no place here: it comes last
 NEW = sorted({p.stem for p in (FOLDER / "formats").glob("*.py")} - {*FORMATS, "__init__"})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError, listed, spelled
-from paramlora.formats.base import COMPONENTS, Base, place
+from paramlora.formats.base import COMPONENTS, Base, places_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -442,7 +442,11 @@ def report_targets(
         return
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
-    have = {place(path, base) for path in adapter.updates}
+    places = places_of(base)
+    found = [places.find(path, content.source) for path in adapter.updates]
+    if any(there is not None and there.held for there in found):
+        return  # trained on a model of other names
+    have = {path for there in found if there is not None for path in there.paths}
     missing = [
         path
         for path, slot in base.items()
