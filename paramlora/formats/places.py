@@ -92,7 +92,7 @@ class Places:
                     continue
                 tried.add((name, row))
                 rows = _instance(row, held.before, held.numbers, parts)
-                if rows is not None:
+                if rows is not None and _has_ratio(row, self.shapes[held.path]):
                     found[name] = _found(rows, parts)
         return found | _paired(self.shapes, found)
 
@@ -163,9 +163,13 @@ def _parts(shapes: Shapes) -> dict[str, _Held]:
             match = row.name.match(names)
             if match is None or not (row.name.anywhere or match[0] in allowed):
                 continue
-            if row.ratio is None or (len(shape) > 1 and shape[0] == row.ratio * shape[1]):
+            if _has_ratio(row, shape):
                 _hold(parts, path, shape, row, names[: match[0]], match[1])
     return parts
+
+
+def _has_ratio(row: Row, shape: tuple[int, ...]) -> bool:
+    return row.ratio is None or (len(shape) > 1 and shape[0] == row.ratio * shape[1])
 
 
 def _hold(
