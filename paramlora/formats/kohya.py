@@ -14,7 +14,6 @@ import torch
 from einops import EinopsError, einsum
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base, places_of
 from paramlora.formats.content import (
@@ -31,6 +30,7 @@ from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.names.levels import MANGLED, belongs
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.update.value import Adapter, Update
 
 _LEAF = re.compile(
     r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"

@@ -12,10 +12,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.adapter import Update
 from paramlora.errors import FileError
 from paramlora.formats.factors import folded
 from paramlora.formats.places import Part, Rows
+from paramlora.update.value import Update
 
 
 @dataclass(frozen=True)
