@@ -33,10 +33,11 @@ from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadat
 from paramlora.update.value import Adapter, Update
 
 _LEAF = re.compile(
-    r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"
-    r"dora_scale|diff(?:_b)?)",
+    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:\.[^.]+)??(?:\.weight)?|"
+    r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?))",
     re.DOTALL,
 )
+_ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _MOST = 2**29  # elements of a dense difference
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -85,7 +86,9 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
         if match is None:
             unused.append(key)
         else:
-            modules.setdefault(match["name"], {})[match["leaf"]] = tensor
+            role = _ROLES.get(match["role"], match["role"])
+            leaf = match["leaf"] or f"lora_{role}.weight"
+            modules.setdefault(match["name"], {})[leaf] = tensor
     return modules, unused
 
 

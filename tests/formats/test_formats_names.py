@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from paramlora.formats.names import TABLES, Name
 from paramlora.formats.places import Places
 
 diffusers = pytest.importorskip("diffusers")
+from diffusers.loaders import lora_conversion_utils as converters  # noqa: E402
 from diffusers.loaders import single_file_utils as single  # noqa: E402
 
 
@@ -171,7 +172,7 @@ def pixart_to_diffusers(checkpoint):
 
 
 INNER = {r"single.*\.to_[qkv]": 3072, r".*proj_mlp": 12288}
-XLABS = r".*(processor|linear1_qkv).*"
+XLABS = r".*(_lora.?|linear1_qkv)"
 COMFY = (
     r"(time|guidance)_in\.(in|out)_layer|txt_in\.._embedder\.(in|out)_layer"
     r"|txt_in.*(self_attn\.(qkv|proj)|mlp\.[02])"
@@ -339,3 +340,41 @@ def test_a_file_of_diffusers_names_onto_the_original_model(name, style):
     assert converted.keys() == want.keys()
     for path, dense in converted.items():
         torch.testing.assert_close(dense, want[path], rtol=1e-12, atol=1e-12)
+
+
+def test_what_xlabs_writes_is_what_diffusers_reads_of_it():
+    """Its single blocks have no feed-forward: onto the original it is some rows of linear1."""
+    case, hidden = ARCHITECTURES["flux"], 12
+    slots = slots_of(replace(case, rows={}))
+    state, stems = {}, {}
+    torch.manual_seed(1)
+    for block, names in (("double", ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2")),
+                         ("single", ("qkv_lora", "proj_lora"))):  # fmt: skip
+        for name in names:
+            stem = f"{block}_blocks.1.processor.{name}"
+            rows = 3 * hidden if "qkv" in name else hidden
+            state[f"{stem}.down.weight"] = torch.randn(3, 6).double()
+            state[f"{stem}.up.weight"] = torch.randn(rows, 3).double()
+            stems[stem] = rows
+    theirs = converters._convert_xlabs_flux_lora_to_diffusers(dict(state))
+    want = products(theirs, "transformer.")
+    assert formats.detect(Content(state)) == "diffusers"
+    same(formats.read(Content(state), slots).updates, want)
+    rows = originals_of(case, slots) | {"single_blocks.1.linear1": 3 * hidden + 30}
+    base = formats.base_of_shapes({f"{n}.weight": (r, 6) for n, r in rows.items()})
+    found = formats.read(Content(state), base).updates
+    a, b = (state[f"single_blocks.1.processor.qkv_lora.{n}.weight"] for n in ("down", "up"))
+    linear1 = found["single_blocks.1.linear1"]
+    assert linear1.r == 3  # no more than the file has
+    assert torch.equal(linear1.delta(), torch.cat([b @ a, torch.zeros(30, 6).double()]))
+    assert len(found) == len(stems)
+
+
+def products(state, start):
+    """The dense update of each layer of a file without alphas, by diffusers' names."""
+    found = {}
+    for key, a in state.items():
+        if ".lora_A." in key:
+            path = key.removeprefix(start).partition(".lora_A.")[0]
+            found[path] = state[key.replace(".lora_A.", ".lora_B.")] @ a
+    return found

@@ -2,7 +2,8 @@
 
 Read from diffusers 0.42 loaders/single_file_utils.py and lora_conversion_utils.py, ComfyUI
 comfy/utils.py (``flux_to_diffusers``) and lora.py, sd-scripts networks/convert_flux_lora.py;
-``processor`` names are XLabs'.
+``qkv_lora1`` and its like are XLabs',
+without their ``processor``.
 """
 
 from paramlora.formats.names.table import Table
@@ -44,13 +45,11 @@ TABLE = Table(
         "single_blocks.*.modulation.lin": f"{_SINGLE}.norm.linear",
         "single_blocks.*.norm.query_norm.scale": f"{_SINGLE}.attn.norm_q",
         "single_blocks.*.norm.key_norm.scale": f"{_SINGLE}.attn.norm_k",
-        "double_blocks.*.processor.qkv_lora1": f"{_DOUBLE}.attn.{{to_q,to_k,to_v}}",
-        "double_blocks.*.processor.qkv_lora2": (
-            f"{_DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}"
-        ),
-        "double_blocks.*.processor.proj_lora1": f"{_DOUBLE}.attn.to_out.0",
-        "double_blocks.*.processor.proj_lora2": f"{_DOUBLE}.attn.to_add_out",
-        "single_blocks.*.processor.qkv_lora": f"{_SINGLE}.attn.{{to_q,to_k,to_v}}",
-        "single_blocks.*.processor.proj_lora": f"{_SINGLE}.proj_out",
+        "double_blocks.*.qkv_lora1": f"{_DOUBLE}.attn.{{to_q,to_k,to_v}}",
+        "double_blocks.*.qkv_lora2": (f"{_DOUBLE}.attn.{{add_q_proj,add_k_proj,add_v_proj}}"),
+        "double_blocks.*.proj_lora1": f"{_DOUBLE}.attn.to_out.0",
+        "double_blocks.*.proj_lora2": f"{_DOUBLE}.attn.to_add_out",
+        "single_blocks.*.qkv_lora": f"{_SINGLE}.attn.{{to_q,to_k,to_v}}",
+        "single_blocks.*.proj_lora": f"{_SINGLE}.proj_out",
     }
 )
