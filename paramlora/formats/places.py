@@ -124,13 +124,24 @@ class _Known(NamedTuple):
 
 
 def _nearest(known: Iterable[_Known], components: tuple[str, ...], where: str) -> Optional[Found]:
-    """The nearest meaning of one name in the component that the file tells."""
+    """The nearest meaning of one name in the component that the file tells.
+
+    A name that stands so in the model comes before one that has levels above it there, of which
+    those of two components are as near.
+    """
     fits = [k for k in known if not components or not k.components or _meet(components, k)]
-    nearest = [k.found for k in fits if k.far == min(k.far for k in fits)]
-    meant = list(dict.fromkeys(", ".join(found.paths) for found in nearest))
+    exact = any(k.far[1] == 0 for k in fits)
+    nearest: dict[tuple[str, ...], _Known] = {}
+    for one in sorted(fits, key=lambda k: k.far):
+        nearest.setdefault(() if exact else one.components, one)
+    meant = {", ".join(k.found.paths): k.found for k in fits if k.far == _far(k, nearest, exact)}
     if len(meant) > 1:
         raise FileError(f"{where}: means {' or '.join(meant)}, which its name does not tell apart.")
-    return nearest[0] if nearest else None
+    return next(iter(meant.values()), None)
+
+
+def _far(one: _Known, nearest: Mapping[tuple[str, ...], _Known], exact: bool) -> tuple[int, int]:
+    return nearest[() if exact else one.components].far
 
 
 def _meet(components: tuple[str, ...], known: _Known) -> bool:

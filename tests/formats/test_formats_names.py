@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from paramlora import formats
+from paramlora.errors import FileError
 from paramlora.formats import Content, Slot
 from paramlora.formats.names import TABLES, Name
 from paramlora.formats.places import Places
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 from diffusers.loaders import lora_conversion_utils as converters  # noqa: E402
 from diffusers.loaders import single_file_utils as single  # noqa: E402
 
@@ -378,3 +380,143 @@ def products(state, start):
             path = key.removeprefix(start).partition(".lora_A.")[0]
             found[path] = state[key.replace(".lora_A.", ".lora_B.")] @ a
     return found
+
+
+def clip():
+    config = transformers.CLIPTextConfig(
+        hidden_size=6, intermediate_size=6, num_attention_heads=2, num_hidden_layers=2,
+        vocab_size=9, max_position_embeddings=7,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config)
+
+
+def layers_of(model):
+    """The Linear layers, of as many rows as columns."""
+    base = formats.base_of(model)
+    return {path: slot for path, slot in base.items() if slot.kind == "linear"}
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        "lora_te_text_model_",
+        "lora_te1_text_model_",
+        "text_encoder.text_model.",
+        "text_encoders.clip_l.transformer.text_model.",
+        "cond_stage_model.transformer.text_model.",
+    ],
+)
+def test_clip_under_every_tools_names(style):
+    slots = layers_of(clip())
+    factors = pairs_of({path: 6 for path in slots})
+    mangled = {
+        f"{style}{p.removeprefix('text_model.')}"
+        if style.endswith(".")
+        else f"{style}{p.removeprefix('text_model.').replace('.', '_')}": f
+        for p, f in factors.items()
+    }
+    found = formats.read(file_of(mangled, ""), slots).updates
+    same(found, {path: delta(f, 2.0) for path, f in factors.items()})
+
+
+@pytest.mark.parametrize("start", ["cond_stage_model.model.", "conditioner.embedders.1.model."])
+def test_clip_onto_a_checkpoint_of_open_clip(start):
+    """q, k and v of one in_proj_weight, through diffusers' own converter of the sum."""
+    model = clip()
+    own = layers_of(model)
+    shapes = {f"{start}text_projection": (6, 6)}
+    for i in range(2):
+        stem = f"{start}transformer.resblocks.{i}"
+        shapes |= {f"{stem}.attn.in_proj_weight": (18, 6), f"{stem}.attn.out_proj.weight": (6, 6)}
+        shapes |= {f"{stem}.mlp.c_fc.weight": (6, 6), f"{stem}.mlp.c_proj.weight": (6, 6)}
+    factors = pairs_of({path: 6 for path in own})
+    component = "te" if "cond" in start[:5] and "stage" in start else "te2"
+    keys = {path: path.removeprefix("text_model.").replace(".", "_") for path in own}
+    state = file_of({f"lora_{component}_text_model_{keys[p]}": f for p, f in factors.items()}, "")
+    found = formats.read(state, formats.base_of_shapes(shapes)).updates
+    whole = {k: torch.zeros(s).double() for k, s in shapes.items()}
+    for path, update in found.items():
+        key = f"{path}.weight" if f"{path}.weight" in whole else path
+        whole[key] = update.delta()
+    theirs = single.convert_open_clip_checkpoint(model, whole, prefix=start)
+    for path, f in factors.items():
+        stem = f"text_model.{path.removeprefix('text_model.')}.weight"
+        torch.testing.assert_close(theirs[stem], delta(f, 2.0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "style", ["lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2."]
+)
+def test_t5_under_every_tools_names(style):
+    sizes = {"d_model": 6, "d_kv": 3, "d_ff": 6, "num_layers": 2, "num_heads": 2, "vocab_size": 9}
+    slots = layers_of(
+        transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu", **sizes))
+    )
+    factors = pairs_of({path: 6 for path in slots})
+    name = (lambda p: p) if style.endswith(".") else (lambda p: p.replace(".", "_"))
+    found = formats.read(file_of({f"{style}{name(p)}": f for p, f in factors.items()}, ""), slots)
+    same(found.updates, {path: delta(f, 2.0) for path, f in factors.items()})
+
+
+PREFIXES = [
+    "_orig_mod.",
+    "module.",
+    "base_model.model.",
+    "_orig_mod.base_model.model.",
+    "base_model.model._orig_mod.",
+    "module.base_model.model.model.",
+    "base_model.",
+    "model.",
+    "state_dict.module.",
+    "model.diffusion_model.",
+]
+
+
+@pytest.mark.parametrize("start", PREFIXES)
+@pytest.mark.parametrize("leaf", ["lora_{}.weight", "lora_{}.default.weight"])
+def test_prefixes_that_are_no_part_of_a_path(start, leaf):
+    """Alone and in stacks, an adapter's name in the keys or not, and one that the model has."""
+    for inside in ("blocks.0.to_q", "model.blocks.0.to_q"):
+        slots = {inside: Slot((4, 6), "matrix", "linear"), "blocks_0.to": Slot((4, 6))}
+        a, b = torch.randn(2, 6), torch.randn(4, 2)
+        for name in (inside, "blocks.0.to_q"):
+            state = {f"{start}{name}.{leaf.format(n)}": t for n, t in zip("AB", (a, b))}
+            found = formats.read(Content(state, config={"r": 2, "lora_alpha": 4}), slots).updates
+            assert found.keys() == {inside}
+            assert torch.equal(found[inside].lora_B, b)
+
+
+def test_a_wrapper_inside_of_a_path():
+    slots = {"blocks.0.to_q": Slot((4, 6), "matrix", "linear")}
+    for name in ("blocks.0._orig_mod.to_q", "lora_unet__orig_mod_blocks_0_to_q"):
+        state = file_of({name: (torch.randn(2, 6), torch.randn(4, 2))}, "")
+        assert formats.read(state, slots).updates.keys() == slots.keys()
+
+
+def test_a_name_that_the_model_has_is_never_taken_apart():
+    """What is spelled as the model has it is that, whatever else it could be."""
+    slots = {name: Slot((4, 6), "matrix", "linear") for name in ("model.a", "a", "transformer.a")}
+    for name in slots:
+        state = file_of({name: (torch.randn(2, 6), torch.randn(4, 2))}, "")
+        assert formats.read(state, slots).updates.keys() == {name}
+
+
+def test_parts_of_a_pipeline_stay_apart():
+    slots = {
+        f"{start}encoder.layers.0.q": Slot((4, 6), "matrix", "linear")
+        for start in ("conditioner.embedders.0.transformer.text_model.",
+                      "conditioner.embedders.1.model.")
+    }  # fmt: skip
+    state = {}
+    for name in ("lora_te1", "lora_te2"):
+        one = {f"{name}_text_model_encoder_layers_0_q": (torch.randn(2, 6), torch.randn(4, 2))}
+        state |= file_of(one, "").state
+    found = formats.read(Content(state), slots).updates
+    assert found.keys() == slots.keys()
+    first = found["conditioner.embedders.0.transformer.text_model.encoder.layers.0.q"]
+    stem = "lora_te1_text_model_encoder_layers_0_q"
+    assert torch.equal(first.lora_A, state[f"{stem}.lora_A.weight"])
+    with pytest.raises(FileError, match="means conditioner.*, which its name does not tell apart"):
+        formats.read(
+            file_of({"encoder.layers.0.q": (torch.ones(2, 6), torch.ones(4, 2))}, ""), slots
+        )
