@@ -138,6 +138,43 @@ def pixart():
     )  # fmt: skip
 
 
+def unet(**more):
+    sizes = {"sample_size": 8, "cross_attention_dim": 6, "attention_head_dim": 2}
+    return diffusers.UNet2DConditionModel(norm_num_groups=2, layers_per_block=2, **sizes, **more)
+
+
+def sd():
+    return unet(
+        block_out_channels=(4, 4, 8),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def sdxl():
+    return unet(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=18,
+    )
+
+
+def unet_to_diffusers(make):
+    """diffusers' converter, which asks the configuration for the blocks."""
+
+    def convert(checkpoint):
+        return single.convert_ldm_unet_checkpoint(
+            {f"model.diffusion_model.{name}": tensor for name, tensor in checkpoint.items()},
+            {**make().config, "num_class_embeds": None},
+        )
+
+    return convert
+
+
 def pixart_to_diffusers(checkpoint):
     """As ComfyUI's ``pixart_to_diffusers`` cuts and names the weights."""
     basic = {
@@ -180,6 +217,8 @@ COMFY = (
     r"|txt_in.*(self_attn\.(qkv|proj)|mlp\.[02])"
 )
 ARCHITECTURES = {
+    "sd": Architecture(sd, unet_to_diffusers(sd), "stable_diffusion"),
+    "sdxl": Architecture(sdxl, unet_to_diffusers(sdxl), "stable_diffusion"),
     "flux": Architecture(
         flux, single.convert_flux_transformer_checkpoint_to_diffusers, "flux", INNER, XLABS
     ),
@@ -242,11 +281,11 @@ def originals_of(case, slots):
     found, covered = {}, set()
     for name, there in places.others.items():
         matches = [pattern.match(tuple(name.split("."))) for pattern in known]
-        if not any(m is not None and m[0] == 0 for m in matches) or re.fullmatch(case.skip, name):
+        spelled = not known or any(m is not None and m[0] == 0 for m in matches)
+        if not spelled or re.fullmatch(case.skip, name):
             continue
-        paths = list(dict.fromkeys(there.held[p.name][0] for block in there.rows for p in block))
-        found[name] = sum(size[path] for path in paths)
-        covered |= set(paths)
+        found[name] = sum(size[path] for path in there.paths)
+        covered |= set(there.paths)
     return found | {path: rows for path, rows in size.items() if path not in covered}
 
 
