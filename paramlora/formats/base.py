@@ -12,7 +12,7 @@ from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
-from paramlora.formats.places import Found, Places
+from paramlora.formats.places import STACKS, Found, Places
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.value import Adapter, Holder, Update
@@ -98,6 +98,23 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
 def places_of(base: Base) -> Places:
     """The names by which a file can mean what is in `base`."""
     return Places({path: slot.shape for path, slot in base.items()})
+
+
+def stacks_of(base: Base) -> Base:
+    """The stacks of matrices that a file can mean by what `base` has one by one: experts.
+
+    In the order of the tables, which is that of the modules: PEFT's files follow it.
+    """
+    found = {}
+    for name, there in places_of(base).others.items():
+        if len(there.rows) > 1:
+            own = [base[there.held[part.name][0]].shape for part in there.rows[0]]
+            rows = sum(shape[0] for shape in own)
+            found[name] = Slot((len(there.rows), rows, *own[0][1:]), "stack", "parameter")
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda n: STACKS.index(n.rpartition(".")[2]))
+    }
 
 
 def _check_once(found: Mapping[str, Found], source: str) -> None:

@@ -261,6 +261,7 @@ def _rows() -> Iterator[Row]:
         yield from table.rows()
 
 
+STACKS = [row.name.parts[-1] for row in _rows() if row.stack]
 _BY_LAST: dict[str, list[Row]] = {}
 _WITH: dict[tuple[str, Optional[int]], list[Row]] = {}
 for _row in dict.fromkeys(_rows()):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 _BRACES = re.compile(r"(?P<start>.*)\{(?P<inside>.+)\}(?P<end>.*)")
@@ -33,6 +33,9 @@ class Table:
     def rows(self) -> "list[Row]":
         """What each name stands for; diffusers' own names are among them."""
         spelled = [_row(name, told) for name, told in self.spellings.items()]
+        # a part alone in a row has the size that it has among others
+        size = {part.name: part.size for row in spelled if len(row.parts) > 1 for part in row.parts}
+        spelled = [row.sized(size) for row in spelled]
         own: dict[tuple[str, Optional[int]], set[Template]] = {}
         for row in spelled:
             for part in row.parts:
@@ -115,6 +118,11 @@ class Row:
     parts: tuple[Template, ...]
     stack: bool = False
     ratio: Optional[int] = None
+
+    def sized(self, size: Mapping[str, str]) -> "Row":
+        """With these sizes of its parts, where they are told."""
+        parts = tuple(part._replace(size=size.get(part.name, part.size)) for part in self.parts)
+        return replace(self, parts=parts)
 
 
 def _row(name: str, told: str) -> Row:
