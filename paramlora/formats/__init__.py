@@ -18,6 +18,7 @@ from paramlora.formats.base import (
     base_of_shapes,
     check_known,
     fit,
+    places_of,
 )
 from paramlora.formats.content import (
     DEFAULTS,
@@ -60,6 +61,7 @@ __all__ = [
     "detect",
     "fit",
     "form_of",
+    "places_of",
     "read",
     "register",
     "unregister",
