@@ -17,6 +17,8 @@ from paramlora.formats.factors import folded
 from paramlora.formats.places import Part, Rows
 from paramlora.update.value import Update
 
+_MOST = 1 << 30  # elements of one factor
+
 
 @dataclass(frozen=True)
 class Source:
@@ -102,9 +104,17 @@ def gathered(
         a, b = made[0] or _nothing(made, out)
         return Update(a, b, scale, layout="matrix")
     rank = max(one[0].shape[0] for one in made if one is not None)
+    wide = max(out, sources[0].update.lora_A.shape[-1])
+    _check_size(len(made) * wide, rank, where)
     each = [_padded(one or _nothing(made, out), rank) for one in made]
     a, b = torch.stack([a for a, _ in each]), torch.stack([b for _, b in each])
     return Update(a, b, scale, layout="stack")
+
+
+def _check_size(rows: int, rank: int, where: str) -> None:
+    """Refuse a rank that takes a file a few bytes, and beside all of a weight's rows the memory."""
+    if rows * rank > _MOST:
+        raise FileError(f"{where}: rank {rank:,} for {rows:,} rows is more than any model has.")
 
 
 def _block(
@@ -124,6 +134,7 @@ def _block(
                 a, b = _matrix(source.update, number)
                 here = starts(own, size)
                 _check(b.shape[0], here, out, there, f"{where}, {source.path}")
+                _check_size(out, b.shape[1], where)
                 factors.append(_moved(a, b, [(here[name], there[name]) for name in shared], out))
     if not factors:
         return None

@@ -10,6 +10,7 @@ from paramlora.formats.names import TABLES, Name, Row, Template
 from paramlora.formats.names.levels import INSIDE, flat, shorter
 
 Shapes = Mapping[str, tuple[int, ...]]
+_MOST_MATRICES = 1 << 14  # of one stack: an empty one can claim any number
 
 
 class Part(NamedTuple):
@@ -69,10 +70,8 @@ class Places:
         if path in self.shapes:
             return Found(path)
         inside = _without_wrappers(path)
-        for known, names in (
-            (self._dotted, (*shorter(path), *shorter(inside))),
-            (self._flat, flat(inside)),
-        ):
+        dotted = (name for spelled in dict.fromkeys((path, inside)) for name in shorter(spelled))
+        for known, names in ((self._dotted, dotted), (self._flat, flat(inside))):
             for name, components in names:
                 found = _nearest(known.get(name, ()), components, where)
                 if found is not None:
@@ -191,7 +190,7 @@ def _hold(
     before: tuple[str, ...],
     numbers: tuple[str, ...],
 ) -> None:
-    if row.stack and len(shape) != 3:
+    if row.stack and (len(shape) != 3 or not 0 < shape[0] <= _MOST_MATRICES):
         return
     each = [(*numbers, str(e)) for e in range(shape[0])] if row.stack else [numbers]
     rows = tuple(tuple(_part(t, before, n) for t in row.parts) for n in each)

@@ -193,3 +193,24 @@ def test_a_converted_file_has_the_names_of_the_model(tmp_path):
     adapters.convert(tmp_path, tmp_path / "a.safetensors", "native", SPLIT)
     found = adapters.read_adapter(tmp_path / "a.safetensors").updates
     assert found.keys() == SPLIT.keys()
+
+
+@pytest.mark.parametrize("rows, r", [((1 << 20, 2), 1 << 11), ((8, 2), 1 << 28)])
+def test_a_rank_beyond_any_model_is_not_formed(rows, r):
+    slots = {"layers.0.mlp.gate_up_proj": Slot(rows)}
+    with torch.device("meta"):  # as large as it says, and of no bytes
+        state = {
+            "layers.0.mlp.up_proj.lora_A.weight": torch.empty(r, 2),
+            "layers.0.mlp.up_proj.lora_B.weight": torch.empty(rows[0] // 2, r),
+        }
+    adapter = formats.FORMATS["diffusers"].read(Content(state), None, formats.Options())
+    with pytest.raises(FileError, match=f"rank {r:,} for .* rows is more than any model has"):
+        formats.fit(adapter, slots, formats.Options(), "a.safetensors")
+
+
+def test_an_empty_stack_of_any_number_is_no_stack():
+    """A checkpoint may claim it in no bytes at all."""
+    slots = {"layers.0.mlp.experts.down_proj": Slot((1 << 50, 0, 0))}
+    content, _ = lora({"layers.0.mlp.experts.0.down_proj": Slot((4, 6))})
+    with pytest.raises(FileError, match="updates of what the model does not have"):
+        formats.read(content, slots)

@@ -58,7 +58,7 @@ MANGLED: dict[str, tuple[str, ...]] = {
 }
 # between the modules of a path, wherever a wrapper stands
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_MOST = 8  # levels in front of one path
+_MOST, _LONGEST = 8, 2048  # levels in front of one path, and characters of one that has any
 
 _Levels = dict[str, dict[str, tuple[str, ...]]]
 
@@ -113,7 +113,7 @@ def belongs(path: str, component: str) -> bool:
 
 def _shorter(path: str, levels: _Levels, mark: str) -> list[tuple[str, tuple[str, ...]]]:
     found: dict[str, tuple[str, ...]] = {path: ()}
-    fresh = [path]
+    fresh = [path] if len(path) <= _LONGEST else []
     for _ in range(_MOST):
         after = {
             long[len(level) :]: found[long] or told
