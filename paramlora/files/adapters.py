@@ -203,7 +203,8 @@ def opened(path: PathLike) -> Content:
     """
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
-        return _content(weights, _flat(weights, torch_save.load(weights)), {})
+        whole = torch_save.load(weights)
+        return _content(weights, _inside(whole, _flat(weights, whole)), {})
     file = SafeFile(weights)
     try:
         return _content(weights, file.every(), file.metadata)
@@ -294,6 +295,17 @@ def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
             levels.pop()
     _check_shared(path, size)
     return out
+
+
+def _inside(whole: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
+
+    A module of that name is no dictionary: its layers keep it.
+    """
+    inner = whole.get("model") if isinstance(whole, Mapping) else None
+    if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
+        return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
+    return flat
 
 
 def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from paramlora.formats.base import (
     check_known,
     fit,
     part_of,
+    places_of,
 )
 from paramlora.formats.content import (
     DEFAULTS,
@@ -63,6 +64,7 @@ __all__ = [
     "detect",
     "fit",
     "form_of",
+    "places_of",
     "read",
     "register",
     "unregister",

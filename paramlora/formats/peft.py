@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import FileError, listed, spelled
-from paramlora.formats.base import COMPONENTS, Base, place
+from paramlora.formats.base import COMPONENTS, Base, places_of, stacks_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -104,6 +104,8 @@ def read_pairs(
     whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
+    if base is not None and config.get("target_parameters"):
+        base = {**base, **stacks_of(base)}
     experts = _experts(found, config, base, content.source)
     made_of = {
         path: _update(path, pair_, found, experts, config, base, content.source)
@@ -442,7 +444,11 @@ def report_targets(
         return
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
-    have = {place(path, base) for path in adapter.updates}
+    places = places_of(base)
+    found = [places.find(path, content.source) for path in adapter.updates]
+    if any(there is not None and there.held for there in found):
+        return  # trained on a model of other names
+    have = {path for there in found if there is not None for path in there.paths}
     missing = [
         path
         for path, slot in base.items()
