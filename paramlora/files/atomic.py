@@ -1,6 +1,7 @@
 """Putting files in their place: whole, or not at all."""
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -92,11 +93,15 @@ def check_new(path: PathLike, force: bool) -> None:
     """Refuse a place that is taken, unless forced.
 
     Raises:
-        FileError: something is there, or what no file can replace.
+        FileError: something is there, what no file can replace, or no folder to write in.
     """
     with _told(path):
         if not os.path.isdir(path):
             _check_file(path)
+        folder = os.path.dirname(os.path.realpath(path))
+        os.stat(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if not force and os.path.lexists(path):
         raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
 

@@ -67,8 +67,11 @@ DEFAULTS = Options()
 
 
 def unwrapped(content: Content) -> Content:
-    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``."""
-    for outer in ("state_dict", "model_state_dict", "model"):
+    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``.
+
+    ``model`` is not told from a module of that name: who opens a file knows which it is.
+    """
+    for outer in ("state_dict", "model_state_dict"):
         start = f"{outer}."
         if content.state and all(key.startswith(start) for key in content.state):
             state = {key.removeprefix(start): value for key, value in content.state.items()}
@@ -144,7 +147,7 @@ def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
         "tensors that are no update of one weight",
         keys,
         strict,
-        "Read with strict=False (convert --loose) to leave them out.",
+        "Read with strict=False (--loose) to leave them out.",
     )
 
 

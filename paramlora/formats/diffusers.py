@@ -46,6 +46,7 @@ _SPELLINGS = tuple(
         r"(?P<path>.+)\.lora_(?P<role>[AB])",  # mochi
         r"(?P<path>.+)\.lora_(?P<role>down|up)(?:\.weight)?",  # OneTrainer and ComfyUI
         r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight",  # 0.19 to 0.25
+        r"(?P<path>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight",  # XLabs
         # attention processors, before 0.22
         r"(?P<path>.+?)(?:\.processor)?\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<role>down|up)\.weight",
         r"(?P<path>.+)\.(?P<role>alpha|dora_scale)",
@@ -215,7 +216,8 @@ FORMAT = Format(
     "diffusers",
     marks=(
         Mark(
-            60, any_key(r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)")
+            60,
+            any_key(r".+(?:_lora[12]?\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)"),
         ),
         Mark(80, any_key(r".+\.lora_A(?:\.[^.]+)?\.weight")),
         Mark(81, lambda content: METADATA in content.metadata),
