@@ -86,7 +86,10 @@ def read_adapter(
     """
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
-    return formats.read(opened(path), base, options)
+    content = opened(path)
+    adapter = formats.read(content, base, options)
+    formats.check_alpha(content, base, options, adapter)
+    return adapter
 
 
 def format_of(path: PathLike) -> str:

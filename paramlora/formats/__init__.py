@@ -113,7 +113,6 @@ def read(
     if not (adapter.updates or adapter.others):
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
-    _check_alpha(form, widened(content), base, options, adapter)
     return chosen(form, adapter, base, options, content.source)
 
 
@@ -135,15 +134,21 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def _check_alpha(
-    form: Format, content: Content, base: Optional[Base], options: Options, adapter: Adapter
-) -> None:
-    """Refuse an alpha where the file tells all scales itself: it would have said nothing."""
+def check_alpha(content: Content, base: Optional[Base], options: Options, adapter: Adapter) -> None:
+    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
+
+    Args:
+        content, base, options: what was read.
+        adapter: what it gave.
+
+    Raises:
+        FileError: names the alpha.
+    """
     if options.alpha is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = form.read(content, base, replace(options, alpha=2 * options.alpha + 1))
+        other = read(content, base, replace(options, alpha=2 * options.alpha + 1))
     now, then = adapter.values(), other.values()
     if all(then[path].listed() == value.listed() for path, value in now.items()):
         raise FileError(
@@ -158,7 +163,6 @@ def _read_complete(
     """The adapter in a complete file; updates of what the model lacks are reported, or left out."""
     adapter = form.read(content, base, options)
     check_finite(adapter, content.source)  # all zero is how our own begin
-    _check_alpha(form, content, base, options, adapter)
     return chosen(form, adapter, base, options, content.source)
 
 

@@ -120,7 +120,11 @@ def test_another_thread_sees_the_switch(x):
 def test_the_environment_switches_from_the_start(value, on):
     own = {k: v for k, v in os.environ.items() if k != "PARAMLORA_KERNELS"}
     done = subprocess.run(
-        [sys.executable, "-c", "from paramlora.served import switched_on; print(switched_on())"],
+        [
+            sys.executable,
+            "-c",
+            "from paramlora.cuda.operands import switched_on; print(switched_on())",
+        ],
         env=own if value is None else own | {"PARAMLORA_KERNELS": value},
         cwd=Path(__file__).parents[2],
         capture_output=True,
