@@ -130,7 +130,14 @@ def read_pairs(
             others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
         else:
             updates[key] = update
+    check_magnitudes(config, updates, content.source)
     return Adapter(updates, whole=dict(whole.values()), others=others)
+
+
+def check_magnitudes(config: Mapping[str, Any], plain: Iterable[str], source: str) -> None:
+    """Refuse updates without a magnitude in a file that its configuration calls DoRA."""
+    lacking = plain if config.get("use_dora") else ()
+    report(source, "use_dora, and no magnitude in the file of", lacking, True, "Save it again.")
 
 
 def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
