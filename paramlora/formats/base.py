@@ -93,7 +93,8 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     holders = Counter(map(id, chosen.values()))
     for path, there in whole.items():
         slot = _told(base[there], adapter.holders.get(path))
-        key = (id(chosen[path]), slot)
+        moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
+        key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
         tied = holders[id(chosen[path])] > 1
         fresh = _fitted(there, chosen[path], slot, source, tied)
         updates[there] = made.setdefault(key, fresh)

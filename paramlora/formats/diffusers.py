@@ -85,6 +85,8 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             updates[path] = update
     adapter = Adapter(**apart_by_kind(updates))
     for component, config in configs.items():
+        plain = [path for path in adapter.updates if _component(path, configs) == component]
+        peft.check_magnitudes(config, plain, content.source)
         if base is None or options.component not in (None, component):
             continue
         own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -36,6 +37,7 @@ PREFIX = "base_model.model."
 _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
 _FACTOR = re.compile(rf"(?P<path>.+)\.lora_{_NAME}\.weight", re.DOTALL)
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\..+)?", re.DOTALL)
+_TOKENS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
 _MOST_LEVELS = 64  # of modules inside modules
 _INNER = ".base_layer"
@@ -100,8 +102,9 @@ def read_pairs(
     content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
 ) -> Adapter:
     """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
-    magnitudes = _magnitudes(content.state)
+    magnitudes, tokens = _magnitudes(content.state), _tokens(content, config)
     found, rest = _pairs(content, magnitudes)
+    rest -= {key for key in rest if _TOKENS.fullmatch(_stem(key))}
     whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
@@ -118,7 +121,7 @@ def read_pairs(
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
     updates: dict[str, Update] = {}
-    others: dict[str, KindUpdate] = {}
+    others: dict[str, KindUpdate] = {**tokens}
     for path, (key, made) in made_of.items():
         if made is None:
             continue
@@ -132,13 +135,66 @@ def read_pairs(
             others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
         else:
             updates[key] = update
+    check_magnitudes(config, updates, content.source)
     return Adapter(updates, whole=dict(whole.values()), others=others)
+
+
+def check_magnitudes(config: Mapping[str, Any], plain: Iterable[str], source: str) -> None:
+    """Refuse updates without a magnitude in a file that its configuration calls DoRA."""
+    lacking = plain if config.get("use_dora") else ()
+    report(source, "use_dora, and no magnitude in the file of", lacking, True, "Save it again.")
 
 
 def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of DoRA, by the path that the file gives their layer."""
     matches = {key: _MAGNITUDE.fullmatch(_stem(key)) for key in state}
     return {match["path"]: state[key] for key, match in matches.items() if match is not None}
+
+
+def _tokens(content: Content, config: Mapping[str, Any]) -> dict[str, KindUpdate]:
+    """The rows that PEFT trained (its trainable tokens), by the path of their layer."""
+    found: dict[str, KindUpdate] = {}
+    for key, rows in content.state.items():
+        match = _TOKENS.fullmatch(_stem(key))
+        if match is not None:
+            path = match["path"]
+            ids = _token_ids(path, config, content.source)
+            if rows.dim() < 2 or len(ids) != len(rows):
+                raise FileError(
+                    f"{content.source}: {path}: {list(rows.shape)} for {len(ids)} trained tokens."
+                )
+            made = _rows(ids, rows)
+            same = (one for one in found.values() if _is_same(one, made))
+            found[path] = next(same, made)  # of tied layers both are in the file
+    return found
+
+
+def _is_same(one: KindUpdate, other: KindUpdate) -> bool:
+    return one.options == other.options and torch.equal(
+        one.held["lora_rows"], other.held["lora_rows"]
+    )
+
+
+def _rows(ids: list[int], rows: Tensor) -> KindUpdate:
+    """Rows in ascending order; of a number that stands twice PEFT's own last one counts."""
+    at = {number: place for place, number in enumerate(ids)}
+    order = sorted(at)
+    held = {"lora_rows": rows[[at[n] for n in order]], "lora_ids": torch.tensor(order)}
+    return KindUpdate("rows", held, options=(("rows", tuple(order)),))
+
+
+def _token_ids(path: str, config: Mapping[str, Any], source: str) -> list[int]:
+    """The numbers that the configuration tells of a layer."""
+    told = config.get("trainable_token_indices") or config.get("token_indices") or []
+    if isinstance(told, dict):
+        told = next((ids for name, ids in told.items() if _ends_in(path, {name})), [])
+    sound = isinstance(told, list) and all(type(n) is int and 0 <= n < 2**31 for n in told)
+    if not sound or not told:
+        raise FileError(
+            f"{source}: {path}: trained tokens, and the configuration does not tell which. Is "
+            "adapter_config.json whole?"
+        )
+    return told
 
 
 def _stem(key: str) -> str:
@@ -183,8 +239,11 @@ def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[st
 def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise FileError(f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" can be read.')
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        raise FileError(
+            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" and '
+            '"TRAINABLE_TOKENS" can be read.'
+        )
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
             raise FileError(
@@ -502,6 +561,9 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     scales: dict[str, tuple[float, int]] = {}
     modules: set[str] = set()
     parameters: list[str] = []
+    adapter, tokens = _without_rows(adapter)
+    if not (adapter.updates or adapter.others):
+        return _tokens_alone(tokens, prefix)
     check_all_rescaled(adapter, "PEFT")
     adapter, magnitudes = with_low_ranks(adapter)
     for path, update in adapter.updates.items():
@@ -524,7 +586,50 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     config = config_of(ranks, alphas, modules, sorted(set(parameters)))
     config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
     config["use_dora"] = bool(magnitudes)
+    for path, value in tokens.items():
+        state[f"{prefix}{path}.token_adapter.trainable_tokens_delta"] = value.held["lora_rows"]
+    if tokens:
+        config["trainable_token_indices"] = {p: _numbers(value) for p, value in tokens.items()}
     return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def _without_rows(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """An adapter without the rows that it trains, and those; of tied layers the first one's."""
+    rows, seen = {}, set()
+    for path, value in adapter.others.items():
+        if value.method == "rows" and id(value) not in seen:
+            seen.add(id(value))
+            rows[path] = value
+    rest = {p: value for p, value in adapter.others.items() if value.method != "rows"}
+    return replace(adapter, others=rest), rows
+
+
+def _numbers(value: KindUpdate) -> list[int]:
+    numbers: list[int] = value.held["lora_ids"].tolist()
+    return numbers
+
+
+def _tokens_alone(tokens: Mapping[str, KindUpdate], prefix: str) -> Content:
+    """A file of trained tokens only, which PEFT tells by another type of its own."""
+    told = {tuple(_numbers(value)) for value in tokens.values()}
+    if len(told) > 1:
+        raise FileError(
+            f"{', '.join(tokens)}: rows of different numbers, and without low-rank updates PEFT "
+            "holds one list of them. Save an adapter for each."
+        )
+    config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "token_indices": list(told.pop()),
+        "target_modules": sorted(tokens),
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
+    state = {
+        f"{prefix}{path}.trainable_tokens_delta": value.held["lora_rows"].contiguous()
+        for path, value in tokens.items()
+    }
+    return Content(state, {"format": "pt"}, config)
 
 
 def check_all_rescaled(adapter: Adapter, tool: str) -> None:
@@ -735,7 +840,8 @@ def _exactly(path: str) -> str:
 
 def _is_peft(content: Content) -> bool:
     keys = list(content.state)
-    inside = any(".lora_A" in key or ".lora_embedding_A" in key for key in keys)
+    names = (".lora_A", ".lora_embedding_A", ".trainable_tokens_delta")
+    inside = any(name in key for key in keys for name in names)
     prefixed = any(key.startswith("base_model.") or "lora_embedding_A" in key for key in keys)
     return inside and (prefixed or "peft_type" in content.config)
 
@@ -745,7 +851,7 @@ FORMAT = Format(
     marks=(Mark(30, _is_peft),),
     read=read,
     write=write,
-    kinds=("lora", "soft", "dora"),
+    kinds=("lora", "soft", "dora", "rows"),
     weights=("adapter_model.safetensors", "adapter_model.bin"),
     weights_rank=10,  # before torchtune's, which writes this form beside its own
     config="adapter_config.json",

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace as dataclass_replace
 from numbers import Real
 from typing import Any
 
@@ -25,7 +26,15 @@ from paramlora.model.methods import add_methods, remove_methods
 from paramlora.model.placement import shard_like
 from paramlora.model.quantised import dense
 from paramlora.model.statistics import forget, keepers, put_back, remember, warn_moving
-from paramlora.model.targets import Target, check_model, chosen_targets, shown, stem, unwrapped
+from paramlora.model.targets import (
+    Target,
+    adaptable,
+    check_model,
+    chosen_targets,
+    shown,
+    stem,
+    unwrapped,
+)
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
@@ -93,6 +102,7 @@ def attach_targets(
     there = adapter_names(model)
     _check_name(adapter, there)
     modules = dict(model.named_modules())
+    chosen = _with_tied(model, chosen, modules)
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
         _check_alone(module, target)
@@ -341,6 +351,27 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
             same = target is group[0][1] or (whole and target.entry.hard)
             out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
+
+
+def _with_tied(
+    model: nn.Module, chosen: list[Target], modules: Mapping[str, nn.Module]
+) -> list[Target]:
+    """With the other layers that hold a tensor whose kind of update moves it in all of them."""
+    heads = {
+        id(base_of(modules[target.module], target.tensor)): target.entry
+        for target in chosen
+        if kind_of(target.entry).tied
+    }
+    if not heads:
+        return chosen
+    taken = {(target.module, target.tensor) for target in chosen}
+    others = [
+        dataclass_replace(one, entry=heads[key])
+        for one in adaptable(model)
+        if (key := id(base_of(modules[one.module], one.tensor))) in heads
+        and (one.module, one.tensor) not in taken
+    ]
+    return [*chosen, *others]
 
 
 def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> AttachedUpdate:

@@ -21,6 +21,7 @@ from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -132,6 +133,21 @@ def _known(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_Known]:
 _Rescaled = tuple[Tensor, Dora, bool]
 
 
+def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
+    """(base weight, the one update that acts), where all tensors are plain ones; else None."""
+    lists: Any = layer._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    weight = None if plist is None else plist._parameters.get("original")
+    if weight is None:
+        return None
+    acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
+    if len(acting) != 1:
+        return None
+    if not is_compiling() and (type(x) not in _PLAIN or type(weight) not in _PLAIN):
+        return None
+    return weight, acting[0]
+
+
 def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
     """(base weight, the one update that acts, whether it drops inputs now), where that is a DoRA
     with a norm for each output; else None, where only the definition is right.
@@ -139,22 +155,43 @@ def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
     Args:
         outer: the dimension of the weight along which the outputs lie.
     """
-    lists: Any = layer._modules.get("parametrizations")
-    plist: Any = None if lists is None else lists._modules.get("weight")
-    weight = None if plist is None else plist._parameters.get("original")
-    if weight is None:
+    weight, update = _alone(layer, x) or (None, None)
+    if weight is None or type(update) is not Dora or not update.is_of_outputs(outer):
         return None
-    acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
-    if len(acting) != 1 or type(acting[0]) is not Dora or not acting[0].is_of_outputs(outer):
-        return None
-    (update,) = acting
     dropping = update.dropout != 0 and layer.training
-    if not is_compiling():
-        if type(x) not in _PLAIN or type(weight) not in _PLAIN or (transformed() and not dropping):
-            return None
+    if not is_compiling() and transformed() and not dropping:
+        return None
     if update.unset:
         update.start(weight)
     return weight, update, dropping
+
+
+def _by_rows(layer: Any, x: Any) -> Optional[tuple[Tensor, Rows]]:
+    """(base weight, the one update that acts), where that trains single rows; else None."""
+    weight, update = _alone(layer, x) or (None, None)
+    return None if weight is None or type(update) is not Rows else (weight, update)
+
+
+def _rows_product(layer: Any, x: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """A linear layer's outputs, those of the trained rows computed again."""
+    weight, update = found
+    bias, ids = _bias(layer), update.lora_ids
+    y = F.linear(x, weight, bias)
+    rows = update.rows_of(weight).to(weight.dtype)
+    own = F.linear(x, rows, None if bias is None else bias[ids])
+    return y.index_copy(-1, ids, own.to(y.dtype))
+
+
+def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """An embedding's outputs, those of the trained rows looked up among them."""
+    weight, update = found
+    padding = layer.padding_idx
+    y = F.embedding(ids, weight, padding)
+    at = torch.searchsorted(update.lora_ids, ids).clamp_max(len(update.lora_ids) - 1)
+    rows = F.embedding(at, update.rows_of(weight).to(weight.dtype))
+    if padding is not None:  # which gets no gradient
+        rows = torch.where((ids == padding)[..., None], rows.detach(), rows)
+    return torch.where((update.lora_ids[at] == ids)[..., None], rows, y)
 
 
 def _as_rescaled(
@@ -287,6 +324,26 @@ def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
     return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
+def _other_linear(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, x, 0)
+    if rescaled is not None:
+        return _rescaled_product(layer, x, rescaled, "matrix")
+    rows = _by_rows(layer, x)
+    y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
+    return y
+
+
+def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
+    """An embedding under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, ids, 1)
+    if rescaled is not None:
+        return _rescaled_embedding(layer, ids, rescaled)
+    rows = _by_rows(layer, ids)
+    y: Tensor = _EMBEDDING(layer, ids) if rows is None else _rows_embedding(layer, ids, rows)
+    return y
+
+
 def _linear(self: Any, input: Tensor) -> Tensor:
     return _linear_or(self, input, _plain_forward(self))
 
@@ -294,9 +351,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = _known(self, input) if plain is _LINEAR else None
     if known is None:
-        found = _rescaled(self, input, 0) if plain is _LINEAR else None
-        y: Tensor
-        y = plain(self, input) if found is None else _rescaled_product(self, input, found, "matrix")
+        y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
     return _product(self, input, known, "matrix")
 
@@ -373,9 +428,8 @@ def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
     known = _known(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
-        found = _rescaled(self, input, 1) if plain is _EMBEDDING and not other else None
-        y: Tensor
-        y = plain(self, input) if found is None else _rescaled_embedding(self, input, found)
+        usual = plain is _EMBEDDING and not other
+        y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
         return y
     weight, updates, _ = known
     if not updates:

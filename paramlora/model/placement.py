@@ -20,6 +20,11 @@ def shard_like(update: AttachedUpdate, weight: Any, path: str) -> None:
     Raises:
         TargetError: the weight is split along another dimension, or is a sum still to be made.
     """
+    if "own" in update.parts.values():
+        raise TargetError(
+            f'{path} lies on several processes, where an update of the kind "{update.method}" has '
+            "no parts to lie with it. Attach before sharding, or use another kind."
+        )
     sides = [_side(update, weight, place, path) for place in weight.placements]
     start: dict[str, Part] = {"start_A": "input", "start_B": "output"}
     for name, part in {**update.parts, **start}.items():

@@ -129,6 +129,9 @@ def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) ->
 
 
 def _checked(model: nn.Module, target: Target) -> Target:
+    why = kind_of(target.entry).check_site(target.entry, target.shape, target.layout)
+    if why:
+        raise TargetError(f'"{target.entry.name}" matches {target.path or "weight"}, {why}')
     if not target.entry.whole:
         _check_rank(target)
         _check_scale(target)
@@ -287,7 +290,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     if entry.hard and getattr(module, "sparse", False) is True:
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
     if entry.hard and is_quantised(tensor):
-        return 'which is quantised: no sum can be stored there. Use "hard": 0.'
+        way = 'Use "hard": 0' + (' and no "kind".' if entry.kind != "lora" else ".")
+        return f"which is quantised: no sum can be stored there. {way}"
     reason = None
     if tensor.dim() < 2:
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"

@@ -164,6 +164,7 @@ class AttachedUpdate(nn.Module):
 
     alone: ClassVar[bool] = False  # whether its tensor can have no other update
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
+    tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
@@ -454,7 +455,8 @@ def _fits(part: Part, own: tuple[int, ...], r: int, shape: tuple[int, ...], layo
     lead = (stack,) if layout == "stack" else ()
     if part == "weight":
         return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
-    return own == {"input": (*lead, r, fan_in), "output": (*lead, out, r), "number": ()}[part]
+    known = {"input": (*lead, r, fan_in), "output": (*lead, out, r), "number": ()}
+    return part in known and own == known[part]
 
 
 def _unfitting(where: str, held: Mapping[str, Tensor], shape: tuple[int, ...]) -> str:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from paramlora.update.attached import AttachedUpdate
 
 # what a tensor of an update runs along: the input or the output side of the weight's matrix (the
-# other dimension is the rank), the weight's own dimensions (each of its size, or 1), or nothing
-Part = Literal["input", "output", "weight", "number"]
+# other dimension is the rank), the weight's own dimensions (each of its size, or 1), nothing, or
+# what only the kind itself knows
+Part = Literal["input", "output", "weight", "number", "own"]
 KINDS: dict[str, "type[AttachedUpdate]"] = {}
 _SAYS = ("method", "parts", "term_of")
 
