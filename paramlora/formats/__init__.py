@@ -18,6 +18,7 @@ from paramlora.formats.base import (
     base_of_shapes,
     check_known,
     fit,
+    original_of,
     places_of,
 )
 from paramlora.formats.content import (
@@ -61,6 +62,7 @@ __all__ = [
     "detect",
     "fit",
     "form_of",
+    "original_of",
     "places_of",
     "read",
     "register",

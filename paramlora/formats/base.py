@@ -100,6 +100,27 @@ def places_of(base: Base) -> Places:
     return Places({path: slot.shape for path, slot in base.items()})
 
 
+def original_of(base: Base) -> Base:
+    """The same weights under their original names, fused as there: for `fit`, and so for writing.
+
+    ComfyUI's and kohya's files of a transformer have these names, where diffusers' model has its
+    own. Weights of one name alone keep it, and so do all of a model that has the original names.
+
+    Example:
+        >>> base = {f"blocks.0.attn1.to_{n}": Slot((4, 6)) for n in "qkv"}
+        >>> list(original_of(base))
+        ['blocks.0.self_attn.q', 'blocks.0.self_attn.k', 'blocks.0.self_attn.v']
+    """
+    found = {}
+    names = places_of(base).original()
+    for name, there in names.items():
+        own = [base[path] for path in there.paths]
+        rows = sum(slot.shape[0] for slot in own)
+        found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+    renamed = {path for there in names.values() for path in there.paths}
+    return {path: slot for path, slot in base.items() if path not in renamed} | found
+
+
 def stacks_of(base: Base) -> Base:
     """The stacks of matrices that a file can mean by what `base` has one by one: experts.
 

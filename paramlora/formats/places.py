@@ -1,12 +1,13 @@
 """Where in a model the weight lies that a file names: the tables of names, asked for one model."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple, Optional
 
 from paramlora.errors import FileError
-from paramlora.formats.names import TABLES, Name, Row, Template
+from paramlora.formats.names import TABLES, Name, Row, Table, Template
 from paramlora.formats.names.levels import INSIDE, flat, shorter
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -95,6 +96,37 @@ class Places:
                     found[name] = _found(rows, parts)
         return found | _paired(self.shapes, found)
 
+    def original(self) -> dict[str, Found]:
+        """The names of the checkpoint that the model's authors have published, as they are known.
+
+        They are those of the table that names most of the model, of all that are in it for about
+        as much as any; of two names for the same rows the first. What has no other name is left
+        out, and all is, where the model has these names itself.
+        """
+        here = {held.template.name for held in _parts(self.shapes).values()}
+        shares = {
+            name: _share(table, here, self.shapes)
+            for name, table in TABLES.items()
+            if table.published
+        }
+        most = max(shares.values())
+        names = [self._spelled(TABLES[name]) for name, part in shares.items() if part > 0.8 * most]
+        best = max(names, key=lambda n: sum(len(found.paths) for found in n.values()), default={})
+        return {} if best.keys() & self.shapes.keys() else best
+
+    def _spelled(self, table: Table) -> dict[str, Found]:
+        """The names of one table, its own spellings alone."""
+        known = {path: Found(path) for path in self.shapes} | dict(self.others)
+        ranks = _ranks(table, known)
+        taken: set[str] = set()
+        found: dict[str, Found] = {}
+        for name in sorted(ranks, key=lambda name: ranks[name]):
+            parts = set(known[name].held) or set(known[name].paths)
+            if not parts & taken:
+                taken |= parts
+                found[name] = known[name]
+        return found
+
     @cached_property
     def _dotted(self) -> "dict[str, list[_Known]]":
         """The names, each also without the levels above it: a file may be of what is inside."""
@@ -168,7 +200,7 @@ def _parts(shapes: Shapes) -> dict[str, _Held]:
     parts: dict[str, _Held] = {}
     for path, shape in shapes.items():
         names = tuple(path.split("."))
-        allowed = {len(names) - rest.count(".") - 1 for rest, _ in shorter(path)}
+        allowed = _befores(path)
         for row in _BY_LAST.get(_last(names), ()):
             match = row.name.match(names)
             if match is None or not (row.name.anywhere or match[0] in allowed):
@@ -248,7 +280,41 @@ def _paired(shapes: Shapes, known: Mapping[str, Found]) -> dict[str, Found]:
     return found
 
 
+def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
+    """Which part of a table's matrices is in a model; of a model, in what no pattern tells."""
+    known = set(names)
+    if table.pairs is not None:
+        found = table.pairs(known)
+        return len((set(found) | set(found.values())) & known) / max(len(known), 1)
+    parts = {part.name for row in table.rows() for part in row.parts}
+    own = {name for name in parts if not _VECTOR.search(name)}
+    return len(own & here) / len(own)
+
+
+def _ranks(table: Table, names: Iterable[str]) -> dict[str, int]:
+    """Of names that the table spells, the place in it."""
+    known = list(names)
+    ranks = dict.fromkeys(table.pairs(known) if table.pairs else (), 0)
+    spellings: dict[str, list[tuple[int, Name]]] = {}
+    for rank, spelling in enumerate(table.spellings):
+        pattern = _parsed(spelling.partition("@")[0])
+        spellings.setdefault(_last(pattern.parts), []).append((rank, pattern))
+    for name in known:
+        parts = tuple(name.split("."))
+        for rank, pattern in spellings.get(_last(parts), ()):
+            match = pattern.match(parts)
+            if match is not None and (pattern.anywhere or match[0] in _befores(name)):
+                ranks.setdefault(name, rank)
+    return {name: rank for name, rank in ranks.items() if name in known}
+
+
+def _befores(path: str) -> set[int]:
+    """How many of a path's components can be levels above the model."""
+    return {path.count(".") - rest.count(".") for rest, _ in shorter(path)}
+
+
 _parsed = cache(Name.parse)
+_VECTOR = re.compile(r"(?:norm|table|bias)[^.]*\Z")
 
 
 def _last(names: tuple[str, ...]) -> str:

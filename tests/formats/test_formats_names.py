@@ -131,6 +131,18 @@ def aura_flow():
     )  # fmt: skip
 
 
+class qwen_21(torch.nn.Module):
+    """Its names alone."""
+
+    def __init__(self):
+        super().__init__()
+        block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 6)})
+        block["img_mlp"] = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(6, 12) for name in ("gate_layer", "proj")}
+        )
+        self.transformer_blocks = torch.nn.ModuleList([block])
+
+
 def pixart():
     return diffusers.PixArtTransformer2DModel(
         sample_size=128, num_layers=2, attention_head_dim=4, num_attention_heads=2,
@@ -214,7 +226,7 @@ INNER = {r"single.*\.to_[qkv]": 3072, r".*proj_mlp": 12288}
 XLABS = r".*(_lora.?|linear1_qkv)"
 COMFY = (
     r"(time|guidance)_in\.(in|out)_layer|txt_in\.._embedder\.(in|out)_layer"
-    r"|txt_in.*(self_attn\.(qkv|proj)|mlp\.[02])"
+    r"|txt_in\.individual.*(self_attn\.(qkv|proj)|mlp\.[02])"
 )
 ARCHITECTURES = {
     "sd": Architecture(sd, unet_to_diffusers(sd), "stable_diffusion"),
@@ -247,7 +259,10 @@ ARCHITECTURES = {
         COMFY,
     ),
     "ltx": Architecture(ltx, single.convert_ltx_transformer_checkpoint_to_diffusers, "ltx"),
-    "ltx 2": Architecture(ltx_2, single.convert_ltx2_transformer_to_diffusers, "ltx"),
+    "ltx 2": Architecture(ltx_2, single.convert_ltx2_transformer_to_diffusers, "ltx_2"),
+    "qwen-image 2.1": Architecture(
+        qwen_21, single.convert_qwen_image21_transformer_checkpoint_to_diffusers, "qwen_image"
+    ),
     "lumina 2": Architecture(
         lumina_2,
         single.convert_lumina2_to_diffusers,
@@ -559,3 +574,26 @@ def test_parts_of_a_pipeline_stay_apart():
         formats.read(
             file_of({"encoder.layers.0.q": (torch.ones(2, 6), torch.ones(4, 2))}, ""), slots
         )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_adapter_under_the_original_names_is_the_same(name):
+    """As for ComfyUI and kohya: fused, and diffusers' converter makes the model's own of it."""
+    case = ARCHITECTURES[name]
+    slots = slots_of(case)
+    factors = pairs_of({path: slot.shape[0] for path, slot in slots.items()})
+    ours = formats.read(file_of(factors, ""), slots)
+    original = formats.original_of(slots)
+    assert original.keys() == originals_of(case, slots).keys()
+    assert formats.original_of(original) == original
+    spelled = formats.fit(ours, original, formats.Options(), "adapter")
+    want = {path: delta(f, 2.0) for path, f in factors.items()}
+    converted = through(case, {n: u.delta() for n, u in spelled.updates.items()})
+    assert converted.keys() == want.keys()
+    for path, dense in converted.items():
+        torch.testing.assert_close(dense, want[path], rtol=1e-12, atol=1e-12)
+    real = formats.base_of(case.make())  # without norms, and of its own sizes
+    names = {n for n, slot in formats.original_of(real).items() if slot.kind != "parameter"}
+    assert names <= set(original)
+    back = formats.read(formats.write(spelled, "kohya", original), slots).updates
+    same(back, want)
