@@ -20,6 +20,8 @@ NOT_FORMATS = {
     "factors",
     "format",
     "merged",
+    "originals",
+    "parts",
     "pieces",
     "places",
     "scale",
