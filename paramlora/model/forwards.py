@@ -83,7 +83,7 @@ def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
     return forward
 
 
-def _plain_forward(layer: nn.Module) -> Any:
+def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
     kind: Any = type(layer)
     return (kind.__bases__[0] if "parametrizations" in layer._modules else kind).forward
@@ -96,10 +96,10 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-_Known = tuple[Tensor, list[LowRank], bool]
+Known = tuple[Tensor, list[LowRank], bool]
 
 
-def _known(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_Known]:
+def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
@@ -288,7 +288,7 @@ def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
     return (a, b) if update.layout == layout else (b.mT, a.mT)
 
 
-def _together(
+def together(
     updates: list[LowRank], layout: Layout, dropping: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """A, B, scale and strength of one update, or of several by concatenating their ranks; while
@@ -307,15 +307,15 @@ def _together(
     return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
 
-def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
+def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tensor:
     weight, updates, dropping = known
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
-    together = _together(updates, layout, dropping)
+    factors = together(updates, layout, dropping)
     if dropping:
-        return dropout.dropped_linear(x, weight, bias, *together, drops_of(x, updates))
-    return functional.linear(x, weight, bias, *together)
+        return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
+    return functional.linear(x, weight, bias, *factors)
 
 
 def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
@@ -345,11 +345,11 @@ def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    return _linear_or(self, input, _plain_forward(self))
+    return _linear_or(self, input, plain_forward(self))
 
 
 def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
-    known = _known(self, input) if plain is _LINEAR else None
+    known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
         y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
@@ -357,11 +357,11 @@ def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
 
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    return _conv1d_or(self, x, _plain_forward(self))
+    return _conv1d_or(self, x, plain_forward(self))
 
 
 def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
-    known = _known(self, x) if plain in _OF_TRANSFORMERS else None
+    known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
         return _rescaled_product(self, x, found, "transposed")
@@ -372,13 +372,13 @@ def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    return _convolution_or(self, input, _plain_forward(self))
+    return _convolution_or(self, input, plain_forward(self))
 
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = found = None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
-        known = _known(self, input)
+        known = known_parts(self, input)
         found = _rescaled(self, input, 0) if known is None else None
     if known is None:
         y: Tensor
@@ -389,7 +389,7 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         y = self._conv_forward(input, weight, bias)
         return y
     stride, dilation, groups = self.stride, self.dilation, self.groups
-    a, b, scale, strength = _together(updates, "matrix", dropping)
+    a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
         _, padding = padded_input(self, input[:0])
         where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
@@ -421,12 +421,12 @@ def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
-    return _embedding_or(self, input, _plain_forward(self))
+    return _embedding_or(self, input, plain_forward(self))
 
 
 def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
-    known = _known(self, input) if plain is _EMBEDDING and not other else None
+    known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
         usual = plain is _EMBEDDING and not other
         y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
@@ -434,7 +434,7 @@ def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     weight, updates, _ = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
-    a, b, scale, strength = _together(updates, "transposed")
+    a, b, scale, strength = together(updates, "transposed")
     return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
 
 

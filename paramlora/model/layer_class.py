@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from paramlora.errors import AdapterError
 from paramlora.model.asked import asks_the_base
+from paramlora.model.experts import expert_forward_of
 from paramlora.model.forwards import ending_in, forward_of
 from paramlora.model.recomputed import AGAIN
 from paramlora.model.sums import read
@@ -109,12 +110,12 @@ def shared(base: type, names: frozenset[str]) -> type:
         _load_from_state_dict=_load(base),
     )
     bases: tuple[type, ...] = (base,)
-    if "weight" in names and names <= {"weight", "bias"}:
+    fast = expert_forward_of(base)
+    if fast is None and "weight" in names and names <= {"weight", "bias"}:
         fast, behind = forward_of(base), ending_in(base)
-        if fast is not None:
-            body["forward"] = fast
-        if behind is not None:
-            bases = (base, behind)
+        bases = bases if behind is None else (base, behind)
+    if fast is not None:
+        body["forward"] = fast
     cls: type = _meta(type(base))(f"Parametrized{base.__name__}", bases, body)
     return cls
 
