@@ -14,7 +14,7 @@ from paramlora.cli import main
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ["checkpoints.md"])
+@pytest.mark.parametrize("name", ["arithmetic.md", "checkpoints.md"])
 def test_the_blocks_run(name, tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
