@@ -101,8 +101,13 @@ def _pairs(base: Side, tuned: Side, keys: list[str]) -> Iterator[tuple[str, Tens
     """The tensors that differ, two at a time in memory."""
     for key in keys:
         before, after = base.read(key).detach(), tuned.read(key).detach()
-        if before.dtype != after.dtype or not torch.equal(before, after):
+        if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
             yield key, before, after
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bytes: torch compares no 8-bit floats."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _update(

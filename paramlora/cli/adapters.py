@@ -28,7 +28,7 @@ from paramlora.cli.options import (
     refuse,
 )
 from paramlora.files import adapters as interchange
-from paramlora.files import inspect as inspection
+from paramlora.files.inspect import inspect as inspected
 from paramlora.formats import Options
 
 Rank = Annotated[
@@ -92,7 +92,7 @@ def inspect(
     refuse({"--loose is what inspect always is: it names what belongs to nothing": loose})
     names = known(model, base, key)
     options = Options(strict=False, alpha=alpha, component=component)
-    found = inspection.inspect(file, options, names)
+    found = inspected(file, options, names)
     if json:
         report(found.to_dict(), json, "")
     else:

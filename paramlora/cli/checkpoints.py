@@ -154,6 +154,8 @@ def merge(
             progress=told,
         )
     change = "" if done.largest is None else f", largest change {done.largest:.2g} of its norm"
+    if done.kept is not None:
+        change += f"; 8 bits keep at least {done.kept:.2g} of each update"
     text = f"{done.changed:,} of {done.tensors:,} tensors into {out}{change}"
     _report("merge", text, done, dry_run, json, quiet)
 

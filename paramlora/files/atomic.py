@@ -73,12 +73,12 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
         FileError: the place cannot be written, or holds what would be lost.
     """
     target = Path(os.path.realpath(path))
-    _check_lost(path, target, names)
+    check_lost(path, target, names)
     with _told(path), _temporary(target) as temporary:
         temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
-        for file in temporary.iterdir():
-            _keep_access(target / file.name, file)
+        for file in temporary.rglob("*"):
+            _keep_access(target / file.relative_to(temporary), file)
             _sync(file)
         _keep_access(target, temporary)
         _sync(temporary)
@@ -175,7 +175,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
+def check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
+    """Refuse to replace a folder by one that lacks some of its names.
+
+    Raises:
+        FileError: names them.
+    """
     there = os.listdir(old) if old.is_dir() else [old.name] if old.exists() else []
     lost = sorted(set(there) - set(names))
     if lost:

@@ -23,8 +23,8 @@ from paramlora.files.adapters import (
     without_strangers,
     write_adapter,
 )
-from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Stored
+from paramlora.files.atomic import PathLike, check_lost, check_new, new_file, new_folder
+from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, opened
 from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
@@ -34,13 +34,14 @@ from paramlora.formats.content import DEFAULTS
 from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
-from paramlora.update.geometry import factor_dtype
+from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
 AdapterLike = Union[Adapter, PathLike]
+Checkpoint = Union[Stored, Pipeline]
 _ENDINGS = ", ".join((*SAFE, *PICKLED))
 
 
@@ -54,6 +55,8 @@ class Report:
         changed: how many of them differ from the input's, new ones included.
         bytes: of all tensors together.
         updates: of the adapter that was put in or taken out, whole tensors included.
+        kept: of a merge into 8-bit floats, the least share of a tensor's update that survives the
+            rounding, ``<Δ, Δ'> / ‖Δ‖²`` of what was added (Δ) and what is there (Δ').
         largest: of a merge, the largest ``‖W' - W‖ / ‖W‖`` of a tensor; None where it was only
             planned.
     """
@@ -64,6 +67,7 @@ class Report:
     bytes: int
     updates: Optional[int] = None
     largest: Optional[float] = None
+    kept: Optional[float] = None
 
 
 def embed(
@@ -161,7 +165,8 @@ def merge(
     are told of in a warning.
 
     Args:
-        base: as for `embed`; what is inside an attached model's checkpoint is merged where
+        base: as for `embed`, or a folder of models, as diffusers saves a pipeline, whose parts are
+            merged together; what is inside an attached model's checkpoint is merged where
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
         out, key, options, known, force, dry_run, progress: as for `embed`.
@@ -172,7 +177,7 @@ def merge(
     """
     check_new(out, force)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    with Stored(base, key) as stored:
+    with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
@@ -182,7 +187,7 @@ def merge(
 
 
 def _adapter(
-    adapter: AdapterLike, stored: Stored, options: Options, known: Optional[Base]
+    adapter: AdapterLike, stored: Checkpoint, options: Options, known: Optional[Base]
 ) -> Adapter:
     """An adapter of any tool, its names and shapes those of the checkpoint."""
     if isinstance(adapter, Adapter):
@@ -197,7 +202,7 @@ def _adapter(
     return found if options.strict else without_strangers(found, set(stored.specs), str(adapter))
 
 
-def _warn_other(adapter: Adapter, contents: Contents, stored: Stored) -> None:
+def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> None:
     """Tell of weights that an adapter was not trained on; sixteen numbers of each are read."""
     found = {}
     for path in adapter.base:
@@ -209,14 +214,18 @@ def _warn_other(adapter: Adapter, contents: Contents, stored: Stored) -> None:
 
 
 def _write(
-    stored: Stored, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
+    stored: Checkpoint, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
 ) -> Report:
     specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
     size = sum(spec.nbytes for spec in specs.values())
     changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
     _check_kind(stored, out)
     watch = _Watch(progress, size)
-    if not dry_run:
+    if isinstance(stored, Pipeline):
+        if not dry_run:
+            _check_space(out, size)
+            _write_pipeline(stored, plan, specs, out, watch)
+    elif not dry_run:
         beside = _beside(stored.folder) if _is_folder(out) else []
         _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
@@ -226,7 +235,7 @@ def _write(
         else:
             with new_file(out) as file:
                 _fill(stored, plan, specs, list(stored.parts), out.suffix, file, watch)
-    return Report(out, len(plan), changed, size, largest=watch.largest)
+    return Report(out, len(plan), changed, size, largest=watch.largest, kept=watch.kept)
 
 
 class _Watch:
@@ -235,11 +244,18 @@ class _Watch:
     def __init__(self, progress: Optional[Progress], size: int) -> None:
         self._progress, self._size = progress, size
         self.largest: Optional[float] = None
+        self.kept: Optional[float] = None
 
     def wrote(self, count: int) -> None:
         """Pass on how many bytes were written."""
         if self._progress is not None:
             self._progress(count, self._size)
+
+    def rounded(self, runs: Sequence[tuple[float, float]]) -> None:
+        """Remember how much of one tensor's update its type has kept (see `_rounding`)."""
+        had, kept = (sum(sums) for sums in zip(*runs)) if runs else (0.0, 0.0)
+        if had:
+            self.kept = kept / had if self.kept is None else min(self.kept, kept / had)
 
     def saw(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Pass on the new values of one tensor's runs, out of pairs of the old and the new."""
@@ -254,7 +270,7 @@ class _Watch:
             self.largest = max(self.largest or 0.0, math.sqrt(moved / there))
 
 
-def _spec(stored: Stored, recipe: Recipe) -> Spec:
+def _spec(stored: Checkpoint, recipe: Recipe) -> Spec:
     return stored.specs[recipe.source] if recipe.value is None else spec_of(recipe.value)
 
 
@@ -262,9 +278,13 @@ def _is_folder(out: Path) -> bool:
     return out.suffix not in (*SAFE, *PICKLED)
 
 
-def _check_kind(stored: Stored, out: Path) -> None:
+def _check_kind(stored: Checkpoint, out: Path) -> None:
     """Refuse an output that cannot hold the input."""
-    if stored.index is None and _is_folder(out):
+    if isinstance(stored, Pipeline):
+        if not _is_folder(out):
+            raise FileError(f"{out}: a pipeline is a folder of models. Give a name of a folder.")
+        return
+    if not stored.is_folder and _is_folder(out):
         raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
     if out.suffix in SAFE:
         for part in stored.parts.values():
@@ -295,20 +315,79 @@ def _write_folder(
     out: Path,
     watch: _Watch,
 ) -> None:
-    names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
-    with new_folder(out, names) as folder:
-        for name in stored.parts:
-            with open(folder / name, "wb") as file:
-                _fill(stored, plan, specs, [name], Path(name).suffix, file, watch)
-        for path in beside:
-            shutil.copyfile(path, folder / path.name)
+    index = [stored.index_name] if stored.index is not None else []
+    with new_folder(out, [*stored.parts, *index, *(p.name for p in beside)]) as folder:
+        _fill_folder(stored, plan, specs, beside, folder, watch)
+
+
+def _write_pipeline(
+    stored: Pipeline, plan: Plan, specs: dict[str, Spec], out: Path, watch: _Watch
+) -> None:
+    """Write each model in its folder, and copy what stands beside them."""
+    beside = {Path("."): _beside(stored.folder)}
+    beside |= {Path(folder.name): _every(folder) for folder in stored.others}
+    for name, component in stored.components.items():
+        beside[Path(name)] = _beside(component.folder)
+    _check_lost_inside(stored, beside, out)
+    top = [*stored.components, *(f.name for f in stored.others), *(p.name for p in beside[Path()])]
+    with new_folder(out, top) as folder:
+        for place, files in beside.items():
+            (folder / place).mkdir(exist_ok=True)
+            if str(place) not in stored.components:
+                for path in files:
+                    shutil.copyfile(path, folder / place / path.name)
+        for name, component in stored.components.items():
+            own, types = _part_of_plan(plan, specs, name)
+            _fill_folder(component, own, types, beside[Path(name)], folder / name, watch)
+
+
+def _part_of_plan(
+    plan: Plan, specs: dict[str, Spec], component: str
+) -> tuple[Plan, dict[str, Spec]]:
+    """What is to be written of one model, under its own names."""
+    start = len(component) + 1
+    keys = [key for key in plan if key.startswith(f"{component}.")]
+    own = {key[start:]: replace(plan[key], source=plan[key].source[start:]) for key in keys}
+    return own, {key[start:]: specs[key] for key in keys}
+
+
+def _check_lost_inside(stored: Pipeline, beside: Mapping[Path, list[Path]], out: Path) -> None:
+    """Refuse to replace a pipeline of which a folder has more than the new one."""
+    for place, files in beside.items():
+        component = stored.components.get(str(place))
+        names = [path.name for path in files]
+        if component is not None:
+            names += [*component.parts, *([component.index_name] if component.index else [])]
+        if place != Path() and (out / place).is_dir():
+            check_lost(out / place, out / place, names)
+
+
+def _fill_folder(
+    stored: Stored,
+    plan: Plan,
+    specs: dict[str, Spec],
+    beside: list[Path],
+    folder: Path,
+    watch: _Watch,
+) -> None:
+    for name in stored.parts:
+        with open(folder / name, "wb") as file:
+            _fill(stored, plan, specs, [name], Path(name).suffix, file, watch)
+    for path in beside:
+        shutil.copyfile(path, folder / path.name)
+    if stored.index is not None:
         text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
         (folder / stored.index_name).write_text(text, encoding="utf-8")
 
 
 def _beside(folder: Path) -> list[Path]:
     """The files to copy: those of the folder itself, without the weights."""
-    there = [path for path in sorted(folder.iterdir()) if path.is_file() and not _is_weights(path)]
+    return _every(folder, lambda path: not _is_weights(path))
+
+
+def _every(folder: Path, wanted: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+    """The files of a folder itself, without links to elsewhere."""
+    there = [path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -320,8 +399,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file, or what it is a link to, belongs to its folder."""
     real = path.resolve()
     # the Hugging Face cache keeps the files of a snapshot in a folder of its own
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-    return real.parent in (folder, blobs)
+    snapshots = next((one for one in folder.parents if one.name == "snapshots"), None)
+    return real.parent in (folder, *([snapshots.parent / "blobs"] if snapshots else []))
 
 
 def _is_weights(path: Path) -> bool:
@@ -370,17 +449,33 @@ def _pieces(stored: Stored, recipe: Recipe, watch: _Watch) -> Iterator[memoryvie
     elif not recipe.changes:
         yield from stored.raw(recipe.source)
     else:
-        for after in watch.saw(_merged_runs(stored, recipe)):
+        rounded: list[tuple[float, float]] = []
+        for after in watch.saw(_merged_runs(stored, recipe, rounded)):
             yield from pieces_of(after)
+        watch.rounded(rounded)
 
 
-def _merged_runs(stored: Stored, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+def _merged_runs(
+    stored: Stored, recipe: Recipe, rounded: list[tuple[float, float]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The runs of a tensor before and after."""
     spec = stored.specs[recipe.source]
     for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
         before = stored.run(recipe.source, elements)
         after = summed(before)
         recipe.check(before, after, summed)
+        if spec.dtype in NARROW:
+            rounded.append(_rounding(before, after, summed))
         yield before, after
+
+
+def _rounding(
+    before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Of a run in 8 bits ``<Δ, Δ>`` and ``<Δ, Δ'>``: what was to be added, and what was."""
+    wide = before.float()
+    wanted, added = summed(wide) - wide, after.float() - wide
+    return float(wanted.dot(wanted)), float(wanted.dot(added))
 
 
 def _fill_pickled(

@@ -111,6 +111,27 @@ class WholeTerm(Term):
         return 2 * self.value.detach().abs().max().double() * self.strength.abs().double()
 
 
+@dataclass(frozen=True)
+class ScaledTerm(Term):
+    """Multiplies: before the updates, by what a weight of 8 bits is stored divided by; or after
+    them, by its reciprocal, no further than the type goes.
+
+    Args:
+        factor: one number, or one for each row ``[rows]``.
+        limit: of the size of an element.
+    """
+
+    factor: Tensor
+    limit: float = float("inf")
+
+    def prepared(self, wide: torch.dtype) -> "ScaledTerm":
+        return replace(self, factor=self.factor.detach().to(wide))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        factor = self.factor if self.factor.dim() == 0 else self.factor[block.rows, None]
+        return total.mul_(factor).clamp_(-self.limit, self.limit)
+
+
 class Fold:
     """The sum for one weight, a block of it at a time.
 
