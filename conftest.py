@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 # layers this small wait for threads a hundred times longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or libraries ask a hub for what lies here
 collect_ignore = ["tests/cuda/interpreted.py"]
 collect_ignore_glob = [] if find_spec("triton") else ["paramlora/cuda/*/*.py"]
 if not find_spec("triton"):

@@ -80,4 +80,10 @@ def test_the_source_distribution_is_told_of_everything_that_tests_read():
     assert grafted == {"tests", "docs", "examples", "benchmarks", ".ci"}
     included = [n for line in re.findall(r"^include (.*)", told, re.M) for n in line.split()]
     found = {path.name for pattern in included for path in ROOT.glob(pattern)}
-    assert {"conftest.py", "example_config.json", "constraints.txt", "CITATION.cff"} <= found
+    assert {
+        "conftest.py",
+        "example_config.json",
+        "constraints.txt",
+        "CITATION.cff",
+        "mkdocs.yml",
+    } <= found

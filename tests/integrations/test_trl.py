@@ -1,6 +1,6 @@
 """TRL's trainers take an attached model as it is: they train it, resume it, keep no second copy."""
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers themselves
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import small_models  # noqa: E402
-
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = {"re:.*_proj": {"r": 4, "alpha": 8, "init": "kaiming"}}
 SUMS = [f"{i} plus {i} is " for i in range(32)]
 TEXTS = [{"prompt": text, "completion": str(2 * i)} for i, text in enumerate(SUMS)]
@@ -26,6 +24,9 @@ PAIRS = [{"prompt": text, "chosen": str(2 * i), "rejected": f"a{i}"} for i, text
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
+    spec = importlib.util.spec_from_file_location("small_models", EXAMPLES / "small_models.py")
+    small_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_models)
     small_models.language_model(folder)
     return folder
 
