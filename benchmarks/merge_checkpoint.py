@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from paramlora import Adapter, Update
-from paramlora.files import merge
-from paramlora.native import read_native, write_native
-from paramlora.stored import Stored
-from paramlora.stream import Spec, pieces_of, write_safetensors
+from paramlora.files.checkpoint import Stored
+from paramlora.files.convert import merge
+from paramlora.files.native import read_native, write_native
+from paramlora.files.safetensors import Spec, write_safetensors
+from paramlora.update.memory import pieces_of
 
 HIDDEN, INNER, VOCABULARY = 4096, 14336, 64000
 LAYER = {

@@ -38,7 +38,7 @@ from benchmarks.models import fill
 from benchmarks.opponents import adapt_peft, factors
 from benchmarks.reference import SCALE
 from benchmarks.results import quantised_table, save
-from paramlora.quantised import dense
+from paramlora.model.quantised import dense
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

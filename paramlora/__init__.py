@@ -3,14 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paramlora.adapter import Adapter, Update
-from paramlora.attach import (
-    attach,
-    detach,
-    disable_adapters,
-    set_adapters,
-)
 from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.cuda.operands import kernels
 from paramlora.errors import (
     AdapterError,
     ConfigError,
@@ -19,24 +13,25 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.inputs import disable_input_grads, enable_input_grads
-from paramlora.lowrank import LowRank
-from paramlora.merge import merge
-from paramlora.optim import parameter_groups, trainable_parameters
-from paramlora.served import kernels
-from paramlora.state import (
+from paramlora.model.attach import attach, detach, disable_adapters, set_adapters
+from paramlora.model.input_grads import disable_input_grads, enable_input_grads
+from paramlora.model.merge import merge
+from paramlora.model.optim import parameter_groups, trainable_parameters
+from paramlora.model.summary import Summary, summary
+from paramlora.model.targets import Target, targets
+from paramlora.model.values import (
     adapter_of,
     adapter_state_dict,
     attach_adapter,
     load_adapter_state_dict,
 )
-from paramlora.summary import Summary, summary
-from paramlora.targets import Target, targets
+from paramlora.update.lowrank import LowRank
+from paramlora.update.value import Adapter, Update
 
 if TYPE_CHECKING:
     from paramlora import checkpoint
-    from paramlora.interchange import load_adapter
-    from paramlora.native import save_adapter
+    from paramlora.files.adapters import load_adapter
+    from paramlora.files.native import save_adapter
 
 __all__ = [
     "Adapter",
@@ -76,8 +71,8 @@ __all__ = [
 # files and their formats are half of the package, and most processes that import it read none
 _LATER = {
     "checkpoint": "paramlora.checkpoint",
-    "load_adapter": "paramlora.interchange",
-    "save_adapter": "paramlora.native",
+    "load_adapter": "paramlora.files.adapters",
+    "save_adapter": "paramlora.files.native",
 }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import paramlora
-from paramlora.attach import lowranks
+from paramlora.model.attach import lowranks
 
 FOLDER = Path(__file__).parents[1] / "examples"
 DOCUMENT = (FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A file imports only files before it, and knows only what it may."""
+"""Imports run one way, by folder, and a folder knows only what it may."""
 
 import ast
 import importlib
@@ -6,35 +6,41 @@ from pathlib import Path
 
 import pytest
 
-ORDER = (
-    "errors reading patterns config compat contexts undo ties sharded quantised casts "
-    "geometry fold switch again digest adapter lowrank whole targets statistics init "
-    "placement inputs served narrow linear_kernels conv_kernels depthwise_kernels launch "
-    "tiles fused joined depthwise lookup operators functional convolution forwards layers "
-    "methods soft attach merge state keys disk mistaken stream plan checkpoint opcodes "
-    "pickles native stored formats interchange files inspection optim summary integrations "
-    "demo cli "
-).split()
-CLI = "app checkpoints training adapters".split()
-FOLDER = Path(__file__).parents[1] / "paramlora"
-FORMATS = (
-    "content scale base merged factors sgm format detect peft diffusers kohya original loralib "
-    "torchtune litgpt cloneofsimo native"
-).split()
-# a new format needs no place here: it comes last
-NEW = sorted({p.stem for p in (FOLDER / "formats").glob("*.py")} - {*FORMATS, "__init__"})
-FORMATS += NEW
-EVERY = [name for name in ORDER if name != "cli"] + [f"formats/{name}" for name in FORMATS]
+# a folder or file imports only those before it; inside of a folder there are no circles
+ORDER = "errors config update cuda evaluate model checkpoint formats files integrations cli".split()
+TESTS = Path(__file__).parent
+FOLDER = TESTS.parent / "paramlora"
+FILES = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.py"))
+INNER = [path for path in FILES if path.parts[0] not in ("__init__.py", "__main__.py")]
+NOT_FORMATS = {
+    "__init__",
+    "base",
+    "content",
+    "detect",
+    "factors",
+    "format",
+    "merged",
+    "scale",
+    "sgm",
+}
 
 
-def tree(name):
-    path = FOLDER / f"{name}.py"
-    path = path if path.exists() else FOLDER / name / "__init__.py"
-    return ast.parse(path.read_text(encoding="utf-8"))
+def name_of(path):
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(name):
-    for node in ast.walk(tree(name)):
+def place(name):
+    return ORDER.index(name.split(".")[0])
+
+
+MODULES = {name_of(path): path for path in INNER}
+
+
+def imported(path, also_later=True):
+    """The dotted names that a file imports; without `also_later`, only when it is imported."""
+    tree = ast.parse((FOLDER / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if also_later else at_import(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -42,53 +48,78 @@ def imported(name):
             yield from (alias.name for alias in node.names)
 
 
-def test_the_list_is_whole():
-    packages = {p.parent.name for p in FOLDER.glob("*/__init__.py")}
-    assert {p.stem for p in FOLDER.glob("*.py")} | packages == {*ORDER, "__init__", "__main__"}
-    assert {p.stem for p in (FOLDER / "formats").glob("*.py")} == {*FORMATS, "__init__"}
-    assert all(importlib.import_module(f"paramlora.formats.{name}").FORMAT for name in NEW)
-    assert {p.stem for p in (FOLDER / "cli").glob("*.py")} == {*CLI, "__init__"}
+def at_import(tree):
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.If)):
+            yield node
+            yield from at_import(node)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_go_backwards(name):
-    used = {m.split(".")[1] for m in imported(name) if m.startswith("paramlora.")}
-    used = {u for u in used & set(ORDER) if u != name}
-    assert all(ORDER.index(u) < ORDER.index(name) for u in used), used
+def ours(path, **kwargs):
+    names = {m.removeprefix("paramlora.") for m in imported(path, **kwargs)}
+    return {m for m in names & set(MODULES) if m != name_of(path)}
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_formats_import_backwards_too(name):
-    used = [m.split(".") for m in imported(f"formats/{name}") if m.startswith("paramlora.")]
-    inside = {u[2] for u in used if u[1] == "formats" and len(u) > 2} & set(FORMATS)
-    outside = {u[1] for u in used} & set(ORDER)
-    assert all(FORMATS.index(u) < FORMATS.index(name) for u in inside), inside
-    assert all(ORDER.index(u) <= ORDER.index("formats") for u in outside), outside
+def test_every_entry_has_its_place():
+    entries = {path.parts[0].removesuffix(".py") for path in FILES}
+    assert entries == {*ORDER, "__init__", "__main__"}
+    assert len(ORDER) <= 12
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_pure(name):
+@pytest.mark.parametrize("path", INNER, ids=str)
+def test_imports_go_one_way_between_folders(path):
+    own = place(name_of(path))
+    assert not {used for used in ours(path) if place(used) > own}
+
+
+def test_no_circle_inside_of_a_folder():
+    left = {
+        name: {u for u in ours(path, also_later=False) if place(u) == place(name)}
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"
+    }
+    while free := [name for name, used in left.items() if not used & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+@pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] == "checkpoint"], ids=str)
+def test_checkpoints_know_no_model(path):
+    assert not {used for used in ours(path) if used.split(".")[0] not in ("errors", "update")} - {
+        "checkpoint.keys",
+        "checkpoint.recipes",
+    }
+
+
+def test_each_file_among_the_formats_is_one():
+    for path in [p for p in INNER if p.parts[0] == "formats" and p.stem not in NOT_FORMATS]:
+        assert importlib.import_module(f"paramlora.{name_of(path)}").FORMAT, path
+
+
+@pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] == "formats"], ids=str)
+def test_a_format_is_pure(path):
     """Values in, values out: no model but its names, and no file."""
-    forbidden = {"paramlora.attach", "paramlora.disk", "paramlora.native", "pathlib", "os"}
-    if name == "native":  # of which it takes what turns values into values
-        taken = {m.rpartition(".")[2] for m in imported(f"formats/{name}") if "a.native." in m}
-        assert taken == {"NATIVE", "checked_entries", "described", "native_of"}
-        forbidden.remove("paramlora.native")
-    assert not forbidden & set(imported(f"formats/{name}"))
+    assert not {"paramlora.model.attach", "pathlib.Path", "os", "io"} & set(imported(path))
 
 
-@pytest.mark.parametrize("name", ["errors", "reading", "patterns", "config"])
+@pytest.mark.parametrize("name", ["errors", "config", "config.reading", "model.match"])
 def test_the_configuration_knows_no_torch(name):
-    assert not any(m.split(".")[0] == "torch" for m in imported(name))
+    assert not any(m.split(".")[0] == "torch" for m in imported(MODULES[name]))
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_only_the_command_line_prints_or_exits(name):
-    nodes = ast.walk(tree(name))
+@pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] != "cli"], ids=str)
+def test_only_the_command_line_prints_or_exits(path):
+    nodes = ast.walk(ast.parse((FOLDER / path).read_text(encoding="utf-8")))
     calls = {n.func.id for n in nodes if isinstance(n, ast.Call) and hasattr(n.func, "id")}
     assert not calls & {"print", "exit"}
 
 
 def test_only_the_command_line_needs_typer_and_rich():
-    for name in [n for n in ORDER if n != "cli"]:
-        assert not {m.split(".")[0] for m in imported(name)} & {"typer", "rich", "click"}, name
+    for path in [p for p in FILES if p.parts[0] not in ("cli", "__main__.py")]:
+        assert not {m.split(".")[0] for m in imported(path)} & {"typer", "rich", "click"}, path
+
+
+def test_tests_stand_where_the_package_has_its_folders():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert folders <= set(ORDER)

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from paramlora import inspection, interchange
 from paramlora.cli.app import app, fail, report, warnings_told, wrote
 from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out, Quiet
 from paramlora.cli.training import build
+from paramlora.files import adapters as interchange
+from paramlora.files import inspect as inspection
 from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
 
 File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]

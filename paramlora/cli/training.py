@@ -31,7 +31,7 @@ def demo(
 ) -> None:
     """Teach a small diffusion U-Net the digits 0 to 4, adapt it to 5 to 9, merge, and compare."""
     try:
-        from paramlora import demo as job
+        from paramlora.cli import demo as job
 
         job.digits()
     except ImportError as error:

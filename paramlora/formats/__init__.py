@@ -9,7 +9,6 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.adapter import Adapter
 from paramlora.errors import FileError
 from paramlora.formats.base import (
     Base,
@@ -42,6 +41,7 @@ from paramlora.formats.format import (
     unregister,
     writable,
 )
+from paramlora.update.value import Adapter
 
 __all__ = [
     "FORMATS",

@@ -8,11 +8,11 @@ from typing import Optional, get_args
 import torch
 from torch import nn
 
-from paramlora.adapter import Adapter, Holder, Update
 from paramlora.errors import FileError, closest
 from paramlora.formats.content import Options, report
-from paramlora.geometry import Layout, matrix_shape
-from paramlora.targets import Target, adaptable, unwrapped
+from paramlora.model.targets import Target, adaptable, unwrapped
+from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.value import Adapter, Holder, Update
 
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "

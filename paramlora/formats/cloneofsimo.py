@@ -9,12 +9,12 @@ from typing import Optional
 
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, parsed_list, report_unused
 from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.update.value import Adapter, Update
 
 _FACTOR = re.compile(r"(?P<model>.+):(?P<index>[0-9]{1,9}):(?P<role>up|down)", re.DOTALL)
 _NUMBER = re.compile("[0-9]{1,9}")

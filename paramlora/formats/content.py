@@ -10,9 +10,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.adapter import Adapter
+from paramlora.config.reading import parse_json
 from paramlora.errors import FileError, ParamloraWarning, listed, spelled
-from paramlora.reading import parse_json
+from paramlora.update.value import Adapter
 
 
 @dataclass(frozen=True)

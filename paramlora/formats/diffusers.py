@@ -13,7 +13,6 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats import peft
 from paramlora.formats.base import COMPONENTS, Base
@@ -29,6 +28,7 @@ from paramlora.formats.content import (
 from paramlora.formats.factors import grouped, kernels, pair
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.update.value import Adapter, Update
 
 METADATA = "lora_adapter_metadata"
 _ROLES = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}

@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from paramlora.adapter import Update
 from paramlora.errors import FileError
 from paramlora.formats.content import check_factors
 from paramlora.formats.merged import merged_linear
+from paramlora.update.value import Update
 
 
 def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
-from paramlora.adapter import Adapter
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import Content, Options
+from paramlora.update.value import Adapter
 
 Reader = Callable[[Content, Optional[Base], Options], Adapter]
 Writer = Callable[..., Content]
@@ -94,7 +94,9 @@ class Format:
 
 def any_key(pattern: str) -> Callable[[Content], bool]:
     """Whether a file has a key that `pattern` matches from end to end."""
-    compiled = re.compile(pattern, re.DOTALL)  # names hold any character (see `paramlora.keys`)
+    compiled = re.compile(
+        pattern, re.DOTALL
+    )  # names hold any character (see `paramlora.checkpoint.keys`)
     return lambda content: any(compiled.fullmatch(key) for key in content.state)
 
 

@@ -14,7 +14,6 @@ import torch
 from einops import EinopsError, einsum
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats import sgm
 from paramlora.formats.base import Base, place
@@ -30,6 +29,7 @@ from paramlora.formats.content import (
 from paramlora.formats.factors import check_told, kernels, pair, whole, wide
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.update.value import Adapter, Update
 
 # in front of a mangled path, and the components of a pipeline that it can mean
 PREFIXES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,6 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, number
@@ -18,6 +17,7 @@ from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear, parted
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.formats.torchtune import check_uniform
+from paramlora.update.value import Adapter, Update
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
 _PARTS = ("lora_query", "lora_key", "lora_value")

@@ -9,13 +9,13 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
 from paramlora.formats.factors import pair, whole, wide
 from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear
+from paramlora.update.value import Adapter, Update
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
 

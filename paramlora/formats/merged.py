@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paramlora.adapter import Update
 from paramlora.errors import FileError
+from paramlora.update.value import Update
 
 
 def merged_linear(

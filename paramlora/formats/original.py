@@ -12,7 +12,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import (
@@ -26,6 +25,7 @@ from paramlora.formats.content import (
 from paramlora.formats.factors import kernels, pair
 from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.merged import merged_linear
+from paramlora.update.value import Adapter, Update
 
 _PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)", re.DOTALL)
 _HARD, _SOFT = {"lora_A", "lora_B"}, {"lora_A.weight", "lora_B.weight"}

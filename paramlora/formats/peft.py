@@ -15,7 +15,6 @@ from typing import Any, Optional
 from einops import rearrange
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError, listed, spelled
 from paramlora.formats.base import COMPONENTS, Base, place
 from paramlora.formats.content import (
@@ -31,7 +30,8 @@ from paramlora.formats.content import (
 from paramlora.formats.factors import check_told, grouped, kernels, pair
 from paramlora.formats.format import Format, Mark
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.patterns import Names, Unbounded
+from paramlora.model.match import Names, Unbounded
+from paramlora.update.value import Adapter, Update
 
 PREFIX = "base_model.model."
 _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"

@@ -10,7 +10,6 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.adapter import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
@@ -18,6 +17,7 @@ from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.peft import alpha, by_pattern, check_config
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
+from paramlora.update.value import Adapter, Update
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[ab])\.weight", re.DOTALL)
 

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from paramlora.state import adapter_state_dict, load_adapter_state_dict
+from paramlora.model.values import adapter_state_dict, load_adapter_state_dict
 
 
 class AdapterCheckpoint(Callback):

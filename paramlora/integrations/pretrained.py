@@ -1,7 +1,7 @@
 """What models of transformers and diffusers do with their own tensors, told of the updates.
 
 `attach` has these called in the place of the models' methods of the same names
-(see `paramlora.methods`). Each gets the model, the class's own method, and its arguments.
+(see `paramlora.model.methods`). Each gets the model, the class's own method, and its arguments.
 """
 
 import functools
@@ -21,23 +21,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from paramlora import formats
-from paramlora.attach import adapter_names, updates
-from paramlora.disk import new_file
+from paramlora.checkpoint.keys import Key
 from paramlora.errors import AdapterError, FileError, ParamloraWarning
+from paramlora.files.atomic import new_file
+from paramlora.files.native import write_native
+from paramlora.files.safetensors import SafeFile
 from paramlora.formats import Content, base_of
-from paramlora.geometry import ambiguous, matrix_shape
-from paramlora.keys import Key
-from paramlora.layers import holds_updates, parametrized, shared
-from paramlora.lowrank import LowRank
-from paramlora.methods import library
-from paramlora.native import write_native
-from paramlora.sharded import is_sharded, writes
-from paramlora.soft import add_branch, remove_branches
-from paramlora.state import adapter_of
-from paramlora.stream import SafeFile
-from paramlora.switch import Switched
-from paramlora.targets import BRANCHES
-from paramlora.whole import Whole
+from paramlora.model.attach import adapter_names, updates
+from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.layer_class import holds_updates, parametrized, shared
+from paramlora.model.methods import library
+from paramlora.model.values import adapter_of
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.geometry import ambiguous, matrix_shape
+from paramlora.update.lowrank import LowRank
+from paramlora.update.names import BRANCHES
+from paramlora.update.sharded import is_sharded, writes
+from paramlora.update.whole import Whole
 
 _Own = Callable[..., Any]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer of transformers names its folders
@@ -241,7 +241,7 @@ def _memory(tensor: Tensor) -> Any:
 
 def _without_ours(key: Key, plist: Any) -> str:
     """The key that a tensor of a parametrized layer has without our updates in its list."""
-    others = [index for index, one in enumerate(plist) if not isinstance(one, Switched)]
+    others = [index for index, one in enumerate(plist) if not isinstance(one, AttachedUpdate)]
     if key.part.startswith("original") and not others:
         return key.weight
     return str(replace(key, index=others.index(key.index)) if key.index in others else key)
@@ -262,7 +262,7 @@ def resize_token_embeddings(model: nn.Module, own: _Own, *args: Any, **kwargs: A
     """
     for layer in _ends(model):
         for name, plist in parametrized(layer).items():
-            theirs = [one for one in plist if not isinstance(one, Switched)]
+            theirs = [one for one in plist if not isinstance(one, AttachedUpdate)]
             if theirs or any(map(is_sharded, plist.parameters())):
                 why = type(theirs[0]).__name__.lstrip("_") if theirs else "sharding"
                 raise AdapterError(
@@ -361,7 +361,7 @@ class _Held:
         lists = {
             name: plist
             for name, plist in parametrized(layer).items()
-            if all(isinstance(one, Switched) for one in plist)
+            if all(isinstance(one, AttachedUpdate) for one in plist)
         }
         shapes = {name: plist.original.shape for name, plist in lists.items()}
         branches = layer._modules.get(BRANCHES)
@@ -406,7 +406,7 @@ class _Held:
 
 
 @torch.no_grad()
-def _resize(update: Switched, base: Tensor) -> None:
+def _resize(update: AttachedUpdate, base: Tensor) -> None:
     """Give an update the size of its resized base: what is new is zero, as before training."""
     if isinstance(update, Whole):
         own = update.lora_whole

@@ -1,0 +1,1 @@
+"""Convolutions of many channels, by cuDNN on operands that Triton lays out."""

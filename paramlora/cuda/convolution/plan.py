@@ -1,0 +1,444 @@
+"""Forward and backward of a 16-bit convolution on CUDA: cuDNN's convolutions, and between them the
+kernels of `conv_kernels`; imported only there.
+
+As in `fused`, all but the tensors is planned once for each kind of operands. A signal is an image
+of one row.
+"""
+
+import math
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paramlora.cuda.convolution import kernels as conv_kernels
+from paramlora.cuda.launch import Launch, bound, changed
+from paramlora.cuda.linear.tiles import PROCESSORS, WIDEST
+from paramlora.cuda.operands import DEEP, factors_fit, outputs_of, padded
+from paramlora.update.compat import cuda_device
+
+_Maybe = Optional[Tensor]
+_Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
+_gradients = torch.ops.aten.convolution_backward.default
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_BLOCK = 1024  # elements of a row of A in one program
+
+
+class _Image(NamedTuple):
+    """A tensor ``[batch, channels, ...]`` or a weight; made by its strides, quicker than by its
+    shape and format."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def new(self, like: Tensor) -> Tensor:
+        return like.new_empty_strided(self.shape, self.stride)
+
+    def of(self, t: Tensor) -> Tensor:
+        """The same, in this format."""
+        return t if t.stride() == self.stride else self.new(t).copy_(t)
+
+
+def _first(shape: tuple[int, ...]) -> _Image:
+    return _Image(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))))
+
+
+def _last(shape: tuple[int, ...]) -> _Image:
+    """With the channels last in memory."""
+    channels, rest = shape[1], shape[2:]
+    inward = (channels * math.prod(rest[i + 1 :]) for i in range(len(rest)))
+    return _Image(shape, (channels * math.prod(rest), 1, *inward))
+
+
+def _format(t: Tensor) -> Optional[bool]:
+    """Whether channels are the last in memory, or None where it is neither dense format."""
+    if t.is_contiguous():
+        return False
+    last = _LAST.get(t.dim())
+    return True if last is not None and t.is_contiguous(memory_format=last) else None
+
+
+def widened(channels: int, R: int) -> int:
+    """Channels of a joined tensor: cuDNN is a third slower at 328 of them than at 384, and at 136
+    than at 160 (bfloat16, 3×3, an H200)."""
+    block = 64 if channels >= 256 else 32 if channels >= 64 else 8
+    return channels + R + -(channels + R) % block
+
+
+class _Geometry(NamedTuple):
+    """Of a convolution in two or three dimensions: positions along each axis."""
+
+    sizes: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return outputs_of(self.sizes, self.kernel, (self.stride, self.padding, self.dilation))
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """Where a kernel's middle lies for the first output."""
+        along = zip(self.kernel, self.padding, self.dilation)
+        return tuple(k // 2 * d - p for k, p, d in along)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a kernel's middle never meets the padding."""
+        along = zip(self.firsts, self.outputs, self.stride, self.sizes)
+        return all(f >= 0 and f + (m - 1) * s < n for f, m, s, n in along)
+
+    @property
+    def middle(self) -> int:
+        """Which position of a kernel is its middle."""
+        middle = 0
+        for k in self.kernel:
+            middle = middle * k + k // 2
+        return middle
+
+
+def _geometry(x: Tensor, weight: Tensor, where: _Where) -> _Geometry:
+    sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), where
+    if len(sizes) == 1:
+        return _Geometry((1, *sizes), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
+    return _Geometry(sizes, kernel, stride, padding, dilation)
+
+
+def _power(n: int, most: int) -> int:
+    """Of a block: a power of two, of at least the 16 that tensor cores take."""
+    return max(16, min(most, 1 << (n - 1).bit_length()))
+
+
+def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
+    """Channels and positions of a block that is copied; `last`: they stay the last in memory."""
+    return _power(channels, 128 if last else 64), _power(P, 32 if last else 64)
+
+
+def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
+    """The same of a weight."""
+    most = min(64, 1 << (positions - 1).bit_length())
+    return _power(channels, 1024 // most), most
+
+
+def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
+    return batch * -(-channels // block[0]) * -(-P // block[1])
+
+
+class _Forward:
+    """The plan of a forward: two convolutions between two or three launches."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, geometry: _Geometry
+    ) -> None:
+        (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
+        sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
+        P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
+        channels, device = widened(inner, R), x.get_device()
+        last, weight_last = bool(_format(x)), bool(_format(weight))
+        self.conv, self.where = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
+        self.wide, self.t = _last((batch, channels, *sizes)), _last((batch, R, *outputs))
+        self.joined, self.down = _last((out, channels, *kernel)), _last((R, channels, *kernel))
+        added, block = channels - inner, _copy_blocks(channels, P, last)
+        of_weight = _weight_blocks(channels, positions)
+        self.folded = bias is not None and added > r
+        numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
+        constants: tuple[Any, ...] = (self.folded, last, weight_last, R, *of_weight, *block)
+        grid = _copies(out + R, channels, positions, of_weight)
+        grid += _copies(batch, channels, P, block)
+        self.prepare = Launch(conv_kernels.prepare, device, grid, numbers, constants, 1, 4)
+        flat, BP = (1,) * (3 - len(sizes)), _power(P, 64)
+        axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
+        numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
+        same = outputs == sizes and not any(geometry.firsts)
+        grid = batch * -(-P // BP)
+        constants = (self.folded, same, R, BP)
+        self.put = Launch(conv_kernels.put, device, grid, numbers, constants, 1, 4)
+        self.back: Optional[Launch] = None
+        if not (last or weight_last):
+            self.y = _last((batch, out, *outputs))
+            self.result = _first((batch, out, *outputs[len(sizes) + 2 - x.dim() :]))
+            self.back = _back(device, (batch, out, PO))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        addresses: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        wide, joined, down = self.wide.new(x), self.joined.new(x), self.down.new(x)
+        folded, left = (bias, None) if self.folded and bias is not None else (weight, bias)
+        made = (wide, joined, down)
+        places = (folded.data_ptr(), *(of.data_ptr() for of in made))
+        self.prepare((x, weight, a, b, scale, folded, *made), (*addresses, *places))
+        t = self.t.of(self.conv(wide, down, None, *self.where))
+        self.put((t, wide), (t.data_ptr(), places[1]))
+        y = self.conv(wide, joined, left, *self.where)
+        if self.back is None:
+            return y, t
+        y, result = self.y.of(y), self.result.new(y)
+        py, pr = y.data_ptr(), result.data_ptr()
+        self.back((y, result, y, y, y, y, y), (py, pr, py, py, py, py, py))
+        return result, t
+
+
+def _back(
+    device: int,
+    image: Optional[tuple[int, int, int]] = None,
+    rows: tuple[int, int, int] = (0, 1, 1),
+    sums: tuple[int, int, int] = (1, 0, 1),
+    scaled: bool = False,
+) -> Launch:
+    """Of an image ``[batch, channels, P]``, of so many rows of A's kernel its channels and
+    positions, and of so many groups the sums ``[out, r]``."""
+    (batch, channels, P), (count, inner, positions), (groups, out, r) = (
+        image or (0, 1, 1),
+        rows,
+        sums,
+    )
+    block, R, many = _copy_blocks(channels, P, False), padded(r), 1 << (groups - 1).bit_length()
+    tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
+    grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
+    numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
+    constants = (scaled, R, many, each, *block, _BLOCK)
+    return Launch(conv_kernels.back, device, grid, numbers, constants, 1, 4)
+
+
+_FORWARDS: dict[Any, Any] = {}
+_BACKWARDS: dict[Any, Any] = {}
+_COPY = object()  # instead of a plan: the input must first be laid out anew
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
+) -> Optional[tuple[Tensor, Tensor]]:
+    """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
+
+    Args:
+        x: ``[N, C_in, ...]``, 16-bit.
+        weight: ``[C_out, C_in, *kernel]``, of x's type.
+        bias: ``[C_out]`` or None.
+        a: ``[r, C_in · prod(kernel)]``.
+        b: ``[C_out, r]``.
+        scale: ``[]``.
+        where: stride, padding and dilation, a number for each axis.
+
+    Returns:
+        ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
+        operands.
+    """
+    device = x.get_device()
+    if device != cuda_device():
+        with torch.cuda.device(device):
+            return forward(x, weight, bias, a, b, scale, where)
+    px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
+    pa, pb = a.data_ptr(), b.data_ptr()
+    odd, biased = (px | pw | pa | pb | ps) & 15, None
+    if bias is not None:
+        biased = (bias.shape, bias.stride(), bias.dtype, bias.get_device(), bias.data_ptr() & 15)
+    key = (
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype,
+        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, biased, where,
+        device, weight.get_device(), a.get_device(), b.get_device(), scale.get_device(),
+        odd and tuple(p & 15 for p in (px, pw, pa, pb, ps)),
+    )  # fmt: skip
+    plan = _FORWARDS.get(key, _FORWARDS)
+    if plan is _FORWARDS:
+        bound(_FORWARDS)
+        plan = _FORWARDS[key] = _plan_forward(x, weight, bias, a, b, scale, where)
+    if plan is None:
+        return None
+    if plan is _COPY:
+        return forward(x.contiguous(), weight, bias, a, b, scale, where)
+    return plan(x, weight, bias, a, b, scale, (px, pw, pa, pb, ps))  # type: ignore[no-any-return]
+
+
+def _plan_forward(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
+) -> Any:
+    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
+        return None
+    if not (factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
+        return None
+    if (weight.dtype, weight.get_device()) != (x.dtype, x.get_device()):
+        return None
+    if bias is not None:
+        like = (torch.Size(weight.shape[:1]), (1,), x.dtype, x.get_device())
+        if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
+            return None
+    geometry = _geometry(x, weight, where)
+    if min(geometry.outputs) < 1 or not geometry.inside:
+        return None
+    positions = max(math.prod(of) for of in (geometry.sizes, geometry.outputs, geometry.kernel))
+    if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
+        return None
+    return _COPY if _format(x) is None else _Forward(x, weight, bias, a, b, geometry)
+
+
+class _Backward:
+    """The plan of a backward: two convolutions' gradients between two launches."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        geometry: _Geometry,
+        scaled: bool,
+        input_too: bool,
+        a_too: bool,
+    ) -> None:
+        (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
+        sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
+        PX, P, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
+        channels, device = widened(out, R), x.get_device()
+        last, x_last, weight_last = (bool(_format(of)) for of in (dy, x, weight))
+        self.input_too, self.a_too = input_too, a_too
+        self.relaid, self.returned = a_too and not x_last, input_too and not x_last
+        none = [0] * len(sizes)
+        self.where = ([0], *geometry[2:], False, none, 1)
+        self.wide, self.tall = _last((batch, channels, *outputs)), _last((channels, inner, *kernel))
+        self.v, self.x, self.down = (
+            _last(of) for of in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
+        )
+        self.dx, self.da, self.db = (_first(tuple(of)) for of in (x.shape, a.shape, (out, r)))
+        BP = _power(P, 128 if batch * -(-P // 128) >= PROCESSORS else 32)
+        GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
+        of_weight = _weight_blocks(inner, positions)
+        tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
+        groups = max(1, min(-(-units // 4), -(-PROCESSORS // blocks)))
+        each = -(-units // groups)
+        groups = -(-units // each)
+        self.parts = groups * out * R
+        grid = tiles + groups * blocks
+        grid += _copies(channels, inner, positions, of_weight) if input_too else 0
+        grid += _copies(batch, inner, PX, block) if self.relaid else 0
+        numbers = (
+            tiles, groups, each, batch, out, inner, channels - out, positions, P, PX, r,
+            *a.stride(), *b.stride(),
+        )  # fmt: skip
+        sizes = (DEEP, BP, 64, GP, *of_weight, *block)
+        constants = (input_too, last, weight_last, R, *sizes)
+        self.spread = Launch(conv_kernels.spread, device, grid, numbers, constants, 1, 4)
+        image = (batch, inner, PX) if self.returned else None
+        rows = (r if a_too else 0, inner, positions)
+        self.back = _back(device, image, rows, (groups, out, r), scaled)
+
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        t: Tensor,
+        scale: Tensor,
+        addresses: tuple[int, ...],
+    ) -> tuple[_Maybe, _Maybe, Tensor]:
+        v, part = self.v.new(x), x.new_empty(self.parts, dtype=torch.float32)
+        wide, tall = (self.wide.new(x), self.tall.new(x)) if self.input_too else (v, v)
+        x_last = self.x.new(x) if self.relaid or x.dim() == 3 else x
+        made = (wide, tall, x_last, v, part)
+        places = [of.data_ptr() for of in made]
+        self.spread((dy, t, weight, a, b, scale, x, *made), (*addresses, *places))
+        dx: Any = None
+        da: _Maybe = None
+        y, result, a_last, a_first = v, v, v, v
+        if self.input_too:
+            dx, _, _ = _gradients(wide, x_last, tall, *self.where, [True, False, False])
+        if self.returned:
+            y, result = self.x.of(dx), self.dx.new(x)
+            dx = result
+        if self.a_too:
+            down = self.down.new(x)  # whose shape alone counts
+            _, a_last, _ = _gradients(v, x_last, down, *self.where, [False, True, False])
+            a_last, da = self.down.of(a_last), a.new_empty_strided(*self.da)
+            a_first = da
+        db = x.new_empty_strided(*self.db, dtype=torch.float32)
+        tensors = (y, result, a_last, a_first, part, db, scale)
+        self.back(tensors, tuple(of.data_ptr() for of in tensors))
+        return dx, da, db
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    scaled: bool,
+    input_too: bool,
+    a_too: bool,
+    where: _Where,
+) -> tuple[_Maybe, _Maybe, Tensor]:
+    """The gradients of `forward`: of x, and of A, if wanted, and in float32 of B.
+
+    Args:
+        dy: ``[N, C_out, ...]``.
+        x, weight, a, b, scale, where: of the forward.
+        t: of the forward.
+        scaled: whether the scale is in the last gradient.
+        input_too, a_too: what is wanted.
+    """
+    device = x.get_device()
+    if device != cuda_device():
+        with torch.cuda.device(device):
+            return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
+    py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
+    pa, pb, pt, ps = a.data_ptr(), b.data_ptr(), t.data_ptr(), scale.data_ptr()
+    odd = (py | px | pw | pa | pb | pt | ps) & 15
+    key = (
+        dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, weight.shape,
+        weight.stride(), weight.dtype, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype,
+        t.shape, t.stride(), t.dtype, scale.dtype, scaled, input_too, a_too, where,
+        device, dy.get_device(), weight.get_device(), a.get_device(), b.get_device(),
+        t.get_device(), scale.get_device(),
+        odd and tuple(p & 15 for p in (py, px, pw, pa, pb, pt, ps)),
+    )  # fmt: skip
+    plan = _BACKWARDS.get(key)
+    if plan is None:
+        bound(_BACKWARDS)
+        plan = _plan_backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
+        _BACKWARDS[key] = plan
+    if plan is _COPY:
+        dy, x = (of if _format(of) is not None else of.contiguous() for of in (dy, x))
+        t = _last(tuple(t.shape)).of(t)
+        return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
+    addresses = (py, pt, pw, pa, pb, ps, px)
+    return plan(dy, x, weight, a, b, t, scale, addresses)  # type: ignore[no-any-return]
+
+
+def _plan_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    scale: Tensor,
+    scaled: bool,
+    input_too: bool,
+    a_too: bool,
+    where: _Where,
+) -> Any:
+    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, where)
+    outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
+    shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
+    shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
+    types = {of.dtype for of in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
+    if not (shapes and types) or len({of.get_device() for of in together}) > 1:
+        named = "the gradient, the input, the weight, A, B, A's output and the scale"
+        raise changed(named, together)
+    if _format(dy) is None or _format(x) is None or t.stride() != _last(tuple(t.shape)).stride:
+        return _COPY
+    return _Backward(dy, x, weight, a, b, geometry, scaled, input_too, a_too)

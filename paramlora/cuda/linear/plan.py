@@ -1,0 +1,483 @@
+"""Forward and backward of a 16-bit linear layer on CUDA, in the kernels; imported only there.
+
+Everything works without Triton, and so without this file. A small layer takes the device less time
+than Python, so all that a step needs but its tensors is planned once for each kind of operands:
+`forward` and `backward` find their plan by one key, reserve memory, and launch.
+"""
+
+import functools
+import itertools
+import math
+import secrets
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.cuda.launch import Launch, bound, changed, is_hopper
+from paramlora.cuda.linear import kernels
+from paramlora.cuda.linear.tiles import (
+    PROCESSORS,
+    Rows,
+    Tiles,
+    gradients,
+    is_even,
+    is_local,
+    is_ours,
+    is_prepared,
+    projection,
+    rows_of,
+)
+from paramlora.cuda.operands import (
+    DEEP,
+    SPAN,
+    fits,
+    has_kernel,
+    kept_size,
+    pack_width,
+    packs,
+    padded,
+)
+from paramlora.update.compat import cuda_device
+
+_Maybe = Optional[Tensor]
+# a signal's number: no other launch has it, nor by chance what the memory held before
+_NUMBERS = itertools.count(2**62 + secrets.randbits(61))
+
+
+def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Launch:
+    """``left[M, K] @ f[R, K].T``."""
+    M, hopper, (BM, BK, stages, warps) = left.M, is_hopper(device), projection(left.M, R)
+    numbers = (M, K, left.period, *left.places(left.period))
+    constants = (hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
+    early = hopper and after_pack
+    return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
+
+
+def _product(device: int, tiles: Tiles, bias: bool) -> Launch:
+    """``left @ w + p @ q + bias``, of a p that `_projection` computed."""
+    constants, (stages, warps) = (tiles.early, bias, *tiles.constants), tiles.tiling[4:6]
+    return Launch(
+        kernels.product, device, tiles.grid, tiles.numbers, constants, stages, warps, tiles.early
+    )
+
+
+class _Result(NamedTuple):
+    """A new matrix, contiguous or with its columns apart as those of an image; made by its strides,
+    in two thirds of the time that its shape alone would take."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    rows: Rows
+
+    def new(self, like: Tensor) -> Tensor:
+        return like.new_empty_strided(self.shape, self.stride)
+
+
+def _result(shape: tuple[int, ...], columns: int, rows: Rows) -> _Result:
+    """``[..., columns]`` beside a matrix of `shape` and `rows`, in memory as that."""
+    M, lead, steps = rows.M, shape[:-1], [1, columns]
+    if rows.column == 1:
+        steps += (columns * math.prod(lead[i:]) for i in range(len(lead) - 1, 0, -1))
+        flat = Rows(M, M, M * columns, columns, 1)
+        return _Result((*lead, columns), tuple(steps[len(lead) :: -1]), flat)
+    period = lead[1]
+    apart = Rows(M, period, period * columns, 1, period)
+    return _Result((*lead, columns), (period * columns, 1, period), apart)
+
+
+def _part(kept: Tensor, start: int, rows: int, columns: int) -> Tensor:
+    return kept[start : start + rows * columns].view(rows, columns)
+
+
+class _Forward:
+    """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        rows: Rows,
+        captured: bool,
+        misaligned: bool,
+    ) -> None:
+        (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
+        self.sizes, self.R = (M, N, K), padded(r)
+        R, hopper = self.R, is_hopper(device)
+        local = is_local(self.sizes, R, captured, hopper)
+        ours = is_ours(self.sizes, R, captured, hopper)
+        self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
+        self.result = _result(x.shape, N, rows)
+        out, w = self.result.rows, weight.stride()[::-1]
+        period = min(rows.period, out.period)
+        self.tiles = tiles = Tiles(
+            rows, out, period, w, self.sizes, R, hopper, misaligned, ours, local, True
+        )
+        width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
+        self.whole: Optional[Launch] = None
+        if local:
+            grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors)
+            constants = (bias is not None, *tiles.constants, width)
+            stages, warps = tiles.tiling[4:6]
+            self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
+            return
+        self.prepare: Optional[Launch] = None
+        self.product = _product(device, tiles, bias is not None)
+        if ours and is_prepared(M, K, R, hopper):
+            BM, BK, stages, warps = projection(M, R)
+            numbers = (*self.sizes, rows.period, *rows.places(rows.period), *factors)
+            blocks = (hopper, is_even(rows.period, M), K % BK == 0, R, BM, BK, width)
+            grid = -(-M // BM) + first
+            self.prepare = Launch(kernels.prepare, device, grid, numbers, blocks, stages, warps)
+            return
+        numbers = (*self.sizes, *factors)
+        self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
+        self.project = _projection(device, rows, K, R, True) if ours else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        strength: float,
+        addresses: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        y, kept = self.result.new(x), x.new_empty(self.size)
+        px, pw, pa, pb, ps, pbias = addresses
+        pk, more = kept.data_ptr(), kept if bias is None else bias
+        blocks = self.tiles.blocks(x, weight, y)
+        first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
+        if self.whole is not None:
+            self.whole(
+                (*first, x, a, b, scale, kept, more),
+                (*places, px, pa, pb, ps, pk, pbias or pk),
+                (float(strength), next(_NUMBERS)),
+                blocks,
+            )
+            return y, kept
+        (M, N, K), R = self.sizes, self.R
+        pu = pk + self.row_bytes * (K + N)
+        if self.prepare is not None:
+            self.prepare((x, a, b, scale, kept), (px, pa, pb, ps, pk), (float(strength),))
+        else:
+            self.pack((a, b, scale, kept), (pa, pb, ps, pk), (float(strength),))
+            if self.project is None:
+                _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
+            else:
+                self.project((x, kept, kept), (px, pk, pu))
+        self.product(
+            (*first, kept, kept, more),
+            (*places, pk + self.row_bytes * K, pu, pbias or pk),
+            (),
+            blocks,
+        )
+        return y, kept
+
+
+def _multiply(left: Tensor, f: Tensor, p: Tensor) -> None:
+    """``p[M, R] = left[..., K] @ f[R, K].T`` by cuBLAS."""
+    left = left[None] if left.dim() == 1 else left
+    torch.matmul(left, f.t(), out=p.view(*left.shape[:-1], len(f)))
+
+
+_FORWARDS: dict[Any, Any] = {}
+_BACKWARDS: dict[Any, Any] = {}
+
+
+class _Copy(NamedTuple):
+    """Instead of a plan: which operands must first be laid out anew."""
+
+    left: bool
+    right: bool
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float = 1.0,
+    image: bool = False,
+) -> Optional[tuple[Tensor, Tensor]]:
+    """``x (W + strength · scale · B A)ᵀ + bias`` with one rounding, and what `backward` takes.
+
+    Args:
+        x: ``[..., in]``, 16-bit; of positions ``[batch, P, in]`` where `image`.
+        weight: ``[out, in]``, of x's type.
+        bias: ``[out]`` or None.
+        a: ``[r, in]``.
+        b: ``[out, r]``.
+        scale: ``[]``.
+        strength: a number on top of it.
+        image: x's columns may lie apart, and the result lies in memory as x does.
+
+    Returns:
+        ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
+    """
+    device = x.get_device()
+    if device != cuda_device():
+        with torch.cuda.device(device):
+            return forward(x, weight, bias, a, b, scale, strength, image)
+    px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
+    pa, pb = a.data_ptr(), b.data_ptr()
+    captured, pbias, biased = torch.cuda.is_current_stream_capturing(), 0, None
+    if bias is not None:
+        pbias = bias.data_ptr()
+        biased = (bias.shape, bias.stride(), bias.dtype, bias.get_device())
+    odd = (px | pw | pa | pb | ps | pbias) & 15
+    key = (
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype,
+        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, biased,
+        device, weight.get_device(), a.get_device(), b.get_device(), scale.get_device(),
+        image, captured, odd and tuple(p & 15 for p in (px, pw, pa, pb, ps, pbias)),
+    )  # fmt: skip
+    plan = _FORWARDS.get(key, _FORWARDS)
+    if plan is _FORWARDS:
+        bound(_FORWARDS)
+        misaligned = bool((px | pw) & 15)
+        plan = _plan_forward(x, weight, bias, a, b, scale, image, captured, misaligned)
+        _FORWARDS[key] = plan
+    if plan is None:
+        return None
+    if type(plan) is _Copy:
+        x = x.contiguous() if plan.left else x
+        bias = bias.contiguous() if plan.right and bias is not None else bias
+        return forward(x, weight, bias, a, b, scale, strength, image)
+    return plan(x, weight, bias, a, b, scale, strength, (px, pw, pa, pb, ps, pbias))  # type: ignore[no-any-return]
+
+
+def _plan_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    image: bool,
+    captured: bool,
+    misaligned: bool,
+) -> Any:
+    if not (has_kernel(x, weight) and fits(x, weight, bias, a, b, scale)):
+        return None
+    if not x.numel():
+        return _of_no_rows
+    rows = rows_of(x.shape, x.stride(), image)
+    spread = bias is not None and not bias.is_contiguous()
+    if rows is None or spread:
+        return _Copy(rows is None, spread)
+    return _Forward(x, weight, bias, a, b, rows, captured, misaligned)
+
+
+def _of_no_rows(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(a)))
+
+
+class _Backward:
+    """The plan of a backward: one launch, or two of large products and in a CUDA graph."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        r: int,
+        rows: tuple[Rows, Rows],
+        scaled: bool,
+        wanted: tuple[bool, bool],
+        captured: bool,
+        misaligned: bool,
+    ) -> None:
+        # a product of its own, dy[M, K] @ weight[K, N]: N are the inputs here, and K the outputs
+        (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
+        self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
+        self.input_too, self.factors_too = wanted
+        hopper, w = is_hopper(device), weight.stride()
+        ours = is_ours(self.sizes, R, captured, hopper)
+        local = all(wanted) and is_local(self.sizes, R, captured, hopper)
+        self.separate = not (ours and self.factors_too)
+        self.result = _result(x.shape, N, rows[1])
+        out = self.result.rows
+        period = min(rows[0].period, rows[1].period, out.period)
+        alone, input_too = self.separate, self.input_too
+        self.tiles = tiles = Tiles(
+            rows[0], out, period, w, self.sizes, R, hopper, misaligned,
+            ours, local, alone, input_too,
+        )  # fmt: skip
+        self.project = None
+        if ours and not local:
+            self.project = _projection(device, rows[0], K, R, False)
+        self.size = M * R
+        if self.separate:
+            self.launch = _product(device, tiles, False)
+            return
+        deep, stages, warps = gradients(tiles.tiling, R)
+        blocks = -(-N // DEEP) + -(-K // DEEP)
+        # columns of an image that lie apart take longer to load, so twice as many programs do
+        programs = PROCESSORS if rows[0].column == rows[1].column == 1 else 2 * PROCESSORS
+        groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
+        each = -(-M // groups // deep) * deep
+        groups = -(-M // each)
+        strips = -(-M // SPAN)
+        self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
+        grid, places = tiles.grid + blocks * groups, rows[1].places(period)
+        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each)
+        constants = (local, tiles.early, scaled, *tiles.constants, deep)
+        self.launch = Launch(
+            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
+        )
+
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        scale: _Maybe,
+        strength: float,
+        addresses: tuple[int, ...],
+    ) -> tuple[_Maybe, _Maybe, _Maybe]:
+        dx = self.result.new(x) if self.input_too else None
+        scratch = x.new_empty(self.size)
+        (py, px, pw, ps), pk, pv = addresses, kept.data_ptr(), scratch.data_ptr()
+        if pk & 15:  # a hook on saved tensors may have laid it anywhere
+            kept = kept.clone()
+            pk = kept.data_ptr()
+        if self.project is not None:
+            self.project((dy, kept, scratch), (py, pk + self.row_bytes * self.sizes[1], pv))
+        if self.separate:
+            return self._separately(dy, x, weight, kept, scale, strength, dx, scratch)
+        (_, N, K), r, wide = self.sizes, self.r, torch.float32
+        da = x.new_empty_strided((r, N), (N, 1), dtype=wide)
+        db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
+        out, factor = da if dx is None else dx, da if scale is None else scale
+        pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
+        first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        self.launch(
+            (*first, dy, kept, scratch, x, da, db, factor),
+            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa),
+            (float(strength), next(_NUMBERS)),
+            blocks,
+        )
+        return dx, da, db
+
+    def _separately(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        scale: _Maybe,
+        strength: float,
+        dx: _Maybe,
+        scratch: Tensor,
+    ) -> tuple[_Maybe, _Maybe, _Maybe]:
+        """The input's gradient by itself, and those of wide factors by cuBLAS."""
+        (M, N, K), R, r = self.sizes, self.R, self.r
+        v = scratch.view(M, R)
+        if self.project is None:
+            _multiply(dy, _part(kept, R * N, R, K), v)
+        if dx is not None:
+            blocks = self.tiles.blocks(dy, weight, dx)
+            first = () if blocks else (dy, weight, dx)
+            pointers = (*first, kept, scratch, kept)
+            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
+        if not self.factors_too:
+            return dx, None, None
+        u = _part(kept, R * (N + K), M, R)
+        da = torch.mm(v[:, :r].t(), x.reshape(M, N), out_dtype=torch.float32)
+        db = torch.mm(dy.reshape(M, K).t(), u[:, :r], out_dtype=torch.float32)
+        return dx, da, db if scale is None else db * (scale * strength)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    r: int,
+    scale: _Maybe,
+    strength: float,
+    input_too: bool,
+    factors_too: bool,
+    image: bool = False,
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of `forward` that are wanted: the input's ``dy @ W + v @ A``, and of the
+    factors in float32 ``(v.T @ x)[r, in]`` and ``strength · scale · (dy.T @ u)[out, r]``, where
+    ``v = strength · scale · dy @ B``.
+
+    Args:
+        dy: ``[..., out]``.
+        x, weight, strength, image: of the forward.
+        kept: of the forward.
+        r: the rank.
+        scale: ``[]``, or None to leave the last gradient unscaled.
+        input_too, factors_too: what is wanted.
+    """
+    device = x.get_device()
+    if device != cuda_device():
+        with torch.cuda.device(device):
+            return backward(dy, x, weight, kept, r, scale, strength, input_too, factors_too, image)
+    py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
+    ps = 0 if scale is None else scale.data_ptr()
+    odd = (py | px | pw | ps) & 15
+    captured = torch.cuda.is_current_stream_capturing()
+    key = (
+        dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, weight.shape,
+        weight.stride(), weight.dtype, r, scale is None or (scale.dtype, scale.get_device()),
+        input_too, factors_too, image, device, dy.get_device(), weight.get_device(), captured,
+        odd and tuple(p & 15 for p in (py, px, pw, ps)),
+    )  # fmt: skip
+    plan = _BACKWARDS.get(key)
+    if plan is None:
+        bound(_BACKWARDS)
+        misaligned, wanted = bool((py | pw) & 15), (input_too, factors_too)
+        plan = _plan_backward(dy, x, weight, r, scale, wanted, image, captured, misaligned)
+        _BACKWARDS[key] = plan
+    if type(plan) is _Copy:
+        dy, x = dy.contiguous() if plan.left else dy, x.contiguous() if plan.right else x
+        return backward(dy, x, weight, kept, r, scale, strength, input_too, factors_too, image)
+    return plan(dy, x, weight, kept, scale, strength, (py, px, pw, ps))  # type: ignore[no-any-return]
+
+
+def _plan_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    r: int,
+    scale: _Maybe,
+    wanted: tuple[bool, bool],
+    image: bool,
+    captured: bool,
+    misaligned: bool,
+) -> Any:
+    together = (dy, x, weight) if scale is None else (dy, x, weight, scale)
+    sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
+    types = dy.dtype == x.dtype and has_kernel(x, weight)
+    if not (sizes and types) or len({t.get_device() for t in together}) > 1:
+        raise changed("the gradient, the input, the weight and the scale", together)
+    if not x.numel():
+        return functools.partial(_gradients_of_no_rows, r=r, wanted=wanted)
+    left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
+    if left is None or right is None:
+        return _Copy(left is None, right is None)
+    rows, scaled = (left, right), scale is not None
+    return _Backward(dy, x, weight, r, rows, scaled, wanted, captured, misaligned)
+
+
+def _gradients_of_no_rows(
+    dy: Tensor, x: Tensor, weight: Tensor, *_: Any, r: int, wanted: tuple[bool, bool]
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    (out, fan_in), wide = weight.shape, torch.float32
+    factors = (x.new_zeros((r, fan_in), dtype=wide), x.new_zeros((out, r), dtype=wide))
+    return torch.empty_like(x) if wanted[0] else None, *(factors if wanted[1] else (None, None))

@@ -1,0 +1,187 @@
+"""The table of choices: how the grid of a product is divided into tiles."""
+
+import math
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor
+
+from paramlora.cuda.launch import Block
+
+PROCESSORS = 132  # of the device that the choices were measured on
+WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
+
+
+class Tiling(NamedTuple):
+    """A tile of ``[BM, BN]`` in steps of `BK`, `GROUP` rows of tiles that share columns in L2,
+    Triton's stages and warps, and whether the tensor memory engine loads it."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP: int
+    stages: int
+    warps: int
+    tma: bool
+
+
+def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> Tiling:
+    """The table of choices, measured on an H200, of 132 multiprocessors, by Triton 3.6.
+
+    `aligned`: the device has the engine, and its rules on addresses and strides are met.
+    `local`: the thin product is computed in the same grid. That spares launches, and `project`
+    beside it is a little faster, so it is chosen where the host takes longer than the device:
+    small products, but not in a CUDA graph. There also describing blocks to the engine costs more
+    than it saves. `alone`: no gradients of factors are computed in the same grid.
+    """
+    if not aligned or (local and M * N * K < 2**32):
+        if M <= 512:
+            return Tiling(64, 64, 64, 8, 4, 4, False)
+        wide = N <= 512 and K <= 512 or not aligned
+        return Tiling(128, 128, 64, 8, 3, 8, False) if wide else Tiling(64, 128, 64, 8, 3, 4, False)
+    if M <= 512:
+        return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
+    if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
+        return Tiling(128, 256, 64, 16, 3, 8, True)
+    if alone and not local and N <= 640 and K < 2048:
+        return Tiling(128, 64, 64, 8, 3, 4, True)
+    if K >= 2048 and -(-M // 128) * -(-N // 128) < PROCESSORS:
+        return Tiling(64, 128, 64, 8, 4, 4, True)
+    return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
+
+
+LONG = 16384  # rows of which a block of the thin product takes 128
+NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
+
+
+def is_ours(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the kernels compute the thin products, else cuBLAS.
+
+    Above `WIDEST` cuBLAS takes the device a little less time, but the host twice as long as all
+    else in a step, so it is left to a CUDA graph, to the largest products, and to devices without
+    the shared memory for such blocks.
+    """
+    if R <= WIDEST:
+        return True
+    return hopper and not captured and (R <= 128 or (R <= 256 and math.prod(sizes) <= 2**35))
+
+
+def is_local(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the thin product is computed in the same grid, see `tiling`."""
+    if captured or R > (128 if hopper else WIDEST):
+        return False
+    return math.prod(sizes) <= (2**35 if R <= WIDEST else 2**32)
+
+
+def projection(M: int, R: int) -> tuple[int, int, int, int]:
+    """Rows, depth, stages and warps of a block of the thin product in a grid of its own."""
+    if R > WIDEST:
+        return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
+    deep = 256 if R <= 32 else 128  # fits the shared memory of every device
+    return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
+
+
+def is_prepared(M: int, K: int, R: int, hopper: bool) -> bool:
+    """Whether the thin product casts its factor itself, so that one launch does what else waits for
+    another: where few programs read the factor, or a short one."""
+    return hopper and R <= 32 and (M >= LONG or (M <= 1024 and K <= 1280))
+
+
+def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
+    """Depth of a block of the factors' gradients beside such tiles, and the grid's stages and
+    warps."""
+    if R > 128:
+        return 32, tiling.stages, 8
+    return 128 if R <= 16 and tiling.stages <= 3 else 64, tiling.stages, tiling.warps
+
+
+class Rows(NamedTuple):
+    """Where the rows of a matrix lie: row m is ``m // period`` batches and ``m % period`` rows from
+    its start; distances are in elements."""
+
+    M: int
+    period: int
+    batch: int
+    row: int
+    column: int
+
+    @property
+    def flat(self) -> bool:
+        """Whether one distance leads from every row to the next, and rows are contiguous."""
+        return self.period == self.M and self.column == 1
+
+    def places(self, period: int) -> tuple[int, int, int]:
+        """Distances of a batch of `period` rows, a row and a column."""
+        return (period * self.row if self.flat else self.batch), self.row, self.column
+
+
+def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Optional[Rows]:
+    """The rows ``[..., K]`` of a tensor, or None where only a copy has them.
+
+    `image`: of ``[batch, P, K]``, whose columns may lie apart where its rows do not.
+    """
+    M, K = math.prod(shape[:-1]), shape[-1]
+    if stride[-1] != 1 and K > 1:  # the stride of a single column may be any
+        if image and stride[1] == 1:
+            return Rows(M, shape[1], *stride)
+        return None
+    lead = [(size, step) for size, step in zip(shape[:-1], stride[:-1]) if size != 1]
+    if not lead:
+        return Rows(M, M, K, K, 1)
+    row = lead[-1][1]
+    if row < K:
+        return None
+    if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(lead, lead[1:])):
+        return Rows(M, M, M * row, row, 1)
+    if len(lead) == 2 and lead[0][1] >= 0:
+        return Rows(M, lead[1][0], lead[0][1], row, 1)
+    return None
+
+
+class Tiles:
+    """How a product ``left[M, K] @ w[K, N]`` is divided.
+
+    `local`: its thin product is computed in the same grid; `ours`: by the kernels. Its `early` says
+    that it may start before the `project` ends that must be launched right ahead of it.
+    `misaligned`: the address of left or w is not a multiple of 16. `alone`: as of `tiling`.
+    """
+
+    def __init__(
+        self,
+        left: Rows,
+        out: Rows,
+        period: int,
+        w: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        R: int,
+        hopper: bool,
+        misaligned: bool,
+        ours: bool,
+        local: bool,
+        alone: bool,
+        wanted: bool = True,
+    ) -> None:
+        (M, N, K), (w_k, w_n) = sizes, w
+        step = w_n if w_k == 1 else w_k
+        strides = (K | N | left.row | out.row | step) & 7 or not step
+        aligned = hopper and left.flat and out.flat and not misaligned and not strides
+        self.early = hopper and ours and not local
+        self.tiling = tiling(M, N, K, aligned, local, alone) if wanted else NONE
+        BM, BN, BK, GROUP, _, _, tma = self.tiling
+        self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
+        self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
+        even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
+        self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
+        self._layouts: tuple[Any, ...] = ()
+        if tma:
+            of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
+            of_out = ([M, N], [out.row, 1], [BM, BN // 2])
+            self._layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
+
+    def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
+        """left, w and the output for the tensor memory engine, where that loads them."""
+        return tuple(map(Block, matrices, self._layouts)) if self._layouts else ()
+
+
+def is_even(period: int, M: int) -> bool:
+    """Whether no block of rows, of 128 or a divisor, reaches over the end of a batch."""
+    return period == M or period % 128 == 0

@@ -1,0 +1,215 @@
+"""Whether the 16-bit CUDA kernels compute, which operands they serve, and the sizes that follow
+from theirs."""
+
+import functools
+import os
+from math import prod
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.update.compat import constant_result
+
+_SIXTEEN = (torch.bfloat16, torch.float16)
+_INDICES = (torch.int64, torch.int32)
+TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
+HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
+SPAN = 64  # rows of the smallest tile: at most one signal for each
+DEEP = 128  # dimensions of a block of the factors' gradients
+_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
+_OFF = ("0", "false", "off", "no")
+# what was asked for: by the environment or a call, then by each block that was entered since
+_asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in _OFF]]
+_on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it compiled again
+
+
+class kernels:
+    """Whether paramlora's own kernels compute what they serve, or torch's operations do everything.
+
+    A call switches the process; as a context manager it holds until the block is left. So does
+    ``PARAMLORA_KERNELS=0`` in the environment, from the start. Without the kernels no custom
+    operator is compiled either. The numbers differ by roundings: whoever doubts one compares both.
+
+    Args:
+        on: False leaves everything to torch's operations.
+
+    Example:
+        >>> layer, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+        >>> with kernels(False):
+        ...     y = layer(x)
+        >>> assert torch.equal(y, layer(x))
+    """
+
+    def __init__(self, on: bool) -> None:
+        self._own, self._outer = [bool(on)], _asked[-1]
+        self._before, self._outer[0] = self._outer[0], bool(on)
+        _settle()
+
+    def __enter__(self) -> "kernels":
+        self._outer[0] = self._before  # which the call had already changed
+        _asked.append(self._own)
+        _settle()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # by itself, not the last: blocks of several threads may overlap
+        _asked[:] = [held for held in _asked if held is not self._own]
+        _settle()
+
+
+def _settle() -> None:
+    global _on
+    _on = _asked[-1][0]
+
+
+def switched_on() -> bool:
+    """Whether the kernels may compute what they serve, see `kernels`."""
+    return _on
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels serve this product: x is `served`, and the weight of its type has
+    contiguous rows or columns."""
+    return weight.dtype == x.dtype and served(x) and 1 in weight.stride()
+
+
+def served(x: Tensor) -> bool:
+    """Whether the kernels serve tensors such as this: 16 bits, on a device that `runs` them, and
+    nobody has switched them off."""
+    return _on and x.is_cuda and x.dtype in _SIXTEEN and _serves(x.get_device())
+
+
+def fits(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
+) -> bool:
+    """Whether the operands are what they should be, on one device: the kernels get bare addresses.
+    Others are left to torch, which says what is wrong with them."""
+    (out, fan_in), device = weight.shape, x.get_device()
+    if x.shape[-1] != fan_in or weight.get_device() != device:
+        return False
+    if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
+        return False
+    return factors_fit(weight, a, b, scale)
+
+
+def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """The same of an update's own operands, for a weight ``[out, ...]`` that is not empty."""
+    out, size, device = weight.shape[0], weight.numel(), weight.get_device()
+    if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
+        return False
+    if not (_is_near(a) and _is_near(b) and padded(len(a)) * (a.shape[1] + out) < 2**31):
+        return False
+    return (a.get_device(), b.get_device(), scale.get_device()) == (device, device, device)
+
+
+def _is_near(t: Tensor) -> bool:
+    """Whether 32 bits reach every element of a factor from its first."""
+    return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
+
+
+def looks_up(
+    rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, padding_idx: Optional[int]
+) -> bool:
+    """Whether the kernels serve this look-up of an embedding and its update, see
+    `functional.embedding`. What is wrong with other operands, torch says."""
+    if not served(weight) or rows.dtype not in _INDICES or weight.dim() != 2 or a.dim() != 2:
+        return False
+    (num, dim), r, device = weight.shape, len(a), weight.get_device()
+    if a.shape[1] != num or b.shape != (dim, r) or scale.numel() != 1 or not 0 < r <= HIGHEST:
+        return False
+    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num and _is_near(b)):
+        return False
+    devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
+    return devices == (device, device, device, device)
+
+
+def outputs_of(
+    sizes: tuple[int, ...], kernel: tuple[int, ...], where: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...]:
+    """The sizes of a convolution's output; `where`: its stride, padding and dilation."""
+    along = zip(sizes, kernel, *where)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+
+
+def is_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    where: tuple[tuple[int, ...], ...],
+    groups: int,
+) -> bool:
+    """Whether the kernels serve this convolution and its update, of single channels; `where`: its
+    stride, padding and dilation. What is wrong with other operands, torch says."""
+    device = x.get_device()
+    if not served(x) or x.dtype != weight.dtype or weight.get_device() != device:
+        return False
+    if bias is not None and (bias.shape != x.shape[1:2] or bias.get_device() != device):
+        return False
+    fits = _is_depthwise(x.shape, weight.shape, where, groups)
+    return fits and factors_fit(weight, a, b, scale)
+
+
+@functools.lru_cache(4096)
+def _is_depthwise(
+    x: tuple[int, ...], weight: tuple[int, ...], where: tuple[tuple[int, ...], ...], groups: int
+) -> bool:
+    if len(x) != len(weight) or weight[:2] != (x[1], 1) or groups != x[1]:
+        return False
+    outputs = outputs_of(x[2:], weight[2:], where)
+    small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
+    return small and prod(x) > 0 and min(outputs) > 0
+
+
+def runs(hip: Optional[str], capability: tuple[int, int], triton: bool) -> bool:
+    """Whether the kernels run on a device: one of NVIDIA's, of 8.0 or later, with Triton.
+
+    Args:
+        hip: `torch.version.hip`. Where there is one, devices are AMD's, which torch also calls
+            "cuda", and whose capabilities are other numbers: an MI300's is (9, 4).
+        capability: of the device.
+        triton: whether Triton is there.
+    """
+    return hip is None and capability >= (8, 0) and triton
+
+
+@constant_result
+def _serves(device: int) -> bool:
+    if device not in _SERVED:
+        capability = torch.cuda.get_device_capability(device)
+        _SERVED[device] = runs(torch.version.hip, capability, _importable())
+    return _SERVED[device]
+
+
+def _importable() -> bool:
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def kept_size(M: int, N: int, K: int, r: int) -> int:
+    """Elements of `kept` (see `linear_kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
+    r."""
+    R = padded(r)
+    blocks = -(-K // DEEP) + -(-N // DEEP)
+    return R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+
+
+def packs(N: int, K: int, R: int) -> int:
+    """Programs that cast the factors, the last of which clears the counts."""
+    return -(-K // pack_width(R)) + -(-N // pack_width(R)) + 1
+
+
+def pack_width(R: int) -> int:
+    """Dimensions that one of them casts."""
+    return max(16, 2048 // R)
+
+
+def padded(r: int) -> int:
+    """The rank that tensor cores take: a power of two of at least 16."""
+    return max(16, 1 << (r - 1).bit_length())

@@ -1,0 +1,1 @@
+"""The same numbers in torch's operations, on any device; tensors only."""

@@ -1,0 +1,506 @@
+"""Low-rank convolution: a dense kernel that is not kept, both kernels joined, or a branch."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from paramlora.cuda.operands import has_kernel, is_depthwise
+from paramlora.cuda.operators import (
+    convolved,
+    convolved_backward,
+    depthwise,
+    depthwise_backward,
+    gradient_of_second,
+    scaled_down,
+)
+from paramlora.evaluate.functional import (
+    cast,
+    cast_for_autocast,
+    denser,
+    differentiable,
+    in_plain_operations,
+    input_of,
+    kept_input,
+    one_kernel,
+    pointwise,
+    thin_pair,
+    without_autocast,
+)
+from paramlora.update import narrow
+from paramlora.update.compat import applied, recorded
+from paramlora.update.contexts import autocast_of, in_own_types
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_Maybe = Optional[Tensor]
+SMALL = 2**23  # multiplications below which a CPU's autograd function costs more than it saves
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+LIGHT = 2**17  # numbers of a weight that a CPU passes over in no time
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    strength: float = 1.0,
+) -> Tensor:
+    """``conv(x, W + strength · scale · B A) + bias`` in 1, 2 or 3 dimensions.
+
+    In 16 bits both products go into one accumulator, so that a small update is not rounded away:
+    a kernel of 1 is a linear layer of every position (on CUDA), other kernels are joined, and those
+    of single channels summed in float32 (on CUDA); but no other groups, and nothing under a
+    compiler. Elsewhere the dense kernel is formed, or where positions are few (`denser`), a
+    low-rank branch of two convolutions is added. In other groups, where a branch repeats its first
+    kernel for each, the update is a kernel of its own.
+
+    Args:
+        x: ``[N, C_in, ...]``.
+        weight: ``[C_out, C_in / groups, *kernel]``.
+        bias: ``[C_out]`` or None.
+        lora_A: ``[r, C_in / groups · prod(kernel)]``.
+        lora_B: ``[C_out, r]``.
+        scale: ``[]``.
+        stride, padding, dilation, groups: as for `torch.nn.functional.conv2d`; zeros padding.
+        strength: a number on top of `scale`.
+
+    Example:
+        >>> x, W = torch.randn(2, 4, 6, 6).double(), torch.randn(8, 4, 3, 3).double()
+        >>> A, B = torch.randn(2, 36).double(), torch.randn(8, 2).double()
+        >>> where = ((1, 1), (0, 0), (1, 1), 1)
+        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
+        >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
+    """
+    if strength != 1:
+        scale = scale * strength
+    if weight.stride(1) == 1:
+        x = laid_as(x, weight)
+    device = autocast_of(x)
+    if device is not None:
+        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+    elif x.is_cpu and lora_A.dtype == lora_B.dtype == x.dtype:
+        size = weight.numel()
+        if x.dtype.itemsize > 2 and size < LIGHT and x.numel() * size < SMALL * x.shape[1]:
+            # a layer so small feels each line of Python, so these come before every question
+            dense = torch.addmm(weight.flatten(1), lora_B * scale, lora_A).view_as(weight)
+            conv = CONVOLUTIONS[x.dim() - 3]
+            return conv(x, dense, bias, stride, padding, dilation, groups)
+    where, compiling = (stride, padding, dilation, groups), is_compiling()
+    low = x.dtype.itemsize == 2
+    if low and not compiling:
+        values = (x, weight, bias, lora_A, lora_B, scale)
+        if _is_pointwise(x, weight, where):
+            return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
+        if groups == 1:
+            return applied(_Joined, *values, *where[:3])
+        if not recorded() and is_depthwise(*values, where[:3], groups):
+            return applied(_Depthwise, *values, *where[:3])
+    shape, size, numbers = weight.shape, weight.numel(), x.numel()
+    conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
+    tokens = numbers // (shape[1] * groups * prod(stride))
+    # a branch repeats its first kernel for every group
+    if not low and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
+        if compiling or x.is_cpu and tokens * size < SMALL:
+            up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
+            return conv(x, _kernel(weight, up, down), bias, *where)
+        return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
+    y = conv(x, weight, bias, *where)
+    if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
+        delta = _update(lora_A, lora_B, scale).reshape(shape)
+        return y + one_kernel(x, delta, narrow.Stage(*where))
+    return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
+
+
+def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
+    with in_own_types(b):
+        return (narrow.wide(b) * scale) @ narrow.wide(a)
+
+
+def laid_as(x: Tensor, other: Tensor) -> Tensor:
+    """x with its channels last in memory where a convolution's weight or output has them so, as
+    torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
+    last = _LAST.get(other.dim())
+    if last is None or x.dim() != other.dim():
+        return x
+    return x.contiguous(memory_format=last) if _has_channels_last(other) else x
+
+
+def _has_channels_last(t: Tensor) -> bool:
+    """As torch judges, by strides alone: a kernel of 1×1 lies the same in either format."""
+    least, shape, stride = 0, t.shape, t.stride()
+    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
+            return False
+        least = stride[axis] * shape[axis]
+    return True
+
+
+def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
+    """Whether it is a linear layer of every position, and has a kernel as such."""
+    stride, padding, _, groups = where
+    plain = prod(weight.shape[2:]) == groups == 1 and {*stride} == {1} and {*padding} == {0}
+    return plain and has_kernel(x, weight.flatten(1))
+
+
+def branch(
+    x: Tensor,
+    shape: Sequence[int],
+    down: Tensor,
+    up: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The update alone: ``down`` with the layer's kernel, repeated for each group, then 1×1 ``up``.
+
+    Args:
+        x: ``[N, C_in, ...]``.
+        shape: of the weight, ``[C_out, C_in / groups, *kernel]``.
+        down: ``[r, C_in / groups · prod(kernel)]``.
+        up: ``[C_out, r]``.
+        stride, padding, dilation, groups: of the layer.
+    """
+    n, (first, second) = len(shape) - 2, kernels_of(down, up, shape[2:], groups)
+    one = narrow.Stage(stride, padding, dilation, groups)
+    return thin_pair(x, first, second, one, pointwise_of(n, groups))
+
+
+def pointwise_of(n: int, groups: int) -> narrow.Stage:
+    """A convolution 1×1 in so many dimensions."""
+    return narrow.Stage((1,) * n, (0,) * n, (1,) * n, groups)
+
+
+def kernels_of(
+    down: Tensor, up: Tensor, kernel: Sequence[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """The factors as kernels: ``[groups · r, C_in / groups, *kernel]`` and ``[C_out, r, 1...]``."""
+    first = down.reshape(len(down), -1, *kernel)
+    return each_group(first, groups), up.reshape(*up.shape, *[1] * len(kernel))
+
+
+def each_group(weight: Tensor, groups: int) -> Tensor:
+    """A kernel repeated for each group."""
+    return repeat(weight, "first ... -> (groups first) ...", groups=groups)
+
+
+class _Joined(torch.autograd.Function):
+    """One convolution of both kernels, whose one accumulator takes both products.
+
+    ``A`` is a convolution of its own, whose output ``t`` joins the input as more channels, where
+    ``B`` is the middle of the kernel; for the gradient of the input, ``dY`` and ``dY·B`` join in
+    the same way. Where a kernel's middle meets the padding, the forward adds two rounded outputs.
+    Keeps x by reference, and ``t``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where, g, inputs = where, None, (kept_input(ctx, x), weight, a, b, scale)
+        if x.dtype == torch.float16:
+            a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
+            scale = torch.ones_like(g)
+        result = None if recorded() else convolved(x, weight, bias, a, b, scale, where)
+        ctx.kernel = result is not None
+        if result is not None:
+            ctx.save_for_backward(*inputs, result[1], g)
+            return result[0]
+        conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
+        t = conv(x, down, None, *where)
+        ctx.save_for_backward(*inputs, t, g)
+        more = _at_the_middle(t, x, weight.shape[2:], *where)
+        if more is None:
+            return conv(x, weight, bias, *where) + conv(t, up)
+        return conv(torch.cat([x, more], 1), both, bias, *where)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale, t, g = ctx.saved_tensors
+        needs, where, x = ctx.needs_input_grad, (*ctx.where, 1), input_of(ctx, held, weight)
+        none = (None,) * len(ctx.where)
+        if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *where)
+                return y + branch(x, weight.shape, a, b * scale, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
+        wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
+        values = (ctx.kernel, dy, x, weight, a, b, scale, t, wanted, ctx.where)
+        grads = _gradients(*values) if g is None else _gradients_in_range(g, *values)
+        if needs[1] or needs[2]:
+            _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
+        return (grads[0], dweight, dbias, *grads[1:], *none)
+
+
+_Four = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
+
+
+def _gradients_in_range(
+    g: Tensor,
+    kernel: bool,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[Any, ...],
+) -> _Four:
+    """`_gradients` of float16, whose forward had the power of two g, see `narrow`."""
+    scaled, ones = b.float() * scale.float(), torch.ones_like(g)
+    up, down, h = narrow.in_range(dy, scaled, a, len(b))
+    masks = (*wanted[:2], wanted[2] or wanted[3], False)
+    dx, da, db, dscale = _gradients(kernel, dy, x, weight, down, up, ones, t, masks, where)
+    if db is not None:
+        db, dscale = gradient_of_second(db / g, b, scale, 1.0, wanted[3])
+    return dx, None if da is None else (da / h).to(a.dtype), db, dscale
+
+
+def _gradients(
+    kernel: bool,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    wanted: Sequence[bool],
+    where: tuple[Any, ...],
+) -> _Four:
+    """Those of x, A, B and the scale that are wanted, as the forward was computed."""
+    if kernel:
+        return convolved_backward(dy, x, weight, a, b, scale, t, wanted, where)
+    stride, padding, dilation = where
+    one, two = narrow.Stage(stride, padding, dilation, 1), pointwise_of(weight.dim() - 2, 1)
+    dx = da = db = dscale = None
+    down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted[0] or wanted[1]
+    v, product = two.gradients(dy, t, up, (thin_too, wanted[2] or wanted[3]))
+    if wanted[0] and v is not None:
+        tall = torch.cat([weight, down], 0)
+        dx, _ = one.gradients(torch.cat([dy, v], 1), x, tall, (True, False))
+    if wanted[1] and v is not None:
+        _, first = one.gradients(v, x, down, (False, True))
+        da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
+    if product is not None:
+        product = product.reshape(len(product), -1)[:, : len(a)]
+        db, dscale = gradient_of_second(product, b, scale, 1.0, wanted[3])
+    return dx, da, db, dscale
+
+
+def _at_the_middle(
+    t: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> _Maybe:
+    """``t`` at those positions of x that a kernel's middle meets for each output, zeros elsewhere;
+    None where it meets the padding."""
+    firsts = [k // 2 * d - p for k, d, p in zip(kernel, dilation, padding)]
+    lasts = [f + (size - 1) * s for f, size, s in zip(firsts, t.shape[2:], stride)]
+    if min(firsts) < 0 or any(last >= size for last, size in zip(lasts, x.shape[2:])):
+        return None
+    if t.shape[2:] == x.shape[2:]:
+        return t
+    more = laid_as(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
+    at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
+    more[at] = t
+    return more
+
+
+def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels of both, joined, and those of the update alone, in the weight's type, their rank
+    padded with zeros to a multiple of the 8 channels that tensor cores take."""
+    up = _up(weight, b, scale)
+    around = [size for k in reversed(weight.shape[2:]) for size in (k // 2, k - 1 - k // 2)]
+    return torch.cat([weight, F.pad(up, around)], 1), _down(weight, a), up
+
+
+def _up(weight: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    up = F.pad((b * scale).to(weight.dtype), (0, -b.shape[1] % 8))
+    return up.reshape(*up.shape, *[1] * (weight.dim() - 2))
+
+
+def _down(weight: Tensor, a: Tensor) -> Tensor:
+    down = F.pad(a.to(weight.dtype), (0, 0, 0, -len(a) % 8))
+    return down.reshape(len(down), *weight.shape[1:])
+
+
+class _Convolution(torch.autograd.Function):
+    """Forms the dense kernel, twice, and keeps x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where = where
+        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale)
+        conv = CONVOLUTIONS[weight.dim() - 3]
+        up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
+        return conv(x, _kernel(weight, up, down), bias, *where)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale = ctx.saved_tensors
+        needs, where, x = ctx.needs_input_grad, ctx.where, input_of(ctx, held, weight)
+        none = (None,) * len(where)
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                dense = _kernel(weight, scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype))
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
+        up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
+        wanted = needs[3], needs[4] or needs[5]
+        whole = needs[1] or any(wanted) and (x.is_cpu or where[3] > 1)
+        dx = kernel = dbias = None
+        if needs[0] or whole or needs[2]:
+            dense = _kernel(weight, up, down) if needs[0] else weight
+            dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
+        if kernel is not None:
+            da, product = _from_kernel(kernel.reshape(len(kernel), -1), down, up, wanted)
+        else:
+            da, product = _from_thin(dy, x, down, up, weight.shape, where, wanted)
+        db = dscale = None
+        if product is not None:
+            db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
+        da = None if da is None else cast(da, a.dtype)
+        return (dx, kernel if needs[1] else None, dbias, da, db, dscale, *none)
+
+
+class _Depthwise(torch.autograd.Function):
+    """Single channels in 16 bits: the kernels' way, see `depthwise`. Keeps x and the sum of W and
+    the update in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        ctx.where = where
+        y, total = depthwise(x, weight, bias, a, b, scale, where)
+        ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale, total = ctx.saved_tensors
+        needs, where = ctx.needs_input_grad, (*ctx.where, len(weight))
+        x = input_of(ctx, held, weight)
+        none = (None,) * len(ctx.where)
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                dense = weight + _update(a, b, scale).to(weight.dtype).view_as(weight)
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+
+            return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
+        wanted = (*needs[:2], *needs[3:6])
+        grads = depthwise_backward(dy, x, weight, a, b, scale, total, wanted, ctx.where)
+        dbias = _bias_gradient(dy) if needs[2] else None
+        return (*grads[:2], dbias, *grads[2:], *none)
+
+
+def _differentiable(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
+) -> tuple[_Maybe, ...]:
+    """`differentiable`, and of a bias behind the weight."""
+    dbias = _bias_gradient(dy) if needs[2] else None
+    dx, dweight, *others = differentiable(compute, inputs, (*needs[:2], *needs[3:6]), dy)
+    return dx, dweight, dbias, *others
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum([0, *range(2, dy.dim())])
+
+
+def _from_kernel(
+    kernel: Tensor, down: Tensor, up: Tensor, wanted: tuple[bool, bool]
+) -> tuple[_Maybe, _Maybe]:
+    """The gradients of A and, before its scale, of B, from the dense kernel's: cheaper than four
+    thin convolutions on a CPU, which runs them badly, and in groups."""
+    return (
+        up.t() @ kernel if wanted[0] else None,
+        kernel @ down.t() if wanted[1] else None,
+    )
+
+
+def _from_thin(
+    dy: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    shape: Sequence[int],
+    where: tuple[Any, ...],
+    wanted: tuple[bool, bool],
+) -> tuple[_Maybe, _Maybe]:
+    """The same without the dense kernel's gradient; for one group."""
+    conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
+    da: _Maybe = None
+    inner, outer = kernels_of(down, up, shape[2:], 1)
+    if wanted[0]:
+        v = conv(dy, outer.transpose(0, 1))
+        _, first, _ = _backward(v, x, inner, where, (False, True, False))
+        da = None if first is None else first.reshape(down.shape)
+    if not wanted[1]:
+        return da, None
+    one = ((1,) * n, (0,) * n, (1,) * n, 1)
+    _, second, _ = _backward(dy, conv(x, inner, None, *where), outer, one, (False, True, False))
+    return da, None if second is None else second.reshape(up.shape)
+
+
+def _kernel(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    # a view by sizes takes longer than by example
+    return torch.addmm(weight.flatten(1), up, down).view_as(weight)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, where: tuple[Any, ...], masks: Sequence[bool]
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    stride, padding, dilation, groups = where
+    none, sizes = [0] * len(stride), [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        dy, x, weight, sizes, stride, padding, dilation, False, none, groups, list(masks)
+    )

@@ -1,0 +1,526 @@
+"""Low-rank linear and embedding, and the choice between evaluations.
+
+``W + scale·B·A`` (Hu et al. 2021, arXiv:2106.09685, equation 3) applied to an input, without the
+gradient of the dense weight. Tensors only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from paramlora.cuda import operators
+from paramlora.cuda.operands import fits, has_kernel, looks_up, served, switched_on
+from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.update import narrow
+from paramlora.update.compat import (
+    applied,
+    is_batched,
+    modes_following,
+    recorded,
+    traced,
+    transformed,
+)
+from paramlora.update.contexts import autocast_of
+
+_Maybe = Optional[Tensor]
+_Gradients = Callable[[Any, Tensor], Any]
+_unsafe_view = torch.ops.aten._unsafe_view.default
+TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
+BRIEF = 2**31  # those of a layer in float32 that takes an H100 no longer than Python
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    strength: float = 1.0,
+) -> Tensor:
+    """``x (W + strength · scale · B A)ᵀ + bias``.
+
+    Args:
+        x: ``[..., in]``, of the weight's type, or of any under autocast.
+        weight: ``[out, in]``, any strides.
+        bias: ``[out]`` or None.
+        lora_A: ``[r, in]``; cast down to the input's type, whose gradient is in its own.
+        lora_B: ``[out, r]``, likewise.
+        scale: ``[]``.
+        strength: a number on top of it.
+
+    Returns:
+        ``[..., out]``. In 16 bits the two products are added before their only rounding, but
+        for what is compiled where `served.has_kernel` is not.
+
+    Example:
+        >>> x, W, A, B = (torch.randn(*s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2)))
+        >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
+        >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
+    """
+    device = autocast_of(x)
+    if device is not None:
+        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+        if has_kernel(x, weight):  # which autocast has no part in: leaving it costs Python time
+            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+        with torch.autocast(device, enabled=False):
+            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+    return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> Tensor:
+    if is_compiling():
+        if has_kernel(x, weight) and fits(x, weight, bias, a, b, scale):
+            flat = x.reshape(-1, x.shape[-1])
+            y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
+            return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+        return linear_by_definition(x, weight, bias, a, b, scale * strength)
+    if x.dtype.itemsize > 2:
+        # what autograd does in C++ is the quicker where Python takes longer than the device
+        if x.is_cpu and tiny(x.numel(), weight.shape, a.shape[0]):
+            up = scaled_down(b, scale, strength, x.dtype)
+            return F.linear(x, _sum(weight, up, cast(a, x.dtype)), bias)
+        if x.is_cuda and x.numel() * weight.shape[0] < BRIEF:
+            up = scaled_down(b, scale, strength, x.dtype)
+            thin = F.linear(x, cast(a, x.dtype))
+            return _added(F.linear(x, weight, bias), thin, up.t())
+    return applied(_Linear, x, weight, bias, a, b, scale, strength, False)
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Tensor:
+    """`linear` of every position, where `served.has_kernel`; in x's memory format, no copies.
+
+    Args:
+        x: ``[N, in, ...]``.
+        weight: ``[out, in]``.
+        bias, lora_A, lora_B, scale: as of `linear`.
+    """
+    rows = x.flatten(2).transpose(1, 2)
+    y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True)
+    return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
+
+
+def without_autocast(backward: _Gradients) -> _Gradients:
+    """A function's backward in its forward's types, whatever the context that it is called in."""
+
+    @functools.wraps(backward)
+    def called(ctx: Any, dy: Tensor) -> Any:
+        device = autocast_of(dy)
+        if device is not None:
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, dy)
+        return backward(ctx, dy)
+
+    return called
+
+
+def linear_by_definition(
+    x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Tensor:
+    """The same in plain operations: for compilers, and for gradients of gradients."""
+    y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
+    return y + in_a_row(x, lora_A, up, narrow.LINEAR, narrow.LINEAR)
+
+
+def thin_pair(x: Tensor, first: Tensor, second: Tensor, one: Any, two: Any) -> Tensor:
+    """``two(one(x, first), second)`` of two thin kernels, in x's type, or autocast's.
+
+    Args:
+        x: the input of the first.
+        first, second: kernels in the factors' types, with what scales them.
+        one, two: `narrow.LINEAR`, or a `narrow.Stage`.
+    """
+    device = autocast_of(x)
+    if device is not None:
+        (x,) = cast_for_autocast(device, x)
+        with torch.autocast(device, enabled=False):
+            return thin_pair(x, first, second, one, two)
+    if x.dtype != torch.float16 or untold():
+        return in_a_row(x, first, second, one, two)
+    if one is not narrow.LINEAR and x.dim() < first.dim():  # an image without its batch
+        return thin_pair(x[None], first, second, one, two)[0]
+
+    def again(inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor) -> list[_Maybe]:
+        return differentiable(lambda x, f, s: in_a_row(x, f, s, one, two), inputs, needs, dy)
+
+    return applied(narrow.Pair, x, first, second, one, two, again)
+
+
+def in_a_row(x: Tensor, first: Tensor, second: Tensor, one: Any, two: Any) -> Tensor:
+    """`thin_pair` in plain operations; float16, whose range they do not heed, in float32."""
+    if x.dtype == torch.float16:
+        y: Tensor = two(one(x.float(), first.float()), second.float())
+        return y.to(x.dtype)
+    return two(one(x, cast(first, x.dtype)), cast(second, x.dtype))  # type: ignore[no-any-return]
+
+
+def one_kernel(x: Tensor, kernel: Tensor, stage: narrow.Stage) -> Tensor:
+    """``stage(x, kernel)`` of a kernel in the factors' type."""
+    if x.dtype != torch.float16 or untold():
+        return stage(x, kernel.to(x.dtype))
+
+    def again(inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor) -> list[_Maybe]:
+        return differentiable(lambda x, k: stage(x, k.to(x.dtype)), inputs, needs, dy)
+
+    return applied(narrow.Single, x, kernel, stage, again)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a launch even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
+    """Whether the dense sum is the cheaper way: where tokens outnumber ``2·in·out/(in+out)``.
+
+    Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
+    ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
+    sum rounds a small update away.
+    """
+    return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
+
+
+def tiny(numbers: int, shape: Sequence[int], r: int) -> bool:
+    """Whether on a CPU not even an autograd function pays: the dense sum then goes through
+    autograd, gradient and all.
+
+    That costs ``tokens·in·out`` multiplications for the dense gradient, ``3·r·in·out`` for the
+    sum and its gradients, and six passes over a dense matrix, each as long as 8 multiplications
+    of every element. Measured in float32 at 43 shapes of 1 to 4096 tokens, the function is
+    the faster from `TINY` on, but for some of very many tokens and few inputs.
+
+    Args:
+        numbers: elements of the input.
+        shape: of the weight, ``[out, in]``.
+        r: rank.
+    """
+    out, fan_in = shape
+    return (numbers + 3 * (r + 16) * fan_in) * out < TINY
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x by reference and ``x·Aᵀ``; of the kernels with both factors in x's type; where the
+    dense sum is formed, x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        strength: float,
+        image: bool,
+    ) -> Tensor:
+        ctx.strength, ctx.image, ctx.dense = strength, image, False
+        result = None
+        if not recorded():
+            result = operators.forward(x, weight, bias, a, b, scale, strength, image)
+        ctx.kernel = result is not None
+        if result is not None:
+            ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
+            return result[0]
+        flat = _flat(x)
+        ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
+        down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
+        if ctx.dense:
+            y, u = F.linear(flat, _sum(weight, up, down), bias), None
+        else:
+            u = flat @ down.t()
+            y = _both(flat, weight.t(), u, up.t(), bias)
+        held = kept_input(ctx, x)
+        ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
+        # no view, which nobody could change in place
+        return y if x.dim() == y.dim() else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale, u = ctx.saved_tensors
+        needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
+        dbias = _flat(dy).sum(0) if needs[2] else None
+        if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                return linear_by_definition(x, weight, None, a, b, scale * ctx.strength)
+
+            inputs, wanted = (x, weight, a, b, scale), (*needs[:2], *needs[3:6])
+            dx, dweight, *others = differentiable(again, inputs, wanted, dy)
+            return dx, dweight, dbias, *others, None, None
+        if ctx.kernel:
+            factors = (a, b, scale, ctx.strength, u)
+            grads = operators.backward(dy, x, weight, *factors, operators.needed(needs), ctx.image)
+        else:
+            grads = _gradients(ctx, dy, x, weight, a, b, scale, u)
+        dx, da, db, dscale = grads
+        dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
+        return dx, dweight, dbias, da, db, dscale, None, None
+
+
+def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
+    """Whether a backward, whose forward the kernels computed or not, must be torch's own: they were
+    switched off since then, or dy is many gradients, which have no range of their own either."""
+    if kernel and not switched_on():
+        return True
+    return (kernel or dy.dtype == torch.float16) and is_batched(dy)
+
+
+def _narrowed(
+    x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> tuple[Tensor, Tensor, _Maybe]:
+    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
+    if x.dtype != torch.float16:
+        return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
+    b = b.float() * (scale.float() * strength)
+    down, up, g = narrow.in_range(x, a, b, x.shape[-1])
+    return down.half(), up.half(), g
+
+
+def kept_input(ctx: Any, x: Tensor) -> _Maybe:
+    """What a function of an input, a weight, a bias, both factors and the scale keeps of its input:
+    nothing where only the input's own gradient is wanted, as of a frozen layer."""
+    needs = ctx.needs_input_grad
+    if needs[1] or needs[3] or needs[4] or needs[5]:
+        return x
+    ctx.sizes = x.shape, x.stride()
+    return None
+
+
+def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
+    """The input, or where `kept_input` kept nothing any tensor of its sizes."""
+    return weight.new_empty_strided(*ctx.sizes) if held is None else held
+
+
+def _gradients(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    if x.dtype == torch.float16:
+        return _gradients_in_range(ctx, dy, x, weight, a, b, scale, u)
+    needs, flat = ctx.needs_input_grad, _flat(x)
+    dy, down, up = _flat(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
+    dx = da = db = dscale = None
+    v = dy @ up if needs[0] or needs[3] else None  # [N, r]
+    if needs[0]:
+        whole = _sum(weight, up, down) if ctx.dense else None
+        dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
+        dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
+    if needs[3]:
+        da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
+    if needs[4] or needs[5]:
+        u = flat @ down.t() if u is None else u
+        db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
+    return dx, da, db, dscale
+
+
+def _gradients_in_range(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The same in float16."""
+    needs, flat, dy = ctx.needs_input_grad, _flat(x), _flat(dy)
+    dx = da = db = dscale = None
+    if needs[0] or needs[3]:
+        scaled = b.float() * (scale.float() * ctx.strength)
+        up, down, h = narrow.in_range(dy, scaled, a, dy.shape[1])
+        v = dy @ up.half()
+        if needs[0]:
+            dx = _both(dy, weight, v, down.half())
+            dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
+        da = (narrow.outer(v, flat) / h).to(a.dtype) if needs[3] else None
+    if u is not None and (needs[4] or needs[5]):
+        product = narrow.outer(u, dy).t() / ctx.power
+        db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[5])
+    return dx, da, db, dscale
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
+    """``x @ w + u @ v + bias``; in 16 bits the smaller product comes first, so that one float32
+    accumulator takes both, and the bias last, so that a large one does not drown it."""
+    if x.dtype.itemsize > 2:
+        y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+        return y.addmm_(u, v)
+    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+        y = torch.mm(x, w, out_dtype=torch.float32)
+        y = y.addmm_(u.float(), v.float())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = torch.mm(u, v).addmm_(x, w)
+    return y if bias is None else y.add_(bias)
+
+
+def _sum(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """``weight + up @ down``, in memory as the weight: by another layout some processors round a
+    product otherwise than the layer's own forward does."""
+    if weight.stride(0) == 1 and len(weight) > 1:
+        return torch.addmm(weight.t(), down.t(), up.t()).t()
+    return torch.addmm(weight, up, down)
+
+
+def _added(base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
+    """``base + thin @ up`` of so many dimensions."""
+    if base.dim() == 2:
+        return torch.addmm(base, thin, up)
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
+    return flat.view(base.shape)
+
+
+def differentiable(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
+) -> list[_Maybe]:
+    """The gradients of ``compute(*inputs)`` that are wanted, by torch's operations alone; if they
+    will be differentiated themselves, as a function of the inputs and dy.
+
+    Of aliases: an input may itself come from a layer of the same factors, and what reaches them
+    through it is added by whoever asked for the gradients.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [_alias(t) if need else t for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(aliases, needs) if need]
+        if not wanted:
+            return [None for _ in needs]
+        y = compute(*aliases)
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
+    return [next(grads) if need else None for need in needs]
+
+
+def _alias(t: Tensor) -> Tensor:
+    # one that requires no gradient only stands for the sizes of an input, see `input_of`
+    return t.view_as(t) if t.requires_grad else t.requires_grad_()
+
+
+def embedding(
+    rows: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    padding_idx: Optional[int] = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product, in 16 bits on CUDA
+    in one launch where `served.looks_up`. There too an index out of range stops the device.
+
+    Args:
+        rows: indices of any shape.
+        weight: ``[num, dim]``.
+        lora_A: ``[r, num]``.
+        lora_B: ``[dim, r]``.
+        scale: ``[]``.
+        padding_idx: the row that gets no gradient, from the end where negative.
+        strength: a number on top of `scale`.
+
+    Example:
+        >>> W, A, B = (torch.randn(*s).double() for s in ((9, 4), (2, 9), (4, 2)))
+        >>> rows, scale = torch.tensor([[0, 8], [3, 3]]), torch.tensor(0.5).double()
+        >>> y = embedding(rows, W, A, B, scale)
+        >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
+    """
+    if padding_idx is not None and -len(weight) <= padding_idx < 0:
+        padding_idx += len(weight)
+    plain = not served(weight) or _followed()
+    if not plain and looks_up(rows, weight, lora_A, lora_B, scale, padding_idx):
+        return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
+    values = (rows, weight, lora_A, lora_B, scale, padding_idx, strength)
+    device = autocast_of(weight)
+    if device is not None:  # which leaves a look-up in the table's own type
+        with torch.autocast(device, enabled=False):
+            return embedding_by_definition(*values)
+    return embedding_by_definition(*values)
+
+
+def untold() -> bool:
+    """Whether a compiler, a transform or a trace is at work, which knows no autograd function."""
+    return is_compiling() or transformed() or traced()
+
+
+def _followed() -> bool:
+    """Whether something follows torch's operations, and so must be shown them."""
+    return untold() or modes_following() > 0
+
+
+def embedding_by_definition(
+    rows: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    padding_idx: Optional[int],
+    strength: float,
+) -> Tensor:
+    """The same in plain operations; float16, whose thin products know no range, in float32."""
+    base = narrow.wide(F.embedding(rows, weight, padding_idx))
+    up = scaled_down(lora_B, scale, strength, base.dtype).t()
+    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
+        thin = cast(lora_A.index_select(1, rows.reshape(-1)), base.dtype).t()
+    else:
+        thin = cast(F.embedding(rows, lora_A.t(), padding_idx), base.dtype)  # [..., r]
+    if padding_idx is not None:  # nor does that row give B or the scale a gradient
+        update = thin @ up
+        y = base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
+        return cast(y, weight.dtype)
+    y = _added(base, thin, up)  # a row of the table is exact, so this rounds the sum once
+    return cast(y, weight.dtype)
+
+
+class _Embedding(torch.autograd.Function):
+    """The kernels' way of `embedding`, where `served.looks_up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        padding_idx: Optional[int],
+        strength: float,
+    ) -> Tensor:
+        ctx.strength, ctx.padding = strength, -1 if padding_idx is None else padding_idx
+        y, kept = operators.look_up(rows, weight, a, b, scale, ctx.padding, strength)
+        ctx.save_for_backward(rows, weight, a, b, scale, kept)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        rows, weight, a, b, scale, kept = ctx.saved_tensors
+        needs, padding, strength = ctx.needs_input_grad, ctx.padding, ctx.strength
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
+            padding_idx = None if padding < 0 else padding
+
+            def again(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                return embedding_by_definition(rows, weight, a, b, scale, padding_idx, strength)
+
+            found = differentiable(again, (weight, a, b, scale), needs[1:5], dy)
+            return None, *found, None, None
+        grads = operators.look_up_backward(
+            dy, rows, a, b, scale, padding, strength, kept, needs[2:5]
+        )
+        dweight = None
+        if needs[1]:
+            dweight = operators.sum_by_row(dy, rows, len(weight), padding, False)
+        return None, dweight, *grads, None, None

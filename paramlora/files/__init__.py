@@ -1,0 +1,5 @@
+"""Files: checkpoints and adapters, read and written within bounds; conversions, streamed."""
+
+from paramlora.files.convert import Report, embed, extract, merge
+
+__all__ = ["Report", "embed", "extract", "merge"]

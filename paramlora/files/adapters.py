@@ -1,0 +1,363 @@
+"""Adapter files of any tool on disk: opened, loaded onto a model, converted."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora import formats
+from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
+from paramlora.errors import FileError, spelled
+from paramlora.files import torch_save
+from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
+from paramlora.files.checkpoint import PICKLED, SAFE, Stored
+from paramlora.files.mistaken import check_tensors
+from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
+from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
+from paramlora.formats.base import check_holders
+from paramlora.formats.content import DEFAULTS, report
+from paramlora.formats.factors import within
+from paramlora.model.targets import tensor_paths
+from paramlora.model.values import attach_adapter
+from paramlora.update.contexts import own_context
+from paramlora.update.memory import pieces_of
+from paramlora.update.value import Adapter
+
+_MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
+_MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, and in any
+
+
+@own_context()
+def load_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter: Optional[str] = None,
+    *,
+    strict: bool = True,
+    alpha: Optional[float] = None,
+    rank: Optional[int] = None,
+    component: Optional[str] = None,
+    split: int = 1,
+    enable: Optional[tuple[bool, ...]] = None,
+) -> nn.Module:
+    """Attach the adapter in a file of paramlora or of another tool; all or nothing.
+
+    The format is told by the content: PEFT, diffusers, kohya and LyCORIS, the original wrapper,
+    loralib, litgpt, torchtune, cloneofsimo (see docs/checkpoints.md).
+
+    Args:
+        model: the model that it was trained for, or one with the same layers.
+        path: the file, or a folder such as PEFT's.
+        adapter: a name of your own instead of the file's.
+        strict: tensors of the file that belong to nothing in the model are errors, not warnings.
+        alpha, rank, component, split, enable: what some formats do not tell (see `Options`).
+
+    Raises:
+        FileError: the file is missing, damaged, of no known format, or does not fit the model.
+        TargetError: a rank or kind of update that does not fit there.
+        AdapterError: an adapter of that name is attached already.
+    """
+    options = Options(strict, rank, alpha, component, split, enable)
+    found = read_adapter(path, base_of(model), options)
+    if not strict:
+        found = _without_strangers(found, model, Path(path).name)
+    return attach_adapter(model, _within(found), adapter)
+
+
+@own_context()
+def read_adapter(
+    path: PathLike, base: Optional[Base] = None, options: Options = DEFAULTS
+) -> Adapter:
+    """The adapter in a file of paramlora or of another tool.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        base: the names and shapes of the model, from `base_of` or `base_of_file`.
+        options: what some formats do not tell.
+
+    Raises:
+        FileError: the file is missing, damaged, of no known format, or does not fit `base`.
+    """
+    outline = outlined(path)
+    formats.form_of(outline).check(outline)  # before anything is read
+    return formats.read(opened(path), base, options)
+
+
+def format_of(path: PathLike) -> str:
+    """The name of the format of an adapter's file, told by its content.
+
+    Raises:
+        FileError: it cannot be read, or is of no known format.
+    """
+    return formats.detect(outlined(path))
+
+
+@own_context()
+def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
+    """The names and shapes of a checkpoint's weights, without reading them.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    with Stored(path, key) as stored:
+        return base_of_shapes({name: spec.shape for name, spec in stored.specs.items()})
+
+
+@own_context()
+def convert(
+    path: PathLike,
+    out: PathLike,
+    to: str,
+    base: Optional[Base] = None,
+    options: Options = DEFAULTS,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    **how: Any,
+) -> Adapter:
+    """Write the adapter in a file as another tool's, and return it.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        out: the new file; a folder where the format is the weights and a configuration.
+        to: the name of a format that can be written.
+        base: the names and shapes of the model, where a format needs them.
+        options: what some formats do not tell.
+        force: replace what is at `out`.
+        dry_run: only check.
+        how: as for `formats.write`.
+
+    Raises:
+        FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
+    """
+    check_new(out, force or dry_run)
+    form = formats.writable(to)
+    _check_ending(Path(out), form)
+    content = outlined(path)
+    source = formats.form_of(content)
+    if base is None and not source.names_layers and source.name != to:
+        raise FileError(
+            f"{content.source}: {source.name}'s names of layers cannot be read back without the "
+            "model. Give it (--model), or its checkpoint (--base)."
+        )
+    adapter = read_adapter(path, base, options)
+    if not form.complete:
+        check_holders(adapter, base)
+    written = formats.write(adapter, to, base, **how)
+    if not dry_run:
+        _save(written, Path(out), form)
+    return adapter
+
+
+def opened(path: PathLike) -> Content:
+    """The tensors, metadata and configuration of an adapter's file or folder.
+
+    Raises:
+        FileError: it cannot be read, or needs more than tensors and plain containers.
+    """
+    weights = weights_in(path)
+    if is_pickled(head_of(weights)):
+        return _content(weights, _flat(weights, torch_save.load(weights)), {})
+    file = SafeFile(weights)
+    try:
+        return _content(weights, file.every(), file.metadata)
+    finally:
+        file.close()
+
+
+def outlined(path: PathLike) -> Content:
+    """As `opened`, and the tensors of a safetensors file have no content: it was not read.
+
+    Raises:
+        FileError: as there.
+    """
+    weights = weights_in(path)
+    if is_pickled(head_of(weights)):
+        return opened(weights)
+    file = SafeFile(weights)
+    file.close()
+    state = {
+        key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for key, spec in file.specs.items()
+    }
+    return _content(weights, state, file.metadata)
+
+
+def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Content:
+    beside = _beside(weights.parent)
+    return formats.unwrapped(Content(state, metadata, beside, weights.name, str(weights)))
+
+
+def weights_in(path: PathLike) -> Path:
+    """The file of tensors that a path means: itself, or the one in a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        check_tensors(folder)
+        return folder
+    names = [name for form in _by_weights() for name in form.weights]
+    for name in names:  # a pointer or a page under such a name is better told than passed over
+        check_tensors(folder / name)
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
+    found = [file for file in there if file.is_file() and _is_weights(file)]
+    known = [folder / name for name in names if folder / name in found]
+    if known or len(found) == 1:
+        return (known or found)[0]
+    several = ", ".join(file.name for file in found[:5]) or "none"
+    raise FileError(
+        f"{folder}: a folder needs one file of tensors, and has {several}. Name the file."
+    )
+
+
+def _by_weights() -> list[Format]:
+    """The formats, the one first whose weights a folder of several means."""
+    return sorted(formats.FORMATS.values(), key=lambda form: form.weights_rank)
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        head = head_of(path)
+    except FileError:
+        return False
+    return is_pickled(head) or head[8:] == b"{"
+
+
+def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
+    """The tensors in nested containers, their keys joined by dots.
+
+    One container may stand in many places, and so may what is inside it: both the places and the
+    bytes that they stand for are counted, and no real file has so many.
+    """
+    out: dict[str, Tensor] = {}
+    levels = [iter([("", whole)])]
+    places = characters = size = 0
+    while levels:
+        for key, value in levels[-1]:
+            places, characters = places + 1, characters + len(key)
+            if places > _MOST_PLACES or characters > MOST_TEXT or len(levels) > _MOST_LEVELS:
+                raise FileError(f"{path}: its containers hold more, or deeper, than any real file.")
+            if isinstance(value, Tensor):
+                torch_save.checked_spec(path, key, value)
+                out[key], size = value.detach(), size + value.nbytes
+            elif isinstance(value, (Mapping, list, tuple)):
+                levels.append(_items(key, value))
+                break
+        else:
+            levels.pop()
+    _check_shared(path, size)
+    return out
+
+
+def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    start = f"{key}." if key else ""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return ((f"{start}{name if isinstance(name, str) else spelled(name)}", v) for name, v in pairs)
+
+
+def _check_shared(path: Path, size: int) -> None:
+    """Refuse many tensors of the same few bytes: each of them would be worked on, and written."""
+    there = path.stat().st_size
+    if size > max(_MOST_SHARED * there, _SMALL):
+        raise FileError(
+            f"{path}: its tensors take {size:,} bytes, and share the {there:,} of the file. Save "
+            "each with bytes of its own."
+        )
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """The configurations beside a file as one; those of the format asked first win."""
+    config: dict[str, Any] = {}
+    for name in dict.fromkeys(form.config for form in reversed(_by_weights()) if form.config):
+        read = _flat_yaml if name.endswith(".yaml") else parse_json
+        if os.path.lexists(folder / name):
+            try:
+                found = read(read_text(folder / name))
+            except FileError:
+                raise
+            except ValueError as error:
+                raise FileError(f"{folder / name}: cannot be read: {error}.") from error
+            if not isinstance(found, dict):
+                raise FileError(f"{folder / name}: a {type(found).__name__}, not an object.")
+            config |= found
+    return config
+
+
+def _flat_yaml(text: str) -> dict[str, Any]:
+    """The top level's plain values of a YAML file."""
+    config: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon and name == name.strip() and value.strip():
+            try:
+                config[name] = parse_json(value.split(" #")[0])
+            except ValueError:
+                config[name] = value.strip()
+    return config
+
+
+def _without_strangers(adapter: Adapter, model: nn.Module, source: str) -> Adapter:
+    """Without whole tensors that the model lacks; of updates `read_adapter` left none."""
+    lost = adapter.whole.keys() - tensor_paths(model)
+    report(source, "tensors of what the model does not have", lost, False, "They were left out.")
+    if not adapter.updates and lost == adapter.whole.keys():
+        raise FileError(f"{source}: nothing in it belongs to {type(model).__name__}.")
+    return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
+
+
+def _within(adapter: Adapter) -> Adapter:
+    made = {id(update): within(update) for update in adapter.updates.values()}
+    return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
+
+
+def _check_ending(out: Path, form: Format) -> None:
+    """Refuse a name that says another kind of file than the one written."""
+    pickled = form.pickled
+    if not form.config and out.suffix in (SAFE if pickled else PICKLED):
+        kinds = "torch.save's", "safetensors"
+        own, other = kinds if pickled else kinds[::-1]
+        right = ".pt" if pickled else ".safetensors"
+        raise FileError(
+            f"{out}: {form.name}'s file would be {own}, under a name of {other}. Give a name that "
+            f"ends in {right}."
+        )
+
+
+def _save(content: Content, out: Path, form: Format) -> None:
+    if not form.config:
+        with new_file(out) as file:
+            _fill(content, form, file)
+        return
+    weights, config = form.weights[0], form.config
+    with new_folder(out, [weights, config]) as folder:
+        (folder / config).write_text(_text(content.config, config), encoding="utf-8")
+        with open(folder / weights, "wb") as file:
+            _fill(content, form, file)
+
+
+def _fill(content: Content, form: Format, file: BinaryIO) -> None:
+    if form.pickled:
+        state: Any = _apart(content.state)
+        whole = {form.wrap: state} if form.wrap else state
+        torch_save.save(whole, file, lambda count: None)
+    else:
+        specs = {key: spec_of(tensor) for key, tensor in content.state.items()}
+        # not the library, which writes metadata in another order each time
+        write_safetensors(file, specs, content.metadata, lambda k: pieces_of(content.state[k]))
+
+
+def _text(config: Mapping[str, Any], name: str) -> str:
+    if name.endswith(".json"):
+        return json.dumps(config, indent=2) + "\n"
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in memory of its own, whole: files hold no views and no shared ones."""
+    return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}

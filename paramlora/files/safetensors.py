@@ -1,0 +1,251 @@
+"""Safetensors files, read and written tensor by tensor, so that none need fit in memory."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from paramlora.config.reading import MOST_TEXT, open_regular, parse_json
+from paramlora.errors import FileError, spelled
+from paramlora.files.atomic import Ahead
+from paramlora.update.geometry import MOST_SIDE, possible
+from paramlora.update.memory import bytes_of
+
+Count = Callable[[int], None]  # called with the bytes written since the last call
+_CHUNK = 8 << 20
+_MOST_CLAIMED = 2**40  # more than any header: the file begins with something else
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A tensor without its content: type and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its content."""
+        return self.elements * self.dtype.itemsize
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """A tensor's type and shape."""
+    return Spec(tensor.dtype, tuple(tensor.shape))
+
+
+class SafeFile:
+    """An open safetensors file: its header checked, its tensors read when asked for.
+
+    Raises:
+        FileError: it cannot be read, or its header is not true of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.specs: dict[str, Spec] = {}
+        self._begin: dict[str, int] = {}
+        self._file = open_regular(path)
+        try:
+            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, in memory of its own."""
+        spec = self.specs[key]
+        try:
+            out = torch.empty(spec.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise FileError(
+                f"{self.path}: {key} takes {spec.nbytes:,} bytes, which memory does not hold."
+            ) from error
+        if spec.nbytes:
+            self._fill(self._begin[key], bytes_of(out))
+        return out.view(spec.dtype).reshape(spec.shape)
+
+    def every(self) -> dict[str, Tensor]:
+        """All tensors, where memory can hold them: a file with holes may claim any size."""
+        size, memory = sum(spec.nbytes for spec in self.specs.values()), _memory()
+        if size > memory:
+            raise FileError(
+                f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
+                "memory."
+            )
+        return {key: self.read(key) for key in self.specs}
+
+    def raw(self, key: str) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces, each valid until the next one."""
+        buffer = memoryview(bytearray(min(_CHUNK, self.specs[key].nbytes)))
+        begin, end = self._begin[key], self._begin[key] + self.specs[key].nbytes
+        for at in range(begin, end, _CHUNK):
+            piece = buffer[: min(_CHUNK, end - at)]
+            self._fill(at, piece)
+            yield piece
+
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of a tensor's elements as they lie in the file, in memory of their own."""
+        dtype = self.specs[key].dtype
+        out = torch.empty(elements.stop - elements.start, dtype=dtype)
+        self._fill(self._begin[key] + elements.start * dtype.itemsize, bytes_of(out))
+        return out
+
+    def _fill(self, at: int, buffer: memoryview) -> None:
+        try:
+            self._file.seek(at)
+            while buffer and (got := self._file.readinto(buffer)):  # the system may give less
+                buffer = buffer[got:]
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be read: {error.strerror}.") from error
+        if buffer:
+            raise self._damaged("it became shorter while it was read")
+
+    def _bytes(self, at: int, count: int) -> bytearray:
+        out = bytearray(count)
+        self._fill(at, memoryview(out))
+        return out
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._bytes(0, min(8, size)), "little")
+        if size > 8 and (length > _MOST_CLAIMED or self._bytes(8, 1) != b"{"):
+            raise FileError(
+                f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
+            )
+        if size < 8 or length > min(size - 8, MOST_TEXT):
+            raise self._damaged(f"a header of {length:,} bytes in a file of {size:,}")
+        try:
+            text = self._bytes(8, length).decode()
+            header = parse_json(text)
+        except ValueError as error:
+            raise self._damaged(f"its header cannot be read: {error}") from error
+        self.metadata = self._strings(header.pop("__metadata__", {}))
+        for key, entry in header.items():
+            self._add(key, entry, 8 + length)
+        self._check_whole(8 + length, size)
+
+    def _add(self, key: str, entry: Any, start: int) -> None:
+        try:
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
+            dtype = DTYPES.get(entry["dtype"])
+            key.encode()
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._damaged(f'"{key}" is not a tensor') from error
+        whole = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
+        if not whole or not possible(shape):
+            raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
+        if dtype is None:
+            raise FileError(
+                f'{self.path}: "{key}" is of type {entry["dtype"]}, which is not known here. '
+                f"Known: {', '.join(DTYPES)}."
+            )
+        spec = Spec(dtype, tuple(shape))
+        if end - begin != spec.nbytes:
+            raise self._damaged(f'"{key}" of {spec.nbytes:,} bytes stands in {end - begin:,}')
+        self.specs[key], self._begin[key] = spec, start + begin
+
+    def _check_whole(self, start: int, size: int) -> None:
+        at = start
+        for key in sorted(self.specs, key=lambda k: (self._begin[k], self.specs[k].nbytes)):
+            if self._begin[key] != at:
+                raise self._damaged(f'"{key}" overlaps another tensor, or leaves a hole')
+            at += self.specs[key].nbytes
+        if at != size:
+            raise self._damaged(f"its tensors end at byte {at:,} of {size:,}")
+
+    def _strings(self, metadata: Any) -> dict[str, str]:
+        try:
+            "".join([*metadata, *metadata.values()]).encode()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise self._damaged("its metadata is not of strings") from error
+        return dict(metadata)
+
+    def _damaged(self, reason: str) -> FileError:
+        return FileError(
+            f"{self.path}: not a whole safetensors file ({reason}). Copy or save it again."
+        )
+
+
+def write_safetensors(
+    file: BinaryIO,
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    pieces: Callable[[str], Iterable[memoryview]],
+    progress: Count = lambda count: None,
+) -> None:
+    """Write a safetensors file; each tensor's bytes are asked for when their turn comes."""
+    # wide types first, so that each lies at a multiple of its size, as the library writes them
+    keys = sorted(specs, key=lambda key: -specs[key].dtype.itemsize)
+    file.write(_header(specs, keys, metadata))
+    ahead = Ahead(file)
+    for key in keys:
+        for piece in pieces(key):
+            file.write(piece)
+            ahead.wrote(len(piece))
+            progress(len(piece))
+
+
+def _memory() -> int:
+    """The bytes of the machine's memory, or the most that there can be where it does not tell."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():
+        return MOST_SIDE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for key in keys:
+        if key == "__metadata__":
+            raise FileError(f"{key}: no name of a tensor in safetensors. Write a .pt file.")
+        spec = specs[key]
+        offsets = [at, at := at + spec.nbytes]
+        code = CODES.get(spec.dtype)
+        if code is None:
+            raise FileError(f"{key}: safetensors holds no {spec.dtype}. Write a .pt file.")
+        entries[key] = {"dtype": code, "shape": list(spec.shape), "data_offsets": offsets}
+    try:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{spelled(error.object[error.start :])} is not Unicode text.") from error
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,227 @@
+"""Files of ``torch.save``: read without unpickling anything but plain tensors and containers."""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.config.reading import MOST_TEXT, head_of, open_regular
+from paramlora.errors import FileError
+from paramlora.files.opcodes import Told, Unsafe, told
+from paramlora.files.safetensors import Count, Spec, spec_of
+from paramlora.update.geometry import possible
+from paramlora.update.memory import pieces_of
+
+_NESTS = ("state_dict", "model", "module")
+
+
+class PickledFile:
+    """A file of ``torch.save``, its tensors left on the disk until they are used.
+
+    Args:
+        path: the file.
+        key: where in it the state dict is, with dots between levels; by default the top, or one
+            of ``state_dict``, ``model``, ``module`` there.
+
+    Raises:
+        FileError: it cannot be read, needs more than tensors and containers, or has no state dict.
+    """
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path, key: Optional[str] = None) -> None:
+        self.path = path
+        self.whole = load(path)
+        self.place = _place(path, self.whole, key)
+        self.state: Mapping[str, Any] = self.whole
+        for name in self.place:
+            self.state = self.state[name]
+        self.specs = {
+            k: checked_spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)
+        }
+        self._flat: tuple[Optional[str], Tensor] = (None, torch.empty(0))
+
+    def close(self) -> None:
+        """Nothing is held but the mapped file, which goes with its last tensor."""
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, on the disk where the file could be mapped; never to be written to."""
+        return self.state[key]  # type: ignore[no-any-return]
+
+    def raw(self, key: str) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces."""
+        return pieces_of(self.state[key])
+
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of a tensor's elements, in order."""
+        if self._flat[0] != key:  # a tensor in another order would be copied for each run
+            self._flat = (key, self.state[key].detach().reshape(-1))
+        return self._flat[1][elements]
+
+    def beside(self) -> list[str]:
+        """What the file holds beside the tensors of its state dict."""
+        rest = [key for key in self.state if key not in self.specs]
+        level = self.whole
+        for name in self.place:
+            rest += [key for key in level if key != name]
+            level = level[name]
+        return [str(key) for key in rest]
+
+    def around(self, state: Mapping[str, Any]) -> Any:
+        """The whole content with `state` in the place of the state dict."""
+        return _around(self.whole, self.place, state)
+
+
+def save(content: Any, file: BinaryIO, progress: Count) -> None:
+    """Write with ``torch.save``.
+
+    Raises:
+        OSError: as the file raised it, such as for a full disk.
+        FileError: hostile content that could be read but not written.
+    """
+    watched = _Watched(file, progress)
+    try:
+        torch.save(content, watched)  # type: ignore[arg-type]
+    except Exception as error:
+        if watched.error is not None:  # torch hides it behind its own
+            raise watched.error from None
+        reason = str(error) or type(error).__name__
+        raise FileError(f"what was read cannot be written with torch.save: {reason}.") from error
+
+
+class _Watched:
+    """A file that tells what is written, and remembers why that failed."""
+
+    def __init__(self, file: BinaryIO, progress: Count) -> None:
+        self._file, self._progress = file, progress
+        self.error: Optional[BaseException] = None
+
+    def write(self, piece: bytes) -> int:
+        try:
+            count = self._file.write(piece)
+            self._progress(count)
+        except BaseException as error:
+            self.error = error
+            raise
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def load(path: Path) -> Any:
+    """The content of a file of ``torch.save``, its tensors left on the disk where they can be.
+
+    Raises:
+        FileError: it cannot be read, or needs more than tensors and plain containers.
+    """
+    zipped = head_of(path).startswith(b"PK\x03\x04")  # as torch writes since 1.6
+    try:
+        _check_zip(path) if zipped else _check_legacy(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileError:
+        raise
+    except Unsafe as error:
+        raise _needs(path, error.names) from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # an unpickler of hostile bytes raises whatever they lead to
+        raise _refused(path, error) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what ``torch.save`` never writes: compressed, doubled or overlapping records."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+        total = sum(max(record.file_size, record.compress_size) for record in records.values())
+        if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
+            raise FileError(
+                f"{path}: its records are compressed, doubled or larger than the file, which "
+                "torch.save never writes. It may be made to fill the memory; it is not read."
+            )
+        for name, record in records.items():
+            if name.endswith("/data.pkl") and record.file_size <= MOST_TEXT:
+                found = told(io.BytesIO(archive.read(record)))
+                _check_records(name.removesuffix("data.pkl"), found, records)
+            elif name.endswith("/data.pkl"):
+                raise ValueError(
+                    f"{record.file_size:,} bytes of names, more than any real file has"
+                )
+
+
+def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipInfo]) -> None:
+    for key, storage in found.storages.items():
+        if storage.nbytes > records[f"{folder}data/{key}"].file_size:
+            raise ValueError(f"storage {key} is larger than its record")
+
+
+def _check_legacy(path: Path) -> None:
+    """Files from before torch 1.6: five pickles in a row, then bytes."""
+    with open_regular(path) as file:
+        head, keys = [told(file) for _ in range(4)], told(file)
+    unread = {key for part in head for key in part.storages} - set(keys.value)
+    size = sum(storage.nbytes for part in head for storage in part.storages.values())
+    if unread or size > path.stat().st_size:
+        raise ValueError("a storage without its bytes")
+
+
+def _needs(path: Path, names: list[str]) -> FileError:
+    return FileError(
+        f"{path}: needs {', '.join(names)} to be unpickled, which could run anything, and only "
+        "tensors and plain containers are. Where you trust it: "
+        f'state = torch.load("{path.name}", weights_only=False), then torch.save the state dict '
+        "alone."
+    )
+
+
+def _refused(path: Path, error: Exception) -> FileError:
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return _needs(path, [named[1]])
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return FileError(f"{path}: not a whole file of torch.save ({reason}). Copy or save it again.")
+
+
+def _place(path: Path, whole: Any, key: Optional[str]) -> tuple[str, ...]:
+    places = [tuple(key.split("."))] if key else [*((name,) for name in _NESTS), ()]
+    for place in places:
+        level = whole
+        for name in place:
+            level = level.get(name) if isinstance(level, Mapping) else None
+        if _is_state(level):
+            return place
+    wanted = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
+    raise FileError(f"{path}: no state dict {wanted}. Name its place with key (--key).")
+
+
+def _is_state(value: Any) -> bool:
+    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return named and any(isinstance(v, Tensor) for v in value.values())
+
+
+def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
+    """A tensor's type and shape, or an error where it is no dense tensor of its own."""
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    plain = plain and tensor.device.type == "cpu"
+    if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):
+        kind = tensor.layout if type(tensor) is Tensor else type(tensor).__name__
+        raise FileError(f"{path}: {key} is no dense tensor ({kind}). Save it dense.")
+    if not possible(tensor.shape):
+        raise FileError(f"{path}: {key} has a shape that no tensor has. Save it again.")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise FileError(f"{path}: {key} claims more bytes than its file holds. Save it again.")
+    return spec_of(tensor)
+
+
+def _around(level: Any, place: tuple[str, ...], state: Mapping[str, Any]) -> Any:
+    if not place:
+        return state
+    out = type(level)(level)
+    out[place[0]] = _around(level[place[0]], place[1:], state)
+    return out

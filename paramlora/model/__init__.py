@@ -1,0 +1,1 @@
+"""The attached model: which tensors, what is registered on them, merging, values."""

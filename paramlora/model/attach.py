@@ -1,0 +1,607 @@
+"""Attaching, detaching and switching adapters: the one place that registers and freezes."""
+
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.config import ConfigLike, LoRAConfig, as_config
+from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.model.branch import Branch, add_branch, kernel_of, remove_branches
+from paramlora.model.forwards import honours_dropout
+from paramlora.model.input_grads import (
+    checkpoints_reentrantly,
+    disable_input_grads,
+    enable_input_grads,
+)
+from paramlora.model.layer_class import Updates, parametrized, refresh, shared
+from paramlora.model.methods import add_methods, remove_methods
+from paramlora.model.placement import shard_like
+from paramlora.model.quantised import dense
+from paramlora.model.statistics import forget, keepers, put_back, remember, warn_moving
+from paramlora.model.targets import Target, check_model, chosen_targets, shown, stem, unwrapped
+from paramlora.model.ties import holders, overlapping
+from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
+from paramlora.update.attached import AttachedUpdate, Gains, Switch
+from paramlora.update.casts import is_storage
+from paramlora.update.compat import is_wrapper
+from paramlora.update.init import initialise
+from paramlora.update.lowrank import LowRank
+from paramlora.update.names import BRANCHES
+from paramlora.update.sharded import check_order, gathered, is_sharded
+from paramlora.update.whole import Whole
+
+Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
+_MOST = torch.finfo(torch.float32).max
+_LOCK = threading.RLock()
+
+
+def attach(
+    model: nn.Module, config: ConfigLike, adapter: str = "default", strict: bool = False
+) -> nn.Module:
+    """Adapt `model` in place and return it; all or nothing.
+
+    Args:
+        model: any module; layers keep their places, names and ``isinstance``.
+        config: a `LoRAConfig`, a dict, or a path to JSON.
+        adapter: the name of this set of updates.
+        strict: an entry that matches nothing is an error instead of a warning.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        TargetError: the configuration does not fit the model.
+        AdapterError: `adapter` is attached already.
+
+    Example:
+        >>> model = attach(nn.Sequential(nn.Linear(4, 3)), {"0": {"r": 2}})
+        >>> assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 + 3)
+    """
+    parsed = as_config(config)
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
+    chosen = chosen_targets(inside, parsed, strict)
+    _warn_frozen(inside, parsed)
+    attach_targets(inside, chosen, adapter, parsed.trainable_model)
+    return model
+
+
+def attach_targets(
+    model: nn.Module,
+    chosen: list[Target],
+    adapter: str,
+    trainable_model: bool = False,
+    fill: "Callable[[Fresh], None]" = lambda fresh: None,
+) -> None:
+    """Adapt the chosen tensors in place; all or nothing.
+
+    Args:
+        model: unwrapped, and checked by `check_model` and `check_order`.
+        chosen: of that model.
+        adapter: the name of this set of updates.
+        trainable_model: leave the backbone as it is, instead of freezing it.
+        fill: gives the new updates their values, before the model is touched.
+
+    Raises:
+        AdapterError: `adapter` is attached already, or another one has a tensor to itself.
+    """
+    there = adapter_names(model)
+    _check_name(adapter, there)
+    modules = dict(model.named_modules())
+    owners = [modules[target.module] for target in chosen]
+    for module, target in zip(owners, chosen):
+        _check_alone(module, target)
+        _check_dropout(module, target)
+        _check_at_home(module, target)
+    with _uncollected():
+        fresh = _fresh(model, chosen, owners, adapter)
+        fill(fresh)
+    carries = checkpoints_reentrantly(model)
+    kept = [] if there else keepers(model)
+    touched = [model, *kept, *(one for owner in owners for one in with_lists(owner))]
+    if carries:
+        touched += model.modules()
+    with _uncollected(), unchanged_on_error(touched, model.parameters()):
+        if not there:
+            remember(model, kept, froze=not trainable_model)
+        for module, target, update in fresh:
+            if not module.training:
+                update.eval()
+            if isinstance(update, Branch):
+                add_branch(module, update)
+            else:
+                _register(module, target.tensor, update)
+        add_methods(model)
+        if carries:
+            enable_input_grads(model)
+    warn_moving(model)
+
+
+def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
+    """Take updates off without merging; the base comes back bit for bit.
+
+    With the last adapter everything that `attach` changed is as it was: what it froze trains again,
+    and running statistics that moved have the values that they had. All or nothing.
+
+    Args:
+        model: with adapters attached, or none: then nothing happens.
+        adapters: a name or several; all when None.
+
+    Raises:
+        AdapterError: an adapter that is not attached.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> before = layer.weight
+        >>> assert detach(attach(layer, {"weight": {"r": 2}})).weight is before
+    """
+    chosen = check_adapters(model, adapters)
+    if not chosen:
+        return model
+    with unchanged_on_error(model.modules(), model.parameters()):
+        for module in list(model.modules()):
+            for name, plist in updates_of(module):
+                kept = [
+                    p for p in plist if not (isinstance(p, AttachedUpdate) and p.adapter in chosen)
+                ]
+                replace(module, name, plist, kept)
+        if not adapter_names(model):
+            put_back(model)
+        tidy(model)
+    return model
+
+
+def tidy(model: nn.Module) -> None:
+    """After the last adapter nothing of ours stays on the model."""
+    if not adapter_names(model):
+        disable_input_grads(model)
+        remove_methods(model)
+        forget(model)
+
+
+def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
+    """Which adapters act, and how strongly; those not named are switched off.
+
+    Raises:
+        AdapterError: a name that is not attached, or a strength that is no finite number.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 1}}, adapter="style")
+        >>> set_adapters(model, {"style": 0.7})
+        >>> assert model.parametrizations.weight[0].strength == 0.7
+    """
+    if not isinstance(strengths, Mapping):
+        raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
+    check_adapters(model, list(strengths))
+    wanted = {name: _strength(name, value) for name, value in strengths.items()}
+    with _one_by_one():
+        gains, found = Gains(), [update for _, _, update in updates(model)]
+        _put(
+            [
+                (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
+                for u in found
+            ]
+        )
+
+
+def _one_by_one() -> AbstractContextManager[None]:
+    """Threads that switch do so one after the other: each reads what the others left."""
+    return surely_left(
+        lambda kept: kept.append(_LOCK.acquire()),
+        lambda kept: _LOCK.release() if kept and kept.pop() else None,
+    )
+
+
+def _put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
+    """Put switches in their places; what stops this half-way does not leave half of them."""
+
+    def put() -> None:
+        for update, switch in switches:
+            update.keep(switch=switch)
+
+    to_the_end(put)
+
+
+def _strength(name: str, value: Any) -> float:
+    # bool is refused as in the configuration: on and off are what a mapping without a name says
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= _MOST:  # nor what is no number
+        raise AdapterError(
+            f'adapter "{name}": its strength must be a finite number of at most {_MOST:.3g}, '
+            f"got {value!r}."
+        )
+    return float(value)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model is the base, exactly.
+
+    Blocks nest and may overlap: the adapters act again when the last one is left, with the
+    strengths that `set_adapters` gave them last. They belong to the model: another thread that
+    calls it meanwhile also sees the base. A layer that keeps statistics of what it sees, such as
+    BatchNorm in training, counts a batch inside the block like any other.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        >>> with disable_adapters(model):
+        ...     assert model.weight is model.parametrizations.weight.original
+    """
+    found, block = [update for _, _, update in updates(model)], object()
+    try:
+        _mute(found, lambda muted: muted | {block})
+        yield model
+    finally:
+        try:
+            _mute(found, lambda muted: muted - {block})
+        except BaseException:  # else nothing would ever close the block
+            to_the_end(lambda: _mute(found, lambda muted: muted - {block}))
+            raise
+
+
+def _mute(
+    found: list[AttachedUpdate], to: Callable[[frozenset[object]], frozenset[object]]
+) -> None:
+    """Change the blocks in which updates do not act."""
+    with _one_by_one():
+        gains, now = Gains(), [(update, update.switch) for update in found]
+        _put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The attached adapters, in the order of the model's modules."""
+    return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
+
+
+def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
+    """(path of the tensor in files, owner, update) of every low-rank update, each once."""
+    for path, module, update in updates(model):
+        if isinstance(update, LowRank):
+            yield path, module, update
+
+
+def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
+    """As `lowranks`, with the tensors that are trained whole."""
+    seen: set[int] = set()
+    for path, module, update in placed(model):
+        if id(update) not in seen:
+            seen.add(id(update))
+            yield path, module, update
+
+
+def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
+    """As `updates`, with an update that tied tensors share once for each holder."""
+    for path, module in unwrapped(model).named_modules():
+        if "parametrizations" in module._modules or BRANCHES in module._modules:
+            for name, plist in updates_of(module):
+                for update in plist:
+                    if isinstance(update, AttachedUpdate):
+                        yield stem(path, name), module, update
+
+
+def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """(tensor name, torch's list of parametrizations or our list of soft branches)."""
+    soft = [("weight", module._modules[BRANCHES])] if BRANCHES in module._modules else []
+    return [*parametrized(module).items(), *soft]
+
+
+def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
+    """The named adapters (all when None), or an AdapterError that lists what is there."""
+    there = adapter_names(model)
+    names = there if adapters is None else [adapters] if isinstance(adapters, str) else adapters
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        raise AdapterError(f"expected the names of adapters, got {names!r}.")
+    for name in names:
+        if name not in there:
+            raise AdapterError(
+                f'no adapter "{name}" is attached. Attached: {", ".join(there) or "none"}.'
+            )
+    return list(names)
+
+
+def _check_name(adapter: Any, there: list[str]) -> None:
+    if not isinstance(adapter, str) or not adapter:
+        raise AdapterError(f"an adapter's name must be a non-empty string, got {adapter!r}.")
+    if adapter in there:
+        raise AdapterError(f'adapter "{adapter}" is attached already. Detach it, or rename this.')
+
+
+def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
+    if not config.trainable_model:
+        return
+    ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
+        warnings.warn(
+            f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
+            "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
+            ParamloraWarning,
+            stacklevel=3,
+        )
+
+
+@torch.inference_mode(False)  # under which nothing made here could ever be trained
+def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> Fresh:
+    """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
+    claims: dict[int, list[tuple[nn.Module, Target]]] = {}
+    for module, target in zip(owners, chosen):
+        claims.setdefault(id(base_of(module, target.tensor)), []).append((module, target))
+    count, gains = holders(model), Gains()
+    _warn_overlapping(model, claims)
+    out = []
+    for key, group in claims.items():
+        entries = {target.entry for _, target in group}
+        whole = len(group) == count[key] and len(entries) == 1
+        if count[key] > 1 and not whole:
+            _warn_tied(model, key, [target for _, target in group])
+        first = _new(*group[0], adapter, gains)
+        for module, target in group:
+            same = target is group[0][1] or (whole and target.entry.hard)
+            out.append((module, target, first if same else _new(module, target, adapter, gains)))
+    return out
+
+
+def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> AttachedUpdate:
+    entry, base = target.entry, base_of(module, target.tensor)
+    update: AttachedUpdate
+    if entry.whole:
+        _check_loaded(base, target)
+        update = Whole(_value(module, target), adapter, gains)
+    else:
+        fits = tuple(base.shape) == target.shape
+        weight = base if fits else _like(base, target)
+        update = _low_rank(target, module, weight, adapter, gains)
+        if entry.init != "default":
+            initialise(update, gathered(dense(module, _value(module, target))), entry.init)
+        update.dropout = entry.dropout
+        if is_sharded(base):
+            shard_like(update, base, target.path or "weight")
+    if entry.adapter_dtype is not None:
+        update.to(getattr(torch, entry.adapter_dtype))
+    update.keep(entry=entry, stored=is_storage(base.dtype))
+    if getattr(module, "max_norm", None) is not None:
+        update.keep(written_by_reader=True)
+    return update
+
+
+def _check_loaded(base: Tensor, target: Target) -> None:
+    if base.is_meta:
+        raise TargetError(
+            f'"{target.entry.name}" ("whole") matches {target.path or "weight"}, which lies on the '
+            "meta device and has no values to start from. Load the model first."
+        )
+
+
+def _like(base: Tensor, target: Target) -> Tensor:
+    """Memory of the target's shape, where the base is stored in another."""
+    dtype = base.dtype if base.is_floating_point() else torch.bfloat16
+    return torch.empty(target.shape, dtype=dtype, device=base.device)
+
+
+def _low_rank(
+    target: Target, module: nn.Module, weight: Tensor, adapter: str, gains: Gains
+) -> LowRank:
+    entry = target.entry
+    options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter, gains)
+    if entry.hard:
+        return LowRank(weight.detach(), *options)
+    return Branch(weight.detach(), *options, kernel=kernel_of(module, entry.up_kernel))
+
+
+def _value(module: nn.Module, target: Target) -> Tensor:
+    """What the tensor shows before this update."""
+    known = stored(module, target.tensor)
+    return shown(module, target.tensor).detach() if known is None else known
+
+
+def _check_alone(module: nn.Module, target: Target) -> None:
+    there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    for update in there:
+        if isinstance(update, AttachedUpdate) and (update.alone or target.entry.whole):
+            raise AdapterError(
+                f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
+                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
+                "Detach or merge that adapter first."
+            )
+
+
+def _check_dropout(module: nn.Module, target: Target) -> None:
+    if target.entry.hard and not target.entry.dropout:
+        return
+    if is_sharded(base_of(module, target.tensor)):
+        raise TargetError(
+            f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
+            'only "hard": 1 without "dropout" acts. Change the entry, or attach before sharding.'
+        )
+    if not target.entry.hard:
+        return
+    held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
+    ours = all(isinstance(p, AttachedUpdate) for p in held)
+    base = type(module).__bases__[0] if held else type(module)
+    if target.tensor != "weight" or not ours or not honours_dropout(base):
+        raise TargetError(
+            f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
+            f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "
+            "Remove it there."
+        )
+
+
+def _check_at_home(module: nn.Module, target: Target) -> None:
+    hook = vars(module).get("_hf_hook")
+    if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        raise TargetError(
+            f'"{target.entry.name}" matches {target.path or "weight"}, which accelerate keeps '
+            "elsewhere and brings in for each call, where no update would find it. Give that layer "
+            "a device in the device map, or leave it out."
+        )
+
+
+def stored(module: nn.Module, name: str) -> "Tensor | None":
+    """A layer's own parameter or buffer of a name; None where it is parametrized."""
+    return module._parameters.get(name, module._buffers.get(name))
+
+
+def base_of(module: nn.Module, name: str) -> Tensor:
+    """The first stored tensor behind ``module.name``: the parameter, or torch's original of it."""
+    held = stored(module, name)
+    if held is not None:
+        return held
+    plist = parametrized(module)[name]
+    return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
+
+
+def _warn_overlapping(
+    model: nn.Module, claims: Mapping[int, list[tuple[nn.Module, Target]]]
+) -> None:
+    found = overlapping(model)
+    for key, ((_, target), *_) in claims.items():
+        if key in found:
+            warnings.warn(
+                f"{target.path or 'weight'}: it shares its memory with {', '.join(found[key])}, as "
+                "another tensor. Merging will give it memory of its own; hold one Parameter in "
+                "both places to keep them tied.",
+                ParamloraWarning,
+                stacklevel=7,
+            )
+
+
+def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) == key]
+    adapted = ", ".join(target.path or "weight" for target in group)
+    warnings.warn(
+        f"{adapted}: one tensor is held as {', '.join(names)}, and one update does not serve "
+        "all of them. Merging will untie the adapted one; name every holder in one entry "
+        "(re:...) to keep them tied.",
+        ParamloraWarning,
+        stacklevel=6,
+    )
+
+
+_paused: dict[int, list[bool]] = {}  # by block, in any thread: was the collector on before it?
+
+
+def _pause(kept: list[Any]) -> None:
+    """Stop the collector; what it was is told by the first of the blocks that are open at once."""
+    block = [gc.isenabled() or any(on for (on,) in list(_paused.values()))]
+    kept.append(block)
+    _paused[id(block)] = block
+    gc.disable()
+
+
+def _resume(kept: list[Any]) -> None:
+    """The last block to be left switches the collector on, where the first one found it on.
+
+    Without a lock: each line is one step to other threads, and a block that is left hands on to
+    those that are still open that it was on.
+    """
+    for block in kept:
+        _paused.pop(id(block), None)
+        if block[0]:
+            for other in list(_paused.values()):
+                other[0] = True
+            if not _paused:
+                gc.enable()
+    kept.clear()
+
+
+def _uncollected() -> AbstractContextManager[None]:
+    """Without looking for garbage: a thousand updates are tens of thousands of containers, which
+    all stay, and for which the collector would go through everything that lives."""
+    return surely_left(_pause, _resume)
+
+
+def with_lists(module: nn.Module) -> list[nn.Module]:
+    """A layer, and the modules inside of it that hold its updates."""
+    lists = [module._modules.get(BRANCHES), module._modules.get("parametrizations")]
+    return [module, *(m for held in lists if held is not None for m in held.modules())]
+
+
+def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:
+    """What torch's `register_parametrization` does, with one class for many layers."""
+    before = _before(module)
+    lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
+    base = type(module).__bases__[0] if lists else type(module)
+    if name in lists:
+        lists[name].append(update)
+        lists[name].unsafe = True
+    else:
+        held = module._parameters if name in module._parameters else module._buffers
+        weight: Any = held.pop(name)
+        # torch would swap a sharded or quantised tensor with itself, which it refuses to do
+        odd = is_wrapper(weight)
+        stands_in = (
+            nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), False)
+            if odd
+            else weight
+        )
+        lists[name] = Updates([update], stands_in, unsafe=True)
+        if odd:
+            lists[name]._parameters["original"] = weight
+    vars(lists[name])[_BEFORE] = before
+    module.__class__ = shared(base, frozenset(lists))
+
+
+_BEFORE = "before_paramlora"
+_Before = tuple[tuple[str, ...], tuple[str, ...], type]
+
+
+def _before(module: nn.Module) -> _Before:
+    """Before our first update of a layer: the order of its parameters and buffers, which a state
+    dict shows, and its class, which is torch's own where somebody else's parametrization was."""
+    for plist in parametrized(module).values():
+        if _BEFORE in vars(plist):
+            return vars(plist)[_BEFORE]  # type: ignore[no-any-return]
+    return tuple(module._parameters), tuple(module._buffers), type(module)
+
+
+def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> None:
+    """Keep only `kept` of the updates in one list; the base tensor is untouched."""
+    if len(kept) == len(plist):
+        return
+    if plist is module._modules.get(BRANCHES):
+        _keep(plist, kept)
+        if not kept:
+            remove_branches(module)
+        return
+    before = _before(module)
+    if kept:
+        _keep(plist, kept)
+        if not any(isinstance(one, AttachedUpdate) for one in kept):
+            del vars(plist)[_BEFORE]
+    else:
+        _take_off(module, name, plist, before)
+    module.__class__ = _class_of_the_rest(module, before[-1])
+
+
+def _take_off(module: nn.Module, name: str, plist: Any, before: _Before) -> None:
+    """Give a layer back the tensor behind a list that is empty now."""
+    held = "_parameters" if "original" in plist._parameters else "_buffers"
+    own = getattr(module, held)
+    own[name] = getattr(plist, held)["original"]
+    for key in before[0] if held == "_parameters" else before[1]:
+        if key in own:
+            own[key] = own.pop(key)
+    del module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+    if not parametrized(module):
+        del module._modules["parametrizations"]
+    refresh(module)
+
+
+def _keep(held: Any, kept: list[nn.Module]) -> None:
+    for index in reversed(range(len(held))):
+        if not any(held[index] is one for one in kept):
+            del held[index]
+
+
+def _class_of_the_rest(module: nn.Module, former: type) -> type:
+    """The class for the parametrizations that are left: the former one where none is ours."""
+    lists = parametrized(module)
+    ours = any(_BEFORE in vars(plist) for plist in lists.values())
+    if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
+        return former
+    return shared(type(module).__bases__[0], frozenset(lists))

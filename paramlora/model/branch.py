@@ -1,0 +1,210 @@
+"""The soft update: a parallel low-rank branch that a forward hook adds to a layer's output."""
+
+import inspect
+from dataclasses import replace
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from paramlora.evaluate.convolution import (
+    CONVOLUTIONS,
+    each_group,
+    kernels_of,
+    laid_as,
+    pointwise_of,
+)
+from paramlora.evaluate.functional import cast_for_autocast, thin_pair
+from paramlora.model.forwards import padded_input
+from paramlora.model.layer_class import deep_copy, refuse_pickling
+from paramlora.update.attached import Gains
+from paramlora.update.contexts import autocast_of
+from paramlora.update.geometry import Layout
+from paramlora.update.lowrank import LowRank
+from paramlora.update.names import BRANCHES
+from paramlora.update.narrow import LINEAR, Stage, wide
+from paramlora.update.value import Update, refuse_two_kernels
+
+
+class Branch(LowRank):
+    r"""``up(down(x))`` beside a linear layer or a convolution, Hu et al. 2021, equation 3.
+
+    With a 1×1 ``up`` this equals the hard update on the same ``lora_A`` and ``lora_B``, groups
+    included: ``down`` repeats ``lora_A`` for each group.
+
+    Args:
+        weight, r, scale, layout, trainable_scale, adapter, gains: as for `LowRank`.
+        kernel: the kernel of ``up`` where it is the layer's own (``up_kernel: "same"``), else
+            empty. Then ``lora_B`` is ``[out, r, *kernel]``, and for a transposed convolution
+            ``lora_A`` is ``[r·prod(kernel), in]``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        r: int,
+        scale: float = 1.0,
+        layout: Layout = "matrix",
+        trainable_scale: bool = False,
+        adapter: str = "default",
+        gains: Optional[Gains] = None,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(weight, r, scale, layout, trainable_scale, adapter, gains)
+        self.kernel = kernel
+        if kernel:
+            size = torch.Size(kernel).numel()
+            out, fan_in = self.lora_B.shape[0], self.lora_A.shape[1]
+            if layout == "transposed":
+                self.lora_A = nn.Parameter(self.lora_A.new_empty(r * size, fan_in).normal_() / r)
+                out //= size
+            self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
+
+    beside = True
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Update:
+        """As of a hard update, and which kernel ``up`` has."""
+        update = super().value(shape, kind, groups)
+        return replace(update, up_kernel="same" if self.kernel else 1)
+
+    def delta(
+        self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
+    ) -> Tensor:
+        """The update of the layer's weight that equals the branch.
+
+        Raises:
+            AdapterError: two kernels in a row do not fit in one of the same size.
+        """
+        self.check_mergeable("")
+        return super().delta(shape, dtype)
+
+    __deepcopy__ = deep_copy
+    __getstate__ = refuse_pickling
+
+    def check_mergeable(self, path: str) -> None:
+        if self.kernel:
+            refuse_two_kernels(path, self.kernel)
+
+    def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
+        """The term to add to `output`, the layer's own answer to `x`."""
+        if self.dropout and layer.training:
+            x = F.dropout(x, self.dropout)
+        a, b = self.factors()
+        up = wide(b) * self.scaling
+        if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
+            return thin_pair(x, a, up, LINEAR, LINEAR)
+        x = laid_as(x, output)
+        if self.kernel:
+            return self._two_kernels(layer, x, output, a, up)
+        if self.layout == "transposed":
+            return self._transposed(layer, x, output, a, up)
+        first, second = kernels_of(a, up, layer.kernel_size, layer.groups)
+        x, padding = padded_input(layer, x)
+        one = Stage(layer.stride, padding, layer.dilation, layer.groups)
+        return thin_pair(x, first, second, one, pointwise_of(len(padding), layer.groups))
+
+    def _transposed(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        groups, n = layer.groups, len(layer.kernel_size)
+        first = rearrange(a, "r (g i) -> (g r) i", g=groups)
+        first = first.reshape(*first.shape, *[1] * n)
+        second = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // groups)
+        second = each_group(second.reshape(*second.shape[:2], *layer.kernel_size), groups)
+        two = _stage_of(layer, x, output)
+        return thin_pair(x, first, second, pointwise_of(n, groups), two)
+
+    def _two_kernels(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        """The layer's convolution to `r` channels, then one of its kernel; float16 in float32."""
+        device = autocast_of(x)
+        if device is not None:
+            (x,) = cast_for_autocast(device, x)
+            with torch.autocast(device, enabled=False):
+                return self._two_kernels(layer, x, output, a, up)
+        x, dtype, n = wide(x), x.dtype, len(self.kernel)
+        a, up = a.to(x.dtype), up.to(x.dtype)
+        if self.layout == "transposed":
+            first = rearrange(a, "(r k) i -> i r k", r=self.r)
+            first = first.reshape(*first.shape[:2], *self.kernel)
+            hidden = _stage_of(layer, x, output)(x, first)
+            y = _same_size(layer, hidden, each_group(up, layer.groups), n)
+        else:
+            first, _ = kernels_of(a, up, self.kernel, layer.groups)
+            y = _same_size(layer, layer._conv_forward(x, first, None), up, n)
+        return y.to(dtype)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a base checkpoint knows no branch: it then keeps its values
+        if not any(key.startswith(prefix) for key in state):
+            state.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def kernel_of(layer: nn.Module, up_kernel: Union[int, str]) -> tuple[int, ...]:
+    """The kernel that ``up`` repeats, empty for a 1×1 one."""
+    return tuple(layer.kernel_size) if up_kernel == "same" else ()  # type: ignore[arg-type]
+
+
+def add_branch(layer: nn.Module, branch: Branch) -> None:
+    """Put `branch` on the layer; the first one also registers the hook."""
+    if BRANCHES not in layer._modules:
+        layer.add_module(BRANCHES, nn.ModuleList())
+        layer.register_forward_hook(_add_branches, with_kwargs=True)
+    layer._modules[BRANCHES].append(branch)  # type: ignore[union-attr, operator]
+
+
+def remove_branches(layer: nn.Module) -> None:
+    """Take all branches and the hook off a layer."""
+    del layer._modules[BRANCHES]
+    # found by the function, because a deep copy shares no handle with its original
+    for key in [k for k, hook in layer._forward_hooks.items() if hook is _add_branches]:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    x = args[0] if args else _named_input(layer, kwargs)
+    for branch in layer._modules[BRANCHES]:
+        if branch.acts:
+            there = branch.factors()[0].device
+            if x.device == there:
+                output = output + branch.branch(layer, x, output)
+            else:  # a device map moves the layer's input after this hook was given it
+                output = output + branch.branch(layer, x.to(there), output).to(output.device)
+    return output
+
+
+def _named_input(layer: Any, named: dict[str, Any]) -> Any:
+    """The layer's input where no argument has a place: its forward's first, by whatever name."""
+    for name in inspect.signature(layer.forward).parameters:
+        if name in named:
+            return named[name]
+    return next(value for value in named.values() if isinstance(value, Tensor))
+
+
+def _stage_of(layer: Any, x: Tensor, output: Tensor) -> Stage:
+    """A transposed layer's own convolution, with the size that it gave its output."""
+    extra = _output_padding(layer, x, output, len(layer.kernel_size))
+    return Stage(layer.stride, layer.padding, layer.dilation, layer.groups, True, extra)
+
+
+def _same_size(layer: Any, x: Tensor, up: Tensor, n: int) -> Tensor:
+    """A convolution with the layer's kernel and dilation, stride 1, that keeps the size."""
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return CONVOLUTIONS[n - 1](
+        F.pad(x, pads, mode=mode), up, dilation=layer.dilation, groups=layer.groups
+    )
+
+
+def _output_padding(layer: Any, x: Tensor, output: Tensor, n: int) -> list[int]:
+    """What the layer added at the far end, which a caller's ``output_size`` may decide."""
+    return [
+        output.shape[i - n]
+        - (x.shape[i - n] - 1) * layer.stride[i]
+        + 2 * layer.padding[i]
+        - layer.dilation[i] * (layer.kernel_size[i] - 1)
+        - 1
+        for i in range(n)
+    ]

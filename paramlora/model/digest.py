@@ -1,0 +1,52 @@
+"""Some bytes of a base, by which an adapter's file tells another base from its own."""
+
+import math
+from collections.abc import Mapping
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.model.quantised import is_quantised
+from paramlora.update.sharded import is_sharded
+
+_COUNT = 16  # neighbouring numbers from the middle of a tensor
+_NEAR = 2**-6  # what casting to bfloat16 by way of another type may change, relatively
+_LEAST = 2**-23  # between float16's smallest numbers, and what rounding to bfloat16 adds
+_MOST = 2.0**16  # float16's largest number in bfloat16; what is beyond it is infinite in the former
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> Optional[str]:
+    """Sixteen numbers of a tensor in bfloat16, as hexadecimal digits; None where it has none to
+    give: on the meta device, over several processes, or quantised, which changes them.
+
+    In bfloat16, because a base may be loaded in another type than it was trained in.
+    """
+    if tensor.is_meta or is_sharded(tensor) or is_quantised(tensor) or not tensor.numel():
+        return None
+    start = max(0, tensor.numel() // 2 - _COUNT // 2)
+    flat = torch.arange(start, min(start + _COUNT, tensor.numel()), device=tensor.device)
+    values = tensor.detach()[torch.unravel_index(flat, tensor.shape)] if tensor.dim() else tensor
+    bits = values.reshape(-1).to("cpu", torch.bfloat16).view(torch.int16)
+    return "".join(f"{number & 0xFFFF:04x}" for number in bits.tolist())
+
+
+def others(told: Mapping[str, str], found: Mapping[str, Optional[str]]) -> list[str]:
+    """The paths whose tensors are not those that were told of."""
+    return [path for path, one in told.items() if (own := found.get(path)) and not _near(one, own)]
+
+
+def _near(one: str, other: str) -> bool:
+    pairs = list(zip(_numbers(one), _numbers(other)))
+    most = max(max(map(abs, pair)) for pair in pairs)
+    least = max(_NEAR * most * 2**-6, _LEAST)
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=_NEAR, abs_tol=least) or a != a for a, b in pairs
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    bits = [int(text[at : at + 4], 16) for at in range(0, len(text), 4)]
+    signed = torch.tensor([b - (1 << 16) if b >> 15 else b for b in bits], dtype=torch.int16)
+    return signed.view(torch.bfloat16).float().clamp(-_MOST, _MOST).tolist()

@@ -1,0 +1,248 @@
+"""The class of an adapted layer: one for each base type, whatever the number of layers."""
+
+import copyreg
+from copy import deepcopy
+from functools import cache, wraps
+from inspect import signature
+from typing import Any, Optional
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from paramlora.errors import AdapterError
+from paramlora.model.forwards import forward_of
+from paramlora.model.recomputed import AGAIN, read_again
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.compat import transformed
+from paramlora.update.lowrank import value_of
+from paramlora.update.names import BRANCHES
+
+
+def parametrized(module: nn.Module) -> Any:
+    """Torch's lists of parametrizations by tensor name, empty when there are none."""
+    # not getattr: a wrapper may answer for the layer inside it; not get: a scripted one has none
+    held = module._modules["parametrizations"] if "parametrizations" in module._modules else None
+    return held if isinstance(held, nn.ModuleDict) else {}
+
+
+def holds_updates(module: nn.Module) -> bool:
+    """Whether an update of ours acts on a tensor of `module` or of one inside it."""
+    return any(
+        BRANCHES in m._modules or any(adapted_by(m, name) for name in parametrized(m))
+        for m in module.modules()
+    )
+
+
+def adapted_by(module: nn.Module, name: str) -> list[str]:
+    """The adapters with an update in torch's list of parametrizations of one tensor."""
+    # a replica of DataParallel is given its attributes after it is made
+    lists = parametrized(module) if "_modules" in vars(module) else {}
+    held = lists[name] if name in lists else ()
+    return [update.adapter for update in held if isinstance(update, AttachedUpdate)]
+
+
+class Updates(ParametrizationList):
+    """Torch's list of parametrizations, where one that computes the tensor from several cannot
+    follow ours, which give one: torch would take it, and every call of the layer would fail."""
+
+    def append(self, module: nn.Module) -> "Updates":
+        taken = signature(module.forward).parameters.values()
+        needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not isinstance(module, AttachedUpdate) and len(needed) > 1:
+            raise AdapterError(
+                f"{type(module).__name__.lstrip('_')} computes a tensor from {len(needed)} others, "
+                "which an adapted tensor has not. Register it first, then attach."
+            )
+        super().append(module)
+        return self
+
+
+class Shared(type):
+    """Lets one class serve many layers: torch deletes the property of the layer that it
+    removes, from the class, where the other layers still need it. Anything else that is set on
+    the class, such as another forward, holds for all layers of it."""
+
+    def __delattr__(cls, name: str) -> None:
+        if not _is_ours(cls.__dict__.get(name)):
+            super().__delattr__(name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if _is_ours(cls.__dict__.get(name)):
+            if isinstance(value, property):  # torch's, which reads the lists of one layer only
+                return
+            raise AdapterError(
+                f"{cls.__name__}.{name} is what shows the adapted tensor of each layer of this "
+                "class, and cannot be replaced. Set it on one layer after detach or merge."
+            )
+        ours = _tensor_property(name) if isinstance(value, property) else value
+        super().__setattr__(name, ours)
+
+
+class _Shown(property):
+    """The property of an adapted tensor."""
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, _Shown)
+
+
+@cache
+def shared(base: type, names: frozenset[str]) -> type:
+    """One class for all adapted layers of a base type, so that compilation sees one type."""
+    body: dict[str, Any] = {name: _tensor_property(name) for name in names}
+    body.update(
+        __copy__=shallow_copy,
+        __deepcopy__=deep_copy,
+        __getstate__=refuse_pickling,
+        __setattr__=_set(base),
+        __delattr__=_delete(base),
+        register_parameter=_register(base, "register_parameter"),
+        register_buffer=_register(base, "register_buffer"),
+        _load_from_state_dict=_load(base),
+    )
+    fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
+    if fast is not None:
+        body["forward"] = fast
+    cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+    return cls
+
+
+@cache
+def _meta(of_base: type) -> Any:
+    """`Shared`, together with a metaclass that the base brings, such as ``ABCMeta``."""
+    return Shared if of_base is type else type("Shared", (Shared, of_base), {})
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: nn.Module) -> Optional[Tensor]:
+        lists = self.__dict__["_modules"].get("parametrizations")
+        if lists is not None and name in lists:
+            if AGAIN in self.__dict__ and not transformed():
+                return read_again(lists[name], value_of)
+            return value_of(lists[name])
+        for held in (self._parameters, self._buffers, self.__dict__):
+            if name in held:
+                return held[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def put(self: nn.Module, value: Tensor) -> None:
+        if name in parametrized(self):
+            parametrized(self)[name].right_inverse(value)
+        else:  # of a layer that has this class for another tensor's sake
+            self.__dict__[name] = value
+
+    return _Shown(get, put)
+
+
+def _set(base: type) -> Any:
+    """Assigning an attribute, where an adapted tensor is refused."""
+
+    def set_(self: nn.Module, name: str, value: Any) -> None:
+        _check_free(self, name, "assigned")
+        if name == "qconfig" and value is not None:  # how torch marks a layer that it will convert
+            raise AdapterError(
+                f"{_name(self)} has an adapter, and torch's quantisation does not know adapted "
+                "layers. Call merge(model) first."
+            )
+        base.__setattr__(self, name, value)  # type: ignore[call-arg, arg-type]
+
+    return set_
+
+
+def _delete(base: type) -> Any:
+    """Deleting an attribute, where an adapted tensor is refused."""
+
+    def delete(self: nn.Module, name: str) -> None:
+        _check_free(self, name, "deleted")
+        base.__delattr__(self, name)  # type: ignore[call-arg, arg-type]
+
+    return delete
+
+
+def _register(base: type, method: str) -> Any:
+    """Registering a tensor, where an adapted one is refused, and what `prune` makes of it."""
+
+    @wraps(getattr(base, method))  # torch reads its signature where a buffer is assigned
+    def register(self: nn.Module, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        _check_free(self, name, "registered again")
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            _check_free(self, name.removesuffix("_orig"), "pruned")
+        getattr(base, method)(self, name, value, *args, **kwargs)
+
+    return register
+
+
+def _check_free(layer: nn.Module, name: str, what: str) -> None:
+    adapters = adapted_by(layer, name)
+    if adapters:
+        raise AdapterError(
+            f'{name} of {_name(layer)} cannot be {what}: adapter "{adapters[0]}" is attached to '
+            f"it. Merge or detach first, or write the base, parametrizations.{name}.original."
+        )
+
+
+def _name(layer: nn.Module) -> str:
+    """The name of the class that the layer has without updates."""
+    return type(layer).__bases__[0].__name__
+
+
+def shallow_copy(self: nn.Module) -> nn.Module:
+    """What ``copy.copy`` gives of any module: another one that holds the same tensors."""
+    copy = type(self).__new__(type(self))
+    copy.__dict__.update(self.__dict__)
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]
+        if hasattr(self, slot):
+            setattr(copy, slot, getattr(self, slot))
+    return copy
+
+
+def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    copy = type(self).__new__(type(self))
+    memo[id(self)] = copy
+    # an RNN also holds its weights in a list, where the adapted ones are no leaves
+    state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
+    flat = state.pop("_flat_weights", None)
+    copy.__dict__.update(deepcopy(state, memo))
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]
+        if hasattr(self, slot):
+            setattr(copy, slot, deepcopy(getattr(self, slot), memo))
+    if flat is not None:
+        refresh(copy)
+    return copy
+
+
+def refresh(module: nn.Module) -> None:
+    """Have an RNN read its weights again; other layers hold no second reference."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def refuse_pickling(self: nn.Module) -> None:
+    raise AdapterError(
+        f"a model with an adapter attached cannot be pickled (at {type(self).__name__}). Save the "
+        "adapter with save_adapter(model, path), or merge(model) first and then torch.save(model)."
+    )
+
+
+def _load(base: type) -> Any:
+    """Accept a base checkpoint under its original names; the updates then keep their values."""
+
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, plist in parametrized(self).items():
+            stem = f"{prefix}parametrizations.{name}."
+            if plist.is_tensor and prefix + name in state:
+                state[stem + "original"] = state.pop(prefix + name)
+            own = {
+                f"{stem}{index}.{key}": value
+                for index, update in enumerate(plist)
+                if isinstance(update, AttachedUpdate)
+                for key, value in update.state_dict().items()
+            }
+            if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
+                state.update(own)
+        base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
+        # BatchNorm adds a counter that an old state lacks, by the name that it had
+        added = {prefix + name for name in parametrized(self)}
+        args[3][:] = [key for key in args[3] if key not in added]
+
+    return load

@@ -1,0 +1,349 @@
+"""Folding the updates into the base weights: the one writer of base weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.model.attach import (
+    check_adapters,
+    replace,
+    stored,
+    tidy,
+    updates,
+    updates_of,
+    with_lists,
+)
+from paramlora.model.layer_class import parametrized
+from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
+from paramlora.model.ties import holders, overlapping
+from paramlora.model.undo import to_the_end, unchanged_on_error
+from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.casts import is_storage
+from paramlora.update.contexts import own_context
+from paramlora.update.sharded import gathered, is_sharded
+from paramlora.update.sum import folded, overflows
+
+_Job = tuple[nn.Module, str, list[AttachedUpdate]]
+_Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
+_Group = list[tuple[_Job, _Values]]  # the holders of one tensor with the same updates
+_Step = Callable[[], None]
+
+
+@own_context()
+@torch.inference_mode(False)
+@torch.no_grad()
+def merge(
+    model: nn.Module, adapters: "str | list[str] | None" = None, dequantize: bool = False
+) -> nn.Module:
+    """Fold the updates into the base weights and erase them; returns the same model.
+
+    The sum is computed in float32 (float64 for a float64 base), outside of any autocast, and
+    rounded once to the weight's own type. Everything is checked before the first weight is written.
+    What stops a merge, Ctrl-C included, before that leaves the model as it was; what stops it
+    later is raised when the merge has ended. What `attach` froze stays frozen, as
+    ``model.requires_grad_(True)`` undoes.
+
+    Args:
+        model: with adapters attached, or none: then nothing happens.
+        adapters: a name or several; all when None. Those that `set_adapters` weakened are
+            folded in as strongly as they act.
+        dequantize: make a quantised weight that is adapted a dense one, which takes several
+            times its memory; otherwise such a merge is refused.
+
+    Raises:
+        AdapterError: an adapter that is not attached, one that is not finite or whose sum is
+            beyond the weight's type, a soft one with ``"up_kernel": "same"``, one over a
+            parametrization that cannot hold the sum, or one of a quantised weight without
+            `dequantize`.
+
+    Example:
+        >>> import paramlora
+        >>> layer = paramlora.attach(nn.Linear(4, 3), {"weight": {"r": 2}})
+        >>> x, y = torch.ones(1, 4), layer(torch.ones(1, 4))
+        >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
+    """
+    chosen = check_adapters(model, adapters)
+    for path, _, lowrank in updates(model):
+        if lowrank.adapter in chosen:
+            _check_finite(path, lowrank)
+            lowrank.check_mergeable(path)
+    jobs = [
+        (module, name, ours)
+        for module in list(model.modules())
+        for name in dict.fromkeys(name for name, _ in updates_of(module))
+        if (ours := _ours(module, name, chosen))
+    ]
+    packed = [
+        (module, name)
+        for module, name, _ in jobs
+        if (held := module._parameters.get(name)) is not None and is_quantised(held)
+    ]
+    if packed and not dequantize:
+        raise AdapterError(_quantised(model, *packed[0]))
+    inverted = [_inverted(*job) for job in jobs]
+    for job, values in zip(jobs, inverted):
+        if not values and (job[0], job[1]) not in packed:
+            _check_held(model, *job)
+    steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted)]
+    to_the_end(lambda: _take_all(steps))
+    return model
+
+
+def _take_all(steps: list[_Step]) -> None:
+    """A step leaves a model that is whole and, taken again, does the same, so that a merge that has
+    begun can always be ended."""
+    while steps:
+        steps[0]()
+        del steps[0]
+
+
+def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_Step]:
+    """The steps that make quantised weights dense."""
+    if not packed:
+        return []
+    usual = _usual_type(model)
+
+    def unpack(module: nn.Module, name: str) -> None:
+        with unchanged_on_error([module]):
+            make_dense(module, name, usual)
+
+    steps: list[_Step] = [lambda at=at: unpack(*at) for at in packed]  # type: ignore[misc]
+    return [*steps, lambda: tell_transformers(model, [module for module, _ in packed])]
+
+
+def _merging(model: nn.Module, jobs: list[_Job], inverted: list[_Values]) -> list[_Step]:
+    """The steps that write each sum and erase its updates."""
+    alike: dict[tuple[int, ...], _Group] = {}
+    for job, values in zip(jobs, inverted):
+        alike.setdefault(_identity(*job), []).append((job, values))
+    count, shared = holders(model), overlapping(model)
+    steps: list[_Step] = [
+        _step(group, len(group) == count[base], base in shared)
+        for (base, *_), group in alike.items()
+    ]
+    return [*steps, lambda: tidy(model)]
+
+
+def _step(group: _Group, whole: bool, shares: bool) -> _Step:
+    """The step of one tensor: form its sum, write it, erase the updates.
+
+    Args:
+        group: the holders that share the tensor with the same updates.
+        whole: whether no layer else holds it.
+        shares: whether another tensor lies in the same memory, which must not move.
+    """
+    formed: list[Optional[Tensor]] = []  # the sum, formed once, from the base as it was
+
+    def step() -> None:
+        if not formed:
+            formed.append(_total(group))
+        touched = [one for (module, _, _), _ in group for one in with_lists(module)]
+        with unchanged_on_error(touched):
+            _write(group, formed[0], whole, shares)
+            for (module, name, ours), _ in group:
+                _erase(module, name, ours)
+
+    return step
+
+
+def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[AttachedUpdate]:
+    lists = [held for tensor, held in updates_of(module) if tensor == name]
+    return [
+        p for held in lists for p in held if isinstance(p, AttachedUpdate) and p.adapter in chosen
+    ]
+
+
+def _usual_type(model: nn.Module) -> "torch.dtype | None":
+    """The type of the first parameter that is neither packed nor an update's."""
+    ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
+    there = (p.dtype for p in model.parameters() if id(p) not in ours and p.is_floating_point())
+    return next(there, None)
+
+
+def _among(update: nn.Module, updates: list[AttachedUpdate]) -> bool:
+    return any(update is one for one in updates)
+
+
+def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) -> None:
+    """Write a base once for the holders that share it with the same updates."""
+    for _, values in group:
+        for tensor, value in values:
+            tensor.copy_(value)
+    if total is None:
+        return
+    plain = _plain(group)
+    base: Any = getattr(*plain[0])
+    if not whole:  # tied to a holder without these updates, which must not move
+        own = nn.Parameter(_laid_out(total, base), base.requires_grad)
+        for owner, attribute in plain:
+            setattr(owner, attribute, own)
+    elif shares or 0 in base.stride():  # expanded: its elements share memory, the sum's cannot
+        base.data = _laid_out(total, base)
+    else:
+        base.copy_(total)
+
+
+def _laid_out(total: Tensor, base: Tensor) -> Tensor:
+    """The sum in memory of its own, with the strides of its base."""
+    return torch.empty_like(base).copy_(total)
+
+
+def _plain(group: _Group) -> list[tuple[Any, str]]:
+    """Where the tensor is stored, of the holders in which the sum is written as it is."""
+    return [_stored(module, name) for (module, name, _), values in group if not values]
+
+
+def _total(group: _Group) -> Optional[Tensor]:
+    plain = _plain(group)
+    return _sum(getattr(*plain[0]), group[0][0][2]) if plain else None
+
+
+def _erase(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> None:
+    for tensor, held in updates_of(module):
+        if tensor == name:
+            replace(module, name, held, [p for p in held if not _among(p, ours)])
+
+
+def _identity(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> tuple[int, ...]:
+    owner, attribute = _stored(module, name)
+    return (id(getattr(owner, attribute)), *map(id, ours))
+
+
+def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The owner and the attribute of the tensor behind ``module.name``."""
+    if stored(module, name) is not None:
+        return module, name
+    plist = parametrized(module)[name]
+    return plist, "original" if plist.is_tensor else "original0"
+
+
+def _sum(base: Tensor, updates: list[AttachedUpdate]) -> Tensor:
+    """A new tensor with the sum of a base and those of its updates that act."""
+    acting = [update for update in updates if update.acts]
+    if is_sharded(base):
+        return _folded_together(base, acting).to(base.dtype)
+    return folded(base, [answer(update, "term") for update in acting])
+
+
+def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[AttachedUpdate]) -> None:
+    """Refuse a sum that the base's type does not hold."""
+    base: Tensor = getattr(*_stored(module, name))
+    if is_storage(base.dtype):
+        raise AdapterError(
+            f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
+            "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
+        )
+    if not is_sharded(base):
+        over = overflows(base, [answer(update, "term") for update in ours if update.acts])
+    else:
+        narrow = base.dtype == torch.float16
+        over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
+    if over:
+        raise AdapterError(
+            f"{_full(model, module, name)}: the sum is beyond {torch.finfo(base.dtype).max:g}, the "
+            f"most that {base.dtype} holds. Nothing was merged; make the model wider "
+            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
+        )
+
+
+def _full(model: nn.Module, module: nn.Module, name: str) -> str:
+    """The name of a tensor in messages; looked for then, as it takes going through the model."""
+    path = next(path for path, one in model.named_modules() if one is module)
+    return f"{path}.{name}" if path else name
+
+
+def _folded_together(base: Tensor, acting: list[AttachedUpdate]) -> Tensor:
+    """Each process forms its own part of the sum, whose blocks the others could not follow."""
+    total = base.to(torch.promote_types(base.dtype, torch.float32))
+    for update in acting:
+        total = update(total)
+    return total
+
+
+def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Values:
+    """(stored tensor, new value) where another parametrization acts before an update.
+
+    Empty where the updates come first: they then add to the stored tensor itself.
+    """
+    if name in module._parameters:
+        return []
+    plist: Any = parametrized(module)[name]
+    others = [i for i, p in enumerate(plist) if not isinstance(p, AttachedUpdate)]
+    first = [i for i, p in enumerate(plist) if _among(p, ours)]
+    soft = [p for p in ours if p.beside]
+    if not others or (not soft and first[-1] < others[0]):
+        return []
+    names = ["original"] if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
+    stored = [getattr(plist, n) for n in names]
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stored]
+    # a copy in eval mode: spectral norm steps its power iteration whenever it is read
+    rules = [copy.deepcopy(plist[i]).eval() for i in others]
+    wide_rules = [copy.deepcopy(rule).to(wide[0].dtype) for rule in rules]
+    chain = [
+        wide_rules[others.index(i)] if i in others else p
+        for i, p in enumerate(plist)
+        if i in others or _among(p, ours)
+    ]
+    wanted = _through(chain, wide)
+    if soft:
+        wanted = folded(wanted, [answer(update, "term") for update in soft])
+    exact = _back(module, name, wide_rules, wanted)
+    new = [value.to(t.dtype) for value, t in zip(exact, stored)]
+    held = _through(wide_rules, exact), _through(rules, new)
+    if not (_is(held[0], wanted, 64) and _is(held[1], wanted.to(held[1].dtype), 4)):
+        raise AdapterError(_cannot_hold(module, name, rules))
+    return list(zip(stored, new))
+
+
+def _is(value: Tensor, wanted: Tensor, units: int) -> bool:
+    """Whether a value is the one that was wanted, but for some units in the last place of each
+    element: a small update of a large weight would hide behind any absolute tolerance."""
+    eps = torch.finfo(wanted.dtype).eps
+    near = units * eps * wanted.abs() + torch.finfo(wanted.dtype).tiny
+    return bool(((value - wanted).abs() <= near).all())
+
+
+def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
+    value: Tensor = chain[0](*stored)
+    for rule in chain[1:]:
+        value = rule(value)
+    return value
+
+
+def _back(module: nn.Module, name: str, rules: list[Any], wanted: Tensor) -> list[Tensor]:
+    value: Any = wanted
+    try:
+        for rule in reversed(rules):
+            value = rule.right_inverse(value)
+    except (AttributeError, NotImplementedError) as error:
+        raise AdapterError(_cannot_hold(module, name, rules)) from error
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _cannot_hold(module: nn.Module, name: str, rules: list[Any]) -> str:
+    kinds = ", ".join(type(rule).__name__.lstrip("_") for rule in rules)
+    return (
+        f"{type(module).__bases__[0].__name__}.{name} is under {kinds}, which cannot hold the "
+        "sum exactly. Nothing was merged; call torch's remove_parametrizations(layer, "
+        f'"{name}", leave_parametrized=True) on it to fold both.'
+    )
+
+
+def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
+    return (
+        f"{_full(model, module, name)} is quantised and cannot hold the sum. Nothing was merged; "
+        "merge(model, dequantize=True) makes it dense, or keep the adapter attached."
+    )
+
+
+def _check_finite(path: str, lowrank: AttachedUpdate) -> None:
+    for name, tensor in lowrank.state_dict().items():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f'adapter "{lowrank.adapter}", {path}.{name}: not finite. Nothing was merged; '
+                "detach the adapter or load a sound one."
+            )

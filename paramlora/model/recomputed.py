@@ -1,0 +1,61 @@
+"""A value whose gradient can be asked for more than once, as that of a parameter can."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.update.attached import AttachedUpdate
+
+AGAIN = "_paramlora_again"  # of layers whose tensors are to be read so, set by `inputs`
+
+
+def read_again(plist: Any, read: Callable[[Any], Tensor]) -> Tensor:
+    """What `read` computes of a list of parametrizations, as it were a parameter.
+
+    Reentrant checkpointing asks each segment for the gradients of what it was handed by keyword,
+    and goes on from there to the parameters: once for each segment. A parameter takes that, a sum
+    does not, as its tensors are freed at the first time; so it is computed again each time.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return read(plist)
+    parameters = [p for p in plist.parameters() if p.requires_grad]
+    if not parameters or not all(isinstance(update, AttachedUpdate) for update in plist):
+        return read(plist)
+    again: Any = _Again.apply
+    return again(lambda: read(plist), lambda: _told(plist), *parameters)  # type: ignore[no-any-return]
+
+
+def _told(plist: Any) -> tuple[Any, ...]:
+    """What the value depends on: the updates' strengths and the versions of the tensors."""
+    versions = (0 if p.is_inference() else p._version for p in plist.parameters())
+    return (*(update.strength for update in plist), *versions)
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        read: Callable[[], Tensor],
+        told: Callable[[], tuple[Any, ...]],
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        ctx.read, ctx.told, ctx.before = read, told, told()
+        ctx.parameters = parameters  # not saved for the backward, which would free them
+        return read().clone()  # an update that does not act gives its input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.told() != ctx.before:
+            raise AdapterError(
+                "an adapted tensor, or the strength of its adapter, changed between forward and "
+                "backward. Call backward first, then step or set_adapters."
+            )
+        twice = torch.is_grad_enabled()  # whether a gradient of this gradient is wanted
+        with torch.enable_grad():
+            value = ctx.read()
+        how = {"allow_unused": True, "create_graph": twice}
+        grads = torch.autograd.grad(value, ctx.parameters, grad, **how)
+        return None, None, *grads

@@ -1,0 +1,526 @@
+"""Matching the entries of a configuration to the tensors of a model. Changes nothing."""
+
+import copy
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
+from paramlora.errors import ParamloraWarning, TargetError, closest, listed
+from paramlora.model.quantised import is_quantised, shape_of
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.casts import is_storage
+from paramlora.update.geometry import FLOATS, Layout, matrix_shape
+from paramlora.update.names import BRANCHES
+
+_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+# compiled, checkpointed and sharded layers have the user's layer under one of these names
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPER = re.compile("|".join(_WRAPPED))
+_FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+_NO_ENTRY = TargetConfig("", 1)
+_LISTED = 12  # names in a message
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to adapt: its owner's path, its name there, and the entry that claims it.
+
+    `kind` says what formats name apart: ``"linear"`` (transformers' ``Conv1D`` too, whose layout is
+    transposed), ``"convolution"``, ``"embedding"``, ``"parameter"`` (a tensor of another name than
+    ``weight``), ``"weight"`` (of a class outside torch), else the name of torch's class.
+    """
+
+    module: str
+    tensor: str
+    entry: TargetConfig
+    shape: tuple[int, ...]
+    layout: Layout
+    dtype: torch.dtype
+    kind: str = "linear"
+    groups: int = 1
+
+    @property
+    def path(self) -> str:
+        """The key's stem in files: the module path, with the tensor's name unless ``weight``."""
+        return stem(self.module, self.tensor)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of ``lora_A`` and ``lora_B`` together, or of the tensor trained whole."""
+        if self.entry.whole:
+            return math.prod(self.shape)
+        stack, out, fan_in = matrix_shape(self.shape, self.layout)
+        return stack * self.entry.r * (out + fan_in)
+
+
+def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
+    """What `attach` would adapt, in the model's order; nothing is changed.
+
+    Args:
+        model: any module.
+        config: a `LoRAConfig`, a dict, or a path to JSON.
+        strict: an entry that matches nothing is an error instead of a warning.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        TargetError: nothing matches, two entries claim one tensor, an entry names a container,
+            a rank is more than the matrix holds, or a weight is not of real numbers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> [(t.path, t.shape, t.parameters) for t in targets(model, {"*": {"r": 2}})]
+        [('0', (3, 4), 14), ('1', (2, 3), 10)]
+    """
+    parsed = as_config(config)
+    check_model(model)
+    return chosen_targets(unwrapped(model), parsed, strict)
+
+
+def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
+    """As `targets`, of a model that is unwrapped and checked."""
+    places = _Places(model)
+    found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
+    _report_empty(model, parsed, found, strict)
+    chosen = _most_specific(parsed, found)
+    _check_thin(chosen)
+    return [_checked(model, target) for target in chosen]
+
+
+def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Target]:
+    """The targets at exact paths, as `Target.path` spells them, in the model's order.
+
+    Raises:
+        TargetError: a path that the model lacks, or a rank, scale or kind that does not fit.
+    """
+    chosen = [
+        replace(target, entry=entries[target.path])
+        for target in (*_all(model, _tensors), *_all(model, buffers_of))
+        if target.path in entries
+    ]
+    found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
+    missing = sorted(entries.keys() - found)
+    if missing:
+        text = f'"{missing[0]}" matches nothing.{_closest_in(model, missing[0])}'
+        text += f" So do {listed(missing[1:])}." if missing[1:] else ""
+        raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
+    return [_checked(model, target) for target in chosen]
+
+
+def adaptable(model: nn.Module) -> Iterator[Target]:
+    """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
+    return (target for target in _all(model, _tensors) if len(target.shape) >= 2)
+
+
+def tensor_paths(model: nn.Module) -> set[str]:
+    """The path of every tensor, of any number of dimensions, as adapters' files spell it."""
+    return {target.path for target in (*_all(model, _tensors), *_all(model, buffers_of))}
+
+
+def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) -> Iterator[Target]:
+    for path, module, name, tensor in places(unwrapped(model)):
+        yield _target(path, module, name, tensor, _NO_ENTRY)
+
+
+def _checked(model: nn.Module, target: Target) -> Target:
+    if not target.entry.whole:
+        _check_rank(target)
+        _check_scale(target)
+        if not target.entry.hard:
+            _check_soft(target, model.get_submodule(target.module))
+    return target
+
+
+def _target(
+    path: str, module: nn.Module, name: str, tensor: torch.Tensor, entry: TargetConfig
+) -> Target:
+    layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
+    kind = _kind(module, name)
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    shape = shape_of(module, tensor)
+    return Target(path, name, entry, shape, layout, tensor.dtype, kind, groups)
+
+
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TargetError(
+                f"{name} has no shape yet. Call the model once on an example, and then attach."
+            )
+        if parameter.is_inference():
+            raise TargetError(
+                f"{name} was made under torch.inference_mode(), where nothing can be trained. "
+                "Build the model outside, or under torch.no_grad()."
+            )
+
+
+def stem(module: str, tensor: str) -> str:
+    """The key's stem in files of a tensor of the module at a path."""
+    return own_path(module if tensor == "weight" else f"{module}.{tensor}" if module else tensor)
+
+
+def own_path(path: str) -> str:
+    """The path without the names that torch's wrappers put into it."""
+    if _WRAPPER.search(path) is None:
+        return path
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside ``torch.compile``'s or ``DistributedDataParallel``'s."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
+        "_orig_mod" in model._modules
+    ):
+        model = next(iter(model.children()))
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(module path, module, tensor name, base tensor) of every parameter, each owner once."""
+    for path, module in model.named_modules():
+        if not {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
+            continue
+        first: dict[int, str] = {}
+        for name, tensor in module._parameters.items():
+            if tensor is not None and first.setdefault(id(tensor), name) == name:
+                yield path, module, name, tensor
+        # not get: a scripted layer's modules have none
+        if "parametrizations" in module._modules:
+            lists = module._modules["parametrizations"]
+            for name in lists if isinstance(lists, nn.ModuleDict) else ():
+                yield path, module, name, shown(module, name)
+
+
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(module path, module, name, tensor) of every buffer in a state dict, each owner once."""
+    for path, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if not scripted and {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
+            for name, tensor in module._buffers.items():
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    yield path, module, name, tensor
+
+
+def shown(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
+    plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
+    if all(isinstance(p, AttachedUpdate) for p in plist):
+        return plist.original  # type: ignore[no-any-return]
+    return _computed(copy.deepcopy(plist))
+
+
+@torch.no_grad()
+def _computed(plist: Any) -> torch.Tensor:
+    return plist()  # type: ignore[no-any-return]
+
+
+_Place = tuple[str, nn.Module, str, torch.Tensor]
+
+
+class _Places:
+    """Every tensor of a model, found by what its path or its layer's path ends in.
+
+    A file that was loaded has an entry for each layer: looking every one up among all paths would
+    take a time that grows with the square of their number.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.all = list(_tensors(model))
+        self.buffers = list(buffers_of(model))
+        self._by_end: dict[str, list[_Place]] = {}
+        for place in self.all:
+            for path in _names(place):
+                for end in _ends(own_path(path)):
+                    found = self._by_end.setdefault(end, [])
+                    if not found or found[-1] is not place:
+                        found.append(place)
+
+    def matching(self, pattern: str) -> list[_Place]:
+        if pattern.startswith("re:") or "*" in pattern.split("."):
+            return [one for one in self.all if any(fits(pattern, name) for name in _names(one))]
+        return self._by_end.get(pattern, [])
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The path, and what is left of it after each dot."""
+    yield path
+    while (dot := path.find(".")) >= 0:
+        path = path[dot + 1 :]
+        yield path
+
+
+def _names(place: _Place) -> list[str]:
+    """The paths by which an entry may name a tensor: its own, and a weight's layer's."""
+    path, _, name, _ = place
+    full = f"{path}.{name}" if path else name
+    return [full, path] if name == "weight" else [full]
+
+
+def _matches(model: nn.Module, places: _Places, entry: TargetConfig) -> list[Target]:
+    if entry.whole:
+        return _whole(places, entry)
+    out = []
+    for path, module, name, tensor in places.matching(entry.name):
+        full = f"{path}.{name}" if path else name
+        reason = _unfit(entry, module, tensor)
+        if reason is None:
+            out.append(_target(path, module, name, tensor, entry))
+        elif not _broad(entry.name):
+            raise TargetError(f'"{entry.name}" matches {full}, {reason}')
+    if not out:
+        _refuse_containers(model, entry)
+    return out
+
+
+def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Optional[str]:
+    """Why a tensor cannot be adapted, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "which torch.jit compiled. Attach to the module that it was made from."
+    if entry.hard and getattr(module, "sparse", False) is True:
+        return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
+    if entry.hard and is_quantised(tensor):
+        return 'which is quantised: no sum can be stored there. Use "hard": 0.'
+    reason = None
+    if tensor.dim() < 2:
+        reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"
+    elif 0 in tensor.shape:
+        reason = f"of shape {list(tensor.shape)}: it is empty"
+    elif entry.hard and tensor.dtype not in FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        reason = f"of type {tensor.dtype}: a hard update needs one of {names}"
+        if is_storage(tensor.dtype):
+            return f'{reason}. Attach before the model is stored so, or use "hard": 0.'
+    return reason and f"{reason}. Remove the entry."
+
+
+def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
+    """Every tensor that the entry names, or that lies anywhere in a module that it names."""
+    out = []
+    for path, module, name, tensor in places.all + places.buffers:
+        parts = [part for part in path.split(".") if part] + [name]
+        above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        if not any(fits(entry.name, one) for one in above):
+            continue
+        counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
+        if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
+            raise TargetError(
+                f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
+                "cannot train. Name another, or adapt it with r."
+            )
+        out.append(_target(path, module, name, tensor, entry))
+    return out
+
+
+def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
+    for path, module in model.named_modules():
+        if path and fits(entry.name, path):
+            taken = {"parametrizations", BRANCHES} & set(path.split("."))
+            if taken:
+                raise TargetError(
+                    f'"{entry.name}" matches {path}, but updates themselves stand under the name '
+                    f'"{taken.pop()}". Rename the layer.'
+                )
+            names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
+            inside = [f"{path}.{name}" for name in names]
+            hint = f". Name what is inside it, for example {inside[0]}" if inside else ""
+            every = f"{entry.name}.*"
+            if any(fits(every, one) for one in inside):
+                hint += f', or all of it: "{every}"'
+            hint += "." if hint else ""
+            if isinstance(module.__dict__.get("weight"), torch.Tensor):
+                hint = (
+                    ", because a hook computes it anew before each call (torch.nn.utils."
+                    "weight_norm, spectral_norm or prune). Use torch.nn.utils.parametrizations."
+                )
+            raise TargetError(
+                f'"{entry.name}" matches {path}, a {type(module).__name__} '
+                f"with no weight of its own to adapt{hint or '.'}"
+            )
+
+
+def fits(pattern: str, path: str) -> bool:
+    """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], own_path(path)) is not None
+    want, have = pattern.split("."), own_path(path).split(".")
+    tail = have[-len(want) :]
+    return len(tail) == len(want) and all(w in ("*", h) for w, h in zip(want, tail))
+
+
+def as_pattern(name: str) -> str:
+    """The regular expression of the paths that a name of an entry fits."""
+    if name.startswith("re:"):
+        return name[3:]
+    parts = ("[^.]*" if part == "*" else re.escape(part) for part in name.split("."))
+    return r"(?:.*\.)?" + r"\.".join(parts)
+
+
+def _broad(pattern: str) -> bool:
+    """Whether a pattern sweeps up tensors that it does not name, such as biases."""
+    return pattern.startswith("re:") or pattern.split(".")[-1] == "*"
+
+
+def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
+    if name == "weight" and isinstance(module, _FLAT) and not isinstance(module, _TRANSPOSED):
+        return "matrix"
+    if name == "weight" and (isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module)):
+        return "transposed"
+    return "stack" if tensor.dim() > 2 else "matrix"
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    if name != "weight":
+        return "parameter"
+    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
+        return "convolution"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    known = (
+        c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
+    )
+    name = next(known)
+    return "weight" if name == "Module" else name
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    """transformers.pytorch_utils.Conv1D stores ``[in, out]``; known by name, so not imported."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(module).__mro__
+    )
+
+
+def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[Target]:
+    claims: dict[tuple[str, str], list[Target]] = {}
+    for entry in config.entries:
+        for target in found[entry.name]:
+            claims.setdefault((target.module, target.tensor), []).append(target)
+    return [_winner(group) for group in claims.values()]
+
+
+def _winner(group: list[Target]) -> Target:
+    if len(group) == 1:
+        return group[0]
+    best = max(specificity(t.entry.name) for t in group)
+    top = [t for t in group if specificity(t.entry.name) == best]
+    if len(top) > 1:
+        names = " and ".join(f'"{t.entry.name}"' for t in top)
+        raise TargetError(
+            f"{top[0].module or 'the model'}.{top[0].tensor}: {names} claim it equally. "
+            "Remove one, or make one path longer."
+        )
+    return top[0]
+
+
+def specificity(name: str) -> int:
+    return 0 if name.startswith("re:") else len(name.split("."))
+
+
+def _report_empty(
+    model: nn.Module, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
+) -> None:
+    empty = [name for name, matches in found.items() if not matches]
+    if not empty:
+        return
+    text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in empty)
+    if len(empty) == len(found):
+        count = sum(1 for _ in model.modules())
+        raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
+    if strict:
+        raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
+    warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
+
+
+def _closest_in(model: nn.Module, name: str) -> str:
+    last = name.split(".")[-1]
+    owners = [path.split(".")[-1] for path, _, n, t in _tensors(model) if t.dim() >= 2]
+    best = closest(last, sorted(set(owners) - {""}))
+    return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else _there(owners)
+
+
+def _there(owners: list[str]) -> str:
+    """What a model has to name, grouped by how often: ``query, key (2 layers each)``.
+
+    Numbers, which are places in a sequence and no names, are left out.
+    """
+    by_count: dict[int, list[str]] = {}
+    for name, count in Counter(name for name in owners if not name.isdigit()).items():
+        by_count.setdefault(count, []).append(name)
+    parts, left = [], _LISTED
+    for count, names in by_count.items():
+        shown = [name for name in names if name][: max(left, 0)]
+        left -= len(names)
+        each = " each" if len(shown) > 1 else ""
+        if shown:
+            parts.append(f"{', '.join(shown)} ({count} layer{'s' * (count > 1)}{each})")
+    return f" There are: {'; '.join(parts)}{', and more' if left < 0 else ''}." if parts else ""
+
+
+def _check_scale(target: Target) -> None:
+    most = torch.finfo(target.dtype if target.dtype == torch.float64 else torch.float32).max
+    if abs(target.entry.scale) > most:
+        raise TargetError(
+            f'"{target.entry.name}": scale {target.entry.scale:g} is beyond {most:g}, the most '
+            f"that {target.path or 'weight'} can be scaled by. Give a smaller one."
+        )
+
+
+def _most_rank(target: Target) -> int:
+    _, out, fan_in = matrix_shape(target.shape, target.layout)
+    return min(out, fan_in) // 2 if target.entry.init in FROM_WEIGHT else min(out, fan_in)
+
+
+def _check_thin(chosen: list[Target]) -> None:
+    """Refuse several tensors that hold less than the rank of one entry, all of them at once."""
+    for entry in dict.fromkeys(target.entry for target in chosen if not target.entry.whole):
+        thin = [t for t in chosen if t.entry == entry and entry.r > _most_rank(t)]
+        if len(thin) > 1:
+            names = ", ".join(f"{t.path or 'weight'} ({_most_rank(t)})" for t in thin[:_LISTED])
+            more = f" and {len(thin) - _LISTED} more" if len(thin) > _LISTED else ""
+            raise TargetError(
+                f'"{entry.name}": r = {entry.r} is more than {len(thin)} tensors hold, each with '
+                f"the most that it does: {names}{more}. Give a smaller r, or those an entry of "
+                "their own."
+            )
+
+
+def _check_rank(target: Target) -> None:
+    _, out, fan_in = matrix_shape(target.shape, target.layout)
+    twice, most = target.entry.init in FROM_WEIGHT, _most_rank(target)
+    if target.entry.r > most:
+        also = f' ("init": "{target.entry.init}" is saved at twice its rank)' if twice else ""
+        raise TargetError(
+            f'"{target.entry.name}": r = {target.entry.r} is more than {target.path or "weight"} '
+            f"holds: its matrix is {out}×{fan_in}{also}. Give r of at most {most}."
+        )
+
+
+def _check_soft(target: Target, module: nn.Module) -> None:
+    where = f'"{target.entry.name}" ("hard": 0) matches {target.path or "the model"}'
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(
+            f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
+        )
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    linear = isinstance(module, nn.Linear) or _is_hf_conv1d(module)
+    if target.tensor != "weight" or not (convolution or linear):
+        raise TargetError(
+            f"{where}, a {type(module).__name__}: a soft update serves Linear and convolutions. "
+            'Use "hard": 1.'
+        )
+    if target.entry.up_kernel == "same" and not convolution:
+        raise TargetError(
+            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same".'
+        )

@@ -1,0 +1,235 @@
+"""The live model to and from an adapter's tensors, named by module path."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.config import TargetConfig
+from paramlora.errors import FileError, ParamloraWarning
+from paramlora.model.attach import (
+    Fresh,
+    attach_targets,
+    base_of,
+    check_adapters,
+    placed,
+    updates,
+    updates_of,
+)
+from paramlora.model.digest import digest, others
+from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
+from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.geometry import FLOATS, factor_dtype
+from paramlora.update.names import LOW_RANK
+from paramlora.update.sharded import check_order
+from paramlora.update.value import Adapter, Holder, Update
+
+
+def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """``{"<module path>.lora_A": ...}``: the adapter's own tensors, detached, not copied.
+
+    A tensor other than ``weight`` has its name in the path, such as ``lstm.weight_ih_l0.lora_A``.
+    One that is trained whole is ``lora_whole``. After ``"init": "pissa"`` or ``"olora"`` the
+    factors are new tensors, of twice the rank: a plain adapter for the unchanged base.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+    """
+    return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default"
+) -> nn.Module:
+    """Copy `state` into an attached adapter; everything is checked before the first copy.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+        FileError: missing or unexpected keys, another shape, or no finite real numbers.
+    """
+    _load(model, _stems(model, adapter), state, adapter)
+    return model
+
+
+def _load(
+    model: nn.Module, stems: Mapping[str, AttachedUpdate], state: Mapping[str, Tensor], adapter: str
+) -> None:
+    live = _live(stems)
+    missing = sorted(live.keys() - state.keys())
+    unexpected = sorted(state.keys() - live.keys())
+    if missing or unexpected:
+        raise FileError(
+            f'adapter "{adapter}" does not fit {type(model).__name__}: '
+            f"missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
+        )
+    for key, tensor in live.items():
+        _check_values(key, state[key], tensor.dtype)
+        if tensor.shape != state[key].shape:
+            raise FileError(
+                f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
+                "Was it made for another model or rank?"
+            )
+    for key, tensor in live.items():
+        if tensor.is_meta:
+            raise FileError(
+                f"{key} lies on the meta device, where values are lost. Load the model first."
+            )
+    for path, update in stems.items():
+        update.load_plain({name: state[_key(path, name)] for name in update.plain()})
+
+
+def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor):
+        raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs.")
+    if not value.is_floating_point() and value.dtype != dtype:
+        raise FileError(f"{key}: of type {value.dtype}, where real numbers belong.")
+    if not value.is_meta and not torch.isfinite(value.detach().to(dtype)).all():
+        raise FileError(f"{key}: not finite in {dtype}. Nothing was loaded.")
+
+
+def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
+    """An attached adapter as a value: its tensors detached, and shared where they are plain.
+
+    Where it is sharded over processes all of them call this, and each gets the whole.
+    Tied tensors that share one update hold the same `Update` under each of their paths.
+
+    Raises:
+        AdapterError: `adapter` is not attached.
+    """
+    held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
+    if not held:
+        check_adapters(model, adapter)
+    there = {target.path: target for target in adaptable(model)}
+    first: dict[int, str] = {}
+    made: dict[str, "Update | Tensor"] = {}
+    for path, update in held.items():
+        head = first.setdefault(id(update), path)
+        made[path] = _value(update, there.get(path)) if head == path else made[head]
+    return Adapter(
+        {path: value for path, value in made.items() if isinstance(value, Update)},
+        adapter,
+        whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
+        base=_digests(model, adapter),
+        holders=_holders(held, there),
+    )
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = None) -> nn.Module:
+    """Attach an adapter at its own paths and load its values; all or nothing.
+
+    Args:
+        model: a model that has every path of `adapter`.
+        adapter: its tensors are copied into new parameters.
+        name: a name of your own instead of the adapter's.
+
+    Raises:
+        TargetError: a path that the model lacks, or a rank or kind that does not fit there.
+        FileError: a tensor of another shape.
+        AdapterError: an adapter of that name is attached already.
+    """
+    name = adapter.name if name is None else name
+    check_model(model)
+    check_order(model)
+    inside = unwrapped(model)
+    chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
+    values = _values(adapter)
+
+    def fill(fresh: Fresh) -> None:
+        stems: dict[str, AttachedUpdate] = {}
+        seen: set[int] = set()
+        for _, target, update in fresh:  # of tied tensors only the first one's
+            if id(update) not in seen:
+                stems[target.path] = update
+                seen.add(id(update))
+        _load(model, stems, {key: values[key] for key in _live(stems)}, name)
+
+    attach_targets(inside, chosen, name, fill=fill)
+    if adapter.base:
+        _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
+    return model
+
+
+def _holders(held: Mapping[str, AttachedUpdate], there: Mapping[str, Target]) -> dict[str, Holder]:
+    """The layers of tied tensors, which share the first one's update and not its kind."""
+    count = Counter(map(id, held.values()))
+    tied = (there[path] for path in held if count[id(held[path])] > 1 and path in there)
+    return {one.path: Holder(one.kind, one.layout, one.groups) for one in tied}
+
+
+def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
+    """By path, what tells each tensor that an adapter updates, as the base stores it."""
+    found = {}
+    for path, module in unwrapped(model).named_modules():
+        for name, held in updates_of(module):
+            if any(isinstance(one, AttachedUpdate) and one.adapter == adapter for one in held):
+                found[stem(path, name)] = digest(base_of(module, name))
+    return {path: told for path, told in found.items() if told is not None}
+
+
+def _warn_other(paths: list[str], count: int) -> None:
+    if paths:
+        warnings.warn(
+            f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
+            "than those that the adapter was trained on. Is this its base, and is the adapter not "
+            "merged into it already?",
+            ParamloraWarning,
+            stacklevel=5,
+        )
+
+
+def _value(update: AttachedUpdate, target: Optional[Target]) -> "Update | Tensor":
+    layer = (None, None, 1) if target is None else (target.shape, target.kind, target.groups)
+    return answer(update, "value", *layer)  # type: ignore[no-any-return]
+
+
+def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
+    """An entry for each path; paths that share one value share one entry."""
+    first: dict[int, str] = {}
+    entries = {}
+    for path, update in adapter.updates.items():
+        entries[path] = update.entry(first.setdefault(id(update), path))
+    for path, tensor in adapter.whole.items():
+        entries[path] = TargetConfig(first.setdefault(id(tensor), path), 0, whole=True)
+    return entries
+
+
+def _typed(target: Target, adapter: Adapter) -> Target:
+    """A tensor to have whole keeps its own type where that is not the usual one."""
+    tensor = adapter.whole.get(target.path)
+    if tensor is None or tensor.dtype not in FLOATS or tensor.dtype == factor_dtype(target.dtype):
+        return target
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return replace(target, entry=replace(target.entry, adapter_dtype=kind))
+
+
+def _values(adapter: Adapter) -> dict[str, Tensor]:
+    out = {_key(path, "lora_whole"): tensor for path, tensor in adapter.whole.items()}
+    for path, update in adapter.updates.items():
+        scale = torch.tensor(update.scale, dtype=torch.float64)
+        for name, value in zip(LOW_RANK, (update.lora_A, update.lora_B, scale)):
+            out[_key(path, name)] = value
+    return out
+
+
+def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
+    found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
+    if not found:
+        check_adapters(model, adapter)
+    return found
+
+
+def _live(stems: Mapping[str, AttachedUpdate]) -> dict[str, Tensor]:
+    return {
+        _key(stem, name): tensor
+        for stem, update in stems.items()
+        for name, tensor in answer(update, "plain").items()
+    }
+
+
+def _key(stem: str, name: str) -> str:
+    return f"{stem}.{name}" if stem else name

@@ -1,0 +1,261 @@
+"""The private names of torch that the package uses, each with what stands in for it.
+
+Only this file knows them, and a test holds that. Each is chosen once, at import: torch's own
+function itself where there is one, so that a small layer pays no Python call for the choice, else a
+public way to the same answer, which is slower. Where torch tells nothing publicly, the stand-in
+gives the answer that is right though it costs more. `tests/update/test_compat.py` hides each name
+in turn.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from paramlora.errors import ParamloraWarning
+
+
+def _private(path: str) -> Any:
+    """What a private name of torch stands for, or None where this torch has no such name."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+# --- autograd functions, and what they cannot be called in ---------------------------------------
+
+
+class _Refused(torch.autograd.Function):
+    """Has no `setup_context`, which torch demands wherever a transform of torch.func is at work."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int) -> int:
+        return number
+
+
+def _refuses() -> bool:
+    """Whether torch refuses such an autograd function here."""
+    try:
+        _Refused.apply(0)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return True
+    return False
+
+
+# whether a transform of torch.func is at work; asked in every forward of every layer
+transforms_active: Callable[[], bool] = _private("_C._are_functorch_transforms_active") or _refuses
+
+
+def _dual_level_open() -> bool:
+    """Whether forward mode is at work: torch then refuses another level."""
+    try:
+        with forward_ad.dual_level():
+            return False
+    except RuntimeError:
+        return True
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward mode is at work, which no autograd function here serves."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def _transformed_by_trial() -> bool:
+    """`_transformed` of a torch that does not tell its level of forward mode."""
+    return transforms_active() or _dual_level_open()
+
+
+# the level is a number that torch replaces, so it cannot be bound: reading it takes a function
+transformed: Callable[[], bool] = (
+    _transformed
+    if _private("autograd.forward_ad._current_level") is not None
+    else _transformed_by_trial
+)
+
+# a tensor of a transform that has ended, whose memory nobody can read
+_left_over: Any = _private("_C._functorch.is_functorch_wrapped_tensor")
+
+
+def _applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
+    """``function.apply(x, *rest)`` without its preparations for torch.func's transforms, a third of
+    its time, where there is none and no tensor is left over from one."""
+    if transforms_active():
+        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
+    try:
+        return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc,no-any-return]
+    except RuntimeError:  # the address of one left over cannot be read
+        if not any(isinstance(t, Tensor) and _left_over(t) for t in (x, *rest)):
+            raise
+        return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _applied_as_ever(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
+    """``function.apply(x, *rest)``, preparations and all."""
+    return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
+
+
+applied: Callable[..., Tensor] = (
+    _applied if _left_over and _private("_C._FunctionBase.apply") else _applied_as_ever
+)
+
+
+def _has_no_memory(t: Tensor) -> bool:
+    """Whether a tensor only wraps others, as one of many gradients does."""
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+# whether it stands for many gradients (`is_grads_batched`), which no kernel can be given
+is_batched: Callable[[Tensor], bool] = (
+    _private("_C._functorch.is_legacy_batchedtensor") or _has_no_memory
+)
+
+# --- what follows torch's operations -------------------------------------------------------------
+
+_dispatch_mode: Any = _private("_C._get_dispatch_mode")
+_PROXY: Any = _private("_C._TorchDispatchModeKey.PROXY")
+
+
+def _recorded() -> bool:
+    """Whether torch's operations are being recorded by `make_fx`, which does not see a launch."""
+    return _dispatch_mode(_PROXY) is not None
+
+
+def _recorded_publicly() -> bool:
+    """`_recorded` by the module of `make_fx`, which takes a second to import, so that it is asked
+    only where somebody has imported it: nobody else records."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
+recorded: Callable[[], bool] = _recorded if _dispatch_mode and _PROXY else _recorded_publicly
+
+
+def _perhaps() -> int:
+    """One mode at least: where torch does not tell, every operation is shown to whoever follows."""
+    return 1
+
+
+# whether `torch.jit.trace` is at work; the public name asks whether it is a script first
+traced: Callable[[], bool] = _private("_C._is_tracing") or torch.jit.is_tracing  # type: ignore[attr-defined]
+
+# how many modes follow torch's operations
+modes_following: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or _perhaps
+
+
+def _is_wrapper(tensor: object) -> bool:
+    """Whether a tensor's class has the methods by which compilers take it apart."""
+    if not isinstance(tensor, Tensor) or type(tensor) is Tensor:
+        return False
+    return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
+
+
+# whether a tensor is made of others, such as a quantised one
+is_wrapper: Callable[[object], bool] = (
+    _private("utils._python_dispatch.is_traceable_wrapper_subclass") or _is_wrapper
+)
+
+# --- the compiler --------------------------------------------------------------------------------
+
+
+def _reads(file: str, name: str) -> bool:
+    """Whether a file of torch mentions a name; one that is there without its source does not."""
+    path = Path(torch.__file__).parent / file
+    return path.is_file() and name in path.read_text(encoding="utf-8")
+
+
+def _marked(function: Any) -> Any:
+    """What `torch.compiler.assume_constant_result` does, without its import of the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+# A decorator: compiled code holds what the function returned when it was compiled. Were it traced
+# instead, a dictionary that it fills meanwhile would have everything compiled a second time.
+constant_result: Callable[[Any], Any] = (
+    _marked
+    if _reads("_dynamo/decorators.py", "_dynamo_marked_constant")
+    else torch.compiler.assume_constant_result
+)
+
+# --- a backward that computes a checkpointed forward again ---------------------------------------
+
+
+_TOLD = "_C._current_autograd_node", "autograd.graph.Node._sequence_nr"
+_tells = all(_private(name) is not None for name in _TOLD)
+
+
+def _nothing_runs() -> None:
+    """No node: torch has no public way to ask for the one whose backward runs."""
+    return None
+
+
+# the node of autograd whose backward runs in this thread, None outside
+current_node: Callable[[], Any] = _private(_TOLD[0]) if _tells else _nothing_runs
+
+
+def _task_of_node() -> int:
+    """-1 where no node's backward runs, which is all that is asked of the number."""
+    return -1 if current_node() is None else 0
+
+
+# the number of the backward that runs in this thread, -1 outside; quicker than `current_node`
+current_backward: Callable[[], int] = _private("_C._current_graph_task_id") or _task_of_node
+
+
+def _number_of_next_node() -> int:
+    """The number after that of a node which is made for it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return number_of(node) + 1 if _tells else 0
+
+
+# the number that autograd will give the next operation of this thread
+next_number: Callable[[], int] = _private("_C._autograd._get_sequence_nr") or _number_of_next_node
+
+
+def number_of(node: Any) -> int:
+    """The number that autograd gave the operation whose backward a node is."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def _silent() -> None:
+    """Nothing to say: a forward that is computed again finds the strengths that it had."""
+
+
+def _warn_of_strengths() -> None:
+    """Say that a forward that is computed again cannot find the strengths that it had."""
+    warnings.warn(
+        f"torch {torch.__version__} does not tell which forward a backward computes again: with "
+        "activation checkpointing, call backward before the strengths of adapters change, or its "
+        "gradients are those of the new strengths.",
+        ParamloraWarning,
+        stacklevel=2,
+    )
+
+
+# called where a strength changes
+strength_changes: Callable[[], None] = _silent if _tells else _warn_of_strengths
+
+# --- the device ----------------------------------------------------------------------------------
+
+# asked at every launch, where Python takes longer than the device
+cuda_device: Callable[[], int] = _private("_C._cuda_getDevice") or torch.cuda.current_device
+
+
+def _stream_of(device: int) -> int:
+    """The address of the stream that work is put on."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+cuda_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream") or _stream_of

@@ -1,0 +1,110 @@
+"""A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.update.attached import AttachedUpdate, Gains
+from paramlora.update.contexts import in_own_types
+from paramlora.update.sharded import gathered, take
+from paramlora.update.sum import Term, WholeTerm
+
+
+class Whole(AttachedUpdate):
+    r"""The parametrization of a tensor that is trained itself, not by a low-rank update.
+
+    .. math:: W' = W + strength · (V - W)
+
+    A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
+    trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
+    count of batches always itself.
+
+    Args:
+        weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
+        adapter: the name under which it is switched and saved.
+        gains: where updates that are made together share the tensor of their strength.
+
+    Shapes: ``lora_whole`` has the shape of `weight`. Of a parameter it is a parameter, in float32
+    on a 16-bit weight, where its updates would otherwise vanish, and in the weight's own type
+    elsewhere; of a buffer it is a buffer of the same type.
+    """
+
+    alone = True
+    lora_whole: Tensor
+    unset: bool = False  # from the meta device: its memory has no values yet
+
+    def __init__(
+        self, weight: Tensor, adapter: str = "default", gains: Optional[Gains] = None
+    ) -> None:
+        trains = isinstance(weight, nn.Parameter)
+        dtype = torch.float32 if trains and weight.dtype.itemsize <= 2 else weight.dtype
+        super().__init__(adapter, weight.device, dtype, gains)
+        own = weight.detach().to(dtype, copy=True)
+        if trains:
+            self.lora_whole = nn.Parameter(own)
+        else:
+            self.register_buffer("lora_whole", own)
+            self.keep(written_by_reader=True)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``lora_whole`` in `weight`'s type; `weight` unchanged when off."""
+        counts = not weight.is_floating_point()  # batches: what reads it divides by what it adds
+        if not self.acts and not counts:
+            return weight.clone() if self.written_by_reader else weight
+        if self.unset:
+            self._start(weight)
+        own = self.lora_whole
+        if not self.fully and not counts:
+            with in_own_types(weight):
+                own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
+        return own.to(weight.dtype)
+
+    def _gain_for(self, own: Tensor) -> Tensor:
+        return self.gain.to(own.device, own.dtype)
+
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> None:
+        take(self.lora_whole, weight)
+        self.keep(unset=False)
+
+    def reset_parameters(self) -> None:
+        """Start as a copy of the base, once that has its values: at the first read."""
+        self.keep(unset=True)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state.get(prefix + "lora_whole")
+        # a base checkpoint is given the update's own values, see `layers`
+        told = isinstance(value, Tensor) and value.data_ptr() != self.lora_whole.data_ptr()
+        super()._load_from_state_dict(state, prefix, *args)
+        if told:
+            self.keep(unset=False)
+
+    def term(self) -> Term:
+        """It instead of the weight."""
+        return WholeTerm(self.lora_whole, self.gain)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Its one parameter; a buffer trains otherwise."""
+        return {"whole": list(self.parameters())}
+
+    def described(self) -> tuple[int, float, str]:
+        """It has neither a rank nor a factor."""
+        return 0, 1.0, "whole"
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Tensor:
+        """The tensor to have instead."""
+        return gathered(self.lora_whole.detach())
+
+    def plain(self) -> dict[str, Tensor]:
+        """What a file holds."""
+        return {"lora_whole": self.lora_whole}
+
+    @torch.no_grad()
+    def load_plain(self, state: dict[str, Tensor]) -> None:
+        """Take the value of a file."""
+        take(self.lora_whole, state["lora_whole"])
+        self.keep(unset=False)
+
+    def extra_repr(self) -> str:
+        return f"adapter={self.adapter!r}, whole, strength={self.strength}"

@@ -1,0 +1,111 @@
+"""The command line: what it prints, how it exits, and that a seed decides the demo's files."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+from paramlora.cli import main
+
+
+def factory():
+    return nn.Sequential(nn.Linear(4, 3), nn.Conv2d(2, 2, 1))
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "lora.json"
+    path.write_text(json.dumps({"0": {"r": 2}, "1": {"r": 1, "hard": 0}}))
+    return path
+
+
+def test_targets_lists_what_would_be_adapted(capsys, config):
+    code, out, _ = run(capsys, "targets", config, "--model", f"{__name__}:factory")
+    assert code == 0
+    assert "3×4" in out and "soft" in out and "2 tensors, 18 parameters" in out
+
+
+@pytest.mark.parametrize(
+    "text, model, message",
+    [
+        ('{"0": {"r": 0}}', "factory", '"r" must be a whole number'),
+        ('{"0": {"r": 2},}', "factory", "line 1, column"),
+        ('{"9": {"r": 2}}', "factory", "nothing to adapt"),
+        ('{"0": {"r": 2}}', "missing", "Give module:factory"),
+        ('{"0": {"r": 2}}', "dict_factory", "not a torch.nn.Module"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exits_with_2(capsys, config, text, model, message):
+    config.write_text(text)
+    code, out, err = run(capsys, "targets", config, "--model", f"{__name__}:{model}")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert message in " ".join(err.split())
+
+
+def dict_factory():
+    return {}
+
+
+def test_help_and_wrong_use(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and "demo" in out and "targets" in out
+    assert run(capsys, "targets")[0] == 2
+
+
+def test_ctrl_c_exits_with_130(capsys, monkeypatch, tmp_path):
+    from paramlora.cli import demo
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    code, _, err = run(capsys, "demo", "--out", tmp_path)
+    assert code == 130 and "stopped" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_the_demo_says_when_its_folder_cannot_be_written(capsys, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(capsys, "demo", "--out", tmp_path / "file" / below)
+    said = " ".join(err.split())
+    assert code == 2 and "cannot be written" in said and "Give a folder of your own." in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_demo_adapts_a_modest_share_and_keeps_the_threads(tmp_path, two_threads):
+    from paramlora.cli import demo
+
+    demo.write_config(tmp_path)
+    result = demo.run(tmp_path, 1, 0, lambda *_, **__: None, pretrain_steps=1)
+    assert result.trainable / result.total < 0.08
+    assert torch.get_num_threads() == 2
+
+
+def test_the_demo_writes_the_same_files_for_a_seed(capsys, tmp_path):
+    for name in ("a", "b"):
+        options = ("--out", tmp_path / name, "--steps", 2, "--pretrain-steps", 2, "--seed", 3)
+        code, out, _ = run(capsys, "demo", *options)
+        assert code == 0 and "largest difference" in out
+    for file in ("adapter.safetensors", "samples.png", "lora.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    merged = [torch.load(tmp_path / name / "merged.pt", weights_only=True) for name in "ab"]
+    assert all(torch.equal(merged[0][k], merged[1][k]) for k in merged[0])

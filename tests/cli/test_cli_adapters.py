@@ -1,0 +1,121 @@
+"""The commands `convert` and `inspect`: what they write, print, and exit with."""
+
+import json
+import math
+
+import foreign
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from paramlora import formats
+from paramlora.files import adapters as interchange
+
+pytest.importorskip("typer")
+from paramlora.cli import main
+
+
+def net():
+    return foreign.model()
+
+
+@pytest.fixture
+def style(tmp_path):
+    """A kohya file of a Linear and a Conv2d."""
+    content = formats.write(foreign.adapter(["linear", "conv2"]), "kohya", formats.base_of(net()))
+    path = tmp_path / "style.safetensors"
+    save_file(dict(content.state), path, dict(content.metadata))
+    return path
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, " ".join(err.split())
+
+
+def test_names_come_from_a_model_or_from_its_checkpoint(capsys, tmp_path, style):
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    known = {"model": f"{__name__}:net", "base": tmp_path / "base.safetensors"}
+    for option, value in known.items():
+        out = tmp_path / option
+        code, *said = run(capsys, "convert", style, "-o", out, "--to", "peft", f"--{option}", value)
+        assert (code, said) == (0, ["", f"wrote {out}: 2 updates as peft"])
+        keys = load_file(out / "adapter_model.safetensors")
+        assert "base_model.model.conv2.lora_A.weight" in keys
+    code, _, err = run(capsys, "convert", style, "-o", tmp_path / "x", "--to", "peft")
+    assert code == 2 and "cannot be read back without the model" in err
+    both = ["--model", known["model"], "--base", known["base"]]
+    code, _, err = run(capsys, "convert", style, "-o", tmp_path / "x", "--to", "peft", *both)
+    assert code == 2 and "--model and --base both tell" in err
+
+
+def test_a_report_for_machines_and_one_before_writing(capsys, tmp_path, style):
+    arguments = ["convert", style, "-o", tmp_path / "n", "--to", "native"]
+    arguments += ["--model", f"{__name__}:net"]
+    code, out, _ = run(capsys, *arguments, "--dry-run")
+    assert (
+        code == 0
+        and "2 updates as native" in " ".join(out.split())
+        and not (tmp_path / "n").exists()
+    )
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert json.loads(out) == {
+        "out": str(tmp_path / "n"),
+        "format": "native",
+        "updates": 2,
+        "dry_run": False,
+    }
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "exists" in err
+    assert run(capsys, *arguments, "--force")[0] == 0
+
+
+def test_the_names_of_keys_can_be_chosen(capsys, tmp_path, style):
+    known = ["--model", f"{__name__}:net"]
+    for to, prefix, start in (
+        ("kohya", "lora_te1", "lora_te1_linear.lora_down.weight"),
+        ("diffusers", "transformer", "transformer.linear.lora_A.weight"),
+    ):
+        out = tmp_path / to
+        command = ("convert", style, "-o", out, "--to", to, "--prefix", prefix, *known)
+        assert run(capsys, *command, "--quiet") == (0, "", "")
+        assert start in load_file(out)
+    code, _, err = run(
+        capsys, "convert", style, "-o", tmp_path / "p", "--to", "peft", "--prefix", "x", *known
+    )
+    assert code == 2 and "--prefix is for kohya and diffusers" in err
+
+
+def test_what_is_left_out_is_told(capsys, tmp_path, style):
+    state = {**load_file(style), "lora_unet_x.oft_blocks": torch.ones(2)}
+    save_file(state, style)
+    arguments = ["convert", style, "-o", tmp_path / "p", "--to", "peft"]
+    arguments += ["--model", f"{__name__}:net"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "error: style.safetensors: tensors that are no update" in err
+    code, _, err = run(capsys, *arguments, "--loose")
+    assert code == 0 and "warning: style.safetensors: tensors that are no update" in err
+    assert set(interchange.read_adapter(tmp_path / "p").updates) == {"linear", "conv2"}
+
+
+def test_an_inspection_in_print_and_in_json(capsys, style):
+    state = load_file(style)
+    state["lora_unet_linear.lora_up.weight"][0, 0] = math.nan
+    save_file(state, style)
+    code, out, err = run(capsys, "inspect", style)
+    assert code == 0 and err == "" and "format: kohya" in out
+    assert "not finite" in out and "2 updates, 1 flagged" in out
+    code, out, _ = run(capsys, "inspect", style, "--json")
+    rows = {row["path"]: row for row in json.loads(out)["rows"]}
+    assert rows["lora_unet_linear"]["flag"] == "not finite"
+    assert rows["lora_unet_conv2"]["r"] == 2 and rows["lora_unet_conv2"]["norm"] > 0
+
+
+def test_a_file_that_is_no_adapter(capsys, tmp_path):
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    code, out, err = run(capsys, "inspect", tmp_path / "base.safetensors")
+    assert code == 2 and out == "" and "no adapter format that is known" in err
+    code, _, err = run(capsys, "inspect", tmp_path / "gone")
+    assert code == 2 and "cannot be read: No such file" in err

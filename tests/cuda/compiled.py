@@ -1,0 +1,117 @@
+"""Compiles the 16-bit CUDA kernels for a device that need not be there, and prints the bytes of
+shared memory that each takes.
+
+`test_compiled` starts it. The interpreter, which `interpreted` runs them in, sees no types, and
+neither what fits a device. Nothing is computed, so the sizes are those of real layers.
+"""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_for
+
+from paramlora.cuda.convolution import plan as joined
+from paramlora.cuda.depthwise import plan as depthwise
+from paramlora.cuda.embedding import plan as lookup
+from paramlora.cuda.launch import Block, Launch
+from paramlora.cuda.linear import plan as fused
+from tests.cuda import interpreted
+
+NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+LAYERS = [(8192, 4096, 4096, 16), (64, 4096, 4096, 64)]  # rows, in, out, rank
+HOPPER = [(16384, 320, 320, 32), (70, 317, 211, 5)]
+WIDE = [(8192, 1024, 1024, 128), (600, 256, 512, 128), (300, 512, 256, 256)]  # and eager
+
+
+def source(kernel, arguments):
+    """What Triton specialises on: types, integers that are 1, and multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        one = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else False
+        name = "i64" if isinstance(value, int) and value >= 2**31 else "i32"
+        if parameter.is_constexpr or one:
+            name, constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            name = f"*{NAMES[value.dtype]}"
+        elif isinstance(value, Block):
+            shape = ",".join(map(str, value.block_shape))
+            name = f"tensordesc<{NAMES[value.base.dtype]}[{shape}]>"
+        elif isinstance(value, float):
+            name = "fp32"
+        even = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor) or (even and name != "constexpr"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = name
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def main(capability):
+    shared = {}
+
+    def compiled(self, pointers, addresses, values=(), blocks=()):
+        arguments = (*blocks, *pointers, *values, *self.tail)
+        ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
+        key = str((self.kernel.__name__, self.constants, ones, *self.options.items()))
+        if key not in shared:
+            target = GPUTarget("cuda", capability, 32)
+            done = compile_for(
+                source(self.kernel, arguments), target=target, options=dict(self.options)
+            )
+            shared[key] = done.metadata.shared
+
+    interpreted.stand_in_for_the_device()
+    Launch.__call__ = compiled
+    hopper = 90 <= capability < 120
+    fused.is_hopper = lambda device: hopper
+    for interpreted.captured in (False, True):
+        wide = WIDE if hopper and not interpreted.captured else []
+        for shape in LAYERS + (HOPPER if hopper else []) + wide:
+            linear(*shape)
+    convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
+    convolution((3, 40, 17, 9), (24, 40, 3, 3), 64)
+    for shape, kernel, r in (((8, 320, 64, 64), (3, 3), 8), ((2, 96, 56, 56), (7, 7), 64)):
+        single_channels(shape, kernel, r)
+    for r in (16, 256):
+        embedding(1000, 50000, 1024, r)
+    json.dump(shared, sys.stdout)
+
+
+def factors(r, fan_in, out):
+    return torch.empty(r, fan_in), torch.empty(out, r), torch.ones(())
+
+
+def linear(rows, fan_in, out, r):
+    x, weight, bias = (torch.empty(s).half() for s in ((rows, fan_in), (out, fan_in), (out,)))
+    y, kept = fused.forward(x, weight, bias, *factors(r, fan_in, out))
+    fused.backward(torch.empty_like(y), x, weight, kept, r, torch.ones(()), 1.0, True, True)
+
+
+def convolution(shape, weight, r):
+    x, weight = torch.empty(shape).half(), torch.empty(weight).half()
+    a, b, scale = factors(r, weight[0].numel(), len(weight))
+    where = (1, 1), (1, 1), (1, 1)
+    y, t = joined.forward(x, weight, torch.empty(len(weight)).half(), a, b, scale, where)
+    joined.backward(torch.empty_like(y), x, weight, a, b, t, scale, True, True, True, where)
+
+
+def single_channels(shape, kernel, r):
+    x, weight = torch.empty(shape).half(), torch.empty(shape[1], 1, *kernel).half()
+    a, b, scale = factors(r, weight[0].numel(), len(weight))
+    where = (1, 1), tuple(k // 2 for k in kernel), (1, 1)
+    y, total = depthwise.forward(x, weight, None, a, b, scale, where)
+    depthwise.backward(y, x, weight, a, b, scale, total, where, True, (True, True, True))
+
+
+def embedding(rows, num, dim, r):
+    a, b, scale = factors(r, num, dim)
+    y, kept = lookup.forward(
+        torch.zeros(rows, dtype=torch.int64), torch.empty(num, dim).half(), a, b, scale, -1, 1.0
+    )
+    lookup.backward(y, kept, r, True, True, True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,386 @@
+"""Runs the 16-bit CUDA kernels in Triton's interpreter and prints their errors against float64.
+
+`test_interpreted` starts it in a process of its own with ``TRITON_INTERPRET=1``, which Triton reads
+when a kernel is defined. Programs of a grid run one after the other there, so it finds wrong
+arithmetic, places and masks, but no race; `test_kernels` runs on CUDA. float16 alone: the
+interpreter cuts off what bfloat16 would round.
+"""
+
+import functools
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from paramlora.cuda import operators
+from paramlora.cuda.convolution import plan as joined
+from paramlora.cuda.depthwise import plan as depthwise
+from paramlora.cuda.embedding import plan as lookup
+from paramlora.cuda.launch import Launch
+from paramlora.cuda.linear import kernels as linear_kernels
+from paramlora.cuda.linear import plan as fused
+from paramlora.evaluate.convolution import convolution as convolved
+
+captured = False
+launched = []
+
+
+@triton.jit
+def nothing():
+    tl.debug_barrier()
+
+
+def interpret(self, pointers, addresses, values=(), blocks=()):
+    """What `Launch.__call__` has the device do."""
+    launched.append(self.kernel.fn.__name__)
+    aligned = [address % 16 == 0 for address in addresses]
+    self.first = getattr(self, "first", aligned)  # what a compiled kernel counts on
+    assert all(now or not then for now, then in zip(aligned, self.first)), "a stale alignment"
+    described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+    placed = [from_address(*one) for one in zip(pointers, addresses, strict=True)]
+    self.kernel[(self.grid,)](*described, *placed, *values, *self.tail)
+
+
+def from_address(tensor, address):
+    """The rest of the tensor's memory from there on."""
+    skipped, odd = divmod(address - tensor.data_ptr(), tensor.element_size())
+    left = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    assert odd == 0 <= skipped < left, "an address outside its tensor"
+    return tensor.as_strided((left - skipped,), (1,), tensor.storage_offset() + skipped)
+
+
+def stand_in_for_the_device():
+    for planned in (fused, joined, depthwise, lookup):
+        planned.cuda_device = lambda: -1
+    torch.cuda.is_current_stream_capturing = lambda: captured
+    mm = torch.mm  # which has no out_dtype on a CPU
+    torch.mm = lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype))
+    fused.has_kernel = lambda x, weight: 1 in weight.stride()
+    fused.is_hopper = lambda device: True
+    operators.served = lambda x: x.dtype == torch.float16
+    linear_kernels.gdc_wait = linear_kernels.gdc_launch_dependents = nothing
+    Launch.__call__ = interpret
+
+
+def lead(*shape):
+    return lambda fan_in: torch.randn(*shape, fan_in).half()
+
+
+INPUTS = {
+    "rows": lead(70),
+    "one row": lead(1),
+    "many rows": lead(640),
+    "a batch": lead(2, 3, 20),
+    "padded rows": lambda k: lead(2, 33)(2 * k)[..., :k],
+    "every other batch": lambda k: lead(4, 33)(k)[::2],
+    "a single column": lambda k: torch.randn(1, 7).half().t(),
+    "NCHW": lambda k: torch.randn(3, k, 49).half().transpose(1, 2),
+    "NCHW, even": lambda k: torch.randn(2, k, 128).half().transpose(1, 2),
+    "NCHW, one": lambda k: torch.randn(1, k, 128).half().transpose(1, 2),
+    "NCHW, pooled": lambda k: torch.randn(2, k, 128).half().transpose(1, 2),
+    "NHWC": lead(2, 128),
+    "a vector": lead(),
+}
+BOTH = (True, True)
+LAYERS = [  # input, in, out, rank, transposed weight, wanted gradients: input, factors
+    ("rows", 64, 48, 4, False, BOTH),
+    ("one row", 1, 1, 1, False, BOTH),
+    ("a batch", 40, 136, 17, False, BOTH),
+    ("many rows", 256, 272, 16, False, BOTH),
+    ("rows", 317, 211, 5, True, BOTH),
+    ("a batch", 64, 64, 64, False, BOTH),
+    ("rows", 96, 64, 100, False, BOTH),
+    ("rows", 96, 64, 200, False, BOTH),
+    ("rows", 64, 96, 300, False, BOTH),
+    ("padded rows", 64, 32, 3, False, BOTH),
+    ("every other batch", 64, 32, 3, False, BOTH),
+    ("a single column", 1, 48, 4, False, BOTH),
+    ("NCHW", 33, 20, 3, False, BOTH),
+    ("NCHW, even", 64, 32, 3, False, BOTH),
+    ("NCHW, one", 64, 48, 4, False, BOTH),
+    ("NCHW, pooled", 64, 32, 3, False, BOTH),
+    ("NHWC", 64, 32, 3, False, BOTH),
+    ("a vector", 64, 48, 100, False, BOTH),
+    ("NCHW", 33, 20, 100, False, BOTH),
+    ("rows", 64, 48, 4, False, (True, False)),
+    ("rows", 64, 48, 4, False, (False, True)),
+    ("rows", 96, 64, 100, False, (True, False)),
+]
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / (want.norm() or 1)).item()
+
+
+def layer(name, fan_in, out, r, transposed, wanted):
+    """Errors of everything that one layer computes, and the kernels that ran."""
+    x, image = INPUTS[name](fan_in), name.startswith("N")
+    weight = (torch.randn(out, fan_in) / fan_in**0.5).half()
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias, a, b = torch.randn(out).half(), torch.randn(r, fan_in), torch.randn(out, r)
+    a, b, scale = a / fan_in**0.5, b / r**0.5, torch.tensor(0.7)
+    dy = torch.randn(*x.shape[:-1], out).half()
+    dy = dy[:, :1].expand_as(dy) if name == "NCHW, pooled" else dy
+    launched.clear()
+    y, kept = fused.forward(x, weight, bias, a, b, scale, 1.5, image)
+    got = [y, *fused.backward(dy, x, weight, kept, r, scale, 1.5, *wanted, image)]
+    moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
+    again = fused.backward(dy, x, weight, moved, r, scale, 1.5, *wanted, image)
+    assert all(p is q or torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    total = weight.double() + 1.5 * scale.double() * leaves[2] @ leaves[1]
+    want_y = leaves[0] @ total.T + bias.double()
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
+    if image:
+        assert y[0].stride(0) == x.stride(1) == 1 or y.is_contiguous() and x.is_contiguous()
+        assert got[1] is None or got[1].stride() == x.stride()
+    else:
+        assert y.is_contiguous()
+    named = zip(("y", "x", "A", "B"), got, want)
+    return {key: error(mine, true) for key, mine, true in named if mine is not None}
+
+
+CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation
+    ((2, 9, 9), (20, 33, 3, 3), 4, 1, 1, 1),
+    ((2, 16, 16), (130, 64, 3, 3), 8, 1, 1, 1),
+    ((1, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1),
+    ((3, 7, 5), (6, 5, 5, 3), 17, 1, (2, 2), (1, 2)),
+    ((2, 8, 8), (7, 300, 2, 2), 40, 2, 0, 1),
+    ((1, 4, 4), (1, 1, 1, 1), 1, 2, 0, 1),
+    ((2, 6, 7), (9, 16, 3, 3), 16, 1, 1, 1),  # no channel is left for the bias
+    ((3, 40), (7, 4, 5), 3, 2, 2, 1),
+    ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1),
+]
+
+
+def convolution(sizes, shape, r, stride, padding, dilation, last):
+    """Errors of everything that one convolution computes; None where it is not served."""
+    (batch, *sizes), (out, inner, *kernel) = sizes, shape
+    n, formats = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
+    where = tuple((v,) * n if isinstance(v, int) else v for v in (stride, padding, dilation))
+    x = torch.randn(batch, inner, *sizes).half()
+    fan_in = inner * torch.Size(kernel).numel()
+    weight = (torch.randn(shape) / fan_in**0.5).half()
+    x = x.to(memory_format=formats[n]) if "x" in last else x
+    weight = weight.to(memory_format=formats[n]) if "w" in last else weight
+    bias, a = 9 * torch.randn(out).half(), torch.randn(r, fan_in) / fan_in**0.5
+    b, scale = torch.randn(r, out).t() / r**0.5, torch.tensor(0.7)
+    launched.clear()
+    y, t = joined.forward(x, weight, bias, a, b, scale, where)
+    dy = torch.randn(y.shape).half()
+    dy = dy.to(memory_format=formats[n]) if "y" in last else dy
+    dy = dy[:, :1].expand_as(dy) if "e" in last else dy
+    got = [y, *joined.backward(dy, x, weight, a, b, t, scale, True, True, True, where)]
+    t = t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)  # as a hook on saved tensors may
+    alone = joined.backward(dy, x, weight, a, b, t, scale, True, False, True, where)
+    other = joined.backward(dy, x, weight, a, b, t, scale, True, True, False, where)
+    assert alone[0] is None and other[1] is None, "not wanted"
+    again = (other[0], alone[1], other[2])
+    assert all(torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
+    assert y.is_contiguous() or {*last} & {*"xw"}
+    assert got[1].is_contiguous() or not x.is_contiguous()
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    total = weight.double() + (scale.double() * leaves[2] @ leaves[1]).reshape(shape)
+    conv = getattr(torch.nn.functional, f"conv{n}d")
+    want_y = conv(leaves[0], total, bias.double(), *where)
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
+    return {key: error(*pair) for key, *pair in zip(("y", "x", "A", "B"), got, want)}
+
+
+DEPTHWISE = [  # input, kernel, rank, stride, padding, dilation
+    ((2, 2, 9, 9), (3, 3), 4, 1, 1, 1),
+    ((1, 3, 12, 11), (3, 1), 9, (2, 3), (1, 0), 1),
+    ((1, 20, 5, 4), (2, 2), 40, 1, (2, 1), (2, 1)),
+    ((2, 2, 8, 8), (2, 2), 3, 2, 1, 3),
+    ((1, 1, 1, 1), (1, 1), 1, 1, 0, 1),
+    ((1, 2, 20, 17), (5, 4), 5, 1, 2, 1),
+    ((1, 2, 520), (4,), 2, 1, 3, 1),
+    ((1, 1, 40), (31,), 8, 3, 15, 1),
+    ((1, 2, 3, 4, 5), (3, 2, 3), 2, (1, 2, 1), (1, 0, 2), (1, 2, 1)),
+]
+
+
+def depth(shape, kernel, r, stride, padding, dilation, last):
+    """Errors of everything that a convolution of single channels computes."""
+    n, channels, fan_in = len(kernel), shape[1], torch.Size(kernel).numel()
+    where = tuple((v,) * n if isinstance(v, int) else v for v in (stride, padding, dilation))
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    x, weight = torch.randn(shape).half(), torch.randn(channels, 1, *kernel).half()
+    x = x.to(memory_format=formats[n]) if last else x
+    bias, a = 9 * torch.randn(channels).half(), torch.randn(r, fan_in) / fan_in**0.5
+    b, scale = torch.randn(r, channels).t() / r**0.5, torch.tensor(0.7)
+    launched.clear()
+    y, total = depthwise.forward(x, weight, bias, a, b, scale, where)
+    dy = torch.randn(y.shape).half()
+    call = functools.partial(depthwise.backward, dy, x, weight, a, b, scale)
+    got = call(total, where, True, (True, True, True))
+    moved = total.new_empty(total.numel() + 1)[1:].view_as(total).copy_(total)
+    alone = [call(moved, where, True, tuple(i == j for j in range(3))) for i in range(3)]
+    again = (alone[0][0], alone[1][1], *alone[2][2:])
+    assert all(torch.equal(p, q) for p, q in zip(got, again)), "not twice the same"
+    assert alone[0][1] is alone[1][0] is alone[1][2] is alone[2][0] is None, "not wanted"
+    unscaled = call(total, where, False, (False, False, True))[3]
+    assert torch.allclose(unscaled * scale, got[3], rtol=1e-5, atol=1e-5)
+    assert not last or y.stride() == y.to(memory_format=formats[n]).stride()
+    for wrong in ((total[:, 1:], where), (total, tuple((9,) * n for _ in where))):
+        with pytest.raises(ValueError, match="belong together .*Run the forward again"):
+            call(*wrong, True, (True, True, True))
+    leaf, *factors = (t.double().requires_grad_() for t in (x, a, b))
+    whole = weight.double() + (scale.double() * factors[1] @ factors[0]).view_as(weight)
+    conv = getattr(torch.nn.functional, f"conv{n}d")
+    want_y = conv(leaf, whole, bias.double(), *where, channels)
+    want = [want_y.detach(), *torch.autograd.grad(want_y, (leaf, whole, *factors), dy.double())]
+    got = (y, got[0], got[1].view_as(weight), *got[2:])
+    return {k: error(*pair) for k, *pair in zip(("y", "x", "W", "A", "B"), got, want)}
+
+
+TABLES = {  # how the weight, A and B lie
+    "rows": lambda weight, a, b: (weight, a, b),
+    "columns": lambda *tensors: [t.t().contiguous().t() for t in tensors],
+    "spread": lambda *tensors: [t.repeat_interleave(2, 1)[:, ::2] for t in tensors],
+}
+LOOK_UPS = [  # rows, num, dim, rank, padding, layout, wanted gradients: A, B
+    ((70,), 50, 48, 4, -1, "rows", BOTH),
+    ((2, 3), 9, 1, 1, 2, "rows", BOTH),
+    ((1,), 7, 64, 17, -1, "columns", BOTH),
+    ((), 7, 40, 3, 0, "rows", BOTH),
+    ((5, 21), 30, 317, 17, 3, "spread", BOTH),
+    ((640,), 100, 272, 16, 0, "columns", BOTH),
+    ((4300,), 12, 136, 8, 5, "rows", BOTH),
+    ((33,), 20, 64, 100, 4, "rows", BOTH),
+    ((300,), 20, 96, 256, -1, "columns", BOTH),
+    ((70,), 50, 48, 4, 1, "rows", (True, False)),
+    ((70,), 50, 48, 4, 1, "rows", (False, True)),
+]
+
+
+def look_up(shape, num, dim, r, padding, layout, wanted):
+    """Errors of an embedding and its update, and of what its backward is given."""
+    rows = torch.randint(num, (*shape, 2))[..., 0].int()  # not contiguous, and many are the same
+    rows = rows if len(shape) == 1 else rows.long()
+    weight = torch.randn(num, dim).half()
+    weight, a, b = TABLES[layout](weight, torch.randn(r, num), torch.randn(dim, r) / r**0.5)
+    scale, dy = torch.tensor(0.7), torch.randn(dim, *shape).half().movedim(0, -1)
+    launched.clear()
+    y, kept = lookup.forward(rows, weight, a, b, scale, padding, 1.5)
+    v, db = lookup.backward(dy, kept, r, True, *wanted)
+    moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
+    again = lookup.backward(dy, moved, r, True, *wanted)
+    assert all(p is q or torch.equal(p, q) for p, q in zip((v, db), again)), "not twice the same"
+    da = None if v is None else operators.sum_by_row(v, rows, num, padding, False).t()
+    leaves = [t.double().requires_grad_() for t in (a, b)]
+    want_y = (weight.double() + 1.5 * scale.double() * (leaves[1] @ leaves[0]).T)[rows]
+    counts = (rows != padding)[..., None]
+    want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, counts * dy.double())]
+    R, M = 16 if r <= 16 else 1 << (r - 1).bit_length(), rows.numel()
+    thin = torch.zeros(M, R).double()
+    thin[:, :r] = (counts * a.t()[rows].half()).view(M, r)
+    pairs = [
+        (y, want[0]),
+        (kept[R * dim :][: M * R].view(M, R), thin),
+        (da, want[1]),
+        (db, want[2]),
+    ]
+    assert y.is_contiguous()
+    return {
+        k: error(*pair) for k, pair in zip(("y", "thin", "A", "B"), pairs) if pair[0] is not None
+    }
+
+
+EXTREMES = {  # of A, B, the scale, the input and the output's gradient
+    "a large scale": (1e-4, 1.0, 1e5, 1.0, 10.0),
+    "a large gradient": (1e-3, 1.0, 1.0, 1e-2, 2000.0),
+    "a large A": (1e6, 1e-7, 1.0, 1.0, 1000.0),
+    "beyond both ends": (1e-30, 1e28, 1.0, 1.0, 1.0),
+    "no B": (1e6, 0.0, 1e5, 1.0, 1.0),
+}
+
+
+def in_range(numbers, kind, scale_too):
+    """Errors of what `operators` computes of float16, whose factors alone it could not hold."""
+    a_size, b_size, scale, size, gradient = EXTREMES[numbers]
+    shape = {"linear": (48, 40), "convolution": (48, 8, 3, 3), "embedding": (48, 40)}[kind]
+    fan_in = torch.Size(shape[1:]).numel()
+    weight, a = (0.1 * torch.randn(shape)).half(), a_size * torch.randn(3, fan_in)
+    b, scale = b_size * torch.randn(48, 3), torch.tensor(scale)
+    x = (
+        size * torch.randn({"linear": (70, 40), "convolution": (2, 8, 6, 6)}.get(kind, (0,)))
+    ).half()
+    where = ((1, 1), (1, 1), (1, 1))
+    leaves = [t.double().requires_grad_() for t in (x, a, b, scale)]
+    total = weight.double() + (leaves[3] * leaves[2] @ leaves[1]).reshape(shape)
+    launched.clear()
+    if kind == "linear":
+        y, kept = operators.forward(x, weight, None, a, b, scale, 0.5)
+        total = weight.double() + 0.5 * leaves[3] * leaves[2] @ leaves[1]
+        want = leaves[0] @ total.T
+    elif kind == "convolution":
+        leaf = [t.clone().requires_grad_() for t in (x, a, b, scale)]
+        y = convolved(leaf[0], weight, None, *leaf[1:], *where, 1)
+        want = torch.nn.functional.conv2d(leaves[0], total, None, *where)
+    else:
+        rows = torch.randint(40, (33,))
+        table = weight.t().contiguous()
+        y, kept = operators.look_up(rows, table, a, b, scale, -1, 0.5)
+        want = (table.double() + 0.5 * (leaves[3] * leaves[2] @ leaves[1]).T)[rows]
+    dy = (gradient * torch.randn(y.shape)).half()
+    if kind == "linear":
+        wanted = (True, True, scale_too)
+        got = operators.backward(dy, x, weight, a, b, scale, 0.5, kept, wanted)
+    elif kind == "convolution":
+        got = torch.autograd.grad(y, leaf if scale_too else leaf[:3], dy)
+    else:
+        got = (x, *operators.look_up_backward(
+            dy, rows, a, b, scale, -1, 0.5, kept, (True, True, scale_too)
+        ))  # fmt: skip
+    true = torch.autograd.grad(want, leaves, dy.double(), allow_unused=True)
+    named = [("y", y, want), *zip(("x", "A", "B"), got, true)]
+    errors = {key: error(mine, real) for key, mine, real in named if mine.numel()}
+    if scale_too:  # a sum that may cancel
+        terms = (true[2].norm() * b.norm() / scale).item()
+        errors["scale"] = (got[3].double() - true[3]).abs().item() / (terms or 1.0)
+    assert got[1].dtype == a.dtype and got[2].dtype == b.dtype
+    return {k: v if v == v else "not a number" for k, v in errors.items()}
+
+
+def main():
+    global captured
+    stand_in_for_the_device()
+    warnings.simplefilter("error")
+    results = {}
+    for case in LOOK_UPS:
+        torch.manual_seed(0)
+        errors = look_up(*case)
+        results[f"embedding {case}"] = errors, launched[:]
+    for captured in (False, True):
+        for case in LAYERS:
+            torch.manual_seed(0)
+            errors = layer(*case)
+            results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
+    for one in CONVOLUTIONS:
+        for last in ("", "xwy", "e") if one[2] != 4 else ("", "x", "w", "y", "xwy"):
+            if len(one[1]) > 3 or not {*last} & {*"xwy"}:
+                torch.manual_seed(0)
+                errors = convolution(*one, last)
+                results[f"{one}, last: {last}"] = errors, launched[:]
+    for case in DEPTHWISE:
+        for last in (False, True) if len(case[0]) > 3 else (False,):
+            torch.manual_seed(0)
+            errors = depth(*case, last)
+            results[f"depthwise {case}, last: {last}"] = errors, launched[:]
+    for numbers in EXTREMES:
+        for kind in ("linear", "convolution", "embedding"):
+            for scale_too in (False, True):
+                torch.manual_seed(0)
+                errors = in_range(numbers, kind, scale_too)
+                results[f"range: {numbers}, {kind}, {scale_too}"] = errors, launched[:]
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

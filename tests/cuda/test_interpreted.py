@@ -1,0 +1,81 @@
+"""The 16-bit CUDA kernels without CUDA, in Triton's interpreter; see `interpreted`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+EPS = 2**-10  # of float16
+
+
+@pytest.fixture(scope="module")
+def results():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.interpreted"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def chosen(results, kind):
+    """Of an "embedding", of a "depthwise" convolution, or of all other layers: "("."""
+    return {name: result for name, result in results.items() if name.startswith(kind)}
+
+
+def test_every_layer_is_right_to_one_rounding(results):
+    layers = {name: errors for name, (errors, _) in chosen(results, "(").items()}
+    assert len(layers) == 44 + 28
+    wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all({"y"} < errors.keys() for errors in layers.values())
+
+
+def test_the_layers_ran_every_way(results):
+    ways = {tuple(ran) for _, ran in chosen(results, "(").values()}
+    assert ways == {
+        ("forward", "backward", "backward"),
+        ("forward", "project", "backward", "project", "backward"),
+        ("forward", "project", "product", "project", "product"),
+        ("pack", "project", "product", "project", "backward", "project", "backward"),
+        ("prepare", "product", "project", "backward", "project", "backward"),
+        ("prepare", "product", "project", "product", "project", "product"),
+        ("pack", "product", "product", "product"),
+        ("prepare", "put", "back", "spread", "back", "spread", "back", "spread", "back"),
+        ("prepare", "put", "spread", "back", "spread", "back", "spread", "back"),
+    }
+
+
+def test_float16_is_finite_and_right_at_both_ends_of_its_range(results):
+    ranges = chosen(results, "range")
+    assert len(ranges) == 5 * 3 * 2
+    wrong = {name: e for name, (e, _) in ranges.items() if not max(e.values()) < 4 * EPS}
+    assert not wrong
+    assert all(ran for _, ran in ranges.values())
+
+
+def test_every_embedding_is_right_to_one_rounding(results):
+    embeddings = chosen(results, "embedding")
+    assert len(embeddings) == 11
+    wrong = {name: errors for name, (errors, _) in embeddings.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all(errors["thin"] == 0 for errors, _ in embeddings.values())
+    ways = {tuple(ran) for _, ran in embeddings.values()}
+    assert ways == {("look_up", "look_up_backward", "look_up_backward"), ("look_up",)}
+
+
+def test_every_convolution_of_single_channels_is_right_to_one_rounding(results):
+    convolutions = chosen(results, "depthwise")
+    assert len(convolutions) == 16
+    for name, (errors, ran) in convolutions.items():
+        # all that was rounded is the output and its input's gradient
+        assert max(errors[key] for key in "yx") < EPS, (name, errors)
+        assert max(errors[key] for key in "WAB") < 1e-6, (name, errors)
+        assert {*ran} == {"add", "forward", "backward", "divide"}, name

@@ -1,0 +1,667 @@
+"""The 16-bit CUDA kernels: every way to divide the work, against float64 and against each other."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from paramlora.cuda import operands as served
+from paramlora.evaluate import functional
+from paramlora.evaluate.convolution import convolution
+from tests.evaluate.test_functional import dense, gradients, tensors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+fused = pytest.importorskip("paramlora.cuda.linear.plan", reason="needs Triton")
+joining = pytest.importorskip("paramlora.cuda.convolution.plan", reason="needs Triton")
+WANTED = (0, 2, 3, 4, 5)
+SMALL = [  # the thin product in the same grid
+    (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1), (1, 1, 1, 1),
+    (77, 768, 1280, 64), (513, 2056, 2064, 17), (1024, 4096, 4096, 16), (64, 4096, 4096, 8),
+    (600, 256, 512, 128), (70, 40, 24, 65),
+]  # fmt: skip
+LARGE = [  # in a grid of its own, beside which the tiles start
+    (8192, 4096, 2048, 16), (9000, 2051, 2049, 5), (8200, 4104, 1032, 64), (32768, 1280, 1280, 8),
+    (4096, 4096, 2048, 128), (8200, 1029, 1040, 100), (300, 512, 256, 256), (1000, 317, 211, 129),
+    (40000, 320, 2720, 8), (16400, 1283, 1640, 20),
+]  # fmt: skip
+WIDE = [(8192, 4096, 2048, 256), (70, 317, 211, 300)]  # by cuBLAS
+
+
+def run(values, seed, which=WANTED, **options):
+    return gradients(functional.linear, values, which, seed, **options)
+
+
+def case(shape, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    tokens, fan_in, out, r = shape
+    values = tensors((tokens,), fan_in, out, r, "cuda", dtype)
+    return values, torch.randn(tokens, out, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("shape", SMALL + LARGE + WIDE, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_ragged_shapes_and_every_rank(shape, dtype):
+    values, seed = case(shape, dtype)
+    fused._FORWARDS.clear()
+    y, got = run(values, seed)
+    (plan,) = fused._FORWARDS.values()
+    assert (plan.whole is not None, plan.tiles.early) == (shape in SMALL, shape in LARGE)
+    again, twice = run(values, seed)
+    want_y, want = gradients(dense, [v.double() for v in values], WANTED, seed.double())
+    eps = torch.finfo(dtype).eps
+    assert (y.double() - want_y).norm() < 2 * eps * want_y.norm()
+    for i in WANTED:
+        assert torch.equal(got[i], twice[i]), "not deterministic"
+        near = 2 * eps * want[i].norm() + (eps * shape[0] ** 0.5 if i in (2, 5) else 0)
+        assert (got[i].double() - want[i]).norm() <= near * (4 if i == 5 else 1), i
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], SMALL[1], SMALL[9], *LARGE[:2], *LARGE[4:], WIDE[1]), ids=str
+)
+@pytest.mark.parametrize("which", ((0,), (3, 4), (0, 4)), ids=("input", "factors", "input and B"))
+def test_some_of_the_gradients_alone(shape, which):
+    values, seed = case(shape)
+    _, want = run(values, seed)
+    _, got = run(values, seed, which)
+    for i in which:
+        # the thin product in a grid of its own may round a last bit otherwise
+        assert (got[i].double() - want[i].double()).norm() <= 1e-4 * want[i].double().norm()
+
+
+@pytest.mark.parametrize("shape", (SMALL[0], SMALL[7], LARGE[0]), ids=str)
+def test_a_second_backward_through_the_same_graph(shape):
+    (x, weight, bias, a, b, scale), seed = case(shape)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    first = torch.autograd.grad(y, leaves, seed, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, -2 * seed)
+    for one, two in zip(first, second):
+        assert one.abs().max() > 0 and torch.equal(-2 * one, two)
+
+
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], SMALL[7], (512, 320, 320, 8), LARGE[0], SMALL[9], LARGE[6]), ids=str
+)
+def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
+    (x, weight, bias, a, b, scale), seed = case(shape)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+
+    def step():
+        y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+        return y, *torch.autograd.grad(y, leaves, seed)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    for factor in (1.0, 0.5, -3.0):
+        with torch.no_grad():
+            leaves[0].copy_(x * factor), leaves[2].copy_(b * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip(held, step()):
+            assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
+
+
+@pytest.mark.parametrize(
+    "shape", (SMALL[0], (1024, 1280, 1280, 8), LARGE[0], *LARGE[3:7], SMALL[9]), ids=str
+)
+def test_no_race_among_programs_or_streams(shape):
+    """Programs that read what others have not written yet would read NaN, which every freed block
+    holds here, or what another input left."""
+    cases = []
+    for factor in (1.0, -2.0, 0.5):
+        (x, *others), seed = case(shape)
+        values = (x * factor, *others)
+        cases.append((values, seed, *run(values, seed)))
+    torch.cuda.synchronize()
+    size, free = sum(v.numel() for v in cases[0][0]) * 8, torch.cuda.mem_get_info()[0]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(48):
+        values, seed, want_y, want = cases[turn % 3]
+        with torch.cuda.stream(streams[turn // 3 % 3]):
+            blocks = [torch.full((size // 2**k,), torch.nan, device="cuda") for k in range(3, 16)]
+            del blocks
+            y, got = run(values, seed)
+            right = [torch.equal(y, want_y), *(torch.equal(got[i], want[i]) for i in WANTED)]
+        results.append(right)
+    assert free > 8 * size
+    assert all(map(all, results)), results
+
+
+def test_a_layer_of_no_rows_and_wrong_operands():
+    (x, weight, bias, a, b, scale), _ = case((16, 64, 48, 4))
+    leaves = [t.requires_grad_() for t in (x[:0].clone(), a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y.shape == (0, 48) and [g.shape for g in grads] == [t.shape for t in leaves]
+    assert all(g.abs().sum() == 0 for g in grads)
+    for wrong in (x.repeat(1, 2), x[:, :32], x[:, :63]):
+        with pytest.raises(RuntimeError, match="shape|size|mat1"):
+            functional.linear(wrong, weight, bias, a, b, scale)
+    for at in (1, 2, 3, 4):
+        values = [x, weight, bias, a, b, scale]
+        values[at] = values[at].detach().cpu()
+        with pytest.raises(RuntimeError, match="device"):
+            functional.linear(*values)
+
+
+def test_a_weight_that_moves_between_forward_and_backward():
+    (x, weight, bias, a, b, scale), seed = case((64, 48, 32, 4))
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    weight.data = weight.data.cpu()
+    with pytest.raises(ValueError, match=r"belong together .*\[32, 48\] on cpu.*forward again"):
+        torch.autograd.grad(y, leaves, seed)
+
+
+LAYOUTS = {
+    "padded rows": lambda x, w, bias, a, b: (x.repeat(1, 2)[:, : x.shape[1]], w, bias, a, b),
+    "transposed weight": lambda x, w, bias, a, b: (x, w.t().contiguous().t(), bias, a, b),
+    "transposed input": lambda x, w, bias, a, b: (x.t().contiguous().t(), w, bias, a, b),
+    "spread bias": lambda x, w, bias, a, b: (x, w, bias.repeat_interleave(2)[::2], a, b),
+    "wide bias": lambda x, w, bias, a, b: (x, w, bias.float(), a, b),
+    "narrow factors": lambda x, w, bias, a, b: (x, w, bias, a.to(x.dtype), b.to(x.dtype)),
+    "transposed factors": lambda x, w, bias, a, b: (
+        x, w, bias, a.t().contiguous().t(), b.t().contiguous().t()
+    ),
+    "odd addresses": lambda x, w, bias, a, b: (
+        torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(x.shape), w, bias, a, b
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ((300, 320, 256, 8), (9000, 2048, 2048, 16)), ids=str)
+def test_operands_lie_in_memory_as_they_like(shape, layout):
+    (*values, scale), seed = case(shape)
+    values = (*LAYOUTS[layout](*values), scale)
+    y, got = run_as_they_lie(functional.linear, values, seed)
+    wide = [v.detach().double() for v in values]
+    want_y, want = gradients(dense, wide, (0, 3, 4), seed.double())
+    assert (y.double() - want_y).norm() < 8e-3 * want_y.norm()
+    for i, mine in zip((0, 3, 4), got):
+        assert mine.dtype == values[i].dtype
+        assert (mine.double() - want[i]).norm() <= 16e-3 * want[i].norm(), i
+
+
+def run_as_they_lie(call, values, seed):
+    """Output and gradients of x, A and B without a copy that would straighten them."""
+    leaves = [v.detach().requires_grad_(i in (0, 3, 4)) for i, v in enumerate(values)]
+    y = call(*leaves)
+    return y.detach(), torch.autograd.grad(y, [leaves[i] for i in (0, 3, 4)], seed)
+
+
+@pytest.mark.parametrize(
+    "x", (torch.randn(1, 7).t(), torch.randn(3, 1, 7).mT, torch.randn(7, 1, 1))
+)
+def test_a_single_input_of_any_stride(x):
+    x = x.cuda().bfloat16()
+    (_, weight, bias, a, b, scale), _ = case((7, 1, 48, 4))
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+    got = torch.autograd.grad(y, leaves, torch.ones((), device="cuda", dtype=y.dtype).expand_as(y))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want_y = dense(wide[0], weight.double(), bias.double(), *wide[1:], scale.double())
+    want = torch.autograd.grad(want_y.sum(), wide)
+    assert (y.double() - want_y).norm() < 8e-3 * want_y.norm()
+    for mine, true in zip(got, want):
+        assert mine.shape == true.shape and (mine.double() - true).norm() <= 0.02 * true.norm()
+
+
+def test_a_backward_outside_the_graph_that_holds_its_forward():
+    (x, weight, bias, a, b, scale), seed = case((512, 320, 320, 8))
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+
+    def forward():
+        return functional.linear(leaves[0], weight, bias, *leaves[1:], scale)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        want = torch.autograd.grad(forward(), leaves, seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = forward()
+    graph.replay()
+    got = torch.autograd.grad(y, leaves, seed)
+    torch.cuda.synchronize()
+    for one, two in zip(got, want):
+        assert (one.double() - two.double()).norm() <= 4e-3 * two.double().norm()
+
+
+FORMATS = {
+    "NCHW": torch.contiguous_format,
+    "NHWC": torch.channels_last,
+}
+
+
+@pytest.mark.parametrize("x_format", FORMATS)
+@pytest.mark.parametrize("dy_format", FORMATS)
+@pytest.mark.parametrize(
+    "shape", [(4, 320, 32, 32, 640, 8), (3, 33, 7, 7, 20, 100), (1, 64, 5, 9, 48, 3)], ids=str
+)
+def test_a_convolution_of_kernel_1_reads_every_memory_format(shape, x_format, dy_format):
+    torch.manual_seed(0)
+    n, fan_in, height, width, out, r = shape
+    layer = torch.nn.Conv2d(fan_in, out, 1).to("cuda", torch.bfloat16)
+    a = torch.randn(r, fan_in, device="cuda") / fan_in**0.5
+    b = torch.randn(out, r, device="cuda") / r**0.5
+    x = torch.randn(n, fan_in, height, width, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(n, out, height, width, device="cuda", dtype=torch.bfloat16)
+    x, dy = (t.to(memory_format=FORMATS[f]) for t, f in ((x, x_format), (dy, dy_format)))
+    want_leaves = [t.double().requires_grad_() for t in (x, a, b, layer.bias)]
+    total = layer.weight.double() + 0.7 * (want_leaves[2] @ want_leaves[1])[..., None, None]
+    want_y = torch.nn.functional.conv2d(want_leaves[0], total, want_leaves[3])
+    want = torch.autograd.grad(want_y, want_leaves, dy.double())
+    leaves = [t.detach().requires_grad_() for t in (x, a, b, layer.bias)]
+    y = convolution(
+        leaves[0], layer.weight, leaves[3], leaves[1], leaves[2], torch.tensor(0.7, device="cuda"),
+        (1, 1), (0, 0), (1, 1), 1,
+    )  # fmt: skip
+    got = torch.autograd.grad(y, leaves, dy)
+    assert y.shape == dy.shape and y.is_contiguous(memory_format=FORMATS[x_format])
+    assert (y.double() - want_y).norm() < 8e-3 * want_y.norm()
+    for mine, true in zip(got, want):
+        assert (mine.double() - true).norm() <= 0.016 * true.norm()
+
+
+def test_a_convolution_of_kernel_1_keeps_a_small_update():
+    torch.manual_seed(0)
+    weight = torch.randn(320, 320, 1, 1, device="cuda", dtype=torch.bfloat16) / 320**0.5
+    a, b = torch.randn(8, 320, device="cuda"), torch.randn(320, 8, device="cuda")
+    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
+    x = torch.randn(8, 320, 64, 64, device="cuda", dtype=torch.bfloat16)
+    y = convolution(x, weight, None, a, b, torch.ones((), device="cuda"), (1, 1), (0, 0), (1, 1), 1)
+    base = torch.nn.functional.conv2d(x.double(), weight.double())
+    update = torch.nn.functional.conv2d(x.double(), (b @ a).double()[..., None, None])
+    kept = ((y.double() - base) * update).sum() / update.square().sum()
+    assert 0.99 < kept < 1.01, kept
+
+
+CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation; served
+    ((8, 64, 64), (320, 320, 3, 3), 8, 1, 1, 1, True),
+    ((2, 8, 8), (640, 320, 3, 3), 32, 2, 1, 1, True),
+    ((2, 17, 9), (20, 33, 3, 3), 4, 1, 2, 2, True),
+    ((3, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1, True),
+    ((2, 8, 8), (7, 300, 2, 2), 64, 2, 0, 1, True),
+    ((2, 6, 7), (9, 16, 3, 3), 16, 1, 1, 1, True),  # no channel is left for the bias
+    ((3, 40), (7, 4, 5), 3, 2, 2, 1, True),
+    ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1, True),
+    ((2, 9, 9), (20, 33, 3, 3), 4, 1, 2, 1, False),  # a middle that meets the padding
+    ((2, 9, 9), (20, 33, 3, 3), 100, 1, 1, 1, False),  # a wide rank
+]
+
+
+DEPTHWISE = [  # input's batch and sizes, weight, rank, stride, padding, dilation
+    ((8, 64, 64), (320, 1, 3, 3), 8, 1, 1, 1),
+    ((2, 17, 9), (20, 1, 3, 3), 4, 1, (4, 0), 2),
+    ((3, 12, 11), (8, 1, 3, 1), 9, (2, 3), (1, 0), 1),
+    ((2, 56, 56), (96, 1, 7, 7), 64, 1, 3, 1),
+    ((2, 8, 8), (7, 1, 2, 2), 40, 2, 0, 3),
+    ((2, 1500), (64, 1, 4), 3, 1, 3, 1),
+    ((2, 40), (9, 1, 31), 8, 3, 15, 1),
+    ((2, 5, 6, 4), (6, 1, 2, 3, 4), 2, 1, (0, 1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_a_convolution_and_its_gradients(case, dtype, formats):
+    """In every memory format of x, the weight and dy, which may also be expanded."""
+    *case, taken = case
+    leaves, where, seed = convolved(*case, dtype, formats)
+    assert (joining.forward(*leaves, where) is not None) == taken
+    compare_convolutions(leaves, where, seed, 1, taken)
+
+
+@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_a_convolution_of_single_channels_and_its_gradients(case, dtype, formats):
+    leaves, where, seed = convolved(*case, dtype, formats)
+    channels = len(leaves[1])
+    assert served.is_depthwise(*leaves, where, channels)
+    compare_convolutions(leaves, where, seed, channels, True)
+
+
+def convolved(sizes, shape, r, stride, padding, dilation, dtype, formats):
+    """x, the weight, a bias, both factors and a scale; stride, padding and dilation; what gives an
+    output its gradient."""
+    (batch, *sizes), (out, inner, *kernel) = sizes, shape
+    n, last = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
+    if n == 1 and {*formats} & {*"xwy"}:
+        pytest.skip("a signal has no such format")
+    torch.manual_seed(0)
+    where = tuple(v if isinstance(v, tuple) else (v,) * n for v in (stride, padding, dilation))
+    fan_in = inner * torch.Size(kernel).numel()
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    x = random(batch, out if inner == 1 else inner, *sizes)
+    weight = random(out, inner, *kernel) / fan_in**0.5
+    x, weight = (
+        t.to(dtype, memory_format=last[n] if f in formats else torch.contiguous_format)
+        for t, f in ((x, "x"), (weight, "w"))
+    )
+    bias, a, b = random(out).to(dtype), random(r, fan_in) / fan_in**0.5, random(r, out).t() / r**0.5
+    leaves = [t.requires_grad_() for t in (x, weight, bias, a, b, torch.tensor(0.7, device="cuda"))]
+
+    def seed(y):
+        dy = torch.randn_like(y)
+        dy = dy.to(memory_format=last[n]) if "y" in formats else dy
+        return dy[:, :1].expand_as(dy) if "e" in formats else dy
+
+    return leaves, where, seed
+
+
+def compare_convolutions(leaves, where, seed, groups, one_rounding):
+    y = convolution(*leaves, *where, groups)
+    dy, eps = seed(y), torch.finfo(y.dtype).eps
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(wide[1].shape)
+    conv = getattr(torch.nn.functional, f"conv{y.dim() - 2}d")
+    want_y = conv(wide[0], total, wide[2], *where, groups)
+    want = torch.autograd.grad(want_y, wide, dy.double())
+    assert (y.double() - want_y).norm() <= (eps if one_rounding else 2 * eps) * want_y.norm()
+    for subset in (range(6), (0, 3, 4), (3, 4), (0,), (4,)):
+        some = [leaves[i] for i in subset]
+        for i, mine in zip(subset, torch.autograd.grad(y, some, dy, retain_graph=True)):
+            assert mine.dtype == leaves[i].dtype
+            # the scale's is one sum, of terms that cancel
+            size = want[i].norm() if i < 5 else want[4].norm() * wide[4].norm() / wide[5]
+            assert (mine.double() - want[i]).norm() <= 2 * eps * size, (subset, i)
+
+
+@pytest.mark.parametrize("inner", (320, 1))
+def test_a_convolution_keeps_a_small_update(inner):
+    torch.manual_seed(0)
+    weight = torch.randn(320, inner, 3, 3, device="cuda", dtype=torch.bfloat16) / 3 / inner**0.5
+    a, b = torch.randn(8, 9 * inner, device="cuda"), torch.randn(320, 8, device="cuda")
+    groups = 320 // inner
+    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
+    x = torch.randn(8, 320, 32, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    one, where = torch.ones((), device="cuda"), ((1, 1), (1, 1), (1, 1))
+    y = convolution(x, weight, None, a, b, one, *where, groups)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    delta, wide = (b @ a).double().reshape(weight.shape), x.detach().double().requires_grad_()
+    for mine, of in (
+        (y, lambda t: t),
+        (dx, lambda t: torch.autograd.grad(t, wide, dy.double())[0]),
+    ):
+        base, update = (
+            of(torch.nn.functional.conv2d(wide, w, None, *where, groups)).detach()
+            for w in (weight.double(), delta)
+        )
+        kept = ((mine.double() - base) * update).sum() / update.square().sum()
+        assert 0.98 < kept < 1.02, kept
+
+
+def test_a_captured_convolution_is_the_eager_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 24
+    a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((8, 576), (64, 8)))
+    scale, dy = torch.ones((), device="cuda"), torch.randn_like(x)
+
+    def step():
+        y = convolution(x, weight, None, a, b, scale, (1, 1), (1, 1), (1, 1), 1)
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            eager = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        for one, two in zip(eager, captured):
+            assert torch.equal(one, two)
+
+
+TABLES = [  # the indices' shape, the table, the rank
+    ((16384,), 5000, 1024, 16), ((3, 700), 50, 317, 5), ((1,), 1, 1, 1), ((), 9, 40, 8),
+    ((4, 128), 300, 768, 64), ((9000,), 777, 136, 17), ((600,), 100, 256, 128),
+    ((2, 150), 70, 512, 256),
+]  # fmt: skip
+
+
+def table(case, dtype=torch.bfloat16):
+    """Indices; weight, A, B and scale; the output's gradient."""
+    torch.manual_seed(0)
+    shape, num, dim, r = case
+    rows = torch.randint(num, shape, device="cuda")
+    weight = torch.randn(num, dim, device="cuda").to(dtype)
+    a, b = torch.randn(r, num, device="cuda"), torch.randn(dim, r, device="cuda") / r**0.5
+    seed = torch.randn(*shape, dim, device="cuda").to(dtype)
+    return rows, [weight, a, b, torch.tensor(0.7, device="cuda")], seed
+
+
+def looked_up(rows, values, seed, padding=None, strength=1.0, which=range(4)):
+    """Output and gradients of the values `which`; of float64 by the dense sum."""
+    leaves = [v.detach().requires_grad_(i in which) for i, v in enumerate(values)]
+    if leaves[0].dtype == torch.float64:
+        weight, a, b, scale = leaves
+        y = (weight + strength * scale * (b @ a).t())[rows]
+        seed = seed.double() if padding is None else seed * (rows != padding)[..., None].double()
+    else:
+        y = functional.embedding(rows, *leaves, padding, strength)
+        assert (type(y.grad_fn).__name__ == "_EmbeddingBackward") == (rows.numel() > 0)
+    return y.detach(), torch.autograd.grad(y, [leaves[i] for i in which], seed)
+
+
+def check_looked_up(rows, values, seed, padding=None, strength=1.0):
+    y, got = looked_up(rows, values, seed, padding, strength)
+    again, twice = looked_up(rows, values, seed, padding, strength)
+    wide = [v.double() for v in values]
+    want_y, want = looked_up(rows, wide, seed, padding, strength)
+    eps = torch.finfo(y.dtype).eps
+    assert torch.equal(y, again) and all(map(torch.equal, got, twice)), "not deterministic"
+    assert y.shape == want_y.shape and y.is_contiguous()
+    parts = want_y.norm() + wide[0][rows].norm()  # which may nearly cancel
+    assert (y.double() - want_y).norm() <= eps * parts
+    torch_own = values[0].detach().requires_grad_()
+    F.embedding(rows, torch_own, padding).backward(seed)
+    assert torch.equal(got[0], torch_own.grad)
+    for i in (1, 2):
+        assert got[i].dtype == values[i].dtype
+        assert (got[i].double() - want[i]).norm() <= 2 * eps * want[i].norm(), i
+    terms = ((wide[i] * want[i]).norm() for i in (1, 2))  # the scale's gradient is a sum of these
+    assert (got[3].double() - want[3]).abs() <= 4 * eps * sum(terms) / 0.7
+    for which in ((1,), (2,), (3,), (1, 2)):
+        _, some = looked_up(rows, values, seed, padding, strength, which)
+        if 2 not in which or 3 in which:
+            assert all(torch.equal(mine, got[i]) for mine, i in zip(some, which))
+        else:  # scaled in the kernel, or after it
+            near = 4 * torch.finfo(got[2].dtype).eps * got[2].double().norm()
+            assert (some[-1].double() - got[2].double()).norm() <= near
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("case", TABLES, ids=str)
+def test_an_embedding_of_every_size_and_rank(case, dtype):
+    check_looked_up(*table(case, dtype), strength=-1.5)
+
+
+@pytest.mark.parametrize("case", TABLES[:2] + TABLES[3:], ids=str)
+def test_an_embeddings_padding_row_gives_no_gradient(case):
+    rows, values, seed = table(case)
+    rows.view(-1)[::5] = 3
+    check_looked_up(rows, values, seed, 3)
+    y, grads = looked_up(torch.full_like(rows, 3), values, seed, 3)
+    assert torch.equal(y, looked_up(torch.full_like(rows, 3), values, seed)[0])
+    assert not any(grad.any() for grad in grads)
+
+
+TABLE_LAYOUTS = {
+    "int32": lambda rows, *values: (rows.int(), *values),
+    "spread indices": lambda rows, *values: (rows.repeat_interleave(2, -1)[..., ::2], *values),
+    "columns": lambda rows, *values: (rows, *(v.t().contiguous().t() for v in values)),
+    "spread": lambda rows, *values: (rows, *(v.repeat(1, 2)[:, : v.shape[1]] for v in values)),
+    "narrow factors": lambda rows, *values: (rows, *(v.to(values[0].dtype) for v in values)),
+    "odd addresses": lambda rows, *values: (
+        rows, *(torch.cat([v.flatten(), v[0, :1]])[1:].view(v.shape) for v in values)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+@pytest.mark.parametrize("case", (TABLES[0], TABLES[1], TABLES[6]), ids=str)
+def test_an_embeddings_operands_lie_in_memory_as_they_like(case, layout):
+    rows, (*values, scale), seed = table(case)
+    rows, *values = TABLE_LAYOUTS[layout](rows, *values)
+    check_looked_up(rows, [*values, scale], seed)
+    y, got = looked_up(rows, [*values, scale], seed[..., :1].expand_as(seed))
+    _, want = looked_up(rows, [*values, scale], seed[..., :1].expand_as(seed).contiguous())
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_an_embedding_keeps_what_its_type_can_hold_of_a_small_update(dtype):
+    rows, (weight, a, b, scale), _ = table(((4096,), 2000, 512, 8), dtype)
+    b *= 1e-3 * weight.double().norm() / (scale * b @ a).norm()
+    base, update = weight.double()[rows], (scale * b @ a).double().t()[rows]
+
+    def kept(y):
+        return ((y.double() - base) * update).sum() / update.square().sum()
+
+    y = functional.embedding(rows, weight, a, b, scale)
+    best = kept((base + update).to(dtype))
+    assert abs(kept(y) - best) < 0.01 and best > (0.99 if dtype == torch.float16 else 0.5)
+
+
+@pytest.mark.parametrize("case", (TABLES[0], TABLES[1], TABLES[6]), ids=str)
+@pytest.mark.parametrize("padding", (None, 3))
+def test_a_cuda_graph_holds_an_embeddings_step_and_replays_it(case, padding):
+    rows, values, seed = table(case)
+    leaves = [v.requires_grad_() for v in values[1:]]
+
+    def step():
+        y = functional.embedding(rows, values[0], *leaves, padding)
+        return y, *torch.autograd.grad(y, leaves, seed)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    for factor in (1.0, 0.5, -3.0):
+        with torch.no_grad():
+            rows.copy_(rows.flip(0)), leaves[1].mul_(factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, held, step()))
+
+
+def test_an_embedding_of_a_higher_rank_takes_torchs_operations():
+    rows, values, _ = table(((40,), 30, 64, 300))
+    y = functional.embedding(rows, values[0], *(v.requires_grad_() for v in values[1:]))
+    weight, a, b, scale = (v.double() for v in values)
+    want = (weight + scale * (b @ a).t())[rows]
+    assert type(y.grad_fn).__name__ != "_EmbeddingBackward"
+    assert (y.double() - want).norm() < 8e-3 * want.norm()
+
+
+def test_an_embedding_of_no_rows_and_one_that_torch_refuses():
+    rows, values, seed = table(TABLES[3])
+    y, grads = looked_up(rows.new_empty(2, 0), values, seed.new_empty(2, 0, 40))
+    assert y.shape == (2, 0, 40) and not any(grad.any() for grad in grads)
+    weight, a, b, scale = values
+    with pytest.raises(RuntimeError, match="shape|size|mat2"):
+        functional.embedding(rows, weight, a, b[:39], scale)
+    assert not functional.looks_up(rows, weight, a[:, :8], b, scale, None)
+    for at in range(3):
+        moved = [v.cpu() if i == at else v for i, v in enumerate(values)]
+        with pytest.raises(RuntimeError, match="device"):
+            functional.embedding(rows, *moved)
+    with pytest.raises(AssertionError, match="adding_idx"):
+        functional.embedding(rows, *values, 9)
+
+
+@pytest.mark.parametrize("index", (9, -1, 2**40))
+def test_an_index_out_of_range_stops_the_device(index):
+    code = f"""
+import torch
+from paramlora import functional, served
+weight, a, b = (torch.ones(s, device="cuda") for s in ((9, 40), (8, 9), (40, 8)))
+rows, scale = torch.tensor([0, 8, {index}], device="cuda"), torch.ones((), device="cuda")
+assert functional.looks_up(rows, weight.half(), a, b, scale, None)
+functional.embedding(rows, weight.half(), a, b, scale)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
+    assert "an index is out of range" in done.stdout + done.stderr
+
+
+def test_an_embeddings_gradient_can_be_differentiated_again():
+    rows, values, _ = table(((50,), 9, 40, 8), torch.float16)
+
+    def second(values, call):
+        leaves = [v.detach().requires_grad_() for v in values]
+        (first,) = torch.autograd.grad(call(leaves).square().sum(), leaves[1], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaves)
+
+    got = second(values, lambda v: functional.embedding(rows, *v).float())
+    wide = [v.double() for v in values]
+    want = second(wide, lambda v: (v[0] + v[3] * (v[2] @ v[1]).t())[rows])
+    for mine, true in zip(got, want):
+        assert (mine.double() - true).norm() <= 1e-2 * true.norm()
+
+
+def test_what_follows_torchs_operations_is_shown_an_embeddings():
+    rows, (weight, a, b, scale), _ = table(((50,), 9, 40, 8))
+
+    def call(a, scale):
+        return functional.embedding(rows, weight, a, b, scale)
+
+    y = call(a, scale)
+    graph = make_fx(call)(a, scale)
+    torch.testing.assert_close(graph(a, 0 * scale), weight[rows])
+    _, tangent = torch.func.jvp(call, (a, scale), (0 * a, scale))
+    torch.testing.assert_close(tangent, y - weight[rows], atol=0.05, rtol=0.05)
+    with torch.autograd.forward_ad.dual_level():
+        dual = call(a, torch.autograd.forward_ad.make_dual(scale, scale))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+@pytest.mark.parametrize("kernel", ((), (1, 1), (3, 3)), ids=str)
+def test_make_fx_is_shown_what_the_kernels_compute(kernel):
+    """Of a linear layer and of convolutions: a launch would be missing in its graph."""
+    torch.manual_seed(0)
+    shape, size = (16, 16, *kernel), torch.Size(kernel).numel()
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    a, b = torch.randn(4, 16 * size, device="cuda"), torch.randn(16, 4, device="cuda")
+    x, other = (
+        torch.randn(5, 16, *(9 for _ in kernel), device="cuda").bfloat16() for _ in range(2)
+    )
+
+    def call(x, scale):
+        if kernel:
+            return convolution(x, weight, None, a, b, scale, (1, 1), (0, 0), (1, 1), 1)
+        return functional.linear(x, weight, None, a, b, scale)
+
+    scale = torch.ones((), device="cuda")
+    graph = make_fx(call)(x, scale)
+    for value in (scale, 0 * scale):
+        got, want = graph(other, value), call(other, value)
+        assert (got - want).norm() <= 0.01 * want.norm()

@@ -1,0 +1,223 @@
+"""Whether the kernels compute: by the device, and by the switch. The kernels themselves need CUDA
+(`test_kernels`, and the last tests here)."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import paramlora
+from paramlora.cuda import operands as served
+
+
+@pytest.fixture
+def x(monkeypatch):
+    """A tensor on a device that the kernels run on; nothing is computed with it."""
+    monkeypatch.setitem(served._SERVED, 0, True)
+    with FakeTensorMode():
+        yield torch.empty(4, 8, device="cuda:0", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "hip, capability, triton, answer",
+    [
+        (None, (8, 0), True, True),
+        (None, (9, 0), True, True),
+        (None, (12, 0), True, True),
+        (None, (7, 5), True, False),
+        (None, (9, 0), False, False),
+        ("6.4.43482", (9, 4), True, False),  # an MI300
+        ("6.4.43482", (9, 0), True, False),
+    ],
+)
+def test_the_kernels_run_on_nvidias_devices_alone(hip, capability, triton, answer):
+    assert served.runs(hip, capability, triton) is answer
+
+
+def test_a_device_of_amd_is_asked_for_its_hip(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(served, "_SERVED", {})
+    assert served._serves(0) is False
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(served, "_SERVED", {})
+    assert served._serves(0) is served._importable()
+
+
+def answers(x):
+    """What everything that chooses a kernel asks."""
+    weight = torch.empty(8, 8, device=x.device, dtype=x.dtype)
+    a, b, scale = (torch.empty(s, device=x.device) for s in ((2, 8), (8, 2), ()))
+    image, taps = x.new_empty(1, 8, 4, 4), x.new_empty(8, 1, 3, 3)
+    where = ((1, 1), (1, 1), (1, 1))
+    rows, down = torch.empty(3, device=x.device, dtype=torch.int64), x.new_empty(1, 9)
+    up = x.new_empty(8, 1)
+    return (
+        served.served(x),
+        served.has_kernel(x, weight),
+        served.looks_up(rows, weight, a, b, scale, None),
+        served.is_depthwise(image, taps, None, down, up, scale, where, 8),
+    )
+
+
+ON, OFF = (True,) * 4, (False,) * 4
+
+
+def test_a_call_switches_and_so_does_a_block(x):
+    assert answers(x) == ON
+    with paramlora.kernels(False):
+        assert answers(x) == OFF
+        with paramlora.kernels(True):
+            assert answers(x) == ON
+            paramlora.kernels(False)
+            assert answers(x) == OFF
+        assert answers(x) == OFF
+    assert answers(x) == ON
+    paramlora.kernels(False)
+    try:
+        assert answers(x) == OFF
+        with paramlora.kernels(True):
+            assert answers(x) == ON
+        assert answers(x) == OFF
+    finally:
+        paramlora.kernels(True)
+    assert answers(x) == ON
+
+
+def test_a_block_is_left_by_an_error_too(x):
+    with pytest.raises(KeyError), paramlora.kernels(False):
+        raise KeyError
+    assert answers(x) == ON
+
+
+def test_blocks_that_overlap_end_as_they_began(x):
+    one = paramlora.kernels(False)
+    one.__enter__()
+    two = paramlora.kernels(False)
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert answers(x) == OFF
+    two.__exit__(None, None, None)
+    assert answers(x) == ON
+
+
+def test_another_thread_sees_the_switch(x):
+    found = []
+    with paramlora.kernels(False):
+        thread = threading.Thread(target=lambda: found.append(served.switched_on()))
+        thread.start(), thread.join()
+    assert found == [False] and served.switched_on()
+
+
+@pytest.mark.parametrize("value, on", (("0", False), ("off", False), ("1", True), (None, True)))
+def test_the_environment_switches_from_the_start(value, on):
+    own = {k: v for k, v in os.environ.items() if k != "PARAMLORA_KERNELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from paramlora.served import switched_on; print(switched_on())"],
+        env=own if value is None else own | {"PARAMLORA_KERNELS": value},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(on), done.stderr
+
+
+def test_compiled_code_is_guarded_by_the_switch():
+    """What was compiled with the kernels is compiled again without them."""
+    seen = []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def call(x):
+        return x + 1 if served.switched_on() else x - 1
+
+    assert call(torch.zeros(())) == 1
+    with paramlora.kernels(False):
+        assert call(torch.zeros(())) == -1
+    assert call(torch.zeros(())) == 1 and len(seen) == 2
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(64, 48), lambda: torch.randn(9, 64)),
+    "convolution": (lambda: nn.Conv2d(16, 24, 3, padding=1), lambda: torch.randn(2, 16, 8, 8)),
+    "pointwise": (lambda: nn.Conv2d(16, 24, 1), lambda: torch.randn(2, 16, 8, 8)),
+    "depthwise": (
+        lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        lambda: torch.randn(2, 16, 8, 8),
+    ),
+    "embedding": (lambda: nn.Embedding(20, 48), lambda: torch.randint(20, (9,))),
+}
+
+
+def adapted(kind, dtype):
+    torch.manual_seed(0)
+    make, data = LAYERS[kind]
+    model = paramlora.attach(nn.Sequential(make()).to("cuda", dtype), {"0": {"r": 2}})
+    nn.init.normal_(model[0].parametrizations.weight[0].lora_B, std=0.1)
+    x = data().cuda()
+    return model, x.to(dtype).requires_grad_() if x.is_floating_point() else x
+
+
+def step(model, x):
+    y = model(x)
+    y.backward(torch.ones_like(y))
+    grads = [p.grad for p in paramlora.trainable_parameters(model)]
+    model.zero_grad(set_to_none=True)
+    return [y.detach(), *grads]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("backward_too", (True, False))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_without_the_kernels_torch_computes_the_same(kind, dtype, backward_too, monkeypatch):
+    """To roundings; and no launch at all, also in the backward of what the kernels computed."""
+    launch = pytest.importorskip("paramlora.cuda.launch").Launch
+    model, x = adapted(kind, dtype)
+    want = step(model, x)
+    launched, call = [], launch.__call__
+    monkeypatch.setattr(
+        launch, "__call__", lambda self, *args: (launched.append(self), call(self, *args))[1]
+    )
+    step(model, x)
+    assert launched
+    launched.clear()
+    if backward_too:
+        with paramlora.kernels(False):
+            got = step(model, x)
+    else:
+        y = model(x)
+        launched.clear()
+        with paramlora.kernels(False):
+            y.backward(torch.ones_like(y))
+        got = [y.detach(), *(p.grad for p in paramlora.trainable_parameters(model))]
+    assert not launched
+    for mine, true in zip(got, want):
+        assert (mine.double() - true.double()).norm() <= 0.02 * true.double().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_without_the_kernels_no_custom_operator_is_compiled():
+    model, x = adapted("linear", torch.bfloat16)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    call = torch.compile(model, backend=backend, fullgraph=True)
+    with paramlora.kernels(False):
+        call(x)
+    call(x)
+    assert ["paramlora" in code for code in graphs] == [False, True]

@@ -1,0 +1,50 @@
+"""The numbers by which a file tells another base from its own, whatever types both are in."""
+
+import itertools
+
+import pytest
+import torch
+
+from paramlora.model.digest import digest, others
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PAIRS = list(itertools.product(TYPES, TYPES))
+
+
+def values(kind):
+    torch.manual_seed(0)
+    drawn = torch.randn(8, 8, dtype=torch.float64)
+    return {
+        "usual": 0.02 * drawn,
+        "beyond float16": 1e6 * drawn,
+        "some beyond float16": torch.logspace(-3, 8, 64).double().view(8, 8) * drawn.sign(),
+        "below float16's digits": 1e-6 * drawn,
+        "below float16": 1e-7 * drawn,
+        "of all sizes": torch.logspace(-9, 2, 64).double().view(8, 8)[:, torch.randperm(8)],
+        "zeros": torch.zeros(8, 8).double(),
+        "not finite": torch.full((8, 8), float("nan")).double(),
+        "one": drawn[0, 0],
+        "a count": torch.tensor(100003.0).double(),
+    }[kind]
+
+
+KINDS = "usual,beyond float16,some beyond float16,below float16's digits,below float16,of all sizes"
+
+
+@pytest.mark.parametrize("kind", [*KINDS.split(","), "zeros", "not finite", "one", "a count"])
+@pytest.mark.parametrize("trained,loaded", PAIRS)
+def test_the_same_base_in_another_type_is_the_same(kind, trained, loaded):
+    base = values(kind)
+    told, found = digest(base.to(trained)), digest(base.to(loaded))
+    assert told and others({"a": told}, {"a": found}) == []
+
+
+@pytest.mark.parametrize("scale", (1e-5, 0.02, 1.0, 1e4))
+@pytest.mark.parametrize("trained,loaded", PAIRS)
+def test_another_base_is_told(scale, trained, loaded):
+    torch.manual_seed(0)
+    one, two = (scale * torch.randn(8, 8) for _ in range(2))
+    assert others({"a": digest(one.to(trained))}, {"a": digest(two.to(loaded))}) == ["a"]
+    little = one * (1 + 0.05 * torch.randn(8, 8))
+    near = others({"a": digest(one.to(trained))}, {"a": digest(little.to(loaded))})
+    assert near == ["a"]

@@ -1,0 +1,282 @@
+"""What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
+
+import copy
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import paramlora
+from paramlora.model.attach import updates
+
+PACKAGE = str(Path(paramlora.__file__).parent)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def quantised():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False)
+    return layer.to("cpu")
+
+
+HARD, SOFT = {"r": 2}, {"r": 2, "hard": 0}
+KINDS = {  # (model, configurations)
+    "linear": (lambda: nn.Linear(4, 3), [{"weight": HARD}]),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), [{"0": HARD}]),
+    "tied": (Tied, [{"re:embedding|head": HARD}]),
+    "rnn": (lambda: nn.LSTM(4, 3), [{"re:.*": HARD}]),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 2),
+        [{"in_proj_weight": HARD, "out_proj": HARD}],
+    ),
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), [{"0": HARD}]),
+    "soft": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Conv1d(4, 4, 3)), [{"*": SOFT}]),
+    "whole": (
+        lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval(),
+        [{"0": {"whole": 1}, "1": HARD}],
+    ),
+    "two adapters": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)),
+        [{"*": HARD}, {"0": {"r": 1}, "1": {"r": 1, "hard": 0}}],
+    ),
+    "quantised": (lambda: nn.Sequential(quantised(), nn.Linear(64, 3)), [{"0": SOFT, "1": HARD}]),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 3)),
+        [{"*": HARD}],
+    ),
+}
+OPERATIONS = ("attach", "detach", "merge", "load_adapter", "set_adapters")
+
+
+def made(kind, attached):
+    torch.manual_seed(0)
+    model, configs = KINDS[kind][0](), KINDS[kind][1]
+    for name, config in zip("ab", configs if attached else configs[:-1]):
+        paramlora.attach(model, config, name)
+    fill(model)
+    return model, configs
+
+
+def fill(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, _, update in updates(model):
+            for p in update.parameters():
+                p.normal_()
+
+
+def picture(model):
+    """Everything that an operation might leave half changed, tensors by their bits."""
+    modules = [
+        (
+            path,
+            type(m),
+            sorted(set(vars(m)) - {"_flat_weights"}),
+            [(n, p.requires_grad) for n, p in m._parameters.items() if p is not None],
+            list(m._buffers),
+            [f.__name__ for f in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())],
+            [n for n, _ in m.named_children()],
+            m.training,
+        )
+        for path, m in model.named_modules()
+    ]
+    bits = {k: v.detach().clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    rnns = (m for m in model.modules() if isinstance(m, nn.RNNBase))
+    flat = [[getattr(m, name) for name in m._flat_weights_names] for m in rnns]
+    strengths = [(path, u.adapter, u.strength, u.gain.item()) for path, _, u in updates(model)]
+    flat = [[t.detach().clone() for t in ts] for ts in flat]
+    return modules, bits, flat, strengths, gc.isenabled()
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+class Stop(BaseException):
+    pass
+
+
+class At:
+    """Raises at the n-th line that Python runs inside the package, and keeps those before it."""
+
+    def __init__(self, left):
+        self.left, self.lines = left, []
+
+    def __call__(self, frame, event, _):
+        return self.line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def line(self, frame, event, _):
+        if event == "line":
+            self.lines.append((frame.f_code, frame.f_lineno))
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+        return self.line
+
+
+def moments(call):
+    """When to stop a call: the first time that each line runs, and its last."""
+    trace = At(10**9)
+    run(trace, call)
+    times = {}
+    for time, line in enumerate(trace.lines):
+        times.setdefault(line, []).append(time)
+    return sorted({t for found in times.values() for t in (found[0], found[-1])})
+
+
+def stopped(at, call):
+    """Whether `call` was stopped at a line; its warnings are not the matter here."""
+    return run(At(at), call)
+
+
+def run(trace, call):
+    tracer = sys.gettrace()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.settrace(trace)
+        try:
+            call()
+        except Stop:
+            return True
+        finally:
+            sys.settrace(tracer)
+            # a line at which a block of torch's is left can be stopped here, where a signal cannot
+            torch.set_grad_enabled(True)
+    return False
+
+
+def operation(name, kind, folder):
+    """(a model before it, what does it to a model)"""
+    if name == "attach":
+        model, configs = made(kind, False)
+        last, adapter = configs[-1], "ab"[len(configs) - 1]
+
+        def attach(m):
+            torch.manual_seed(2)
+            paramlora.attach(m, last, adapter)
+
+        return model, attach
+    model, configs = made(kind, True)
+    if name == "load_adapter":
+        adapter = "ab"[len(configs) - 1]
+        paramlora.save_adapter(model, folder / "adapter.safetensors", adapter)
+        before, _ = made(kind, False)
+
+        def load(m):
+            paramlora.load_adapter(m, folder / "adapter.safetensors")
+
+        return before, load
+    if name == "set_adapters":
+        return model, lambda m: paramlora.set_adapters(m, {"a": 0.5})
+    if name == "merge":
+        return model, lambda m: paramlora.merge(m, dequantize=kind == "quantised")
+    return model, paramlora.detach
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_stopped_at_every_line(name, kind, tmp_path):
+    start, act = operation(name, kind, tmp_path)
+    before = picture(start)
+    act(copy.deepcopy(start))  # fills the caches, which would make the first run longer
+    whole = copy.deepcopy(start)
+    times = moments(lambda: act(whole))
+    after, halves = picture(whole), 0
+    assert not equal(before, after)
+    for index, line in enumerate(times):
+        model = copy.deepcopy(start)
+        assert stopped(line, lambda model=model: act(model))
+        now = picture(model)
+        done = equal(now, after)
+        assert done or equal(now, before), f"line {line} of {name}"
+        halves += done
+        if name in ("merge", "detach") or not done and index % 10 == 0:  # again
+            act(model)
+            assert equal(picture(model), after), f"repeated after line {line} of {name}"
+    assert len(times) > 20
+    if name == "merge":
+        assert halves > 10  # what stopped it once it had begun did not keep it from its end
+
+
+SIGNALLED = """
+    import copy, os, signal, sys, threading, time, random
+    import torch, paramlora
+    from torch import nn
+    random.seed(int(sys.argv[2]))
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(40)])
+    paramlora.attach(model, {"*": {"r": 2}})
+    with torch.no_grad():
+        for m in model:
+            m.parametrizations.weight[0].lora_B.normal_()
+    act = getattr(paramlora, sys.argv[1])
+    def bits(m):
+        return [(k, v.clone()) for k, v in m.state_dict().items()]
+    def same(a, b):
+        return [k for k, _ in a] == [k for k, _ in b] and all(
+            torch.equal(v, w) for (_, v), (_, w) in zip(a, b))
+    armed = False
+    def interrupt(*_):
+        if armed:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, interrupt)
+    before, done = bits(model), copy.deepcopy(model)
+    start = time.perf_counter(); act(done); took = time.perf_counter() - start
+    after, hits = bits(done), 0
+    for _ in range(40):
+        one = copy.deepcopy(model)
+        delays = [random.random() * took / times for times in range(1, int(sys.argv[3]) + 1)]
+        def kill():
+            for delay in delays:
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
+        killer = threading.Thread(target=kill)
+        try:
+            killer.start()
+            armed = True
+            act(one)
+            armed = False
+        except KeyboardInterrupt:
+            armed, hits = False, hits + 1
+        killer.join()
+        now = bits(one)
+        assert same(now, before) or same(now, after), "half done"
+        act(one)
+        assert same(bits(one), after), "not the same when repeated"
+    print(hits)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("presses", (1, 3))
+@pytest.mark.parametrize("name", ("merge", "detach"))
+def test_signals_at_random_times(name, presses):
+    env = {**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent)}
+    script = textwrap.dedent(SIGNALLED)
+    command = [sys.executable, "-c", script, name, "0", str(presses)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+    assert signal.getsignal(signal.SIGINT) is not None
