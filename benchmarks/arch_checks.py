@@ -344,13 +344,14 @@ def own_checkpointing(s: Subject, reentrant: bool) -> float:
 def read_by_peft(s: Subject) -> float:
     import peft
 
-    from paramlora import formats, interchange
+    from paramlora import formats
+    from paramlora.files import adapters
 
     base = copy.deepcopy(s.plain)
     with tempfile.TemporaryDirectory() as folder:
         native, out = Path(folder, "adapter.safetensors"), Path(folder, "peft")
         paramlora.save_adapter(s.adapted, native)
-        interchange.convert(native, out, "peft", formats.base_of(base))
+        adapters.convert(native, out, "peft", formats.base_of(base))
         model = peft.PeftModel.from_pretrained(base, out, autocast_adapter_dtype=False)
     return outputs_match(s, model)
 
@@ -360,13 +361,14 @@ def own_peft(s: Subject) -> float:
     its layers hold every update, and where the outputs still differ, its model does not use it."""
     import peft
 
-    from paramlora import formats, interchange
+    from paramlora import formats
+    from paramlora.files import adapters
 
     base = copy.deepcopy(s.plain)
     with tempfile.TemporaryDirectory() as folder:
         native, out = Path(folder, "adapter.safetensors"), Path(folder, "peft")
         paramlora.save_adapter(s.adapted, native)
-        interchange.convert(native, out, "peft", formats.base_of(base))
+        adapters.convert(native, out, "peft", formats.base_of(base))
         model = peft.PeftModel.from_pretrained(base, out, autocast_adapter_dtype=False)
     for place in s.places:
         if place.lies != "stack" and not _holds(model, place, s.factors[place.stem]):
