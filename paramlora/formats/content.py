@@ -128,6 +128,15 @@ def check_whole(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> 
         check_factors(f"{content.source}: {path}", *half.values())
 
 
+def check_first(taken: bool, key: str, source: str) -> None:
+    """Refuse a tensor for what the file has one of already, spelled or named in another way."""
+    if taken:
+        raise FileError(
+            f"{source}: {key} is a second tensor for one factor: several adapters, or an update in "
+            "two spellings. Save one of them alone."
+        )
+
+
 def check_factors(where: str, *tensors: Tensor) -> None:
     """Refuse what cannot be multiplied: integers, vectors, two types, and nothing at all."""
     shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)

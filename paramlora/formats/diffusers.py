@@ -20,6 +20,7 @@ from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
+    check_first,
     number,
     parsed,
     report_unused,
@@ -104,7 +105,9 @@ def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if match is None:
             unused.append(key)
         else:
-            halves.setdefault(_path(match), {})[_ROLES[match["role"]]] = tensor
+            half = halves.setdefault(_path(match), {})
+            check_first(_ROLES[match["role"]] in half, key, content.source)
+            half[_ROLES[match["role"]]] = tensor
     return halves, unused
 
 

@@ -21,6 +21,7 @@ from paramlora.formats.content import (
     Content,
     Options,
     check_factors,
+    check_first,
     number,
     report_unused,
 )
@@ -40,7 +41,7 @@ from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadat
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
-    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:\.[^.]+)??(?:\.weight)?|"
+    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:(?:\.[^.]+)?\.weight)?|"
     r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?))",
     re.DOTALL,
 )
@@ -94,7 +95,9 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
         else:
             role = _ROLES.get(match["role"], match["role"])
             leaf = match["leaf"] or f"lora_{role}.weight"
-            modules.setdefault(match["name"], {})[leaf] = tensor
+            parts = modules.setdefault(match["name"], {})
+            check_first(leaf in parts, key, content.source)
+            parts[leaf] = tensor
     return modules, unused
 
 
