@@ -15,6 +15,7 @@ from paramlora.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 NEEDS = {
+    "arithmetic.md": ["torch"],
     "checkpoints.md": ["torch"],
     "first_fine_tune.md": ["transformers"],
     "recipes.md": ["transformers", "diffusers", "peft"],
