@@ -16,6 +16,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "state_dict": (),
     "model": (),
     "text_model": (),  # of CLIP, which transformers 5 has left out
+    "language_model": (),  # beside a vision tower, above and below other levels as versions go
     "unet": ("unet",),
     "transformer": ("transformer",),
     "transformer_2": ("transformer_2",),
