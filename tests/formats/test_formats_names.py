@@ -715,3 +715,17 @@ def test_no_two_tables_disagree_on_a_model(name):
         for other, meanings in told.items():
             weights = {tuple(path for path, _ in meaning) for meaning in meanings}
             assert len({tuple(dict.fromkeys(paths)) for paths in weights}) == 1, (other, weights)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_what_a_checkpoint_stands_for_is_no_part_of_kohyas_names(name):
+    """Converted with a checkpoint of several models, and read onto a model of one."""
+    case = ARCHITECTURES[name]
+    slots = slots_of(case)
+    original = {f"model.diffusion_model.{p}": s for p, s in formats.original_of(slots).items()}
+    factors = pairs_of({path: slot.shape[0] for path, slot in slots.items()})
+    spelled = formats.read(file_of(factors, ""), original)
+    content = formats.write(spelled, "kohya", original)
+    stems = {f"lora_unet_{p[22:].replace('.', '_')}" for p in original}
+    assert {key.partition(".")[0] for key in content.state} == stems
+    same(formats.read(content, slots).updates, {p: delta(f, 2.0) for p, f in factors.items()})
