@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 # a folder or file imports only those before it; inside of a folder there are no circles
-ORDER = "errors config update cuda evaluate model checkpoint formats files integrations cli".split()
+ORDER = [
+    *("errors", "config", "update", "cuda", "evaluate", "model", "checkpoint", "formats"),
+    *("arithmetic", "files", "integrations", "cli"),
+]
 TESTS = Path(__file__).parent
 FOLDER = TESTS.parent / "paramlora"
 FILES = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.py"))

@@ -156,7 +156,7 @@ def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
         "tensors that are no update of one weight",
         keys,
         strict,
-        "Read with strict=False (convert --loose) to leave them out.",
+        "Read with strict=False (--loose) to leave them out.",
     )
 
 
@@ -174,12 +174,11 @@ def refuse_dora(content: Content, keys: Iterable[str]) -> None:
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     bad = [
-        f"{path}.{name}"
-        for path, update in adapter.updates.items()
-        for name, tensor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
+        path if value.alone else f"{path}.{name}"
+        for path, value in adapter.values().items()
+        for name, tensor in value.tensors().items()
         if not torch.isfinite(tensor).all()
     ]
-    bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
 
 
