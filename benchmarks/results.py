@@ -104,6 +104,18 @@ def quantised_table(content: dict[str, Any]) -> str:
     return f"{title}\n\n" + markdown([*header, "output error", "gradient error"], lines)
 
 
+def experts_table(content: dict[str, Any]) -> str:
+    """One line for each way of each layer of experts."""
+    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "beside_mib": 0, "kept": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
+        errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
+        lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
+    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "MiB a step", "kept"]
+    return markdown([*header, "output error", "gradient error", "outcome"], lines)
+
+
 def kept_table(content: dict[str, Any]) -> str:
     """Shares that reach the output and the input gradient, in percent, by size of the update."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
