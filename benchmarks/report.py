@@ -85,10 +85,11 @@ def _where(path: Path, content: Content) -> str:
     made_on = content["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in made_on["packages"].items() if v != "absent")
     size = " (tiny models)" if content.get("tiny") else ""
+    told = f"; commit {made_on['commit']}" if "commit" in made_on else ""
     return (
         f"`{path.parent.name}/{path.name}`{size}: {made_on['device']}; {made_on['processor']}, "
         f"{made_on['cores']} cores, {made_on['threads']} threads; Python {made_on['python']}; "
-        f"{packages}."
+        f"{packages}{told}."
     )
 
 

@@ -64,7 +64,13 @@ def layers_table(content: dict[str, Any]) -> str:
         ]
         parts.append("Python per layer, microseconds")
         parts.append(markdown(["way", "dtype", "forward", "forward and backward"], lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + switches_told(content))
+
+
+def switches_told(content: dict[str, Any]) -> list[str]:
+    """What chose between an opponent's own ways to compute."""
+    told = [f"{way}: {how}" for way, how in content.get("switches", {}).items()]
+    return ["; ".join(told) + "."] if told else []
 
 
 def models_table(content: dict[str, Any]) -> str:
@@ -80,7 +86,8 @@ def models_table(content: dict[str, Any]) -> str:
         ]
         lines.append([row["case"], row["dtype"], row["way"], f"{row['trainable']:,}", *numbers])
     header = ["model", "dtype", "way", "trainable", "device ms", "R device", "eager ms", "R eager"]
-    return markdown([*header, "peak MiB", "peak / frozen"], lines)
+    table = markdown([*header, "peak MiB", "peak / frozen"], lines)
+    return "\n\n".join([table, *switches_told(content)])
 
 
 def quantised_table(content: dict[str, Any]) -> str:
@@ -118,7 +125,8 @@ def kept_table(content: dict[str, Any]) -> str:
         groups.setdefault((row["case"], row["size"]), {})[row["way"]] = both
     lines = [[c, f"{size:.0e}", *(g[w] for w in ways)] for (c, size), g in groups.items()]
     title = "Percent of the update in the output / the input gradient; frozen shows the noise"
-    return f"{title}\n\n" + markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+    table = markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+    return "\n\n".join([title, table, *switches_told(content)])
 
 
 def many_table(content: dict[str, Any]) -> str:

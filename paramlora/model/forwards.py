@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.evaluate import dropout, functional
-from paramlora.evaluate.convolution import convolution, dropped_convolution
+from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.compat import transformed
+from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
-from paramlora.update.narrow import wide
+from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -128,6 +130,152 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
     return weight, updates, dropping
 
 
+_Rescaled = tuple[Tensor, Dora, bool]
+
+
+def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
+    """(base weight, the one update that acts), where all tensors are plain ones; else None."""
+    lists: Any = layer._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    weight = None if plist is None else plist._parameters.get("original")
+    if weight is None:
+        return None
+    acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
+    if len(acting) != 1:
+        return None
+    if not is_compiling() and (type(x) not in _PLAIN or type(weight) not in _PLAIN):
+        return None
+    return weight, acting[0]
+
+
+def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
+    """(base weight, the one update that acts, whether it drops inputs now), where that is a DoRA
+    with a norm for each output; else None, where only the definition is right.
+
+    Args:
+        outer: the dimension of the weight along which the outputs lie.
+    """
+    weight, update = _alone(layer, x) or (None, None)
+    if weight is None or type(update) is not Dora or not update.is_of_outputs(outer):
+        return None
+    dropping = update.dropout != 0 and layer.training
+    if not is_compiling() and transformed() and not dropping:
+        return None
+    if update.unset:
+        update.start(weight)
+    return weight, update, dropping
+
+
+def _by_rows(layer: Any, x: Any) -> Optional[tuple[Tensor, Rows]]:
+    """(base weight, the one update that acts), where that trains single rows; else None."""
+    weight, update = _alone(layer, x) or (None, None)
+    return None if weight is None or type(update) is not Rows else (weight, update)
+
+
+def _rows_product(layer: Any, x: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """A linear layer's outputs, those of the trained rows computed again."""
+    weight, update = found
+    bias, ids = _bias(layer), update.lora_ids
+    y = F.linear(x, weight, bias)
+    rows = update.rows_of(weight).to(weight.dtype)
+    own = F.linear(x, rows, None if bias is None else bias[ids])
+    return y.index_copy(-1, ids, own.to(y.dtype))
+
+
+def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """An embedding's outputs, those of the trained rows looked up among them."""
+    weight, update = found
+    padding = layer.padding_idx
+    y = F.embedding(ids, weight, padding)
+    at = torch.searchsorted(update.lora_ids, ids).clamp_max(len(update.lora_ids) - 1)
+    rows = F.embedding(at, update.rows_of(weight).to(weight.dtype))
+    if padding is not None:  # which gets no gradient
+        rows = torch.where((ids == padding)[..., None], rows.detach(), rows)
+    return torch.where((update.lora_ids[at] == ids)[..., None], rows, y)
+
+
+def _as_rescaled(
+    found: _Rescaled,
+    layout: Layout,
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor],
+    apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    bias: Any,
+    rest: int = 0,
+) -> Tensor:
+    """A layer's output under a DoRA: the low-rank layer's without bias, rescaled by outputs.
+
+    Args:
+        layout: of the layer.
+        fused: gives the layer's output of A, B and the scale.
+        apart: gives the base's output and the branch's, of A and the scaled B.
+        bias: of the layer, or None.
+        rest: how many dimensions of an output come after that of the outputs.
+    """
+    weight, update, dropping = found
+    a, b = _factors(update, layout)
+    matrix = weight.flatten(1) if layout == "matrix" else weight.t()
+    scale = update.stored_scale()
+    factor = update.rescale(output_norms(matrix, a, b, scale)).reshape(-1, *[1] * rest)
+    if update.fully and not dropping:
+        y = fused(a, b, scale)
+        dtype, total = y.dtype, y * factor
+    else:
+        base, low = apart(a, wide(b) * scale)
+        dtype = base.dtype
+        total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
+    if bias is not None:
+        total = total + bias.reshape(-1, *[1] * rest)
+    return total.to(dtype)
+
+
+def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
+    weight, update, dropping = found
+    own = weight if layout == "matrix" else weight.t()
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        inner = F.dropout(x, update.dropout) if dropping else x
+        return F.linear(x, own), functional.thin_pair(inner, a, up, LINEAR, LINEAR)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.linear(x, own, None, a, b, scale, 1.0)
+
+    return _as_rescaled(found, layout, fused, apart, _bias(layer))
+
+
+def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
+    weight, update, dropping = found
+    x, padding = padded_input(layer, input)
+    how = layer.stride, padding, layer.dilation, layer.groups
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        y = layer._conv_forward(input, weight, None)
+        inner = laid_as(input, y)
+        inner = F.dropout(inner, update.dropout) if dropping else inner
+        return y, branch(padded_input(layer, inner)[0], weight.shape, a, up, *how)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return convolution(x, weight, None, a, b, scale, *how, 1.0)
+
+    return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
+
+
+def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
+    weight, padding = found[0], layer.padding_idx
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        low = F.embedding(ids, a.t(), padding) @ up.t()
+        return F.embedding(ids, weight, padding), low
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.embedding(ids, weight, a, b, scale, padding, 1.0)
+
+    y = _as_rescaled(found, "transposed", fused, apart, None)
+    if padding is None:
+        return y
+    # no gradient from where padding stands, of the magnitude neither
+    return torch.where((ids == padding)[..., None], y.detach(), y)
+
+
 def _bias(layer: Any) -> Any:
     own = layer._parameters
     return own["bias"] if "bias" in own else layer.bias  # one that is trained whole
@@ -176,6 +324,26 @@ def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
     return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
+def _other_linear(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, x, 0)
+    if rescaled is not None:
+        return _rescaled_product(layer, x, rescaled, "matrix")
+    rows = _by_rows(layer, x)
+    y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
+    return y
+
+
+def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
+    """An embedding under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, ids, 1)
+    if rescaled is not None:
+        return _rescaled_embedding(layer, ids, rescaled)
+    rows = _by_rows(layer, ids)
+    y: Tensor = _EMBEDDING(layer, ids) if rows is None else _rows_embedding(layer, ids, rows)
+    return y
+
+
 def _linear(self: Any, input: Tensor) -> Tensor:
     return _linear_or(self, input, plain_forward(self))
 
@@ -183,7 +351,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
-        y: Tensor = plain(self, input)
+        y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
     return _product(self, input, known, "matrix")
 
@@ -194,6 +362,9 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
+    found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
+    if found is not None:
+        return _rescaled_product(self, x, found, "transposed")
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y
@@ -205,11 +376,13 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
 
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
-    known = None
+    known = found = None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
         known = known_parts(self, input)
+        found = _rescaled(self, input, 0) if known is None else None
     if known is None:
-        y: Tensor = plain(self, input)
+        y: Tensor
+        y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
         return y
     (weight, updates, dropping), bias = known, _bias(self)
     if not updates:
@@ -252,9 +425,11 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
 
 
 def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
-    known = known_parts(self, input) if plain is _EMBEDDING else None
-    if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
-        y: Tensor = plain(self, input)
+    other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
+    known = known_parts(self, input) if plain is _EMBEDDING and not other else None
+    if known is None:
+        usual = plain is _EMBEDDING and not other
+        y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
         return y
     weight, updates, _ = known
     if not updates:
