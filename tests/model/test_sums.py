@@ -97,6 +97,31 @@ def test_a_loop_gets_one_sum_and_its_gradients(sums):
     torch.testing.assert_close(update.lora_B.grad.double(), right.stack.grad @ a.mT, **close)
 
 
+def test_another_kind_of_update_is_computed_once_too(monkeypatch):
+    from paramlora.update.dora import Dora
+
+    counts, value = collections.Counter(), Dora.forward
+
+    def counted(self, weight):
+        counts[id(self)] += not torch.is_grad_enabled()  # the backward computes it again
+        return value(self, weight)
+
+    torch.manual_seed(0)
+    model = adapted(Loop(), {"stack": {"r": 2, "kind": "dora"}})
+    monkeypatch.setattr(Dora, "forward", counted)
+    x = torch.randn(5, 6)
+    want = model.stack.detach().clone()
+    counts.clear()
+    y = model(x)
+    assert list(counts.values()) == [1]
+    y.square().sum().backward()
+    for matrix in want:
+        x = torch.tanh(x @ matrix)
+    size = 6 * 4 * 3
+    torch.testing.assert_close(y, model.other(x) + size)
+    assert model.parametrizations.stack[0].lora_A.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode, torch.enable_grad))
 def test_the_same_number_in_each_mode(context, sums):
     model, x = loop(), torch.randn(5, 6)
