@@ -147,6 +147,14 @@ def test_a_reader_without_gradients_and_one_with_share_it(sums):
     torch.testing.assert_close(b.grad.double(), want.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_recurrent_layer_reads_each_weight_once(sums):
+    names = ("weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1")
+    model = adapted(nn.LSTM(6, 5, num_layers=2), {name: {"r": 2} for name in names})
+    model(torch.randn(3, 2, 6))[0].square().sum().backward()
+    assert len(sums) == 4 and set(sums.values()) == {1}
+    assert all(low.lora_B.grad.abs().sum() > 0 for _, _, low in updates(model))
+
+
 def test_it_is_gone_after_the_call_and_after_one_that_fails():
     seen = []
 
