@@ -12,15 +12,16 @@ from torch import Tensor
 from paramlora.checkpoint.keys import Key, weights_at
 from paramlora.errors import AdapterError, FileError, closest
 from paramlora.update.attached import lacking
-from paramlora.update.geometry import FLOATS, factor_dtype
+from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
 from paramlora.update.memory import pieces_of
-from paramlora.update.sum import Term, folded
+from paramlora.update.sum import ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
 Strong = tuple[Value, float]  # what is done to a tensor, and how strongly
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")  # beside a weight of 8 bits
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Recipe:
         source: the key of the input that it is, or beside which it stands.
         changes: what to fold into it, in order.
         value: a new tensor instead.
+        scale: of a weight of 8-bit floats, what its elements are to be multiplied by: one number,
+            or one for each row.
     """
 
     source: str
     changes: tuple[Strong, ...] = ()
     value: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
 
     def make(self, read: Read) -> Any:
         """The value, from a function that gives the input's."""
@@ -52,10 +56,12 @@ class Recipe:
     def check(self, before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]) -> None:
         """Refuse a sum that its type cannot hold; what the base itself has not finite stays.
 
+        In 8 bits the largest number takes the place of larger ones (see `terms`).
+
         Raises:
             AdapterError: names the tensor and the sum.
         """
-        if torch.isfinite(after).all():
+        if after.dtype in NARROW or torch.isfinite(after).all():
             return
         lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
         if not lost.any():
@@ -70,7 +76,11 @@ class Recipe:
 
     def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
         """What to fold into a tensor of that type, as a live model has it."""
-        return [change.term(s, dtype, device) for change, s in self.changes if s != 0]
+        terms = [change.term(s, dtype, device) for change, s in self.changes if s != 0]
+        if dtype not in NARROW or not terms:
+            return terms
+        scale = torch.ones(()) if self.scale is None else self.scale.to(device)
+        return [ScaledTerm(scale), *terms, ScaledTerm(1 / scale, torch.finfo(dtype).max)]
 
 
 Plan = dict[str, Recipe]
@@ -94,8 +104,12 @@ class Contents:
             elif key.part in ("", "original", "original0"):
                 self.stored[key.weight] = text
 
-    def found(self, adapter: Adapter) -> dict[str, Value]:
+    def found(self, adapter: Adapter, narrow: bool = False) -> dict[str, Value]:
         """The changes by tensor, each with its shape; of tied tensors it is enough that one is.
+
+        Args:
+            adapter: under the names of this checkpoint.
+            narrow: whether a weight may be of 8-bit floats.
 
         Raises:
             FileError: a path that is not there, or factors that do not fit.
@@ -106,13 +120,15 @@ class Contents:
         missing = [p for p, change in changes.items() if at[p] is None and id(change) not in kept]
         if missing:
             raise self._lacks(missing, len(changes))
-        return {w: self.fitted(w, changes[path]) for path, w in at.items() if w is not None}
+        there = {path: w for path, w in at.items() if w is not None}
+        return {w: self.fitted(w, changes[path], narrow) for path, w in there.items()}
 
-    def fitted(self, weight: str, change: Value) -> Value:
+    def fitted(self, weight: str, change: Value, narrow: bool = False) -> Value:
         """A change with its tensor's shape and layout, where those fit it."""
         base = self.base(weight)
         counts = change.alone and base.dtype == torch.int64  # such as BatchNorm's batches
-        if base.dtype not in FLOATS and not counts:
+        sums = base.dtype in FLOATS or (narrow and base.dtype in NARROW)
+        if not sums and not counts:
             raise AdapterError(
                 f"{weight} is of type {base.dtype}, in which no update can be stored. Where it was "
                 "quantised, use the checkpoint from before."
@@ -231,14 +247,14 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
     for adapter, strength in pairs:
         if not math.isfinite(strength):
             raise AdapterError(f'adapter "{adapter.name}": its weight {strength} is not finite.')
-        for weight, change in contents.found(adapter).items():
+        for weight, change in contents.found(adapter, narrow=True).items():
             folds.setdefault(weight, []).append((change, float(strength)))
     for weight, strong in folds.items():
         _check_mergeable(contents, weight, strong)
-    return _merged(contents, folds)
+    return _merged(contents, folds, read)
 
 
-def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
+def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -> Plan:
     plan: Plan = {}
     attached = {key.weight for key in contents.keys.values() if key.hard and key.of_update}
     for text, key in contents.keys.items():
@@ -248,8 +264,38 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
         # a live model folds its parametrizations before its branches
         ordered = sorted(strong, key=lambda pair: not pair[0].hard)
         erased = key.part == "original" and key.weight in attached
-        plan[key.weight if erased else text] = Recipe(text, tuple(ordered))
+        plan[key.weight if erased else text] = Recipe(
+            text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
+        )
     return plan
+
+
+def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
+    """What the elements of a weight of 8 bits are stored divided by: ComfyUI's ``scale_weight``,
+    and the ``weight_scale`` of compressed-tensors.
+
+    Raises:
+        AdapterError: scales of blocks, which are not followed, or one that divides nothing.
+    """
+    spec = contents.there[text]
+    layer = text.removesuffix("weight")
+    found = [f"{layer}{name}" for name in _SCALES if f"{layer}{name}" in contents.there]
+    if spec.dtype not in NARROW or not found:
+        return None
+    value: Tensor = read(found[0]).detach().float()
+    shape = tuple(spec.shape)
+    if value.numel() == 1:
+        value = value.reshape(())
+    elif len(shape) == 2 and value.numel() == shape[0] and value.shape[0] == shape[0]:
+        value = value.reshape(-1)
+    else:
+        value = torch.zeros(())
+    if found[0].endswith("_inv") or not torch.isfinite(1 / value).all() or not value.all():
+        raise AdapterError(
+            f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
+            f"{list(shape)}. Merge into the checkpoint that it was quantised from."
+        )
+    return value
 
 
 def _shared(inside: dict[str, list[Value]]) -> dict[str, list[Value]]:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -12,7 +12,7 @@ from paramlora import formats
 from paramlora.errors import ParamloraWarning, shown
 from paramlora.files.adapters import opened, outlined
 from paramlora.files.atomic import PathLike
-from paramlora.formats import Options
+from paramlora.formats import Base, Options
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Value
 
@@ -97,8 +97,13 @@ class Inspection:
 
 
 @own_context()
-def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
+def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = None) -> Inspection:
     """Look into an adapter file of any tool; nothing is loaded onto a model.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        options: what some formats do not tell.
+        base: the names and shapes of the model, to show the layers by; what it lacks is noted.
 
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
@@ -108,7 +113,9 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
     form.check(content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(opened(path), None, options)
+        adapter = form.read(opened(path), base, options)
+        if base is not None or options.component is not None:
+            adapter = formats.chosen(form, adapter, base, options, content.source)
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
     rows = [_row(path_, value) for path_, value in adapter.values().items()]
     return Inspection(form.name, dict(content.metadata), tuple(rows), tuple(notes))

@@ -20,6 +20,7 @@ from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
+    check_first,
     number,
     parsed,
     report_unused,
@@ -46,6 +47,7 @@ _SPELLINGS = tuple(
         r"(?P<path>.+)\.lora_(?P<role>[AB])",  # mochi
         r"(?P<path>.+)\.lora_(?P<role>down|up)(?:\.weight)?",  # OneTrainer and ComfyUI
         r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight",  # 0.19 to 0.25
+        r"(?P<path>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight",  # XLabs
         # attention processors, before 0.22
         r"(?P<path>.+?)(?:\.processor)?\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<role>down|up)\.weight",
         r"(?P<path>.+)\.(?P<role>alpha|dora_scale)",
@@ -103,7 +105,9 @@ def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if match is None:
             unused.append(key)
         else:
-            halves.setdefault(_path(match), {})[_ROLES[match["role"]]] = tensor
+            half = halves.setdefault(_path(match), {})
+            check_first(_ROLES[match["role"]] in half, key, content.source)
+            half[_ROLES[match["role"]]] = tensor
     return halves, unused
 
 
@@ -217,7 +221,8 @@ FORMAT = Format(
     "diffusers",
     marks=(
         Mark(
-            60, any_key(r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)")
+            60,
+            any_key(r".+(?:_lora[12]?\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)"),
         ),
         Mark(80, any_key(r".+\.lora_A(?:\.[^.]+)?\.weight")),
         Mark(81, lambda content: METADATA in content.metadata),

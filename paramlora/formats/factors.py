@@ -151,7 +151,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
         raise FileError(
-            f"{path}: the shape or kind of its layer is unknown. Give the model (convert --model)."
+            f"{path}: the shape or kind of its layer is unknown. Give the model (--model)."
         )
 
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import FileError, listed, spelled
-from paramlora.formats.base import COMPONENTS, Base, place
+from paramlora.formats.base import COMPONENTS, Base, places_of, stacks_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -90,7 +90,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["adapter_config.json is missing"],
             False,
-            "Using 1; give alpha (convert --alpha) for another.",
+            "Using 1; give alpha (--alpha) for another.",
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
@@ -108,6 +108,8 @@ def read_pairs(
     whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
+    if base is not None and config.get("target_parameters"):
+        base = {**base, **stacks_of(base)}
     experts = _experts(found, config, base, content.source)
     made_of = {
         path: _update(path, pair_, found, experts, config, base, content.source)
@@ -519,7 +521,11 @@ def report_targets(
         return
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
-    have = {place(path, base) for path in (*adapter.updates, *adapter.others)}
+    places = places_of(base)
+    found = [places.find(path, content.source) for path in (*adapter.updates, *adapter.others)]
+    if any(there is not None and there.held for there in found):
+        return  # trained on a model of other names
+    have = {path for there in found if there is not None for path in there.paths}
     missing = [
         path
         for path, slot in base.items()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.experts import drops_in_experts
 from paramlora.model.forwards import honours_dropout
 from paramlora.model.input_grads import (
     checkpoints_reentrantly,
@@ -446,7 +447,8 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
     ours = all(isinstance(p, AttachedUpdate) for p in held)
     base = type(module).__bases__[0] if held else type(module)
-    if target.tensor != "weight" or not ours or not honours_dropout(base):
+    known = target.tensor == "weight" and honours_dropout(base)
+    if not ours or not (known or drops_in_experts(base, target.tensor)):
         raise TargetError(
             f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
             f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "

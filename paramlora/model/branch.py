@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -17,6 +18,7 @@ from paramlora.evaluate.convolution import (
     laid_as,
     pointwise_of,
 )
+from paramlora.evaluate.dropout import dropped_branch
 from paramlora.evaluate.functional import cast_for_autocast, thin_pair
 from paramlora.model.forwards import padded_input
 from paramlora.model.layer_class import deep_copy, refuse_pickling
@@ -107,10 +109,14 @@ class Branch(LowRank):
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
-        if self.dropout and layer.training:
-            x = F.dropout(x, self.dropout)
         a, b = self.factors()
         up = wide(b) * self.scaling
+        if self.dropout and layer.training:
+            how = partial(self._computed, layer, output)
+            return dropped_branch(x, a, up, self.dropout, how)
+        return self._computed(layer, output, x, a, up)
+
+    def _computed(self, layer: Any, output: Tensor, x: Tensor, a: Tensor, up: Tensor) -> Tensor:
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
         x = laid_as(x, output)

@@ -6,6 +6,7 @@ tensor is a plain one; else the layer's own forward reads ``weight``, the dense 
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.evaluate import functional
-from paramlora.evaluate.convolution import branch, convolution, laid_as
+from paramlora.evaluate import dropout, functional
+from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.compat import transformed
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora, output_norms
@@ -66,7 +67,25 @@ def forward_of(base: type) -> Optional[_Forward]:
     return None
 
 
-def _plain_forward(layer: nn.Module) -> Any:
+@cache
+def ending_in(base: type) -> Optional[type]:
+    """A class to stand behind `base` where its methods say ``super().forward``, as a scaled
+    embedding does: of the nearest known class that it inherits from, with the fast forward."""
+    for known in base.__mro__[1:]:
+        fast = _FAST.get(forward_of(known)) if "forward" in vars(known) else None
+        if fast is not None and type(known) is type and forward_of(base) is None:
+            return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
+    return None
+
+
+def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        return fast(self, input, known.forward)
+
+    return forward
+
+
+def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
     kind: Any = type(layer)
     return (kind.__bases__[0] if "parametrizations" in layer._modules else kind).forward
@@ -79,17 +98,17 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-_Known = tuple[Tensor, list[LowRank], bool]
+Known = tuple[Tensor, list[LowRank], bool]
 
 
-def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
+def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
     lists: Any = layer._modules.get("parametrizations")
     if lists is None:  # merged or detached, and called through a forward that something kept
         return None
-    plist: Any = lists._modules.get("weight")
+    plist: Any = lists._modules.get(name)
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
     updates, dropping = [], False
@@ -268,40 +287,43 @@ def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
     """A on the layer's input side and B on its output side, also where a tied layer of the other
     layout gave the update its sides."""
     a, b = update.factors()
-    return (a, b) if update.layout == layout else (b.t(), a.t())
+    return (a, b) if update.layout == layout else (b.mT, a.mT)
 
 
-def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A, B, scale and strength of one update, or of several by concatenating their ranks."""
+def together(
+    updates: list[LowRank], layout: Layout, dropping: bool = False
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, scale and strength of one update, or of several by concatenating their ranks; while
+    inputs are dropped, with what makes up for it."""
     if len(updates) == 1:
         (update,) = updates
         a, b = _factors(update, layout)
+        more = 1 / (1 - update.dropout) if dropping else 1.0
         if is_compiling():
-            return a, b, update.scaling, 1.0
-        return a, b, update.stored_scale(), update.strength
+            return a, b, update.scaling, more
+        return a, b, update.stored_scale(), update.strength * more
     pairs = [_factors(update, layout) for update in updates]
-    scaled = [wide(b) * update.scaling for (_, b), update in zip(pairs, updates)]
+    scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
+    scaled = [wide(b) * scale for (_, b), scale in zip(pairs, scales)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
-    return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
+    return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
 
-def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
+def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tensor:
     weight, updates, dropping = known
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
+    factors = together(updates, layout, dropping)
     if dropping:
-        y = F.linear(x, weight, bias)
-        for update in updates:
-            y = y + _dropped_product(x, update, layout)
-        return y
-    return functional.linear(x, weight, bias, *_together(updates, layout))
+        return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
+    return functional.linear(x, weight, bias, *factors)
 
 
-def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
-    a, b = _factors(update, layout)
-    dropped = F.dropout(x, update.dropout)
-    return functional.thin_pair(dropped, a, wide(b) * update.scaling, LINEAR, LINEAR)
+def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
+    """New masks for updates whose factors lie one after the other."""
+    ranks = tuple(update.factors()[0].shape[-2] for update in updates)
+    return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
 def _other_linear(layer: Any, x: Tensor) -> Tensor:
@@ -337,8 +359,11 @@ def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    plain = _plain_forward(self)
-    known = _known(self, input) if plain is _LINEAR else None
+    return _linear_or(self, input, plain_forward(self))
+
+
+def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
         y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
@@ -346,8 +371,11 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    plain = _plain_forward(self)
-    known = _known(self, x) if plain in _OF_TRANSFORMERS else None
+    return _conv1d_or(self, x, plain_forward(self))
+
+
+def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
+    known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
         return _rescaled_product(self, x, found, "transposed")
@@ -358,9 +386,13 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    plain, known, found = _plain_forward(self), None, None
+    return _convolution_or(self, input, plain_forward(self))
+
+
+def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    known = found = None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
-        known = _known(self, input)
+        known = known_parts(self, input)
         found = _rescaled(self, input, 0) if known is None else None
     if known is None:
         y: Tensor
@@ -370,17 +402,15 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
-    x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
+    a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
-        y = self._conv_forward(input, weight, bias)
-        for update in updates:
-            a, b = _factors(update, "matrix")
-            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
-            up = wide(b) * update.scaling
-            y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
-        return y
-    a, b, scale, strength = _together(updates, "matrix")
+        _, padding = padded_input(self, input[:0])
+        where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
+        scale = scale if strength == 1 else scale * strength
+        values = (weight, bias, a, b, scale, where, drops)
+        return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
+    x, padding = padded_input(self, input)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
@@ -405,9 +435,12 @@ def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
-    plain = _plain_forward(self)
+    return _embedding_or(self, input, plain_forward(self))
+
+
+def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
-    known = _known(self, input) if plain is _EMBEDDING and not other else None
+    known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
         usual = plain is _EMBEDDING and not other
         y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
@@ -415,5 +448,14 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
     weight, updates, _ = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
-    a, b, scale, strength = _together(updates, "transposed")
+    a, b, scale, strength = together(updates, "transposed")
     return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
+
+
+# each with what it says where the layer's own forward is not it, but calls it
+_FAST: dict[Any, Callable[..., Tensor]] = {
+    _linear: _linear_or,
+    _conv1d_of_transformers: _conv1d_or,
+    _convolution: _convolution_or,
+    _embedding: _embedding_or,
+}

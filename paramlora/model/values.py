@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
@@ -136,7 +136,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     inside = unwrapped(model)
     found = adapter.values()
     chosen = [_typed(t, found[t.path]) for t in targets_at(inside, _entries(found))]
-    values = _values(found)
+    values = _values(_laid_out(found, chosen))
 
     def fill(fresh: Fresh) -> None:
         stems: dict[str, AttachedUpdate] = {}
@@ -149,7 +149,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
 
     attach_targets(inside, chosen, name, fill=fill)
     if adapter.base:
-        _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
+        warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
 
 
@@ -170,7 +170,8 @@ def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
     return {path: told for path, told in found.items() if told is not None}
 
 
-def _warn_other(paths: list[str], count: int) -> None:
+def warn_other(paths: list[str], count: int) -> None:
+    """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
         warnings.warn(
             f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
@@ -196,6 +197,16 @@ def _typed(target: Target, value: Value) -> Target:
     """With what the value itself says of its type."""
     entry = value.typed(target.entry, target.dtype)
     return target if entry is target.entry else replace(target, entry=entry)
+
+
+def _laid_out(found: Mapping[str, Value], chosen: Iterable[Target]) -> dict[str, Value]:
+    """With factors on the sides where the layers have them; of what has a shape of its own."""
+    out = dict(found)
+    for target in chosen:
+        value = out.get(target.path)
+        if value is not None and value.shape == tuple(target.shape):
+            out[target.path] = value.turned(target.layout)
+    return out
 
 
 def _values(found: Mapping[str, Value]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 Layout = Literal["matrix", "transposed", "stack"]
 LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # stored, and not computed in
 MOST_SIDE, MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 
 

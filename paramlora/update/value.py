@@ -110,6 +110,10 @@ class Value:
         """Whether it certainly changes nothing."""
         return False
 
+    def turned(self, layout: Layout) -> "Value":
+        """The same change of the same weight, as a layer of another layout has its tensors."""
+        return self
+
     def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:
         """The entry that attaches it in its own type to a tensor of `dtype`."""
         return entry
@@ -180,6 +184,15 @@ class Update(Value):
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,
         )
+
+    def turned(self, layout: Layout) -> "Update":
+        """The same change of the same weight, as a layer of another layout has its factors.
+
+        A checkpoint does not tell which side of a weight is the input, as an embedding's first is.
+        """
+        if {layout, self.layout} != {"matrix", "transposed"} or self.up_kernel == "same":
+            return self
+        return replace(self, lora_A=self.lora_B.mT, lora_B=self.lora_A.mT, layout=layout)
 
     def delta(self) -> Tensor:
         """``scale · B·A`` in the weight's shape, in the factors' own type; needs `shape`."""

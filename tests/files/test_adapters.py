@@ -117,7 +117,7 @@ class Anything:
 
 def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save({"lora_A": Anything()}, tmp_path / "a.pt")
-    with pytest.raises(FileError, match="needs test_interchange.Anything to be unpickled"):
+    with pytest.raises(FileError, match=f"needs {__name__}.Anything to be unpickled"):
         paramlora.load_adapter(foreign.model(), tmp_path / "a.pt")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import paramlora
 from paramlora import formats
 from paramlora.errors import FileError
-from paramlora.formats import sgm
+from paramlora.formats.names import stable_diffusion
 from paramlora.update.kinds import KINDS as UPDATES
 from paramlora.update.value import Adapter, Update
 
@@ -175,7 +175,7 @@ def xl():
 def test_the_original_names_of_sdxl_are_those_of_diffusers():
     """Every layer of the U-Net by its original name, through diffusers' own translation."""
     base = formats.base_of(xl())
-    originals = sgm.original_names(base)
+    originals = {path: name for name, path in stable_diffusion.pairs(base).items()}
     state = {}
     for path, name in originals.items():
         stem = f"lora_unet_{name.replace('.', '_')}"
