@@ -7,6 +7,7 @@ from paramlora.arithmetic.products import (
     Approximation,
     check_adds,
     check_choice,
+    check_kinds,
     decomposed,
     with_factors,
 )
@@ -48,6 +49,7 @@ def resize(
         (2, 1.0)
     """
     check_choice(rank, energy)
+    check_kinds(adapter)
     for path, update in adapter.updates.items():
         check_adds(path, update, adapter.name)
     wanted = _ranks(adapter, rank)
