@@ -23,6 +23,8 @@ NOT_FORMATS = {
     "factors",
     "format",
     "merged",
+    "originals",
+    "parts",
     "pieces",
     "places",
     "scale",

@@ -19,6 +19,7 @@ from paramlora.formats.base import (
     base_of_shapes,
     check_known,
     fit,
+    original_of,
     part_of,
     places_of,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "detect",
     "fit",
     "form_of",
+    "original_of",
     "places_of",
     "read",
     "register",

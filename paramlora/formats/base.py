@@ -11,8 +11,10 @@ from torch import nn
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
 from paramlora.formats.names.levels import belongs
+from paramlora.formats.originals import original_names
+from paramlora.formats.parts import STACKS
 from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
-from paramlora.formats.places import STACKS, Found, Places
+from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.value import Adapter, Holder, Update
@@ -81,26 +83,47 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
     places = places_of(base)
-    found = {path: places.find(path, f"{source}: {path}") for path in chosen}
-    check_known((path for path, there in found.items() if there is None), base, options, source)
-    whole = {path: there.whole for path, there in found.items() if there and there.whole}
-    parts = {path: there for path, there in found.items() if there and not there.whole}
-    _check_once({path: there for path, there in found.items() if there}, source)
+    there = {path: places.find(path, f"{source}: {path}") for path in chosen}
+    check_known((path for path in chosen if there[path] is None), base, options, source)
+    found = {path: one for path, one in there.items() if one is not None}
+    _check_once(found, source)
     updates: dict[str, Update] = {}
     made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
-    for path, there in whole.items():
-        slot = _told(base[there], adapter.holders.get(path))
-        key = (id(chosen[path]), slot)
-        tied = holders[id(chosen[path])] > 1
-        fresh = _fitted(there, chosen[path], slot, source, tied)
-        updates[there] = made.setdefault(key, fresh)
+    for path, one in found.items():
+        if one.whole is not None:
+            slot = _told(base[one.whole], adapter.holders.get(path))
+            tied = holders[id(chosen[path])] > 1
+            fresh = _fitted(one.whole, chosen[path], slot, source, tied)
+            updates[one.whole] = made.setdefault((id(chosen[path]), slot), fresh)
+    parts = {path: one for path, one in found.items() if one.whole is None}
     return replace(adapter, updates=updates | _gathered(chosen, parts, base, source))
 
 
 def places_of(base: Base) -> Places:
     """The names by which a file can mean what is in `base`."""
     return Places({path: slot.shape for path, slot in base.items()})
+
+
+def original_of(base: Base) -> Base:
+    """The same weights under their original names, fused as there: for `fit`, and so for writing.
+
+    ComfyUI's and kohya's files of a transformer have these names, where diffusers' model has its
+    own. Weights of one name alone keep it, and so do all of a model that has the original names.
+
+    Example:
+        >>> base = {f"blocks.0.attn1.to_{n}": Slot((4, 6)) for n in "qkv"}
+        >>> list(original_of(base))
+        ['blocks.0.self_attn.q', 'blocks.0.self_attn.k', 'blocks.0.self_attn.v']
+    """
+    found = {}
+    names = original_names(places_of(base))
+    for name, there in names.items():
+        own = [base[path] for path in there.paths]
+        rows = sum(slot.shape[0] for slot in own)
+        found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+    renamed = {path for there in names.values() for path in there.paths}
+    return {path: slot for path, slot in base.items() if path not in renamed} | found
 
 
 def stacks_of(base: Base) -> Base:
@@ -126,13 +149,14 @@ def _check_once(found: Mapping[str, Found], source: str) -> None:
     for path, there in found.items():
         for weight in there.paths:
             own = {name for name, (at, _) in there.held.items() if at == weight}
+            own = {""} if there.whole is not None else own
             before = taken.setdefault(weight, set())
-            if (there.whole and weight in taken and before) or before & (own | {""}):
+            if before and (before & own or "" in before | own):
                 raise FileError(
                     f"{source}: {path} is a second update of {weight}. Choose one part of the file "
                     "with component=... (--component), such as text_encoder_2."
                 )
-            before |= {""} if there.whole else own
+            before |= own
 
 
 def _gathered(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paramlora.errors import FileError
 from paramlora.formats.factors import folded
-from paramlora.formats.places import Part, Rows
+from paramlora.formats.parts import Part, Rows
 from paramlora.update.value import Update
 
 _MOST = 1 << 30  # elements of one factor
@@ -99,7 +99,8 @@ def gathered(
     if len({source.update.scale for source in sources}) > 1:
         sources = [replace(source, update=folded(source.update)) for source in sources]
     scale = sources[0].update.scale
-    made = [_block(block, out, sources, size, where) for block in rows]
+    matrices = _by_part(sources)
+    made = [_block(block, out, matrices, size, where) for block in rows]
     if len(made) == 1:
         a, b = made[0] or _nothing(made, out)
         return Update(a, b, scale, layout="matrix")
@@ -117,25 +118,37 @@ def _check_size(rows: int, rank: int, where: str) -> None:
         raise FileError(f"{where}: rank {rank:,} for {rows:,} rows is more than any model has.")
 
 
+_Matrix = tuple[Source, int]  # of a stack, which one
+
+
+def _by_part(sources: Sequence[Source]) -> dict[str, list[_Matrix]]:
+    """The matrices that have rows of a part."""
+    found: dict[str, list[_Matrix]] = {}
+    for source in sources:
+        for number, block in enumerate(source.rows):
+            for part in block:
+                found.setdefault(part.name, []).append((source, number))
+    return found
+
+
 def _block(
     block: Sequence[Part],
     out: int,
-    sources: Sequence[Source],
+    matrices: Mapping[str, list[_Matrix]],
     size: Mapping[str, int],
     where: str,
 ) -> Optional[tuple[Tensor, Tensor]]:
     """The factors of one matrix; None where no update has rows of it."""
     there = starts(block, size)
+    those = {(id(s), n): (s, n) for name in there for s, n in matrices.get(name, ())}
     factors = []
-    for source in sources:
-        for number, own in enumerate(source.rows):
-            shared = [part.name for part in own if part.name in there]
-            if shared:
-                a, b = _matrix(source.update, number)
-                here = starts(own, size)
-                _check(b.shape[0], here, out, there, f"{where}, {source.path}")
-                _check_size(out, b.shape[1], where)
-                factors.append(_moved(a, b, [(here[name], there[name]) for name in shared], out))
+    for source, number in those.values():
+        a, b = _matrix(source.update, number)
+        here = starts(source.rows[number], size)
+        _check(b.shape[0], here, out, there, f"{where}, {source.path}")
+        _check_size(out, b.shape[1], where)
+        shared = [(here[name], there[name]) for name in here if name in there]
+        factors.append(_moved(a, b, shared, out))
     if not factors:
         return None
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)

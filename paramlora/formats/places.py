@@ -1,32 +1,14 @@
 """Where in a model the weight lies that a file names: the tables of names, asked for one model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple, Optional
 
 from paramlora.errors import FileError
-from paramlora.formats.names import TABLES, Name, Row, Template
+from paramlora.formats.names import TABLES, Row
 from paramlora.formats.names.levels import INSIDE, flat, shorter
-
-Shapes = Mapping[str, tuple[int, ...]]
-_MOST_MATRICES = 1 << 14  # of one stack: an empty one can claim any number
-
-
-class Part(NamedTuple):
-    """Rows that belong together, in whatever weight they lie.
-
-    Args:
-        name: the same for the same rows in another weight.
-        size: the same for parts of one number of rows.
-    """
-
-    name: str
-    size: str
-
-
-# what the rows of a weight are, from the first to the last; for each matrix of a stack
-Rows = tuple[tuple[Part, ...], ...]
+from paramlora.formats.parts import WITH, Held, Rows, Shapes, has_ratio, instance, parts_of
 
 
 @dataclass(frozen=True)
@@ -81,17 +63,17 @@ class Places:
     @cached_property
     def others(self) -> Mapping[str, Found]:
         """Every name that is not the model's own, and whose parts are all in the model."""
-        parts = _parts(self.shapes)
+        parts = parts_of(self.shapes)
         found: dict[str, Found] = {}
         tried: set[tuple[str, Row]] = set()
         for held in parts.values():
-            for row in _WITH.get((held.template.name, held.template.piece), ()):
+            for row in WITH.get((held.template.name, held.template.piece), ()):
                 name = row.name.filled(held.before, held.numbers)
                 if (name, row) in tried or name in self.shapes or name in found:
                     continue
                 tried.add((name, row))
-                rows = _instance(row, held.before, held.numbers, parts)
-                if rows is not None and _has_ratio(row, self.shapes[held.path]):
+                rows = instance(row, held.before, held.numbers, parts)
+                if rows is not None and has_ratio(row, self.shapes[held.path]):
                     found[name] = _found(rows, parts)
         return found | _paired(self.shapes, found)
 
@@ -153,77 +135,7 @@ def _without_wrappers(path: str) -> str:
     return path
 
 
-class _Held(NamedTuple):
-    """A part of a model's weight, and by which row of a table it is known."""
-
-    template: Template
-    before: tuple[str, ...]
-    numbers: tuple[str, ...]
-    path: str
-    rows: Rows
-
-
-def _parts(shapes: Shapes) -> dict[str, _Held]:
-    """``{part: where it lies}`` of all weights that a table knows."""
-    parts: dict[str, _Held] = {}
-    for path, shape in shapes.items():
-        names = tuple(path.split("."))
-        allowed = {len(names) - rest.count(".") - 1 for rest, _ in shorter(path)}
-        for row in _BY_LAST.get(_last(names), ()):
-            match = row.name.match(names)
-            if match is None or not (row.name.anywhere or match[0] in allowed):
-                continue
-            if _has_ratio(row, shape):
-                _hold(parts, path, shape, row, names[: match[0]], match[1])
-    return parts
-
-
-def _has_ratio(row: Row, shape: tuple[int, ...]) -> bool:
-    return row.ratio is None or (len(shape) > 1 and shape[0] == row.ratio * shape[1])
-
-
-def _hold(
-    parts: dict[str, _Held],
-    path: str,
-    shape: tuple[int, ...],
-    row: Row,
-    before: tuple[str, ...],
-    numbers: tuple[str, ...],
-) -> None:
-    if row.stack and (len(shape) != 3 or not 0 < shape[0] <= _MOST_MATRICES):
-        return
-    each = [(*numbers, str(e)) for e in range(shape[0])] if row.stack else [numbers]
-    rows = tuple(tuple(_part(t, before, n) for t in row.parts) for n in each)
-    for block, inner in zip(rows, each):
-        for template, part in zip(row.parts, block):
-            parts.setdefault(part.name, _Held(template, before, inner, path, rows))
-
-
-def _part(template: Template, before: tuple[str, ...], numbers: tuple[str, ...]) -> Part:
-    name = _parsed(template.name).filled(before, numbers)
-    if template.piece is None:
-        return Part(name, _parsed(template.size).filled(before, numbers))
-    return Part(f"{name}[{template.piece}]", f"{name}[]")
-
-
-def _instance(
-    row: Row, before: tuple[str, ...], numbers: tuple[str, ...], parts: Mapping[str, _Held]
-) -> Optional[Rows]:
-    """The rows of a weight that the model does not have, if it has all that lies in them."""
-    outer = numbers[: row.name.stars]
-    if not row.stack:
-        block = tuple(_part(template, before, outer) for template in row.parts)
-        return (block,) if all(part.name in parts for part in block) else None
-    blocks: list[tuple[Part, ...]] = []
-    while True:
-        each = (*outer, str(len(blocks)))
-        block = tuple(_part(template, before, each) for template in row.parts)
-        if not all(part.name in parts for part in block):
-            return tuple(blocks) or None
-        blocks.append(block)
-
-
-def _found(rows: Rows, parts: Mapping[str, _Held]) -> Found:
+def _found(rows: Rows, parts: Mapping[str, Held]) -> Found:
     held = {p.name: parts[p.name] for block in rows for p in block}
     paths = {one.path for one in held.values()}
     first = next(iter(held.values()))
@@ -243,27 +155,7 @@ def _paired(shapes: Shapes, known: Mapping[str, Found]) -> dict[str, Found]:
         for table in TABLES.values():
             for other, own in (table.pairs(names) if table.pairs else {}).items():
                 for name, path in ((other, own), (own, other)):
-                    if start + path in shapes and start + name not in {**shapes, **known}:
+                    new = start + name not in shapes and start + name not in known
+                    if new and start + path in shapes:
                         found[start + name] = Found(start + path)
     return found
-
-
-_parsed = cache(Name.parse)
-
-
-def _last(names: tuple[str, ...]) -> str:
-    return "*" if names[-1].isdigit() else names[-1]
-
-
-def _rows() -> Iterator[Row]:
-    for table in TABLES.values():
-        yield from table.rows()
-
-
-STACKS = [row.name.parts[-1] for row in _rows() if row.stack]
-_BY_LAST: dict[str, list[Row]] = {}
-_WITH: dict[tuple[str, Optional[int]], list[Row]] = {}
-for _row in dict.fromkeys(_rows()):
-    _BY_LAST.setdefault(_last(_row.name.parts), []).append(_row)
-    for _template in _row.parts:
-        _WITH.setdefault((_template.name, _template.piece), []).append(_row)

@@ -1,14 +1,17 @@
 """What tools call the weights of each architecture, against diffusers' own converters."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from paramlora import formats
 from paramlora.errors import FileError
+from paramlora.files import adapters
 from paramlora.formats import Content, Slot
 from paramlora.formats.names import TABLES, Name
 from paramlora.formats.places import Places
@@ -131,6 +134,18 @@ def aura_flow():
     )  # fmt: skip
 
 
+class qwen_21(torch.nn.Module):
+    """Its names alone."""
+
+    def __init__(self):
+        super().__init__()
+        block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 6)})
+        block["img_mlp"] = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(6, 12) for name in ("gate_layer", "proj")}
+        )
+        self.transformer_blocks = torch.nn.ModuleList([block])
+
+
 def pixart():
     return diffusers.PixArtTransformer2DModel(
         sample_size=128, num_layers=2, attention_head_dim=4, num_attention_heads=2,
@@ -214,7 +229,7 @@ INNER = {r"single.*\.to_[qkv]": 3072, r".*proj_mlp": 12288}
 XLABS = r".*(_lora.?|linear1_qkv)"
 COMFY = (
     r"(time|guidance)_in\.(in|out)_layer|txt_in\.._embedder\.(in|out)_layer"
-    r"|txt_in.*(self_attn\.(qkv|proj)|mlp\.[02])"
+    r"|txt_in\.individual.*(self_attn\.(qkv|proj)|mlp\.[02])"
 )
 ARCHITECTURES = {
     "sd": Architecture(sd, unet_to_diffusers(sd), "stable_diffusion"),
@@ -247,7 +262,10 @@ ARCHITECTURES = {
         COMFY,
     ),
     "ltx": Architecture(ltx, single.convert_ltx_transformer_checkpoint_to_diffusers, "ltx"),
-    "ltx 2": Architecture(ltx_2, single.convert_ltx2_transformer_to_diffusers, "ltx"),
+    "ltx 2": Architecture(ltx_2, single.convert_ltx2_transformer_to_diffusers, "ltx_2"),
+    "qwen-image 2.1": Architecture(
+        qwen_21, single.convert_qwen_image21_transformer_checkpoint_to_diffusers, "qwen_image"
+    ),
     "lumina 2": Architecture(
         lumina_2,
         single.convert_lumina2_to_diffusers,
@@ -522,7 +540,7 @@ def test_prefixes_that_are_no_part_of_a_path(start, leaf):
             state = {f"{start}{name}.{leaf.format(n)}": t for n, t in zip("AB", (a, b))}
             found = formats.read(Content(state, config={"r": 2, "lora_alpha": 4}), slots).updates
             assert found.keys() == {inside}
-            assert torch.equal(found[inside].lora_B, b)
+            assert torch.equal(found[inside].lora_B, b) and found[inside].scale == 2.0
 
 
 def test_a_wrapper_inside_of_a_path():
@@ -559,3 +577,70 @@ def test_parts_of_a_pipeline_stay_apart():
         formats.read(
             file_of({"encoder.layers.0.q": (torch.ones(2, 6), torch.ones(4, 2))}, ""), slots
         )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_adapter_under_the_original_names_is_the_same(name):
+    """As for ComfyUI and kohya: fused, and diffusers' converter makes the model's own of it."""
+    case = ARCHITECTURES[name]
+    slots = slots_of(case)
+    factors = pairs_of({path: slot.shape[0] for path, slot in slots.items()})
+    ours = formats.read(file_of(factors, ""), slots)
+    original = formats.original_of(slots)
+    assert original.keys() == originals_of(case, slots).keys()
+    assert formats.original_of(original) == original
+    spelled = formats.fit(ours, original, formats.Options(), "adapter")
+    want = {path: delta(f, 2.0) for path, f in factors.items()}
+    converted = through(case, {n: u.delta() for n, u in spelled.updates.items()})
+    assert converted.keys() == want.keys()
+    for path, dense in converted.items():
+        torch.testing.assert_close(dense, want[path], rtol=1e-12, atol=1e-12)
+    real = formats.base_of(case.make())  # without norms, and of its own sizes
+    names = {n for n, slot in formats.original_of(real).items() if slot.kind != "parameter"}
+    assert names <= set(original)
+    back = formats.read(formats.write(spelled, "kohya", original), slots).updates
+    same(back, want)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_module_called_model_keeps_its_level(tmp_path, safe):
+    """With no model to ask, and with one; only what torch.save put in a dictionary is inside."""
+    stem = "model.layers.0.q_proj"
+    state = {f"{stem}.lora_A.weight": torch.ones(2, 6), f"{stem}.lora_B.weight": torch.ones(4, 2)}
+    path = tmp_path / ("a.safetensors" if safe else "a.pt")
+    save_file(state, path) if safe else torch.save(state, path)
+    with warnings.catch_warnings():
+        assert adapters.read_adapter(path).updates.keys() == {stem}
+        for inside in (stem, "layers.0.q_proj", f"language_{stem}"):
+            slots = {inside: Slot((4, 6), "matrix", "linear")}
+            if inside.startswith("language"):
+                with pytest.raises(FileError, match="updates of what the model does not have"):
+                    adapters.read_adapter(path, slots)
+            else:
+                assert adapters.read_adapter(path, slots).updates.keys() == {inside}
+
+
+def test_a_dictionary_around_the_tensors_is_no_module(tmp_path):
+    state = {
+        "q.lora_A": torch.ones(2, 6),
+        "q.lora_B": torch.ones(4, 2),
+        "q.lora_scale": torch.ones(()),
+    }
+    for outer in ("model", "state_dict"):
+        torch.save({outer: state, "epoch": 3}, tmp_path / "a.pt")
+        assert adapters.read_adapter(tmp_path / "a.pt").updates.keys() == {"q"}
+
+
+def test_a_table_that_knows_nothing_of_a_model_leaves_it():
+    slots = {"blocks.0.x": Slot((4, 6)), "head": Slot((4, 6))}
+    assert formats.original_of(slots) == slots
+    assert Places({}).find("a", "a") is None
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_names_of_a_table_are_apart(name):
+    """No two of its names for a module are those of different modules of a model."""
+    told = {}
+    for row in TABLES[name].rows():
+        told.setdefault((".".join(row.name.parts), row.ratio), set()).add(row.parts)
+    assert all(len(parts) == 1 for parts in told.values())

@@ -1,45 +1,20 @@
-"""LTX-Video and LTX-2.
+"""LTX-Video.
 
 Read from diffusers 0.42 loaders/single_file_utils.py
-(``convert_ltx_transformer_checkpoint_to_diffusers``, ``convert_ltx2_transformer_to_diffusers``)
-and lora_conversion_utils.py. All other layers have diffusers' names.
+(``convert_ltx_transformer_checkpoint_to_diffusers``). All other layers have diffusers' names.
 """
 
 from paramlora.formats.names.table import Table
 
-_MODULATIONS = {
-    "adaln_single": "time_embed",
-    "audio_adaln_single": "audio_time_embed",
-    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
-    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
-    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
-    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
-    "prompt_adaln_single": "prompt_adaln",
-    "audio_prompt_adaln_single": "audio_prompt_adaln",
-}
-_INSIDE = (
-    "linear",
-    "emb.timestep_embedder.linear_1",
-    "emb.timestep_embedder.linear_2",
-)
-_ATTENTIONS = "attn1 attn2 audio_attn1 audio_attn2 audio_to_video_attn video_to_audio_attn".split()
 TABLE = Table(
     {
         "patchify_proj": "proj_in",
-        "audio_patchify_proj": "audio_proj_in",
-        "transformer_blocks.*.scale_shift_table_a2v_ca_video": (
-            "transformer_blocks.*.video_a2v_cross_attn_scale_shift_table"
-        ),
-        "transformer_blocks.*.scale_shift_table_a2v_ca_audio": (
-            "transformer_blocks.*.audio_a2v_cross_attn_scale_shift_table"
-        ),
-    }
-    | {f"{m}.{inside}": f"{own}.{inside}" for m, own in _MODULATIONS.items() for inside in _INSIDE}
-    | {
-        f"transformer_blocks.*.{attention}.{which}_norm": (
-            f"transformer_blocks.*.{attention}.norm_{which}"
-        )
-        for attention in _ATTENTIONS
-        for which in "qk"
+        "adaln_single.linear": "time_embed.linear",
+        "adaln_single.emb.timestep_embedder.linear_1": "time_embed.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2": "time_embed.emb.timestep_embedder.linear_2",
+        "transformer_blocks.*.attn1.q_norm": "transformer_blocks.*.attn1.norm_q",
+        "transformer_blocks.*.attn1.k_norm": "transformer_blocks.*.attn1.norm_k",
+        "transformer_blocks.*.attn2.q_norm": "transformer_blocks.*.attn2.norm_q",
+        "transformer_blocks.*.attn2.k_norm": "transformer_blocks.*.attn2.norm_k",
     }
 )

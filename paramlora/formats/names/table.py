@@ -25,10 +25,12 @@ class Table:
             right: it is a stack of matrices, one for each number. A name that ends in ``@2`` is so
             only where the weight has 2 rows to a column.
         pairs: what no pattern tells: of all names of a model, ``{other name: diffusers' name}``.
+        published: whether the names on the left are those of a checkpoint that has been published.
     """
 
     spellings: Mapping[str, str]
     pairs: Optional[Pairs] = None
+    published: bool = True
 
     def rows(self) -> "list[Row]":
         """What each name stands for; diffusers' own names are among them."""

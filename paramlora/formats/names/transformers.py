@@ -20,5 +20,6 @@ TABLE = Table(
         "**.block_sparse_moe.gate": "**.mlp.gate",
     }
     | {f"**.block_sparse_moe.experts.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()}
-    | {f"{_EXPERTS}.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()}
+    | {f"{_EXPERTS}.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()},
+    published=False,
 )
