@@ -26,6 +26,7 @@ NOT_FORMATS = {
     "originals",
     "parts",
     "pieces",
+    "pipeline",
     "places",
     "scale",
 }

@@ -27,6 +27,7 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import grouped, kernels, pair
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.pipeline import PARTS, part_told
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update
 
@@ -156,18 +157,28 @@ def _scale(
     return scale_of(alpha, r, exact.get(path), where)
 
 
-def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") -> Content:
-    """An adapter as the file of ``save_lora_adapter``, or a part of a pipeline's.
+def write(
+    adapter: Adapter, base: Optional[Base] = None, component: Optional[str] = None
+) -> Content:
+    """An adapter as a pipeline's file, which ``pipe.load_lora_weights`` takes, or as a model's.
 
     Args:
         adapter: fitted to its model where kinds of layers matter.
-        base: not needed.
+        base: tells which part of a pipeline the model is, where its names do not.
         component: ``"unet"``, ``"transformer"``, ``"text_encoder"``: the pipeline's name for the
-            model; empty for a file that the model itself loads (``prefix=None``).
+            model; empty for a file that the model itself loads (``load_lora_adapter`` with
+            ``prefix=None``), as it is where nothing tells the part.
 
     Raises:
-        FileError: a layer that is no Linear or convolution, named.
+        FileError: a layer that is no Linear or convolution, named; a text encoder, of which a
+            pipeline may have several; a component that no pipeline has.
     """
+    component = _component_of(adapter, base) if component is None else component
+    if component and component not in PARTS:
+        raise FileError(
+            f'"{component}" is no part of a pipeline, which would load nothing of it. Parts: '
+            f"{', '.join(PARTS)}."
+        )
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -185,6 +196,16 @@ def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") ->
     flat = json.dumps({f"{start}{key}": value for key, value in config.items()}, sort_keys=True)
     about = {"format": "pt", METADATA: flat, **scales_metadata(scales)}
     return Content(state, about)
+
+
+def _component_of(adapter: Adapter, base: Optional[Base]) -> str:
+    part = part_told(adapter.updates, base)
+    if part == "text_encoder":
+        raise FileError(
+            "a text encoder, of which a pipeline may have several: give its name as component "
+            "(--prefix), such as text_encoder or text_encoder_2."
+        )
+    return part or ""
 
 
 def _check(path: str, update: Update) -> None:
