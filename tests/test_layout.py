@@ -23,6 +23,7 @@ NOT_FORMATS = {
     "factors",
     "format",
     "merged",
+    "metadata",
     "originals",
     "parts",
     "pieces",

@@ -1,5 +1,6 @@
 """The commands on adapter files of any tool: `convert`, `inspect`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -63,24 +64,35 @@ def convert(
     prefix: PrefixOf = None,
     fold_scale: FoldScale = False,
     loose: Loose = False,
+    task_type: Annotated[
+        Optional[str], typer.Option(help="For PEFT's AutoPeftModel, such as CAUSAL_LM.")
+    ] = None,
+    base_name: Annotated[
+        Optional[str], typer.Option(help="The base's name or folder, for the same.")
+    ] = None,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter in another tool's format."""
+    said = {"task_type": task_type, "base_model_name_or_path": base_name}
+    more = {name: text for name, text in said.items() if text is not None}
     with warnings_told():
         writer, names = how(to, prefix, fold_scale), known(model, base, key)
         part, files = _parts(file, component)
         options = reading(loose, alpha, part, rank)
         place: dict[str, Any] = {"force": force, "dry_run": dry_run}
         if file is not None:
-            found = interchange.convert(file, out, to, names, options, **place, **writer)
+            found = interchange.convert(
+                file, out, to, names, options, metadata=more, **place, **writer
+            )
         else:
             told = "tells the names of one model, and PART=FILE is of several"
             refuse({f"--model {told}": model, f"--base {told}": base})
             interchange.check_place(out, to, **place)
             found = interchange.together(files, options)
+            found = replace(found, metadata={**found.metadata, **more})
             interchange.write_adapter(found, out, to, **place, **writer)
     text = f"{counts(len(found.updates), len(found.whole))} into {out}, as {to}"
     if dry_run or json:

@@ -118,11 +118,15 @@ def convert(
     base: Optional[Base] = None,
     options: Options = DEFAULTS,
     *,
+    metadata: Optional[Mapping[str, str]] = None,
     force: bool = False,
     dry_run: bool = False,
     **how: Any,
 ) -> Adapter:
     """Write the adapter in a file as another tool's, and return it.
+
+    What the file says beside the tensors (training settings, trigger words, PEFT's ``task_type``)
+    is kept where the new one has a place for it, and else named in a warning.
 
     Args:
         path: the file, or a folder such as PEFT's.
@@ -130,6 +134,8 @@ def convert(
         to: the name of a format that can be written.
         base: the names and shapes of the model, where a format needs them.
         options: what some formats do not tell.
+        metadata: more to say, or to say instead; ``task_type`` and ``base_model_name_or_path`` go
+            to PEFT's configuration, which its ``AutoPeftModel`` classes ask for.
         force: replace what is at `out`.
         dry_run: only check.
         how: as for `formats.write`.
@@ -140,6 +146,7 @@ def convert(
     check_place(out, to, force=force, dry_run=dry_run)
     check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
+    adapter = replace(adapter, metadata={**adapter.metadata, **(metadata or {})})
     write_adapter(adapter, out, to, base, force=force, dry_run=dry_run, **how)
     return adapter
 

@@ -180,21 +180,27 @@ def write(
             f"{', '.join(PARTS)}."
         )
     state: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    ranks: dict[str, dict[str, int]] = {}  # by component, since each has a configuration
+    alphas: dict[str, dict[str, float]] = {}
     scales: dict[str, tuple[float, int]] = {}
     start = f"{component}." if component else ""
+    each_tells = not component and part_told(adapter.updates) == ""
     for path, update in adapter.updates.items():
         _check(path, update)
         down, up = grouped(update) if update.groups > 1 else kernels(update)
         r = down.shape[0]
-        ranks[path], alphas[path] = r, alpha_of(update.scale, r)
+        part, own = path.split(".", 1) if each_tells else (component, path)
+        ranks.setdefault(part, {})[own] = r
+        alphas.setdefault(part, {})[own] = alpha_of(update.scale, r)
         scales[f"{start}{path}"] = update.scale, r
         state[f"{start}{path}.lora_A.weight"] = down.contiguous()
         state[f"{start}{path}.lora_B.weight"] = up.contiguous()
-    config = peft.config_of(ranks, alphas, set(ranks), [])
-    flat = json.dumps({f"{start}{key}": value for key, value in config.items()}, sort_keys=True)
-    about = {"format": "pt", METADATA: flat, **scales_metadata(scales)}
+    flat: dict[str, Any] = {}
+    for part, own_ranks in ranks.items():
+        config = peft.config_of(own_ranks, alphas[part], set(own_ranks), [])
+        flat |= {f"{part}.{key}" if part else key: value for key, value in config.items()}
+    told = json.dumps(flat, sort_keys=True)
+    about = {"format": "pt", METADATA: told, **scales_metadata(scales)}
     return Content(state, about)
 
 

@@ -29,7 +29,7 @@ def part_told(paths: Iterable[str], base: Optional[Base] = None) -> Optional[str
         ('', None)
     """
     known = list(paths)
-    if all(path.partition(".")[0] in PARTS for path in known):
+    if all("." in path and path.partition(".")[0] in PARTS for path in known):
         return ""
     for pattern, part in ((_UNET, "unet"), (_TRANSFORMER, "transformer"), (_TEXT, "text_encoder")):
         if any(pattern.fullmatch(path) for path in known):
