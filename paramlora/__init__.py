@@ -14,6 +14,7 @@ from paramlora.errors import (
     TargetError,
 )
 from paramlora.model.attach import attach, detach, disable_adapters, set_adapters
+from paramlora.model.experts import expert_linear
 from paramlora.model.input_grads import disable_input_grads, enable_input_grads
 from paramlora.model.merge import merge
 from paramlora.model.optim import parameter_groups, trainable_parameters
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from paramlora.files.arithmetic import combine, difference, resize
     from paramlora.files.native import save_adapter
 
+__version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
@@ -60,6 +62,7 @@ __all__ = [
     "disable_adapters",
     "disable_input_grads",
     "enable_input_grads",
+    "expert_linear",
     "files",
     "kernels",
     "load_adapter",

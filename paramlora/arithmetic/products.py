@@ -178,7 +178,11 @@ def check_adds(path: str, update: object, name: str) -> None:
         AdapterError: names it.
     """
     if type(update) is not Update or update.up_kernel == "same":
-        kind = '"up_kernel": "same"' if isinstance(update, Update) else type(update).__name__
+        kind = (
+            '"up_kernel": "same"'
+            if isinstance(update, Update)
+            else getattr(update, "method", "unknown")
+        )
         raise AdapterError(
             f'{path}: in "{name}" it is of a kind ({kind}) that is no product of two matrices, so '
             "it does not add. Merge it into a checkpoint instead."

@@ -94,9 +94,10 @@ def convert(
             found = interchange.together(files, options)
             found = replace(found, metadata={**found.metadata, **more})
             interchange.write_adapter(found, out, to, **place, **writer)
-    text = f"{counts(len(found.updates), len(found.whole))} into {out}, as {to}"
+    count = len(found.updates) + len(found.others)
+    text = f"{counts(count, len(found.whole))} into {out}, as {to}"
     if dry_run or json:
-        content = {"out": str(out), "format": to, "updates": len(found.updates)}
+        content = {"out": str(out), "format": to, "updates": count}
         content |= {"whole": len(found.whole)} if found.whole else {}
         content["dry_run"] = dry_run
         report(content, json, f"would convert {text}")

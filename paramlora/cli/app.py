@@ -38,10 +38,19 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"paramlora {paramlora.__version__}")
+        raise typer.Exit(DONE)
+
+
 @app.callback(
     help="LoRA fine-tuning for any torch.nn.Module, as a weight parametrization.", epilog=_EXITS
 )
 def _about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
 ) -> None:
     return None  # `main` looks for --debug, because it also serves where nothing was parsed

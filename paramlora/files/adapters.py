@@ -87,7 +87,10 @@ def read_adapter(
     """
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
-    return formats.read(opened(path), base, options)
+    content = opened(path)
+    adapter = formats.read(content, base, options)
+    formats.check_alpha(content, base, options, adapter)
+    return adapter
 
 
 def format_of(path: PathLike) -> str:
@@ -205,7 +208,7 @@ def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = D
         if not isinstance(given, Adapter):
             check_named(given, format_of(given), "another format", None)
             given = read_adapter(given, None, options)
-        if any(path.startswith(f"{name}.") for path in given.updates):
+        if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
         found = _beside_each_other(found, given, f"{name}.")
     return found
@@ -222,6 +225,7 @@ def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
         {**found.whole, **moved(given.whole)},
         {**found.base, **moved(given.base)},
         {**found.holders, **moved(given.holders)},
+        {**found.others, **moved(given.others)},
     )
 
 
@@ -417,7 +421,7 @@ def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> 
     known = set(there)
     lost = {path for path in adapter.whole if not known & {path, *weights_at(path)}}
     report(source, "tensors of what the model does not have", lost, False, "They were left out.")
-    if not adapter.updates and lost == adapter.whole.keys():
+    if not (adapter.updates or adapter.others) and lost == adapter.whole.keys():
         raise FileError(f"{source}: nothing in it belongs to the model.")
     return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
 

@@ -140,9 +140,9 @@ def extract(
             adapter = fit(adapter, known, DEFAULTS, str(embedded))
         # while the input is open: its tensors may be mapped from there
         write_adapter(adapter, out, to, known, force=force, dry_run=dry_run, **how)
-    factors = [t for u in adapter.updates.values() for t in (u.lora_A, u.lora_B)]
-    held = [*factors, *adapter.whole.values()]
-    count, size = len(adapter.updates) + len(adapter.whole), sum(one.nbytes for one in held)
+    values = adapter.values()
+    held = [tensor for value in values.values() for tensor in value.tensors().values()]
+    count, size = len(values), sum(one.nbytes for one in held)
     return Report(Path(out), len(held), len(held), size, count)
 
 

@@ -114,10 +114,9 @@ def read(
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
-    _check_alpha(form, widened(content), base, options, adapter)
     return chosen(form, adapter, base, options, content.source)
 
 
@@ -139,16 +138,23 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def _check_alpha(
-    form: Format, content: Content, base: Optional[Base], options: Options, adapter: Adapter
-) -> None:
-    """Refuse an alpha where the file tells all scales itself: it would have said nothing."""
+def check_alpha(content: Content, base: Optional[Base], options: Options, adapter: Adapter) -> None:
+    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
+
+    Args:
+        content, base, options: what was read.
+        adapter: what it gave.
+
+    Raises:
+        FileError: names the alpha.
+    """
     if options.alpha is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = form.read(content, base, replace(options, alpha=2 * options.alpha + 1))
-    if all(other.updates[path].scale == update.scale for path, update in adapter.updates.items()):
+        other = read(content, base, replace(options, alpha=2 * options.alpha + 1))
+    now, then = adapter.values(), other.values()
+    if all(then[path].listed() == value.listed() for path, value in now.items()):
         raise FileError(
             f"{content.source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
             "own scales. Leave alpha (--alpha) out."
@@ -161,15 +167,18 @@ def _read_complete(
     """The adapter in a complete file; updates of what the model lacks are reported, or left out."""
     adapter = form.read(content, base, options)
     check_finite(adapter, content.source)  # all zero is how our own begin
-    _check_alpha(form, content, base, options, adapter)
     return chosen(form, adapter, base, options, content.source)
 
 
 def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """The updates of what the model has; others are reported."""
-    known = {path: update for path, update in adapter.updates.items() if path in base}
-    check_known(adapter.updates.keys() - known.keys(), base, options, source)
-    return replace(adapter, updates=known)
+    there = {**adapter.updates, **adapter.others}
+    check_known(there.keys() - base.keys(), base, options, source)
+    return replace(
+        adapter,
+        updates={path: update for path, update in adapter.updates.items() if path in base},
+        others={path: update for path, update in adapter.others.items() if path in base},
+    )
 
 
 def write(
@@ -196,8 +205,9 @@ def write(
     assert form.write is not None
     if form.complete:
         return form.write(adapter, base, **how)
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError("the adapter has no updates.")
+    _check_kinds(adapter, form)
     if adapter.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
@@ -211,10 +221,20 @@ def write(
     return placed(form.write(told, base, **how), adapter.metadata, form)
 
 
-def _check_scales(adapter: Adapter, to: str) -> None:
-    for path, update in adapter.updates.items():
-        if not math.isfinite(update.scale * update.r):
+def _check_kinds(adapter: Adapter, form: Format) -> None:
+    for path, update in adapter.others.items():
+        if update.method not in form.kinds:
             raise FileError(
-                f"{path}: its alpha, scale · r = {update.scale:g} · {update.r}, is beyond any "
+                f'{path or "weight"}: an update of the kind "{update.method}", which no file of '
+                f"{form.name} holds. Keep the native format, or merge it."
+            )
+
+
+def _check_scales(adapter: Adapter, to: str) -> None:
+    for path, value in adapter.values().items():
+        r, scale = value.listed()
+        if not math.isfinite(scale * r):
+            raise FileError(
+                f"{path}: its alpha, scale · r = {scale:g} · {r}, is beyond any "
                 f"number that {to}'s files hold. Give a smaller scale and larger factors."
             )

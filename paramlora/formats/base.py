@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Optional, TypeVar, get_args
+from typing import Optional, TypeVar, Union, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.kinds import KINDS
+from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
 
 _Value = TypeVar("_Value")
 COMPONENTS = (
@@ -48,6 +49,7 @@ class Slot:
 
 
 Base = Mapping[str, Slot]
+_Any = Union[Update, KindUpdate]
 
 
 def base_of(model: nn.Module) -> Base:
@@ -79,7 +81,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     Raises:
         FileError: an update without a weight, two for one weight, or another shape.
     """
-    chosen = dict(adapter.updates)
+    chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
     places = places_of(base)
@@ -87,17 +89,20 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
     _check_once(found, source)
-    updates: dict[str, Update] = {}
-    made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
+    updates: dict[str, Value] = {}
+    made: dict[tuple[int, Slot], Value] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
     for path, one in found.items():
         if one.whole is not None:
             slot = _told(base[one.whole], adapter.holders.get(path))
+            moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
             tied = holders[id(chosen[path])] > 1
             fresh = _fitted(one.whole, chosen[path], slot, source, tied)
-            updates[one.whole] = made.setdefault((id(chosen[path]), slot), fresh)
+            key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
+            updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
-    return replace(adapter, updates=updates | _gathered(chosen, parts, base, source))
+    told = apart_by_kind(updates | _gathered(chosen, parts, base, source))
+    return replace(adapter, updates=told["updates"], others=told["others"])
 
 
 def places_of(base: Base) -> Places:
@@ -160,31 +165,41 @@ def _check_once(found: Mapping[str, Found], source: str) -> None:
 
 
 def _gathered(
-    chosen: Mapping[str, Update], parts: Mapping[str, Found], base: Base, source: str
-) -> dict[str, Update]:
+    chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
+) -> dict[str, Value]:
     """The updates of weights whose rows the file has elsewhere."""
+    factors = {path: _of_factors(path, chosen[path], source) for path in parts}
     held = {path: rows for there in parts.values() for path, rows in there.held.values()}
     out = {path: _rows(base[path], len(rows)) for path, rows in held.items()}
     sources: dict[str, list[Source]] = {}
     for path, there in parts.items():
-        one = Source(path, chosen[path], there.rows)
+        one = Source(path, factors[path], there.rows)
         check_blocks(one, f"{source}: {path}")
         for weight in there.paths:
             sources.setdefault(weight, []).append(one)
     totals = [(out[path], block) for path, rows in held.items() for block in rows]
     totals += [
-        (chosen[path].lora_B.shape[-2], block)
+        (factors[path].lora_B.shape[-2], block)
         for path, there in parts.items()
         for block in there.rows
     ]
     size = sizes(totals)
-    updates = {}
+    updates: dict[str, Value] = {}
     for weight, those in sources.items():
         update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
         if update.layout == "stack" and base[weight].input_first:
             update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
         updates[weight] = _fitted(weight, update, base[weight], source, False)
     return updates
+
+
+def _of_factors(path: str, update: _Any, source: str) -> Update:
+    if isinstance(update, Update):
+        return update
+    raise FileError(
+        f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
+        f"{update.method} is of its whole weight alone. Give a model of the file's own names."
+    )
 
 
 def _rows(slot: Slot, blocks: int) -> int:
@@ -209,7 +224,7 @@ def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
         update = adapter.updates.get(path)
         if update is not None and update.shape is not None:
             slot = _told(Slot(update.shape), holder)
-            fresh[path] = _fitted(path, update, slot, "adapter", True)
+            fresh[path] = _fitted_factors(path, update, slot, "adapter", True)
     return replace(adapter, updates={**adapter.updates, **fresh})
 
 
@@ -275,9 +290,11 @@ def part_of(adapter: Adapter, component: str, source: str) -> Adapter:
     Raises:
         FileError: there is none of it.
     """
+    found = apart_by_kind(component_of(adapter, component, source))
     return replace(
         adapter,
-        updates=_inside(component_of(adapter, component, source), component),
+        updates=_inside(found["updates"], component),
+        others=_inside(found["others"], component),
         whole=_inside(adapter.whole, component),
         base=_inside(adapter.base, component),
         holders=_inside(adapter.holders, component),
@@ -290,15 +307,16 @@ def _inside(values: Mapping[str, _Value], component: str) -> dict[str, _Value]:
     return {path.removeprefix(start): value for path, value in own.items()}
 
 
-def component_of(adapter: Adapter, component: str, source: str) -> dict[str, Update]:
+def component_of(adapter: Adapter, component: str, source: str) -> dict[str, _Any]:
     """The updates of one part of a pipeline.
 
     Raises:
         FileError: there is none of it.
     """
-    found = {path: u for path, u in adapter.updates.items() if belongs(path, component)}
+    every: dict[str, _Any] = {**adapter.updates, **adapter.others}
+    found = {path: update for path, update in every.items() if belongs(path, component)}
     if not found:
-        parts = dict.fromkeys(path.split(".")[0] for path in adapter.updates)
+        parts = dict.fromkeys(path.split(".")[0] for path in every)
         raise FileError(
             f"{source}: it has no part {component}. Its names begin with {listed(parts, 4)}; give "
             "one of those as component (--component), or leave it out."
@@ -306,7 +324,23 @@ def component_of(adapter: Adapter, component: str, source: str) -> dict[str, Upd
     return found
 
 
-def _fitted(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
+def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _Any:
+    if isinstance(update, Update):
+        return _fitted_factors(path, update, slot, source, tied)
+    layouts = [slot.layout] if slot.layout else [update.layout, *get_args(Layout)]
+    fits = KINDS[update.method].fits
+    layout = next((one for one in layouts if fits(update.held, slot.shape, one)), None)
+    if layout is None:
+        sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
+        raise FileError(
+            f"{source}: {path}: an update of {sizes} does not fit the weight of "
+            f"{list(slot.shape)}. Was it made for another model?"
+        )
+    kind, groups = slot.kind or update.kind, slot.groups or update.groups
+    return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
+
+
+def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
         update = _turned(update)

@@ -128,6 +128,15 @@ def check_whole(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> 
         check_factors(f"{content.source}: {path}", *half.values())
 
 
+def check_first(taken: bool, key: str, source: str) -> None:
+    """Refuse a tensor for what the file has one of already, spelled or named in another way."""
+    if taken:
+        raise FileError(
+            f"{source}: {key} is a second tensor for one factor: several adapters, or an update in "
+            "two spellings. Save one of them alone."
+        )
+
+
 def check_factors(where: str, *tensors: Tensor) -> None:
     """Refuse what cannot be multiplied: integers, vectors, two types, and nothing at all."""
     shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)
@@ -165,12 +174,11 @@ def refuse_dora(content: Content, keys: Iterable[str]) -> None:
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     bad = [
-        f"{path}.{name}"
-        for path, update in adapter.updates.items()
-        for name, tensor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
+        path if value.alone else f"{path}.{name}"
+        for path, value in adapter.values().items()
+        for name, tensor in value.tensors().items()
         if not torch.isfinite(tensor).all()
     ]
-    bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
 
 

@@ -21,20 +21,28 @@ from paramlora.formats.content import (
     Content,
     Options,
     check_factors,
+    check_first,
     number,
-    refuse_dora,
     report_unused,
 )
-from paramlora.formats.factors import check_told, kernels, pair, whole, wide
+from paramlora.formats.factors import (
+    check_told,
+    kernels,
+    pair,
+    rescaled,
+    whole,
+    wide,
+    with_low_ranks,
+)
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.names.levels import MANGLED, belongs
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
-    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:\.[^.]+)??(?:\.weight)?|"
+    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:(?:\.[^.]+)?\.weight)?|"
     r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?))",
     re.DOTALL,
 )
@@ -55,20 +63,19 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         options: see `Options`; ``split`` divides alpha by the rank of one part.
 
     Raises:
-        FileError: DoRA, a form of LyCORIS that is not read, or two weights of one mangled name.
+        FileError: a form of LyCORIS that is not read, or two weights of one mangled name.
     """
     modules, unused = _modules(content)
     report_unused(content, unused, options.strict)
-    refuse_dora(content, [name for name, parts in modules.items() if "dora_scale" in parts])
     exact = recorded(content)
     places = None if base is None else places_of(base)
-    updates: dict[str, Update] = {}
+    updates: dict[str, Value] = {}
     for name, parts in modules.items():
         where = f"{content.source}: {name}"
         if options.component is None or belongs(name, options.component):
             most = _most(name, parts, places, where)
             updates[name] = _update(parts, exact.get(name), options, most, where)
-    return Adapter(updates)
+    return Adapter(**apart_by_kind(updates))
 
 
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
@@ -89,13 +96,21 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
         else:
             role = _ROLES.get(match["role"], match["role"])
             leaf = match["leaf"] or f"lora_{role}.weight"
-            modules.setdefault(match["name"], {})[leaf] = tensor
+            parts = modules.setdefault(match["name"], {})
+            check_first(leaf in parts, key, content.source)
+            parts[leaf] = tensor
     return modules, unused
 
 
 def _update(
     parts: Mapping[str, Tensor], exact: Any, options: Options, most: int, where: str
-) -> Update:
+) -> Value:
+    if "dora_scale" in parts:
+        rest = {leaf: tensor for leaf, tensor in parts.items() if leaf != "dora_scale"}
+        inner = _update(rest, exact, options, most, where) if _LORA <= set(rest) else None
+        if not isinstance(inner, Update):
+            raise FileError(f"{where}: dora_scale of another form than LoRA, which is not read.")
+        return rescaled(inner, parts["dora_scale"], where)
     leaves = set(parts) - {"alpha"}
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
     if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
@@ -217,6 +232,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         )
     state: dict[str, Tensor] = {}
     scales: dict[str, tuple[float, int]] = {}
+    adapter, magnitudes = with_low_ranks(adapter)
     two = any(path.startswith("text_encoder_2.") for path in adapter.updates)
     for path, update in adapter.updates.items():
         _check(path, update)
@@ -231,10 +247,12 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         state[f"{name}.lora_down.weight"] = down.contiguous()
         state[f"{name}.lora_up.weight"] = up.contiguous()
         state[f"{name}.alpha"] = _alpha_tensor(alpha, down.dtype)
+        if path in magnitudes:
+            state[f"{name}.dora_scale"] = magnitudes[path].contiguous()
         scales[name] = update.scale, update.r
     ranks = {r for _, r in scales.values()}
     about = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if magnitudes else "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": "Dynamic",
         **scales_metadata(scales),
@@ -243,7 +261,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
 
 
 def _prefix_of(adapter: Adapter, base: Optional[Base]) -> str:
-    if part_told(adapter.updates, base) == "text_encoder":
+    if part_told(adapter.values(), base) == "text_encoder":
         raise FileError(
             "a text encoder, whose keys depend on the pipeline: give a prefix (--prefix): lora_te "
             "for Stable Diffusion 1 and 2, lora_te1 and lora_te2 for SDXL, with _text_model behind "
@@ -297,6 +315,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    kinds=("lora", "soft", "dora"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),
 )

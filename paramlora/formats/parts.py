@@ -75,6 +75,8 @@ def _hold(
 
 def _part(template: Template, before: tuple[str, ...], numbers: tuple[str, ...]) -> Part:
     name = parsed(template.name).filled(before, numbers)
+    if template.size == template.name:
+        return Part(name, name)
     if template.piece is None:
         return Part(name, parsed(template.size).filled(before, numbers))
     return Part(f"{name}[{template.piece}]", f"{name}[]")

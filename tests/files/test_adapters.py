@@ -94,7 +94,7 @@ def dora(state, config):
         (foreign_layer, "what the model does not have: gone"),
         (not_finite, "not finite: linear.lora_A"),
         (half, "one factor of two is missing: conv1"),
-        (dora, "use_dora: more than W"),
+        (dora, "use_dora, and no magnitude in the file of: "),
     ],
 )
 def test_a_wrong_file_leaves_the_model_untouched(tmp_path, change, text):

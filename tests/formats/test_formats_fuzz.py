@@ -19,7 +19,7 @@ STEMS = (
     "unet.a.b unet:0 unet:1 block.attn.processor "
     "model.layers.0.self_attn.qkv_proj layers.0.self_attn.k_proj lora_unet_layers_0_mlp_up_proj "
     "model.layers.0.mlp.experts.0.gate_proj base_model.model.model.layers.0.mlp.experts "
-    "module._orig_mod.layers.0.mlp.experts.1.w3 layers.0.mlp.experts.gate_up_proj"
+    "module._orig_mod.layers.0.block_sparse_moe.experts.1.w3 layers.0.mlp.experts.gate_up_proj"
 ).split()
 LEAVES = (
     "lora_A lora_B lora_A.weight lora_B.weight lora_scale lora_embedding_A lora_embedding_B alpha "

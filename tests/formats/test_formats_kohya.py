@@ -239,7 +239,10 @@ def test_dotted_paths_and_a_flat_1x1():
 @pytest.mark.parametrize(
     "extra, text",
     [
-        ({"lora_unet_x.dora_scale": torch.ones(4, 1)}, "DoRA, which rescales .*: lora_unet_x"),
+        (
+            {"lora_unet_x.dora_scale": torch.ones(5, 1)},
+            r"x: a magnitude of \[5, 1\] does",
+        ),
         ({"lora_unet_x.oft_blocks": torch.ones(4, 1)}, "no update of one weight: .*oft_blocks"),
         ({"lora_unet_x.w_norm": torch.ones(4)}, "no update of one weight: .*w_norm"),
         ({"lora_unet_y.alpha": torch.tensor(1.0)}, "lora_unet_y: alpha: no form that can be read"),

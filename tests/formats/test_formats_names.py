@@ -346,6 +346,8 @@ def spelled(name, style):
             "lora_down",
             "lora_up",
         )
+    if style.endswith("_"):
+        return f"{style}{name.replace('.', '_')}", ("lora_down", "lora_up")
     return f"{style}{name}", ("lora_A", "lora_B")
 
 
@@ -355,7 +357,10 @@ def file_of(factors, style, alpha=6.0):
         stem, (down, up) = spelled(name, style)
         state |= {f"{stem}.{down}.weight": a, f"{stem}.{up}.weight": b}
         state[f"{stem}.alpha"] = torch.tensor(alpha)
-    return Content(state)
+    if style != "base_model.model.":
+        return Content(state)
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": alpha}
+    return Content({k: t for k, t in state.items() if not k.endswith(".alpha")}, config=config)
 
 
 def same(found, want):
@@ -365,6 +370,7 @@ def same(found, want):
 
 
 STYLES = ["kohya", "half mangled", "diffusion_model.", "", "transformer.", "_orig_mod.module."]
+STYLES += ["base_model.model.", "lycoris_", "lora_transformer_", "lora_unet__"]
 CASES = [(name, style) for name in ARCHITECTURES for style in ("kohya", "diffusion_model.")]
 CASES += [
     (name, style) for name in ("flux", "wan") for style in STYLES if (name, style) not in CASES
@@ -644,3 +650,37 @@ def test_the_names_of_a_table_are_apart(name):
     for row in TABLES[name].rows():
         told.setdefault((".".join(row.name.parts), row.ratio), set()).add(row.parts)
     assert all(len(parts) == 1 for parts in told.values())
+
+
+def test_the_two_models_of_a_pipeline_are_told_by_its_component():
+    """As Wan 2.2 has them: one of high and one of low noise."""
+    slots = {"blocks.0.attn1.to_q": Slot((4, 6), "matrix", "linear")}
+    factors = {
+        f"{part}.blocks.0.self_attn.q": (torch.randn(2, 6), torch.randn(4, 2))
+        for part in ("transformer", "transformer_2")
+    }
+    content = file_of(factors, "")
+    with pytest.raises(FileError, match="second update of blocks.0.attn1.to_q. Choose one part"):
+        formats.read(content, slots)
+    for path, (a, _) in factors.items():
+        component = path.partition(".")[0]
+        found = formats.read(content, slots, formats.Options(component=component)).updates
+        assert torch.equal(found["blocks.0.attn1.to_q"].lora_A, a)
+
+
+@pytest.mark.parametrize("start", ["lora_unet_q", "q"])
+@pytest.mark.parametrize("other", ["lora_down.style.weight", "lora_A.style.weight", "lora_down"])
+def test_one_factor_in_two_spellings_is_refused(start, other):
+    content = Content({
+        f"{start}.lora_down.weight": torch.ones(2, 6), f"{start}.lora_up.weight": torch.ones(4, 2),
+        f"{start}.{other}": torch.ones(2, 6),
+    })  # fmt: skip
+    with pytest.raises(FileError, match=f"{start}.{other} is a second tensor for one factor"):
+        formats.read(content)
+
+
+def test_a_bias_is_no_factor():
+    content = file_of({"lora_unet_q": (torch.ones(2, 6), torch.ones(4, 2))}, "")
+    state = {**content.state, "lora_unet_q.lora_up.bias": torch.ones(4)}
+    with pytest.raises(FileError, match="no update of one weight: lora_unet_q.lora_up.bias"):
+        formats.read(Content(state))

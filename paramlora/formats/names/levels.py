@@ -115,16 +115,17 @@ def _shorter(path: str, levels: _Levels, mark: str) -> list[tuple[str, tuple[str
     found: dict[str, tuple[str, ...]] = {path: ()}
     fresh = [path] if len(path) <= _LONGEST else []
     for _ in range(_MOST):
+        fresh = [long for long in fresh if long.partition(mark)[0] in levels]
+        if not fresh:
+            break
         after = {
             long[len(level) :]: found[long] or told
             for long in fresh
-            for level, told in _in_front(long, levels.get(long.partition(mark)[0], {}))
+            for level, told in _in_front(long, levels[long.partition(mark)[0]])
         }
         fresh = [rest for rest in after if rest not in found]
-        if not fresh:
-            break
         found |= {rest: after[rest] for rest in fresh}
-    return sorted(found.items(), key=lambda one: -len(one[0]))
+    return sorted(found.items(), key=lambda one: -len(one[0])) if len(found) > 1 else [(path, ())]
 
 
 def _in_front(

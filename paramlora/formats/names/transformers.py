@@ -19,7 +19,6 @@ TABLE = Table(
         f"{_EXPERTS}.down_proj": f"{_EXPERTS}.*.down_proj",
         "**.block_sparse_moe.gate": "**.mlp.gate",
     }
-    | {f"**.block_sparse_moe.experts.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()}
-    | {f"{_EXPERTS}.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()},
+    | {f"**.block_sparse_moe.experts.*.{w}": f"{_EXPERTS}.*.{own}" for w, own in _MIXTRAL.items()},
     published=False,
 )
