@@ -36,6 +36,7 @@ from paramlora.formats.factors import (
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
+from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.update.kinds import KINDS
@@ -230,18 +231,25 @@ def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     return torch.kron(w1.contiguous(), w2.contiguous()), rank
 
 
-def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_unet") -> Content:
+def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] = None) -> Content:
     """An adapter as kohya's LoRA; ``alpha`` is ``scale · r``.
 
     Args:
         adapter: fitted to its model where kinds of layers matter.
-        base: not needed.
-        prefix: of every key; a component's name in front of a path (``text_encoder.``) gives its
-            own instead.
+        base: tells which part of a pipeline the model is, where its names do not.
+        prefix: of every key, ``lora_unet`` without; a component's name in front of a path
+            (``text_encoder.``) gives its own instead.
 
     Raises:
-        FileError: a layer that is no Linear or Conv2d, or two of one mangled name.
+        FileError: a layer that is no Linear or Conv2d, or two of one mangled name; a text encoder
+            without a prefix, which depends on the pipeline; a prefix that no tool reads.
     """
+    prefix = _prefix_of(adapter, base) if prefix is None else prefix
+    if not any(prefix == level or prefix.startswith(f"{level}_") for level in MANGLED):
+        raise FileError(
+            f'"{prefix}" begins no key that a tool reads, so nothing of the file would load. '
+            f"Prefixes: {', '.join(MANGLED)}."
+        )
     state: dict[str, Tensor] = {}
     scales: dict[str, tuple[float, int]] = {}
     adapter, products = without_products(adapter)
@@ -308,13 +316,25 @@ def _taken(path: str, name: str) -> FileError:
     )
 
 
+def _prefix_of(adapter: Adapter, base: Optional[Base]) -> str:
+    if part_told(adapter.values(), base) == "text_encoder":
+        raise FileError(
+            "a text encoder, whose keys depend on the pipeline: give a prefix (--prefix): lora_te "
+            "for Stable Diffusion 1 and 2, lora_te1 and lora_te2 for SDXL, with _text_model behind "
+            "where the model has no such level."
+        )
+    return "lora_unet"
+
+
 def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
     component, rest = _component(path)
     te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
-        return f"{te[component]}_{rest.replace('.', '_')}"
+        # transformers 5 has left out a level of CLIP's text model, which all readers know
+        clip = component.startswith("text") and rest.startswith("encoder.layers.")
+        return f"{te[component]}_{'text_model_' if clip else ''}{rest.replace('.', '_')}"
     if any(
         path.startswith(f"{level}_") for level in MANGLED
     ):  # out of a file of the same kind, read without a model
