@@ -205,10 +205,13 @@ class _DroppedConvolution(torch.autograd.Function):
         if x.dtype == torch.bfloat16 and where[3] == 1:
             one = torch.ones((), dtype=up.dtype, device=up.device)
             both, down, _ = _kernels(weight, a, up, one)
-            t = torch.zeros_like(conv(padded[:1], down[:1], None, *where))
-            t = t.expand(len(x), len(down), *t.shape[2:]).clone()
-            for which, own in ranks_of(drops):
-                t[:, own] = conv(pad(masked(x, drops, which)), down[own], None, *where)
+            parts = [
+                conv(pad(masked(x, drops, which)), down[own], None, *where)
+                for which, own in ranks_of(drops)
+            ]
+            t = torch.cat(
+                [*parts, parts[0].new_zeros(len(x), len(down) - len(a), *parts[0].shape[2:])], 1
+            )
             more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
             if more is not None:
                 return conv(torch.cat([padded, more], 1), both, bias, *where)

@@ -319,7 +319,7 @@ def _gradients(
     u: _Maybe,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
     """Those of x, A, B and the scale that are wanted."""
-    needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.flatten(0, -2)
+    needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
         one = torch.ones((), dtype=narrow.wide(b).dtype, device=b.device)

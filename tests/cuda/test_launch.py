@@ -71,7 +71,7 @@ class NoMetadata(Kernel):
         return Hidden()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def alone(monkeypatch):
     monkeypatch.setattr(launch, "_TRUSTED", {})
     monkeypatch.setattr(launch, "_warned", False)
@@ -93,6 +93,7 @@ def launched(kernel, times=3):
     return seen
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_first_launch_is_tritons_and_the_others_are_ours():
     kernel = Kernel()
     assert launched(kernel) == [True] * 3
@@ -104,6 +105,7 @@ def test_the_first_launch_is_tritons_and_the_others_are_ours():
     assert kernel.own == 1
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("changed", (MoreArguments, AnotherOrder, AnotherName, NoMetadata))
 def test_a_triton_that_has_changed_launches_by_itself(changed):
     kernel = changed()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from paramlora.files.inspect import inspect
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import paramlora
 from paramlora import files
 from paramlora.files.adapters import convert
+from paramlora.files.inspection import inspect
 from paramlora.model.attach import _register, updates
 from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.lowrank import LowRank
