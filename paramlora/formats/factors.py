@@ -1,6 +1,7 @@
 """The two factors of an update, out of the shapes in which tools store them, and back."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Optional
 
@@ -118,6 +119,35 @@ def rescaled(update: Update, magnitude: Tensor, where: str) -> KindUpdate:
     return KindUpdate(
         *("dora", held, update.scale, shape, update.layout), kind=update.kind, groups=update.groups
     )
+
+
+def product_of(
+    held: Mapping[str, Tensor], scale: float, where: str, shape: tuple[int, ...] = ()
+) -> KindUpdate:
+    """LoHa or LoKr as what it is, by LyCORIS's names of its tensors.
+
+    Args:
+        held: its tensors.
+        scale: the factor itself.
+        where: the file and layer, for messages.
+        shape: of its change, where that is known.
+
+    Raises:
+        FileError: tensors that are not of one of the two, or do not fit each other.
+    """
+    method = "loha" if "hada_w1_a" in held else "lokr"
+    strange = held.keys() - KINDS[method].parts.keys()
+    if strange:
+        raise FileError(f"{where}: {', '.join(sorted(strange))}: no form that can be read.")
+    try:
+        options = KINDS[method].options_of(held)
+        KINDS[method].rank_of(held)
+    except (KeyError, RuntimeError) as error:
+        raise FileError(
+            f"{where}: {', '.join(sorted(held))} are not whole. Save it again."
+        ) from error
+    kind = "convolution" if len(shape) > 2 else None
+    return KindUpdate(method, held, scale, shape if kind else None, options=options, kind=kind)
 
 
 def without_magnitude(value: KindUpdate) -> tuple[Update, Tensor]:

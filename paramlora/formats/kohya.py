@@ -29,6 +29,7 @@ from paramlora.formats.factors import (
     check_told,
     kernels,
     pair,
+    product_of,
     rescaled,
     whole,
     wide,
@@ -39,7 +40,6 @@ from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, KindUpdate, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
@@ -122,7 +122,8 @@ def _update(
         delta, r = _product(parts, most, where, form=options.rank is not None)
         if options.rank is None:
             scale = _scale(alpha, r, exact, where) if r else 1.0
-            return _kept(parts, scale, tuple(delta.shape), where)
+            held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
+            return product_of(held, scale, where, tuple(delta.shape))
     elif leaves == {"diff"}:
         check_factors(where, parts["diff"])
         delta, r = parts["diff"], 0
@@ -155,21 +156,6 @@ def _part(update: Update, split: int, where: str) -> int:
 
 def _scale(alpha: Optional[float], r: int, exact: Any, where: str) -> float:
     return 1.0 if alpha is None else scale_of(alpha, r, exact, where)
-
-
-def _kept(
-    parts: Mapping[str, Tensor], scale: float, shape: tuple[int, ...], where: str
-) -> KindUpdate:
-    """LoHa or LoKr as what it is."""
-    held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
-    method = "loha" if "hada_w1_a" in held else "lokr"
-    strange = held.keys() - KINDS[method].parts.keys()
-    if strange:
-        raise FileError(f"{where}: {', '.join(sorted(strange))}: no form that can be read.")
-    options = KINDS[method].options_of(held)
-    kind = "convolution" if len(shape) > 2 else None
-    known = None if kind is None else shape
-    return KindUpdate(method, held, scale, known, options=options, kind=kind)
 
 
 def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> tuple[Tensor, int]:

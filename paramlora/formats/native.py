@@ -72,7 +72,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
         "format": FORMAT_VERSION,
         "adapter": adapter.name,
         "config": LoRAConfig(tuple(v.entry(_name(path)) for path, v in own.items())).to_dict(),
-        "shapes": {p: v.about() for p, v in own.items() if v.alone or v.shape is not None},
+        "shapes": {p: v.about() for p, v in own.items() if v.shape is not None and not v.alone},
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
         "holders": {path: asdict(holder) for path, holder in adapter.holders.items()},

@@ -22,12 +22,21 @@ from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
+    check_factors,
     check_whole,
     number,
     report,
     report_unused,
 )
-from paramlora.formats.factors import check_told, grouped, kernels, pair, rescaled, with_low_ranks
+from paramlora.formats.factors import (
+    check_told,
+    grouped,
+    kernels,
+    pair,
+    product_of,
+    rescaled,
+    with_low_ranks,
+)
 from paramlora.formats.format import Format, Mark
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.model.match import Names, Unbounded
@@ -41,6 +50,10 @@ _TOKENS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta
 _EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
 _MOST_LEVELS = 64  # of modules inside modules
 _INNER = ".base_layer"
+_READ = ("LORA", "TRAINABLE_TOKENS", "LOHA", "LOKR")
+_PRODUCT = re.compile(
+    r"(?P<path>.+)\.(?P<name>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))", re.DOTALL
+)
 # the layers of an expert before transformers 5, which peft 0.21 takes for parts of fused parameters
 # wherever they stand; and what tells that a model has such experts
 _PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
@@ -92,10 +105,35 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             False,
             "Using 1; give alpha (--alpha) for another.",
         )
+    if content.config.get("peft_type") in ("LOHA", "LOKR"):
+        return _read_products(content, options)
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
         report_targets(content, content.config, base, adapter, options)
     return adapter
+
+
+def _read_products(content: Content, options: Options) -> Adapter:
+    """PEFT's LoHa or LoKr, whose tensors are LyCORIS's; each layer's scale is ``alpha / r``."""
+    config, source = content.config, content.source
+    found: dict[str, dict[str, Tensor]] = {}
+    unused = []
+    for key, one in content.state.items():
+        match = _PRODUCT.fullmatch(_stem(key))
+        if match is None:
+            unused.append(key)
+        else:
+            found.setdefault(match["path"], {})[match["name"]] = one
+    report_unused(content, unused, options.strict)
+    alphas = by_pattern(config, "alpha_pattern", found, source)
+    ranks = by_pattern(config, "rank_pattern", found, source)
+    others = {}
+    for path, held in found.items():
+        check_factors(f"{source}: {path}", *held.values())
+        alpha_ = number(alphas.get(path, config.get("alpha", 1)), f"{source}: alpha of {path}")
+        r = number(ranks.get(path, config.get("r", 1)), f"{source}: r of {path}")
+        others[path] = product_of(held, alpha_ / max(r, 1.0), f"{source}: {path}")
+    return Adapter({}, others=others)
 
 
 def read_pairs(
@@ -239,10 +277,9 @@ def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[st
 def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
     kind = config.get("peft_type", "LORA")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+    if kind not in _READ:
         raise FileError(
-            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" and '
-            '"TRAINABLE_TOKENS" can be read.'
+            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only {", ".join(_READ)} can be read.'
         )
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
@@ -840,7 +877,7 @@ def _exactly(path: str) -> str:
 
 def _is_peft(content: Content) -> bool:
     keys = list(content.state)
-    names = (".lora_A", ".lora_embedding_A", ".trainable_tokens_delta")
+    names = (".lora_A", ".lora_embedding_A", ".trainable_tokens_delta", ".hada_w", ".lokr_w")
     inside = any(name in key for key in keys for name in names)
     prefixed = any(key.startswith("base_model.") or "lora_embedding_A" in key for key in keys)
     return inside and (prefixed or "peft_type" in content.config)

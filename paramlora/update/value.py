@@ -401,10 +401,6 @@ class WholeValue(Value):
         if not self.value.dtype == dtype == torch.int64:
             check_types(where, self.value)
 
-    def about(self) -> dict[str, Any]:
-        """What the native file's metadata tells: no shape, which the tensor itself has."""
-        return {"shape": [], "layout": "matrix"}
-
     def norm(self) -> float:
         """Of the tensor."""
         return float(self.value.double().norm())

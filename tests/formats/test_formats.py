@@ -341,7 +341,7 @@ def test_values_that_are_not_finite_or_all_zero(name):
     [
         ({"use_dora": True}, "use_dora, and no magnitude in the file of: "),
         ({"init_lora_weights": "pissa_niter_4"}, "which changed the base weights"),
-        ({"peft_type": "LOHA"}, 'peft_type "LOHA"'),
+        ({"peft_type": "OFT"}, 'peft_type "OFT"; only LORA, '),
         ({"alpha_pattern": {"[": 3}}, '"\\[" is no regular expression'),
         ({"lora_alpha": "much"}, "'much' is not a number"),
     ],

@@ -1,11 +1,13 @@
 """A kind of update that the package does not know: it acts by its forward, and is merged, saved,
 shown and grouped by what it says of itself, or refused in one sentence; never by half."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -297,3 +299,17 @@ def test_every_kind_of_the_package_says_everything():
         grouped = [p for members in update.groups().values() for p in members]
         assert {id(p) for p in grouped} == {id(p) for p in update.parameters()}
         assert {id(t) for t in update.plain().values()} >= {id(p) for p in update.parameters()}
+
+
+def test_the_file_of_a_plain_adapter_tells_nothing_new(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    paramlora.attach(model, {"0": {"r": 2}, "1.bias": {"whole": 1}})
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["paramlora"])
+        assert set(file.keys()) == {"0.lora_A", "0.lora_B", "0.lora_scale", "1.bias.lora_whole"}
+    entry = {"r": 2, "scale": 1.0, "trainable_scale": False, "hard": True}
+    assert about["config"] == {"trainable_model": False, "0": entry, "1.bias": {"whole": True}}
+    assert about["shapes"] == {
+        "0": {"shape": [3, 4], "layout": "matrix", "groups": 1, "kind": "linear"}
+    }

@@ -1,0 +1,52 @@
+"""peft's LoHa and LoKr folders, read as what they are."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import paramlora
+
+CONFIGS = {
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=2, target_modules=["0", "3"], init_weights=False),
+    "loha tucker": lambda: peft.LoHaConfig(
+        r=2, alpha=3, target_modules=["0", "3"], use_effective_conv2d=True, init_weights=False
+    ),
+    "loha by name": lambda: peft.LoHaConfig(
+        r=3,
+        alpha=2,
+        target_modules=["0", "3"],
+        rank_pattern={"3": 2},
+        alpha_pattern={"3": 5},
+        init_weights=False,
+    ),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=["0", "3"], init_weights=False),
+    "lokr both": lambda: peft.LoKrConfig(
+        r=1, alpha=3, target_modules=["0", "3"], decompose_both=True, init_weights=False
+    ),
+    "lokr tucker": lambda: peft.LoKrConfig(
+        r=1, alpha=3, target_modules=["0", "3"], use_effective_conv2d=True, init_weights=False
+    ),
+}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 40))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pefts_act_here_and_merge(name, tmp_path):
+    base, x = net(), torch.randn(2, 4, 5, 5)
+    theirs = peft.get_peft_model(copy.deepcopy(base), CONFIGS[name]()).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    kind = name.split()[0]
+    assert [row.kind for row in paramlora.summary(ours).rows] == [kind, kind]
+    with torch.no_grad():
+        want = theirs(x)
+        assert (want - base(x)).abs().max() > 1e-3
+        torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(paramlora.merge(ours)(x), want, rtol=1e-4, atol=1e-4)
