@@ -35,7 +35,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
-from paramlora.formats.names.levels import MANGLED, belongs
+from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
@@ -225,7 +225,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
     state: dict[str, Tensor] = {}
     scales: dict[str, tuple[float, int]] = {}
     adapter, magnitudes = with_low_ranks(adapter)
-    two = any(path.startswith("text_encoder_2.") for path in adapter.updates)
+    two = any(_component(path)[0] == "text_encoder_2" for path in adapter.updates)
     for path, update in adapter.updates.items():
         _check(path, update)
         name = name_of(path, prefix, two)
@@ -254,7 +254,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
 
 def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
-    component, _, rest = path.partition(".")
+    component, rest = _component(path)
     te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
@@ -264,6 +264,14 @@ def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     ):  # out of a file of the same kind, read without a model
         return path
     return f"{prefix}_{path.replace('.', '_')}"
+
+
+def _component(path: str) -> tuple[str, str]:
+    component, rest = in_checkpoint(path)
+    if component:
+        return component, rest
+    component, _, rest = path.partition(".")
+    return component, rest
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
