@@ -171,6 +171,20 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
         raise AdapterError(f"rank must be at least 1, got {rank}.")
 
 
+def check_kinds(adapter: Adapter) -> None:
+    """Refuse updates of other kinds than the low-rank one, which are no product of two matrices.
+
+    Raises:
+        AdapterError: names the first one and its kind.
+    """
+    for path, update in adapter.others.items():
+        raise AdapterError(
+            f'adapter "{adapter.name}": {path or "weight"} is of the kind "{update.method}", and '
+            "only products of two matrices are summed or cut here. Merge it into the base, and "
+            "take the difference of the two checkpoints (paramlora difference)."
+        )
+
+
 def check_adds(path: str, update: object, name: str) -> None:
     """Refuse an update that is no product of two matrices, and one that is not finite.
 
