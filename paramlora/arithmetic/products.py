@@ -185,21 +185,16 @@ def check_kinds(adapter: Adapter) -> None:
         )
 
 
-def check_adds(path: str, update: object, name: str) -> None:
-    """Refuse an update that is no product of two matrices, and one that is not finite.
+def check_adds(path: str, update: Update, name: str) -> None:
+    """Refuse an update of two kernels in a row, and one that is not finite.
 
     Raises:
         AdapterError: names it.
     """
-    if type(update) is not Update or update.up_kernel == "same":
-        kind = (
-            '"up_kernel": "same"'
-            if isinstance(update, Update)
-            else getattr(update, "method", "unknown")
-        )
+    if update.up_kernel == "same":
         raise AdapterError(
-            f'{path}: in "{name}" it is of a kind ({kind}) that is no product of two matrices, so '
-            "it does not add. Merge it into a checkpoint instead."
+            f'{path}: in "{name}" it is of a kind ("up_kernel": "same") that is no product of two '
+            "matrices, so it does not add. Keep it attached."
         )
     sound = torch.isfinite(update.lora_A).all() and torch.isfinite(update.lora_B).all()
     if not sound or not abs(update.scale) < float("inf"):

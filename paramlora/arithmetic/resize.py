@@ -7,6 +7,7 @@ from paramlora.arithmetic.products import (
     Approximation,
     check_adds,
     check_choice,
+    check_kinds,
     decomposed,
     with_factors,
 )
@@ -48,8 +49,9 @@ def resize(
         (2, 1.0)
     """
     check_choice(rank, energy)
-    for path, value in {**adapter.updates, **adapter.others}.items():
-        check_adds(path, value, adapter.name)
+    check_kinds(adapter)
+    for path, update in adapter.updates.items():
+        check_adds(path, update, adapter.name)
     wanted = _ranks(adapter, rank)
     made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
     updates, errors = dict(adapter.updates), {}
