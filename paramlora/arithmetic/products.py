@@ -171,30 +171,21 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
         raise AdapterError(f"rank must be at least 1, got {rank}.")
 
 
-def check_kinds(adapter: Adapter) -> None:
-    """Refuse updates of other kinds than the low-rank one, which are no product of two matrices.
-
-    Raises:
-        AdapterError: names the first one and its kind.
-    """
-    for path, update in adapter.others.items():
-        raise AdapterError(
-            f'adapter "{adapter.name}": {path or "weight"} is of the kind "{update.method}", and '
-            "only products of two matrices are summed or cut here. Merge it into the base, and "
-            "take the difference of the two checkpoints (paramlora difference)."
-        )
-
-
-def check_adds(path: str, update: Update, name: str) -> None:
-    """Refuse an update of two kernels in a row, and one that is not finite.
+def check_adds(path: str, update: object, name: str) -> None:
+    """Refuse an update that is no product of two matrices, and one that is not finite.
 
     Raises:
         AdapterError: names it.
     """
-    if update.up_kernel == "same":
+    if type(update) is not Update or update.up_kernel == "same":
+        kind = (
+            '"up_kernel": "same"'
+            if isinstance(update, Update)
+            else getattr(update, "method", "unknown")
+        )
         raise AdapterError(
-            f'{path}: in "{name}" it is of a kind ("up_kernel": "same") that is no product of two '
-            "matrices, so it does not add. Keep it attached."
+            f'{path}: in "{name}" it is of a kind ({kind}) that is no product of two matrices, so '
+            "it does not add. Merge it into a checkpoint instead."
         )
     sound = torch.isfinite(update.lora_A).all() and torch.isfinite(update.lora_B).all()
     if not sound or not abs(update.scale) < float("inf"):

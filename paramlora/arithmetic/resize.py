@@ -7,7 +7,6 @@ from paramlora.arithmetic.products import (
     Approximation,
     check_adds,
     check_choice,
-    check_kinds,
     decomposed,
     with_factors,
 )
@@ -49,9 +48,8 @@ def resize(
         (2, 1.0)
     """
     check_choice(rank, energy)
-    check_kinds(adapter)
-    for path, update in adapter.updates.items():
-        check_adds(path, update, adapter.name)
+    for path, value in {**adapter.updates, **adapter.others}.items():
+        check_adds(path, value, adapter.name)
     wanted = _ranks(adapter, rank)
     made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
     updates, errors = dict(adapter.updates), {}
