@@ -41,6 +41,7 @@ _ROLES = {
     "lora_magnitude_vector": "vector",  # peft's
     "dora_scale": "dora_scale",  # LyCORIS's
 }
+_ALPHA = re.compile(r"(?:(?P<component>\w+)\.)?(?:lora_alpha|alpha|ss_network_alpha)")
 _SPELLINGS = tuple(
     re.compile(spelling, re.DOTALL)
     for spelling in (
@@ -125,13 +126,24 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     """``LoraConfig``s by the prefix of their keys: ``{"unet": {...}}``, or ``{"": {...}}``."""
     peft.check_config(content.config, content.source)
     if METADATA not in content.metadata:
-        return {"": dict(content.config)} if content.config else {}
+        return {"": dict(content.config)} if content.config else _headed(content)
     found: dict[str, dict[str, Any]] = {}
     for key, value in parsed(content.metadata[METADATA], content.source).items():
         component = next((c for c in COMPONENTS if key.startswith(f"{c}.")), "")
         found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
     for config in found.values():
         peft.check_config(config, content.source)
+    return found
+
+
+def _headed(content: Content) -> dict[str, dict[str, Any]]:
+    """By component the alpha that stands alone in a header, as some trainers write it."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, text in content.metadata.items():
+        match = _ALPHA.fullmatch(key)
+        if match is not None and text != "Dynamic":  # kohya's word for one in each layer
+            alpha = number(text, f"{content.source}: {key}")
+            found[match["component"] or ""] = {"lora_alpha": alpha}
     return found
 
 

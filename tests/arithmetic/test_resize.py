@@ -106,5 +106,7 @@ def test_other_kinds_are_refused_and_never_left_out(kind):
     adapter = paramlora.adapter_of(model)
     name = adapter.others["a"].method
     for act in (lambda: combine([adapter]), lambda: resize(adapter, rank=1)):
-        with pytest.raises(paramlora.AdapterError, match=rf'"default": a is of the kind "{name}"'):
+        with pytest.raises(
+            paramlora.AdapterError, match=rf'a: in "default" it is of a kind \({name}\)'
+        ):
             act()

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import paramlora
 from paramlora import files
 from paramlora.errors import ParamloraWarning
 from paramlora.update.value import Adapter, Update
@@ -77,3 +78,25 @@ def test_auto_peft_model_finds_the_base(tmp_path):
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again").merge_and_unload()
     found = loaded.model.layers[0].self_attn.q_proj.weight
     assert torch.allclose(found, weight + update.delta(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("said", "scale"), [
+    ({"alpha": "8", "rank": "2"}, 4.0), ({"lora_alpha": "3"}, 1.5), ({}, 1.0),
+    ({"transformer.lora_alpha": "8"}, 4.0), ({"ss_network_alpha": "1"}, 0.5),
+    ({"unet.lora_alpha": "8"}, 1.0), ({"ss_network_alpha": "Dynamic"}, 1.0),
+])  # fmt: skip
+def test_an_alpha_in_the_header_alone_is_the_scale(tmp_path, said, scale):
+    state = {
+        "transformer.q.lora_A.weight": torch.randn(2, 6),
+        "transformer.q.lora_B.weight": torch.randn(4, 2),
+    }
+    save_file(state, tmp_path / "a.safetensors", said)
+    (update,) = files.read_adapter(tmp_path / "a.safetensors").updates.values()
+    assert update.scale == scale
+
+
+def test_an_alpha_of_a_header_that_is_no_number_is_told(tmp_path):
+    state = {"q.lora_A.weight": torch.randn(2, 6), "q.lora_B.weight": torch.randn(4, 2)}
+    save_file(state, tmp_path / "a.safetensors", {"lora_alpha": "eight"})
+    with pytest.raises(paramlora.FileError, match="lora_alpha: 'eight' is not a number"):
+        files.read_adapter(tmp_path / "a.safetensors")
