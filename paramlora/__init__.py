@@ -17,6 +17,7 @@ from paramlora.model.attach import attach, detach, disable_adapters, set_adapter
 from paramlora.model.input_grads import disable_input_grads, enable_input_grads
 from paramlora.model.merge import merge
 from paramlora.model.optim import parameter_groups, trainable_parameters
+from paramlora.model.route import route
 from paramlora.model.summary import Summary, summary
 from paramlora.model.targets import Target, targets
 from paramlora.model.values import (
@@ -61,6 +62,7 @@ __all__ = [
     "load_adapter_state_dict",
     "merge",
     "parameter_groups",
+    "route",
     "save_adapter",
     "set_adapters",
     "summary",

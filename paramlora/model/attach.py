@@ -93,6 +93,11 @@ def attach_targets(
     """
     there = adapter_names(model)
     _check_name(adapter, there)
+    if any(update.switch.rows is not None for _, _, update in updates(model)):
+        raise AdapterError(
+            f'adapter "{adapter}" cannot be attached inside of paramlora.route, whose rows do not '
+            "know it. Leave the block first."
+        )
     modules = dict(model.named_modules())
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
@@ -180,9 +185,9 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
     wanted = {name: _strength(name, value) for name, value in strengths.items()}
-    with _one_by_one():
+    with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
-        _put(
+        put(
             [
                 (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
                 for u in found
@@ -190,7 +195,7 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         )
 
 
-def _one_by_one() -> AbstractContextManager[None]:
+def one_by_one() -> AbstractContextManager[None]:
     """Threads that switch do so one after the other: each reads what the others left."""
     return surely_left(
         lambda kept: kept.append(_LOCK.acquire()),
@@ -198,14 +203,14 @@ def _one_by_one() -> AbstractContextManager[None]:
     )
 
 
-def _put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
+def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
     """Put switches in their places; what stops this half-way does not leave half of them."""
 
-    def put() -> None:
+    def each() -> None:
         for update, switch in switches:
             update.keep(switch=switch)
 
-    to_the_end(put)
+    to_the_end(each)
 
 
 def _strength(name: str, value: Any) -> float:
@@ -249,9 +254,9 @@ def _mute(
     found: list[AttachedUpdate], to: Callable[[frozenset[object]], frozenset[object]]
 ) -> None:
     """Change the blocks in which updates do not act."""
-    with _one_by_one():
+    with one_by_one():
         gains, now = Gains(), [(update, update.switch) for update in found]
-        _put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
+        put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -17,7 +17,14 @@ from paramlora.evaluate.convolution import (
     pointwise_of,
 )
 from paramlora.evaluate.functional import cast_for_autocast, thin_pair
-from paramlora.model.forwards import padded_input
+from paramlora.model.forwards import (
+    beside_rows,
+    convolved_rows,
+    dropped_rows,
+    factors_of_rows,
+    padded_input,
+    rows_first,
+)
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains
 from paramlora.update.contexts import autocast_of
@@ -25,6 +32,7 @@ from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 from paramlora.update.narrow import LINEAR, Stage, wide
+from paramlora.update.rows import Rows
 from paramlora.update.value import Update, refuse_two_kernels
 
 
@@ -92,7 +100,10 @@ class Branch(LowRank):
         if self.dropout and layer.training:
             x = F.dropout(x, self.dropout)
         a, b = self.factors()
-        up = wide(b) * self.scaling
+        return self.of(layer, x, output, a, wide(b) * self.scaling)
+
+    def of(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        """The term of such factors, of any rank."""
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
         x = laid_as(x, output)
@@ -124,7 +135,7 @@ class Branch(LowRank):
         x, dtype, n = wide(x), x.dtype, len(self.kernel)
         a, up = a.to(x.dtype), up.to(x.dtype)
         if self.layout == "transposed":
-            first = rearrange(a, "(r k) i -> i r k", r=self.r)
+            first = rearrange(a, "(r k) i -> i r k", k=torch.Size(self.kernel).numel())
             first = first.reshape(*first.shape[:2], *self.kernel)
             hidden = _stage_of(layer, x, output)(x, first)
             y = _same_size(layer, hidden, each_group(up, layer.groups), n)
@@ -164,6 +175,9 @@ def remove_branches(layer: nn.Module) -> None:
 
 def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else _named_input(layer, kwargs)
+    rows, updates = _rows_of(layer)
+    if rows is not None:
+        return output + _of_rows(layer, x, output, updates, rows) if updates else output
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
             there = branch.factors()[0].device
@@ -172,6 +186,43 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             else:  # a device map moves the layer's input after this hook was given it
                 output = output + branch.branch(layer, x.to(there), output).to(output.device)
     return output
+
+
+def _rows_of(layer: Any) -> tuple[Optional[Rows], list[Any]]:
+    """On which rows of the batch the branches act, and those that do."""
+    now = [(branch, branch.current()) for branch in layer._modules[BRANCHES]]
+    return now[0][1].rows, [branch for branch, switch in now if switch.acts]
+
+
+def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Rows) -> Tensor:
+    """The term of each row's branch."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return beside_rows(layer, x, updates, rows, updates[0].layout)
+    x = rows_first(layer, x, 0, rows)
+    terms = []
+    for kernel in dict.fromkeys(update.kernel for update in updates):
+        alike = [update for update in updates if update.kernel == kernel]
+        plain = not kernel and alike[0].layout == "matrix"
+        if plain:
+            terms.append(convolved_rows(layer, laid_as(x, output), alike, rows))
+        else:
+            terms.append(_each_row(layer, x, output, alike, rows))
+    return sum(terms[1:], terms[0])
+
+
+def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Rows) -> Tensor:
+    """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
+    which makes one convolution of as many groups as there are rows."""
+    x, out = dropped_rows(layer, x, updates, rows), updates[0].lora_B.movedim(1, 0).shape[1:]
+    down, up = factors_of_rows(updates, rows, updates[0].layout)
+
+    def term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        up = b.view(len(b), *out).movedim(0, 1)
+        alone: Tensor = updates[0].of(layer, x[None], output[:1], a, up)
+        return alone[0]
+
+    y: Tensor = torch.vmap(term, randomness="different")(x, down[rows.index], up[rows.index])
+    return y
 
 
 def _named_input(layer: Any, named: dict[str, Any]) -> Any:

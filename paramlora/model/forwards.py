@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.evaluate import functional
+from paramlora.evaluate import functional, routed
 from paramlora.evaluate.convolution import branch, convolution, laid_as
 from paramlora.update.compat import transformed
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.rows import Rows, wrong_rows
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -75,12 +76,12 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-_Known = tuple[Tensor, list[LowRank], bool]
+_Known = tuple[Tensor, list[LowRank], bool, Optional[Rows]]
 
 
 def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
-    """(base weight, updates that act, whether one drops inputs now), or None where only the
-    definition is right."""
+    """(base weight, updates that act, whether one drops inputs now, on which rows each acts), or
+    None where only the definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
     lists: Any = layer._modules.get("parametrizations")
     if lists is None:  # merged or detached, and called through a forward that something kept
@@ -88,11 +89,13 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
     plist: Any = lists._modules.get("weight")
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
-    updates, dropping = [], False
+    updates, dropping, rows = [], False, None
     for update in plist._modules.values():
         if type(update) is not LowRank:
             return None
-        if update.acts:
+        switch = update.current()
+        rows = switch.rows or rows
+        if switch.acts:
             updates.append(update)
             dropping = dropping or (update.dropout != 0 and layer.training)
     weight = plist._parameters.get("original")
@@ -104,9 +107,9 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
         # which take the plain operations of a dropping update, but no autograd function
-        if transformed() and not dropping:
+        if transformed() and not dropping and rows is None:
             return None
-    return weight, updates, dropping
+    return weight, updates, dropping, rows
 
 
 def _bias(layer: Any) -> Any:
@@ -136,10 +139,12 @@ def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, T
 
 
 def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
-    weight, updates, dropping = known
+    weight, updates, dropping, rows = known
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
+    if rows is not None:
+        return beside_rows(layer, x, updates, rows, layout, (weight, bias))
     if dropping:
         y = F.linear(x, weight, bias)
         for update in updates:
@@ -179,10 +184,12 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
     if known is None:
         y: Tensor = plain(self, input)
         return y
-    (weight, updates, dropping), bias = known, _bias(self)
+    (weight, updates, dropping, rows), bias = known, _bias(self)
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
+    if rows is not None:
+        return _convolution_of_rows(self, input, weight, bias, updates, rows)
     x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
     if dropping:
@@ -223,8 +230,98 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
     if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
         y: Tensor = plain(self, input)
         return y
-    weight, updates, _ = known
+    weight, updates, _, rows = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
+    if rows is not None:
+        tokens = rows_first(self, input, rows.dim, rows)
+        down, up = factors_of_rows(updates, rows, "transposed")
+        y = routed.embedding(tokens, weight, down, up, rows, self.padding_idx)
+        return y.movedim(0, rows.dim)
     a, b, scale, strength = _together(updates, "transposed")
     return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
+
+
+# --- rows of a batch that take different updates -------------------------------------------------
+
+
+def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Rows, after: int = 0) -> Tensor:
+    """An input with its rows in front; one that is there once for all rows is repeated.
+
+    Args:
+        dim: where the rows lie.
+        after: how many dimensions must follow the rows'.
+
+    Raises:
+        AdapterError: it has another number of rows.
+    """
+    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else 0
+    if there not in (1, count) or there == 0:
+        raise wrong_rows(type(layer), x, dim, count)
+    x = x.movedim(dim, 0)
+    return x if there == count else x.expand(count, *x.shape[1:])
+
+
+def factors_of_rows(updates: list[LowRank], rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What `routed.linear` takes: A, and B transposed with its scale, of every adapter; what a
+    second kernel has more dimensions is flattened."""
+    held: dict[str, tuple[Tensor, Tensor]] = {}
+    for update in updates:
+        (a, b), scale = _factors(update, layout), update.stored_scale()
+        gain = update.current().gain
+        up = wide(b) * (scale * gain.to(scale.device))
+        held[update.adapter] = a, up.movedim(1, 0).flatten(1)
+    there = [held.get(name, (None, None)) for name in rows.names]
+    return routed.stacked([a for a, _ in there]), routed.stacked([b for _, b in there])
+
+
+def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:
+    """The input of the updates' part: each row drops as its adapter says."""
+    rates = {update.adapter: update.dropout for update in updates}
+    if not layer.training or not any(rates.values()):
+        return x
+    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[rows.index]
+    each = each.reshape(-1, *[1] * (x.dim() - 1))
+    return torch.where(torch.rand_like(x) < each, 0.0, x / (1 - each))
+
+
+def beside_rows(
+    layer: nn.Module,
+    x: Tensor,
+    updates: list[LowRank],
+    rows: Rows,
+    layout: Layout,
+    base: Optional[tuple[Tensor, Optional[Tensor]]] = None,
+) -> Tensor:
+    """A linear layer of `base`, its weight and bias, with each row's update; without it the
+    updates' part alone."""
+    x = rows_first(layer, x, rows.dim, rows, 1)
+    down, up = factors_of_rows(updates, rows, layout)
+    dropped = dropped_rows(layer, x, updates, rows)
+    weight, bias = base if base is not None and dropped is x else (None, None)
+    y = routed.linear(dropped, weight, bias, down, up, rows)
+    if base is not None and dropped is not x:
+        y = F.linear(x, *base) + y
+    return y.movedim(0, rows.dim)
+
+
+def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:
+    """The updates' part of a convolution of each row's update."""
+    x, padding = padded_input(layer, dropped_rows(layer, x, updates, rows))
+    down, up = factors_of_rows(updates, rows, "matrix")
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    where = layer.stride, padding, layer.dilation, layer.groups
+    return routed.convolution(x, shape, down, up, rows, *where)
+
+
+def _convolution_of_rows(
+    layer: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    updates: list[LowRank],
+    rows: Rows,
+) -> Tensor:
+    x = rows_first(layer, x, 0, rows)
+    y: Tensor = layer._conv_forward(x, weight, bias)
+    return y + convolved_rows(layer, laid_as(x, y), updates, rows)
