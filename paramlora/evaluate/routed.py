@@ -15,7 +15,7 @@ from paramlora.evaluate.functional import cast, cast_for_autocast, untold
 from paramlora.update import narrow
 from paramlora.update.compat import applied
 from paramlora.update.contexts import autocast_of
-from paramlora.update.rows import BLOCK, Rows
+from paramlora.update.rows import Rows
 
 _Maybe = Optional[Tensor]
 _LONG = 16  # positions of a row from which it is a block of its own
@@ -89,8 +89,8 @@ def grouped(x: Tensor, rows: Rows, *stacks: Tensor) -> Tensor:
     places, owners, positions = rows.places, rows.owners, x.shape[1]
     if places is None or owners is None or positions >= _LONG:
         return _chained(x, rows.index, stacks)
-    packed = x.new_zeros(len(owners) * BLOCK, *x.shape[1:]).index_copy(0, places, x)
-    y = _chained(packed.view(len(owners), BLOCK * positions, -1), owners, stacks)
+    packed = x.new_zeros(len(owners) * rows.block, *x.shape[1:]).index_copy(0, places, x)
+    y = _chained(packed.view(len(owners), rows.block * positions, -1), owners, stacks)
     return y.view(-1, positions, y.shape[-1]).index_select(0, places)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from paramlora.errors import AdapterError
 
 UNSPLIT = ""  # no adapter has such a name
-BLOCK = 64  # rows of one adapter that are multiplied at once, where each row is short
+_FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
 
 
 class _Only(threading.local):  # no context variable, which torch.compile does not read
@@ -31,31 +31,35 @@ class Rows:
         dim: where the rows lie in an input that does not tell.
 
     Attributes:
-        places: ``[N]``, where each row lies once all are in blocks of `BLOCK` rows of one adapter,
-            or None where there are too few for that.
+        places: ``[N]``, where each row lies once all are in blocks of rows of one adapter, or None
+            where there are too few for that.
         owners: ``[blocks]``, which adapter each block belongs to.
+        block: how many rows a block has.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
-    __slots__ = ("names", "index", "dim", "places", "owners")
+    __slots__ = ("names", "index", "dim", "places", "owners", "block")
 
     def __init__(self, names: tuple[str, ...], index: Tensor, dim: int) -> None:
         self.names, self.index, self.dim = names, index, dim
         self.places: Optional[Tensor] = None
         self.owners: Optional[Tensor] = None
-        blocks = len(index) // BLOCK + len(names) + 1  # however the rows are spread
-        if len(index) > 5 * blocks:  # else each row has its own copy of its factors: it is less
-            self.places, self.owners = _blocks(index, len(names) + 1, blocks)
+        count, adapters = len(index), len(names) + 1
+        self.block = _MANY if count > 2 * _MANY * adapters else _FEW
+        blocks = count // self.block + adapters  # however the rows are spread
+        # of a rank of 16 or so; else each row having its own copy of its factors is less to move
+        if 16 * count > (16 + self.block) * blocks:
+            self.places, self.owners = _blocks(index, adapters, blocks, self.block)
 
 
-def _blocks(index: Tensor, count: int, blocks: int) -> tuple[Tensor, Tensor]:
+def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
     """`Rows.places` and `Rows.owners`, with nothing that waits for a device."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     sizes = index.new_zeros(count).scatter_add(0, index, torch.ones_like(index))
-    needed = (sizes + BLOCK - 1) // BLOCK
+    needed = (sizes + block - 1) // block
     ends = needed.cumsum(0)
-    start = (ends - needed) * BLOCK  # [count], of each adapter's first block
+    start = (ends - needed) * block  # [count], of each adapter's first block
     within = torch.arange(len(index), device=index.device) - (sizes.cumsum(0) - sizes)[ordered]
     places = torch.empty_like(index).scatter_(0, order, start[ordered] + within)
     every = torch.arange(blocks, device=index.device)
