@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, Gains, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
+from paramlora.update.geometry import matrix_shape
 from paramlora.update.init import initialise
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
@@ -43,7 +44,11 @@ _LOCK = threading.RLock()
 
 
 def attach(
-    model: nn.Module, config: ConfigLike, adapter: str = "default", strict: bool = False
+    model: nn.Module,
+    config: ConfigLike,
+    adapter: str = "default",
+    strict: bool = False,
+    max_rank: Optional[int] = None,
 ) -> nn.Module:
     """Adapt `model` in place and return it; all or nothing.
 
@@ -52,6 +57,8 @@ def attach(
         config: a `LoRAConfig`, a dict, or a path to JSON.
         adapter: the name of this set of updates.
         strict: an entry that matches nothing is an error instead of a warning.
+        max_rank: fill up the factors with zeros to this rank, or to the most that a layer holds, so
+            that ``load_adapter(model, path, into=adapter)`` has room for larger ones.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -68,8 +75,37 @@ def attach(
     inside = unwrapped(model)
     chosen = chosen_targets(inside, parsed, strict)
     _warn_frozen(inside, parsed)
-    attach_targets(inside, chosen, adapter, parsed.trainable_model)
+    check_room(chosen, max_rank)
+    attach_targets(
+        inside,
+        chosen,
+        adapter,
+        parsed.trainable_model,
+        lambda fresh: make_room(fresh, max_rank),
+    )
     return model
+
+
+def check_room(chosen: list[Target], max_rank: Optional[int]) -> None:
+    """Refuse a largest rank that is none, or less than a layer's."""
+    if max_rank is None:
+        return
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise AdapterError(f"max_rank must be a whole number, got {max_rank!r}.")
+    for target in chosen:
+        if not target.entry.whole and target.entry.r > max_rank:
+            raise AdapterError(
+                f"{target.path or 'weight'}: r = {target.entry.r} is above max_rank = {max_rank}. "
+                "Give the largest rank that will ever be loaded."
+            )
+
+
+def make_room(fresh: Fresh, max_rank: Optional[int]) -> None:
+    """Fill up new factors with zeros to a rank, or to the most that their layer holds."""
+    for _, target, update in fresh:
+        if max_rank is not None and isinstance(update, LowRank) and update.r < max_rank:
+            most = min(matrix_shape(target.shape, target.layout)[1:])
+            update.extend(max(update.r, min(max_rank, most)))
 
 
 def attach_targets(

@@ -95,6 +95,10 @@ class Branch(LowRank):
         if self.kernel:
             refuse_two_kernels(path, self.kernel)
 
+    def rank_dim(self, name: str) -> int:
+        """Before the second kernel, where there is one."""
+        return 1 if self.kernel and name.endswith("B") else super().rank_dim(name)
+
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
         if self.dropout and layer.training:
