@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from paramlora import checkpoint
     from paramlora.files.adapters import load_adapter
     from paramlora.files.native import save_adapter
+    from paramlora.files.served import tensors_for
 
 __all__ = [
     "Adapter",
@@ -67,6 +68,7 @@ __all__ = [
     "set_adapters",
     "summary",
     "targets",
+    "tensors_for",
     "trainable_parameters",
 ]
 
@@ -75,6 +77,7 @@ _LATER = {
     "checkpoint": "paramlora.checkpoint",
     "load_adapter": "paramlora.files.adapters",
     "save_adapter": "paramlora.files.native",
+    "tensors_for": "paramlora.files.served",
 }
 
 

@@ -11,6 +11,7 @@ from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out, Quiet
 from paramlora.cli.training import build
 from paramlora.files import adapters as interchange
 from paramlora.files import inspect as inspection
+from paramlora.files.served import SERVERS, unserved_in
 from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
 
 File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]
@@ -97,13 +98,28 @@ def _counts(updates: int, whole: int) -> str:
 
 
 @app.command(epilog="Example: paramlora inspect style.safetensors --json")
-def inspect(file: File, alpha: Alpha = None, json: Json = False) -> None:
+def inspect(
+    file: File,
+    alpha: Alpha = None,
+    server: Annotated[
+        Optional[str],
+        typer.Option("--for", help=f"Say what {' or '.join(SERVERS)} does not load of it."),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show an adapter's format, metadata and updates; name those that are damaged or idle."""
+    lost = None if server is None else unserved_in(file, server)
+    if lost and lost[0].startswith("its magnitudes"):
+        fail(f"{file}: {lost[0]}")
     found = inspection.inspect(file, Options(strict=False, alpha=alpha))
     if json:
-        report(found.to_dict(), json, "")
-    else:
-        print(found)  # a table, which must not be wrapped
+        told = {} if lost is None else {"server": server, "unserved": lost}
+        report(found.to_dict() | told, json, "")
+        return
+    print(found)  # a table, which must not be wrapped
+    if server is not None:
+        name = SERVERS[server]
+        print("\n".join(f"{name}: {text}" for text in lost or ["loads all of it"]))
 
 
 def _known(model: Optional[str], base: Optional[Path], key: Optional[str]) -> Optional[Base]:
