@@ -13,7 +13,7 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.model.attach import attach, detach, disable_adapters, set_adapters
+from paramlora.model.attach import attach, detach, disable_adapters, rounding, set_adapters
 from paramlora.model.input_grads import disable_input_grads, enable_input_grads
 from paramlora.model.merge import merge
 from paramlora.model.optim import parameter_groups, trainable_parameters
@@ -27,6 +27,7 @@ from paramlora.model.values import (
     load_adapter_state_dict,
 )
 from paramlora.update.lowrank import LowRank
+from paramlora.update.rounding import KeptReport
 from paramlora.update.value import Adapter, Update
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterError",
     "ConfigError",
     "FileError",
+    "KeptReport",
     "LoRAConfig",
     "LowRank",
     "ParamloraError",
@@ -63,6 +65,7 @@ __all__ = [
     "load_adapter_state_dict",
     "merge",
     "parameter_groups",
+    "rounding",
     "route",
     "save_adapter",
     "set_adapters",

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -75,6 +75,9 @@ def merge(
         ),
     ] = None,
     key: Key = None,
+    kept: Annotated[
+        bool, typer.Option("--report", help="Show how much of the update each tensor's type keeps.")
+    ] = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
@@ -83,8 +86,11 @@ def merge(
     """Write a plain checkpoint with adapters folded into the weights."""
     chosen = [weighted(text) for text in adapters or []]
     with warnings_told(), bar("merge") as told:
+        found = files.kept(base, chosen, key=key) if kept else None  # before it may be replaced
         done = files.merge(base, chosen, out, key=key, force=force, dry_run=dry_run, progress=told)
-    _report(done, dry_run, json, quiet)
+    _report(done, dry_run, json, quiet, {} if found is None else {"kept": asdict(found)})
+    if found is not None and not json:
+        print(found)  # a table, which must not be wrapped
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -102,11 +108,17 @@ def weighted(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
-def _report(done: files.Report, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def _report(
+    done: files.Report,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    more: Optional[dict[str, Any]] = None,
+) -> None:
     counts = f"{done.tensors:,} tensors, {done.changed:,} changed, {done.bytes:,} bytes"
     text = f"{done.out}: {counts}"
     if dry_run or as_json:
-        content = {**asdict(done), "out": str(done.out), "dry_run": dry_run}
+        content = {**asdict(done), "out": str(done.out), "dry_run": dry_run, **(more or {})}
         report(content, as_json, f"would write {text}")
     else:
         wrote(text, quiet)

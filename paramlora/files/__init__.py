@@ -1,5 +1,5 @@
 """Files: checkpoints and adapters, read and written within bounds; conversions, streamed."""
 
-from paramlora.files.convert import Report, embed, extract, merge
+from paramlora.files.convert import Report, embed, extract, kept, merge
 
-__all__ = ["Report", "embed", "extract", "merge"]
+__all__ = ["Report", "embed", "extract", "kept", "merge"]

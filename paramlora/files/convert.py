@@ -21,6 +21,7 @@ from paramlora.files.torch_save import PickledFile
 from paramlora.formats import base_of_shapes
 from paramlora.formats.native import NATIVE
 from paramlora.update.memory import pieces_of
+from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
@@ -134,6 +135,33 @@ def merge(
         loaded = [(_adapter(one, stored), strength) for one, strength in pairs]
         plan = merge_plan(Contents(stored.specs), loaded, stored.read)
         return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def kept(
+    base: PathLike,
+    adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
+    *,
+    key: Optional[str] = None,
+) -> KeptReport:
+    """How much of the adapters `merge` keeps in each tensor's type; nothing is written.
+
+    Args:
+        base, adapters, key: as for `merge`.
+
+    Raises:
+        FileError, AdapterError: as there.
+    """
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    rounding = Rounding()
+    with Stored(base, key) as stored:
+        loaded = [(_adapter(one, stored), strength) for one, strength in pairs]
+        for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
+            if recipe.changes:
+                rounding.path, spec = name, stored.specs[recipe.source]
+                terms = recipe.terms(spec.dtype)
+                for run, summed in Fold(spec.shape, spec.dtype, terms, rounding=rounding).blocks():
+                    summed(stored.run(recipe.source, run))
+    return rounding.report()
 
 
 def _adapter(adapter: AdapterLike, stored: Stored) -> Adapter:

@@ -295,6 +295,35 @@ def _mute(
         put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
+def rounding(model: nn.Module, how: str) -> nn.Module:
+    """How the layers of 16 bits round from now on; returns the same model.
+
+    Args:
+        model: with adapters attached; those attached later round once.
+        how: ``"once"``, as after attaching: the base's product and the update are added before
+            their only rounding, which keeps small updates. ``"as served"``: the base's product is
+            rounded to its type, and then the rounded update is added, as servers do that load an
+            adapter beside a base (vLLM's lora_expand, SGLang's sgemm_lora_b), for training what
+            will be served.
+
+    Raises:
+        AdapterError: no adapter is attached, or another word.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3).bfloat16(), {"weight": {"r": 2}})
+        >>> assert rounding(model, "as served") is model
+    """
+    words = ("once", "as served")
+    if how not in words:
+        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}.")
+    found = [update for _, _, update in updates(model)]
+    if not found:
+        raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")
+    for update in found:
+        update.keep(served=how == "as served")
+    return model
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order of the model's modules."""
     return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))

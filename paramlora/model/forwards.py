@@ -150,6 +150,10 @@ def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tens
         for update in updates:
             y = y + _dropped_product(x, update, layout)
         return y
+    if updates[0].served:
+        a, b, scale, strength = _together(updates, layout)
+        pair = functional.thin_pair(x, a, wide(b) * scale * strength, LINEAR, LINEAR)
+        return F.linear(x, weight, bias) + pair
     return functional.linear(x, weight, bias, *_together(updates, layout))
 
 
@@ -192,11 +196,12 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
         return _convolution_of_rows(self, input, weight, bias, updates, rows)
     x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
-    if dropping:
+    if dropping or updates[0].served:
         y = self._conv_forward(input, weight, bias)
         for update in updates:
             a, b = _factors(update, "matrix")
-            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
+            rate = update.dropout if self.training else 0.0
+            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), rate))
             up = wide(b) * update.scaling
             y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
         return y
@@ -298,9 +303,10 @@ def beside_rows(
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer, x, updates, rows)
-    weight, bias = base if base is not None and dropped is x else (None, None)
+    apart = base is not None and (dropped is not x or updates[0].served)
+    weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(dropped, weight, bias, down, up, rows)
-    if base is not None and dropped is not x:
+    if base is not None and apart:
         y = F.linear(x, *base) + y
     return y.movedim(0, rows.dim)
 
