@@ -12,7 +12,7 @@ import paramlora
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ("training.md", "from_peft.md"))
+@pytest.mark.parametrize("name", ("training.md", "from_peft.md", "many.md"))
 def test_the_recipes_print_what_they_say(name):
     torch.compiler.reset()
     if name == "training.md":
