@@ -22,6 +22,7 @@ from paramlora.formats import Base, Content, Format, Options, base_of, base_of_s
 from paramlora.formats.base import check_holders
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
+from paramlora.model.attach import uncollected
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
 from paramlora.update.contexts import own_context
@@ -74,12 +75,13 @@ def load_adapter(
             "adapter and max_rank."
         )
     options = Options(strict, rank, alpha, component, split, enable)
-    found = read_adapter(path, base_of(model), options)
-    if not strict:
-        found = _without_strangers(found, model, Path(path).name)
-    if into is not None:
-        return swap_adapter(model, _within(found), into)
-    return attach_adapter(model, _within(found), adapter, max_rank)
+    with uncollected():
+        found = read_adapter(path, base_of(model), options)
+        if not strict:
+            found = _without_strangers(found, model, Path(path).name)
+        if into is not None:
+            return swap_adapter(model, _within(found), into)
+        return attach_adapter(model, _within(found), adapter, max_rank)
 
 
 @own_context()

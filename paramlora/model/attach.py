@@ -140,7 +140,7 @@ def attach_targets(
         _check_alone(module, target)
         _check_dropout(module, target)
         _check_at_home(module, target)
-    with _uncollected():
+    with uncollected():
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
     carries = checkpoints_reentrantly(model)
@@ -148,7 +148,7 @@ def attach_targets(
     touched = [model, *kept, *(one for owner in owners for one in with_lists(owner))]
     if carries:
         touched += model.modules()
-    with _uncollected(), unchanged_on_error(touched, model.parameters()):
+    with uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, kept, froze=not trainable_model)
         for module, target, update in fresh:
@@ -579,7 +579,7 @@ def _resume(kept: list[Any]) -> None:
     kept.clear()
 
 
-def _uncollected() -> AbstractContextManager[None]:
+def uncollected() -> AbstractContextManager[None]:
     """Without looking for garbage: a thousand updates are tens of thousands of containers, which
     all stay, and for which the collector would go through everything that lives."""
     return surely_left(_pause, _resume)

@@ -270,14 +270,17 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Rows, after: int = 0
 def factors_of_rows(updates: list[LowRank], rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
     """What `routed.linear` takes: A, and B transposed with its scale, of every adapter; what a
     second kernel has more dimensions is flattened."""
-    held: dict[str, tuple[Tensor, Tensor]] = {}
-    for update in updates:
-        (a, b), scale = _factors(update, layout), update.stored_scale()
-        gain = update.current().gain
-        up = wide(b) * (scale * gain.to(scale.device))
-        held[update.adapter] = a, up.movedim(1, 0).flatten(1)
-    there = [held.get(name, (None, None)) for name in rows.names]
-    return routed.stacked([a for a, _ in there]), routed.stacked([b for _, b in there])
+    held = {update.adapter: update for update in updates}
+    there = [held.get(name) for name in rows.names]
+    pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
+    ups = [None if b is None else b.movedim(1, 0).flatten(1) for _, b in pairs]
+    up = wide(routed.stacked(ups))
+    # of what is missing any number that is finite, since its factors are zeros
+    one = up.new_ones(())
+    scales = [one if u is None else u.stored_scale().to(up.dtype) for u in there]
+    gains = [one if u is None else u.current().gain.to(up.device, up.dtype) for u in there]
+    scaling = torch.stack([*scales, one]) * torch.stack([*gains, one])
+    return routed.stacked([a for a, _ in pairs]), up * scaling[:, None, None]
 
 
 def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:
