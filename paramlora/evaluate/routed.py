@@ -21,22 +21,20 @@ _Maybe = Optional[Tensor]
 _LONG = 16  # positions of a row from which it is a block of its own
 
 
-def stacked(factors: Sequence[_Maybe]) -> Tensor:
-    """``[len(factors) + 1, r, side]``: each filled up with zeros to the largest rank, and the last
-    all zeros.
+def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
+    """The factors of all adapters one after the other, and one rank of zeros.
 
     Args:
-        factors: ``[r, side]`` of each adapter, None where it has none.
+        factors: of each adapter, None where it does not act.
+        ranks: of each.
+        dim: in which the ranks lie: 0 of ``[r, in]``, 1 of ``[out, r]``.
     """
-    held = [factor for factor in factors if factor is not None]
-    like, rank = held[0], max(len(factor) for factor in held)
-    zero, side = like.new_zeros(1, 1), like.shape[-1]
-    parts: list[Tensor] = []
-    for factor in (*factors, None):
-        there = 0 if factor is None else len(factor)
-        parts += [] if factor is None else [factor]
-        parts += [] if there == rank else [zero.expand(rank - there, side)]
-    return torch.cat(parts).view(len(factors) + 1, rank, side)
+    like = next(factor for factor in factors if factor is not None)
+    side, zero = like.shape[1 - dim], like.new_zeros(1, 1)
+    parts = [zero if f is None else f for f in (*factors, None)]
+    sizes = [(r, side) if dim == 0 else (side, r) for r in (*ranks, 1)]
+    every = [one.expand(size) if one is zero else one for one, size in zip(parts, sizes)]
+    return torch.cat(every, dim)
 
 
 def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, rows: Rows) -> Tensor:
@@ -46,8 +44,8 @@ def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, ro
         x: ``[N, ..., in]``.
         weight: ``[out, in]``, any strides; None for the updates' part alone.
         bias: ``[out]`` or None.
-        down: ``[n + 1, r, in]``, see `stacked`.
-        up: ``[n + 1, r, out]``, ``Bᵀ`` with its scale.
+        down: ``[ranks, in]``, the ``A`` of all adapters, see `joined`.
+        up: ``[ranks, out]``, their ``Bᵀ`` with their scales.
         rows: which each row takes.
 
     Returns:
@@ -56,16 +54,16 @@ def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, ro
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
-        >>> A, B, rows = stacked([A]), stacked([B.t()]), Rows(("a",), torch.tensor([0, 1, 0]), 0)
-        >>> y, plain = linear(x, W, None, A, B, rows), x @ W.T
-        >>> assert torch.equal(y[1], plain[1]) and not torch.equal(y[0], plain[0])
+        >>> rows = Rows(("a",), (2,), torch.tensor([0, 1, 0]), 0)
+        >>> y = linear(x, W, None, joined([A], [2], 0), joined([B], [2], 1).t(), rows)
+        >>> assert torch.allclose(y[0], x[0] @ (W + B @ A).T) and torch.equal(y[1], x[1] @ W.T)
     """
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return linear(x, weight, bias, down, up, rows)
-    thin = grouped(x.reshape(len(x), -1, x.shape[-1]), rows, down.mT, up)
+    thin = grouped(x.reshape(len(x), -1, x.shape[-1]), rows, down, up)
     thin = thin.reshape(*x.shape[:-1], up.shape[-1])
     if weight is None:
         return thin
@@ -75,29 +73,33 @@ def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, ro
     return flat.view(thin.shape)
 
 
-def grouped(x: Tensor, rows: Rows, *stacks: Tensor) -> Tensor:
-    """Each row times its own matrix of each stack, in x's type; float16, whose range it does not
-    heed, in float32.
+def grouped(x: Tensor, rows: Rows, down: _Maybe, up: Tensor) -> Tensor:
+    """Each row times its own ``A_iᵀ``, if `down` is given, and ``B_iᵀ``, in x's type; float16, of
+    whose range it knows nothing, in float32.
 
     Args:
-        x: ``[N, positions, in]``.
+        x: ``[N, positions, in]``, or without `down` ``[N, positions, r]``.
         rows: which each row takes.
-        stacks: ``[n + 1, in, out]``, the first one's ``out`` the second one's ``in``.
+        down, up: as of `linear`.
     """
     if x.dtype == torch.float16:
-        return grouped(x.float(), rows, *stacks).to(x.dtype)
-    places, owners, positions = rows.places, rows.owners, x.shape[1]
-    if places is None or owners is None or positions >= _LONG:
-        return _chained(x, rows.index, stacks)
-    packed = x.new_zeros(len(owners) * rows.block, *x.shape[1:]).index_copy(0, places, x)
-    y = _chained(packed.view(len(owners), rows.block * positions, -1), owners, stacks)
+        return grouped(x.float(), rows, down, up).to(x.dtype)
+    places, picks, positions = rows.places, rows.block_picks, x.shape[1]
+    if places is None or picks is None or positions >= _LONG:
+        return _times(x, rows.picks, down, up)
+    packed = x.new_zeros(len(picks) * rows.block, *x.shape[1:]).index_copy(0, places, x)
+    y = _times(packed.view(len(picks), rows.block * positions, -1), picks, down, up)
     return y.view(-1, positions, y.shape[-1]).index_select(0, places)
 
 
-def _chained(x: Tensor, each: Tensor, stacks: Sequence[Tensor]) -> Tensor:
-    for stack in stacks:
-        x = x @ cast(stack, x.dtype).index_select(0, each)
-    return x
+def _times(x: Tensor, picks: Tensor, down: _Maybe, up: Tensor) -> Tensor:
+    thin = x if down is None else x @ picked(down, picks, x.dtype).mT
+    return thin @ picked(up, picks, x.dtype)
+
+
+def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N, r, side]``, the ranks that each row picks among those of all."""
+    return cast(factors, dtype).index_select(0, picks.flatten()).view(*picks.shape, -1)
 
 
 class _Onto(torch.autograd.Function):
@@ -138,8 +140,8 @@ def embedding(
     Args:
         tokens: indices ``[N, ...]``.
         weight: ``[num, dim]``.
-        down: ``[n + 1, r, num]``, see `stacked`.
-        up: ``[n + 1, r, dim]``, ``Bᵀ`` with its scale.
+        down: ``[ranks, num]``, the ``A`` of all adapters, see `joined`.
+        up: ``[ranks, dim]``, their ``Bᵀ`` with their scales.
         rows: which each row takes.
         padding_idx: the row of the table that gets no gradient, from the end where negative.
     """
@@ -150,9 +152,8 @@ def embedding(
     base = narrow.wide(F.embedding(tokens, weight, padding_idx))
     flat = tokens.reshape(len(tokens), -1)
     # [N, positions, r]: a column of the row's own factor for each token
-    rank = torch.arange(down.shape[1], device=tokens.device)
-    thin = down[rows.index[:, None, None], rank, flat[..., None]]
-    update = grouped(cast(thin, base.dtype), rows, up).view(base.shape)
+    thin = cast(down[rows.picks[:, None], flat[..., None]], base.dtype)
+    update = grouped(thin, rows, None, cast(up, base.dtype)).view(base.shape)
     if padding_idx is not None:
         padded = (tokens == padding_idx % len(weight))[..., None]
         update = torch.where(padded, update.detach(), update)
@@ -175,8 +176,8 @@ def convolution(
     Args:
         x: ``[N, C_in, ...]``.
         shape: of the weight, ``[C_out, C_in / groups, *kernel]``.
-        down: ``[n + 1, r, C_in / groups · prod(kernel)]``, see `stacked`.
-        up: ``[n + 1, r, C_out]``, ``Bᵀ`` with its scale.
+        down: ``[ranks, C_in / groups · prod(kernel)]``, the ``A`` of all adapters, see `joined`.
+        up: ``[ranks, C_out]``, their ``Bᵀ`` with their scales.
         rows: which each row takes.
         stride, padding, dilation, groups: of the layer.
     """
@@ -189,10 +190,10 @@ def convolution(
         y = convolution(x.float(), shape, down, up, rows, stride, padding, dilation, groups)
         return y.to(x.dtype)
     n, count, kernel = len(x), len(shape) - 2, shape[2:]
-    first = cast(down, x.dtype).index_select(0, rows.index)  # [N, r, in]
+    first = picked(down, rows.picks, x.dtype)  # [N, r, in]
     first = first[:, None].expand(-1, groups, -1, -1).reshape(-1, shape[1], *kernel)
-    second = cast(up, x.dtype).index_select(0, rows.index).mT  # [N, out, r]
-    second = second.reshape(-1, up.shape[1], *[1] * count)
+    second = picked(up, rows.picks, x.dtype).mT  # [N, out, r]
+    second = second.reshape(-1, second.shape[-1], *[1] * count)
     # [1, (N channels), ...]: a row's channels meet its own kernels alone
     y = narrow.Stage(stride, padding, dilation, n * groups)(x.reshape(1, -1, *x.shape[2:]), first)
     y = narrow.Stage((1,) * count, (0,) * count, (1,) * count, n * groups)(y, second)

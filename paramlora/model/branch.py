@@ -21,9 +21,9 @@ from paramlora.model.forwards import (
     beside_rows,
     convolved_rows,
     dropped_rows,
-    factors_of_rows,
     padded_input,
     rows_first,
+    scaling_of_rows,
 )
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains
@@ -217,16 +217,29 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ro
 def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Rows) -> Tensor:
     """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
     which makes one convolution of as many groups as there are rows."""
-    x, out = dropped_rows(layer, x, updates, rows), updates[0].lora_B.movedim(1, 0).shape[1:]
-    down, up = factors_of_rows(updates, rows, updates[0].layout)
+    x = dropped_rows(layer, x, updates, rows)
+    held = {update.adapter: update for update in updates}
+    there = [held.get(name) for name in rows.names]
+    pairs = [(None, None) if one is None else one.factors() for one in there]
+    down = _filled([a for a, _ in pairs])  # [adapters + 1, r, in]
+    up = wide(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))
+    scaling = scaling_of_rows(there, up)
+    up = up * scaling.reshape(-1, *[1] * (up.dim() - 1))  # [adapters + 1, r, out, *kernel]
 
     def term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        up = b.view(len(b), *out).movedim(0, 1)
-        alone: Tensor = updates[0].of(layer, x[None], output[:1], a, up)
+        alone: Tensor = updates[0].of(layer, x[None], output[:1], a, b.movedim(0, 1))
         return alone[0]
 
     y: Tensor = torch.vmap(term, randomness="different")(x, down[rows.index], up[rows.index])
     return y
+
+
+def _filled(factors: list[Optional[Tensor]]) -> Tensor:
+    """All adapters' factors as one tensor, with zeros where there is less, and for the base."""
+    held = [factor for factor in factors if factor is not None]
+    zeros = held[0].new_zeros(max(len(one) for one in held), *held[0].shape[1:])
+    full = [zeros if f is None else torch.cat([f, zeros[len(f) :]]) for f in (*factors, None)]
+    return torch.stack(full)
 
 
 def _named_input(layer: Any, named: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ tensor is a plain one; else the layer's own forward reads ``weight``, the dense 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -268,19 +268,22 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Rows, after: int = 0
 
 
 def factors_of_rows(updates: list[LowRank], rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
-    """What `routed.linear` takes: A, and B transposed with its scale, of every adapter; what a
-    second kernel has more dimensions is flattened."""
+    """What `routed.linear` takes: A, and B transposed with its scale, of all adapters."""
     held = {update.adapter: update for update in updates}
     there = [held.get(name) for name in rows.names]
     pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
-    ups = [None if b is None else b.movedim(1, 0).flatten(1) for _, b in pairs]
-    up = wide(routed.stacked(ups))
-    # of what is missing any number that is finite, since its factors are zeros
-    one = up.new_ones(())
-    scales = [one if u is None else u.stored_scale().to(up.dtype) for u in there]
-    gains = [one if u is None else u.current().gain.to(up.device, up.dtype) for u in there]
-    scaling = torch.stack([*scales, one]) * torch.stack([*gains, one])
-    return routed.stacked([a for a, _ in pairs]), up * scaling[:, None, None]
+    up = wide(routed.joined([b for _, b in pairs], rows.ranks, 1))
+    scaling = scaling_of_rows(there, up).index_select(0, rows.owner)
+    return routed.joined([a for a, _ in pairs], rows.ranks, 0), (up * scaling).t()
+
+
+def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
+    """``[adapters + 1]``: what is before each one's ``B·A``. Of one that is missing, and of the
+    base, any number that is finite: their factors are zeros."""
+    one = like.new_ones(())
+    scales = [one if u is None else u.stored_scale().to(like.dtype) for u in there]
+    gains = [one if u is None else u.current().gain.to(like.device, like.dtype) for u in there]
+    return torch.stack([*scales, one]) * torch.stack([*gains, one])
 
 
 def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:

@@ -188,12 +188,13 @@ def _rows(
 ) -> Rows:
     """The rows of one tensor, made once for all that have the same adapters."""
     names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
-    key = (names, device)
+    ranks = tuple(one.factors()[0].shape[-2] if isinstance(one, LowRank) else 0 for one in ours)
+    key = (names, ranks, device)
     if key not in made:
         own = torch.full_like(index, len(names))
         for at, name in enumerate(names):
             own = own.masked_fill(index == there.index(name), at)
-        made[key] = Rows(names, own.to(device), dim)
+        made[key] = Rows(names, ranks, own.to(device), dim)
     return made[key]
 
 

@@ -27,33 +27,56 @@ class Rows:
 
     Args:
         names: the adapters with an update of that tensor, in their order there.
+        ranks: of each.
         index: ``[N]``, which of them each row takes; ``len(names)`` is none, the base.
         dim: where the rows lie in an input that does not tell.
 
     Attributes:
+        picks: ``[N, r]`` for the largest rank, where the ranks of each row's update lie among those
+            of all updates one after the other, and ``sum(ranks)``, a rank of zeros, for the rest.
+        owner: ``[sum(ranks) + 1]``, whose each of these ranks is.
         places: ``[N]``, where each row lies once all are in blocks of rows of one adapter, or None
             where there are too few for that.
-        owners: ``[blocks]``, which adapter each block belongs to.
+        block_picks: ``[blocks, r]``, as `picks` of each block.
         block: how many rows a block has.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
-    __slots__ = ("names", "index", "dim", "places", "owners", "block")
+    __slots__ = (
+        "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
+    )  # fmt: skip
 
-    def __init__(self, names: tuple[str, ...], index: Tensor, dim: int) -> None:
-        self.names, self.index, self.dim = names, index, dim
+    def __init__(
+        self, names: tuple[str, ...], ranks: tuple[int, ...], index: Tensor, dim: int
+    ) -> None:
+        self.names, self.ranks, self.index, self.dim = names, ranks, index, dim
         self.places: Optional[Tensor] = None
-        self.owners: Optional[Tensor] = None
+        self.block_picks: Optional[Tensor] = None
+        table, self.owner = _ranks(ranks, index)
+        self.picks = table[index]
         count, adapters = len(index), len(names) + 1
         self.block = _MANY if count > 2 * _MANY * adapters else _FEW
         blocks = count // self.block + adapters  # however the rows are spread
         # of a rank of 16 or so; else each row having its own copy of its factors is less to move
         if 16 * count > (16 + self.block) * blocks:
-            self.places, self.owners = _blocks(index, adapters, blocks, self.block)
+            self.places, owners = _blocks(index, adapters, blocks, self.block)
+            self.block_picks = table[owners]
+
+
+def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor]:
+    """`Rows.picks` of each adapter and of the base, and `Rows.owner`, on the index's device."""
+    every = sum(ranks)
+    table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
+    owner, start = index.new_full((every + 1,), len(ranks)), 0
+    for at, r in enumerate(ranks):  # in slices, which copy nothing from the host
+        table[at, :r] = torch.arange(start, start + r, device=index.device)
+        owner[start : start + r] = at
+        start += r
+    return table, owner
 
 
 def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """`Rows.places` and `Rows.owners`, with nothing that waits for a device."""
+    """`Rows.places` and whose each block is, with nothing that waits for a device."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     sizes = index.new_zeros(count).scatter_add(0, index, torch.ones_like(index))
