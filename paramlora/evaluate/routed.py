@@ -13,9 +13,9 @@ from torch import Tensor
 
 from paramlora.evaluate.functional import cast, cast_for_autocast, untold
 from paramlora.update import narrow
+from paramlora.update.choice import Choice
 from paramlora.update.compat import applied
 from paramlora.update.contexts import autocast_of
-from paramlora.update.rows import Rows
 
 _Maybe = Optional[Tensor]
 _LONG = 16  # positions of a row from which it is a block of its own
@@ -37,7 +37,9 @@ def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
     return torch.cat(every, dim)
 
 
-def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, rows: Rows) -> Tensor:
+def linear(
+    x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+) -> Tensor:
     """``x (W + B_i A_i)ᵀ + bias`` where ``i`` is each row's.
 
     Args:
@@ -54,7 +56,7 @@ def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, ro
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
-        >>> rows = Rows(("a",), (2,), torch.tensor([0, 1, 0]), 0)
+        >>> rows = Choice(("a",), (2,), torch.tensor([0, 1, 0]), 0)
         >>> y = linear(x, W, None, joined([A], [2], 0), joined([B], [2], 1).t(), rows)
         >>> assert torch.allclose(y[0], x[0] @ (W + B @ A).T) and torch.equal(y[1], x[1] @ W.T)
     """
@@ -73,7 +75,7 @@ def linear(x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, ro
     return flat.view(thin.shape)
 
 
-def grouped(x: Tensor, rows: Rows, down: _Maybe, up: Tensor) -> Tensor:
+def grouped(x: Tensor, rows: Choice, down: _Maybe, up: Tensor) -> Tensor:
     """Each row times its own ``A_iᵀ``, if `down` is given, and ``B_iᵀ``, in x's type; float16, of
     whose range it knows nothing, in float32.
 
@@ -132,7 +134,7 @@ def embedding(
     weight: Tensor,
     down: Tensor,
     up: Tensor,
-    rows: Rows,
+    rows: Choice,
     padding_idx: Optional[int] = None,
 ) -> Tensor:
     """``(W + (B_i A_i)ᵀ)[tokens]`` where ``i`` is each row's.
@@ -165,7 +167,7 @@ def convolution(
     shape: Sequence[int],
     down: Tensor,
     up: Tensor,
-    rows: Rows,
+    rows: Choice,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],

@@ -79,7 +79,7 @@ def _rows(
     base: Optional[Base],
     where: str,
 ) -> list[int]:
-    """Rows of query, key and value; the output projection reads as many as the query has."""
+    """Choice of query, key and value; the output projection reads as many as the query has."""
     proj = f"{path.rpartition('.')[0]}.proj"
     if base is not None and proj in base:
         q = base[proj].shape[1]

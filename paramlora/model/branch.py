@@ -27,12 +27,12 @@ from paramlora.model.forwards import (
 )
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains
+from paramlora.update.choice import Choice
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 from paramlora.update.narrow import LINEAR, Stage, wide
-from paramlora.update.rows import Rows
 from paramlora.update.value import Update, refuse_two_kernels
 
 
@@ -192,13 +192,13 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     return output
 
 
-def _rows_of(layer: Any) -> tuple[Optional[Rows], list[Any]]:
+def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:
     """On which rows of the batch the branches act, and those that do."""
     now = [(branch, branch.current()) for branch in layer._modules[BRANCHES]]
     return now[0][1].rows, [branch for branch, switch in now if switch.acts]
 
 
-def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Rows) -> Tensor:
+def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
     """The term of each row's branch."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return beside_rows(layer, x, updates, rows, updates[0].layout)
@@ -214,7 +214,7 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ro
     return sum(terms[1:], terms[0])
 
 
-def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Rows) -> Tensor:
+def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
     """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
     which makes one convolution of as many groups as there are rows."""
     x = dropped_rows(layer, x, updates, rows)

@@ -15,11 +15,11 @@ from torch.compiler import is_compiling
 
 from paramlora.evaluate import functional, routed
 from paramlora.evaluate.convolution import branch, convolution, laid_as
+from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
-from paramlora.update.rows import Rows, wrong_rows
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -76,7 +76,7 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-_Known = tuple[Tensor, list[LowRank], bool, Optional[Rows]]
+_Known = tuple[Tensor, list[LowRank], bool, Optional[Choice]]
 
 
 def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
@@ -250,7 +250,7 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
 # --- rows of a batch that take different updates -------------------------------------------------
 
 
-def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Rows, after: int = 0) -> Tensor:
+def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int = 0) -> Tensor:
     """An input with its rows in front; one that is there once for all rows is repeated.
 
     Args:
@@ -267,7 +267,7 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Rows, after: int = 0
     return x if there == count else x.expand(count, *x.shape[1:])
 
 
-def factors_of_rows(updates: list[LowRank], rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
+def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tuple[Tensor, Tensor]:
     """What `routed.linear` takes: A, and B transposed with its scale, of all adapters."""
     held = {update.adapter: update for update in updates}
     there = [held.get(name) for name in rows.names]
@@ -286,7 +286,7 @@ def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
     return torch.stack([*scales, one]) * torch.stack([*gains, one])
 
 
-def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:
+def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
     """The input of the updates' part: each row drops as its adapter says."""
     rates = {update.adapter: update.dropout for update in updates}
     if not layer.training or not any(rates.values()):
@@ -300,7 +300,7 @@ def beside_rows(
     layer: nn.Module,
     x: Tensor,
     updates: list[LowRank],
-    rows: Rows,
+    rows: Choice,
     layout: Layout,
     base: Optional[tuple[Tensor, Optional[Tensor]]] = None,
 ) -> Tensor:
@@ -317,7 +317,7 @@ def beside_rows(
     return y.movedim(0, rows.dim)
 
 
-def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Rows) -> Tensor:
+def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
     """The updates' part of a convolution of each row's update."""
     x, padding = padded_input(layer, dropped_rows(layer, x, updates, rows))
     down, up = factors_of_rows(updates, rows, "matrix")
@@ -332,7 +332,7 @@ def _convolution_of_rows(
     weight: Tensor,
     bias: Optional[Tensor],
     updates: list[LowRank],
-    rows: Rows,
+    rows: Choice,
 ) -> Tensor:
     x = rows_first(layer, x, 0, rows)
     y: Tensor = layer._conv_forward(x, weight, bias)

@@ -22,9 +22,9 @@ from paramlora.model.split import by_rows, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate
+from paramlora.update.choice import Choice
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
-from paramlora.update.rows import Rows
 
 Names = Sequence[Optional[str]]
 _Inner = nn.modules.linear.NonDynamicallyQuantizableLinear  # read by the attention around it
@@ -150,14 +150,14 @@ def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Te
 
 def _checked(
     model: nn.Module, there: list[str], index: Tensor, dim: int, packed: bool
-) -> tuple[list[tuple[AttachedUpdate, Rows]], list[nn.Module]]:
+) -> tuple[list[tuple[AttachedUpdate, Choice]], list[nn.Module]]:
     """Each update with the rows of its tensor, and the layers to be called once for each adapter.
 
     Raises:
         AdapterError: one that allows neither.
     """
-    made: dict[tuple[Any, ...], Rows] = {}
-    rows: dict[int, tuple[AttachedUpdate, Rows]] = {}
+    made: dict[tuple[Any, ...], Choice] = {}
+    rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
     split: dict[int, nn.Module] = {}
     inside = {
         id(attention.out_proj): attention
@@ -180,12 +180,12 @@ def _checked(
 
 
 def _rows(
-    made: dict[tuple[Any, ...], Rows],
+    made: dict[tuple[Any, ...], Choice],
     there: list[str],
     index: Tensor,
     dim: int,
     ours: list[AttachedUpdate],
-) -> Rows:
+) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
     names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
     ranks = tuple(one.factors()[0].shape[-2] if isinstance(one, LowRank) else 0 for one in ours)
@@ -194,7 +194,7 @@ def _rows(
         own = torch.full_like(index, len(names))
         for at, name in enumerate(names):
             own = own.masked_fill(index == there.index(name), at)
-        made[key] = Rows(names, ranks, own.to(device), dim)
+        made[key] = Choice(names, ranks, own.to(device), dim)
     return made[key]
 
 
@@ -247,7 +247,7 @@ def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
     return {name: rows for name, rows in order.items() if len(rows)}
 
 
-def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Rows]], undo: list[_Undo]) -> None:
+def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]) -> None:
     before = [(update, update.switch.rows) for update, _ in rows]
     undo.append(lambda: _put(before))
     _put(rows)
@@ -257,7 +257,7 @@ def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Rows]], undo: list
             undo.append(layer.register_forward_pre_hook(lambda *_: None).remove)
 
 
-def _put(rows: Sequence[tuple[AttachedUpdate, Optional[Rows]]]) -> None:
+def _put(rows: Sequence[tuple[AttachedUpdate, Optional[Choice]]]) -> None:
     with one_by_one():
         put([(update, update.switch.routed(own)) for update, own in rows])
 

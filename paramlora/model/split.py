@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from paramlora.update.rows import ONLY, UNSPLIT, wrong_rows
+from paramlora.update.choice import ONLY, UNSPLIT, wrong_rows
 
 # position by position: the rows lie where `route` says
 _POSITIONS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)

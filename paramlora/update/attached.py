@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError
 from paramlora.update.casts import NotOffloaded, without_storage
+from paramlora.update.choice import ONLY, UNSPLIT, Choice
 from paramlora.update.compat import (
     current_backward,
     current_node,
@@ -16,7 +17,6 @@ from paramlora.update.compat import (
     number_of,
     strength_changes,
 )
-from paramlora.update.rows import ONLY, UNSPLIT, Rows
 from paramlora.update.sum import Term
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
@@ -46,7 +46,7 @@ class Switch:
         gain: Tensor,
         muted: frozenset[object] = frozenset(),
         past: "tuple[_Past, ...]" = (),
-        rows: Optional[Rows] = None,
+        rows: Optional[Choice] = None,
     ) -> None:
         self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
         self.rows = rows
@@ -69,7 +69,7 @@ class Switch:
         gain = gains.at(new, self.gain.device, self.gain.dtype)
         return Switch(strength, gain, muted, past, self.rows)
 
-    def routed(self, rows: Optional[Rows]) -> "Switch":
+    def routed(self, rows: Optional[Choice]) -> "Switch":
         """As strong on other rows, which remembers this one."""
         strength_changes()
         return Switch(self.strength, self.gain, self.muted, self._remembering(), rows)
@@ -101,7 +101,7 @@ class Switch:
         return Switch(self.strength, gain)
 
 
-_Past = tuple[int, float, Optional[Rows]]
+_Past = tuple[int, float, Optional[Choice]]
 _FORGOTTEN = (
     f"the strengths of the adapters changed more than {_REMEMBERED - 1} times between a "
     "checkpointed forward and its backward, which computes it again. Call backward sooner."

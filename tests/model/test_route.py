@@ -1,4 +1,4 @@
-"""Rows of a batch that take different adapters, against each row by itself in float64."""
+"""Choice of a batch that take different adapters, against each row by itself in float64."""
 
 import copy
 

@@ -18,7 +18,7 @@ from paramlora.cuda.launch import Launch, bound, changed, is_hopper
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
     PROCESSORS,
-    Rows,
+    Choice,
     Tiles,
     gradients,
     is_even,
@@ -45,7 +45,7 @@ _Maybe = Optional[Tensor]
 _NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 
-def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Launch:
+def _projection(device: int, left: Choice, K: int, R: int, after_pack: bool) -> Launch:
     """``left[M, K] @ f[R, K].T``."""
     M, hopper, (BM, BK, stages, warps) = left.M, is_hopper(device), projection(left.M, R)
     numbers = (M, K, left.period, *left.places(left.period))
@@ -68,21 +68,21 @@ class _Result(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    rows: Rows
+    rows: Choice
 
     def new(self, like: Tensor) -> Tensor:
         return like.new_empty_strided(self.shape, self.stride)
 
 
-def _result(shape: tuple[int, ...], columns: int, rows: Rows) -> _Result:
+def _result(shape: tuple[int, ...], columns: int, rows: Choice) -> _Result:
     """``[..., columns]`` beside a matrix of `shape` and `rows`, in memory as that."""
     M, lead, steps = rows.M, shape[:-1], [1, columns]
     if rows.column == 1:
         steps += (columns * math.prod(lead[i:]) for i in range(len(lead) - 1, 0, -1))
-        flat = Rows(M, M, M * columns, columns, 1)
+        flat = Choice(M, M, M * columns, columns, 1)
         return _Result((*lead, columns), tuple(steps[len(lead) :: -1]), flat)
     period = lead[1]
-    apart = Rows(M, period, period * columns, 1, period)
+    apart = Choice(M, period, period * columns, 1, period)
     return _Result((*lead, columns), (period * columns, 1, period), apart)
 
 
@@ -100,7 +100,7 @@ class _Forward:
         bias: _Maybe,
         a: Tensor,
         b: Tensor,
-        rows: Rows,
+        rows: Choice,
         captured: bool,
         misaligned: bool,
     ) -> None:
@@ -292,7 +292,7 @@ class _Backward:
         x: Tensor,
         weight: Tensor,
         r: int,
-        rows: tuple[Rows, Rows],
+        rows: tuple[Choice, Choice],
         scaled: bool,
         wanted: tuple[bool, bool],
         captured: bool,

@@ -73,7 +73,7 @@ def is_local(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) 
 
 
 def projection(M: int, R: int) -> tuple[int, int, int, int]:
-    """Rows, depth, stages and warps of a block of the thin product in a grid of its own."""
+    """Choice, depth, stages and warps of a block of the thin product in a grid of its own."""
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
@@ -94,7 +94,7 @@ def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
     return 128 if R <= 16 and tiling.stages <= 3 else 64, tiling.stages, tiling.warps
 
 
-class Rows(NamedTuple):
+class Choice(NamedTuple):
     """Where the rows of a matrix lie: row m is ``m // period`` batches and ``m % period`` rows from
     its start; distances are in elements."""
 
@@ -114,7 +114,7 @@ class Rows(NamedTuple):
         return (period * self.row if self.flat else self.batch), self.row, self.column
 
 
-def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Optional[Rows]:
+def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Optional[Choice]:
     """The rows ``[..., K]`` of a tensor, or None where only a copy has them.
 
     `image`: of ``[batch, P, K]``, whose columns may lie apart where its rows do not.
@@ -122,18 +122,18 @@ def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Opt
     M, K = math.prod(shape[:-1]), shape[-1]
     if stride[-1] != 1 and K > 1:  # the stride of a single column may be any
         if image and stride[1] == 1:
-            return Rows(M, shape[1], *stride)
+            return Choice(M, shape[1], *stride)
         return None
     lead = [(size, step) for size, step in zip(shape[:-1], stride[:-1]) if size != 1]
     if not lead:
-        return Rows(M, M, K, K, 1)
+        return Choice(M, M, K, K, 1)
     row = lead[-1][1]
     if row < K:
         return None
     if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(lead, lead[1:])):
-        return Rows(M, M, M * row, row, 1)
+        return Choice(M, M, M * row, row, 1)
     if len(lead) == 2 and lead[0][1] >= 0:
-        return Rows(M, lead[1][0], lead[0][1], row, 1)
+        return Choice(M, lead[1][0], lead[0][1], row, 1)
     return None
 
 
@@ -147,8 +147,8 @@ class Tiles:
 
     def __init__(
         self,
-        left: Rows,
-        out: Rows,
+        left: Choice,
+        out: Choice,
         period: int,
         w: tuple[int, ...],
         sizes: tuple[int, int, int],

@@ -22,7 +22,7 @@ class _Only(threading.local):  # no context variable, which torch.compile does n
 ONLY = _Only()
 
 
-class Rows:
+class Choice:
     """The rows of a batch by the adapters of one tensor; made anew for each batch.
 
     Args:
@@ -64,7 +64,7 @@ class Rows:
 
 
 def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor]:
-    """`Rows.picks` of each adapter and of the base, and `Rows.owner`, on the index's device."""
+    """`Choice.picks` of each adapter and of the base, and `Choice.owner`, on the index's device."""
     every = sum(ranks)
     table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
     owner, start = index.new_full((every + 1,), len(ranks)), 0
@@ -76,7 +76,7 @@ def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """`Rows.places` and whose each block is, with nothing that waits for a device."""
+    """`Choice.places` and whose each block is, with nothing that waits for a device."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     sizes = index.new_zeros(count).scatter_add(0, index, torch.ones_like(index))
