@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from paramlora import formats
 from paramlora.errors import AdapterError, listed
-from paramlora.files.adapters import outlined, read_adapter
+from paramlora.files.adapters import read_adapter
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Options, base_of
-from paramlora.formats.content import Content
 from paramlora.formats.factors import folded
 from paramlora.model.targets import adaptable
 from paramlora.model.values import adapter_of
@@ -100,18 +99,7 @@ def unserved_in(path: PathLike, server: str) -> list[str]:
         FileError: it cannot be read.
     """
     _check_server(server)
-    content = outlined(path)
-    if _has_magnitudes(content):
-        return [_DORA.format(SERVERS[server])]
     return unserved(read_adapter(path, options=Options(strict=False)), server)
-
-
-_DORA = "its magnitudes (DoRA) are not loaded by {}: merge it into the base instead."
-
-
-def _has_magnitudes(content: Content) -> bool:
-    keys = any("lora_magnitude_vector" in key or ".dora_scale" in key for key in content.state)
-    return keys or bool(content.config.get("use_dora"))
 
 
 def unserved(adapter: Adapter, server: str) -> list[str]:
@@ -125,6 +113,12 @@ def _lost(adapter: Adapter, name: str) -> Iterator[str]:
         yield (
             f"{listed(sorted(adapter.whole))}: trained whole, which {name} does not load "
             "(modules_to_save, bias). Merge the adapter into the base, or train low ranks there."
+        )
+    if adapter.others:
+        kinds = listed(sorted({value.method for value in adapter.others.values()}))
+        yield (
+            f"{listed(sorted(adapter.others))}: of kind {kinds}, and {name} loads low ranks alone. "
+            "Merge the adapter into the base instead."
         )
     heads = [path for path in updates if path.rpartition(".")[2] in _HEADS]
     if heads:

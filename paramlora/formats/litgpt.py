@@ -58,7 +58,7 @@ def _update(
     if alpha is None:
         raise FileError(
             f"{where}: the scale is in hyperparameters.yaml, which is missing. Put it "
-            "beside the file, or give alpha (convert --alpha)."
+            "beside the file, or give alpha (--alpha)."
         )
     exact = recorded(content).get(path)
     scale = scale_of(number(alpha, where), r, exact, where)
@@ -79,7 +79,7 @@ def _rows(
     base: Optional[Base],
     where: str,
 ) -> list[int]:
-    """Choice of query, key and value; the output projection reads as many as the query has."""
+    """Rows of query, key and value; the output projection reads as many as the query has."""
     proj = f"{path.rpartition('.')[0]}.proj"
     if base is not None and proj in base:
         q = base[proj].shape[1]

@@ -190,8 +190,8 @@ def test_magnitudes_are_told(tmp_path, capsys):
     )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    assert run("inspect", tmp_path, "--for", "vllm") != 0
-    assert "its magnitudes (DoRA) are not loaded by vLLM" in capsys.readouterr().err
+    assert run("inspect", tmp_path, "--for", "vllm") == 0
+    assert "vLLM: q_proj: of kind dora, and vLLM loads low ranks alone" in capsys.readouterr().out
 
 
 def test_padded_ranks_change_no_product():

@@ -132,7 +132,7 @@ def test_the_command_line_shows_the_same(tmp_path, capsys):
     assert [line.split()[0] for line in table[-3:]] == ["0.weight", "1.weight", "total"]
     assert run("merge", *files, "--report", "--json", "--force") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["kept"]["total"]["kept"] == pytest.approx(report.total.kept)
+    assert told["report"]["total"]["kept"] == pytest.approx(report.total.kept)
 
 
 # --- as served -----------------------------------------------------------------------------------

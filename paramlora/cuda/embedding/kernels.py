@@ -66,7 +66,7 @@ def _thin_gradient(
     dy, up, v, strip, M, dim, r,
     WHOLE: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Choice `strip` of ``v[M, r] = dy[M, dim] @ up[R, dim].T``, in float32."""
+    """Rows `strip` of ``v[M, r] = dy[M, dim] @ up[R, dim].T``, in float32."""
     rm, rr, rd = strip * BM + tl.arange(0, BM), tl.arange(0, R), tl.arange(0, BD)
     inside, row = rm[:, None] < M, rm[:, None].to(tl.int64)
     left, right = dy + row * dim + rd[None, :], up + rr[None, :] * dim + rd[:, None]

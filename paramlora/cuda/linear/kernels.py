@@ -96,7 +96,7 @@ def _project(
     CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Choice `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x. `CAST`: f is of another type,
+    """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x. `CAST`: f is of another type,
     and has but r ranks."""
     rm = row * BM + tl.arange(0, BM)
     rk, rr = tl.arange(0, BK), tl.arange(0, R)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
+from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block
 
-PROCESSORS = 132  # of the device that the choices were measured on
 WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
 
 
@@ -24,10 +24,13 @@ class Tiling(NamedTuple):
     tma: bool
 
 
-def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> Tiling:
+def tiling(
+    M: int, N: int, K: int, processors: int, aligned: bool, local: bool, alone: bool
+) -> Tiling:
     """The table of choices, measured on an H200, of 132 multiprocessors, by Triton 3.6.
 
-    `aligned`: the device has the engine, and its rules on addresses and strides are met.
+    `processors`: of the device. `aligned`: it has the engine, and its rules on addresses and
+    strides are met.
     `local`: the thin product is computed in the same grid. That spares launches, and `project`
     beside it is a little faster, so it is chosen where the host takes longer than the device:
     small products, but not in a CUDA graph. There also describing blocks to the engine costs more
@@ -44,7 +47,7 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> T
         return Tiling(128, 256, 64, 16, 3, 8, True)
     if alone and not local and N <= 640 and K < 2048:
         return Tiling(128, 64, 64, 8, 3, 4, True)
-    if K >= 2048 and -(-M // 128) * -(-N // 128) < PROCESSORS:
+    if K >= 2048 and -(-M // 128) * -(-N // 128) < processors:
         return Tiling(64, 128, 64, 8, 4, 4, True)
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
@@ -73,7 +76,7 @@ def is_local(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) 
 
 
 def projection(M: int, R: int) -> tuple[int, int, int, int]:
-    """Choice, depth, stages and warps of a block of the thin product in a grid of its own."""
+    """Rows, depth, stages and warps of a block of the thin product in a grid of its own."""
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
@@ -94,7 +97,7 @@ def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
     return 128 if R <= 16 and tiling.stages <= 3 else 64, tiling.stages, tiling.warps
 
 
-class Choice(NamedTuple):
+class Rows(NamedTuple):
     """Where the rows of a matrix lie: row m is ``m // period`` batches and ``m % period`` rows from
     its start; distances are in elements."""
 
@@ -114,7 +117,7 @@ class Choice(NamedTuple):
         return (period * self.row if self.flat else self.batch), self.row, self.column
 
 
-def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Optional[Choice]:
+def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Optional[Rows]:
     """The rows ``[..., K]`` of a tensor, or None where only a copy has them.
 
     `image`: of ``[batch, P, K]``, whose columns may lie apart where its rows do not.
@@ -122,18 +125,18 @@ def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Opt
     M, K = math.prod(shape[:-1]), shape[-1]
     if stride[-1] != 1 and K > 1:  # the stride of a single column may be any
         if image and stride[1] == 1:
-            return Choice(M, shape[1], *stride)
+            return Rows(M, shape[1], *stride)
         return None
     lead = [(size, step) for size, step in zip(shape[:-1], stride[:-1]) if size != 1]
     if not lead:
-        return Choice(M, M, K, K, 1)
+        return Rows(M, M, K, K, 1)
     row = lead[-1][1]
     if row < K:
         return None
     if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(lead, lead[1:])):
-        return Choice(M, M, M * row, row, 1)
+        return Rows(M, M, M * row, row, 1)
     if len(lead) == 2 and lead[0][1] >= 0:
-        return Choice(M, lead[1][0], lead[0][1], row, 1)
+        return Rows(M, lead[1][0], lead[0][1], row, 1)
     return None
 
 
@@ -147,13 +150,13 @@ class Tiles:
 
     def __init__(
         self,
-        left: Choice,
-        out: Choice,
+        left: Rows,
+        out: Rows,
         period: int,
         w: tuple[int, ...],
         sizes: tuple[int, int, int],
         R: int,
-        hopper: bool,
+        card: Card,
         misaligned: bool,
         ours: bool,
         local: bool,
@@ -163,9 +166,10 @@ class Tiles:
         (M, N, K), (w_k, w_n) = sizes, w
         step = w_n if w_k == 1 else w_k
         strides = (K | N | left.row | out.row | step) & 7 or not step
+        hopper = card.hopper
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
         self.early = hopper and ours and not local
-        self.tiling = tiling(M, N, K, aligned, local, alone) if wanted else NONE
+        self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
