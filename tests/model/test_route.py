@@ -267,6 +267,27 @@ def test_whole_tensors_split_their_layer():
     )
 
 
+def test_other_kinds_split_their_layer_too():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8).double()
+    paramlora.attach(layer, {"weight": {"r": 2}}, "a")
+    paramlora.attach(layer, {"weight": {"r": 2, "kind": "dora"}}, "b")
+    for p in paramlora.trainable_parameters(layer):
+        p.data.uniform_(-1, 1)
+    weight = layer.parametrizations.weight.original
+    a, b = list(layer.parametrizations.weight)
+    x = images(3, 6)[:3]
+    with paramlora.route(layer, ["a", None, "b"]):
+        y = layer(x)
+        (grads,) = torch.autograd.grad(y[2].sum(), [a.lora_B], allow_unused=True)
+    assert grads is None or not grads.any()
+    torch.testing.assert_close(y[0], F.linear(x[0], weight + a.lora_B @ a.lora_A, layer.bias))
+    torch.testing.assert_close(y[1], F.linear(x[1], weight, layer.bias))
+    moved = weight + b.lora_B @ b.lora_A  # Liu et al. 2024, equation 5
+    moved = b.lora_magnitude.view(-1, 1) * moved / moved.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(y[2], F.linear(x[2], moved, layer.bias))
+
+
 def test_rows_in_another_dimension_and_packed_sequences():
     torch.manual_seed(0)
     plain = linears().double()
