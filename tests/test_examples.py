@@ -121,6 +121,6 @@ def test_many_adapters_at_once_learn_what_they_would_in_turn(capsys):
     assert len(together) == 8
     for name, losses in together.items():
         assert losses == pytest.approx(in_turn[name], rel=1e-5, abs=1e-5), name
-        assert name == "task0" or losses[-1] < 0.5 * losses[0]
+        assert name == "task0" or sum(losses[-10:]) / 10 < 0.8 * sum(losses[:5]) / 5
     table = capsys.readouterr().out
     assert len(table.splitlines()) == 12 and "one batch" in table and "eight runs" in table
