@@ -74,8 +74,8 @@ def tensors_for(
         >>> tensors, config = tensors_for(model, "vllm")
         >>> config["r"], config["lora_alpha"], config["target_modules"]
         (2, 2, ['0', '1'])
-        >>> {tuple(tensor.shape) for key, tensor in tensors.items() if "lora_A" in key}
-        {(2, 4), (2, 3)}
+        >>> [tuple(tensor.shape) for key, tensor in sorted(tensors.items()) if "lora_A" in key]
+        [(2, 4), (2, 3)]
     """
     if server != "peft":
         _check_server(server)
