@@ -138,6 +138,8 @@ def examined(name: str, cls: type[nn.Module]) -> Row:
         subject = arch_checks.subject(model, inputs)
     except Exception as error:
         return {**row, "attach": arch_checks.told(error)}
+    if not arch_checks.shows(subject):
+        return {**row, "not built": "no update shows in what the model gives for these inputs"}
     row["checks"] = arch_checks.checks(subject)
     grads = dense.gradients(subject.reference, found, subject.factors)
     row["reached"] = sum(bool(g.any()) for n, g in grads.items() if n.endswith("lora_B"))

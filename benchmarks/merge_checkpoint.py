@@ -24,7 +24,7 @@ import torch
 
 from paramlora import Adapter, Update
 from paramlora.files.checkpoint import Stored
-from paramlora.files.convert import merge
+from paramlora.files.conversions import merge
 from paramlora.files.native import read_native, write_native
 from paramlora.files.safetensors import Spec, write_safetensors
 from paramlora.update.memory import pieces_of

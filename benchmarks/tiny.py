@@ -213,6 +213,10 @@ def _mend(part: Any) -> None:
             setattr(part, size, held.get("mamba_expand", 2) * width // held[count])
     if "backbone_out_indices" in held and held["backbone_out_indices"]:
         part.backbone_out_indices = list(range(len(part.backbone_out_indices)))
+    layers = held.get("num_hidden_layers")
+    if held.get("stage_names") and _is_int(layers) and len(held["stage_names"]) > layers + 1:
+        part.stage_names = ["stem", *(f"stage{i + 1}" for i in range(layers))]
+        part._out_features, part._out_indices = part.stage_names[-1:], [layers]
     for name, value in NEEDED.items():
         if name in held and held[name] is None:
             setattr(part, name, value)

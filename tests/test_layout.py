@@ -23,9 +23,11 @@ NOT_FORMATS = {
     "factors",
     "format",
     "merged",
+    "metadata",
     "originals",
     "parts",
     "pieces",
+    "pipeline",
     "places",
     "scale",
 }

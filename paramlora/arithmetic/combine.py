@@ -270,6 +270,8 @@ def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> N
 def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
     found: dict[str, list[_Strong]] = {}
     for number, (adapter, weight) in enumerate(pairs):
+        for path, other in adapter.others.items():
+            check_adds(path, other, adapter.name)
         for path, update in adapter.updates.items():
             check_adds(path, update, adapter.name)
             held = found.setdefault(path, [])

@@ -122,7 +122,8 @@ def _update(
     assert slot.layout is not None
     dtype = torch.promote_types(_real(before), _real(after))
     stack, out, fan_in = matrix_shape(slot.shape, slot.layout)
-    change = after.to(dtype, copy=True).sub_(before.to(dtype))
+    change = after.to(dtype, copy=True)
+    change.sub_(before if before.dtype in FLOATS else before.to(dtype))
     if not torch.isfinite(change).all():
         raise AdapterError(f"{key}: holds numbers that are not finite. Exclude it (--exclude).")
     if slot.layout == "transposed":

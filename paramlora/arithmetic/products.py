@@ -14,6 +14,7 @@ from paramlora.errors import AdapterError
 from paramlora.formats.factors import held
 from paramlora.update.value import Adapter, Update
 
+_PIECE = 1 << 20  # elements that are in double precision at one time
 _OVER, _FIRST, _POWERS = 10, 32, 2  # more columns than asked for; the first try; powers of D·Dᵀ
 
 
@@ -123,8 +124,8 @@ def nearest(
 
 def _squared(matrix: Tensor) -> float:
     """``‖·‖²`` in double precision, without a double copy of it all."""
-    rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
-    return float(rows.square().sum())
+    pieces = torch.split(matrix.reshape(-1), _PIECE)
+    return sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces)
 
 
 def _sketched(matrix: Tensor, size: int) -> Decomposed:
@@ -177,7 +178,11 @@ def check_adds(path: str, update: object, name: str) -> None:
         AdapterError: names it.
     """
     if type(update) is not Update or update.up_kernel == "same":
-        kind = '"up_kernel": "same"' if isinstance(update, Update) else type(update).__name__
+        kind = (
+            '"up_kernel": "same"'
+            if isinstance(update, Update)
+            else getattr(update, "method", "unknown")
+        )
         raise AdapterError(
             f'{path}: in "{name}" it is of a kind ({kind}) that is no product of two matrices, so '
             "it does not add. Merge it into a checkpoint instead."

@@ -48,8 +48,8 @@ def resize(
         (2, 1.0)
     """
     check_choice(rank, energy)
-    for path, update in adapter.updates.items():
-        check_adds(path, update, adapter.name)
+    for path, value in {**adapter.updates, **adapter.others}.items():
+        check_adds(path, value, adapter.name)
     wanted = _ranks(adapter, rank)
     made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
     updates, errors = dict(adapter.updates), {}

@@ -1,10 +1,12 @@
 """The commands on adapter files of any tool: `convert`, `inspect`."""
 
-from typing import Annotated, Optional
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
-from paramlora.cli.app import app, report, warnings_told, wrote
+from paramlora.cli.app import app, fail, report, warnings_told, wrote
 from paramlora.cli.options import (
     Alpha,
     Checkpoint,
@@ -28,7 +30,7 @@ from paramlora.cli.options import (
     refuse,
 )
 from paramlora.files import adapters as interchange
-from paramlora.files.inspect import inspect as inspected
+from paramlora.files.inspection import inspect as inspected
 from paramlora.files.served import SERVERS, unserved_in
 from paramlora.formats import Options
 
@@ -43,30 +45,56 @@ Rank = Annotated[
     epilog="Example: paramlora convert style.safetensors -o style-peft --to peft --model my:unet",
 )
 def convert(
-    file: File,
     out: Out,
     to: Annotated[str, typer.Option("--to")],
+    file: Annotated[
+        Optional[Path], typer.Argument(help="An adapter's file or folder, of any tool.")
+    ] = None,
     model: Model = None,
     base: Checkpoint = None,
     key: Key = None,
     alpha: Alpha = None,
     rank: Rank = None,
-    component: Component = None,
+    component: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="The part of a pipeline's file to read, such as unet; or PART=FILE, as often as "
+            "there are parts, to write one file of all."
+        ),
+    ] = None,
     prefix: PrefixOf = None,
     fold_scale: FoldScale = False,
     loose: Loose = False,
+    task_type: Annotated[
+        Optional[str], typer.Option(help="For PEFT's AutoPeftModel, such as CAUSAL_LM.")
+    ] = None,
+    base_name: Annotated[
+        Optional[str], typer.Option(help="The base's name or folder, for the same.")
+    ] = None,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter in another tool's format."""
+    said = {"task_type": task_type, "base_model_name_or_path": base_name}
+    more = {name: text for name, text in said.items() if text is not None}
     with warnings_told():
         writer, names = how(to, prefix, fold_scale), known(model, base, key)
-        options = reading(loose, alpha, component, rank)
-        found = interchange.convert(
-            file, out, to, names, options, force=force, dry_run=dry_run, **writer
-        )
+        part, files = _parts(file, component)
+        options = reading(loose, alpha, part, rank)
+        place: dict[str, Any] = {"force": force, "dry_run": dry_run}
+        if file is not None:
+            found = interchange.convert(
+                file, out, to, names, options, metadata=more, **place, **writer
+            )
+        else:
+            told = "tells the names of one model, and PART=FILE is of several"
+            refuse({f"--model {told}": model, f"--base {told}": base})
+            interchange.check_place(out, to, **place)
+            found = interchange.together(files, options)
+            found = replace(found, metadata={**found.metadata, **more})
+            interchange.write_adapter(found, out, to, **place, **writer)
     count = len(found.updates) + len(found.others)
     text = f"{counts(count, len(found.whole))} into {out}, as {to}"
     if dry_run or json:
@@ -76,6 +104,23 @@ def convert(
         report(content, json, f"would convert {text}")
     else:
         wrote("convert", text, quiet)
+
+
+def _parts(
+    file: Optional[Path], component: Optional[list[str]]
+) -> tuple[Optional[str], dict[str, Path]]:
+    """The part of one file that is meant, or the files of all parts."""
+    given = component or []
+    files = {name: Path(path) for name, _, path in (one.partition("=") for one in given)}
+    if file is not None:
+        if len(given) > 1 or any("=" in one for one in given):
+            fail("--component PART=FILE gives each part its file. Leave out the other file.")
+        return (given[0] if given else None), {}
+    if not given or not all("=" in one for one in given):
+        fail("no file to convert. Give one, or --component PART=FILE for each part of a pipeline.")
+    if len(files) < len(given):
+        fail("--component: one part has two files. Give each part once.")
+    return None, files
 
 
 @app.command(epilog="Example: paramlora inspect style.safetensors --json")

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import paramlora
 from paramlora.errors import shown
-from paramlora.files.convert import Progress as Told
+from paramlora.files.conversions import Progress as Told
 
 DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
 _PAST = {

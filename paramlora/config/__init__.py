@@ -61,10 +61,49 @@ def _rows(value: Any, where: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+def _flag(key: str) -> Callable[[Any, str], bool]:
+    return lambda value, where: _boolean(value, where, key)
+
+
+def _factor(value: Any, where: str) -> int:
+    if type(value) is int and (value == -1 or 0 < value < _MOST):
+        return int(value)
+    raise ConfigError(
+        f'{where}: "factor" must be a whole number above 0, or -1, got {spelled(value)}.'
+    )
+
+
+def _sizes(value: Any, where: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``[[a, c], [b, d]]``, see `paramlora.update.lokr`."""
+    pairs = [tuple(pair) for pair in value] if _is_square(value) else []
+    if not all(type(n) is int and 0 < n < _MOST for pair in pairs for n in pair) or not pairs:
+        raise ConfigError(
+            f'{where}: "sizes" must be [[a, c], [b, d]] of numbers above 0, got {spelled(value)}.'
+        )
+    return pairs[0], pairs[1]
+
+
+def _is_square(value: Any) -> bool:
+    rows = value if isinstance(value, (list, tuple)) else ()
+    return len(rows) == 2 and all(isinstance(r, (list, tuple)) and len(r) == 2 for r in rows)
+
+
+_ADDED = ("adapter_dtype", "alpha", "kind", "r", "rslora", "scale", "trainable_scale")
 # by the value of "kind"; `paramlora.update.kinds.register` adds to it
 KINDS: dict[str, KindKeys] = {
     "lora": KindKeys(),
     "dora": KindKeys(),
+    "loha": KindKeys({"tucker": _flag("tucker")}, _ADDED),
+    "lokr": KindKeys(
+        {
+            "decompose_both": _flag("decompose_both"),
+            "factor": _factor,
+            "full_matrix": _flag("full_matrix"),
+            "sizes": _sizes,
+            "tucker": _flag("tucker"),
+        },
+        _ADDED,
+    ),
     "rows": KindKeys({"rows": _rows}, ("kind", "adapter_dtype"), ranked=False, implied_by="rows"),
 }
 
@@ -118,6 +157,8 @@ class TargetConfig:
         keys = KINDS.get(self.kind, KindKeys())
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
         out = self._low_rank() if keys.ranked else {}
+        if keys.only is not None:
+            out = {key: value for key, value in out.items() if key in keys.only}
         if self.kind != "lora" and not keys.implied_by:
             out["kind"] = self.kind
         return {**out, **options}
@@ -285,7 +326,9 @@ def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:
     """Refuse keys that mean nothing to a kind, and one that it needs and has not."""
     keys = KINDS[kind]
     only = ALLOWED if keys.only is None else keys.only
-    lost = [key for key in entry if key not in only and key not in keys.own]
+    lost = [key for key in entry if key not in (*only, *keys.own) and entry[key] is not None]
+    if "hard" not in only and entry.get("hard", 0) in (1, True) and "hard" in lost:
+        lost.remove("hard")  # which all but the low-rank kind are
     if lost:
         raise ConfigError(
             f'{where}: "{lost[0]}" means nothing to the kind "{kind}". Allowed beside it: '

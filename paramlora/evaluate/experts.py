@@ -124,6 +124,8 @@ def _padded(factor: Tensor) -> Tensor:
 def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Tensor:
     """``(mask ∘ x_e) first_eᵀ``: ``[rows, in]`` and ``[experts, r, in]``; on a device of ranks
     that are padded with zeros."""
+    if first.shape[1] == 0:  # of a stack without an update, beside one that has some
+        return x.new_zeros(len(x), 0)
     if _on_device(x, x.shape[1]):
         if drops is None:
             return grouped_product(x, _padded(first).mT, offs=ends)  # type: ignore[no-any-return]
@@ -154,13 +156,20 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
     if _on_device(x, *weight.shape[1:]):
         if u.shape[1] > 0:
             # both as one product of longer rows: of two, torch's own would round one before adding
-            x, weight = torch.cat([x, u], 1), torch.cat([weight, _padded(second)], 1)
+            x, weight = torch.cat([x, u], 1), _stacked(weight, _padded(second))
         return grouped_product(x, weight, offs=ends)  # type: ignore[no-any-return]
     y = x.new_zeros(len(x), weight.shape[2])
     second = second if u.shape[1] == second.shape[1] else _padded(second)
     for e, rows in _runs(ends):
         _sum_of_products(x[rows], weight[e], u[rows], second[e], y[rows])
     return y
+
+
+def _stacked(weight: Tensor, second: Tensor) -> Tensor:
+    """Both below each other, in memory as the weight, which is then copied as it lies."""
+    if weight.stride(1) == 1:
+        return torch.cat([weight.mT, second.mT], 2).mT
+    return torch.cat([weight, second], 1)
 
 
 def _spread(
@@ -195,7 +204,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
 
 def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left_eᵀ @ right_e`` over each expert's rows: ``[experts, left's, right's]``."""
-    if _on_device(left, left.shape[1], right.shape[1]):
+    if left.shape[1] and right.shape[1] and _on_device(left, left.shape[1], right.shape[1]):
         product: Tensor = grouped_product(left.t(), right, offs=ends)
         return product
     total = left.new_zeros(len(ends), left.shape[1], right.shape[1])

@@ -1,17 +1,25 @@
 """Files: checkpoints and adapters, read and written within bounds; conversions, streamed.
 
 - `merge`, `embed`, `extract`: between checkpoints and adapters; `kept`: what a merge would keep.
-- `read_adapter`, `write_adapter`, `convert`: an adapter's file of any tool, as a value and back.
+- `read_adapter`, `write_adapter`, `convert`: an adapter's file of any tool, as a value and back;
+  `together`: those of several models as a pipeline's.
 - `combine`, `resize`, `difference`: arithmetic (see docs/arithmetic.md).
 - `inspect`: what is in a file. `base_of`, `base_of_file`: the names and shapes of a model, out of
   itself or of its checkpoint, for files whose names only it tells. `Options`: what some formats do
   not tell.
 """
 
-from paramlora.files.adapters import base_of_file, convert, format_of, read_adapter, write_adapter
+from paramlora.files.adapters import (
+    base_of_file,
+    convert,
+    format_of,
+    read_adapter,
+    together,
+    write_adapter,
+)
 from paramlora.files.arithmetic import combine, difference, resize
-from paramlora.files.convert import Report, embed, extract, kept, merge
-from paramlora.files.inspect import Inspection, inspect
+from paramlora.files.conversions import Report, embed, extract, kept, merge
+from paramlora.files.inspection import Inspection, inspect
 from paramlora.formats import Base, Options, base_of
 
 __all__ = [
@@ -32,5 +40,6 @@ __all__ = [
     "merge",
     "read_adapter",
     "resize",
+    "together",
     "write_adapter",
 ]

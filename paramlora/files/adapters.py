@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from paramlora.files.checkpoint import PICKLED, SAFE, Stored
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
-from paramlora.formats.base import check_holders
+from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
+from paramlora.formats.pipeline import PARTS
 from paramlora.model.attach import uncollected
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
@@ -135,11 +136,15 @@ def convert(
     base: Optional[Base] = None,
     options: Options = DEFAULTS,
     *,
+    metadata: Optional[Mapping[str, str]] = None,
     force: bool = False,
     dry_run: bool = False,
     **how: Any,
 ) -> Adapter:
     """Write the adapter in a file as another tool's, and return it.
+
+    What the file says beside the tensors (training settings, trigger words, PEFT's ``task_type``)
+    is kept where the new one has a place for it, and else named in a warning.
 
     Args:
         path: the file, or a folder such as PEFT's.
@@ -147,6 +152,8 @@ def convert(
         to: the name of a format that can be written.
         base: the names and shapes of the model, where a format needs them.
         options: what some formats do not tell.
+        metadata: more to say, or to say instead; ``task_type`` and ``base_model_name_or_path`` go
+            to PEFT's configuration, which its ``AutoPeftModel`` classes ask for.
         force: replace what is at `out`.
         dry_run: only check.
         how: as for `formats.write`.
@@ -157,6 +164,7 @@ def convert(
     check_place(out, to, force=force, dry_run=dry_run)
     check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
+    adapter = replace(adapter, metadata={**adapter.metadata, **(metadata or {})})
     write_adapter(adapter, out, to, base, force=force, dry_run=dry_run, **how)
     return adapter
 
@@ -188,6 +196,52 @@ def write_adapter(
     written = formats.write(adapter, to, base, **how)
     if not dry_run:
         _save(written, Path(out), form)
+
+
+@own_context()
+def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = DEFAULTS) -> Adapter:
+    """The adapter of a whole pipeline out of those of its models.
+
+    Args:
+        parts: adapters or their files, by the names of the pipeline's models, such as ``"unet"``.
+        options: what some formats do not tell.
+
+    Raises:
+        FileError: a name that no pipeline has, a file that cannot be read, or one whose names of
+            layers only its model tells.
+
+    Example:
+        >>> from paramlora.update.value import Update
+        >>> one = Adapter({"q": Update(torch.ones(1, 3), torch.ones(2, 1))})
+        >>> list(together({"unet": one, "text_encoder": one}).updates)
+        ['unet.q', 'text_encoder.q']
+    """
+    found = Adapter({})
+    for name, given in parts.items():
+        if name not in PARTS:
+            raise FileError(f'"{name}" is no part of a pipeline. Parts: {", ".join(PARTS)}.')
+        if not isinstance(given, Adapter):
+            check_named(given, format_of(given), "another format", None)
+            given = read_adapter(given, None, options)
+        if any(path.startswith(f"{name}.") for path in given.values()):
+            given = part_of(given, name, name)
+        found = _beside_each_other(found, given, f"{name}.")
+    return found
+
+
+def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
+    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{start}{path}": value for path, value in values.items()}
+
+    return Adapter(
+        {**found.updates, **moved(given.updates)},
+        given.name,
+        {**found.metadata, **given.metadata},
+        {**found.whole, **moved(given.whole)},
+        {**found.base, **moved(given.base)},
+        {**found.holders, **moved(given.holders)},
+        {**found.others, **moved(given.others)},
+    )
 
 
 def check_named(path: PathLike, source: str, to: str, base: Optional[Base]) -> None:

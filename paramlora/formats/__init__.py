@@ -45,6 +45,7 @@ from paramlora.formats.format import (
     unregister,
     writable,
 )
+from paramlora.formats.metadata import kept, placed
 from paramlora.update.value import Adapter
 
 __all__ = [
@@ -112,6 +113,7 @@ def read(
     if form.complete:
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
+    adapter = replace(adapter, metadata=kept(content))
     if not (adapter.updates or adapter.others):
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
@@ -216,7 +218,7 @@ def write(
     if fold_scale:
         told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
     _check_scales(told, to)
-    return form.write(told, base, **how)
+    return placed(form.write(told, base, **how), adapter.metadata, form)
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

@@ -27,6 +27,7 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import grouped, kernels, pair, rescaled, with_low_ranks
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.pipeline import PARTS, part_told
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
@@ -174,40 +175,67 @@ def _scale(
     return scale_of(alpha, r, exact.get(path), where)
 
 
-def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") -> Content:
-    """An adapter as the file of ``save_lora_adapter``, or a part of a pipeline's.
+def write(
+    adapter: Adapter, base: Optional[Base] = None, component: Optional[str] = None
+) -> Content:
+    """An adapter as a pipeline's file, which ``pipe.load_lora_weights`` takes, or as a model's.
 
     Args:
         adapter: fitted to its model where kinds of layers matter.
-        base: not needed.
+        base: tells which part of a pipeline the model is, where its names do not.
         component: ``"unet"``, ``"transformer"``, ``"text_encoder"``: the pipeline's name for the
-            model; empty for a file that the model itself loads (``prefix=None``).
+            model; empty for a file that the model itself loads (``load_lora_adapter`` with
+            ``prefix=None``), as it is where nothing tells the part.
 
     Raises:
-        FileError: a layer that is no Linear or convolution, named.
+        FileError: a layer that is no Linear or convolution, named; a text encoder, of which a
+            pipeline may have several; a component that no pipeline has.
     """
+    component = _component_of(adapter, base) if component is None else component
+    if component and component not in PARTS:
+        raise FileError(
+            f'"{component}" is no part of a pipeline, which would load nothing of it. Parts: '
+            f"{', '.join(PARTS)}."
+        )
     state: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    ranks: dict[str, dict[str, int]] = {}  # by component, since each has a configuration
+    alphas: dict[str, dict[str, float]] = {}
     scales: dict[str, tuple[float, int]] = {}
     start = f"{component}." if component else ""
     peft.check_all_rescaled(adapter, "diffusers")
     adapter, magnitudes = with_low_ranks(adapter)
+    each_tells = not component and part_told(adapter.updates) == ""
     for path, update in adapter.updates.items():
         _check(path, update)
         down, up = grouped(update) if update.groups > 1 else kernels(update)
         r = down.shape[0]
-        ranks[path], alphas[path] = r, alpha_of(update.scale, r)
+        part, own = path.split(".", 1) if each_tells else (component, path)
+        ranks.setdefault(part, {})[own] = r
+        alphas.setdefault(part, {})[own] = alpha_of(update.scale, r)
         scales[f"{start}{path}"] = update.scale, r
         state[f"{start}{path}.lora_A.weight"] = down.contiguous()
         state[f"{start}{path}.lora_B.weight"] = up.contiguous()
         if path in magnitudes:
             magnitude = peft.magnitude_of(path, update, magnitudes[path], "diffusers")
             state[f"{start}{path}.lora_magnitude_vector"] = magnitude
-    config = {**peft.config_of(ranks, alphas, set(ranks), []), "use_dora": bool(magnitudes)}
-    flat = json.dumps({f"{start}{key}": value for key, value in config.items()}, sort_keys=True)
-    about = {"format": "pt", METADATA: flat, **scales_metadata(scales)}
+    flat: dict[str, Any] = {}
+    for part, own_ranks in ranks.items():
+        config = peft.config_of(own_ranks, alphas[part], set(own_ranks), [])
+        config["use_dora"] = bool(magnitudes)
+        flat |= {f"{part}.{key}" if part else key: value for key, value in config.items()}
+    told = json.dumps(flat, sort_keys=True)
+    about = {"format": "pt", METADATA: told, **scales_metadata(scales)}
     return Content(state, about)
+
+
+def _component_of(adapter: Adapter, base: Optional[Base]) -> str:
+    part = part_told(adapter.values(), base)
+    if part == "text_encoder":
+        raise FileError(
+            "a text encoder, of which a pipeline may have several: give its name as component "
+            "(--prefix), such as text_encoder or text_encoder_2."
+        )
+    return part or ""
 
 
 def _check(path: str, update: Update) -> None:

@@ -35,10 +35,12 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
-from paramlora.formats.names.levels import MANGLED, belongs
+from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
+from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.update.value import Adapter, Update, Value, apart_by_kind
+from paramlora.update.kinds import KINDS
+from paramlora.update.value import Adapter, KindUpdate, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
     r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:(?:\.[^.]+)?\.weight)?|"
@@ -117,7 +119,10 @@ def _update(
         r = update.r if options.split == 1 else _part(update, options.split, where)
         return replace(update, scale=_scale(alpha, r, exact, where))
     if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
-        delta, r = _product(parts, most, where)
+        delta, r = _product(parts, most, where, form=options.rank is not None)
+        if options.rank is None:
+            scale = _scale(alpha, r, exact, where) if r else 1.0
+            return _kept(parts, scale, tuple(delta.shape), where)
     elif leaves == {"diff"}:
         check_factors(where, parts["diff"])
         delta, r = parts["diff"], 0
@@ -152,15 +157,31 @@ def _scale(alpha: Optional[float], r: int, exact: Any, where: str) -> float:
     return 1.0 if alpha is None else scale_of(alpha, r, exact, where)
 
 
-def _product(parts: Mapping[str, Tensor], most: int, where: str) -> tuple[Tensor, int]:
-    """The dense difference of LoHa or LoKr, and its rank, once its size is known to be sane."""
+def _kept(
+    parts: Mapping[str, Tensor], scale: float, shape: tuple[int, ...], where: str
+) -> KindUpdate:
+    """LoHa or LoKr as what it is."""
+    held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
+    method = "loha" if "hada_w1_a" in held else "lokr"
+    strange = held.keys() - KINDS[method].parts.keys()
+    if strange:
+        raise FileError(f"{where}: {', '.join(sorted(strange))}: no form that can be read.")
+    options = KINDS[method].options_of(held)
+    kind = "convolution" if len(shape) > 2 else None
+    known = None if kind is None else shape
+    return KindUpdate(method, held, scale, known, options=options, kind=kind)
+
+
+def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> tuple[Tensor, int]:
+    """The dense difference of LoHa or LoKr, and its rank, once its size is known to be sane;
+    without numbers where it is not to be formed."""
     shapes = ", ".join(f"{leaf} {list(t.shape)}" for leaf, t in parts.items() if leaf != "alpha")
     check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
-    form = loha if "hada_w1_a" in parts else lokr
+    made = loha if "hada_w1_a" in parts else lokr
     try:
-        size = form({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})[0]
-        _check_size(size.shape, most, where)
-        return form({leaf: wide(t) for leaf, t in parts.items()})
+        found = made({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})
+        _check_size(found[0].shape, most, where)
+        return made({leaf: wide(t) for leaf, t in parts.items()}) if form else found
     except (RuntimeError, KeyError, EinopsError) as error:
         raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
 
@@ -210,30 +231,36 @@ def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     return torch.kron(w1.contiguous(), w2.contiguous()), rank
 
 
-def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_unet") -> Content:
+def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] = None) -> Content:
     """An adapter as kohya's LoRA; ``alpha`` is ``scale · r``.
 
     Args:
         adapter: fitted to its model where kinds of layers matter.
-        base: not needed.
-        prefix: of every key; a component's name in front of a path (``text_encoder.``) gives its
-            own instead.
+        base: tells which part of a pipeline the model is, where its names do not.
+        prefix: of every key, ``lora_unet`` without; a component's name in front of a path
+            (``text_encoder.``) gives its own instead.
 
     Raises:
-        FileError: a layer that is no Linear or Conv2d, or two of one mangled name.
+        FileError: a layer that is no Linear or Conv2d, or two of one mangled name; a text encoder
+            without a prefix, which depends on the pipeline; a prefix that no tool reads.
     """
+    prefix = _prefix_of(adapter, base) if prefix is None else prefix
+    if not any(prefix == level or prefix.startswith(f"{level}_") for level in MANGLED):
+        raise FileError(
+            f'"{prefix}" begins no key that a tool reads, so nothing of the file would load. '
+            f"Prefixes: {', '.join(MANGLED)}."
+        )
     state: dict[str, Tensor] = {}
     scales: dict[str, tuple[float, int]] = {}
+    adapter, products = without_products(adapter)
     adapter, magnitudes = with_low_ranks(adapter)
-    two = any(path.startswith("text_encoder_2.") for path in adapter.updates)
+    paths = (*adapter.updates, *products)
+    two = any(_component(path)[0] == "text_encoder_2" for path in paths)
     for path, update in adapter.updates.items():
         _check(path, update)
         name = name_of(path, prefix, two)
         if name in scales:
-            raise FileError(
-                f"{path}: a second layer of the name {name}, which kohya's format "
-                "cannot tell apart."
-            )
+            raise _taken(path, name)
         down, up = kernels(update)
         alpha = alpha_of(update.scale, update.r)
         state[f"{name}.lora_down.weight"] = down.contiguous()
@@ -242,9 +269,17 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
         if path in magnitudes:
             state[f"{name}.dora_scale"] = magnitudes[path].contiguous()
         scales[name] = update.scale, update.r
+    for path, value in products.items():
+        name = name_of(path, prefix, two)
+        if name in scales:
+            raise _taken(path, name)
+        state |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in value.held.items()}
+        like = next(iter(value.held.values()))
+        state[f"{name}.alpha"] = _alpha_tensor(alpha_of(value.scale, value.r), like.dtype)
+        scales[name] = value.scale, value.r
     ranks = {r for _, r in scales.values()}
     about = {
-        "ss_network_module": "lycoris.kohya" if magnitudes else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if magnitudes or products else "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": "Dynamic",
         **scales_metadata(scales),
@@ -252,18 +287,67 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
     return Content(state, about)
 
 
+def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """An adapter without its LoHa and LoKr updates, and those.
+
+    Raises:
+        FileError: one of a layer that LyCORIS does not know, or whose scale it does not read.
+    """
+    products = {p: value for p, value in adapter.others.items() if value.method in ("loha", "lokr")}
+    for path, value in products.items():
+        known = value.layout == "matrix" and value.kind in (None, "linear", "convolution")
+        if not path or not known:
+            raise FileError(
+                f"{path or '(model)'}: {value.method} of a {value.kind or value.layout}; kohya's "
+                "format holds Linear and convolutions inside of a model only."
+            )
+        if {"lokr_w1", "lokr_w2"} <= value.held.keys() and value.scale != 1:
+            raise FileError(
+                f"{path}: both factors are whole, for which LyCORIS reads no scale, and this one "
+                f"has {value.scale:g}. Keep the native format."
+            )
+    rest = {path: value for path, value in adapter.others.items() if path not in products}
+    return replace(adapter, others=rest), products
+
+
+def _taken(path: str, name: str) -> FileError:
+    return FileError(
+        f"{path}: a second layer of the name {name}, which kohya's format cannot tell apart."
+    )
+
+
+def _prefix_of(adapter: Adapter, base: Optional[Base]) -> str:
+    if part_told(adapter.values(), base) == "text_encoder":
+        raise FileError(
+            "a text encoder, whose keys depend on the pipeline: give a prefix (--prefix): lora_te "
+            "for Stable Diffusion 1 and 2, lora_te1 and lora_te2 for SDXL, with _text_model behind "
+            "where the model has no such level."
+        )
+    return "lora_unet"
+
+
 def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
-    component, _, rest = path.partition(".")
+    component, rest = _component(path)
     te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
-        return f"{te[component]}_{rest.replace('.', '_')}"
+        # transformers 5 has left out a level of CLIP's text model, which all readers know
+        clip = component.startswith("text") and rest.startswith("encoder.layers.")
+        return f"{te[component]}_{'text_model_' if clip else ''}{rest.replace('.', '_')}"
     if any(
         path.startswith(f"{level}_") for level in MANGLED
     ):  # out of a file of the same kind, read without a model
         return path
     return f"{prefix}_{path.replace('.', '_')}"
+
+
+def _component(path: str) -> tuple[str, str]:
+    component, rest = in_checkpoint(path)
+    if component:
+        return component, rest
+    component, _, rest = path.partition(".")
+    return component, rest
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
@@ -295,7 +379,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
-    kinds=("lora", "soft", "dora"),
+    kinds=("lora", "soft", "dora", "loha", "lokr"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),
 )

@@ -39,10 +39,11 @@ from paramlora.update.sharded import is_sharded, writes
 _Own = Callable[..., Any]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer of transformers names its folders
 _MARK = "paramlora_beside"  # in the metadata of the adapters that we write beside a base
-# the library's format, its file of tensors, and its configuration
-_FORMS = {
-    "transformers": ("peft", "adapter_model.safetensors", "adapter_config.json"),
-    "diffusers": ("diffusers", "pytorch_lora_weights.safetensors", ""),
+# the library's format, its file of tensors, its configuration, and what is said to its writer
+_FORMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "transformers": ("peft", "adapter_model.safetensors", "adapter_config.json", {}),
+    # the model's own file, which stands beside the model and not in a pipeline
+    "diffusers": ("diffusers", "pytorch_lora_weights.safetensors", "", {"component": ""}),
 }
 
 
@@ -126,9 +127,9 @@ def _beside(model: nn.Module) -> list[_Beside]:
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
     if len(names) == 1 and strength[names[0]] == 1 and _reads(model) in _FORMS:
-        form, file, config = _FORMS[_reads(model)]
+        form, file, config, how = _FORMS[_reads(model)]
         try:
-            content = formats.write(adapters[names[0]], form, base_of(model))
+            content = formats.write(adapters[names[0]], form, base_of(model), **how)
         except FileError:  # something that only the native file holds
             pass
         else:
@@ -158,7 +159,7 @@ def _clear(folder: Path, beside: list[_Beside]) -> None:
     Raises:
         FileError: one that somebody else put there, which would be loaded onto this base.
     """
-    weights = [file for _, file, _ in _FORMS.values()]
+    weights = [file for _, file, _, _ in _FORMS.values()]
     old = [folder / file for file in weights if (folder / file).is_file()]
     for path in [*old, *folder.glob("adapter.safetensors"), *folder.glob("adapter-*.safetensors")]:
         if not _is_ours(path):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from paramlora.errors import AdapterError
 from paramlora.model.attach import (
     base_of,
     check_adapters,
@@ -12,12 +13,10 @@ from paramlora.model.attach import (
     placed,
     updates_of,
 )
-from paramlora.model.branch import Branch
 from paramlora.model.quantised import dense
-from paramlora.update.attached import AttachedUpdate
-from paramlora.update.lowrank import LowRank
+from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.sharded import gathered
-from paramlora.update.whole import Whole
+from paramlora.update.sum import LowRankTerm
 
 
 @torch.no_grad()
@@ -26,7 +25,8 @@ def update_norms(model: nn.Module, adapter: str = "default") -> dict[str, float]
 
     0 before the first step (except in tensors that are loaded); one that stays 0 belongs to a
     layer that the loss does not reach. Infinite where the weight is all zeros. Soft convolutions of
-    two kernels, which are not one weight, are left out. All processes of a sharded model call it.
+    two kernels, which are not one weight, and counts of batches are left out. All processes of a
+    sharded model call it.
 
     Args:
         model: with `adapter` attached.
@@ -94,14 +94,21 @@ def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
 
 
 def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
-    if isinstance(update, Whole):
-        return _norm(update.lora_whole - base) * abs(update.strength)
-    if not isinstance(update, LowRank) or (isinstance(update, Branch) and update.kernel):
+    """How much the update changes its weight by; None of what changes no weight of numbers."""
+    try:
+        update.check_mergeable("")
+        term = answer(update, "term")
+    except AdapterError:
         return None
-    a, b = (gathered(factor).to(torch.float64) for factor in update.factors())
-    # ‖B·A‖² = trace(BᵀB · AAᵀ), which needs no product of the weight's size
-    square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
-    return square.sqrt() * gathered(update.scaling).abs()
+    if not base.is_floating_point():  # a count of batches
+        return None
+    if type(term) is LowRankTerm:
+        a, b = (gathered(factor).to(torch.float64) for factor in (term.lora_A, term.lora_B))
+        # ‖B·A‖² = trace(BᵀB · AAᵀ), which needs no product of the weight's size
+        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+        return square.sqrt() * gathered(term.factor).abs()
+    before = base.to(_wide(base))
+    return _norm(update(before) - before)
 
 
 def _norm(tensor: Tensor) -> Tensor:

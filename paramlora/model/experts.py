@@ -67,7 +67,7 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     """A layer's stack, adapted or not; None where only the definition is right."""
     held = layer._parameters.get(name)
     if held is not None:
-        return Stack(held, [], False)
+        return Stack(held, [], False) if type(held) is nn.Parameter else None
     parts = known_parts(layer, x, name)
     if parts is None or any(update.layout != "stack" for update in parts[1]):
         return None

@@ -18,8 +18,10 @@ from paramlora.evaluate import dropout, functional, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
+from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
+from paramlora.update.lokr import Lokr
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
 from paramlora.update.rows import Rows
@@ -337,9 +339,21 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
     rescaled = _rescaled(layer, x, 0)
     if rescaled is not None:
         return _rescaled_product(layer, x, rescaled, "matrix")
+    weight, update = _alone(layer, x) or (None, None)
+    if type(update) is Lokr and update.layout == "matrix":
+        return F.linear(x, weight, _bias(layer)) + _kronecker(x, update)  # type: ignore[arg-type]
     rows = _by_rows(layer, x)
     y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
     return y
+
+
+def _kronecker(x: Tensor, update: Lokr) -> Tensor:
+    """The product with a Kronecker product, in autocast's type under that."""
+    device = autocast_of(x)
+    if device is not None:
+        (x,) = functional.cast_for_autocast(device, x)
+    with in_own_types(x):
+        return update.product(x)
 
 
 def _other_embedding(layer: Any, ids: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def enable_input_grads(model: nn.Module, *sources: nn.Module) -> nn.Module:
         >>> assert net.layer.parametrizations.weight[0].lora_B.grad is not None
     """
     disable_input_grads(model)
-    model.register_forward_pre_hook(_inputs, with_kwargs=True)
+    # some models set requires_grad on a view of their input, so they take none that carries one
+    model.register_forward_pre_hook(_tensors_again if sources else _inputs, with_kwargs=True)
     for source in sources or _embeddings(model):
         source.register_forward_hook(_outputs)
     return model
@@ -54,7 +55,7 @@ def disable_input_grads(model: nn.Module) -> None:
     """Undo `enable_input_grads`; nothing where it was never called."""
     for module in model.modules():
         # found by the function, because a deep copy shares no handle with its original
-        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _inputs]:
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook in _BEFORE]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [k for k, hook in module._forward_hooks.items() if hook is _outputs]:
@@ -93,9 +94,7 @@ def _named(module: nn.Module) -> "nn.Module | None":
 def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         return None
-    for module in model.modules():  # now, because layers may be adapted after the call of ours
-        if "parametrizations" in module._modules:
-            module.__dict__[AGAIN] = True
+    _tensors_again(model, args, kwargs)
     main = getattr(model, "main_input_name", None)
     if isinstance(main, str) and _floating(kwargs.get(main)):
         return args, {**kwargs, main: _carrying(kwargs[main])}
@@ -112,6 +111,17 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "enable_input_grads(model, module), or checkpoint with use_reentrant=False."
         )
     return None
+
+
+def _tensors_again(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Have each adapted tensor that is read give its gradient more than once."""
+    if torch.is_grad_enabled():
+        for module in model.modules():  # now, as layers may be adapted after the call of ours
+            if "parametrizations" in module._modules:
+                module.__dict__[AGAIN] = True
+
+
+_BEFORE = (_inputs, _tensors_again)
 
 
 def _outputs(module: nn.Module, args: Any, output: Any) -> Any:

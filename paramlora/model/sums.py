@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.model.recomputed import read_again
+from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import matrix_shape
@@ -37,14 +38,11 @@ def read(plist: Any, again: bool) -> Tensor:
     if transformed():
         return value_of(plist)
     updates = _acting(plist)
-    if not updates or traced() or recorded():
+    held = _held() if updates and not traced() and not recorded() else None
+    state = None if not updates or held is None and not again else _State.of(plist, updates)
+    if state is None or not updates:
         return read_again(plist, value_of) if again else value_of(plist)
-    held = _held()
-    if held is None and not again:
-        return value_of(plist)
-    state, key = _State.of(plist, updates), ("paramlora", id(plist))
-    if state is None:
-        return read_again(plist, value_of) if again else value_of(plist)
+    key = ("paramlora", id(plist))
     found = None if held is None else held.get(key)
     if found is None or not found.serves(state):
         with torch.no_grad():
@@ -54,12 +52,15 @@ def read(plist: Any, again: bool) -> Tensor:
     return found.shown(updates)
 
 
-def _acting(plist: Any) -> Optional[list[LowRank]]:
-    """The updates that act, or None where one is of another kind, or holds its factors where
-    their changes do not show."""
+def _acting(plist: Any) -> Optional[list[Any]]:
+    """The updates that act, or None where one is not ours, holds its factors where their changes
+    do not show, or gives what its reader writes to."""
     updates = list(plist._modules.values())
     for update in updates:
-        if type(update) is not LowRank or not {"lora_A", "lora_B"} <= update._parameters.keys():
+        ours = (
+            isinstance(update, AttachedUpdate) and {"lora_A", "lora_B"} <= update._parameters.keys()
+        )
+        if not ours or update.written_by_reader:
             return None
     return [update for update in updates if update.acts]
 
@@ -91,7 +92,7 @@ class _State:
     rest: list[Any]
 
     @classmethod
-    def of(cls, plist: Any, updates: list[LowRank]) -> "Optional[_State]":
+    def of(cls, plist: Any, updates: list[Any]) -> "Optional[_State]":
         """None where a change of a tensor would not show."""
         tensors = [plist.original]
         for update in updates:
@@ -122,9 +123,14 @@ class _Found:
         unwritten = self.value.is_inference() or self.value._version == self.version
         return unwritten and self.state.same(state)
 
-    def shown(self, updates: list[LowRank]) -> Tensor:
+    def shown(self, updates: list[Any]) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in self.state.tensors):
             return self.value.detach()
+        if self.graphed is None and not all(type(update) is LowRank for update in updates):
+            known = [
+                self.value
+            ]  # what was computed already is not computed again, but for backward
+            self.graphed = read_again(self.plist, lambda p: known.pop() if known else value_of(p))
         if self.graphed is None:
             parts = [_Part(update) for update in updates]
             factors = [t for part in parts for t in (part.a, part.b, part.scale)]

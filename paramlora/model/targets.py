@@ -486,7 +486,8 @@ def _most_rank(target: Target) -> int:
 
 def _check_thin(chosen: list[Target]) -> None:
     """Refuse several tensors that hold less than the rank of one entry, all of them at once."""
-    for entry in dict.fromkeys(target.entry for target in chosen if not target.entry.whole):
+    bounded = [target for target in chosen if kind_of(target.entry).bounded]
+    for entry in dict.fromkeys(target.entry for target in bounded if not target.entry.whole):
         thin = [t for t in chosen if t.entry == entry and entry.r > _most_rank(t)]
         if len(thin) > 1:
             names = ", ".join(f"{t.path or 'weight'} ({_most_rank(t)})" for t in thin[:_LISTED])
@@ -499,6 +500,8 @@ def _check_thin(chosen: list[Target]) -> None:
 
 
 def _check_rank(target: Target) -> None:
+    if not kind_of(target.entry).bounded:
+        return
     _, out, fan_in = matrix_shape(target.shape, target.layout)
     twice, most = target.entry.init in FROM_WEIGHT, _most_rank(target)
     if target.entry.r > most:

@@ -187,6 +187,7 @@ class AttachedUpdate(nn.Module):
 
     alone: ClassVar[bool] = False  # whether its tensor can have no other update
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
+    bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
@@ -399,6 +400,11 @@ class AttachedUpdate(nn.Module):
         """The rank of an update with these tensors; 0 without one."""
         outer = (tensor for name, tensor in held.items() if cls.parts[name] == "output")
         return next((tensor.shape[-1] for tensor in outer), 0)
+
+    @classmethod
+    def options_of(cls, held: Mapping[str, Tensor]) -> tuple[tuple[str, Any], ...]:
+        """The kind's own keys of an entry that makes such tensors."""
+        return ()
 
     @classmethod
     def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:

@@ -26,7 +26,8 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             `term_of`: what it inherits of those is said of another weight.
 
     Raises:
-        AdapterError: there is one of this name, or it does not say all of itself.
+        AdapterError: there is one of this name, or with tensors of these names, or it does not
+            say all of itself.
     """
     own = vars(kind)
     needed = _SAYS if "forward" in own else _SAYS[:1]
@@ -41,10 +42,20 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             f'a kind "{kind.method}" is registered already, as {KINDS[kind.method].__name__}. '
             "Give it another name."
         )
+    alike = [one for one in KINDS.values() if one is not kind and _looks_like(one, kind)]
+    if alike:
+        raise AdapterError(
+            f'{kind.__name__} has tensors of the same names as the kind "{alike[0].method}", so '
+            "a state dict would not tell which it is. Give one of its tensors another name."
+        )
     KINDS[kind.method] = kind
     if not kind.internal:
         CONFIGURED.setdefault(kind.method, KindKeys())
     return kind
+
+
+def _looks_like(one: "type[AttachedUpdate]", other: "type[AttachedUpdate]") -> bool:
+    return one.parts.keys() == other.parts.keys() and one.beside == other.beside
 
 
 def unregister(name: str) -> "type[AttachedUpdate]":

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.arithmetic import combine
+from paramlora.arithmetic import combine, resize
 from paramlora.errors import AdapterError, ParamloraWarning
 from paramlora.update.value import Adapter, Update
 
@@ -283,3 +283,12 @@ NAN = Adapter({"q": replace(update(2, 1), lora_A=torch.full((2, 9), float("nan")
 def test_what_does_not_add_is_told_in_a_sentence(adapters, how, options, told):
     with pytest.raises(AdapterError, match=told):
         combine(adapters, how, **options)
+
+
+def test_other_kinds_are_named_and_never_left_out():
+    net = nn.ModuleDict({"q": nn.Linear(9, 12), "v": nn.Linear(9, 12)})
+    paramlora.attach(net, {"q": {"r": 2}, "v": {"r": 2, "kind": "dora"}})
+    adapter = paramlora.adapter_of(net)
+    for call in (lambda: combine([adapter, adapter]), lambda: resize(adapter, 1)):
+        with pytest.raises(AdapterError, match=r"v: .* of a kind \(dora\) .* does not add"):
+            call()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from paramlora.arithmetic import resize
+import paramlora
+from paramlora.arithmetic import combine, resize
 from paramlora.errors import AdapterError
 from paramlora.update.value import Adapter, Update
 
@@ -96,3 +97,14 @@ def test_an_update_of_zeros_has_rank_one():
 def test_what_cannot_be_is_told(rank, energy, told):
     with pytest.raises(AdapterError, match=told):
         resize(adapter(), rank, energy=energy)
+
+
+@pytest.mark.parametrize("kind", ({"r": 1, "kind": "dora"}, {"rows": [0]}))
+def test_other_kinds_are_refused_and_never_left_out(kind):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3), "b": torch.nn.Linear(4, 3)})
+    paramlora.attach(model, {"a": kind, "b": {"r": 1}})
+    adapter = paramlora.adapter_of(model)
+    name = adapter.others["a"].method
+    for act in (lambda: combine([adapter]), lambda: resize(adapter, rank=1)):
+        with pytest.raises(paramlora.AdapterError, match=rf'"default": a is of the kind "{name}"'):
+            act()

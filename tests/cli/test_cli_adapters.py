@@ -119,3 +119,30 @@ def test_a_file_that_is_no_adapter(capsys, tmp_path):
     assert code == 2 and out == "" and "no adapter format that is known" in err
     code, _, err = run(capsys, "inspect", tmp_path / "gone")
     assert code == 2 and "cannot be read: No such file" in err
+
+
+def test_parts_of_a_pipeline_become_one_file(capsys, tmp_path, style):
+    native = ["--model", f"{__name__}:net", "--to", "native"]
+    for name in ("unet", "text_encoder"):
+        run(capsys, "convert", style, "-o", tmp_path / f"{name}.safetensors", *native)
+    parts = [f"--component={n}={tmp_path / n}.safetensors" for n in ("unet", "text_encoder")]
+    out = tmp_path / "one.safetensors"
+    code, _, err = run(capsys, "convert", *parts, "-o", out, "--to", "diffusers")
+    assert (code, err) == (0, f"converted 4 updates into {out}, as diffusers")
+    assert {key.split(".")[0] for key in load_file(out)} == {"unet", "text_encoder"}
+    for wrong, told in (
+        ([], "no file to convert. Give one, or --component PART=FILE"),
+        ([parts[0], parts[0]], "one part has two files"),
+        ([style, parts[0]], "gives each part its file. Leave out the other file"),
+        ([*parts, "--model", f"{__name__}:net"], "--model tells the names of one model"),
+        ([parts[0].replace("unet=", "unit=")], '"unit" is no part of a pipeline'),
+    ):
+        code, _, err = run(capsys, "convert", *wrong, "-o", tmp_path / "x", "--to", "diffusers")
+        assert code == 2 and told in err
+
+
+def test_the_task_and_the_base_are_written_for_peft(capsys, tmp_path, style):
+    told = ("--task-type", "CAUSAL_LM", "--base-name", "my/base", "--model", f"{__name__}:net")
+    assert run(capsys, "convert", style, "-o", tmp_path / "p", "--to", "peft", *told)[0] == 0
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["base_model_name_or_path"] == "my/base"

@@ -22,7 +22,7 @@ from test_cli import run
 
 import paramlora
 from paramlora import FileError
-from paramlora.files.inspect import inspect
+from paramlora.files.inspection import inspect
 
 ROOT = Path(__file__).parents[2]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -14,7 +14,7 @@ import paramlora
 from paramlora import files, formats
 from paramlora.errors import FileError, ParamloraWarning
 from paramlora.files import adapters as interchange
-from paramlora.files.inspect import inspect
+from paramlora.files.inspection import inspect
 from paramlora.formats import Options
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, Update

@@ -19,7 +19,7 @@ from torch import nn
 import paramlora
 from paramlora import Adapter, AdapterError, FileError, Update, files
 from paramlora.files.checkpoint import Stored
-from paramlora.files.inspect import inspect
+from paramlora.files.inspection import inspect
 from paramlora.files.native import read_native, write_native
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(3).bfloat16()}

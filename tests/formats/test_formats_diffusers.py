@@ -135,7 +135,7 @@ def test_what_diffusers_writes_acts_here(tmp_path, rslora):
 def test_without_metadata_the_scale_is_1_as_in_diffusers(tmp_path):
     net = unet()
     ours = adapter(net)
-    state = formats.write(ours, "diffusers", formats.base_of(net)).state
+    state = formats.write(ours, "diffusers", formats.base_of(net), component="").state
     save_file(dict(state), tmp_path / "pytorch_lora_weights.safetensors")
     net.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     found = formats.read(formats.Content(state), formats.base_of(unet()))

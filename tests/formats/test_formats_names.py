@@ -14,6 +14,7 @@ from paramlora.errors import FileError
 from paramlora.files import adapters
 from paramlora.formats import Content, Slot
 from paramlora.formats.names import TABLES, Name
+from paramlora.formats.parts import WITH, has_ratio, instance, parts_of
 from paramlora.formats.places import Places
 
 diffusers = pytest.importorskip("diffusers")
@@ -617,9 +618,9 @@ def test_a_module_called_model_keeps_its_level(tmp_path, safe):
     save_file(state, path) if safe else torch.save(state, path)
     with warnings.catch_warnings():
         assert adapters.read_adapter(path).updates.keys() == {stem}
-        for inside in (stem, "layers.0.q_proj", f"language_{stem}"):
+        for inside in (stem, "layers.0.q_proj", f"vision_{stem}"):
             slots = {inside: Slot((4, 6), "matrix", "linear")}
-            if inside.startswith("language"):
+            if inside.startswith("vision"):
                 with pytest.raises(FileError, match="updates of what the model does not have"):
                     adapters.read_adapter(path, slots)
             else:
@@ -684,3 +685,47 @@ def test_a_bias_is_no_factor():
     state = {**content.state, "lora_unet_q.lora_up.bias": torch.ones(4)}
     with pytest.raises(FileError, match="no update of one weight: lora_unet_q.lora_up.bias"):
         formats.read(Content(state))
+
+
+@pytest.mark.parametrize("file", ["model.", "language_model.model.", "model.language_model.", ""])
+@pytest.mark.parametrize("own", ["model.", "language_model.model.", "model.language_model."])
+def test_a_language_model_beside_a_vision_tower(file, own):
+    """As transformers' versions have named it; the tower's layers stay its own."""
+    slots = {f"{start}layers.0.q_proj": Slot((4, 6)) for start in (own, "model.visual.")}
+    factors = {f"base_model.model.{file}layers.0.q_proj": (torch.ones(3, 6), torch.ones(4, 3))}
+    content = file_of({p[17:]: f for p, f in factors.items()}, "base_model.model.")
+    assert formats.read(content, slots).updates.keys() == {f"{own}layers.0.q_proj"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_two_tables_disagree_on_a_model(name):
+    """Nor does one table: what a name stands for there is one thing, in both namings."""
+    slots = slots_of(ARCHITECTURES[name])
+    for base in (slots, formats.original_of(slots)):
+        shapes = {path: slot.shape for path, slot in base.items()}
+        known, told = parts_of(shapes), {}
+        for held in known.values():
+            for row in WITH[held.template.name, held.template.piece]:
+                rows = instance(row, held.before, held.numbers, known)
+                if rows is not None and has_ratio(row, shapes[held.path]):
+                    other = row.name.filled(held.before, held.numbers)
+                    told.setdefault(other, set()).add(
+                        tuple((known[part.name].path, part.name) for part in rows[0])
+                    )
+        for other, meanings in told.items():
+            weights = {tuple(path for path, _ in meaning) for meaning in meanings}
+            assert len({tuple(dict.fromkeys(paths)) for paths in weights}) == 1, (other, weights)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_what_a_checkpoint_stands_for_is_no_part_of_kohyas_names(name):
+    """Converted with a checkpoint of several models, and read onto a model of one."""
+    case = ARCHITECTURES[name]
+    slots = slots_of(case)
+    original = {f"model.diffusion_model.{p}": s for p, s in formats.original_of(slots).items()}
+    factors = pairs_of({path: slot.shape[0] for path, slot in slots.items()})
+    spelled = formats.read(file_of(factors, ""), original)
+    content = formats.write(spelled, "kohya", original)
+    stems = {f"lora_unet_{p[22:].replace('.', '_')}" for p in original}
+    assert {key.partition(".")[0] for key in content.state} == stems
+    same(formats.read(content, slots).updates, {p: delta(f, 2.0) for p, f in factors.items()})

@@ -15,7 +15,7 @@ from torch import nn
 import paramlora
 from paramlora import FileError, files, formats
 from paramlora.files import adapters as interchange
-from paramlora.files.inspect import inspect
+from paramlora.files.inspection import inspect
 from paramlora.update.value import Adapter, Update
 
 PACKAGE = Path(paramlora.__file__).parent

@@ -24,6 +24,7 @@ CASES = {
     "embedding": (lambda: nn.Embedding(7, 4), {"0": {"r": 2}}),
     "soft": (lambda: nn.Linear(6, 5), {"0": {"r": 2, "hard": 0, "scale": 3}}),
     "pissa": (lambda: nn.Linear(6, 5), {"0": {"r": 2, "init": "pissa"}}),
+    "dora": (lambda: nn.Linear(6, 5), {"0": {"r": 2, "kind": "dora"}}),
     "stack": (Experts, {"0.w": {"r": 2}}),
     "weight norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
@@ -89,6 +90,14 @@ def test_a_quantised_base_is_measured_as_what_it_stands_for():
     nn.init.normal_(low.lora_B)
     update = low.lora_B.double() @ low.lora_A.double()
     assert update_norms(model)["0"] == pytest.approx((update.norm() / dense.norm()).item(), 1e-5)
+
+
+def test_statistics_are_measured_and_counts_left_out():
+    model = paramlora.attach(nn.Sequential(nn.BatchNorm1d(3)), {"0": {"whole": True}})
+    model(torch.randn(8, 3) + 5)
+    norms = update_norms(model)
+    assert set(norms) == {"0", "0.bias", "0.running_mean", "0.running_var"}
+    assert norms["0"] == 0 and norms["0.running_mean"] == math.inf and norms["0.running_var"] > 0
 
 
 def test_they_are_written_one_by_one():

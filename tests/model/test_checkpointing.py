@@ -131,6 +131,35 @@ def test_a_model_without_a_float_says_what_to_do():
     assert low.lora_A.grad.abs().max() > 0
 
 
+def test_a_model_that_takes_no_input_with_a_gradient_begins_at_the_named_module():
+    class Sounds(nn.Module):
+        """As wav2vec2's encoder does in training, to checkpoint what is frozen."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.body = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            hidden = x[:, None]
+            hidden.requires_grad = True
+            return checkpoint(self.body, self.first(hidden.detach()), use_reentrant=True)
+
+    torch.manual_seed(0)
+    model = attached(Sounds(), ["body"], 1)
+    x = torch.randn(5, 4, dtype=next(model.parameters()).dtype)
+    with pytest.raises(RuntimeError, match="leaf variables"):
+        paramlora.enable_input_grads(model)(x)
+    paramlora.enable_input_grads(model, model.first)
+    y = model(x)
+    y.sum().backward()
+    ((_, _, low),) = lowranks(model)
+    hidden = model.first(x[:, None]).detach().double().reshape(-1, 4)
+    want = low.scaling.double() * low.lora_B.double().sum(0)[:, None] * hidden.sum(0)[None]
+    torch.testing.assert_close(low.lora_A.grad.double(), want.detach())
+    paramlora.disable_input_grads(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_the_last_adapter_takes_the_hooks_along():
     for leave in (paramlora.merge, paramlora.detach):
         model = paramlora.enable_input_grads(attached(Blocks(True), ["blocks.0.0"], 1))

@@ -335,6 +335,35 @@ def test_a_small_update_is_kept_in_16_bits():
             assert 0.97 < share < 1.03
 
 
+@pytest.mark.parametrize("rates", (None, (0.4,), (0.4, 0.0)), ids=str)
+@pytest.mark.parametrize("transposed", (False, True))
+def test_the_way_of_a_device_is_that_of_a_loop(rates, transposed, monkeypatch):
+    """torch's grouped product, which a device gets, also runs on a CPU; ranks are padded there."""
+    torch.manual_seed(0)
+    ends = torch.tensor([4, 4, 9, 12], dtype=torch.int32)
+    sizes = (16, 24) if transposed else (24, 16)
+    weight, x = torch.randn(4, *sizes), torch.randn(12, 16)
+    weight = weight.mT if transposed else weight
+    a, b, scale = torch.randn(4, 3, 16), torch.randn(4, 24, 3), torch.tensor(0.6)
+    values = [t.requires_grad_() for t in (x, weight.detach(), a, b, scale)]
+    ranks = {None: (), 1: (3,), 2: (1, 2)}[rates and len(rates)]
+    drops = None if rates is None else drops_for(x, rates, ranks)
+    found = []
+    for on_device in (False, True):
+
+        def serves(x, *sizes, on_device=on_device):
+            return on_device and not any(n % 8 for n in sizes)
+
+        monkeypatch.setattr(grouped, "_on_device", serves)
+        y = grouped.grouped_linear(x, values[1], ends, a, b, scale, 1.5, drops)
+        (y * torch.arange(24)).square().sum().backward()
+        found.append([y, *(t.grad.clone() for t in values)])
+        for t in values:
+            t.grad = None
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+
+
 def test_gradients_in_float16_beyond_its_range():
     """An update whose factors alone would overflow."""
     torch.manual_seed(0)

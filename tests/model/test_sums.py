@@ -97,6 +97,31 @@ def test_a_loop_gets_one_sum_and_its_gradients(sums):
     torch.testing.assert_close(update.lora_B.grad.double(), right.stack.grad @ a.mT, **close)
 
 
+def test_another_kind_of_update_is_computed_once_too(monkeypatch):
+    from paramlora.update.dora import Dora
+
+    counts, value = collections.Counter(), Dora.forward
+
+    def counted(self, weight):
+        counts[id(self)] += not torch.is_grad_enabled()  # the backward computes it again
+        return value(self, weight)
+
+    torch.manual_seed(0)
+    model = adapted(Loop(), {"stack": {"r": 2, "kind": "dora"}})
+    monkeypatch.setattr(Dora, "forward", counted)
+    x = torch.randn(5, 6)
+    want = model.stack.detach().clone()
+    counts.clear()
+    y = model(x)
+    assert list(counts.values()) == [1]
+    y.square().sum().backward()
+    for matrix in want:
+        x = torch.tanh(x @ matrix)
+    size = 6 * 4 * 3
+    torch.testing.assert_close(y, model.other(x) + size)
+    assert model.parametrizations.stack[0].lora_A.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode, torch.enable_grad))
 def test_the_same_number_in_each_mode(context, sums):
     model, x = loop(), torch.randn(5, 6)
@@ -120,6 +145,14 @@ def test_a_reader_without_gradients_and_one_with_share_it(sums):
     total = dense(model).stack
     want = model.parametrizations.stack[0].lora_A.sum(-1)[:, None].expand_as(b) * total[0].sum()
     torch.testing.assert_close(b.grad.double(), want.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_recurrent_layer_reads_each_weight_once(sums):
+    names = ("weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1")
+    model = adapted(nn.LSTM(6, 5, num_layers=2), {name: {"r": 2} for name in names})
+    model(torch.randn(3, 2, 6))[0].square().sum().backward()
+    assert len(sums) == 4 and set(sums.values()) == {1}
+    assert all(low.lora_B.grad.abs().sum() > 0 for _, _, low in updates(model))
 
 
 def test_it_is_gone_after_the_call_and_after_one_that_fails():

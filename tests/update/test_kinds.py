@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from paramlora.files.inspect import inspect
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +15,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import paramlora
 from paramlora import files
 from paramlora.files.adapters import convert
-from paramlora.files.inspect import inspect
 from paramlora.model.attach import _register, updates
 from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.lowrank import LowRank
@@ -104,18 +104,18 @@ def scaled():
         """``W' = m · (W + scale·B·A)``, with a magnitude ``m`` for each row."""
 
         method = "scaled"
-        parts = {**LowRank.parts, "lora_magnitude": "weight"}
+        parts = {**LowRank.parts, "lora_length": "weight"}
 
         def __init__(self, weight, *args, **options):
             super().__init__(weight, *args, **options)
-            self.lora_magnitude = nn.Parameter(torch.ones_like(weight[:, :1]))
+            self.lora_length = nn.Parameter(torch.ones_like(weight[:, :1]))
 
         def forward(self, weight):
-            return torch.lerp(weight, self.lora_magnitude * super().forward(weight), self.gain)
+            return torch.lerp(weight, self.lora_length * super().forward(weight), self.gain)
 
         @staticmethod
         def term_of(parts, gain, layout):
-            return ScaledTerm(LowRank.term_of(parts, gain, layout), parts["lora_magnitude"])
+            return ScaledTerm(LowRank.term_of(parts, gain, layout), parts["lora_length"])
 
     yield Scaled
     unregister("scaled")
@@ -140,13 +140,13 @@ def wanted(model, weight):
     """The definition, in float64 and by the values in the model's own state dict."""
     state = {k.rpartition(".")[2]: v for k, v in model.state_dict().items()}
     total = weight + state["lora_scale"] * state["lora_B"] @ state["lora_A"]
-    return state["lora_magnitude"] * total
+    return state["lora_length"] * total
 
 
 def test_it_attaches_and_trains(scaled):
     model, weight, bias, x = trained()
     ((_, _, update),) = updates(model)
-    assert type(update) is scaled and (update.lora_magnitude != 1).any() and update.lora_B.any()
+    assert type(update) is scaled and (update.lora_length != 1).any() and update.lora_B.any()
     torch.testing.assert_close(model(x), x @ wanted(model, weight).T + bias)
     with paramlora.disable_adapters(model):
         assert torch.equal(model[0].weight, weight)
@@ -199,7 +199,7 @@ def test_it_is_embedded_and_extracted(scaled):
     assert all(torch.equal(embedded[key], state[key]) for key in state)
     again = paramlora.checkpoint.extract(embedded).others["0"]
     assert again.scale == 0.7 and again.r == 2
-    assert torch.equal(again.held["lora_magnitude"], adapter.others["0"].held["lora_magnitude"])
+    assert torch.equal(again.held["lora_length"], adapter.others["0"].held["lora_length"])
     del embedded["0.parametrizations.weight.0.lora_B"]
     with pytest.raises(paramlora.FileError, match="an update is inside without its lora_B"):
         paramlora.checkpoint.extract(embedded)
@@ -212,7 +212,7 @@ def test_it_is_shown_and_grouped(scaled, tmp_path):
     assert (row.r, row.kind, row.parameters) == (2, "scaled", 2 * (6 + 4) + 6)
     assert row.scale == pytest.approx(0.7)
     groups = {g["name"]: g["params"] for g in paramlora.parameter_groups(model, 1e-3)}
-    assert groups["lora_magnitude"] == [update.lora_magnitude] and "model" not in groups
+    assert groups["lora_length"] == [update.lora_length] and "model" not in groups
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     (row,) = inspect(tmp_path / "a.safetensors").rows
     assert (row.path, row.shape, row.r, row.scale, row.kind) == ("0", (6, 4), 2, 0.7, "scaled")
@@ -237,15 +237,15 @@ def test_it_is_sharded_as_its_weight_is(scaled, dim, one_process):
     paramlora.attach(model, {"0": {"r": 2, "kind": "scaled"}})
     ((_, _, update),) = updates(model)
     places = {name: getattr(update, name).placements[0] for name in ("lora_A", "lora_B")}
-    places["lora_magnitude"] = update.lora_magnitude.placements[0]
+    places["lora_length"] = update.lora_length.placements[0]
     rows = dim == 0
     assert places == {
         "lora_A": Replicate() if rows else Shard(1),
         "lora_B": Shard(0) if rows else Replicate(),
-        "lora_magnitude": Shard(0) if rows else Replicate(),
+        "lora_length": Shard(0) if rows else Replicate(),
     }
     with torch.no_grad():
-        update.lora_B.fill_(0.5), update.lora_magnitude.fill_(1.5)
+        update.lora_B.fill_(0.5), update.lora_length.fill_(1.5)
     a = update.lora_A.full_tensor()
     want = 1.5 * (weight + a.sum(0).mul(0.5).expand(6, 4))
     torch.testing.assert_close(paramlora.merge(model)[0].weight.full_tensor(), want)
@@ -272,6 +272,15 @@ def test_a_parameter_that_is_not_told_is_refused_before_it_is_lost(scaled):
 def test_two_kinds_of_one_name_are_refused(scaled):
     with pytest.raises(paramlora.AdapterError, match='"scaled" is registered already, as Scaled'):
         register(type("Other", (LowRank,), {"method": "scaled"}))
+
+
+def test_two_kinds_with_tensors_of_the_same_names_are_refused(scaled):
+    said = {"method": "twin", "parts": scaled.parts, "term_of": scaled.term_of}
+    with pytest.raises(
+        paramlora.AdapterError, match='Twin has tensors of the same names .*"scaled'
+    ):
+        register(type("Twin", (LowRank,), {**said, "forward": scaled.forward}))
+    assert "twin" not in KINDS
 
 
 def test_a_kind_that_is_not_registered_is_no_configuration(tmp_path):

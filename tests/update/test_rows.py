@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from paramlora.files.inspect import inspect
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
 from paramlora import files
-from paramlora.files.inspect import inspect
 from paramlora.model.attach import updates
 
 IDS = [7, 1, 4]

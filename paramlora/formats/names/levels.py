@@ -5,7 +5,28 @@ from collections.abc import Iterator, Mapping
 DENOISER = ("unet", "transformer", "prior", "decoder")
 _FIRST, _SECOND, _THIRD = ("text_encoder",), ("text_encoder_2",), ("text_encoder_3",)
 
-# the components of a pipeline that a level can mean; none where it tells nothing
+# where checkpoints of several models have each, and the components of a pipeline that it can be
+CHECKPOINTS: dict[str, tuple[str, ...]] = {
+    # Stability's
+    "model.diffusion_model": DENOISER,
+    "cond_stage_model.transformer": _FIRST,
+    "cond_stage_model.model": _FIRST,
+    "conditioner.embedders.0.transformer": _FIRST,
+    "conditioner.embedders.0.model": _FIRST,
+    "conditioner.embedders.1.model": _SECOND,
+    # ComfyUI's
+    "diffusion_model": DENOISER,
+    "text_encoders.clip_l.transformer": _FIRST,
+    "text_encoders.clip_h.transformer": _FIRST,
+    "text_encoders.clip_g.transformer": _SECOND,
+    "text_encoders.t5xxl.transformer": ("text_encoder_2", "text_encoder_3", "text_encoder"),
+    "text_encoders.umt5xxl.transformer": _FIRST,
+    "text_encoders.qwen25_7b.transformer": _FIRST,
+    "text_encoders.qwen3_4b.transformer": _FIRST,
+    "text_encoders.gemma2_2b.transformer": _FIRST,
+    "text_encoders.llama.transformer": _FIRST,
+}
+# every level, and the same of it; none where it tells nothing
 LEVELS: dict[str, tuple[str, ...]] = {
     "_orig_mod": (),  # torch.compile
     "module": (),  # DistributedDataParallel
@@ -16,6 +37,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "state_dict": (),
     "model": (),
     "text_model": (),  # of CLIP, which transformers 5 has left out
+    "language_model": (),  # beside a vision tower, above and below other levels as versions go
     "unet": ("unet",),
     "transformer": ("transformer",),
     "transformer_2": ("transformer_2",),
@@ -24,25 +46,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "text_encoder": _FIRST,
     "text_encoder_2": _SECOND,
     "text_encoder_3": _THIRD,
-    # Stability's checkpoints
-    "model.diffusion_model": DENOISER,
-    "cond_stage_model.transformer": _FIRST,
-    "cond_stage_model.model": _FIRST,
-    "conditioner.embedders.0.transformer": _FIRST,
-    "conditioner.embedders.0.model": _FIRST,
-    "conditioner.embedders.1.model": _SECOND,
-    # ComfyUI's
-    "diffusion_model": DENOISER,
     "text_encoders": (),
-    "text_encoders.clip_l.transformer": _FIRST,
-    "text_encoders.clip_h.transformer": _FIRST,
-    "text_encoders.clip_g.transformer": _SECOND,
-    "text_encoders.t5xxl.transformer": ("text_encoder_2", "text_encoder_3", "text_encoder"),
-    "text_encoders.umt5xxl.transformer": _FIRST,
-    "text_encoders.qwen25_7b.transformer": _FIRST,
-    "text_encoders.qwen3_4b.transformer": _FIRST,
-    "text_encoders.gemma2_2b.transformer": _FIRST,
-    "text_encoders.llama.transformer": _FIRST,
+    **CHECKPOINTS,
 }
 # in front of a path with ``_`` for ``.``: kohya's, LyCORIS' and OneTrainer's
 MANGLED: dict[str, tuple[str, ...]] = {
@@ -99,6 +104,19 @@ def flat(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield rest, components
         if rest.startswith("_"):  # ``lora_unet__blocks``
             yield rest.lstrip("_"), components
+
+
+def in_checkpoint(path: str) -> tuple[str, str]:
+    """(component, path in it) of a checkpoint of several models; no component of any other.
+
+    Example:
+        >>> in_checkpoint("conditioner.embedders.1.model.ln_final"), in_checkpoint("unet.a")
+        (('text_encoder_2', 'ln_final'), ('', 'unet.a'))
+    """
+    for level in sorted(CHECKPOINTS, key=len, reverse=True):
+        if path.startswith(f"{level}."):
+            return CHECKPOINTS[level][0], path[len(level) + 1 :]
+    return "", path
 
 
 def belongs(path: str, component: str) -> bool:

@@ -1,0 +1,79 @@
+"""LoHa: the product, element by element, of two low-rank matrices."""
+
+from typing import Any
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from paramlora.config import TargetConfig
+from paramlora.update.added import Added, Parts
+from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.kinds import register
+
+_STARTS = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0, "hada_t1": 0.1, "hada_t2": 0.1}
+
+
+@register
+class Loha(Added):
+    r"""Low-rank Hadamard product, Yeh et al. 2023 (arXiv:2309.14859), section 3.1; Hyeon-Woo et
+    al. 2021 (FedPara, arXiv:2108.06098), equation 2.
+
+    .. math:: W' = W + scale · (w_{1a} w_{1b}) ∘ (w_{2a} w_{2b})
+
+    It can be of rank ``r²``. With ``"tucker"`` on a convolution each side is
+    :math:`t ×_1 w_a ×_2 w_b` (FedPara's proposition 3). LyCORIS's names, shapes and first values:
+    ``hada_w2_a`` zero, the rest normal.
+
+    Shapes: ``hada_w1_a``, ``hada_w2_a`` ``[out, r]`` and ``hada_w1_b``, ``hada_w2_b`` ``[r, in]``;
+    with Tucker ``[r, out]``, ``[r, in]`` and ``hada_t1``, ``hada_t2`` ``[r, r, *kernel]``.
+    """
+
+    method = "loha"
+    parts = {
+        **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "own"),
+        **dict.fromkeys(("hada_t1", "hada_t2"), "own"),
+        "lora_scale": "number",
+    }
+
+    @classmethod
+    def sizes(
+        cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+    ) -> dict[str, tuple[int, ...]]:
+        """As LyCORIS has them."""
+        r, kernel = entry.r, shape[2:]
+        if dict(entry.options).get("tucker") and layout == "matrix" and set(kernel) - {1}:
+            sides = {"a": (r, shape[0]), "b": (r, shape[1])}
+            middle = {"hada_t1": (r, r, *kernel), "hada_t2": (r, r, *kernel)}
+        else:
+            _, out, fan_in = matrix_shape(shape, layout)
+            sides, middle = {"a": (out, r), "b": (r, fan_in)}, {}
+        return {**{f"hada_w{n}_{s}": sides[s] for n in (1, 2) for s in "ab"}, **middle}
+
+    @classmethod
+    def start(cls, name: str, own: Tensor) -> None:
+        """Normal, and one factor zero."""
+        own.normal_(std=_STARTS[name]) if name in _STARTS else own.zero_()
+
+    @staticmethod
+    def change(parts: Parts) -> Tensor:
+        """The product of both sides."""
+        return _side(parts, 1) * _side(parts, 2)
+
+    @classmethod
+    def rank_of(cls, held: Any) -> int:
+        """Of each of the two matrices."""
+        return int(held["hada_w1_b"].shape[0])
+
+    @classmethod
+    def options_of(cls, held: Parts) -> tuple[tuple[str, Any], ...]:
+        """Whether it is of Tucker's form."""
+        return (("tucker", True),) if "hada_t1" in held else ()
+
+
+def _side(parts: Parts, number: int) -> Tensor:
+    a, b = parts[f"hada_w{number}_a"], parts[f"hada_w{number}_b"]
+    middle = parts.get(f"hada_t{number}")
+    if middle is None:
+        return torch.matmul(a, b)
+    return einsum(middle, a, b, "i j ..., i out, j fan_in -> out fan_in ...")

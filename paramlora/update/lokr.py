@@ -1,0 +1,158 @@
+"""LoKr: the Kronecker product of a small matrix and a larger one, which may be of low rank."""
+
+import math
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from paramlora.config import TargetConfig
+from paramlora.update.added import Added, Parts
+from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.kinds import register
+
+_Pair = tuple[int, int]
+
+
+@register
+class Lokr(Added):
+    r"""Low-rank Kronecker product, Yeh et al. 2023 (arXiv:2309.14859), section 3.2.
+
+    .. math:: W' = W + scale · w_1 ⊗ w_2, \quad w_2 = w_{2a} w_{2b}
+
+    LyCORIS's definition, names and first values. ``"factor"`` is the most that the outputs and
+    inputs of ``w_1`` are, each the divisor nearest to the root of the weight's where none is given;
+    with ``"full_matrix"``, or where `r` is half of ``w_2`` or more, ``w_2`` is whole; with
+    ``"decompose_both"`` ``w_1`` is of rank `r` too; with ``"tucker"`` on a convolution
+    :math:`w_2 = t_2 ×_1 w_{2a} ×_2 w_{2b}`. ``"sizes"`` gives ``[[a, c], [b, d]]`` itself.
+
+    Shapes: ``lokr_w1`` ``[a, b]`` (or ``lokr_w1_a`` ``[a, r]`` and ``lokr_w1_b`` ``[r, b]``) and
+    ``lokr_w2`` ``[c, d, *kernel]`` (or ``lokr_w2_a`` ``[c, r]`` and ``lokr_w2_b``
+    ``[r, d·kernel]``; with Tucker ``[r, c]``, ``[r, d]`` and ``lokr_t2`` ``[r, r, *kernel]``),
+    where ``a · c`` are the outputs and ``b · d`` the inputs.
+    """
+
+    method = "lokr"
+    parts = {
+        **dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b"), "own"),
+        **dict.fromkeys(("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), "own"),
+        "lora_scale": "number",
+    }
+
+    @classmethod
+    def sizes(
+        cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+    ) -> dict[str, tuple[int, ...]]:
+        """As LyCORIS has them."""
+        options, r = dict(entry.options), entry.r
+        _, out, fan_in = matrix_shape(shape, layout)
+        kernel = shape[2:] if layout == "matrix" else ()
+        inner = shape[1] if kernel else fan_in
+        told: Any = options.get("sizes")
+        if told and inner != fan_in == math.prod(told[1]):  # the kernel is among the inputs
+            kernel = ()
+        factor = options.get("factor", -1)
+        (a, c), (b, d) = told or (split(out, factor), split(inner, factor))
+        full, both = options.get("full_matrix", False), options.get("decompose_both", False)
+        whole_1 = not both or (told is None and (full or r >= max(a, b) / 2))
+        whole_2 = full or (told is None and r >= max(c, d) / 2)
+        first: dict[str, tuple[int, ...]] = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, b)}
+        first = {"lokr_w1": (a, b)} if whole_1 else first
+        if whole_2:
+            return {**first, "lokr_w2": (c, d, *kernel)}
+        if options.get("tucker") and set(kernel) - {1}:
+            middle = {"lokr_t2": (r, r, *kernel)}
+            return {**first, "lokr_w2_a": (r, c), "lokr_w2_b": (r, d), **middle}
+        return {**first, "lokr_w2_a": (c, r), "lokr_w2_b": (r, d * math.prod(kernel))}
+
+    @classmethod
+    def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:
+        """Why it cannot update a tensor of that shape."""
+        sizes: Any = dict(entry.options).get("sizes")
+        if sizes and layout != "stack":
+            _, out, fan_in = matrix_shape(shape, layout)
+            inner = shape[1] if len(shape) > 2 and layout == "matrix" else fan_in
+            products = [math.prod(pair) for pair in sizes]
+            if products not in ([out, inner], [out, fan_in]):
+                return f'which has {out} outputs and {inner} inputs, and "sizes" give {products}.'
+        return super().check_site(entry, shape, layout)
+
+    @classmethod
+    def start(cls, name: str, own: Tensor) -> None:
+        """Uniform as torch's own Linear, and one factor of ``w_2`` zero."""
+        if name in ("lokr_w2", "lokr_w2_b"):
+            own.zero_()
+        else:
+            bound = 1 / math.sqrt(own[0].numel())
+            own.uniform_(-bound, bound)
+
+    @staticmethod
+    def change(parts: Parts) -> Tensor:
+        """``w_1 ⊗ w_2``."""
+        first, second = factors(parts)
+        if second.dim() > 2:  # of a kernel, which the first has not
+            product = einsum(first, second, "a b, c d ... -> a c b d ...")
+            return product.flatten(0, 1).flatten(1, 2)
+        return torch.kron(first, second)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x (w_1 ⊗ w_2)ᵀ`` times the scale and the strength, without the Kronecker product."""
+        first, second = (one.to(x.dtype) for one in factors(self.plain()))
+        split_x = rearrange(x, "... (b d) -> ... b d", b=first.shape[1])
+        inner = torch.matmul(split_x, second.t())  # [..., b, c]
+        y = einsum(first, inner, "a b, ... b c -> ... a c").flatten(-2)
+        scale = self.lora_scale * self.gain.to(self.lora_scale.device)
+        return (y * scale).to(x.dtype)
+
+    @classmethod
+    def rank_of(cls, held: Any) -> int:
+        """Of what is of low rank; 1 where nothing is, for which any number stands."""
+        thin = (held[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in held)
+        return next(thin, 1)
+
+    @classmethod
+    def options_of(cls, held: Parts) -> tuple[tuple[str, Any], ...]:
+        """What makes tensors of these very sizes."""
+        first, second = factors({name: one.to("meta") for name, one in held.items()})
+        kernel = held["lokr_t2"].shape[2:] if "lokr_t2" in held else ()
+        sizes = tuple(zip(first.shape[:2], second.shape[:2]))
+        told: dict[str, Any] = {
+            "decompose_both": "lokr_w1_a" in held,
+            "full_matrix": "lokr_w2" in held,
+            "tucker": bool(kernel),
+        }
+        return tuple(sorted({"sizes": sizes, **{k: v for k, v in told.items() if v}}.items()))
+
+
+def factors(parts: Parts) -> tuple[Tensor, Tensor]:
+    """``w_1`` and ``w_2``, whole."""
+    first, second = parts.get("lokr_w1"), parts.get("lokr_w2")
+    if first is None:
+        first = parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if second is None:
+        a, b, middle = parts["lokr_w2_a"], parts["lokr_w2_b"], parts.get("lokr_t2")
+        if middle is None:
+            second = a @ b
+        else:
+            second = einsum(middle, a, b, "i j ..., i c, j d -> c d ...")
+    return first, second
+
+
+def split(size: int, factor: int) -> _Pair:
+    """Two numbers whose product is `size`, the smaller first (LyCORIS's ``factorization``).
+
+    Args:
+        size: of one side.
+        factor: the smaller one where it divides `size`, else the most that it may be; -1 for the
+            divisor nearest to the root.
+
+    Example:
+        >>> split(128, -1), split(128, 4), split(250, 16), split(127, 8)
+        ((8, 16), (4, 32), (10, 25), (1, 127))
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    small = max(n for n in range(1, most + 1) if size % n == 0)
+    return small, size // small
