@@ -13,11 +13,12 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.model.attach import attach, detach, disable_adapters, set_adapters
+from paramlora.model.attach import attach, detach, disable_adapters, rounding, set_adapters
 from paramlora.model.experts import expert_linear
 from paramlora.model.input_grads import disable_input_grads, enable_input_grads
 from paramlora.model.merge import merge
 from paramlora.model.optim import parameter_groups, trainable_parameters
+from paramlora.model.route import route
 from paramlora.model.summary import Summary, summary
 from paramlora.model.targets import Target, targets
 from paramlora.model.values import (
@@ -27,6 +28,7 @@ from paramlora.model.values import (
     load_adapter_state_dict,
 )
 from paramlora.update.lowrank import LowRank
+from paramlora.update.rounding import KeptReport
 from paramlora.update.value import Adapter, Update
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from paramlora.files.adapters import convert, load_adapter
     from paramlora.files.arithmetic import combine, difference, resize
     from paramlora.files.native import save_adapter
+    from paramlora.files.served import tensors_for
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "AdapterError",
     "ConfigError",
     "FileError",
+    "KeptReport",
     "LoRAConfig",
     "LowRank",
     "ParamloraError",
@@ -70,10 +74,13 @@ __all__ = [
     "merge",
     "parameter_groups",
     "resize",
+    "rounding",
+    "route",
     "save_adapter",
     "set_adapters",
     "summary",
     "targets",
+    "tensors_for",
     "trainable_parameters",
 ]
 
@@ -87,6 +94,7 @@ _LATER = {
     "resize": "paramlora.files.arithmetic",
     "load_adapter": "paramlora.files.adapters",
     "save_adapter": "paramlora.files.native",
+    "tensors_for": "paramlora.files.served",
 }
 
 

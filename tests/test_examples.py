@@ -113,3 +113,14 @@ def test_an_average_of_models_averages_the_factors_alone(hard):
     torch.testing.assert_close(
         merged[0].weight, weight + want["lora_B"] @ want["lora_A"], rtol=1e-12, atol=1e-12
     )
+
+
+def test_many_adapters_at_once_learn_what_they_would_in_turn(capsys):
+    pytest.importorskip("sklearn")
+    together, in_turn = load("many_adapters").main()
+    assert len(together) == 8
+    for name, losses in together.items():
+        assert losses == pytest.approx(in_turn[name], rel=1e-5, abs=1e-5), name
+        assert name == "task0" or sum(losses[-10:]) / 10 < 0.8 * sum(losses[:5]) / 5
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 12 and "one batch" in table and "eight runs" in table

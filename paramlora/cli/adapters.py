@@ -31,6 +31,7 @@ from paramlora.cli.options import (
 )
 from paramlora.files import adapters as interchange
 from paramlora.files.inspection import inspect as inspected
+from paramlora.files.served import SERVERS, unserved_in
 from paramlora.formats import Options
 
 Rank = Annotated[
@@ -125,6 +126,10 @@ def _parts(
 @app.command(epilog="Example: paramlora inspect style.safetensors --json")
 def inspect(
     file: File,
+    server: Annotated[
+        Optional[str],
+        typer.Option("--for", help=f"Say what {' or '.join(SERVERS)} does not load of it."),
+    ] = None,
     model: Model = None,
     base: Checkpoint = None,
     key: Key = None,
@@ -137,8 +142,13 @@ def inspect(
     refuse({"--loose is what inspect always is: it names what belongs to nothing": loose})
     names = known(model, base, key)
     options = Options(strict=False, alpha=alpha, component=component)
+    lost = None if server is None else unserved_in(file, server)
     found = inspected(file, options, names)
     if json:
-        report(found.to_dict(), json, "")
-    else:
-        print(found)  # a table, which must not be wrapped
+        told = {} if lost is None else {"server": server, "unserved": lost}
+        report(found.to_dict() | told, json, "")
+        return
+    print(found)  # a table, which must not be wrapped
+    if server is not None:
+        name = SERVERS[server]
+        print("\n".join(f"{name}: {text}" for text in lost or ["loads all of it"]))

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -129,6 +129,9 @@ def merge(
     alpha: Alpha = None,
     component: Component = None,
     loose: Loose = False,
+    kept: Annotated[
+        bool, typer.Option("--report", help="Show how much of the update each tensor's type keeps.")
+    ] = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
@@ -141,14 +144,17 @@ def merge(
         given = {"--model": model, "--alpha": alpha, "--component": component, "--loose": loose}
         refuse({f"{name} {idle}": value for name, value in given.items()})
     chosen = [weighted(text) for text in adapters or []]
+    options, layers = reading(loose, alpha, component), known(model, None)
     with warnings_told(), bar("merge") as told:
+        # before the base may be replaced
+        found = files.kept(base, chosen, key=key, options=options, known=layers) if kept else None
         done = files.merge(
             base,
             chosen,
             out,
             key=key,
-            options=reading(loose, alpha, component),
-            known=known(model, None),
+            options=options,
+            known=layers,
             force=force,
             dry_run=dry_run,
             progress=told,
@@ -157,7 +163,10 @@ def merge(
     if done.kept is not None:
         change += f"; 8 bits keep at least {done.kept:.2g} of each update"
     text = f"{done.changed:,} of {done.tensors:,} tensors into {out}{change}"
-    _report("merge", text, done, dry_run, json, quiet)
+    more = {} if found is None else {"report": asdict(found)}
+    _report("merge", text, done, dry_run, json, quiet, more)
+    if found is not None and not json:
+        print(found)  # a table, which must not be wrapped
 
 
 def _size(done: files.Report) -> str:
@@ -165,11 +174,17 @@ def _size(done: files.Report) -> str:
 
 
 def _report(
-    verb: str, text: str, done: files.Report, dry_run: bool, as_json: bool, quiet: bool
+    verb: str,
+    text: str,
+    done: files.Report,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    more: Optional[dict[str, Any]] = None,
 ) -> None:
     if dry_run or as_json:
         told = {key: value for key, value in asdict(done).items() if value is not None}
-        content = {**told, "out": str(done.out), "dry_run": dry_run}
+        content = {**told, "out": str(done.out), "dry_run": dry_run, **(more or {})}
         report(content, as_json, f"would {verb} {text}")
     else:
         wrote(verb, text, quiet)

@@ -1,6 +1,6 @@
 """Files: checkpoints and adapters, read and written within bounds; conversions, streamed.
 
-- `merge`, `embed`, `extract`: between checkpoints and adapters.
+- `merge`, `embed`, `extract`: between checkpoints and adapters; `kept`: what a merge would keep.
 - `read_adapter`, `write_adapter`, `convert`: an adapter's file of any tool, as a value and back;
   `together`: those of several models as a pipeline's.
 - `combine`, `resize`, `difference`: arithmetic (see docs/arithmetic.md).
@@ -18,7 +18,7 @@ from paramlora.files.adapters import (
     write_adapter,
 )
 from paramlora.files.arithmetic import combine, difference, resize
-from paramlora.files.conversions import Report, embed, extract, merge
+from paramlora.files.conversions import Report, embed, extract, kept, merge
 from paramlora.files.inspection import Inspection, inspect
 from paramlora.formats import Base, Options, base_of
 
@@ -36,6 +36,7 @@ __all__ = [
     "extract",
     "format_of",
     "inspect",
+    "kept",
     "merge",
     "read_adapter",
     "resize",

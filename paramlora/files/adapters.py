@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
-from paramlora.errors import FileError, spelled
+from paramlora.errors import AdapterError, FileError, spelled
 from paramlora.files import torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, Stored
@@ -24,8 +24,9 @@ from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.formats.pipeline import PARTS
+from paramlora.model.attach import uncollected
 from paramlora.model.targets import tensor_paths
-from paramlora.model.values import attach_adapter
+from paramlora.model.values import attach_adapter, swap_adapter
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import pieces_of
 from paramlora.update.value import Adapter
@@ -46,6 +47,8 @@ def load_adapter(
     component: Optional[str] = None,
     split: int = 1,
     enable: Optional[tuple[bool, ...]] = None,
+    into: Optional[str] = None,
+    max_rank: Optional[int] = None,
 ) -> nn.Module:
     """Attach the adapter in a file of paramlora or of another tool; all or nothing.
 
@@ -58,17 +61,29 @@ def load_adapter(
         adapter: a name of your own instead of the file's.
         strict: tensors of the file that belong to nothing in the model are errors, not warnings.
         alpha, rank, component, split, enable: what some formats do not tell (see `Options`).
+        into: an attached adapter of the same layers that gets the file's values in place, filled up
+            with zeros where their rank is smaller; nothing compiles again.
+        max_rank: the rank to which the new factors are filled up, for later files of larger ones.
 
     Raises:
-        FileError: the file is missing, damaged, of no known format, or does not fit the model.
+        FileError: the file is missing, damaged, of no known format, or does not fit the model, or
+            the adapter that it is to be loaded into.
         TargetError: a rank or kind of update that does not fit there.
         AdapterError: an adapter of that name is attached already.
     """
+    if into is not None and (adapter is not None or max_rank is not None):
+        raise AdapterError(
+            f'into="{into}" loads into an adapter that has its name and its room. Leave out '
+            "adapter and max_rank."
+        )
     options = Options(strict, rank, alpha, component, split, enable)
-    found = read_adapter(path, base_of(model), options)
-    if not strict:
-        found = without_strangers(found, tensor_paths(model), Path(path).name)
-    return attach_adapter(model, _within(found), adapter)
+    with uncollected():
+        found = read_adapter(path, base_of(model), options)
+        if not strict:
+            found = without_strangers(found, tensor_paths(model), Path(path).name)
+        if into is not None:
+            return swap_adapter(model, _within(found), into)
+        return attach_adapter(model, _within(found), adapter, max_rank)
 
 
 @own_context()

@@ -36,6 +36,7 @@ from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
+from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
@@ -184,6 +185,35 @@ def merge(
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
+
+
+def kept(
+    base: PathLike,
+    adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
+    *,
+    key: Optional[str] = None,
+    options: Options = DEFAULTS,
+    known: Optional[Base] = None,
+) -> KeptReport:
+    """How much of the adapters `merge` keeps in each tensor's type; nothing is written.
+
+    Args:
+        base, adapters, key, options, known: as for `merge`.
+
+    Raises:
+        FileError, AdapterError: as there.
+    """
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    rounding = Rounding()
+    with opened(base, key) as stored:
+        loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
+        for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
+            if recipe.changes:
+                rounding.path, spec = name, stored.specs[recipe.source]
+                terms = recipe.terms(spec.dtype)
+                for run, summed in Fold(spec.shape, spec.dtype, terms, rounding=rounding).blocks():
+                    summed(stored.run(recipe.source, run))
+    return rounding.report()
 
 
 def _adapter(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace as dataclass_replace
 from numbers import Real
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,9 @@ from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
+from paramlora.update.geometry import matrix_shape
 from paramlora.update.kinds import kind_of
-from paramlora.update.lowrank import value_of
+from paramlora.update.lowrank import LowRank, value_of
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import check_order, gathered, is_sharded
 
@@ -52,7 +53,11 @@ _LOCK = threading.RLock()
 
 
 def attach(
-    model: nn.Module, config: ConfigLike, adapter: str = "default", strict: bool = False
+    model: nn.Module,
+    config: ConfigLike,
+    adapter: str = "default",
+    strict: bool = False,
+    max_rank: Optional[int] = None,
 ) -> nn.Module:
     """Adapt `model` in place and return it; all or nothing.
 
@@ -61,6 +66,8 @@ def attach(
         config: a `LoRAConfig`, a dict, or a path to JSON.
         adapter: the name of this set of updates.
         strict: an entry that matches nothing is an error instead of a warning.
+        max_rank: fill up the factors with zeros to this rank, or to the most that a layer holds, so
+            that ``load_adapter(model, path, into=adapter)`` has room for larger ones.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -77,8 +84,37 @@ def attach(
     inside = unwrapped(model)
     chosen = chosen_targets(inside, parsed, strict)
     _warn_frozen(inside, parsed)
-    attach_targets(inside, chosen, adapter, parsed.trainable_model)
+    check_room(chosen, max_rank)
+    attach_targets(
+        inside,
+        chosen,
+        adapter,
+        parsed.trainable_model,
+        lambda fresh: make_room(fresh, max_rank),
+    )
     return model
+
+
+def check_room(chosen: list[Target], max_rank: Optional[int]) -> None:
+    """Refuse a largest rank that is none, or less than a layer's."""
+    if max_rank is None:
+        return
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise AdapterError(f"max_rank must be a whole number, got {max_rank!r}.")
+    for target in chosen:
+        if not target.entry.whole and target.entry.r > max_rank:
+            raise AdapterError(
+                f"{target.path or 'weight'}: r = {target.entry.r} is above max_rank = {max_rank}. "
+                "Give the largest rank that will ever be loaded."
+            )
+
+
+def make_room(fresh: Fresh, max_rank: Optional[int]) -> None:
+    """Fill up new factors with zeros to a rank, or to the most that their layer holds."""
+    for _, target, update in fresh:
+        if max_rank is not None and isinstance(update, LowRank) and update.r < max_rank:
+            most = min(matrix_shape(target.shape, target.layout)[1:])
+            update.extend(max(update.r, min(max_rank, most)))
 
 
 def attach_targets(
@@ -102,6 +138,11 @@ def attach_targets(
     """
     there = adapter_names(model)
     _check_name(adapter, there)
+    if any(update.switch.rows is not None for _, _, update in updates(model)):
+        raise AdapterError(
+            f'adapter "{adapter}" cannot be attached inside of paramlora.route, whose rows do not '
+            "know it. Leave the block first."
+        )
     modules = dict(model.named_modules())
     chosen = _with_tied(model, chosen, modules)
     owners = [modules[target.module] for target in chosen]
@@ -109,7 +150,7 @@ def attach_targets(
         _check_alone(module, target)
         _check_dropout(module, target)
         _check_at_home(module, target)
-    with _uncollected():
+    with uncollected():
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
     carries = checkpoints_reentrantly(model)
@@ -117,7 +158,7 @@ def attach_targets(
     touched = [model, *kept, *(one for owner in owners for one in with_lists(owner))]
     if carries:
         touched += model.modules()
-    with _uncollected(), unchanged_on_error(touched, model.parameters()):
+    with uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, kept, froze=not trainable_model)
         for module, target, update in fresh:
@@ -190,9 +231,9 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
     wanted = {name: _strength(name, value) for name, value in strengths.items()}
-    with _one_by_one():
+    with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
-        _put(
+        put(
             [
                 (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
                 for u in found
@@ -200,7 +241,7 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         )
 
 
-def _one_by_one() -> AbstractContextManager[None]:
+def one_by_one() -> AbstractContextManager[None]:
     """Threads that switch do so one after the other: each reads what the others left."""
     return surely_left(
         lambda kept: kept.append(_LOCK.acquire()),
@@ -208,14 +249,14 @@ def _one_by_one() -> AbstractContextManager[None]:
     )
 
 
-def _put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
+def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
     """Put switches in their places; what stops this half-way does not leave half of them."""
 
-    def put() -> None:
+    def each() -> None:
         for update, switch in switches:
             update.keep(switch=switch)
 
-    to_the_end(put)
+    to_the_end(each)
 
 
 def _strength(name: str, value: Any) -> float:
@@ -259,9 +300,38 @@ def _mute(
     found: list[AttachedUpdate], to: Callable[[frozenset[object]], frozenset[object]]
 ) -> None:
     """Change the blocks in which updates do not act."""
-    with _one_by_one():
+    with one_by_one():
         gains, now = Gains(), [(update, update.switch) for update in found]
-        _put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
+        put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
+
+
+def rounding(model: nn.Module, how: str) -> nn.Module:
+    """How the layers of 16 bits round from now on; returns the same model.
+
+    Args:
+        model: with adapters attached; those attached later round once.
+        how: ``"once"``, as after attaching: the base's product and the update are added before
+            their only rounding, which keeps small updates. ``"as served"``: the base's product is
+            rounded to its type, and then the rounded update is added, as servers do that load an
+            adapter beside a base (vLLM's lora_expand, SGLang's sgemm_lora_b), for training what
+            will be served.
+
+    Raises:
+        AdapterError: no adapter is attached, or another word.
+
+    Example:
+        >>> model = attach(nn.Linear(4, 3).bfloat16(), {"weight": {"r": 2}})
+        >>> assert rounding(model, "as served") is model
+    """
+    words = ("once", "as served")
+    if how not in words:
+        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}.")
+    found = [update for _, _, update in updates(model)]
+    if not found:
+        raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")
+    for update in found:
+        update.keep(served=how == "as served")
+    return model
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -534,7 +604,7 @@ def _resume(kept: list[Any]) -> None:
     kept.clear()
 
 
-def _uncollected() -> AbstractContextManager[None]:
+def uncollected() -> AbstractContextManager[None]:
     """Without looking for garbage: a thousand updates are tens of thousands of containers, which
     all stay, and for which the collector would go through everything that lives."""
     return surely_left(_pause, _resume)

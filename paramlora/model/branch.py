@@ -20,9 +20,17 @@ from paramlora.evaluate.convolution import (
 )
 from paramlora.evaluate.dropout import dropped_branch
 from paramlora.evaluate.functional import cast_for_autocast, thin_pair
-from paramlora.model.forwards import padded_input
+from paramlora.model.forwards import (
+    beside_rows,
+    convolved_rows,
+    dropped_rows,
+    padded_input,
+    rows_first,
+    scaling_of_rows,
+)
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains, Site
+from paramlora.update.choice import Choice
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout
 from paramlora.update.init import initialise
@@ -107,16 +115,21 @@ class Branch(LowRank):
         if self.kernel:
             refuse_two_kernels(path, self.kernel)
 
+    def rank_dim(self, name: str) -> int:
+        """Before the second kernel, where there is one."""
+        return 1 if self.kernel and name.endswith("B") else super().rank_dim(name)
+
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
         a, b = self.factors()
         up = wide(b) * self.scaling
         if self.dropout and layer.training:
-            how = partial(self._computed, layer, output)
+            how = partial(self.computed, layer, output)
             return dropped_branch(x, a, up, self.dropout, how)
-        return self._computed(layer, output, x, a, up)
+        return self.computed(layer, output, x, a, up)
 
-    def _computed(self, layer: Any, output: Tensor, x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+    def computed(self, layer: Any, output: Tensor, x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        """The term of such factors, of any rank."""
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
         x = laid_as(x, output)
@@ -148,7 +161,7 @@ class Branch(LowRank):
         x, dtype, n = wide(x), x.dtype, len(self.kernel)
         a, up = a.to(x.dtype), up.to(x.dtype)
         if self.layout == "transposed":
-            first = rearrange(a, "(r k) i -> i r k", r=self.r)
+            first = rearrange(a, "(r k) i -> i r k", k=torch.Size(self.kernel).numel())
             first = first.reshape(*first.shape[:2], *self.kernel)
             hidden = _stage_of(layer, x, output)(x, first)
             y = _same_size(layer, hidden, each_group(up, layer.groups), n)
@@ -188,6 +201,9 @@ def remove_branches(layer: nn.Module) -> None:
 
 def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else _named_input(layer, kwargs)
+    rows, updates = _rows_of(layer)
+    if rows is not None:
+        return output + _of_rows(layer, x, output, updates, rows) if updates else output
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
             there = branch.factors()[0].device
@@ -196,6 +212,56 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             else:  # a device map moves the layer's input after this hook was given it
                 output = output + branch.branch(layer, x.to(there), output).to(output.device)
     return output
+
+
+def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:
+    """On which rows of the batch the branches act, and those that do."""
+    now = [(branch, branch.current()) for branch in layer._modules[BRANCHES]]
+    return now[0][1].rows, [branch for branch, switch in now if switch.acts]
+
+
+def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
+    """The term of each row's branch."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return beside_rows(layer, x, updates, rows, updates[0].layout)
+    x = rows_first(layer, x, 0, rows)
+    terms = []
+    for kernel in dict.fromkeys(update.kernel for update in updates):
+        alike = [update for update in updates if update.kernel == kernel]
+        plain = not kernel and alike[0].layout == "matrix"
+        if plain:
+            terms.append(convolved_rows(layer, laid_as(x, output), alike, rows))
+        else:
+            terms.append(_each_row(layer, x, output, alike, rows))
+    return sum(terms[1:], terms[0])
+
+
+def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
+    """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
+    which makes one convolution of as many groups as there are rows."""
+    x = dropped_rows(layer, x, updates, rows)
+    held = {update.adapter: update for update in updates}
+    there = [held.get(name) for name in rows.names]
+    pairs = [(None, None) if one is None else one.factors() for one in there]
+    down = _filled([a for a, _ in pairs])  # [adapters + 1, r, in]
+    up = wide(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))
+    scaling = scaling_of_rows(there, up)
+    up = up * scaling.reshape(-1, *[1] * (up.dim() - 1))  # [adapters + 1, r, out, *kernel]
+
+    def term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        alone: Tensor = updates[0].computed(layer, output[:1], x[None], a, b.movedim(0, 1))
+        return alone[0]
+
+    y: Tensor = torch.vmap(term, randomness="different")(x, down[rows.index], up[rows.index])
+    return y
+
+
+def _filled(factors: list[Optional[Tensor]]) -> Tensor:
+    """All adapters' factors as one tensor, with zeros where there is less, and for the base."""
+    held = [factor for factor in factors if factor is not None]
+    zeros = held[0].new_zeros(max(len(one) for one in held), *held[0].shape[1:])
+    full = [zeros if f is None else torch.cat([f, zeros[len(f) :]]) for f in (*factors, None)]
+    return torch.stack(full)
 
 
 def _named_input(layer: Any, named: dict[str, Any]) -> Any:

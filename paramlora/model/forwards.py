@@ -5,7 +5,7 @@ tensor is a plain one; else the layer's own forward reads ``weight``, the dense 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Optional
 
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.evaluate import dropout, functional
+from paramlora.evaluate import dropout, functional, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
+from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora, output_norms
@@ -115,7 +116,10 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
     for update in plist._modules.values():
         if type(update) is not LowRank:
             return None
-        if update.acts:
+        switch = update.current()
+        if switch.rows is not None:  # see `parts_of_rows`
+            return None
+        if switch.acts:
             updates.append(update)
             dropping = dropping or (update.dropout != 0 and layer.training)
     weight = plist._parameters.get("original")
@@ -317,6 +321,10 @@ def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tenso
     factors = together(updates, layout, dropping)
     if dropping:
         return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
+    if updates[0].served:
+        a, b, scale, strength = factors
+        pair = functional.thin_pair(x, a, wide(b) * scale * strength, LINEAR, LINEAR)
+        return F.linear(x, weight, bias) + pair
     return functional.linear(x, weight, bias, *factors)
 
 
@@ -365,6 +373,9 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
+        routes = parts_of_rows(self, input) if plain is _LINEAR else None
+        if routes is not None:
+            return linear_of_rows(self, input, *routes, "matrix")
         y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
     return _product(self, input, known, "matrix")
@@ -376,6 +387,9 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
+    routes = parts_of_rows(self, x) if known is None and plain in _OF_TRANSFORMERS else None
+    if routes is not None:
+        return linear_of_rows(self, x, routes[0].t(), *routes[1:], "transposed")
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
         return _rescaled_product(self, x, found, "transposed")
@@ -393,6 +407,9 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = found = None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
         known = known_parts(self, input)
+        routes = parts_of_rows(self, input) if known is None else None
+        if routes is not None:
+            return _convolution_of_rows(self, input, *routes)
         found = _rescaled(self, input, 0) if known is None else None
     if known is None:
         y: Tensor
@@ -411,6 +428,10 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         values = (weight, bias, a, b, scale, where, drops)
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
+    if updates[0].served:
+        up = wide(b) * scale * strength
+        y = self._conv_forward(input, weight, bias)
+        return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
@@ -443,6 +464,9 @@ def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
         usual = plain is _EMBEDDING and not other
+        routes = parts_of_rows(self, input) if usual else None
+        if routes is not None:
+            return _embedding_of_rows(self, input, *routes)
         y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
         return y
     weight, updates, _ = known
@@ -459,3 +483,131 @@ _FAST: dict[Any, Callable[..., Tensor]] = {
     _convolution: _convolution_or,
     _embedding: _embedding_or,
 }
+
+
+# --- rows of a batch that take different updates -------------------------------------------------
+
+
+_Routes = tuple[Tensor, list[LowRank], Choice]
+
+
+def parts_of_rows(layer: nn.Module, x: Any) -> Optional[_Routes]:
+    """(base weight, updates that act, on which rows each does) inside of `route`, else None."""
+    lists: Any = layer._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    weight = None if plist is None else plist._parameters.get("original")
+    if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return None
+    found = [(u, u.current()) for u in plist._modules.values() if type(u) is LowRank]
+    if len(found) < len(plist) or found[0][1].rows is None:
+        return None
+    return weight, [u for u, switch in found if switch.acts], found[0][1].rows
+
+
+def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int = 0) -> Tensor:
+    """An input with its rows in front; one that is there once for all rows is repeated.
+
+    Args:
+        dim: where the rows lie.
+        after: how many dimensions must follow the rows'.
+
+    Raises:
+        AdapterError: it has another number of rows.
+    """
+    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else 0
+    if there not in (1, count) or there == 0:
+        raise wrong_rows(type(layer), x, dim, count)
+    x = x.movedim(dim, 0)
+    return x if there == count else x.expand(count, *x.shape[1:])
+
+
+def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What `routed.linear` takes: A, and B transposed with its scale, of all adapters."""
+    held = {update.adapter: update for update in updates}
+    there = [held.get(name) for name in rows.names]
+    pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
+    up = wide(routed.joined([b for _, b in pairs], rows.ranks, 1))
+    scaling = scaling_of_rows(there, up).index_select(0, rows.owner)
+    return routed.joined([a for a, _ in pairs], rows.ranks, 0), (up * scaling).t()
+
+
+def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
+    """``[adapters + 1]``: what is before each one's ``B·A``. Of one that is missing, and of the
+    base, any number that is finite: their factors are zeros."""
+    one = like.new_ones(())
+    scales = [one if u is None else u.stored_scale().to(like.dtype) for u in there]
+    gains = [one if u is None else u.current().gain.to(like.device, like.dtype) for u in there]
+    return torch.stack([*scales, one]) * torch.stack([*gains, one])
+
+
+def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
+    """The input of the updates' part: each row drops as its adapter says."""
+    rates = {update.adapter: update.dropout for update in updates}
+    if not layer.training or not any(rates.values()):
+        return x
+    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[rows.index]
+    each = each.reshape(-1, *[1] * (x.dim() - 1))
+    return torch.where(torch.rand_like(x) < each, 0.0, x / (1 - each))
+
+
+def beside_rows(
+    layer: nn.Module,
+    x: Tensor,
+    updates: list[LowRank],
+    rows: Choice,
+    layout: Layout,
+    base: Optional[tuple[Tensor, Optional[Tensor]]] = None,
+) -> Tensor:
+    """A linear layer of `base`, its weight and bias, with each row's update; without it the
+    updates' part alone."""
+    x = rows_first(layer, x, rows.dim, rows, 1)
+    down, up = factors_of_rows(updates, rows, layout)
+    dropped = dropped_rows(layer, x, updates, rows)
+    apart = base is not None and (dropped is not x or updates[0].served)
+    weight, bias = base if base is not None and not apart else (None, None)
+    y = routed.linear(dropped, weight, bias, down, up, rows)
+    if base is not None and apart:
+        y = F.linear(x, *base) + y
+    return y.movedim(0, rows.dim)
+
+
+def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
+    """The updates' part of a convolution of each row's update."""
+    x, padding = padded_input(layer, dropped_rows(layer, x, updates, rows))
+    down, up = factors_of_rows(updates, rows, "matrix")
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    where = layer.stride, padding, layer.dilation, layer.groups
+    return routed.convolution(x, shape, down, up, rows, *where)
+
+
+def linear_of_rows(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    updates: list[LowRank],
+    rows: Choice,
+    layout: Layout,
+) -> Tensor:
+    """A linear layer with each row's update."""
+    if not updates:
+        return F.linear(x, weight, _bias(layer))
+    return beside_rows(layer, x, updates, rows, layout, (weight, _bias(layer)))
+
+
+def _convolution_of_rows(
+    layer: Any, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
+) -> Tensor:
+    x = rows_first(layer, x, 0, rows)
+    y: Tensor = layer._conv_forward(x, weight, _bias(layer))
+    return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
+
+
+def _embedding_of_rows(
+    layer: Any, ids: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
+) -> Tensor:
+    if not updates:
+        return F.embedding(ids, weight, layer.padding_idx)
+    ids = rows_first(layer, ids, rows.dim, rows)
+    down, up = factors_of_rows(updates, rows, "transposed")
+    y = routed.embedding(ids, weight, down, up, rows, layer.padding_idx)
+    return y.movedim(0, rows.dim)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Literal, Optional, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from paramlora.model.attach import (
 )
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
+from paramlora.model.targets import stem
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
+from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, told
 
@@ -31,14 +33,36 @@ _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
 _Group = list[tuple[_Job, _Values]]  # the holders of one tensor with the same updates
 _Step = Callable[[], None]
+_Round = Callable[[], Optional[Rounding]]
 
 
+@overload
+def merge(
+    model: nn.Module,
+    adapters: "str | list[str] | None" = None,
+    dequantize: bool = False,
+    report: Literal[False] = False,
+    seed: Optional[int] = None,
+) -> nn.Module: ...
+@overload
+def merge(
+    model: nn.Module,
+    adapters: "str | list[str] | None" = None,
+    dequantize: bool = False,
+    *,
+    report: Literal[True],
+    seed: Optional[int] = None,
+) -> KeptReport: ...
 @own_context()
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(
-    model: nn.Module, adapters: "str | list[str] | None" = None, dequantize: bool = False
-) -> nn.Module:
+    model: nn.Module,
+    adapters: "str | list[str] | None" = None,
+    dequantize: bool = False,
+    report: bool = False,
+    seed: Optional[int] = None,
+) -> Union[nn.Module, KeptReport]:
     """Fold the updates into the base weights and erase them; returns the same model.
 
     The sum is computed in float32 (float64 for a float64 base), outside of any autocast, and
@@ -53,6 +77,11 @@ def merge(
             folded in as strongly as they act.
         dequantize: make a quantised weight that is adapted a dense one, which takes several
             times its memory; otherwise such a merge is refused.
+        report: return a `KeptReport` instead: for each tensor and of all the share of the update
+            that the base's type keeps. Weights that are sharded, or whose sum goes back through
+            another parametrization, are not in it.
+        seed: round sums up or down at random instead of to the nearest number of a type of 8 or 16
+            bits, so that of a small update its mean is kept. One seed gives one result.
 
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite or whose sum is
@@ -85,13 +114,15 @@ def merge(
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
     inverted = [_inverted(*job) for job in jobs]
+    rounding = Rounding(seed) if report or seed is not None else None
     _check_held(
         model,
         [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],
+        counted=rounding is not None,
     )
-    steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted)]
+    steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted, rounding)]
     to_the_end(lambda: _take_all(steps))
-    return model
+    return rounding.report() if report and rounding is not None else model
 
 
 def _take_all(steps: list[_Step]) -> None:
@@ -116,32 +147,48 @@ def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_S
     return [*steps, lambda: tell_transformers(model, [module for module, _ in packed])]
 
 
-def _merging(model: nn.Module, jobs: list[_Job], inverted: list[_Values]) -> list[_Step]:
+def _merging(
+    model: nn.Module, jobs: list[_Job], inverted: list[_Values], rounding: Optional[Rounding]
+) -> list[_Step]:
     """The steps that write each sum and erase its updates."""
     alike: dict[tuple[int, ...], _Group] = {}
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
     count, shared = holders(model), overlapping(model)
+    paths = {} if rounding is None else {id(one): path for path, one in model.named_modules()}
     steps: list[_Step] = [
-        _step(group, len(group) == count[base], base in shared)
+        _step(group, len(group) == count[base], base in shared, _named(rounding, paths, group))
         for (base, *_), group in alike.items()
     ]
     return [*steps, lambda: tidy(model)]
 
 
-def _step(group: _Group, whole: bool, shares: bool) -> _Step:
+def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -> _Round:
+    """What gives the rounding of one tensor, under its name."""
+
+    def named() -> Optional[Rounding]:
+        if rounding is not None:
+            module, name, _ = group[0][0]
+            rounding.path = stem(paths[id(module)], name) or name
+        return rounding
+
+    return named
+
+
+def _step(group: _Group, whole: bool, shares: bool, rounding: _Round) -> _Step:
     """The step of one tensor: form its sum, write it, erase the updates.
 
     Args:
         group: the holders that share the tensor with the same updates.
         whole: whether no layer else holds it.
         shares: whether another tensor lies in the same memory, which must not move.
+        rounding: gives how the sum is rounded.
     """
     formed: list[Optional[Tensor]] = []  # the sum, formed once, from the base as it was
 
     def step() -> None:
         if not formed:
-            formed.append(_total(group))
+            formed.append(_total(group, rounding()))
         touched = [one for (module, _, _), _ in group for one in with_lists(module)]
         with unchanged_on_error(touched):
             _write(group, formed[0], whole, shares)
@@ -198,9 +245,9 @@ def _plain(group: _Group) -> list[tuple[Any, str]]:
     return [_stored(module, name) for (module, name, _), values in group if not values]
 
 
-def _total(group: _Group) -> Optional[Tensor]:
+def _total(group: _Group, rounding: Optional[Rounding]) -> Optional[Tensor]:
     plain = _plain(group)
-    return _sum(getattr(*plain[0]), group[0][0][2]) if plain else None
+    return _sum(getattr(*plain[0]), group[0][0][2], rounding) if plain else None
 
 
 def _erase(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> None:
@@ -222,23 +269,26 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
     return plist, "original" if plist.is_tensor else "original0"
 
 
-def _sum(base: Tensor, updates: list[AttachedUpdate]) -> Tensor:
+def _sum(
+    base: Tensor, updates: list[AttachedUpdate], rounding: Optional[Rounding] = None
+) -> Tensor:
     """A new tensor with the sum of a base and those of its updates that act."""
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         return _folded_together(base, acting).to(base.dtype)
-    return folded(base, [answer(update, "term") for update in acting])
+    return folded(base, [answer(update, "term") for update in acting], rounding)
 
 
-def _check_held(model: nn.Module, jobs: list[_Job]) -> None:
-    """Refuse a sum that the base's type does not hold."""
+def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
+    """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep."""
     terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
     bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
     for (module, name, _), base in zip(jobs, bases):
-        if is_storage(base.dtype):
+        if is_storage(base.dtype) and not counted:
             raise AdapterError(
                 f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
-                "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
+                "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16)), "
+                "or round at random (seed=0), or count what is lost (report=True)."
             )
     unknown = [is_sharded(base) or base.is_meta for base in bases]
     added = told([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])

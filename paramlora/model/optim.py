@@ -34,7 +34,11 @@ def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> lis
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, lr_ratio: float = 1.0, weight_decay: Optional[float] = None
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = 1.0,
+    weight_decay: Optional[float] = None,
+    adapter: Optional[str] = None,
 ) -> list[dict[str, Any]]:
     """Groups for any ``torch.optim`` optimizer; empty ones are left out.
 
@@ -44,9 +48,10 @@ def parameter_groups(
         lr_ratio: ``lora_B`` trains at ``lr · lr_ratio``; LoRA+ (Hayou et al. 2024,
             arXiv:2402.12354, section 4) recommends more than 1.
         weight_decay: of everything but scales, which have none; the optimizer's own where None.
+        adapter: only this one's, for an optimizer of its own; without it everything that trains.
 
     Raises:
-        AdapterError: nothing is attached.
+        AdapterError: nothing is attached, or no `adapter`.
 
     Example:
         >>> import torch, paramlora
@@ -57,12 +62,15 @@ def parameter_groups(
     """
     named: dict[str, list[nn.Parameter]] = {}
     for _, _, update in updates(model):
-        for name, members in answer(update, "groups").items():
-            named.setdefault(name, []).extend(members)
+        if adapter is None or update.adapter == adapter:
+            for name, members in answer(update, "groups").items():
+                named.setdefault(name, []).extend(members)
     if not named:
+        check_adapters(model, adapter)
         raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
-    known = {id(p) for group in named.values() for p in group}
-    named["model"] = [p for p in model.parameters() if id(p) not in known]
+    if adapter is None:
+        known = {id(p) for group in named.values() for p in group}
+        named["model"] = [p for p in model.parameters() if id(p) not in known]
     out = []
     for name, members in named.items():
         params = [p for p in members if p.requires_grad]

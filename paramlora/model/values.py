@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, ParamloraWarning
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.model.attach import (
     Fresh,
     attach_targets,
     base_of,
     check_adapters,
+    check_room,
+    make_room,
     placed,
     updates,
     updates_of,
@@ -23,6 +25,7 @@ from paramlora.model.attach import (
 from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.lowrank import LowRank
 from paramlora.update.sharded import check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
@@ -117,13 +120,19 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     return Adapter(name=adapter, base=told, holders=tied, **apart_by_kind(made))
 
 
-def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = None) -> nn.Module:
+def attach_adapter(
+    model: nn.Module,
+    adapter: Adapter,
+    name: Optional[str] = None,
+    max_rank: Optional[int] = None,
+) -> nn.Module:
     """Attach an adapter at its own paths and load its values; all or nothing.
 
     Args:
         model: a model that has every path of `adapter`.
         adapter: its tensors are copied into new parameters.
         name: a name of your own instead of the adapter's.
+        max_rank: see `attach`.
 
     Raises:
         TargetError: a path that the model lacks, or a rank or kind that does not fit there.
@@ -137,6 +146,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     found = adapter.values()
     chosen = [_typed(t, found[t.path]) for t in targets_at(inside, _entries(found))]
     values = _values(_laid_out(found, chosen))
+    check_room(chosen, max_rank)
 
     def fill(fresh: Fresh) -> None:
         stems: dict[str, AttachedUpdate] = {}
@@ -146,11 +156,82 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
                 stems[target.path] = update
                 seen.add(id(update))
         _load(model, stems, {key: values[key] for key in _live(stems)}, name)
+        make_room(fresh, max_rank)
 
     attach_targets(inside, chosen, name, fill=fill)
     if adapter.base:
         warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
+
+
+def swap_adapter(model: nn.Module, adapter: Adapter, into: str) -> nn.Module:
+    """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
+
+    Nothing is attached, so nothing compiles again and optimizers keep their parameters. A smaller
+    rank is filled up with zeros.
+
+    Raises:
+        AdapterError: `into` is not attached.
+        FileError: other layers, a larger rank, another shape, or no finite real numbers.
+    """
+    held = {path: update for path, _, update in placed(model) if update.adapter == into}
+    if not held:
+        check_adapters(model, into)
+    found = adapter.values()
+    given = set(found)
+    first = {id(update): path for path, update in reversed(held.items())}
+    stems = {path: update for path, update in held.items() if first[id(update)] == path}
+    missing, unexpected = sorted(stems.keys() - given), sorted(given - held.keys())
+    if missing or unexpected:
+        raise FileError(
+            f'"{adapter.name}" has other layers than the attached "{into}": '
+            f"missing: {listed(missing) or 'none'}; unexpected: {listed(unexpected) or 'none'}. "
+            "Load it under a name of its own, without into."
+        )
+    values = _values({p: found[p].turned(getattr(u, "layout", "matrix")) for p, u in stems.items()})
+    state = {
+        _key(path, name): _filled(_key(path, name), name, values, update, tensor.shape)
+        for path, update in stems.items()
+        for name, tensor in answer(update, "plain").items()
+    }
+    _load(model, stems, state, into)
+    _warn_if_other(model, adapter, into)
+    return model
+
+
+_ASKED = 8  # tensors whose base a swap compares: all would take longer than the swap itself
+
+
+def _warn_if_other(model: nn.Module, adapter: Adapter, into: str) -> None:
+    """As `attach_adapter` does, by some of the tensors."""
+    paths = sorted(adapter.base)
+    some = {path: adapter.base[path] for path in paths[:: max(1, len(paths) // _ASKED)]}
+    if some:
+        warn_other(others(some, _digests(model, into, some)), len(some))
+
+
+def _filled(
+    key: str,
+    name: str,
+    values: Mapping[str, Tensor],
+    update: AttachedUpdate,
+    shape: torch.Size,
+) -> Tensor:
+    """A value of a file in the shape that an update has, with ranks of zeros where it has less."""
+    if key not in values:
+        raise FileError(f"{key}: not in the file, whose update of that tensor is of another kind.")
+    value = values[key]
+    if not isinstance(update, LowRank) or value.shape == shape or value.dim() != len(shape):
+        return value
+    dim = update.rank_dim(name)
+    if value.shape[dim] > shape[dim]:
+        raise FileError(
+            f'{key}: of rank {value.shape[dim]}, and the attached "{update.adapter}" has room for '
+            f"{shape[dim]}. Attach it with max_rank={value.shape[dim]} or more."
+        )
+    size = list(value.shape)
+    size[dim] = shape[dim] - size[dim]
+    return torch.cat([value, value.new_zeros(size)], dim)
 
 
 def _holders(held: Mapping[str, AttachedUpdate], there: Mapping[str, Target]) -> dict[str, Holder]:
@@ -160,11 +241,15 @@ def _holders(held: Mapping[str, AttachedUpdate], there: Mapping[str, Target]) ->
     return {one.path: Holder(one.kind, one.layout, one.groups) for one in tied}
 
 
-def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
+def _digests(
+    model: nn.Module, adapter: str, only: Optional[Mapping[str, str]] = None
+) -> dict[str, str]:
     """By path, what tells each tensor that an adapter updates, as the base stores it."""
     found = {}
     for path, module in unwrapped(model).named_modules():
         for name, held in updates_of(module):
+            if only is not None and stem(path, name) not in only:
+                continue
             if any(isinstance(one, AttachedUpdate) and one.adapter == adapter for one in held):
                 found[stem(path, name)] = digest(base_of(module, name))
     return {path: told for path, told in found.items() if told is not None}

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
+from paramlora.update.choice import ONLY, UNSPLIT, Choice
 from paramlora.update.compat import (
     current_backward,
     current_node,
@@ -38,20 +39,24 @@ class Switch:
         strength: as `set_adapters` gave it.
         gain: what acts, as a tensor, which compiled code reads: another number compiles nothing.
         muted: the blocks of `disable_adapters` that are open; any makes the gain zero.
-        past: earlier gains, each with the first sequence number of autograd that it did not see.
+        past: earlier gains and rows, each with the first sequence number of autograd that it did
+            not see.
+        rows: which rows of the batch it acts on, inside of `route`; None: on all.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads one attribute
-    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully")
+    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows")
 
     def __init__(
         self,
         strength: float,
         gain: Tensor,
         muted: frozenset[object] = frozenset(),
-        past: tuple[tuple[int, float], ...] = (),
+        past: "tuple[_Past, ...]" = (),
+        rows: Optional[Choice] = None,
     ) -> None:
         self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
+        self.rows = rows
         # the only branches in compiled code
         self.acts = strength != 0 and not muted
         self.fully = strength == 1 and not muted
@@ -67,18 +72,35 @@ class Switch:
         past = self.past
         if new != self.effective:
             strength_changes()
-            past = (*past[1 - _REMEMBERED :], (next_number(), self.effective))
+            past = self._remembering()
         gain = gains.at(new, self.gain.device, self.gain.dtype)
-        return Switch(strength, gain, muted, past)
+        return Switch(strength, gain, muted, past, self.rows)
+
+    def routed(self, rows: Optional[Choice]) -> "Switch":
+        """As strong on other rows, which remembers this one."""
+        strength_changes()
+        return Switch(self.strength, self.gain, self.muted, self._remembering(), rows)
+
+    def _remembering(self) -> "tuple[_Past, ...]":
+        return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
 
     def at(self, sequence: int) -> "Switch":
         """As it was when the forward drew a sequence number of autograd."""
-        for until, effective in self.past:
+        for until, effective, rows in self.past:
             if sequence < until:
                 if len(self.past) == _REMEMBERED and until == self.past[0][0]:
                     raise AdapterError(_FORGOTTEN)
-                return Switch(effective, torch.full_like(self.gain, effective))
+                return Switch(effective, torch.full_like(self.gain, effective), rows=rows)
         return self
+
+    def seen(self, adapter: str) -> "Switch":
+        """As rows of one adapter see it, where a layer is called with those alone."""
+        only = ONLY.adapter
+        if only == UNSPLIT:
+            return self
+        if only == adapter:
+            return Switch(self.strength, self.gain, self.muted)
+        return Switch(0.0, torch.zeros_like(self.gain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
         """Of a model: nobody will close the blocks of `disable_adapters` that are open for it."""
@@ -86,6 +108,7 @@ class Switch:
         return Switch(self.strength, gain)
 
 
+_Past = tuple[int, float, Optional[Choice]]
 _FORGOTTEN = (
     f"the strengths of the adapters changed more than {_REMEMBERED - 1} times between a "
     "checkpointed forward and its backward, which computes it again. Call backward sooner."
@@ -179,6 +202,7 @@ class AttachedUpdate(nn.Module):
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
+    served: bool = False  # whether its layer rounds twice, see `rounding`
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
     _hf_hook = NotOffloaded()
 
@@ -198,14 +222,29 @@ class AttachedUpdate(nn.Module):
         for: as long as it takes to make a tensor, and a model has thousands of updates."""
         self.__dict__.update(values)
 
-    def now(self) -> Switch:
+    def current(self) -> Switch:
         """The switch that holds: inside of a backward, which computes a checkpointed forward
         again, that of the forward."""
         own = self.switch
-        if is_compiling() or not own.past or current_backward() == -1:
-            return own
-        node = current_node()
-        return own if node is None else own.at(number_of(node))
+        if not (is_compiling() or not own.past or current_backward() == -1):
+            node = current_node()
+            own = own if node is None else own.at(number_of(node))
+        return own if own.rows is None else own.seen(self.adapter)
+
+    def now(self) -> Switch:
+        """The same for who cannot tell the rows of a batch apart.
+
+        Raises:
+            AdapterError: it acts on some of them.
+        """
+        own = self.current()
+        if own.rows is not None:
+            raise AdapterError(
+                f'adapter "{self.adapter}" acts on some rows of the batch here, and what read its '
+                "tensor wants one for all of them. Call it outside of paramlora.route, or under "
+                "checkpointing call backward inside of it."
+            )
+        return own
 
     @property
     def acts(self) -> bool:
@@ -225,7 +264,7 @@ class AttachedUpdate(nn.Module):
     @property
     def strength(self) -> float:
         """How strongly the update acts: 1 as trained, 0 not at all."""
-        return self.now().effective
+        return self.current().effective
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -236,7 +275,7 @@ class AttachedUpdate(nn.Module):
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
-        self.keep(switch=Switch(old.strength, gain, old.muted, old.past))
+        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self

@@ -118,6 +118,20 @@ class LowRank(AttachedUpdate):
             getattr(self, f"lora_{name}").data.copy_(value)
             setattr(self, f"start_{name}", getattr(self, f"lora_{name}").detach().clone())
 
+    def extend(self, rank: int) -> None:
+        """Add ranks of zeros, which change no sum and get no gradient, up to `rank`."""
+        for name in ("lora_A", "lora_B", "start_A", "start_B"):
+            held, dim = getattr(self, name), self.rank_dim(name)
+            if held is not None:
+                size = list(held.shape)
+                size[dim] = size[dim] // self.r * (rank - self.r)
+                held.data = torch.cat([held.data, held.data.new_zeros(size)], dim)
+        self.keep(r=rank)
+
+    def rank_dim(self, name: str) -> int:
+        """The dimension of a factor in which its ranks lie."""
+        return -2 if name.endswith("A") else -1
+
     @property
     def scaling(self) -> Tensor:
         """The number before ``B·A``: the scale times the strength."""

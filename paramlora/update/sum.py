@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.rounding import Rounding
 
 Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 
@@ -143,6 +144,7 @@ class Fold:
         shape, dtype: of the weight.
         terms: in the order of summing.
         device: where the blocks will lie.
+        rounding: how the sum comes into the weight's type; to the nearest number where None.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class Fold:
         dtype: torch.dtype,
         terms: Sequence[Term],
         device: "torch.device | str" = "cpu",
+        rounding: Optional[Rounding] = None,
     ) -> None:
+        self._rounding = rounding
         stacked = any(term.layout == "stack" for term in terms)
         self._shape = matrix_shape(tuple(shape) or (1,), "stack" if stacked else "matrix")
         on_device = torch.device(device).type != "cpu"
@@ -185,6 +189,8 @@ class Fold:
         with in_own_types(before):
             for term in self._terms:
                 total = term.applied(total, block)
+        if self._rounding is not None:
+            return self._rounding(total, rows).reshape(-1)
         return total.to(before.dtype).reshape(-1)
 
 
@@ -193,16 +199,17 @@ def _rounds_products() -> bool:
 
 
 @torch.no_grad()
-def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
+def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = None) -> Tensor:
     """A new tensor: what the terms make of `base`, in a wide type and rounded once.
 
     Args:
         base: of any shape that the terms' layouts fit.
         terms: in the order of summing; none gives a copy.
+        rounding: see `Fold`.
     """
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     before, after = base.reshape(-1), out.view(-1)
-    for run, summed in Fold(base.shape, base.dtype, terms, base.device).blocks():
+    for run, summed in Fold(base.shape, base.dtype, terms, base.device, rounding).blocks():
         after[run] = summed(before[run])
     return out
 
@@ -242,11 +249,15 @@ def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
     most = torch.finfo(base.dtype).max
     if base.dtype != torch.float16 and added < most * 2**-10:
         return False  # a weight that near to the end of a float32's range is no weight
-    if base.numel() and base.abs().max().double() + added <= most:
+    wide = base.float() if base.dtype.itemsize == 1 else base  # torch takes no norm of 8 bits
+    if base.numel() and wide.abs().max().double() + added <= most:
         return False
     before = base.reshape(-1)
     for run, summed in Fold(base.shape, base.dtype, terms, base.device).blocks():
-        if (torch.isfinite(before[run]) & ~torch.isfinite(summed(before[run]))).any():
+        old, new = before[run], summed(before[run])
+        if old.dtype.itemsize == 1:
+            old, new = old.float(), new.float()
+        if (torch.isfinite(old) & ~torch.isfinite(new)).any():
             return True
     return False
 

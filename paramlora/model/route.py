@@ -1,0 +1,279 @@
+"""Several adapters in one batch: each row takes its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.model.attach import (
+    adapter_names,
+    check_adapters,
+    one_by_one,
+    put,
+    updates,
+    updates_of,
+)
+from paramlora.model.forwards import forward_of
+from paramlora.model.layer_class import holds_updates, parametrized
+from paramlora.model.split import by_rows, splits, takes_positions
+from paramlora.model.targets import stem, unwrapped
+from paramlora.model.undo import to_the_end
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.choice import Choice
+from paramlora.update.lowrank import LowRank
+from paramlora.update.names import BRANCHES
+
+Names = Sequence[Optional[str]]
+_Inner = nn.modules.linear.NonDynamicallyQuantizableLinear  # read by the attention around it
+_Undo = Callable[[], None]
+
+
+@contextmanager
+def route(
+    model: nn.Module,
+    adapters: Union[Names, Tensor],
+    names: Optional[Names] = None,
+    dim: int = 0,
+    cu_seqlens: Optional[Union[Tensor, Sequence[int]]] = None,
+) -> Iterator[nn.Module]:
+    """Inside the block each row of the batch takes its own adapter, in one pass of the base.
+
+    A row's result and gradients are those of the row by itself with its adapter alone, as strong as
+    `set_adapters` left it; no gradient of one adapter comes from another's rows. Where only a
+    layer's weight is known (attention, recurrent layers, tensors trained whole) that layer is
+    called once for each adapter. Under reentrant or any other checkpointing of such a layer the
+    backward belongs inside of the block too.
+
+    Args:
+        model: with adapters attached.
+        adapters: the name of each row's adapter, None for the base; or ``[N]`` integers, indices
+            into `names`, where a negative one is the base. Those on a device are not checked.
+        names: what the integers mean.
+        dim: where the rows lie in the input of a layer that does not tell, such as 1 where the
+            first dimension is time. Convolutions, attention and recurrent layers tell.
+        cu_seqlens: of packed sequences, ``[N + 1]``: row `i` is the positions from
+            ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` of the dimension `dim`.
+
+    Raises:
+        AdapterError: an adapter that is not attached or is switched off, or a layer that cannot
+            tell the rows apart; and in the block, an input of another number of rows.
+
+    Example:
+        >>> import paramlora
+        >>> model = paramlora.attach(nn.Linear(4, 3), {"weight": {"r": 2}}, "style")
+        >>> _ = model.parametrizations.weight[0].lora_B.data.normal_()
+        >>> x = torch.ones(2, 4)
+        >>> with route(model, ["style", None]):
+        ...     y = model(x)
+        >>> with paramlora.disable_adapters(model):
+        ...     assert torch.equal(y[1], model(x)[1]) and not torch.equal(y[0], y[1])
+    """
+    there = adapter_names(model)
+    index = _index(model, there, adapters, names)
+    if cu_seqlens is not None:
+        index = _of_positions(index, cu_seqlens)
+    if not isinstance(dim, int) or dim < 0:
+        raise AdapterError(f"dim must be a whole number of at least 0, got {dim!r}.")
+    rows, split = _checked(model, there, index, dim, cu_seqlens is not None)
+    undo: list[_Undo] = []
+    try:
+        _enter(model, rows, undo)
+        if split:
+            groups = _groups(there, index)
+            for layer in split:
+                _replace(layer, by_rows(layer, dim, groups), undo)
+        yield model
+    finally:
+        to_the_end(lambda: _leave(undo))
+
+
+def _index(
+    model: nn.Module, there: list[str], adapters: Union[Names, Tensor], names: Optional[Names]
+) -> Tensor:
+    """``[N]``: for each row an index into `there`, or one beyond it for the base."""
+    if isinstance(adapters, Tensor):
+        return _of_tensor(model, there, adapters, names)
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise AdapterError(
+            f"expected the adapter of each row, such as [{', '.join(map(repr, there[:1]))}, None], "
+            f"got {adapters!r}."
+        )
+    _check_on(model, adapters)
+    where = {name: at for at, name in enumerate(there)}
+    return torch.tensor([where[n] if n is not None else len(there) for n in adapters])
+
+
+def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optional[Names]) -> Tensor:
+    if names is None or isinstance(names, str):
+        raise AdapterError(f"indices need the list of adapters that they mean, got {names!r}.")
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise AdapterError(
+            "expected the adapters of rows as integers of one dimension, got shape "
+            f"{list(index.shape)} of {index.dtype}."
+        )
+    _check_on(model, names)
+    if index.is_cpu and len(index) and int(index.max()) >= len(names):
+        raise AdapterError(f"index {int(index.max())} is beyond the {len(names)} adapters named.")
+    out = torch.full_like(index, len(there), dtype=torch.long)
+    for at, name in enumerate(names):
+        if name is not None:
+            out = out.masked_fill(index == at, there.index(name))
+    return out
+
+
+def _check_on(model: nn.Module, names: Names) -> None:
+    used = list(dict.fromkeys(name for name in names if name is not None))
+    check_adapters(model, used)
+    on = {update.adapter for _, _, update in updates(model) if update.switch.strength != 0}
+    for name in used:
+        if name not in on:
+            raise AdapterError(
+                f'adapter "{name}" is switched off, so its rows would be the base\'s. Give None '
+                "for them, or switch it on with set_adapters first."
+            )
+
+
+def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Tensor:
+    """The same for each position of packed sequences."""
+    bounds = torch.as_tensor(cu_seqlens, device=index.device).long()
+    lengths = bounds.diff()
+    if bounds.shape != (len(index) + 1,) or int(bounds[0]) or bool((lengths < 0).any()):
+        raise AdapterError(
+            f"cu_seqlens of {len(index)} sequences must be {len(index) + 1} numbers that start at "
+            f"0 and do not fall, got {bounds.tolist()[:20]}."
+        )
+    return index.repeat_interleave(lengths)
+
+
+def _checked(
+    model: nn.Module, there: list[str], index: Tensor, dim: int, packed: bool
+) -> tuple[list[tuple[AttachedUpdate, Choice]], list[nn.Module]]:
+    """Each update with the rows of its tensor, and the layers to be called once for each adapter.
+
+    Raises:
+        AdapterError: one that allows neither.
+    """
+    made: dict[tuple[Any, ...], Choice] = {}
+    rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
+    split: dict[int, nn.Module] = {}
+    inside = {
+        id(attention.out_proj): attention
+        for attention in model.modules()
+        if isinstance(attention, nn.MultiheadAttention)
+    }
+    for path, module in unwrapped(model).named_modules():
+        for name, held in updates_of(module):
+            ours = [one for one in held if isinstance(one, AttachedUpdate)]
+            if not ours:
+                continue
+            layer = inside.get(id(module), module)
+            if _must_split(module, layer, stem(path, name), name, packed):
+                split[id(layer)] = layer
+            own = _rows(made, there, index, dim, ours)
+            for update in ours:
+                if rows.setdefault(id(update), (update, own))[1] is not own:
+                    raise AdapterError(_tied(stem(path, name)))
+    return list(rows.values()), list(split.values())
+
+
+def _rows(
+    made: dict[tuple[Any, ...], Choice],
+    there: list[str],
+    index: Tensor,
+    dim: int,
+    ours: list[AttachedUpdate],
+) -> Choice:
+    """The rows of one tensor, made once for all that have the same adapters."""
+    names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
+    ranks = tuple(one.factors()[0].shape[-2] if isinstance(one, LowRank) else 0 for one in ours)
+    key = (names, ranks, device)
+    if key not in made:
+        own = torch.full_like(index, len(names))
+        for at, name in enumerate(names):
+            own = own.masked_fill(index == there.index(name), at)
+        made[key] = Choice(names, ranks, own.to(device), dim)
+    return made[key]
+
+
+def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packed: bool) -> bool:
+    """Whether a layer is to be called once for each adapter, not once for all.
+
+    Raises:
+        AdapterError: its forward allows neither.
+    """
+    base = type(layer).__bases__[0] if parametrized(layer) else type(layer)
+    soft = BRANCHES in module._modules and name not in parametrized(module)
+    if packed and not takes_positions(base):
+        raise AdapterError(
+            f"{path or name}: {base.__name__} sees more than one position of a sequence at a time, "
+            "so packed sequences cannot take different adapters there. Give each its own row "
+            "(without cu_seqlens), or detach the adapters from that layer."
+        )
+    if soft or (layer is module and _is_grouped(module, base)):
+        return False
+    if splits(layer, base):
+        return True
+    raise AdapterError(
+        f"{path or name}: of {base.__name__} only the tensor is known, and not where the rows of "
+        "its batch lie, so they cannot take different adapters. Call the model once for each "
+        "adapter (set_adapters), or detach the adapters from that layer."
+    )
+
+
+def _is_grouped(module: Any, base: type) -> bool:
+    """Whether one forward serves all rows: see `forwards`."""
+    lists = parametrized(module)
+    plain = set(lists) == {"weight"} and all(type(one) is LowRank for one in lists["weight"])
+    odd = isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    )
+    return plain and not odd and forward_of(base) is not None and not issubclass(base, _Inner)
+
+
+def _tied(path: str) -> str:
+    return (
+        f"{path}: it shares its update with a tensor that has other adapters, so rows cannot take "
+        "different ones there. Name every holder of a tied tensor in one entry (re:...)."
+    )
+
+
+def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
+    """By adapter the rows that take it, where somebody does."""
+    index = index.cpu()
+    order = {name: (index == at).nonzero()[:, 0] for at, name in enumerate([*there, None])}
+    return {name: rows for name, rows in order.items() if len(rows)}
+
+
+def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]) -> None:
+    before = [(update, update.switch.rows) for update, _ in rows]
+    undo.append(lambda: _put(before))
+    _put(rows)
+    for layer in model.modules():
+        # torch's fused evaluation reads the layers' weights, where a hook keeps it from that
+        if isinstance(layer, nn.TransformerEncoderLayer) and holds_updates(layer):
+            undo.append(layer.register_forward_pre_hook(lambda *_: None).remove)
+
+
+def _put(rows: Sequence[tuple[AttachedUpdate, Optional[Choice]]]) -> None:
+    with one_by_one():
+        put([(update, update.switch.routed(own)) for update, own in rows])
+
+
+def _replace(layer: nn.Module, forward: Callable[..., Any], undo: list[_Undo]) -> None:
+    """Give one layer another forward of its own, until it is left."""
+    own = vars(layer)
+    before = own.get("forward")
+    own["forward"] = forward
+    if before is None:
+        undo.append(lambda: own.pop("forward", None))
+    else:
+        undo.append(lambda: own.update(forward=before))
+
+
+def _leave(undo: list[_Undo]) -> None:
+    while undo:
+        undo[-1]()
+        undo.pop()

@@ -1,0 +1,120 @@
+"""Layers of which only a weight is known: called once for each adapter, with its rows alone."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.update.choice import ONLY, UNSPLIT, wrong_rows
+
+# position by position: the rows lie where `route` says
+_POSITIONS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+# a row at a time: they lie in the first dimension
+_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.RNNCellBase,
+    nn.EmbeddingBag,
+)
+_OWN = (nn.RNNBase, nn.MultiheadAttention)  # where the layer says
+
+
+def takes_positions(base: type) -> bool:
+    """Whether a layer's forward is the same for every position of a row."""
+    return issubclass(base, _POSITIONS) or _is_conv1d(base)
+
+
+def splits(layer: nn.Module, base: type) -> bool:
+    """Whether a layer may be called with some rows of its batch alone, by its class `base` without
+    updates: its forward is torch's own, and keeps no statistics of what it sees."""
+    known = next((kind for kind in base.__mro__ if kind.__module__.startswith("torch.nn.")), object)
+    if not issubclass(base, (*_POSITIONS, *_FIRST, *_OWN)):
+        return _is_conv1d(base)
+    return getattr(base, "forward", None) is getattr(known, "forward", 0) and not getattr(
+        layer, "track_running_stats", False
+    )
+
+
+def _is_conv1d(base: type) -> bool:
+    return getattr(getattr(base, "forward", None), "__qualname__", "") == "Conv1D.forward"
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the rows lie in a layer's arguments by name (``""``: in any), and in its results."""
+
+    given: Mapping[str, int]
+    results: tuple[int, ...]
+    heads: int = 0  # that share the first dimension with the rows in a mask of three
+
+
+def _places(layer: Any, dim: int) -> _Places:
+    if isinstance(layer, nn.RNNBase):
+        batch = 0 if layer.batch_first else 1
+        return _Places({"input": batch, "hx": 1}, (batch, 1))
+    if isinstance(layer, nn.MultiheadAttention):
+        batch = 0 if layer.batch_first else 1
+        given = {"query": batch, "key": batch, "value": batch, "key_padding_mask": 0}
+        return _Places(given, (batch, 0), layer.num_heads)
+    first = 0 if isinstance(layer, _FIRST) else dim
+    return _Places({"": first}, (first,))
+
+
+def by_rows(
+    layer: nn.Module, dim: int, groups: Mapping[Optional[str], Tensor]
+) -> Callable[..., Any]:
+    """A forward that calls the layer's own once for each adapter of the batch.
+
+    Args:
+        layer: one that `splits`.
+        dim: of the rows, where the layer does not tell.
+        groups: by adapter the indices of its rows, None: the base's.
+    """
+    forward, places = layer.forward, _places(layer, dim)
+    names, count = list(inspect.signature(forward).parameters), sum(map(len, groups.values()))
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        if ONLY.adapter != UNSPLIT:
+            return forward(*args, **kwargs)
+        given, parts = dict(zip(names, args)) | kwargs, []
+        for adapter, rows in groups.items():
+            own = {k: _taken(layer, places, k, v, rows, count) for k, v in given.items()}
+            ONLY.adapter = adapter
+            try:
+                parts.append(forward(**own))
+            finally:
+                ONLY.adapter = UNSPLIT
+        order = torch.argsort(torch.cat(list(groups.values())))
+        if isinstance(parts[0], Tensor):
+            return _joined(parts, places.results[0], order)
+        return tuple(_joined(p, d, order) for p, d in zip(zip(*parts), places.results))
+
+    return split
+
+
+def _taken(layer: Any, places: _Places, name: str, value: Any, rows: Tensor, count: int) -> Any:
+    """Some rows of what a layer is given."""
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return tuple(_taken(layer, places, name, one, rows, count) for one in value)
+    if name == "attn_mask" and places.heads and value is not None and value.dim() == 3:
+        by_row = value.unflatten(0, (-1, places.heads))
+        return by_row.index_select(0, rows.to(value.device)).flatten(0, 1)
+    dim = places.given.get(name, places.given.get(""))
+    if dim is None or not isinstance(value, Tensor):
+        return value
+    if value.dim() <= dim or value.shape[dim] != count:
+        raise wrong_rows(type(layer), value, dim, count)
+    return value.index_select(dim, rows.to(value.device))
+
+
+def _joined(parts: Any, dim: int, order: Tensor) -> Any:
+    """The results of all rows in their order; of a tuple, such as an LSTM's state, each."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(one, dim, order) for one in zip(*parts))
+    return torch.cat(parts, dim).index_select(dim, order.to(parts[0].device))

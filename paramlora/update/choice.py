@@ -1,0 +1,98 @@
+"""Which rows of a batch take which update of a tensor."""
+
+import threading
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.errors import AdapterError
+
+UNSPLIT = ""  # no adapter has such a name
+_FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
+
+
+class _Only(threading.local):  # no context variable, which torch.compile does not read
+    """The adapter of the rows that a layer is called with alone, None where those are the base's;
+    of each thread."""
+
+    adapter: Optional[str] = UNSPLIT
+
+
+ONLY = _Only()
+
+
+class Choice:
+    """The rows of a batch by the adapters of one tensor; made anew for each batch.
+
+    Args:
+        names: the adapters with an update of that tensor, in their order there.
+        ranks: of each.
+        index: ``[N]``, which of them each row takes; ``len(names)`` is none, the base.
+        dim: where the rows lie in an input that does not tell.
+
+    Attributes:
+        picks: ``[N, r]`` for the largest rank, where the ranks of each row's update lie among those
+            of all updates one after the other, and ``sum(ranks)``, a rank of zeros, for the rest.
+        owner: ``[sum(ranks) + 1]``, whose each of these ranks is.
+        places: ``[N]``, where each row lies once all are in blocks of rows of one adapter, or None
+            where there are too few for that.
+        block_picks: ``[blocks, r]``, as `picks` of each block.
+        block: how many rows a block has.
+    """
+
+    # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
+    __slots__ = (
+        "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
+    )  # fmt: skip
+
+    def __init__(
+        self, names: tuple[str, ...], ranks: tuple[int, ...], index: Tensor, dim: int
+    ) -> None:
+        self.names, self.ranks, self.index, self.dim = names, ranks, index, dim
+        self.places: Optional[Tensor] = None
+        self.block_picks: Optional[Tensor] = None
+        table, self.owner = _ranks(ranks, index)
+        self.picks = table[index]
+        count, adapters = len(index), len(names) + 1
+        self.block = _MANY if count > 2 * _MANY * adapters else _FEW
+        blocks = count // self.block + adapters  # however the rows are spread
+        # of a rank of 16 or so; else each row having its own copy of its factors is less to move
+        if 16 * count > (16 + self.block) * blocks:
+            self.places, owners = _blocks(index, adapters, blocks, self.block)
+            self.block_picks = table[owners]
+
+
+def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor]:
+    """`Choice.picks` of each adapter and of the base, and `Choice.owner`, on the index's device."""
+    every = sum(ranks)
+    table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
+    owner, start = index.new_full((every + 1,), len(ranks)), 0
+    for at, r in enumerate(ranks):  # in slices, which copy nothing from the host
+        table[at, :r] = torch.arange(start, start + r, device=index.device)
+        owner[start : start + r] = at
+        start += r
+    return table, owner
+
+
+def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
+    """`Choice.places` and whose each block is, with nothing that waits for a device."""
+    order = torch.argsort(index, stable=True)
+    ordered = index[order]
+    sizes = index.new_zeros(count).scatter_add(0, index, torch.ones_like(index))
+    needed = (sizes + block - 1) // block
+    ends = needed.cumsum(0)
+    start = (ends - needed) * block  # [count], of each adapter's first block
+    within = torch.arange(len(index), device=index.device) - (sizes.cumsum(0) - sizes)[ordered]
+    places = torch.empty_like(index).scatter_(0, order, start[ordered] + within)
+    every = torch.arange(blocks, device=index.device)
+    return places, torch.bucketize(every, ends, right=True).clamp_(max=count - 1)
+
+
+def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
+    """That an input of a layer has not the rows that `route` was given."""
+    plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
+    return AdapterError(
+        f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
+        f"not the {count} rows of paramlora.route. Give route the rows of this batch, or their dim."
+    )

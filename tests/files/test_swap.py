@@ -1,0 +1,131 @@
+"""New values into an attached adapter, in place."""
+
+import pytest
+import torch
+from torch import nn
+
+import paramlora
+from paramlora.model.attach import updates
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Conv2d(8, 6, 3), nn.Embedding(9, 7))
+
+
+def run(model, x):
+    return model[2](model[1](model[0](x)).permute(0, 3, 1, 2)), model[3](torch.arange(9))
+
+
+CONFIG = {"0": {"r": 4}, "2": {"r": 4}, "3": {"r": 4}}
+
+
+def made(path, seed, config):
+    """A file, and what the model computes with it by the definition: merged."""
+    torch.manual_seed(seed)
+    model = paramlora.attach(base(), config, "file")
+    for p in paramlora.trainable_parameters(model):
+        p.data.uniform_(-1, 1)
+    paramlora.save_adapter(model, path, "file")
+    return run(paramlora.merge(model), x())
+
+
+def x():
+    return torch.randn(2, 5, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("r", [1, 3, 4])
+@pytest.mark.parametrize("how", ["hard", "soft", "same"])
+def test_values_come_in_place(tmp_path, how, r):
+    def config(r):
+        more = {"hard": how == "hard"} | ({"up_kernel": "same"} if how == "same" else {})
+        one = {"r": r, "scale": 0.5 * r}
+        return {"0": one, "2": {**one, **more}, "3": one}
+
+    model = paramlora.attach(base(), config(4), "style")
+    paramlora.attach(model, {"0": {"r": 1}}, "other")
+    before = {id(p): p.data_ptr() for p in model.parameters()}
+    torch.manual_seed(2)
+    other = paramlora.attach(base(), config(r), "file")
+    for p in paramlora.trainable_parameters(other):
+        p.data.uniform_(-1, 1)
+    paramlora.save_adapter(other, tmp_path / "f.safetensors", "file")
+    assert paramlora.load_adapter(model, tmp_path / "f.safetensors", into="style") is model
+    close(run(model, x()), run(other, x()))
+    assert {id(p): p.data_ptr() for p in model.parameters()} == before
+    paramlora.detach(model, "style")
+    close(run(model, x()), run(base(), x()))
+
+
+def test_a_larger_rank_needs_room(tmp_path):
+    expected = made(tmp_path / "f.safetensors", 3, {"0": {"r": 6}, "2": {"r": 6}, "3": {"r": 6}})
+    model = paramlora.attach(base(), CONFIG, "style")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(paramlora.FileError) as told:
+        paramlora.load_adapter(model, tmp_path / "f.safetensors", into="style")
+    assert str(told.value) == (
+        '0.lora_A: of rank 6, and the attached "style" has room for 4. Attach it with max_rank=6 '
+        "or more."
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model = paramlora.attach(base(), CONFIG, "style", max_rank=6)
+    close(run(model, x()), run(base(), x()))
+    paramlora.load_adapter(model, tmp_path / "f.safetensors", into="style")
+    close(run(model, x()), expected)
+    small = made(tmp_path / "s.safetensors", 4, {"0": {"r": 1}, "2": {"r": 2}, "3": {"r": 3}})
+    paramlora.load_adapter(model, tmp_path / "s.safetensors", into="style")
+    close(run(model, x()), small)
+    fresh = paramlora.load_adapter(base(), tmp_path / "s.safetensors", "new", max_rank=64)
+    assert [u.r for _, _, u in updates(fresh)] == [6, 6, 7]  # the most that the layers hold
+    close(run(fresh, x()), small)
+    paramlora.load_adapter(fresh, tmp_path / "f.safetensors", into="new")
+    close(run(fresh, x()), expected)
+
+
+def test_ranks_of_zeros_stay_so_in_training():
+    model = paramlora.attach(base(), CONFIG, max_rank=6)
+    optimizer = torch.optim.AdamW(paramlora.parameter_groups(model, 1e-2))
+    for _ in range(3):
+        sum(y.square().sum() for y in run(model, x())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _, _, update in updates(model):
+        assert update.lora_A[:4].any() and update.lora_B[:, :4].any()
+        assert not update.lora_A[4:].any() and not update.lora_B[:, 4:].any()
+
+
+def test_nothing_compiles_again(tmp_path):
+    expected = made(tmp_path / "f.safetensors", 3, {"0": {"r": 2}, "2": {"r": 3}, "3": {"r": 1}})
+    model, graphs = paramlora.attach(base(), CONFIG, "style", max_rank=5), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    close(compiled(model, x()), run(base(), x()))
+    paramlora.load_adapter(model, tmp_path / "f.safetensors", into="style")
+    close(compiled(model, x()), expected)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    made(tmp_path / "f.safetensors", 3, {"0": {"r": 2}, "3": {"r": 1}})
+    model = paramlora.attach(base(), CONFIG, "style")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(paramlora.FileError, match="missing: 2; unexpected: none. Load it under a"):
+        paramlora.load_adapter(model, tmp_path / "f.safetensors", into="style")
+    with pytest.raises(paramlora.AdapterError, match='no adapter "d" is attached. Attached: style'):
+        paramlora.load_adapter(model, tmp_path / "f.safetensors", into="d")
+    with pytest.raises(paramlora.AdapterError, match="Leave out adapter and max_rank"):
+        paramlora.load_adapter(model, tmp_path / "f.safetensors", "x", into="style")
+    with pytest.raises(paramlora.AdapterError, match="0: r = 4 is above max_rank = 3"):
+        paramlora.attach(base(), CONFIG, max_rank=3)
+    with pytest.raises(paramlora.AdapterError, match="max_rank must be a whole number, got 2.5"):
+        paramlora.attach(base(), CONFIG, max_rank=2.5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

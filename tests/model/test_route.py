@@ -1,0 +1,604 @@
+"""Choice of a batch that take different adapters, against each row by itself in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import paramlora
+from paramlora.model.attach import updates
+
+ROWS = ["a", None, "c", "b", "a", "c"]
+STRENGTHS = {"a": 1.0, "b": 0.5, "c": -2.0}
+RANKS = {"a": 2, "b": 3, "c": 1}
+
+
+def adapted(model, layers, hard=True, **more):
+    """Adapters of unequal ranks, scales and strengths; the third leaves the first layer alone."""
+    for at, (name, r) in enumerate(RANKS.items()):
+        entry = {"r": r, "scale": 0.5 + at, "hard": hard, "trainable_scale": True, **more}
+        chosen = layers[1:] if name == "c" and len(layers) > 1 else layers
+        paramlora.attach(model, {layer: entry for layer in chosen}, name)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.uniform_(-1, 1)
+    paramlora.set_adapters(model, STRENGTHS)
+    return model
+
+
+def dense(update, weight, strength):
+    """``W + strength·scale·B·A`` by the definition, written out."""
+    a, b = update.lora_A, update.lora_B
+    if getattr(update, "kernel", ()):
+        pytest.fail("two kernels in a row have no dense sum")
+    delta = b @ a
+    delta = delta.t() if update.layout == "transposed" else delta
+    return weight + strength * update.lora_scale * delta.reshape(weight.shape)
+
+
+def one_row(plain, model, name, *inputs, **kwargs):
+    """A row by itself: the untouched model, whose weights are the dense sums of one adapter."""
+    own = {}
+    for path, _, update in updates(model):
+        if update.adapter == name:
+            names = dict(plain.named_parameters())
+            key = f"{path}.weight" if f"{path}.weight" in names else path
+            key = "weight" if path == "" else key
+            own[key] = dense(update, names[key], STRENGTHS[name])
+    return torch.func.functional_call(plain, own, inputs, kwargs)
+
+
+def trained(model):
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, loss):
+    found = torch.autograd.grad(loss, trained(model).values(), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(trained(model).items(), found)
+    }
+
+
+def first(y):
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def check(make, layers, x, hard=True, rows=ROWS, **more):
+    """A routed batch and its gradients are those of its rows one by one."""
+    torch.manual_seed(0)
+    plain = make().double()
+    model = adapted(copy.deepcopy(plain), layers, hard, **more)
+    x = x.clone().requires_grad_(x.is_floating_point())
+    with paramlora.route(model, rows):
+        y = first(model(x))
+    apart = torch.cat(
+        [first(one_row(plain, model, name, x[i : i + 1])) for i, name in enumerate(rows)]
+    )
+    torch.testing.assert_close(y, apart, rtol=1e-10, atol=1e-10)
+    moved = (y - first(plain(x))).abs().amax(dim=tuple(range(1, y.dim())))
+    assert moved[[name is not None for name in rows]].max() > 1e-2
+    weights = torch.randn_like(y)
+    ours, theirs = (gradients(model, (v * weights).sum()) for v in (y, apart))
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+    if x.requires_grad:
+        (ours_x,), (theirs_x,) = (
+            torch.autograd.grad(first(v).sum(), x)
+            for v in (
+                _again(model, x, rows),
+                torch.cat(
+                    [first(one_row(plain, model, n, x[i : i + 1])) for i, n in enumerate(rows)]
+                ),
+            )
+        )
+        torch.testing.assert_close(ours_x, theirs_x, rtol=1e-9, atol=1e-9)
+
+
+def _again(model, x, rows):
+    with paramlora.route(model, rows):
+        return first(model(x))
+
+
+def linears():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+
+
+def images(*shape):
+    return torch.randn(len(ROWS), *shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 20, 6)])
+def test_linear(hard, shape):
+    check(linears, ["0", "2"], images(*shape), hard)
+
+
+def conv(kind, **more):
+    return lambda: nn.Sequential(kind(4, 6, 3, **more), nn.Tanh(), kind(6, 5, 1))
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "more", "shape"),
+    [
+        (nn.Conv1d, {"stride": 2}, (4, 9)),
+        (nn.Conv2d, {"padding": 1, "groups": 2}, (4, 6, 5)),
+        (nn.Conv2d, {"padding": 1, "padding_mode": "circular"}, (4, 6, 5)),
+        (nn.Conv2d, {"padding": "same", "dilation": 2}, (4, 6, 5)),
+        (nn.Conv3d, {}, (4, 4, 3, 5)),
+        (nn.ConvTranspose2d, {"stride": 2, "output_padding": 1}, (4, 3, 4)),
+    ],
+)
+def test_convolutions(kind, more, shape, hard):
+    check(conv(kind, **more), ["0", "2"], images(*shape), hard)
+
+
+def test_soft_branches_of_two_kernels():
+    """By the definition, written out: two convolutions in a row for each row of the batch."""
+    torch.manual_seed(0)
+    for kind, x in ((nn.Conv2d, images(4, 6, 5)), (nn.ConvTranspose2d, images(4, 3, 4))):
+        plain = kind(4, 6, 3, padding=1, groups=2).double()
+        model = adapted(copy.deepcopy(plain), ["weight"], hard=False, up_kernel="same")
+        paramlora.attach(model, {"weight": {"r": 2, "hard": False}}, "d")  # a 1×1 one beside them
+        own = {update.adapter: update for _, _, update in updates(model)}
+        own["d"].lora_B.data.normal_()
+        rows = [*ROWS[:-1], "d"]
+        paramlora.set_adapters(model, {**STRENGTHS, "d": 1.0})
+        with paramlora.route(model, rows):
+            y = model(x)
+        for i, name in enumerate(rows[:-1]):
+            row = x[i : i + 1]
+            expected = plain(row)
+            if name is not None:
+                a, b, r = own[name].lora_A, own[name].lora_B, RANKS[name]
+                if kind is nn.Conv2d:
+                    thin = F.conv2d(row, torch.cat([a.view(r, 2, 3, 3)] * 2), padding=1, groups=2)
+                    up = b
+                else:
+                    down = a.view(r, 9, 4).permute(2, 0, 1).reshape(4, r, 3, 3)
+                    thin = F.conv_transpose2d(row, down, padding=1, groups=2)
+                    up = torch.cat([b] * (6 // len(b)))
+                term = F.conv2d(thin, up, padding=1, groups=2)
+                expected = expected + STRENGTHS[name] * own[name].lora_scale * term
+            torch.testing.assert_close(y[i : i + 1], expected)
+        assert not torch.allclose(y[-1:], plain(x[-1:]))
+
+
+def test_embedding():
+    tokens = torch.arange(len(ROWS) * 4).view(len(ROWS), 4) % 9
+    check(lambda: nn.Embedding(9, 5, padding_idx=2), ["weight"], tokens)
+    many = torch.randint(0, 9, (120, 1))
+    check(lambda: nn.Embedding(9, 5), ["weight"], many, rows=["a", "b", None, "c"] * 30)
+
+
+def test_conv1d_of_transformers():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    check(lambda: pytorch_utils.Conv1D(5, 5), ["weight"], images(3, 5))
+
+
+def test_many_short_rows_go_in_blocks():
+    check(linears, ["0", "2"], torch.randn(150, 6).double(), rows=["a", "b", None, "c", "a"] * 30)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "x"),
+    [
+        (lambda: nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), ["weight_ih_l0"], (5, 4)),
+        (lambda: nn.GRU(4, 3, batch_first=True), ["weight_hh_l0", "weight_ih_l0"], (5, 4)),
+        (lambda: nn.LSTMCell(4, 3), ["weight_ih"], (4,)),
+        (lambda: nn.ConvTranspose1d(4, 3, 2), ["weight"], (4, 5)),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), ["0"], (4,)),
+    ],
+)
+def test_layers_of_which_only_a_weight_is_known(make, layers, x):
+    check(make, layers, images(*x))
+
+
+class Attends(nn.Module):
+    def __init__(self, **more):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **more)
+        self.first = more.get("batch_first", False)
+
+    def forward(self, x):
+        x = x if self.first else x.transpose(0, 1)
+        value = x if self.attention.vdim == 8 else F.pad(x, (0, 1))
+        y, _ = self.attention(x, x, value)
+        return y if self.first else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("more", [{"batch_first": True}, {"kdim": 8, "vdim": 9}])
+def test_attention(more):
+    layers = ["out_proj", "k_proj_weight" if "kdim" in more else "in_proj_weight"]
+    check(lambda: Attends(**more), layers, images(5, 8))
+
+
+def test_masks_of_attention_go_with_their_rows():
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    model, x = adapted(copy.deepcopy(plain), ["in_proj_weight"]), images(5, 8)
+    mask = torch.rand(len(ROWS) * 2, 5, 5) < 0.3
+    mask[:, :, 0] = False
+    unread = torch.zeros(len(ROWS), 5).bool()
+    unread[2, 4] = unread[3, 3:] = True
+    with paramlora.route(model, ROWS):
+        y, weights = model(x, x, x, key_padding_mask=unread, attn_mask=mask)
+    for i, name in enumerate(ROWS):
+        row, one = x[i : i + 1], slice(i, i + 1)
+        masks = {"key_padding_mask": unread[one], "attn_mask": mask[2 * i : 2 * i + 2]}
+        expected = one_row(plain, model, name, row, row, row, **masks)
+        torch.testing.assert_close((y[one], weights[one]), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_layer_is_not_fused_past_its_rows(training):
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    plain.train(training)
+    model = adapted(copy.deepcopy(plain), ["in_proj_weight", "linear1", "out_proj"])
+    x = images(5, 8)
+    with torch.no_grad(), paramlora.route(model, ROWS):
+        y = model(x)
+    plain.train()  # whose evaluation is not the fused one
+    for i, name in enumerate(ROWS):
+        torch.testing.assert_close(y[i : i + 1], one_row(plain, model, name, x[i : i + 1]))
+
+
+def test_whole_tensors_split_their_layer():
+    torch.manual_seed(0)
+    model = linears().double()
+    paramlora.attach(model, {"0": {"r": 2}, "re:0.bias": {"whole": True}}, "a")
+    paramlora.attach(model, {"0": {"r": 3}}, "b")
+    own = {n: p.data.uniform_(-1, 1) for n, p in trained(model).items()}
+    x = images(3, 6)[:3]
+    with paramlora.route(model, ["a", None, "b"]):
+        y = model[0](x)
+    a, b = list(model[0].parametrizations.weight)
+    weight, lists = model[0].parametrizations.weight.original, model[0].parametrizations
+    whole = lists.bias[0].lora_whole
+    assert own
+    torch.testing.assert_close(y[0], F.linear(x[0], weight + a.lora_B @ a.lora_A, whole))
+    torch.testing.assert_close(y[1], F.linear(x[1], weight, lists.bias.original))
+    torch.testing.assert_close(
+        y[2], F.linear(x[2], weight + b.lora_B @ b.lora_A, lists.bias.original)
+    )
+
+
+def test_other_kinds_split_their_layer_too():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8).double()
+    paramlora.attach(layer, {"weight": {"r": 2}}, "a")
+    paramlora.attach(layer, {"weight": {"r": 2, "kind": "dora"}}, "b")
+    for p in paramlora.trainable_parameters(layer):
+        p.data.uniform_(-1, 1)
+    weight = layer.parametrizations.weight.original
+    a, b = list(layer.parametrizations.weight)
+    x = images(3, 6)[:3]
+    with paramlora.route(layer, ["a", None, "b"]):
+        y = layer(x)
+        (grads,) = torch.autograd.grad(y[2].sum(), [a.lora_B], allow_unused=True)
+    assert grads is None or not grads.any()
+    torch.testing.assert_close(y[0], F.linear(x[0], weight + a.lora_B @ a.lora_A, layer.bias))
+    torch.testing.assert_close(y[1], F.linear(x[1], weight, layer.bias))
+    moved = weight + b.lora_B @ b.lora_A  # Liu et al. 2024, equation 5
+    moved = b.lora_magnitude.view(-1, 1) * moved / moved.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(y[2], F.linear(x[2], moved, layer.bias))
+
+
+def test_rows_in_another_dimension_and_packed_sequences():
+    torch.manual_seed(0)
+    plain = linears().double()
+    model, x = adapted(copy.deepcopy(plain), ["0", "2"]), images(3, 6)
+    apart = torch.cat([one_row(plain, model, n, x[i : i + 1]) for i, n in enumerate(ROWS)])
+    with paramlora.route(model, ROWS, dim=1):
+        torch.testing.assert_close(model(x.transpose(0, 1)).transpose(0, 1), apart)
+    flat = torch.cat([x[0], x[1], x[2, :1]])  # of lengths 3, 3, none and 1
+    wanted = torch.cat([apart[0], apart[1], apart[2, :1]])
+    with paramlora.route(model, ["a", None, "b", "c"], cu_seqlens=[0, 3, 6, 6, 7]):
+        torch.testing.assert_close(model(flat), wanted)
+    bounds = torch.tensor([0, 3, 6, 6, 7], dtype=torch.int32)
+    with paramlora.route(model, ["a", None, "b", "c"], dim=1, cu_seqlens=bounds):
+        torch.testing.assert_close(model(flat[None])[0], wanted)
+
+
+def test_indices_into_a_list_of_names():
+    model, x = adapted(linears().double(), ["0", "2"]), images(6)
+    with paramlora.route(model, ["c", None, "a", None, "b", "c"]):
+        expected = model(x)
+    index = torch.tensor([1, -1, 0, 2, 3, 1])
+    with paramlora.route(model, index, names=["a", "c", None, "b"]):
+        assert torch.equal(model(x), expected)
+
+
+def test_what_is_there_once_is_there_for_all_rows():
+    """Such as the positions of tokens, which a model looks up in a batch of one."""
+    torch.manual_seed(0)
+    plain = nn.Embedding(7, 4).double()
+    model = adapted(copy.deepcopy(plain), ["weight"])
+    with paramlora.route(model, ROWS):
+        y = model(torch.arange(5)[None])
+    rows = [one_row(plain, model, n, torch.arange(5)[None]) for n in ROWS]
+    torch.testing.assert_close(y, torch.cat(rows))
+
+
+@pytest.mark.parametrize("shape", [(6,), (20, 6)])
+def test_what_is_not_finite_stays_in_its_rows(shape):
+    """Neither a weight, nor an input, nor a gradient."""
+    torch.manual_seed(0)
+    rows = ["a", "b", None, "c"] * 200
+    model = adapted(linears().double(), ["0", "2"])
+    bad = [n for n, _, u in updates(model) if u.adapter == "b"]
+    assert bad
+    x = torch.randn(len(rows), *shape).double()
+
+    def run():
+        with paramlora.route(model, rows):
+            y = model(x)
+        losses = {n: y[[i for i, m in enumerate(rows) if m == n]].square().sum() for n in RANKS}
+        return y, gradients(model, sum(losses.values()))
+
+    def own(name):
+        return {id(p) for _, _, u in updates(model) if u.adapter == name for p in u.parameters()}
+
+    sound_y, sound = run()
+    x[1::4] = float("inf")
+    for _, _, update in updates(model):
+        if update.adapter == "b":
+            update.lora_B.data[0] = float("nan")
+    y, found = run()
+    kept = [i for i, name in enumerate(rows) if name != "b"]
+    assert torch.equal(y[kept], sound_y[kept]) and not y[1::4].isfinite().all()
+    for name, p in trained(model).items():
+        if id(p) in own("b"):
+            assert not found[name].isfinite().all()
+        else:
+            assert torch.equal(found[name], sound[name]), name
+
+
+def test_convolutions_too_keep_what_is_not_finite():
+    torch.manual_seed(0)
+    model = adapted(nn.Conv2d(3, 4, 3).double(), ["weight"])
+    x = images(3, 5, 5)
+    with paramlora.route(model, ROWS):
+        sound = gradients(model, model(x).square().sum())
+        x[3] = float("inf")
+        found = gradients(model, model(x).square()[[0, 1, 2, 4, 5]].sum())
+        bad = gradients(model, model(x).square().sum())
+    for at, name in enumerate(RANKS):
+        stem = f"parametrizations.weight.{at}."
+        for part in ("lora_A", "lora_B", "lora_scale"):
+            key = stem + part
+            if name == "b":
+                assert not bad[key].isfinite().all()
+            else:
+                assert torch.equal(bad[key], sound[key]) and torch.equal(found[key], sound[key])
+
+
+def test_each_row_drops_as_its_adapter_says():
+    torch.manual_seed(0)
+    layer = nn.Linear(200, 1, bias=False).double()
+    for name, rate in {"a": 0.0, "b": 0.5}.items():
+        paramlora.attach(layer, {"weight": {"r": 1, "dropout": rate}}, name)
+    for update in layer.parametrizations.weight:
+        update.lora_A.data.fill_(1)
+        update.lora_B.data.fill_(1)
+    x = torch.ones(40, 200).double()
+    base = F.linear(x, layer.parametrizations.weight.original)
+    with paramlora.route(layer, ["a", "b"] * 20):
+        y = (layer(x) - base)[:, 0]
+    torch.testing.assert_close(y[::2], torch.full((20,), 200.0).double())
+    assert y[1::2].std() > 1 and (y[1::2] / 2).sub((y[1::2] / 2).round()).abs().max() < 1e-9
+    assert abs(y[1::2].mean() - 200) < 15
+    with paramlora.route(layer.eval(), ["a", "b"] * 20):
+        torch.testing.assert_close((layer(x) - base)[:, 0], torch.full((40,), 200.0).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_a_small_update_is_kept(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 256).to(dtype)
+    x = torch.randn(8, 512, 256).to(dtype)
+    for name in RANKS:
+        paramlora.attach(layer, {"weight": {"r": RANKS[name]}}, name)
+    weight, bias = layer.parametrizations.weight.original.double(), layer.bias.double()
+    deltas = {}
+    for update in layer.parametrizations.weight:
+        update.lora_B.data.normal_()
+        size = (update.lora_B @ update.lora_A).norm() / weight.norm()
+        update.lora_B.data *= 1e-3 / size
+        deltas[update.adapter] = (update.lora_B @ update.lora_A).double()
+    rows = ["a", "b", "c", None] * 2
+    with torch.no_grad(), paramlora.route(layer, rows):
+        y = layer(x).double()
+    for i, name in enumerate(rows):
+        if name is None:
+            continue
+        term = x[i].double() @ deltas[name].t()
+        gained = y[i] - F.linear(x[i].double(), weight, bias)
+        kept = (gained * term).sum() / term.square().sum()
+        assert 0.97 < kept < 1.03, name
+
+
+def test_under_autocast():
+    torch.manual_seed(0)
+    model, x = adapted(linears(), ["0", "2"]), images(3, 6).float()
+    with paramlora.route(model, ROWS), torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    with paramlora.route(model, ROWS):
+        exact = model(x)
+    assert (y - exact).norm() < 0.02 * exact.norm()
+    assert all(g.dtype == torch.float32 for g in gradients(model, y.float().sum()).values())
+
+
+def test_gradients_of_gradients():
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model, x = adapted(small, ["0", "2"]), images(3).requires_grad_()
+    weights = [p.detach().requires_grad_() for p in trained(model).values()]
+    names = list(trained(model))
+
+    def run(x, *weights):
+        with paramlora.route(model, ROWS):
+            return torch.func.functional_call(model, dict(zip(names, weights)), (x,))
+
+    assert torch.autograd.gradgradcheck(run, (x, *weights))
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_a_checkpointed_forward_is_computed_again_with_its_rows(reentrant):
+    torch.manual_seed(0)
+    model, x = adapted(linears().double(), ["0", "2"]), images(3, 6)
+    with paramlora.route(model, ROWS):
+        expected = gradients(model, model(x).square().sum())
+    with paramlora.route(model, ROWS):
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+    with paramlora.route(model, ["b"] * 6):
+        model(x)
+    found = gradients(model, y.square().sum())
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_the_batch_changes_no_compiled_graph():
+    torch.manual_seed(0)
+    model, x = adapted(linears().double(), ["0", "2"]), images(3, 6)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    every = [ROWS, ["a"] * 6, [None] * 6, ["a", "b"] * 3]
+    for rows in every:
+        with paramlora.route(model, rows):
+            y = compiled(x)
+            torch.testing.assert_close(y, model(x))
+            (found, expected) = (gradients(model, v.square().sum()) for v in (y, model(x)))
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_a_layer_called_once_for_each_adapter_compiles():
+    torch.manual_seed(0)
+    model = adapted(Attends(batch_first=True).double(), ["in_proj_weight", "out_proj"])
+    x = images(5, 8)
+    compiled = torch.compile(model, backend="eager")
+    for rows in (ROWS, ["a", "b"] * 3):
+        with paramlora.route(model, rows):
+            torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+def test_blocks_nest_and_leave_everything_as_it_was():
+    torch.manual_seed(0)
+    model, x = adapted(linears().double(), ["0", "2"]), images(6)
+    attention = adapted(nn.MultiheadAttention(8, 2).double(), ["in_proj_weight"])
+    before = model(x)
+    with paramlora.route(model, ROWS):
+        routed = model(x)
+        with paramlora.route(model, ["b"] * 6):
+            only_b = model(x)
+        assert torch.equal(model(x), routed)
+        with paramlora.disable_adapters(model):
+            base = model(x)
+        paramlora.set_adapters(model, {"b": 0.5})
+        changed = model(x)
+        paramlora.set_adapters(model, STRENGTHS)
+    assert torch.equal(model(x), before)
+    torch.testing.assert_close(only_b[3], routed[3])
+    torch.testing.assert_close(base[1], routed[1])
+    torch.testing.assert_close(changed[[1, 3]], routed[[1, 3]])
+    torch.testing.assert_close(changed[[0, 2, 4, 5]], base[[0, 2, 4, 5]])
+    with pytest.raises(RuntimeError, match="stop"), paramlora.route(attention, ROWS):
+        assert "forward" in vars(attention)
+        raise RuntimeError("stop")
+    assert "forward" not in vars(attention)
+    assert all(update.switch.rows is None for _, _, update in updates(attention))
+
+
+def test_a_copy_made_inside_acts_on_all_rows():
+    torch.manual_seed(0)
+    model, x = adapted(linears().double(), ["0", "2"]), images(6)
+    before = model(x)
+    with paramlora.route(model, ROWS):
+        other = copy.deepcopy(model)
+    assert torch.equal(other(x), before)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_refusals_of_what_was_asked():
+    model = adapted(linears().double(), ["0", "2"])
+    cases = {
+        'no adapter "d" is attached': (["d"], {}),
+        "expected the adapter of each row, such as ['a', None], got 'abc'": ("abc", {}),
+        "indices need the list of adapters that they mean, got None": (torch.tensor([0]), {}),
+        "expected the adapters of rows as integers of one dimension, got shape [1, 1]": (
+            torch.tensor([[0]]),
+            {"names": ["a"]},
+        ),
+        "index 2 is beyond the 1 adapters named": (torch.tensor([2]), {"names": ["a"]}),
+        "dim must be a whole number of at least 0, got -1": (["a"], {"dim": -1}),
+        "cu_seqlens of 1 sequences must be 2 numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
+    }
+    for text, (rows, more) in cases.items():
+        with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, rows, **more):
+            pass
+        assert text in str(told.value)
+        assert all(update.switch.rows is None for _, _, update in updates(model))
+    paramlora.set_adapters(model, {"a": 1.0})
+    with pytest.raises(paramlora.AdapterError, match='"b" is switched off, so its rows'):
+        with paramlora.route(model, ["b"]):
+            pass
+
+
+def test_another_number_of_rows_is_refused():
+    model = adapted(linears().double(), ["0", "2"])
+    with paramlora.route(model, ROWS), pytest.raises(paramlora.AdapterError) as told:
+        model(torch.randn(5, 6).double())
+    assert "Linear was given an input of shape [5, 6], whose dimension 0 is not the 6" in str(
+        told.value
+    )
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        return x @ self.table.t()
+
+
+def test_a_layer_that_cannot_tell_rows_apart_is_refused_before_anything_runs():
+    model = nn.Sequential(nn.Linear(6, 6), Unknown())
+    adapted(model, ["1.table", "0"])
+    with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, ROWS):
+        pass
+    assert str(told.value).startswith("1.table: of Unknown only the tensor is known, and not where")
+    assert all(update.switch.rows is None for _, _, update in updates(model))
+    conv = adapted(nn.Conv1d(4, 4, 3), ["weight"])
+    with pytest.raises(paramlora.AdapterError) as told:
+        with paramlora.route(conv, ["a"], cu_seqlens=[0, 9]):
+            pass
+    assert "weight: Conv1d sees more than one position of a sequence at a time" in str(told.value)
+
+
+def test_who_reads_a_weight_inside_is_told():
+    model = adapted(linears(), ["0", "2"])
+    with paramlora.route(model, ROWS):
+        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
+            _ = model[0].weight
+        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
+            paramlora.merge(model)
+        with pytest.raises(paramlora.AdapterError, match="cannot be attached inside of paramlora"):
+            paramlora.attach(model, {"0": {"r": 1}}, "late")
+        assert "strength" in repr(model) and paramlora.summary(model).rows
+    paramlora.merge(model)
