@@ -10,7 +10,6 @@ python examples/docstring_search.py --out search
 import argparse
 import ast
 import hashlib
-import logging
 import random
 import sys
 import sysconfig
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, BertModel
+from transformers.utils.logging import disable_progress_bar
 
 CONFIG = {
     name: {"r": 16, "alpha": 32}
@@ -41,7 +41,7 @@ def folder_of_weights() -> Path:
 
 def base(file: str | None = None) -> nn.Module:
     """The published weights, or those of `file`."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
     model = BertModel.from_pretrained(folder_of_weights())
     if file:
         model.load_state_dict(load_file(file))
