@@ -81,7 +81,7 @@ def test_real_weights(name, tmp_path, monkeypatch):
     needs, steps, share = REAL[name]
     absent = [package for package in needs if not importlib.util.find_spec(package)]
     if absent:
-        pytest.skip(f"needs {', '.join(absent)} (README, extra \"examples\")")
+        pytest.skip(f'needs {", ".join(absent)} (README, extra "examples")')
     monkeypatch.syspath_prepend(str(FOLDER))
     rows = importlib.import_module(name).main(tmp_path, steps)
     metric = list(rows["base"])[0]
