@@ -93,7 +93,7 @@ def test_real_weights(name, tmp_path, monkeypatch):
     assert rows["LoRA from its file"] == {k: rows["LoRA"][k] for k in rows["base"]}
     for other in rows["base"]:
         plain = rows["LoRA merged, without paramlora"][other]
-        assert plain == pytest.approx(rows["LoRA"][other], abs=2e-3)  # one rounding of a weight
+        assert plain == pytest.approx(rows["LoRA"][other], abs=3e-3)  # a rounding may turn a tie
     assert rows["LoRA"]["bytes"] < rows["full fine-tuning"]["bytes"] / 10
 
 
