@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import cases, timing
 from benchmarks.machine import device
-from benchmarks.opponents import WAYS, Way
+from benchmarks.opponents import WAYS, Way, switches
 from benchmarks.reference import Result, bound, check, definition
 from benchmarks.results import layers_table, load, save
 from benchmarks.saved import saved_bytes
@@ -173,7 +173,8 @@ def main(arguments: list[str]) -> int:
                 torch.cuda.empty_cache()
         save(options.out, "layers", {"rows": rows})
     overhead = launches(options.dtypes[0], [n for n in names if n not in COMPILED])
-    path = save(options.out, "layers", {"rows": rows, "launches": overhead})
+    content = {"rows": rows, "launches": overhead, "switches": switches(names)}
+    path = save(options.out, "layers", content)
     print(layers_table(load(path)))
     print(f"{time.monotonic() - started:.0f} s, {path}")
     wrong = [r for r in rows if r["way"].startswith("paramlora") and "refused" in r]

@@ -14,6 +14,7 @@ PACKAGES = (
     "torch",
     "triton",
     "peft",
+    "lycoris-lora",
     "diffusers",
     "transformers",
     "bitsandbytes",

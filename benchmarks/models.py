@@ -24,12 +24,15 @@ from torch.func import functional_call
 
 from benchmarks import timing
 from benchmarks.machine import device
-from benchmarks.opponents import adapt, factors
+from benchmarks.opponents import LYCORIS, adapt, factors, switches
 from benchmarks.reference import SCALE
 from benchmarks.results import models_table, save
 from benchmarks.zoo import ZOO, Zoo
 
-WAYS = ("frozen", "bound", "paramlora", "peft", "peft bf16", "loralib", "original", "dense")
+WAYS = (
+    *("frozen", "bound", "paramlora", "peft", "peft bf16", "loralib", "original", "dense"),
+    *LYCORIS,
+)
 UNCHECKED = ("frozen", "bound")  # which adapt nothing
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -233,8 +236,9 @@ def main(arguments: list[str]) -> int:
         for kind in options.dtypes:
             with _emptied():
                 rows += measure(name, kind, ["frozen", *options.ways], tiny, options.rounds)
-            path = save(options.out, "models", {"tiny": tiny, "rows": rows})
-    print(models_table({"rows": rows}))
+            content = {"tiny": tiny, "rows": rows, "switches": switches(options.ways)}
+            path = save(options.out, "models", content)
+    print(models_table(content))
     print(f"{time.monotonic() - started:.0f} s, {path}")
     return 0
 

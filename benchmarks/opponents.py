@@ -6,8 +6,9 @@ factors on a bfloat16 weight they raise. The dense way holds float32 masters.
 """
 
 import copy
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import paramlora
+from benchmarks.machine import device
 from benchmarks.reference import SCALE
 from benchmarks.runlora import BestOrder
 
@@ -175,6 +177,45 @@ def paramlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
     return Way(model[0], a, b)
 
 
+def lycoris_way(bypass: bool, masters: bool = True) -> Callable[..., Way]:
+    """LyCORIS's own module on the layer: the weight rebuilt, or (bypass) a branch beside it."""
+
+    def build(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+        module = lycoris_module(twin(layer), len(A), bypass, masters)
+        down, up = module.lora_down.weight, module.lora_up.weight
+        with torch.no_grad():
+            down.copy_(A.reshape(down.shape)), up.copy_(B.reshape(up.shape))
+        return Way(module, down, up)
+
+    return build
+
+
+def lycoris_module(layer: nn.Module, r: int, bypass: bool, masters: bool) -> nn.Module:
+    """A ``LoConModule`` of scale `SCALE`, its factors float32 where `masters` says so."""
+    from lycoris import LoConModule
+
+    weight = layer.weight
+    module = LoConModule("layer", layer, 1.0, r, r * SCALE, bypass_mode=bypass)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return module.to(weight.device, wide if masters else weight.dtype)
+
+
+def switches(ways: Iterable[str]) -> dict[str, str]:
+    """What chooses between an opponent's own ways to compute, for those of `ways` that have it."""
+    chosen = {}
+    for way in (w for w in ways if w in LYCORIS):
+        from lycoris.kernels.dispatch import resolve_backend
+
+        backend = resolve_backend(device=device()) if device().type == "cuda" else "torch"
+        told = os.environ.get("LYCORIS_KERNEL_BACKEND", "auto")
+        bypass, masters = LYCORIS[way]
+        chosen[way] = (
+            f"LoConModule(bypass_mode={bypass}), factors "
+            f"{'float32' if masters else 'of the weight'}, kernels {told} ({backend})"
+        )
+    return chosen
+
+
 def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
     def build_compiled(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
         way = build(layer, A, B)
@@ -183,6 +224,12 @@ def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
     return build_compiled
 
 
+LYCORIS = {  # (bypass, float32 factors) of its two ways
+    "LyCORIS": (False, True),
+    "LyCORIS bf16": (False, False),
+    "LyCORIS bypass": (True, True),
+    "LyCORIS bypass bf16": (True, False),
+}
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
     "frozen": frozen_way,
     "dense": formula_way(dense, masters=True),
@@ -192,6 +239,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
     "minLoRA": minlora_way,
     "original": formula_way(original),
     "RunLoRA": runlora_way,
+    **{name: lycoris_way(*how) for name, how in LYCORIS.items()},
     "paramlora": paramlora_way,
     "peft compiled": compiled(peft_way()),
     "paramlora compiled": compiled(paramlora_way),
@@ -203,7 +251,7 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
 
     Args:
         way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16``,
-            ``paramlora``, or ``bound``, which no update can be below.
+            one of `LYCORIS`, ``paramlora``, or ``bound``, which no update can be below.
         entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
@@ -212,6 +260,8 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
     if way.startswith("peft"):
         return adapt_peft(model, entries, r, masters=way == "peft")
     model.requires_grad_(False)
+    if way in LYCORIS:
+        _apply_lycoris(model, entries, r, *LYCORIS[way])
     formulas = {"dense": dense, "original": original, "loralib": loralib, "bound": bound}
     if way in formulas:
         _wrap(model, entries, r, formulas[way])
@@ -224,11 +274,11 @@ def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         found = re.fullmatch(
             r"(?:base_model\.model\.)?(.*?)(?:\.parametrizations\.weight\.0|\.lora_branches\.0)?"
-            r"\.(?:lora_)?([AB])(?:\.default\.weight)?",
+            r"(?:\.(?:lora_)?([AB])(?:\.default\.weight)?|\.lycoris\.lora_(down|up)\.weight)",
             name,
         )
         if found:
-            sides[found[2] == "B"][found[1]] = parameter
+            sides[(found[2] or found[3]) in ("B", "up")][found[1]] = parameter
     return {path: (A, sides[1][path]) for path, A in sides[0].items()}
 
 
@@ -240,10 +290,23 @@ def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> n
     return get_peft_model(model, config, autocast_adapter_dtype=masters)
 
 
-def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula) -> None:
+def _apply_lycoris(
+    model: nn.Module, entries: list[str], r: int, bypass: bool, masters: bool
+) -> None:
+    for _, layer in _chosen(model, entries):
+        module = lycoris_module(layer, r, bypass, masters)
+        module.apply_to()
+        layer.lycoris = module  # beside the weights, so that the model holds the factors
+
+
+def _chosen(model: nn.Module, entries: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for path, layer in list(model.named_modules()):
-        if not any(path == e or path.endswith("." + e) for e in entries):
-            continue
+        if any(path == e or path.endswith("." + e) for e in entries):
+            yield path, layer
+
+
+def _wrap(model: nn.Module, entries: list[str], r: int, formula: Formula) -> None:
+    for path, layer in _chosen(model, entries):
         weight = layer.weight
         low = weight.dtype.itemsize <= 2
         A = torch.randn(r, weight[0].numel(), device=weight.device) / r

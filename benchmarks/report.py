@@ -19,6 +19,7 @@ ORDER = (
     "layers",
     "models",
     "quantised",
+    "experts",
     "update_kept",
     "finetune_bf16",
     "stable_diffusion",
@@ -32,6 +33,7 @@ TITLES = {
     "layers": "One layer",
     "models": "Whole models",
     "quantised": "Quantised bases, against peft's QLoRA",
+    "experts": "Layers of experts",
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
@@ -83,10 +85,11 @@ def _where(path: Path, content: Content) -> str:
     made_on = content["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in made_on["packages"].items() if v != "absent")
     size = " (tiny models)" if content.get("tiny") else ""
+    told = f"; commit {made_on['commit']}" if "commit" in made_on else ""
     return (
         f"`{path.parent.name}/{path.name}`{size}: {made_on['device']}; {made_on['processor']}, "
         f"{made_on['cores']} cores, {made_on['threads']} threads; Python {made_on['python']}; "
-        f"{packages}."
+        f"{packages}{told}."
     )
 
 
@@ -225,6 +228,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "layers": results.layers_table,
     "models": results.models_table,
     "quantised": results.quantised_table,
+    "experts": results.experts_table,
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,

@@ -64,7 +64,13 @@ def layers_table(content: dict[str, Any]) -> str:
         ]
         parts.append("Python per layer, microseconds")
         parts.append(markdown(["way", "dtype", "forward", "forward and backward"], lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + switches_told(content))
+
+
+def switches_told(content: dict[str, Any]) -> list[str]:
+    """What chose between an opponent's own ways to compute."""
+    told = [f"{way}: {how}" for way, how in content.get("switches", {}).items()]
+    return ["; ".join(told) + "."] if told else []
 
 
 def models_table(content: dict[str, Any]) -> str:
@@ -80,7 +86,8 @@ def models_table(content: dict[str, Any]) -> str:
         ]
         lines.append([row["case"], row["dtype"], row["way"], f"{row['trainable']:,}", *numbers])
     header = ["model", "dtype", "way", "trainable", "device ms", "R device", "eager ms", "R eager"]
-    return markdown([*header, "peak MiB", "peak / frozen"], lines)
+    table = markdown([*header, "peak MiB", "peak / frozen"], lines)
+    return "\n\n".join([table, *switches_told(content)])
 
 
 def quantised_table(content: dict[str, Any]) -> str:
@@ -97,6 +104,18 @@ def quantised_table(content: dict[str, Any]) -> str:
     return f"{title}\n\n" + markdown([*header, "output error", "gradient error"], lines)
 
 
+def experts_table(content: dict[str, Any]) -> str:
+    """One line for each way of each layer of experts."""
+    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "beside_mib": 0, "kept": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
+        errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
+        lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
+    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "MiB a step", "kept"]
+    return markdown([*header, "output error", "gradient error", "outcome"], lines)
+
+
 def kept_table(content: dict[str, Any]) -> str:
     """Shares that reach the output and the input gradient, in percent, by size of the update."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
@@ -106,7 +125,8 @@ def kept_table(content: dict[str, Any]) -> str:
         groups.setdefault((row["case"], row["size"]), {})[row["way"]] = both
     lines = [[c, f"{size:.0e}", *(g[w] for w in ways)] for (c, size), g in groups.items()]
     title = "Percent of the update in the output / the input gradient; frozen shows the noise"
-    return f"{title}\n\n" + markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+    table = markdown(["case", "‖Δ‖/‖W‖", *ways], lines)
+    return "\n\n".join([title, table, *switches_told(content)])
 
 
 def many_table(content: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases
 from benchmarks.machine import device
-from benchmarks.opponents import WAYS
+from benchmarks.opponents import LYCORIS, WAYS, switches
 from benchmarks.reference import delta
 from benchmarks.results import kept_table, save
 
@@ -30,6 +30,7 @@ NAMES = (
     "RunLoRA",
     "peft bf16",
     "peft",
+    *LYCORIS,
     "paramlora",
 )
 SIZES = (1e-2, 1e-3, 1e-4)
@@ -87,8 +88,9 @@ def main(arguments: list[str]) -> int:
         for bias in (False, True):
             for size in SIZES:
                 rows += shares(shape, size, bias)
-        path = save(options.out, "update_kept", {"rows": rows})
-    print(kept_table({"rows": rows}))
+        content = {"rows": rows, "switches": switches(NAMES)}
+        path = save(options.out, "update_kept", content)
+    print(kept_table(content))
     print(f"{time.monotonic() - started:.0f} s, {path}")
     return 0
 

@@ -14,6 +14,7 @@ from paramlora.errors import (
     TargetError,
 )
 from paramlora.model.attach import attach, detach, disable_adapters, set_adapters
+from paramlora.model.experts import expert_linear
 from paramlora.model.input_grads import disable_input_grads, enable_input_grads
 from paramlora.model.merge import merge
 from paramlora.model.optim import parameter_groups, trainable_parameters
@@ -29,10 +30,12 @@ from paramlora.update.lowrank import LowRank
 from paramlora.update.value import Adapter, Update
 
 if TYPE_CHECKING:
-    from paramlora import checkpoint
-    from paramlora.files.adapters import load_adapter
+    from paramlora import checkpoint, files
+    from paramlora.files.adapters import convert, load_adapter
+    from paramlora.files.arithmetic import combine, difference, resize
     from paramlora.files.native import save_adapter
 
+__version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
@@ -52,15 +55,21 @@ __all__ = [
     "attach",
     "attach_adapter",
     "checkpoint",
+    "combine",
+    "convert",
     "detach",
+    "difference",
     "disable_adapters",
     "disable_input_grads",
     "enable_input_grads",
+    "expert_linear",
+    "files",
     "kernels",
     "load_adapter",
     "load_adapter_state_dict",
     "merge",
     "parameter_groups",
+    "resize",
     "save_adapter",
     "set_adapters",
     "summary",
@@ -71,6 +80,11 @@ __all__ = [
 # files and their formats are half of the package, and most processes that import it read none
 _LATER = {
     "checkpoint": "paramlora.checkpoint",
+    "combine": "paramlora.files.arithmetic",
+    "convert": "paramlora.files.adapters",
+    "difference": "paramlora.files.arithmetic",
+    "files": "paramlora.files",
+    "resize": "paramlora.files.arithmetic",
     "load_adapter": "paramlora.files.adapters",
     "save_adapter": "paramlora.files.native",
 }
@@ -80,8 +94,12 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LATER[name])
-    globals()[name] = found = module if name == "checkpoint" else getattr(module, name)
+    globals()[name] = found = module if _is_module(name) else getattr(module, name)
     return found
+
+
+def _is_module(name: str) -> bool:
+    return _LATER[name] == f"{__name__}.{name}"
 
 
 def __dir__() -> list[str]:

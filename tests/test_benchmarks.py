@@ -8,6 +8,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from benchmarks import (
+    experts,
     finetune_bf16,
     layers,
     many,
@@ -112,6 +113,17 @@ def test_quantised_bases_are_measured_and_take_what_their_bits_take(tmp_path, ca
     assert report.main([str(tmp_path), "--out", str(tmp_path / "r.md")]) == 0
     for text in (capsys.readouterr().out, (tmp_path / "r.md").read_text(encoding="utf-8")):
         assert "| nf4 prepared, peft | yes |" in text
+
+
+def test_layers_of_experts_are_measured(tmp_path, capsys):
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package)
+    assert experts.main(["--tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "experts")["rows"]
+    assert [row["way"] for row in rows] == 2 * list(experts.WAYS)
+    kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
+    assert set(kept) == {"paramlora", "peft", "unfused", "definition"}
+    assert "eager |" in capsys.readouterr().out
 
 
 def test_peft_trains_its_own_4_bit_layers():

@@ -4,11 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from paramlora.checkpoint.keys import Key, without_updates
 from paramlora.checkpoint.recipes import (
-    Change,
     Contents,
     Plan,
     Recipe,
@@ -18,7 +15,7 @@ from paramlora.checkpoint.recipes import (
 )
 from paramlora.errors import AdapterError
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, Value, apart_by_kind
 
 State = Mapping[str, Any]
 
@@ -101,10 +98,7 @@ def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
                 "belong together. Attach them to the model and save each with save_adapter."
             )
         changes[Key(weight).path] = held[0]
-    return Adapter(
-        {path: change for path, change in changes.items() if isinstance(change, Update)},
-        whole={path: change for path, change in changes.items() if isinstance(change, Tensor)},
-    )
+    return Adapter(**apart_by_kind(changes))
 
 
 def apply(plan: Plan, state: State) -> dict[str, Any]:
@@ -133,8 +127,6 @@ def _identity(recipe: Recipe, state: State) -> object:
     return (*what, *(_same(*strong) for strong in recipe.changes))
 
 
-def _same(change: Change, strength: float) -> tuple[object, ...]:
-    if isinstance(change, Tensor):
-        return (id(change), strength)
-    # an update that was fitted is another value with the same factors
-    return (id(change.lora_A), id(change.lora_B), change.scale, strength)
+def _same(change: Value, strength: float) -> tuple[object, ...]:
+    # a change that was fitted is another value with the same tensors
+    return (*map(id, change.tensors().values()), *change.listed(), strength)

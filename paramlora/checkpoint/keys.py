@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paramlora.update.kinds import tensor_names
 from paramlora.update.names import BRANCHES
 
-_OURS = ("lora_A", "lora_B", "lora_scale", "lora_transposed", "lora_whole", "start_A", "start_B")
 # names hold any character; where a line break ended one, each of its parts would be tried in turn
 _HARD = re.compile(
     r"(?P<module>(?:.+\.)?)parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
@@ -58,7 +58,7 @@ class Key:
     @property
     def of_update(self) -> bool:
         """Whether it is a tensor of an update of ours."""
-        return self.index >= 0 and self.part in _OURS
+        return self.index >= 0 and self.part in tensor_names()
 
     @property
     def path(self) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
 from paramlora.errors import AdapterError, FileError, closest
-from paramlora.update.geometry import FLOATS, LAYOUTS, Layout, ambiguous, factor_dtype, matrix_shape
+from paramlora.update.attached import lacking
+from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
+from paramlora.update.kinds import kind_with
 from paramlora.update.memory import pieces_of
-from paramlora.update.names import LOW_RANK
-from paramlora.update.sum import LowRankTerm, Term, WholeTerm, folded
-from paramlora.update.value import Adapter, Update, refuse_two_kernels
+from paramlora.update.sum import ScaledTerm, Term, folded
+from paramlora.update.value import Adapter, Value
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
-Change = Union[Update, Tensor]  # of one tensor: an update, or a tensor to have instead
-Strong = tuple[Change, float]  # and how strongly
+Strong = tuple[Value, float]  # what is done to a tensor, and how strongly
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")  # beside a weight of 8 bits
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Recipe:
         source: the key of the input that it is, or beside which it stands.
         changes: what to fold into it, in order.
         value: a new tensor instead.
+        scale: of a weight of 8-bit floats, what its elements are to be multiplied by: one number,
+            or one for each row.
     """
 
     source: str
     changes: tuple[Strong, ...] = ()
     value: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
 
     def make(self, read: Read) -> Any:
         """The value, from a function that gives the input's."""
@@ -52,10 +56,12 @@ class Recipe:
     def check(self, before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]) -> None:
         """Refuse a sum that its type cannot hold; what the base itself has not finite stays.
 
+        In 8 bits the largest number takes the place of larger ones (see `terms`).
+
         Raises:
             AdapterError: names the tensor and the sum.
         """
-        if torch.isfinite(after).all():
+        if after.dtype in NARROW or torch.isfinite(after).all():
             return
         lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
         if not lost.any():
@@ -70,7 +76,11 @@ class Recipe:
 
     def terms(self, dtype: torch.dtype, device: Union[str, torch.device] = "cpu") -> list[Term]:
         """What to fold into a tensor of that type, as a live model has it."""
-        return [_term(change, s, dtype, device) for change, s in self.changes if s != 0]
+        terms = [change.term(s, dtype, device) for change, s in self.changes if s != 0]
+        if dtype not in NARROW or not terms:
+            return terms
+        scale = torch.ones(()) if self.scale is None else self.scale.to(device)
+        return [ScaledTerm(scale), *terms, ScaledTerm(1 / scale, torch.finfo(dtype).max)]
 
 
 Plan = dict[str, Recipe]
@@ -94,39 +104,50 @@ class Contents:
             elif key.part in ("", "original", "original0"):
                 self.stored[key.weight] = text
 
-    def found(self, adapter: Adapter) -> dict[str, Change]:
+    def found(self, adapter: Adapter, narrow: bool = False) -> dict[str, Value]:
         """The changes by tensor, each with its shape; of tied tensors it is enough that one is.
+
+        Args:
+            adapter: under the names of this checkpoint.
+            narrow: whether a weight may be of 8-bit floats.
 
         Raises:
             FileError: a path that is not there, or factors that do not fit.
         """
-        changes: dict[str, Change] = {**adapter.updates, **adapter.whole}
+        changes = adapter.values()
         at = {p: next((w for w in weights_at(p) if w in self.stored), None) for p in changes}
         kept = {id(change) for path, change in changes.items() if at[path] is not None}
         missing = [p for p, change in changes.items() if at[p] is None and id(change) not in kept]
         if missing:
             raise self._lacks(missing, len(changes))
-        return {w: self.fitted(w, changes[path]) for path, w in at.items() if w is not None}
+        there = {path: w for path, w in at.items() if w is not None}
+        return {w: self.fitted(w, changes[path], narrow) for path, w in there.items()}
 
-    def fitted(self, weight: str, change: Change) -> Change:
+    def fitted(self, weight: str, change: Value, narrow: bool = False) -> Value:
         """A change with its tensor's shape and layout, where those fit it."""
         base = self.base(weight)
-        counts = isinstance(change, Tensor) and change.dtype == base.dtype == torch.int64
-        if base.dtype not in FLOATS and not counts:
+        counts = change.alone and base.dtype == torch.int64  # such as BatchNorm's batches
+        sums = base.dtype in FLOATS or (narrow and base.dtype in NARROW)
+        if not sums and not counts:
             raise AdapterError(
                 f"{weight} is of type {base.dtype}, in which no update can be stored. Where it was "
                 "quantised, use the checkpoint from before."
             )
-        if not counts:
-            parts = (change,) if isinstance(change, Tensor) else (change.lora_A, change.lora_B)
-            check_types(weight, *parts)
-        told = change.shape
-        if told is not None and tuple(told) != tuple(base.shape):
+        change.check_types(weight, base.dtype)
+        told, shape = change.shape, tuple(base.shape)
+        if told is not None and tuple(told) != shape:
             raise FileError(
-                f"{weight}: shape {list(base.shape)}, and the adapter was made for {list(told)}. "
+                f"{weight}: shape {list(shape)}, and the adapter was made for {list(told)}. "
                 "Is it the base of this adapter?"
             )
-        return change if isinstance(change, Tensor) else self._laid_out(weight, change)
+        fitted = change.fitted(shape)
+        if fitted is None:
+            held = [f"{name} of shape {list(t.shape)}" for name, t in change.tensors().items()]
+            raise FileError(
+                f"{weight}: {' and '.join(held)} do not fit {list(shape)}. "
+                "Was the adapter made for another model?"
+            )
+        return fitted
 
     def base(self, weight: str) -> Any:
         """What has the weight's type and shape."""
@@ -138,14 +159,14 @@ class Contents:
             raise FileError(f"{stored}: without its {second}. Save the state dict again.")
         return self.there[second]
 
-    def inside(self, read: Read) -> dict[str, list[Change]]:
+    def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
         groups: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
         for text, key in self.keys.items():
             if key.of_update:
                 group = groups.setdefault((key.weight, not key.hard, key.index), {})
                 group[key.part] = read(text).detach()
-        out: dict[str, list[Change]] = {}
+        out: dict[str, list[Value]] = {}
         for (weight, soft, _), parts in sorted(groups.items(), key=lambda item: item[0]):
             out.setdefault(weight, []).append(self._attached(weight, soft, parts))
         return _shared(out)
@@ -169,40 +190,17 @@ class Contents:
             and {key.index for key in hard} == ours == set(range(len(ours)))
         )
 
-    def _attached(self, weight: str, soft: bool, parts: Mapping[str, Tensor]) -> Change:
-        if weight in self.stored and "lora_whole" in parts:
-            return self.fitted(weight, parts["lora_whole"])
-        missing = [name for name in LOW_RANK if name not in parts]
-        missing += [] if weight in self.stored else ["base"]
-        if missing:
+    def _attached(self, weight: str, soft: bool, parts: Mapping[str, Tensor]) -> Value:
+        if weight not in self.stored:
+            raise FileError(lacking(weight, ["base"]))
+        try:
+            kind = kind_with(set(parts), not soft)
+        except ValueError as error:
             raise FileError(
-                f"{weight}: an update is inside without its {', '.join(missing)}. Save the "
-                "attached model's state dict again."
-            )
-        a, b = _factors(parts)
-        scale = parts["lora_scale"]
-        check_types(weight, scale)
-        if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
-            raise FileError(f"{weight}: the update inside it has factors of impossible shape.")
-        layout: Layout = "stack" if a.dim() == 3 else "matrix"
-        layout = "transposed" if "lora_transposed" in parts else layout
-        kernel = "same" if soft and b.dim() > 2 else 1
-        usual = a.dtype == factor_dtype(self.base(weight).dtype)
-        kind = None if usual else str(a.dtype).removeprefix("torch.")
-        update = Update(a, b, float(scale), None, layout, False, not soft, kernel)
-        return self.fitted(weight, replace(update, adapter_dtype=kind))
-
-    def _laid_out(self, weight: str, update: Update) -> Update:
-        shape = tuple(self.base(weight).shape)
-        layouts = [update.layout] if update.shape is not None else [update.layout, *LAYOUTS]
-        for layout in layouts:
-            if fits_shape(update, shape, layout):
-                return replace(update, shape=shape, layout=layout)
-        a, b = list(update.lora_A.shape), list(update.lora_B.shape)
-        raise FileError(
-            f"{weight}: lora_A of shape {a} and lora_B of {b} do not fit {list(shape)}. "
-            "Was the adapter made for another model?"
-        )
+                f"{weight}: {', '.join(sorted(parts))} inside, which no kind of update that is "
+                "registered has together. Import what registers it."
+            ) from error
+        return self.fitted(weight, kind.read_state(weight, parts, self.base(weight).dtype))
 
     def _lacks(self, missing: list[str], total: int) -> FileError:
         near = closest(weights_at(missing[0])[0], self.stored)
@@ -213,25 +211,17 @@ class Contents:
         )
 
 
-def check_types(where: str, *tensors: Tensor) -> None:
-    """Refuse tensors of an update in whose type nothing can be computed, as in 8 bits."""
-    wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS), None)
-    if wrong is not None:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise FileError(f"{where}: an update of type {wrong}. Save it in one of {names}.")
-
-
 def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
     """The plan of `paramlora.checkpoint.embed`."""
     renamed: dict[str, str] = {}
     beside: dict[str, Plan] = {}
     for weight, change in contents.found(adapter).items():
         source = contents.stored[weight]
-        hard = isinstance(change, Tensor) or change.hard
+        hard = change.hard
         if hard and source == weight:
             renamed[source] = str(Key(weight, "original"))
         index = contents.next(weight, hard)
-        made = _tensors(change, contents.base(weight).dtype)
+        made = change.attached(contents.base(weight).dtype)
         for name, value in made.items():
             _check_held(Key(weight).path, name, value)
         beside[source] = {
@@ -257,14 +247,14 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
     for adapter, strength in pairs:
         if not math.isfinite(strength):
             raise AdapterError(f'adapter "{adapter.name}": its weight {strength} is not finite.')
-        for weight, change in contents.found(adapter).items():
+        for weight, change in contents.found(adapter, narrow=True).items():
             folds.setdefault(weight, []).append((change, float(strength)))
     for weight, strong in folds.items():
         _check_mergeable(contents, weight, strong)
-    return _merged(contents, folds)
+    return _merged(contents, folds, read)
 
 
-def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
+def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -> Plan:
     plan: Plan = {}
     attached = {key.weight for key in contents.keys.values() if key.hard and key.of_update}
     for text, key in contents.keys.items():
@@ -272,82 +262,54 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]]) -> Plan:
             continue
         strong = folds.get(key.weight, []) if key.part in ("", "original") else []
         # a live model folds its parametrizations before its branches
-        ordered = sorted(strong, key=lambda pair: isinstance(pair[0], Update) and not pair[0].hard)
+        ordered = sorted(strong, key=lambda pair: not pair[0].hard)
         erased = key.part == "original" and key.weight in attached
-        plan[key.weight if erased else text] = Recipe(text, tuple(ordered))
+        plan[key.weight if erased else text] = Recipe(
+            text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
+        )
     return plan
 
 
-def fits_shape(update: Update, shape: tuple[int, ...], layout: Layout) -> bool:
-    """Whether an update's factors are those of a weight of that shape."""
-    if len(shape) < 2:
-        return False
-    stack, out, fan_in = matrix_shape(shape, layout)
-    lead = (stack,) if layout == "stack" else ()
-    a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
-    if update.up_kernel != "same":
-        return a == (*lead, update.r, fan_in) and b == (*lead, out, update.r)
-    size = math.prod(b[2:])
-    if layout == "transposed":
-        return a == (update.r * size, fan_in) and b[0] * size == out
-    return a == (update.r, fan_in) and b[0] == out
+def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
+    """What the elements of a weight of 8 bits are stored divided by: ComfyUI's ``scale_weight``,
+    and the ``weight_scale`` of compressed-tensors.
+
+    Raises:
+        AdapterError: scales of blocks, which are not followed, or one that divides nothing.
+    """
+    spec = contents.there[text]
+    layer = text.removesuffix("weight")
+    found = [f"{layer}{name}" for name in _SCALES if f"{layer}{name}" in contents.there]
+    if spec.dtype not in NARROW or not found:
+        return None
+    value: Tensor = read(found[0]).detach().float()
+    shape = tuple(spec.shape)
+    if value.numel() == 1:
+        value = value.reshape(())
+    elif len(shape) == 2 and value.numel() == shape[0] and value.shape[0] == shape[0]:
+        value = value.reshape(-1)
+    else:
+        value = torch.zeros(())
+    if found[0].endswith("_inv") or not torch.isfinite(1 / value).all() or not value.all():
+        raise AdapterError(
+            f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
+            f"{list(shape)}. Merge into the checkpoint that it was quantised from."
+        )
+    return value
 
 
-def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B``, with what a start from the weight takes out again (see `LowRank`)."""
-    a, b = parts["lora_A"], parts["lora_B"]
-    if "start_A" not in parts or "start_B" not in parts:
-        return a, b
-    return torch.cat([a, parts["start_A"]], -2), torch.cat([b, -parts["start_B"]], -1)
-
-
-def _kind(update: Update, dtype: torch.dtype) -> torch.dtype:
-    """The type that an update's factors have when attached to a tensor of a type."""
-    named = update.adapter_dtype
-    return factor_dtype(dtype) if named is None else getattr(torch, named)
-
-
-def _tensors(change: Change, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What an attached change shows in a state dict."""
-    if isinstance(change, Tensor):
-        return {"lora_whole": change}
-    kind = _kind(change, dtype)
-    scale = torch.tensor(change.scale, dtype=kind)
-    out = dict(zip(LOW_RANK, (change.lora_A.to(kind), change.lora_B.to(kind), scale)))
-    if change.layout == "transposed" and ambiguous(change.shape or (), change.layout):
-        out["lora_transposed"] = torch.ones((), dtype=torch.uint8)
-    return out
-
-
-def _term(
-    change: Change, strength: float, dtype: torch.dtype, device: Union[str, torch.device]
-) -> Term:
-    if isinstance(change, Tensor):
-        gain = torch.tensor(strength, dtype=change.dtype, device=device)
-        return WholeTerm(change.to(device), gain)
-    kind = _kind(change, dtype)
-    a, b = (factor.to(device, kind) for factor in (change.lora_A, change.lora_B))
-    scale = torch.tensor(change.scale, dtype=kind, device=device)
-    wide = torch.promote_types(kind, torch.float32)  # as a live update's strength is held
-    return LowRankTerm(
-        a, b, scale * torch.tensor(strength, dtype=wide, device=device), change.layout
-    )
-
-
-def _shared(inside: dict[str, list[Change]]) -> dict[str, list[Change]]:
+def _shared(inside: dict[str, list[Value]]) -> dict[str, list[Value]]:
     """One value for changes that are equal, as those of tied tensors are."""
-    seen: dict[object, Change] = {}
+    seen: dict[object, Value] = {}
     for changes in inside.values():
         changes[:] = [seen.setdefault(_content(change), change) for change in changes]
     return inside
 
 
-def _content(change: Change) -> object:
+def _content(change: Value) -> object:
     """Equal for equal changes."""
-    if isinstance(change, Tensor):
-        return _digest(change)
-    told = (change.shape, change.scale, change.layout, change.hard, change.up_kernel)
-    return (*told, _digest(change.lora_A), _digest(change.lora_B))
+    held = sorted(change.tensors().items())
+    return (*change.content(), *((name, _digest(tensor)) for name, tensor in held))
 
 
 def _digest(tensor: Tensor) -> tuple[object, ...]:
@@ -361,18 +323,13 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
     """Refuse what no stored tensor would give."""
     path = Key(weight).path
     for change, _ in strong:
-        if isinstance(change, Tensor):
-            _check_finite(path, "lora_whole", change)
-            if len(strong) > 1:
-                raise AdapterError(
-                    f"{path}: it is trained whole by one adapter, and changed by another. Nothing "
-                    "was merged; give only one of them."
-                )
-            continue
-        if change.up_kernel == "same":
-            refuse_two_kernels(path, tuple(change.lora_B.shape[2:]))
-        values = (change.lora_A, change.lora_B, torch.tensor(change.scale, dtype=torch.float64))
-        for name, value in zip(LOW_RANK, values):
+        if change.alone and len(strong) > 1:
+            raise AdapterError(
+                f"{path}: it is trained whole by one adapter, and changed by another. Nothing "
+                "was merged; give only one of them."
+            )
+        change.check_mergeable(path)
+        for name, value in change.parts().items():
             _check_finite(path, name, value)
     if not contents.alone(weight):
         raise AdapterError(

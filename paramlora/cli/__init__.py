@@ -8,7 +8,7 @@ except ImportError as error:
         f"the paramlora command needs {error.name}: pip install 'paramlora[cli]'"
     ) from None
 
-from paramlora.cli import adapters, checkpoints, training
+from paramlora.cli import adapters, arithmetic, checkpoints, training
 from paramlora.cli.app import main
 
-__all__ = ["adapters", "checkpoints", "main", "training"]
+__all__ = ["adapters", "arithmetic", "checkpoints", "main", "training"]

@@ -1,130 +1,99 @@
 """The commands on adapter files of any tool: `convert`, `inspect`."""
 
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
-from paramlora.cli.app import app, fail, report, warnings_told, wrote
-from paramlora.cli.checkpoints import Dry, Force, Json, Key, Out, Quiet
-from paramlora.cli.training import build
+from paramlora.cli.app import app, report, warnings_told, wrote
+from paramlora.cli.options import (
+    Alpha,
+    Checkpoint,
+    Component,
+    Dry,
+    File,
+    FoldScale,
+    Force,
+    Json,
+    Key,
+    Loose,
+    Model,
+    Out,
+    PrefixOf,
+    Quiet,
+    Writing,
+    counts,
+    how,
+    known,
+    reading,
+    refuse,
+)
 from paramlora.files import adapters as interchange
-from paramlora.files import inspect as inspection
-from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
+from paramlora.files.inspect import inspect as inspected
+from paramlora.formats import Options
 
-File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]
-Alpha = Annotated[
-    Optional[float],
-    typer.Option(help="For formats that do not store it: scale = alpha / r."),
-]
 Rank = Annotated[
     Optional[int],
     typer.Option(min=1, help="Nearest rank for LoHa, LoKr and other dense updates."),
 ]
 
 
-class _Convert(TyperCommand):
-    """The command with the help that the formats give, of those that are known when it is run."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        names = sorted(form.name for form in FORMATS.values() if form.write is not None)
-        told = {
-            "to": f"One of {', '.join(names)}.",
-            "prefix": f"Of {', or of '.join(p.about for p in _prefixes().values())}.",
-        }
-        for param in self.params:
-            if isinstance(param, TyperOption):
-                param.help = told.get(str(param.name), param.help)
-
-
 @app.command(
-    cls=_Convert,
+    cls=Writing,
     epilog="Example: paramlora convert style.safetensors -o style-peft --to peft --model my:unet",
 )
 def convert(
     file: File,
     out: Out,
-    to: Annotated[str, typer.Option()],
-    model: Annotated[
-        Optional[str], typer.Option(help="module:factory, to tell names and kinds of layers.")
-    ] = None,
-    base: Annotated[
-        Optional[Path], typer.Option(help="The model's checkpoint, to tell names and shapes.")
-    ] = None,
+    to: Annotated[str, typer.Option("--to")],
+    model: Model = None,
+    base: Checkpoint = None,
     key: Key = None,
     alpha: Alpha = None,
     rank: Rank = None,
-    component: Annotated[
-        Optional[str], typer.Option(help="The part of a pipeline's file to read, such as unet.")
-    ] = None,
-    prefix: Annotated[Optional[str], typer.Option()] = None,
-    fold_scale: Annotated[
-        bool,
-        typer.Option(
-            "--fold-scale",
-            help="Multiply scales into lora_B, for formats without a place for them.",
-        ),
-    ] = False,
-    loose: Annotated[
-        bool, typer.Option("--loose", help="Leave out, with a warning, what belongs to nothing.")
-    ] = False,
+    component: Component = None,
+    prefix: PrefixOf = None,
+    fold_scale: FoldScale = False,
+    loose: Loose = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter in another tool's format."""
-    options = Options(not loose, rank, alpha, component)
-    known, how = _known(model, base, key), _how(to, prefix, fold_scale)
     with warnings_told():
+        writer, names = how(to, prefix, fold_scale), known(model, base, key)
+        options = reading(loose, alpha, component, rank)
         found = interchange.convert(
-            file, out, to, known, options, force=force, dry_run=dry_run, **how
+            file, out, to, names, options, force=force, dry_run=dry_run, **writer
         )
-    text = f"{out}: {_counts(len(found.updates), len(found.whole))} as {to}"
+    count = len(found.updates) + len(found.others)
+    text = f"{counts(count, len(found.whole))} into {out}, as {to}"
     if dry_run or json:
-        content = {"out": str(out), "format": to, "updates": len(found.updates)}
+        content = {"out": str(out), "format": to, "updates": count}
         content |= {"whole": len(found.whole)} if found.whole else {}
         content["dry_run"] = dry_run
-        report(content, json, f"would write {text}")
+        report(content, json, f"would convert {text}")
     else:
-        wrote(text, quiet)
-
-
-def _counts(updates: int, whole: int) -> str:
-    return f"{updates} updates, {whole} whole tensors" if whole else f"{updates} updates"
+        wrote("convert", text, quiet)
 
 
 @app.command(epilog="Example: paramlora inspect style.safetensors --json")
-def inspect(file: File, alpha: Alpha = None, json: Json = False) -> None:
+def inspect(
+    file: File,
+    model: Model = None,
+    base: Checkpoint = None,
+    key: Key = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    loose: Loose = False,
+    json: Json = False,
+) -> None:
     """Show an adapter's format, metadata and updates; name those that are damaged or idle."""
-    found = inspection.inspect(file, Options(strict=False, alpha=alpha))
+    refuse({"--loose is what inspect always is: it names what belongs to nothing": loose})
+    names = known(model, base, key)
+    options = Options(strict=False, alpha=alpha, component=component)
+    found = inspected(file, options, names)
     if json:
         report(found.to_dict(), json, "")
     else:
         print(found)  # a table, which must not be wrapped
-
-
-def _known(model: Optional[str], base: Optional[Path], key: Optional[str]) -> Optional[Base]:
-    if model is not None and base is not None:
-        fail("--model and --base both tell the names of layers. Give one.")
-    if model is not None:
-        return base_of(build(model))
-    return None if base is None else interchange.base_of_file(base, key)
-
-
-def _how(to: str, prefix: Optional[str], fold_scale: bool) -> dict[str, Any]:
-    how: dict[str, Any] = {"fold_scale": True} if fold_scale else {}
-    known = _prefixes()
-    if prefix is not None and to not in known:
-        fail(f"--prefix is for {' and '.join(known)}, not for {to}. Leave it out.")
-    if prefix is not None:
-        how[known[to].keyword] = prefix
-    return how
-
-
-def _prefixes() -> dict[str, Prefix]:
-    """What ``--prefix`` means, by the formats with a use for it, in the order of their ranks."""
-    forms = sorted(FORMATS.values(), key=lambda form: min(mark.rank for mark in form.marks))
-    return {form.name: form.prefix for form in forms if form.prefix is not None}

@@ -19,6 +19,15 @@ from paramlora.errors import shown
 from paramlora.files.convert import Progress as Told
 
 DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
+_PAST = {
+    "combine": "combined",
+    "convert": "converted",
+    "embed": "embedded",
+    "extract": "extracted",
+    "merge": "merged",
+    "resize": "resized",
+    "subtract": "subtracted",
+}
 _EXITS = "Exit codes: 0 done, 1 a fault of paramlora, 2 wrong input, 130 stopped."
 
 app = typer.Typer(
@@ -29,10 +38,19 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"paramlora {paramlora.__version__}")
+        raise typer.Exit(DONE)
+
+
 @app.callback(
     help="LoRA fine-tuning for any torch.nn.Module, as a weight parametrization.", epilog=_EXITS
 )
 def _about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
 ) -> None:
     return None  # `main` looks for --debug, because it also serves where nothing was parsed
@@ -52,10 +70,10 @@ def report(content: dict[str, Any], as_json: bool, text: str) -> None:
         print(shown(text))  # not by rich, which reads paths as markup and emoji
 
 
-def wrote(text: str, quiet: bool) -> None:
-    """Say on stderr, in one line, that a file was written."""
+def wrote(verb: str, text: str, quiet: bool) -> None:
+    """Say on stderr, in one line, what was done: ``merged 128 of 686 tensors into ...``."""
     if not quiet:
-        print(f"wrote {shown(text)}", file=sys.stderr)
+        print(f"{_PAST[verb]} {shown(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -63,9 +81,11 @@ def warnings_told() -> Iterator[None]:
     """Say on stderr what was left undone, in one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", paramlora.ParamloraWarning)
-        yield
-    for warning in caught:
-        _tell("warning", "yellow", str(warning.message))
+        try:
+            yield
+        finally:  # before the error, where one follows
+            for warning in caught:
+                _tell("warning", "yellow", str(warning.message))
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The commands on checkpoint files: `embed`, `extract`, `merge`."""
 
-import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
@@ -9,55 +7,106 @@ from typing import Annotated, Optional
 import typer
 
 from paramlora import files
-from paramlora.cli.app import app, bar, fail, report, warnings_told, wrote
+from paramlora.cli.app import app, bar, report, warnings_told, wrote
+from paramlora.cli.options import (
+    Alpha,
+    Checkpoint,
+    Component,
+    Dry,
+    FoldScale,
+    Force,
+    Json,
+    Key,
+    Loose,
+    Model,
+    Out,
+    PrefixOf,
+    Quiet,
+    Writing,
+    how,
+    known,
+    reading,
+    refuse,
+    weighted,
+)
 
 Base = Annotated[
     Path,
     typer.Argument(help="A .safetensors file, a file of torch.save, or a folder of shards."),
 ]
 Embedded = Annotated[Path, typer.Argument(help="A checkpoint of a model with an adapter attached.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Key = Annotated[
-    Optional[str],
-    typer.Option(help="Where the state dict is in a file of torch.save, such as model.ema."),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Dry = Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Report in JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was written.")]
+_HERE = "--base tells the names of layers where no checkpoint is given; here BASE does"
+_SCALES = "--alpha is for files without scales, and an attached model's checkpoint has them"
 
 
 @app.command(epilog="Example: paramlora embed model/ style.safetensors -o embedded/")
 def embed(
     base: Base,
-    adapter: Annotated[Path, typer.Argument(help="The adapter's file.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's file, of any tool.")],
     out: Out,
     key: Key = None,
+    model: Model = None,
+    names: Checkpoint = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    loose: Loose = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint that loads into the model with the adapter attached."""
+    refuse({_HERE: names})
     with warnings_told(), bar("embed") as told:
-        done = files.embed(base, adapter, out, key=key, force=force, dry_run=dry_run, progress=told)
-    _report(done, dry_run, json, quiet)
+        done = files.embed(
+            base,
+            adapter,
+            out,
+            key=key,
+            options=reading(loose, alpha, component),
+            known=known(model, None),
+            force=force,
+            dry_run=dry_run,
+            progress=told,
+        )
+    text = f"{done.updates:,} updates into {out}, {_size(done)}"
+    _report("embed", text, done, dry_run, json, quiet)
 
 
-@app.command(epilog="Example: paramlora extract embedded/ -o style.safetensors")
+@app.command(cls=Writing, epilog="Example: paramlora extract embedded/ -o style.safetensors")
 def extract(
     embedded: Embedded,
     out: Out,
+    to: Annotated[str, typer.Option("--to")] = "native",
+    prefix: PrefixOf = None,
+    fold_scale: FoldScale = False,
     key: Key = None,
+    model: Model = None,
+    base: Checkpoint = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    loose: Loose = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the small adapter file from a checkpoint of a model with it attached."""
+    told = "--loose is for an adapter that does not fit, and what is inside a checkpoint fits"
+    refuse({_SCALES: alpha, told: loose})
     with warnings_told():
-        done = files.extract(embedded, out, key=key, force=force, dry_run=dry_run)
-    _report(done, dry_run, json, quiet)
+        done = files.extract(
+            embedded,
+            out,
+            to,
+            key=key,
+            known=known(model, base),
+            component=component,
+            force=force,
+            dry_run=dry_run,
+            **how(to, prefix, fold_scale),
+        )
+    _report("extract", f"{done.updates:,} updates into {out}, as {to}", done, dry_run, json, quiet)
 
 
 @app.command(
@@ -75,38 +124,52 @@ def merge(
         ),
     ] = None,
     key: Key = None,
+    model: Model = None,
+    names: Checkpoint = None,
+    alpha: Alpha = None,
+    component: Component = None,
+    loose: Loose = False,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a plain checkpoint with adapters folded into the weights."""
+    refuse({_HERE: names})
+    if not adapters:
+        idle = "is for an adapter's file, and none is given"
+        given = {"--model": model, "--alpha": alpha, "--component": component, "--loose": loose}
+        refuse({f"{name} {idle}": value for name, value in given.items()})
     chosen = [weighted(text) for text in adapters or []]
     with warnings_told(), bar("merge") as told:
-        done = files.merge(base, chosen, out, key=key, force=force, dry_run=dry_run, progress=told)
-    _report(done, dry_run, json, quiet)
+        done = files.merge(
+            base,
+            chosen,
+            out,
+            key=key,
+            options=reading(loose, alpha, component),
+            known=known(model, None),
+            force=force,
+            dry_run=dry_run,
+            progress=told,
+        )
+    change = "" if done.largest is None else f", largest change {done.largest:.2g} of its norm"
+    if done.kept is not None:
+        change += f"; 8 bits keep at least {done.kept:.2g} of each update"
+    text = f"{done.changed:,} of {done.tensors:,} tensors into {out}{change}"
+    _report("merge", text, done, dry_run, json, quiet)
 
 
-def weighted(text: str) -> tuple[Path, float]:
-    """``PATH:0.7`` as its two parts; a file of that whole name comes first."""
-    path, _, number = text.rpartition(":")
-    if path and not os.path.lexists(text):
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if math.isfinite(weight):
-            return Path(path), weight
-        if os.path.lexists(path):
-            fail(f'{text}: "{number}" is no weight. Give a finite number, as in {path}:0.7.')
-    return Path(text), 1.0
+def _size(done: files.Report) -> str:
+    return f"{done.tensors:,} tensors of {done.bytes:,} bytes"
 
 
-def _report(done: files.Report, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    counts = f"{done.tensors:,} tensors, {done.changed:,} changed, {done.bytes:,} bytes"
-    text = f"{done.out}: {counts}"
+def _report(
+    verb: str, text: str, done: files.Report, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     if dry_run or as_json:
-        content = {**asdict(done), "out": str(done.out), "dry_run": dry_run}
-        report(content, as_json, f"would write {text}")
+        told = {key: value for key, value in asdict(done).items() if value is not None}
+        content = {**told, "out": str(done.out), "dry_run": dry_run}
+        report(content, as_json, f"would {verb} {text}")
     else:
-        wrote(text, quiet)
+        wrote(verb, text, quiet)

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -19,6 +19,7 @@ ALLOWED = (
     "dropout",
     "hard",
     "init",
+    "kind",
     "r",
     "rslora",
     "scale",
@@ -29,6 +30,43 @@ ALLOWED = (
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 INITS = ("default", "kaiming", "olora", "orthogonal", "pissa")
 FROM_WEIGHT = ("olora", "pissa")  # saved at twice their rank (see `paramlora.update.init`)
+
+
+@dataclass(frozen=True)
+class KindKeys:
+    """What an entry of a kind of update says beside the keys that every entry may have.
+
+    Args:
+        own: further keys, each with what makes a value that can be hashed of it; that is given the
+            value and its place, for messages, and raises ConfigError.
+        only: those of `ALLOWED` that it may have; all where None.
+        ranked: whether it has a rank.
+        implied_by: a key of its own that asks for it, without "kind".
+    """
+
+    own: Mapping[str, Callable[[Any, str], Any]] = field(default_factory=dict)
+    only: Optional[tuple[str, ...]] = None
+    ranked: bool = True
+    implied_by: str = ""
+
+
+def _rows(value: Any, where: str) -> tuple[int, ...]:
+    """The numbers of rows, ascending."""
+    numbers = value if isinstance(value, (list, tuple)) else ()
+    sound = numbers and all(type(one) is int and 0 <= one < _MOST for one in numbers)
+    if not sound or len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            f'{where}: "rows" must be a list of different numbers of rows, got {spelled(value)}.'
+        )
+    return tuple(sorted(numbers))
+
+
+# by the value of "kind"; `paramlora.update.kinds.register` adds to it
+KINDS: dict[str, KindKeys] = {
+    "lora": KindKeys(),
+    "dora": KindKeys(),
+    "rows": KindKeys({"rows": _rows}, ("kind", "adapter_dtype"), ranked=False, implied_by="rows"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +89,8 @@ class TargetConfig:
             and the weight's own type elsewhere.
         whole: train the tensors themselves, of any number of dimensions, and save them in the
             adapter file.
+        kind: what the update makes of a weight, one of `KINDS` (see docs/kinds.md).
+        options: the kind's own keys, each with its value.
     """
 
     name: str
@@ -63,13 +103,24 @@ class TargetConfig:
     init: str = "default"
     adapter_dtype: Optional[str] = None
     whole: bool = False
+    kind: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values, without its name."""
-        out: dict[str, Any] = {"whole": True} if self.whole else self._low_rank()
+        out: dict[str, Any] = {"whole": True} if self.whole else self._own()
         if self.adapter_dtype is not None:
             out["adapter_dtype"] = self.adapter_dtype
         return out
+
+    def _own(self) -> dict[str, Any]:
+        """Without what every entry may have."""
+        keys = KINDS.get(self.kind, KindKeys())
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
+        out = self._low_rank() if keys.ranked else {}
+        if self.kind != "lora" and not keys.implied_by:
+            out["kind"] = self.kind
+        return {**out, **options}
 
     def _low_rank(self) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -192,16 +243,24 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
         raise ConfigError(
             f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
         )
+    kind = _choice(entry, "kind", tuple(KINDS), where) or _implied(entry)
+    allowed = sorted((*ALLOWED, *KINDS[kind].own))
     for key in entry:
-        if key not in ALLOWED:
-            hint = closest(str(key), ALLOWED)
+        if key not in allowed:
+            hint = closest(str(key), allowed)
             also = f' Did you mean "{hint[0]}"?' if hint else ""
-            raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(ALLOWED)}.{also}')
+            raise ConfigError(f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{also}')
     if _boolean(entry.get("whole", False), where, "whole"):
         return _whole(name, entry, where)
-    r = _rank(entry, where)
+    _check_kind(entry, kind, where)
+    r = _rank(entry, where) if KINDS[kind].ranked else 0
     scale = _scale(entry, r, where)
     hard = _boolean(entry.get("hard", True), where, "hard")
+    if kind != "lora" and not hard:
+        raise ConfigError(
+            f'{where}: "kind": "{kind}" is a weight of its own, which no parallel branch adds. '
+            'Remove "hard": 0.'
+        )
     return TargetConfig(
         name=name,
         r=r,
@@ -212,7 +271,34 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
         dropout=_dropout(entry, where),
         init=_init(entry, scale, where),
         adapter_dtype=_choice(entry, "adapter_dtype", DTYPES, where),
+        kind=kind,
+        options=_options(entry, kind, where),
     )
+
+
+def _implied(entry: Mapping[str, Any]) -> str:
+    """The kind that an entry asks for by a key of its own."""
+    return next((kind for kind, keys in KINDS.items() if keys.implied_by in entry), "lora")
+
+
+def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuse keys that mean nothing to a kind, and one that it needs and has not."""
+    keys = KINDS[kind]
+    only = ALLOWED if keys.only is None else keys.only
+    lost = [key for key in entry if key not in only and key not in keys.own]
+    if lost:
+        raise ConfigError(
+            f'{where}: "{lost[0]}" means nothing to the kind "{kind}". Allowed beside it: '
+            f"{', '.join((*keys.own, *only))}."
+        )
+    if keys.implied_by and keys.implied_by not in entry:
+        raise ConfigError(f'{where}: the kind "{kind}" needs "{keys.implied_by}".')
+
+
+def _options(entry: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str, Any], ...]:
+    """The kind's own keys, checked."""
+    own = KINDS[kind].own
+    return tuple((key, own[key](entry[key], where)) for key in sorted(own) if key in entry)
 
 
 def _check_pattern(name: str, source: str) -> None:

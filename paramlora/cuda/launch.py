@@ -3,12 +3,16 @@
 Triton's own launch studies every argument again and takes longer than a small layer.
 """
 
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
 
-import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from paramlora.errors import ParamloraWarning
 from paramlora.update.compat import cuda_stream
 
 
@@ -23,14 +27,17 @@ class Block:
         self.round_f32_to_tf32 = False  # read by Triton 3.7 and later
 
 
-_COMPILED: dict[Any, Any] = {}  # kernels, by all that Triton specialises on
+_TRUSTED: dict[Any, Any] = {}  # of kernels, by all that Triton specialises on: how to launch them
+_warned = False
 
 
 class Launch:
     """One kernel with its grid and all of its arguments that are no tensors.
 
-    Compiled kernels are told apart by all that Triton specialises on: types, whether addresses are
-    multiples of 16, and whether integers are 1, multiples of 16, or wide.
+    The first launch of each kind is Triton's own, and shows whether this class would have handed
+    over the same; if not, as with a Triton whose inside has changed, all are Triton's own. Kinds
+    are told apart by all that Triton specialises on: types, whether addresses are multiples of 16,
+    and whether integers are 1, multiples of 16, or wide.
     """
 
     def __init__(
@@ -71,16 +78,21 @@ class Launch:
             blocks: for the tensor memory engine.
         """
         if self.run is None:
-            self._compile(pointers, values, blocks)
+            kind = self._kind(pointers)
+            if kind not in _TRUSTED:
+                _TRUSTED[kind] = self._tried(pointers, addresses, values, blocks)
+                return
+            if _TRUSTED[kind] is None:
+                self._by_triton(pointers, addresses, values, blocks)
+                return
+            self.run, self.head = _TRUSTED[kind]
         stream = cuda_stream(self.device)
         self.run(
             self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
         )  # fmt: skip
 
-    def _compile(
-        self, pointers: tuple[Tensor, ...], values: tuple[float, ...], blocks: tuple[Block, ...]
-    ) -> None:
-        kind = (
+    def _kind(self, pointers: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return (
             self.kernel,
             self.device,
             tuple(t.dtype for t in pointers),
@@ -89,16 +101,104 @@ class Launch:
             self.constants,
             *self.options.items(),
         )
-        if kind not in _COMPILED:
-            described = [
-                TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks
-            ]
-            arguments = (*described, *pointers, *values, *self.tail)
-            _COMPILED[kind] = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
-        compiled = _COMPILED[kind]
-        run = compiled.run  # which loads the kernel: only then there is a function
-        self.head = (compiled.function, compiled.packed_metadata, None, None, None)
-        self.run = run
+
+    def _by_triton(
+        self,
+        pointers: tuple[Tensor, ...],
+        addresses: tuple[int, ...],
+        values: tuple[float, ...],
+        blocks: tuple[Block, ...],
+    ) -> Any:
+        """Launch as Triton does, which takes tensors: the compiled kernel."""
+        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        placed = [_from(*one) for one in zip(pointers, addresses)]
+        arguments = (*described, *placed, *values, *self.tail)
+        return self.kernel[(self.grid,)](*arguments, **self.options)
+
+    def _tried(
+        self,
+        pointers: tuple[Tensor, ...],
+        addresses: tuple[int, ...],
+        values: tuple[float, ...],
+        blocks: tuple[Block, ...],
+    ) -> Optional[tuple[Any, tuple[Any, ...]]]:
+        """Launch as Triton does: the compiled kernel's own function and what it takes first, or
+        None where Triton hands over something else than `__call__` would."""
+        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        arguments = (*described, *pointers, *values, *self.tail)
+        compiled = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
+        with _recorded(compiled) as calls:
+            self._by_triton(pointers, addresses, values, blocks)
+        try:
+            head = (compiled.function, compiled.packed_metadata, None, None, None)
+            start = (self.grid, 1, 1, cuda_stream(self.device), *head)
+            if _same((*start, *blocks, *addresses, *values, *self.tail), calls):
+                return compiled.run, head
+        except AttributeError:  # of a Triton that names them otherwise
+            pass
+        _warn()
+        return None
+
+
+@contextmanager
+def _recorded(compiled: Any) -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments of each launch of a compiled kernel, as Triton hands them over."""
+    calls: list[tuple[Any, ...]] = []
+    run = getattr(compiled, "run", None)
+
+    def record(*given: Any) -> None:
+        calls.append(given)
+        run(*given)  # type: ignore[misc]
+
+    if run is None or getattr(compiled, "_run", None) is not run:
+        yield calls
+        return
+    compiled._run = record
+    try:
+        yield calls
+    finally:
+        compiled._run = run
+
+
+_OWN = slice(6, 9)  # metadata for profilers and their two hooks, which ours leaves out
+
+
+def _same(ours: tuple[Any, ...], calls: list[tuple[Any, ...]]) -> bool:
+    """Whether Triton launched once, and handed over what ours would."""
+    if len(calls) != 1 or len(calls[0]) != len(ours):
+        return False
+    pairs = list(zip(ours, calls[0]))
+    del pairs[_OWN]
+    return all(_equal(one, other) for one, other in pairs)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(other, Tensor):
+        return bool(one == other.data_ptr())
+    if isinstance(one, Block):
+        fields = ("shape", "strides", "block_shape", "padding")
+        told = [list(getattr(one, f)) == list(getattr(other, f, ())) for f in fields]
+        return all(told) and one.base.data_ptr() == other.base.data_ptr()
+    return bool(one is other or one == other)
+
+
+def _from(tensor: Tensor, address: int) -> Tensor:
+    """The rest of a tensor's memory from an address in it on."""
+    skipped = (address - tensor.data_ptr()) // tensor.element_size()
+    left = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    return tensor.as_strided((left - skipped,), (1,), tensor.storage_offset() + skipped)
+
+
+def _warn() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"Triton {triton.__version__} launches kernels otherwise than paramlora knows, so its "
+            "own launch is used, which takes the host longer. The numbers are the same.",
+            ParamloraWarning,
+            stacklevel=2,
+        )
 
 
 def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
@@ -114,15 +214,3 @@ def bound(held: dict[Any, Any]) -> None:
     """Forget shapes before a run of ever new ones fills the host's memory."""
     if len(held) >= 4096:
         held.clear()
-
-
-_HOPPER: dict[int, bool] = {}
-
-
-def is_hopper(device: int) -> bool:
-    """Whether the device has the tensor memory engine, lets a kernel start before the one ahead
-    ends, and has the shared memory of the tiles that use them: Hopper and Blackwell for data
-    centres, not for games (12.0)."""
-    if device not in _HOPPER:
-        _HOPPER[device] = (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
-    return _HOPPER[device]

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.update.compat import constant_result
+from paramlora.cuda.device import serves
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
@@ -17,7 +17,6 @@ TAPS = 64  # most of a kernel of a single channel: more of them would fill the r
 HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
-_SERVED: dict[int, bool] = {}  # devices that the kernels run on, by index
 _OFF = ("0", "false", "off", "no")
 # what was asked for: by the environment or a call, then by each block that was entered since
 _asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in _OFF]]
@@ -77,7 +76,7 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 def served(x: Tensor) -> bool:
     """Whether the kernels serve tensors such as this: 16 bits, on a device that `runs` them, and
     nobody has switched them off."""
-    return _on and x.is_cuda and x.dtype in _SIXTEEN and _serves(x.get_device())
+    return _on and x.is_cuda and x.dtype in _SIXTEEN and serves(x.get_device())
 
 
 def fits(
@@ -162,34 +161,6 @@ def _is_depthwise(
     outputs = outputs_of(x[2:], weight[2:], where)
     small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
     return small and prod(x) > 0 and min(outputs) > 0
-
-
-def runs(hip: Optional[str], capability: tuple[int, int], triton: bool) -> bool:
-    """Whether the kernels run on a device: one of NVIDIA's, of 8.0 or later, with Triton.
-
-    Args:
-        hip: `torch.version.hip`. Where there is one, devices are AMD's, which torch also calls
-            "cuda", and whose capabilities are other numbers: an MI300's is (9, 4).
-        capability: of the device.
-        triton: whether Triton is there.
-    """
-    return hip is None and capability >= (8, 0) and triton
-
-
-@constant_result
-def _serves(device: int) -> bool:
-    if device not in _SERVED:
-        capability = torch.cuda.get_device_capability(device)
-        _SERVED[device] = runs(torch.version.hip, capability, _importable())
-    return _SERVED[device]
-
-
-def _importable() -> bool:
-    try:
-        import triton.tools.tensor_descriptor  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def kept_size(M: int, N: int, K: int, r: int) -> int:

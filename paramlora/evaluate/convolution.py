@@ -19,10 +19,12 @@ from paramlora.cuda.operators import (
     gradient_of_second,
     scaled_down,
 )
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Way
+from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
-    denser,
     differentiable,
     in_plain_operations,
     input_of,
@@ -30,6 +32,7 @@ from paramlora.evaluate.functional import (
     one_kernel,
     pointwise,
     thin_pair,
+    untold,
     without_autocast,
 )
 from paramlora.update import narrow
@@ -38,9 +41,7 @@ from paramlora.update.contexts import autocast_of, in_own_types
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
-SMALL = 2**23  # multiplications below which a CPU's autograd function costs more than it saves
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-LIGHT = 2**17  # numbers of a weight that a CPU passes over in no time
 
 
 def convolution(
@@ -89,37 +90,152 @@ def convolution(
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-    elif x.is_cpu and lora_A.dtype == lora_B.dtype == x.dtype:
-        size = weight.numel()
-        if x.dtype.itemsize > 2 and size < LIGHT and x.numel() * size < SMALL * x.shape[1]:
-            # a layer so small feels each line of Python, so these come before every question
-            dense = torch.addmm(weight.flatten(1), lora_B * scale, lora_A).view_as(weight)
-            conv = CONVOLUTIONS[x.dim() - 3]
-            return conv(x, dense, bias, stride, padding, dilation, groups)
-    where, compiling = (stride, padding, dilation, groups), is_compiling()
-    low = x.dtype.itemsize == 2
-    if low and not compiling:
-        values = (x, weight, bias, lora_A, lora_B, scale)
-        if _is_pointwise(x, weight, where):
-            return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
-        if groups == 1:
-            return applied(_Joined, *values, *where[:3])
-        if not recorded() and is_depthwise(*values, where[:3], groups):
-            return applied(_Depthwise, *values, *where[:3])
-    shape, size, numbers = weight.shape, weight.numel(), x.numel()
-    conv, out = CONVOLUTIONS[len(shape) - 3], shape[0]
-    tokens = numbers // (shape[1] * groups * prod(stride))
-    # a branch repeats its first kernel for every group
-    if not low and (groups > 1 or denser(tokens, size // out, out, x.dtype)):
-        if compiling or x.is_cpu and tokens * size < SMALL:
-            up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
-            return conv(x, _kernel(weight, up, down), bias, *where)
-        return applied(_Convolution, x, weight, bias, lora_A, lora_B, scale, *where)
+    where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
+    values = (x, weight, bias, lora_A, lora_B, scale)
+    ours = _kernels_way(*values, where) if x.dtype.itemsize == 2 and not compiling else None
+    about = (choose.card_of(x), x.dtype, x.numel(), shape, stride, groups)
+    way, conv = choose.convolution(*about, ours, compiling), CONVOLUTIONS[len(shape) - 3]
+    if way is Way.SUM:
+        up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
+        return conv(x, _kernel(weight, up, down), bias, *where)
+    if way is Way.POINTWISE:
+        return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
+    if way is Way.JOINED:
+        return applied(_Joined, *values, *where[:3])
+    if way is Way.DEPTHWISE:
+        return applied(_Depthwise, *values, *where[:3])
+    if way is Way.DENSE:
+        return applied(_Convolution, *values, *where)
     y = conv(x, weight, bias, *where)
-    if groups > 1:  # the update by itself keeps as much of it as a branch, for the layer's own cost
+    if way is Way.OWN_KERNEL:  # which keeps as much of the update as a branch
         delta = _update(lora_A, lora_B, scale).reshape(shape)
         return y + one_kernel(x, delta, narrow.Stage(*where))
     return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
+
+
+def _kernels_way(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    where: tuple[Any, ...],
+) -> Optional[Way]:
+    """How our kernels serve a convolution in 16 bits; those that are joined see for themselves."""
+    if _is_pointwise(x, weight, where):
+        return Way.POINTWISE
+    if where[3] > 1 and not recorded():
+        if is_depthwise(x, weight, bias, a, b, scale, where[:3], where[3]):
+            return Way.DEPTHWISE
+    return None
+
+
+def dropped_convolution(
+    x: Tensor,
+    pad: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    where: tuple[Any, ...],
+    drops: Drops,
+) -> Tensor:
+    """`convolution` with dropout on the branch's input, before it is padded.
+
+    Args:
+        x: not padded yet.
+        pad: gives it the padding that `where` does not say.
+        weight, bias, lora_A, lora_B, scale: as of `convolution`; `scale` and B hold what makes up
+            for what is dropped.
+        where: stride, padding, dilation and groups.
+        drops: the masks.
+    """
+    x, device = laid_as(x, weight), autocast_of(x)
+    if device is not None:
+        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            values = (x, pad, weight, bias, lora_A, lora_B, scale)
+            return dropped_convolution(*values, where, drops)
+    up = narrow.wide(lora_B) * scale
+    if untold() or recorded():
+        y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *where)
+        return y + _dropped_branches(x, lora_A, up, pad, weight.shape, where, drops)
+    rest = (pad, where, drops.rates, drops.ranks, drops.seed)
+    return applied(_DroppedConvolution, x, weight, bias, lora_A, up, *rest)
+
+
+def _dropped_branches(
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    pad: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
+    where: tuple[Any, ...],
+    drops: Drops,
+) -> Tensor:
+    parts = [
+        branch(pad(masked(x, drops, which)), shape, a[ranks], up[:, ranks], *where)
+        for which, ranks in ranks_of(drops)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class _DroppedConvolution(torch.autograd.Function):
+    """In 16 bits of one group by `_Joined`'s one accumulator. Keeps x by reference and the seed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        up: Tensor,
+        pad: Callable[[Tensor], Tensor],
+        where: tuple[Any, ...],
+        rates: tuple[float, ...],
+        ranks: tuple[int, ...],
+        seed: Tensor,
+    ) -> Tensor:
+        ctx.rest, drops = (pad, where, rates, ranks), Drops(rates, ranks, seed)
+        ctx.save_for_backward(x, weight, a, up, seed)
+        conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
+        if x.dtype == torch.bfloat16 and where[3] == 1:
+            one = torch.ones((), dtype=up.dtype, device=up.device)
+            both, down, _ = _kernels(weight, a, up, one)
+            t = torch.zeros_like(conv(padded[:1], down[:1], None, *where))
+            t = t.expand(len(x), len(down), *t.shape[2:]).clone()
+            for which, own in ranks_of(drops):
+                t[:, own] = conv(pad(masked(x, drops, which)), down[own], None, *where)
+            more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
+            if more is not None:
+                return conv(torch.cat([padded, more], 1), both, bias, *where)
+        y = conv(padded, weight, bias, *where)
+        return y.add_(_dropped_branches(x, a, up, pad, weight.shape, where, drops))
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, a, up, seed = ctx.saved_tensors
+        (pad, where, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
+        drops, shape = Drops(rates, ranks, seed), weight.shape
+
+        def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+            return _dropped_branches(x, a, up, pad, shape, where, drops)
+
+        def base(x: Tensor, weight: Tensor) -> Tensor:
+            return CONVOLUTIONS[weight.dim() - 3](pad(x), weight, None, *where)
+
+        dbias = _bias_gradient(dy) if needs[2] else None
+        first, da, dup = differentiable(update, (x, a, up), (needs[0], *needs[3:5]), dy)
+        if torch.is_grad_enabled() or pad(x) is not x:
+            dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
+        else:
+            dx, dweight, _ = _backward(dy, x, weight, where, (*needs[:2], False))
+        dx = None if dx is None or first is None else dx + first
+        return dx, dweight, dbias, da, dup, *(None,) * 5
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

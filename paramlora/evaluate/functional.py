@@ -16,6 +16,8 @@ from torch.compiler import is_compiling
 from paramlora.cuda import operators
 from paramlora.cuda.operands import fits, has_kernel, looks_up, served, switched_on
 from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Way
 from paramlora.update import narrow
 from paramlora.update.compat import (
     applied,
@@ -30,8 +32,6 @@ from paramlora.update.contexts import autocast_of
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
 _unsafe_view = torch.ops.aten._unsafe_view.default
-TINY = 2**21  # multiplications that a CPU does in the time that an autograd function takes to call
-BRIEF = 2**31  # those of a layer in float32 that takes an H100 no longer than Python
 
 
 def linear(
@@ -76,22 +76,25 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
-    if is_compiling():
-        if has_kernel(x, weight) and fits(x, weight, bias, a, b, scale):
-            flat = x.reshape(-1, x.shape[-1])
-            y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
-            return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    ours, compiling = served(x), is_compiling()
+    if compiling and ours:
+        ours = has_kernel(x, weight) and fits(x, weight, bias, a, b, scale)
+    way = choose.linear(
+        choose.card_of(x), x.dtype, x.numel(), weight.shape, len(a), ours, compiling
+    )
+    if way is Way.OPERATOR:
+        flat = x.reshape(-1, x.shape[-1])
+        y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
+        return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    if way is Way.SUM:
+        up = scaled_down(b, scale, strength, x.dtype)
+        return F.linear(x, _sum(weight, up, cast(a, x.dtype)), bias)
+    if way is Way.PLAIN and not compiling:
+        up, thin = scaled_down(b, scale, strength, x.dtype), F.linear(x, cast(a, x.dtype))
+        return _added(F.linear(x, weight, bias), thin, up.t())
+    if way is Way.PLAIN:
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
-    if x.dtype.itemsize > 2:
-        # what autograd does in C++ is the quicker where Python takes longer than the device
-        if x.is_cpu and tiny(x.numel(), weight.shape, a.shape[0]):
-            up = scaled_down(b, scale, strength, x.dtype)
-            return F.linear(x, _sum(weight, up, cast(a, x.dtype)), bias)
-        if x.is_cuda and x.numel() * weight.shape[0] < BRIEF:
-            up = scaled_down(b, scale, strength, x.dtype)
-            thin = F.linear(x, cast(a, x.dtype))
-            return _added(F.linear(x, weight, bias), thin, up.t())
-    return applied(_Linear, x, weight, bias, a, b, scale, strength, False)
+    return applied(_Linear, x, weight, bias, a, b, scale, strength, False, way)
 
 
 def pointwise(
@@ -105,7 +108,7 @@ def pointwise(
         bias, lora_A, lora_B, scale: as of `linear`.
     """
     rows = x.flatten(2).transpose(1, 2)
-    y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True)
+    y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True, Way.KERNELS)
     return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
 
 
@@ -187,34 +190,6 @@ def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
     ]
 
 
-def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
-    """Whether the dense sum is the cheaper way: where tokens outnumber ``2·in·out/(in+out)``.
-
-    Beyond that the factored form needs more operations and moves more bytes, whatever the rank:
-    ``6·N·r·(in+out)`` against ``4·r·in·out + 4·N·r·(in+out)``. Never in 16 bits, where the dense
-    sum rounds a small update away.
-    """
-    return dtype.itemsize > 2 and tokens * (fan_in + out) > 2 * fan_in * out
-
-
-def tiny(numbers: int, shape: Sequence[int], r: int) -> bool:
-    """Whether on a CPU not even an autograd function pays: the dense sum then goes through
-    autograd, gradient and all.
-
-    That costs ``tokens·in·out`` multiplications for the dense gradient, ``3·r·in·out`` for the
-    sum and its gradients, and six passes over a dense matrix, each as long as 8 multiplications
-    of every element. Measured in float32 at 43 shapes of 1 to 4096 tokens, the function is
-    the faster from `TINY` on, but for some of very many tokens and few inputs.
-
-    Args:
-        numbers: elements of the input.
-        shape: of the weight, ``[out, in]``.
-        r: rank.
-    """
-    out, fan_in = shape
-    return (numbers + 3 * (r + 16) * fan_in) * out < TINY
-
-
 class _Linear(torch.autograd.Function):
     """Keeps x by reference and ``x·Aᵀ``; of the kernels with both factors in x's type; where the
     dense sum is formed, x alone."""
@@ -230,17 +205,17 @@ class _Linear(torch.autograd.Function):
         scale: Tensor,
         strength: float,
         image: bool,
+        way: Way,
     ) -> Tensor:
-        ctx.strength, ctx.image, ctx.dense = strength, image, False
+        ctx.strength, ctx.image, ctx.dense = strength, image, way is Way.DENSE
         result = None
-        if not recorded():
+        if way is Way.KERNELS and not recorded():
             result = operators.forward(x, weight, bias, a, b, scale, strength, image)
         ctx.kernel = result is not None
         if result is not None:
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = _flat(x)
-        ctx.dense = denser(flat.shape[0], weight.shape[1], weight.shape[0], x.dtype)
         down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
         if ctx.dense:
             y, u = F.linear(flat, _sum(weight, up, down), bias), None
@@ -265,7 +240,7 @@ class _Linear(torch.autograd.Function):
 
             inputs, wanted = (x, weight, a, b, scale), (*needs[:2], *needs[3:6])
             dx, dweight, *others = differentiable(again, inputs, wanted, dy)
-            return dx, dweight, dbias, *others, None, None
+            return dx, dweight, dbias, *others, None, None, None
         if ctx.kernel:
             factors = (a, b, scale, ctx.strength, u)
             grads = operators.backward(dy, x, weight, *factors, operators.needed(needs), ctx.image)
@@ -273,7 +248,7 @@ class _Linear(torch.autograd.Function):
             grads = _gradients(ctx, dy, x, weight, a, b, scale, u)
         dx, da, db, dscale = grads
         dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
-        return dx, dweight, dbias, da, db, dscale, None, None
+        return dx, dweight, dbias, da, db, dscale, None, None, None
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora import formats
+from paramlora.checkpoint.keys import weights_at
 from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
 from paramlora.errors import FileError, spelled
 from paramlora.files import torch_save
@@ -65,7 +66,7 @@ def load_adapter(
     options = Options(strict, rank, alpha, component, split, enable)
     found = read_adapter(path, base_of(model), options)
     if not strict:
-        found = _without_strangers(found, model, Path(path).name)
+        found = without_strangers(found, tensor_paths(model), Path(path).name)
     return attach_adapter(model, _within(found), adapter)
 
 
@@ -85,7 +86,10 @@ def read_adapter(
     """
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
-    return formats.read(opened(path), base, options)
+    content = opened(path)
+    adapter = formats.read(content, base, options)
+    formats.check_alpha(content, base, options, adapter)
+    return adapter
 
 
 def format_of(path: PathLike) -> str:
@@ -135,23 +139,63 @@ def convert(
     Raises:
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
-    check_new(out, force or dry_run)
-    form = formats.writable(to)
-    _check_ending(Path(out), form)
-    content = outlined(path)
-    source = formats.form_of(content)
-    if base is None and not source.names_layers and source.name != to:
-        raise FileError(
-            f"{content.source}: {source.name}'s names of layers cannot be read back without the "
-            "model. Give it (--model), or its checkpoint (--base)."
-        )
+    check_place(out, to, force=force, dry_run=dry_run)
+    check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
+    write_adapter(adapter, out, to, base, force=force, dry_run=dry_run, **how)
+    return adapter
+
+
+@own_context()
+def write_adapter(
+    adapter: Adapter,
+    out: PathLike,
+    to: str = "native",
+    base: Optional[Base] = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    **how: Any,
+) -> None:
+    """Write an adapter as a tool's file.
+
+    Args:
+        adapter: the value.
+        out, to, base, force, dry_run, how: as in `convert`.
+
+    Raises:
+        FileError: the file cannot be written, or a layer that `to` cannot hold.
+    """
+    check_place(out, to, force=force, dry_run=dry_run)
+    form = formats.writable(to)
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
     if not dry_run:
         _save(written, Path(out), form)
-    return adapter
+
+
+def check_named(path: PathLike, source: str, to: str, base: Optional[Base]) -> None:
+    """Refuse to write in one format names that only another one can read.
+
+    Raises:
+        FileError: says what tells the names.
+    """
+    if base is None and not formats.FORMATS[source].names_layers and source != to:
+        raise FileError(
+            f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
+            "model. Give it (--model), or its checkpoint (--base)."
+        )
+
+
+def check_place(out: PathLike, to: str, *, force: bool = False, dry_run: bool = False) -> None:
+    """Refuse, before anything is computed, a place that could not be written.
+
+    Raises:
+        FileError: it is taken, is missing, or has a name of another kind of file.
+    """
+    check_new(out, force)
+    _check_ending(Path(out), formats.writable(to))
 
 
 def opened(path: PathLike) -> Content:
@@ -162,7 +206,8 @@ def opened(path: PathLike) -> Content:
     """
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
-        return _content(weights, _flat(weights, torch_save.load(weights)), {})
+        whole = torch_save.load(weights)
+        return _content(weights, _inside(whole, _flat(weights, whole)), {})
     file = SafeFile(weights)
     try:
         return _content(weights, file.every(), file.metadata)
@@ -255,6 +300,17 @@ def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
     return out
 
 
+def _inside(whole: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
+
+    A module of that name is no dictionary: its layers keep it.
+    """
+    inner = whole.get("model") if isinstance(whole, Mapping) else None
+    if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
+        return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
+    return flat
+
+
 def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     start = f"{key}." if key else ""
     pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -302,12 +358,17 @@ def _flat_yaml(text: str) -> dict[str, Any]:
     return config
 
 
-def _without_strangers(adapter: Adapter, model: nn.Module, source: str) -> Adapter:
-    """Without whole tensors that the model lacks; of updates `read_adapter` left none."""
-    lost = adapter.whole.keys() - tensor_paths(model)
+def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> Adapter:
+    """Without whole tensors that the model lacks; of updates `read_adapter` left none.
+
+    Args:
+        there: what the model has, tensors by their names and paths.
+    """
+    known = set(there)
+    lost = {path for path in adapter.whole if not known & {path, *weights_at(path)}}
     report(source, "tensors of what the model does not have", lost, False, "They were left out.")
-    if not adapter.updates and lost == adapter.whole.keys():
-        raise FileError(f"{source}: nothing in it belongs to {type(model).__name__}.")
+    if not (adapter.updates or adapter.others) and lost == adapter.whole.keys():
+        raise FileError(f"{source}: nothing in it belongs to the model.")
     return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
 
 

@@ -1,6 +1,7 @@
 """Putting files in their place: whole, or not at all."""
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -72,12 +73,12 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
         FileError: the place cannot be written, or holds what would be lost.
     """
     target = Path(os.path.realpath(path))
-    _check_lost(path, target, names)
+    check_lost(path, target, names)
     with _told(path), _temporary(target) as temporary:
         temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
-        for file in temporary.iterdir():
-            _keep_access(target / file.name, file)
+        for file in temporary.rglob("*"):
+            _keep_access(target / file.relative_to(temporary), file)
             _sync(file)
         _keep_access(target, temporary)
         _sync(temporary)
@@ -92,11 +93,15 @@ def check_new(path: PathLike, force: bool) -> None:
     """Refuse a place that is taken, unless forced.
 
     Raises:
-        FileError: something is there, or what no file can replace.
+        FileError: something is there, what no file can replace, or no folder to write in.
     """
     with _told(path):
         if not os.path.isdir(path):
             _check_file(path)
+        folder = os.path.dirname(os.path.realpath(path))
+        os.stat(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if not force and os.path.lexists(path):
         raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
 
@@ -170,7 +175,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
+def check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
+    """Refuse to replace a folder by one that lacks some of its names.
+
+    Raises:
+        FileError: names them.
+    """
     there = os.listdir(old) if old.is_dir() else [old.name] if old.exists() else []
     lost = sorted(set(there) - set(names))
     if lost:

@@ -16,6 +16,10 @@ from paramlora.files.torch_save import PickledFile
 
 SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".ckpt", ".bin")
 _INDEX = ".index.json"
+_WEIGHTS = (  # as diffusers and transformers name what is one file
+    *("model.safetensors", "diffusion_pytorch_model.safetensors"),
+    *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
+)
 Part = Union[SafeFile, PickledFile]
 
 
@@ -23,13 +27,14 @@ class Stored:
     """An open checkpoint; its kind is told by its content, not by its name.
 
     Args:
-        path: a file, a folder with one ``*.index.json``, or such an index.
+        path: a file, a folder with one ``*.index.json`` or one file of weights, or such an index.
         key: where the state dict is in a file of ``torch.save`` (see `PickledFile`).
 
     Attributes:
         parts: the open files, by name.
         where: the name of the file that holds each tensor.
         index: the content of the index, and `index_name` its name; None for one file.
+        is_folder: whether it is a folder, with or without an index.
 
     Raises:
         FileError: it cannot be read, or is not what it says.
@@ -40,6 +45,7 @@ class Stored:
         self.parts: dict[str, Part] = {}
         self.index: Optional[dict[str, Any]] = None
         self.index_name = ""
+        self.is_folder = False
         self.folder = self.path
         try:
             self._open(key)
@@ -81,6 +87,11 @@ class Stored:
         if not self.path.is_dir() and not self.path.name.endswith(_INDEX):
             self.parts[self.path.name] = _part(self.path, key)
             return
+        self.is_folder = True
+        alone = weights_in(self.path) if self.path.is_dir() else None
+        if alone is not None:
+            self.parts[alone.name] = _part(alone, key)
+            return
         index = _index_in(self.path) if self.path.is_dir() else self.path
         self.folder, self.index_name = index.parent, index.name
         self.index = _read_index(index)
@@ -100,6 +111,82 @@ class Stored:
         return where
 
 
+class Pipeline:
+    """An open folder of models, as diffusers saves a pipeline: each in a folder of its own.
+
+    The tensors of all have their component's name in front (``unet.``).
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        components: the open checkpoints, by the names of their folders.
+        others: the folders without weights, such as a tokenizer's.
+
+    Raises:
+        FileError: one cannot be read.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = self.folder = Path(path)
+        self.components: dict[str, Stored] = {}
+        self.others: list[Path] = []
+        try:
+            for folder in _within(self.path):
+                if folder.is_dir() and has_weights(folder):
+                    self.components[folder.name] = Stored(folder)
+                elif folder.is_dir():
+                    self.others.append(folder)
+        except BaseException:
+            self.close()
+            raise
+        self.specs: dict[str, Spec] = {
+            f"{name}.{key}": spec
+            for name, stored in self.components.items()
+            for key, spec in stored.specs.items()
+        }
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for stored in self.components.values():
+            stored.close()
+
+    def read(self, key: str) -> Tensor:
+        """One tensor; not to be written to."""
+        name, _, rest = key.partition(".")
+        return self.components[name].read(rest)
+
+    def run(self, key: str, elements: slice) -> Tensor:
+        """Some of one tensor's elements; not to be written to."""
+        name, _, rest = key.partition(".")
+        return self.components[name].run(rest, elements)
+
+
+def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]:
+    """The checkpoint at a path: a model's, or a whole pipeline's.
+
+    Raises:
+        FileError: it cannot be read, or is none.
+    """
+    folder = Path(path)
+    if key is not None or not folder.is_dir() or has_weights(folder):
+        return Stored(path, key)
+    inside = any(one.is_dir() and has_weights(one) for one in _within(folder))
+    return Pipeline(path) if inside else Stored(path)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder is that of a model."""
+    indexed = any(path.name.endswith(_INDEX) for path in _within(folder))
+    return indexed or weights_in(folder) is not None
+
+
 def _part(path: Path, key: Optional[str]) -> Part:
     check_tensors(path)
     if is_pickled(head_of(path)):
@@ -109,17 +196,37 @@ def _part(path: Path, key: Optional[str]) -> Part:
     return SafeFile(path)
 
 
-def _index_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Optional[Path]:
+    """The one file of weights of a folder without an index; None where there is an index, or where
+    several files could be meant.
+
+    Libraries write it under one of a few names, and perhaps others (a variant in 16 bits) beside.
+    """
+    names = {path.name for path in _within(folder)}
+    if any(name.endswith(_INDEX) for name in names):
+        return None
+    usual = [name for name in _WEIGHTS if name in names]
+    kept = [name for name in sorted(names) if name.endswith((*SAFE, *PICKLED))]
+    chosen = usual[:1] or (kept if len(kept) == 1 else [])
+    return folder / chosen[0] if chosen else None
+
+
+def _within(folder: Path) -> list[Path]:
     try:
-        found = sorted(p for p in folder.iterdir() if p.name.endswith(_INDEX))
+        return sorted(folder.iterdir())
     except OSError as error:
         raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
+
+
+def _index_in(folder: Path) -> Path:
+    found = [path for path in _within(folder) if path.name.endswith(_INDEX)]
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
         names = ", ".join(p.name for p in chosen) or "none"
         raise FileError(
-            f"{folder}: a folder needs one *{_INDEX}, and has {names}. Name the file itself."
+            f"{folder}: a folder needs one *{_INDEX} or one file of weights, and has {names}. Name "
+            "the file itself."
         )
     return chosen[0]
 

@@ -1,31 +1,47 @@
 """The three conversions on files, streamed: `embed`, `extract`, `merge`."""
 
 import json
+import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
 
+from torch import Tensor
+
 from paramlora.checkpoint import apply, extracted
+from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
 from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.files import torch_save
-from paramlora.files.adapters import format_of, read_adapter
-from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Stored
-from paramlora.files.native import read_native, write_native
-from paramlora.files.safetensors import Count, Spec, spec_of, write_safetensors
+from paramlora.files.adapters import (
+    check_place,
+    format_of,
+    read_adapter,
+    without_strangers,
+    write_adapter,
+)
+from paramlora.files.atomic import PathLike, check_lost, check_new, new_file, new_folder
+from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, opened
+from paramlora.files.native import read_native
+from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
-from paramlora.formats import base_of_shapes
+from paramlora.formats import Base, Options, base_of_shapes, fit
+from paramlora.formats.base import part_of
+from paramlora.formats.content import DEFAULTS
 from paramlora.formats.native import NATIVE
+from paramlora.model.digest import digits_of, middle, others
+from paramlora.model.values import warn_other
+from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
 AdapterLike = Union[Adapter, PathLike]
+Checkpoint = Union[Stored, Pipeline]
 _ENDINGS = ", ".join((*SAFE, *PICKLED))
 
 
@@ -38,12 +54,20 @@ class Report:
         tensors: how many it holds.
         changed: how many of them differ from the input's, new ones included.
         bytes: of all tensors together.
+        updates: of the adapter that was put in or taken out, whole tensors included.
+        kept: of a merge into 8-bit floats, the least share of a tensor's update that survives the
+            rounding, ``<Δ, Δ'> / ‖Δ‖²`` of what was added (Δ) and what is there (Δ').
+        largest: of a merge, the largest ``‖W' - W‖ / ‖W‖`` of a tensor; None where it was only
+            planned.
     """
 
     out: Path
     tensors: int
     changed: int
     bytes: int
+    updates: Optional[int] = None
+    largest: Optional[float] = None
+    kept: Optional[float] = None
 
 
 def embed(
@@ -52,6 +76,8 @@ def embed(
     out: PathLike,
     *,
     key: Optional[str] = None,
+    options: Options = DEFAULTS,
+    known: Optional[Base] = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Optional[Progress] = None,
@@ -63,6 +89,8 @@ def embed(
         adapter: an adapter, or its file, of paramlora or of another tool (see `read_adapter`).
         out: the new file, of the kind that its ending tells, or a folder for a folder.
         key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
+        options: what some formats of adapters do not tell (see `formats.Options`).
+        known: the model's layers (see `formats.base_of`), where `base` does not tell them all.
         force: replace what is at `out`.
         dry_run: only check and report.
         progress: called with the bytes written since its last call, and those of all tensors.
@@ -70,38 +98,52 @@ def embed(
     Raises:
         FileError: a file cannot be read or written, or does not fit.
     """
-    check_new(out, force or dry_run)
+    check_new(out, force)
     with Stored(base, key) as stored:
-        plan = embed_plan(Contents(stored.specs), _adapter(adapter, stored))
-        return _write(stored, plan, Path(out), dry_run, progress)
+        found = _adapter(adapter, stored, options, known)
+        plan = embed_plan(Contents(stored.specs), found)
+        done = _write(stored, plan, Path(out), dry_run, progress)
+    return replace(done, updates=len(found.updates) + len(found.whole), largest=None)
 
 
 def extract(
     embedded: PathLike,
     out: PathLike,
+    to: str = NATIVE,
     *,
     key: Optional[str] = None,
+    known: Optional[Base] = None,
+    component: Optional[str] = None,
     force: bool = False,
     dry_run: bool = False,
+    **how: Any,
 ) -> Report:
-    """Write the adapter inside an attached model's checkpoint as the native file.
+    """Write the adapter inside an attached model's checkpoint as a file of its own.
 
     Args:
         embedded: as `base` of `embed`.
-        out, key, force, dry_run: as for `embed`.
+        to: the format; how: as for `convert`.
+        component: the part of a pipeline whose updates are meant, such as ``"unet"``; its name is
+            left out of theirs.
+        out, key, known, force, dry_run: as for `embed`.
 
     Raises:
         FileError: a file cannot be read or written.
         AdapterError: nothing is inside, or more than one update on one tensor.
     """
-    check_new(out, force or dry_run)
+    check_place(out, to, force=force)
     with Stored(embedded, key) as stored:
         adapter = extracted(Contents(stored.specs), stored.read)
-    if not dry_run:
-        write_native(adapter, out)
-    factors = [t for u in adapter.updates.values() for t in (u.lora_A, u.lora_B)]
-    held = [*factors, *adapter.whole.values()]
-    return Report(Path(out), len(held), len(held), sum(tensor.nbytes for tensor in held))
+        if component is not None:
+            adapter = part_of(adapter, component, str(embedded))
+        if known is not None:
+            adapter = fit(adapter, known, DEFAULTS, str(embedded))
+        # while the input is open: its tensors may be mapped from there
+        write_adapter(adapter, out, to, known, force=force, dry_run=dry_run, **how)
+    values = adapter.values()
+    held = [tensor for value in values.values() for tensor in value.tensors().values()]
+    count, size = len(values), sum(one.nbytes for one in held)
+    return Report(Path(out), len(held), len(held), size, count)
 
 
 def merge(
@@ -110,6 +152,8 @@ def merge(
     out: PathLike,
     *,
     key: Optional[str] = None,
+    options: Options = DEFAULTS,
+    known: Optional[Base] = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Optional[Progress] = None,
@@ -117,60 +161,116 @@ def merge(
     """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
 
     From safetensors to safetensors some megabytes are in memory at a time, whatever the size.
+    Weights that are not those that an adapter was trained on, as after merging it once already,
+    are told of in a warning.
 
     Args:
-        base: as for `embed`; what is inside an attached model's checkpoint is merged where
+        base: as for `embed`, or a folder of models, as diffusers saves a pipeline, whose parts are
+            merged together; what is inside an attached model's checkpoint is merged where
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
-        out, key, force, dry_run, progress: as for `embed`.
+        out, key, options, known, force, dry_run, progress: as for `embed`.
 
     Raises:
         FileError: a file cannot be read or written, or does not fit.
         AdapterError: an adapter that cannot be merged.
     """
-    check_new(out, force or dry_run)
+    check_new(out, force)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    with Stored(base, key) as stored:
-        loaded = [(_adapter(one, stored), strength) for one, strength in pairs]
-        plan = merge_plan(Contents(stored.specs), loaded, stored.read)
+    with opened(base, key) as stored:
+        loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
+        contents = Contents(stored.specs)
+        plan = merge_plan(contents, loaded, stored.read)
+        for adapter, _ in loaded:
+            _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
 
 
-def _adapter(adapter: AdapterLike, stored: Stored) -> Adapter:
+def _adapter(
+    adapter: AdapterLike, stored: Checkpoint, options: Options, known: Optional[Base]
+) -> Adapter:
     """An adapter of any tool, its names and shapes those of the checkpoint."""
     if isinstance(adapter, Adapter):
         return adapter
-    if format_of(adapter) == NATIVE:
-        return read_native(adapter)
     shapes = {key: spec.shape for key, spec in stored.specs.items()}
-    return read_adapter(adapter, base_of_shapes(shapes))
+    base = base_of_shapes(shapes) if known is None else known
+    if format_of(adapter) != NATIVE:
+        return read_adapter(adapter, base, options)
+    if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
+        return read_native(adapter)
+    found = read_adapter(adapter, base, options)
+    return found if options.strict else without_strangers(found, set(stored.specs), str(adapter))
+
+
+def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> None:
+    """Tell of weights that an adapter was not trained on; sixteen numbers of each are read."""
+    found = {}
+    for path in adapter.base:
+        weight = next((w for w in weights_at(path) if contents.stored.get(w) == w), None)
+        if weight is not None and stored.specs[weight].elements:
+            spec = stored.specs[weight]
+            found[path] = digits_of(stored.run(weight, middle(spec.elements)))
+    warn_other(others(adapter.base, found), len(found))
 
 
 def _write(
-    stored: Stored, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
+    stored: Checkpoint, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
 ) -> Report:
     specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
     size = sum(spec.nbytes for spec in specs.values())
     changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
     _check_kind(stored, out)
-    if not dry_run:
+    watch = _Watch(progress, size)
+    if isinstance(stored, Pipeline):
+        if not dry_run:
+            _check_space(out, size)
+            _write_pipeline(stored, plan, specs, out, watch)
+    elif not dry_run:
         beside = _beside(stored.folder) if _is_folder(out) else []
         _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
 
-        def told(count: int) -> None:
-            if progress is not None:
-                progress(count, size)
-
         if _is_folder(out):
-            _write_folder(stored, plan, specs, beside, out, told)
+            _write_folder(stored, plan, specs, beside, out, watch)
         else:
             with new_file(out) as file:
-                _fill(stored, plan, specs, list(stored.parts), out.suffix, file, told)
-    return Report(out, len(plan), changed, size)
+                _fill(stored, plan, specs, list(stored.parts), out.suffix, file, watch)
+    return Report(out, len(plan), changed, size, largest=watch.largest, kept=watch.kept)
 
 
-def _spec(stored: Stored, recipe: Recipe) -> Spec:
+class _Watch:
+    """Tells what is written, and remembers the largest change of a tensor."""
+
+    def __init__(self, progress: Optional[Progress], size: int) -> None:
+        self._progress, self._size = progress, size
+        self.largest: Optional[float] = None
+        self.kept: Optional[float] = None
+
+    def wrote(self, count: int) -> None:
+        """Pass on how many bytes were written."""
+        if self._progress is not None:
+            self._progress(count, self._size)
+
+    def rounded(self, runs: Sequence[tuple[float, float]]) -> None:
+        """Remember how much of one tensor's update its type has kept (see `_rounding`)."""
+        had, kept = (sum(sums) for sums in zip(*runs)) if runs else (0.0, 0.0)
+        if had:
+            self.kept = kept / had if self.kept is None else min(self.kept, kept / had)
+
+    def saw(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """Pass on the new values of one tensor's runs, out of pairs of the old and the new."""
+        moved = there = 0.0
+        for before, after in pairs:
+            if before.is_floating_point():
+                old = before.to(factor_dtype(before.dtype)).reshape(-1)
+                new = after.to(old.dtype).reshape(-1) - old
+                moved, there = moved + float(new.dot(new)), there + float(old.dot(old))
+            yield after
+        if there:
+            self.largest = max(self.largest or 0.0, math.sqrt(moved / there))
+
+
+def _spec(stored: Checkpoint, recipe: Recipe) -> Spec:
     return stored.specs[recipe.source] if recipe.value is None else spec_of(recipe.value)
 
 
@@ -178,9 +278,13 @@ def _is_folder(out: Path) -> bool:
     return out.suffix not in (*SAFE, *PICKLED)
 
 
-def _check_kind(stored: Stored, out: Path) -> None:
+def _check_kind(stored: Checkpoint, out: Path) -> None:
     """Refuse an output that cannot hold the input."""
-    if stored.index is None and _is_folder(out):
+    if isinstance(stored, Pipeline):
+        if not _is_folder(out):
+            raise FileError(f"{out}: a pipeline is a folder of models. Give a name of a folder.")
+        return
+    if not stored.is_folder and _is_folder(out):
         raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
     if out.suffix in SAFE:
         for part in stored.parts.values():
@@ -209,22 +313,81 @@ def _write_folder(
     specs: dict[str, Spec],
     beside: list[Path],
     out: Path,
-    progress: Count,
+    watch: _Watch,
 ) -> None:
-    names = [*stored.parts, stored.index_name, *(p.name for p in beside)]
-    with new_folder(out, names) as folder:
-        for name in stored.parts:
-            with open(folder / name, "wb") as file:
-                _fill(stored, plan, specs, [name], Path(name).suffix, file, progress)
-        for path in beside:
-            shutil.copyfile(path, folder / path.name)
+    index = [stored.index_name] if stored.index is not None else []
+    with new_folder(out, [*stored.parts, *index, *(p.name for p in beside)]) as folder:
+        _fill_folder(stored, plan, specs, beside, folder, watch)
+
+
+def _write_pipeline(
+    stored: Pipeline, plan: Plan, specs: dict[str, Spec], out: Path, watch: _Watch
+) -> None:
+    """Write each model in its folder, and copy what stands beside them."""
+    beside = {Path("."): _beside(stored.folder)}
+    beside |= {Path(folder.name): _every(folder) for folder in stored.others}
+    for name, component in stored.components.items():
+        beside[Path(name)] = _beside(component.folder)
+    _check_lost_inside(stored, beside, out)
+    top = [*stored.components, *(f.name for f in stored.others), *(p.name for p in beside[Path()])]
+    with new_folder(out, top) as folder:
+        for place, files in beside.items():
+            (folder / place).mkdir(exist_ok=True)
+            if str(place) not in stored.components:
+                for path in files:
+                    shutil.copyfile(path, folder / place / path.name)
+        for name, component in stored.components.items():
+            own, types = _part_of_plan(plan, specs, name)
+            _fill_folder(component, own, types, beside[Path(name)], folder / name, watch)
+
+
+def _part_of_plan(
+    plan: Plan, specs: dict[str, Spec], component: str
+) -> tuple[Plan, dict[str, Spec]]:
+    """What is to be written of one model, under its own names."""
+    start = len(component) + 1
+    keys = [key for key in plan if key.startswith(f"{component}.")]
+    own = {key[start:]: replace(plan[key], source=plan[key].source[start:]) for key in keys}
+    return own, {key[start:]: specs[key] for key in keys}
+
+
+def _check_lost_inside(stored: Pipeline, beside: Mapping[Path, list[Path]], out: Path) -> None:
+    """Refuse to replace a pipeline of which a folder has more than the new one."""
+    for place, files in beside.items():
+        component = stored.components.get(str(place))
+        names = [path.name for path in files]
+        if component is not None:
+            names += [*component.parts, *([component.index_name] if component.index else [])]
+        if place != Path() and (out / place).is_dir():
+            check_lost(out / place, out / place, names)
+
+
+def _fill_folder(
+    stored: Stored,
+    plan: Plan,
+    specs: dict[str, Spec],
+    beside: list[Path],
+    folder: Path,
+    watch: _Watch,
+) -> None:
+    for name in stored.parts:
+        with open(folder / name, "wb") as file:
+            _fill(stored, plan, specs, [name], Path(name).suffix, file, watch)
+    for path in beside:
+        shutil.copyfile(path, folder / path.name)
+    if stored.index is not None:
         text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
         (folder / stored.index_name).write_text(text, encoding="utf-8")
 
 
 def _beside(folder: Path) -> list[Path]:
     """The files to copy: those of the folder itself, without the weights."""
-    there = [path for path in sorted(folder.iterdir()) if path.is_file() and not _is_weights(path)]
+    return _every(folder, lambda path: not _is_weights(path))
+
+
+def _every(folder: Path, wanted: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+    """The files of a folder itself, without links to elsewhere."""
+    there = [path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -236,8 +399,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file, or what it is a link to, belongs to its folder."""
     real = path.resolve()
     # the Hugging Face cache keeps the files of a snapshot in a folder of its own
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-    return real.parent in (folder, blobs)
+    snapshots = next((one for one in folder.parents if one.name == "snapshots"), None)
+    return real.parent in (folder, *([snapshots.parent / "blobs"] if snapshots else []))
 
 
 def _is_weights(path: Path) -> bool:
@@ -264,7 +427,7 @@ def _fill(
     parts: list[str],
     suffix: str,
     file: BinaryIO,
-    progress: Count,
+    watch: _Watch,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
     mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
@@ -272,37 +435,68 @@ def _fill(
         metadata = stored.parts[parts[0]].metadata
 
         def pieces(key: str) -> Iterable[memoryview]:
-            return _pieces(stored, mine[key])
+            return _pieces(stored, mine[key], watch)
 
-        write_safetensors(file, {k: specs[k] for k in mine}, metadata, pieces, progress)
+        write_safetensors(file, {k: specs[k] for k in mine}, metadata, pieces, watch.wrote)
     else:
-        _fill_pickled(stored, mine, parts, file, progress)
+        _fill_pickled(stored, mine, parts, file, watch)
 
 
-def _pieces(stored: Stored, recipe: Recipe) -> Iterator[memoryview]:
+def _pieces(stored: Stored, recipe: Recipe, watch: _Watch) -> Iterator[memoryview]:
     """The bytes of one tensor; of a merged one never more than a block is in memory."""
     if recipe.value is not None:
         yield from pieces_of(recipe.value)
     elif not recipe.changes:
         yield from stored.raw(recipe.source)
     else:
-        spec = stored.specs[recipe.source]
-        for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
-            before = stored.run(recipe.source, elements)
-            after = summed(before)
-            recipe.check(before, after, summed)
+        rounded: list[tuple[float, float]] = []
+        for after in watch.saw(_merged_runs(stored, recipe, rounded)):
             yield from pieces_of(after)
+        watch.rounded(rounded)
+
+
+def _merged_runs(
+    stored: Stored, recipe: Recipe, rounded: list[tuple[float, float]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The runs of a tensor before and after."""
+    spec = stored.specs[recipe.source]
+    for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
+        before = stored.run(recipe.source, elements)
+        after = summed(before)
+        recipe.check(before, after, summed)
+        if spec.dtype in NARROW:
+            rounded.append(_rounding(before, after, summed))
+        yield before, after
+
+
+def _rounding(
+    before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Of a run in 8 bits ``<Δ, Δ>`` and ``<Δ, Δ'>``: what was to be added, and what was."""
+    wide = before.float()
+    wanted, added = summed(wide) - wide, after.float() - wide
+    return float(wanted.dot(wanted)), float(wanted.dot(added))
 
 
 def _fill_pickled(
-    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, progress: Count
+    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, watch: _Watch
 ) -> None:
     part = stored.parts[parts[0]]
     if isinstance(part, PickledFile) and len(parts) == 1:
         state = apply(plan, part.state)
+        _watch_made(stored, plan, state, watch)
         for key in part.state.keys() - part.specs.keys():
             state[key] = part.state[key]
         whole = part.around(state)
     else:
         whole = {key: recipe.make(stored.read) for key, recipe in plan.items()}
-    torch_save.save(whole, file, progress)
+        _watch_made(stored, plan, whole, watch)
+    torch_save.save(whole, file, watch.wrote)
+
+
+def _watch_made(stored: Stored, plan: Plan, state: Mapping[str, Any], watch: _Watch) -> None:
+    """What tensors that were merged all at once were changed by."""
+    for key, recipe in plan.items():
+        if recipe.changes:
+            for _ in watch.saw([(stored.read(recipe.source).detach(), state[key].detach())]):
+                pass

@@ -4,21 +4,21 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from torch import Tensor
 
 from paramlora import formats
 from paramlora.errors import ParamloraWarning, shown
 from paramlora.files.adapters import opened, outlined
 from paramlora.files.atomic import PathLike
-from paramlora.formats import Options
+from paramlora.formats import Base, Options
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Update
+from paramlora.update.value import Value
 
 _SHOWN = 60  # characters of a metadata value in the table
 _LOOSE = Options(strict=False)
+_USUAL = ("low-rank", "whole")  # kinds that the table shows by their columns
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Row:
         shape: of the weight, empty where the file does not tell.
         r: its rank, 0 of a whole tensor.
         scale: its factor, 1 of a whole tensor.
-        norm: the Frobenius norm of ``scale · B·A``, or of the whole tensor.
+        norm: the Frobenius norm of ``scale · B·A``, or of the whole tensor; no number of another
+            kind, which needs the weight for it.
         flag: ``"not finite"``, ``"all zero"`` or nothing.
-        kind: ``"low-rank"`` or ``"whole"``.
+        kind: ``"low-rank"``, ``"whole"``, or the name of another kind, such as ``"dora"``.
     """
 
     path: str
@@ -80,7 +81,7 @@ class Inspection:
         body = [
             (shown(row.path) or "(model)", "×".join(map(str, row.shape)))
             + (("whole", "-") if row.kind == "whole" else (str(row.r), f"{row.scale:g}"))
-            + (f"{row.norm:.4g}", row.flag)
+            + (f"{row.norm:.4g}", row.flag or (row.kind if row.kind not in _USUAL else ""))
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(head, *body)]
@@ -96,8 +97,13 @@ class Inspection:
 
 
 @own_context()
-def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
+def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = None) -> Inspection:
     """Look into an adapter file of any tool; nothing is loaded onto a model.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        options: what some formats do not tell.
+        base: the names and shapes of the model, to show the layers by; what it lacks is noted.
 
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
@@ -107,31 +113,16 @@ def inspect(path: PathLike, options: Options = _LOOSE) -> Inspection:
     form.check(content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(opened(path), None, options)
+        adapter = form.read(opened(path), base, options)
+        if base is not None or options.component is not None:
+            adapter = formats.chosen(form, adapter, base, options, content.source)
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
-    rows = [_row(path_, update) for path_, update in adapter.updates.items()]
-    rows += [_whole_row(path_, tensor) for path_, tensor in adapter.whole.items()]
+    rows = [_row(path_, value) for path_, value in adapter.values().items()]
     return Inspection(form.name, dict(content.metadata), tuple(rows), tuple(notes))
 
 
-def _row(path: str, update: Update) -> Row:
-    a, b = update.lora_A, update.lora_B
-    finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
-    finite = finite and math.isfinite(update.scale)
-    flag = "not finite" if not finite else "" if a.any() and b.any() else "all zero"
-    return Row(path, update.shape or (), update.r, update.scale, _norm(update), flag)
-
-
-def _whole_row(path: str, tensor: Tensor) -> Row:
-    flag = "" if torch.isfinite(tensor).all() else "not finite"  # zeros are what a bias may be
-    norm = tensor.double().norm().item()
-    return Row(path, tuple(tensor.shape), 0, 1.0, norm, flag, "whole")
-
-
-def _norm(update: Update) -> float:
-    """Of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
-    if update.up_kernel != 1:
-        return math.nan
-    a, b = update.lora_A.double(), update.lora_B.double()
-    squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
-    return abs(update.scale) * squared.sqrt().item()
+def _row(path: str, value: Value) -> Row:
+    finite = all(bool(torch.isfinite(part).all()) for part in value.parts().values())
+    flag = "not finite" if not finite else "all zero" if value.idle() else ""
+    r, scale = value.listed()
+    return Row(path, value.shape or (), r, scale, value.norm(), flag, value.shown)

@@ -4,12 +4,13 @@ A file of this folder with a `Format` called ``FORMAT`` is a format: no other na
 """
 
 import math
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, ParamloraWarning
 from paramlora.formats.base import (
     Base,
     Slot,
@@ -18,6 +19,9 @@ from paramlora.formats.base import (
     base_of_shapes,
     check_known,
     fit,
+    original_of,
+    part_of,
+    places_of,
 )
 from paramlora.formats.content import (
     DEFAULTS,
@@ -57,9 +61,12 @@ __all__ = [
     "any_key",
     "base_of",
     "base_of_shapes",
+    "chosen",
     "detect",
     "fit",
     "form_of",
+    "original_of",
+    "places_of",
     "read",
     "register",
     "unregister",
@@ -105,10 +112,51 @@ def read(
     if form.complete:
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError(f"{content.source}: no update in it.")
     check_values(adapter, content.source)
-    return adapter if base is None else fit(adapter, base, options, content.source)
+    return chosen(form, adapter, base, options, content.source)
+
+
+def chosen(
+    form: Format, adapter: Adapter, base: Optional[Base], options: Options, source: str
+) -> Adapter:
+    """What a reader found, under the names of `base`; the part of it that is asked for.
+
+    Raises:
+        FileError: there is no such part, or it does not fit `base`.
+    """
+    if base is not None and form.complete:
+        return _known(adapter, base, options, source)
+    if base is not None:
+        return fit(adapter, base, options, source)
+    # without names in the file, its reader has left the other parts out
+    if options.component is None or not form.names_layers:
+        return adapter
+    return part_of(adapter, options.component, source)
+
+
+def check_alpha(content: Content, base: Optional[Base], options: Options, adapter: Adapter) -> None:
+    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
+
+    Args:
+        content, base, options: what was read.
+        adapter: what it gave.
+
+    Raises:
+        FileError: names the alpha.
+    """
+    if options.alpha is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
+        other = read(content, base, replace(options, alpha=2 * options.alpha + 1))
+    now, then = adapter.values(), other.values()
+    if all(then[path].listed() == value.listed() for path, value in now.items()):
+        raise FileError(
+            f"{content.source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
+            "own scales. Leave alpha (--alpha) out."
+        )
 
 
 def _read_complete(
@@ -117,11 +165,18 @@ def _read_complete(
     """The adapter in a complete file; updates of what the model lacks are reported, or left out."""
     adapter = form.read(content, base, options)
     check_finite(adapter, content.source)  # all zero is how our own begin
-    if base is None:
-        return adapter
-    known = {path: update for path, update in adapter.updates.items() if path in base}
-    check_known(adapter.updates.keys() - known.keys(), base, options, content.source)
-    return replace(adapter, updates=known)
+    return chosen(form, adapter, base, options, content.source)
+
+
+def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
+    """The updates of what the model has; others are reported."""
+    there = {**adapter.updates, **adapter.others}
+    check_known(there.keys() - base.keys(), base, options, source)
+    return replace(
+        adapter,
+        updates={path: update for path, update in adapter.updates.items() if path in base},
+        others={path: update for path, update in adapter.others.items() if path in base},
+    )
 
 
 def write(
@@ -148,8 +203,9 @@ def write(
     assert form.write is not None
     if form.complete:
         return form.write(adapter, base, **how)
-    if not adapter.updates:
+    if not (adapter.updates or adapter.others):
         raise FileError("the adapter has no updates.")
+    _check_kinds(adapter, form)
     if adapter.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
@@ -163,10 +219,20 @@ def write(
     return form.write(told, base, **how)
 
 
-def _check_scales(adapter: Adapter, to: str) -> None:
-    for path, update in adapter.updates.items():
-        if not math.isfinite(update.scale * update.r):
+def _check_kinds(adapter: Adapter, form: Format) -> None:
+    for path, update in adapter.others.items():
+        if update.method not in form.kinds:
             raise FileError(
-                f"{path}: its alpha, scale · r = {update.scale:g} · {update.r}, is beyond any "
+                f'{path or "weight"}: an update of the kind "{update.method}", which no file of '
+                f"{form.name} holds. Keep the native format, or merge it."
+            )
+
+
+def _check_scales(adapter: Adapter, to: str) -> None:
+    for path, value in adapter.values().items():
+        r, scale = value.listed()
+        if not math.isfinite(scale * r):
+            raise FileError(
+                f"{path}: its alpha, scale · r = {scale:g} · {r}, is beyond any "
                 f"number that {to}'s files hold. Give a smaller scale and larger factors."
             )

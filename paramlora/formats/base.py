@@ -3,17 +3,24 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Optional, get_args
+from typing import Optional, TypeVar, Union, get_args
 
 import torch
 from torch import nn
 
-from paramlora.errors import FileError, closest
+from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
+from paramlora.formats.names.levels import belongs
+from paramlora.formats.originals import original_names
+from paramlora.formats.parts import STACKS
+from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
+from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, unwrapped
 from paramlora.update.geometry import Layout, matrix_shape
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.kinds import KINDS
+from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
 
+_Value = TypeVar("_Value")
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
     "text_encoders diffusion_model model.diffusion_model base_model.model base_model"
@@ -42,6 +49,7 @@ class Slot:
 
 
 Base = Mapping[str, Slot]
+_Any = Union[Update, KindUpdate]
 
 
 def base_of(model: nn.Module) -> Base:
@@ -67,31 +75,138 @@ def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base
 def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """`adapter` under the names of `base`, with its shapes; one that does not fit is an error.
 
-    A component's name in front (``unet.``) is left out where the model is that component.
+    A file's name is found by what `base` has, in any tool's spelling (see `Places`); an update of
+    several weights in one is divided, and those of one weight's parts are joined, exactly.
 
     Raises:
         FileError: an update without a weight, two for one weight, or another shape.
     """
-    chosen = _component(adapter, options.component)
-    places = {path: place(path, base) for path in chosen}
-    check_known((path for path, there in places.items() if there is None), base, options, source)
-    updates: dict[str, Update] = {}
-    made: dict[tuple[int, Slot], Update] = {}  # tied tensors keep sharing one update
+    chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
+    if options.component is not None:
+        chosen = component_of(adapter, options.component, source)
+    places = places_of(base)
+    there = {path: places.find(path, f"{source}: {path}") for path in chosen}
+    check_known((path for path in chosen if there[path] is None), base, options, source)
+    found = {path: one for path, one in there.items() if one is not None}
+    _check_once(found, source)
+    updates: dict[str, Value] = {}
+    made: dict[tuple[int, Slot], Value] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
-    for path, there in places.items():
-        if there is None:
-            continue
-        if there in updates:
-            raise FileError(
-                f"{source}: {path} is a second update of {there}. Choose one part of the file "
-                "with component=... (convert --component), such as text_encoder_2."
-            )
-        slot = _told(base[there], adapter.holders.get(path))
-        key = (id(chosen[path]), slot)
-        tied = holders[id(chosen[path])] > 1
-        fresh = _fitted(there, chosen[path], slot, source, tied)
-        updates[there] = made.setdefault(key, fresh)
-    return replace(adapter, updates=updates)
+    for path, one in found.items():
+        if one.whole is not None:
+            slot = _told(base[one.whole], adapter.holders.get(path))
+            moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
+            tied = holders[id(chosen[path])] > 1
+            fresh = _fitted(one.whole, chosen[path], slot, source, tied)
+            key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
+            updates[one.whole] = made.setdefault(key, fresh)
+    parts = {path: one for path, one in found.items() if one.whole is None}
+    told = apart_by_kind(updates | _gathered(chosen, parts, base, source))
+    return replace(adapter, updates=told["updates"], others=told["others"])
+
+
+def places_of(base: Base) -> Places:
+    """The names by which a file can mean what is in `base`."""
+    return Places({path: slot.shape for path, slot in base.items()})
+
+
+def original_of(base: Base) -> Base:
+    """The same weights under their original names, fused as there: for `fit`, and so for writing.
+
+    ComfyUI's and kohya's files of a transformer have these names, where diffusers' model has its
+    own. Weights of one name alone keep it, and so do all of a model that has the original names.
+
+    Example:
+        >>> base = {f"blocks.0.attn1.to_{n}": Slot((4, 6)) for n in "qkv"}
+        >>> list(original_of(base))
+        ['blocks.0.self_attn.q', 'blocks.0.self_attn.k', 'blocks.0.self_attn.v']
+    """
+    found = {}
+    names = original_names(places_of(base))
+    for name, there in names.items():
+        own = [base[path] for path in there.paths]
+        rows = sum(slot.shape[0] for slot in own)
+        found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+    renamed = {path for there in names.values() for path in there.paths}
+    return {path: slot for path, slot in base.items() if path not in renamed} | found
+
+
+def stacks_of(base: Base) -> Base:
+    """The stacks of matrices that a file can mean by what `base` has one by one: experts.
+
+    In the order of the tables, which is that of the modules: PEFT's files follow it.
+    """
+    found = {}
+    for name, there in places_of(base).others.items():
+        if len(there.rows) > 1:
+            own = [base[there.held[part.name][0]].shape for part in there.rows[0]]
+            rows = sum(shape[0] for shape in own)
+            found[name] = Slot((len(there.rows), rows, *own[0][1:]), "stack", "parameter")
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda n: STACKS.index(n.rpartition(".")[2]))
+    }
+
+
+def _check_once(found: Mapping[str, Found], source: str) -> None:
+    """Refuse two updates of the same rows."""
+    taken: dict[str, set[str]] = {}
+    for path, there in found.items():
+        for weight in there.paths:
+            own = {name for name, (at, _) in there.held.items() if at == weight}
+            own = {""} if there.whole is not None else own
+            before = taken.setdefault(weight, set())
+            if before and (before & own or "" in before | own):
+                raise FileError(
+                    f"{source}: {path} is a second update of {weight}. Choose one part of the file "
+                    "with component=... (--component), such as text_encoder_2."
+                )
+            before |= own
+
+
+def _gathered(
+    chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
+) -> dict[str, Value]:
+    """The updates of weights whose rows the file has elsewhere."""
+    factors = {path: _of_factors(path, chosen[path], source) for path in parts}
+    held = {path: rows for there in parts.values() for path, rows in there.held.values()}
+    out = {path: _rows(base[path], len(rows)) for path, rows in held.items()}
+    sources: dict[str, list[Source]] = {}
+    for path, there in parts.items():
+        one = Source(path, factors[path], there.rows)
+        check_blocks(one, f"{source}: {path}")
+        for weight in there.paths:
+            sources.setdefault(weight, []).append(one)
+    totals = [(out[path], block) for path, rows in held.items() for block in rows]
+    totals += [
+        (factors[path].lora_B.shape[-2], block)
+        for path, there in parts.items()
+        for block in there.rows
+    ]
+    size = sizes(totals)
+    updates: dict[str, Value] = {}
+    for weight, those in sources.items():
+        update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
+        if update.layout == "stack" and base[weight].input_first:
+            update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+        updates[weight] = _fitted(weight, update, base[weight], source, False)
+    return updates
+
+
+def _of_factors(path: str, update: _Any, source: str) -> Update:
+    if isinstance(update, Update):
+        return update
+    raise FileError(
+        f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
+        f"{update.method} is of its whole weight alone. Give a model of the file's own names."
+    )
+
+
+def _rows(slot: Slot, blocks: int) -> int:
+    """How many rows one matrix of a weight has."""
+    if slot.input_first:
+        return slot.shape[-1]
+    return matrix_shape(slot.shape, slot.layout or ("stack" if blocks > 1 else "matrix"))[1]
 
 
 def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
@@ -109,7 +224,7 @@ def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
         update = adapter.updates.get(path)
         if update is not None and update.shape is not None:
             slot = _told(Slot(update.shape), holder)
-            fresh[path] = _fitted(path, update, slot, "adapter", True)
+            fresh[path] = _fitted_factors(path, update, slot, "adapter", True)
     return replace(adapter, updates={**adapter.updates, **fresh})
 
 
@@ -151,7 +266,7 @@ def check_known(lost: Iterable[str], base: Base, options: Options, source: str) 
         "updates of what the model does not have",
         paths,
         options.strict,
-        f"Is it for another model, or for several, of which component=... (convert --component) "
+        f"Is it for another model, or for several, of which component=... (--component) "
         f"chooses one?{hint}",
     )
 
@@ -169,14 +284,63 @@ def place(path: str, base: Base) -> Optional[str]:
     return None
 
 
-def _component(adapter: Adapter, component: Optional[str]) -> dict[str, Update]:
-    if component is None:
-        return dict(adapter.updates)
+def part_of(adapter: Adapter, component: str, source: str) -> Adapter:
+    """One part of a pipeline, under the names that its own model has.
+
+    Raises:
+        FileError: there is none of it.
+    """
+    found = apart_by_kind(component_of(adapter, component, source))
+    return replace(
+        adapter,
+        updates=_inside(found["updates"], component),
+        others=_inside(found["others"], component),
+        whole=_inside(adapter.whole, component),
+        base=_inside(adapter.base, component),
+        holders=_inside(adapter.holders, component),
+    )
+
+
+def _inside(values: Mapping[str, _Value], component: str) -> dict[str, _Value]:
     start = f"{component}."
-    return {path: u for path, u in adapter.updates.items() if path.startswith(start)}
+    own = {path: value for path, value in values.items() if belongs(path, component)}
+    return {path.removeprefix(start): value for path, value in own.items()}
 
 
-def _fitted(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
+def component_of(adapter: Adapter, component: str, source: str) -> dict[str, _Any]:
+    """The updates of one part of a pipeline.
+
+    Raises:
+        FileError: there is none of it.
+    """
+    every: dict[str, _Any] = {**adapter.updates, **adapter.others}
+    found = {path: update for path, update in every.items() if belongs(path, component)}
+    if not found:
+        parts = dict.fromkeys(path.split(".")[0] for path in every)
+        raise FileError(
+            f"{source}: it has no part {component}. Its names begin with {listed(parts, 4)}; give "
+            "one of those as component (--component), or leave it out."
+        )
+    return found
+
+
+def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _Any:
+    if isinstance(update, Update):
+        return _fitted_factors(path, update, slot, source, tied)
+    layouts = [slot.layout] if slot.layout else [update.layout, *get_args(Layout)]
+    fits = KINDS[update.method].fits
+    layout = next((one for one in layouts if fits(update.held, slot.shape, one)), None)
+    if layout is None:
+        sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
+        raise FileError(
+            f"{source}: {path}: an update of {sizes} does not fit the weight of "
+            f"{list(slot.shape)}. Was it made for another model?"
+        )
+    kind, groups = slot.kind or update.kind, slot.groups or update.groups
+    return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
+
+
+def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
         update = _turned(update)

@@ -46,7 +46,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     if len(parts) != 1:
         raise FileError(
             f"{content.source}: holds {', '.join(parts) or 'nothing'}. Choose one with "
-            "component=... (convert --component)."
+            "component=... (--component)."
         )
     ((model, numbered),) = parts.items()
     updates = [update for _, update in sorted(numbered.items())]

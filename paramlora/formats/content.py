@@ -67,8 +67,11 @@ DEFAULTS = Options()
 
 
 def unwrapped(content: Content) -> Content:
-    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``."""
-    for outer in ("state_dict", "model_state_dict", "model"):
+    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``.
+
+    ``model`` is not told from a module of that name: who opens a file knows which it is.
+    """
+    for outer in ("state_dict", "model_state_dict"):
         start = f"{outer}."
         if content.state and all(key.startswith(start) for key in content.state):
             state = {key.removeprefix(start): value for key, value in content.state.items()}
@@ -125,6 +128,15 @@ def check_whole(content: Content, found: Mapping[str, Mapping[str, Tensor]]) -> 
         check_factors(f"{content.source}: {path}", *half.values())
 
 
+def check_first(taken: bool, key: str, source: str) -> None:
+    """Refuse a tensor for what the file has one of already, spelled or named in another way."""
+    if taken:
+        raise FileError(
+            f"{source}: {key} is a second tensor for one factor: several adapters, or an update in "
+            "two spellings. Save one of them alone."
+        )
+
+
 def check_factors(where: str, *tensors: Tensor) -> None:
     """Refuse what cannot be multiplied: integers, vectors, two types, and nothing at all."""
     shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)
@@ -144,7 +156,7 @@ def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
         "tensors that are no update of one weight",
         keys,
         strict,
-        "Read with strict=False (convert --loose) to leave them out.",
+        "Read with strict=False (--loose) to leave them out.",
     )
 
 
@@ -162,12 +174,11 @@ def refuse_dora(content: Content, keys: Iterable[str]) -> None:
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     bad = [
-        f"{path}.{name}"
-        for path, update in adapter.updates.items()
-        for name, tensor in (("lora_A", update.lora_A), ("lora_B", update.lora_B))
+        path if value.alone else f"{path}.{name}"
+        for path, value in adapter.values().items()
+        for name, tensor in value.tensors().items()
         if not torch.isfinite(tensor).all()
     ]
-    bad += [path for path, tensor in adapter.whole.items() if not torch.isfinite(tensor).all()]
     report(source, "not finite", bad, True, "It was damaged in training or in copying.")
 
 

@@ -29,7 +29,10 @@ def detect(content: Content) -> str:
                 raise FileError(f"{content.source}: {refusal}.")
             return name
     first = listed(list(content.state), 4) or "none"
-    raise FileError(f"{content.source}: no adapter format that is known. Its first keys: {first}.")
+    raise FileError(
+        f"{content.source}: no adapter format that is known. Its first keys: {first}. Give the "
+        "file that training wrote; of two checkpoints, paramlora difference makes an adapter."
+    )
 
 
 def _marks() -> Iterator[tuple[Mark, str, str]]:

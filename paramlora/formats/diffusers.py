@@ -20,18 +20,26 @@ from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
+    check_first,
     number,
     parsed,
-    refuse_dora,
     report_unused,
 )
-from paramlora.formats.factors import grouped, kernels, pair
+from paramlora.formats.factors import grouped, kernels, pair, rescaled, with_low_ranks
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
 METADATA = "lora_adapter_metadata"
-_ROLES = {"A": "down", "B": "up", "down": "down", "up": "up", "alpha": "alpha"}
+_ROLES = {
+    "A": "down",
+    "B": "up",
+    "down": "down",
+    "up": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "vector",  # peft's
+    "dora_scale": "dora_scale",  # LyCORIS's
+}
 _SPELLINGS = tuple(
     re.compile(spelling, re.DOTALL)
     for spelling in (
@@ -39,9 +47,11 @@ _SPELLINGS = tuple(
         r"(?P<path>.+)\.lora_(?P<role>[AB])",  # mochi
         r"(?P<path>.+)\.lora_(?P<role>down|up)(?:\.weight)?",  # OneTrainer and ComfyUI
         r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight",  # 0.19 to 0.25
+        r"(?P<path>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight",  # XLabs
         # attention processors, before 0.22
         r"(?P<path>.+?)(?:\.processor)?\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<role>down|up)\.weight",
-        r"(?P<path>.+)\.(?P<role>alpha)",
+        r"(?P<path>.+)\.(?P<role>alpha|dora_scale)",
+        r"(?P<path>.+)\.(?P<role>lora_magnitude_vector)(?:\..+)?",
     )
 )
 _SELF_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -54,22 +64,30 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     component. Without metadata and alphas the scale is 1, as in diffusers.
 
     Raises:
-        FileError: tensors of something else, DoRA, Control-LoRA, or half an update.
+        FileError: tensors of something else, Control-LoRA, or half an update.
     """
     halves, unused = _halves(content)
     report_unused(content, unused, options.strict)
     configs, exact = _configs(content), recorded(content)
     alphas = _alphas(configs, halves, content.source)
-    updates = {}
+    updates: dict[str, Value] = {}
     for path, half in halves.items():
         where = f"{content.source}: {path}"
         if not {"down", "up"} <= half.keys():
             raise FileError(f"{where}: has {', '.join(sorted(half))} only. Save it again.")
         update = pair(half["down"], half["up"], 1.0, where)
         scale = _scale(path, half, configs, alphas, exact, options, where)
-        updates[path] = replace(update, scale=scale)
-    adapter = Adapter(updates)
+        update = replace(update, scale=scale)
+        if "vector" in half:
+            updates[path] = rescaled(update, half["vector"].flatten(), where)
+        elif "dora_scale" in half:
+            updates[path] = rescaled(update, half["dora_scale"], where)
+        else:
+            updates[path] = update
+    adapter = Adapter(**apart_by_kind(updates))
     for component, config in configs.items():
+        plain = [path for path in adapter.updates if _component(path, configs) == component]
+        peft.check_magnitudes(config, plain, content.source)
         if base is None or options.component not in (None, component):
             continue
         own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}
@@ -80,7 +98,6 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
 def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     halves: dict[str, dict[str, Tensor]] = {}
     unused = []
-    refuse_dora(content, [k for k in content.state if "magnitude" in k or "dora_scale" in k])
     if "lora_controlnet" in content.state:
         raise FileError(f"{content.source}: a Control-LoRA, which is more than W + scale·B·A.")
     for key, tensor in content.state.items():
@@ -88,7 +105,9 @@ def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if match is None:
             unused.append(key)
         else:
-            halves.setdefault(_path(match), {})[_ROLES[match["role"]]] = tensor
+            half = halves.setdefault(_path(match), {})
+            check_first(_ROLES[match["role"]] in half, key, content.source)
+            half[_ROLES[match["role"]]] = tensor
     return halves, unused
 
 
@@ -172,6 +191,8 @@ def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") ->
     alphas: dict[str, float] = {}
     scales: dict[str, tuple[float, int]] = {}
     start = f"{component}." if component else ""
+    peft.check_all_rescaled(adapter, "diffusers")
+    adapter, magnitudes = with_low_ranks(adapter)
     for path, update in adapter.updates.items():
         _check(path, update)
         down, up = grouped(update) if update.groups > 1 else kernels(update)
@@ -180,7 +201,10 @@ def write(adapter: Adapter, base: Optional[Base] = None, component: str = "") ->
         scales[f"{start}{path}"] = update.scale, r
         state[f"{start}{path}.lora_A.weight"] = down.contiguous()
         state[f"{start}{path}.lora_B.weight"] = up.contiguous()
-    config = peft.config_of(ranks, alphas, set(ranks), [])
+        if path in magnitudes:
+            magnitude = peft.magnitude_of(path, update, magnitudes[path], "diffusers")
+            state[f"{start}{path}.lora_magnitude_vector"] = magnitude
+    config = {**peft.config_of(ranks, alphas, set(ranks), []), "use_dora": bool(magnitudes)}
     flat = json.dumps({f"{start}{key}": value for key, value in config.items()}, sort_keys=True)
     about = {"format": "pt", METADATA: flat, **scales_metadata(scales)}
     return Content(state, about)
@@ -197,13 +221,15 @@ FORMAT = Format(
     "diffusers",
     marks=(
         Mark(
-            60, any_key(r".+(?:_lora\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)")
+            60,
+            any_key(r".+(?:_lora[12]?\.down\.weight|\.lora_linear_layer\..+|\.lora\.down\.weight)"),
         ),
         Mark(80, any_key(r".+\.lora_A(?:\.[^.]+)?\.weight")),
         Mark(81, lambda content: METADATA in content.metadata),
     ),
     read=read,
     write=write,
+    kinds=("lora", "soft", "dora"),
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,
     prefix=Prefix("component", "diffusers' keys (unet)"),

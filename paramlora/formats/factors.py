@@ -11,7 +11,8 @@ from torch import Tensor
 from paramlora.errors import FileError
 from paramlora.formats.content import check_factors
 from paramlora.formats.merged import merged_linear
-from paramlora.update.value import Update
+from paramlora.update.kinds import KINDS
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 
 def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
@@ -90,6 +91,55 @@ def kernels(update: Update) -> tuple[Tensor, Tensor]:
     return down, ones(update.lora_B, len(kernel))
 
 
+def rescaled(update: Update, magnitude: Tensor, where: str) -> KindUpdate:
+    """A DoRA out of its low-rank update and its magnitude.
+
+    Args:
+        update: with its weight's shape.
+        magnitude: ``[out]``; or with the weight's dimensions, 1 in those that the norm is over
+            (LyCORIS's ``dora_scale``, of both its conventions).
+        where: the file and layer, for messages.
+
+    Raises:
+        FileError: the magnitude is another layer's.
+    """
+    shape, outer = update.shape or (), 1 if update.layout == "transposed" else 0
+    own, dims = magnitude, len(shape)
+    if magnitude.dim() == 1 and dims >= 2:
+        own = magnitude.reshape(*[1] * outer, -1, *[1] * (dims - outer - 1))
+    elif magnitude.dim() < dims:
+        own = ones(magnitude, dims - magnitude.dim())
+    held = {"lora_A": update.lora_A, "lora_B": update.lora_B, "lora_magnitude": own}
+    if update.layout == "stack" or not KINDS["dora"].fits(held, shape, update.layout):
+        raise FileError(
+            f"{where}: a magnitude of {list(magnitude.shape)} does not fit a weight of "
+            f"{list(shape)}. Was it made for another model?"
+        )
+    return KindUpdate(
+        *("dora", held, update.scale, shape, update.layout), kind=update.kind, groups=update.groups
+    )
+
+
+def without_magnitude(value: KindUpdate) -> tuple[Update, Tensor]:
+    """The low-rank update inside of a DoRA, and its magnitude."""
+    a, b = value.held["lora_A"], value.held["lora_B"]
+    update = Update(
+        *(a, b, value.scale, value.shape, value.layout), kind=value.kind, groups=value.groups
+    )
+    return update, value.held["lora_magnitude"]
+
+
+def with_low_ranks(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+    """An adapter with the low-rank updates inside of its DoRAs beside the others, and the
+    magnitudes by path."""
+    apart = {path: without_magnitude(value) for path, value in adapter.others.items()}
+    updates = {**adapter.updates, **{path: update for path, (update, _) in apart.items()}}
+    return (
+        replace(adapter, updates=updates, others={}),
+        {path: magnitude for path, (_, magnitude) in apart.items()},
+    )
+
+
 def check_told(path: str, update: Update, tool: str) -> None:
     """Refuse what no file of named layers can hold, and what is not known well enough."""
     if not path:
@@ -101,7 +151,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
         raise FileError(
-            f"{path}: the shape or kind of its layer is unknown. Give the model (convert --model)."
+            f"{path}: the shape or kind of its layer is unknown. Give the model (--model)."
         )
 
 

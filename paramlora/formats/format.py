@@ -65,6 +65,7 @@ class Format:
         prefix: what ``convert --prefix`` gives to `write`, for formats with a use for it.
         complete: the file holds all of an `Adapter`, ties and whole tensors included, under the
             model's own paths: nothing in it is interpreted, or fitted to the model.
+        kinds: the kinds of update that `write` knows (see `paramlora.update.kinds`).
         check: refuses a file by its names and shapes, before any tensor is read.
     """
 
@@ -80,6 +81,7 @@ class Format:
     names_layers: bool = True
     prefix: Optional[Prefix] = None
     complete: bool = False
+    kinds: tuple[str, ...] = ("lora", "soft")
     check: Callable[[Content], None] = _accepts
 
     def __post_init__(self) -> None:

@@ -15,39 +15,37 @@ from einops import EinopsError, einsum
 from torch import Tensor
 
 from paramlora.errors import FileError
-from paramlora.formats import sgm
-from paramlora.formats.base import Base, place
+from paramlora.formats.base import Base, places_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
     check_factors,
+    check_first,
     number,
-    refuse_dora,
     report_unused,
 )
-from paramlora.formats.factors import check_told, kernels, pair, whole, wide
+from paramlora.formats.factors import (
+    check_told,
+    kernels,
+    pair,
+    rescaled,
+    whole,
+    wide,
+    with_low_ranks,
+)
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.names.levels import MANGLED, belongs
+from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
-# in front of a mangled path, and the components of a pipeline that it can mean
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "lora_unet": ("unet", "transformer"),
-    "lora_te": ("text_encoder",),
-    "lora_te1": ("text_encoder",),
-    "lora_te2": ("text_encoder_2",),
-    "lora_te3": ("text_encoder_3",),
-    "lora_transformer": ("transformer",),
-    "lora_prior_unet": ("prior",),
-    "lora_prior_te": ("text_encoder",),
-    "lycoris": ("unet", "transformer"),
-}
 _LEAF = re.compile(
-    r"(?P<name>.+?)\.(?P<leaf>alpha|lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|"
-    r"dora_scale|diff(?:_b)?)",
+    r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:(?:\.[^.]+)?\.weight)?|"
+    r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?))",
     re.DOTALL,
 )
+_ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _MOST = 2**29  # elements of a dense difference
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -64,77 +62,27 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         options: see `Options`; ``split`` divides alpha by the rank of one part.
 
     Raises:
-        FileError: DoRA, a form of LyCORIS that is not read, or two weights of one mangled name.
+        FileError: a form of LyCORIS that is not read, or two weights of one mangled name.
     """
     modules, unused = _modules(content)
     report_unused(content, unused, options.strict)
-    refuse_dora(content, [name for name, parts in modules.items() if "dora_scale" in parts])
-    names = {} if base is None else mangled(base)
     exact = recorded(content)
-    updates: dict[str, Update] = {}
+    places = None if base is None else places_of(base)
+    updates: dict[str, Value] = {}
     for name, parts in modules.items():
         where = f"{content.source}: {name}"
-        if options.component and not _belongs(name, options.component):
-            continue
-        path = _path(name, names, base, options.component, where)
-        if path in updates:
-            raise FileError(
-                f"{where}: a second update of {path}. Choose one part of the file with "
-                "component=... (convert --component), such as text_encoder_2."
-            )
-        there = place(path, base) if base is not None else None
-        most = math.prod(base[there].shape) if base is not None and there is not None else _MOST
-        updates[path] = _update(parts, exact.get(name), options, most, where)
-    return Adapter(updates)
+        if options.component is None or belongs(name, options.component):
+            most = _most(name, parts, places, where)
+            updates[name] = _update(parts, exact.get(name), options, most, where)
+    return Adapter(**apart_by_kind(updates))
 
 
-def mangled(base: Base) -> dict[str, list[str]]:
-    """``{"down_blocks_0_...": ["down_blocks.0...."]}``: the paths that a mangled name can mean.
-
-    The original names of SDXL's U-Net stand beside the model's own, which come first.
-    """
-    own: dict[str, list[str]] = {}
-    for path in base:
-        own.setdefault(path.replace(".", "_"), []).append(path)
-    original: dict[str, list[str]] = {}
-    for path, name in sgm.original_names(base).items():
-        original.setdefault(name.replace(".", "_"), []).append(path)
-    return {**original, **own}
-
-
-def _belongs(name: str, component: str) -> bool:
-    return name.startswith(f"{component}.") or component in PREFIXES.get(_prefix(name), ())
-
-
-def _prefix(name: str) -> str:
-    return next((p for p in PREFIXES if name.startswith(f"{p}_")), "")
-
-
-def _path(
-    name: str,
-    names: Mapping[str, list[str]],
-    base: Optional[Base],
-    component: Optional[str],
-    where: str,
-) -> str:
-    """The path that a key's name stands for, else the name."""
-    if base is not None and place(name, base) is not None:
-        return name  # dotted, as OneTrainer and ComfyUI write them
-    prefix = _prefix(name)
-    rest = name.removeprefix(f"{prefix}_")
-    starts = [f"{c}_" for c in PREFIXES.get(prefix, ())]
-    # transformers 5 has left out one level of CLIP's text model
-    tails = (rest, rest.removeprefix("text_model_"))
-    spelled = [start + tail for start in (*starts, "") for tail in tails]
-    paths = next((names[one] for one in spelled if one in names), [name])
-    if len(paths) > 1:
-        raise FileError(
-            f"{where}: means {' or '.join(paths)}, which kohya's format cannot tell apart."
-        )
-    found = paths[0]
-    # `fit` knows the chosen component by its name in front of a path
-    whole = component is None or found.startswith(f"{component}.")
-    return found if whole else f"{component}.{found}"
+def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
+    """The elements that a dense difference may have: those of the weights that the name means."""
+    if places is None or _LORA <= set(parts):
+        return _MOST
+    found = places.find(name, where)
+    return _MOST if found is None else sum(math.prod(places.shapes[p]) for p in found.paths)
 
 
 def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -145,13 +93,23 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
         if match is None:
             unused.append(key)
         else:
-            modules.setdefault(match["name"], {})[match["leaf"]] = tensor
+            role = _ROLES.get(match["role"], match["role"])
+            leaf = match["leaf"] or f"lora_{role}.weight"
+            parts = modules.setdefault(match["name"], {})
+            check_first(leaf in parts, key, content.source)
+            parts[leaf] = tensor
     return modules, unused
 
 
 def _update(
     parts: Mapping[str, Tensor], exact: Any, options: Options, most: int, where: str
-) -> Update:
+) -> Value:
+    if "dora_scale" in parts:
+        rest = {leaf: tensor for leaf, tensor in parts.items() if leaf != "dora_scale"}
+        inner = _update(rest, exact, options, most, where) if _LORA <= set(rest) else None
+        if not isinstance(inner, Update):
+            raise FileError(f"{where}: dora_scale of another form than LoRA, which is not read.")
+        return rescaled(inner, parts["dora_scale"], where)
     leaves = set(parts) - {"alpha"}
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
     if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
@@ -266,6 +224,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
     """
     state: dict[str, Tensor] = {}
     scales: dict[str, tuple[float, int]] = {}
+    adapter, magnitudes = with_low_ranks(adapter)
     two = any(path.startswith("text_encoder_2.") for path in adapter.updates)
     for path, update in adapter.updates.items():
         _check(path, update)
@@ -280,10 +239,12 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = "lora_une
         state[f"{name}.lora_down.weight"] = down.contiguous()
         state[f"{name}.lora_up.weight"] = up.contiguous()
         state[f"{name}.alpha"] = _alpha_tensor(alpha, down.dtype)
+        if path in magnitudes:
+            state[f"{name}.dora_scale"] = magnitudes[path].contiguous()
         scales[name] = update.scale, update.r
     ranks = {r for _, r in scales.values()}
     about = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if magnitudes else "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": "Dynamic",
         **scales_metadata(scales),
@@ -298,6 +259,10 @@ def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
         return f"{te[component]}_{rest.replace('.', '_')}"
+    if any(
+        path.startswith(f"{level}_") for level in MANGLED
+    ):  # out of a file of the same kind, read without a model
+        return path
     return f"{prefix}_{path.replace('.', '_')}"
 
 
@@ -325,11 +290,12 @@ def _check(path: str, update: Update) -> None:
 FORMAT = Format(
     "kohya",
     marks=(
-        Mark(50, any_key(rf"(?:{'|'.join(PREFIXES)})_[^.]+\..+")),
+        Mark(50, any_key(rf"(?:{'|'.join(MANGLED)})_[^.]+\..+")),
         Mark(51, any_key(r".+\.(?:lora_(?:down|mid)\.weight|hada_w1_a|lokr_w1(?:_a)?|dora_scale)")),
     ),
     read=read,
     write=write,
+    kinds=("lora", "soft", "dora"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),
 )

@@ -58,7 +58,7 @@ def _update(
     if alpha is None:
         raise FileError(
             f"{where}: the scale is in hyperparameters.yaml, which is missing. Put it "
-            "beside the file, or give alpha (convert --alpha)."
+            "beside the file, or give alpha (--alpha)."
         )
     exact = recorded(content).get(path)
     scale = scale_of(number(alpha, where), r, exact, where)

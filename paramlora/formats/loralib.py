@@ -38,7 +38,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["lora_alpha"],
             False,
-            "Using 1; give alpha (convert --alpha) for another.",
+            "Using 1; give alpha (--alpha) for another.",
         )
     updates = {}
     for path, half in halves(content, _FACTOR, options.strict).items():

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any, Optional, Union
 
-from torch import Tensor, float32, int64, isfinite, tensor
+from torch import Tensor, isfinite
 
-from paramlora.checkpoint.recipes import check_types, fits_shape
 from paramlora.config import LoRAConfig, TargetConfig, parsed
 from paramlora.config.reading import parse_json
 from paramlora.errors import ConfigError, FileError, listed, spelled
@@ -18,9 +17,10 @@ from paramlora.formats.content import DEFAULTS, Content, Options
 from paramlora.formats.format import Format, Mark
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, own_path, specificity
-from paramlora.update.geometry import LAYOUTS, MOST_SIDE, Layout, matrix_shape, possible
-from paramlora.update.names import LOW_RANK, WHOLE
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.attached import AttachedUpdate, Told
+from paramlora.update.geometry import LAYOUTS, MOST_SIDE, Layout, possible
+from paramlora.update.kinds import kind_of
+from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
 NATIVE, FORMAT_VERSION = "native", 1  # its name, and the version of what is written
 _ROOT = "weight"  # names the empty path in a configuration
@@ -62,7 +62,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
     Raises:
         FileError: `read_native` would refuse it.
     """
-    values: dict[str, Union[Update, Tensor]] = {**adapter.updates, **adapter.whole}
+    values = adapter.values()
     for stem, value in values.items():
         _check_value(path, stem, value)
     first: dict[int, str] = {}
@@ -71,8 +71,8 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
     about = {
         "format": FORMAT_VERSION,
         "adapter": adapter.name,
-        "config": LoRAConfig(tuple(_entry(*item) for item in own.items())).to_dict(),
-        "shapes": {path: _weight(v) for path, v in own.items() if _shape(v) is not None},
+        "config": LoRAConfig(tuple(v.entry(_name(path)) for path, v in own.items())).to_dict(),
+        "shapes": {p: v.about() for p, v in own.items() if v.alone or v.shape is not None},
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
         "holders": {path: asdict(holder) for path, holder in adapter.holders.items()},
@@ -88,16 +88,15 @@ def native_of(path: _Place, metadata: Mapping[str, str], state: Mapping[str, Ten
     path = PurePath(path)
     about, entries = checked_entries(path, metadata, state)
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
-    updates = {s: _update(path, s, state, e, shapes) for s, e in entries.items() if not e.whole}
-    whole = {s: state[_key(s, WHOLE)] for s, e in entries.items() if e.whole}
-    for stem, one in whole.items():
-        if one.dtype != int64:  # of BatchNorm's counts
-            check_types(f"{path}: {_key(stem, WHOLE)}", one)
-    updates |= {tied: updates[head] for tied, head in ties.items() if head in updates}
-    whole |= {tied: whole[head] for tied, head in ties.items() if head in whole}
+    values = {stem: _value(path, stem, state, e, shapes) for stem, e in entries.items()}
+    values |= {tied: values[head] for tied, head in ties.items() if head in values}
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
     return Adapter(
-        updates, str(about["adapter"]), rest, whole, base=_base(path, about), holders=holders
+        name=str(about["adapter"]),
+        metadata=rest,
+        base=_base(path, about),
+        holders=holders,
+        **apart_by_kind(values),
     )
 
 
@@ -112,7 +111,7 @@ def _base(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
     return dict(told)
 
 
-def _check_value(path: _Place, stem: str, value: Union[Update, Tensor]) -> None:
+def _check_value(path: _Place, stem: str, value: Value) -> None:
     """Refuse what `load_adapter` would refuse, before an older file is replaced."""
     for key, one in _tensors(stem, value).items():
         if one.is_floating_point() and not isfinite(one).all():
@@ -127,7 +126,7 @@ def _check_readable(
     path: PurePath,
     metadata: Mapping[str, str],
     state: Mapping[str, Tensor],
-    values: Mapping[str, Union[Update, Tensor]],
+    values: Mapping[str, Value],
 ) -> None:
     """Read back what is to be written, since a file that cannot be read is a training lost."""
     try:
@@ -136,7 +135,7 @@ def _check_readable(
         name = repr(error.object[max(0, error.start - 20) : error.end])
         raise FileError(f"{path}: {name} is no text that a file can hold. Rename it.") from error
     again = native_of(path, metadata, state)
-    if (again.updates | again.whole).keys() != values.keys():  # type: ignore[operator]
+    if again.values().keys() != values.keys():
         raise FileError(f"{path}: the names of its tensors could not be read back.")
 
 
@@ -147,7 +146,12 @@ def checked_entries(
     path = PurePath(path)
     about, config = _about(path, metadata)
     entries = _entries(path, config, state, told="shapes" in about)
-    wanted = {_key(stem, name) for stem, e in entries.items() for name in _names(e)}
+    there = _names_there(state)
+    wanted = {
+        _key(stem, name)
+        for stem, entry in entries.items()
+        for name in kind_of(entry).names(there.get(stem, ()))
+    }
     missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
     if missing or unexpected:
         raise FileError(
@@ -161,22 +165,17 @@ def _key(stem: str, name: str) -> str:
     return f"{stem}.{name}" if stem else name
 
 
-def _names(entry: TargetConfig) -> tuple[str, ...]:
-    return (WHOLE,) if entry.whole else LOW_RANK
+def _names_there(state: Iterable[str]) -> dict[str, set[str]]:
+    """The names of a file's tensors, by the path of what they update."""
+    there: dict[str, set[str]] = {}
+    for key in state:
+        stem, _, name = key.rpartition(".")
+        there.setdefault(stem, set()).add(name)
+    return there
 
 
-def _tensors(stem: str, value: Union[Update, Tensor]) -> dict[str, Tensor]:
-    if isinstance(value, Tensor):
-        return {_key(stem, WHOLE): value}
-    # a 16-bit scale would not survive
-    kind = value.lora_A.dtype if value.lora_A.dtype.itemsize > 2 else float32
-    all_three = (value.lora_A, value.lora_B, tensor(value.scale, dtype=kind))
-    return {_key(stem, name): one for name, one in zip(LOW_RANK, all_three)}
-
-
-def _entry(path: str, value: Union[Update, Tensor]) -> TargetConfig:
-    name = _name(path)
-    return TargetConfig(name, 0, whole=True) if isinstance(value, Tensor) else value.entry(name)
+def _tensors(stem: str, value: Value) -> dict[str, Tensor]:
+    return {_key(stem, name): one for name, one in value.stored().items()}
 
 
 def _name(path: str) -> str:
@@ -191,60 +190,23 @@ def _name(path: str) -> str:
     return path if plain else f"re:{re.escape(path)}"
 
 
-def _shape(value: Union[Update, Tensor]) -> Optional[tuple[int, ...]]:
-    return None if isinstance(value, Tensor) else value.shape
-
-
-def _weight(value: Union[Update, Tensor]) -> dict[str, Any]:
-    if isinstance(value, Tensor):
-        return {"shape": [], "layout": "matrix"}
-    about = {"shape": list(value.shape or ()), "layout": value.layout, "groups": value.groups}
-    return about if value.kind is None else {**about, "kind": value.kind}
-
-
-def _update(
+def _value(
     path: PurePath, stem: str, state: Mapping[str, Tensor], entry: TargetConfig, shapes: _Shapes
-) -> Update:
-    a, b, scale = (state[_key(stem, name)] for name in LOW_RANK)
-    check_types(f"{path}: {stem or 'weight'}", a, b, scale)
-    if min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1:
-        raise FileError(f"{path}: {stem or 'weight'} is no update: its factors are no matrices.")
-    exact = float(tensor(entry.scale, dtype=scale.dtype)) == float(scale)
-    by_factors: Layout = "stack" if a.dim() == 3 else "matrix"
-    shape, layout, groups, kind = shapes.get(stem, (None, by_factors, 1, None))
-    update = Update(
-        a,
-        b,
-        entry.scale if exact else float(scale),
-        shape,
-        layout,
-        entry.trainable_scale,
-        entry.hard,
-        entry.up_kernel,
-        dropout=entry.dropout,
-        adapter_dtype=entry.adapter_dtype,
-        kind=kind,
-        groups=groups,
-    )
-    if shape is not None:
-        _check_fits(f"{path}: {stem}", update, shape)
-    return update
+) -> Value:
+    kind = kind_of(entry)
+    start = f"{stem}." if stem else ""
+    own = {key.removeprefix(start): tensor for key, tensor in _under(state, start, kind).items()}
+    shape, layout, groups, known = shapes.get(stem, (None, None, 1, None))
+    told = Told(shape, layout, groups, known)
+    return kind.read_file(f"{path}: {stem or 'weight'}", own, entry, told)
 
 
-def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
-    """Refuse factors of another weight than the metadata tells of, which anything may be."""
-    a = update.lora_A
-    if fits_shape(update, shape, update.layout) and shape[0] % update.groups == 0:
-        return
-    if len(shape) >= 2 and a.shape[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
-        raise FileError(
-            f"{where}.lora_A: shape {list(a.shape)} does not fit {[*a.shape[:-1], wanted]}, of the "
-            f"weight of {list(shape)} in its metadata. Save it again."
-        )
-    raise FileError(
-        f"{where}: factors of {list(a.shape)} and {list(update.lora_B.shape)} do not fit the shape "
-        f"{list(shape)} in its metadata. Save it again."
-    )
+def _under(
+    state: Mapping[str, Tensor], start: str, kind: type[AttachedUpdate]
+) -> dict[str, Tensor]:
+    """The tensors of one update."""
+    keys = (f"{start}{name}" for name in kind.parts)
+    return {key: state[key] for key in keys if key in state}
 
 
 def _shapes(path: PurePath, about: Mapping[str, Any]) -> _Shapes:

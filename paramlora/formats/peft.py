@@ -12,30 +12,32 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import FileError, listed, spelled
-from paramlora.formats.base import COMPONENTS, Base, place
+from paramlora.formats.base import COMPONENTS, Base, places_of, stacks_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
     Options,
     check_whole,
     number,
-    refuse_dora,
     report,
     report_unused,
 )
-from paramlora.formats.factors import check_told, grouped, kernels, pair
+from paramlora.formats.factors import check_told, grouped, kernels, pair, rescaled, with_low_ranks
 from paramlora.formats.format import Format, Mark
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.model.match import Names, Unbounded
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 PREFIX = "base_model.model."
 _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
 _FACTOR = re.compile(rf"(?P<path>.+)\.lora_{_NAME}\.weight", re.DOTALL)
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\..+)?", re.DOTALL)
+_TOKENS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
 _MOST_LEVELS = 64  # of modules inside modules
 _INNER = ".base_layer"
@@ -45,7 +47,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
 _EXPERTS = re.compile(r".*\b(?:experts\.(?:gate_up_proj|down_proj)|shared_experts?(?:\..+)?)")
 # what these do is more than W + scale·B·A
 _BEYOND = (
-    "use_dora lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
+    "lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
     "monteclora_config arrow_config layer_replication use_bdlora"
 ).split()
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -78,7 +80,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         options: see `Options`.
 
     Raises:
-        FileError: tensors of something else, DoRA and other terms beyond ``W + scale·B·A``,
+        FileError: tensors of something else, terms beyond ``W + scale·B·A`` and DoRA,
             or a target that got no tensors.
     """
     check_config(content.config, content.source)
@@ -88,7 +90,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             "the scale is not in this file",
             ["adapter_config.json is missing"],
             False,
-            "Using 1; give alpha (convert --alpha) for another.",
+            "Using 1; give alpha (--alpha) for another.",
         )
     adapter = read_pairs(content, content.config, base, options)
     if base is not None:
@@ -100,10 +102,14 @@ def read_pairs(
     content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
 ) -> Adapter:
     """The updates of all ``lora_A`` and ``lora_B`` in a file whose configuration is `config`."""
-    found, rest = _pairs(content)
+    magnitudes, tokens = _magnitudes(content.state), _tokens(content, config)
+    found, rest = _pairs(content, magnitudes)
+    rest -= {key for key in rest if _TOKENS.fullmatch(_stem(key))}
     whole = _whole(rest, content.state, config, content.source)
     report_unused(content, rest - whole.keys(), options.strict)
     exact = recorded(content)
+    if base is not None and config.get("target_parameters"):
+        base = {**base, **stacks_of(base)}
     experts = _experts(found, config, base, content.source)
     made_of = {
         path: _update(path, pair_, found, experts, config, base, content.source)
@@ -115,6 +121,7 @@ def read_pairs(
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
     updates: dict[str, Update] = {}
+    others: dict[str, KindUpdate] = {**tokens}
     for path, (key, made) in made_of.items():
         if made is None:
             continue
@@ -123,8 +130,75 @@ def read_pairs(
         value = alpha(config, chosen, _pattern_path(path, key, made.kind), r, options)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
-        updates[key] = replace(made, scale=scale)
-    return Adapter(updates, whole=dict(whole.values()))
+        update = replace(made, scale=scale)
+        if path in magnitudes:
+            others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
+        else:
+            updates[key] = update
+    check_magnitudes(config, updates, content.source)
+    return Adapter(updates, whole=dict(whole.values()), others=others)
+
+
+def check_magnitudes(config: Mapping[str, Any], plain: Iterable[str], source: str) -> None:
+    """Refuse updates without a magnitude in a file that its configuration calls DoRA."""
+    lacking = plain if config.get("use_dora") else ()
+    report(source, "use_dora, and no magnitude in the file of", lacking, True, "Save it again.")
+
+
+def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of DoRA, by the path that the file gives their layer."""
+    matches = {key: _MAGNITUDE.fullmatch(_stem(key)) for key in state}
+    return {match["path"]: state[key] for key, match in matches.items() if match is not None}
+
+
+def _tokens(content: Content, config: Mapping[str, Any]) -> dict[str, KindUpdate]:
+    """The rows that PEFT trained (its trainable tokens), by the path of their layer."""
+    found: dict[str, KindUpdate] = {}
+    for key, rows in content.state.items():
+        match = _TOKENS.fullmatch(_stem(key))
+        if match is not None:
+            path = match["path"]
+            ids = _token_ids(path, config, content.source)
+            if rows.dim() < 2 or len(ids) != len(rows):
+                raise FileError(
+                    f"{content.source}: {path}: {list(rows.shape)} for {len(ids)} trained tokens."
+                )
+            made = _rows(ids, rows)
+            same = (one for one in found.values() if _is_same(one, made))
+            found[path] = next(same, made)  # of tied layers both are in the file
+    return found
+
+
+def _is_same(one: KindUpdate, other: KindUpdate) -> bool:
+    return one.options == other.options and torch.equal(
+        one.held["lora_rows"], other.held["lora_rows"]
+    )
+
+
+def _rows(ids: list[int], rows: Tensor) -> KindUpdate:
+    """Rows in ascending order; of a number that stands twice PEFT's own last one counts."""
+    at = {number: place for place, number in enumerate(ids)}
+    order = sorted(at)
+    held = {"lora_rows": rows[[at[n] for n in order]], "lora_ids": torch.tensor(order)}
+    return KindUpdate("rows", held, options=(("rows", tuple(order)),))
+
+
+def _token_ids(path: str, config: Mapping[str, Any], source: str) -> list[int]:
+    """The numbers that the configuration tells of a layer."""
+    told = config.get("trainable_token_indices") or config.get("token_indices") or []
+    if isinstance(told, dict):
+        told = next((ids for name, ids in told.items() if _ends_in(path, {name})), [])
+    sound = isinstance(told, list) and all(type(n) is int and 0 <= n < 2**31 for n in told)
+    if not sound or not told:
+        raise FileError(
+            f"{source}: {path}: trained tokens, and the configuration does not tell which. Is "
+            "adapter_config.json whole?"
+        )
+    return told
+
+
+def _stem(key: str) -> str:
+    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
 
 
 def _whole(
@@ -165,8 +239,11 @@ def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[st
 def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise FileError(f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" can be read.')
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        raise FileError(
+            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only "LORA" and '
+            '"TRAINABLE_TOKENS" can be read.'
+        )
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
             raise FileError(
@@ -183,14 +260,14 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
+def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, _Pair], set[str]]:
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings, names, unused = set(), set(), []
-    refuse_dora(content, [key for key in content.state if "lora_magnitude_vector" in key])
     for key, tensor in content.state.items():
-        stem = (
-            key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
-        )
+        stem = _stem(key)
+        magnitude = _MAGNITUDE.fullmatch(stem)
+        if magnitude is not None and magnitude["path"] in magnitudes:
+            continue
         match = _FACTOR.fullmatch(stem) or _EMBEDDING.fullmatch(stem)
         if match is None:
             unused.append(key)
@@ -204,6 +281,8 @@ def _pairs(content: Content) -> tuple[dict[str, _Pair], set[str]]:
             f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}."
         )
     check_whole(content, halves)
+    single = sorted(set(magnitudes) - halves.keys())
+    report(content.source, "a magnitude without factors", single, True, "Save it again.")
     pairs = {p: _Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
     copies = {f"{path}{_INNER}.weight" for path in embeddings}  # save_embedding_layers
     return pairs, {key for key in unused if key.removeprefix(PREFIX) not in copies}
@@ -442,7 +521,11 @@ def report_targets(
         return
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
-    have = {place(path, base) for path in adapter.updates}
+    places = places_of(base)
+    found = [places.find(path, content.source) for path in (*adapter.updates, *adapter.others)]
+    if any(there is not None and there.held for there in found):
+        return  # trained on a model of other names
+    have = {path for there in found if there is not None for path in there.paths}
     missing = [
         path
         for path, slot in base.items()
@@ -478,8 +561,17 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     scales: dict[str, tuple[float, int]] = {}
     modules: set[str] = set()
     parameters: list[str] = []
+    adapter, tokens = _without_rows(adapter)
+    if not (adapter.updates or adapter.others):
+        return _tokens_alone(tokens, prefix)
+    check_all_rescaled(adapter, "PEFT")
+    adapter, magnitudes = with_low_ranks(adapter)
     for path, update in adapter.updates.items():
         check_writable(path, update)
+        if path in magnitudes:
+            _check_rescaled(path, update, adapter, base)
+            own = magnitude_of(path, update, magnitudes[path], "PEFT")
+            state[f"{prefix}{path}.lora_magnitude_vector"] = own
         for key, tensor, r, module in _tensors(path, update, adapter, base):
             state[f"{prefix}{key}"] = tensor.contiguous()
             ranks[module], alphas[module] = r, alpha_of(update.scale, r)
@@ -493,7 +585,84 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
         modules, ranks, alphas = _apart(modules, parameters, ranks, alphas)
     config = config_of(ranks, alphas, modules, sorted(set(parameters)))
     config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
+    config["use_dora"] = bool(magnitudes)
+    for path, value in tokens.items():
+        state[f"{prefix}{path}.token_adapter.trainable_tokens_delta"] = value.held["lora_rows"]
+    if tokens:
+        config["trainable_token_indices"] = {p: _numbers(value) for p, value in tokens.items()}
     return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def _without_rows(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """An adapter without the rows that it trains, and those; of tied layers the first one's."""
+    rows, seen = {}, set()
+    for path, value in adapter.others.items():
+        if value.method == "rows" and id(value) not in seen:
+            seen.add(id(value))
+            rows[path] = value
+    rest = {p: value for p, value in adapter.others.items() if value.method != "rows"}
+    return replace(adapter, others=rest), rows
+
+
+def _numbers(value: KindUpdate) -> list[int]:
+    numbers: list[int] = value.held["lora_ids"].tolist()
+    return numbers
+
+
+def _tokens_alone(tokens: Mapping[str, KindUpdate], prefix: str) -> Content:
+    """A file of trained tokens only, which PEFT tells by another type of its own."""
+    told = {tuple(_numbers(value)) for value in tokens.values()}
+    if len(told) > 1:
+        raise FileError(
+            f"{', '.join(tokens)}: rows of different numbers, and without low-rank updates PEFT "
+            "holds one list of them. Save an adapter for each."
+        )
+    config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "token_indices": list(told.pop()),
+        "target_modules": sorted(tokens),
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
+    state = {
+        f"{prefix}{path}.trainable_tokens_delta": value.held["lora_rows"].contiguous()
+        for path, value in tokens.items()
+    }
+    return Content(state, {"format": "pt"}, config)
+
+
+def check_all_rescaled(adapter: Adapter, tool: str) -> None:
+    """Refuse DoRA beside plain updates, between which one switch of a tool's file decides."""
+    if adapter.updates and adapter.others:
+        raise FileError(
+            f'{next(iter(adapter.others))} is of the kind "dora", {next(iter(adapter.updates))} is '
+            f"not: {tool} has one switch for both. Save two adapters."
+        )
+
+
+def magnitude_of(path: str, update: Update, magnitude: Tensor, tool: str) -> Tensor:
+    """A magnitude as peft has it: ``[out]``, of a convolution ``[1, out, 1, ...]``.
+
+    Raises:
+        FileError: its norm is over the outputs, which peft does not know.
+    """
+    outer = 1 if update.layout == "transposed" else 0
+    if magnitude.shape[outer] != magnitude.numel():
+        raise FileError(
+            f"{path}: its magnitude is of the norm over outputs, {list(magnitude.shape)}, and "
+            f"{tool} takes that over inputs. Keep the native format, or kohya's."
+        )
+    flat = magnitude.reshape(-1).contiguous()
+    dims = 0 if update.kind != "convolution" else len(update.shape or ())
+    return flat.reshape(1, -1, *[1] * (dims - 2)) if dims else flat
+
+
+def _check_rescaled(path: str, update: Update, adapter: Adapter, base: Optional[Base]) -> None:
+    """Refuse DoRA where peft has none."""
+    if update.kind in ("parameter", "weight") or _attention(path, adapter, base):
+        what = "attention" if _attention(path, adapter, base) else f"a {update.kind}"
+        raise FileError(f'{path}: "dora" of {what}, which PEFT does not have.')
 
 
 def _apart(
@@ -671,7 +840,8 @@ def _exactly(path: str) -> str:
 
 def _is_peft(content: Content) -> bool:
     keys = list(content.state)
-    inside = any(".lora_A" in key or ".lora_embedding_A" in key for key in keys)
+    names = (".lora_A", ".lora_embedding_A", ".trainable_tokens_delta")
+    inside = any(name in key for key in keys for name in names)
     prefixed = any(key.startswith("base_model.") or "lora_embedding_A" in key for key in keys)
     return inside and (prefixed or "peft_type" in content.config)
 
@@ -681,6 +851,7 @@ FORMAT = Format(
     marks=(Mark(30, _is_peft),),
     read=read,
     write=write,
+    kinds=("lora", "soft", "dora", "rows"),
     weights=("adapter_model.safetensors", "adapter_model.bin"),
     weights_rank=10,  # before torchtune's, which writes this form beside its own
     config="adapter_config.json",

@@ -53,7 +53,7 @@ def _update(
     if "lora_alpha" not in content.config and options.alpha is None:
         raise FileError(
             f"{where}: the scale is in adapter_config.json, which is missing. "
-            "Put it beside the file, or give alpha (convert --alpha)."
+            "Put it beside the file, or give alpha (--alpha)."
         )
     r = half["a"].shape[0]
     value = alpha(content.config, alphas, path, r, options)

@@ -32,12 +32,9 @@ from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.layer_class import holds_updates, parametrized, shared
 from paramlora.model.methods import library
 from paramlora.model.values import adapter_of
-from paramlora.update.attached import AttachedUpdate
-from paramlora.update.geometry import ambiguous, matrix_shape
-from paramlora.update.lowrank import LowRank
+from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import is_sharded, writes
-from paramlora.update.whole import Whole
 
 _Own = Callable[..., Any]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer of transformers names its folders
@@ -402,38 +399,4 @@ class _Held:
     def _fit(self, held: Any, name: str, base: Optional[Tensor]) -> None:
         if base is not None and base.shape != self.shapes.get(name, base.shape):
             for update in held:
-                _resize(update, base)
-
-
-@torch.no_grad()
-def _resize(update: AttachedUpdate, base: Tensor) -> None:
-    """Give an update the size of its resized base: what is new is zero, as before training."""
-    if isinstance(update, Whole):
-        own = update.lora_whole
-        kept = min(own.shape[0], base.shape[0])
-        fresh = base.detach().to(own.dtype, copy=True)
-        fresh[:kept] = own[:kept]
-        _replace(own, fresh)
-    elif isinstance(update, LowRank):
-        _, out, fan_in = matrix_shape(base.shape, update.layout)
-        for a, b in ((update.lora_A, update.lora_B), (update.start_A, update.start_B)):
-            if a is not None and b is not None:
-                _replace(a, _sized(a, -1, fan_in))
-                _replace(b, _sized(b, -2, out))
-        if update.layout == "transposed" and ambiguous(base.shape, update.layout):
-            mark = torch.ones((), dtype=torch.uint8, device=base.device)
-            update.register_buffer("lora_transposed", mark)
-
-
-def _replace(tensor: Tensor, value: Tensor) -> None:
-    if tensor.shape != value.shape:
-        tensor.grad = None
-        tensor.data = value
-
-
-def _sized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = size
-    out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
-    out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
-    return out
+                answer(update, "resize", base)

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace as dataclass_replace
 from numbers import Real
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
-from paramlora.model.branch import Branch, add_branch, kernel_of, remove_branches
+from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.experts import drops_in_experts
 from paramlora.model.forwards import honours_dropout
 from paramlora.model.input_grads import (
     checkpoints_reentrantly,
@@ -25,17 +27,24 @@ from paramlora.model.methods import add_methods, remove_methods
 from paramlora.model.placement import shard_like
 from paramlora.model.quantised import dense
 from paramlora.model.statistics import forget, keepers, put_back, remember, warn_moving
-from paramlora.model.targets import Target, check_model, chosen_targets, shown, stem, unwrapped
+from paramlora.model.targets import (
+    Target,
+    adaptable,
+    check_model,
+    chosen_targets,
+    shown,
+    stem,
+    unwrapped,
+)
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
-from paramlora.update.attached import AttachedUpdate, Gains, Switch
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
-from paramlora.update.init import initialise
-from paramlora.update.lowrank import LowRank
+from paramlora.update.kinds import kind_of
+from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import check_order, gathered, is_sharded
-from paramlora.update.whole import Whole
 
 Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
 _MOST = torch.finfo(torch.float32).max
@@ -94,6 +103,7 @@ def attach_targets(
     there = adapter_names(model)
     _check_name(adapter, there)
     modules = dict(model.named_modules())
+    chosen = _with_tied(model, chosen, modules)
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
         _check_alone(module, target)
@@ -113,7 +123,7 @@ def attach_targets(
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
-            if isinstance(update, Branch):
+            if update.beside:
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
@@ -259,15 +269,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
 
 
-def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """(path of the tensor in files, owner, update) of every low-rank update, each once."""
-    for path, module, update in updates(model):
-        if isinstance(update, LowRank):
-            yield path, module, update
+def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """As `updates`, those that have two factors."""
+    return (one for one in updates(model) if "lora_A" in one[2].parts)
 
 
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
-    """As `lowranks`, with the tensors that are trained whole."""
+    """(path of the tensor in files, owner, update) of every update, each once."""
     seen: set[int] = set()
     for path, module, update in placed(model):
         if id(update) not in seen:
@@ -346,35 +354,50 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
     return out
 
 
+def _with_tied(
+    model: nn.Module, chosen: list[Target], modules: Mapping[str, nn.Module]
+) -> list[Target]:
+    """With the other layers that hold a tensor whose kind of update moves it in all of them."""
+    heads = {
+        id(base_of(modules[target.module], target.tensor)): target.entry
+        for target in chosen
+        if kind_of(target.entry).tied
+    }
+    if not heads:
+        return chosen
+    taken = {(target.module, target.tensor) for target in chosen}
+    others = [
+        dataclass_replace(one, entry=heads[key])
+        for one in adaptable(model)
+        if (key := id(base_of(modules[one.module], one.tensor))) in heads
+        and (one.module, one.tensor) not in taken
+    ]
+    return [*chosen, *others]
+
+
 def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> AttachedUpdate:
     entry, base = target.entry, base_of(module, target.tensor)
-    update: AttachedUpdate
-    if entry.whole:
-        _check_loaded(base, target)
-        update = Whole(_value(module, target), adapter, gains)
-    else:
-        fits = tuple(base.shape) == target.shape
-        weight = base if fits else _like(base, target)
-        update = _low_rank(target, module, weight, adapter, gains)
-        if entry.init != "default":
-            initialise(update, gathered(dense(module, _value(module, target))), entry.init)
-        update.dropout = entry.dropout
-        if is_sharded(base):
-            shard_like(update, base, target.path or "weight")
+    weight = base if tuple(base.shape) == target.shape else _like(base, target)
+
+    def shown_now() -> Tensor:
+        return _value(module, target)
+
+    def dense_now() -> Tensor:
+        return gathered(dense(module, shown_now()))
+
+    def read_now() -> Tensor:
+        return gathered(dense(module, _read(module, target.tensor)))
+
+    site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
+    update = kind_of(entry).attached_to(site, entry, adapter, gains)
+    if is_sharded(base) and not entry.whole:
+        shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.to(getattr(torch, entry.adapter_dtype))
-    update.keep(entry=entry, stored=is_storage(base.dtype))
+    update.keep(entry=entry, stored=is_storage(base.dtype), dropout=entry.dropout)
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)
     return update
-
-
-def _check_loaded(base: Tensor, target: Target) -> None:
-    if base.is_meta:
-        raise TargetError(
-            f'"{target.entry.name}" ("whole") matches {target.path or "weight"}, which lies on the '
-            "meta device and has no values to start from. Load the model first."
-        )
 
 
 def _like(base: Tensor, target: Target) -> Tensor:
@@ -383,26 +406,27 @@ def _like(base: Tensor, target: Target) -> Tensor:
     return torch.empty(target.shape, dtype=dtype, device=base.device)
 
 
-def _low_rank(
-    target: Target, module: nn.Module, weight: Tensor, adapter: str, gains: Gains
-) -> LowRank:
-    entry = target.entry
-    options = (entry.r, entry.scale, target.layout, entry.trainable_scale, adapter, gains)
-    if entry.hard:
-        return LowRank(weight.detach(), *options)
-    return Branch(weight.detach(), *options, kernel=kernel_of(module, entry.up_kernel))
-
-
 def _value(module: nn.Module, target: Target) -> Tensor:
     """What the tensor shows before this update."""
     known = stored(module, target.tensor)
     return shown(module, target.tensor).detach() if known is None else known
 
 
+@torch.no_grad()
+def _read(module: nn.Module, name: str) -> Tensor:
+    """What the tensor shows, earlier updates of it included."""
+    known = stored(module, name)
+    if known is not None:
+        return known.detach()
+    plist = parametrized(module)[name]
+    ours = all(isinstance(one, AttachedUpdate) for one in plist)
+    return value_of(plist) if ours else shown(module, name)
+
+
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
     for update in there:
-        if isinstance(update, AttachedUpdate) and (update.alone or target.entry.whole):
+        if isinstance(update, AttachedUpdate) and (update.alone or kind_of(target.entry).alone):
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
                 f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
@@ -423,7 +447,8 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
     ours = all(isinstance(p, AttachedUpdate) for p in held)
     base = type(module).__bases__[0] if held else type(module)
-    if target.tensor != "weight" or not ours or not honours_dropout(base):
+    known = target.tensor == "weight" and honours_dropout(base)
+    if not ours or not (known or drops_in_experts(base, target.tensor)):
         raise TargetError(
             f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
             f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from paramlora.config import TargetConfig
 from paramlora.evaluate.convolution import (
     CONVOLUTIONS,
     each_group,
@@ -16,18 +18,22 @@ from paramlora.evaluate.convolution import (
     laid_as,
     pointwise_of,
 )
+from paramlora.evaluate.dropout import dropped_branch
 from paramlora.evaluate.functional import cast_for_autocast, thin_pair
 from paramlora.model.forwards import padded_input
 from paramlora.model.layer_class import deep_copy, refuse_pickling
-from paramlora.update.attached import Gains
+from paramlora.update.attached import Gains, Site
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout
+from paramlora.update.init import initialise
+from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 from paramlora.update.narrow import LINEAR, Stage, wide
-from paramlora.update.value import Update, refuse_two_kernels
+from paramlora.update.value import Value, refuse_two_kernels
 
 
+@register
 class Branch(LowRank):
     r"""``up(down(x))`` beside a linear layer or a convolution, Hu et al. 2021, equation 3.
 
@@ -63,11 +69,25 @@ class Branch(LowRank):
             self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
 
     beside = True
+    internal = True
+    method = "soft"
 
-    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Update:
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "Branch":
+        """Of the entry's rank, with the kernel that it asks for."""
+        options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
+        kernel = kernel_of(site.layer, entry.up_kernel)
+        update = cls(site.weight.detach(), *options, kernel=kernel)
+        if entry.init != "default":
+            initialise(update, site.dense(), entry.init)
+        return update
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
         """As of a hard update, and which kernel ``up`` has."""
-        update = super().value(shape, kind, groups)
-        return replace(update, up_kernel="same" if self.kernel else 1)
+        update: Any = super().value(shape, kind, groups)
+        return replace(update, up_kernel="same" if self.kernel else 1)  # type: ignore[no-any-return]
 
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
@@ -89,10 +109,14 @@ class Branch(LowRank):
 
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
-        if self.dropout and layer.training:
-            x = F.dropout(x, self.dropout)
         a, b = self.factors()
         up = wide(b) * self.scaling
+        if self.dropout and layer.training:
+            how = partial(self._computed, layer, output)
+            return dropped_branch(x, a, up, self.dropout, how)
+        return self._computed(layer, output, x, a, up)
+
+    def _computed(self, layer: Any, output: Tensor, x: Tensor, a: Tensor, up: Tensor) -> Tensor:
         if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
         x = laid_as(x, output)
@@ -145,7 +169,7 @@ def kernel_of(layer: nn.Module, up_kernel: Union[int, str]) -> tuple[int, ...]:
     return tuple(layer.kernel_size) if up_kernel == "same" else ()  # type: ignore[arg-type]
 
 
-def add_branch(layer: nn.Module, branch: Branch) -> None:
+def add_branch(layer: nn.Module, branch: nn.Module) -> None:
     """Put `branch` on the layer; the first one also registers the hook."""
     if BRANCHES not in layer._modules:
         layer.add_module(BRANCHES, nn.ModuleList())

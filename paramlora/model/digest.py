@@ -25,9 +25,20 @@ def digest(tensor: Tensor) -> Optional[str]:
     """
     if tensor.is_meta or is_sharded(tensor) or is_quantised(tensor) or not tensor.numel():
         return None
-    start = max(0, tensor.numel() // 2 - _COUNT // 2)
-    flat = torch.arange(start, min(start + _COUNT, tensor.numel()), device=tensor.device)
+    some = middle(tensor.numel())
+    flat = torch.arange(some.start, some.stop, device=tensor.device)
     values = tensor.detach()[torch.unravel_index(flat, tensor.shape)] if tensor.dim() else tensor
+    return digits_of(values)
+
+
+def middle(elements: int) -> slice:
+    """Which of a tensor's elements tell it from another."""
+    start = max(0, elements // 2 - _COUNT // 2)
+    return slice(start, min(start + _COUNT, elements))
+
+
+def digits_of(values: Tensor) -> str:
+    """The `digest` of a tensor with these elements in its `middle`."""
     bits = values.reshape(-1).to("cpu", torch.bfloat16).view(torch.int16)
     return "".join(f"{number & 0xFFFF:04x}" for number in bits.tolist())
 

@@ -6,6 +6,7 @@ tensor is a plain one; else the layer's own forward reads ``weight``, the dense 
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.evaluate import functional
-from paramlora.evaluate.convolution import branch, convolution, laid_as
+from paramlora.evaluate import dropout, functional
+from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.compat import transformed
+from paramlora.update.dora import Dora, output_norms
 from paramlora.update.geometry import Layout
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -62,7 +65,25 @@ def forward_of(base: type) -> Optional[_Forward]:
     return None
 
 
-def _plain_forward(layer: nn.Module) -> Any:
+@cache
+def ending_in(base: type) -> Optional[type]:
+    """A class to stand behind `base` where its methods say ``super().forward``, as a scaled
+    embedding does: of the nearest known class that it inherits from, with the fast forward."""
+    for known in base.__mro__[1:]:
+        fast = _FAST.get(forward_of(known)) if "forward" in vars(known) else None
+        if fast is not None and type(known) is type and forward_of(base) is None:
+            return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
+    return None
+
+
+def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        return fast(self, input, known.forward)
+
+    return forward
+
+
+def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
     kind: Any = type(layer)
     return (kind.__bases__[0] if "parametrizations" in layer._modules else kind).forward
@@ -75,17 +96,17 @@ def honours_dropout(base: type) -> bool:
     return forward_of(base) is not None and not issubclass(base, unread)
 
 
-_Known = tuple[Tensor, list[LowRank], bool]
+Known = tuple[Tensor, list[LowRank], bool]
 
 
-def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
+def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
     # read without nn.Module's look-up, which costs as much as a launch: small layers feel each step
     lists: Any = layer._modules.get("parametrizations")
     if lists is None:  # merged or detached, and called through a forward that something kept
         return None
-    plist: Any = lists._modules.get("weight")
+    plist: Any = lists._modules.get(name)
     if plist is None:  # torch removed ours, and somebody's of another tensor is left
         return None
     updates, dropping = [], False
@@ -109,6 +130,152 @@ def _known(layer: nn.Module, x: Any) -> Optional[_Known]:
     return weight, updates, dropping
 
 
+_Rescaled = tuple[Tensor, Dora, bool]
+
+
+def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
+    """(base weight, the one update that acts), where all tensors are plain ones; else None."""
+    lists: Any = layer._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    weight = None if plist is None else plist._parameters.get("original")
+    if weight is None:
+        return None
+    acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
+    if len(acting) != 1:
+        return None
+    if not is_compiling() and (type(x) not in _PLAIN or type(weight) not in _PLAIN):
+        return None
+    return weight, acting[0]
+
+
+def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
+    """(base weight, the one update that acts, whether it drops inputs now), where that is a DoRA
+    with a norm for each output; else None, where only the definition is right.
+
+    Args:
+        outer: the dimension of the weight along which the outputs lie.
+    """
+    weight, update = _alone(layer, x) or (None, None)
+    if weight is None or type(update) is not Dora or not update.is_of_outputs(outer):
+        return None
+    dropping = update.dropout != 0 and layer.training
+    if not is_compiling() and transformed() and not dropping:
+        return None
+    if update.unset:
+        update.start(weight)
+    return weight, update, dropping
+
+
+def _by_rows(layer: Any, x: Any) -> Optional[tuple[Tensor, Rows]]:
+    """(base weight, the one update that acts), where that trains single rows; else None."""
+    weight, update = _alone(layer, x) or (None, None)
+    return None if weight is None or type(update) is not Rows else (weight, update)
+
+
+def _rows_product(layer: Any, x: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """A linear layer's outputs, those of the trained rows computed again."""
+    weight, update = found
+    bias, ids = _bias(layer), update.lora_ids
+    y = F.linear(x, weight, bias)
+    rows = update.rows_of(weight).to(weight.dtype)
+    own = F.linear(x, rows, None if bias is None else bias[ids])
+    return y.index_copy(-1, ids, own.to(y.dtype))
+
+
+def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
+    """An embedding's outputs, those of the trained rows looked up among them."""
+    weight, update = found
+    padding = layer.padding_idx
+    y = F.embedding(ids, weight, padding)
+    at = torch.searchsorted(update.lora_ids, ids).clamp_max(len(update.lora_ids) - 1)
+    rows = F.embedding(at, update.rows_of(weight).to(weight.dtype))
+    if padding is not None:  # which gets no gradient
+        rows = torch.where((ids == padding)[..., None], rows.detach(), rows)
+    return torch.where((update.lora_ids[at] == ids)[..., None], rows, y)
+
+
+def _as_rescaled(
+    found: _Rescaled,
+    layout: Layout,
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor],
+    apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    bias: Any,
+    rest: int = 0,
+) -> Tensor:
+    """A layer's output under a DoRA: the low-rank layer's without bias, rescaled by outputs.
+
+    Args:
+        layout: of the layer.
+        fused: gives the layer's output of A, B and the scale.
+        apart: gives the base's output and the branch's, of A and the scaled B.
+        bias: of the layer, or None.
+        rest: how many dimensions of an output come after that of the outputs.
+    """
+    weight, update, dropping = found
+    a, b = _factors(update, layout)
+    matrix = weight.flatten(1) if layout == "matrix" else weight.t()
+    scale = update.stored_scale()
+    factor = update.rescale(output_norms(matrix, a, b, scale)).reshape(-1, *[1] * rest)
+    if update.fully and not dropping:
+        y = fused(a, b, scale)
+        dtype, total = y.dtype, y * factor
+    else:
+        base, low = apart(a, wide(b) * scale)
+        dtype = base.dtype
+        total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
+    if bias is not None:
+        total = total + bias.reshape(-1, *[1] * rest)
+    return total.to(dtype)
+
+
+def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
+    weight, update, dropping = found
+    own = weight if layout == "matrix" else weight.t()
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        inner = F.dropout(x, update.dropout) if dropping else x
+        return F.linear(x, own), functional.thin_pair(inner, a, up, LINEAR, LINEAR)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.linear(x, own, None, a, b, scale, 1.0)
+
+    return _as_rescaled(found, layout, fused, apart, _bias(layer))
+
+
+def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
+    weight, update, dropping = found
+    x, padding = padded_input(layer, input)
+    how = layer.stride, padding, layer.dilation, layer.groups
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        y = layer._conv_forward(input, weight, None)
+        inner = laid_as(input, y)
+        inner = F.dropout(inner, update.dropout) if dropping else inner
+        return y, branch(padded_input(layer, inner)[0], weight.shape, a, up, *how)
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return convolution(x, weight, None, a, b, scale, *how, 1.0)
+
+    return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
+
+
+def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
+    weight, padding = found[0], layer.padding_idx
+
+    def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        low = F.embedding(ids, a.t(), padding) @ up.t()
+        return F.embedding(ids, weight, padding), low
+
+    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return functional.embedding(ids, weight, a, b, scale, padding, 1.0)
+
+    y = _as_rescaled(found, "transposed", fused, apart, None)
+    if padding is None:
+        return y
+    # no gradient from where padding stands, of the magnitude neither
+    return torch.where((ids == padding)[..., None], y.detach(), y)
+
+
 def _bias(layer: Any) -> Any:
     own = layer._parameters
     return own["bias"] if "bias" in own else layer.bias  # one that is trained whole
@@ -118,54 +285,86 @@ def _factors(update: LowRank, layout: Layout) -> tuple[Tensor, Tensor]:
     """A on the layer's input side and B on its output side, also where a tied layer of the other
     layout gave the update its sides."""
     a, b = update.factors()
-    return (a, b) if update.layout == layout else (b.t(), a.t())
+    return (a, b) if update.layout == layout else (b.mT, a.mT)
 
 
-def _together(updates: list[LowRank], layout: Layout) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A, B, scale and strength of one update, or of several by concatenating their ranks."""
+def together(
+    updates: list[LowRank], layout: Layout, dropping: bool = False
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, scale and strength of one update, or of several by concatenating their ranks; while
+    inputs are dropped, with what makes up for it."""
     if len(updates) == 1:
         (update,) = updates
         a, b = _factors(update, layout)
+        more = 1 / (1 - update.dropout) if dropping else 1.0
         if is_compiling():
-            return a, b, update.scaling, 1.0
-        return a, b, update.stored_scale(), update.strength
+            return a, b, update.scaling, more
+        return a, b, update.stored_scale(), update.strength * more
     pairs = [_factors(update, layout) for update in updates]
-    scaled = [wide(b) * update.scaling for (_, b), update in zip(pairs, updates)]
+    scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
+    scaled = [wide(b) * scale for (_, b), scale in zip(pairs, scales)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
-    return torch.cat([a for a, _ in pairs], 0), torch.cat(scaled, 1), one, 1.0
+    return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
 
-def _product(layer: nn.Module, x: Tensor, known: _Known, layout: Layout) -> Tensor:
+def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tensor:
     weight, updates, dropping = known
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
+    factors = together(updates, layout, dropping)
     if dropping:
-        y = F.linear(x, weight, bias)
-        for update in updates:
-            y = y + _dropped_product(x, update, layout)
-        return y
-    return functional.linear(x, weight, bias, *_together(updates, layout))
+        return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
+    return functional.linear(x, weight, bias, *factors)
 
 
-def _dropped_product(x: Tensor, update: LowRank, layout: Layout) -> Tensor:
-    a, b = _factors(update, layout)
-    dropped = F.dropout(x, update.dropout)
-    return functional.thin_pair(dropped, a, wide(b) * update.scaling, LINEAR, LINEAR)
+def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
+    """New masks for updates whose factors lie one after the other."""
+    ranks = tuple(update.factors()[0].shape[-2] for update in updates)
+    return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
+
+
+def _other_linear(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, x, 0)
+    if rescaled is not None:
+        return _rescaled_product(layer, x, rescaled, "matrix")
+    rows = _by_rows(layer, x)
+    y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
+    return y
+
+
+def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
+    """An embedding under updates of another kind than the low-rank one."""
+    rescaled = _rescaled(layer, ids, 1)
+    if rescaled is not None:
+        return _rescaled_embedding(layer, ids, rescaled)
+    rows = _by_rows(layer, ids)
+    y: Tensor = _EMBEDDING(layer, ids) if rows is None else _rows_embedding(layer, ids, rows)
+    return y
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    plain = _plain_forward(self)
-    known = _known(self, input) if plain is _LINEAR else None
+    return _linear_or(self, input, plain_forward(self))
+
+
+def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
-        y: Tensor = plain(self, input)
+        y: Tensor = _other_linear(self, input) if plain is _LINEAR else plain(self, input)
         return y
     return _product(self, input, known, "matrix")
 
 
 def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    plain = _plain_forward(self)
-    known = _known(self, x) if plain in _OF_TRANSFORMERS else None
+    return _conv1d_or(self, x, plain_forward(self))
+
+
+def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
+    known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
+    found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
+    if found is not None:
+        return _rescaled_product(self, x, found, "transposed")
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y
@@ -173,27 +372,31 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    plain, known = _plain_forward(self), None
+    return _convolution_or(self, input, plain_forward(self))
+
+
+def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    known = found = None
     if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
-        known = _known(self, input)
+        known = known_parts(self, input)
+        found = _rescaled(self, input, 0) if known is None else None
     if known is None:
-        y: Tensor = plain(self, input)
+        y: Tensor
+        y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
         return y
     (weight, updates, dropping), bias = known, _bias(self)
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
-    x, padding = padded_input(self, input)
     stride, dilation, groups = self.stride, self.dilation, self.groups
+    a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
-        y = self._conv_forward(input, weight, bias)
-        for update in updates:
-            a, b = _factors(update, "matrix")
-            dropped, _ = padded_input(self, F.dropout(laid_as(input, y), update.dropout))
-            up = wide(b) * update.scaling
-            y = y + branch(dropped, weight.shape, a, up, stride, padding, dilation, groups)
-        return y
-    a, b, scale, strength = _together(updates, "matrix")
+        _, padding = padded_input(self, input[:0])
+        where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
+        scale = scale if strength == 1 else scale * strength
+        values = (weight, bias, a, b, scale, where, drops)
+        return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
+    x, padding = padded_input(self, input)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
@@ -218,13 +421,27 @@ def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:
-    plain = _plain_forward(self)
-    known = _known(self, input) if plain is _EMBEDDING else None
-    if known is None or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
-        y: Tensor = plain(self, input)
+    return _embedding_or(self, input, plain_forward(self))
+
+
+def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
+    known = known_parts(self, input) if plain is _EMBEDDING and not other else None
+    if known is None:
+        usual = plain is _EMBEDDING and not other
+        y: Tensor = _other_embedding(self, input) if usual else plain(self, input)
         return y
     weight, updates, _ = known
     if not updates:
         return F.embedding(input, weight, self.padding_idx)
-    a, b, scale, strength = _together(updates, "transposed")
+    a, b, scale, strength = together(updates, "transposed")
     return functional.embedding(input, weight, a, b, scale, self.padding_idx, strength)
+
+
+# each with what it says where the layer's own forward is not it, but calls it
+_FAST: dict[Any, Callable[..., Tensor]] = {
+    _linear: _linear_or,
+    _conv1d_of_transformers: _conv1d_or,
+    _convolution: _convolution_or,
+    _embedding: _embedding_or,
+}

@@ -1,19 +1,23 @@
 """The class of an adapted layer: one for each base type, whatever the number of layers."""
 
 import copyreg
+import sys
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, Optional
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import ParametrizationList
 
 from paramlora.errors import AdapterError
-from paramlora.model.forwards import forward_of
-from paramlora.model.recomputed import AGAIN, read_again
+from paramlora.model.asked import asks_the_base
+from paramlora.model.experts import expert_forward_of
+from paramlora.model.forwards import ending_in, forward_of
+from paramlora.model.recomputed import AGAIN
+from paramlora.model.sums import read
 from paramlora.update.attached import AttachedUpdate
-from paramlora.update.compat import transformed
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
 
@@ -31,6 +35,11 @@ def holds_updates(module: nn.Module) -> bool:
         BRANCHES in m._modules or any(adapted_by(m, name) for name in parametrized(m))
         for m in module.modules()
     )
+
+
+def is_ours(plist: Any) -> bool:
+    """Whether a list of parametrizations has none but our updates, which keep type and shape."""
+    return plist.is_tensor and all(isinstance(update, AttachedUpdate) for update in plist)
 
 
 def adapted_by(module: nn.Module, name: str) -> list[str]:
@@ -100,10 +109,14 @@ def shared(base: type, names: frozenset[str]) -> type:
         register_buffer=_register(base, "register_buffer"),
         _load_from_state_dict=_load(base),
     )
-    fast = forward_of(base) if "weight" in names and names <= {"weight", "bias"} else None
+    bases: tuple[type, ...] = (base,)
+    fast = expert_forward_of(base)
+    if fast is None and "weight" in names and names <= {"weight", "bias"}:
+        fast, behind = forward_of(base), ending_in(base)
+        bases = bases if behind is None else (base, behind)
     if fast is not None:
         body["forward"] = fast
-    cls: type = _meta(type(base))(f"Parametrized{base.__name__}", (base,), body)
+    cls: type = _meta(type(base))(f"Parametrized{base.__name__}", bases, body)
     return cls
 
 
@@ -117,9 +130,12 @@ def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Optional[Tensor]:
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
-            if AGAIN in self.__dict__ and not transformed():
-                return read_again(lists[name], value_of)
-            return value_of(lists[name])
+            plist = lists[name]
+            if is_compiling():  # which finds equal sums by itself
+                return value_of(plist)
+            if asks_the_base(sys._getframe(1), name) and is_ours(plist):
+                return plist.original  # type: ignore[no-any-return]
+            return read(plist, AGAIN in self.__dict__)
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
                 return held[name]

@@ -25,7 +25,7 @@ from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
 from paramlora.update.sharded import gathered, is_sharded
-from paramlora.update.sum import folded, overflows
+from paramlora.update.sum import bound_of, folded, overflows, told
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -67,10 +67,10 @@ def merge(
         >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
     chosen = check_adapters(model, adapters)
-    for path, _, lowrank in updates(model):
-        if lowrank.adapter in chosen:
-            _check_finite(path, lowrank)
-            lowrank.check_mergeable(path)
+    acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
+    _check_finite(acting)
+    for path, update in acting:
+        update.check_mergeable(path)
     jobs = [
         (module, name, ours)
         for module in list(model.modules())
@@ -85,9 +85,10 @@ def merge(
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
     inverted = [_inverted(*job) for job in jobs]
-    for job, values in zip(jobs, inverted):
-        if not values and (job[0], job[1]) not in packed:
-            _check_held(model, *job)
+    _check_held(
+        model,
+        [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],
+    )
     steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted)]
     to_the_end(lambda: _take_all(steps))
     return model
@@ -229,25 +230,31 @@ def _sum(base: Tensor, updates: list[AttachedUpdate]) -> Tensor:
     return folded(base, [answer(update, "term") for update in acting])
 
 
-def _check_held(model: nn.Module, module: nn.Module, name: str, ours: list[AttachedUpdate]) -> None:
+def _check_held(model: nn.Module, jobs: list[_Job]) -> None:
     """Refuse a sum that the base's type does not hold."""
-    base: Tensor = getattr(*_stored(module, name))
-    if is_storage(base.dtype):
-        raise AdapterError(
-            f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
-            "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
-        )
-    if not is_sharded(base):
-        over = overflows(base, [answer(update, "term") for update in ours if update.acts])
-    else:
-        narrow = base.dtype == torch.float16
-        over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
-    if over:
-        raise AdapterError(
-            f"{_full(model, module, name)}: the sum is beyond {torch.finfo(base.dtype).max:g}, the "
-            f"most that {base.dtype} holds. Nothing was merged; make the model wider "
-            "(model.bfloat16() or model.float()) or the adapter weaker (set_adapters) first."
-        )
+    terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
+    bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
+    for (module, name, _), base in zip(jobs, bases):
+        if is_storage(base.dtype):
+            raise AdapterError(
+                f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
+                "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16))."
+            )
+    unknown = [is_sharded(base) or base.is_meta for base in bases]
+    added = told([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
+    for (module, name, ours), base, of, bound in zip(jobs, bases, terms, added):
+        if not is_sharded(base):
+            over = overflows(base, of, bound)
+        else:
+            narrow = base.dtype == torch.float16
+            over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
+        if over:
+            raise AdapterError(
+                f"{_full(model, module, name)}: the sum is beyond "
+                f"{torch.finfo(base.dtype).max:g}, the most that {base.dtype} holds. Nothing was "
+                "merged; make the model wider (model.bfloat16() or model.float()) or the adapter "
+                "weaker (set_adapters) first."
+            )
 
 
 def _full(model: nn.Module, module: nn.Module, name: str) -> str:
@@ -340,10 +347,17 @@ def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
     )
 
 
-def _check_finite(path: str, lowrank: AttachedUpdate) -> None:
-    for name, tensor in lowrank.state_dict().items():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> None:
+    named = [
+        (update.adapter, f"{path}.{name}", tensor)
+        for path, update in acting
+        for name, tensor in update.state_dict().items()
+        if not tensor.is_meta
+    ]
+    sound = told([torch.isfinite(tensor).all() for _, _, tensor in named])
+    for (adapter, place, _), finite in zip(named, sound):
+        if not finite:
             raise AdapterError(
-                f'adapter "{lowrank.adapter}", {path}.{name}: not finite. Nothing was merged; '
+                f'adapter "{adapter}", {place}: not finite. Nothing was merged; '
                 "detach the adapter or load a sound one."
             )

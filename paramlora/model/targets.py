@@ -1,7 +1,6 @@
 """Matching the entries of a configuration to the tensors of a model. Changes nothing."""
 
 import copy
-import math
 import re
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.casts import is_storage
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
+from paramlora.update.kinds import kind_of
 from paramlora.update.names import BRANCHES
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
@@ -55,11 +55,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Elements of ``lora_A`` and ``lora_B`` together, or of the tensor trained whole."""
-        if self.entry.whole:
-            return math.prod(self.shape)
-        stack, out, fan_in = matrix_shape(self.shape, self.layout)
-        return stack * self.entry.r * (out + fan_in)
+        """Elements of ``lora_A`` and ``lora_B`` together, of the tensor trained whole, or of what
+        another kind of update trains."""
+        return kind_of(self.entry).elements(self.entry, self.shape, self.layout)
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
@@ -131,6 +129,9 @@ def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) ->
 
 
 def _checked(model: nn.Module, target: Target) -> Target:
+    why = kind_of(target.entry).check_site(target.entry, target.shape, target.layout)
+    if why:
+        raise TargetError(f'"{target.entry.name}" matches {target.path or "weight"}, {why}')
     if not target.entry.whole:
         _check_rank(target)
         _check_scale(target)
@@ -289,7 +290,8 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     if entry.hard and getattr(module, "sparse", False) is True:
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
     if entry.hard and is_quantised(tensor):
-        return 'which is quantised: no sum can be stored there. Use "hard": 0.'
+        way = 'Use "hard": 0' + (' and no "kind".' if entry.kind != "lora" else ".")
+        return f"which is quantised: no sum can be stored there. {way}"
     reason = None
     if tensor.dim() < 2:
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
@@ -23,10 +23,8 @@ from paramlora.model.attach import (
 from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.geometry import FLOATS, factor_dtype
-from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import check_order
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -67,13 +65,9 @@ def _load(
             f"missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
         )
-    for key, tensor in live.items():
-        _check_values(key, state[key], tensor.dtype)
-        if tensor.shape != state[key].shape:
-            raise FileError(
-                f"{key}: shape {list(state[key].shape)} does not fit {list(tensor.shape)}. "
-                "Was it made for another model or rank?"
-            )
+    for path, update in stems.items():
+        for name, tensor in update.plain().items():
+            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, update)
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
@@ -81,6 +75,15 @@ def _load(
             )
     for path, update in stems.items():
         update.load_plain({name: state[_key(path, name)] for name in update.plain()})
+
+
+def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: AttachedUpdate) -> None:
+    _check_values(key, value, tensor.dtype)
+    if not update.takes(name, tensor, tuple(value.shape)):
+        raise FileError(
+            f"{key}: shape {list(value.shape)} does not fit {list(tensor.shape)}. "
+            "Was it made for another model or rank?"
+        )
 
 
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
@@ -106,17 +109,12 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
         check_adapters(model, adapter)
     there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
-    made: dict[str, "Update | Tensor"] = {}
+    made: dict[str, Value] = {}
     for path, update in held.items():
         head = first.setdefault(id(update), path)
         made[path] = _value(update, there.get(path)) if head == path else made[head]
-    return Adapter(
-        {path: value for path, value in made.items() if isinstance(value, Update)},
-        adapter,
-        whole={path: value for path, value in made.items() if isinstance(value, Tensor)},
-        base=_digests(model, adapter),
-        holders=_holders(held, there),
-    )
+    told, tied = _digests(model, adapter), _holders(held, there)
+    return Adapter(name=adapter, base=told, holders=tied, **apart_by_kind(made))
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = None) -> nn.Module:
@@ -136,8 +134,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
     check_model(model)
     check_order(model)
     inside = unwrapped(model)
-    chosen = [_typed(target, adapter) for target in targets_at(inside, _entries(adapter))]
-    values = _values(adapter)
+    found = adapter.values()
+    chosen = [_typed(t, found[t.path]) for t in targets_at(inside, _entries(found))]
+    values = _values(_laid_out(found, chosen))
 
     def fill(fresh: Fresh) -> None:
         stems: dict[str, AttachedUpdate] = {}
@@ -150,7 +149,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: Optional[str] = Non
 
     attach_targets(inside, chosen, name, fill=fill)
     if adapter.base:
-        _warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
+        warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
 
 
@@ -171,7 +170,8 @@ def _digests(model: nn.Module, adapter: str) -> dict[str, str]:
     return {path: told for path, told in found.items() if told is not None}
 
 
-def _warn_other(paths: list[str], count: int) -> None:
+def warn_other(paths: list[str], count: int) -> None:
+    """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
         warnings.warn(
             f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
@@ -182,38 +182,39 @@ def _warn_other(paths: list[str], count: int) -> None:
         )
 
 
-def _value(update: AttachedUpdate, target: Optional[Target]) -> "Update | Tensor":
+def _value(update: AttachedUpdate, target: Optional[Target]) -> Value:
     layer = (None, None, 1) if target is None else (target.shape, target.kind, target.groups)
     return answer(update, "value", *layer)  # type: ignore[no-any-return]
 
 
-def _entries(adapter: Adapter) -> dict[str, TargetConfig]:
+def _entries(found: Mapping[str, Value]) -> dict[str, TargetConfig]:
     """An entry for each path; paths that share one value share one entry."""
     first: dict[int, str] = {}
-    entries = {}
-    for path, update in adapter.updates.items():
-        entries[path] = update.entry(first.setdefault(id(update), path))
-    for path, tensor in adapter.whole.items():
-        entries[path] = TargetConfig(first.setdefault(id(tensor), path), 0, whole=True)
-    return entries
+    return {path: one.entry(first.setdefault(id(one), path)) for path, one in found.items()}
 
 
-def _typed(target: Target, adapter: Adapter) -> Target:
-    """A tensor to have whole keeps its own type where that is not the usual one."""
-    tensor = adapter.whole.get(target.path)
-    if tensor is None or tensor.dtype not in FLOATS or tensor.dtype == factor_dtype(target.dtype):
-        return target
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return replace(target, entry=replace(target.entry, adapter_dtype=kind))
+def _typed(target: Target, value: Value) -> Target:
+    """With what the value itself says of its type."""
+    entry = value.typed(target.entry, target.dtype)
+    return target if entry is target.entry else replace(target, entry=entry)
 
 
-def _values(adapter: Adapter) -> dict[str, Tensor]:
-    out = {_key(path, "lora_whole"): tensor for path, tensor in adapter.whole.items()}
-    for path, update in adapter.updates.items():
-        scale = torch.tensor(update.scale, dtype=torch.float64)
-        for name, value in zip(LOW_RANK, (update.lora_A, update.lora_B, scale)):
-            out[_key(path, name)] = value
+def _laid_out(found: Mapping[str, Value], chosen: Iterable[Target]) -> dict[str, Value]:
+    """With factors on the sides where the layers have them; of what has a shape of its own."""
+    out = dict(found)
+    for target in chosen:
+        value = out.get(target.path)
+        if value is not None and value.shape == tuple(target.shape):
+            out[target.path] = value.turned(target.layout)
     return out
+
+
+def _values(found: Mapping[str, Value]) -> dict[str, Tensor]:
+    return {
+        _key(path, name): tensor
+        for path, value in found.items()
+        for name, tensor in value.parts().items()
+    }
 
 
 def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:

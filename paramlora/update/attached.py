@@ -1,5 +1,8 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.config import TargetConfig
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
 from paramlora.update.compat import (
     current_backward,
@@ -16,7 +19,11 @@ from paramlora.update.compat import (
     number_of,
     strength_changes,
 )
+from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.kinds import KINDS, Part
+from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term
+from paramlora.update.value import KindUpdate, Value
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
 
@@ -105,14 +112,50 @@ def _number(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.full((), value, device=device, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where an update is attached.
+
+    Args:
+        layer: the module that holds the tensor.
+        path: of the tensor, for messages.
+        weight: memory of the tensor's shape, on its device and in its type; its values may be
+            those that a quantised layer packs.
+        layout: where the input and output sides lie in it.
+        shown: gives the tensor as it is before the update: a parameter, a buffer, what another
+            parametrization computes.
+        dense: gives the same as plain numbers, on every process, where it is quantised or sharded.
+        read: gives plain numbers too, of what earlier updates of the tensor make of it now.
+    """
+
+    layer: nn.Module
+    path: str
+    weight: Tensor
+    layout: Layout
+    shown: Callable[[], Tensor]
+    dense: Callable[[], Tensor]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a file tells of the weight that it updates; the fields are those of `Update`."""
+
+    shape: Optional[tuple[int, ...]] = None
+    layout: Optional[Layout] = None
+    groups: int = 1
+    kind: Optional[str] = None
+
+
 class AttachedUpdate(nn.Module):
     """An update of one tensor: what every kind of it must tell, and its strength, which changes
     without compiling anything again.
 
-    A kind says what it makes of a weight (`forward`), and the same as a `term` of a merge; what a
-    file holds of it (`plain`, `load_plain`) and its `value` there; what its parameters are to an
-    optimizer (`groups`); and what a table shows (`described`). `merge`, `save_adapter` and the
-    others ask these by `answer`, and nothing else: what a kind does not say is refused.
+    A kind says what it makes of a weight (`forward`), and the same as a term of a merge, live or on
+    a file (`term_of`); its name in a configuration (`method`); and its tensors, with what each of
+    them runs along (`parts`): by these they are saved, loaded, sharded, resized and grouped for an
+    optimizer. `merge`, `save_adapter` and the others ask by `answer`, and nothing else: what a kind
+    does not say is refused. `paramlora.update.kinds.register` makes it known by its name.
 
     Args:
         adapter: the name under which the update is switched and saved.
@@ -121,6 +164,16 @@ class AttachedUpdate(nn.Module):
 
     alone: ClassVar[bool] = False  # whether its tensor can have no other update
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
+    tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
+    internal: ClassVar[bool] = (
+        False  # whether a configuration asks for it by other keys than "kind"
+    )
+    method: ClassVar[str]
+    parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
+    hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
+    layout: Layout = "matrix"
+    r: int = 0
+    dropout: float = 0.0  # on the input of a low-rank branch, set by attach
     adapter: str
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
@@ -196,43 +249,263 @@ class AttachedUpdate(nn.Module):
         """Start anew, where a model from the meta device has been given its memory."""
         raise NotImplementedError
 
-    def term(self) -> Term:
-        """What it does to a weight, for the sum of a merge."""
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "AttachedUpdate":
+        """A new update of a tensor, as an entry of the configuration asks for it."""
         raise NotImplementedError
+
+    @classmethod
+    def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:
+        """Why it cannot update a tensor of that shape; empty where it can."""
+        return ""
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """How many elements its parameters have, but for its number."""
+        stack, out, fan_in = matrix_shape(shape, layout)
+        return stack * entry.r * (out + fan_in)
+
+    @staticmethod
+    def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
+        """What it does to a weight, for the sum of a merge.
+
+        Args:
+            parts: its tensors, live or of a file, in the type of an attached update's.
+            gain: its strength.
+            layout: where the input and output sides lie in the weight.
+        """
+        raise NotImplementedError
+
+    def term(self) -> Term:
+        """What it does to a weight now."""
+        return self.term_of(self.plain(), self.gain, self.layout)
 
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Its parameters, by the name of their optimizer's group."""
-        raise NotImplementedError
+        """Its parameters, by the name of their optimizer's group: each its own."""
+        return {name: [one] for name, one in self._parameters.items() if one is not None}
 
     def described(self) -> tuple[int, float, str]:
         """Its rank (0 where it has none), its factor and its kind, for `summary`."""
-        raise NotImplementedError
+        return self.r, self.factor()[1], self.method
 
-    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Any:
-        """It as a value, free of the model: an `Update`, or a tensor to have instead.
+    def factor(self) -> tuple[bool, float]:
+        """Whether it trains its factor, and that; 1 without one, no number on the meta device."""
+        scale = getattr(self, "lora_scale", None)
+        if scale is None:
+            return False, 1.0
+        value = math.nan if scale.is_meta else gathered(scale.detach()).item()
+        return isinstance(scale, nn.Parameter), value
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
+        """It as a value, free of the model, and whole on every process.
 
         Args:
             shape, kind, groups: of its layer, see `Target`.
         """
-        raise NotImplementedError
+        entry, trains = self.entry or TargetConfig("", self.r), self.factor()[0]
+        held = {
+            name: gathered(tensor.detach())
+            for name, tensor in self.plain().items()
+            if name != "lora_scale"
+        }
+        scale = entry.scale
+        number: Optional[Tensor] = getattr(self, "lora_scale", None)
+        if number is not None:
+            scale = as_asked(gathered(number.detach()), entry.scale)
+        return KindUpdate(
+            *(self.method, held, scale, shape, self.layout, entry.options, trains),
+            dropout=self.dropout,
+            adapter_dtype=entry.adapter_dtype,
+            kind=kind,
+            groups=groups,
+        )
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""
-        raise NotImplementedError
+        self._check_told()
+        held = {name: getattr(self, name, None) for name in self.parts}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
+    def _check_told(self) -> None:
+        """Refuse a parameter that the kind's `parts` do not tell: it would be lost in a file."""
+        untold = [name for name in self._parameters if name not in self.parts]
+        if untold:
+            raise AdapterError(
+                f'adapter "{self.adapter}": {type(self).__name__} has a parameter {untold[0]}, '
+                'which its "parts" do not tell, so no file would hold it. Add it there.'
+            )
+
+    def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether `load_plain` takes a tensor of a shape in the place of one of its own."""
+        return tuple(own.shape) == shape
+
+    @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, bit for bit those that `plain` gave it."""
-        raise NotImplementedError
+        for name, value in state.items():
+            take(getattr(self, name), value)
+
+    @classmethod
+    def names(cls, present: Collection[str]) -> tuple[str, ...]:
+        """The tensors that a file must have of it, where `present` are those that it has."""
+        return tuple(cls.parts)
+
+    @classmethod
+    def rank_of(cls, held: Mapping[str, Tensor]) -> int:
+        """The rank of an update with these tensors; 0 without one."""
+        outer = (tensor for name, tensor in held.items() if cls.parts[name] == "output")
+        return next((tensor.shape[-1] for tensor in outer), 0)
+
+    @classmethod
+    def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:
+        """Whether tensors are those of an update of a weight of a shape: each by its `Part`."""
+        return len(shape) >= 2 and all(
+            _fits(cls.parts[name], tuple(tensor.shape), cls.rank_of(held), shape, layout)
+            for name, tensor in held.items()
+        )
+
+    @classmethod
+    def read_file(
+        cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
+    ) -> Value:
+        """The value of an update in a native file.
+
+        Raises:
+            FileError: its tensors are none of such an update, or of another weight.
+        """
+        scale = parts.get("lora_scale")
+        if scale is not None and scale.numel() != 1:
+            raise FileError(f"{where} is no update: its scale is no number.")
+        value = KindUpdate(
+            entry.kind,
+            {name: tensor for name, tensor in parts.items() if name != "lora_scale"},
+            entry.scale if scale is None else as_told(scale, entry.scale),
+            told.shape,
+            told.layout or cls.layout_of(parts),
+            entry.options,
+            entry.trainable_scale,
+            entry.dropout,
+            entry.adapter_dtype,
+            told.kind,
+            told.groups,
+        )
+        value.check_types(where, torch.float32)
+        if told.shape is not None and value.fitted(told.shape) is None:
+            raise FileError(_unfitting(where, value.held, told.shape))
+        return value
+
+    @classmethod
+    def read_state(cls, where: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Value:
+        """The value of an update in an attached model's state dict.
+
+        Args:
+            where: the tensor that it updates, for messages.
+            parts: its own tensors.
+            dtype: of the tensor.
+
+        Raises:
+            FileError: one of its tensors is missing, or of an impossible shape.
+        """
+        missing = [name for name in cls.names(parts) if name not in parts]
+        if missing:
+            raise FileError(lacking(where, missing))
+        held = {name: parts[name] for name in parts if name in cls.parts and name != "lora_scale"}
+        scale = parts.get("lora_scale")
+        number = 1.0 if scale is None else float(scale)
+        return KindUpdate(cls.method, held, number, None, cls.layout_of(parts))
+
+    @classmethod
+    def layout_of(cls, parts: Mapping[str, Tensor]) -> Layout:
+        """The layout that its tensors tell."""
+        if "lora_transposed" in parts:
+            return "transposed"
+        stacked = any(
+            tensor.dim() == 3 and cls.parts.get(name) == "input" for name, tensor in parts.items()
+        )
+        return "stack" if stacked else "matrix"
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Take the size of its base, which has been resized: what is new is zero, as before
+        training.
+
+        Raises:
+            AdapterError: its kind does not say what a new row starts as.
+        """
+        _, out, fan_in = matrix_shape(base.shape, self.layout)
+        for name, part in self.parts.items():
+            own = getattr(self, name, None)
+            if own is not None and part in ("input", "output"):
+                dim, size = (-1, fan_in) if part == "input" else (-2, out)
+                put_in_place(own, sized(own, dim, size))
+            elif own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0]):
+                raise AdapterError(
+                    f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
+                    "is on new rows, so its tensor cannot be resized. Merge or detach it first."
+                )
+
+
+def _fits(part: Part, own: tuple[int, ...], r: int, shape: tuple[int, ...], layout: Layout) -> bool:
+    stack, out, fan_in = matrix_shape(shape, layout)
+    lead = (stack,) if layout == "stack" else ()
+    if part == "weight":
+        return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
+    known = {"input": (*lead, r, fan_in), "output": (*lead, out, r), "number": ()}
+    return part in known and own == known[part]
+
+
+def _unfitting(where: str, held: Mapping[str, Tensor], shape: tuple[int, ...]) -> str:
+    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in held.items())
+    return f"{where}: {sizes} do not fit the shape {list(shape)} in its metadata. Save it again."
+
+
+def lacking(where: str, missing: Collection[str]) -> str:
+    """What is wrong with a state dict that has only some of an update's tensors."""
+    return (
+        f"{where}: an update is inside without its {', '.join(missing)}. Save the attached "
+        "model's state dict again."
+    )
+
+
+def as_asked(scale: Tensor, asked: float) -> float:
+    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
+    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
+    return asked if same else scale.item()
+
+
+def as_told(scale: Tensor, told: float) -> float:
+    """A file's configuration's number where its tensor is the nearest to that."""
+    exact = float(torch.tensor(told, dtype=scale.dtype)) == float(scale)
+    return told if exact else float(scale)
+
+
+def put_in_place(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor another size, if it has that not already."""
+    if tensor.shape != value.shape:
+        tensor.grad = None
+        tensor.data = value
+
+
+def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor cut, or filled up with zeros, to a size along one dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
+    out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
+    return out
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:
     """What an update tells, where its kind says it of the weight that it computes.
 
     A class that computes another weight than the one that it inherits from, and says nothing of
-    it, would else be merged or saved as what it is not.
+    it, would else be merged or saved as what it is not. One that is registered says what its
+    `parts` and `term_of` are, and by them the rest.
 
     Raises:
         AdapterError: it does not say so.
@@ -242,11 +515,12 @@ def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:
         next(index for index, cls in enumerate(order) if name in vars(cls))
         for name in (question, "forward")
     )
-    if order[told] is AttachedUpdate or told > computed:
+    if told > computed and not any(cls in KINDS.values() for cls in order[: computed + 1]):
         raise AdapterError(
             f'adapter "{update.adapter}": an update of the kind {type(update).__name__} computes a '
             f'weight of its own and does not say its "{question}", so it cannot be merged, saved, '
-            f"shown or grouped. Give the class a method {question}, or detach it."
+            f"shown or grouped. Register it with its parts and term_of, or give it a method "
+            f"{question}, or detach it."
         )
     return getattr(update, question)(*arguments)
 

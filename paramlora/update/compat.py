@@ -11,11 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 from paramlora.errors import ParamloraWarning
 
@@ -246,6 +247,31 @@ def _warn_of_strengths() -> None:
 
 # called where a strength changes
 strength_changes: Callable[[], None] = _silent if _tells else _warn_of_strengths
+
+# --- torch's own block that computes parametrizations once ---------------------------------------
+
+
+def _cached_by_torch() -> Optional[dict[Any, Any]]:
+    """What ``parametrize.cached()`` holds, None outside of such a block."""
+    return parametrize._cache if parametrize._cache_enabled else None
+
+
+def _nothing_cached() -> Optional[dict[Any, Any]]:
+    """None: torch has no public way to ask whether such a block is open."""
+    return None
+
+
+cached_by_torch: Callable[[], Optional[dict[Any, Any]]] = (
+    _cached_by_torch
+    if _private("nn.utils.parametrize._cache_enabled") is not None
+    and _private("nn.utils.parametrize._cache") is not None
+    else _nothing_cached
+)
+
+# --- products ------------------------------------------------------------------------------------
+
+# of each group's rows with its own matrix; None where this torch has none, which costs a loop
+grouped_product: Any = getattr(torch.nn.functional, "grouped_mm", None) or _private("_grouped_mm")
 
 # --- the device ----------------------------------------------------------------------------------
 

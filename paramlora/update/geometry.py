@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Union
 
 import torch
 
 Layout = Literal["matrix", "transposed", "stack"]
 LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # stored, and not computed in
 MOST_SIDE, MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 
 
@@ -37,3 +38,24 @@ def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
 def possible(shape: Sequence[int]) -> bool:
     """Whether a tensor can have a shape: an empty one, too, has strides that must be numbers."""
     return len(shape) <= MOST_SIDES and math.prod(max(n, 1) for n in shape) <= MOST_SIDE // 16
+
+
+def fits_shape(
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    r: int,
+    up_kernel: Union[int, str],
+    shape: tuple[int, ...],
+    layout: Layout,
+) -> bool:
+    """Whether factors of shapes `a` and `b` are those of an update of a weight of `shape`."""
+    if len(shape) < 2:
+        return False
+    stack, out, fan_in = matrix_shape(shape, layout)
+    lead = (stack,) if layout == "stack" else ()
+    if up_kernel != "same":
+        return a == (*lead, r, fan_in) and b == (*lead, out, r)
+    size = math.prod(b[2:])
+    if layout == "transposed":
+        return a == (r * size, fan_in) and b[0] * size == out
+    return a == (r, fan_in) and b[0] == out

@@ -9,6 +9,7 @@ rank ``2r`` for the unchanged base, ``[A; A₀]`` and ``[B, −B₀]``.
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from paramlora.errors import TargetError
 from paramlora.update.geometry import matrix_shape
-from paramlora.update.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from paramlora.update.lowrank import LowRank
 
 
 @torch.no_grad()
-def initialise(lowrank: LowRank, weight: Tensor, init: str) -> None:
+def initialise(lowrank: "LowRank", weight: Tensor, init: str) -> None:
     """Start the factors of `lowrank`, an update of `weight`, as `init` names.
 
     ``pissa`` and ``olora`` decompose the weight's matrix in float32 (float64 for a float64 one).
@@ -98,7 +101,7 @@ _FROM_WEIGHT: dict[str, Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]] 
 }
 
 
-def _matrix(weight: Tensor, lowrank: LowRank) -> Tensor:
+def _matrix(weight: Tensor, lowrank: "LowRank") -> Tensor:
     if lowrank.layout == "transposed":
         return rearrange(weight.reshape(len(weight), -1), "fan_in out -> out fan_in")
     stack, out, fan_in = matrix_shape(weight.shape, lowrank.layout)

@@ -1,6 +1,7 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
-import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -8,15 +9,30 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.update.attached import AttachedUpdate, Gains
+from paramlora.errors import FileError
+from paramlora.update.attached import (
+    AttachedUpdate,
+    Gains,
+    Site,
+    Told,
+    as_asked,
+    as_told,
+    lacking,
+    put_in_place,
+    sized,
+)
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, ambiguous, factor_dtype, matrix_shape
+from paramlora.update.geometry import Layout, ambiguous, factor_dtype, fits_shape, matrix_shape
+from paramlora.update.init import initialise
+from paramlora.update.kinds import register
+from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import gathered, take
-from paramlora.update.sum import LowRankTerm
-from paramlora.update.value import Update
+from paramlora.update.sum import LowRankTerm, Term
+from paramlora.update.value import Update, Value, check_types
 
 
+@register
 class LowRank(AttachedUpdate):
     r"""Low-rank update of one tensor, Hu et al. 2021 (arXiv:2106.09685), equation 3.
 
@@ -38,13 +54,13 @@ class LowRank(AttachedUpdate):
     otherwise not tell on which side they lie.
     """
 
+    method = "lora"
+    parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
+    hidden = ("lora_transposed", "start_A", "start_B")
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: Tensor
-    r: int
-    layout: Layout
     first_scale: float
-    dropout: float = 0.0  # on the input of the low-rank branch, set by attach
     start_A: Optional[Tensor]
     start_B: Optional[Tensor]
 
@@ -74,6 +90,17 @@ class LowRank(AttachedUpdate):
             mark = torch.ones((), dtype=torch.uint8, device=weight.device)
             self.register_buffer("lora_transposed", mark)
         self._buffers.update(start_A=None, start_B=None)
+
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "LowRank":
+        """Of the entry's rank, started as it says (see `init`)."""
+        options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
+        update = cls(site.weight.detach(), *options)
+        if entry.init != "default":
+            initialise(update, site.dense(), entry.init)
+        return update
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -115,26 +142,30 @@ class LowRank(AttachedUpdate):
         scale = self._parameters.get("lora_scale") if scale is None else scale
         return self.lora_scale if scale is None else scale
 
-    def term(self) -> LowRankTerm:
+    @staticmethod
+    def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
         """``strength · scale · B·A``, to be added."""
-        return LowRankTerm(*self.factors(), self.scaling, self.layout)
+        scale = parts["lora_scale"]
+        return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Both factors, and the scale where it trains."""
+        """Both factors, the scale where it trains, and what else its kind trains."""
         scale = [self.lora_scale] if isinstance(self.lora_scale, nn.Parameter) else []
-        return {"lora_A": [self.lora_A], "lora_B": [self.lora_B], "lora_scale": scale}
+        own = {"lora_A": [self.lora_A], "lora_B": [self.lora_B], "lora_scale": scale}
+        return own if _is_plain(type(self)) else {**super().groups(), **own}
 
     def described(self) -> tuple[int, float, str]:
         """Its rank and scale; no number on the meta device."""
-        scale = self.lora_scale.detach()
-        value = math.nan if scale.is_meta else scale.item()
-        return self.r, value, "soft" if self.beside else "hard"
+        usual = {"lora": "hard"}
+        return self.r, self.factor()[1], usual.get(self.method, self.method)
 
-    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Update:
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
         """Its factors, whole on every process, and what attaches them again."""
+        if not _is_plain(type(self)):
+            return super().value(shape, kind, groups)
         a, b = (gathered(factor.detach()) for factor in self.factors())
         entry = self.entry or TargetConfig("", self.r)
-        scale = _number(gathered(self.lora_scale.detach()), entry.scale)
+        scale = as_asked(gathered(self.lora_scale.detach()), entry.scale)
         trains = isinstance(self.lora_scale, nn.Parameter)
         return Update(
             *(a, b, scale, shape, self.layout, trains, not self.beside),
@@ -144,10 +175,58 @@ class LowRank(AttachedUpdate):
             groups=groups,
         )
 
+    @classmethod
+    def read_file(
+        cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
+    ) -> Value:
+        """The value of an update in a native file."""
+        a, b, scale = (parts[name] for name in LOW_RANK)
+        check_types(where, a, b, scale)
+        if min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1:
+            raise FileError(f"{where} is no update: its factors are no matrices.")
+        if not _is_plain(cls):
+            return super().read_file(where, parts, entry, told)
+        update = Update(
+            *(a, b, as_told(scale, entry.scale), told.shape),
+            layout=told.layout or ("stack" if a.dim() == 3 else "matrix"),
+            trainable_scale=entry.trainable_scale,
+            hard=entry.hard,
+            up_kernel=entry.up_kernel,
+            dropout=entry.dropout,
+            adapter_dtype=entry.adapter_dtype,
+            kind=told.kind,
+            groups=told.groups,
+        )
+        if told.shape is not None:
+            _check_fits(where, update, told.shape)
+        return update
+
+    @classmethod
+    def read_state(cls, where: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Value:
+        """The value of an update in an attached model's state dict."""
+        missing = [name for name in cls.names(parts) if name not in parts]
+        if missing:
+            raise FileError(lacking(where, missing))
+        a, b = _started(parts)
+        scale = parts["lora_scale"]
+        check_types(where, scale)
+        if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
+            raise FileError(f"{where}: the update inside it has factors of impossible shape.")
+        named = None if a.dtype == factor_dtype(dtype) else str(a.dtype).removeprefix("torch.")
+        if not _is_plain(cls):
+            value: Any = super().read_state(where, {**parts, "lora_A": a, "lora_B": b}, dtype)
+            other: Value = replace(value, adapter_dtype=named)
+            return other
+        layout = cls.layout_of({**parts, "lora_A": a, "lora_B": a})
+        kernel = "same" if cls.beside and b.dim() > 2 else 1
+        update = Update(a, b, float(scale), None, layout, False, not cls.beside, kernel)
+        return replace(update, adapter_dtype=named)
+
     def plain(self) -> dict[str, Tensor]:
         """What a file holds: an update of the unchanged weight by its `factors`."""
         a, b = self.factors()
-        return {"lora_A": a, "lora_B": b, "lora_scale": self.lora_scale}
+        held = {"lora_A": a, "lora_B": b, "lora_scale": self.lora_scale}
+        return held if _is_plain(type(self)) else {**super().plain(), **held}
 
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
@@ -157,9 +236,19 @@ class LowRank(AttachedUpdate):
             take(self.start_A, a[..., self.r :, :])
             take(self.start_B, -b[..., self.r :])
             a, b = a[..., : self.r, :], b[..., : self.r]
-        take(self.lora_A, a)
-        take(self.lora_B, b)
-        take(self.lora_scale, state["lora_scale"])
+        super().load_plain({**state, "lora_A": a, "lora_B": b})
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Take the size of its resized base; what is new is zero, as before training."""
+        super().resize(base)
+        if self.start_A is not None and self.start_B is not None:
+            _, out, fan_in = matrix_shape(base.shape, self.layout)
+            put_in_place(self.start_A, sized(self.start_A, -1, fan_in))
+            put_in_place(self.start_B, sized(self.start_B, -2, out))
+        if self.layout == "transposed" and ambiguous(base.shape, self.layout):
+            mark = torch.ones((), dtype=torch.uint8, device=base.device)
+            self.register_buffer("lora_transposed", mark)
 
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
@@ -180,7 +269,7 @@ class LowRank(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape)
-        total = (_wide(weight, delta) + delta).to(weight.dtype)
+        total = (wide(weight, delta) + delta).to(weight.dtype)
         if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
             # channels last of a kernel of 1: its strides alone tell a convolution its format
             return total.as_strided(weight.shape, weight.stride())
@@ -190,10 +279,34 @@ class LowRank(AttachedUpdate):
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
 
 
-def _number(scale: Tensor, asked: float) -> float:
-    """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
-    same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
-    return asked if same else scale.item()
+def _is_plain(kind: type[AttachedUpdate]) -> bool:
+    """Whether a kind is the low-rank sum itself, whose value is an `Update`."""
+    return kind.method in ("lora", "soft")
+
+
+def _started(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B``, with what a start from the weight takes out again (see `start_from`)."""
+    a, b = parts["lora_A"], parts["lora_B"]
+    if "start_A" not in parts or "start_B" not in parts:
+        return a, b
+    return torch.cat([a, parts["start_A"]], -2), torch.cat([b, -parts["start_B"]], -1)
+
+
+def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
+    """Refuse factors of another weight than the metadata tells of, which anything may be."""
+    a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
+    fits = fits_shape(a, b, update.r, update.up_kernel, shape, update.layout)
+    if fits and shape[0] % update.groups == 0:
+        return
+    if len(shape) >= 2 and a[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
+        raise FileError(
+            f"{where}.lora_A: shape {list(a)} does not fit {[*a[:-1], wanted]}, of the "
+            f"weight of {list(shape)} in its metadata. Save it again."
+        )
+    raise FileError(
+        f"{where}: factors of {list(a)} and {list(b)} do not fit the shape "
+        f"{list(shape)} in its metadata. Save it again."
+    )
 
 
 def value_of(plist: Any) -> Tensor:
@@ -208,11 +321,11 @@ def value_of(plist: Any) -> Tensor:
     total = weight
     for update in acting:
         delta = update.delta(weight.shape)
-        total = _wide(total, delta) + delta
+        total = wide(total, delta) + delta
     return total.to(weight.dtype)
 
 
-def _wide(weight: Tensor, delta: Tensor) -> Tensor:
+def wide(weight: Tensor, delta: Tensor) -> Tensor:
     """The weight in the wider type of both, in which torch adds; or where that only stores its
     numbers (see `casts`) in the update's."""
     return weight.to(delta.dtype) if is_storage(weight.dtype) else weight

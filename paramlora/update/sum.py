@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Union
 
 import torch
 from torch import Tensor
 
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+
+Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 
 # elements of a weight that are in a wide type at one time: fit a core's own cache, and on a device
 # are few launches in little memory
@@ -22,7 +25,7 @@ class Block:
     Args:
         run: which, as they lie in memory and in a file.
         which: of the matrices of a stack.
-        rows, columns: of that matrix; all of its columns where a term asked for them.
+        rows, columns: of that matrix; all of them where a term asked for that.
     """
 
     run: slice
@@ -39,6 +42,7 @@ class Term:
 
     layout: Layout = "matrix"  # "stack" where the weight is a stack of matrices
     whole_rows: bool = False  # whether `applied` needs all columns of a row at once, as a norm does
+    whole_matrix: bool = False  # whether it needs all rows too
 
     def prepared(self, wide: torch.dtype) -> "Term":
         """The same, ready for blocks in a wide type."""
@@ -52,8 +56,9 @@ class Term:
         """
         raise NotImplementedError
 
-    def bound(self) -> float:
-        """What no element is changed by more than; infinite where that is not known."""
+    def bound(self) -> Number:
+        """What no element is changed by more than; infinite where that is not known. A tensor
+        where a device would have to be waited for."""
         return float("inf")
 
 
@@ -73,15 +78,17 @@ class LowRankTerm(Term):
     def applied(self, total: Tensor, block: Block) -> Tensor:
         a, b = self.lora_A[block.which], self.lora_B[block.which]
         if self.layout == "transposed":  # the weight's rows are the input side
-            return total.add_((b[block.columns] @ a[:, block.rows]).t())
-        return total.add_(b[block.rows] @ a[:, block.columns])
+            return total.addmm_(a[:, block.rows].t(), b[block.columns].t())
+        return total.addmm_(b[block.rows], a[:, block.columns])
 
-    def bound(self) -> float:
+    def bound(self) -> Number:
         """By the norms of B's rows and A's columns (Cauchy and Schwarz)."""
-        with in_own_types(self.lora_A):
-            a = torch.linalg.vector_norm(self.lora_A.double(), dim=-2).max()
-            b = torch.linalg.vector_norm(self.lora_B.double(), dim=-1).max()
-            return float(a * b * self.factor.abs().double())
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        with in_own_types(a):
+            a = torch.linalg.vector_norm(a, dim=-2, dtype=torch.float64).max()
+            b = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).max()
+            most: Tensor = a * b * self.factor.detach().abs().double()
+            return most
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,29 @@ class WholeTerm(Term):
             own = torch.lerp(total.to(own.dtype), own, self.strength.to(own.dtype))
         return own.to(total.dtype)
 
-    def bound(self) -> float:
-        return 2 * float(self.value.abs().max()) * abs(float(self.strength))
+    def bound(self) -> Number:
+        return 2 * self.value.detach().abs().max().double() * self.strength.abs().double()
+
+
+@dataclass(frozen=True)
+class ScaledTerm(Term):
+    """Multiplies: before the updates, by what a weight of 8 bits is stored divided by; or after
+    them, by its reciprocal, no further than the type goes.
+
+    Args:
+        factor: one number, or one for each row ``[rows]``.
+        limit: of the size of an element.
+    """
+
+    factor: Tensor
+    limit: float = float("inf")
+
+    def prepared(self, wide: torch.dtype) -> "ScaledTerm":
+        return replace(self, factor=self.factor.detach().to(wide))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        factor = self.factor if self.factor.dim() == 0 else self.factor[block.rows, None]
+        return total.mul_(factor).clamp_(-self.limit, self.limit)
 
 
 class Fold:
@@ -131,14 +159,15 @@ class Fold:
         if on_device and self._wide == torch.float32 and _rounds_products():
             self._wide = torch.float64
         self._size = _BLOCK_OF_A_DEVICE if on_device else _BLOCK
-        self._whole_rows = any(term.whole_rows for term in terms)
+        self._whole_matrix = any(term.whole_matrix for term in terms)
+        self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
         self._terms = [term.prepared(self._wide) for term in terms]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order."""
         stack, rows, columns = self._shape
         wide = max(1, columns if self._whole_rows else min(columns, self._size))
-        high = max(1, self._size // wide)
+        high = rows if self._whole_matrix else max(1, self._size // wide)
         for which in range(stack):
             for top in range(0, rows, high):
                 for left in range(0, columns, wide):
@@ -178,15 +207,39 @@ def folded(base: Tensor, terms: Sequence[Term]) -> Tensor:
     return out
 
 
+def bound_of(terms: Sequence[Term]) -> Number:
+    """What no element is changed by more than by terms together, see `Term.bound`."""
+    return sum(term.bound() for term in terms)
+
+
+def told(numbers: Sequence[Number]) -> list[float]:
+    """Numbers of devices, each of which is waited for once."""
+    out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
+    where: dict[torch.device, list[int]] = {}
+    for i, number in enumerate(numbers):
+        if isinstance(number, Tensor) and type(number) is Tensor:
+            where.setdefault(number.device, []).append(i)
+        elif isinstance(number, Tensor):
+            out[i] = float(number)
+    for places in where.values():
+        together = torch.stack([numbers[i].detach().double() for i in places])  # type: ignore[union-attr]
+        for i, value in zip(places, together.tolist()):
+            out[i] = value
+    return out
+
+
 @torch.no_grad()
-def overflows(base: Tensor, terms: Sequence[Term]) -> bool:
+def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
     """Whether a sum of finite numbers is beyond the largest of the base's type.
 
-    The terms' bounds answer where they can, without the sum.
+    Args:
+        base: of any shape that the terms' layouts fit.
+        terms: in the order of summing.
+        added: `bound_of` the terms, which answers where it can, without the sum.
     """
     if base.is_meta or not base.is_floating_point() or not terms:
         return False
-    most, added = torch.finfo(base.dtype).max, sum(term.bound() for term in terms)
+    most = torch.finfo(base.dtype).max
     if base.dtype != torch.float16 and added < most * 2**-10:
         return False  # a weight that near to the end of a float32's range is no weight
     if base.numel() and base.abs().max().double() + added <= most:

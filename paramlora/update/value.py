@@ -1,19 +1,134 @@
 """An adapter as a value: its updates by the path of their tensor, free of any model or file."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NoReturn, Optional, Union
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Optional, Union
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
-from paramlora.config import TargetConfig
-from paramlora.errors import AdapterError
-from paramlora.update.geometry import Layout
+from paramlora.config import DTYPES, TargetConfig
+from paramlora.errors import AdapterError, FileError
+from paramlora.update.geometry import (
+    FLOATS,
+    LAYOUTS,
+    Layout,
+    ambiguous,
+    factor_dtype,
+    fits_shape,
+)
+from paramlora.update.kinds import KINDS
+from paramlora.update.names import LOW_RANK, WHOLE
+from paramlora.update.sum import LowRankTerm, Term, WholeTerm
+
+_Device = Union[str, torch.device]
+
+
+class Value:
+    """What an adapter does to one tensor, as files, recipes and state dicts ask it.
+
+    Three kinds of value answer: `Update`, a tensor to have instead (`WholeValue`), and `KindUpdate`
+    for every other kind of update that is registered (see `paramlora.update.kinds`).
+    """
+
+    alone: ClassVar[bool] = False  # whether its tensor can have no other update
+    if (
+        TYPE_CHECKING
+    ):  # how a value has them is its own affair: fields, class attributes, properties
+
+        @property
+        def method(self) -> str:
+            """The name under which its kind is registered."""
+
+        @property
+        def shape(self) -> Optional[tuple[int, ...]]:
+            """Of the tensor, where it is known."""
+
+        @property
+        def hard(self) -> bool:
+            """Whether it is of a parametrization, not of a branch beside the layer."""
+
+    @property
+    def shown(self) -> str:
+        """Its kind, for a table."""
+        return self.method
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by the end of a key in a file."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Tensor]:
+        """All that an attached update takes, its number in float64."""
+        return self.tensors()
+
+    def stored(self) -> dict[str, Tensor]:
+        """All that a native file holds of it."""
+        return self.tensors()
+
+    def attached(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a model's state dict shows of it, where it updates a tensor of a type."""
+        return self.tensors()
+
+    def entry(self, name: str) -> TargetConfig:
+        """The configuration that attaches it, under a name."""
+        raise NotImplementedError
+
+    def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
+        """What it adds to a tensor of a type, or makes of it, as a live model has it."""
+        raise NotImplementedError
+
+    def fitted(self, shape: tuple[int, ...]) -> Optional["Value"]:
+        """Itself with the shape of its tensor, None where that is another weight's."""
+        return self
+
+    def check_types(self, where: str, dtype: torch.dtype) -> None:
+        """Refuse tensors in whose type nothing can be computed, beside a base of `dtype`."""
+        check_types(where, *self.tensors().values())
+
+    def about(self) -> dict[str, Any]:
+        """What the native file's metadata tells of its weight."""
+        return {"shape": list(self.shape or ()), "layout": "matrix"}
+
+    def content(self) -> tuple[object, ...]:
+        """Equal for equal values but for their `tensors`."""
+        return (self.method, self.shape)
+
+    def check_mergeable(self, path: str) -> None:
+        """Refuse what no weight of the layer's shape could do."""
+
+    def listed(self) -> tuple[int, float]:
+        """Its rank (0 where it has none) and its factor, for a table."""
+        return 0, 1.0
+
+    def norm(self) -> float:
+        """The Frobenius norm of what it adds; no number where that depends on the weight."""
+        return math.nan
+
+    def idle(self) -> bool:
+        """Whether it certainly changes nothing."""
+        return False
+
+    def turned(self, layout: Layout) -> "Value":
+        """The same change of the same weight, as a layer of another layout has its tensors."""
+        return self
+
+    def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:
+        """The entry that attaches it in its own type to a tensor of `dtype`."""
+        return entry
+
+
+def check_types(where: str, *tensors: Tensor) -> None:
+    """Refuse tensors of an update in whose type nothing can be computed, as in 8 bits."""
+    wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS), None)
+    if wrong is not None:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise FileError(f"{where}: an update of type {wrong}. Save it in one of {names}.")
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(Value):
     """One low-rank update, as every file format holds it.
 
     Args:
@@ -43,6 +158,16 @@ class Update:
     groups: int = 1
 
     @property
+    def method(self) -> str:
+        """The name of its kind."""
+        return "lora" if self.hard else "soft"
+
+    @property
+    def shown(self) -> str:
+        """Its kind, for a table."""
+        return "low-rank"
+
+    @property
     def r(self) -> int:
         """The rank."""
         return self.lora_B.shape[1 if self.up_kernel == "same" else -1]
@@ -60,12 +185,266 @@ class Update:
             adapter_dtype=self.adapter_dtype,
         )
 
+    def turned(self, layout: Layout) -> "Update":
+        """The same change of the same weight, as a layer of another layout has its factors.
+
+        A checkpoint does not tell which side of a weight is the input, as an embedding's first is.
+        """
+        if {layout, self.layout} != {"matrix", "transposed"} or self.up_kernel == "same":
+            return self
+        return replace(self, lora_A=self.lora_B.mT, lora_B=self.lora_A.mT, layout=layout)
+
     def delta(self) -> Tensor:
         """``scale · B·A`` in the weight's shape, in the factors' own type; needs `shape`."""
         product = (self.lora_B * self.scale) @ self.lora_A
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
         return product.reshape(self.shape if self.shape is not None else product.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both factors."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Both factors and the scale."""
+        return {**self.tensors(), "lora_scale": torch.tensor(self.scale, dtype=torch.float64)}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Both factors and the scale, which 16 bits would not hold."""
+        return {**self.tensors(), "lora_scale": _stored_scale(self.scale, self.lora_A)}
+
+    def attached(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Both factors and the scale, in the type of an attached update's, and its mark."""
+        kind = _dtype(self.adapter_dtype, dtype)
+        scale = torch.tensor(self.scale, dtype=kind)
+        out = dict(zip(LOW_RANK, (self.lora_A.to(kind), self.lora_B.to(kind), scale)))
+        return {**out, **_mark(self.layout, self.shape)}
+
+    def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
+        """``strength · scale · B·A``, to be added."""
+        kind = _dtype(self.adapter_dtype, dtype)
+        a, b = (factor.to(device, kind) for factor in (self.lora_A, self.lora_B))
+        scale = torch.tensor(self.scale, dtype=kind, device=device)
+        return LowRankTerm(a, b, scale * _gain(strength, kind, device), self.layout)
+
+    def fitted(self, shape: tuple[int, ...]) -> Optional["Update"]:
+        """With a shape, in the layout in which its factors fit it."""
+        layouts = [self.layout] if self.shape is not None else [self.layout, *LAYOUTS]
+        a, b = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
+        for layout in layouts:
+            if fits_shape(a, b, self.r, self.up_kernel, shape, layout):
+                return replace(self, shape=shape, layout=layout)
+        return None
+
+    def about(self) -> dict[str, Any]:
+        """What the native file's metadata tells of its weight."""
+        return _about(self.shape, self.layout, self.groups, self.kind)
+
+    def content(self) -> tuple[object, ...]:
+        """Equal for equal values but for their factors."""
+        return (self.shape, self.scale, self.layout, self.hard, self.up_kernel)
+
+    def check_mergeable(self, path: str) -> None:
+        """Refuse two kernels in a row."""
+        if self.up_kernel == "same":
+            refuse_two_kernels(path, tuple(self.lora_B.shape[2:]))
+
+    def listed(self) -> tuple[int, float]:
+        """Its rank and its factor."""
+        return self.r, self.scale
+
+    def norm(self) -> float:
+        """Of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
+        if self.up_kernel != 1:
+            return math.nan
+        a, b = self.lora_A.double(), self.lora_B.double()
+        squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+        return abs(self.scale) * squared.sqrt().item()
+
+    def idle(self) -> bool:
+        """Whether a factor is all zero."""
+        return not (self.lora_A.any() and self.lora_B.any())
+
+
+@dataclass(frozen=True)
+class KindUpdate(Value):
+    """One update of a kind that is no low-rank sum: its tensors by name, and what its kind needs.
+
+    Args:
+        method: the name of its kind (see `paramlora.update.kinds`).
+        held: the tensors, by the end of their key in a native file.
+        scale: the factor, where its kind has one.
+        options: the kind's own keys of the configuration.
+        shape, layout, trainable_scale, dropout, adapter_dtype, kind, groups: as in `Update`.
+    """
+
+    method: str
+    held: Mapping[str, Tensor]
+    scale: float = 1.0
+    shape: Optional[tuple[int, ...]] = None
+    layout: Layout = "matrix"
+    options: tuple[tuple[str, Any], ...] = ()
+    trainable_scale: bool = False
+    dropout: float = 0.0
+    adapter_dtype: Optional[str] = None
+    kind: Optional[str] = None
+    groups: int = 1
+    hard: ClassVar[bool] = True
+
+    @property
+    def r(self) -> int:
+        """The rank, 0 of a kind without one."""
+        return KINDS[self.method].rank_of(self.held)
+
+    @property
+    def _scaled(self) -> bool:
+        return "lora_scale" in KINDS[self.method].parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by the end of a key."""
+        return dict(self.held)
+
+    def parts(self) -> dict[str, Tensor]:
+        """All that an attached update takes."""
+        scale = {"lora_scale": torch.tensor(self.scale, dtype=torch.float64)}
+        return {**self.held, **(scale if self._scaled else {})}
+
+    def stored(self) -> dict[str, Tensor]:
+        """All that a native file holds of it."""
+        like = next(iter(self.held.values()))
+        scale = {"lora_scale": _stored_scale(self.scale, like)}
+        return {**self.held, **(scale if self._scaled else {})}
+
+    def attached(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Its tensors in the type of an attached update's, and the mark of a transposed layout."""
+        kind = _dtype(self.adapter_dtype, dtype)
+        out = {
+            name: tensor.to(kind) if tensor.is_floating_point() else tensor
+            for name, tensor in self.parts().items()
+        }
+        marked = "lora_transposed" in KINDS[self.method].hidden
+        return {**out, **(_mark(self.layout, self.shape) if marked else {})}
+
+    def entry(self, name: str) -> TargetConfig:
+        """The configuration that attaches it, under a name."""
+        return TargetConfig(
+            name,
+            self.r,
+            self.scale,
+            self.trainable_scale,
+            dropout=self.dropout,
+            adapter_dtype=self.adapter_dtype,
+            kind=self.method,
+            options=self.options,
+        )
+
+    def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
+        """What its kind makes of a tensor."""
+        own = {name: tensor.to(device) for name, tensor in self.attached(dtype).items()}
+        gain = _gain(strength, _dtype(self.adapter_dtype, dtype), device)
+        return KINDS[self.method].term_of(own, gain, self.layout)
+
+    def fitted(self, shape: tuple[int, ...]) -> Optional["KindUpdate"]:
+        """With a shape, in the layout in which its tensors fit it."""
+        layouts = [self.layout] if self.shape is not None else [self.layout, *LAYOUTS]
+        for layout in layouts:
+            if KINDS[self.method].fits(self.held, shape, layout):
+                return replace(self, shape=shape, layout=layout)
+        return None
+
+    def check_types(self, where: str, dtype: torch.dtype) -> None:
+        """Refuse tensors in whose type nothing can be computed."""
+        check_types(where, *(t for t in self.held.values() if t.dtype != torch.int64))
+
+    def about(self) -> dict[str, Any]:
+        """What the native file's metadata tells of its weight."""
+        return _about(self.shape, self.layout, self.groups, self.kind)
+
+    def content(self) -> tuple[object, ...]:
+        """Equal for equal values but for their tensors."""
+        return (self.method, self.shape, self.scale, self.layout, self.options)
+
+    def listed(self) -> tuple[int, float]:
+        """Its rank and its factor."""
+        return self.r, self.scale
+
+
+@dataclass(frozen=True)
+class WholeValue(Value):
+    """A tensor to have instead of the base's."""
+
+    value: Tensor
+    method: ClassVar[str] = "whole"
+    hard: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+        return tuple(self.value.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor."""
+        return {WHOLE: self.value}
+
+    def entry(self, name: str) -> TargetConfig:
+        """The configuration that attaches it, under a name."""
+        return TargetConfig(name, 0, whole=True)
+
+    def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
+        """It instead of the weight, or some of the way there."""
+        gain = torch.tensor(strength, dtype=self.value.dtype, device=device)
+        return WholeTerm(self.value.to(device), gain)
+
+    def check_types(self, where: str, dtype: torch.dtype) -> None:
+        """As of any update, but for a buffer that counts, such as BatchNorm's batches."""
+        if not self.value.dtype == dtype == torch.int64:
+            check_types(where, self.value)
+
+    def about(self) -> dict[str, Any]:
+        """What the native file's metadata tells: no shape, which the tensor itself has."""
+        return {"shape": [], "layout": "matrix"}
+
+    def norm(self) -> float:
+        """Of the tensor."""
+        return float(self.value.double().norm())
+
+    def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:
+        """The tensor keeps its own type where that is not the usual one."""
+        own = str(self.value.dtype).removeprefix("torch.")
+        usual = own not in DTYPES or self.value.dtype == factor_dtype(dtype)
+        return entry if usual else replace(entry, adapter_dtype=own)
+
+
+def _dtype(named: Optional[str], dtype: torch.dtype) -> torch.dtype:
+    """The type that an update's tensors have when attached to a tensor of a type."""
+    own: torch.dtype = factor_dtype(dtype) if named is None else getattr(torch, named)
+    return own
+
+
+def _gain(strength: float, kind: torch.dtype, device: _Device) -> Tensor:
+    """A strength, in the type in which a live update holds it."""
+    wide = torch.promote_types(kind, torch.float32)
+    return torch.tensor(strength, dtype=wide, device=device)
+
+
+def _stored_scale(scale: float, like: Tensor) -> Tensor:
+    dtype = like.dtype if like.dtype.itemsize > 2 and like.is_floating_point() else torch.float32
+    return torch.tensor(scale, dtype=dtype)
+
+
+def _mark(layout: Layout, shape: Optional[tuple[int, ...]]) -> dict[str, Tensor]:
+    """What tells the sides of a weight whose shape does not (see `LowRank`)."""
+    if layout == "transposed" and ambiguous(shape or (), layout):
+        return {"lora_transposed": torch.ones((), dtype=torch.uint8)}
+    return {}
+
+
+def _about(
+    shape: Optional[tuple[int, ...]], layout: Layout, groups: int, kind: Optional[str]
+) -> dict[str, Any]:
+    about = {"shape": list(shape or ()), "layout": layout, "groups": groups}
+    return about if kind is None else {**about, "kind": kind}
 
 
 @dataclass(frozen=True)
@@ -96,6 +475,7 @@ class Adapter:
         base: by path, what tells the base that it was trained on (see `digest`), where known.
         holders: the layers of tied tensors by path, where known: those share one `Update`, which
             has the first one's kind.
+        others: the updates of other kinds than the low-rank one.
     """
 
     updates: Mapping[str, Update]
@@ -104,6 +484,24 @@ class Adapter:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
     holders: Mapping[str, Holder] = field(default_factory=dict)
+    others: Mapping[str, KindUpdate] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Value]:
+        """What it does to each tensor; paths that share an update or a tensor share a value."""
+        made = {id(tensor): WholeValue(tensor) for tensor in self.whole.values()}
+        whole = {path: made[id(tensor)] for path, tensor in self.whole.items()}
+        return {**self.updates, **self.others, **whole}
+
+
+def apart_by_kind(values: Mapping[str, Value]) -> dict[str, Any]:
+    """The `updates`, `whole` and `others` of an `Adapter`, from what `Adapter.values` gives."""
+    out: dict[str, dict[str, Any]] = {"updates": {}, "whole": {}, "others": {}}
+    for path, value in values.items():
+        if isinstance(value, WholeValue):
+            out["whole"][path] = value.value
+        else:
+            out["updates" if isinstance(value, Update) else "others"][path] = value
+    return out
 
 
 def refuse_two_kernels(path: str, kernel: tuple[int, ...]) -> NoReturn:

@@ -1,16 +1,24 @@
 """A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from paramlora.update.attached import AttachedUpdate, Gains
+from paramlora.config import TargetConfig
+from paramlora.errors import TargetError
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
+from paramlora.update.geometry import Layout
+from paramlora.update.kinds import register
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term, WholeTerm
+from paramlora.update.value import Value, WholeValue
 
 
+@register
 class Whole(AttachedUpdate):
     r"""The parametrization of a tensor that is trained itself, not by a low-rank update.
 
@@ -31,6 +39,9 @@ class Whole(AttachedUpdate):
     """
 
     alone = True
+    internal = True
+    method = "whole"
+    parts = {"lora_whole": "weight"}
     lora_whole: Tensor
     unset: bool = False  # from the meta device: its memory has no values yet
 
@@ -80,31 +91,67 @@ class Whole(AttachedUpdate):
         if told:
             self.keep(unset=False)
 
-    def term(self) -> Term:
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "Whole":
+        """A copy of the tensor that trains."""
+        if site.weight.is_meta:
+            raise TargetError(
+                f'"{entry.name}" ("whole") matches {site.path or "weight"}, which lies on the '
+                "meta device and has no values to start from. Load the model first."
+            )
+        return cls(site.shown(), adapter, gains)
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """Those of the tensor."""
+        return math.prod(shape)
+
+    @staticmethod
+    def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
         """It instead of the weight."""
-        return WholeTerm(self.lora_whole, self.gain)
+        return WholeTerm(parts["lora_whole"], gain)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Its one parameter; a buffer trains otherwise."""
         return {"whole": list(self.parameters())}
 
-    def described(self) -> tuple[int, float, str]:
-        """It has neither a rank nor a factor."""
-        return 0, 1.0, "whole"
-
-    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Tensor:
+    def value(
+        self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int
+    ) -> WholeValue:
         """The tensor to have instead."""
-        return gathered(self.lora_whole.detach())
+        return WholeValue(gathered(self.lora_whole.detach()))
 
-    def plain(self) -> dict[str, Tensor]:
-        """What a file holds."""
-        return {"lora_whole": self.lora_whole}
+    @classmethod
+    def read_file(
+        cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
+    ) -> WholeValue:
+        """The tensor of a native file."""
+        value = WholeValue(parts["lora_whole"])
+        if value.value.dtype != torch.int64:  # of BatchNorm's counts
+            value.check_types(f"{where}.lora_whole", torch.float32)
+        return value
+
+    @classmethod
+    def read_state(cls, where: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Value:
+        """The tensor in a state dict."""
+        return WholeValue(parts["lora_whole"])
 
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the value of a file."""
         take(self.lora_whole, state["lora_whole"])
         self.keep(unset=False)
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Keep the rows that stay; new ones start as the base's."""
+        own = self.lora_whole
+        kept = min(own.shape[0], base.shape[0])
+        fresh = base.detach().to(own.dtype, copy=True)
+        fresh[:kept] = own[:kept]
+        put_in_place(own, fresh)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"

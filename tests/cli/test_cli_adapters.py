@@ -41,7 +41,7 @@ def test_names_come_from_a_model_or_from_its_checkpoint(capsys, tmp_path, style)
     for option, value in known.items():
         out = tmp_path / option
         code, *said = run(capsys, "convert", style, "-o", out, "--to", "peft", f"--{option}", value)
-        assert (code, said) == (0, ["", f"wrote {out}: 2 updates as peft"])
+        assert (code, said) == (0, ["", f"converted 2 updates into {out}, as peft"])
         keys = load_file(out / "adapter_model.safetensors")
         assert "base_model.model.conv2.lora_A.weight" in keys
     code, _, err = run(capsys, "convert", style, "-o", tmp_path / "x", "--to", "peft")
@@ -57,7 +57,7 @@ def test_a_report_for_machines_and_one_before_writing(capsys, tmp_path, style):
     code, out, _ = run(capsys, *arguments, "--dry-run")
     assert (
         code == 0
-        and "2 updates as native" in " ".join(out.split())
+        and "would convert 2 updates into" in " ".join(out.split())
         and not (tmp_path / "n").exists()
     )
     code, out, _ = run(capsys, *arguments, "--json")

@@ -122,9 +122,13 @@ def test_names_are_printed_as_they_are(name, folder, capsys):
         code, _, err = run(capsys, *command)
         assert code == 2 and f"error: {command[-1] if command[0] == 'inspect' else name}: " in err
     code, out, err = run(capsys, "convert", "a.safetensors", "-o", name, "--to", "native")
-    assert (code, out, err) == (0, "", f"wrote {name}: 1 updates, 2 whole tensors as native\n")
+    assert (code, out, err) == (
+        0,
+        "",
+        f"converted 1 updates, 2 whole tensors into {name}, as native\n",
+    )
     code, out, _ = run(capsys, "convert", name, "-o", f"b{name}", "--to", "native", "--dry-run")
-    assert code == 0 and out.startswith(f"would write b{name}: ")
+    assert code == 0 and out.endswith(f" into b{name}, as native\n")
 
 
 def marked():
@@ -220,7 +224,7 @@ def test_messages_name_ways_out_that_the_command_line_has(folder, capsys):
     state["elsewhere.lora_scale"] = torch.ones(())
     torch.save(state, "other.pt")
     code, _, err = run(capsys, "merge", "base.safetensors", "other.pt", "-o", "x.safetensors")
-    assert code == 2 and "component=... (convert --component)" in err
+    assert code == 2 and "component=... (--component)" in err
     assert "--component" in run(capsys, "convert", "--help")[1]
 
 
@@ -280,10 +284,10 @@ def test_an_output_that_no_file_can_be_is_refused(command, out, folder, capsys):
 
 def test_names_are_printed_without_what_moves_the_cursor(folder, capsys):
     name = "\x1b[31m\nq\udcff.safetensors"
-    shown = r"\x1b[31m\nq\udcff.safetensors: 1 updates, 2 whole tensors as native"
+    shown = r"1 updates, 2 whole tensors into \x1b[31m\nq\udcff.safetensors, as native"
     told = ("convert", "a.safetensors", "-o", name, "--to", "native")
-    assert run(capsys, *told, "--dry-run") == (0, f"would write {shown}\n", "")
-    assert run(capsys, *told) == (0, "", f"wrote {shown}\n")
+    assert run(capsys, *told, "--dry-run") == (0, f"would convert {shown}\n", "")
+    assert run(capsys, *told) == (0, "", f"converted {shown}\n")
 
 
 def moving():

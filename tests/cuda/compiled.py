@@ -15,6 +15,7 @@ from triton.compiler import compile as compile_for
 
 from paramlora.cuda.convolution import plan as joined
 from paramlora.cuda.depthwise import plan as depthwise
+from paramlora.cuda.device import Card
 from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
@@ -65,7 +66,8 @@ def main(capability):
     interpreted.stand_in_for_the_device()
     Launch.__call__ = compiled
     hopper = 90 <= capability < 120
-    fused.is_hopper = lambda device: hopper
+    for planned in (fused, joined, lookup):
+        planned.card = lambda device: Card(divmod(capability, 10), 132)
     for interpreted.captured in (False, True):
         wide = WIDE if hopper and not interpreted.captured else []
         for shape in LAYERS + (HOPPER if hopper else []) + wide:

@@ -13,13 +13,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import paramlora
+from paramlora.cuda import device
 from paramlora.cuda import operands as served
 
 
 @pytest.fixture
 def x(monkeypatch):
     """A tensor on a device that the kernels run on; nothing is computed with it."""
-    monkeypatch.setitem(served._SERVED, 0, True)
+    monkeypatch.setitem(device._SERVED, 0, True)
     with FakeTensorMode():
         yield torch.empty(4, 8, device="cuda:0", dtype=torch.bfloat16)
 
@@ -37,17 +38,17 @@ def x(monkeypatch):
     ],
 )
 def test_the_kernels_run_on_nvidias_devices_alone(hip, capability, triton, answer):
-    assert served.runs(hip, capability, triton) is answer
+    assert device.runs(hip, capability, triton) is answer
 
 
 def test_a_device_of_amd_is_asked_for_its_hip(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4.43482")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    monkeypatch.setattr(served, "_SERVED", {})
-    assert served._serves(0) is False
+    monkeypatch.setattr(device, "_SERVED", {})
+    assert device.serves(0) is False
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(served, "_SERVED", {})
-    assert served._serves(0) is served._importable()
+    monkeypatch.setattr(device, "_SERVED", {})
+    assert device.serves(0) is device._importable()
 
 
 def answers(x):
@@ -119,7 +120,11 @@ def test_another_thread_sees_the_switch(x):
 def test_the_environment_switches_from_the_start(value, on):
     own = {k: v for k, v in os.environ.items() if k != "PARAMLORA_KERNELS"}
     done = subprocess.run(
-        [sys.executable, "-c", "from paramlora.served import switched_on; print(switched_on())"],
+        [
+            sys.executable,
+            "-c",
+            "from paramlora.cuda.operands import switched_on; print(switched_on())",
+        ],
         env=own if value is None else own | {"PARAMLORA_KERNELS": value},
         cwd=Path(__file__).parents[2],
         capture_output=True,

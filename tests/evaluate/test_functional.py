@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import paramlora
 from paramlora.cuda import operands as served
-from paramlora.evaluate import convolution, functional
+from paramlora.evaluate import choose, convolution, functional
 from paramlora.model.attach import updates
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu])
@@ -61,18 +61,18 @@ def test_linear_and_only_the_wanted_gradients(tokens, fan_in, out, r, which, str
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("tiny", (0, functional.TINY))
+@pytest.mark.parametrize("tiny", (0, choose.CARDS["cpu"].tiny))
 @pytest.mark.parametrize("tokens", (3, 50))
 def test_linear_and_its_gradient_can_be_differentiated_again(tokens, tiny, monkeypatch):
-    monkeypatch.setattr(functional, "TINY", tiny)
+    monkeypatch.setattr(choose, "_CPU", choose.Card(tiny=tiny))
     values = [v.requires_grad_() for v in tensors((tokens,), 4, 5, 2)]
     assert torch.autograd.gradcheck(functional.linear, values)
     assert torch.autograd.gradgradcheck(functional.linear, values)
 
 
-@pytest.mark.parametrize("small", (0, convolution.SMALL))
+@pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
 def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeypatch):
-    monkeypatch.setattr(convolution, "SMALL", small)
+    monkeypatch.setattr(choose, "_CPU", choose.Card(small=small, light=2**17))
     x, weight = torch.randn(2, 4, 5).double(), torch.randn(4, 2, 3).double()
     a, b = torch.randn(2, 6).double(), torch.randn(4, 2).double()
     values = [x, weight, torch.randn(4).double(), a, b, torch.tensor(0.5).double()]
@@ -85,7 +85,7 @@ def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeyp
 @pytest.mark.parametrize("tokens, fan_in, out", ((60, 160, 120), (300, 160, 120)))
 @pytest.mark.parametrize("which", WHICH)
 def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
-    assert not functional.tiny(tokens * fan_in, (out, fan_in), 3)
+    assert not choose.tiny(tokens * fan_in, (out, fan_in), 3, choose.CARDS["cpu"].tiny)
     values = tensors((tokens,), fan_in, out, 3)
     seed = torch.randn(tokens, out).double()
     y, got = gradients(functional.linear, values, which, seed)
@@ -101,7 +101,7 @@ def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
 @pytest.mark.parametrize("which", WHICH)
 def test_convolution_and_only_the_wanted_gradients(side, groups, way, which, monkeypatch):
     if way != "few":
-        monkeypatch.setattr(convolution, "SMALL", 0)
+        monkeypatch.setattr(choose, "_CPU", choose.Card())
     if way == "thin" and groups == 1:  # what a GPU takes
 
         def on_a_gpu(kernel, a, scaled, wanted):
@@ -135,23 +135,6 @@ def test_weights_of_any_strides_and_inputs_of_any_strides():
     functional.linear(leaf, transposed, bias, a, b, scale).sum().backward()  # dY is expanded
     ones = torch.ones(8, 4).double()
     torch.testing.assert_close(leaf.grad, ones @ (weight + scale * b @ a))
-
-
-def test_the_choice_between_the_two_ways():
-    assert not functional.denser(100, 200, 300, torch.float32)  # 2·200·300/500 = 240
-    assert not functional.denser(240, 200, 300, torch.float32)
-    assert functional.denser(241, 200, 300, torch.float32)
-    assert not functional.denser(10**6, 200, 300, torch.bfloat16)
-    assert not functional.denser(10**6, 200, 300, torch.float16)
-
-
-def test_the_choice_of_the_dense_gradient_at_tiny_sizes():
-    assert functional.tiny(16 * 64, (64, 64), 4)  # (16 + 3·20)·64·64 < 2^21
-    assert not functional.tiny(64 * 256, (256, 256), 8)
-    assert not functional.tiny(512, (512, 512), 8)  # one token, but a large matrix to form
-    edge = functional.TINY // 64 // 64 - 3 * 24
-    assert functional.tiny((edge - 1) * 64, (64, 64), 8)
-    assert not functional.tiny(edge * 64, (64, 64), 8)
 
 
 @pytest.mark.parametrize("tokens", (2, 70))
@@ -212,10 +195,10 @@ def test_a_graph_of_operations_takes_the_scale_as_an_input():
     torch.testing.assert_close(graph(state, x), model(x))
 
 
-@pytest.mark.parametrize("small", (0, convolution.SMALL))
+@pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
 @pytest.mark.parametrize("kind", ("bfloat16", "float64"))
 def test_a_convolution_takes_factors_of_another_type(kind, small, monkeypatch):
-    monkeypatch.setattr(convolution, "SMALL", small)
+    monkeypatch.setattr(choose, "_CPU", choose.Card(small=small, light=2**17))
     layer = nn.Conv2d(4, 6, 3)
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2, "adapter_dtype": kind}})
     (_, _, update), x = next(updates(model)), torch.randn(2, 4, 9, 9)

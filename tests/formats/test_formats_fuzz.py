@@ -16,7 +16,10 @@ STEMS = (
     "a a.b lora_unet_a_b lora_te1_a transformer.h.0.attn.qkv base_model.model.a "
     "base_model.model.ex base_model.model.ex.base_layer base_model.model.m "
     "base_model.model.m.base_layer.out_proj "
-    "unet.a.b unet:0 unet:1 block.attn.processor"
+    "unet.a.b unet:0 unet:1 block.attn.processor "
+    "model.layers.0.self_attn.qkv_proj layers.0.self_attn.k_proj lora_unet_layers_0_mlp_up_proj "
+    "model.layers.0.mlp.experts.0.gate_proj base_model.model.model.layers.0.mlp.experts "
+    "module._orig_mod.layers.0.block_sparse_moe.experts.1.w3 layers.0.mlp.experts.gate_up_proj"
 ).split()
 LEAVES = (
     "lora_A lora_B lora_A.weight lora_B.weight lora_scale lora_embedding_A lora_embedding_B alpha "
@@ -38,6 +41,15 @@ BASE = {
     "m.out_proj": Slot((2, 2), "matrix", "linear", 1),
     "transformer.h.0.attn.qkv": Slot((8, 4), "matrix", "linear", 1),
     "block.attn.to_q": Slot((4, 4), "matrix", "linear", 1, ("Net", "Attention", "Linear")),
+    "model.layers.0.self_attn.q_proj": Slot((2, 3), "matrix", "linear", 1),
+    "model.layers.0.self_attn.k_proj": Slot((1, 3), "matrix", "linear", 1),
+    "model.layers.0.self_attn.v_proj": Slot((1, 3), "matrix", "linear", 1),
+    "model.layers.0.mlp.gate_up_proj": Slot((4, 3)),
+    "model.layers.0.mlp.experts.gate_up_proj": Slot((2, 4, 3)),
+    "layers.1.mlp.experts.gate_up_proj": Slot((4, 2, 4), "stack", "parameter", 1, (), True),
+    "layers.2.mlp.experts.0.gate_proj": Slot((2, 3), "matrix", "linear", 1),
+    "layers.2.mlp.experts.0.up_proj": Slot((2, 0)),
+    "layers.3.mlp.experts.gate_up_proj": Slot((1 << 40, 0, 0)),
 }
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 4) | st.floats() | st.sampled_from(["", "a", "["]),
@@ -50,7 +62,7 @@ CONFIG = st.dictionaries(
         "use_rslora fan_in_fan_out lora_r lora_query lora_key paramlora_scales "
         "exclude_modules".split()
     ),
-    JSON | st.just("LORA") | st.just(["ex.w", "ex.v"]),
+    JSON | st.just("LORA") | st.sampled_from([["ex.w", "ex.v"], ["mlp.experts.gate_up_proj"]]),
 )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from paramlora import formats
 from paramlora.errors import FileError
-from paramlora.formats import sgm
+from paramlora.formats.names import stable_diffusion
 from paramlora.update.value import Adapter, Update
 
 diffusers = pytest.importorskip("diffusers")
@@ -137,7 +137,7 @@ def xl():
 def test_the_original_names_of_sdxl_are_those_of_diffusers():
     """Every layer of the U-Net by its original name, through diffusers' own translation."""
     base = formats.base_of(xl())
-    originals = sgm.original_names(base)
+    originals = {path: name for name, path in stable_diffusion.pairs(base).items()}
     state = {}
     for path, name in originals.items():
         stem = f"lora_unet_{name.replace('.', '_')}"
@@ -239,7 +239,10 @@ def test_dotted_paths_and_a_flat_1x1():
 @pytest.mark.parametrize(
     "extra, text",
     [
-        ({"lora_unet_x.dora_scale": torch.ones(4, 1)}, "DoRA, which rescales .*: lora_unet_x"),
+        (
+            {"lora_unet_x.dora_scale": torch.ones(5, 1)},
+            r"x: a magnitude of \[5, 1\] does",
+        ),
         ({"lora_unet_x.oft_blocks": torch.ones(4, 1)}, "no update of one weight: .*oft_blocks"),
         ({"lora_unet_x.w_norm": torch.ones(4)}, "no update of one weight: .*w_norm"),
         ({"lora_unet_y.alpha": torch.tensor(1.0)}, "lora_unet_y: alpha: no form that can be read"),

@@ -22,7 +22,7 @@ PACKAGE = Path(paramlora.__file__).parent
 MINE = r'''
 """The format of a tool that nobody has: up and down beside each other, and gain beside the file."""
 
-from paramlora.adapter import Adapter, Update
+from paramlora.update.value import Adapter, Update
 from paramlora.errors import FileError
 from paramlora.formats.content import Content, number
 from paramlora.formats.format import Format, Mark, Prefix, any_key

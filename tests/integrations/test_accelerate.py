@@ -1,5 +1,10 @@
 """accelerate's own ways of saving an attached model and of going on with it."""
 
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +91,23 @@ def test_its_state_dict_merges_without_the_model(tmp_path):
     plain.load_state_dict(state)
     ids = torch.arange(8)
     torch.testing.assert_close(plain(ids), model(ids), rtol=1e-5, atol=1e-6)
+
+
+def test_fsdp2_saves_its_state_and_goes_on(tmp_path):
+    script = Path(__file__).with_name("accelerate_fsdp2.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("losses")]
+    spec = importlib.util.spec_from_file_location("accelerate_fsdp2", script)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    model = alone.attached()
+    optimizer = torch.optim.AdamW(paramlora.trainable_parameters(model), lr=1e-2)
+    want = alone.steps(model, optimizer, 6, torch.Tensor.backward)
+    assert [float(one) for one in line.split()[1:]] == pytest.approx(want, rel=1e-5)
+    assert want[-1] < want[0] * 0.9
+    again = paramlora.load_adapter(alone.base(), tmp_path / "adapter.safetensors")
+    x = torch.ones(8, 16)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)

@@ -5,12 +5,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import paramlora
+from paramlora import files
+from paramlora.files.adapters import convert
+from paramlora.files.inspect import inspect
 from paramlora.model.attach import _register, updates
+from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.lowrank import LowRank
 from paramlora.update.sum import Block, Term
+from paramlora.update.value import KindUpdate
 
 
 class Silent(LowRank):
@@ -24,37 +33,9 @@ class Silent(LowRank):
         return self.magnitude * super().forward(weight)
 
 
-@dataclass(frozen=True)
-class ScaledTerm(Term):
-    """The low-rank sum first, then each row by its magnitude."""
-
-    inner: Term
-    magnitude: Tensor
-    whole_rows = True
-
-    def prepared(self, wide):
-        return ScaledTerm(self.inner.prepared(wide), self.magnitude.detach().to(wide))
-
-    def applied(self, total: Tensor, block: Block) -> Tensor:
-        return self.inner.applied(total, block) * self.magnitude[block.rows]
-
-
-class Scaled(Silent):
-    """The same, that tells."""
-
-    def term(self):
-        return ScaledTerm(super().term(), self.magnitude)
-
-    def groups(self):
-        return {**super().groups(), "magnitude": [self.magnitude]}
-
-    def described(self):
-        return self.r, self.lora_scale.item(), "scaled"
-
-
-def model_with(kind, rows=6, columns=4):
+def model_with(kind):
     torch.manual_seed(0)
-    model = nn.ModuleDict({"layer": nn.Linear(columns, rows)}).double()
+    model = nn.ModuleDict({"layer": nn.Linear(4, 6)}).double()
     model.requires_grad_(False)
     weight = model.layer.weight.clone()
     update = kind(model.layer.weight, 2)
@@ -64,9 +45,8 @@ def model_with(kind, rows=6, columns=4):
     return model, update, want.detach()
 
 
-@pytest.mark.parametrize("kind", (Silent, Scaled))
-def test_it_acts_and_trains_by_its_forward(kind):
-    model, update, want = model_with(kind)
+def test_a_class_that_says_nothing_acts_and_trains_by_its_forward():
+    model, update, want = model_with(Silent)
     x = torch.randn(3, 4).double()
     torch.testing.assert_close(model.layer(x), x @ want.T + model.layer.bias)
     model.layer(x).square().sum().backward()
@@ -92,20 +72,211 @@ def test_what_it_does_not_say_is_refused(act, question):
     assert torch.equal(model.layer.weight, want)
 
 
+@dataclass(frozen=True)
+class ScaledTerm(Term):
+    """The low-rank sum first, then each row by its magnitude."""
+
+    inner: Term
+    magnitude: Tensor
+    whole_rows = True
+
+    def prepared(self, wide):
+        return ScaledTerm(self.inner.prepared(wide), self.magnitude.detach().to(wide))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        return self.inner.applied(total, block) * self.magnitude[block.rows]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process, in which a tensor can be sharded."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/x", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def scaled():
+    """The same kind, registered: all that it takes, and the term above."""
+
+    @register
+    class Scaled(LowRank):
+        """``W' = m · (W + scale·B·A)``, with a magnitude ``m`` for each row."""
+
+        method = "scaled"
+        parts = {**LowRank.parts, "lora_magnitude": "weight"}
+
+        def __init__(self, weight, *args, **options):
+            super().__init__(weight, *args, **options)
+            self.lora_magnitude = nn.Parameter(torch.ones_like(weight[:, :1]))
+
+        def forward(self, weight):
+            return torch.lerp(weight, self.lora_magnitude * super().forward(weight), self.gain)
+
+        @staticmethod
+        def term_of(parts, gain, layout):
+            return ScaledTerm(LowRank.term_of(parts, gain, layout), parts["lora_magnitude"])
+
+    yield Scaled
+    unregister("scaled")
+
+
+def trained(rows=6, columns=4, steps=3):
+    """(model, its weight and bias from before, x): attached by a configuration, and trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, rows)).double()
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    paramlora.attach(model, {"0": {"r": 2, "scale": 0.7, "kind": "scaled"}})
+    optimizer = torch.optim.Adam(paramlora.trainable_parameters(model), lr=0.1)
+    x = torch.randn(5, columns).double()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model, weight, bias, x
+
+
+def wanted(model, weight):
+    """The definition, in float64 and by the values in the model's own state dict."""
+    state = {k.rpartition(".")[2]: v for k, v in model.state_dict().items()}
+    total = weight + state["lora_scale"] * state["lora_B"] @ state["lora_A"]
+    return state["lora_magnitude"] * total
+
+
+def test_it_attaches_and_trains(scaled):
+    model, weight, bias, x = trained()
+    ((_, _, update),) = updates(model)
+    assert type(update) is scaled and (update.lora_magnitude != 1).any() and update.lora_B.any()
+    torch.testing.assert_close(model(x), x @ wanted(model, weight).T + bias)
+    with paramlora.disable_adapters(model):
+        assert torch.equal(model[0].weight, weight)
+
+
+def test_it_is_saved_and_loaded(scaled, tmp_path):
+    model, weight, bias, x = trained()
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = nn.Sequential(nn.Linear(4, 6)).double()
+    with torch.no_grad():
+        other[0].weight.copy_(weight), other[0].bias.copy_(bias)
+    paramlora.load_adapter(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(x), model(x))
+    assert {k: v.tolist() for k, v in paramlora.adapter_state_dict(other).items()} == {
+        k: v.tolist() for k, v in paramlora.adapter_state_dict(model).items()
+    }
+    assert type(paramlora.adapter_of(other).others["0"]) is KindUpdate
+    with pytest.raises(paramlora.FileError, match="does not fit"):
+        paramlora.load_adapter(nn.Sequential(nn.Linear(3, 6)), tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("rows, columns", [(6, 4), (3, 300_000)])
-def test_it_merges_by_its_own_term(rows, columns):
-    model, _, want = model_with(Scaled, rows, columns)
-    paramlora.merge(model)
-    torch.testing.assert_close(model.layer.weight, want, rtol=1e-12, atol=1e-12)
-    assert type(model.layer) is nn.Linear
+def test_it_merges_live_in_a_state_dict_and_on_a_streamed_file(scaled, tmp_path, rows, columns):
+    model, weight, bias, _ = trained(rows, columns, steps=1)
+    want, adapter = wanted(model, weight), paramlora.adapter_of(model)
+    base = {"0.weight": weight, "0.bias": bias}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(model.state_dict(), tmp_path / "inside.safetensors")
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    files.merge(
+        tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "1.safetensors"
+    )
+    files.merge(tmp_path / "inside.safetensors", [], tmp_path / "2.safetensors")
+    merged = [
+        paramlora.checkpoint.merge(base, adapter)["0.weight"],
+        paramlora.checkpoint.merge(model.state_dict())["0.weight"],
+        *(load_file(tmp_path / f"{n}.safetensors")["0.weight"] for n in (1, 2)),
+        paramlora.merge(model)[0].weight,
+    ]
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(merged[0], want, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(one, merged[0]) for one in merged)
 
 
-def test_it_is_shown_and_grouped_by_its_own_words():
-    model, update, _ = model_with(Scaled)
+def test_it_is_embedded_and_extracted(scaled):
+    model, weight, bias, _ = trained()
+    base, adapter = {"0.weight": weight, "0.bias": bias}, paramlora.adapter_of(model)
+    embedded, state = paramlora.checkpoint.embed(base, adapter), model.state_dict()
+    assert embedded.keys() == state.keys()
+    assert all(torch.equal(embedded[key], state[key]) for key in state)
+    again = paramlora.checkpoint.extract(embedded).others["0"]
+    assert again.scale == 0.7 and again.r == 2
+    assert torch.equal(again.held["lora_magnitude"], adapter.others["0"].held["lora_magnitude"])
+    del embedded["0.parametrizations.weight.0.lora_B"]
+    with pytest.raises(paramlora.FileError, match="an update is inside without its lora_B"):
+        paramlora.checkpoint.extract(embedded)
+
+
+def test_it_is_shown_and_grouped(scaled, tmp_path):
+    model, *_ = trained()
+    ((_, _, update),) = updates(model)
     (row,) = paramlora.summary(model).rows
-    assert (row.r, row.scale, row.kind) == (2, 1.0, "scaled")
+    assert (row.r, row.kind, row.parameters) == (2, "scaled", 2 * (6 + 4) + 6)
+    assert row.scale == pytest.approx(0.7)
     groups = {g["name"]: g["params"] for g in paramlora.parameter_groups(model, 1e-3)}
-    assert groups["magnitude"] == [update.magnitude] and "model" not in groups
+    assert groups["lora_magnitude"] == [update.lora_magnitude] and "model" not in groups
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    (row,) = inspect(tmp_path / "a.safetensors").rows
+    assert (row.path, row.shape, row.r, row.scale, row.kind) == ("0", (6, 4), 2, 0.7, "scaled")
+    assert "scaled" in str(inspect(tmp_path / "a.safetensors"))
+
+
+def test_other_tools_files_refuse_it(scaled, tmp_path):
+    model, *_ = trained()
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    for name in ("peft", "kohya", "diffusers"):
+        with pytest.raises(paramlora.FileError, match=rf'0: .*"scaled".* {name}'):
+            convert(tmp_path / "a.safetensors", tmp_path / name, name)
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_it_is_sharded_as_its_weight_is(scaled, dim, one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.Sequential(nn.Linear(4, 6)).double()
+    weight = model[0].weight.detach().clone()
+    model[0].weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)]))
+    paramlora.attach(model, {"0": {"r": 2, "kind": "scaled"}})
+    ((_, _, update),) = updates(model)
+    places = {name: getattr(update, name).placements[0] for name in ("lora_A", "lora_B")}
+    places["lora_magnitude"] = update.lora_magnitude.placements[0]
+    rows = dim == 0
+    assert places == {
+        "lora_A": Replicate() if rows else Shard(1),
+        "lora_B": Shard(0) if rows else Replicate(),
+        "lora_magnitude": Shard(0) if rows else Replicate(),
+    }
+    with torch.no_grad():
+        update.lora_B.fill_(0.5), update.lora_magnitude.fill_(1.5)
+    a = update.lora_A.full_tensor()
+    want = 1.5 * (weight + a.sum(0).mul(0.5).expand(6, 4))
+    torch.testing.assert_close(paramlora.merge(model)[0].weight.full_tensor(), want)
+
+
+@pytest.mark.parametrize("lacks", ("parts", "term_of", "method"))
+def test_a_kind_that_says_half_is_not_registered(lacks):
+    said = {"method": "half", "parts": LowRank.parts, "term_of": LowRank.term_of}
+    said["forward"] = lambda self, weight: weight
+    del said[lacks]
+    with pytest.raises(paramlora.AdapterError, match=f'Half .* does not say its "{lacks}"'):
+        register(type("Half", (LowRank,), said))
+    assert "half" not in KINDS
+
+
+def test_a_parameter_that_is_not_told_is_refused_before_it_is_lost(scaled):
+    model, *_ = trained()
+    ((_, _, update),) = updates(model)
+    update.extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(paramlora.AdapterError, match="has a parameter extra, .* do not tell"):
+        paramlora.adapter_state_dict(model)
+
+
+def test_two_kinds_of_one_name_are_refused(scaled):
+    with pytest.raises(paramlora.AdapterError, match='"scaled" is registered already, as Scaled'):
+        register(type("Other", (LowRank,), {"method": "scaled"}))
+
+
+def test_a_kind_that_is_not_registered_is_no_configuration(tmp_path):
+    with pytest.raises(paramlora.ConfigError, match='"kind" must be one of lora.*got .scaled'):
+        paramlora.attach(nn.Sequential(nn.Linear(4, 6)), {"0": {"r": 2, "kind": "scaled"}})
 
 
 def test_every_kind_of_the_package_says_everything():

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora.cuda.convolution import kernels as conv_kernels
+from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, bound, changed
-from paramlora.cuda.linear.tiles import PROCESSORS, WIDEST
+from paramlora.cuda.linear.tiles import WIDEST
 from paramlora.cuda.operands import DEEP, factors_fit, outputs_of, padded
 from paramlora.update.compat import cuda_device
 
@@ -300,6 +301,7 @@ class _Backward:
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
         PX, P, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(out, R), x.get_device()
+        processors = card(device).processors
         last, x_last, weight_last = (bool(_format(of)) for of in (dy, x, weight))
         self.input_too, self.a_too = input_too, a_too
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
@@ -310,11 +312,11 @@ class _Backward:
             _last(of) for of in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
         )
         self.dx, self.da, self.db = (_first(tuple(of)) for of in (x.shape, a.shape, (out, r)))
-        BP = _power(P, 128 if batch * -(-P // 128) >= PROCESSORS else 32)
+        BP = _power(P, 128 if batch * -(-P // 128) >= processors else 32)
         GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
         tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
-        groups = max(1, min(-(-units // 4), -(-PROCESSORS // blocks)))
+        groups = max(1, min(-(-units // 4), -(-processors // blocks)))
         each = -(-units // groups)
         groups = -(-units // each)
         self.parts = groups * out * R

@@ -5,9 +5,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from paramlora.cuda.device import card
 from paramlora.cuda.embedding import kernels
 from paramlora.cuda.launch import Launch, bound
-from paramlora.cuda.linear.tiles import PROCESSORS, WIDEST
+from paramlora.cuda.linear.tiles import WIDEST
 from paramlora.cuda.operands import DEEP, padded
 from paramlora.update.compat import cuda_device
 
@@ -19,15 +20,16 @@ class _Forward:
 
     def __init__(self, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
         M, (num, dim), r = rows.numel(), weight.shape, len(a)
+        processors = card(weight.get_device()).processors
         R = padded(r)
         self.shape = (*rows.shape, dim)
         self.stride = torch.empty(self.shape, device="meta").stride()
         self.size = R * (dim + M) + 2 * (-(-dim // DEEP) + 1)  # see `linear_kernels.look_up`
         # few rows are divided further, and by columns; blocks leave registers for other programs
-        BM, BD = 64 if M >= 32 * PROCESSORS else 16, 64 if R <= 128 else 32
+        BM, BD = 64 if M >= 32 * processors else 16, 64 if R <= 128 else 32
         stages = 3 if R <= WIDEST else 2
         strips, blocks = -(-M // BM), -(-dim // BD)
-        each = -(-blocks // min(blocks, -(-4 * PROCESSORS // strips))) * BD
+        each = -(-blocks // min(blocks, -(-4 * processors // strips))) * BD
         grid, numbers = strips * -(-dim // each), (M, num, dim, r, each, *weight.stride())
         self.launch = Launch(
             kernels.look_up, weight.get_device(), grid, (*numbers, *a.stride(), *b.stride()),
@@ -110,7 +112,7 @@ class _Backward:
         self.sizes, self.scaled, self.wanted = (M, dim, r, R), scaled, wanted
         BM, BD, GM = 64, 64, 64  # small enough for the shared memory of every device
         blocks = -(-dim // DEEP)
-        groups = min(-(-M // (4 * GM)), -(-PROCESSORS // blocks))
+        groups = min(-(-M // (4 * GM)), -(-card(dy.get_device()).processors // blocks))
         each = -(-M // groups // GM) * GM
         groups = -(-M // each)
         strips, programs = -(-M // BM) if wanted[0] else 0, blocks * groups if wanted[1] else 0

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.launch import Launch, bound, changed, is_hopper
+from paramlora.cuda.device import card
+from paramlora.cuda.launch import Launch, bound, changed
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
-    PROCESSORS,
     Rows,
     Tiles,
     gradients,
@@ -47,7 +47,7 @@ _NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Launch:
     """``left[M, K] @ f[R, K].T``."""
-    M, hopper, (BM, BK, stages, warps) = left.M, is_hopper(device), projection(left.M, R)
+    M, hopper, (BM, BK, stages, warps) = left.M, card(device).hopper, projection(left.M, R)
     numbers = (M, K, left.period, *left.places(left.period))
     constants = (hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
     early = hopper and after_pack
@@ -106,7 +106,8 @@ class _Forward:
     ) -> None:
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
         self.sizes, self.R = (M, N, K), padded(r)
-        R, hopper = self.R, is_hopper(device)
+        R, on = self.R, card(device)
+        hopper = on.hopper
         local = is_local(self.sizes, R, captured, hopper)
         ours = is_ours(self.sizes, R, captured, hopper)
         self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
@@ -114,7 +115,7 @@ class _Forward:
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
         self.tiles = tiles = Tiles(
-            rows, out, period, w, self.sizes, R, hopper, misaligned, ours, local, True
+            rows, out, period, w, self.sizes, R, on, misaligned, ours, local, True
         )
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.whole: Optional[Launch] = None
@@ -302,7 +303,8 @@ class _Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         self.input_too, self.factors_too = wanted
-        hopper, w = is_hopper(device), weight.stride()
+        on, w = card(device), weight.stride()
+        hopper = on.hopper
         ours = is_ours(self.sizes, R, captured, hopper)
         local = all(wanted) and is_local(self.sizes, R, captured, hopper)
         self.separate = not (ours and self.factors_too)
@@ -311,7 +313,7 @@ class _Backward:
         period = min(rows[0].period, rows[1].period, out.period)
         alone, input_too = self.separate, self.input_too
         self.tiles = tiles = Tiles(
-            rows[0], out, period, w, self.sizes, R, hopper, misaligned,
+            rows[0], out, period, w, self.sizes, R, on, misaligned,
             ours, local, alone, input_too,
         )  # fmt: skip
         self.project = None
@@ -324,7 +326,8 @@ class _Backward:
         deep, stages, warps = gradients(tiles.tiling, R)
         blocks = -(-N // DEEP) + -(-K // DEEP)
         # columns of an image that lie apart take longer to load, so twice as many programs do
-        programs = PROCESSORS if rows[0].column == rows[1].column == 1 else 2 * PROCESSORS
+        together = rows[0].column == rows[1].column == 1
+        programs = on.processors if together else 2 * on.processors
         groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
         groups = -(-M // each)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
+from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block
 
-PROCESSORS = 132  # of the device that the choices were measured on
 WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
 
 
@@ -24,10 +24,13 @@ class Tiling(NamedTuple):
     tma: bool
 
 
-def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> Tiling:
+def tiling(
+    M: int, N: int, K: int, processors: int, aligned: bool, local: bool, alone: bool
+) -> Tiling:
     """The table of choices, measured on an H200, of 132 multiprocessors, by Triton 3.6.
 
-    `aligned`: the device has the engine, and its rules on addresses and strides are met.
+    `processors`: of the device. `aligned`: it has the engine, and its rules on addresses and
+    strides are met.
     `local`: the thin product is computed in the same grid. That spares launches, and `project`
     beside it is a little faster, so it is chosen where the host takes longer than the device:
     small products, but not in a CUDA graph. There also describing blocks to the engine costs more
@@ -44,7 +47,7 @@ def tiling(M: int, N: int, K: int, aligned: bool, local: bool, alone: bool) -> T
         return Tiling(128, 256, 64, 16, 3, 8, True)
     if alone and not local and N <= 640 and K < 2048:
         return Tiling(128, 64, 64, 8, 3, 4, True)
-    if K >= 2048 and -(-M // 128) * -(-N // 128) < PROCESSORS:
+    if K >= 2048 and -(-M // 128) * -(-N // 128) < processors:
         return Tiling(64, 128, 64, 8, 4, 4, True)
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
@@ -153,7 +156,7 @@ class Tiles:
         w: tuple[int, ...],
         sizes: tuple[int, int, int],
         R: int,
-        hopper: bool,
+        card: Card,
         misaligned: bool,
         ours: bool,
         local: bool,
@@ -163,9 +166,10 @@ class Tiles:
         (M, N, K), (w_k, w_n) = sizes, w
         step = w_n if w_k == 1 else w_k
         strides = (K | N | left.row | out.row | step) & 7 or not step
+        hopper = card.hopper
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
         self.early = hopper and ours and not local
-        self.tiling = tiling(M, N, K, aligned, local, alone) if wanted else NONE
+        self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))

@@ -1,0 +1,316 @@
+"""Mixture-of-experts layers: a step of transformers' `Qwen3MoeExperts` alone, frozen and adapted.
+
+``python -m benchmarks.experts --out FOLDER`` writes ``experts.json`` and prints a table. A step is
+a forward and a backward in bfloat16 with gradients of the input, the routing weights and the
+factors of ``gate_up_proj`` and ``down_proj``; R is its time over the frozen layer's. All ways have
+the same values, and take turns in one process:
+
+- ``frozen``: no update.
+- ``paramlora``, and ``paramlora dropout``: with 0.1.
+- ``peft``: its `target_parameters`, factors in float32; ``definition``: the dense sums, in
+  autograd.
+- ``unfused``: three grouped products for each tensor, base, down and up, whose outputs are added
+  after they were rounded.
+
+A case ends in the implementation that transformers was asked for. Memory is what a step takes
+beside what was allocated before it; kept is the share of an update of a thousandth of the weights
+that reaches the output. Errors are against the loop over the experts in float32 with dense sums.
+"""
+
+import argparse
+import copy
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import paramlora
+from benchmarks import timing
+from benchmarks.machine import device
+from benchmarks.results import experts_table, save
+
+STACKS = ("gate_up_proj", "down_proj")
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of the layer, the tokens that it reads, and how transformers computes it."""
+
+    experts: int
+    hidden: int
+    inner: int
+    tokens: int
+    top: int
+    implementation: str = "grouped_mm"
+
+    def __str__(self) -> str:
+        sizes = f"{self.experts}×{self.hidden}×{self.inner}"
+        return f"{sizes}, {self.tokens} tokens, top {self.top}, {self.implementation}"
+
+
+CASES = (
+    Case(128, 2048, 768, 4096, 8),
+    Case(128, 2048, 768, 16384, 8),
+    Case(32, 2880, 2880, 8192, 4),
+    Case(128, 2048, 768, 4096, 8, "eager"),
+)
+TINY = (Case(4, 32, 24, 64, 2), Case(4, 32, 24, 64, 2, "eager"))
+
+
+class Layer(nn.Module):
+    """One layer of experts below a model, where peft wants it."""
+
+    def __init__(self, case: Case) -> None:
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        super().__init__()
+        config = SimpleNamespace(
+            num_experts=case.experts,
+            hidden_size=case.hidden,
+            moe_intermediate_size=case.inner,
+            hidden_act="silu",
+            _experts_implementation=case.implementation,
+        )
+        self.experts = Qwen3MoeExperts(config)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, index, weights)  # type: ignore[no-any-return]
+
+
+class Unfused(nn.Module):
+    """The base's product, and the two of an update, added after their rounding."""
+
+    def __init__(self, plain: Layer, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.plain, self.act = plain.experts, plain.experts.act_fn
+        self.factors = nn.ParameterDict(
+            {f"{n}_{i}": nn.Parameter(t.clone()) for n, ab in factors.items() for i, t in
+             zip("AB", ab)}
+        )  # fmt: skip
+
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        a, b = (self.factors[f"{name}_{i}"].to(x.dtype).mT for i in "AB")
+        y = F.grouped_mm(x, getattr(self.plain, name).mT, offs=ends)
+        return y + F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ids, order = torch.sort(index.reshape(-1))
+        every = torch.arange(len(self.plain.gate_up_proj), device=x.device)
+        ends = torch.searchsorted(ids, every, right=True, out_int32=True)
+        gate, up = self.product(x[order // index.shape[1]], STACKS[0], ends).chunk(2, -1)
+        y = self.product(self.act(gate) * up, STACKS[1], ends)
+        y = y * weights.reshape(-1)[order, None]
+        return y[order.argsort()].view(*index.shape, -1).sum(1).to(x.dtype)
+
+
+def plain(case: Case) -> Layer:
+    torch.manual_seed(0)
+    with torch.device(device()):
+        layer = Layer(case).to(torch.bfloat16).requires_grad_(False)
+    for name in STACKS:
+        weight = getattr(layer.experts, name)
+        weight.normal_(std=weight.shape[-1] ** -0.5)
+    return layer
+
+
+def values(case: Case, r: int, size: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of each stack, in float32, whose update has that size relative to the weights."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {STACKS[0]: (2 * case.inner, case.hidden), STACKS[1]: (case.hidden, case.inner)}
+    out = {}
+    for name, (rows, columns) in shapes.items():
+        a = torch.randn(case.experts, r, columns, generator=generator) / columns**0.5
+        b = torch.randn(case.experts, rows, r, generator=generator) * size / r**0.5
+        out[name] = (a.to(device()), b.to(device()))
+    return out
+
+
+def inputs(case: Case) -> Inputs:
+    """What the layer reads: each token's experts differ, and all get about as many."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(case.tokens, case.hidden, generator=generator)
+    scores = torch.rand(case.tokens, case.experts, generator=generator)
+    weights, index = scores.softmax(-1).topk(case.top)
+    low = (t.to(device(), torch.bfloat16).requires_grad_() for t in (x, weights))
+    return next(low), index.to(device()), next(low)
+
+
+def _ours(case: Case, r: int, size: float, **more: Any) -> nn.Module:
+    layer = paramlora.attach(plain(case), {name: {"r": r, **more} for name in STACKS})
+    with torch.no_grad():
+        for name, (a, b) in values(case, r, size).items():
+            low = layer.experts.parametrizations[name][0]  # type: ignore[union-attr, index]
+            low.lora_A.copy_(a), low.lora_B.copy_(b)  # type: ignore[operator, union-attr]
+    return layer.train()
+
+
+class Definition(nn.Module):
+    """The dense sums, formed once a call, in autograd."""
+
+    def __init__(self, case: Case, r: int, size: float) -> None:
+        super().__init__()
+        self.layer, pairs = plain(case), values(case, r, size)
+        self.pairs = nn.ParameterDict(
+            {f"{n}_{i}": nn.Parameter(t) for n, ab in pairs.items() for i, t in zip("AB", ab)}
+        )
+
+    def forward(self, *given: Tensor) -> Tensor:
+        sums = {}
+        for name in STACKS:
+            delta = self.pairs[f"{name}_B"] @ self.pairs[f"{name}_A"]
+            weight = getattr(self.layer.experts, name)
+            sums[f"experts.{name}"] = (weight + delta).to(weight.dtype)
+        return torch.func.functional_call(self.layer, sums, given)  # type: ignore[no-any-return]
+
+
+def _peft(case: Case, r: int, size: float) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = [f"experts.{name}" for name in STACKS]
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=targets)
+    model = get_peft_model(plain(case), config)
+    pairs = [ab for ab in values(case, r, size).values()]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = _as_peft(p, pairs, "lora_A" in name)
+    return model.train()
+
+
+def _as_peft(p: Tensor, pairs: list[tuple[Tensor, Tensor]], first: bool) -> Tensor:
+    """The factors of the stack whose sizes fit, as peft holds them, by experts and ranks."""
+    for a, b in pairs:
+        if first and p.shape == (a.shape[0] * a.shape[1], a.shape[2]):
+            return a.reshape(p.shape).clone()
+        if not first and p.shape == (b.shape[1], b.shape[0] * b.shape[2]):
+            return b.permute(1, 2, 0).reshape(p.shape).clone()  # ranks, then experts
+    raise AssertionError(f"peft holds a factor of {tuple(p.shape)}")
+
+
+WAYS: dict[str, Callable[[Case, int, float], nn.Module]] = {
+    "frozen": lambda case, r, size: plain(case),
+    "paramlora": _ours,
+    "paramlora dropout": lambda case, r, size: _ours(case, r, size, dropout=0.1),
+    "peft": _peft,
+    "unfused": lambda case, r, size: Unfused(plain(case), values(case, r, size)),
+    "definition": Definition,
+}
+
+
+def step_of(model: nn.Module, given: Inputs) -> timing.Step:
+    grad = torch.ones_like(given[0])
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(model(*given), (given[0], given[2], *trained), grad)
+
+    return step
+
+
+def reference(case: Case, r: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, the input's gradient, and the output without the update, all in float32."""
+    loop = Case(case.experts, case.hidden, case.inner, case.tokens, case.top, "eager")
+    x, index, weights = inputs(case)
+    given = x.detach().float().requires_grad_(), index, weights.detach().float()
+    layer = plain(loop).float()
+    with torch.no_grad():
+        base = layer(*given)
+        for name, (a, b) in values(case, r, size).items():
+            getattr(layer.experts, name).add_(b @ a)
+    y = layer(*given)
+    (dx,) = torch.autograd.grad(y.sum(), given[0])
+    return y.detach(), dx, base
+
+
+def measured(case: Case, way: str, r: int) -> dict[str, Any]:
+    """The row of one way but for its time: memory, errors and the share kept."""
+    model, given = WAYS[way](case, r, 0.1), inputs(case)
+    row: dict[str, Any] = {"case": str(case), "way": way}
+    step = step_of(model, given)
+    step()
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        row["beside_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if way in ("frozen", "paramlora dropout"):
+        return row
+    y, (want, want_dx, _) = model(*given), reference(case, r, 0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    dx, *grads = torch.autograd.grad(y.float().sum(), (given[0], *trained))
+    assert len(grads) == 4 and all(g.abs().sum() > 0 for g in grads), f"{way}: no gradient"
+    row["output_error"] = ((y.float() - want).norm() / want.norm()).item()
+    row["gradient_error"] = ((dx.float() - want_dx).norm() / want_dx.norm()).item()
+    assert row["output_error"] < 0.05 and row["gradient_error"] < 0.05, row
+    row["kept"] = kept(case, way, r)
+    return row
+
+
+def kept(case: Case, way: str, r: int) -> float:
+    """The share of a small update in the output, beside that of the same way without one."""
+    want, _, base = reference(case, r, 1e-3)
+    with torch.no_grad():
+        got = WAYS[way](case, r, 1e-3)(*inputs(case)).float()
+        none = WAYS[way](case, r, 0.0)(*inputs(case)).float()
+    change = want - base
+    return (((got - none) * change).sum() / change.square().sum()).item()
+
+
+def measure(case: Case, ways: list[str], r: int, rounds: int) -> list[dict[str, Any]]:
+    rows, live = [], {}
+    for way in ways:
+        try:
+            rows.append(measured(case, way, r))
+            live[way] = step_of(WAYS[way](case, r, 0.1), inputs(case))
+        except torch.cuda.OutOfMemoryError:
+            rows.append({"case": str(case), "way": way, "refused": "out of memory"})
+        gc.collect()
+    times = timing.eager(live, device(), rounds)
+    devices = timing.replayed(live, rounds) if device().type == "cuda" else {}
+    for row in rows:
+        for kind, found in (("eager", times), ("device", devices)):
+            if row["way"] in found:
+                row[f"{kind}_ms"] = median(found[row["way"]])
+                if "frozen" in found:
+                    row[f"{kind}_R"] = row[f"{kind}_ms"] / median(found["frozen"])
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    tiny, rows = options.tiny or device().type == "cpu", []
+    for number, case in enumerate(TINY if tiny else CASES):
+        if options.cases is None or number in options.cases:
+            rows += measure(case, options.ways, 8 if tiny else options.r, options.rounds)
+            path = save(options.out, "experts", {"tiny": tiny, "rows": copy.copy(rows)})
+    print(experts_table({"rows": rows}))
+    print(path)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", default="benchmark-results", help="folder of experts.json")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--cases", nargs="+", type=int, help="their places in the list, from 0")
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true", help="the small sizes, as without CUDA")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""Measures where one way of computing a layer overtakes another, and writes the device's table.
+
+``python -m benchmarks.tune [--write]`` times each shape in the ways between which
+`paramlora.evaluate.choose` chooses, and prints the thresholds that lose the least time over all of
+them, beside those of the table in use. ``--write`` puts them into ``paramlora/evaluate/cards.json``
+under the device's name, for every later process.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import paramlora
+from benchmarks.machine import device
+from benchmarks.timing import eager
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Card
+
+TABLE = Path(choose.__file__).with_name("cards.json")
+ALWAYS, NEVER = 2**62, 0
+CPU_LINEAR = list(itertools.product((1, 16, 256, 2048), (32, 64, 128, 256, 512), (4, 16)))
+CUDA_LINEAR = list(itertools.product((16, 256, 2048, 16384), (256, 1024, 4096), (16,)))
+CONVOLUTIONS = list(itertools.product((4, 16, 64), (8, 32, 64, 256), (4, 16)))  # side, channels, r
+Timed = tuple[int, float, float]  # the work, seconds of the simple way, of the function
+
+
+def step_of(layer: nn.Module, x: torch.Tensor, r: int) -> Callable[[], None]:
+    """One forward and backward of an adapted layer."""
+    model = paramlora.attach(nn.Sequential(layer), {"0": {"r": r}}).to(x.device)
+    dy = torch.ones_like(model(x))
+
+    def step() -> None:
+        model(x).backward(dy)
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(step: Callable[[], None], simple: Card, x: torch.Tensor) -> tuple[float, float]:
+    """Milliseconds by a card's choice, and by one that takes nothing for small."""
+
+    def by(card: Card) -> Callable[[], None]:
+        def called() -> None:
+            choose.card_of = lambda x: card
+            step()
+
+        return called
+
+    own = choose.card_of
+    try:
+        found = eager({"simple": by(simple), "function": by(Card())}, x.device, rounds=5)
+    finally:
+        choose.card_of = own
+    return min(found["simple"]), min(found["function"])
+
+
+def linears(on_cpu: bool) -> Iterable[Timed]:
+    """Of linear layers, their work as `choose` counts it."""
+    for tokens, side, r in CPU_LINEAR if on_cpu else CUDA_LINEAR:
+        x = torch.randn(tokens, side, device=device(), requires_grad=True)
+        work = (tokens * side + 3 * (r + 16) * side) * side if on_cpu else tokens * side * side
+        simple = Card(tiny=ALWAYS) if on_cpu else Card(brief=ALWAYS)
+        yield work, *timed(step_of(nn.Linear(side, side), x, r), simple, x)
+
+
+def convolutions() -> Iterable[Timed]:
+    """Of convolutions 3×3, their work as `choose` counts it."""
+    for side, channels, r in CONVOLUTIONS:
+        x = torch.randn(2, channels, side, side, device=device(), requires_grad=True)
+        layer = nn.Conv2d(channels, channels, 3, padding=1)
+        work = 2 * side * side * layer.weight.numel()
+        yield work, *timed(step_of(layer, x, r), Card(small=ALWAYS, light=ALWAYS), x)
+
+
+def threshold(rows: list[Timed]) -> int:
+    """The power of two below which the simple way is taken, with the least time lost over all
+    shapes, each as a share of its better way."""
+
+    def lost(least: int) -> float:
+        picked = [
+            (simple if work < least else other, simple, other) for work, simple, other in rows
+        ]
+        return sum(math.log(taken / min(both)) for taken, *both in picked)
+
+    return min((2**n for n in range(10, 40)), key=lost)
+
+
+def measured(on_cpu: bool) -> Card:
+    """The device's thresholds."""
+    if on_cpu:
+        old = choose.CARDS["cpu"]
+        return replace(old, tiny=threshold([*linears(True)]), small=threshold([*convolutions()]))
+    about = torch.cuda.get_device_properties(device())
+    brief = threshold([*linears(False)])
+    return Card(
+        brief=brief,
+        capability=(about.major, about.minor),
+        processors=about.multi_processor_count,
+    )
+
+
+def write(name: str, card: Card, table: Path) -> None:
+    """Put a device's thresholds into a table; the others stay."""
+    cards: dict[str, Any] = json.loads(table.read_text(encoding="utf-8"))
+    cards[name] = {key: value for key, value in asdict(card).items() if value not in (0, (0, 0))}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(of)}" for key, of in cards.items())
+    table.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put them into the table")
+    options = parser.parse_args(arguments)
+    on_cpu = device().type == "cpu"
+    name = "cpu" if on_cpu else torch.cuda.get_device_name()
+    found = measured(on_cpu)
+    print(f"{name}: {found}\nin use: {choose.card_of(torch.empty(0, device=device()))}")
+    if options.write:
+        write(name, found, TABLE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,366 @@
+"""The weighted sum of adapters, as an adapter."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Literal, Optional, Union, get_args
+
+import torch
+from torch import Tensor
+
+from paramlora.arithmetic.products import (
+    Approximation,
+    check_adds,
+    check_choice,
+    decomposed,
+    distance,
+    nearest,
+    with_factors,
+)
+from paramlora.errors import AdapterError, ParamloraWarning, listed
+from paramlora.formats.factors import within
+from paramlora.update.contexts import own_context
+from paramlora.update.value import Adapter, Holder, Update
+
+How = Literal["exact", "svd", "ties", "dare", "linear"]
+HOWS: tuple[How, ...] = get_args(How)
+_RANKED, _DENSE = ("svd", "ties", "dare"), ("ties", "dare")
+Weighted = Union[Adapter, tuple[Adapter, float]]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """``scale · B·A``, in float64."""
+
+    scale: float
+    a: Tensor
+    b: Tensor
+
+    def turned(self) -> "_Term":
+        return _Term(self.scale, self.b.mT, self.a.mT)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How to add.
+
+    Args:
+        how, rank, density, seed: as in `combine`.
+    """
+
+    how: How
+    rank: Optional[int]
+    density: float
+    seed: int
+
+
+@own_context()
+def combine(
+    adapters: Sequence[Weighted],
+    how: How = "exact",
+    rank: Optional[int] = None,
+    *,
+    density: Optional[float] = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> Approximation:
+    r"""The adapter whose updates are the weighted sums of others', ``Σ wᵢ·sᵢ·Bᵢ·Aᵢ``.
+
+    - ``"exact"`` joins the ranks: ``A`` is all rows of all ``Aᵢ``, ``B`` all columns of all
+      ``wᵢ·sᵢ·Bᵢ``. Where some ``A`` or ``B`` are equal those share their rows. Factors are
+      kept as they are where the scales agree, else rounded once to float32.
+    - ``"svd"`` is the nearest of `rank` (Eckart and Young 1936), by QR of the factors.
+    - ``"ties"`` (Yadav et al. 2023, arXiv:2306.01708, section 3): of each update the `density` of
+      largest entries, of these the sign with the larger sum, and the mean of what has it; the
+      weights come first, and a layer is a vector of its own. The nearest of `rank` of that.
+    - ``"dare"`` (Yu et al. 2024, arXiv:2311.03099, equations 3 to 5): each entry is kept with
+      probability `density` and divided by it, by random numbers of `seed`, then summed. The
+      nearest of `rank` of that.
+    - ``"linear"`` is what peft means by it: ``Σ√(wᵢsᵢ)·Bᵢ · Σ√(wᵢsᵢ)·Aᵢ``. It has the cross terms
+      ``Bᵢ·Aⱼ``, so it is not the sum; it is here for comparison.
+
+    Args:
+        adapters: each with its weight; 1 without one. Any number may be negative.
+        how: the way.
+        rank: of the result, where the way has one; layers that hold less have less.
+        density: a share of the entries, above 0 and up to 1.
+        seed: of ``"dare"``.
+        strict: a layer that only some of the adapters update is an error, not a warning.
+
+    Returns:
+        The adapter, and how near each layer is to the sum that the way means.
+
+    Raises:
+        AdapterError: other shapes, kinds that do not add, numbers that are not finite, ranks above
+            what there is, or options that say nothing to this way.
+
+    Example:
+        >>> one = Adapter({"q": Update(torch.randn(1, 5), torch.randn(4, 1), 0.5, (4, 5))})
+        >>> two = Adapter({"q": Update(torch.randn(2, 5), torch.randn(4, 2), 0.5, (4, 5))})
+        >>> both = combine([one, (two, 2.0)]).adapter.updates["q"]
+        >>> expected = one.updates["q"].delta() + 2 * two.updates["q"].delta()
+        >>> assert both.r == 3 and torch.allclose(both.delta(), expected, atol=1e-6)
+    """
+    pairs = _weighted(adapters)
+    _check_options(how, rank, density)
+    way = _Way(how, rank, 1.0 if density is None else density, seed)
+    terms = _by_path(pairs)
+    _report_missing(pairs, terms, strict)
+    whole = _whole(pairs, terms)
+    if rank is not None:
+        _check_rank(rank, terms)
+    updates, errors = _summed(terms, way)
+    return Approximation(_around([one for one, _ in pairs], updates, whole), errors)
+
+
+_Strong = tuple[int, Update, float]  # the adapter's number, its update, the weight
+
+
+def _summed(
+    terms: Mapping[str, list[_Strong]], way: _Way
+) -> tuple[dict[str, Update], dict[str, float]]:
+    """The sum at each path; tensors that are tied in each adapter keep sharing one."""
+    updates, errors = {}, {}
+    made: dict[tuple[tuple[int, float], ...], tuple[Update, float]] = {}
+    for path, strong in terms.items():
+        same = tuple((id(update), weight) for _, update, weight in strong)
+        if same not in made:
+            made[same] = _sum(path, strong, way)
+        updates[path], errors[path] = made[same]
+    return updates, errors
+
+
+def _sum(path: str, strong: list[_Strong], way: _Way) -> tuple[Update, float]:
+    first = strong[0][1]
+    dtype = reduce(torch.promote_types, (u.lora_A.dtype for _, u, _ in strong))
+    terms = [_Term(u.scale * w, u.lora_A.double(), u.lora_B.double()) for _, u, w in strong]
+    if way.how in _DENSE:
+        a, b, scale, error = _thinned(path, terms, [number for number, _, _ in strong], way, dtype)
+    elif way.how == "linear":
+        a, b, scale, error = (*_linear(path, terms), 1.0, 0.0)
+    else:
+        a, b, scale, error = _joined(terms, way.rank)
+    joined = within(replace(first, lora_A=a, lora_B=b))
+    return with_factors(joined, joined.lora_A, joined.lora_B, scale, dtype), error
+
+
+def _joined(terms: list[_Term], rank: Optional[int]) -> tuple[Tensor, Tensor, float, float]:
+    """A, B, the scale before them and the error of a cut."""
+    fewer = _without_repeats(terms)
+    fewer = [term.turned() for term in _without_repeats([term.turned() for term in fewer])]
+    scale = max((term.scale for term in fewer), key=abs)
+    a = torch.cat([term.a for term in fewer], -2)
+    # by a ratio: the same scales, and powers of two apart, lose no bit
+    b = torch.cat([term.b * (term.scale / scale if scale else 1.0) for term in fewer], -1)
+    if rank is None or rank >= a.shape[-2]:
+        return a, b, scale, 0.0
+    found = decomposed(a, b)
+    return *found.factors(rank), scale, found.error(rank)
+
+
+def _without_repeats(terms: list[_Term]) -> list[_Term]:
+    """Those of one A as one term, which has no higher rank."""
+    groups: list[list[_Term]] = []
+    for term in terms:
+        same = (g for g in groups if torch.equal(g[0].a, term.a))
+        group = next(same, None)
+        if group is None:
+            groups.append([term])
+        else:
+            group.append(term)
+    return [_one(group) for group in groups]
+
+
+def _one(group: list[_Term]) -> _Term:
+    scale = max((term.scale for term in group), key=abs)
+    if len(group) == 1 or not scale:
+        return group[0]
+    parts = (term.b * (term.scale / scale) for term in group)
+    return _Term(scale, group[0].a, reduce(Tensor.add, parts))
+
+
+def _linear(path: str, terms: list[_Term]) -> tuple[Tensor, Tensor]:
+    """The sum of the factors themselves, as peft's ``add_weighted_adapter`` forms it."""
+    ranks = sorted({term.a.shape[-2] for term in terms})
+    if len(ranks) > 1:
+        raise AdapterError(
+            f'{path}: "linear" adds factors of one rank, and these have {listed(map(str, ranks))}. '
+            'Use "exact" or "svd".'
+        )
+    roots = [math.sqrt(abs(term.scale)) for term in terms]
+    a = reduce(Tensor.add, (math.copysign(w, t.scale) * t.a for w, t in zip(roots, terms)))
+    return a, reduce(Tensor.add, (w * t.b for w, t in zip(roots, terms)))
+
+
+def _thinned(
+    path: str, terms: list[_Term], numbers: list[int], way: _Way, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float, float]:
+    """Of ways that choose entries: their dense sum, one layer of it, and its nearest of a rank."""
+    wide = torch.promote_types(dtype, torch.float32)
+    dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
+    if way.how == "ties":
+        total = _ties([_trimmed(one, way.density) for one in dense])
+    else:
+        thin = (_dropped(one, way, path, number) for one, number in zip(dense, numbers))
+        total = reduce(Tensor.add_, thin)
+    assert way.rank is not None
+    rank = min(way.rank, *total.shape[-2:])
+    a, b = nearest(total, rank).factors(rank)
+    return a, b, 1.0, distance(total, a, b)
+
+
+def _trimmed(delta: Tensor, density: float) -> Tensor:
+    """The largest entries, the others zero."""
+    flat = delta.reshape(-1)
+    count = max(1, int(density * flat.numel()))
+    kept = flat.abs().topk(count, sorted=False).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(delta)
+
+
+def _ties(deltas: list[Tensor]) -> Tensor:
+    """The mean, at each entry, of what has the sign of the sum."""
+    elected = torch.stack([delta.sign() for delta in deltas])
+    sign = reduce(Tensor.add, deltas).sign()
+    agree = (elected == sign) & (sign != 0)
+    return (torch.stack(deltas) * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _dropped(delta: Tensor, way: _Way, path: str, number: int) -> Tensor:
+    """Some entries, each divided by the share that is kept; by numbers of its own for each layer
+    and adapter, so that no other layer's presence changes them."""
+    digits = hashlib.sha256(f"{way.seed}\0{number}\0{path}".encode()).digest()
+    random = torch.Generator().manual_seed(int.from_bytes(digits[:7], "little"))
+    kept = torch.rand(delta.shape, generator=random, dtype=torch.float64) < way.density
+    return delta * kept / way.density
+
+
+def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    for adapter, weight in pairs:
+        if not math.isfinite(weight):
+            raise AdapterError(f'adapter "{adapter.name}": its weight {weight} is not finite.')
+    acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
+    if not acting:
+        raise AdapterError("nothing to add: give an adapter whose weight is not 0.")
+    return acting
+
+
+def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> None:
+    if how not in HOWS:
+        raise AdapterError(f'how "{how}" is not known. Known: {", ".join(HOWS)}.')
+    if rank is None and how in _RANKED:
+        raise AdapterError(
+            f'"{how}" gives a sum of a lower rank: give a rank (--rank), such as 16.'
+        )
+    if rank is not None and how not in _RANKED:
+        raise AdapterError(f'"{how}" has the rank that it has. Leave out the rank, or use "svd".')
+    if rank is not None:
+        check_choice(rank, None)
+    if density is None and how in _DENSE:
+        raise AdapterError(f'"{how}" keeps a share of the entries: give a density (--density).')
+    if density is not None and how not in _DENSE:
+        raise AdapterError(f'"{how}" keeps all entries. Leave out the density.')
+    if density is not None and not 0 < density <= 1:
+        raise AdapterError(f"density is a share, above 0 and up to 1, got {density}.")
+
+
+def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
+    found: dict[str, list[_Strong]] = {}
+    for number, (adapter, weight) in enumerate(pairs):
+        for path, update in adapter.updates.items():
+            check_adds(path, update, adapter.name)
+            held = found.setdefault(path, [])
+            if held:
+                _check_same(path, held[0][1], update)
+            held.append((number, update, weight))
+    return found
+
+
+def _check_same(path: str, first: Update, other: Update) -> None:
+    """Refuse updates of two weights; what a file does not tell of is taken to agree."""
+    shapes = [
+        (tuple(u.lora_A.shape[:-2]), u.lora_B.shape[-2], u.lora_A.shape[-1]) for u in (first, other)
+    ]
+    told = None in (first.shape, other.shape) or first.shape == other.shape
+    if shapes[0] == shapes[1] and told and first.layout == other.layout:
+        return
+    sizes = [list(u.shape or (u.lora_B.shape[-2], u.lora_A.shape[-1])) for u in (first, other)]
+    raise AdapterError(
+        f"{path}: one adapter updates a weight of {sizes[0]} ({first.layout}) and another one of "
+        f"{sizes[1]} ({other.layout}). Only adapters of one model add."
+    )
+
+
+def _report_missing(
+    pairs: list[tuple[Adapter, float]], terms: Mapping[str, list[_Strong]], strict: bool
+) -> None:
+    some = [path for path, strong in terms.items() if len(strong) < len(pairs)]
+    if not some:
+        return
+    text = f"{len(some)} layers are updated by some of the adapters only: {listed(some)}."
+    if strict:
+        raise AdapterError(f"{text} Leave out strict to have what there is.")
+    warnings.warn(f"{text} There the sum has what there is.", ParamloraWarning, stacklevel=4)
+
+
+def _check_rank(rank: int, terms: Mapping[str, list[_Strong]]) -> None:
+    most = {
+        path: min(held[0][1].lora_B.shape[-2], held[0][1].lora_A.shape[-1])
+        for path, held in terms.items()
+    }
+    if most and rank > max(most.values()):
+        path = max(most, key=lambda path: most[path])
+        raise AdapterError(
+            f"rank {rank} is more than any layer holds; the most is {most[path]}, of {path}."
+        )
+
+
+def _whole(
+    pairs: list[tuple[Adapter, float]], terms: Mapping[str, list[_Strong]]
+) -> dict[str, Tensor]:
+    """Tensors to have instead of the base's, which add only where one adapter alone has its own."""
+    found: dict[str, Tensor] = {}
+    for adapter, weight in pairs:
+        for path, tensor in adapter.whole.items():
+            if weight != 1 or path in found or path in terms:
+                raise AdapterError(
+                    f'{path}: trained whole by "{adapter.name}", and a weighted sum of that needs '
+                    "the base. Give that adapter the weight 1 and no other one there, or merge "
+                    "them into a checkpoint."
+                )
+            found[path] = tensor
+    return found
+
+
+def _around(
+    adapters: list[Adapter], updates: dict[str, Update], whole: dict[str, Tensor]
+) -> Adapter:
+    """The values with what all adapters say alike, and what any says of a layer."""
+    metadata = dict(set.intersection(*(set(one.metadata.items()) for one in adapters)))
+    base: dict[str, str] = {}
+    holders: dict[str, Holder] = {}
+    for one in reversed(adapters):
+        base |= one.base
+        holders |= one.holders
+    _warn_bases(adapters)
+    names = {one.name for one in adapters}
+    name = names.pop() if len(names) == 1 else "combined"
+    return Adapter(updates, name, metadata, whole, base, holders)
+
+
+def _warn_bases(adapters: Iterable[Adapter]) -> None:
+    told: dict[str, str] = {}
+    for one in adapters:
+        other = [
+            path for path, digits in one.base.items() if told.setdefault(path, digits) != digits
+        ]
+        if other:
+            warnings.warn(
+                f'"{one.name}" was trained on another base than the first: {listed(other, 3)} '
+                "differ. Their sum belongs to neither.",
+                ParamloraWarning,
+                stacklevel=5,
+            )

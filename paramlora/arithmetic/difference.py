@@ -1,0 +1,219 @@
+"""The adapter that leads from one checkpoint to another."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.arithmetic.products import (
+    Approximation,
+    Decomposed,
+    check_choice,
+    distance,
+    nearest,
+)
+from paramlora.arithmetic.resize import named
+from paramlora.checkpoint.keys import Key
+from paramlora.errors import AdapterError, FileError, ParamloraWarning, listed
+from paramlora.formats.base import Base, Slot
+from paramlora.model.digest import digest
+from paramlora.update.contexts import own_context
+from paramlora.update.geometry import FLOATS, matrix_shape
+from paramlora.update.value import Adapter, Update
+
+Read = Callable[[str], Tensor]
+Told = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two checkpoints.
+
+    Args:
+        there: by key what has the tensor's ``dtype`` and ``shape``.
+        read: gives a tensor.
+        name: for messages.
+    """
+
+    there: Mapping[str, Any]
+    read: Read
+    name: str
+
+
+@own_context()
+def between(
+    base: Side,
+    tuned: Side,
+    rank: Optional[int] = None,
+    *,
+    energy: Optional[float] = None,
+    exclude: Collection[str] = (),
+    whole: bool = False,
+    known: Optional[Base] = None,
+    progress: Told = lambda done, total: None,
+) -> Approximation:
+    """The adapter of ``tuned - base``, a tensor at a time, each of the nearest of a rank.
+
+    Matrices, convolutions and stacks become updates by `nearest`; the error of each is measured
+    on the difference itself, ``‖Δ - B·A‖ / ‖Δ‖``. Tensors that are equal are left out.
+
+    Args:
+        base, tuned: the two checkpoints, of the same keys and shapes.
+        rank: of each update; a layer that holds less has less.
+        energy: instead, the share of ``‖Δ‖²`` that each keeps at least.
+        exclude: names of tensors and layers to leave out, as a configuration has them.
+        whole: keep what is no matrix (biases, norms) as whole tensors, else a warning names it.
+        known: the model's layers (see `base_of`): a checkpoint tells neither embeddings nor
+            convolutions of one dimension from other matrices and stacks.
+        progress: called with the bytes done since its last call, and of all.
+
+    Raises:
+        FileError: other keys or shapes.
+        AdapterError: nothing differs, or a rank above what there is.
+    """
+    check_choice(rank, energy)
+    keys = _common(base, tuned, exclude)
+    _check_rank(rank, [base.there[key].shape for key in keys])
+    total = sum(_bytes(base.there[key]) for key in keys)
+    updates: dict[str, Update] = {}
+    errors: dict[str, float] = {}
+    vectors: dict[str, Tensor] = {}
+    digests: dict[str, Optional[str]] = {}
+    for key, before, after in _pairs(base, tuned, keys):
+        path = Key(key).path
+        if not _is_matrix(base.there[key]):
+            vectors[path] = after
+        else:
+            slot = _slot(key, path, tuple(before.shape), known)
+            updates[path], errors[path] = _update(key, slot, before, after, rank, energy)
+            digests[path] = digest(before)
+        progress(_bytes(base.there[key]), total)
+    _report_left(vectors, updates, whole, tuned.name)
+    told = {path: digits for path, digits in digests.items() if digits is not None}
+    kept = vectors if whole else {}
+    return Approximation(Adapter(updates, whole=kept, base=told), errors)
+
+
+def _pairs(base: Side, tuned: Side, keys: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The tensors that differ, two at a time in memory."""
+    for key in keys:
+        before, after = base.read(key).detach(), tuned.read(key).detach()
+        if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
+            yield key, before, after
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bytes: torch compares no 8-bit floats."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _update(
+    key: str,
+    slot: Slot,
+    before: Tensor,
+    after: Tensor,
+    rank: Optional[int],
+    energy: Optional[float],
+) -> tuple[Update, float]:
+    """The nearest update of one tensor, and its relative distance."""
+    assert slot.layout is not None
+    dtype = torch.promote_types(_real(before), _real(after))
+    stack, out, fan_in = matrix_shape(slot.shape, slot.layout)
+    change = after.to(dtype, copy=True).sub_(before.to(dtype))
+    if not torch.isfinite(change).all():
+        raise AdapterError(f"{key}: holds numbers that are not finite. Exclude it (--exclude).")
+    if slot.layout == "transposed":
+        change = change.reshape(fan_in, out).mT.contiguous()
+    matrix = change.reshape(*([stack] if slot.layout == "stack" else []), out, fan_in)
+    most = min(out, fan_in)
+    found = nearest(matrix, None if rank is None else min(rank, most), energy)
+    a, b = found.factors(min(rank or _rank(found, energy), most))
+    error = distance(matrix, a, b)
+    shape, layout, kind, groups = slot.shape, slot.layout, slot.kind, slot.groups or 1
+    a, b = a.contiguous(), b.contiguous()
+    return Update(a, b, 1.0, shape, layout, kind=kind, groups=groups), error
+
+
+def _rank(found: Decomposed, energy: Optional[float]) -> int:
+    return found.rank_of(1.0 if energy is None else energy)
+
+
+def _real(tensor: Tensor) -> torch.dtype:
+    """The type to subtract in: at least float32, and one that torch promotes."""
+    dtype = tensor.dtype if tensor.dtype in FLOATS else torch.float32
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _slot(key: str, path: str, shape: tuple[int, ...], known: Optional[Base]) -> Slot:
+    """How a tensor's matrices lie: as the model says, else by its name."""
+    slot = None if known is None else known.get(path)
+    if slot is not None and slot.layout is not None:
+        return slot
+    # layers call theirs "weight"; a parameter of another name and more sides is a stack
+    return Slot(shape, "stack" if path == key and len(shape) > 2 else "matrix")
+
+
+def _common(base: Side, tuned: Side, exclude: Collection[str]) -> list[str]:
+    left = _excluded([*base.there, *tuned.there], exclude)
+    for one, other in ((base, tuned), (tuned, base)):
+        lost = [key for key in one.there if key not in other.there and key not in left]
+        if lost:
+            raise FileError(
+                f"{other.name}: lacks {listed(lost, 4)} of {one.name}. Are both of one model? What "
+                "is of no account can be left out by exclude (--exclude)."
+            )
+    keys = [key for key in base.there if key not in left]
+    for key in keys:
+        had, has = tuple(base.there[key].shape), tuple(tuned.there[key].shape)
+        if had != has:
+            raise FileError(
+                f"{key}: {list(had)} in {base.name}, and {list(has)} in {tuned.name}. Leave it out "
+                "by exclude (--exclude), or give two checkpoints of one shape."
+            )
+    return keys
+
+
+def _excluded(keys: list[str], exclude: Collection[str]) -> set[str]:
+    """The keys of the tensors that names mean; a layer's name means all that is in it."""
+    if not exclude:
+        return set()
+    inside: dict[str, set[str]] = {}
+    for key in dict.fromkeys(keys):
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            inside.setdefault(".".join(parts[:count]), set()).add(key)
+    found = named(inside, exclude)
+    return {key for paths in found.values() for path in paths for key in inside[path]}
+
+
+def _is_matrix(spec: Any) -> bool:
+    return len(spec.shape) >= 2 and spec.dtype.is_floating_point and 0 not in spec.shape
+
+
+def _bytes(spec: Any) -> int:
+    return int(torch.Size(spec.shape).numel()) * int(spec.dtype.itemsize)
+
+
+def _check_rank(rank: Optional[int], shapes: list[tuple[int, ...]]) -> None:
+    most = max((min(shape[-2:]) for shape in shapes if len(shape) == 2), default=0)
+    most = max([most, *(min(s[0], torch.Size(s[1:]).numel()) for s in shapes if len(s) > 2)])
+    if rank is not None and rank > most:
+        raise AdapterError(f"rank {rank} is more than any layer holds; the most is {most}.")
+
+
+def _report_left(
+    vectors: Mapping[str, Tensor], updates: Mapping[str, Update], whole: bool, name: str
+) -> None:
+    if not updates and not (vectors and whole):
+        more = " but vectors, which whole (--whole) keeps" if vectors else ""
+        raise AdapterError(f"{name}: no tensor differs from the base's{more}.")
+    if vectors and not whole:
+        warnings.warn(
+            f"{len(vectors)} tensors that are no matrices differ as well, and are left out: "
+            f"{listed(vectors)}. Keep them with whole=True (--whole).",
+            ParamloraWarning,
+            stacklevel=4,
+        )

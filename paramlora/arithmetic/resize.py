@@ -1,0 +1,129 @@
+"""An adapter at other ranks."""
+
+from collections.abc import Iterable, Mapping
+from typing import Optional, Union
+
+from paramlora.arithmetic.products import (
+    Approximation,
+    check_adds,
+    check_choice,
+    decomposed,
+    with_factors,
+)
+from paramlora.errors import AdapterError, closest
+from paramlora.model.match import Names
+from paramlora.model.targets import as_pattern, specificity
+from paramlora.update.contexts import own_context
+from paramlora.update.value import Adapter, Update
+
+Ranks = Union[int, Mapping[str, int]]
+
+
+@own_context()
+def resize(
+    adapter: Adapter, rank: Optional[Ranks] = None, *, energy: Optional[float] = None
+) -> Approximation:
+    """The nearest adapter of lower ranks, by the singular values of each ``B·A``.
+
+    The dense matrix is never formed (see `decomposed`). A layer that has no more than the rank
+    asked for stays as it is. Whole tensors stay.
+
+    Args:
+        adapter: the value.
+        rank: of each layer; or ``{name: rank}`` of some, by names as a configuration has them.
+        energy: instead, the share of ``‖scale·B·A‖²`` that each layer keeps at least.
+
+    Returns:
+        The adapter, and the relative error of each layer.
+
+    Raises:
+        AdapterError: a rank above what there is, a name of no layer, or an update that is no
+            product of two matrices or not finite.
+
+    Example:
+        >>> import torch
+        >>> update = Update(torch.eye(4), torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])))
+        >>> cut = resize(Adapter({"q": update}), energy=0.9)
+        >>> cut.adapter.updates["q"].r, round(cut.errors["q"] ** 2 * 14, 9)
+        (2, 1.0)
+    """
+    check_choice(rank, energy)
+    for path, update in adapter.updates.items():
+        check_adds(path, update, adapter.name)
+    wanted = _ranks(adapter, rank)
+    made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
+    updates, errors = dict(adapter.updates), {}
+    for path, update in adapter.updates.items():
+        if rank is not None and path not in wanted:
+            continue
+        key = (id(update), wanted.get(path))
+        if key not in made:
+            made[key] = _resized(update, wanted.get(path), energy)
+        updates[path], errors[path] = made[key]
+    return Approximation(_with(adapter, updates), errors)
+
+
+def _with(adapter: Adapter, updates: dict[str, Update]) -> Adapter:
+    return Adapter(
+        updates, adapter.name, adapter.metadata, adapter.whole, adapter.base, adapter.holders
+    )
+
+
+def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tuple[Update, float]:
+    if rank is not None and rank >= update.r:
+        return update, 0.0
+    found = decomposed(update.lora_A.double(), update.lora_B.double())
+    if rank is None:
+        assert energy is not None
+        rank = found.rank_of(energy)
+    if rank >= update.r:
+        return update, 0.0
+    a, b = found.factors(rank)
+    return with_factors(update, a, b, update.scale, update.lora_A.dtype), found.error(rank)
+
+
+def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
+    if rank is None:
+        return {}
+    own = {path: update.r for path, update in adapter.updates.items()}
+    if isinstance(rank, int):
+        if own and rank > max(own.values()):
+            path = max(own, key=lambda path: own[path])
+            raise AdapterError(
+                f"rank {rank} is above what there is: the highest is {own[path]}, of {path}. "
+                "Cutting adds no rank."
+            )
+        return dict.fromkeys(own, rank)
+    wanted: dict[str, int] = {}
+    for name, paths in named(own, rank).items():
+        check_choice(rank[name], None)
+        for path in paths:
+            if rank[name] > own[path]:
+                raise AdapterError(
+                    f'"{name}": rank {rank[name]} is above what there is: {path} has {own[path]}.'
+                )
+            wanted[path] = rank[name]
+    return wanted
+
+
+def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
+    """The paths that each name means, as in a configuration: the more specific name wins.
+
+    Raises:
+        AdapterError: a name of nothing.
+    """
+    known = Names(paths)
+    found: dict[str, set[str]] = {}
+    for name in sorted(names, key=specificity):  # the later ones win
+        try:
+            mine = known.matching(as_pattern(name))
+        except ValueError as error:
+            raise AdapterError(f'"{name}": {error}.') from error
+        if not mine:
+            near = closest(name, paths)
+            hint = f' Closest: "{near[0]}".' if near else ""
+            raise AdapterError(f'"{name}" names no layer.{hint}')
+        for other in found.values():
+            other -= mine
+        found[name] = mine
+    return found

@@ -1,0 +1,422 @@
+"""Low-rank updates of stacks of expert matrices: grouped products, and never a dense sum.
+
+``y_e = x_e W_eᵀ + s·(x_e A_eᵀ) B_eᵀ`` (Hu et al. 2021, arXiv:2106.09685, equation 3, for each
+expert) of rows that lie sorted by expert, without the gradient of the dense weights. Tensors only.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.evaluate.dropout import Drops, masked, ranks_of
+from paramlora.evaluate.functional import (
+    cast,
+    cast_for_autocast,
+    differentiable,
+    in_a_row,
+    input_of,
+    kept_input,
+    without_autocast,
+)
+from paramlora.update import narrow
+from paramlora.update.compat import applied, grouped_product, is_batched, recorded, transformed
+from paramlora.update.contexts import autocast_of
+
+_Maybe = Optional[Tensor]
+_ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    strength: float = 1.0,
+    drops: Optional[Drops] = None,
+) -> Tensor:
+    """``x_e (W_e + strength · scale · B_e A_e)ᵀ`` of each expert's rows.
+
+    Args:
+        x: ``[rows, in]``, sorted by expert.
+        weight: ``[experts, out, in]``, any strides.
+        ends: ``[experts]``, where each expert's rows end; what lies behind the last is no
+            expert's, and its output has no meaning.
+        lora_A: ``[experts, r, in]``; cast down to the input's type.
+        lora_B: ``[experts, out, r]``, likewise.
+        scale: ``[]``.
+        strength: a number on top of it.
+        drops: the masks of dropout on the input of the low-rank products, if any.
+
+    Returns:
+        ``[rows, out]``. In 16 bits the two products are added before their only rounding.
+
+    Example:
+        >>> x, W = torch.randn(5, 4).double(), torch.randn(2, 3, 4).double()
+        >>> A, B, s = torch.randn(2, 2, 4).double(), torch.randn(2, 3, 2).double(), torch.ones(())
+        >>> y = grouped_linear(x, W, torch.tensor([2, 5]), A, B, s / 2)
+        >>> assert torch.allclose(y[2:], x[2:] @ (W + 0.5 * B @ A)[1].T)
+    """
+    device = autocast_of(x)
+    if device is not None:
+        x, weight = cast_for_autocast(device, x, weight)
+        with torch.autocast(device, enabled=False):
+            return grouped_linear(x, weight, ends, lora_A, lora_B, scale, strength, drops)
+    x = cast(x, weight.dtype)  # which the plain product does too
+    masks = ([], [], None) if drops is None else ([*drops.rates], [*drops.ranks], drops.seed)
+    if is_compiling() or recorded():
+        op: Any = torch.ops.paramlora.grouped_linear
+        y, _ = op(x, weight, ends, lora_A, lora_B, scale * strength, *masks)
+        return y  # type: ignore[no-any-return]
+    if transformed():
+        return grouped_by_definition(x, weight, ends, lora_A, lora_B, scale * strength, drops)
+    return applied(_Grouped, x, weight, ends, lora_A, lora_B, scale, strength, *masks)
+
+
+def grouped_by_definition(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    drops: Optional[Drops] = None,
+) -> Tensor:
+    """The same in plain operations, for gradients of gradients: a loop over the experts."""
+    up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
+    parts = [x.new_zeros(0, weight.shape[1])]
+    for e, rows in _runs(ends):
+        y = x[rows] @ weight[e].t()
+        for which, ranks in ranks_of(drops):
+            seen, kernels = masked(x[rows], drops, which, rows.start), (lora_A[e], up[e])
+            factors = kernels[0][ranks], kernels[1][:, ranks]
+            y = y + in_a_row(seen, *factors, narrow.LINEAR, narrow.LINEAR)
+        parts.append(y)
+    y = torch.cat(parts)
+    return torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[1])])
+
+
+def _runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and these."""
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+            start = end
+
+
+def _on_device(x: Tensor, *sizes: int) -> bool:
+    """Whether a device's grouped product serves, which then waits for no sizes."""
+    serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
+    return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
+
+
+def _padded(factor: Tensor) -> Tensor:
+    """A thin stack ``[experts, r, n]`` with zeros up to the ranks that are taken at a time."""
+    return torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[1] % _ALIGNED))
+
+
+def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Tensor:
+    """``(mask ∘ x_e) first_eᵀ``: ``[rows, in]`` and ``[experts, r, in]``; on a device of ranks
+    that are padded with zeros."""
+    if _on_device(x, x.shape[1]):
+        if drops is None:
+            return grouped_product(x, _padded(first).mT, offs=ends)  # type: ignore[no-any-return]
+        parts = [
+            grouped_product(masked(x, drops, i), _padded(first[:, own]).mT, offs=ends)[:, :r]
+            for (i, own), r in zip(ranks_of(drops), drops.ranks)
+        ]
+        return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % _ALIGNED))
+    u = x.new_zeros(len(x), first.shape[1])
+    for e, rows in _runs(ends):
+        if drops is None:
+            torch.mm(x[rows], first[e].t(), out=u[rows])
+        else:
+            for which, own in ranks_of(drops):
+                u[rows, own] = masked(x[rows], drops, which, rows.start) @ first[e, own].t()
+    return u
+
+
+def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) -> Tensor:
+    """``x_e W_e + u_e second_e`` in one accumulator.
+
+    Args:
+        x: ``[rows, in]``.
+        weight: ``[experts, in, out]``.
+        u: ``[rows, r]``.
+        second: ``[experts, r, out]``.
+    """
+    if _on_device(x, *weight.shape[1:]):
+        if u.shape[1] > 0:
+            # both as one product of longer rows: of two, torch's own would round one before adding
+            x, weight = torch.cat([x, u], 1), torch.cat([weight, _padded(second)], 1)
+        return grouped_product(x, weight, offs=ends)  # type: ignore[no-any-return]
+    y = x.new_zeros(len(x), weight.shape[2])
+    second = second if u.shape[1] == second.shape[1] else _padded(second)
+    for e, rows in _runs(ends):
+        _sum_of_products(x[rows], weight[e], u[rows], second[e], y[rows])
+    return y
+
+
+def _spread(
+    dy: Tensor, weight: Tensor, ends: Tensor, v: Tensor, down: Tensor, drops: Drops
+) -> Tensor:
+    """``dy_e W_e + mask ∘ (v_e down_e)``, on a CPU rounded once."""
+    on_device = _on_device(dy, *weight.shape[1:])
+    if on_device:
+        dx = _joined(dy, weight, ends, v[:, :0], down[:, :0])
+        for which, own in ranks_of(drops):
+            thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+            part = grouped_product(thin, _padded(down[:, own]), offs=ends)
+            dx = dx + masked(part, drops, which)
+        return dx
+    dx = dy.new_zeros(len(dy), weight.shape[2])
+    for e, rows in _runs(ends):
+        for which, own in ranks_of(drops):
+            dx[rows] += masked(v[rows, own] @ down[e, own], drops, which, rows.start)
+        dx[rows].addmm_(dy[rows], weight[e])
+    return dx
+
+
+def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> None:
+    """``y = x @ w + u @ v``; in 16 bits the smaller product comes first, as in `functional`."""
+    if x.dtype.itemsize > 2:
+        torch.mm(x, w, out=y).addmm_(u, v)
+    elif x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+        y.copy_(torch.mm(x, w, out_dtype=torch.float32).addmm_(u.float(), v.float()))
+    else:
+        torch.mm(u, v, out=y).addmm_(x, w)
+
+
+def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``left_eᵀ @ right_e`` over each expert's rows: ``[experts, left's, right's]``."""
+    if _on_device(left, left.shape[1], right.shape[1]):
+        product: Tensor = grouped_product(left.t(), right, offs=ends)
+        return product
+    total = left.new_zeros(len(ends), left.shape[1], right.shape[1])
+    for e, rows in _runs(ends):
+        if left.dtype == torch.float16:  # sums of many products leave its range
+            total = total.float()
+            total[e] = narrow.outer(left[rows], right[rows])
+        else:
+            torch.mm(left[rows].t(), right[rows], out=total[e])
+    return total
+
+
+def _narrowed(
+    x: Tensor, a: Tensor, b: Tensor, reach: int, scale: Tensor, strength: float
+) -> tuple[Tensor, Tensor, _Maybe]:
+    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
+    if x.dtype != torch.float16:
+        return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
+    down, up, g = narrow.in_range(x, a, b.float() * (scale.float() * strength), reach)
+    return down.half(), up.half(), g
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    drops: Optional[Drops],
+) -> tuple[Tensor, Tensor]:
+    """``y`` and the thin product that `_backward` takes."""
+    down, up, _ = _narrowed(x, a, b, x.shape[1], scale, strength)
+    u = _thin(x, down, ends, drops)
+    return _joined(x, weight.mT, ends, u, up.mT), u
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    drops: Optional[Drops],
+    u: Tensor,
+    wanted: "tuple[bool, ...] | list[bool]",
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A, B and the scale that are `wanted`."""
+    dx = da = db = dscale = None
+    dy, r = dy.contiguous(), a.shape[1]
+    if wanted[0] or wanted[1]:
+        scaled = narrow.wide(b) * (scale if strength == 1 else scale * strength)
+        one = torch.ones((), dtype=scaled.dtype, device=b.device)
+        up, down, h = _narrowed(dy, scaled, a, dy.shape[1], one, 1.0)
+        v = _thin(dy, up.mT, ends, None)
+        if wanted[0] and drops is None:
+            dx = _joined(dy, weight, ends, v, down)
+        elif wanted[0]:
+            dx = _spread(dy, weight, ends, v, down, drops)  # type: ignore[arg-type]
+        if wanted[1]:
+            da = _factor_sums(v, x, ends, drops, r)
+            da = cast(da if h is None else da / h, a.dtype)
+    if wanted[2] or wanted[3]:
+        product = _sums(dy, u, ends)[..., :r]
+        _, _, g = _narrowed(x, a, b, x.shape[1], scale, strength)
+        product = product if g is None else product / g
+        db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
+    return dx, da, db if wanted[2] else None, dscale
+
+
+def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: int) -> Tensor:
+    """``v_eᵀ (mask ∘ x_e)``: ``[experts, r, in]``."""
+    if drops is None:
+        return _sums(v, x, ends)[:, :r]
+    parts = []
+    for which, own in ranks_of(drops):
+        some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+        parts.append(_sums(some, masked(x, drops, which), ends)[:, : drops.ranks[which]])
+    return torch.cat(parts, 1)
+
+
+class _Grouped(torch.autograd.Function):
+    """Keeps x by reference, and the thin product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        ends: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        strength: float,
+        rates: list[float],
+        ranks: list[int],
+        seed: _Maybe,
+    ) -> Tensor:
+        ctx.strength, ctx.rates, ctx.ranks = strength, rates, ranks
+        y, u = _forward(x, weight, ends, a, b, scale, strength, _drops(rates, ranks, seed))
+        held = kept_input(ctx, x)
+        ctx.save_for_backward(held, weight, ends, a, b, scale, None if held is None else u, seed)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, ends, a, b, scale, u, seed = ctx.saved_tensors
+        needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
+        drops = _drops(ctx.rates, ctx.ranks, seed)
+        wanted, none = (needs[0], *needs[3:6]), (None,) * 4
+        if torch.is_grad_enabled() or is_batched(dy):
+
+            def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                return grouped_by_definition(x, weight, ends, a, b, scale * ctx.strength, drops)
+
+            inputs = (x, weight, a, b, scale)
+            dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *needs[3:6]), dy)
+            return dx, dweight, None, *others, *none
+        dx, *others = _backward(dy, x, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
+        dweight = _sums(dy, x, ends).to(weight.dtype) if needs[1] else None
+        return dx, dweight, None, *others, *none
+
+
+def _drops(rates: list[float], ranks: list[int], seed: _Maybe) -> Optional[Drops]:
+    return None if seed is None else Drops((*rates,), (*ranks,), seed)
+
+
+@torch.library.custom_op("paramlora::grouped_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rates: list[float],
+    ranks: list[int],
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, ends, a, b, scale, 1.0, _drops(rates, ranks, seed))
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rates: list[float],
+    ranks: list[int],
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    r = a.shape[1]
+    padded = r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+    return x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), padded)
+
+
+@torch.library.custom_op("paramlora::grouped_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    rates: list[float],
+    ranks: list[int],
+    seed: Optional[Tensor],
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    drops = _drops(rates, ranks, seed)
+    grads = _backward(dy, x, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
+    dense = _sums(dy, x, ends).to(weight.dtype) if wanted[0] else None
+    found = [x.new_empty(0) if g is None else g.contiguous() for g in (dense, *grads)]
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    rates: list[float],
+    ranks: list[int],
+    seed: Optional[Tensor],
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = [
+        t.new_empty(t.shape) if want else x.new_empty(0)
+        for t, want in zip((weight, x, a, b, scale), wanted)
+    ]
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.rates, ctx.ranks, seed = inputs
+    ctx.save_for_backward(*tensors, seed, output[1])
+
+
+def _op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, ends, a, b, scale, seed, u = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[1], needs[0], *needs[3:6]]
+    op: Any = torch.ops.paramlora.grouped_linear_backward
+    grads = op(dy, x, weight, ends, a, b, scale, u, ctx.rates, ctx.ranks, seed, wanted)
+    dweight, dx, *others = (g if want else None for g, want in zip(grads, wanted))
+    return dx, dweight, None, *others, None, None, None
+
+
+_op.register_autograd(_op_backward, setup_context=_keep)

@@ -1,0 +1,183 @@
+"""The dense sums that readers of adapted tensors get: at most one for each tensor and call.
+
+A layer whose forward nobody here knows, or the module around it, may read a tensor many times in
+one call: an LSTM four times, a loop over experts once for each. All of them get one sum, which is
+computed once and lies in memory once, for as long as the outermost call of a module lasts in this
+thread; inside of torch's ``parametrize.cached()``, for as long as that block lasts. A sum is given
+again only while everything that it was computed from is as it was.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.model.recomputed import read_again
+from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
+from paramlora.update.contexts import in_own_types
+from paramlora.update.geometry import matrix_shape
+from paramlora.update.lowrank import LowRank, value_of
+from paramlora.update.narrow import wide
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_CALL = nn.Module.__call__.__code__
+_HELD = "_paramlora_sums"  # what the sums of a call are called among the locals of its frame
+
+
+def read(plist: Any, again: bool) -> Tensor:
+    """What a list of parametrizations computes, or has computed before in this call.
+
+    Args:
+        plist: torch's list.
+        again: whether gradients are asked of it more than once, see `recomputed`.
+    """
+    if transformed():
+        return value_of(plist)
+    updates = _acting(plist)
+    if not updates or traced() or recorded():
+        return read_again(plist, value_of) if again else value_of(plist)
+    held = _held()
+    if held is None and not again:
+        return value_of(plist)
+    state, key = _State.of(plist, updates), ("paramlora", id(plist))
+    if state is None:
+        return read_again(plist, value_of) if again else value_of(plist)
+    found = None if held is None else held.get(key)
+    if found is None or not found.serves(state):
+        with torch.no_grad():
+            found = _Found(plist, state, value_of(plist))
+        if held is not None:
+            held[key] = found
+    return found.shown(updates)
+
+
+def _acting(plist: Any) -> Optional[list[LowRank]]:
+    """The updates that act, or None where one is of another kind, or holds its factors where
+    their changes do not show."""
+    updates = list(plist._modules.values())
+    for update in updates:
+        if type(update) is not LowRank or not {"lora_A", "lora_B"} <= update._parameters.keys():
+            return None
+    return [update for update in updates if update.acts]
+
+
+def _held() -> Optional[dict[Any, Any]]:
+    """Where sums are held now: by torch's block, or by the frame of the outermost call of a module
+    in this thread, whose locals are gone when it ends, however it does. None outside of both."""
+    cached = cached_by_torch()
+    if cached is not None:
+        return cached
+    frame, outermost = sys._getframe(1).f_back, None
+    while frame is not None:
+        if frame.f_code is _CALL:
+            outermost = frame
+        frame = frame.f_back
+    if outermost is None:
+        return None
+    there: Any = outermost.f_locals
+    if _HELD not in there:
+        there[_HELD] = {}
+    return there[_HELD]  # type: ignore[no-any-return]
+
+
+@dataclass
+class _State:
+    """What a sum was computed from, to be compared by what cannot change unseen."""
+
+    tensors: list[Tensor]  # held, so that none of another place gets one's address
+    rest: list[Any]
+
+    @classmethod
+    def of(cls, plist: Any, updates: list[LowRank]) -> "Optional[_State]":
+        """None where a change of a tensor would not show."""
+        tensors = [plist.original]
+        for update in updates:
+            held = (*update._parameters.values(), *update._buffers.values())
+            tensors += [t for t in held if t is not None]
+        if any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
+            return None
+        rest: list[Any] = [torch.is_inference_mode_enabled(), updates]
+        rest += [update.strength for update in updates]
+        rest += [(t._version, t.data_ptr(), t.requires_grad, t.dtype) for t in tensors]
+        return cls(tensors, rest)
+
+    def same(self, other: "_State") -> bool:
+        pairs = zip(self.tensors, other.tensors)
+        return self.rest == other.rest and all(one is two for one, two in pairs)
+
+
+class _Found:
+    """A sum, and with a gradient the one node of autograd that all its readers share."""
+
+    def __init__(self, plist: Any, state: _State, value: Tensor) -> None:
+        self.plist, self.state, self.value = plist, state, value
+        self.version = 0 if value.is_inference() else value._version
+        self.graphed: Optional[Tensor] = None
+
+    def serves(self, state: _State) -> bool:
+        """Whether nothing that it was computed from has changed, nor has a reader written to it."""
+        unwritten = self.value.is_inference() or self.value._version == self.version
+        return unwritten and self.state.same(state)
+
+    def shown(self, updates: list[LowRank]) -> Tensor:
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in self.state.tensors):
+            return self.value.detach()
+        if self.graphed is None:
+            parts = [_Part(update) for update in updates]
+            factors = [t for part in parts for t in (part.a, part.b, part.scale)]
+            apply: Any = _Sum.apply
+            self.graphed = apply(self.value, parts, self.state.tensors[0], *factors)
+        return self.graphed
+
+
+class _Part:
+    """One update of a sum, as it was when the sum was computed."""
+
+    def __init__(self, update: LowRank) -> None:
+        (self.a, self.b), self.scale = update.factors(), update.stored_scale()
+        self.layout, self.gain = update.layout, update.gain.to(self.scale.device)
+        self.watched = [t for t in update._parameters.values() if t is not None]
+        self.versions = [t._version for t in self.watched]
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of A, B and the scale, from the sum's own: ``dA = (s·B)ᵀ G``, ``dB = s·G Aᵀ``."""
+        if [t._version for t in self.watched] != self.versions:
+            raise AdapterError(
+                "an adapted tensor, or the strength of its adapter, changed between forward and "
+                "backward. Call backward first, then step or set_adapters."
+            )
+        a, b, scale = wide(self.a), wide(self.b), wide(self.scale) * self.gain
+        stack, out, fan_in = matrix_shape(grad.shape, self.layout)
+        if self.layout == "transposed":
+            g = grad.reshape(fan_in, out).t()
+        else:
+            g = grad.reshape(stack, out, fan_in) if self.layout == "stack" else grad.flatten(1)
+        g = g.to(b.dtype)
+        scale, product = scale.to(b.dtype), g @ a.mT
+        da, db = (b * scale).mT @ g, product * scale
+        dscale = (product * b).sum() * self.gain
+        return da.to(self.a.dtype), db.to(self.b.dtype), dscale.to(self.scale.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """Gives a sum its gradient, as often as it is asked for: a parameter takes that, and what is
+    read once and used in several places, segments of checkpointing among them, must too. So it
+    saves no tensors for autograd, which would free them at the first time."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parts: list[_Part], *tensors: Tensor) -> Tensor:
+        ctx.parts = parts
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needs, grads = ctx.needs_input_grad, []
+        with in_own_types(grad):
+            for index, part in enumerate(ctx.parts):
+                wanted = needs[3 + 3 * index : 6 + 3 * index]
+                found = part.gradients(grad) if any(wanted) else (None, None, None)
+                grads += [g if want else None for g, want in zip(found, wanted)]
+        return None, None, grad if needs[2] else None, *grads

@@ -1,0 +1,258 @@
+"""DoRA: the low-rank sum gives each output's direction, and a trained magnitude its length."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.config import TargetConfig
+from paramlora.errors import AdapterError
+from paramlora.update.attached import Gains, Site, put_in_place
+from paramlora.update.contexts import in_own_types
+from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.kinds import register
+from paramlora.update.lowrank import LowRank, wide
+from paramlora.update.sharded import take
+from paramlora.update.sum import Block, LowRankTerm, Term
+from paramlora.update.value import Value
+
+
+@register
+class Dora(LowRank):
+    r"""Weight-decomposed low-rank update, Liu et al. 2024 (arXiv:2402.09353), equation 5.
+
+    .. math:: W' = m · \frac{W + scale · B A}{‖W + scale · B A‖}
+
+    The norm is that of each output's inputs, as peft takes it, and gets no gradient (their section
+    4.3). At a strength other than 1 the weight is that far on the way from ``W`` to ``W'``.
+
+    Shapes: ``lora_A``, ``lora_B`` and ``lora_scale`` as of `LowRank`. ``lora_magnitude`` has the
+    weight's number of dimensions, and 1 along those over which the norm is taken: ``[out, 1]`` for
+    a Linear, ``[1, out]`` for an embedding and transformers' Conv1D, ``[out, 1, 1, 1]`` for a
+    convolution in two dimensions, ``[1, out, 1, 1]`` for a transposed one, ``[E, out, 1]`` for
+    a stack of matrices. It starts at ``‖W‖``, so that the function starts unchanged. What another
+    tool trained with the norm over outputs has ``[1, in]`` instead, and keeps that.
+    """
+
+    method = "dora"
+    parts = {**LowRank.parts, "lora_magnitude": "weight"}
+    lora_magnitude: nn.Parameter
+    weight_shape: tuple[int, ...]
+    unset: bool = False  # from the meta device: the magnitude starts at the first read
+
+    def __init__(
+        self,
+        weight: Tensor,
+        r: int,
+        scale: float = 1.0,
+        layout: Layout = "matrix",
+        trainable_scale: bool = False,
+        adapter: str = "default",
+        gains: Optional[Gains] = None,
+    ) -> None:
+        super().__init__(weight, r, scale, layout, trainable_scale, adapter, gains)
+        shape = [1] * weight.dim()
+        outer = _outer(weight.dim(), layout)
+        shape[outer] = weight.shape[outer]
+        if layout == "stack":
+            shape[:outer] = weight.shape[:outer]
+        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        self.lora_magnitude = nn.Parameter(torch.empty(shape, **where))
+        self.keep(unset=True, weight_shape=tuple(weight.shape))
+
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "Dora":
+        """Of the entry's rank; the magnitude starts at the weight's norm."""
+        update: Any = super().attached_to(site, entry, adapter, gains)
+        if not site.weight.is_meta:
+            update.start(site.read())
+        return update  # type: ignore[no-any-return]
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """Of both factors and the magnitude."""
+        outer = _outer(len(shape), layout)
+        stack = matrix_shape(shape, layout)[0]
+        return super().elements(entry, shape, layout) + stack * shape[outer]
+
+    def reset_parameters(self) -> None:
+        """As a low-rank update; the magnitude starts once the base has its values."""
+        super().reset_parameters()
+        self.keep(unset=True)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Set the magnitude to the norm of the weight, which then stays as it is."""
+        take(self.lora_magnitude, norms(weight.to(self.lora_magnitude.dtype), self.lora_magnitude))
+        self.keep(unset=False)
+
+    def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
+        """As any, and a magnitude of the norm over the other side."""
+        if name != "lora_magnitude" or self.layout == "stack":
+            return super().takes(name, own, shape)
+        return len(shape) == len(self.weight_shape) and all(
+            n in (1, size) for n, size in zip(shape, self.weight_shape)
+        )
+
+    @torch.no_grad()
+    def load_plain(self, state: dict[str, Tensor]) -> None:
+        """Take the values of a file, whose norm may be over the other side."""
+        own, told = self.lora_magnitude, state["lora_magnitude"]
+        if own.shape != told.shape:
+            put_in_place(own, told.to(own.device, own.dtype, copy=True))
+        super().load_plain(state)
+        self.keep(unset=False)
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Take the size of its resized base; the magnitude of what is new is its norm."""
+        own = self.lora_magnitude
+        fresh = norms(base.to(own.dtype), own)
+        if fresh.shape != own.shape:
+            dim = next(i for i, (a, b) in enumerate(zip(own.shape, fresh.shape)) if a != b)
+            kept = min(own.shape[dim], fresh.shape[dim])
+            fresh.narrow(dim, 0, kept).copy_(own.narrow(dim, 0, kept))
+            put_in_place(own, fresh)
+        self.keep(weight_shape=tuple(base.shape))
+        super().resize(base)
+
+    @property
+    def scaling(self) -> Tensor:
+        """The number before ``B·A``: the scale alone, as the strength acts on the whole."""
+        return self.stored_scale()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
+        if not self.acts:
+            return weight.clone() if self.written_by_reader else weight
+        if self.unset:
+            self.start(weight)
+        delta = self.delta(weight.shape)
+        with in_own_types(delta):
+            base = wide(weight, delta)
+            total = base + delta
+            total = total * self.rescale(norms(total.detach(), self.lora_magnitude))
+            if not self.fully:
+                total = torch.lerp(base.to(total.dtype), total, self.gain.to(total))
+        return total.to(weight.dtype)
+
+    def rescale(self, norm: Tensor) -> Tensor:
+        """``m / ‖W + scale·BA‖``, 0 where both are."""
+        own = self.lora_magnitude.to(norm.dtype).reshape(norm.shape)
+        return own / torch.where(norm == 0, 1, norm)
+
+    def is_of_outputs(self, outer: int) -> bool:
+        """Whether the norm is that of each output, which lie along a dimension of the weight."""
+        return self.lora_magnitude.shape[outer] == self.lora_magnitude.numel()
+
+    def term(self) -> Term:
+        """The rescaled sum, instead of the weight."""
+        self._check_started()
+        return super().term()
+
+    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
+        """Its factors and magnitude, whole on every process."""
+        self._check_started()
+        return super().value(shape, kind, groups)
+
+    def _check_started(self) -> None:
+        if self.unset:
+            raise AdapterError(
+                f'adapter "{self.adapter}": a magnitude that came from the meta device has no '
+                "value before its layer is first read. Call the model once, then try again."
+            )
+
+    @staticmethod
+    def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
+        """The rescaled sum, instead of the weight."""
+        one = torch.ones_like(gain)
+        inner: Any = LowRank.term_of(parts, one, layout)
+        return DoraTerm(inner, parts["lora_magnitude"], gain, layout)
+
+
+def _outer(dims: int, layout: Layout) -> int:
+    """The dimension of a weight that runs along its outputs."""
+    return {"matrix": 0, "transposed": 1, "stack": dims - 2}[layout]
+
+
+def norms(weight: Tensor, like: Tensor) -> Tensor:
+    """The norm over every dimension in which `like` has one element; those are kept as 1."""
+    dims = [dim for dim, size in enumerate(like.shape) if size == 1]
+    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True) if dims else weight.abs()
+
+
+def output_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    r"""``‖W + scale·BA‖`` of each row, without the dense sum.
+
+    .. math:: ‖W‖^2 + 2 · scale · ⟨W A^T, B⟩ + scale^2 · ⟨B A A^T, B⟩
+
+    Args:
+        weight: ``[out, in]``, whose product with A may be rounded to its own type.
+        a: ``[r, in]``.
+        b: ``[out, r]``.
+        scale: one number.
+
+    Returns:
+        ``[out]``, in float32, or float64 of a float64 weight.
+
+    Example:
+        >>> w, a, b = (torch.randn(shape).double() for shape in ((3, 4), (2, 4), (3, 2)))
+        >>> want = torch.linalg.vector_norm(w + 0.5 * b @ a, dim=1)
+        >>> assert torch.allclose(output_norms(w, a, b, torch.tensor(0.5).double()), want)
+    """
+    with in_own_types(weight), torch.no_grad():
+        dtype = factor_dtype(weight.dtype)
+        own = weight.float() if weight.dtype == torch.float16 else weight  # whose sums overflow
+        crossed = (own @ a.to(own.dtype).t()).to(dtype)  # [out, r]
+        a, b = a.to(dtype), b.to(dtype) * scale.to(dtype)
+        squared = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+        squared = squared + 2 * (crossed * b).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
+        found: Tensor = squared.clamp_min(0).sqrt()
+        return found
+
+
+@dataclass(frozen=True)
+class DoraTerm(Term):
+    """Makes ``m · V/‖V‖`` of a weight, ``V`` being the sum with ``inner``; or some of the way.
+
+    Where the norm is not over a row of the weight as it is stored, a block is a whole matrix.
+    """
+
+    inner: LowRankTerm
+    magnitude: Tensor
+    gain: Tensor
+    layout: Layout
+
+    @property
+    def whole_rows(self) -> bool:  # type: ignore[override]
+        """A norm needs all of a row at least."""
+        return True
+
+    @property
+    def whole_matrix(self) -> bool:  # type: ignore[override]
+        """Whether the norm is over more than a row."""
+        return self.magnitude.shape[self.magnitude.dim() - 2 if self.layout == "stack" else 0] == 1
+
+    def prepared(self, wide: torch.dtype) -> "DoraTerm":
+        magnitude = self.magnitude.detach().to(wide)
+        if self.layout == "stack":
+            magnitude = magnitude.reshape(-1, *magnitude.shape[-2:])
+        return replace(self, inner=self.inner.prepared(wide), magnitude=magnitude)
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        base = total if self.gain == 1 else total.clone()
+        total = self.inner.applied(total, block)
+        own = self.magnitude[block.which] if self.layout == "stack" else self.magnitude
+        if self.whole_matrix:
+            matrix = total.view(len(total), own.shape[1], -1)  # of a kernel: the rest
+            own = own.reshape(1, -1, 1)
+        else:
+            matrix, own = total[:, None], own.reshape(-1, 1, 1)[block.rows]
+        norm = norms(matrix, own)
+        matrix = matrix * (own / torch.where(norm == 0, 1, norm))
+        new = matrix.reshape(total.shape)
+        return new if self.gain == 1 else torch.lerp(base, new, self.gain.to(new.dtype))

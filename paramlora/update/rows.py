@@ -1,0 +1,179 @@
+"""Single rows of a matrix trained whole, such as those of new tokens; the rest stays as it is."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.config import TargetConfig
+from paramlora.errors import AdapterError, FileError, TargetError
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
+from paramlora.update.contexts import in_own_types
+from paramlora.update.geometry import Layout, factor_dtype
+from paramlora.update.kinds import register
+from paramlora.update.sum import Block, Term
+from paramlora.update.value import Value
+
+
+@register
+class Rows(AttachedUpdate):
+    r"""Some rows of a tensor, instead of its own.
+
+    .. math:: W'_i = W_i + strength · (V_i - W_i) \quad \text{for each row } i \text{ of } ids
+
+    This is what peft calls trainable tokens. Tied tensors move together.
+
+    Args:
+        weight: the tensor, of two or more dimensions; the rows start as its own.
+        ids: which of its rows, along its first dimension.
+        adapter: the name under which it is switched and saved.
+        gains: where updates that are made together share the tensor of their strength.
+
+    Shapes: ``lora_rows`` ``[n, *weight.shape[1:]]``, in float32 on a 16-bit weight, and
+    ``lora_ids`` ``[n]``, of int64 and ascending.
+    """
+
+    method = "rows"
+    parts = {"lora_rows": "own", "lora_ids": "own"}
+    tied = True
+    lora_rows: nn.Parameter
+    lora_ids: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        ids: Sequence[int],
+        adapter: str = "default",
+        gains: Optional[Gains] = None,
+    ) -> None:
+        dtype = factor_dtype(weight.dtype)
+        super().__init__(adapter, weight.device, dtype, gains)
+        self.register_buffer("lora_ids", torch.tensor(sorted(ids), device=weight.device))
+        self.lora_rows = nn.Parameter(weight.detach()[self.lora_ids].to(dtype))
+
+    @classmethod
+    def attached_to(
+        cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
+    ) -> "Rows":
+        """The entry's rows, as the tensor has them now."""
+        if site.weight.is_meta:
+            raise TargetError(
+                f'"{entry.name}" ("rows") matches {site.path or "weight"}, which lies on the '
+                "meta device and has no values to start from. Load the model first."
+            )
+        return cls(site.read(), dict(entry.options)["rows"], adapter, gains)
+
+    @classmethod
+    def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:
+        """Why it cannot have such rows."""
+        most = max(dict(entry.options)["rows"])
+        return "" if most < shape[0] else f"which has {shape[0]} rows, and none of number {most}."
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """Those of the rows."""
+        return len(dict(entry.options)["rows"]) * torch.Size(shape[1:]).numel()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The tensor with its rows in place; `weight` unchanged when off."""
+        if not self.acts:
+            return weight.clone() if self.written_by_reader else weight
+        return weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """What the rows are now, in their own type: between the weight's and the trained ones."""
+        own: Tensor = self.lora_rows
+        if self.fully:
+            return own
+        with in_own_types(weight):
+            return torch.lerp(weight[self.lora_ids].to(own.dtype), own, self.gain.to(own))
+
+    @staticmethod
+    def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
+        """The rows instead of the weight's."""
+        return RowsTerm(parts["lora_rows"], tuple(parts["lora_ids"].tolist()), gain)
+
+    @classmethod
+    def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:
+        """Whether the tensor has such rows."""
+        rows, ids = held["lora_rows"], held["lora_ids"]
+        inside = tuple(rows.shape) == (len(ids), *shape[1:]) and len(shape) >= 2
+        return inside and int(ids[-1]) < shape[0]
+
+    @classmethod
+    def read_file(
+        cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
+    ) -> Value:
+        """The value of an update in a native file."""
+        _check(where, parts)
+        return super().read_file(where, parts, _with_ids(entry, parts["lora_ids"]), told)
+
+    @classmethod
+    def read_state(cls, where: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Value:
+        """The value of an update in an attached model's state dict."""
+        value: Any = super().read_state(where, parts, dtype)
+        _check(where, parts)
+        found: Value = replace(value, options=_options(parts["lora_ids"]))
+        return found
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Keep the rows, which must all be there.
+
+        Raises:
+            AdapterError: one of them is not.
+        """
+        most = int(self.lora_ids[-1])
+        if most >= base.shape[0]:
+            raise AdapterError(
+                f'adapter "{self.adapter}": it trains row {most}, and {base.shape[0]} would be '
+                "left. Merge or detach it first."
+            )
+
+    def extra_repr(self) -> str:
+        return f"adapter={self.adapter!r}, {len(self.lora_ids)} rows, strength={self.strength}"
+
+
+def _options(ids: Tensor) -> tuple[tuple[str, Any], ...]:
+    return (("rows", tuple(ids.tolist())),)
+
+
+def _with_ids(entry: TargetConfig, ids: Tensor) -> TargetConfig:
+    return replace(entry, options=_options(ids))
+
+
+def _check(where: str, parts: Mapping[str, Tensor]) -> None:
+    """Refuse numbers of rows that are none, or not ascending."""
+    rows, ids = parts["lora_rows"], parts["lora_ids"]
+    sound = ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0 and rows.dim() >= 2
+    if not sound or int(ids[0]) < 0 or not bool((ids[1:] > ids[:-1]).all()):
+        raise FileError(f"{where}: its lora_ids are no ascending numbers of rows. Save it again.")
+
+
+@dataclass(frozen=True)
+class RowsTerm(Term):
+    """Has some rows instead of a tensor's own, or goes some of the way there."""
+
+    values: Tensor
+    ids: tuple[int, ...]
+    gain: Tensor
+
+    def prepared(self, wide: torch.dtype) -> "RowsTerm":
+        return replace(self, values=self.values.detach().reshape(len(self.ids), -1).to(wide))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        flat, size = total.view(-1), self.values.shape[1]
+        start, stop = block.run.start, block.run.start + flat.numel()
+        first = bisect_left(self.ids, start // size)
+        for at in range(first, bisect_left(self.ids, -(-stop // size))):
+            begin = self.ids[at] * size
+            low, high = max(start, begin), min(stop, begin + size)
+            own, there = (
+                self.values[at, low - begin : high - begin],
+                flat[low - start : high - start],
+            )
+            there.copy_(own if self.gain == 1 else torch.lerp(there, own, self.gain.to(own.dtype)))
+        return total

@@ -1,0 +1,195 @@
+"""From one checkpoint to another, against what was merged and against dense singular values."""
+
+import pytest
+import torch
+from torch import nn
+
+import paramlora
+from paramlora.arithmetic import between
+from paramlora.arithmetic.difference import Side
+from paramlora.arithmetic.products import nearest
+from paramlora.errors import AdapterError, FileError, ParamloraWarning
+from paramlora.formats import base_of
+from paramlora.update.value import Adapter, Update
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 20, 16) / 4)
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "fc": nn.Linear(300, 200),
+            "conv": nn.Conv2d(8, 12, 3),
+            "one": nn.Conv1d(8, 12, 3),
+            "emb": nn.Embedding(50, 8),
+            "experts": Experts(),
+            "norm": nn.LayerNorm(8),
+            "same": nn.Linear(8, 8),
+        }
+    )
+
+
+CONFIG = {
+    "fc": {"r": 4, "scale": 0.5},
+    **{name: {"r": 3} for name in ("conv", "one", "emb", "experts.w1")},
+}
+
+
+def trained():
+    """A state dict, its merged one, and the products that lie between them."""
+    net = model()
+    base = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    paramlora.attach(net, CONFIG)
+    for name, parameter in net.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    adapter = paramlora.adapter_of(net)
+    return base, paramlora.merge(net).state_dict(), adapter
+
+
+def side(state, name):
+    return Side(state, state.__getitem__, name)
+
+
+def found(base, tuned, *args, **kwargs):
+    return between(side(base, "base"), side(tuned, "tuned"), *args, **kwargs)
+
+
+def dense(update):
+    product = update.scale * (update.lora_B.double() @ update.lora_A.double())
+    return (product.mT if update.layout == "transposed" else product).reshape(update.shape)
+
+
+@pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 1 - 1e-9}])
+def test_what_was_merged_comes_back(options):
+    base, tuned, adapter = trained()
+    done = found(base, tuned, known=base_of(model()), **options)
+    assert done.adapter.updates.keys() == adapter.updates.keys()
+    for path, update in adapter.updates.items():
+        mine = done.adapter.updates[path]
+        assert (dense(mine) - dense(update)).norm() <= 1e-5 * dense(update).norm(), path
+        assert (mine.layout, mine.kind, mine.shape) == (update.layout, update.kind, update.shape)
+    assert done.error < 1e-5
+    net = model()
+    paramlora.merge(paramlora.attach_adapter(net, done.adapter))  # and knows its base
+    assert all((net.state_dict()[key] - tuned[key]).abs().max() < 1e-5 for key in tuned)
+
+
+def test_without_a_model_the_names_tell_stacks_from_convolutions():
+    base, tuned, adapter = trained()
+    done = found(base, tuned, 4)
+    layouts = {path: update.layout for path, update in done.adapter.updates.items()}
+    assert layouts.pop("experts.w1") == "stack" and set(layouts.values()) == {"matrix"}
+    for path, update in adapter.updates.items():
+        assert (dense(done.adapter.updates[path]) - dense(update)).norm() <= 1e-5 * dense(
+            update
+        ).norm()
+    merged = paramlora.checkpoint.merge(base, done.adapter)
+    assert all((merged[key] - tuned[key]).abs().max() < 1e-5 for key in tuned)
+    net = paramlora.attach_adapter(model(), done.adapter)
+    assert (net["emb"].weight - tuned["emb.weight"]).abs().max() < 1e-5  # the other way round
+
+
+def test_the_error_is_of_the_difference_itself():
+    torch.manual_seed(1)
+    base = {"w": torch.randn(60, 200), "v": torch.randn(200, 160)}
+    change = {key: torch.randn_like(tensor) for key, tensor in base.items()}
+    tuned = {key: tensor + change[key] for key, tensor in base.items()}
+    done = found(base, tuned, 10)
+    for key in base:
+        exact = (tuned[key] - base[key]).double()
+        rest = (exact - dense(done.adapter.updates[key])).norm() / exact.norm()
+        assert done.errors[key] == pytest.approx(float(rest), rel=1e-4)
+        best = torch.linalg.svdvals(exact)[10:].norm() / exact.norm()
+        assert float(best) <= rest < 1.01 * best
+
+
+def test_a_share_of_energy_is_reached():
+    torch.manual_seed(1)
+    falling = torch.diag(0.9 ** torch.arange(400.0))
+    basis = torch.linalg.qr(torch.randn(400, 400))[0]
+    base = {"w": torch.randn(400, 400)}
+    tuned = {"w": base["w"] + basis @ falling @ basis.T}
+    for energy in (0.5, 0.99, 1 - 1e-6):
+        done = found(base, tuned, energy=energy)
+        r = done.adapter.updates["w"].r
+        shares = (falling.diag().double() ** 2).cumsum(0) / falling.square().sum()
+        assert abs(r - (1 + int((shares < energy).sum()))) <= 1
+        # the values' squares are those of float32
+        assert done.errors["w"] ** 2 <= 1 - energy + 4 * 2.0**-24
+
+
+def test_sixteen_bits_and_eight():
+    base, tuned, _ = trained()
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        narrow = [
+            {key: t.to(dtype) for key, t in state.items() if t.dim() > 1} for state in (base, tuned)
+        ]
+        done = found(*narrow, 12)
+        exact = narrow[1]["fc.weight"].double() - narrow[0]["fc.weight"].double()
+        rest = (exact - dense(done.adapter.updates["fc"])).norm() / exact.norm()
+        assert done.errors["fc"] == pytest.approx(float(rest), rel=1e-3)
+
+
+def test_vectors_are_named_or_kept():
+    base, tuned, _ = trained()
+    tuned = {**tuned, "norm.weight": tuned["norm.weight"] + 1, "fc.bias": tuned["fc.bias"] + 1}
+    with pytest.warns(ParamloraWarning, match="2 tensors .* left out: fc.bias, norm. Keep"):
+        assert not found(base, tuned, 4).adapter.whole
+    done = found(base, tuned, 4, whole=True)
+    assert torch.equal(done.adapter.whole["norm"], tuned["norm.weight"])
+    merged = paramlora.checkpoint.merge(base, done.adapter)
+    assert torch.equal(merged["fc.bias"], tuned["fc.bias"])
+
+
+def test_what_is_excluded_is_left_out():
+    base, tuned, _ = trained()
+    tuned = {**tuned, "emb.weight": torch.zeros(60, 8), "new": torch.zeros(3)}
+    done = found(base, tuned, 4, exclude=["emb", "new", "experts.*"])
+    assert done.adapter.updates.keys() == {"fc", "conv", "one"}
+
+
+def changed(**tensors):
+    return {**{key: tensor.clone() for key, tensor in model().state_dict().items()}, **tensors}
+
+
+@pytest.mark.parametrize(
+    ("tuned", "options", "error", "told"),
+    [
+        ({}, {"rank": 4}, AdapterError, "tuned: no tensor differs from the base's"),
+        ({"fc.weight": torch.zeros(200, 300)}, {"rank": 201}, AdapterError,
+         "rank 201 is more than any layer holds; the most is 200"),
+        ({"fc.weight": torch.zeros(200, 301)}, {"rank": 4}, FileError,
+         r"fc.weight: \[200, 300\] in base, and \[200, 301\] in tuned. Leave it out by exclude"),
+        ({"more": torch.zeros(2)}, {"rank": 4}, FileError, r"base: lacks more of tuned.*--exclude"),
+        ({"fc.weight": torch.full((200, 300), torch.inf)}, {"rank": 4}, AdapterError,
+         "fc.weight: holds numbers that are not finite. Exclude it"),
+        ({}, {}, AdapterError, "give a rank or an energy"),
+        ({}, {"rank": 4, "exclude": ["fcc"]}, AdapterError, '"fcc" names no layer. Closest: "fc"'),
+        ({"fc.bias": torch.zeros(200)}, {"rank": 4}, AdapterError,
+         r"no tensor differs from the base's but vectors, which whole \(--whole\) keeps"),
+    ],
+)  # fmt: skip
+def test_what_has_no_difference_is_told(tuned, options, error, told):
+    with pytest.raises(error, match=told):
+        found(changed(), changed(**tuned), **options)
+
+
+def test_the_random_numbers_are_the_same_each_time():
+    matrix = torch.randn(300, 400)
+    torch.manual_seed(7)
+    first = nearest(matrix, 5)
+    torch.manual_seed(8)
+    assert torch.equal(first.left, nearest(matrix, 5).left)
+
+
+def test_a_merged_adapter_of_full_rank_is_found_too():
+    base = {"w": torch.zeros(6, 5)}
+    adapter = Adapter({"w": Update(torch.randn(5, 5), torch.randn(6, 5), 1.0, (6, 5))})
+    tuned = paramlora.checkpoint.merge(base, adapter)
+    assert found(base, tuned, 5).error < 1e-6

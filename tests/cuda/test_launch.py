@@ -1,0 +1,136 @@
+"""The hand-made launch against Triton's own, of a Triton whose inside is changed in the test."""
+
+import pytest
+import torch
+
+import paramlora
+
+launch = pytest.importorskip("paramlora.cuda.launch", reason="needs Triton")
+
+
+class Compiled:
+    """What Triton gives for a compiled kernel; `given` holds what reached the device."""
+
+    function, packed_metadata = 77, (4, 1, 0)
+
+    def __init__(self):
+        self.given = []
+        self._run = lambda *given: self.given.append(given)
+
+    @property
+    def run(self):
+        return self._run
+
+
+class Kernel:
+    """Triton's own launch, as of 3.6 and 3.7."""
+
+    def __init__(self):
+        self.compiled, self.own = Compiled(), 0
+
+    def warmup(self, *arguments, grid, **options):
+        return self.compiled
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched(grid, arguments)
+
+    def launched(self, grid, arguments):
+        self.own += 1
+        one = self.compiled
+        return one.run(
+            *grid, 1, 1, 5, one.function, one.packed_metadata, None, "enter", "exit", *arguments
+        )
+
+
+class MoreArguments(Kernel):
+    def launched(self, grid, arguments):
+        return super().launched(grid, (*arguments, "scratch"))
+
+
+class AnotherOrder(Kernel):
+    def launched(self, grid, arguments):
+        return super().launched(grid, arguments[::-1])
+
+
+class AnotherName(Kernel):
+    def launched(self, grid, arguments):
+        self.own += 1
+        self.compiled.given.append((*grid, *arguments))
+
+    def warmup(self, *arguments, grid, **options):
+        return object()
+
+
+class NoMetadata(Kernel):
+    def warmup(self, *arguments, grid, **options):
+        class Hidden(Compiled):
+            @property
+            def packed_metadata(self):
+                raise AttributeError
+
+        return Hidden()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(launch, "_TRUSTED", {})
+    monkeypatch.setattr(launch, "_warned", False)
+    monkeypatch.setattr(launch, "cuda_stream", lambda device: 5)
+
+
+def launched(kernel, times=3):
+    """The address of x that reached the device, each time."""
+    one = launch.Launch(kernel, 0, 8, (16, 3), (True, 64), 3, 4)
+    seen, before = [], len(kernel.compiled.given)
+    for i in range(times):
+        x, y = torch.zeros(8), torch.zeros(8)
+        one((x, y), (x.data_ptr() + 16, y.data_ptr()), (0.5, i))
+        given = kernel.compiled.given[-1]
+        addresses = [g.data_ptr() if isinstance(g, torch.Tensor) else g for g in given]
+        wanted = {x.data_ptr() + 16, y.data_ptr(), i}
+        seen.append(wanted <= {one for one in addresses if isinstance(one, int)})
+    assert len(kernel.compiled.given) == before + times
+    return seen
+
+
+def test_the_first_launch_is_tritons_and_the_others_are_ours():
+    kernel = Kernel()
+    assert launched(kernel) == [True] * 3
+    assert kernel.own == 1
+    first, *others = kernel.compiled.given
+    for other in others:
+        assert len(other) == len(first) and other[6:9] == (None, None, None)
+    assert launched(kernel, 1) == [True]  # of the same kind by another plan
+    assert kernel.own == 1
+
+
+@pytest.mark.parametrize("changed", (MoreArguments, AnotherOrder, AnotherName, NoMetadata))
+def test_a_triton_that_has_changed_launches_by_itself(changed):
+    kernel = changed()
+    with pytest.warns(paramlora.ParamloraWarning, match="launches kernels otherwise") as told:
+        assert launched(kernel) == [True] * 3
+        assert launched(changed()) == [True] * 3
+    assert len(told) == 1
+    assert kernel.own == 3
+
+
+def test_a_descriptor_is_compared_by_what_it_describes():
+    base = torch.zeros(64, 64)
+    block = launch.Block(base, ([64, 64], [64, 1], [16, 16]))
+    same = launch.TensorDescriptor(base, [64, 64], [64, 1], [16, 16])
+    other = launch.TensorDescriptor(base, [64, 64], [64, 1], [16, 32])
+    assert launch._equal(block, same) and not launch._equal(block, other)
+    assert not launch._equal(
+        block, launch.TensorDescriptor(base.clone(), [64, 64], [64, 1], [16, 16])
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_this_triton_launches_as_ours_does():
+    layer = torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16)
+    model = paramlora.attach(torch.nn.Sequential(layer), {"0": {"r": 4}})
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert launch._TRUSTED and None not in launch._TRUSTED.values()

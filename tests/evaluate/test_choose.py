@@ -1,0 +1,103 @@
+"""The one place that chooses how a forward is computed, asked without any device."""
+
+import pytest
+import torch
+
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import CARDS, Card, Way
+
+CPU, H100 = CARDS["cpu"], CARDS["NVIDIA H100 80GB HBM3"]
+LEAST = CPU.tiny
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    "card, dtype, tokens, shape, kernels, compiling, way",
+    [
+        (CPU, F32, 16, (64, 64), False, False, Way.SUM),
+        (CPU, F32, 64, (512, 512), False, False, Way.FACTORED),
+        (CPU, F32, 4096, (512, 512), False, False, Way.DENSE),
+        (CPU, BF16, 16, (64, 64), False, False, Way.FACTORED),
+        (CPU, F32, 16, (64, 64), False, True, Way.PLAIN),
+        (H100, F32, 64, (512, 512), False, False, Way.PLAIN),
+        (H100, F32, 2**15, (4096, 4096), False, False, Way.DENSE),
+        (H100, F32, 1024, (4096, 4096), False, False, Way.FACTORED),
+        (H100, BF16, 8192, (4096, 4096), True, False, Way.KERNELS),
+        (H100, F16, 8192, (4096, 4096), False, False, Way.FACTORED),
+        (H100, BF16, 8192, (4096, 4096), True, True, Way.OPERATOR),
+        (H100, BF16, 8192, (4096, 4096), False, True, Way.PLAIN),
+        (Card(), F32, 16, (64, 64), False, False, Way.FACTORED),
+    ],
+)
+def test_the_way_of_a_linear_layer(card, dtype, tokens, shape, kernels, compiling, way):
+    numbers = tokens * shape[1]
+    assert choose.linear(card, dtype, numbers, shape, 16, kernels, compiling) is way
+
+
+@pytest.mark.parametrize(
+    "card, dtype, side, shape, groups, kernels, compiling, way",
+    [
+        (CPU, F32, 8, (16, 8, 3, 3), 1, None, False, Way.SUM),
+        (CPU, F32, 64, (64, 64, 3, 3), 1, None, False, Way.DENSE),
+        (CPU, F32, 64, (64, 64, 3, 3), 1, None, True, Way.SUM),
+        (CPU, F32, 2, (512, 512, 3, 3), 1, None, False, Way.PLAIN),
+        (CPU, F32, 64, (256, 32, 3, 3), 8, None, False, Way.DENSE),
+        (CPU, BF16, 8, (16, 8, 3, 3), 1, None, False, Way.JOINED),
+        (CPU, BF16, 8, (16, 8, 3, 3), 1, None, True, Way.PLAIN),
+        (CPU, BF16, 8, (16, 2, 3, 3), 4, None, False, Way.OWN_KERNEL),
+        (H100, BF16, 8, (16, 8, 1, 1), 1, Way.POINTWISE, False, Way.POINTWISE),
+        (H100, BF16, 8, (16, 1, 3, 3), 16, Way.DEPTHWISE, False, Way.DEPTHWISE),
+        (H100, F32, 8, (16, 1, 3, 3), 16, None, False, Way.DENSE),
+    ],
+)
+def test_the_way_of_a_convolution(card, dtype, side, shape, groups, kernels, compiling, way):
+    numbers, stride = 2 * shape[1] * groups * side * side, (1, 1)
+    got = choose.convolution(card, dtype, numbers, shape, stride, groups, kernels, compiling)
+    assert got is way
+
+
+@pytest.mark.parametrize(
+    "name, capability, processors, like",
+    [
+        ("NVIDIA H200", (9, 0), 132, "NVIDIA H200"),
+        ("some card", (9, 0), 132, "NVIDIA H100 80GB HBM3"),
+        ("some card", (8, 6), 84, "NVIDIA H100 80GB HBM3"),
+        ("some card", (12, 0), 170, "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_an_unknown_card_gets_the_nearest_table(name, capability, processors, like):
+    assert choose.nearest(name, capability, processors) == CARDS[like]
+
+
+def test_the_nearest_card_is_of_its_generation_first(monkeypatch):
+    cards = {
+        "cpu": CPU,
+        "large": Card(capability=(9, 0), processors=132),
+        "older": Card(capability=(8, 6), processors=132),
+        "small": Card(capability=(9, 0), processors=78),
+    }
+    monkeypatch.setattr(choose, "CARDS", cards)
+    assert choose.nearest("new", (9, 0), 80) is cards["small"]
+    assert choose.nearest("new", (8, 9), 132) is cards["older"]
+
+
+def test_other_devices_are_unknown():
+    assert choose.card_of(torch.empty(1)) is CPU
+    assert choose.card_of(torch.empty(1, device="meta")) == Card()
+
+
+def test_the_choice_between_the_two_ways():
+    assert not choose.denser(100, 200, 300, torch.float32)  # 2·200·300/500 = 240
+    assert not choose.denser(240, 200, 300, torch.float32)
+    assert choose.denser(241, 200, 300, torch.float32)
+    assert not choose.denser(10**6, 200, 300, torch.bfloat16)
+    assert not choose.denser(10**6, 200, 300, torch.float16)
+
+
+def test_the_choice_of_the_dense_gradient_at_tiny_sizes():
+    assert choose.tiny(16 * 64, (64, 64), 4, LEAST)  # (16 + 3·20)·64·64 < 2^21
+    assert not choose.tiny(64 * 256, (256, 256), 8, LEAST)
+    assert not choose.tiny(512, (512, 512), 8, LEAST)  # one token, but a large matrix to form
+    edge = LEAST // 64 // 64 - 3 * 24
+    assert choose.tiny((edge - 1) * 64, (64, 64), 8, LEAST)
+    assert not choose.tiny(edge * 64, (64, 64), 8, LEAST)

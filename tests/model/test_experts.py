@@ -1,0 +1,436 @@
+"""Experts by grouped products: transformers' families, loops of their own, one's own class."""
+
+import collections
+import copy
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import paramlora
+from paramlora.evaluate import experts as grouped
+from paramlora.evaluate.dropout import Drops, drops_for, masked
+from paramlora.model.attach import updates
+from paramlora.update.lowrank import LowRank
+
+FOLDER = Path(transformers.__file__).parent / "models"
+LOOPS = ("Step3p7Experts", "LongcatFlashExperts", "JetMoeParallelExperts", "Llama4TextExperts")
+SUMS_IN_FLOAT32 = ("Inkling2Experts", "OpenAIPrivacyFilterExperts")  # their own loops, in any type
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+class Config:
+    """Small sizes for whatever a class of experts asks of its configuration."""
+
+    _experts_implementation = "eager"
+    ffn_act_fn = {"name": "silu"}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if "act" in name:
+            return "silu"
+        if "num" in name or "experts" in name:
+            return 4
+        if "limit" in name or "alpha" in name:
+            return 7.0
+        return {True: 8, False: 16}["intermediate" in name or "ffn" in name]
+
+
+def families():
+    """Each class that transformers' decorator gave its implementations."""
+    found = {}
+    for file in sorted(FOLDER.glob("*/modeling_*.py")):
+        if re.search("^@use_experts_implementation", file.read_text(encoding="utf-8"), re.M):
+            name = f"transformers.models.{file.parent.name}.{file.stem}"
+            module = importlib.import_module(name)
+            for key, cls in vars(module).items():
+                own = inspect.isclass(cls) and cls.__module__ == name and "forward" in vars(cls)
+                if own and cls.forward.__code__.co_filename.endswith("integrations/moe.py"):
+                    found[key] = cls
+    return found
+
+
+@pytest.fixture
+def no_sums(monkeypatch):
+    """Fails where a dense sum is formed."""
+
+    def delta(self, *args, **kwargs):
+        raise AssertionError("a dense sum")
+
+    return lambda: monkeypatch.setattr(LowRank, "delta", delta)
+
+
+def built(cls, config=None):
+    torch.manual_seed(0)
+    layer = cls(config or Config()).double()
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.4)
+    return layer
+
+
+def adapted(layer, names, second=False, **more):
+    """With r of its own for each tensor, and perhaps another adapter."""
+    entries = {name: {"r": 2 + i, "scale": 0.7, **more} for i, name in enumerate(names)}
+    paramlora.attach(layer, entries)
+    if second:
+        paramlora.attach(layer, {names[0]: {"r": 1}}, "second")
+        paramlora.set_adapters(layer, {"default": 0.5, "second": 2.0})
+    for _, _, update in updates(layer):
+        nn.init.normal_(update.lora_B, std=0.4)
+    return layer
+
+
+def dense(layer):
+    """The plain layer with the definition's tensors, and the gradients of an update from theirs."""
+    twin = paramlora.detach(copy.deepcopy(layer)).requires_grad_()
+    if hasattr(twin, "config"):  # the loop, which torch's grouped product in float64 is not
+        twin.config._experts_implementation = "eager"
+    with torch.no_grad():
+        for name, lists in layer.parametrizations.items():
+            for low in lists:
+                product = low.lora_B @ low.lora_A * (low.lora_scale * low.strength)
+                twin.get_parameter(name).add_(product)
+    return twin
+
+
+def check_gradients(layer, twin, **close):
+    for name, lists in layer.parametrizations.items():
+        whole = twin.get_parameter(name).grad
+        for low in lists:
+            factor = low.lora_scale * low.strength
+            a, b = low.lora_A.detach(), low.lora_B.detach()
+            torch.testing.assert_close(low.lora_A.grad, factor * b.mT @ whole, **close)
+            torch.testing.assert_close(low.lora_B.grad, factor * whole @ a.mT, **close)
+
+
+def routed(layer, tokens=9, top=2, beyond=False):
+    x = torch.randn(tokens, 16).double().requires_grad_()
+    index = torch.stack([torch.randperm(3)[:top] for _ in range(tokens)])  # one gets no row
+    weights = torch.rand(tokens, top).double().requires_grad_()
+    if beyond:
+        index[::2, 0] = 4
+        weights = (weights.detach() * (index < 4)).requires_grad_()
+    return x, index, weights
+
+
+def same(layer, twin, inputs, **close):
+    """Outputs and gradients of both, each with inputs of its own."""
+    outputs, grads = [], []
+    for run in (layer, twin):
+        own = [t.detach().requires_grad_() if t.requires_grad else t for t in inputs]
+        y = run(*own)
+        y.square().sum().backward()
+        outputs.append(y)
+        grads.append([t.grad for t in own if t.requires_grad])
+    torch.testing.assert_close(*outputs, **close)
+    for one, two in zip(*grads):
+        torch.testing.assert_close(one, two, **close)
+    check_gradients(layer, twin, **close)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_family_in_each_implementation(implementation, no_sums):
+    every = families()
+    assert len(every) >= 60
+    work = []
+    for cls in every.values():
+        layer = built(cls)
+        stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
+        layer = adapted(layer, stacks)
+        layer.config._experts_implementation = implementation
+        work.append((layer, dense(layer)))
+    no_sums()
+    for layer, twin in work:
+        sums = dict(rtol=1e-4, atol=1e-5) if type(twin).__name__ in SUMS_IN_FLOAT32 else {}
+        same(layer, twin, routed(layer), **sums)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("cls", ("MixtralExperts", "GptOssExperts", "NemotronHExperts"))
+@pytest.mark.parametrize("only", (0, 1, None))
+def test_two_adapters_and_one_tensor_alone(implementation, cls, only):
+    module = {"M": "mixtral", "G": "gpt_oss", "N": "nemotron_h"}[cls[0]]
+    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    layer = built(getattr(module, cls))
+    stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
+    layer = adapted(layer, stacks if only is None else [stacks[only]], second=True)
+    layer.config._experts_implementation = implementation
+    same(layer, dense(layer), routed(layer))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("cls", ("MixtralExperts", "GptOssExperts"))
+def test_rows_of_other_processes(implementation, cls):
+    """Sentinels of expert parallelism: indices beyond the experts, whose weights are zero."""
+    name = {"M": "mixtral", "G": "gpt_oss"}[cls[0]]
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    layer = adapted(built(getattr(module, cls)), ["gate_up_proj", "down_proj"])
+    layer._is_expert_parallel, layer.config._experts_implementation = True, "grouped_mm"
+    twin = dense(layer)
+    twin.config._experts_implementation = "batched_mm"  # gpt-oss's loop knows none of them
+    layer.config._experts_implementation = implementation
+    same(layer, twin, routed(layer, beyond=True))
+
+
+def step():
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    return built(Step3p7Experts), ["gate_up_proj", "down_proj"], routed(None)
+
+
+def longcat():
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+    config = Config()
+    config.zero_expert_num = 2
+    x, index, weights = routed(None)
+    index[::2, 0] = 5  # one that gives its input
+    return built(LongcatFlashExperts, config), ["gate_up_proj", "down_proj"], (x, index, weights)
+
+
+def jetmoe():
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+
+    layer = built(lambda _: JetMoeParallelExperts(4, 16, 8))
+    return layer, ["weight"], (torch.randn(9, 16).double().requires_grad_(), [4, 0, 3, 2])
+
+
+def llama4():
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    x = torch.randn(12, 16).double().requires_grad_()
+    return built(Llama4TextExperts), ["gate_up_proj", "down_proj"], (x,)
+
+
+@pytest.mark.parametrize("make", (step, longcat, jetmoe, llama4))
+def test_loops_of_their_own(make, no_sums):
+    layer, names, inputs = make()
+    layer = adapted(layer, names, second=True)
+    twin = dense(layer)
+    no_sums()
+
+    same_of(layer, twin, inputs)
+
+
+def same_of(layer, twin, inputs):
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    results = []
+    for run in (layer, twin):
+        own = [t.detach().requires_grad_() if any(t is o for o in tensors) else t for t in inputs]
+        y = run(*own)
+        y.square().sum().backward()
+        results.append((y, [t.grad for t in own if isinstance(t, torch.Tensor)]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for one, two in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(one, two)
+    check_gradients(layer, twin)
+
+
+def test_a_loop_that_nobody_knows_gets_one_sum(monkeypatch):
+    from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+
+    counts, product = collections.Counter(), LowRank.delta
+
+    def counted(self, *args, **kwargs):
+        counts[id(self)] += 1
+        return product(self, *args, **kwargs)
+
+    monkeypatch.setattr(LowRank, "delta", counted)
+    layer = adapted(built(DbrxExperts), ["mlp.w1", "mlp.v1", "mlp.w2"])
+    layer(*routed(layer)).sum().backward()
+    assert len(counts) == 3 and set(counts.values()) == {1}
+
+
+def mixtral(**more):
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    return adapted(built(MixtralExperts), ["gate_up_proj", "down_proj"], **more)
+
+
+@pytest.mark.parametrize("implementation", ("batched_mm", "grouped_mm"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiled_whole(implementation, dtype):
+    layer = mixtral().to(dtype)
+    layer.config._experts_implementation = implementation
+    inputs = [t.detach().to(dtype) if t.is_floating_point() else t for t in routed(layer)]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        x = inputs[0].requires_grad_()
+        x.grad = None
+        run(x, *inputs[1:]).float().square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert len(grads[0]) == 5
+    for one, two in zip(*grads):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("rates", ((0.4,), (0.4, 0.0, 0.2)), ids=str)
+@pytest.mark.parametrize("transposed", (False, True))
+def test_dropout_of_a_grouped_product(rates, transposed):
+    """Each mask's outputs and gradients, against a loop over the experts."""
+    torch.manual_seed(0)
+    ranks, ends = tuple(range(1, len(rates) + 1)), torch.tensor([4, 4, 9, 12], dtype=torch.int32)
+    x, r = torch.randn(12, 6).double(), sum(ranks)
+    weight, a, b = (torch.randn(4, *s).double() for s in ((5, 6), (r, 6), (5, r)))
+    scale = torch.tensor(0.6).double()
+    values = [t.requires_grad_() for t in (x, weight, a, b, scale)]
+    drops = drops_for(x, rates, ranks)
+    y = grouped.grouped_linear(x, weight, ends, a, b, scale, 1.5, drops)
+    expert, at = torch.tensor([0] * 4 + [2] * 5 + [3] * 3), 0
+    right = torch.einsum("si,soi->so", x, weight[expert])
+    for which, rank in enumerate(ranks):
+        seen, own = masked(x, drops, which), slice(at, at + rank)
+        delta = b[:, :, own] @ a[:, own] * scale * 1.5
+        right, at = right + torch.einsum("si,soi->so", seen, delta[expert]), at + rank
+    torch.testing.assert_close(y, right)
+    g = torch.randn_like(y)
+    got = torch.autograd.grad((y * g).sum(), values, retain_graph=True)
+    want = torch.autograd.grad((right * g).sum(), values, create_graph=True)
+    for one, two in zip(got, want):
+        torch.testing.assert_close(one, two)
+    twice = torch.autograd.grad((y * g).sum(), values, create_graph=True)
+    some = [values[0], values[2], values[3]]
+    got = torch.autograd.grad(sum(t.square().sum() for t in twice), some)
+    want = torch.autograd.grad(sum(t.square().sum() for t in want), some)
+    for one, two in zip(got, want):
+        torch.testing.assert_close(one, two)
+
+
+def test_dropout_acts_in_training_alone_and_is_reproduced():
+    layer = mixtral(dropout=0.5)
+    inputs = routed(layer)
+    torch.manual_seed(1)
+    first = layer.train()(*inputs)
+    torch.manual_seed(1)
+    assert torch.equal(first, layer(*inputs)) and not torch.equal(first, layer(*inputs))
+    torch.testing.assert_close(layer.eval()(*inputs), dense(layer)(*inputs))
+    assert not torch.allclose(first, layer(*inputs))
+
+
+def test_a_small_update_is_kept_in_16_bits():
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 128), torch.randn(4, 96, 128) / 128**0.5
+    a, b = torch.randn(4, 4, 128), torch.randn(4, 96, 4)
+    b = b * 1e-3 * weight.norm() / (b @ a).norm()
+    ends, one = torch.tensor([64, 128, 192, 256], dtype=torch.int32), torch.ones(())
+    for dtype in (torch.bfloat16, torch.float16):
+        low, w = x.to(dtype), weight.to(dtype)
+        base = grouped.grouped_linear(low, w, ends, a[:, :0], b[..., :0], one)
+        for drops in (None, Drops((0.1,), (4,), torch.tensor(7))):
+            y = grouped.grouped_linear(low, w, ends, a, b, one, 1.0, drops)
+            seen = low if drops is None else masked(low, drops, 0)
+            change = torch.cat([seen[i * 64 : i * 64 + 64].double() @ (b @ a)[i].double().t()
+                                for i in range(4)])  # fmt: skip
+            share = ((y.double() - base.double()) * change).sum() / change.square().sum()
+            assert 0.97 < share < 1.03
+
+
+def test_gradients_in_float16_beyond_its_range():
+    """An update whose factors alone would overflow."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 16).half().requires_grad_(), torch.randn(2, 12, 16).half()
+    a, b = torch.randn(2, 2, 16) * 1e-4, torch.randn(2, 12, 2) * 0.1
+    a, b = a.requires_grad_(), b.requires_grad_()
+    ends, scale = torch.tensor([5, 8], dtype=torch.int32), torch.tensor(1e5)
+    grouped.grouped_linear(x, weight, ends, a, b, scale).float().square().sum().backward()
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    total = weight.double() + 1e5 * wide[2] @ wide[1]
+    right = torch.cat([wide[0][:5] @ total[0].t(), wide[0][5:] @ total[1].t()])
+    right.square().sum().backward()
+    for got, want in zip((x, a, b), wide):
+        assert (got.grad.double() - want.grad).norm() < 1e-2 * want.grad.norm()
+
+
+class Own(nn.Module):
+    """A class of one's own, by the documented function."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4).double())
+
+    def forward(self, x, counts):
+        return paramlora.expert_linear(self, "w1", x, counts)
+
+
+def test_ones_own_class(no_sums):
+    x, counts = torch.randn(6, 4).double(), torch.tensor([2, 0, 4])
+    plain = Own()
+    torch.testing.assert_close(plain(x, counts)[:2], F.linear(x[:2], plain.w1[0]))
+    model = adapted(plain, ["w1"])
+    twin = dense(model)
+    no_sums()
+    same_of(model, twin, (x.requires_grad_(), counts))
+    with pytest.raises(paramlora.AdapterError, match="Own has no tensor 'w2'. Name one of its"):
+        paramlora.expert_linear(model, "w2", x, counts)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(paramlora.AdapterError, match=r"'weight' of Linear is of shape \[2, 2\]"):
+        paramlora.expert_linear(layer, "weight", x, counts)
+
+
+def test_merged_saved_and_off_as_every_other(tmp_path):
+    layer = mixtral()
+    inputs = routed(layer)
+    want = layer(*inputs)
+    plain = paramlora.detach(copy.deepcopy(layer))
+    with paramlora.disable_adapters(layer):
+        assert torch.equal(layer(*inputs), plain(*inputs))
+    paramlora.save_adapter(layer, tmp_path / "a.safetensors")
+    twin = paramlora.load_adapter(copy.deepcopy(plain), tmp_path / "a.safetensors")
+    assert torch.equal(twin(*inputs), want)
+    torch.testing.assert_close(paramlora.merge(layer)(*inputs), want)
+    assert type(layer) is type(plain)
+
+
+def test_another_implementation_is_left_to_it():
+    """One that somebody registered reads the dense sums."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    seen = []
+
+    def mine(self, hidden_states, top_k_index, top_k_weights):
+        seen.append(self.gate_up_proj)
+        return hidden_states
+
+    layer = mixtral()
+    ALL_EXPERTS_FUNCTIONS.register("mine", mine)
+    try:
+        layer.config._experts_implementation = "mine"
+        layer(*routed(layer))
+    finally:
+        del ALL_EXPERTS_FUNCTIONS._global_mapping["mine"]
+    torch.testing.assert_close(seen[0], dense(layer).gate_up_proj)
+
+
+def test_nothing_dense_is_kept():
+    """A tiny JetMoE of many experts keeps what the frozen one does, and thin products."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    sizes |= dict(num_key_value_heads=2, kv_channels=16, intermediate_size=64)
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=32, num_experts_per_tok=2)
+    model = transformers.JetMoeModel(config)
+    rows = torch.randint(40, (2, 8))
+
+    def kept():
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (held.__setitem__(t.data_ptr(), t.untyped_storage().nbytes()), t)[1],
+            lambda t: t,
+        ):
+            model(rows)
+        return sum(held.values()), held
+
+    stacks = [n for n, p in model.named_parameters() if p.dim() == 3]
+    before, _ = kept()
+    adapted(model, stacks)
+    after, held = kept()
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert after < before + weights

@@ -1,0 +1,101 @@
+"""A tenth of `benchmarks.architectures`: classes that together hold each kind of layer."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+from benchmarks import arch_checks, architectures
+
+CLASSES = """
+GPT2LMHeadModel LlamaForCausalLM MixtralForCausalLM T5ForConditionalGeneration
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Double precision by default and no word of the other libraries, as in a worker."""
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    with warnings.catch_warnings():
+        architectures.quiet()
+        yield
+    torch.set_default_dtype(before)
+    torch.set_num_threads(threads)
+
+
+def of(name):
+    return architectures.examined(name, architectures.classes_by_name(name))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_everything_in_a_model_is_exact(name):
+    row = of(name)
+    assert row["reached"] > 0
+    wrong = {
+        check: told
+        for check, told in row["checks"].items()
+        if isinstance(told, str)
+        and not told.startswith("own:")  # the plain model cannot, or peft's own layers
+        and not (check == "peft" and told.startswith("FileError:"))  # refused in one sentence
+    }
+    assert not wrong
+
+
+def subject(name):
+    _, model, inputs = architectures.able(architectures.classes_by_name(name))
+    return arch_checks.subject(model, inputs)
+
+
+def test_an_update_that_is_missing_or_wrong_is_caught():
+    s = subject("GPT2LMHeadModel")
+    arch_checks.in_mode(s, False)
+    last = s.places[-1].paths[0]
+    update = s.adapted.get_submodule(last).parametrizations.weight[0]
+    with torch.no_grad():
+        update.lora_B *= 1.001
+    with pytest.raises(arch_checks.Differs, match="apart"):
+        arch_checks.in_mode(s, False)
+    with torch.no_grad():
+        update.lora_B.zero_()
+    for check in (arch_checks.saved_and_loaded, arch_checks.merged, arch_checks.read_by_peft):
+        with pytest.raises(arch_checks.Differs, match="apart"):
+            check(s)
+
+
+def test_a_base_that_moved_is_caught():
+    s = subject("GPT2LMHeadModel")
+    assert arch_checks.base_again(s) == arch_checks.detached(s) == 0.0
+    weight = s.adapted.transformer.h[0].attn.c_attn.parametrizations.weight.original
+    with torch.no_grad():
+        weight.mul_(1 + 1e-12)
+    with pytest.raises(arch_checks.Differs, match="bit for bit"):
+        arch_checks.base_again(s)
+    with pytest.raises(arch_checks.Differs, match="other values"):
+        arch_checks.detached(s)
+
+
+def test_a_gradient_that_is_missing_is_caught():
+    s = subject("GPT2LMHeadModel")
+    want = arch_checks.of_dense(s.reference, s.inputs, s.places, s.factors)
+    got = arch_checks.of_adapted(s.adapted, s.inputs)
+    short = copy.copy(got.gradients)
+    name = next(iter(short))
+    del short[name]
+    with pytest.raises(arch_checks.Differs, match=f"no gradient of {name}"):
+        arch_checks.gradients_apart(short, want.gradients)
+
+
+def test_a_run_goes_on_with_the_last(tmp_path, capsys):
+    options = ["^(GPT2Model|OPTModel)$", "--out", str(tmp_path)]
+    assert architectures.main([*options, "--count", "1", "--workers", "1"]) == 0
+    assert "1 of 2 classes" in capsys.readouterr().out
+    assert architectures.main([*options, "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "2 checked, 0 refused, 0 not built, 0 failed" in told and "2 of 2 classes" in told
+    lines = (tmp_path / "architectures.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(json.loads(line)["class"] for line in lines) == ["GPT2Model", "OPTModel"]

@@ -1,0 +1,131 @@
+"""A fresh run against the recorded table of its card, without the card."""
+
+import copy
+import json
+import re
+
+import pytest
+
+pytest.importorskip("peft")  # which the benchmarks import
+from benchmarks import check, recorded, report
+from benchmarks.recorded import PLACE
+
+RESULTS = (PLACE.parent / "RESULTS.md").read_text(encoding="utf-8")
+H200 = "NVIDIA H200"
+
+
+def run_of(folder, change=lambda content: None, card=H200):
+    """A run that gives the recorded numbers again, after a change."""
+    for index, content in enumerate(copy.deepcopy(recorded.recorded(H200))):
+        content["machine"]["device"] = card
+        change(content)
+        (folder / f"{index}.json").write_text(json.dumps(content), encoding="utf-8")
+    return check.main([str(folder)])
+
+
+def changed(kind, key, by, **where):
+    """Multiplies one number of the rows that have these values."""
+
+    def change(content):
+        for row in content["rows"] if content["kind"] == kind else ():
+            if key in row and all(row.get(k) == v for k, v in where.items()):
+                row[key] *= by
+
+    return change
+
+
+@pytest.mark.parametrize("card", recorded.cards())
+def test_what_is_recorded_is_what_the_results_show(card):
+    contents = recorded.recorded(card)
+    assert contents and all(recorded.card_of(content) == card for content in contents)
+    for content in contents:
+        assert report.TABLES[content["kind"]](content) in RESULTS, content["folder"]
+        assert list(check.figures(content)), content["folder"]
+
+
+def test_everything_that_a_run_is_compared_by_is_recorded():
+    fresh = [c for c in recorded.read_back(RESULTS) if recorded.card_of(c) == H200]
+    key = {(c["folder"], c["kind"]): c["rows"] for c in fresh}
+    assert key == {(c["folder"], c["kind"]): c["rows"] for c in recorded.recorded(H200)}
+
+
+def test_the_same_run_again_is_no_worse(tmp_path, capsys):
+    assert run_of(tmp_path) == 0
+    told = capsys.readouterr().out
+    assert re.fullmatch(r"NVIDIA H200: 0 of \d{3} figures worse than noise allows\n", told)
+
+
+OURS = {"way": "paramlora", "dtype": "bf16"}
+LAYER = {"case": "linear 8192×4096×4096 r16", **OURS, "inference": False}
+WORSE = {
+    "slower on the device": (changed("layers", "device_R", 1.06, **LAYER), "device R"),
+    "slower in eager mode": (changed("layers", "eager_R", 1.15, **LAYER), "eager R"),
+    "more bytes kept": (changed("layers", "saved_bytes", 1.01, **LAYER), "bytes kept"),
+    "a slower model": (changed("models", "device_R", 1.06, **OURS), "device R"),
+    "a larger model": (changed("models", "peak_mib", 1.03, **OURS), "peak / frozen"),
+    "a larger quantised one": (changed("quantised", "peak_mib", 1.03), "peak MiB"),
+    "an update lost": (changed("update_kept", "output", 0.9, way="paramlora"), "output kept"),
+    "a gradient lost": (
+        changed("update_kept", "input_gradient", 0.9, way="paramlora"),
+        "gradient kept",
+    ),
+    "a merge that rounds twice": (changed("merge_live", "units", 1.5), "units in the last place"),
+}
+
+
+@pytest.mark.parametrize("name", WORSE)
+def test_what_is_worse_is_told(tmp_path, capsys, name):
+    change, figure = WORSE[name]
+    assert run_of(tmp_path, change) == 1
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[0] == "| what | figure | recorded | allowed | now |"
+    assert table[2:] and all(f"| {figure} |" in line for line in table[2:])
+    assert "paramlora" in table[2] and re.match(rf"{H200}: {len(table) - 2} of \d+ figures", last)
+
+
+NOISE = {
+    "a little slower": changed("layers", "device_R", 1.02, **LAYER),
+    "much faster": changed("layers", "device_R", 0.5, **LAYER),
+    "less memory": changed("models", "peak_mib", 0.5, way="paramlora"),
+    "another way slower": changed("layers", "device_R", 2.0, way="peft"),
+    "another clock": changed("models", "device_ms", 2.0),
+    "within the frozen layer's own noise": changed(
+        "update_kept", "output", 0.95, way="paramlora", size=1e-4, case="linear 64×4096×4096 r16"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_what_noise_allows_is_not_told(tmp_path, capsys, name):
+    assert run_of(tmp_path, NOISE[name]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_card_that_nobody_measured_is_told(tmp_path, capsys):
+    assert run_of(tmp_path, card="NVIDIA B300") == 2
+    want = (
+        f"nothing is recorded of NVIDIA B300, only of {', '.join(recorded.cards())}; record the "
+        "unchanged code's run first with python -m benchmarks.recorded FOLDER\n"
+    )
+    assert capsys.readouterr().out == want
+
+
+def test_a_folder_without_results_is_told(tmp_path, capsys):
+    assert check.main([str(tmp_path)]) == 2
+    assert "no result file to compare; run python -m benchmarks.layers" in capsys.readouterr().out
+
+
+def test_a_run_can_be_recorded_and_is_then_compared_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recorded, "PLACE", tmp_path / "recorded")
+    (tmp_path / "run").mkdir()
+    rows = [{**LAYER, "device_R": 1.2}, {**LAYER, "way": "frozen", "device_R": 1.0}]
+    content = {"kind": "layers", "machine": {"device": "NVIDIA B300"}, "rows": rows}
+    (tmp_path / "run" / "layers.json").write_text(json.dumps(content), encoding="utf-8")
+    assert recorded.main([str(tmp_path / "run")]) == 0 and recorded.cards() == ["NVIDIA B300"]
+    assert recorded.recorded("NVIDIA B300") == [{"folder": "run", **content}]
+    assert check.main([str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    rows[0]["device_R"] = 1.3
+    (tmp_path / "run" / "layers.json").write_text(json.dumps(content), encoding="utf-8")
+    assert check.main([str(tmp_path / "run")]) == 1
+    assert "| 1.2 | 1.253 | 1.3 |" in capsys.readouterr().out
