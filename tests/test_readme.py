@@ -24,7 +24,7 @@ def test_the_files_that_it_links_exist():
 
 
 def test_the_table_names_every_key_and_every_start():
-    table = TEXT[TEXT.index("| key |") : TEXT.index("An entry `{\"rows\"")]
+    table = TEXT[TEXT.index("| key |") : TEXT.index('An entry `{"rows"')]
     keys = {
         k for row in re.findall(r"^\| (.*?) \|", table, re.M) for k in re.findall(r"`(\w+)`", row)
     }

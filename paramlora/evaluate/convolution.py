@@ -205,16 +205,20 @@ class _DroppedConvolution(torch.autograd.Function):
         if x.dtype == torch.bfloat16 and where[3] == 1:
             one = torch.ones((), dtype=up.dtype, device=up.device)
             both, down, _ = _kernels(weight, a, up, one)
+            last = len(drops.ranks) - 1  # whose kernel also has the zeros that pad the rank
             parts = [
-                conv(pad(masked(x, drops, which)), down[own], None, *where)
-                for which, own in ranks_of(drops)
+                conv(
+                    pad(masked(x, drops, i)),
+                    down[own.start : own.stop if i < last else None],
+                    None,
+                    *where,
+                )
+                for i, own in ranks_of(drops)
             ]
-            t = torch.cat(
-                [*parts, parts[0].new_zeros(len(x), len(down) - len(a), *parts[0].shape[2:])], 1
-            )
+            t = parts[0] if last == 0 else torch.cat(parts, 1)
             more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
             if more is not None:
-                return conv(torch.cat([padded, more], 1), both, bias, *where)
+                return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *where)
         y = conv(padded, weight, bias, *where)
         return y.add_(_dropped_branches(x, a, up, pad, weight.shape, where, drops))
 
