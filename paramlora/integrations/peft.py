@@ -40,7 +40,7 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
                 f'"{path}" has the scale {scale:g}, which a state dict of peft\'s does not tell. '
                 "Attach with an alpha as large as r, or write a file by paramlora.save_adapter."
             )
-    return dict(formats.write(adapter, "diffusers", base_of(model)).state)
+    return dict(formats.write(adapter, "diffusers", base_of(model), component="").state)
 
 
 def set_peft_model_state_dict(

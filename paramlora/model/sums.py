@@ -159,8 +159,8 @@ class _Part:
         stack, out, fan_in = matrix_shape(grad.shape, self.layout)
         if self.layout == "transposed":
             g = grad.reshape(fan_in, out).t()
-        else:
-            g = grad.reshape(stack, out, fan_in) if self.layout == "stack" else grad.flatten(1)
+        else:  # no flatten, which many gradients at once do not know
+            g = grad.reshape((stack, out, fan_in) if self.layout == "stack" else (out, fan_in))
         g = g.to(b.dtype)
         scale, product = scale.to(b.dtype), g @ a.mT
         da, db = (b * scale).mT @ g, product * scale

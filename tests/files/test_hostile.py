@@ -30,8 +30,8 @@ FUZZ = settings(FUZZ, suppress_health_check=[HealthCheck.function_scoped_fixture
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """No test here may need more than 400 MB beyond what torch itself takes: a fraction of the 1 GiB
-    that a refusal may, with room for what is imported when it is first needed."""
+    """No test here may need more than 400 MB beyond what torch itself takes: a fraction of the
+    1 GiB that a refusal may, with room for what is imported when it is first needed."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000

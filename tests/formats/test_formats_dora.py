@@ -185,7 +185,7 @@ def test_diffusers_reads_ours(tmp_path):
             update.lora_magnitude.mul_(1.5)
     paramlora.save_adapter(ours, tmp_path / "a.safetensors")
     out = tmp_path / "pytorch_lora_weights.safetensors"
-    convert(tmp_path / "a.safetensors", out, "diffusers", base_of(base))
+    convert(tmp_path / "a.safetensors", out, "diffusers", base_of(base), component="")
     theirs = copy.deepcopy(base)
     theirs.load_lora_adapter(tmp_path, weight_name=out.name, prefix=None)
     x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 8)

@@ -156,7 +156,7 @@ def test_the_command_line_lists_and_writes_it(capsys, tmp_path, native, mine):
     assert "loralib, mine, native," in told and "Of mine's first word (top), or of kohya's" in told
     out = tmp_path / "out"
     code, _, said = run("convert", native, "-o", out, "--to", "mine", "--prefix", "low")
-    assert (code, said) == (0, f"wrote {out}: 2 updates as mine")
+    assert (code, said) == (0, f"converted 2 updates into {out}, as mine")
     assert "low/0@d" in load_file(out / "mine.safetensors")
     code, _, said = run("convert", native, "-o", out, "--to", "peft", "--prefix", "x", "--force")
     assert code == 2 and "--prefix is for mine and kohya and diffusers, not for peft" in said
@@ -172,7 +172,8 @@ def test_the_command_line_lists_and_writes_it(capsys, tmp_path, native, mine):
 
 DROPPED = """
 import sys
-from paramlora import formats, interchange
+from paramlora import formats
+from paramlora.files import adapters as interchange
 interchange.convert(sys.argv[1], "out", "mine")
 print(formats.FORMATS["mine"].read.__module__, interchange.format_of("out"))
 """

@@ -155,6 +155,7 @@ def run(trace, call):
     tracer = sys.gettrace()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        gc.disable()  # the collector would run lines of its own, at another moment each time
         sys.settrace(trace)
         try:
             call()
@@ -162,6 +163,7 @@ def run(trace, call):
             return True
         finally:
             sys.settrace(tracer)
+            gc.enable()
             # a line at which a block of torch's is left can be stopped here, where a signal cannot
             torch.set_grad_enabled(True)
     return False

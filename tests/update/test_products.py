@@ -146,6 +146,7 @@ def test_sixteen_bits_are_near(entry, dtype):
 
 @pytest.mark.parametrize("entry", ("loha", "lokr"))
 def test_it_compiles_whole(entry):
+    torch.compiler.reset()  # what other tests compiled counts against the limit
     layer, _, x, update = attached(entry, "linear")
     with torch.no_grad():
         for p in update.parameters():
