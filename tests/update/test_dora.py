@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import paramlora
 from paramlora import files
 from paramlora.model.attach import updates
+
+
+def of_transformers(out, fan_in):
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    return utils.Conv1D(out, fan_in)
 
 
 class Experts(nn.Module):
@@ -44,7 +48,7 @@ LAYERS = {
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2), lambda: torch.randn(2, 4, 3, 3), (0, 2, 3)),
     "embedding": (lambda: nn.Embedding(9, 6), lambda: ids(4, 3), (0,)),
     "padded": (lambda: nn.Embedding(9, 6, padding_idx=2), lambda: ids(4, 3), (0,)),
-    "hf": (lambda: Conv1D(6, 5), lambda: torch.randn(4, 5), (0,)),
+    "hf": (lambda: of_transformers(6, 5), lambda: torch.randn(4, 5), (0,)),
     "experts": (Experts, lambda: torch.randn(4, 4), (2,)),
 }
 TENSOR = {"experts": "w1"}

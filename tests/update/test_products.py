@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import paramlora
 from paramlora import files
@@ -17,7 +16,7 @@ LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 5, 5)),
     "pointwise": (lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(2, 4, 5, 5)),
     "embedding": (lambda: nn.Embedding(12, 8), lambda: torch.arange(12).reshape(4, 3)),
-    "hf": (lambda: Conv1D(8, 12), lambda: torch.randn(4, 12)),
+    "hf": (lambda: of_transformers(8, 12), lambda: torch.randn(4, 12)),
     "prime": (lambda: nn.Linear(7, 5), lambda: torch.randn(4, 7)),
 }
 ENTRIES = {
@@ -30,6 +29,11 @@ ENTRIES = {
     "lokr sizes": {"kind": "lokr", "r": 2, "sizes": [[4, 2], [2, 6]]},
 }
 CASES = [(e, n) for e in ENTRIES for n in LAYERS if e != "lokr sizes" or n in ("linear", "hf")]
+
+
+def of_transformers(out, fan_in):
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    return utils.Conv1D(out, fan_in)
 
 
 def formed(state, shape):
