@@ -304,7 +304,7 @@ def _report_missing(
         return
     text = f"{len(some)} layers are updated by some of the adapters only: {listed(some)}."
     if strict:
-        raise AdapterError(f"{text} Leave out strict to have what there is.")
+        raise AdapterError(f"{text} Leave out strict (--strict) to have what there is.")
     warnings.warn(f"{text} There the sum has what there is.", ParamloraWarning, stacklevel=4)
 
 

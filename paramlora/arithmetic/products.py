@@ -164,7 +164,9 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
         AdapterError: says which.
     """
     if (rank is None) == (energy is None):
-        raise AdapterError("how much to keep: give a rank or an energy, and one of them only.")
+        raise AdapterError(
+            "how much to keep: give a rank or an energy, and one of them only (--rank, --energy)."
+        )
     if energy is not None and not 0 < energy <= 1:
         raise AdapterError(f"energy is a share of the squared norm, above 0 up to 1, got {energy}.")
     if isinstance(rank, int) and rank < 1:

@@ -10,7 +10,7 @@ from paramlora.arithmetic.products import (
     decomposed,
     with_factors,
 )
-from paramlora.errors import AdapterError, closest
+from paramlora.errors import AdapterError, closest, listed
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, specificity
 from paramlora.update.contexts import own_context
@@ -121,8 +121,8 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
             raise AdapterError(f'"{name}": {error}.') from error
         if not mine:
             near = closest(name, paths)
-            hint = f' Closest: "{near[0]}".' if near else ""
-            raise AdapterError(f'"{name}" names no layer.{hint}')
+            hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4)}"
+            raise AdapterError(f'"{name}" names no layer. {hint}.')
         for other in found.values():
             other -= mine
         found[name] = mine

@@ -89,7 +89,10 @@ def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
     """As `extract`, from keys with shapes and a function that reads a tensor."""
     inside = contents.inside(read)
     if not inside:
-        raise AdapterError("nothing to extract: no update of an attached adapter is inside.")
+        raise AdapterError(
+            "nothing to extract: no update of an attached adapter is inside. Give the checkpoint "
+            "of a model with one attached."
+        )
     changes = {}
     for weight, held in inside.items():
         if len(held) > 1:

@@ -116,7 +116,7 @@ def _parts(
         if len(given) > 1 or any("=" in one for one in given):
             fail("--component PART=FILE gives each part its file. Leave out the other file.")
         return (given[0] if given else None), {}
-    if not given or not all("=" in one for one in given):
+    if not given or not all(one.partition("=")[2] for one in given):
         fail("no file to convert. Give one, or --component PART=FILE for each part of a pipeline.")
     if len(files) < len(given):
         fail("--component: one part has two files. Give each part once.")

@@ -110,7 +110,8 @@ def build(spec: str) -> nn.Module:
             "without arguments; --debug shows where."
         ) from error
     if not isinstance(built, nn.Module):
-        fail(f"--model {spec}: gave a {type(built).__name__}, not a torch.nn.Module.")
+        kind = type(built).__name__
+        fail(f"--model {spec}: gave {kind}, not a torch.nn.Module. Name a factory of a model.")
     return built
 
 

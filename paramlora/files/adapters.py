@@ -104,6 +104,10 @@ def read_adapter(
     formats.form_of(outline).check(outline)  # before anything is read
     content = opened(path)
     adapter = formats.read(content, base, options)
+    if not adapter.values():  # reading loosely left all of it out
+        raise FileError(
+            f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
+        )
     formats.check_alpha(content, base, options, adapter)
     return adapter
 
@@ -221,7 +225,7 @@ def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = D
         if name not in PARTS:
             raise FileError(f'"{name}" is no part of a pipeline. Parts: {", ".join(PARTS)}.')
         if not isinstance(given, Adapter):
-            check_named(given, format_of(given), "another format", None)
+            _check_names_itself(given)
             given = read_adapter(given, None, options)
         if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
@@ -254,6 +258,17 @@ def check_named(path: PathLike, source: str, to: str, base: Optional[Base]) -> N
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
             "model. Give it (--model), or its checkpoint (--base)."
+        )
+
+
+def _check_names_itself(path: PathLike) -> None:
+    """Refuse a part of a pipeline whose names only its own model tells."""
+    source = format_of(path)
+    if not formats.FORMATS[source].names_layers:
+        raise FileError(
+            f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
+            "model, and here are several. Convert it alone to native first, with its model "
+            "(--model) or checkpoint (--base), and give that file."
         )
 
 
@@ -304,7 +319,10 @@ def outlined(path: PathLike) -> Content:
 
 def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Content:
     beside = _beside(weights.parent)
-    return formats.unwrapped(Content(state, metadata, beside, weights.name, str(weights)))
+    known = any(weights.name in form.weights for form in formats.FORMATS.values())
+    # where every tool's folder has the same name inside, the folder tells which one is meant
+    source = str(Path(weights.parent.name, weights.name)) if known else weights.name
+    return formats.unwrapped(Content(state, metadata, beside, source, str(weights)))
 
 
 def weights_in(path: PathLike) -> Path:
@@ -437,7 +455,7 @@ def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> 
     lost = {path for path in adapter.whole if not known & {path, *weights_at(path)}}
     report(source, "tensors of what the model does not have", lost, False, "They were left out.")
     if not (adapter.updates or adapter.others) and lost == adapter.whole.keys():
-        raise FileError(f"{source}: nothing in it belongs to the model.")
+        raise FileError(f"{source}: nothing in it belongs to the model. Give an adapter of it.")
     return replace(adapter, whole={p: t for p, t in adapter.whole.items() if p not in lost})
 
 

@@ -12,6 +12,7 @@ from paramlora.arithmetic import Approximation
 from paramlora.arithmetic.combine import How
 from paramlora.arithmetic.difference import Side, Told, between
 from paramlora.arithmetic.resize import Ranks
+from paramlora.config.reading import head_of, is_pickled
 from paramlora.errors import FileError
 from paramlora.files.adapters import format_of, read_adapter
 from paramlora.files.atomic import PathLike
@@ -146,7 +147,8 @@ def difference(
         exclude: names of tensors and layers to leave out, as a configuration has them.
         whole: keep what is no matrix (biases, norms) as whole tensors, else a warning names it.
         known: the model's layers (see `formats.base_of`), which a checkpoint does not tell all of.
-        key: where the state dict is in files of ``torch.save``.
+        key: where the state dict is in files of ``torch.save``; one of safetensors beside such a
+            file needs none.
         progress: called with the bytes done since its last call, and those of all tensors.
 
     Returns:
@@ -165,8 +167,12 @@ def difference(
     """
     if known is None and isinstance(base, nn.Module):
         known = base_of(base)
+    nested = [_has_levels(base), _has_levels(tuned)]
+    # beside a file of torch.save, one of safetensors has no levels, and needs no key
+    keys = [key if has or not any(nested) else None for has in nested]
     with ExitStack() as stack:
-        one, other = (_side(side, key, stack, n) for side, n in ((base, "base"), (tuned, "tuned")))
+        one = _side(base, keys[0], stack, "base")
+        other = _side(tuned, keys[1], stack, "tuned")
         return between(
             one,
             other,
@@ -177,6 +183,13 @@ def difference(
             known=known,
             progress=progress,
         )
+
+
+def _has_levels(given: CheckpointLike) -> bool:
+    if isinstance(given, (Mapping, nn.Module)):
+        return False
+    path = Path(given)
+    return path.is_dir() or (path.is_file() and is_pickled(head_of(path)))
 
 
 def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str) -> Side:

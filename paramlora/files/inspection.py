@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 
 from paramlora import formats
-from paramlora.errors import ParamloraWarning, shown
+from paramlora.errors import FileError, ParamloraWarning, shown
 from paramlora.files.adapters import opened, outlined
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Options
@@ -116,6 +116,8 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
         adapter = form.read(opened(path), base, options)
         if base is not None or options.component is not None:
             adapter = formats.chosen(form, adapter, base, options, content.source)
+    if options.component is not None and base is None and not adapter.values():
+        raise FileError(f"{content.source}: {formats.none_of(options.component)}.")
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]
     rows = [_row(path_, value) for path_, value in adapter.values().items()]
     return Inspection(form.name, dict(content.metadata), tuple(rows), tuple(notes))

@@ -115,9 +115,16 @@ def read(
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
     if not (adapter.updates or adapter.others):
-        raise FileError(f"{content.source}: no update in it.")
+        raise FileError(f"{content.source}: {none_of(options.component)}.")
     check_values(adapter, content.source)
     return chosen(form, adapter, base, options, content.source)
+
+
+def none_of(component: Optional[str]) -> str:
+    """What is wrong with a file in which no update was found."""
+    if component is None:
+        return "no update in it"
+    return f"it has no part {component}. Give another component (--component), or leave it out"
 
 
 def chosen(

@@ -233,7 +233,7 @@ def test_a_layer_of_one_adapter_is_kept_and_named():
     with pytest.warns(ParamloraWarning, match="2 layers are updated by some .* only: q, v"):
         found = combine([first, (second, 0.5)]).adapter
     assert far(found.updates["v"], total((second, 0.5), path="v")) < 1e-7
-    with pytest.raises(AdapterError, match="q, v. Leave out strict"):
+    with pytest.raises(AdapterError, match=r"q, v. Leave out strict \(--strict\)"):
         combine([first, second], strict=True)
 
 

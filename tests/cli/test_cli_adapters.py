@@ -100,6 +100,38 @@ def test_what_is_left_out_is_told(capsys, tmp_path, style):
     assert set(interchange.read_adapter(tmp_path / "p").updates) == {"linear", "conv2"}
 
 
+def test_loosely_nothing_left_is_refused_by_the_folder_s_name(capsys, tmp_path, style):
+    known = ("--model", f"{__name__}:net")
+    assert run(capsys, "convert", style, "-o", tmp_path / "p", "--to", "peft", *known)[0] == 0
+    save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "base.safetensors")
+    told = "error: p/adapter_model.safetensors: nothing in it belongs to the model. Give an"
+    for command in (
+        ("convert", tmp_path / "p", "--to", "native", "--base", tmp_path / "base.safetensors"),
+        ("merge", tmp_path / "base.safetensors", tmp_path / "p"),
+        ("embed", tmp_path / "base.safetensors", tmp_path / "p"),
+    ):
+        code, _, err = run(capsys, *command, "--loose", "-o", tmp_path / "x.safetensors")
+        assert code == 2 and told in err and not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_part_whose_names_its_model_tells_is_converted_first(capsys, tmp_path, style):
+    whole = ("convert", "--to", "diffusers", "-o", tmp_path / "x.safetensors", "--component")
+    code, _, err = run(capsys, *whole, f"unet={style}")
+    assert code == 2 and "Convert it alone to native first, with its model (--model)" in err
+    one = tmp_path / "one.safetensors"
+    alone = ("convert", style, "-o", one, "--to", "native", "--model", f"{__name__}:net")
+    assert run(capsys, *alone)[0] == run(capsys, *whole, f"unet={one}")[0] == 0
+    code, _, err = run(capsys, *whole, "unet=", "--force")
+    assert code == 2 and "no file to convert. Give one, or --component PART=FILE" in err
+
+
+def test_a_part_that_a_file_of_kohya_lacks_is_named(capsys, tmp_path, style):
+    for command in (("inspect", style), ("convert", style, "--to", "kohya", "-o", tmp_path / "x")):
+        code, out, err = run(capsys, *command, "--component", "vae")
+        told = "error: style.safetensors: it has no part vae. Give another component (--component)"
+        assert (code, out) == (2, "") and told in err
+
+
 def test_an_inspection_in_print_and_in_json(capsys, style):
     state = load_file(style)
     state["lora_unet_linear.lora_up.weight"][0, 0] = math.nan

@@ -148,6 +148,17 @@ def test_wrong_input_is_a_sentence(folder, capsys, command, told):
     assert sorted(p.name for p in folder.iterdir()) == there
 
 
+def test_a_key_is_of_the_file_that_has_levels(folder, capsys):
+    tuned = {key: value + 1 for key, value in net().state_dict().items()}
+    torch.save({"a": {"ema": tuned}}, "tuned.pt")
+    command = ("difference", "base.safetensors", "tuned.pt", "-o", "d.safetensors", "--rank", "1")
+    code, _, err = run(capsys, *command, "--key", "a.ema")
+    assert code == 0 and "subtracted two checkpoints into d.safetensors" in err
+    two = ("difference", "base.safetensors", "base.safetensors", "-o", "x.safetensors")
+    code, _, err = run(capsys, *two, "--rank", "1", "--key", "a")
+    assert code == 2 and "has no levels; leave out the key" in err
+
+
 def test_the_functions_take_values_files_and_models(folder):
     a = read_adapter("a.safetensors")
     both = paramlora.combine([(a, 0.5), ("b.safetensors", 2)])
