@@ -164,7 +164,7 @@ def _is_depthwise(
 
 
 def kept_size(M: int, N: int, K: int, r: int) -> int:
-    """Elements of `kept` (see `linear_kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
+    """Elements of `kept` (see `linear.kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
     r."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)

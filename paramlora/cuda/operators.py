@@ -29,13 +29,13 @@ def forward(
     """
     if not served(x):
         return None
-    from paramlora.cuda.linear import plan as fused
+    from paramlora.cuda.linear import plan
 
     if x.dtype != torch.float16:
-        return fused.forward(x, weight, bias, a, b, scale, strength, image)
+        return plan.forward(x, weight, bias, a, b, scale, strength, image)
     scaled = b.float() * (scale.float() * strength)
     a, scaled, g = narrow.in_range(x, a, scaled, weight.shape[1])
-    result = fused.forward(x, weight, bias, a, scaled, torch.ones_like(g), 1.0, image)
+    result = plan.forward(x, weight, bias, a, scaled, torch.ones_like(g), 1.0, image)
     if result is None:
         return None
     return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])  # behind all of `kept`
@@ -56,7 +56,7 @@ def backward(
     """The gradients of x, A, B and the scale; `wanted`: of x, of the factors, of the scale."""
     if not any(wanted):
         return None, None, None, None
-    from paramlora.cuda.linear import plan as fused
+    from paramlora.cuda.linear import plan
 
     input_too, factors_too, scale_too = wanted
     factors_too = factors_too or scale_too
@@ -64,7 +64,7 @@ def backward(
         wanted = input_too, factors_too, scale_too
         return _backward_in_range(dy, x, weight, a, b, scale, strength, kept, wanted, image)
     inside = None if scale_too else scale
-    dx, da, db = fused.backward(
+    dx, da, db = plan.backward(
         dy, x, weight, kept, len(a), inside, strength, input_too, factors_too, image
     )
     dscale = None
@@ -90,7 +90,7 @@ def _backward_in_range(
     image: bool,
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
     """`backward` of float16: the gradient has a range of its own, so the factors are cast anew."""
-    from paramlora.cuda.linear import plan as fused
+    from paramlora.cuda.linear import plan
 
     (out, fan_in), r, R = weight.shape, len(a), padded(len(a))
     scaled = b.float() * (scale.float() * strength)
@@ -98,7 +98,7 @@ def _backward_in_range(
     g, kept = kept[-2:].clone().view(torch.float32)[0], kept.clone()
     kept[: R * fan_in].view(R, fan_in)[:r] = down
     kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
-    dx, da, db = fused.backward(dy, x, weight, kept, r, None, 1.0, *wanted[:2], image)
+    dx, da, db = plan.backward(dy, x, weight, kept, r, None, 1.0, *wanted[:2], image)
     if da is None or db is None:
         return dx, None, None, None
     db, dscale = gradient_of_second(db / g, b, scale, strength, wanted[2])
@@ -118,9 +118,9 @@ def convolved(
     padding and dilation."""
     if not served(x):
         return None
-    from paramlora.cuda.convolution import plan as joined
+    from paramlora.cuda.convolution import plan
 
-    return joined.forward(x, weight, bias, a, b, scale, where)
+    return plan.forward(x, weight, bias, a, b, scale, where)
 
 
 def convolved_backward(
@@ -137,11 +137,11 @@ def convolved_backward(
     """The gradients of x, A, B and the scale that are `wanted`."""
     if not any(wanted):
         return None, None, None, None
-    from paramlora.cuda.convolution import plan as joined
+    from paramlora.cuda.convolution import plan
 
     input_too, a_too, _, scale_too = wanted
     factors = (a, b, kept, scale)
-    dx, da, db = joined.backward(dy, x, weight, *factors, not scale_too, input_too, a_too, where)
+    dx, da, db = plan.backward(dy, x, weight, *factors, not scale_too, input_too, a_too, where)
     if scale_too:
         return dx, da, *gradient_of_second(db, b, scale, 1.0, True)
     return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), None
@@ -156,11 +156,11 @@ def depthwise(
     scale: Tensor,
     where: tuple[tuple[int, ...], ...],
 ) -> tuple[Tensor, Tensor]:
-    """``y`` and what `depthwise_backward` takes of it, where `served.is_depthwise`; see
-    `depthwise.forward`."""
-    from paramlora.cuda.depthwise import plan as depthwise
+    """``y`` and what `depthwise_backward` takes of it, where `operands.is_depthwise`; see
+    `depthwise.plan.forward`."""
+    from paramlora.cuda.depthwise import plan
 
-    return depthwise.forward(x, weight, bias, a, b, scale, where)
+    return plan.forward(x, weight, bias, a, b, scale, where)
 
 
 def depthwise_backward(
@@ -177,11 +177,11 @@ def depthwise_backward(
     """The gradients of x, the weight, A, B and the scale that are `wanted`."""
     if not any(wanted):
         return None, None, None, None, None
-    from paramlora.cuda.depthwise import plan as depthwise
+    from paramlora.cuda.depthwise import plan
 
     input_too, weight_too, a_too, b_too, scale_too = wanted
     masks = input_too, weight_too, a_too or b_too or scale_too
-    dx, kernels, da, db = depthwise.backward(
+    dx, kernels, da, db = plan.backward(
         dy, x, weight, a, b, scale, kept, where, not scale_too, masks
     )
     dweight = dscale = None
@@ -201,15 +201,15 @@ def look_up(
     padding: int,
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` and what `look_up_backward` takes of it, where `served.looks_up`; see
-    `lookup.forward`."""
-    from paramlora.cuda.embedding import plan as lookup
+    """``y`` and what `look_up_backward` takes of it, where `operands.looks_up`; see
+    `embedding.plan.forward`."""
+    from paramlora.cuda.embedding import plan
 
     if weight.dtype != torch.float16:
-        return lookup.forward(rows, weight, a, b, scale, padding, strength)
+        return plan.forward(rows, weight, a, b, scale, padding, strength)
     scaled = b.float() * (scale.float() * strength)
     a, scaled, g = narrow.in_range(None, a, scaled, 1)
-    y, kept = lookup.forward(rows, weight, a, scaled, torch.ones_like(g), padding, 1.0)
+    y, kept = plan.forward(rows, weight, a, scaled, torch.ones_like(g), padding, 1.0)
     return y, torch.cat([kept, g.view(1).view(torch.float16)])
 
 
@@ -228,12 +228,12 @@ def look_up_backward(
     a_too, b_too, scale_too = wanted
     if not any(wanted):
         return None, None, None
-    from paramlora.cuda.embedding import plan as lookup
+    from paramlora.cuda.embedding import plan
 
     (r, num), low = a.shape, dy.dtype == torch.float16
     if low:
         g, kept = kept[-2:].clone().view(torch.float32)[0], kept[:-2]
-    v, db = lookup.backward(dy, kept, r, not (scale_too or low), a_too, b_too or scale_too)
+    v, db = plan.backward(dy, kept, r, not (scale_too or low), a_too, b_too or scale_too)
     da = dscale = None
     if low:  # the range of their factors, see `look_up`
         v, db = v if v is None else v * g, db if db is None else db / g

@@ -1,8 +1,8 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
-The ways give the same number. `linear`, `convolution` and `embedding` of this folder ask here, and
-do what they are told; what no kernel serves after all (`paramlora.cuda.operands`) falls back to
-torch's operations, by the way that each names.
+The ways give the same number. Linear layers and convolutions ask here, and do what they are told;
+what no kernel serves after all (`paramlora.cuda.operands`) falls back to torch's operations, by the
+way that each names.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 class Way(Enum):
     """A way of computing ``x (W + scale·B·A)ᵀ``, or the same of a convolution or a look-up."""
 
-    KERNELS = "our kernels: one accumulator, one launch; else as FACTORED, JOINED or PLAIN"
+    KERNELS = "our kernels: one accumulator, one launch; else as FACTORED"
     OPERATOR = "our kernels as one operator, which a compiler sees whole"
     PLAIN = "both products in torch's operations, each with its own gradient"
     SUM = "the dense sum in torch's operations, with a dense gradient"

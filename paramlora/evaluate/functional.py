@@ -56,7 +56,7 @@ def linear(
 
     Returns:
         ``[..., out]``. In 16 bits the two products are added before their only rounding, but
-        for what is compiled where `served.has_kernel` is not.
+        for what is compiled where `operands.has_kernel` is not.
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2)))
@@ -100,7 +100,7 @@ def _linear(
 def pointwise(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
-    """`linear` of every position, where `served.has_kernel`; in x's memory format, no copies.
+    """`linear` of every position, where `operands.has_kernel`; in x's memory format, no copies.
 
     Args:
         x: ``[N, in, ...]``.
@@ -396,7 +396,7 @@ def embedding(
     strength: float = 1.0,
 ) -> Tensor:
     """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product, in 16 bits on CUDA
-    in one launch where `served.looks_up`. There too an index out of range stops the device.
+    in one launch where `operands.looks_up`. There too an index out of range stops the device.
 
     Args:
         rows: indices of any shape.
@@ -461,7 +461,7 @@ def embedding_by_definition(
 
 
 class _Embedding(torch.autograd.Function):
-    """The kernels' way of `embedding`, where `served.looks_up`."""
+    """The kernels' way of `embedding`, where `operands.looks_up`."""
 
     @staticmethod
     def forward(

@@ -1,5 +1,5 @@
 """Forward and backward of a 16-bit convolution on CUDA: cuDNN's convolutions, and between them the
-kernels of `conv_kernels`; imported only there.
+kernels of `kernels`; imported only there.
 
 As in `fused`, all but the tensors is planned once for each kind of operands. A signal is an image
 of one row.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paramlora.cuda.convolution import kernels as conv_kernels
+from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, bound, changed
 from paramlora.cuda.linear.tiles import WIDEST
@@ -149,14 +149,14 @@ class _Forward:
         constants: tuple[Any, ...] = (self.folded, last, weight_last, R, *of_weight, *block)
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
-        self.prepare = Launch(conv_kernels.prepare, device, grid, numbers, constants, 1, 4)
+        self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
         flat, BP = (1,) * (3 - len(sizes)), _power(P, 64)
         axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
         numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
         grid = batch * -(-P // BP)
         constants = (self.folded, same, R, BP)
-        self.put = Launch(conv_kernels.put, device, grid, numbers, constants, 1, 4)
+        self.put = Launch(kernels.put, device, grid, numbers, constants, 1, 4)
         self.back: Optional[Launch] = None
         if not (last or weight_last):
             self.y = _last((batch, out, *outputs))
@@ -208,7 +208,7 @@ def _back(
     grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
     numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
     constants = (scaled, R, many, each, *block, _BLOCK)
-    return Launch(conv_kernels.back, device, grid, numbers, constants, 1, 4)
+    return Launch(kernels.back, device, grid, numbers, constants, 1, 4)
 
 
 _FORWARDS: dict[Any, Any] = {}
@@ -329,7 +329,7 @@ class _Backward:
         )  # fmt: skip
         sizes = (DEEP, BP, 64, GP, *of_weight, *block)
         constants = (input_too, last, weight_last, R, *sizes)
-        self.spread = Launch(conv_kernels.spread, device, grid, numbers, constants, 1, 4)
+        self.spread = Launch(kernels.spread, device, grid, numbers, constants, 1, 4)
         image = (batch, inner, PX) if self.returned else None
         rows = (r if a_too else 0, inner, positions)
         self.back = _back(device, image, rows, (groups, out, r), scaled)

@@ -1,5 +1,5 @@
 """Forward and backward of a 16-bit convolution of single channels on CUDA, in the kernels of
-`depthwise_kernels`; imported only there."""
+`kernels`; imported only there."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.depthwise import kernels as depthwise_kernels
+from paramlora.cuda.depthwise import kernels
 from paramlora.cuda.launch import Launch, changed
 from paramlora.cuda.operands import factors_fit, outputs_of
 from paramlora.update.compat import cuda_device
@@ -28,7 +28,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
 ) -> tuple[Tensor, Tensor]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and the kernels that `backward` takes,
-    where `served.is_depthwise`.
+    where `operands.is_depthwise`.
 
     Args:
         x: ``[N, C, ...]``, 16-bit.
@@ -189,11 +189,11 @@ def _plan_forward(
     numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
     constants: _Sizes = (_CHANNELS, max(16, _power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
-    add = Launch(depthwise_kernels.add, device, grid, numbers, constants, 1, 4)
+    add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
     numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(where))
     constants = (not plain, *_three(weight[2:]), tiles.rows, tiles.columns)
-    launch = Launch(depthwise_kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
+    launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
     return _Forward(result, add, launch)
 
 
@@ -225,10 +225,10 @@ def _plan_backward(
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
     numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(where))
     constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
-    launch = Launch(depthwise_kernels.backward, device, first + grid, numbers, constants, 1, 1)
+    launch = Launch(kernels.backward, device, first + grid, numbers, constants, 1, 1)
     programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, _power(r)))
     numbers = (programs, channels, taps, r, *a_stride, *b_stride)
     constants = (scaled, _CHANNELS, _SUMMED, max(16, _power(taps)), ranks)
     grid = programs + -(-r // ranks)
-    divide = Launch(depthwise_kernels.divide, device, grid, numbers, constants, 1, 4)
+    divide = Launch(kernels.divide, device, grid, numbers, constants, 1, 4)
     return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

@@ -24,7 +24,7 @@ class _Forward:
         R = padded(r)
         self.shape = (*rows.shape, dim)
         self.stride = torch.empty(self.shape, device="meta").stride()
-        self.size = R * (dim + M) + 2 * (-(-dim // DEEP) + 1)  # see `linear_kernels.look_up`
+        self.size = R * (dim + M) + 2 * (-(-dim // DEEP) + 1)  # see `kernels.look_up`
         # few rows are divided further, and by columns; blocks leave registers for other programs
         BM, BD = 64 if M >= 32 * processors else 16, 64 if R <= 128 else 32
         stages = 3 if R <= WIDEST else 2
@@ -68,7 +68,7 @@ def forward(
     strength: float,
 ) -> tuple[Tensor, Tensor]:
     """``(W + strength · scale · (B A)ᵀ)[rows]`` with one rounding, and what `backward` takes, of
-    operands that `served.looks_up`.
+    operands that `operands.looks_up`.
 
     Args:
         rows: int64 or int32 indices of any shape, one at least.
@@ -80,7 +80,7 @@ def forward(
         strength: a number on top of `scale`.
 
     Returns:
-        ``[*rows, dim]`` and `kept`, see `linear_kernels.look_up`.
+        ``[*rows, dim]`` and `kept`, see `kernels.look_up`.
     """
     device = weight.get_device()
     if device != cuda_device():

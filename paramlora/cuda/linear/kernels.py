@@ -32,9 +32,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from paramlora.cuda import operands as served
+from paramlora.cuda import operands
 
-SPAN, DEEP = tl.constexpr(served.SPAN), tl.constexpr(served.DEEP)
+SPAN, DEEP = tl.constexpr(operands.SPAN), tl.constexpr(operands.DEEP)
 
 
 @triton.jit
