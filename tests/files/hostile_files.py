@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import pickle
-import resource
 import signal
 import socket
 import struct
@@ -20,6 +19,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import resident
 import torch
 from torch import nn
 
@@ -732,10 +732,11 @@ def read(place):
         inside = sorted(path.iterdir()) if path.is_dir() and not is_one(path) else [path]
         verbs = FEW.get(name, done)
         for one, verb in itertools.product(inside, verbs):
+            resident.restart()
             begun = time.process_time()
             kind, text = outcome(done[verb], one, paramlora)
             seconds = time.process_time() - begun
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            peak = resident.peak() if resident.COUNTED else 0
             line = dict(case=name, file=one.name, act=verb, kind=kind, text=text[:5_000])
             print(json.dumps({**line, "seconds": seconds, "peak": peak}), flush=True)
 

@@ -4,12 +4,12 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import warnings
 import zipfile
 
 import pytest
+import resident
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -32,9 +32,10 @@ FUZZ = settings(FUZZ, suppress_health_check=[HealthCheck.function_scoped_fixture
 def bounded():
     """No test here may need more than 400 MB beyond what torch itself takes: a fraction of the
     1 GiB that a refusal may, with room for what is imported when it is first needed."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident.restart()
+    before = resident.peak() if resident.COUNTED else 0
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
+    assert not resident.COUNTED or resident.peak() - before < 400
 
 
 def refused(path, text="", error=FileError):
