@@ -1,5 +1,6 @@
 """Arithmetic on adapters and checkpoints in files (see `paramlora.arithmetic`)."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -189,7 +190,7 @@ def _has_levels(given: CheckpointLike) -> bool:
     if isinstance(given, (Mapping, nn.Module)):
         return False
     path = Path(given)
-    return path.is_dir() or (path.is_file() and is_pickled(head_of(path)))
+    return os.path.isdir(path) or (os.path.isfile(path) and is_pickled(head_of(path)))
 
 
 def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str) -> Side:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import MOST_TEXT, head_of, open_regular
-from paramlora.errors import FileError
+from paramlora.errors import FileError, unread
 from paramlora.files.opcodes import Told, Unsafe, told
 from paramlora.files.safetensors import Count, Spec, spec_of
 from paramlora.update.geometry import possible
@@ -129,7 +129,7 @@ def load(path: Path) -> Any:
     except Unsafe as error:
         raise _needs(path, error.names) from error
     except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise unread(path, error) from error
     except Exception as error:  # an unpickler of hostile bytes raises whatever they lead to
         raise _refused(path, error) from error
 
