@@ -205,6 +205,8 @@ def _ranks(given: Optional[list[str]]) -> "int | dict[str, int] | None":
             fail(f'--rank {text}: no rank. Give a whole number, or as in "to_q=8" for some layers.')
         if not equals:
             return int(number)
+        if name in named:
+            fail(f"--rank {text}: {name} has two ranks. Give it one.")
         named[name] = int(number)
     return named
 

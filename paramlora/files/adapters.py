@@ -109,7 +109,9 @@ def read_adapter(
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
         )
-    formats.check_alpha(content, base, options, adapter)
+    formats.check_alpha(
+        content.source, options, adapter, lambda how: formats.read(content, base, how)
+    )
     return adapter
 
 

@@ -31,7 +31,7 @@ from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
 from paramlora.formats import Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
-from paramlora.formats.content import DEFAULTS
+from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
@@ -229,7 +229,9 @@ def _adapter(
     if format_of(adapter) != NATIVE:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        return read_native(adapter)
+        found = read_native(adapter)
+        check_finite(found, str(adapter))
+        return found
     found = read_adapter(adapter, base, options)
     return found if options.strict else without_strangers(found, shapes, str(adapter))
 
