@@ -211,7 +211,8 @@ def kept(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
-                rounding.path, spec = name, stored.specs[recipe.source]
+                rounding.start(name)
+                spec = stored.specs[recipe.source]
                 terms = recipe.terms(spec.dtype)
                 for run, summed in Fold(spec.shape, spec.dtype, terms, rounding=rounding).blocks():
                     summed(stored.run(recipe.source, run))
