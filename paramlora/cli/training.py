@@ -24,7 +24,9 @@ _SEED = "Seed; the same one gives the same files."
 
 @app.command(epilog="Example: paramlora demo --out paramlora-demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("paramlora-demo"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for the files.")] = Path(
+        "paramlora-demo"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 600,
     seed: Annotated[int, typer.Option(min=-_SEEDS, max=_SEEDS - 1, help=_SEED)] = 0,
     pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1000,
@@ -69,7 +71,7 @@ def demo(
 
 @app.command(epilog="Example: paramlora targets lora.json --model my_package.models:build")
 def targets(
-    config: Annotated[Path, typer.Argument(help="A configuration in JSON.")],
+    config: Annotated[Path, typer.Argument(readable=False, help="A configuration in JSON.")],
     model: Annotated[str, typer.Option(help="module:factory, called without arguments.")],
     strict: Annotated[bool, typer.Option(help="Entries without a match are errors.")] = False,
 ) -> None:
