@@ -473,7 +473,8 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 def _like(base: Tensor, target: Target) -> Tensor:
     """Memory of the target's shape, where the base is stored in another."""
     dtype = base.dtype if base.is_floating_point() else torch.bfloat16
-    return torch.empty(target.shape, dtype=dtype, device=base.device)
+    memory = torch.empty(target.shape, dtype=dtype, device=base.device)
+    return nn.Parameter(memory, False) if isinstance(base, nn.Parameter) else memory
 
 
 def _value(module: nn.Module, target: Target) -> Tensor:
@@ -495,12 +496,16 @@ def _read(module: nn.Module, name: str) -> Tensor:
 
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    kind = kind_of(target.entry)
+    if kind.alone and all(type(update) is kind for update in there):
+        return  # each adapter has its own
     for update in there:
-        if isinstance(update, AttachedUpdate) and (update.alone or kind_of(target.entry).alone):
+        if isinstance(update, AttachedUpdate) and (update.alone or kind.alone):
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
-                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
-                "Detach or merge that adapter first."
+                f'"{update.adapter}" adapts already: a tensor trained whole has no update beside '
+                "it but those of other adapters that train it whole. Detach or merge that adapter "
+                "first, or leave the tensor out."
             )
 
 

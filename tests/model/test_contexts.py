@@ -110,7 +110,7 @@ def adapt(model, case, adapters=("default",)):
     torch.manual_seed(1)
     for adapter in adapters:
         paramlora.attach(model, {name: entry}, adapter=adapter)
-    if "whole" not in entry and len(adapters) > 1:
+    if len(adapters) > 1:
         paramlora.set_adapters(model, dict(zip(adapters, (1.0, -0.5))))
     generator = torch.Generator().manual_seed(2)
     for _, _, update in updates(model):
