@@ -89,7 +89,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 
 def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
     """As `targets`, of a model that is unwrapped and checked."""
-    places = _Places(model, parsed.exclude)
+    places = Places(model, parsed.exclude)
     found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
     _report_empty(places, parsed, found, strict)
     places.report_unused(parsed, strict)
@@ -112,7 +112,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
     missing = sorted(entries.keys() - found)
     if missing:
-        text = f'"{missing[0]}" matches nothing.{_closest_in(model, missing[0])}'
+        text = f'"{missing[0]}" matches nothing.{closest_in(model, missing[0])}'
         text += f" So do {listed(missing[1:])}." if missing[1:] else ""
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
     return [_checked(model, target) for target in chosen]
@@ -230,7 +230,7 @@ def _computed(plist: Any) -> torch.Tensor:
     return plist()  # type: ignore[no-any-return]
 
 
-class _Places:
+class Places:
     """Every tensor of a model, found by what its path or its layer's path ends in.
 
     A file that was loaded has an entry for each layer: looking every one up among all paths would
@@ -238,7 +238,7 @@ class _Places:
 
     Args:
         model: unwrapped.
-        exclude: what no entry may mean, see `_Places.named`.
+        exclude: what no entry may mean, see `Places.meant`.
     """
 
     def __init__(self, model: nn.Module, exclude: tuple[str, ...] = ()) -> None:
@@ -273,8 +273,12 @@ class _Places:
             return {path for path, one in self.model.named_modules() if is_of(pattern[5:], one)}
         return {path for path in self._paths() if path and fits(pattern, path)}
 
-    def _excluded(self, pattern: str) -> set[str]:
-        """As `named`, in bounded time, and what a preset means."""
+    def meant(self, pattern: str) -> set[str]:
+        """As `named`, in bounded time, and what a preset means.
+
+        Raises:
+            ValueError: a regular expression that could take for ever, or is none.
+        """
         if pattern.startswith("re:"):
             return _bounded(pattern, self._paths())
         at = self.named(pattern)
@@ -283,13 +287,19 @@ class _Places:
         meant = PRESETS[pattern](self.model, self.every)
         return {_full(path, name) for path, _, name, _ in meant}
 
+    def _excluded(self, pattern: str) -> set[str]:
+        try:
+            return self.meant(pattern)
+        except ValueError as error:
+            raise ConfigError(f'"exclude": {error}. Give a plain name, or several.') from error
+
     def excludes(self, path: str) -> bool:
         """Whether a module or tensor, or what it lies in, is left out by the configuration."""
-        return any(not held.isdisjoint(_holders(path)) for held in self._out.values())
+        return any(not held.isdisjoint(holders_of(path)) for held in self._out.values())
 
     def hides(self, pattern: str) -> bool:
         """Whether a name would mean something, were nothing excluded."""
-        return bool(self._out) and bool(_Places(self.model).matching(pattern))
+        return bool(self._out) and bool(Places(self.model).matching(pattern))
 
     def _paths(self) -> list[str]:
         """The path of every module and tensor, as the model spells it."""
@@ -299,7 +309,7 @@ class _Places:
     def report_unused(self, config: LoRAConfig, strict: bool) -> None:
         """Tell of what an "exclude" names in vain."""
         for pattern in [pattern for pattern, held in self._out.items() if not held]:
-            text = f'"{pattern}" in "exclude" matches nothing.{_closest_in(self.model, pattern)}'
+            text = f'"{pattern}" in "exclude" matches nothing.{closest_in(self.model, pattern)}'
             if strict:
                 raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
             warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=5)
@@ -310,13 +320,10 @@ def _bounded(pattern: str, paths: list[str]) -> set[str]:
     names: dict[str, list[str]] = {}
     for path in filter(None, paths):
         names.setdefault(own_path(path), []).append(path)
-    try:
-        return {one for name in Names(names).matching(pattern[3:]) for one in names[name]}
-    except ValueError as error:
-        raise ConfigError(f'"re:" in "exclude": {error}. Give a plain name, or several.') from error
+    return {one for name in Names(names).matching(pattern[3:]) for one in names[name]}
 
 
-def _holders(path: str) -> list[str]:
+def holders_of(path: str) -> list[str]:
     """A path and those of all modules that it lies in, the model's own among them."""
     parts = path.split(".")
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
@@ -345,7 +352,7 @@ def _names(place: Place) -> list[str]:
     return [full, path] if name == "weight" else [full]
 
 
-def _matches(model: nn.Module, places: _Places, entry: TargetConfig) -> list[Target]:
+def _matches(model: nn.Module, places: Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
         return _whole(places, entry)
     out = []
@@ -382,11 +389,11 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     return reason and f"{reason}. Remove the entry."
 
 
-def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
+def _whole(places: Places, entry: TargetConfig) -> list[Target]:
     """Every tensor that the entry names, or that lies anywhere in a module that it names."""
     out, named = [], places.named(entry.name)
     for path, module, name, tensor in places.all + places.buffers:
-        if named.isdisjoint(_holders(_full(path, name))):
+        if named.isdisjoint(holders_of(_full(path, name))):
             continue
         counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
         if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
@@ -509,7 +516,7 @@ def specificity(name: str) -> int:
 
 
 def _report_empty(
-    places: _Places, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
+    places: Places, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
 ) -> None:
     empty = [name for name, matches in found.items() if not matches]
     if not empty:
@@ -524,13 +531,13 @@ def _report_empty(
     warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
 
 
-def _why_nothing(places: _Places, name: str) -> str:
+def _why_nothing(places: Places, name: str) -> str:
     if places.hides(name):
         return ' but what "exclude" leaves out.'
-    return f".{_closest_in(places.model, name)}"
+    return f".{closest_in(places.model, name)}"
 
 
-def _closest_in(model: nn.Module, name: str) -> str:
+def closest_in(model: nn.Module, name: str) -> str:
     """What of the model's may have been meant by a name, or else what there is."""
     owners = [(path, one) for path, one, _, t in _tensors(model) if t.dim() >= 2]
     if name.startswith("type:"):
