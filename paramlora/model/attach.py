@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
 from paramlora.model.forwards import honours_dropout
 from paramlora.model.input_grads import (
@@ -53,13 +54,29 @@ _LOCK = threading.RLock()
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     config: ConfigLike,
     adapter: str = "default",
     strict: bool = False,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Adapt `model` in place and return it; all or nothing.
+
+    The configuration is ``{name: entry, ...}``. A name is a path, matched by whole dotted
+    components from the right (``"to_q"``, ``"attn1.to_q"``, ``"attn.in_proj_weight"``), with ``*``
+    for any one component; ``"re:..."``, a regular expression of whole paths; ``"type:Linear"``, a
+    class; ``"attention"`` or ``"all-linear"``. Beside the entries, ``"exclude": [names]`` leaves tensors
+    out of all of them, and ``"trainable_model": 1`` lets the backbone train. An entry (see `Entry`
+    and docs/configuration.md) holds:
+
+    - ``r``: the rank, required but for ``whole`` and ``rows``;
+    - ``scale`` (1), the factor of the update, or ``alpha``: ``scale = alpha / r``, and with
+      ``rslora`` ``alpha / sqrt(r)``; ``trainable_scale`` trains it too;
+    - ``hard`` (1): parametrize the weight, or 0: add a parallel branch, for convolutions with
+      ``up_kernel`` 1 or ``"same"``;
+    - ``dropout`` (0) on the branch's input; ``init``, how the factors start; ``adapter_dtype``;
+    - ``kind`` (``"lora"``, ``"dora"``, ``"loha"``, ``"lokr"``) with the keys of that kind;
+    - ``whole``: train what is named itself, instead; ``rows``: some rows of it.
 
     Args:
         model: any module; layers keep their places, names and ``isinstance``.
@@ -174,7 +191,7 @@ def attach_targets(
     warn_moving(model)
 
 
-def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
+def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     """Take updates off without merging; the base comes back bit for bit.
 
     With the last adapter everything that `attach` changed is as it was: what it froze trains again,
@@ -271,7 +288,7 @@ def _strength(name: str, value: Any) -> float:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: Model) -> Iterator[Model]:
     """Inside the block the model is the base, exactly.
 
     Blocks nest and may overlap: the adapters act again when the last one is left, with the
@@ -305,7 +322,7 @@ def _mute(
         put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
-def rounding(model: nn.Module, how: str) -> nn.Module:
+def rounding(model: Model, how: str) -> Model:
     """How the layers of 16 bits round from now on; returns the same model.
 
     Args:

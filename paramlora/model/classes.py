@@ -1,9 +1,11 @@
 """What the class of a layer tells: its name in an entry, and whether it is a linear layer."""
 
 import sys
-from typing import Optional
+from typing import Optional, TypeVar
 
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)  # what is given is given back, of its own type
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from paramlora.model.attach import (
     updates_of,
     with_lists,
 )
+from paramlora.model.classes import Model
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.model.targets import stem
@@ -39,15 +40,15 @@ _Round = Callable[[], Optional[Rounding]]
 
 @overload
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     report: Literal[False] = False,
     seed: Optional[int] = None,
-) -> nn.Module: ...
+) -> Model: ...
 @overload
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     *,
@@ -58,12 +59,12 @@ def merge(
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     report: bool = False,
     seed: Optional[int] = None,
-) -> Union[nn.Module, KeptReport]:
+) -> Union[Model, KeptReport]:
     """Fold the updates into the base weights and erase them; returns the same model.
 
     The sum is computed in float32 (float64 for a float64 base), outside of any autocast, and

@@ -17,8 +17,8 @@ from paramlora.update.sum import LowRankTerm
 def relative_size(module: nn.Module, update: AttachedUpdate) -> Optional[float]:
     """``‖W' - W‖ / ‖W‖`` at the strength that the update has, Frobenius norms.
 
-    0 where the update changes nothing, and infinite where it changes a weight of zeros; None of what changes no weight of
-    numbers. All processes of a sharded model call it.
+    0 where the update changes nothing, and infinite where it changes a weight of zeros; None of
+    what changes no weight of numbers. All processes of a sharded model call it.
     """
     base = _base(module, update)
     size = _size(update, base)
