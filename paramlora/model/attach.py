@@ -65,9 +65,9 @@ def attach(
     The configuration is ``{name: entry, ...}``. A name is a path, matched by whole dotted
     components from the right (``"to_q"``, ``"attn1.to_q"``, ``"attn.in_proj_weight"``), with ``*``
     for any one component; ``"re:..."``, a regular expression of whole paths; ``"type:Linear"``, a
-    class; ``"attention"`` or ``"all-linear"``. Beside the entries, ``"exclude": [names]`` leaves tensors
-    out of all of them, and ``"trainable_model": 1`` lets the backbone train. An entry (see `Entry`
-    and docs/configuration.md) holds:
+    class; ``"attention"`` or ``"all-linear"``. Beside the entries, ``"exclude": [names]`` leaves
+    tensors out of all of them, and ``"trainable_model": 1`` lets the backbone train. An entry (see
+    `Entry` and docs/configuration.md) holds:
 
     - ``r``: the rank, required but for ``whole`` and ``rows``;
     - ``scale`` (1), the factor of the update, or ``alpha``: ``scale = alpha / r``, and with
