@@ -17,6 +17,7 @@ import paramlora
 from paramlora import ParamloraError
 from paramlora.cli.app import app, fail, warnings_told
 from paramlora.errors import shown
+from paramlora.model.presets import PRESETS, grouped
 
 _SEEDS = 2**63 - 1  # of torch; adapting takes the next one
 _SEED = "Seed; the same one gives the same files."
@@ -86,6 +87,10 @@ def targets(
         cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
         table.add_row(*(Text(shown(cell)) for cell in cells))  # neither markup nor emoji
     rich.print(table)
+    for name in dict.fromkeys(target.entry.name for target in found):
+        if name in PRESETS or name.startswith("type:"):
+            meant = grouped(target.path for target in found if target.entry.name == name)
+            print(f'"{name}": {shown(meant)}')
     count = sum(target.parameters for target in found)
     print(f"{len(found)} tensors, {count:,} parameters of updates and whole tensors")
 

@@ -22,6 +22,7 @@ from paramlora.model.attach import (
     updates,
     updates_of,
 )
+from paramlora.model.classes import Model
 from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
@@ -131,11 +132,11 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
 
 
 def attach_adapter(
-    model: nn.Module,
+    model: Model,
     adapter: Adapter,
     name: Optional[str] = None,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Attach an adapter at its own paths and load its values; all or nothing.
 
     Args:
@@ -174,7 +175,7 @@ def attach_adapter(
     return model
 
 
-def swap_adapter(model: nn.Module, adapter: Adapter, into: str) -> nn.Module:
+def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
 
     Nothing is attached, so nothing compiles again and optimizers keep their parameters. A smaller
