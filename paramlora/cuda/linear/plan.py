@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, bound, changed
+from paramlora.cuda.launch import Launch, bound, changed, tickets
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
     Rows,
@@ -155,9 +155,10 @@ class _Forward:
         blocks = self.tiles.blocks(x, weight, y)
         first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.whole is not None:
+            drawn = tickets(kept)
             self.whole(
-                (*first, x, a, b, scale, kept, more),
-                (*places, px, pa, pb, ps, pk, pbias or pk),
+                (*first, x, a, b, scale, kept, more, drawn),
+                (*places, px, pa, pb, ps, pk, pbias or pk, drawn.data_ptr()),
                 (float(strength), next(_NUMBERS)),
                 blocks,
             )
@@ -306,7 +307,7 @@ class _Backward:
         on, w = card(device), weight.stride()
         hopper = on.hopper
         ours = is_ours(self.sizes, R, captured, hopper)
-        local = all(wanted) and is_local(self.sizes, R, captured, hopper)
+        self.local = local = all(wanted) and is_local(self.sizes, R, captured, hopper)
         self.separate = not (ours and self.factors_too)
         self.result = _result(x.shape, N, rows[1])
         out = self.result.rows
@@ -366,9 +367,10 @@ class _Backward:
         out, factor = da if dx is None else dx, da if scale is None else scale
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
         first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        drawn = tickets(kept) if self.local else scratch
         self.launch(
-            (*first, dy, kept, scratch, x, da, db, factor),
-            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa),
+            (*first, dy, kept, scratch, x, da, db, factor, drawn),
+            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa, drawn.data_ptr()),
             (float(strength), next(_NUMBERS)),
             blocks,
         )
