@@ -36,6 +36,7 @@ from benchmarks.models import DTYPES, Trained, _emptied, _inputs, _made
 from benchmarks.results import markdown, save
 from benchmarks.update_kept import share
 from benchmarks.zoo import ZOO, Zoo, llama
+from paramlora.cuda import launches
 from paramlora.evaluate import convolution, functional
 
 AS_IT_IS = "as it is"
@@ -146,14 +147,14 @@ def linear_ways() -> dict[str, Replaced]:
         from paramlora.cuda.linear import plan
     except ImportError:
         return {}
-    never, whenever = lambda *_: False, lambda M, K, R, hopper: hopper and R <= 32
-    alone = (plan, "is_local", never)
+    never, always = lambda *_: False, lambda sizes, R, hopper: hopper and R <= 32
+    alone, not_prepared = (launches, "_is_together", never), (launches, "_is_prepared", never)
     ways: dict[str, Replaced] = {
         AS_IT_IS: (),
         "no waiting": (alone,),
-        "no waiting, prepare always": (alone, (plan, "is_prepared", whenever)),
-        "no prepare": ((plan, "is_prepared", never),),
-        "no waiting, no prepare": (alone, (plan, "is_prepared", never)),
+        "no waiting, prepare always": (alone, (launches, "_is_prepared", always)),
+        "no prepare": (not_prepared,),
+        "no waiting, no prepare": (alone, not_prepared),
     }
     return {
         way: (*of, (plan, "_FORWARDS", {}), (plan, "_BACKWARDS", {})) for way, of in ways.items()
