@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -21,9 +21,15 @@ from paramlora.formats.peft.configuration import INNER, by_pattern, ends_in, tai
 from paramlora.update.value import Update
 
 # the layers of an expert before transformers 5, which peft 0.21 takes for parts of fused parameters
-# wherever they stand; and what tells that a model has such experts
-PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
-EXPERTS = re.compile(r".*\b(?:experts\.(?:gate_up_proj|down_proj)|shared_experts?(?:\..+)?)")
+# wherever they stand; what tells that a model has such experts; single experts, which peft fuses
+_PARTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+_EXPERTS = re.compile(
+    r".*\b(?:experts\.(?:gate_up_proj|down_proj|[0-9]+\..+)|shared_(?:experts?|mlp)(?:\..+)?"
+    r"|mlps\.[0-9]+\..+)"
+)
+_SINGLE = re.compile(r".*\bexperts\.[0-9]+\..+")
+_BLOCK = re.compile(r"(?P<block>.*?\.[0-9]+)\..+")
+_FEW = 4  # blocks, of which all can be those before the first with experts
 
 
 @dataclass(frozen=True)
@@ -163,3 +169,29 @@ def expert_of(
 def parameter_path(owner: str, name: str) -> str:
     """The path of a parameter as PEFT spells it: here a layer's own weight has the layer's."""
     return f"{name}.weight" if ends_in(owner, {name}) else name
+
+
+def parts_beside_experts(updates: Mapping[str, Update], base: Optional[Base]) -> Iterator[str]:
+    """The layers with names of experts' parts that are none, in a model that may have experts."""
+    named = [
+        path
+        for path, update in updates.items()
+        if path.rpartition(".")[2] in _PARTS
+        and update.kind in (None, "linear")
+        and not _SINGLE.fullmatch(path)
+    ]
+    told = any(_EXPERTS.fullmatch(path) for path in (*updates, *(base or ())))
+    if told or (base is None and not _in_every_block(named, updates)):
+        yield from named
+
+
+def _in_every_block(named: Collection[str], updates: Collection[str]) -> bool:
+    """Whether all numbered blocks have such layers, and others too: as of a model without experts.
+
+    Experts come after a few blocks without them, so of few blocks nothing is told.
+    """
+    blocks, rest = (
+        {match["block"] for path in paths if (match := _BLOCK.fullmatch(path)) is not None}
+        for paths in (named, set(updates) - set(named))
+    )
+    return len(blocks) >= _FEW and blocks == rest

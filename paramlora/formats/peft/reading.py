@@ -53,6 +53,7 @@ _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
 _FACTOR = re.compile(rf"(?P<path>.+)\.lora_{_NAME}\.weight", re.DOTALL)
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\..+)?", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_{_NAME}", re.DOTALL)
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _PRODUCT = re.compile(
     r"(?P<path>.+)\.(?P<name>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))", re.DOTALL
 )
@@ -133,6 +134,9 @@ def read_pairs(
         for path, (key, made) in made_of.items()
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
+    twice = {k for p, (k, made) in made_of.items() if made and _is_twice(p, config)}
+    what = "the output projection of a MultiheadAttention, which peft (0.21 and before) adds twice"
+    report(content.source, what, twice, False, "It is read with twice its scale, as trained.")
     updates: dict[str, Update] = {}
     others: dict[str, KindUpdate] = {**tokens}
     for path, (key, made) in made_of.items():
@@ -143,7 +147,7 @@ def read_pairs(
         value = alpha(config, chosen, _pattern_path(path, key, made.kind), r, options)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
-        update = replace(made, scale=scale)
+        update = replace(made, scale=2 * scale if key in twice else scale)
         if path in magnitudes:
             others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
         else:
@@ -234,15 +238,18 @@ def _update(
     where = f"{source}: {path}"
     if pair_.embedding:
         shape = (pair_.a.shape[1], pair_.b.shape[0])
-        return path, Update(pair_.a, pair_.b, 1.0, shape, "transposed", kind="embedding")
+        update = Update(pair_.a, pair_.b, 1.0, shape, "transposed", kind="embedding")
+        return path.replace(f"{INNER}.", "."), update
     inside = f"{path}{INNER}.out_proj"
     if is_attention(path, found):
         # PEFT always adapts both weights of attention: one that was never trained has B = 0
         other = found.get(inside) or found.get(path.removesuffix(f"{INNER}.out_proj"))
         idle = not pair_.b.any() and other is not None and bool(other.b.any())
         own = path.replace(INNER, "") if inside not in found else f"{path}.in_proj_weight"
+        own = own.replace(f"{INNER}.", ".")
         kind = "parameter" if inside in found else "linear"
         return own, None if idle else replace(pair(pair_.a, pair_.b, 1.0, where), kind=kind)
+    plain = path.replace(f"{INNER}.", ".")  # inside of a module whose own parameter is wrapped
     owner = owner_of(path)
     if experts.parameters.get(owner):
         return expert_of(path, owner, experts, pair_, base, where)
@@ -250,7 +257,15 @@ def _update(
     update = pair(pair_.a, pair_.b, 1.0, where)
     if turned and update.shape is not None:
         update = replace(update, layout="transposed", shape=update.shape[::-1])
-    return path, update
+    return plain, update
+
+
+def _is_twice(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether an update acts twice in the peft that wrote it: tuners/lora/layer.py's
+    ``MultiheadAttention.merge``, by which it also trains."""
+    version = _VERSION.match(str(config.get("peft_version")))
+    mended = version is not None and (int(version[1]), int(version[2])) > (0, 21)
+    return path.endswith(f"{INNER}.out_proj") and not mended
 
 
 def _pattern_path(path: str, key: str, kind: Optional[str]) -> str:

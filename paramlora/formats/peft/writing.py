@@ -1,16 +1,15 @@
 """PEFT's tensors, written."""
 
-from collections.abc import Iterator
-from typing import Optional
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
 from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
-from paramlora.formats.content import (
-    Content,
-)
+from paramlora.formats.content import Content
 from paramlora.formats.factors import (
     check_told,
     grouped,
@@ -18,7 +17,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.peft.configuration import INNER, PREFIX, config_of
-from paramlora.formats.peft.experts import EXPERTS, PARTS
+from paramlora.formats.peft.experts import parts_beside_experts
 from paramlora.formats.peft.tokens import numbers_of, tokens_alone, without_rows
 from paramlora.formats.scale import alpha_of, scales_metadata
 from paramlora.update.value import Adapter, Update
@@ -35,42 +34,50 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     Raises:
         FileError: a layer that PEFT cannot adapt, named with the reason.
     """
-    state: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    scales: dict[str, tuple[float, int]] = {}
-    modules: set[str] = set()
-    parameters: list[str] = []
     adapter, tokens = without_rows(adapter)
     if not (adapter.updates or adapter.others):
         return tokens_alone(tokens, prefix)
     check_all_rescaled(adapter, "PEFT")
     adapter, magnitudes = with_low_ranks(adapter)
-    for path, update in adapter.updates.items():
-        check_writable(path, update)
-        if path in magnitudes:
-            _check_rescaled(path, update, adapter, base)
-            own = magnitude_of(path, update, magnitudes[path], "PEFT")
-            state[f"{prefix}{path}.lora_magnitude_vector"] = own
-        for key, tensor, r, module in _tensors(path, update, adapter, base):
-            state[f"{prefix}{key}"] = tensor.contiguous()
-            ranks[module], alphas[module] = r, alpha_of(update.scale, r)
-            scales[path] = update.scale, r
-            if update.kind in ("parameter", "weight") and not _attention(path, adapter, base):
-                parameters.append(module)
-            else:
-                modules.add(module)
-    _check_attention(adapter, base)
-    if any(EXPERTS.fullmatch(path) for path in (*adapter.updates, *(base or ()))):
-        modules, ranks, alphas = _apart(modules, parameters, ranks, alphas)
-    config = config_of(ranks, alphas, modules, sorted(set(parameters)))
-    config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
-    config["use_dora"] = bool(magnitudes)
-    for path, value in tokens.items():
-        state[f"{prefix}{path}.token_adapter.trainable_tokens_delta"] = value.held["lora_rows"]
+    state, config, scales = _low_ranks(adapter, magnitudes, base)
+    state |= {
+        f"{path}.token_adapter.trainable_tokens_delta": value.held["lora_rows"]
+        for path, value in tokens.items()
+    }
     if tokens:
         config["trainable_token_indices"] = {p: numbers_of(value) for p, value in tokens.items()}
-    return Content(state, {"format": "pt", **scales_metadata(scales)}, config)
+    stored = {f"{prefix}{key}": tensor.contiguous() for key, tensor in state.items()}
+    return Content(stored, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def _low_ranks(
+    adapter: Adapter, magnitudes: Mapping[str, Tensor], base: Optional[Base]
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, tuple[float, int]]]:
+    """The tensors of all low-rank updates, the configuration, and the scales."""
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    scales: dict[str, tuple[float, int]] = {}
+    modules: set[str] = set()
+    wrapped = _wrapped(adapter, base)
+    for path, update in adapter.updates.items():
+        check_writable(path, update)
+        stem = _stem(path, update, wrapped, adapter, base)
+        if path in magnitudes:
+            _check_rescaled(path, update, path in wrapped, adapter, base)
+            own = magnitude_of(path, update, magnitudes[path], "PEFT")
+            state[f"{stem}.lora_magnitude_vector"] = own
+        for key, tensor, r, module in _tensors(path, stem, update, adapter, base):
+            named = wrapped.get(path, module)
+            state[key] = tensor
+            ranks[named], alphas[named] = r, alpha_of(update.scale, r)
+            scales[path] = update.scale, r
+            if path not in wrapped:
+                modules.add(module)
+    config = config_of(ranks, alphas, modules, sorted(set(wrapped.values())))
+    config["fan_in_fan_out"] = _fan_in_fan_out(adapter)
+    config["use_dora"] = bool(magnitudes)
+    return state, config, scales
 
 
 def check_all_rescaled(adapter: Adapter, tool: str) -> None:
@@ -99,29 +106,30 @@ def magnitude_of(path: str, update: Update, magnitude: Tensor, tool: str) -> Ten
     return flat.reshape(1, -1, *[1] * (dims - 2)) if dims else flat
 
 
-def _check_rescaled(path: str, update: Update, adapter: Adapter, base: Optional[Base]) -> None:
+def _check_rescaled(
+    path: str, update: Update, wrapped: bool, adapter: Adapter, base: Optional[Base]
+) -> None:
     """Refuse DoRA where peft has none."""
-    if update.kind in ("parameter", "weight") or _attention(path, adapter, base):
-        what = "attention" if _attention(path, adapter, base) else f"a {update.kind}"
+    if wrapped or update.kind in ("parameter", "weight") or _attention(path, adapter, base):
+        what = f"a {update.kind}" if update.kind in ("parameter", "weight") else "a parameter"
+        what = "attention" if _attention(path, adapter, base) else what
         raise FileError(f'{path}: "dora" of {what}, which PEFT does not have.')
 
 
-def _apart(
-    modules: set[str], parameters: list[str], ranks: dict[str, int], alphas: dict[str, float]
-) -> tuple[set[str], dict[str, int], dict[str, float]]:
-    """Layers under the names of experts' parts as parameters, which peft leaves as they are.
+def _wrapped(adapter: Adapter, base: Optional[Base]) -> dict[str, str]:
+    """What peft adapts as a parameter, by path: the parameter's own name, for ``weight`` too.
 
-    Fused experts and their shared or dense neighbours are in one model: peft 0.21 rewrites every
-    module of these names into the fused parameters, and drops the updates of all others.
+    Layers under the names of experts' parts are among them where there may be experts: peft 0.21
+    rewrites every module of these names into the parameters of fused experts
+    (utils/transformers_weight_conversion.py), and drops the updates of all others.
     """
-    moved = {path for path in modules if path.rpartition(".")[2] in PARTS}
-    parameters.extend(f"{path}.weight" for path in moved)
-    names = {path: f"{path}.weight" if path in moved else path for path in ranks}
-    return (
-        modules - moved,
-        {names[path]: r for path, r in ranks.items()},
-        {names[path]: alpha for path, alpha in alphas.items()},
-    )
+    found = {
+        path: f"{path}.weight" if update.kind == "weight" else path
+        for path, update in adapter.updates.items()
+        if update.kind in ("parameter", "weight") and not _attention(path, adapter, base)
+    }
+    moved = parts_beside_experts(adapter.updates, base)
+    return found | {path: f"{path}.weight" for path in moved if path not in found}
 
 
 def check_writable(path: str, update: Update) -> None:
@@ -133,26 +141,21 @@ def check_writable(path: str, update: Update) -> None:
 
 
 def _tensors(
-    path: str, update: Update, adapter: Adapter, base: Optional[Base]
+    path: str, stem: str, update: Update, adapter: Adapter, base: Optional[Base]
 ) -> Iterator[tuple[str, Tensor, int, str]]:
-    """(key, tensor, rank there, module or parameter) of one update."""
-    owner = path.rpartition(".")[0]
+    """(key, tensor, rank there, module) of one update."""
     if update.kind == "embedding":
-        yield f"{path}.lora_embedding_A", update.lora_A, update.r, path
-        yield f"{path}.lora_embedding_B", update.lora_B, update.r, path
+        yield f"{stem}.lora_embedding_A", update.lora_A, update.r, path
+        yield f"{stem}.lora_embedding_B", update.lora_B, update.r, path
         return
-    stem, module, r = path, path, update.r
+    module, r = path, update.r
     a, b = kernels(update) if update.layout != "stack" else _stacked(path, update, base)
     if update.groups > 1:
         a, b = grouped(update)
         r = a.shape[0]
     if _attention(path, adapter, base):
-        inside = path.endswith(".out_proj")
-        stem, module = f"{owner}{INNER}.out_proj" if inside else owner, owner
-        yield from _idle_half(owner, update, adapter, inside)
-    elif update.kind in ("parameter", "weight"):
-        stem = _wrapped(path, update, adapter, base)
-        module = f"{path}.weight" if update.kind == "weight" else path
+        module = path.rpartition(".")[0]
+        yield from _idle_half(stem, module, update, adapter)
     yield f"{stem}.lora_A.weight", a, r, module
     yield f"{stem}.lora_B.weight", b, r, module
 
@@ -170,59 +173,72 @@ def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, T
 
 
 def _attention(path: str, adapter: Adapter, base: Optional[Base]) -> bool:
-    """Whether a weight is one of the two that PEFT adapts together in MultiheadAttention."""
+    """Whether a weight is of a MultiheadAttention that PEFT adapts: its ``in_proj_weight``.
+
+    Raises:
+        FileError: it is the other one, of which no file gives peft the update once.
+    """
     owner, _, name = path.rpartition(".")
     if name == "in_proj_weight":
         return True
-    sibling = f"{owner}.in_proj_weight"
-    apart = base is not None and f"{owner}.q_proj_weight" in base
-    if name == "out_proj" and apart:
-        raise FileError(f"{path}: PEFT adapts attention only where q, k and v have one width.")
-    return name == "out_proj" and (sibling in adapter.updates or sibling in (base or ()))
+    names = ("in_proj_weight", "q_proj_weight")
+    siblings = [f"{owner}.{one}" for one in names]
+    if name == "out_proj" and any(
+        one in adapter.updates or one in (base or ()) for one in siblings
+    ):
+        raise FileError(
+            f"{path}: the output projection of a MultiheadAttention, whose update peft (0.21 and "
+            "before) adds twice, and where q, k and v have several widths not at all. Keep the "
+            "native format, merge it (paramlora merge), or leave it out."
+        )
+    return False
 
 
 def _idle_half(
-    owner: str, update: Update, adapter: Adapter, inside: bool
+    stem: str, module: str, update: Update, adapter: Adapter
 ) -> Iterator[tuple[str, Tensor, int, str]]:
-    """Zeros for the weight of attention that has no update, since PEFT always adapts both."""
-    other = f"{owner}.in_proj_weight" if inside else f"{owner}.out_proj"
-    if other in adapter.updates:
-        return
-    stem, width = (owner, 3) if inside else (f"{owner}{INNER}.out_proj", 1)
-    size = update.lora_B.shape[0] // (1 if inside else 3)
-    yield f"{stem}.lora_A.weight", update.lora_A.new_zeros(update.r, size), update.r, owner
-    yield f"{stem}.lora_B.weight", update.lora_B.new_zeros(width * size, update.r), update.r, owner
+    """Zeros for the output projection of attention, since PEFT always adapts both weights."""
+    size = update.lora_B.shape[0] // 3
+    inside = f"{stem}{INNER}.out_proj"
+    yield f"{inside}.lora_A.weight", update.lora_A.new_zeros(update.r, size), update.r, module
+    yield f"{inside}.lora_B.weight", update.lora_B.new_zeros(size, update.r), update.r, module
 
 
-def _check_attention(adapter: Adapter, base: Optional[Base]) -> None:
-    for path, update in adapter.updates.items():
-        owner, _, name = path.rpartition(".")
-        twin = adapter.updates.get(f"{owner}.out_proj") if name == "in_proj_weight" else None
-        if twin is not None and (twin.r, twin.scale) != (update.r, update.scale):
-            raise FileError(
-                f"{path} has r = {update.r} and scale {update.scale:g}, {owner}.out_proj {twin.r} "
-                f"and {twin.scale:g}: PEFT holds one of each for both."
-            )
-
-
-def _wrapped(path: str, update: Update, adapter: Adapter, base: Optional[Base]) -> str:
-    """The module of a parameter, with a wrapper for each parameter that PEFT wraps after it."""
-    owner = path if update.kind == "weight" else path.rpartition(".")[0]
-    if not owner:
+def _stem(
+    path: str,
+    update: Update,
+    wrapped: Mapping[str, str],
+    adapter: Adapter,
+    base: Optional[Base],
+) -> str:
+    """Where peft looks for the tensors of an update: behind the wrappers of its parameters."""
+    name = wrapped.get(path, path)
+    layer = name.rpartition(".")[0] if path in wrapped or _attention(path, adapter, base) else name
+    if not layer:
         raise FileError(f"{path}: a parameter of the model itself, which PEFT cannot adapt.")
-    siblings = [
-        p
-        for p, u in adapter.updates.items()
-        if u.kind in ("parameter", "weight")
-        and (p if u.kind == "weight" else p.rpartition(".")[0]) == owner
-    ]
+    owners = Counter(one.rpartition(".")[0] for one in wrapped.values())
+    found = layer
+    for at in (at for at, letter in reversed(list(enumerate(layer))) if letter == "."):
+        outer = layer[:at]
+        if outer in owners and path in wrapped:
+            raise FileError(
+                f"{path}: inside of {outer}, of which a parameter is adapted too: peft finds only "
+                "one of them. Save two adapters."
+            )
+        found = found[:at] + INNER * owners[outer] + found[at:]
+    return found + INNER * _after(path, layer, wrapped, base) if path in wrapped else found
+
+
+def _after(path: str, owner: str, wrapped: Mapping[str, str], base: Optional[Base]) -> int:
+    """How many parameters of one module PEFT wraps after this one."""
+    siblings = [p for p, name in wrapped.items() if name.rpartition(".")[0] == owner]
     if len(siblings) > 1 and base is None:
         raise FileError(
             f"{owner}: several parameters of one module ({', '.join(siblings)}). Give "
             "the model, which knows their order."
         )
     order = [p for p in (base or siblings) if p in siblings]
-    return owner + INNER * (len(order) - 1 - order.index(path))
+    return len(order) - 1 - order.index(path)
 
 
 def _fan_in_fan_out(adapter: Adapter) -> bool:
