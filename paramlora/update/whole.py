@@ -40,6 +40,7 @@ class Whole(AttachedUpdate):
 
     alone = True
     internal = True
+    vectors = True
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor
