@@ -218,10 +218,10 @@ def write(
         raise FileError("the adapter has no updates.")
     adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)
-    if adapter.whole:
+    if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
-            "format holds."
+            "format and peft's hold."
         )
     check_finite(adapter, "adapter")
     told = apart(adapter, base)

@@ -81,7 +81,7 @@ def base_of(model: nn.Module) -> Base:
         (5, 2)
     """
     inside = unwrapped(model)
-    beside = {one.path: Slot(one.shape, "matrix") for one in vectors(inside)}
+    beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
     return Known({target.path: _slot(inside, target) for target in adaptable(inside)}, beside)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from paramlora.errors import FileError, listed
@@ -21,9 +22,11 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import (
+    difference_of,
     pair,
     product_of,
     rescaled,
+    wide,
 )
 from paramlora.formats.peft.configuration import (
     INNER,
@@ -47,6 +50,7 @@ from paramlora.formats.peft.experts import (
 from paramlora.formats.peft.tokens import TOKENS, tokens_of
 from paramlora.formats.scale import recorded, scale_of
 from paramlora.model.match import Names
+from paramlora.update import lokr
 from paramlora.update.value import Adapter, KindUpdate, Update
 
 _NAME = r"(?P<role>[AB])(?:\.(?P<name>[^.]+))?"
@@ -100,7 +104,8 @@ def _read_products(content: Content, options: Options) -> Adapter:
             unused.append(key)
         else:
             found.setdefault(match["path"], {})[match["name"]] = one
-    report_unused(content, unused, options.strict)
+    whole = _whole(set(unused), content.state, config, source)
+    report_unused(content, set(unused) - whole.keys(), options.strict)
     alphas = by_pattern(config, "alpha_pattern", found, source)
     ranks = by_pattern(config, "rank_pattern", found, source)
     others = {}
@@ -108,8 +113,22 @@ def _read_products(content: Content, options: Options) -> Adapter:
         check_factors(f"{source}: {path}", *held.values())
         alpha_ = number(alphas.get(path, config.get("alpha", 1)), f"{source}: alpha of {path}")
         r = number(ranks.get(path, config.get("r", 1)), f"{source}: r of {path}")
-        others[path] = product_of(held, alpha_ / max(r, 1.0), f"{source}: {path}")
-    return Adapter({}, others=others)
+        scale = alpha_ / max(r, 1.0)
+        if "lokr_w2" in held and held["lokr_w2"].dim() == 3:
+            others[path] = difference_of(_misordered(held, scale), f"{source}: {path}")
+        else:
+            others[path] = product_of(held, scale, f"{source}: {path}")
+    return Adapter({}, whole=dict(whole.values()), others=others)
+
+
+def _misordered(held: Mapping[str, Tensor], scale: float) -> Tensor:
+    """A Conv1d's LoKr as peft 0.21 multiplies it (tuners/lokr/layer.py's ``make_kron``): its second
+    factor has a dimension more than its first, and the product is laid out another way."""
+    parts = {name: wide(tensor) for name, tensor in held.items()}
+    first, second = lokr.factors(parts)
+    out, fan_in = (a * b for a, b in zip(first.shape, second.shape))
+    change: Tensor = torch.kron(first, second) * scale
+    return change.reshape(out, fan_in, second.shape[2])
 
 
 def read_pairs(

@@ -1,16 +1,18 @@
 """PEFT's tensors, written."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Optional
 
 from einops import rearrange
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, listed
 from paramlora.formats.base import Base
 from paramlora.formats.content import Content
 from paramlora.formats.factors import (
+    apart_from,
     check_told,
     grouped,
     kernels,
@@ -18,9 +20,11 @@ from paramlora.formats.factors import (
 )
 from paramlora.formats.peft.configuration import INNER, PREFIX, config_of
 from paramlora.formats.peft.experts import parts_beside_experts
+from paramlora.formats.peft.products import products
 from paramlora.formats.peft.tokens import numbers_of, tokens_alone, without_rows
+from paramlora.formats.peft.whole import saved_whole
 from paramlora.formats.scale import alpha_of, scales_metadata
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 
 def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -> Content:
@@ -36,10 +40,23 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     """
     adapter, tokens = without_rows(adapter)
     if not (adapter.updates or adapter.others):
+        _check_beside(adapter.whole, "a folder of trained tokens alone")
         return tokens_alone(tokens, prefix)
+    rest, found = apart_from(adapter, "loha", "lokr")
+    if found:
+        return _products(rest, found, tokens, base, prefix)
     check_all_rescaled(adapter, "PEFT")
     adapter, magnitudes = with_low_ranks(adapter)
     state, config, scales = _low_ranks(adapter, magnitudes, base)
+    wrapped = _wrapped(adapter, base)
+
+    def stem(path: str) -> str:
+        known = path in adapter.updates
+        own = _stem(path, wrapped, adapter, base)
+        return f"{own}{INNER}" if known else own
+
+    whole, told = saved_whole(adapter, base, stem)
+    state, config = {**state, **whole}, {**config, **told}
     state |= {
         f"{path}.token_adapter.trainable_tokens_delta": value.held["lora_rows"]
         for path, value in tokens.items()
@@ -48,6 +65,35 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
         config["trainable_token_indices"] = {p: numbers_of(value) for p, value in tokens.items()}
     stored = {f"{prefix}{key}": tensor.contiguous() for key, tensor in state.items()}
     return Content(stored, {"format": "pt", **scales_metadata(scales)}, config)
+
+
+def _products(
+    rest: Adapter,
+    found: Mapping[str, KindUpdate],
+    tokens: Mapping[str, KindUpdate],
+    base: Optional[Base],
+    prefix: str,
+) -> Content:
+    """A folder of LoHa or LoKr, beside which PEFT has whole modules and nothing else."""
+    kinds = sorted({value.method for value in found.values()})
+    _check_beside({**rest.updates, **rest.others, **tokens}, f"a folder of {kinds[0]}")
+    if len(kinds) > 1:
+        raise FileError(f"{listed(sorted(found))}: loha and lokr, and PEFT has one kind in each.")
+    state, config = products(found)
+    whole, told = saved_whole(replace(rest, others=found), base, lambda path: path)
+    _check_beside([path for path in rest.whole if "bias" in told], f"a folder of {kinds[0]}")
+    state = {**state, **whole}
+    stored = {f"{prefix}{key}": tensor.contiguous() for key, tensor in state.items()}
+    return Content(stored, {"format": "pt"}, {**config, **told})
+
+
+def _check_beside(paths: Collection[str], what: str) -> None:
+    """Refuse what PEFT has no place for in a folder."""
+    if paths:
+        raise FileError(
+            f"{listed(sorted(paths))}: beside {what}, which PEFT does not hold. Save two adapters, "
+            "or keep the native format."
+        )
 
 
 def _low_ranks(
@@ -62,7 +108,7 @@ def _low_ranks(
     wrapped = _wrapped(adapter, base)
     for path, update in adapter.updates.items():
         check_writable(path, update)
-        stem = _stem(path, update, wrapped, adapter, base)
+        stem = _stem(path, wrapped, adapter, base)
         if path in magnitudes:
             _check_rescaled(path, update, path in wrapped, adapter, base)
             own = magnitude_of(path, update, magnitudes[path], "PEFT")
@@ -204,13 +250,7 @@ def _idle_half(
     yield f"{inside}.lora_B.weight", update.lora_B.new_zeros(size, update.r), update.r, module
 
 
-def _stem(
-    path: str,
-    update: Update,
-    wrapped: Mapping[str, str],
-    adapter: Adapter,
-    base: Optional[Base],
-) -> str:
+def _stem(path: str, wrapped: Mapping[str, str], adapter: Adapter, base: Optional[Base]) -> str:
     """Where peft looks for the tensors of an update: behind the wrappers of its parameters."""
     name = wrapped.get(path, path)
     layer = name.rpartition(".")[0] if path in wrapped or _attention(path, adapter, base) else name
