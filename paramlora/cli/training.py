@@ -17,6 +17,7 @@ import paramlora
 from paramlora import ParamloraError
 from paramlora.cli.app import app, fail, warnings_told
 from paramlora.errors import shown
+from paramlora.model.presets import PRESETS, grouped
 
 _SEEDS = 2**63 - 1  # of torch; adapting takes the next one
 _SEED = "Seed; the same one gives the same files."
@@ -24,7 +25,9 @@ _SEED = "Seed; the same one gives the same files."
 
 @app.command(epilog="Example: paramlora demo --out paramlora-demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("paramlora-demo"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for the files.")] = Path(
+        "paramlora-demo"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 600,
     seed: Annotated[int, typer.Option(min=-_SEEDS, max=_SEEDS - 1, help=_SEED)] = 0,
     pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1000,
@@ -69,7 +72,7 @@ def demo(
 
 @app.command(epilog="Example: paramlora targets lora.json --model my_package.models:build")
 def targets(
-    config: Annotated[Path, typer.Argument(help="A configuration in JSON.")],
+    config: Annotated[Path, typer.Argument(readable=False, help="A configuration in JSON.")],
     model: Annotated[str, typer.Option(help="module:factory, called without arguments.")],
     strict: Annotated[bool, typer.Option(help="Entries without a match are errors.")] = False,
 ) -> None:
@@ -84,6 +87,10 @@ def targets(
         cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
         table.add_row(*(Text(shown(cell)) for cell in cells))  # neither markup nor emoji
     rich.print(table)
+    for name in dict.fromkeys(target.entry.name for target in found):
+        if name in PRESETS or name.startswith("type:"):
+            meant = grouped(target.path for target in found if target.entry.name == name)
+            print(f'"{name}": {shown(meant)}')
     count = sum(target.parameters for target in found)
     print(f"{len(found)} tensors, {count:,} parameters of updates and whole tensors")
 

@@ -109,3 +109,18 @@ def test_the_demo_writes_the_same_files_for_a_seed(capsys, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     merged = [torch.load(tmp_path / name / "merged.pt", weights_only=True) for name in "ab"]
     assert all(torch.equal(merged[0][k], merged[1][k]) for k in merged[0])
+
+
+def attending():
+    layers = {f"layer{i}": nn.TransformerEncoderLayer(8, 2, 16) for i in range(2)}
+    return nn.ModuleDict(layers)
+
+
+def test_targets_spells_out_what_a_preset_and_a_class_mean(capsys, tmp_path):
+    path = tmp_path / "presets.json"
+    entries = {"attention": {"r": 2}, "type:Linear": {"r": 4}, "exclude": ["layer1.linear2"]}
+    path.write_text(json.dumps(entries))
+    code, out, _ = run(capsys, "targets", str(path), "--model", f"{__name__}:attending")
+    assert code == 0
+    assert '\n"attention": in_proj_weight, out_proj (2 layers each)\n' in out
+    assert '\n"type:Linear": linear1 (2 layers); linear2 (1 layer)\n' in out
