@@ -35,7 +35,7 @@ from paramlora.formats.factors import (
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.pipeline import PARTS, part_told
-from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
 METADATA = "lora_adapter_metadata"
@@ -51,7 +51,6 @@ _ROLES = {
     **dict.fromkeys(("diff_b", "b_norm"), "diff_b"),
     "bias": "bias",  # peft's lora_bias, which is scaled
 }
-_ALPHA = re.compile(r"(?:(?P<component>\w+)\.)?(?:lora_alpha|alpha|ss_network_alpha)")
 _SPELLINGS = tuple(
     re.compile(spelling, re.DOTALL)
     for spelling in (
@@ -83,6 +82,9 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     report_unused(content, unused, options.strict)
     configs, exact = _configs(content), recorded(content)
     alphas = _alphas(configs, halves, content.source)
+    if not configs:
+        told = headed(content, halves, _is_of, options.alpha)
+        alphas[""] = alphas.get("", {}) | told
     updates: dict[str, Value] = {}
     for path, half in halves.items():
         where = f"{content.source}: {path}"
@@ -152,7 +154,7 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     """``LoraConfig``s by the prefix of their keys: ``{"unet": {...}}``, or ``{"": {...}}``."""
     peft.check_config(content.config, content.source)
     if METADATA not in content.metadata:
-        return {"": dict(content.config)} if content.config else _headed(content)
+        return {"": dict(content.config)} if content.config else {}
     found: dict[str, dict[str, Any]] = {}
     for key, value in parsed(content.metadata[METADATA], content.source).items():
         component = next((c for c in COMPONENTS if key.startswith(f"{c}.")), "")
@@ -162,15 +164,8 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _headed(content: Content) -> dict[str, dict[str, Any]]:
-    """By component the alpha that stands alone in a header, as some trainers write it."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, text in content.metadata.items():
-        match = _ALPHA.fullmatch(key)
-        if match is not None and text != "Dynamic":  # kohya's word for one in each layer
-            alpha = number(text, f"{content.source}: {key}")
-            found[match["component"] or ""] = {"lora_alpha": alpha}
-    return found
+def _is_of(path: str, component: str) -> bool:
+    return path.startswith(f"{component}.")
 
 
 def _alphas(
@@ -204,7 +199,7 @@ def _scale(
     if "alpha" in half:
         return scale_of(number(half["alpha"], where), r, exact.get(path), where)
     component = _component(path, configs)
-    if component not in configs and options.alpha is None:
+    if component not in configs and options.alpha is None and path not in alphas.get("", {}):
         return 1.0
     config, own = configs.get(component, {}), path.removeprefix(f"{component}.")
     alpha = peft.alpha(config, alphas[component], own, r, options)

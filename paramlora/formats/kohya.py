@@ -23,6 +23,7 @@ from paramlora.formats.content import (
     check_factors,
     check_first,
     number,
+    parsed,
     report_unused,
 )
 from paramlora.formats.factors import (
@@ -41,7 +42,7 @@ from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
-from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, KindUpdate, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
@@ -73,6 +74,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     modules, unused = _modules(content)
     report_unused(content, unused, options.strict)
     exact = recorded(content)
+    told = _headed(content, modules, options)
     places = None if base is None else places_of(base)
     updates: dict[str, Value] = {}
     for name, parts in modules.items():
@@ -81,11 +83,37 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             most = _most(name, parts, places, where)
             own = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BIAS}
             if own.keys() - {"alpha"} or own.keys() == parts.keys():
-                updates[name] = _update(own, exact.get(name), options, most, where)
+                how = replace(options, alpha=told.get(name, options.alpha))
+                updates[name] = _update(own, exact.get(name), how, most, where)
             for leaf in _BIAS:
                 if leaf in parts:
                     updates[f"{name}.bias"] = difference_of(parts[leaf], f"{where}.{leaf}")
     return Adapter(**apart_by_kind(updates))
+
+
+def _headed(
+    content: Content, modules: Mapping[str, Mapping[str, Tensor]], options: Options
+) -> dict[str, float]:
+    """The alphas of layers in a file that tells them in its header alone; sd-scripts has another
+    for convolutions of a kernel (networks/lora.py's ``conv_alpha``)."""
+    scaled = [name for name, parts in modules.items() if _has_factors(parts)]
+    found = headed(content, scaled, belongs, options.alpha)
+    if not found or "ss_network_args" not in content.metadata:
+        return found
+    told = parsed(content.metadata["ss_network_args"], content.source).get("conv_alpha")
+    if told is None:
+        return found
+    alpha = number(told, f"{content.source}: conv_alpha")
+    wide = (name for name in found if _has_kernel(modules[name]))
+    return {**found, **dict.fromkeys(wide, alpha)}
+
+
+def _has_kernel(parts: Mapping[str, Tensor]) -> bool:
+    return any(math.prod(tensor.shape[2:]) > 1 for tensor in parts.values())
+
+
+def _has_factors(parts: Mapping[str, Tensor]) -> bool:
+    return any(leaf.startswith(("lora_", "hada_", "lokr_")) for leaf in parts)
 
 
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:

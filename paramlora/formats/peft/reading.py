@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -48,7 +48,7 @@ from paramlora.formats.peft.experts import (
     parameter_path,
 )
 from paramlora.formats.peft.tokens import TOKENS, tokens_of
-from paramlora.formats.scale import recorded, scale_of
+from paramlora.formats.scale import headed, recorded, scale_of, tells_alpha
 from paramlora.model.match import Names
 from paramlora.update import lokr
 from paramlora.update.value import Adapter, KindUpdate, Update
@@ -77,7 +77,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
             or a target that got no tensors.
     """
     check_config(content.config, content.source)
-    if not content.config and options.alpha is None:
+    if not content.config and options.alpha is None and not tells_alpha(content):
         report(
             content.source,
             "the scale is not in this file",
@@ -153,6 +153,8 @@ def read_pairs(
         for path, (key, made) in made_of.items()
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
+    if not config:
+        chosen |= _headed(content, paths, options.alpha)
     twice = {k for p, (k, made) in made_of.items() if made and _is_twice(p, config)}
     what = "the output projection of a MultiheadAttention, which peft (0.21 and before) adds twice"
     report(content.source, what, twice, False, "It is read with twice its scale, as trained.")
@@ -277,6 +279,13 @@ def _update(
     if turned and update.shape is not None:
         update = replace(update, layout="transposed", shape=update.shape[::-1])
     return plain, update
+
+
+def _headed(
+    content: Content, paths: Iterable[str], given: Optional[float] = None
+) -> dict[str, float]:
+    """The alphas in the header of a file that has lost its configuration."""
+    return headed(content, paths, lambda path, part: path.startswith(f"{part}."), given)
 
 
 def _is_twice(path: str, config: Mapping[str, Any]) -> bool:
