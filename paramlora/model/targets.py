@@ -109,7 +109,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
         for target in (*_all(model, _tensors), *_all(model, buffers_of))
         if target.path in entries
     ]
-    found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
+    found = {t.path for t in chosen if len(t.shape) >= 2 or kind_of(t.entry).vectors}
     missing = sorted(entries.keys() - found)
     if missing:
         text = f'"{missing[0]}" matches nothing.{closest_in(model, missing[0])}'
@@ -121,6 +121,11 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
 def adaptable(model: nn.Module) -> Iterator[Target]:
     """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
     return (target for target in _all(model, _tensors) if len(target.shape) >= 2)
+
+
+def vectors(model: nn.Module) -> Iterator[Target]:
+    """Every parameter of one dimension, such as a bias or a norm's weight."""
+    return (target for target in _all(model, _tensors) if len(target.shape) == 1)
 
 
 def tensor_paths(model: nn.Module) -> set[str]:

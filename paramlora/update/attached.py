@@ -189,6 +189,7 @@ class AttachedUpdate(nn.Module):
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
+    vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
