@@ -13,6 +13,7 @@ from paramlora.cli.options import (
     Checkpoint,
     Component,
     Dry,
+    File,
     FoldScale,
     Force,
     Json,
@@ -27,14 +28,26 @@ from paramlora.cli.options import (
     known,
     reading,
     refuse,
+    unweighted,
     weighted,
 )
 
 Base = Annotated[
     Path,
-    typer.Argument(help="A .safetensors file, a file of torch.save, or a folder of shards."),
+    typer.Argument(
+        readable=False,
+        callback=unweighted,
+        help="A .safetensors file, a file of torch.save, or a folder of shards.",
+    ),
 ]
-Embedded = Annotated[Path, typer.Argument(help="A checkpoint of a model with an adapter attached.")]
+Embedded = Annotated[
+    Path,
+    typer.Argument(
+        readable=False,
+        callback=unweighted,
+        help="A checkpoint of a model with an adapter attached.",
+    ),
+]
 _HERE = "--base tells the names of layers where no checkpoint is given; here BASE does"
 _SCALES = "--alpha is for files without scales, and an attached model's checkpoint has them"
 
@@ -42,7 +55,7 @@ _SCALES = "--alpha is for files without scales, and an attached model's checkpoi
 @app.command(epilog="Example: paramlora embed model/ style.safetensors -o embedded/")
 def embed(
     base: Base,
-    adapter: Annotated[Path, typer.Argument(help="The adapter's file, of any tool.")],
+    adapter: File,
     out: Out,
     key: Key = None,
     model: Model = None,
@@ -132,6 +145,15 @@ def merge(
     kept: Annotated[
         bool, typer.Option("--report", help="Show how much of the update each tensor's type keeps.")
     ] = False,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Round types of 8 and 16 bits up or down at random, by this seed, so that of a "
+            "small update its mean is kept.",
+        ),
+    ] = None,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
@@ -147,7 +169,9 @@ def merge(
     options, layers = reading(loose, alpha, component), known(model, None)
     with warnings_told(), bar("merge") as told:
         # before the base may be replaced
-        found = files.kept(base, chosen, key=key, options=options, known=layers) if kept else None
+        found = None
+        if kept:
+            found = files.kept(base, chosen, key=key, options=options, known=layers, seed=seed)
         done = files.merge(
             base,
             chosen,
@@ -158,6 +182,7 @@ def merge(
             force=force,
             dry_run=dry_run,
             progress=told,
+            seed=seed,
         )
     change = "" if done.largest is None else f", largest change {done.largest:.2g} of its norm"
     if done.kept is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, ParamloraWarning, listed, unwritten
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -24,20 +25,19 @@ from paramlora.files.adapters import (
     write_adapter,
 )
 from paramlora.files.atomic import PathLike, check_lost, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, opened
+from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, entries_of, opened
 from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
 from paramlora.formats import Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
-from paramlora.formats.content import DEFAULTS
+from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
-from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
@@ -101,10 +101,11 @@ def embed(
     """
     check_new(out, force)
     with Stored(base, key) as stored:
-        found = _adapter(adapter, stored, options, known)
-        plan = embed_plan(Contents(stored.specs), found)
+        found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
+        plan = embed_plan(contents, found)
+        _warn_inside(contents, base)
         done = _write(stored, plan, Path(out), dry_run, progress)
-    return replace(done, updates=len(found.updates) + len(found.whole), largest=None)
+    return replace(done, updates=len(found.values()), largest=None)
 
 
 def extract(
@@ -158,6 +159,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     progress: Optional[Progress] = None,
+    seed: Optional[int] = None,
 ) -> Report:
     """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
 
@@ -171,6 +173,8 @@ def merge(
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
         out, key, options, known, force, dry_run, progress: as for `embed`.
+        seed: round sums up or down at random instead of to the nearest number of a type of 8 or 16
+            bits, so that of a small update its mean is kept. One seed gives one file.
 
     Raises:
         FileError: a file cannot be read or written, or does not fit.
@@ -182,6 +186,9 @@ def merge(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
+        if seed is not None:
+            rounding = Rounding(seed)
+            plan = {key: replace(recipe, rounding=rounding) for key, recipe in plan.items()}
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
@@ -194,24 +201,25 @@ def kept(
     key: Optional[str] = None,
     options: Options = DEFAULTS,
     known: Optional[Base] = None,
+    seed: Optional[int] = None,
 ) -> KeptReport:
     """How much of the adapters `merge` keeps in each tensor's type; nothing is written.
 
     Args:
-        base, adapters, key, options, known: as for `merge`.
+        base, adapters, key, options, known, seed: as for `merge`.
 
     Raises:
         FileError, AdapterError: as there.
     """
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    rounding = Rounding()
+    rounding = Rounding(seed)
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
                 rounding.path, spec = name, stored.specs[recipe.source]
-                terms = recipe.terms(spec.dtype)
-                for run, summed in Fold(spec.shape, spec.dtype, terms, rounding=rounding).blocks():
+                counted = replace(recipe, rounding=rounding)
+                for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))
     return rounding.report()
 
@@ -222,14 +230,27 @@ def _adapter(
     """An adapter of any tool, its names and shapes those of the checkpoint."""
     if isinstance(adapter, Adapter):
         return adapter
-    shapes = {key: spec.shape for key, spec in stored.specs.items()}
+    shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
     if format_of(adapter) != NATIVE:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        return read_native(adapter)
+        found = read_native(adapter)
+        check_finite(found, str(adapter))
+        return found
     found = read_adapter(adapter, base, options)
-    return found if options.strict else without_strangers(found, set(stored.specs), str(adapter))
+    return found if options.strict else without_strangers(found, shapes, str(adapter))
+
+
+def _warn_inside(contents: Contents, base: PathLike) -> None:
+    """Tell that what two adapters have inside of one file is not to be told apart again."""
+    if any(key.of_update for key in contents.keys.values()):
+        warnings.warn(
+            f"{base}: an adapter is inside already. The new file loads with both attached, and "
+            "extract cannot take them apart again: keep their own files.",
+            ParamloraWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> None:
@@ -330,11 +351,12 @@ def _check_space(out: Path, size: int) -> None:
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
-        raise FileError(
-            f"{out}: cannot be written: {error.strerror}. Nothing was written."
-        ) from error
+        raise unwritten(out, error) from error
     if size > free:
-        raise FileError(f"{out}: needs {size:,} bytes, and {free:,} are free. Nothing was written.")
+        raise FileError(
+            f"{out}: needs {size:,} bytes, and {free:,} are free. Make room there, or give a place "
+            "on another disk. Nothing was written."
+        )
 
 
 def _write_folder(
@@ -388,7 +410,7 @@ def _check_lost_inside(stored: Pipeline, beside: Mapping[Path, list[Path]], out:
         names = [path.name for path in files]
         if component is not None:
             names += [*component.parts, *([component.index_name] if component.index else [])]
-        if place != Path() and (out / place).is_dir():
+        if place != Path() and os.path.isdir(out / place):
             check_lost(out / place, out / place, names)
 
 
@@ -415,9 +437,9 @@ def _beside(folder: Path) -> list[Path]:
     return _every(folder, lambda path: not _is_weights(path))
 
 
-def _every(folder: Path, wanted: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
     """The files of a folder itself, without links to elsewhere."""
-    there = [path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path)]
+    there = [path for path in entries_of(folder) if os.path.isfile(path) and wanted(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -490,7 +512,7 @@ def _merged_runs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The runs of a tensor before and after."""
     spec = stored.specs[recipe.source]
-    for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
+    for elements, summed in recipe.fold(spec.shape, spec.dtype).blocks():
         before = stored.run(recipe.source, elements)
         after = summed(before)
         recipe.check(before, after, summed)

@@ -301,16 +301,19 @@ def disable_adapters(model: Model) -> Iterator[Model]:
         >>> with disable_adapters(model):
         ...     assert model.weight is model.parametrizations.weight.original
     """
-    found, block = [update for _, _, update in updates(model)], object()
-    try:
-        _mute(found, lambda muted: muted | {block})
+    found = [update for _, _, update in updates(model)]
+
+    def enter(kept: list[object]) -> None:
+        kept.append(object())  # first: what stops the next line finds it
+        _mute(found, lambda muted: muted | {*kept})
+
+    def leave(kept: list[object]) -> None:
+        if kept:
+            to_the_end(lambda: _mute(found, lambda muted: muted - {*kept}))
+            kept.clear()
+
+    with surely_left(enter, leave):
         yield model
-    finally:
-        try:
-            _mute(found, lambda muted: muted - {block})
-        except BaseException:  # else nothing would ever close the block
-            to_the_end(lambda: _mute(found, lambda muted: muted - {block}))
-            raise
 
 
 def _mute(
