@@ -65,7 +65,7 @@ class Target:
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
-    """What `attach` would adapt, in the model's order; nothing is changed.
+    """What `attach` would adapt, in the order in which it does; nothing is changed.
 
     Args:
         model: any module.
@@ -248,12 +248,10 @@ class Places:
 
     def __init__(self, model: nn.Module, exclude: tuple[str, ...] = ()) -> None:
         self.model = model
-        self.every = [*_tensors(model), *buffers_of(model)]
+        tensors, buffers = list(_tensors(model)), list(buffers_of(model))
+        self.every = [*tensors, *buffers]
         self._out = {pattern: self._excluded(pattern) for pattern in exclude}
-        self.all = [one for one in _tensors(model) if not self.excludes(_full(one[0], one[2]))]
-        self.buffers = [
-            one for one in buffers_of(model) if not self.excludes(_full(one[0], one[2]))
-        ]
+        self.all, self.buffers = self._left(tensors), self._left(buffers)
         self._by_end: dict[str, list[Place]] = {}
         for place in self.all:
             for path in _names(place):
@@ -298,9 +296,12 @@ class Places:
         except ValueError as error:
             raise ConfigError(f'"exclude": {error}. Give a plain name, or several.') from error
 
-    def excludes(self, path: str) -> bool:
-        """Whether a module or tensor, or what it lies in, is left out by the configuration."""
-        return any(not held.isdisjoint(holders_of(path)) for held in self._out.values())
+    def _left(self, places: list[Place]) -> list[Place]:
+        """Those that are not excluded, nor lie in what is."""
+        out = set().union(*self._out.values())
+        return [
+            one for one in places if not out or out.isdisjoint(holders_of(_full(one[0], one[2])))
+        ]
 
     def hides(self, pattern: str) -> bool:
         """Whether a name would mean something, were nothing excluded."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
-from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, answer, put_in_place
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout
 from paramlora.update.kinds import register
@@ -199,16 +199,3 @@ def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
         for one in acting:
             total = total + one.change(start)
     return total
-
-
-def terms_of(updates: Sequence[AttachedUpdate], base: Tensor) -> list[Term]:
-    """What updates that act do to a base, for the sum of a merge.
-
-    Args:
-        updates: of one tensor; of several that are trained whole the sum is one term.
-        base: the tensor.
-    """
-    wholes = [one for one in updates if isinstance(one, Whole)]
-    if len(wholes) < 2 or not base.is_floating_point():
-        return [answer(one, "term") for one in updates]
-    return [WholeTerm(summed(wholes, base), torch.ones(()))]
