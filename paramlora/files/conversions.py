@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, listed, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -421,7 +420,7 @@ def _every(folder: Path, wanted: Callable[[Path], bool] = Path.is_file) -> list[
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
-        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+        warn(f"{text} Copy those that you trust.")
     return [path for path in there if path.name not in away]
 
 

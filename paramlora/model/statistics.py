@@ -5,14 +5,13 @@ file. So they are remembered, told of, and put back. A base checkpoint that is l
 the model was, from then on.
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 from paramlora.model.targets import own_path
 from paramlora.update.attached import AttachedUpdate
 
@@ -88,9 +87,7 @@ def _averages(module: nn.Module) -> bool:
 
 def _warn(names: list[str], what: str) -> None:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    warnings.warn(
-        f"{', '.join(names[:3])}{more}: {what} file. {_WAYS}", ParamloraWarning, stacklevel=5
-    )
+    warn(f"{', '.join(names[:3])}{more}: {what} file. {_WAYS}")
 
 
 def _loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ParamloraWarning, TargetError, closest, listed
+from paramlora.errors import TargetError, closest, listed, warn
 from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.casts import is_storage
@@ -442,7 +441,7 @@ def _report_empty(
         raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
     if strict:
         raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
-    warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
+    warn(f"{config.source}: {text}")
 
 
 def _closest_in(model: nn.Module, name: str) -> str:

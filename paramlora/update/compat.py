@@ -8,7 +8,6 @@ in turn.
 """
 
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 
 
 def _private(path: str) -> Any:
@@ -236,12 +235,10 @@ def _silent() -> None:
 
 def _warn_of_strengths() -> None:
     """Say that a forward that is computed again cannot find the strengths that it had."""
-    warnings.warn(
+    warn(
         f"torch {torch.__version__} does not tell which forward a backward computes again: with "
         "activation checkpointing, call backward before the strengths of adapters change, or its "
-        "gradients are those of the new strengths.",
-        ParamloraWarning,
-        stacklevel=2,
+        "gradients are those of the new strengths."
     )
 
 
