@@ -114,12 +114,12 @@ def _warn(names: list[str], what: str) -> None:
 
 def _loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Record what a checkpoint brings; one that does not fit is torch's to refuse."""
-    record = vars(module).get(_BUFFERS)
-    for name, (held, before) in list(record.buffers.items()) if record else ():
+    buffers = vars(module)[_BUFFERS].buffers if _BUFFERS in vars(module) else {}
+    for name, (held, before) in list(buffers.items()):
         value = state.get(prefix + name) if _is_saved(module, name) else None
         if isinstance(value, Tensor) and value.shape == before.shape and not value.is_meta:
             new = value.detach().to(before.device, before.dtype, copy=True)
-            record.buffers[name] = held, new
+            buffers[name] = held, new
 
 
 def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
