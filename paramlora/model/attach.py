@@ -163,6 +163,8 @@ def attach_targets(
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
+            if there:
+                update.keep(switch=update.switch.born())
             if update.beside:
                 add_branch(module, update)
             else:

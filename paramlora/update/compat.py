@@ -8,6 +8,7 @@ in turn.
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -227,6 +228,41 @@ def number_of(node: Any) -> int:
     """The number that autograd gave the operation whose backward a node is."""
     number: int = node._sequence_nr()
     return number
+
+
+_RUNS_ONE = torch.autograd.function.BackwardCFunction.apply.__code__
+_enclosing = threading.local()  # its `told`: (the backward last asked for, the number found)
+
+
+def number_of_forward(task: int) -> int:
+    """The number that autograd gave the operation of a forward which is computed again.
+
+    That of the node whose backward runs. But a reentrant checkpoint computes its segment again as a
+    graph of its own, of later numbers, and runs a backward of that inside of its own: there it is
+    the outermost node, which the model's forward made.
+
+    Args:
+        task: the number of the backward that runs, of `current_backward`.
+    """
+    node = current_node()
+    if node is None:
+        return next_number()
+    told: tuple[int, Optional[int]] = getattr(_enclosing, "told", (0, None))
+    if told[0] != task or task == 0:  # which may be several, where torch does not number them
+        outer = _outermost()
+        inside = outer is not None and number_of(outer) != number_of(node)
+        told = _enclosing.told = task, number_of(outer) if inside else None
+    return number_of(node) if told[1] is None else told[1]
+
+
+def _outermost() -> Any:
+    """The first node written in Python whose backward runs in this thread, None outside of any."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is _RUNS_ONE:
+            found = frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def _silent() -> None:
