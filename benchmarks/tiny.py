@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 VOCABULARY, WIDTH, IMAGE, HEADS, HEAD_SIZE = 128, 64, 32, 4, 16
-MOST = 20_000_000  # parameters of a model that is still called tiny
+MOST = 60_000_000  # parameters of a model that is still called tiny: half a gigabyte each copy
 FIRST_TOKEN = 100  # special tokens stand above those that inputs hold
 
 
@@ -33,6 +33,8 @@ _LAYERS = (
     r".*(num|n)_(\w+_)?(layers?|blocks)|(\w+_)?(layers|depth)|n_layer|num_\w+_per_stage"
     r"|layers_per_block|mmdit_layers|.*layers_per_block"
 )
+_CHANNELS = r"base_(dim|channels)|(model_)?channels|ch|(en|de)coder_dim|n_filters"
+_GROUPS = 32  # of group norms that models fix
 _SHAPES: list[tuple[str, Callable[[int], int]]] = [
     (r".*(num_(key_value|kv)|kv_n|n_kv|kv)_?heads.*", _most(2)),
     (r"qk_rope_head_dim|rotary_dim|.*rope_head_dim", _most(8)),
@@ -41,7 +43,7 @@ _SHAPES: list[tuple[str, Callable[[int], int]]] = [
     (r".*heads?|n_head|nheads", _most(HEADS)),
     (r"upsample_groups", _most(WIDTH)),
     (r"norm_num_groups|norm_groups|num_groups", _most(8)),
-    (r"base_(dim|channels)|(model_)?channels|ch|(en|de)coder_dim|n_filters", _most(16)),
+    (_CHANNELS, _most(16)),
     (
         r".*(intermediate|ffn|feed_?forward|mlp|inner)_(size|dim|hidden_size).*|d_ff|n_inner"
         r"|\w+_ffn_dim|dim_feedforward|ff_dim|mlp_hidden|ffn_hidden_size",
@@ -94,8 +96,15 @@ def shrunk(name: str, value: int, way: str) -> int:
         return value
     for pattern, small in SIZES:
         if re.fullmatch(pattern, name):
-            return small(value)
+            return (
+                max(small(value), min(value, _GROUPS)) if _is_grouped(name, way) else small(value)
+            )
     return value
+
+
+def _is_grouped(name: str, way: str) -> bool:
+    """Whether a norm of groups, whose number is fixed, may follow these channels."""
+    return way == "even" and re.fullmatch(_CHANNELS, name) is not None
 
 
 def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
@@ -112,7 +121,7 @@ def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
     if "image" in name or name == "sample_size":
         return [min(v, IMAGE) for v in values]
     if re.search("size|dim|channel|width", name) and max(values) > 16:
-        unit = 32 if way == "even" else 8
+        unit = _GROUPS if way == "even" else 8
         return [v if v <= 8 else max(unit, v // (8 * unit) * unit) for v in values]
     return values
 
