@@ -28,7 +28,8 @@ _FIXED = r"chunk_size_feed_forward|.*type_vocab_size|.*stride.*|.*padding.*|.*sp
 _IMAGES = r"(pretrain_)?image_size|img_size|.*_image_size|input_size|sample_(size|width|height)"
 _WINDOWS = r"sliding_window.*|.*attention_window|block_size|.*chunk_size|index_topk|sample_frames"
 _EXPERTS = r"(n_routed|num_local|moe_num|num|n)_experts"
-_CHOSEN = r".*num_experts_per_tok|.*topk.*|.*top_k.*|n_groups?|.*experts_per_tok.*"
+_QUERIES = r"num_queries|num_query_tokens|num_(denoising|proposals)|two_stage_num_proposals"
+_CHOSEN = r"moe_k|.*num_experts_per_tok|.*topk.*|.*top_k.*|n_groups?|.*experts_per_tok.*"
 _LAYERS = (
     r".*(num|n)_(\w+_)?(layers?|blocks)|(\w+_)?(layers|depth)|n_layer|num_\w+_per_stage"
     r"|layers_per_block|mmdit_layers|.*layers_per_block"
@@ -68,6 +69,7 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (_WINDOWS, _most(16)),
     (_EXPERTS, _most(4)),
     (_CHOSEN, _most(2)),
+    (_QUERIES, _most(10)),
     *_SHAPES,
 ]
 # what is made small: all; all, and widths by stage in multiples of 32, in which some models fix
@@ -86,7 +88,7 @@ _NO_SIZE = re.compile(
 )
 _SECTIONS = re.compile(r"axes_dims?(_rope)?|rope_axes_dim|rope_dim_list")
 # where the default is None
-NEEDED = {"prediction_length": 8, "context_length": 8}
+NEEDED = {"prediction_length": 8, "context_length": 8, "vocab_size": VOCABULARY}
 NEEDED_ARGUMENTS = {"in_channels": 16, "sample_size": 16, "patch_size": 2}
 
 
@@ -217,7 +219,11 @@ def _mend(part: Any) -> None:
         part.qk_head_dim = part.qk_nope_head_dim + part.qk_rope_head_dim
     if "head_dim" in held and held["head_dim"] is None and _is_int(heads) and _is_int(width):
         part.head_dim = width // heads
-    for count, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
+    if "num_key_value_heads" in held and held["num_key_value_heads"] is None and _is_int(heads):
+        part.num_key_value_heads = heads
+    mamba = [("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")]
+    mamba += [("num_heads", "head_dim")] if "state_size" in held else []
+    for count, size in mamba:
         if _is_int(held.get(count)) and size in held and _is_int(width):
             setattr(part, size, held.get("mamba_expand", 2) * width // held[count])
     if "backbone_out_indices" in held and held["backbone_out_indices"]:

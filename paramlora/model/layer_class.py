@@ -170,7 +170,7 @@ def _set(base: type) -> Any:
 
 def _put_whole(layer: nn.Module, name: str, value: Any) -> bool:
     """Give a buffer that is trained whole what its layer puts in its place."""
-    plist = parametrized(layer)[name] if name in parametrized(layer) else ()
+    plist: Any = parametrized(layer)[name] if name in parametrized(layer) else ()
     if len(plist) != 1 or not isinstance(plist[0], Whole) or "original" not in plist._buffers:
         return False
     return isinstance(value, Tensor) and plist[0].assigned(value)
