@@ -170,7 +170,9 @@ def _set(base: type) -> Any:
 
 def _put_whole(layer: nn.Module, name: str, value: Any) -> bool:
     """Give a buffer that is trained whole what its layer puts in its place."""
-    plist: Any = parametrized(layer)[name] if name in parametrized(layer) else ()
+    # a replica of DataParallel is given its attributes after it is made
+    lists = parametrized(layer) if "_modules" in vars(layer) else {}
+    plist: Any = lists[name] if name in lists else ()
     if len(plist) != 1 or not isinstance(plist[0], Whole) or "original" not in plist._buffers:
         return False
     return isinstance(value, Tensor) and plist[0].assigned(value)
