@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ConfigError, ParamloraWarning, TargetError, closest, listed
+from paramlora.errors import ConfigError, TargetError, closest, listed, warn
 from paramlora.model.classes import is_hf_conv1d, is_linear, is_of
 from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
@@ -318,7 +317,7 @@ class Places:
             text = f'"{pattern}" in "exclude" matches nothing.{closest_in(self.model, pattern)}'
             if strict:
                 raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
-            warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=5)
+            warn(f"{config.source}: {text}")
 
 
 def _bounded(pattern: str, paths: list[str]) -> set[str]:
@@ -534,7 +533,7 @@ def _report_empty(
         raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
     if strict:
         raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
-    warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
+    warn(f"{config.source}: {text}")
 
 
 def _why_nothing(places: Places, name: str) -> str:
