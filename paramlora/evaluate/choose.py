@@ -43,6 +43,7 @@ class Card:
         light: numbers of a kernel that it passes over in no time.
         capability: CUDA's, of a card.
         processors: of a card.
+        experts: whether our kernels for experts were the faster there.
     """
 
     tiny: int = 0
@@ -51,6 +52,7 @@ class Card:
     light: int = 0
     capability: tuple[int, int] = (0, 0)
     processors: int = 0
+    experts: bool = False
 
     def far(self, capability: tuple[int, int], processors: int) -> tuple[int, int, int]:
         """How far it is from another: by generation, then by its number, then by size."""
@@ -160,6 +162,16 @@ def convolution(
         if groups > 1 or denser(tokens, size // out, out, dtype):
             return Way.SUM if compiling or tokens * size < card.small else Way.DENSE
     return Way.PLAIN if groups == 1 else Way.OWN_KERNEL
+
+
+def experts(card: Card, kernels: bool) -> Way:
+    """How the grouped products of experts are computed.
+
+    Args:
+        card: of x's device.
+        kernels: whether ours serve the operands.
+    """
+    return Way.KERNELS if kernels and card.experts else Way.FACTORED
 
 
 def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:
