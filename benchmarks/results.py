@@ -144,7 +144,7 @@ def kept_table(content: dict[str, Any]) -> str:
 
 def many_table(content: dict[str, Any]) -> str:
     """Seconds of each act on many layers; ``attach each`` names every layer by itself."""
-    told = ("attach", "attach each", "save", "load", "merge", "import")
+    told = ("attach", "attach each", "save", "load", "swap", "merge", "import")
     acts = [act for act in told if all(act in row for row in content["rows"])]
     lines = [
         [row["way"], str(row["layers"]), *(f"{row[act]:.3f}" for act in acts)]
