@@ -82,8 +82,8 @@ TILES: dict[str, Tile] = {
 
 
 class Kernels:
-    """Whether ours compute the products of experts, whatever the table of cards says of this
-    device; and with which tiles, those of the plan's own table without any."""
+    """Whether ours compute the products of experts and those under dropout, whatever the table of
+    cards says of this device; and with which tiles, those of the plan's own table without any."""
 
     def __init__(self, on: bool, tile: Optional[Tile] = None) -> None:
         self.on, self.tile, self.plans = on, tile, {}  # type: ignore[var-annotated]
@@ -97,7 +97,8 @@ class Kernels:
 
         index, own = torch.cuda.current_device(), choose.card_of(torch.zeros((), device=device()))
         tiling, plans = plan.tiling, plan._PLANS
-        choose._SEEN[index], plan._PLANS = replace(own, experts=self.on), self.plans
+        choose._SEEN[index] = replace(own, experts=self.on, dropout=self.on)
+        plan._PLANS = self.plans
         plan.tiling = self._tiling(tiling)
         try:
             yield

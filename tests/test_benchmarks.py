@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from benchmarks import (
+    dropout,
     experts,
     finetune_bf16,
     kinds,
@@ -148,6 +149,14 @@ def test_a_kind_without_its_update_is_found_wrong():
     lost = dataclasses.replace(built, wanted=lambda weight: weight)
     with pytest.raises(AssertionError, match="relative error"):
         kinds.check(lost, tensors, 1e-5)
+
+
+def test_dropout_is_measured_and_kept(tmp_path, capsys):
+    assert dropout.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "dropout")["rows"]
+    assert [row["way"] for row in rows] == list(dropout.WAYS)
+    assert all(0.9 < row["kept"] < 1.1 for row in rows if "kept" in row)
+    assert "kernels dropout" in capsys.readouterr().out
 
 
 def test_peft_trains_its_own_4_bit_layers():

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from paramlora.update.compat import constant_result
+
 
 class Way(Enum):
     """A way of computing ``x (W + scale·B·A)ᵀ``, or the same of a convolution or a look-up."""
@@ -44,6 +46,7 @@ class Card:
         capability: CUDA's, of a card.
         processors: of a card.
         experts: whether our kernels for experts were the faster there.
+        dropout: whether they were for a linear layer that drops inputs, as one expert.
     """
 
     tiny: int = 0
@@ -53,6 +56,7 @@ class Card:
     capability: tuple[int, int] = (0, 0)
     processors: int = 0
     experts: bool = False
+    dropout: bool = False
 
     def far(self, capability: tuple[int, int], processors: int) -> tuple[int, int, int]:
         """How far it is from another: by generation, then by its number, then by size."""
@@ -91,7 +95,11 @@ def card_of(x: Tensor) -> Card:
         return _CPU
     if not x.is_cuda or is_compiling():  # compiled code asks nothing of a CUDA device
         return _UNKNOWN
-    index = x.get_device()
+    return card_at(x.get_device())
+
+
+def card_at(index: int) -> Card:
+    """What is known of a CUDA device, by its index."""
     if index not in _SEEN:
         about = torch.cuda.get_device_properties(index)
         found = nearest(about.name, (about.major, about.minor), about.multi_processor_count)
@@ -172,6 +180,22 @@ def experts(card: Card, kernels: bool) -> Way:
         kernels: whether ours serve the operands.
     """
     return Way.KERNELS if kernels and card.experts else Way.FACTORED
+
+
+def dropped(x: Tensor, kernels: bool) -> Way:
+    """How a linear layer that drops inputs is computed.
+
+    Args:
+        x: its input.
+        kernels: whether ours serve the operands.
+    """
+    return Way.KERNELS if kernels and _drops_faster(x.get_device()) else Way.FACTORED
+
+
+@constant_result
+def _drops_faster(index: int) -> bool:
+    """Whether `Card.dropout` holds of a CUDA device; compiled code asks once."""
+    return card_at(index).dropout
 
 
 def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from paramlora.cuda.experts import plan
 from paramlora.cuda.experts.plan import Drop
-from paramlora.evaluate import choose, experts
+from paramlora.evaluate import choose, dropout, experts
 from paramlora.evaluate.dropout import Drops, masked
 from tests.cuda import interpreted
 from tests.cuda.interpreted import error, launched
@@ -126,10 +126,47 @@ def whole(sizes, rate, numbers, transposed):
     return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
 
 
+def linear(numbers, shape, transposed, with_bias):
+    """Errors of a linear layer under dropout and its gradients, eagerly and by the operator."""
+    fan_in, (size_a, size_b, scale) = shape[-1], SCALES[numbers]
+    x, dy = torch.randn(shape).half(), torch.randn(*shape[:-1], 24).half()
+    weight = (torch.randn(24, fan_in) / fan_in**0.5).half()
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias = torch.randn(24).half() if with_bias else None
+    a, b = size_a * torch.randn(3, fan_in) / fan_in**0.5, size_b * torch.randn(24, 3)
+    leaves = [t.requires_grad_() for t in (x, a, b, torch.tensor(scale))]
+    drops = Drops((0.3,), (3,), torch.tensor(1234567))
+    launched.clear()
+    y = dropout.dropped_linear(x, weight, bias, *leaves[1:], 0.5, drops)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    op, halved = torch.ops.paramlora.dropped_linear, leaves[3] * 0.5
+    values = (weight, bias, *leaves[1:3], halved, 0.3, drops.seed)
+    again, u = op(x.flatten(0, -2), *values)
+    assert torch.equal(y, again.view_as(y))
+    for one, two in zip(got[1:], torch.autograd.grad(again, leaves, dy.view_as(again))):
+        torch.testing.assert_close(one, two)
+    kinds = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(op, (x.flatten(0, -2), *values), test_utils=kinds)
+    some = [t.detach() for t in (dy.flatten(0, -2), x.flatten(0, -2), weight, a, b, halved)]
+    back, told = torch.ops.paramlora.dropped_linear_backward, (0.3, drops.seed, u.detach())
+    for wanted in ([True] * 4, [False, False, True, False]):
+        torch.library.opcheck(back, (*some, *told, wanted), test_utils=kinds[:2])
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    seen = masked(torch.ones(shape), drops, 0) * wide[0]
+    want = wide[0] @ weight.double().t() + 0.5 * wide[3] * seen @ wide[1].t() @ wide[2].t()
+    want = want if bias is None else want + bias.double()
+    want = [want, *torch.autograd.grad(want, wide, dy.double())]
+    errors = {name: error(*pair) for name, *pair in zip("yxAB", got, want)}
+    terms = (want[3].norm() * b.norm() / scale).item()  # the sum may cancel
+    return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
+
+
 def main():
     interpreted.stand_in_for_the_device()
     plan.cuda_device = lambda: -1
     experts.served = lambda x: x.dtype == torch.float16
+    dropout.has_kernel = lambda x, weight: x.dtype == torch.float16
+    choose._SEEN[-1] = choose.Card(dropout=True)
     choose.card_of = lambda x: choose.Card(experts=True)
     warnings.simplefilter("error")
     results = {}
@@ -147,6 +184,14 @@ def main():
             torch.manual_seed(0)
             errors = whole([9, 0, 20], rate, numbers, transposed)
             results[f"whole, {numbers}, {rate}"] = errors, launched[:]
+    for numbers, *case in (
+        ("ordinary", (70, 40), False, True),
+        ("a large scale", (2, 33, 40), True, False),
+        ("a large A", (1, 37), False, True),
+    ):
+        torch.manual_seed(0)
+        errors = linear(numbers, *case)
+        results[f"linear, {numbers}, {case}"] = errors, launched[:]
     json.dump(results, sys.stdout)
 
 

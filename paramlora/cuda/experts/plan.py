@@ -175,7 +175,8 @@ def _product(
     M, N, K, experts, x_row, w_expert, w_k, w_n, *_, r, _R, _least = numbers
     rows_out, (bias, drop) = w_k == 1, map(bool, how)
     step = w_n if rows_out else w_k
-    whole = w_expert == step * (N if rows_out else K) and 1 in (w_k, w_n)
+    whole = experts == 1 or w_expert == step * (N if rows_out else K)
+    whole = whole and 1 in (w_k, w_n)
     aligned = even and whole and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M // experts, N, K, of.hopper and aligned, drop)
     E, RB = _power(experts + 1), _power(max(r, 16))
