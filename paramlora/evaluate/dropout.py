@@ -140,8 +140,10 @@ def dropped_branch(
     Args:
         x: of any shape.
         first, second: what else it is computed from.
-        rate: the chance that an element of x is dropped.
+        rate: the chance that an element of x is dropped; of none there is no mask.
     """
+    if rate == 0:
+        return compute(x, first, second)
     second = second / (1 - rate)
     drops = drops_for(x, (rate,), (1,))
     if untold() or recorded():
