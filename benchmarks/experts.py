@@ -95,7 +95,8 @@ class Kernels:
             return
         from paramlora.cuda.experts import plan
 
-        index, own = torch.cuda.current_device(), choose.card_of(torch.zeros((), device=device()))
+        index = torch.cuda.current_device()
+        own = choose.thresholds_of(torch.zeros((), device=device()))
         tiling, plans = plan.tiling, plan._PLANS
         choose._SEEN[index] = replace(own, experts=self.on, dropout=self.on)
         plan._PLANS = self.plans

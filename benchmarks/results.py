@@ -199,6 +199,24 @@ def diffusion_table(content: dict[str, Any]) -> str:
     return "\n\n".join([table, *legend, markdown(header, sizes)])
 
 
+def llama_table(content: dict[str, Any]) -> str:
+    """Tokens a second and the peak, by way."""
+    marks, legend = _origins(content["rows"])
+    lines = []
+    for row in content["rows"]:
+        numbers = ["", "", "", ""]
+        if "tokens_per_second" in row:
+            numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib'] / 1024:.1f}"]
+            numbers += [str(row["steps"]), f"{row['trainable']:,}"]
+        lines.append([row["way"] + marks(row), *numbers, row.get("outcome", "")])
+    options = content["options"]
+    title = f"{options['layers']} layers, {options['batch']} × {options['tokens']} tokens a step, "
+    title += f"r {options['r']}, dropout {options['dropout']}, the loss in {options['chunks']} "
+    title += "chunks, " + ("blocks compiled" if options["compile"] else "eager")
+    header = ["way", "tokens a second", "peak GiB", "steps", "trainable", "outcome"]
+    return "\n\n".join([title, markdown(header, lines), *legend])
+
+
 def sharded_table(content: dict[str, Any]) -> str:
     """Tokens a second over all devices and the peak of one, by way."""
     marks, legend = _origins(content["rows"])

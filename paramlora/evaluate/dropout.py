@@ -19,7 +19,7 @@ from paramlora.cuda import dropped as kernels
 from paramlora.cuda.operands import has_kernel, switched_on
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Way
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
@@ -224,16 +224,21 @@ def dropped_linear(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
-    if is_compiling() and _way(x, weight, bias, lora_A, drops) is Way.KERNELS:
+    compiling, ours = untold() or recorded(), None
+    if is_compiling() or not compiling:
+        ours = _served(x, weight, bias, lora_A, drops)
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
+    way = choose.way(Asked("linear", *about, ours, compiling, dropout=True))
+    if way is Way.OPERATOR:
         flat, scale, seed = x.reshape(-1, x.shape[-1]), scale * strength, drops.seed
         op: Any = torch.ops.paramlora.dropped_linear
         y, _ = op(flat, weight, bias, lora_A, lora_B, scale, drops.rates[0], seed)
         return y.reshape(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
-    if untold() or recorded():
+    if way is Way.PLAIN:
         scale = scale * strength
         return dropped_by_definition(x, weight, bias, lora_A, lora_B, scale, drops)
     values = (weight, bias, lora_A, lora_B, scale, strength)
-    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed)
+    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed, way)
 
 
 def dropped_by_definition(
@@ -253,13 +258,14 @@ def dropped_by_definition(
     return y
 
 
-def _way(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, drops: Drops) -> Way:
+def _served(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, drops: Drops) -> Optional[Way]:
     """Our kernels where they serve, of one mask that drops anything, and were found the faster."""
     fits = len(drops.rates) == 1 and drops.rates[0] > 0 and 0 < len(a) <= _HIGHEST
     fits = fits and x.numel() > 0 and weight.numel() > 0 and x.shape[-1] == weight.shape[1]
     near = all(t is None or t.device == x.device for t in (weight, bias, a))
     typed = bias is None or bias.dtype == x.dtype
-    return choose.dropped(x, fits and near and typed and has_kernel(x, weight))
+    ours = fits and near and typed and has_kernel(x, weight)
+    return Way.KERNELS if ours and choose.measured(x.get_device(), "dropout") else None
 
 
 class _Dropped(torch.autograd.Function):
@@ -278,12 +284,12 @@ class _Dropped(torch.autograd.Function):
         rates: tuple[float, ...],
         ranks: tuple[int, ...],
         seed: Tensor,
+        way: Way,
     ) -> Tensor:
-        ctx.strength, ctx.drops = strength, (rates, ranks)
+        ctx.strength, ctx.way, ctx.drops = strength, way, (rates, ranks)
         flat, drops = x.reshape(-1, x.shape[-1]), Drops(rates, ranks, seed)
         down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
-        ctx.way = Way.FACTORED if recorded() else _way(x, weight, bias, a, drops)
-        if ctx.way is Way.KERNELS:
+        if way is Way.KERNELS:
             y, u = kernels.forward(flat, weight, bias, down, up, rates[0], seed)
         else:
             u = thin(flat, down, drops)
@@ -313,7 +319,7 @@ class _Dropped(torch.autograd.Function):
             dweight = None
             if needs[1]:
                 dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2)
-        return dx, dweight, dbias, *others, *(None,) * 4
+        return dx, dweight, dbias, *others, *(None,) * 5
 
 
 def _narrowed(

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from paramlora.cuda.operands import served
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Way
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -124,10 +124,11 @@ def _on_device(x: Tensor, *sizes: int) -> bool:
 def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
     """Our kernels where they serve, of one mask at most, and were found the faster."""
     fits = 0 < a.shape[1] <= _HIGHEST and len(weight) <= _MOST and x.numel() and weight.numel()
-    ours = fits and served(x) and weight.dtype == x.dtype and weight.device == x.device
-    return choose.experts(
-        choose.card_of(x), bool(ours) and (drops is None or len(drops.ranks) == 1)
-    )
+    fits = fits and weight.dtype == x.dtype and weight.device == x.device
+    ours = fits and (drops is None or len(drops.ranks) == 1) and served(x)
+    best = Way.KERNELS if ours and choose.measured(x.get_device(), "experts") else None
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[1])
+    return choose.way(Asked("experts", *about, best, dropout=drops is not None))
 
 
 def _width(x: Tensor, r: int) -> int:

@@ -5,6 +5,7 @@ A file of this folder with a `Format` called ``FORMAT`` is a format: no other na
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
@@ -145,12 +146,16 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def check_alpha(content: Content, base: Optional[Base], options: Options, adapter: Adapter) -> None:
+def check_alpha(
+    source: str, options: Options, adapter: Adapter, read: Callable[[Options], Adapter]
+) -> None:
     """Refuse an alpha where the file tells all scales itself: it would have said nothing.
 
     Args:
-        content, base, options: what was read.
-        adapter: what it gave.
+        source: the file's name.
+        options: how it was read.
+        adapter: what that gave.
+        read: reads it again.
 
     Raises:
         FileError: names the alpha.
@@ -159,11 +164,11 @@ def check_alpha(content: Content, base: Optional[Base], options: Options, adapte
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = read(content, base, replace(options, alpha=2 * options.alpha + 1))
+        other = read(replace(options, alpha=2 * options.alpha + 1))
     now, then = adapter.values(), other.values()
     if all(then[path].listed() == value.listed() for path, value in now.items()):
         raise FileError(
-            f"{content.source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
+            f"{source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
             "own scales. Leave alpha (--alpha) out."
         )
 

@@ -166,8 +166,7 @@ def main():
     plan.cuda_device = lambda: -1
     experts.served = lambda x: x.dtype == torch.float16
     dropout.has_kernel = lambda x, weight: x.dtype == torch.float16
-    choose._SEEN[-1] = choose.Card(dropout=True)
-    choose.card_of = lambda x: choose.Card(experts=True)
+    choose._SEEN[-1] = choose.Thresholds(dropout=True, experts=True)
     warnings.simplefilter("error")
     results = {}
     for number, case in enumerate(CASES):

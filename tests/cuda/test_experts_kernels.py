@@ -13,7 +13,7 @@ import torch
 import paramlora
 from paramlora.evaluate import choose
 from paramlora.evaluate import experts as grouped
-from paramlora.evaluate.choose import Card, Way
+from paramlora.evaluate.choose import Asked, Thresholds, Way
 from paramlora.evaluate.dropout import Drops, dropped_linear, masked
 
 triton = pytest.importorskip("triton")
@@ -71,15 +71,26 @@ def test_every_kernel_compiles_and_fits(capability, limit, tmp_path):
     assert not {name: size for name, size in shared.items() if size > limit}
 
 
-def test_torchs_operations_unless_a_card_was_measured(monkeypatch):
+@pytest.mark.parametrize("name", ("experts", "dropout"))
+def test_torchs_operations_unless_a_card_was_measured(name, monkeypatch):
     """Each card of the table says whether the kernels were the faster there."""
-    assert choose.experts(Card(), True) is choose.experts(Card(experts=True), False) is Way.FACTORED
-    assert choose.experts(Card(experts=True), True) is Way.KERNELS
-    x = torch.zeros(())
-    monkeypatch.setitem(choose._SEEN, x.get_device(), Card())
-    assert choose.dropped(x, True) is choose.dropped(x, False) is Way.FACTORED
-    monkeypatch.setitem(choose._SEEN, x.get_device(), Card(dropout=True))
-    assert choose.dropped(x, True) is Way.KERNELS and choose.dropped(x, False) is Way.FACTORED
+    for found in (False, True):
+        monkeypatch.setitem(choose._SEEN, 0, Thresholds(**{name: found}))
+        assert choose.measured(0, name) is found
+
+
+@pytest.mark.parametrize(
+    "layer, dropout", (("experts", False), ("experts", True), ("linear", True))
+)
+def test_the_way_of_experts_and_of_dropout(layer, dropout):
+    about = (Thresholds(), torch.bfloat16, 64, (4, 4), 2)
+    asked = Asked(layer, *about, dropout=dropout)
+    assert choose.way(asked) is (Way.DROPPED if layer == "linear" else Way.FACTORED)
+    assert choose.way(asked._replace(kernels=Way.KERNELS)) is Way.KERNELS
+    if layer == "linear":
+        compiled = asked._replace(compiling=True)
+        assert choose.way(compiled) is Way.PLAIN
+        assert choose.way(compiled._replace(kernels=Way.KERNELS)) is Way.OPERATOR
 
 
 device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -88,7 +99,7 @@ device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.fixture
 def measured(monkeypatch):
     """This device as one where the kernels were found the faster."""
-    here = replace(choose.card_of(torch.zeros((), device="cuda")), experts=True, dropout=True)
+    here = replace(choose.thresholds_of(torch.zeros((), device="cuda")), experts=True, dropout=True)
     monkeypatch.setitem(choose._SEEN, torch.cuda.current_device(), here)
     launched = []
     from paramlora.cuda.experts import plan
