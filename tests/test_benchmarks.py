@@ -1,5 +1,6 @@
 """The benchmarks still run, check what they measure, and report it; no time is asserted."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,9 +9,12 @@ from torch import nn
 
 pytest.importorskip("peft")
 from benchmarks import (
+    dropout,
     experts,
     finetune_bf16,
+    kinds,
     layers,
+    llama,
     many,
     models,
     quantised,
@@ -120,10 +124,64 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
         pytest.importorskip(package)
     assert experts.main(["--tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = read(tmp_path, "experts")["rows"]
-    assert [row["way"] for row in rows] == 2 * list(experts.WAYS)
+    assert [row["way"] for row in rows] == 2 * list(experts.WAYS) + list(experts.moe.WAYS)
+    assert not [row for row in rows if "refused" in row or not row["eager_R"] > 0]
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
-    assert set(kept) == {"paramlora", "peft", "unfused", "definition"}
+    assert set(kept) == {"paramlora", "kernels", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
+
+
+def test_a_whole_llama_is_trained(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--tiny", "--steps", "1", "--out", str(tmp_path)]
+    assert llama.main([*options, "--ways", "frozen", "paramlora", "--limit", "1e6"]) == 0
+    assert llama.main([*options, "--limit", "1e6"]) == 0  # goes on with the rest
+    rows = read(tmp_path, "llama")["rows"]
+    assert [row["way"] for row in rows] == list(llama.WAYS)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert "| peft bf16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 12])
+def test_the_loss_in_chunks_is_the_loss(chunks):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(12, 16).double().requires_grad_(), torch.randn(20, 16).double()
+    labels = torch.randint(20, (12,))
+    whole = torch.nn.functional.cross_entropy(hidden @ head.t(), labels)
+    (want,) = torch.autograd.grad(whole, hidden)
+    loss = llama.ChunkedLoss.apply(hidden, head, labels, chunks)
+    (got,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_every_kind_is_measured_and_right(tmp_path, capsys):
+    options = ["--size", "tiny", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]
+    assert kinds.main(options) == 0
+    rows = read(tmp_path, "kinds")["rows"]
+    assert [row["way"] for row in rows] == 2 * ["frozen", *kinds.WAYS]
+    assert all("eager_R" in row for row in rows)
+    assert "| paramlora rows |" in capsys.readouterr().out
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
+    assert (tmp_path / f"{tmp_path.name}-ratio.png").exists()
+
+
+def test_a_kind_without_its_update_is_found_wrong():
+    case = next(kinds.selection("tiny", ["linear"]))
+    tensors = kinds.cases.make(case, torch.float32, torch.device("cpu"), torch.float32)
+    built = kinds.WAYS["paramlora dora"](tensors.layer, case.r)
+    kinds.check(built, tensors, 1e-5)
+    lost = dataclasses.replace(built, wanted=lambda weight: weight)
+    with pytest.raises(AssertionError, match="relative error"):
+        kinds.check(lost, tensors, 1e-5)
+
+
+def test_dropout_is_measured_and_kept(tmp_path, capsys):
+    assert dropout.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "dropout")["rows"]
+    assert [row["way"] for row in rows] == list(dropout.WAYS)
+    assert all(0.9 < row["kept"] < 1.1 for row in rows if "kept" in row)
+    assert "kernels dropout" in capsys.readouterr().out
 
 
 def test_peft_trains_its_own_4_bit_layers():

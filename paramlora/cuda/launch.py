@@ -3,16 +3,16 @@
 Triton's own launch studies every argument again and takes longer than a small layer.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 from paramlora.update.compat import cuda_stream
 
 
@@ -29,6 +29,7 @@ class Block:
 
 _TRUSTED: dict[Any, Any] = {}  # of kernels, by all that Triton specialises on: how to launch them
 _warned = False
+_TICKETS: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
 
 class Launch:
@@ -193,12 +194,23 @@ def _warn() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
+        warn(
             f"Triton {triton.__version__} launches kernels otherwise than paramlora knows, so its "
-            "own launch is used, which takes the host longer. The numbers are the same.",
-            ParamloraWarning,
-            stacklevel=2,
+            "own launch is used, which takes the host longer. The numbers are the same."
         )
+
+
+def tickets(like: Tensor) -> Tensor:
+    """The count of programs that have started of the grid that now runs on the current stream; zero
+    between grids, so kernels of one stream, which never run beside each other, share it.
+
+    `like`: a tensor on the current device. Not for a CUDA graph, whose replays choose their stream.
+    """
+    device = like.get_device()
+    place = device, cuda_stream(device)
+    if place not in _TICKETS:
+        _TICKETS[place] = like.new_zeros(1, dtype=torch.int32)
+    return _TICKETS[place]
 
 
 def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:

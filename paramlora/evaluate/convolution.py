@@ -20,7 +20,7 @@ from paramlora.cuda.operators import (
     scaled_down,
 )
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Way
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -93,8 +93,9 @@ def convolution(
     where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
     values = (x, weight, bias, lora_A, lora_B, scale)
     ours = _kernels_way(*values, where) if x.dtype.itemsize == 2 and not compiling else None
-    about = (choose.card_of(x), x.dtype, x.numel(), shape, stride, groups)
-    way, conv = choose.convolution(*about, ours, compiling), CONVOLUTIONS[len(shape) - 3]
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, len(lora_A))
+    asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
+    way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:
         up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
         return conv(x, _kernel(weight, up, down), bias, *where)
@@ -158,8 +159,12 @@ def dropped_convolution(
         with torch.autocast(device, enabled=False):
             values = (x, pad, weight, bias, lora_A, lora_B, scale)
             return dropped_convolution(*values, where, drops)
-    up = narrow.wide(lora_B) * scale
-    if untold() or recorded():
+    up, about = narrow.wide(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
+    asked = Asked(
+        "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
+        dropout=True, stride=where[0], groups=where[3],
+    )  # fmt: skip
+    if choose.way(asked) is Way.PLAIN:
         y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *where)
         return y + _dropped_branches(x, lora_A, up, pad, weight.shape, where, drops)
     rest = (pad, where, drops.rates, drops.ranks, drops.seed)
@@ -183,7 +188,8 @@ def _dropped_branches(
 
 
 class _DroppedConvolution(torch.autograd.Function):
-    """In 16 bits of one group by `_Joined`'s one accumulator. Keeps x by reference and the seed."""
+    """In bfloat16 of one group by `_Joined`'s one accumulator; else, and for gradients, a CPU adds
+    both terms in float32 before their only rounding. Keeps x by reference, and the seed."""
 
     @staticmethod
     def forward(
@@ -219,15 +225,18 @@ class _DroppedConvolution(torch.autograd.Function):
             more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
             if more is not None:
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *where)
-        y = conv(padded, weight, bias, *where)
-        return y.add_(_dropped_branches(x, a, up, pad, weight.shape, where, drops))
+        values = _wide_on_cpu(x, weight, bias)
+        y = conv(pad(values[0]), *values[1:], *where)
+        y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, where, drops))
+        return _rounded(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, a, up, seed = ctx.saved_tensors
         (pad, where, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
-        drops, shape = Drops(rates, ranks, seed), weight.shape
+        drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
+        x, weight, dy = _wide_on_cpu(x, weight, dy)
 
         def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
             return _dropped_branches(x, a, up, pad, shape, where, drops)
@@ -241,8 +250,22 @@ class _DroppedConvolution(torch.autograd.Function):
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
             dx, dweight, _ = _backward(dy, x, weight, where, (*needs[:2], False))
-        dx = None if dx is None or first is None else dx + first
+        dx = None if dx is None or first is None else _rounded(dx + first, given)
+        dweight = None if dweight is None else dweight.to(given.dtype)
         return dx, dweight, dbias, da, dup, *(None,) * 5
+
+
+def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """All in float32 where x is of 16 bits on a CPU, whose products gain nothing by 16; a device
+    takes each rounded."""
+    if not x.is_cpu or x.dtype.itemsize > 2:
+        return x, *others
+    return tuple(None if t is None else t.float() for t in (x, *others))
+
+
+def _rounded(t: Tensor, x: Tensor) -> Tensor:
+    """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
+    return t if t.dtype == x.dtype else laid_as(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

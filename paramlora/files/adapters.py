@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
@@ -26,6 +26,7 @@ from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.formats.pipeline import PARTS
 from paramlora.model.attach import uncollected
+from paramlora.model.classes import Model
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
 from paramlora.update.contexts import own_context
@@ -38,7 +39,7 @@ _MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, an
 
 @own_context()
 def load_adapter(
-    model: nn.Module,
+    model: Model,
     path: PathLike,
     adapter: Optional[str] = None,
     *,
@@ -50,7 +51,7 @@ def load_adapter(
     enable: Optional[tuple[bool, ...]] = None,
     into: Optional[str] = None,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Attach the adapter in a file of paramlora or of another tool; all or nothing.
 
     The format is told by the content: PEFT, diffusers, kohya and LyCORIS, the original wrapper,

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace as dataclass_replace
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import ConfigLike, LoRAConfig, as_config
-from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.errors import AdapterError, TargetError, warn
 from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
 from paramlora.model.forwards import honours_dropout
 from paramlora.model.input_grads import (
@@ -53,13 +53,29 @@ _LOCK = threading.RLock()
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     config: ConfigLike,
     adapter: str = "default",
     strict: bool = False,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Adapt `model` in place and return it; all or nothing.
+
+    The configuration is ``{name: entry, ...}``. A name is a path, matched by whole dotted
+    components from the right (``"to_q"``, ``"attn1.to_q"``, ``"attn.in_proj_weight"``), with ``*``
+    for any one component; ``"re:..."``, a regular expression of whole paths; ``"type:Linear"``, a
+    class; ``"attention"`` or ``"all-linear"``. Beside the entries, ``"exclude": [names]`` leaves
+    tensors out of all of them, and ``"trainable_model": 1`` lets the backbone train. An entry (see
+    `Entry` and docs/configuration.md) holds:
+
+    - ``r``: the rank, required but for ``whole`` and ``rows``;
+    - ``scale`` (1), the factor of the update, or ``alpha``: ``scale = alpha / r``, and with
+      ``rslora`` ``alpha / sqrt(r)``; ``trainable_scale`` trains it too;
+    - ``hard`` (1): parametrize the weight, or 0: add a parallel branch, for convolutions with
+      ``up_kernel`` 1 or ``"same"``;
+    - ``dropout`` (0) on the branch's input; ``init``, how the factors start; ``adapter_dtype``;
+    - ``kind`` (``"lora"``, ``"dora"``, ``"loha"``, ``"lokr"``) with the keys of that kind;
+    - ``whole``: train what is named itself, instead; ``rows``: some rows of it.
 
     Args:
         model: any module; layers keep their places, names and ``isinstance``.
@@ -164,6 +180,8 @@ def attach_targets(
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
+            if there:
+                update.keep(switch=update.switch.born())
             if update.beside:
                 add_branch(module, update)
             else:
@@ -174,7 +192,7 @@ def attach_targets(
     warn_moving(model)
 
 
-def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
+def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     """Take updates off without merging; the base comes back bit for bit.
 
     With the last adapter everything that `attach` changed is as it was: what it froze trains again,
@@ -271,7 +289,7 @@ def _strength(name: str, value: Any) -> float:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: Model) -> Iterator[Model]:
     """Inside the block the model is the base, exactly.
 
     Blocks nest and may overlap: the adapters act again when the last one is left, with the
@@ -308,7 +326,7 @@ def _mute(
         put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
-def rounding(model: nn.Module, how: str) -> nn.Module:
+def rounding(model: Model, how: str) -> Model:
     """How the layers of 16 bits round from now on; returns the same model.
 
     Args:
@@ -398,11 +416,9 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
         return
     ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
-        warnings.warn(
+        warn(
             f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
-            "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
-            ParamloraWarning,
-            stacklevel=3,
+            "a gradient, so only updates will train. Call model.requires_grad_(True) first."
         )
 
 
@@ -476,7 +492,8 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 def _like(base: Tensor, target: Target) -> Tensor:
     """Memory of the target's shape, where the base is stored in another."""
     dtype = base.dtype if base.is_floating_point() else torch.bfloat16
-    return torch.empty(target.shape, dtype=dtype, device=base.device)
+    memory = torch.empty(target.shape, dtype=dtype, device=base.device)
+    return nn.Parameter(memory, False) if isinstance(base, nn.Parameter) else memory
 
 
 def _value(module: nn.Module, target: Target) -> Tensor:
@@ -498,12 +515,16 @@ def _read(module: nn.Module, name: str) -> Tensor:
 
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    kind = kind_of(target.entry)
+    if kind.alone and all(type(update) is kind for update in there):
+        return  # each adapter has its own
     for update in there:
-        if isinstance(update, AttachedUpdate) and (update.alone or kind_of(target.entry).alone):
+        if isinstance(update, AttachedUpdate) and (update.alone or kind.alone):
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
-                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
-                "Detach or merge that adapter first."
+                f'"{update.adapter}" adapts already: a tensor trained whole has no update beside '
+                "it but those of other adapters that train it whole. Detach or merge that adapter "
+                "first, or leave the tensor out."
             )
 
 
@@ -559,24 +580,20 @@ def _warn_overlapping(
     found = overlapping(model)
     for key, ((_, target), *_) in claims.items():
         if key in found:
-            warnings.warn(
+            warn(
                 f"{target.path or 'weight'}: it shares its memory with {', '.join(found[key])}, as "
                 "another tensor. Merging will give it memory of its own; hold one Parameter in "
-                "both places to keep them tied.",
-                ParamloraWarning,
-                stacklevel=7,
+                "both places to keep them tied."
             )
 
 
 def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) == key]
     adapted = ", ".join(target.path or "weight" for target in group)
-    warnings.warn(
+    warn(
         f"{adapted}: one tensor is held as {', '.join(names)}, and one update does not serve "
         "all of them. Merging will untie the adapted one; name every holder in one entry "
-        "(re:...) to keep them tied.",
-        ParamloraWarning,
-        stacklevel=6,
+        "(re:...) to keep them tied."
     )
 
 

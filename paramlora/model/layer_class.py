@@ -5,7 +5,8 @@ import sys
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, Optional
+from itertools import takewhile
+from typing import Any, Optional, cast
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -20,6 +21,7 @@ from paramlora.model.sums import read
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
+from paramlora.update.whole import Whole, together
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -53,6 +55,17 @@ def adapted_by(module: nn.Module, name: str) -> list[str]:
 class Updates(ParametrizationList):
     """Torch's list of parametrizations, where one that computes the tensor from several cannot
     follow ours, which give one: torch would take it, and every call of the layer would fail."""
+
+    def forward(self) -> Tensor:
+        """As torch's, and of several adapters that train the tensor whole their sum."""
+        held = list(self._modules.values()) if len(self) > 1 else []
+        wholes = list(takewhile(lambda one: isinstance(one, Whole), held))
+        if len(wholes) < 2:
+            return super().forward()
+        value = together(cast("list[Whole]", wholes), self.original)
+        for other in held[len(wholes) :]:
+            value = cast(Any, other)(value)
+        return value
 
     def append(self, module: nn.Module) -> "Updates":
         taken = signature(module.forward).parameters.values()
@@ -154,6 +167,8 @@ def _set(base: type) -> Any:
     """Assigning an attribute, where an adapted tensor is refused."""
 
     def set_(self: nn.Module, name: str, value: Any) -> None:
+        if _put_whole(self, name, value):
+            return
         _check_free(self, name, "assigned")
         if name == "qconfig" and value is not None:  # how torch marks a layer that it will convert
             raise AdapterError(
@@ -163,6 +178,16 @@ def _set(base: type) -> Any:
         base.__setattr__(self, name, value)  # type: ignore[call-arg, arg-type]
 
     return set_
+
+
+def _put_whole(layer: nn.Module, name: str, value: Any) -> bool:
+    """Give a buffer that is trained whole what its layer puts in its place."""
+    # a replica of DataParallel is given its attributes after it is made
+    lists = parametrized(layer) if "_modules" in vars(layer) else {}
+    plist: Any = lists[name] if name in lists else ()
+    if len(plist) != 1 or not isinstance(plist[0], Whole) or "original" not in plist._buffers:
+        return False
+    return isinstance(value, Tensor) and plist[0].assigned(value)
 
 
 def _delete(base: type) -> Any:

@@ -1,6 +1,5 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, listed, warn
 from paramlora.model.attach import (
     Fresh,
     attach_targets,
@@ -22,6 +21,7 @@ from paramlora.model.attach import (
     updates,
     updates_of,
 )
+from paramlora.model.classes import Model
 from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
@@ -131,11 +131,11 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
 
 
 def attach_adapter(
-    model: nn.Module,
+    model: Model,
     adapter: Adapter,
     name: Optional[str] = None,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Attach an adapter at its own paths and load its values; all or nothing.
 
     Args:
@@ -174,7 +174,7 @@ def attach_adapter(
     return model
 
 
-def swap_adapter(model: nn.Module, adapter: Adapter, into: str) -> nn.Module:
+def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
 
     Nothing is attached, so nothing compiles again and optimizers keep their parameters. A smaller
@@ -268,12 +268,10 @@ def _digests(
 def warn_other(paths: list[str], count: int) -> None:
     """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
-        warnings.warn(
+        warn(
             f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
             "than those that the adapter was trained on. Is this its base, and is the adapter not "
-            "merged into it already?",
-            ParamloraWarning,
-            stacklevel=5,
+            "merged into it already?"
         )
 
 

@@ -60,10 +60,11 @@ class Rounding:
     Args:
         seed: round up or down at random, so that the mean of what is written is the sum; to the
             nearest number where None. One seed gives one result, each tensor by numbers of its own.
+        path: of the tensor whose blocks come first (see `start`).
     """
 
-    def __init__(self, seed: Optional[int] = None) -> None:
-        self.seed, self.path = seed, ""
+    def __init__(self, seed: Optional[int] = None, path: str = "") -> None:
+        self.seed, self.path = seed, path
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}
 

@@ -1,8 +1,8 @@
 """A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +24,40 @@ class Whole(AttachedUpdate):
 
     .. math:: W' = W + strength · (V - W)
 
+    Of several adapters that train one tensor, each has its own ``V``, and those that act are summed
+    as other updates are (`together`); of one that acts as it was trained it is ``V``, bit for bit.
+
     A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
     trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
-    count of batches always itself.
+    count of batches always itself. A layer that puts another tensor in its place puts it here.
 
     Args:
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
         adapter: the name under which it is switched and saved.
         gains: where updates that are made together share the tensor of their strength.
+        trains: whether it is a parameter; as `weight` is where None.
 
     Shapes: ``lora_whole`` has the shape of `weight`. Of a parameter it is a parameter, in float32
     on a 16-bit weight, where its updates would otherwise vanish, and in the weight's own type
     elsewhere; of a buffer it is a buffer of the same type.
     """
 
-    alone = True
+    alone = True  # but for others of its kind
     internal = True
+    vectors = True
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor
     unset: bool = False  # from the meta device: its memory has no values yet
 
     def __init__(
-        self, weight: Tensor, adapter: str = "default", gains: Optional[Gains] = None
+        self,
+        weight: Tensor,
+        adapter: str = "default",
+        gains: Optional[Gains] = None,
+        trains: Optional[bool] = None,
     ) -> None:
-        trains = isinstance(weight, nn.Parameter)
+        trains = isinstance(weight, nn.Parameter) if trains is None else trains
         dtype = torch.float32 if trains and weight.dtype.itemsize <= 2 else weight.dtype
         super().__init__(adapter, weight.device, dtype, gains)
         own = weight.detach().to(dtype, copy=True)
@@ -70,6 +79,24 @@ class Whole(AttachedUpdate):
             with in_own_types(weight):
                 own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
         return own.to(weight.dtype)
+
+    def change(self, start: Tensor) -> Tensor:
+        """What it adds to the base, ``strength · (V - W)``, in the type of `start`, the base."""
+        if self.unset:
+            self._start(start)
+        own = self.lora_whole.to(start.dtype)
+        return self._gain_for(own) * (own - start)
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold another tensor, with the graph that made it, where it fits; while the update does
+        not act as it was trained it is let go, as what is written into a copy is."""
+        own = self.lora_whole
+        if isinstance(value, nn.Parameter) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            return False
+        if self.fully or not value.is_floating_point():
+            self.lora_whole = value
+            self.keep(unset=False)
+        return True
 
     def _gain_for(self, own: Tensor) -> Tensor:
         return self.gain.to(own.device, own.dtype)
@@ -101,7 +128,8 @@ class Whole(AttachedUpdate):
                 f'"{entry.name}" ("whole") matches {site.path or "weight"}, which lies on the '
                 "meta device and has no values to start from. Load the model first."
             )
-        return cls(site.shown(), adapter, gains)
+        # what another parametrization shows is no parameter, and is made of some
+        return cls(site.shown(), adapter, gains, isinstance(site.weight, nn.Parameter))
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
@@ -155,3 +183,30 @@ class Whole(AttachedUpdate):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"
+
+
+def together(wholes: Sequence[Whole], weight: Tensor) -> Tensor:
+    r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
+
+    Args:
+        wholes: at least one.
+        weight: the base.
+
+    Returns:
+        The one of them that acts, if it is only one and acts as it was trained; otherwise a tensor
+        of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
+    """
+    acting = [one for one in wholes if one.acts]
+    if len(acting) < 2 or not weight.is_floating_point():
+        return cast(Tensor, (acting or wholes)[-1](weight))
+    return summed(acting, weight).to(weight.dtype)
+
+
+def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
+    """The sum of `together` before it is rounded to `weight`'s type."""
+    start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
+    with in_own_types(weight):
+        total = start
+        for one in acting:
+            total = total + one.change(start)
+    return total
