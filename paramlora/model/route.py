@@ -296,13 +296,12 @@ def _restore(own: dict[str, Any], forward: Any) -> None:
     forward.left = True
     if own.get("forward") is not forward:
         return
-    below: Any = forward.before
-    while below is not None and getattr(below, "left", False):
-        below = below.before
-    if below is None:
+    while forward is not None and getattr(forward, "left", False):
+        forward = forward.before
+    if forward is None:
         del own["forward"]
     else:
-        own["forward"] = below
+        own["forward"] = forward
 
 
 def _leave(undo: list[_Undo]) -> None:
