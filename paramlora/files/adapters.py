@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
@@ -184,22 +184,30 @@ def write_adapter(
     dry_run: bool = False,
     **how: Any,
 ) -> None:
-    """Write an adapter as a tool's file.
+    """Write an adapter as a tool's file, and read it back before it takes its place.
 
     Args:
         adapter: the value.
         out, to, base, force, dry_run, how: as in `convert`.
 
     Raises:
-        FileError: the file cannot be written, or a layer that `to` cannot hold.
+        FileError: the file cannot be written, a layer that `to` cannot hold, or one that would
+            match nothing where the file is loaded; nothing is left at `out`.
     """
     check_place(out, to, force=force, dry_run=dry_run)
     form = formats.writable(to)
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
-    if not dry_run:
-        _save(written, Path(out), form)
+    kept = adapter if base is None or form.complete else formats.fit(adapter, base, DEFAULTS, to)
+
+    def check(content: Content) -> None:
+        formats.check_loads(replace(content, source=str(out)), kept, to, base)
+
+    if dry_run:
+        check(written)
+    else:
+        _save(written, Path(out), form, check)
 
 
 @own_context()
@@ -477,16 +485,20 @@ def _check_ending(out: Path, form: Format) -> None:
         )
 
 
-def _save(content: Content, out: Path, form: Format) -> None:
+def _save(content: Content, out: Path, form: Format, check: Callable[[Content], None]) -> None:
+    """Write a file or folder that takes its place once `check` has passed what is read from it."""
     if not form.config:
         with new_file(out) as file:
             _fill(content, form, file)
+            file.flush()
+            check(opened(file.name))
         return
     weights, config = form.weights[0], form.config
     with new_folder(out, [weights, config]) as folder:
         (folder / config).write_text(_text(content.config, config), encoding="utf-8")
         with open(folder / weights, "wb") as file:
             _fill(content, form, file)
+        check(opened(folder / weights))
 
 
 def _fill(content: Content, form: Format, file: BinaryIO) -> None:

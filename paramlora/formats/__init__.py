@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.errors import FileError, ParamloraWarning
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.formats.base import (
     Base,
     Slot,
@@ -62,6 +62,7 @@ __all__ = [
     "any_key",
     "base_of",
     "base_of_shapes",
+    "check_loads",
     "chosen",
     "detect",
     "fit",
@@ -226,6 +227,41 @@ def write(
         told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
+
+
+def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base] = None) -> None:
+    """Refuse a file of which something would match nothing where it is loaded.
+
+    It is read back as any file of its format is, and its keys are held against the tool's own rule
+    of names (see `Format.passed_over`), where the model's layers are known.
+
+    Args:
+        content: what was written.
+        adapter: what was to be written.
+        to: the format.
+        base: the model's names and shapes.
+
+    Raises:
+        FileError: names what would be lost.
+    """
+    form = writable(to)
+    lost = [] if base is None else form.passed_over(content, base)
+    if lost:
+        raise FileError(
+            f"{content.source}: what loads {to}'s files would match nothing to {listed(lost)}. "
+            "Give the model that it is for (--model, --base), or another name of it (--prefix)."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
+        # of formats without scales any will do
+        back = read(content, base, Options(alpha=1.0), form.like or form.name).values()
+    there = {id(value) for path, value in adapter.values().items() if path in back}
+    gone = [path for path, value in adapter.values().items() if id(value) not in there]
+    if base is not None and gone:
+        raise FileError(
+            f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
+            "left there; keep the native format, and report this."
+        )
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

@@ -27,6 +27,7 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import grouped, kernels, pair, rescaled, with_low_ranks
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_diffusers
 from paramlora.formats.pipeline import PARTS, part_told
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
@@ -269,6 +270,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_diffusers,
     kinds=("lora", "soft", "dora"),
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,

@@ -36,6 +36,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_kohya
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
@@ -251,7 +252,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         alpha = alpha_of(update.scale, update.r)
         state[f"{name}.lora_down.weight"] = down.contiguous()
         state[f"{name}.lora_up.weight"] = up.contiguous()
-        state[f"{name}.alpha"] = _alpha_tensor(alpha, down.dtype)
+        state[f"{name}.alpha"] = alpha_tensor(alpha, down.dtype)
         if path in magnitudes:
             state[f"{name}.dora_scale"] = magnitudes[path].contiguous()
         scales[name] = update.scale, update.r
@@ -261,7 +262,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
             raise _taken(path, name)
         state |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in value.held.items()}
         like = next(iter(value.held.values()))
-        state[f"{name}.alpha"] = _alpha_tensor(alpha_of(value.scale, value.r), like.dtype)
+        state[f"{name}.alpha"] = alpha_tensor(alpha_of(value.scale, value.r), like.dtype)
         scales[name] = value.scale, value.r
     ranks = {r for _, r in scales.values()}
     about = {
@@ -336,7 +337,7 @@ def _component(path: str) -> tuple[str, str]:
     return component, rest
 
 
-def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """In the type of the factors where that holds it exactly, else in the smallest that does."""
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)
@@ -365,6 +366,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_kohya,
     kinds=("lora", "soft", "dora", "loha", "lokr"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),

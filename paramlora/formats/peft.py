@@ -38,6 +38,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark
+from paramlora.formats.loaders import of_peft
 from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
 from paramlora.model.match import Names, Unbounded
 from paramlora.update.value import Adapter, KindUpdate, Update
@@ -888,6 +889,7 @@ FORMAT = Format(
     marks=(Mark(30, _is_peft),),
     read=read,
     write=write,
+    passed_over=of_peft,
     kinds=("lora", "soft", "dora", "rows"),
     weights=("adapter_model.safetensors", "adapter_model.bin"),
     weights_rank=10,  # before torchtune's, which writes this form beside its own
