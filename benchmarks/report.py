@@ -20,6 +20,7 @@ ORDER = (
     "models",
     "quantised",
     "experts",
+    "kinds",
     "update_kept",
     "finetune_bf16",
     "stable_diffusion",
@@ -34,6 +35,7 @@ TITLES = {
     "models": "Whole models",
     "quantised": "Quantised bases, against peft's QLoRA",
     "experts": "Layers of experts",
+    "kinds": "Kinds of update",
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
@@ -159,6 +161,19 @@ def ratio_plot(content: Content) -> Any:
     return figure
 
 
+def kinds_plot(content: Content) -> Any:
+    """R of each kind of update by shape: device time where it was measured, else wall time."""
+    rows = [row for row in content["rows"] if "eager_R" in row]
+    mode = "device_R" if any("device_R" in row for row in rows) else "eager_R"
+    cases, series = _series(rows, mode, skip=("frozen",))
+    dtype = rows[0]["dtype"]
+    figure, axes = _axes(f"Kinds of update against the frozen layer, {dtype}", mode[:-2], 14)
+    _bars(axes, cases, {way.removeprefix("paramlora "): of for way, of in series.items()})
+    axes.set_ylabel(f"R ({mode[:-2]} time)")
+    axes.axhline(1, color="grey", linewidth=1)
+    return figure
+
+
 def memory_plot(content: Content) -> Any:
     """Peak of a training step against the frozen model's."""
     rows = [row for row in content["rows"] if "peak_mib" in row]
@@ -229,6 +244,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "models": results.models_table,
     "quantised": results.quantised_table,
     "experts": results.experts_table,
+    "kinds": results.kinds_table,
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,
@@ -241,6 +257,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
 PLOTS: dict[str, dict[str, Callable[[Content], Any]]] = {
     "layers": {"ratio": ratio_plot, "saved": saved_plot},
     "models": {"memory": memory_plot},
+    "kinds": {"ratio": kinds_plot},
     "update_kept": {"kept": kept_plot},
     "finetune_bf16": {"loss": loss_plot},
 }

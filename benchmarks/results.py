@@ -116,6 +116,19 @@ def experts_table(content: dict[str, Any]) -> str:
     return markdown([*header, "output error", "gradient error", "outcome"], lines)
 
 
+def kinds_table(content: dict[str, Any]) -> str:
+    """One line for each kind of update at each shape."""
+    lines = []
+    for row in content["rows"]:
+        ratios = [f"{row[k]:.2f}" if k in row else "" for k in ("device_R", "eager_R")]
+        sizes = [
+            f"{row[k]:,}" if k in row else "" for k in ("trainable", "file_bytes", "saved_bytes")
+        ]
+        lines.append([row["case"], row["way"], *ratios, *sizes, row.get("refused", "")])
+    header = ["layer", "way", "R device", "R eager", "trained", "file bytes"]
+    return markdown([*header, "bytes kept for backward", "outcome"], lines)
+
+
 def kept_table(content: dict[str, Any]) -> str:
     """Shares that reach the output and the input gradient, in percent, by size of the update."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))

@@ -1,5 +1,6 @@
 """The benchmarks still run, check what they measure, and report it; no time is asserted."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("peft")
 from benchmarks import (
     experts,
     finetune_bf16,
+    kinds,
     layers,
     many,
     models,
@@ -124,6 +126,27 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
     assert set(kept) == {"paramlora", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
+
+
+def test_every_kind_is_measured_and_right(tmp_path, capsys):
+    options = ["--size", "tiny", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]
+    assert kinds.main(options) == 0
+    rows = read(tmp_path, "kinds")["rows"]
+    assert [row["way"] for row in rows] == 2 * ["frozen", *kinds.WAYS]
+    assert all("eager_R" in row for row in rows)
+    assert "| paramlora rows |" in capsys.readouterr().out
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
+    assert (tmp_path / f"{tmp_path.name}-ratio.png").exists()
+
+
+def test_a_kind_without_its_update_is_found_wrong():
+    case = next(kinds.selection("tiny", ["linear"]))
+    tensors = kinds.cases.make(case, torch.float32, torch.device("cpu"), torch.float32)
+    built = kinds.WAYS["paramlora dora"](tensors.layer, case.r)
+    kinds.check(built, tensors, 1e-5)
+    lost = dataclasses.replace(built, wanted=lambda weight: weight)
+    with pytest.raises(AssertionError, match="relative error"):
+        kinds.check(lost, tensors, 1e-5)
 
 
 def test_peft_trains_its_own_4_bit_layers():

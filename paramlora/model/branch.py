@@ -239,7 +239,7 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ch
 def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
     """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
     which makes one convolution of as many groups as there are rows."""
-    x = dropped_rows(layer, x, updates, rows)
+    x = dropped_rows(x, updates, rows, rows.index) if layer.training else x
     held = {update.adapter: update for update in updates}
     there = [held.get(name) for name in rows.names]
     pairs = [(None, None) if one is None else one.factors() for one in there]

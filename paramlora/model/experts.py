@@ -18,8 +18,20 @@ from torch.compiler import is_compiling
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
 from paramlora.evaluate.experts import grouped_linear
-from paramlora.model.forwards import drops_of, known_parts, plain_forward, together
+from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
+from paramlora.model.forwards import (
+    dropped_rows,
+    drops_of,
+    known_parts,
+    of_rows,
+    parts_of_rows,
+    plain_forward,
+    scaling_of_rows,
+    together,
+)
+from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.lowrank import LowRank
+from paramlora.update.narrow import wide
 
 _Forward = Callable[..., Any]
 _REGISTRY = "transformers.integrations.moe"  # whose wrapper calls the implementation asked for
@@ -61,6 +73,7 @@ class Stack(NamedTuple):
     weight: Tensor  # [experts, out, in], or [experts, in, out]
     updates: list[LowRank]  # that act
     dropping: bool  # whether one of them drops inputs now
+    rows: Optional[Choice] = None  # which take which, inside of `route`
 
 
 def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
@@ -69,14 +82,40 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     if held is not None:
         return Stack(held, [], False) if type(held) is nn.Parameter else None
     parts = known_parts(layer, x, name)
-    if parts is None or any(update.layout != "stack" for update in parts[1]):
+    if parts is None:
+        routes = parts_of_rows(layer, x, name)
+        stack = None if routes is None else Stack(*routes[:2], layer.training, routes[2])
+    else:
+        stack = Stack(*parts)
+    if stack is None or any(update.layout != "stack" for update in stack.updates):
         return None
-    return Stack(*parts)
+    return stack
 
 
-def product(x: Tensor, stack: Stack, ends: Tensor, transposed: bool) -> Tensor:
-    """`grouped_linear` of a stack and its updates, which may be none."""
-    weight, updates, dropping = stack
+def takes_rows(base: type, name: str) -> bool:
+    """Whether a class of experts knows which token each row of that stack is of, so that the rows
+    of a batch can take different adapters."""
+    own = expert_forward_of(base)
+    return own is not None and name in _STACKS
+
+
+def product(
+    x: Tensor,
+    stack: Stack,
+    ends: Tensor,
+    transposed: bool,
+    tokens: Optional[tuple[Tensor, Tensor]] = None,
+) -> Tensor:
+    """`grouped_linear` of a stack and its updates, which may be none.
+
+    Args:
+        tokens: each row's expert, and its row of the batch; where those take adapters.
+    """
+    if stack.rows is not None and stack.updates:
+        if tokens is None:
+            raise AdapterError(_UNTOLD)
+        return _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens)
+    weight, updates, dropping, _ = stack
     if updates:
         a, b, scale, strength = together(updates, "stack", dropping)
     else:
@@ -86,6 +125,57 @@ def product(x: Tensor, stack: Stack, ends: Tensor, transposed: bool) -> Tensor:
     if transposed:
         weight, a, b = weight.mT, b.mT, a.mT
     return grouped_linear(x, weight, ends, a, b, scale, strength, drops)
+
+
+def _product_of_rows(
+    x: Tensor,
+    stack: Stack,
+    rows: Choice,
+    ends: Tensor,
+    transposed: bool,
+    experts: Tensor,
+    batch: Tensor,
+) -> Tensor:
+    adapters = rows.index[batch]
+    there = of_rows(stack.updates, rows)
+    sides = [None if one is None else one.factors() for one in there]
+    weight = stack.weight
+    if transposed:
+        weight, sides = (
+            weight.mT,
+            [None if own is None else (own[1].mT, own[0].mT) for own in sides],
+        )
+    scaling = scaling_of_rows(there, wide(x))
+    down = [None if own is None else own[0] for own in sides]
+    up = [None if own is None else wide(own[1]).mT * s for own, s in zip(sides, scaling)]
+    pairs = pairs_of(experts, adapters, len(weight), len(rows.names))
+    dropped = dropped_rows(x, stack.updates, rows, adapters) if stack.dropping else None
+    return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped)
+
+
+_UNTOLD = (
+    "rows of a batch take different adapters here, and expert_linear is not told which row each of "
+    "its inputs is of. Call it outside of paramlora.route."
+)
+
+
+def batch_rows(layer: nn.Module, hidden: Tensor, stacks: tuple[Stack, ...]) -> Optional[Tensor]:
+    """``[tokens]``, the batch's row of each token of ``[..., hidden]``, inside of `route`.
+
+    The tokens of a row lie together where the rows are in the first dimension, as transformers'
+    blocks flatten them, and one of each row after the other where they are in the second.
+
+    Raises:
+        AdapterError: they are no whole number of tokens for each row.
+    """
+    rows = next((stack.rows for stack in stacks if stack.rows is not None), None)
+    if rows is None:
+        return None
+    tokens, count = hidden.shape[:-1].numel(), len(rows.index)
+    if rows.dim > 1 or not count or tokens % count:
+        raise wrong_rows(type(layer), hidden, rows.dim, count)
+    every = torch.arange(tokens, device=hidden.device)
+    return every % count if rows.dim else every // (tokens // count)
 
 
 def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Tensor:
@@ -184,16 +274,18 @@ def _experts(
     """What each token's experts give, weighted and summed. An index beyond the experts, which a
     loop passes over, is of another process, or of one that gives its input (LongCat)."""
     flat, top = hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
+    batch = batch_rows(self, hidden, (first, second))
     transposed, biased = getattr(self, "is_transposed", False), getattr(self, "has_bias", False)
     ids, order = torch.sort(index.reshape(-1))
     x, beyond = flat[order // top], None
+    told = None if batch is None else (ids, batch[order // top])
     if loop or self._is_expert_parallel:
         beyond = (ids >= len(second.weight))[:, None]
     y = x if beyond is None else x.masked_fill(beyond, 0)
-    y = product(y, first, _ends(ids, first), transposed)
+    y = product(y, first, _ends(ids, first), transposed, told)
     own = ids.clamp(max=len(second.weight) - 1)
     y = _activated(self, _biased(self, y, own) if biased else y)
-    y = product(y, second, _ends(ids, second), transposed)
+    y = product(y, second, _ends(ids, second), transposed, told)
     y = y + self.down_proj_bias[own] if biased else y
     if beyond is not None:
         y = torch.where(beyond, x if hasattr(self, "identity_expert") else 0, y)
@@ -252,9 +344,13 @@ def _of_equal(known: Any) -> _Forward:
         if stacks is None:
             return plain(self, hidden_states)
         x, experts = hidden_states.reshape(-1, self.hidden_size), len(stacks[0].weight)
-        ends = torch.arange(1, experts + 1, device=x.device, dtype=torch.int32)
-        ends = ends * (len(x) // experts)
-        gate, up = product(x, stacks[0], ends, True).chunk(2, dim=-1)
-        return product(up * self.act_fn(gate), stacks[1], ends, True)
+        every = torch.arange(experts, device=x.device, dtype=torch.int32)
+        tokens = len(x) // experts
+        ends, told = (every + 1) * tokens, None
+        batch = batch_rows(self, x[:tokens], stacks)  # each expert has all tokens
+        if batch is not None:
+            told = (every.long().repeat_interleave(tokens), batch.repeat(experts))
+        gate, up = product(x, stacks[0], ends, True, told).chunk(2, dim=-1)
+        return product(up * self.act_fn(gate), stacks[1], ends, True, told)
 
     return forward

@@ -491,10 +491,10 @@ _FAST: dict[Any, Callable[..., Tensor]] = {
 _Routes = tuple[Tensor, list[LowRank], Choice]
 
 
-def parts_of_rows(layer: nn.Module, x: Any) -> Optional[_Routes]:
+def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_Routes]:
     """(base weight, updates that act, on which rows each does) inside of `route`, else None."""
     lists: Any = layer._modules.get("parametrizations")
-    plist: Any = None if lists is None else lists._modules.get("weight")
+    plist: Any = None if lists is None else lists._modules.get(name)
     weight = None if plist is None else plist._parameters.get("original")
     if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
@@ -523,12 +523,17 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
 
 def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tuple[Tensor, Tensor]:
     """What `routed.linear` takes: A, and B transposed with its scale, of all adapters."""
-    held = {update.adapter: update for update in updates}
-    there = [held.get(name) for name in rows.names]
+    there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
     up = wide(routed.joined([b for _, b in pairs], rows.ranks, 1))
     scaling = scaling_of_rows(there, up).index_select(0, rows.owner)
     return routed.joined([a for a, _ in pairs], rows.ranks, 0), (up * scaling).t()
+
+
+def of_rows(updates: list[LowRank], rows: Choice) -> list[Optional[LowRank]]:
+    """The update of each of the rows' adapters, None where it does not act."""
+    held = {update.adapter: update for update in updates}
+    return [held.get(name) for name in rows.names]
 
 
 def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
@@ -540,12 +545,13 @@ def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
     return torch.stack([*scales, one]) * torch.stack([*gains, one])
 
 
-def dropped_rows(layer: nn.Module, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
-    """The input of the updates' part: each row drops as its adapter says."""
+def dropped_rows(x: Tensor, updates: list[LowRank], rows: Choice, index: Tensor) -> Tensor:
+    """The input of the updates' part in training: each row drops as its adapter says, which
+    `index` gives."""
     rates = {update.adapter: update.dropout for update in updates}
-    if not layer.training or not any(rates.values()):
+    if not any(rates.values()):
         return x
-    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[rows.index]
+    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[index]
     each = each.reshape(-1, *[1] * (x.dim() - 1))
     return torch.where(torch.rand_like(x) < each, 0.0, x / (1 - each))
 
@@ -562,7 +568,7 @@ def beside_rows(
     updates' part alone."""
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
-    dropped = dropped_rows(layer, x, updates, rows)
+    dropped = dropped_rows(x, updates, rows, rows.index) if layer.training else x
     apart = base is not None and (dropped is not x or updates[0].served)
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(dropped, weight, bias, down, up, rows)
@@ -573,7 +579,8 @@ def beside_rows(
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
     """The updates' part of a convolution of each row's update."""
-    x, padding = padded_input(layer, dropped_rows(layer, x, updates, rows))
+    x = dropped_rows(x, updates, rows, rows.index) if layer.training else x
+    x, padding = padded_input(layer, x)
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     where = layer.stride, padding, layer.dilation, layer.groups

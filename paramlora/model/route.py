@@ -16,6 +16,7 @@ from paramlora.model.attach import (
     updates,
     updates_of,
 )
+from paramlora.model.experts import takes_rows
 from paramlora.model.forwards import forward_of
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import by_rows, splits, takes_positions
@@ -205,7 +206,10 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
         AdapterError: its forward allows neither.
     """
     base = type(layer).__bases__[0] if parametrized(layer) else type(layer)
-    soft = BRANCHES in module._modules and name not in parametrized(module)
+    lists = parametrized(module)
+    if takes_rows(base, name) and name in lists and all(type(u) is LowRank for u in lists[name]):
+        return False
+    soft = BRANCHES in module._modules and name not in lists
     if packed and not takes_positions(base):
         raise AdapterError(
             f"{path or name}: {base.__name__} sees more than one position of a sequence at a time, "

@@ -1,0 +1,146 @@
+"""Stacks of expert matrices whose rows take different low-rank updates: a group of rows is a pair
+of expert and adapter.
+
+Each row is multiplied by its own update and by nothing else, as in `routed`. Tensors only.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paramlora.evaluate.experts import grouped_linear
+from paramlora.evaluate.functional import cast, cast_for_autocast, untold, without_autocast
+from paramlora.update.compat import applied
+from paramlora.update.contexts import autocast_of
+
+_Maybe = Optional[Tensor]
+
+
+class Pairs(NamedTuple):
+    """Rows that lie sorted by expert, by their pairs of expert and adapter.
+
+    Args:
+        order: ``[rows]``, which row comes where once they are sorted by pairs.
+        back: ``[rows]``, where each row then lies.
+        ends: ``[experts · (adapters + 1)]``, where the rows of each pair end.
+    """
+
+    order: Tensor
+    back: Tensor
+    ends: Tensor
+
+
+def pairs_of(experts: Tensor, adapters: Tensor, count: int, names: int) -> Pairs:
+    """Sort rows, with nothing that waits for a device.
+
+    Args:
+        experts: ``[rows]``, ascending; one of `count` or more is nobody's.
+        adapters: ``[rows]``, one of `names`, or `names` itself for the base.
+    """
+    key, order = torch.sort(experts * (names + 1) + adapters, stable=True)
+    every = torch.arange(count * (names + 1), device=key.device, dtype=key.dtype)
+    ends = torch.searchsorted(key, every, right=True, out_int32=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
+    return Pairs(order, back, ends)
+
+
+def joined(factors: Sequence[_Maybe], dtype: torch.dtype) -> Tensor:
+    """The factors of all pairs ``[experts · (adapters + 1), r, side]`` for the largest rank.
+
+    Args:
+        factors: of each adapter ``[experts, r_i, side]``, None where it does not act; the base's,
+            zeros, come last.
+    """
+    like = next(factor for factor in factors if factor is not None)
+    most = max(factor.shape[1] for factor in factors if factor is not None)
+    none = like.new_zeros((), dtype=dtype).expand(like.shape[0], most, like.shape[2])
+    every = [
+        none if factor is None else F.pad(cast(factor, dtype), (0, 0, 0, most - factor.shape[1]))
+        for factor in (*factors, None)
+    ]
+    return torch.stack(every, 1).flatten(0, 1)
+
+
+def grouped_linear_of_rows(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    down: Sequence[_Maybe],
+    up: Sequence[_Maybe],
+    pairs: Pairs,
+    dropped: _Maybe = None,
+) -> Tensor:
+    """``x (W_e + B_ei A_ei)ᵀ`` where ``e`` and ``i`` are each row's expert and adapter.
+
+    Args:
+        x: ``[rows, in]``, sorted by expert.
+        weight: ``[experts, out, in]``, any strides.
+        ends: ``[experts]``, where each expert's rows end.
+        down: of each adapter ``A`` ``[experts, r_i, in]``, or None where it does not act.
+        up: likewise ``Bᵀ`` with its scale, ``[experts, r_i, out]``.
+        pairs: of the rows.
+        dropped: what the updates get instead of x.
+
+    Returns:
+        ``[rows, out]``. In 16 bits on a CPU the update is added before the only rounding, but for
+        float16 and what is compiled.
+
+    Example:
+        >>> x, W = torch.randn(3, 4).double(), torch.randn(2, 5, 4).double()
+        >>> A, B = torch.randn(2, 1, 4).double(), torch.randn(2, 1, 5).double()
+        >>> pairs = pairs_of(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2, 1)
+        >>> y = grouped_linear_of_rows(x, W, torch.tensor([1, 3]), [A], [B], pairs)
+        >>> assert torch.allclose(y[1], x[1] @ W[1].T)
+        >>> assert torch.allclose(y[2], x[2] @ (W[1] + B[1].T @ A[1]).T)
+    """
+    device = autocast_of(x)
+    if device is not None:
+        x, weight, dropped = cast_for_autocast(device, x, weight, dropped)
+        with torch.autocast(device, enabled=False):
+            return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped)
+    x = cast(x, weight.dtype)
+    low = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
+    if x.dtype != torch.bfloat16 or x.is_cuda or untold():
+        return _plain(x, weight, ends) + low
+    return applied(_Onto, low, x, weight, ends)
+
+
+def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) -> Tensor:
+    """The updates' part; float16, of whose range it knows nothing, in float32."""
+    if x.dtype == torch.float16:
+        return _low(x.float(), down, up, pairs).to(x.dtype)
+    thin = _plain(x[pairs.order], joined(down, x.dtype), pairs.ends)
+    return _plain(thin, joined(up, x.dtype).mT, pairs.ends)[pairs.back]
+
+
+def _plain(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``x_e W_eᵀ`` alone."""
+    one = torch.ones((), dtype=weight.dtype, device=weight.device)
+    return grouped_linear(x, weight, ends, weight[:, :0], weight[:, :, :0], one)
+
+
+class _Onto(torch.autograd.Function):
+    """``x_e W_eᵀ + low`` in 16 bits with one rounding, as the one of `routed`."""
+
+    @staticmethod
+    def forward(ctx: Any, low: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, ends)
+        y, start = torch.zeros_like(low), 0
+        for one, end in zip(weight, ends.tolist()):
+            y[start:end] = torch.addmm(low[start:end], x[start:end], one.t())
+            start = end
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, ends = ctx.saved_tensors
+        needs, dweight = ctx.needs_input_grad, None
+        dx = _plain(dy, weight.mT, ends) if needs[1] else None
+        if needs[2]:
+            spans = zip([0, *ends.tolist()], ends.tolist())
+            dweight = torch.stack([dy[a:b].t() @ x[a:b] for a, b in spans])
+        return dy, dx, dweight, None
