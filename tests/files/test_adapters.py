@@ -211,7 +211,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path):
     with pytest.raises(FileError, match="exists"):
         interchange.convert(path, out, "peft")
     interchange.convert(path, out, "peft", force=True)
-    with pytest.raises(FileError, match='"toml" cannot be written. Known: diffusers'):
+    with pytest.raises(FileError, match='"toml" cannot be written. Known: comfyui'):
         interchange.convert(path, tmp_path / "other", "toml")
 
 
