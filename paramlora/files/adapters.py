@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
-from paramlora.errors import AdapterError, FileError, spelled
-from paramlora.files import torch_save
+from paramlora.errors import AdapterError, FileError, listed, spelled
+from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Stored
+from paramlora.files.checkpoint import PICKLED, SAFE
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
@@ -123,12 +123,13 @@ def format_of(path: PathLike) -> str:
 
 @own_context()
 def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
-    """The names and shapes of a checkpoint's weights, without reading them.
+    """The names and shapes of a checkpoint's weights, without reading them; of a pipeline's folder
+    those of all its models, each with its component's name in front.
 
     Raises:
         FileError: it cannot be read.
     """
-    with Stored(path, key) as stored:
+    with checkpoint.opened(path, key) as stored:
         return base_of_shapes({name: spec.shape for name, spec in stored.specs.items()})
 
 
@@ -211,16 +212,21 @@ def write_adapter(
 
 
 @own_context()
-def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = DEFAULTS) -> Adapter:
+def together(
+    parts: Mapping[str, Union[Adapter, PathLike]],
+    options: Options = DEFAULTS,
+    base: Optional[Base] = None,
+) -> Adapter:
     """The adapter of a whole pipeline out of those of its models.
 
     Args:
         parts: adapters or their files, by the names of the pipeline's models, such as ``"unet"``.
         options: what some formats do not tell.
+        base: the names and shapes of the whole pipeline (`base_of_file` of its folder).
 
     Raises:
-        FileError: a name that no pipeline has, a file that cannot be read, or one whose names of
-            layers only its model tells.
+        FileError: a name that no pipeline has, or that `base` lacks, a file that cannot be read, or
+            one whose names of layers only its model tells.
 
     Example:
         >>> from paramlora.update.value import Update
@@ -232,13 +238,28 @@ def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = D
     for name, given in parts.items():
         if name not in PARTS:
             raise FileError(f'"{name}" is no part of a pipeline. Parts: {", ".join(PARTS)}.')
+        own = None if base is None else _inside_of(base, name)
         if not isinstance(given, Adapter):
-            _check_names_itself(given)
-            given = read_adapter(given, None, options)
+            if own is None:
+                _check_names_itself(given)
+            given = read_adapter(given, own, options)
         if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
         found = _beside_each_other(found, given, f"{name}.")
     return found
+
+
+def _inside_of(base: Base, name: str) -> Base:
+    """One model of a pipeline, under its own names."""
+    start = f"{name}."
+    own = {path[len(start) :]: slot for path, slot in base.items() if path.startswith(start)}
+    if not own:
+        there = listed(dict.fromkeys(path.partition(".")[0] for path in base))
+        raise FileError(
+            f"{name}: a part of which the base has no weight; its names begin with {there}. Give "
+            "the folder of a pipeline that has it (--base)."
+        )
+    return own
 
 
 def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
@@ -275,8 +296,8 @@ def _check_names_itself(path: PathLike) -> None:
     if not formats.FORMATS[source].names_layers:
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
-            "model, and here are several. Convert it alone to native first, with its model "
-            "(--model) or checkpoint (--base), and give that file."
+            "model, and here are several. Give the pipeline's folder (--base), or convert it "
+            "alone to native first, with its model (--model), and give that file."
         )
 
 

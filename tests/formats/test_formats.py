@@ -333,7 +333,7 @@ def test_values_that_are_not_finite_or_all_zero(name):
     with pytest.raises(FileError, match=r"not finite: (lora_unet_|diffusion_model.)?head.lora_A"):
         read(bad)
     zero = Content({**content.state, key: content.state[key] * 0}, {}, content.config)
-    with pytest.warns(ParamloraWarning, match="all zero, so without effect: (lora_unet_)?head"):
+    with pytest.warns(ParamloraWarning, match="all zero, so without effect: .*head"):
         formats.read(zero, BASE, Options(alpha=2.0))
 
 
@@ -362,14 +362,14 @@ def test_a_grouped_convolution_of_peft_that_no_weight_equals():
         formats.read(Content(state, {}, config), base)
 
 
-LINEAR = "comfyui diffusers kohya litgpt peft torchtune vllm"
+TOOLS = "comfyui diffusers kohya litgpt peft torchtune vllm"
 
 
 def kinds():
     """One update of each kind of layer, with the formats that hold it."""
     torch.manual_seed(0)
     a, b, e = torch.randn(2, 6), torch.randn(4, 2), torch.randn(3, 2, 6)
-    yield Update(a, b, 0.7, (4, 6), kind="linear"), f"{LINEAR} original"
+    yield Update(a, b, 0.7, (4, 6), kind="linear"), f"{TOOLS} original"
     yield Update(a, b, 0.7, (4, 3, 2), kind="convolution"), "comfyui diffusers peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1), kind="convolution"), "comfyui diffusers kohya peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1, 1), kind="convolution"), "comfyui diffusers peft"
