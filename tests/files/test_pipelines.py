@@ -246,9 +246,8 @@ def test_parts_whose_names_the_pipeline_tells_become_one_file_of_comfyui(
     after = wanted(states, adapter)
     found = safetensors.torch.load_file(tmp_path / "merged.safetensors")
     equal(found, all_in_one({name: dict(own) for name, own in after.items()}))
-    for key in ("unet", "text_encoder"):
-        files.merge(pipeline, [out], tmp_path / "again", force=True)
-        model = {"unet": unet, "text_encoder": clip}[key]()
+    files.merge(pipeline, [out], tmp_path / "again")
+    for key, model in {"unet": unet(), "text_encoder": clip()}.items():
         equal(type(model).from_pretrained(tmp_path / "again" / key).state_dict(), after[key])
 
 
