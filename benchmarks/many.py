@@ -1,4 +1,4 @@
-"""A thousand layers: attach, save, load and merge; and what the import costs.
+"""A thousand layers: attach, save, load, swap and merge; and what the import costs.
 
 ``python -m benchmarks.many --out FOLDER`` writes ``many.json`` and prints a table.
 """
@@ -67,8 +67,19 @@ def read(way: str, model: nn.Module, folder: Path) -> nn.Module:
     return PeftModel.from_pretrained(model, folder)
 
 
+def swap(model: nn.Module, folder: Path) -> None:
+    """Another file's values into the attached adapter, by each library's way that compiles no
+    model again."""
+    if isinstance(model, nn.Sequential):
+        paramlora.load_adapter(model, folder / "adapter.safetensors", into="default")
+    else:
+        from peft.utils.hotswap import hotswap_adapter
+
+        hotswap_adapter(model, folder, "default")
+
+
 def check(way: str, count: int, folder: Path) -> None:
-    """Attached, loaded and merged models compute ``W + B·A`` to float64's accuracy.
+    """Attached, loaded, swapped and merged models compute ``W + B·A`` to float64's accuracy.
 
     The limit is relative to a chain of `count` products, each rounded at 1.1e-16.
     """
@@ -85,11 +96,20 @@ def check(way: str, count: int, folder: Path) -> None:
     assert want.norm() > 0
     assert _close(model(x), want)
     write(model, folder)
+    plain, fresh = plain_of(model, count), plain_of(model, count)
+    assert _close(read(way, plain, folder)(x), want)
+    other = adapt(way, fresh, ["proj"], RANK)
+    swap(other, folder)
+    assert _close(other(x), want)
+    assert _close(merged(model)(x), want)
+
+
+def plain_of(model: nn.Module, count: int) -> nn.Module:
+    """The layers without an update."""
     plain = layers(count).double()
     for i, layer in enumerate(plain):
         layer.proj.weight.data.copy_(_base(model, i))
-    assert _close(read(way, plain, folder)(x), want)
-    assert _close(merged(model)(x), want)
+    return plain
 
 
 def _base(model: nn.Module, index: int) -> Tensor:
@@ -125,6 +145,7 @@ def measure(way: str, count: int, repeats: int, folder: Path) -> dict[str, Any]:
     row["attach each"] = typical(lambda: layers(count), lambda m: adapt(way, m, each, RANK))
     row["save"] = typical(lambda: attach(way, count), lambda m: write(m, folder))
     row["load"] = typical(lambda: layers(count), lambda m: read(way, m, folder))
+    row["swap"] = typical(lambda: attach(way, count), lambda m: swap(m, folder))
     row["merge"] = typical(lambda: attach(way, count), merged)
     row["import"] = median(import_seconds(way) for _ in range(repeats))
     return row

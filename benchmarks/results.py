@@ -144,7 +144,7 @@ def kept_table(content: dict[str, Any]) -> str:
 
 def many_table(content: dict[str, Any]) -> str:
     """Seconds of each act on many layers; ``attach each`` names every layer by itself."""
-    told = ("attach", "attach each", "save", "load", "merge", "import")
+    told = ("attach", "attach each", "save", "load", "swap", "merge", "import")
     acts = [act for act in told if all(act in row for row in content["rows"])]
     lines = [
         [row["way"], str(row["layers"]), *(f"{row[act]:.3f}" for act in acts)]
@@ -197,6 +197,24 @@ def diffusion_table(content: dict[str, Any]) -> str:
     header = ["way", "trainable parameters", "checkpoint bytes", "bytes reduced a step"]
     table = markdown(["image size & batch", "checkpointing", *ways], lines)
     return "\n\n".join([table, *legend, markdown(header, sizes)])
+
+
+def llama_table(content: dict[str, Any]) -> str:
+    """Tokens a second and the peak, by way."""
+    marks, legend = _origins(content["rows"])
+    lines = []
+    for row in content["rows"]:
+        numbers = ["", "", "", ""]
+        if "tokens_per_second" in row:
+            numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib'] / 1024:.1f}"]
+            numbers += [str(row["steps"]), f"{row['trainable']:,}"]
+        lines.append([row["way"] + marks(row), *numbers, row.get("outcome", "")])
+    options = content["options"]
+    title = f"{options['layers']} layers, {options['batch']} × {options['tokens']} tokens a step, "
+    title += f"r {options['r']}, dropout {options['dropout']}, the loss in {options['chunks']} "
+    title += "chunks, " + ("blocks compiled" if options["compile"] else "eager")
+    header = ["way", "tokens a second", "peak GiB", "steps", "trainable", "outcome"]
+    return "\n\n".join([title, markdown(header, lines), *legend])
 
 
 def sharded_table(content: dict[str, Any]) -> str:

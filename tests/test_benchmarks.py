@@ -13,6 +13,7 @@ from benchmarks import (
     finetune_bf16,
     kinds,
     layers,
+    llama,
     many,
     models,
     quantised,
@@ -126,6 +127,30 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
     assert set(kept) == {"paramlora", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
+
+
+def test_a_whole_llama_is_trained(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--tiny", "--steps", "1", "--out", str(tmp_path)]
+    assert llama.main([*options, "--ways", "frozen", "paramlora", "--limit", "1e6"]) == 0
+    assert llama.main([*options, "--limit", "1e6"]) == 0  # goes on with the rest
+    rows = read(tmp_path, "llama")["rows"]
+    assert [row["way"] for row in rows] == list(llama.WAYS)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert "| peft bf16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 12])
+def test_the_loss_in_chunks_is_the_loss(chunks):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(12, 16).double().requires_grad_(), torch.randn(20, 16).double()
+    labels = torch.randint(20, (12,))
+    whole = torch.nn.functional.cross_entropy(hidden @ head.t(), labels)
+    (want,) = torch.autograd.grad(whole, hidden)
+    loss = llama.ChunkedLoss.apply(hidden, head, labels, chunks)
+    (got,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_every_kind_is_measured_and_right(tmp_path, capsys):

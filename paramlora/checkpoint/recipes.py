@@ -15,7 +15,8 @@ from paramlora.update.attached import lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
 from paramlora.update.memory import pieces_of
-from paramlora.update.sum import ScaledTerm, Term, folded
+from paramlora.update.rounding import Rounding
+from paramlora.update.sum import Fold, ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
@@ -34,12 +35,14 @@ class Recipe:
         value: a new tensor instead.
         scale: of a weight of 8-bit floats, what its elements are to be multiplied by: one number,
             or one for each row.
+        rounding: how sums come into the weight's type; to the nearest number where None.
     """
 
     source: str
     changes: tuple[Strong, ...] = ()
     value: Optional[Tensor] = None
     scale: Optional[Tensor] = None
+    rounding: Optional[Rounding] = None
 
     def make(self, read: Read) -> Any:
         """The value, from a function that gives the input's."""
@@ -49,9 +52,13 @@ class Recipe:
         if not self.changes:
             return base
         terms = self.terms(base.dtype, base.device)
-        merged = folded(base, terms)
+        merged = folded(base, terms, self.rounding)
         self.check(base, merged, lambda wide: folded(wide, terms))
         return merged
+
+    def fold(self, shape: "tuple[int, ...] | torch.Size", dtype: torch.dtype) -> Fold:
+        """The sum for a tensor of that shape and type, a block of it at a time."""
+        return Fold(shape, dtype, self.terms(dtype), rounding=self.rounding)
 
     def check(self, before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]) -> None:
         """Refuse a sum that its type cannot hold; what the base itself has not finite stays.

@@ -132,6 +132,15 @@ def merge(
     kept: Annotated[
         bool, typer.Option("--report", help="Show how much of the update each tensor's type keeps.")
     ] = False,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Round types of 8 and 16 bits up or down at random, by this seed, so that of a "
+            "small update its mean is kept.",
+        ),
+    ] = None,
     force: Force = False,
     dry_run: Dry = False,
     json: Json = False,
@@ -147,7 +156,9 @@ def merge(
     options, layers = reading(loose, alpha, component), known(model, None)
     with warnings_told(), bar("merge") as told:
         # before the base may be replaced
-        found = files.kept(base, chosen, key=key, options=options, known=layers) if kept else None
+        found = None
+        if kept:
+            found = files.kept(base, chosen, key=key, options=options, known=layers, seed=seed)
         done = files.merge(
             base,
             chosen,
@@ -158,6 +169,7 @@ def merge(
             force=force,
             dry_run=dry_run,
             progress=told,
+            seed=seed,
         )
     change = "" if done.largest is None else f", largest change {done.largest:.2g} of its norm"
     if done.kept is not None:

@@ -37,7 +37,6 @@ from paramlora.model.values import warn_other
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
-from paramlora.update.sum import Fold
 from paramlora.update.value import Adapter
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
@@ -159,6 +158,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     progress: Optional[Progress] = None,
+    seed: Optional[int] = None,
 ) -> Report:
     """Write `base` with the adapters folded in (see `paramlora.checkpoint.merge`).
 
@@ -171,6 +171,8 @@ def merge(
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
         out, key, options, known, force, dry_run, progress: as for `embed`.
+        seed: round sums up or down at random instead of to the nearest number of a type of 8 or 16
+            bits, so that of a small update its mean is kept. One seed gives one file.
 
     Raises:
         FileError: a file cannot be read or written, or does not fit.
@@ -182,6 +184,9 @@ def merge(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
+        if seed is not None:
+            rounding = Rounding(seed)
+            plan = {key: replace(recipe, rounding=rounding) for key, recipe in plan.items()}
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
@@ -194,24 +199,25 @@ def kept(
     key: Optional[str] = None,
     options: Options = DEFAULTS,
     known: Optional[Base] = None,
+    seed: Optional[int] = None,
 ) -> KeptReport:
     """How much of the adapters `merge` keeps in each tensor's type; nothing is written.
 
     Args:
-        base, adapters, key, options, known: as for `merge`.
+        base, adapters, key, options, known, seed: as for `merge`.
 
     Raises:
         FileError, AdapterError: as there.
     """
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    rounding = Rounding()
+    rounding = Rounding(seed)
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
                 rounding.path, spec = name, stored.specs[recipe.source]
-                terms = recipe.terms(spec.dtype)
-                for run, summed in Fold(spec.shape, spec.dtype, terms, rounding=rounding).blocks():
+                counted = replace(recipe, rounding=rounding)
+                for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))
     return rounding.report()
 
@@ -490,7 +496,7 @@ def _merged_runs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The runs of a tensor before and after."""
     spec = stored.specs[recipe.source]
-    for elements, summed in Fold(spec.shape, spec.dtype, recipe.terms(spec.dtype)).blocks():
+    for elements, summed in recipe.fold(spec.shape, spec.dtype).blocks():
         before = stored.run(recipe.source, elements)
         after = summed(before)
         recipe.check(before, after, summed)

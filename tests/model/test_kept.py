@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,6 +91,48 @@ def test_one_seed_gives_one_result_and_another_another():
     near = paramlora.merge(small())
     gaps = (one[0].weight.double() - near[0].weight.double()).abs()
     assert (gaps <= near[0].weight.double().abs() * torch.finfo(torch.bfloat16).eps + 1e-30).all()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_file_is_rounded_at_random_too(dtype, ending, tmp_path, capsys):
+    model = small(dtype)
+    parts = [apart(layer) for layer in model]
+    base = {f"{i}.weight": weight.to(dtype) for i, (weight, _) in enumerate(parts)}
+    path, adapter = tmp_path / f"base{ending}", tmp_path / "adapter.safetensors"
+    save = safetensors.torch.save_file if ending == ".safetensors" else torch.save
+    save(base, path)
+    paramlora.save_adapter(model, adapter)
+    total, runs = [torch.zeros_like(weight) for weight, _ in parts], 40
+    for seed in range(runs):
+        out = tmp_path / f"out{seed}{ending}"
+        paramlora.files.merge(path, [adapter], out, seed=seed)
+        merged = read(out)
+        for i, mean in enumerate(total):
+            mean += merged[f"{i}.weight"].double() / runs
+    for mean, (weight, delta) in zip(total, parts):
+        kept = ((mean - weight) * delta).sum() / delta.square().sum()
+        step = weight.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+        spread = 5 * (step * delta).norm() / delta.square().sum() / runs**0.5
+        assert abs(kept - 1) < spread
+    out, told = tmp_path / f"again{ending}", [str(path), str(adapter), "--seed", "3"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["merge", *told, "-o", str(out), "--report"])
+    assert all(map(torch.equal, bits(read(out)), bits(read(tmp_path / f"out3{ending}"))))
+    shown = float(capsys.readouterr().out.splitlines()[-1].split()[-2].rstrip("%")) / 100
+    got = [read(out)[f"{i}.weight"].double() - weight for i, (weight, _) in enumerate(parts)]
+    dots = sum((g * delta).sum() for g, (_, delta) in zip(got, parts))
+    assert shown == pytest.approx(float(dots / sum(d.square().sum() for _, d in parts)), abs=1e-3)
+
+
+def read(path):
+    if path.suffix == ".pt":
+        return torch.load(path)
+    return safetensors.torch.load_file(path)
+
+
+def bits(state):
+    return [tensor.view(torch.uint8) for _, tensor in sorted(state.items())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
