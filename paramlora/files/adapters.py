@@ -24,6 +24,7 @@ from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.formats.pipeline import PARTS
+from paramlora.formats.scale import Noted
 from paramlora.model.attach import uncollected
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
@@ -103,12 +104,13 @@ def read_adapter(
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
     content = opened(path)
-    adapter = formats.read(content, base, options)
+    alpha = None if options.alpha is None else Noted(options.alpha)
+    adapter = formats.read(content, base, replace(options, alpha=alpha))
     if not adapter.values():  # reading loosely left all of it out
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
         )
-    formats.check_alpha(content, base, options, adapter)
+    formats.check_alpha(alpha, content.source)
     return adapter
 
 

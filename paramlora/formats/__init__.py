@@ -46,6 +46,7 @@ from paramlora.formats.format import (
     writable,
 )
 from paramlora.formats.metadata import kept, placed
+from paramlora.formats.scale import Noted
 from paramlora.update.value import Adapter
 
 __all__ = [
@@ -146,26 +147,16 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def check_alpha(content: Content, base: Optional[Base], options: Options, adapter: Adapter) -> None:
-    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
-
-    Args:
-        content, base, options: what was read.
-        adapter: what it gave.
+def check_alpha(alpha: Optional[Noted], source: str) -> None:
+    """Refuse an alpha where the file tells all scales itself: it has said nothing.
 
     Raises:
         FileError: names the alpha.
     """
-    if options.alpha is None:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = read(content, base, replace(options, alpha=2 * options.alpha + 1))
-    now, then = adapter.values(), other.values()
-    if all(then[path].listed() == value.listed() for path, value in now.items()):
+    if alpha is not None and not alpha.used:
         raise FileError(
-            f"{content.source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
-            "own scales. Leave alpha (--alpha) out."
+            f"{source}: alpha = {float(alpha):g} says nothing to it, since it tells its own "
+            "scales. Leave alpha (--alpha) out."
         )
 
 
