@@ -240,7 +240,7 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
     if lost:
         raise FileError(
             f"{content.source}: what loads {to}'s files would match nothing to {listed(lost)}. "
-            "Give the model that it is for (--model, --base), or another name of it (--prefix)."
+            "Give the model that it is for (--model), or another name of it (--prefix)."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParamloraWarning)  # they were told

@@ -122,7 +122,7 @@ def _renamed(adapter: Adapter, prefix: Optional[str]) -> Adapter:
             elif start == _DENOISER and part in DENOISER and level not in CHECKPOINTS:
                 raise FileError(
                     f"{path}: ComfyUI has this model under the names of its published checkpoint. "
-                    "Give the model (--model), or its checkpoint (--base)."
+                    "Give the model (--model), or its checkpoint as base."
                 )
             else:
                 names[path] = f"{start}.{rest if start == _DENOISER else _in_transformers(rest)}"

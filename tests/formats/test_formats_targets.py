@@ -322,7 +322,7 @@ def test_the_command_line_writes_both(tmp_path, capsys):
     files.write_adapter(adapter, tmp_path / "style.safetensors", "diffusers")
     order = ("convert", tmp_path / "style.safetensors", "-o", tmp_path / "comfy.safetensors")
     code, err = run(*order, "--to", "comfyui")
-    assert code == 2 and "Give the model (--model), or its checkpoint (--base)" in err
+    assert code == 2 and "Give the model (--model), or its checkpoint as base" in err
     code, err = run(*order, "--to", "comfyui", "--base", tmp_path / "flux.safetensors")
     assert code == 0 and err.startswith("converted ") and err.endswith("as comfyui\n")
     names = set(loaded(load_file(tmp_path / "comfy.safetensors")))
