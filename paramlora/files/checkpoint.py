@@ -1,5 +1,6 @@
 """A checkpoint on disk, whatever its kind: one file, or a folder of shards with an index."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -8,7 +9,7 @@ from typing import Any, Optional, Union
 from torch import Tensor
 
 from paramlora.config.reading import head_of, is_pickled, parse_json, read_text
-from paramlora.errors import FileError
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.files.atomic import PathLike
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, Spec
@@ -132,10 +133,10 @@ class Pipeline:
         self.components: dict[str, Stored] = {}
         self.others: list[Path] = []
         try:
-            for folder in _within(self.path):
-                if folder.is_dir() and has_weights(folder):
+            for folder in _own_folders(self.path):
+                if has_weights(folder):
                     self.components[folder.name] = Stored(folder)
-                elif folder.is_dir():
+                else:
                     self.others.append(folder)
         except BaseException:
             self.close()
@@ -168,6 +169,16 @@ class Pipeline:
         return self.components[name].run(rest, elements)
 
 
+def _own_folders(path: Path) -> list[Path]:
+    """The folders in a pipeline's, without links to elsewhere."""
+    there = [one for one in _within(path) if one.is_dir()]
+    away = [one.name for one in there if one.resolve().parent != path.resolve()]
+    if away:
+        text = f"{path}: not copied, since they are links to elsewhere: {listed(away)}."
+        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+    return [one for one in there if one.name not in away]
+
+
 def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]:
     """The checkpoint at a path: a model's, or a whole pipeline's.
 
@@ -177,7 +188,7 @@ def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]
     folder = Path(path)
     if key is not None or not folder.is_dir() or has_weights(folder):
         return Stored(path, key)
-    inside = any(one.is_dir() and has_weights(one) for one in _within(folder))
+    inside = any(has_weights(one) for one in _within(folder) if one.is_dir())
     return Pipeline(path) if inside else Stored(path)
 
 

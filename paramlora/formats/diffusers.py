@@ -88,10 +88,13 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         else:
             updates[path] = update
     adapter = Adapter(**apart_by_kind(updates))
+    inside: dict[str, list[str]] = {}
+    for path in adapter.updates:
+        inside.setdefault(_component(path, configs), []).append(path)
     for component, config in configs.items():
-        plain = [path for path in adapter.updates if _component(path, configs) == component]
-        peft.check_magnitudes(config, plain, content.source)
-        if base is None or options.component not in (None, component):
+        peft.check_magnitudes(config, inside.get(component, []), content.source)
+        meant = options.component in (None, component) and "target_modules" in config
+        if base is None or not meant:
             continue
         own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}
         peft.report_targets(content, config, own or base, adapter, options)
@@ -140,9 +143,12 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
 def _headed(content: Content) -> dict[str, dict[str, Any]]:
     """By component the alpha that stands alone in a header, as some trainers write it."""
     found: dict[str, dict[str, Any]] = {}
+    there = {None, *(key.partition(".")[0] for key in content.state)}
     for key, text in content.metadata.items():
         match = _ALPHA.fullmatch(key)
-        if match is not None and text != "Dynamic":  # kohya's word for one in each layer
+        if match is None or match["component"] not in there:
+            continue  # a header may name more models than a file can have layers
+        if text != "Dynamic":  # kohya's word for one in each layer
             alpha = number(text, f"{content.source}: {key}")
             found[match["component"] or ""] = {"lora_alpha": alpha}
     return found
@@ -163,7 +169,9 @@ def _alphas(
 
 
 def _component(path: str, configs: Mapping[str, Mapping[str, Any]]) -> str:
-    return next((c for c in configs if c and path.startswith(f"{c}.")), "")
+    first, _, rest = path.partition(".")
+    second, _, _ = rest.partition(".")
+    return next((c for c in (f"{first}.{second}", first) if c in configs and c != path), "")
 
 
 def _scale(
