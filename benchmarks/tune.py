@@ -3,7 +3,8 @@
 ``python -m benchmarks.tune [--write]`` times each shape in the ways between which
 `paramlora.evaluate.choose` chooses, and prints the thresholds that lose the least time over all of
 them, beside those of the table in use. ``--write`` puts them into ``paramlora/evaluate/cards.json``
-under the device's name, for every later process.
+under the device's name, for every later process. ``--never-run`` measures nothing and writes what
+follows for the cards of `NEVER_RUN`, by `estimated`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,43 @@ import paramlora
 from benchmarks.machine import device
 from benchmarks.timing import eager
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Card
+from paramlora.evaluate.choose import Thresholds
 
+
+@dataclass(frozen=True)
+class Figures:
+    """What a maker says of a card.
+
+    Args:
+        capability: CUDA's.
+        processors: its multiprocessors.
+        lanes: float32 multiplications that one of them does in a cycle.
+        gigahertz: its highest clock.
+        shared: bytes of shared memory that one block may have, which the kernels' tiles must fit.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    lanes: int
+    gigahertz: float
+    shared: int
+
+    @property
+    def rate(self) -> float:
+        """Billions of float32 multiplications in a second, with all lanes occupied."""
+        return self.processors * self.lanes * self.gigahertz
+
+
+MEASURED = "NVIDIA H100 80GB HBM3"
+H100 = Figures((9, 0), 132, 128, 1.98, 232448)
+# By the makers' data sheets; lanes and shared memory by CUDA's table of compute capabilities.
+NEVER_RUN = {
+    "NVIDIA A100-SXM4-80GB": Figures((8, 0), 108, 64, 1.41, 166912),
+    "NVIDIA A10": Figures((8, 6), 72, 128, 1.695, 101376),
+    "NVIDIA L4": Figures((8, 9), 58, 128, 2.04, 101376),
+    "NVIDIA B200": Figures((10, 0), 148, 128, 1.965, 232448),
+    "NVIDIA GeForce RTX 5090": Figures((12, 0), 170, 128, 2.407, 101376),
+}
 TABLE = Path(choose.__file__).with_name("cards.json")
 ALWAYS, NEVER = 2**62, 0
 CPU_LINEAR = list(itertools.product((1, 16, 256, 2048), (32, 64, 128, 256, 512), (4, 16)))
@@ -45,21 +81,21 @@ def step_of(layer: nn.Module, x: torch.Tensor, r: int) -> Callable[[], None]:
     return step
 
 
-def timed(step: Callable[[], None], simple: Card, x: torch.Tensor) -> tuple[float, float]:
+def timed(step: Callable[[], None], simple: Thresholds, x: torch.Tensor) -> tuple[float, float]:
     """Milliseconds by a card's choice, and by one that takes nothing for small."""
 
-    def by(card: Card) -> Callable[[], None]:
+    def by(card: Thresholds) -> Callable[[], None]:
         def called() -> None:
-            choose.card_of = lambda x: card
+            choose.thresholds_of = lambda x: card
             step()
 
         return called
 
-    own = choose.card_of
+    own = choose.thresholds_of
     try:
-        found = eager({"simple": by(simple), "function": by(Card())}, x.device, rounds=5)
+        found = eager({"simple": by(simple), "function": by(Thresholds())}, x.device, rounds=5)
     finally:
-        choose.card_of = own
+        choose.thresholds_of = own
     return min(found["simple"]), min(found["function"])
 
 
@@ -68,7 +104,7 @@ def linears(on_cpu: bool) -> Iterable[Timed]:
     for tokens, side, r in CPU_LINEAR if on_cpu else CUDA_LINEAR:
         x = torch.randn(tokens, side, device=device(), requires_grad=True)
         work = (tokens * side + 3 * (r + 16) * side) * side if on_cpu else tokens * side * side
-        simple = Card(tiny=ALWAYS) if on_cpu else Card(brief=ALWAYS)
+        simple = Thresholds(tiny=ALWAYS) if on_cpu else Thresholds(brief=ALWAYS)
         yield work, *timed(step_of(nn.Linear(side, side), x, r), simple, x)
 
 
@@ -78,7 +114,7 @@ def convolutions() -> Iterable[Timed]:
         x = torch.randn(2, channels, side, side, device=device(), requires_grad=True)
         layer = nn.Conv2d(channels, channels, 3, padding=1)
         work = 2 * side * side * layer.weight.numel()
-        yield work, *timed(step_of(layer, x, r), Card(small=ALWAYS, light=ALWAYS), x)
+        yield work, *timed(step_of(layer, x, r), Thresholds(small=ALWAYS, light=ALWAYS), x)
 
 
 def threshold(rows: list[Timed]) -> int:
@@ -94,21 +130,33 @@ def threshold(rows: list[Timed]) -> int:
     return min((2**n for n in range(10, 40)), key=lost)
 
 
-def measured(on_cpu: bool) -> Card:
+def measured(on_cpu: bool) -> Thresholds:
     """The device's thresholds."""
     if on_cpu:
         old = choose.CARDS["cpu"]
         return replace(old, tiny=threshold([*linears(True)]), small=threshold([*convolutions()]))
     about = torch.cuda.get_device_properties(device())
     brief = threshold([*linears(False)])
-    return Card(
+    return Thresholds(
         brief=brief,
         capability=(about.major, about.minor),
         processors=about.multi_processor_count,
     )
 
 
-def write(name: str, card: Card, table: Path) -> None:
+def estimated(card: Figures) -> Thresholds:
+    """A card's thresholds without the card: Python takes as long beside every one, so what a card
+    does meanwhile is to what an H100 was measured to do as their rates are; to a power of two."""
+    brief = choose.CARDS[MEASURED].brief * card.rate / H100.rate
+    return Thresholds(
+        brief=2 ** round(math.log2(brief)),
+        capability=card.capability,
+        processors=card.processors,
+        never_run=True,
+    )
+
+
+def write(name: str, card: Thresholds, table: Path) -> None:
     """Put a device's thresholds into a table; the others stay."""
     cards: dict[str, Any] = json.loads(table.read_text(encoding="utf-8"))
     cards[name] = {key: value for key, value in asdict(card).items() if value not in (0, (0, 0))}
@@ -119,11 +167,16 @@ def write(name: str, card: Card, table: Path) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put them into the table")
+    parser.add_argument("--never-run", action="store_true", help="write what follows for others")
     options = parser.parse_args(arguments)
+    if options.never_run:
+        for name, figures in NEVER_RUN.items():
+            write(name, estimated(figures), TABLE)
+        return 0
     on_cpu = device().type == "cpu"
     name = "cpu" if on_cpu else torch.cuda.get_device_name()
     found = measured(on_cpu)
-    print(f"{name}: {found}\nin use: {choose.card_of(torch.empty(0, device=device()))}")
+    print(f"{name}: {found}\nin use: {choose.thresholds_of(torch.empty(0, device=device()))}")
     if options.write:
         write(name, found, TABLE)
     return 0

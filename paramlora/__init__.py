@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paramlora.config import LoRAConfig, TargetConfig
+from paramlora.config.entry import Entry
 from paramlora.cuda.operands import kernels
 from paramlora.errors import (
     AdapterError,
@@ -43,6 +44,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "ConfigError",
+    "Entry",
     "FileError",
     "KeptReport",
     "LoRAConfig",
@@ -98,12 +100,14 @@ _LATER = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_LATER[name])
-    globals()[name] = found = module if _is_module(name) else getattr(module, name)
-    return found
+if not TYPE_CHECKING:  # else no name would be unknown to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(_LATER[name])
+        globals()[name] = found = module if _is_module(name) else getattr(module, name)
+        return found
 
 
 def _is_module(name: str) -> bool:
@@ -111,4 +115,4 @@ def _is_module(name: str) -> bool:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted(__all__)

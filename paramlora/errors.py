@@ -12,6 +12,7 @@ A message may spell names and values out of a file that nobody trusts: what cann
 escaped in all of them, and what is too long is shortened.
 """
 
+import errno
 import re
 import reprlib
 from collections.abc import Iterable
@@ -76,6 +77,42 @@ class _Spelling(reprlib.Repr):
 
 
 _SPELLING = _Spelling()
+
+
+_UNREAD = {  # what the system says, and what helps
+    errno.ENOENT: "Give the path of a file that is there",
+    errno.ENOTDIR: "Give the path of a file that is there",
+    errno.EACCES: "Have its owner let you read it, or give a copy of your own",
+    errno.EPERM: "Have its owner let you read it, or give a copy of your own",
+    errno.ELOOP: "Give the file itself, not a link",
+    errno.ENAMETOOLONG: "Give a shorter path",
+    errno.EIO: "Copy it from a sound disk",
+}
+_UNWRITTEN = {
+    errno.ENOENT: "Make its folder first, or give a folder that is there",
+    errno.ENOTDIR: "Give a place in a folder",
+    errno.EACCES: "Give a place in a folder that you may write in",
+    errno.EPERM: "Give a place in a folder that you may write in",
+    errno.EROFS: "Give a place in a folder that you may write in",
+    errno.ENOSPC: "Make room there, or give a place on another disk",
+    errno.EDQUOT: "Make room there, or give a place on another disk",
+    errno.EFBIG: "Raise the limit on the size of files, or give a place without one",
+    errno.ENAMETOOLONG: "Give a shorter name",
+}
+
+
+def unread(path: object, error: OSError) -> "FileError":
+    """The error for a file that the system does not let be read, with the way out."""
+    way = _UNREAD.get(error.errno or 0, "Give another file")
+    return FileError(f"{path}: cannot be read: {error.strerror or error}. {way}.")
+
+
+def unwritten(path: object, error: OSError) -> "FileError":
+    """The error for a place that the system does not let be written, with the way out."""
+    way = _UNWRITTEN.get(error.errno or 0, "Give another place")
+    return FileError(
+        f"{path}: cannot be written: {error.strerror or error}. {way}. Nothing was written."
+    )
 
 
 class ParamloraError(ValueError):

@@ -12,7 +12,9 @@ import paramlora
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ("training.md", "from_peft.md", "kinds.md", "many.md"))
+@pytest.mark.parametrize(
+    "name", ("configuration.md", "training.md", "from_peft.md", "kinds.md", "many.md")
+)
 def test_the_recipes_print_what_they_say(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()

@@ -188,7 +188,7 @@ def _linear(path: str, terms: list[_Term]) -> tuple[Tensor, Tensor]:
     if len(ranks) > 1:
         raise AdapterError(
             f'{path}: "linear" adds factors of one rank, and these have {listed(map(str, ranks))}. '
-            'Use "exact" or "svd".'
+            'Use "exact" or "svd" (--how).'
         )
     roots = [math.sqrt(abs(term.scale)) for term in terms]
     a = reduce(Tensor.add, (math.copysign(w, t.scale) * t.a for w, t in zip(roots, terms)))
@@ -244,27 +244,31 @@ def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
             raise AdapterError(f'adapter "{adapter.name}": its weight {weight} is not finite.')
     acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
     if not acting:
-        raise AdapterError("nothing to add: give an adapter whose weight is not 0.")
+        raise AdapterError("nothing to add. Give an adapter whose weight is not 0.")
     return acting
 
 
 def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> None:
     if how not in HOWS:
-        raise AdapterError(f'how "{how}" is not known. Known: {", ".join(HOWS)}.')
+        raise AdapterError(f'how (--how) "{how}" is not known. Known: {", ".join(HOWS)}.')
     if rank is None and how in _RANKED:
         raise AdapterError(
             f'"{how}" gives a sum of a lower rank: give a rank (--rank), such as 16.'
         )
     if rank is not None and how not in _RANKED:
-        raise AdapterError(f'"{how}" has the rank that it has. Leave out the rank, or use "svd".')
+        raise AdapterError(
+            f'"{how}" has the rank that it has. Leave out the rank (--rank), or use "svd" (--how).'
+        )
     if rank is not None:
         check_choice(rank, None)
     if density is None and how in _DENSE:
         raise AdapterError(f'"{how}" keeps a share of the entries: give a density (--density).')
     if density is not None and how not in _DENSE:
-        raise AdapterError(f'"{how}" keeps all entries. Leave out the density.')
+        raise AdapterError(f'"{how}" keeps all entries. Leave out the density (--density).')
     if density is not None and not 0 < density <= 1:
-        raise AdapterError(f"density is a share, above 0 and up to 1, got {density}.")
+        raise AdapterError(
+            f"density (--density) is a share, above 0 and up to 1, such as 0.5; got {density}."
+        )
 
 
 def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
@@ -316,7 +320,8 @@ def _check_rank(rank: int, terms: Mapping[str, list[_Strong]]) -> None:
     if most and rank > max(most.values()):
         path = max(most, key=lambda path: most[path])
         raise AdapterError(
-            f"rank {rank} is more than any layer holds; the most is {most[path]}, of {path}."
+            f"rank (--rank) {rank} is more than any layer holds; the most is {most[path]}, of "
+            f"{path}. Give at most that."
         )
 
 

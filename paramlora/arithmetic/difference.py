@@ -167,7 +167,10 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> list[str]:
                 "is of no account can be left out by exclude (--exclude)."
             )
     keys = [key for key in base.there if key not in left]
+    if not keys:
+        raise AdapterError("exclude (--exclude) leaves no tensor. Exclude less.")
     for key in keys:
+        _check_types(key, base, tuned)
         had, has = tuple(base.there[key].shape), tuple(tuned.there[key].shape)
         if had != has:
             raise FileError(
@@ -175,6 +178,17 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> list[str]:
                 "by exclude (--exclude), or give two checkpoints of one shape."
             )
     return keys
+
+
+def _check_types(key: str, base: Side, tuned: Side) -> None:
+    """Refuse integers beside floats: those of a quantised weight are not its values."""
+    types = [side.there[key].dtype for side in (base, tuned)]
+    if types[0].is_floating_point != types[1].is_floating_point:
+        raise FileError(
+            f"{key}: {types[0]} in {base.name}, and {types[1]} in {tuned.name}. Give two "
+            "checkpoints of floats, such as those from before one was quantised, or leave it out "
+            "by exclude (--exclude)."
+        )
 
 
 def _excluded(keys: list[str], exclude: Collection[str]) -> set[str]:
@@ -202,7 +216,10 @@ def _check_rank(rank: Optional[int], shapes: list[tuple[int, ...]]) -> None:
     most = max((min(shape[-2:]) for shape in shapes if len(shape) == 2), default=0)
     most = max([most, *(min(s[0], torch.Size(s[1:]).numel()) for s in shapes if len(s) > 2)])
     if rank is not None and rank > most:
-        raise AdapterError(f"rank {rank} is more than any layer holds; the most is {most}.")
+        raise AdapterError(
+            f"rank (--rank) {rank} is more than any layer holds; the most is {most}. Give at most "
+            "that."
+        )
 
 
 def _report_left(
@@ -210,7 +227,10 @@ def _report_left(
 ) -> None:
     if not updates and not (vectors and whole):
         more = " but vectors, which whole (--whole) keeps" if vectors else ""
-        raise AdapterError(f"{name}: no tensor differs from the base's{more}.")
+        raise AdapterError(
+            f"{name}: no tensor differs from the base's{more}. Give the checkpoint from after "
+            "training."
+        )
     if vectors and not whole:
         warnings.warn(
             f"{len(vectors)} tensors that are no matrices differ as well, and are left out: "

@@ -168,9 +168,12 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
             "how much to keep: give a rank or an energy, and one of them only (--rank, --energy)."
         )
     if energy is not None and not 0 < energy <= 1:
-        raise AdapterError(f"energy is a share of the squared norm, above 0 up to 1, got {energy}.")
+        raise AdapterError(
+            "energy (--energy) is a share of the squared norm, above 0 and up to 1, such as 0.95; "
+            f"got {energy}."
+        )
     if isinstance(rank, int) and rank < 1:
-        raise AdapterError(f"rank must be at least 1, got {rank}.")
+        raise AdapterError(f"rank (--rank) must be at least 1, got {rank}.")
 
 
 def check_adds(path: str, update: object, name: str) -> None:

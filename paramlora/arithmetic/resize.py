@@ -90,8 +90,8 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
         if own and rank > max(own.values()):
             path = max(own, key=lambda path: own[path])
             raise AdapterError(
-                f"rank {rank} is above what there is: the highest is {own[path]}, of {path}. "
-                "Cutting adds no rank."
+                f"rank (--rank) {rank} is above what there is: the highest is {own[path]}, of "
+                f"{path}. Cutting adds no rank; give at most that."
             )
         return dict.fromkeys(own, rank)
     wanted: dict[str, int] = {}
@@ -100,7 +100,8 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
         for path in paths:
             if rank[name] > own[path]:
                 raise AdapterError(
-                    f'"{name}": rank {rank[name]} is above what there is: {path} has {own[path]}.'
+                    f'"{name}": rank (--rank) {rank[name]} is above what there is: {path} has '
+                    f"{own[path]}. Give at most that."
                 )
             wanted[path] = rank[name]
     return wanted

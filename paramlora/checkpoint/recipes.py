@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
 from paramlora.errors import AdapterError, FileError, closest
-from paramlora.update.attached import lacking
+from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
 from paramlora.update.memory import pieces_of
@@ -166,6 +166,10 @@ class Contents:
             raise FileError(f"{stored}: without its {second}. Save the state dict again.")
         return self.there[second]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The base's tensors, by the names that they have without an adapter attached."""
+        return {weight: tuple(self.base(weight).shape) for weight in self.stored}
+
     def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
         groups: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
@@ -177,6 +181,14 @@ class Contents:
         for (weight, soft, _), parts in sorted(groups.items(), key=lambda item: item[0]):
             out.setdefault(weight, []).append(self._attached(weight, soft, parts))
         return _shared(out)
+
+    def held(self, weight: str) -> list[type[AttachedUpdate]]:
+        """The kinds of the updates that act on a tensor inside."""
+        parts: dict[tuple[bool, int], set[str]] = {}
+        for key in self.inner.get(weight, []):
+            if key.of_update:
+                parts.setdefault((key.hard, key.index), set()).add(key.part)
+        return [_kind_of(weight, names, hard) for (hard, _), names in parts.items()]
 
     def next(self, weight: str, hard: bool) -> int:
         """The place of one more update in a tensor's list."""
@@ -200,13 +212,7 @@ class Contents:
     def _attached(self, weight: str, soft: bool, parts: Mapping[str, Tensor]) -> Value:
         if weight not in self.stored:
             raise FileError(lacking(weight, ["base"]))
-        try:
-            kind = kind_with(set(parts), not soft)
-        except ValueError as error:
-            raise FileError(
-                f"{weight}: {', '.join(sorted(parts))} inside, which no kind of update that is "
-                "registered has together. Import what registers it."
-            ) from error
+        kind = _kind_of(weight, set(parts), not soft)
         return self.fitted(weight, kind.read_state(weight, parts, self.base(weight).dtype))
 
     def _lacks(self, missing: list[str], total: int) -> FileError:
@@ -218,11 +224,23 @@ class Contents:
         )
 
 
+def _kind_of(weight: str, parts: set[str], hard: bool) -> type[AttachedUpdate]:
+    """The kind of an update inside, by the names of its tensors."""
+    try:
+        return kind_with(parts, hard)
+    except ValueError as error:
+        raise FileError(
+            f"{weight}: {', '.join(sorted(parts))} inside, which no kind of update that is "
+            "registered has together. Import what registers it."
+        ) from error
+
+
 def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
     """The plan of `paramlora.checkpoint.embed`."""
     renamed: dict[str, str] = {}
     beside: dict[str, Plan] = {}
     for weight, change in contents.found(adapter).items():
+        _check_free(contents, weight, change)
         source = contents.stored[weight]
         hard = change.hard
         if hard and source == weight:
@@ -247,7 +265,10 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     inside = contents.inside(read)
     if inside and pairs:
-        raise AdapterError("an adapter is inside already. Merge that first, without others.")
+        raise AdapterError(
+            "an adapter is inside already. Merge that first, without others, and then these into "
+            "what comes of it."
+        )
     if not inside and not pairs:
         raise AdapterError("nothing to merge: no update is inside. Give an adapter.")
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
@@ -342,6 +363,17 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
         raise AdapterError(
             f"{path}: its weight is under another parametrization, and no tensor in a file gives "
             "the sum. Nothing was merged; load the model and use paramlora.merge."
+        )
+
+
+def _check_free(contents: Contents, weight: str, change: Value) -> None:
+    """Refuse a second update where one is a tensor trained whole, as `attach` does."""
+    held = contents.held(weight)
+    if held and (change.alone or any(kind.alone for kind in held)):
+        raise AdapterError(
+            f"{Key(weight).path}: an update is inside already, and a tensor trained whole has no "
+            "other. Nothing was embedded; merge what is inside first, and embed this into what "
+            "comes of it."
         )
 
 

@@ -28,6 +28,7 @@ from paramlora.cli.options import (
     known,
     reading,
     refuse,
+    unweighted,
 )
 from paramlora.files import adapters as interchange
 from paramlora.files.inspection import inspect as inspected
@@ -48,7 +49,10 @@ def convert(
     out: Out,
     to: Annotated[str, typer.Option("--to")],
     file: Annotated[
-        Optional[Path], typer.Argument(help="An adapter's file or folder, of any tool.")
+        Optional[Path],
+        typer.Argument(
+            readable=False, callback=unweighted, help="An adapter's file or folder, of any tool."
+        ),
     ] = None,
     model: Model = None,
     base: Checkpoint = None,
@@ -119,6 +123,8 @@ def _parts(
         fail("no file to convert. Give one, or --component PART=FILE for each part of a pipeline.")
     if len(files) < len(given):
         fail("--component: one part has two files. Give each part once.")
+    for path in files.values():
+        unweighted(path)
     return None, files
 
 

@@ -12,6 +12,7 @@ from paramlora.cli.options import (
     Checkpoint,
     Component,
     Dry,
+    File,
     FoldScale,
     Force,
     Json,
@@ -28,6 +29,7 @@ from paramlora.cli.options import (
     known,
     reading,
     target,
+    unweighted,
     weighted,
 )
 from paramlora.files import arithmetic
@@ -102,7 +104,7 @@ def combine(
     cls=Writing, epilog="Example: paramlora resize style.safetensors -o small.safetensors --rank 8"
 )
 def resize(
-    file: Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")],
+    file: File,
     out: Out,
     rank: Annotated[
         Optional[list[str]],
@@ -141,9 +143,19 @@ def resize(
 )
 def difference(
     base: Annotated[
-        Path, typer.Argument(help="A .safetensors file, a file of torch.save, or a folder.")
+        Path,
+        typer.Argument(
+            readable=False,
+            callback=unweighted,
+            help="A .safetensors file, a file of torch.save, or a folder.",
+        ),
     ],
-    tuned: Annotated[Path, typer.Argument(help="The same model's, after training.")],
+    tuned: Annotated[
+        Path,
+        typer.Argument(
+            readable=False, callback=unweighted, help="The same model's, after training."
+        ),
+    ],
     out: Out,
     rank: Annotated[Optional[int], typer.Option(min=1, help="Of each update.")] = None,
     energy: Energy = None,
@@ -193,6 +205,8 @@ def _ranks(given: Optional[list[str]]) -> "int | dict[str, int] | None":
             fail(f'--rank {text}: no rank. Give a whole number, or as in "to_q=8" for some layers.')
         if not equals:
             return int(number)
+        if name in named:
+            fail(f"--rank {text}: {name} has two ranks. Give it one.")
         named[name] = int(number)
     return named
 

@@ -13,6 +13,7 @@ from paramlora.cli.options import (
     Checkpoint,
     Component,
     Dry,
+    File,
     FoldScale,
     Force,
     Json,
@@ -27,14 +28,26 @@ from paramlora.cli.options import (
     known,
     reading,
     refuse,
+    unweighted,
     weighted,
 )
 
 Base = Annotated[
     Path,
-    typer.Argument(help="A .safetensors file, a file of torch.save, or a folder of shards."),
+    typer.Argument(
+        readable=False,
+        callback=unweighted,
+        help="A .safetensors file, a file of torch.save, or a folder of shards.",
+    ),
 ]
-Embedded = Annotated[Path, typer.Argument(help="A checkpoint of a model with an adapter attached.")]
+Embedded = Annotated[
+    Path,
+    typer.Argument(
+        readable=False,
+        callback=unweighted,
+        help="A checkpoint of a model with an adapter attached.",
+    ),
+]
 _HERE = "--base tells the names of layers where no checkpoint is given; here BASE does"
 _SCALES = "--alpha is for files without scales, and an attached model's checkpoint has them"
 
@@ -42,7 +55,7 @@ _SCALES = "--alpha is for files without scales, and an attached model's checkpoi
 @app.command(epilog="Example: paramlora embed model/ style.safetensors -o embedded/")
 def embed(
     base: Base,
-    adapter: Annotated[Path, typer.Argument(help="The adapter's file, of any tool.")],
+    adapter: File,
     out: Out,
     key: Key = None,
     model: Model = None,

@@ -13,7 +13,20 @@ from paramlora.cli.training import build
 from paramlora.files import adapters as interchange
 from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+
+def unweighted(given: Optional[Path]) -> Optional[Path]:
+    """A path as it is; one that ends in a weight, where none is taken, says so."""
+    file, _, weight = str(given or "").rpartition(":")
+    if file and not os.path.lexists(str(given)) and os.path.lexists(file):
+        fail(
+            f'{given}: there is no such file, and a weight (":{weight}") is only for the adapters '
+            f"of merge and combine. Give {file}."
+        )
+    return given
+
+
+# typer's own look at whether a file can be read has no way out
+Out = Annotated[Path, typer.Option("--out", "-o", readable=False, help="Where to write.")]
 Key = Annotated[
     Optional[str],
     typer.Option(help="Where the state dict is in a file of torch.save, such as model.ema."),
@@ -22,12 +35,23 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Report in JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was written.")]
-File = Annotated[Path, typer.Argument(help="An adapter's file or folder, of any tool.")]
+File = Annotated[
+    Path,
+    typer.Argument(
+        readable=False, callback=unweighted, help="An adapter's file or folder, of any tool."
+    ),
+]
 Model = Annotated[
     Optional[str], typer.Option(help="module:factory, to tell names and kinds of layers.")
 ]
 Checkpoint = Annotated[
-    Optional[Path], typer.Option("--base", help="The model's checkpoint, to tell names and shapes.")
+    Optional[Path],
+    typer.Option(
+        "--base",
+        readable=False,
+        callback=unweighted,
+        help="The model's checkpoint, to tell names and shapes.",
+    ),
 ]
 Alpha = Annotated[
     Optional[float],

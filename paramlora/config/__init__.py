@@ -183,6 +183,13 @@ class TargetConfig:
 class LoRAConfig:
     """A whole configuration: its entries in order, and whether the backbone trains.
 
+    Args:
+        entries: one for each name or pattern.
+        trainable_model: whether the backbone trains too.
+        source: where it is from, for messages.
+        exclude: names and patterns as of entries; what they name, and what lies in it, belongs to
+            no entry.
+
     Example:
         >>> config = LoRAConfig.from_dict({"to_q": {"r": 8, "alpha": 16}})
         >>> assert config.entries[0].scale == 2.0
@@ -192,6 +199,7 @@ class LoRAConfig:
     entries: tuple[TargetConfig, ...]
     trainable_model: bool = False
     source: str = field(default="config", compare=False)
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def from_file(cls, path: Union[str, "os.PathLike[str]"]) -> "LoRAConfig":
@@ -222,13 +230,16 @@ class LoRAConfig:
         """
         config = parsed(data, source)
         for entry in config.entries:
-            _check_pattern(entry.name, source)
+            _check_pattern(entry.name, source, f'"{entry.name}"')
+        for pattern in config.exclude:
+            _check_pattern(pattern, source, f'"{pattern}" in "exclude"')
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` reads it back equal."""
         return {
             "trainable_model": self.trainable_model,
+            **({"exclude": list(self.exclude)} if self.exclude else {}),
             **{entry.name: entry.to_dict() for entry in self.entries},
         }
 
@@ -243,6 +254,7 @@ def parsed(data: Any, source: str) -> LoRAConfig:
         raise ConfigError(f"{source}: expected an object of entries, got {spelled(data)}.")
     rest = dict(data)
     trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
+    exclude = _exclude(rest.pop("exclude"), source) if _is_exclude(rest) else ()
     if not rest:
         raise ConfigError(f'{source}: no entries. Add one, for example "to_q": {{"r": 8}}.')
     entries = tuple(_entry(name, entry, source) for name, entry in rest.items())
@@ -252,7 +264,25 @@ def parsed(data: Any, source: str) -> LoRAConfig:
             f'{source}, "{whole[0]}": "whole" while "trainable_model" trains every tensor in '
             "place. Remove one of them."
         )
-    return LoRAConfig(entries, trainable, source)
+    return LoRAConfig(entries, trainable, source, exclude)
+
+
+def _is_exclude(data: Mapping[str, Any]) -> bool:
+    """Whether there is a list of what to leave out, and no entry of a layer that is called so."""
+    value = data.get("exclude", {})
+    if isinstance(value, Mapping):
+        return "exclude" in data and value.keys().isdisjoint({*ALLOWED, "rows"})
+    return True
+
+
+def _exclude(value: Any, source: str) -> tuple[str, ...]:
+    names = value if isinstance(value, (list, tuple)) else ()
+    if not names or not all(isinstance(one, str) and one for one in names):
+        raise ConfigError(
+            f'{source}: "exclude" must be a list of names such as ["lm_head"], got '
+            f"{spelled(value)}."
+        )
+    return tuple(dict.fromkeys(names))
 
 
 ConfigLike = Union[LoRAConfig, Mapping[str, Any], str, "os.PathLike[str]"]
@@ -279,8 +309,8 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
             f"{source}: an entry's name must be a non-empty string, got {spelled(name)}."
         )
     if not isinstance(entry, Mapping):
-        hint = closest(name, ["trainable_model"])
-        also = ' Did you mean "trainable_model"?' if hint else ""
+        hint = closest(name, ["trainable_model", "exclude"])
+        also = f' Did you mean "{hint[0]}"?' if hint else ""
         raise ConfigError(
             f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
         )
@@ -344,15 +374,25 @@ def _options(entry: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str
     return tuple((key, own[key](entry[key], where)) for key in sorted(own) if key in entry)
 
 
-def _check_pattern(name: str, source: str) -> None:
+def _check_pattern(name: str, source: str, place: str) -> None:
+    if name.startswith("type:"):
+        _check_class(name, source)
     if not name.startswith("re:"):
         return
     try:
         re.compile(name[3:])
     except re.error as error:
-        raise ConfigError(f'{source}, "{name}": not a regular expression: {error}.') from error
+        raise ConfigError(f"{source}, {place}: not a regular expression: {error}.") from error
     except (RecursionError, OverflowError) as error:
-        raise ConfigError(f'{source}, "{name}": nested or repeated too deeply.') from error
+        raise ConfigError(f"{source}, {place}: nested or repeated too deeply.") from error
+
+
+def _check_class(name: str, source: str) -> None:
+    if not all(part.isidentifier() for part in name[5:].split(".")):
+        raise ConfigError(
+            f'{source}: "type:" takes the name of one class, such as "type:Linear" or '
+            f'"type:torch.nn.Linear", got {spelled(name)}.'
+        )
 
 
 def _whole(name: str, entry: Mapping[str, Any], where: str) -> TargetConfig:

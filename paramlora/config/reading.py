@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Union
 
-from paramlora.errors import FileError, shown
+from paramlora.errors import FileError, shown, unread
 
 # the longest real header, of a checkpoint with a hundred thousand tensors, takes some 15 MB, and
 # the safetensors library takes twice this; one character of four bytes makes all take four
@@ -39,11 +39,12 @@ def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
         # without waiting: what is at a name may have changed since
         wanted = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = open(os.open(path, wanted), "rb")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(path, error) from error
+    except ValueError as error:
         if isinstance(error, FileError):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path}: cannot be read: {reason}.") from error
+        raise FileError(f"{path}: no path of a file: {error}. Give one.") from error
     try:
         _check_regular(path, os.fstat(file.fileno()).st_mode)
     except BaseException:
@@ -107,7 +108,7 @@ def _read(path: Union[str, "os.PathLike[str]"], file: BufferedReader, count: int
     try:
         return file.read(count)
     except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise unread(path, error) from error
 
 
 def _check_regular(path: Union[str, "os.PathLike[str]"], mode: int) -> None:

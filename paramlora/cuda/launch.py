@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,6 +30,7 @@ class Block:
 
 _TRUSTED: dict[Any, Any] = {}  # of kernels, by all that Triton specialises on: how to launch them
 _warned = False
+_TICKETS: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
 
 class Launch:
@@ -199,6 +201,19 @@ def _warn() -> None:
             ParamloraWarning,
             stacklevel=2,
         )
+
+
+def tickets(like: Tensor) -> Tensor:
+    """The count of programs that have started of the grid that now runs on the current stream; zero
+    between grids, so kernels of one stream, which never run beside each other, share it.
+
+    `like`: a tensor on the current device. Not for a CUDA graph, whose replays choose their stream.
+    """
+    device = like.get_device()
+    place = device, cuda_stream(device)
+    if place not in _TICKETS:
+        _TICKETS[place] = like.new_zeros(1, dtype=torch.int32)
+    return _TICKETS[place]
 
 
 def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:

@@ -1,8 +1,8 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
-The ways give the same number. Linear layers and convolutions ask here, and do what they are told;
-what no kernel serves after all (`paramlora.cuda.operands`) falls back to torch's operations, by the
-way that each names.
+The ways give the same number. Linear layers, convolutions and embeddings ask `way`, with dropout or
+without, and do what they are told; what no kernel serves after all (`paramlora.cuda.operands`)
+falls back to torch's operations, by the way that each names.
 """
 
 import json
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
 from math import prod
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from paramlora.cuda.launches import launches as launches
 
 
 class Way(Enum):
@@ -30,10 +32,11 @@ class Way(Enum):
     JOINED = "one convolution of both kernels, whose one accumulator takes both products"
     DEPTHWISE = "our kernels for single channels"
     OWN_KERNEL = "the update as a kernel of its own: a branch would repeat A for each group"
+    DROPPED = "an autograd function that keeps the seed of the masks, and adds the thin product"
 
 
 @dataclass(frozen=True)
-class Card:
+class Thresholds:
     """What was measured of a device, in multiplications (see ``python -m benchmarks.tune``).
 
     Args:
@@ -43,6 +46,8 @@ class Card:
         light: numbers of a kernel that it passes over in no time.
         capability: CUDA's, of a card.
         processors: of a card.
+        never_run: whether nothing was measured: they follow from the card's own figures by the rule
+            of ``benchmarks.tune``, and no kernel has run there.
     """
 
     tiny: int = 0
@@ -51,6 +56,7 @@ class Card:
     light: int = 0
     capability: tuple[int, int] = (0, 0)
     processors: int = 0
+    never_run: bool = False
 
     def far(self, capability: tuple[int, int], processors: int) -> tuple[int, int, int]:
         """How far it is from another: by generation, then by its number, then by size."""
@@ -58,11 +64,11 @@ class Card:
         return abs(major - own), abs(minor - inner), abs(processors - self.processors)
 
 
-def read_cards() -> dict[str, Card]:
+def read_cards() -> dict[str, Thresholds]:
     """The table: what was measured, by the device's name."""
     told = json.loads((files("paramlora.evaluate") / "cards.json").read_text(encoding="utf-8"))
     return {
-        name: Card(**{**of, "capability": tuple(of.get("capability", (0, 0)))})
+        name: Thresholds(**{**of, "capability": tuple(of.get("capability", (0, 0)))})
         for name, of in told.items()
     }
 
@@ -70,7 +76,7 @@ def read_cards() -> dict[str, Card]:
 CARDS = read_cards()
 
 
-def nearest(name: str, capability: tuple[int, int], processors: int) -> Card:
+def nearest(name: str, capability: tuple[int, int], processors: int) -> Thresholds:
     """A card's measurements, or those of the nearest one that was measured."""
     if name in CARDS:
         return CARDS[name]
@@ -78,11 +84,11 @@ def nearest(name: str, capability: tuple[int, int], processors: int) -> Card:
     return min(measured, key=lambda card: card.far(capability, processors))
 
 
-_CPU, _UNKNOWN = CARDS["cpu"], Card()
-_SEEN: dict[int, Card] = {}  # of CUDA, by index
+_CPU, _UNKNOWN = CARDS["cpu"], Thresholds()
+_SEEN: dict[int, Thresholds] = {}  # of CUDA, by index
 
 
-def card_of(x: Tensor) -> Card:
+def thresholds_of(x: Tensor) -> Thresholds:
     """What is known of a tensor's device; all zeros, by which nothing is too small for an autograd
     function, of one that is neither a CPU nor CUDA's."""
     if x.is_cpu:
@@ -97,68 +103,74 @@ def card_of(x: Tensor) -> Card:
     return _SEEN[index]
 
 
-def linear(
-    card: Card,
-    dtype: torch.dtype,
-    numbers: int,
-    shape: Sequence[int],
-    r: int,
-    kernels: bool,
-    compiling: bool,
-) -> Way:
-    """How a hard linear layer is computed.
+class Asked(NamedTuple):
+    """All that the choice depends on.
 
     Args:
-        card: of x's device.
-        dtype: of x, after autocast.
+        layer: "linear", "convolution" or "embedding".
+        device: what was measured of x's, see `thresholds_of`.
+        dtype: of x, after autocast; of an embedding's table.
         numbers: elements of x.
-        shape: of the weight, ``[out, in]``.
-        r: rank.
-        kernels: whether ours serve a tensor such as x (`paramlora.cuda.operands.served`).
-        compiling: whether a compiler is at work, which knows no autograd function.
+        shape: of the weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, ``[num, dim]``.
+        rank: of all updates together.
+        kernels: the way in which ours serve these operands, if any.
+        compiling: whether a compiler is at work, or whatever else knows no autograd function.
+        dropout: whether the update's input is dropped.
+        stride, groups: of a convolution.
     """
+
+    layer: str
+    device: Thresholds
+    dtype: torch.dtype
+    numbers: int
+    shape: Sequence[int]
+    rank: int
+    kernels: Optional[Way] = None
+    compiling: bool = False
+    dropout: bool = False
+    stride: Sequence[int] = ()
+    groups: int = 1
+
+
+def way(asked: Asked) -> Way:
+    """How a hard layer is computed. How many launches `Way.KERNELS` then takes of a linear layer
+    also depends on a CUDA graph and on the gradients that are wanted, see `launches`."""
+    if asked.dropout:
+        return Way.PLAIN if asked.compiling else Way.DROPPED
+    if asked.layer == "linear":
+        return _linear(asked)
+    if asked.layer == "convolution":
+        return _convolution(asked)
+    return Way.KERNELS if asked.kernels and not asked.compiling else Way.PLAIN
+
+
+def _linear(asked: Asked) -> Way:
+    _, device, dtype, numbers, (out, fan_in), rank, kernels, compiling, *_ = asked
     if compiling:
         return Way.OPERATOR if kernels else Way.PLAIN
     if kernels:
         return Way.KERNELS
     if dtype.itemsize <= 2:  # the dense sum rounds a small update away
         return Way.FACTORED
-    out, fan_in = shape
     # what autograd does in C++ is the quicker where Python takes longer than the device
-    if tiny(numbers, shape, r, card.tiny):
+    if tiny(numbers, (out, fan_in), rank, device.tiny):
         return Way.SUM
-    if numbers * out < card.brief:
+    if numbers * out < device.brief:
         return Way.PLAIN
     return Way.DENSE if denser(numbers // max(fan_in, 1), fan_in, out, dtype) else Way.FACTORED
 
 
-def convolution(
-    card: Card,
-    dtype: torch.dtype,
-    numbers: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-    kernels: Optional[Way],
-    compiling: bool,
-) -> Way:
-    """How a hard convolution is computed.
-
-    Args:
-        card, dtype, numbers, compiling: as of `linear`.
-        shape: of the weight, ``[C_out, C_in / groups, *kernel]``.
-        stride, groups: of the layer.
-        kernels: the way in which ours serve it, if any.
-    """
-    low, size, out = dtype.itemsize == 2, prod(shape), shape[0]
-    if low and not compiling and (kernels is not None or groups == 1):
-        return kernels or Way.JOINED
+def _convolution(asked: Asked) -> Way:
+    device, dtype, shape, groups = asked.device, asked.dtype, asked.shape, asked.groups
+    low, size, out, inner = dtype.itemsize == 2, prod(shape), shape[0], shape[1] * groups
+    if low and not asked.compiling and (asked.kernels is not None or groups == 1):
+        return asked.kernels or Way.JOINED
     if not low:
-        if numbers * size < card.small * shape[1] * groups and size < card.light:
+        if asked.numbers * size < device.small * inner and size < device.light:
             return Way.SUM  # a layer so small feels each line of Python
-        tokens = numbers // (shape[1] * groups * prod(stride))
+        tokens = asked.numbers // (inner * prod(asked.stride))
         if groups > 1 or denser(tokens, size // out, out, dtype):
-            return Way.SUM if compiling or tokens * size < card.small else Way.DENSE
+            return Way.SUM if asked.compiling or tokens * size < device.small else Way.DENSE
     return Way.PLAIN if groups == 1 else Way.OWN_KERNEL
 
 
@@ -185,7 +197,7 @@ def tiny(numbers: int, shape: Sequence[int], r: int, least: int) -> bool:
         numbers: elements of the input.
         shape: of the weight, ``[out, in]``.
         r: rank.
-        least: multiplications, see `Card.tiny`.
+        least: multiplications, see `Thresholds.tiny`.
     """
     out, fan_in = shape
     return (numbers + 3 * (r + 16) * fan_in) * out < least

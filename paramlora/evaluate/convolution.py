@@ -20,7 +20,7 @@ from paramlora.cuda.operators import (
     scaled_down,
 )
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Way
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -93,8 +93,9 @@ def convolution(
     where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
     values = (x, weight, bias, lora_A, lora_B, scale)
     ours = _kernels_way(*values, where) if x.dtype.itemsize == 2 and not compiling else None
-    about = (choose.card_of(x), x.dtype, x.numel(), shape, stride, groups)
-    way, conv = choose.convolution(*about, ours, compiling), CONVOLUTIONS[len(shape) - 3]
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, len(lora_A))
+    asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
+    way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:
         up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
         return conv(x, _kernel(weight, up, down), bias, *where)
@@ -158,8 +159,12 @@ def dropped_convolution(
         with torch.autocast(device, enabled=False):
             values = (x, pad, weight, bias, lora_A, lora_B, scale)
             return dropped_convolution(*values, where, drops)
-    up = narrow.wide(lora_B) * scale
-    if untold() or recorded():
+    up, about = narrow.wide(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
+    asked = Asked(
+        "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
+        dropout=True, stride=where[0], groups=where[3],
+    )  # fmt: skip
+    if choose.way(asked) is Way.PLAIN:
         y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *where)
         return y + _dropped_branches(x, lora_A, up, pad, weight.shape, where, drops)
     rest = (pad, where, drops.rates, drops.ranks, drops.seed)

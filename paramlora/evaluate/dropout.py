@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
@@ -216,7 +218,9 @@ def dropped_linear(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
-    if untold() or recorded():
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
+    asked = Asked("linear", *about, compiling=untold() or recorded(), dropout=True)
+    if choose.way(asked) is Way.PLAIN:
         scale = scale * strength
         return dropped_by_definition(x, weight, bias, lora_A, lora_B, scale, drops)
     values = (weight, bias, lora_A, lora_B, scale, strength)

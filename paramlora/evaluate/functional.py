@@ -17,7 +17,7 @@ from paramlora.cuda import operators
 from paramlora.cuda.operands import fits, has_kernel, looks_up, served, switched_on
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Way
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.update import narrow
 from paramlora.update.compat import (
     applied,
@@ -79,9 +79,8 @@ def _linear(
     ours, compiling = served(x), is_compiling()
     if compiling and ours:
         ours = has_kernel(x, weight) and fits(x, weight, bias, a, b, scale)
-    way = choose.linear(
-        choose.card_of(x), x.dtype, x.numel(), weight.shape, len(a), ours, compiling
-    )
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(a))
+    way = choose.way(Asked("linear", *about, Way.KERNELS if ours else None, compiling))
     if way is Way.OPERATOR:
         flat = x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
@@ -415,15 +414,16 @@ def embedding(
     """
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
-    plain = not served(weight) or _followed()
-    if not plain and looks_up(rows, weight, lora_A, lora_B, scale, padding_idx):
+    values = (rows, weight, lora_A, lora_B, scale, padding_idx)
+    ours = Way.KERNELS if served(weight) and not _followed() and looks_up(*values) else None
+    device, sizes = choose.thresholds_of(weight), (rows.numel(), weight.shape, len(lora_A))
+    if choose.way(Asked("embedding", device, weight.dtype, *sizes, ours)) is Way.KERNELS:
         return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
-    values = (rows, weight, lora_A, lora_B, scale, padding_idx, strength)
-    device = autocast_of(weight)
-    if device is not None:  # which leaves a look-up in the table's own type
-        with torch.autocast(device, enabled=False):
-            return embedding_by_definition(*values)
-    return embedding_by_definition(*values)
+    autocast = autocast_of(weight)
+    if autocast is not None:  # which leaves a look-up in the table's own type
+        with torch.autocast(autocast, enabled=False):
+            return embedding_by_definition(*values, strength)
+    return embedding_by_definition(*values, strength)
 
 
 def untold() -> bool:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
+from paramlora.checkpoint.recipes import Contents
 from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
 from paramlora.errors import AdapterError, FileError, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE
+from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
@@ -24,8 +25,8 @@ from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.formats.pipeline import PARTS
-from paramlora.formats.scale import Noted
 from paramlora.model.attach import uncollected
+from paramlora.model.classes import Model
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
 from paramlora.update.contexts import own_context
@@ -38,7 +39,7 @@ _MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, an
 
 @own_context()
 def load_adapter(
-    model: nn.Module,
+    model: Model,
     path: PathLike,
     adapter: Optional[str] = None,
     *,
@@ -50,7 +51,7 @@ def load_adapter(
     enable: Optional[tuple[bool, ...]] = None,
     into: Optional[str] = None,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Attach the adapter in a file of paramlora or of another tool; all or nothing.
 
     The format is told by the content: PEFT, diffusers, kohya and LyCORIS, the original wrapper,
@@ -104,13 +105,13 @@ def read_adapter(
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
     content = opened(path)
-    alpha = None if options.alpha is None else Noted(options.alpha)
-    adapter = formats.read(content, base, replace(options, alpha=alpha))
+    options = formats.noting(options)
+    adapter = formats.read(content, base, options)
     if not adapter.values():  # reading loosely left all of it out
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
         )
-    formats.check_alpha(alpha, content.source)
+    formats.check_alpha(content.source, options)
     return adapter
 
 
@@ -132,7 +133,7 @@ def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
         FileError: it cannot be read.
     """
     with checkpoint.opened(path, key) as stored:
-        return base_of_shapes({name: spec.shape for name, spec in stored.specs.items()})
+        return base_of_shapes(Contents(stored.specs).shapes())
 
 
 @own_context()
@@ -359,17 +360,13 @@ def _content(weights: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 def weights_in(path: PathLike) -> Path:
     """The file of tensors that a path means: itself, or the one in a folder."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # a path that nobody may look at is left to its reader
         check_tensors(folder)
         return folder
     names = [name for form in _by_weights() for name in form.weights]
     for name in names:  # a pointer or a page under such a name is better told than passed over
         check_tensors(folder / name)
-    try:
-        there = sorted(folder.iterdir())
-    except OSError as error:
-        raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
-    found = [file for file in there if file.is_file() and _is_weights(file)]
+    found = [file for file in entries_of(folder) if os.path.isfile(file) and _is_weights(file)]
     known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:
         return (known or found)[0]

@@ -1,5 +1,6 @@
 """Arithmetic on adapters and checkpoints in files (see `paramlora.arithmetic`)."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,9 @@ from paramlora import arithmetic, formats
 from paramlora.arithmetic import Approximation
 from paramlora.arithmetic.combine import How
 from paramlora.arithmetic.difference import Side, Told, between
+from paramlora.arithmetic.products import check_adds
 from paramlora.arithmetic.resize import Ranks
+from paramlora.checkpoint.keys import Key
 from paramlora.config.reading import head_of, is_pickled
 from paramlora.errors import FileError
 from paramlora.files.adapters import format_of, read_adapter
@@ -189,7 +192,7 @@ def _has_levels(given: CheckpointLike) -> bool:
     if isinstance(given, (Mapping, nn.Module)):
         return False
     path = Path(given)
-    return path.is_dir() or (path.is_file() and is_pickled(head_of(path)))
+    return os.path.isdir(path) or (os.path.isfile(path) and is_pickled(head_of(path)))
 
 
 def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str) -> Side:
@@ -199,11 +202,21 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
         tensors = {k: value for k, value in given.items() if isinstance(value, Tensor)}
         return Side(tensors, tensors.__getitem__, name)
     stored = stack.enter_context(Stored(given, key))
+    if any(Key.parse(key).of_update for key in stored.specs):
+        raise FileError(
+            f"{stored.path}: a model with an adapter attached. Take the adapter out with "
+            "paramlora extract, or fold it in with paramlora merge."
+        )
     return Side(stored.specs, stored.read, str(stored.path))
 
 
 def _adapter(given: AdapterLike, base: Optional[Base], options: Options) -> Adapter:
-    return given if isinstance(given, Adapter) else read_adapter(given, base, options)
+    if isinstance(given, Adapter):
+        return given
+    found = read_adapter(given, base, options)
+    for path, value in {**found.updates, **found.others}.items():
+        check_adds(path, value, Path(given).name)  # here, where the file is known
+    return found
 
 
 def _check_names(adapters: Sequence[AdapterLike]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Union
 
-from paramlora.errors import FileError, listed
+from paramlora.errors import FileError, listed, unwritten
 
 PathLike = Union[str, "os.PathLike[str]"]
 _STRIDE = 32 << 20
@@ -100,10 +100,17 @@ def check_new(path: PathLike, force: bool) -> None:
             _check_file(path)
         folder = os.path.dirname(os.path.realpath(path))
         os.stat(folder)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            number = errno.EROFS if _is_read_only(folder) else errno.EACCES
+            raise OSError(number, os.strerror(number))
     if not force and os.path.lexists(path):
         raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
+
+
+def _is_read_only(folder: str) -> bool:
+    """Whether the disk of a folder is mounted for reading alone."""
+    told = os.statvfs(folder).f_flag if hasattr(os, "statvfs") else 0
+    return bool(told & getattr(os, "ST_RDONLY", 0))
 
 
 @contextmanager
@@ -111,9 +118,7 @@ def _told(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(
-            f"{path}: cannot be written: {error.strerror or error}. Nothing was written."
-        ) from error
+        raise unwritten(path, error) from error
 
 
 @contextmanager
@@ -181,7 +186,7 @@ def check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
     Raises:
         FileError: names them.
     """
-    there = os.listdir(old) if old.is_dir() else [old.name] if old.exists() else []
+    there = os.listdir(old) if os.path.isdir(old) else [old.name] if old.exists() else []
     lost = sorted(set(there) - set(names))
     if lost:
         raise FileError(

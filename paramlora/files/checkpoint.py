@@ -1,5 +1,6 @@
 """A checkpoint on disk, whatever its kind: one file, or a folder of shards with an index."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Optional, Union
 from torch import Tensor
 
 from paramlora.config.reading import head_of, is_pickled, parse_json, read_text
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, ParamloraWarning, listed, spelled, unread
 from paramlora.files.atomic import PathLike
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, Spec
@@ -85,30 +86,44 @@ class Stored:
         return self.parts[self.where[key]].run(key, elements)
 
     def _open(self, key: Optional[str]) -> None:
-        if not self.path.is_dir() and not self.path.name.endswith(_INDEX):
+        if not os.path.isdir(self.path) and not self.path.name.endswith(_INDEX):
             self.parts[self.path.name] = _part(self.path, key)
             return
         self.is_folder = True
-        alone = weights_in(self.path) if self.path.is_dir() else None
+        alone = weights_in(self.path) if os.path.isdir(self.path) else None
         if alone is not None:
             self.parts[alone.name] = _part(alone, key)
             return
-        index = _index_in(self.path) if self.path.is_dir() else self.path
+        index = _index_in(self.path) if os.path.isdir(self.path) else self.path
         self.folder, self.index_name = index.parent, index.name
         self.index = _read_index(index)
         for name in dict.fromkeys(self.index["weight_map"].values()):
+            self._check_there(index, name)
             self.parts[name] = _part(self.folder / name, key)
+
+    def _check_there(self, index: Path, name: str) -> None:
+        if not os.path.lexists(self.folder / name):
+            raise FileError(
+                f"{self.folder / name}: not there, and {index.name} places tensors in it. Download "
+                "it too."
+            )
 
     def _places(self) -> dict[str, str]:
         where: dict[str, str] = {}
         for name, part in self.parts.items():
             for key in part.specs:
                 if key in where:
-                    raise FileError(f"{self.path}: {key} is both in {where[key]} and in {name}.")
+                    raise FileError(
+                        f"{self.path}: {key} is both in {where[key]} and in {name}. Remove the one "
+                        "of another copy, or download all again."
+                    )
                 where[key] = name
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
             if where.get(key) != name:
-                raise FileError(f"{self.path}: {name} lacks {key}, which the index places there.")
+                raise FileError(
+                    f"{self.path}: {name} lacks {key}, which the index places there. Download "
+                    "the index and all of its files again."
+                )
         return where
 
 
@@ -171,7 +186,7 @@ class Pipeline:
 
 def _own_folders(path: Path) -> list[Path]:
     """The folders in a pipeline's, without links to elsewhere."""
-    there = [one for one in _within(path) if one.is_dir()]
+    there = [one for one in entries_of(path) if os.path.isdir(one)]
     away = [one.name for one in there if one.resolve().parent != path.resolve()]
     if away:
         text = f"{path}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -186,15 +201,15 @@ def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]
         FileError: it cannot be read, or is none.
     """
     folder = Path(path)
-    if key is not None or not folder.is_dir() or has_weights(folder):
+    if key is not None or not os.path.isdir(folder) or has_weights(folder):
         return Stored(path, key)
-    inside = any(has_weights(one) for one in _within(folder) if one.is_dir())
+    inside = any(os.path.isdir(one) and has_weights(one) for one in entries_of(folder))
     return Pipeline(path) if inside else Stored(path)
 
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder is that of a model."""
-    indexed = any(path.name.endswith(_INDEX) for path in _within(folder))
+    indexed = any(path.name.endswith(_INDEX) for path in entries_of(folder))
     return indexed or weights_in(folder) is not None
 
 
@@ -213,28 +228,38 @@ def weights_in(folder: Path) -> Optional[Path]:
 
     Libraries write it under one of a few names, and perhaps others (a variant in 16 bits) beside.
     """
-    names = {path.name for path in _within(folder)}
+    names = {path.name for path in entries_of(folder)}
     if any(name.endswith(_INDEX) for name in names):
         return None
     usual = [name for name in _WEIGHTS if name in names]
-    kept = [name for name in sorted(names) if name.endswith((*SAFE, *PICKLED))]
+    kept = [path.name for path in _weights(folder)]
     chosen = usual[:1] or (kept if len(kept) == 1 else [])
     return folder / chosen[0] if chosen else None
 
 
-def _within(folder: Path) -> list[Path]:
+def _weights(folder: Path) -> list[Path]:
+    return [path for path in entries_of(folder) if path.name.endswith((*SAFE, *PICKLED))]
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """What is in a folder, in order.
+
+    Raises:
+        FileError: it cannot be listed, or what is in it cannot be looked at.
+    """
     try:
+        os.stat(os.path.join(folder, "."))  # which a folder that may only be listed refuses
         return sorted(folder.iterdir())
     except OSError as error:
-        raise FileError(f"{folder}: cannot be read: {error.strerror}.") from error
+        raise unread(folder, error) from error
 
 
 def _index_in(folder: Path) -> Path:
-    found = [path for path in _within(folder) if path.name.endswith(_INDEX)]
+    found = [path for path in entries_of(folder) if path.name.endswith(_INDEX)]
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
-        names = ", ".join(p.name for p in chosen) or "none"
+        names = listed(p.name for p in chosen or _weights(folder)) or "none"
         raise FileError(
             f"{folder}: a folder needs one *{_INDEX} or one file of weights, and has {names}. Name "
             "the file itself."
@@ -244,19 +269,27 @@ def _index_in(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = parse_json(read_text(path))
-        names = index["weight_map"].values()
-        plain = all(isinstance(name, str) and _is_plain(name) for name in names)
-        whole = isinstance(index.get("metadata", {}), dict)
+        index: Any = parse_json(read_text(path))
     except FileError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path}: not an index of shards: {error}.") from error
-    if not plain or not whole or not names:
-        raise FileError(f"{path}: not an index of files in its own folder. It is not followed.")
+    except ValueError as error:
+        raise FileError(f"{path}: not an index of shards ({error}). Download it again.") from error
+    told = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(told, dict) or not told or not isinstance(index.get("metadata", {}), dict):
+        raise FileError(
+            f'{path}: not an index of shards, which has a "weight_map" of tensors and their files. '
+            "Download it again."
+        )
+    for key, name in told.items():
+        if not _is_plain(name):
+            raise FileError(
+                f"{path}: places {key} in {spelled(name)}, which names no file of its own folder "
+                "and is not followed. Put all files in one folder, and name them so."
+            )
     return index  # type: ignore[no-any-return]
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name stays in its folder."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+def _is_plain(name: object) -> bool:
+    """Whether something names a file of its own folder."""
+    outside = ("", ".", "..")
+    return isinstance(name, str) and name not in outside and not set(name) & set("/\\:\0")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, ParamloraWarning, listed, unwritten
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -24,13 +25,13 @@ from paramlora.files.adapters import (
     write_adapter,
 )
 from paramlora.files.atomic import PathLike, check_lost, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, opened
+from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, entries_of, opened
 from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
 from paramlora.formats import Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
-from paramlora.formats.content import DEFAULTS
+from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
@@ -101,10 +102,11 @@ def embed(
     """
     check_new(out, force)
     with opened(base, key) as stored:
-        found = _adapter(adapter, stored, options, known)
-        plan = embed_plan(Contents(stored.specs), found)
+        found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
+        plan = embed_plan(contents, found)
+        _warn_inside(contents, base)
         done = _write(stored, plan, Path(out), dry_run, progress)
-    return replace(done, updates=len(found.updates) + len(found.whole), largest=None)
+    return replace(done, updates=len(found.values()), largest=None)
 
 
 def extract(
@@ -228,14 +230,27 @@ def _adapter(
     """An adapter of any tool, its names and shapes those of the checkpoint."""
     if isinstance(adapter, Adapter):
         return adapter
-    shapes = {key: spec.shape for key, spec in stored.specs.items()}
+    shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
     if format_of(adapter) != NATIVE:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        return read_native(adapter)
+        found = read_native(adapter)
+        check_finite(found, str(adapter))
+        return found
     found = read_adapter(adapter, base, options)
-    return found if options.strict else without_strangers(found, set(stored.specs), str(adapter))
+    return found if options.strict else without_strangers(found, shapes, str(adapter))
+
+
+def _warn_inside(contents: Contents, base: PathLike) -> None:
+    """Tell that what two adapters have inside of one file is not to be told apart again."""
+    if any(key.of_update for key in contents.keys.values()):
+        warnings.warn(
+            f"{base}: an adapter is inside already. The new file loads with both attached, and "
+            "extract cannot take them apart again: keep their own files.",
+            ParamloraWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> None:
@@ -336,11 +351,12 @@ def _check_space(out: Path, size: int) -> None:
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
-        raise FileError(
-            f"{out}: cannot be written: {error.strerror}. Nothing was written."
-        ) from error
+        raise unwritten(out, error) from error
     if size > free:
-        raise FileError(f"{out}: needs {size:,} bytes, and {free:,} are free. Nothing was written.")
+        raise FileError(
+            f"{out}: needs {size:,} bytes, and {free:,} are free. Make room there, or give a place "
+            "on another disk. Nothing was written."
+        )
 
 
 def _write_folder(
@@ -394,7 +410,7 @@ def _check_lost_inside(stored: Pipeline, beside: Mapping[Path, list[Path]], out:
         names = [path.name for path in files]
         if component is not None:
             names += [*component.parts, *([component.index_name] if component.index else [])]
-        if place != Path() and (out / place).is_dir():
+        if place != Path() and os.path.isdir(out / place):
             check_lost(out / place, out / place, names)
 
 
@@ -421,9 +437,9 @@ def _beside(folder: Path) -> list[Path]:
     return _every(folder, lambda path: not _is_weights(path))
 
 
-def _every(folder: Path, wanted: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
     """The files of a folder itself, without links to elsewhere."""
-    there = [path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path)]
+    there = [path for path in entries_of(folder) if os.path.isfile(path) and wanted(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."

@@ -111,11 +111,15 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
     content = outlined(path)
     form = formats.form_of(content)
     form.check(content)
+    held = opened(path)
+
+    options = formats.noting(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(opened(path), base, options)
+        adapter = form.read(held, base, options)
         if base is not None or options.component is not None:
             adapter = formats.chosen(form, adapter, base, options, content.source)
+    formats.check_alpha(content.source, options)
     if options.component is not None and base is None and not adapter.values():
         raise FileError(f"{content.source}: {formats.none_of(options.component)}.")
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]

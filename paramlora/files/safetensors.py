@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import MOST_TEXT, open_regular, parse_json
-from paramlora.errors import FileError, spelled
+from paramlora.errors import FileError, spelled, unread
 from paramlora.files.atomic import Ahead
 from paramlora.update.geometry import MOST_SIDE, possible
 from paramlora.update.memory import bytes_of
@@ -133,7 +133,7 @@ class SafeFile:
             while buffer and (got := self._file.readinto(buffer)):  # the system may give less
                 buffer = buffer[got:]
         except OSError as error:
-            raise FileError(f"{self.path}: cannot be read: {error.strerror}.") from error
+            raise unread(self.path, error) from error
         if buffer:
             raise self._damaged("it became shorter while it was read")
 

@@ -3,7 +3,9 @@
 import io
 import re
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
@@ -11,13 +13,14 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import MOST_TEXT, head_of, open_regular
-from paramlora.errors import FileError
+from paramlora.errors import FileError, listed, unread
 from paramlora.files.opcodes import Told, Unsafe, told
 from paramlora.files.safetensors import Count, Spec, spec_of
 from paramlora.update.geometry import possible
 from paramlora.update.memory import pieces_of
 
 _NESTS = ("state_dict", "model", "module")
+_MOST_TOLD, _MOST_LEVELS = 8, 4  # of the places of state dicts that an error names
 
 
 class PickledFile:
@@ -129,7 +132,7 @@ def load(path: Path) -> Any:
     except Unsafe as error:
         raise _needs(path, error.names) from error
     except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise unread(path, error) from error
     except Exception as error:  # an unpickler of hostile bytes raises whatever they lead to
         raise _refused(path, error) from error
 
@@ -185,7 +188,10 @@ def _refused(path: Path, error: Exception) -> FileError:
     if named:
         return _needs(path, [named[1]])
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return FileError(f"{path}: not a whole file of torch.save ({reason}). Copy or save it again.")
+    return FileError(
+        f"{path}: not a whole file of torch.save ({reason}). Copy it again, or save "
+        "its tensors with torch.save."
+    )
 
 
 def _place(path: Path, whole: Any, key: Optional[str]) -> tuple[str, ...]:
@@ -197,7 +203,31 @@ def _place(path: Path, whole: Any, key: Optional[str]) -> tuple[str, ...]:
         if _is_state(level):
             return place
     wanted = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
-    raise FileError(f"{path}: no state dict {wanted}. Name its place with key (--key).")
+    raise FileError(f"{path}: no state dict {wanted}. {_way_out(whole)}.")
+
+
+def _way_out(whole: Any) -> str:
+    if _is_state(whole):  # a key was given
+        return "It is at the top: leave out key (--key)"
+    there = list(islice(_states(whole), _MOST_TOLD))
+    if there:
+        return f"Name its place with key (--key), of: {listed(there)}"
+    return "Give a checkpoint, or name the place with key (--key)"
+
+
+def _states(whole: Any) -> Iterator[str]:
+    """The places of state dicts, one below the other; not deep, and never two ways to one."""
+    levels: deque[tuple[tuple[str, ...], Any]] = deque([((), whole)])
+    seen = {id(whole)}
+    while levels:
+        place, level = levels.popleft()
+        if place and _is_state(level):
+            yield ".".join(place)
+        if len(place) < _MOST_LEVELS and isinstance(level, Mapping):
+            for name, inner in level.items():
+                if isinstance(name, str) and isinstance(inner, Mapping) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    levels.append(((*place, name), inner))
 
 
 def _is_state(value: Any) -> bool:

@@ -147,16 +147,25 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def check_alpha(alpha: Optional[Noted], source: str) -> None:
+def noting(options: Options) -> Options:
+    """The same options, whose alpha knows whether it was used (see `check_alpha`)."""
+    return options if options.alpha is None else replace(options, alpha=Noted(options.alpha))
+
+
+def check_alpha(source: str, options: Options) -> None:
     """Refuse an alpha where the file tells all scales itself: it has said nothing.
+
+    Args:
+        source: the file's name.
+        options: how it was read, from `noting`.
 
     Raises:
         FileError: names the alpha.
     """
-    if alpha is not None and not alpha.used:
+    if isinstance(options.alpha, Noted) and not options.alpha.used:
         raise FileError(
-            f"{source}: alpha = {float(alpha):g} says nothing to it, since it tells its own "
-            "scales. Leave alpha (--alpha) out."
+            f"{source}: alpha = {float(options.alpha):g} says nothing to it, since it tells its "
+            "own scales. Leave alpha (--alpha) out."
         )
 
 

@@ -171,6 +171,9 @@ def refuse_dora(content: Content, keys: Iterable[str]) -> None:
     )
 
 
+_SOUND = "It was damaged in training or in copying: give a sound copy, or one from before."
+
+
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     bad = [
@@ -179,7 +182,7 @@ def check_finite(adapter: Adapter, source: str) -> None:
         for name, tensor in value.tensors().items()
         if not torch.isfinite(tensor).all()
     ]
-    report(source, "not finite", bad, True, "It was damaged in training or in copying.")
+    report(source, "not finite", bad, True, _SOUND)
 
 
 def check_values(adapter: Adapter, source: str) -> None:
@@ -194,9 +197,11 @@ def number(value: Any, where: str) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise FileError(f"{where}: {spelled(value)} is not a number ({error}).") from error
+        raise FileError(
+            f"{where}: {spelled(value)} is not a number ({error}). Mend it, or save it again."
+        ) from error
     if not torch.isfinite(torch.tensor(result)):
-        raise FileError(f"{where}: {result} is not finite.")
+        raise FileError(f"{where}: {result} is not finite. Mend it, or save it again.")
     return result
 
 
@@ -205,9 +210,13 @@ def parsed(text: str, where: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise FileError(f"{where}: its metadata is damaged: {error}.") from error
+        raise FileError(
+            f"{where}: its metadata is damaged ({error}). Copy or save it again."
+        ) from error
     if not isinstance(value, dict):
-        raise FileError(f"{where}: its metadata is a {type(value).__name__}, not an object.")
+        raise FileError(
+            f"{where}: its metadata is a {type(value).__name__}, not an object. Save it again."
+        )
     return value
 
 
@@ -216,7 +225,9 @@ def parsed_list(text: str, where: str) -> list[str]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise FileError(f"{where}: its metadata is damaged: {error}.") from error
+        raise FileError(
+            f"{where}: its metadata is damaged ({error}). Copy or save it again."
+        ) from error
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise FileError(f"{where}: its metadata is not a list of names.")
+        raise FileError(f"{where}: its metadata is not a list of names. Save it again.")
     return value

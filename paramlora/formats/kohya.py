@@ -129,7 +129,10 @@ def _update(
         check_factors(where, parts["diff"])
         delta, r = parts["diff"], 0
     else:
-        raise FileError(f"{where}: {', '.join(sorted(parts))}: no form that can be read.")
+        raise FileError(
+            f"{where}: {', '.join(sorted(parts))}: no form that can be read. Save it "
+            "again, with all parts."
+        )
     scale = _scale(alpha, r, exact, where) if r else 1.0
     return whole(delta.contiguous(), options.rank, scale)
 
@@ -170,7 +173,9 @@ def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> 
         _check_size(found[0].shape, most, where)
         return made({leaf: wide(t) for leaf, t in parts.items()}) if form else found
     except (RuntimeError, KeyError, EinopsError) as error:
-        raise FileError(f"{where}: its parts do not fit each other: {shapes}.") from error
+        raise FileError(
+            f"{where}: its parts do not fit each other: {shapes}. Save it again."
+        ) from error
 
 
 def _check_size(shape: "tuple[int, ...] | torch.Size", most: int, where: str) -> None:
@@ -178,7 +183,8 @@ def _check_size(shape: "tuple[int, ...] | torch.Size", most: int, where: str) ->
     if math.prod(shape) > most:
         layer = "any layer" if most == _MOST else "the model's layer"
         raise FileError(
-            f"{where}: a dense weight of {list(shape)} is more than {layer} has. Not formed."
+            f"{where}: a dense weight of {list(shape)} is more than {layer} has. Not "
+            "formed; give the model that it was made for."
         )
 
 

@@ -107,7 +107,7 @@ def _base(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
         isinstance(one, str) and re.fullmatch("([0-9a-f]{4}){1,16}", one) for one in told.values()
     )
     if not sound:
-        raise FileError(f'{path}: the "base" in its metadata is damaged.')
+        raise FileError(f'{path}: the "base" in its metadata is damaged. Copy or save it again.')
     return dict(told)
 
 
@@ -226,14 +226,16 @@ def _shapes(path: PurePath, about: Mapping[str, Any]) -> _Shapes:
                 raise ValueError(f"{stem}: no shape and layout of a weight")
             out[stem] = (shape, layout, groups, kind)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f'{path}: the "shapes" in its metadata are damaged: {error}.') from error
+        raise FileError(
+            f'{path}: the "shapes" in its metadata are damaged ({error}). Copy or save it again.'
+        ) from error
     return out
 
 
 def _ties(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
     ties = about.get("ties", {})
     if not isinstance(ties, dict) or not all(isinstance(head, str) for head in ties.values()):
-        raise FileError(f'{path}: the "ties" in its metadata are damaged.')
+        raise FileError(f'{path}: the "ties" in its metadata are damaged. Copy or save it again.')
     return ties
 
 
@@ -248,7 +250,9 @@ def _holders(path: PurePath, about: Mapping[str, Any]) -> _Holders:
                 raise ValueError(f"{stem}: no layer")
             out[stem] = holder
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f'{path}: the "holders" in its metadata are damaged: {error}.') from error
+        raise FileError(
+            f'{path}: the "holders" in its metadata are damaged ({error}). Copy or save it again.'
+        ) from error
     return out
 
 
@@ -297,15 +301,21 @@ def _about(path: PurePath, metadata: Mapping[str, str]) -> tuple[dict[str, Any],
         about: dict[str, Any] = parse_json(metadata["paramlora"])
         version, _, _ = about["format"], about["adapter"], about["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f'{path}: its "paramlora" metadata is damaged: {error}.') from error
+        raise FileError(
+            f'{path}: its "paramlora" metadata is damaged ({error}). Copy or save it again.'
+        ) from error
     if version != FORMAT_VERSION:
         raise FileError(
-            f"{path}: format {spelled(version)}; this paramlora reads {FORMAT_VERSION}. Upgrade it."
+            f"{path}: written in format {spelled(version)}, and this paramlora reads "
+            f"{FORMAT_VERSION}. Upgrade paramlora."
         )
     try:
-        return about, parsed(_escaped(about["config"]), path.name)
+        return about, parsed(_escaped(about["config"]), "configuration")
     except ConfigError as error:
-        raise FileError(f"{path}: its configuration is damaged: {error}") from error
+        raise FileError(
+            f"{path}: the configuration in its metadata is damaged ({str(error).rstrip('.')}). "
+            "Copy or save it again."
+        ) from error
 
 
 def _escaped(config: Any) -> Any:

@@ -280,12 +280,14 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("peft_type", "LORA")
     if kind not in _READ:
         raise FileError(
-            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only {", ".join(_READ)} can be read.'
+            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only {", ".join(_READ)} can be read. '
+            "Merge it with peft."
         )
     for name, types in _TYPES.items():
         if not isinstance(config.get(name), (*types, type(None))):
             raise FileError(
-                f'{source}: "{name}" is {spelled(config[name])}; its configuration is damaged.'
+                f'{source}: "{name}" is {spelled(config[name])}; its configuration is damaged. '
+                "Mend it, or save it again."
             )
     beyond = [name for name in _BEYOND if config.get(name)]
     init = config.get("init_lora_weights")

@@ -2,24 +2,12 @@
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from paramlora.errors import AdapterError
-from paramlora.model.attach import (
-    base_of,
-    check_adapters,
-    disable_adapters,
-    placed,
-    updates_of,
-)
-from paramlora.model.quantised import dense
-from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.sharded import gathered
-from paramlora.update.sum import LowRankTerm
+from paramlora.model.attach import check_adapters, placed
+from paramlora.model.norms import relative_size
 
 
-@torch.no_grad()
 def update_norms(model: nn.Module, adapter: str = "default") -> dict[str, float]:
     """The size of each update against its weight: ``‖W' - W‖ / ‖W‖``, Frobenius norms.
 
@@ -48,10 +36,9 @@ def update_norms(model: nn.Module, adapter: str = "default") -> dict[str, float]
     found: dict[str, float] = {}
     for path, module, update in placed(model):
         if update.adapter == adapter and path not in found:
-            base = _base(module, update)
-            size = _size(update, base)
+            size = relative_size(module, update)
             if size is not None:
-                found[path] = (size / _norm(base)).item()
+                found[path] = size
     return found
 
 
@@ -81,39 +68,3 @@ def log_updates(
     """
     for path, norm in update_norms(model, adapter).items():
         write(f"update/{path}", norm, step)
-
-
-def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
-    """The weight that an update of this layer acts on, as numbers."""
-    held = {name: list(of) for name, of in updates_of(module)}
-    (name,) = [name for name, of in held.items() if any(one is update for one in of)]
-    if all(isinstance(one, AttachedUpdate) for one in held[name]):
-        return dense(module, base_of(module, name).detach())
-    with disable_adapters(module):  # under a weight norm, the weight is what that computes
-        return getattr(module, name).detach()  # type: ignore[no-any-return]
-
-
-def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
-    """How much the update changes its weight by; None of what changes no weight of numbers."""
-    try:
-        update.check_mergeable("")
-        term = answer(update, "term")
-    except AdapterError:
-        return None
-    if not base.is_floating_point():  # a count of batches
-        return None
-    if type(term) is LowRankTerm:
-        a, b = (gathered(factor).to(torch.float64) for factor in (term.lora_A, term.lora_B))
-        # ‖B·A‖² = trace(BᵀB · AAᵀ), which needs no product of the weight's size
-        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
-        return square.sqrt() * gathered(term.factor).abs()
-    before = base.to(_wide(base))
-    return _norm(update(before) - before)
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return gathered(torch.linalg.vector_norm(tensor, dtype=_wide(tensor))).to(torch.float64)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paramlora.config import ConfigLike, LoRAConfig, as_config
 from paramlora.errors import AdapterError, ParamloraWarning, TargetError
 from paramlora.model.branch import add_branch, remove_branches
+from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
 from paramlora.model.forwards import honours_dropout
 from paramlora.model.input_grads import (
@@ -53,13 +54,29 @@ _LOCK = threading.RLock()
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     config: ConfigLike,
     adapter: str = "default",
     strict: bool = False,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Adapt `model` in place and return it; all or nothing.
+
+    The configuration is ``{name: entry, ...}``. A name is a path, matched by whole dotted
+    components from the right (``"to_q"``, ``"attn1.to_q"``, ``"attn.in_proj_weight"``), with ``*``
+    for any one component; ``"re:..."``, a regular expression of whole paths; ``"type:Linear"``, a
+    class; ``"attention"`` or ``"all-linear"``. Beside the entries, ``"exclude": [names]`` leaves
+    tensors out of all of them, and ``"trainable_model": 1`` lets the backbone train. An entry (see
+    `Entry` and docs/configuration.md) holds:
+
+    - ``r``: the rank, required but for ``whole`` and ``rows``;
+    - ``scale`` (1), the factor of the update, or ``alpha``: ``scale = alpha / r``, and with
+      ``rslora`` ``alpha / sqrt(r)``; ``trainable_scale`` trains it too;
+    - ``hard`` (1): parametrize the weight, or 0: add a parallel branch, for convolutions with
+      ``up_kernel`` 1 or ``"same"``;
+    - ``dropout`` (0) on the branch's input; ``init``, how the factors start; ``adapter_dtype``;
+    - ``kind`` (``"lora"``, ``"dora"``, ``"loha"``, ``"lokr"``) with the keys of that kind;
+    - ``whole``: train what is named itself, instead; ``rows``: some rows of it.
 
     Args:
         model: any module; layers keep their places, names and ``isinstance``.
@@ -174,7 +191,7 @@ def attach_targets(
     warn_moving(model)
 
 
-def detach(model: nn.Module, adapters: "str | list[str] | None" = None) -> nn.Module:
+def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     """Take updates off without merging; the base comes back bit for bit.
 
     With the last adapter everything that `attach` changed is as it was: what it froze trains again,
@@ -271,7 +288,7 @@ def _strength(name: str, value: Any) -> float:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: Model) -> Iterator[Model]:
     """Inside the block the model is the base, exactly.
 
     Blocks nest and may overlap: the adapters act again when the last one is left, with the
@@ -284,16 +301,19 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         >>> with disable_adapters(model):
         ...     assert model.weight is model.parametrizations.weight.original
     """
-    found, block = [update for _, _, update in updates(model)], object()
-    try:
-        _mute(found, lambda muted: muted | {block})
+    found = [update for _, _, update in updates(model)]
+
+    def enter(kept: list[object]) -> None:
+        kept.append(object())  # first: what stops the next line finds it
+        _mute(found, lambda muted: muted | {*kept})
+
+    def leave(kept: list[object]) -> None:
+        if kept:
+            to_the_end(lambda: _mute(found, lambda muted: muted - {*kept}))
+            kept.clear()
+
+    with surely_left(enter, leave):
         yield model
-    finally:
-        try:
-            _mute(found, lambda muted: muted - {block})
-        except BaseException:  # else nothing would ever close the block
-            to_the_end(lambda: _mute(found, lambda muted: muted - {block}))
-            raise
 
 
 def _mute(
@@ -305,7 +325,7 @@ def _mute(
         put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
 
-def rounding(model: nn.Module, how: str) -> nn.Module:
+def rounding(model: Model, how: str) -> Model:
     """How the layers of 16 bits round from now on; returns the same model.
 
     Args:
@@ -473,7 +493,8 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 def _like(base: Tensor, target: Target) -> Tensor:
     """Memory of the target's shape, where the base is stored in another."""
     dtype = base.dtype if base.is_floating_point() else torch.bfloat16
-    return torch.empty(target.shape, dtype=dtype, device=base.device)
+    memory = torch.empty(target.shape, dtype=dtype, device=base.device)
+    return nn.Parameter(memory, False) if isinstance(base, nn.Parameter) else memory
 
 
 def _value(module: nn.Module, target: Target) -> Tensor:
@@ -495,12 +516,16 @@ def _read(module: nn.Module, name: str) -> Tensor:
 
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
+    kind = kind_of(target.entry)
+    if kind.alone and all(type(update) is kind for update in there):
+        return  # each adapter has its own
     for update in there:
-        if isinstance(update, AttachedUpdate) and (update.alone or kind_of(target.entry).alone):
+        if isinstance(update, AttachedUpdate) and (update.alone or kind.alone):
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
-                f'"{update.adapter}" adapts already: a tensor trained whole has no other update. '
-                "Detach or merge that adapter first."
+                f'"{update.adapter}" adapts already: a tensor trained whole has no update beside '
+                "it but those of other adapters that train it whole. Detach or merge that adapter "
+                "first, or leave the tensor out."
             )
 
 

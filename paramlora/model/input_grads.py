@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.model.classes import Model
 from paramlora.model.recomputed import AGAIN
 
 _TOLD = "gradient_checkpointing"
 
 
-def enable_input_grads(model: nn.Module, *sources: nn.Module) -> nn.Module:
+def enable_input_grads(model: Model, *sources: nn.Module) -> Model:
     """Let gradients begin at the model's input, before its first adapted layer; returns it.
 
     ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` gives a segment gradients only

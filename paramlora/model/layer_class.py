@@ -5,7 +5,8 @@ import sys
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, Optional
+from itertools import takewhile
+from typing import Any, Optional, cast
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -20,6 +21,7 @@ from paramlora.model.sums import read
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
+from paramlora.update.whole import Whole, together
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -53,6 +55,17 @@ def adapted_by(module: nn.Module, name: str) -> list[str]:
 class Updates(ParametrizationList):
     """Torch's list of parametrizations, where one that computes the tensor from several cannot
     follow ours, which give one: torch would take it, and every call of the layer would fail."""
+
+    def forward(self) -> Tensor:
+        """As torch's, and of several adapters that train the tensor whole their sum."""
+        held = list(self._modules.values()) if len(self) > 1 else []
+        wholes = list(takewhile(lambda one: isinstance(one, Whole), held))
+        if len(wholes) < 2:
+            return super().forward()
+        value = together(cast("list[Whole]", wholes), self.original)
+        for other in held[len(wholes) :]:
+            value = cast(Any, other)(value)
+        return value
 
     def append(self, module: nn.Module) -> "Updates":
         taken = signature(module.forward).parameters.values()

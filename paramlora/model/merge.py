@@ -17,6 +17,7 @@ from paramlora.model.attach import (
     updates_of,
     with_lists,
 )
+from paramlora.model.classes import Model
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.model.targets import stem
@@ -28,6 +29,7 @@ from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, told
+from paramlora.update.whole import Whole, summed, terms_of
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -38,15 +40,15 @@ _Round = Callable[[], Optional[Rounding]]
 
 @overload
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     report: Literal[False] = False,
     seed: Optional[int] = None,
-) -> nn.Module: ...
+) -> Model: ...
 @overload
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     *,
@@ -57,12 +59,12 @@ def merge(
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(
-    model: nn.Module,
+    model: Model,
     adapters: "str | list[str] | None" = None,
     dequantize: bool = False,
     report: bool = False,
     seed: Optional[int] = None,
-) -> Union[nn.Module, KeptReport]:
+) -> Union[Model, KeptReport]:
     """Fold the updates into the base weights and erase them; returns the same model.
 
     The sum is computed in float32 (float64 for a float64 base), outside of any autocast, and
@@ -276,13 +278,15 @@ def _sum(
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         return _folded_together(base, acting).to(base.dtype)
-    return folded(base, [answer(update, "term") for update in acting], rounding)
+    return folded(base, terms_of(acting, base), rounding)
 
 
 def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
     """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep."""
-    terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
     bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
+    terms = [
+        terms_of([one for one in ours if one.acts], base) for (*_, ours), base in zip(jobs, bases)
+    ]
     for (module, name, _), base in zip(jobs, bases):
         if is_storage(base.dtype) and not counted:
             raise AdapterError(
@@ -316,6 +320,9 @@ def _full(model: nn.Module, module: nn.Module, name: str) -> str:
 def _folded_together(base: Tensor, acting: list[AttachedUpdate]) -> Tensor:
     """Each process forms its own part of the sum, whose blocks the others could not follow."""
     total = base.to(torch.promote_types(base.dtype, torch.float32))
+    wholes = [update for update in acting if isinstance(update, Whole)]
+    if len(wholes) > 1:
+        return summed(wholes, base)
     for update in acting:
         total = update(total)
     return total

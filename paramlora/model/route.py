@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -21,7 +22,7 @@ from paramlora.model.forwards import forward_of
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import by_rows, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
-from paramlora.model.undo import to_the_end
+from paramlora.model.undo import surely_left
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.choice import Choice
 from paramlora.update.lowrank import LowRank
@@ -79,16 +80,15 @@ def route(
     if not isinstance(dim, int) or dim < 0:
         raise AdapterError(f"dim must be a whole number of at least 0, got {dim!r}.")
     rows, split = _checked(model, there, index, dim, cu_seqlens is not None)
-    undo: list[_Undo] = []
-    try:
+
+    def enter(undo: list[_Undo]) -> None:
         _enter(model, rows, undo)
-        if split:
-            groups = _groups(there, index)
-            for layer in split:
-                _replace(layer, by_rows(layer, dim, groups), undo)
+        groups = _groups(there, index) if split else {}
+        for layer in split:
+            _replace(layer, by_rows(layer, dim, groups), undo)
+
+    with surely_left(enter, _leave):
         yield model
-    finally:
-        to_the_end(lambda: _leave(undo))
 
 
 def _index(
@@ -258,7 +258,19 @@ def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Choice]], undo: li
     for layer in model.modules():
         # torch's fused evaluation reads the layers' weights, where a hook keeps it from that
         if isinstance(layer, nn.TransformerEncoderLayer) and holds_updates(layer):
-            undo.append(layer.register_forward_pre_hook(lambda *_: None).remove)
+            hook = partial(_nothing)  # one of its own, by which it is found
+            undo.append(partial(_unhook, layer, hook))  # first: what stops the next line needs it
+            layer.register_forward_pre_hook(hook)
+
+
+def _nothing(*_: Any) -> None:
+    """Nothing: that there is a hook is all that is wanted."""
+
+
+def _unhook(layer: nn.Module, hook: Callable[..., Any]) -> None:
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, other in hooks.items() if other is hook]:
+        del hooks[key]
 
 
 def _put(rows: Sequence[tuple[AttachedUpdate, Optional[Choice]]]) -> None:
@@ -270,11 +282,11 @@ def _replace(layer: nn.Module, forward: Callable[..., Any], undo: list[_Undo]) -
     """Give one layer another forward of its own, until it is left."""
     own = vars(layer)
     before = own.get("forward")
-    own["forward"] = forward
-    if before is None:
+    if before is None:  # first: what stops the last line needs it
         undo.append(lambda: own.pop("forward", None))
     else:
         undo.append(lambda: own.update(forward=before))
+    own["forward"] = forward
 
 
 def _leave(undo: list[_Undo]) -> None:

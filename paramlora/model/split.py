@@ -83,9 +83,12 @@ def by_rows(
         given, parts = dict(zip(names, args)) | kwargs, []
         for adapter, rows in groups.items():
             own = {k: _taken(layer, places, k, v, rows, count) for k, v in given.items()}
-            ONLY.adapter = adapter
-            try:
-                parts.append(forward(**own))
+            try:  # twice: what stops the line that leaves the one does not stop that of the other
+                try:
+                    ONLY.adapter = adapter
+                    parts.append(forward(**own))
+                finally:
+                    ONLY.adapter = UNSPLIT
             finally:
                 ONLY.adapter = UNSPLIT
         order = torch.argsort(torch.cat(list(groups.values())))

@@ -13,7 +13,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ParamloraWarning, TargetError, closest, listed
+from paramlora.errors import ConfigError, ParamloraWarning, TargetError, closest, listed
+from paramlora.model.classes import is_hf_conv1d, is_linear, is_of
+from paramlora.model.match import Names
+from paramlora.model.presets import PRESETS, Place, spelled_group
 from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.casts import is_storage
@@ -28,6 +31,7 @@ _WRAPPER = re.compile("|".join(_WRAPPED))
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 _LISTED = 12  # names in a message
+_BROADEST = {"all-linear": -3, "attention": -1}  # and between them "type:"
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 
 def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
     """As `targets`, of a model that is unwrapped and checked."""
-    places = _Places(model)
+    places = Places(model, parsed.exclude)
     found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
-    _report_empty(model, parsed, found, strict)
+    _report_empty(places, parsed, found, strict)
+    places.report_unused(parsed, strict)
     chosen = _most_specific(parsed, found)
     _check_thin(chosen)
     return [_checked(model, target) for target in chosen]
@@ -107,7 +112,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
     found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
     missing = sorted(entries.keys() - found)
     if missing:
-        text = f'"{missing[0]}" matches nothing.{_closest_in(model, missing[0])}'
+        text = f'"{missing[0]}" matches nothing.{closest_in(model, missing[0])}'
         text += f" So do {listed(missing[1:])}." if missing[1:] else ""
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
     return [_checked(model, target) for target in chosen]
@@ -123,7 +128,7 @@ def tensor_paths(model: nn.Module) -> set[str]:
     return {target.path for target in (*_all(model, _tensors), *_all(model, buffers_of))}
 
 
-def _all(model: nn.Module, places: Callable[[nn.Module], Iterator["_Place"]]) -> Iterator[Target]:
+def _all(model: nn.Module, places: Callable[[nn.Module], Iterator[Place]]) -> Iterator[Target]:
     for path, module, name, tensor in places(unwrapped(model)):
         yield _target(path, module, name, tensor, _NO_ENTRY)
 
@@ -225,20 +230,26 @@ def _computed(plist: Any) -> torch.Tensor:
     return plist()  # type: ignore[no-any-return]
 
 
-_Place = tuple[str, nn.Module, str, torch.Tensor]
-
-
-class _Places:
+class Places:
     """Every tensor of a model, found by what its path or its layer's path ends in.
 
     A file that was loaded has an entry for each layer: looking every one up among all paths would
     take a time that grows with the square of their number.
+
+    Args:
+        model: unwrapped.
+        exclude: what no entry may mean, see `Places.meant`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.all = list(_tensors(model))
-        self.buffers = list(buffers_of(model))
-        self._by_end: dict[str, list[_Place]] = {}
+    def __init__(self, model: nn.Module, exclude: tuple[str, ...] = ()) -> None:
+        self.model = model
+        self.every = [*_tensors(model), *buffers_of(model)]
+        self._out = {pattern: self._excluded(pattern) for pattern in exclude}
+        self.all = [one for one in _tensors(model) if not self.excludes(_full(one[0], one[2]))]
+        self.buffers = [
+            one for one in buffers_of(model) if not self.excludes(_full(one[0], one[2]))
+        ]
+        self._by_end: dict[str, list[Place]] = {}
         for place in self.all:
             for path in _names(place):
                 for end in _ends(own_path(path)):
@@ -246,10 +257,84 @@ class _Places:
                     if not found or found[-1] is not place:
                         found.append(place)
 
-    def matching(self, pattern: str) -> list[_Place]:
+    def matching(self, pattern: str) -> list[Place]:
+        """The tensors that an entry names, those of any size among them."""
+        if pattern.startswith("type:"):
+            return [one for one in self.all if is_of(pattern[5:], one[1])]
         if pattern.startswith("re:") or "*" in pattern.split("."):
             return [one for one in self.all if any(fits(pattern, name) for name in _names(one))]
-        return self._by_end.get(pattern, [])
+        named = self._by_end.get(pattern, [])
+        preset = PRESETS.get(pattern, _none) if not named else _none
+        return named or preset(self.model, self.all)
+
+    def named(self, pattern: str) -> set[str]:
+        """The paths of the modules, also those that hold others, and tensors of a name."""
+        if pattern.startswith("type:"):
+            return {path for path, one in self.model.named_modules() if is_of(pattern[5:], one)}
+        return {path for path in self._paths() if path and fits(pattern, path)}
+
+    def meant(self, pattern: str) -> set[str]:
+        """As `named`, in bounded time, and what a preset means.
+
+        Raises:
+            ValueError: a regular expression that could take for ever, or is none.
+        """
+        if pattern.startswith("re:"):
+            return _bounded(pattern, self._paths())
+        at = self.named(pattern)
+        if at or pattern not in PRESETS:
+            return at
+        meant = PRESETS[pattern](self.model, self.every)
+        return {_full(path, name) for path, _, name, _ in meant}
+
+    def _excluded(self, pattern: str) -> set[str]:
+        try:
+            return self.meant(pattern)
+        except ValueError as error:
+            raise ConfigError(f'"exclude": {error}. Give a plain name, or several.') from error
+
+    def excludes(self, path: str) -> bool:
+        """Whether a module or tensor, or what it lies in, is left out by the configuration."""
+        return any(not held.isdisjoint(holders_of(path)) for held in self._out.values())
+
+    def hides(self, pattern: str) -> bool:
+        """Whether a name would mean something, were nothing excluded."""
+        return bool(self._out) and bool(Places(self.model).matching(pattern))
+
+    def _paths(self) -> list[str]:
+        """The path of every module and tensor, as the model spells it."""
+        tensors = [_full(path, name) for path, _, name, _ in self.every]
+        return [*(path for path, _ in self.model.named_modules()), *tensors]
+
+    def report_unused(self, config: LoRAConfig, strict: bool) -> None:
+        """Tell of what an "exclude" names in vain."""
+        for pattern in [pattern for pattern, held in self._out.items() if not held]:
+            text = f'"{pattern}" in "exclude" matches nothing.{closest_in(self.model, pattern)}'
+            if strict:
+                raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
+            warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=5)
+
+
+def _bounded(pattern: str, paths: list[str]) -> set[str]:
+    """Those of the paths that a regular expression matches, in bounded time."""
+    names: dict[str, list[str]] = {}
+    for path in filter(None, paths):
+        names.setdefault(own_path(path), []).append(path)
+    return {one for name in Names(names).matching(pattern[3:]) for one in names[name]}
+
+
+def holders_of(path: str) -> list[str]:
+    """A path and those of all modules that it lies in, the model's own among them."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _none(model: nn.Module, places: object) -> list[Place]:
+    return []
+
+
+def _full(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _ends(path: str) -> Iterator[str]:
@@ -260,26 +345,25 @@ def _ends(path: str) -> Iterator[str]:
         yield path
 
 
-def _names(place: _Place) -> list[str]:
+def _names(place: Place) -> list[str]:
     """The paths by which an entry may name a tensor: its own, and a weight's layer's."""
     path, _, name, _ = place
     full = f"{path}.{name}" if path else name
     return [full, path] if name == "weight" else [full]
 
 
-def _matches(model: nn.Module, places: _Places, entry: TargetConfig) -> list[Target]:
+def _matches(model: nn.Module, places: Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
         return _whole(places, entry)
     out = []
     for path, module, name, tensor in places.matching(entry.name):
-        full = f"{path}.{name}" if path else name
         reason = _unfit(entry, module, tensor)
         if reason is None:
             out.append(_target(path, module, name, tensor, entry))
-        elif not _broad(entry.name):
-            raise TargetError(f'"{entry.name}" matches {full}, {reason}')
-    if not out:
-        _refuse_containers(model, entry)
+        elif not _broad(entry.name, tensor):
+            raise TargetError(f'"{entry.name}" matches {_full(path, name)}, {reason}')
+    if not out and not places.hides(entry.name):
+        _refuse_containers(places.model, entry)
     return out
 
 
@@ -305,19 +389,17 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     return reason and f"{reason}. Remove the entry."
 
 
-def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
+def _whole(places: Places, entry: TargetConfig) -> list[Target]:
     """Every tensor that the entry names, or that lies anywhere in a module that it names."""
-    out = []
+    out, named = [], places.named(entry.name)
     for path, module, name, tensor in places.all + places.buffers:
-        parts = [part for part in path.split(".") if part] + [name]
-        above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        if not any(fits(entry.name, one) for one in above):
+        if named.isdisjoint(holders_of(_full(path, name))):
             continue
         counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
         if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
             raise TargetError(
-                f'"{entry.name}" ("whole") matches {above[-1]}, of type {tensor.dtype}, which '
-                "cannot train. Name another, or adapt it with r."
+                f'"{entry.name}" ("whole") matches {_full(path, name)}, of type {tensor.dtype}, '
+                "which cannot train. Name another, or adapt it with r."
             )
         out.append(_target(path, module, name, tensor, entry))
     return out
@@ -325,7 +407,7 @@ def _whole(places: _Places, entry: TargetConfig) -> list[Target]:
 
 def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
     for path, module in model.named_modules():
-        if path and fits(entry.name, path):
+        if path and _means(entry.name, path, module):
             taken = {"parametrizations", BRANCHES} & set(path.split("."))
             if taken:
                 raise TargetError(
@@ -350,6 +432,10 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
             )
 
 
+def _means(pattern: str, path: str, module: nn.Module) -> bool:
+    return is_of(pattern[5:], module) if pattern.startswith("type:") else fits(pattern, path)
+
+
 def fits(pattern: str, path: str) -> bool:
     """Whole dotted components from the right; ``*`` is any one; ``re:`` matches the whole path."""
     if pattern.startswith("re:"):
@@ -367,15 +453,17 @@ def as_pattern(name: str) -> str:
     return r"(?:.*\.)?" + r"\.".join(parts)
 
 
-def _broad(pattern: str) -> bool:
-    """Whether a pattern sweeps up tensors that it does not name, such as biases."""
+def _broad(pattern: str, tensor: torch.Tensor) -> bool:
+    """Whether a pattern sweeps up a tensor that it does not name, such as a bias."""
+    if pattern.startswith("type:"):
+        return tensor.dim() < 2
     return pattern.startswith("re:") or pattern.split(".")[-1] == "*"
 
 
 def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
     if name == "weight" and isinstance(module, _FLAT) and not isinstance(module, _TRANSPOSED):
         return "matrix"
-    if name == "weight" and (isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module)):
+    if name == "weight" and (isinstance(module, _TRANSPOSED) or is_hf_conv1d(module)):
         return "transposed"
     return "stack" if tensor.dim() > 2 else "matrix"
 
@@ -383,7 +471,7 @@ def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
 def _kind(module: nn.Module, name: str) -> str:
     if name != "weight":
         return "parameter"
-    if isinstance(module, nn.Linear) or _is_hf_conv1d(module):
+    if is_linear(module):
         return "linear"
     if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
         return "convolution"
@@ -394,14 +482,6 @@ def _kind(module: nn.Module, name: str) -> str:
     )
     name = next(known)
     return "weight" if name == "Module" else name
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    """transformers.pytorch_utils.Conv1D stores ``[in, out]``; known by name, so not imported."""
-    return any(
-        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
-        for c in type(module).__mro__
-    )
 
 
 def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[Target]:
@@ -427,29 +507,59 @@ def _winner(group: list[Target]) -> Target:
 
 
 def specificity(name: str) -> int:
+    """How narrow a name is: of those that mean one tensor, the entry of the highest counts."""
+    if name in _BROADEST:
+        return _BROADEST[name]
+    if name.startswith("type:"):
+        return -2
     return 0 if name.startswith("re:") else len(name.split("."))
 
 
 def _report_empty(
-    model: nn.Module, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
+    places: Places, config: LoRAConfig, found: dict[str, list[Target]], strict: bool
 ) -> None:
     empty = [name for name, matches in found.items() if not matches]
     if not empty:
         return
-    text = " ".join(f'"{name}" matches nothing.{_closest_in(model, name)}' for name in empty)
+    told = {name: _why_nothing(places, name) for name in empty}
+    text = " ".join(f'"{name}" matches nothing{why}' for name, why in told.items())
     if len(empty) == len(found):
-        count = sum(1 for _ in model.modules())
+        count, model = sum(1 for _ in places.model.modules()), places.model
         raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
     if strict:
         raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
     warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
 
 
-def _closest_in(model: nn.Module, name: str) -> str:
-    last = name.split(".")[-1]
-    owners = [path.split(".")[-1] for path, _, n, t in _tensors(model) if t.dim() >= 2]
-    best = closest(last, sorted(set(owners) - {""}))
-    return f' Closest: "{best[0]}" ({owners.count(best[0])} layers).' if best else _there(owners)
+def _why_nothing(places: Places, name: str) -> str:
+    if places.hides(name):
+        return ' but what "exclude" leaves out.'
+    return f".{closest_in(places.model, name)}"
+
+
+def closest_in(model: nn.Module, name: str) -> str:
+    """What of the model's may have been meant by a name, or else what there is."""
+    owners = [(path, one) for path, one, _, t in _tensors(model) if t.dim() >= 2]
+    if name.startswith("type:"):
+        start, last = "type:", name[5:].split(".")[-1]
+        known = [_class_name(one) for _, one in dict.fromkeys(owners)]
+    else:
+        start, last = "", name.split(".")[-1]
+        known = [path.split(".")[-1] for path, _ in owners]
+    best = closest(last, sorted(set(known) - {""}))
+    if not best:
+        return _there(known)
+    return f' Closest: "{start}{best[0]}" ({_layers(known.count(best[0]))}).'
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a layer's class, without that of its updates."""
+    names = (c.__name__ for c in type(module).__mro__)
+    return next(name for name in names if not name.startswith("Parametrized"))
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count > 1)}"
 
 
 def _there(owners: list[str]) -> str:
@@ -464,9 +574,8 @@ def _there(owners: list[str]) -> str:
     for count, names in by_count.items():
         shown = [name for name in names if name][: max(left, 0)]
         left -= len(names)
-        each = " each" if len(shown) > 1 else ""
         if shown:
-            parts.append(f"{', '.join(shown)} ({count} layer{'s' * (count > 1)}{each})")
+            parts.append(spelled_group(shown, count))
     return f" There are: {'; '.join(parts)}{', and more' if left < 0 else ''}." if parts else ""
 
 
@@ -519,7 +628,7 @@ def _check_soft(target: Target, module: nn.Module) -> None:
             f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
         )
     convolution = isinstance(module, nn.modules.conv._ConvNd)
-    linear = isinstance(module, nn.Linear) or _is_hf_conv1d(module)
+    linear = is_linear(module)
     if target.tensor != "weight" or not (convolution or linear):
         raise TargetError(
             f"{where}, a {type(module).__name__}: a soft update serves Linear and convolutions. "

@@ -22,8 +22,10 @@ from paramlora.model.attach import (
     updates,
     updates_of,
 )
+from paramlora.model.classes import Model
 from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
+from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.lowrank import LowRank
 from paramlora.update.sharded import check_order
@@ -76,8 +78,17 @@ def _load(
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
+    held = {
+        path: {name: state[_key(path, name)] for name in update.plain()}
+        for path, update in stems.items()
+    }
+    to_the_end(lambda: _take(stems, held))
+
+
+def _take(stems: Mapping[str, AttachedUpdate], held: Mapping[str, dict[str, Tensor]]) -> None:
+    """Copy all values, which does the same when it is done again."""
     for path, update in stems.items():
-        update.load_plain({name: state[_key(path, name)] for name in update.plain()})
+        update.load_plain(held[path])
 
 
 def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: AttachedUpdate) -> None:
@@ -121,11 +132,11 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
 
 
 def attach_adapter(
-    model: nn.Module,
+    model: Model,
     adapter: Adapter,
     name: Optional[str] = None,
     max_rank: Optional[int] = None,
-) -> nn.Module:
+) -> Model:
     """Attach an adapter at its own paths and load its values; all or nothing.
 
     Args:
@@ -164,7 +175,7 @@ def attach_adapter(
     return model
 
 
-def swap_adapter(model: nn.Module, adapter: Adapter, into: str) -> nn.Module:
+def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
 
     Nothing is attached, so nothing compiles again and optimizers keep their parameters. A smaller

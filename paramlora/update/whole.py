@@ -1,15 +1,15 @@
 """A tensor trained whole beside its original: a new head, norms with their statistics, biases."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
-from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, answer, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout
 from paramlora.update.kinds import register
@@ -24,6 +24,9 @@ class Whole(AttachedUpdate):
 
     .. math:: W' = W + strength · (V - W)
 
+    Of several adapters that train one tensor, each has its own ``V``, and those that act are summed
+    as other updates are (`together`); of one that acts as it was trained it is ``V``, bit for bit.
+
     A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
     trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
     count of batches always itself.
@@ -32,13 +35,14 @@ class Whole(AttachedUpdate):
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
         adapter: the name under which it is switched and saved.
         gains: where updates that are made together share the tensor of their strength.
+        trains: whether it is a parameter; as `weight` is where None.
 
     Shapes: ``lora_whole`` has the shape of `weight`. Of a parameter it is a parameter, in float32
     on a 16-bit weight, where its updates would otherwise vanish, and in the weight's own type
     elsewhere; of a buffer it is a buffer of the same type.
     """
 
-    alone = True
+    alone = True  # but for others of its kind
     internal = True
     method = "whole"
     parts = {"lora_whole": "weight"}
@@ -46,9 +50,13 @@ class Whole(AttachedUpdate):
     unset: bool = False  # from the meta device: its memory has no values yet
 
     def __init__(
-        self, weight: Tensor, adapter: str = "default", gains: Optional[Gains] = None
+        self,
+        weight: Tensor,
+        adapter: str = "default",
+        gains: Optional[Gains] = None,
+        trains: Optional[bool] = None,
     ) -> None:
-        trains = isinstance(weight, nn.Parameter)
+        trains = isinstance(weight, nn.Parameter) if trains is None else trains
         dtype = torch.float32 if trains and weight.dtype.itemsize <= 2 else weight.dtype
         super().__init__(adapter, weight.device, dtype, gains)
         own = weight.detach().to(dtype, copy=True)
@@ -70,6 +78,13 @@ class Whole(AttachedUpdate):
             with in_own_types(weight):
                 own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
         return own.to(weight.dtype)
+
+    def change(self, start: Tensor) -> Tensor:
+        """What it adds to the base, ``strength · (V - W)``, in the type of `start`, the base."""
+        if self.unset:
+            self._start(start)
+        own = self.lora_whole.to(start.dtype)
+        return self._gain_for(own) * (own - start)
 
     def _gain_for(self, own: Tensor) -> Tensor:
         return self.gain.to(own.device, own.dtype)
@@ -101,7 +116,8 @@ class Whole(AttachedUpdate):
                 f'"{entry.name}" ("whole") matches {site.path or "weight"}, which lies on the '
                 "meta device and has no values to start from. Load the model first."
             )
-        return cls(site.shown(), adapter, gains)
+        # what another parametrization shows is no parameter, and is made of some
+        return cls(site.shown(), adapter, gains, isinstance(site.weight, nn.Parameter))
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
@@ -155,3 +171,43 @@ class Whole(AttachedUpdate):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"
+
+
+def together(wholes: Sequence[Whole], weight: Tensor) -> Tensor:
+    r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
+
+    Args:
+        wholes: at least one.
+        weight: the base.
+
+    Returns:
+        The one of them that acts, if it is only one and acts as it was trained; otherwise a tensor
+        of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
+    """
+    acting = [one for one in wholes if one.acts]
+    if len(acting) < 2 or not weight.is_floating_point():
+        return cast(Tensor, (acting or wholes)[-1](weight))
+    return summed(acting, weight).to(weight.dtype)
+
+
+def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
+    """The sum of `together` before it is rounded to `weight`'s type."""
+    start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
+    with in_own_types(weight):
+        total = start
+        for one in acting:
+            total = total + one.change(start)
+    return total
+
+
+def terms_of(updates: Sequence[AttachedUpdate], base: Tensor) -> list[Term]:
+    """What updates that act do to a base, for the sum of a merge.
+
+    Args:
+        updates: of one tensor; of several that are trained whole the sum is one term.
+        base: the tensor.
+    """
+    wholes = [one for one in updates if isinstance(one, Whole)]
+    if len(wholes) < 2 or not base.is_floating_point():
+        return [answer(one, "term") for one in updates]
+    return [WholeTerm(summed(wholes, base), torch.ones(()))]

@@ -21,7 +21,7 @@ from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
 from tests.cuda import interpreted
 
-NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
 LAYERS = [(8192, 4096, 4096, 16), (64, 4096, 4096, 64)]  # rows, in, out, rank
 HOPPER = [(16384, 320, 320, 32), (70, 317, 211, 5)]
 WIDE = [(8192, 1024, 1024, 128), (600, 256, 512, 128), (300, 512, 256, 256)]  # and eager
@@ -49,7 +49,8 @@ def source(kernel, arguments):
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def main(capability):
+def main(capability, few=False):
+    """Of every kernel, or a few of each operation."""
     shared = {}
 
     def compiled(self, pointers, addresses, values=(), blocks=()):
@@ -68,6 +69,13 @@ def main(capability):
     hopper = 90 <= capability < 120
     for planned in (fused, joined, lookup):
         planned.card = lambda device: Card(divmod(capability, 10), 132)
+    if few:
+        linear(64, 4096, 4096, 16)
+        linear(*LAYERS[0])
+        single_channels((8, 320, 64, 64), (1, 3), 8)
+        embedding(1000, 50000, 1024, 16)
+        json.dump(shared, sys.stdout)
+        return
     for interpreted.captured in (False, True):
         wide = WIDE if hopper and not interpreted.captured else []
         for shape in LAYERS + (HOPPER if hopper else []) + wide:
@@ -116,4 +124,4 @@ def embedding(rows, num, dim, r):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), len(sys.argv) > 2)

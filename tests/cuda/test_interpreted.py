@@ -53,6 +53,14 @@ def test_the_layers_ran_every_way(results):
     }
 
 
+def test_programs_may_start_in_any_order(results):
+    """What a program awaits is the work of one that has started before it."""
+    for name, (errors, ran) in chosen(results, "last first").items():
+        same = results[f"{name.removeprefix('last first: ')}, eager"]
+        assert [errors, ran] == same and ran == ["forward", "backward", "backward"]
+    assert len(chosen(results, "last first")) == 3
+
+
 def test_float16_is_finite_and_right_at_both_ends_of_its_range(results):
     ranges = chosen(results, "range")
     assert len(ranges) == 5 * 3 * 2

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 fused = pytest.importorskip("paramlora.cuda.linear.plan", reason="needs Triton")
+launch = pytest.importorskip("paramlora.cuda.launch", reason="needs Triton")
 joining = pytest.importorskip("paramlora.cuda.convolution.plan", reason="needs Triton")
 WANTED = (0, 2, 3, 4, 5)
 SMALL = [  # the thin product in the same grid
@@ -140,6 +141,8 @@ def test_no_race_among_programs_or_streams(shape):
         results.append(right)
     assert free > 8 * size
     assert all(map(all, results)), results
+    torch.cuda.synchronize()
+    assert not any(count.item() for count in launch._TICKETS.values()), "tickets left undrawn"
 
 
 def test_a_layer_of_no_rows_and_wrong_operands():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from paramlora.cuda.launches import Launches
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import CARDS, Card, Way
+from paramlora.evaluate.choose import CARDS, Asked, Thresholds, Way
 
 CPU, H100 = CARDS["cpu"], CARDS["NVIDIA H100 80GB HBM3"]
 LEAST = CPU.tiny
@@ -26,12 +27,15 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         (H100, F16, 8192, (4096, 4096), False, False, Way.FACTORED),
         (H100, BF16, 8192, (4096, 4096), True, True, Way.OPERATOR),
         (H100, BF16, 8192, (4096, 4096), False, True, Way.PLAIN),
-        (Card(), F32, 16, (64, 64), False, False, Way.FACTORED),
+        (Thresholds(), F32, 16, (64, 64), False, False, Way.FACTORED),
     ],
 )
 def test_the_way_of_a_linear_layer(card, dtype, tokens, shape, kernels, compiling, way):
-    numbers = tokens * shape[1]
-    assert choose.linear(card, dtype, numbers, shape, 16, kernels, compiling) is way
+    ours = Way.KERNELS if kernels else None
+    asked = Asked("linear", card, dtype, tokens * shape[1], shape, 16, ours, compiling)
+    assert choose.way(asked) is way
+    dropped = Way.PLAIN if compiling else Way.DROPPED
+    assert choose.way(asked._replace(dropout=True)) is dropped
 
 
 @pytest.mark.parametrize(
@@ -51,9 +55,41 @@ def test_the_way_of_a_linear_layer(card, dtype, tokens, shape, kernels, compilin
     ],
 )
 def test_the_way_of_a_convolution(card, dtype, side, shape, groups, kernels, compiling, way):
-    numbers, stride = 2 * shape[1] * groups * side * side, (1, 1)
-    got = choose.convolution(card, dtype, numbers, shape, stride, groups, kernels, compiling)
-    assert got is way
+    about = (2 * shape[1] * groups * side * side, shape, 16, kernels, compiling)
+    asked = Asked("convolution", card, dtype, *about, stride=(1, 1), groups=groups)
+    assert choose.way(asked) is way
+    dropped = Way.PLAIN if compiling else Way.DROPPED
+    assert choose.way(asked._replace(dropout=True)) is dropped
+
+
+@pytest.mark.parametrize("compiling", (False, True))
+@pytest.mark.parametrize("ours", (None, Way.KERNELS))
+def test_the_way_of_an_embedding(ours, compiling):
+    way = choose.way(Asked("embedding", H100, BF16, 64, (5000, 512), 16, ours, compiling))
+    assert way is (Way.KERNELS if ours and not compiling else Way.PLAIN)
+
+
+@pytest.mark.parametrize(
+    "sizes, R, captured, hopper, wanted, how",
+    [
+        ((8192, 512, 1024), 16, False, True, None, Launches.TOGETHER),
+        ((8192, 512, 1024), 16, False, False, (True, True), Launches.TOGETHER),
+        ((8192, 512, 1024), 16, False, True, (True, False), Launches.APART),
+        ((8192, 512, 1024), 16, True, True, None, Launches.APART),
+        ((512, 512, 1024), 16, True, True, None, Launches.PREPARED),
+        ((512, 512, 1024), 16, True, True, (True, True), Launches.APART),
+        ((512, 512, 1024), 16, True, False, None, Launches.APART),
+        ((8192, 4096, 2048), 16, False, True, None, Launches.APART),
+        ((32768, 4096, 2048), 16, False, True, None, Launches.PREPARED),
+        ((600, 512, 256), 128, False, True, None, Launches.TOGETHER),
+        ((600, 512, 256), 128, False, False, None, Launches.CUBLAS),
+        ((600, 512, 256), 128, True, True, None, Launches.CUBLAS),
+        ((8192, 4096, 2048), 256, False, True, None, Launches.CUBLAS),
+        ((300, 512, 256), 256, False, True, (True, True), Launches.APART),
+    ],
+)
+def test_the_launches_of_our_kernels(sizes, R, captured, hopper, wanted, how):
+    assert choose.launches(sizes, R, captured, hopper, wanted) is how
 
 
 @pytest.mark.parametrize(
@@ -61,8 +97,11 @@ def test_the_way_of_a_convolution(card, dtype, side, shape, groups, kernels, com
     [
         ("NVIDIA H200", (9, 0), 132, "NVIDIA H200"),
         ("some card", (9, 0), 132, "NVIDIA H100 80GB HBM3"),
-        ("some card", (8, 6), 84, "NVIDIA H100 80GB HBM3"),
-        ("some card", (12, 0), 170, "NVIDIA H100 80GB HBM3"),
+        ("some card", (8, 6), 84, "NVIDIA A10"),
+        ("some card", (8, 7), 16, "NVIDIA A10"),
+        ("some card", (8, 0), 56, "NVIDIA A100-SXM4-80GB"),
+        ("some card", (10, 3), 148, "NVIDIA B200"),
+        ("some card", (12, 1), 48, "NVIDIA GeForce RTX 5090"),
     ],
 )
 def test_an_unknown_card_gets_the_nearest_table(name, capability, processors, like):
@@ -72,9 +111,9 @@ def test_an_unknown_card_gets_the_nearest_table(name, capability, processors, li
 def test_the_nearest_card_is_of_its_generation_first(monkeypatch):
     cards = {
         "cpu": CPU,
-        "large": Card(capability=(9, 0), processors=132),
-        "older": Card(capability=(8, 6), processors=132),
-        "small": Card(capability=(9, 0), processors=78),
+        "large": Thresholds(capability=(9, 0), processors=132),
+        "older": Thresholds(capability=(8, 6), processors=132),
+        "small": Thresholds(capability=(9, 0), processors=78),
     }
     monkeypatch.setattr(choose, "CARDS", cards)
     assert choose.nearest("new", (9, 0), 80) is cards["small"]
@@ -82,8 +121,8 @@ def test_the_nearest_card_is_of_its_generation_first(monkeypatch):
 
 
 def test_other_devices_are_unknown():
-    assert choose.card_of(torch.empty(1)) is CPU
-    assert choose.card_of(torch.empty(1, device="meta")) == Card()
+    assert choose.thresholds_of(torch.empty(1)) is CPU
+    assert choose.thresholds_of(torch.empty(1, device="meta")) == Thresholds()
 
 
 def test_the_choice_between_the_two_ways():

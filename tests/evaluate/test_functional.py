@@ -64,7 +64,7 @@ def test_linear_and_only_the_wanted_gradients(tokens, fan_in, out, r, which, str
 @pytest.mark.parametrize("tiny", (0, choose.CARDS["cpu"].tiny))
 @pytest.mark.parametrize("tokens", (3, 50))
 def test_linear_and_its_gradient_can_be_differentiated_again(tokens, tiny, monkeypatch):
-    monkeypatch.setattr(choose, "_CPU", choose.Card(tiny=tiny))
+    monkeypatch.setattr(choose, "_CPU", choose.Thresholds(tiny=tiny))
     values = [v.requires_grad_() for v in tensors((tokens,), 4, 5, 2)]
     assert torch.autograd.gradcheck(functional.linear, values)
     assert torch.autograd.gradgradcheck(functional.linear, values)
@@ -72,7 +72,7 @@ def test_linear_and_its_gradient_can_be_differentiated_again(tokens, tiny, monke
 
 @pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
 def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeypatch):
-    monkeypatch.setattr(choose, "_CPU", choose.Card(small=small, light=2**17))
+    monkeypatch.setattr(choose, "_CPU", choose.Thresholds(small=small, light=2**17))
     x, weight = torch.randn(2, 4, 5).double(), torch.randn(4, 2, 3).double()
     a, b = torch.randn(2, 6).double(), torch.randn(4, 2).double()
     values = [x, weight, torch.randn(4).double(), a, b, torch.tensor(0.5).double()]
@@ -101,7 +101,7 @@ def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
 @pytest.mark.parametrize("which", WHICH)
 def test_convolution_and_only_the_wanted_gradients(side, groups, way, which, monkeypatch):
     if way != "few":
-        monkeypatch.setattr(choose, "_CPU", choose.Card())
+        monkeypatch.setattr(choose, "_CPU", choose.Thresholds())
     if way == "thin" and groups == 1:  # what a GPU takes
 
         def on_a_gpu(kernel, a, scaled, wanted):
@@ -198,7 +198,7 @@ def test_a_graph_of_operations_takes_the_scale_as_an_input():
 @pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
 @pytest.mark.parametrize("kind", ("bfloat16", "float64"))
 def test_a_convolution_takes_factors_of_another_type(kind, small, monkeypatch):
-    monkeypatch.setattr(choose, "_CPU", choose.Card(small=small, light=2**17))
+    monkeypatch.setattr(choose, "_CPU", choose.Thresholds(small=small, light=2**17))
     layer = nn.Conv2d(4, 6, 3)
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2, "adapter_dtype": kind}})
     (_, _, update), x = next(updates(model)), torch.randn(2, 4, 9, 9)

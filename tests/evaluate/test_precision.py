@@ -165,7 +165,9 @@ def test_autocast_around_a_backward_changes_no_gradient(kind, dtype, device, mon
     """Only the forward's context counts, though an autograd function's operations meet this one;
     on CUDA in a thread where autocast's type is float16, which 1e5 overflows."""
     build, shape = FUNCTIONS[kind]
-    monkeypatch.setattr(choose, "card_of", lambda x: choose.Card())  # nothing is too small
+    monkeypatch.setattr(
+        choose, "thresholds_of", lambda x: choose.Thresholds()
+    )  # nothing is too small
     model = nn.Sequential(build()).to(device, dtype)
     paramlora.attach(model, {"0": {"r": 100 if kind == "wide rank" else 4}})
     for _, _, low in lowranks(model):

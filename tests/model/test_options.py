@@ -483,8 +483,10 @@ def test_a_whole_tensor_under_weight_norm_starts_from_what_is_seen():
     before, weight = model(x), layer.weight.detach().clone()
     paramlora.attach(model, {"0.weight": {"whole": 1}})
     torch.testing.assert_close(model(x), before, **CLOSE)
+    (trains,) = paramlora.trainable_parameters(model)  # what is seen is no parameter, and trains
+    assert trains is layer.parametrizations.weight[1].lora_whole
     with torch.no_grad():
-        layer.parametrizations.weight[1].lora_whole.add_(1)
+        trains.add_(1)
     paramlora.merge(model)
     torch.testing.assert_close(model[0].weight, weight + 1, **CLOSE)
 

@@ -64,6 +64,29 @@ KINDS = {  # (model, configurations)
 OPERATIONS = ("attach", "detach", "merge", "load_adapter", "set_adapters")
 
 
+class Later(nn.Module):
+    """A layer for each kind of update that is no product of two matrices, and experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.dora, self.loha = nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 4)
+        self.lokr, self.experts = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, tokens):
+        x = self.lokr(self.loha(self.dora(self.rows(tokens))))
+        return torch.einsum("bi,eoi->beo", x, self.experts)
+
+
+LATER = {
+    "rows": {"kind": "rows", "rows": [0, 3]},
+    "dora": {"r": 2, "kind": "dora"},
+    "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 2, "kind": "lokr"},
+    "experts": HARD,
+}
+KINDS["later"] = (Later, [LATER])
+
+
 def made(kind, attached):
     torch.manual_seed(0)
     model, configs = KINDS[kind][0](), KINDS[kind][1]
@@ -200,7 +223,11 @@ def operation(name, kind, folder):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_stopped_at_every_line(name, kind, tmp_path):
-    start, act = operation(name, kind, tmp_path)
+    check_stops(name, *operation(name, kind, tmp_path))
+
+
+def check_stops(name, start, act):
+    """Stopped at each line: as before or as after, and the same when it is done again."""
     before = picture(start)
     first = copy.deepcopy(start)  # fills the caches, traced as the others are, which run on less
     moments(lambda: act(first))
@@ -215,12 +242,116 @@ def test_stopped_at_every_line(name, kind, tmp_path):
         done = equal(now, after)
         assert done or equal(now, before), f"line {line} of {name}"
         halves += done
-        if name in ("merge", "detach") or not done and index % 10 == 0:  # again
+        if name.startswith(("merge", "detach")) or not done and index % 10 == 0:  # again
             act(model)
             assert equal(picture(model), after), f"repeated after line {line} of {name}"
     assert len(times) > 20
-    if name == "merge":
+    if name.startswith("merge"):
         assert halves > 10  # what stopped it once it had begun did not keep it from its end
+
+
+def two_adapters(make, config):
+    """Attached twice, every number another one."""
+    torch.manual_seed(0)
+    model = make()
+    for name in "ab":
+        paramlora.attach(model, config, name)
+    fill(model)
+    return model
+
+
+BLOCKS = {
+    "route": lambda model: paramlora.route(model, ["b", None]),
+    "disable_adapters": paramlora.disable_adapters,
+}
+ROUTED = {  # (model, configuration, input)
+    "linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU()), {"0": HARD}, (torch.ones(2, 4),)),
+    "soft": (lambda: nn.Sequential(nn.Linear(4, 3)), {"0": SOFT}, (torch.ones(2, 4),)),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+        {"in_proj_weight": HARD, "out_proj": HARD},
+        (torch.ones(2, 3, 4),) * 3,
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(),
+        {"linear1": HARD},
+        (torch.ones(2, 3, 4),),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "block, kind", [*(("route", kind) for kind in ROUTED), ("disable_adapters", "linear")]
+)
+def test_a_block_that_is_stopped_at_any_line_is_left(block, kind):
+    make, config, inputs = ROUTED[kind]
+    start = two_adapters(make, config)
+
+    def act(model):
+        with torch.no_grad(), BLOCKS[block](model):
+            return model(*inputs)
+
+    before, found = picture(start), []
+    first, second = copy.deepcopy(start), copy.deepcopy(start)
+    moments(lambda: act(first))  # fills the caches
+    times = moments(lambda: found.append(act(second)))
+    assert len(times) > 20
+    for line in times:
+        model = copy.deepcopy(start)
+        assert stopped(line, lambda model=model: act(model))
+        assert equal(picture(model), before), f"line {line}"
+        assert equal(act(model), found[0]), f"another result after line {line}"
+
+
+def into(model, folder, kind):
+    """What loads the adapter of another model of that kind into this one's."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for _, _, update in updates(other):
+            for p in update.parameters():
+                p.normal_()
+    path = folder / "other.safetensors"
+    paramlora.save_adapter(other, path, "a")
+    return lambda m: paramlora.load_adapter(m, path, into="a")
+
+
+def from_state(model, *_):
+    state = paramlora.adapter_state_dict(model, "a")
+    other = {key: value.clone().mul_(2) for key, value in state.items()}
+    return lambda m: paramlora.load_adapter_state_dict(m, other, "a")
+
+
+def reported(*_):
+    return lambda m: paramlora.merge(m, report=True)
+
+
+def at_random(model, *_):
+    return lambda m: paramlora.merge(m, seed=1)
+
+
+LATER_OPERATIONS = {
+    "load into": into,
+    "load a state": from_state,
+    "merge reported": reported,
+    "merge at random": at_random,
+}
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("load into", "later"),
+        ("load into", "whole"),
+        ("load a state", "two adapters"),
+        ("merge reported", "later"),
+        ("merge at random", "tied"),
+    ],
+)
+def test_later_operations_stopped_at_every_line(name, kind, tmp_path):
+    start, _ = made(kind, True)
+    start = start.bfloat16() if name.startswith("merge") and kind != "whole" else start
+    check_stops(name, start, LATER_OPERATIONS[name](start, tmp_path, kind))
 
 
 SIGNALLED = """

@@ -94,8 +94,6 @@ def same(got, want):
 @pytest.mark.parametrize("adapters", (("default",), ("default", "other")))
 @pytest.mark.parametrize("layer, name", CASES)
 def test_a_strength_that_changes_before_the_backward(layer, name, adapters, way):
-    if name == "whole" and len(adapters) > 1:
-        pytest.skip("a tensor trained whole has one update")
     if way != "eager" and (layer == "convolution" or len(adapters) > 1):
         pytest.skip("compiling is slow: one of each")
     model, plain = made(layer, ENTRIES[name], adapters)

@@ -15,7 +15,7 @@ from torch import Tensor
 from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, bound, changed
-from paramlora.cuda.linear.tiles import WIDEST
+from paramlora.cuda.launches import WIDEST
 from paramlora.cuda.operands import DEEP, factors_fit, outputs_of, padded
 from paramlora.update.compat import cuda_device
 

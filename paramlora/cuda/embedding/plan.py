@@ -8,7 +8,7 @@ from torch import Tensor
 from paramlora.cuda.device import card
 from paramlora.cuda.embedding import kernels
 from paramlora.cuda.launch import Launch, bound
-from paramlora.cuda.linear.tiles import WIDEST
+from paramlora.cuda.launches import WIDEST
 from paramlora.cuda.operands import DEEP, padded
 from paramlora.update.compat import cuda_device
 

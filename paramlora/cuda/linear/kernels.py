@@ -10,10 +10,10 @@ runs beside what waits for arithmetic, and so that a layer takes one launch each
 
 1. in `forward`, programs that cast the factors, once, for all others to read;
 2. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
-   the same rows await before their last step; a device starts programs in the order of their
-   index (as observed; CUDA does not promise it), so what is awaited runs already. Else `pack` and
-   `project`, or `prepare` alone, prepare both, and the tiles start before they end (Hopper's
-   programmatic dependent launch);
+   the same rows await before their last step. A program's work is the ticket that it draws when it
+   starts, not its index, and all that is awaited has a lower ticket: it runs already, in whatever
+   order a device starts programs. Else `pack` and `project`, or `prepare` alone, prepare both, and
+   the tiles start before they end (Hopper's programmatic dependent launch);
 3. the tiles of ``x @ w + p @ q``;
 4. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 
@@ -35,6 +35,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from paramlora.cuda import operands
 
 SPAN, DEEP = tl.constexpr(operands.SPAN), tl.constexpr(operands.DEEP)
+
+
+@triton.jit
+def _drawn(tickets):
+    """How many programs of this grid have started before this one: the work that it takes. The last
+    clears the count, for the next grid of the stream."""
+    program = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
+    if program == tl.num_programs(0) - 1:
+        tl.store(tickets, 0)
+    return program
 
 
 @triton.jit
@@ -389,7 +399,7 @@ def product(
 
 @triton.jit(do_not_specialize=["number", "packs", "r"])
 def forward(
-    x, w, y, wide, a, b, scale, kept, bias, strength, number,
+    x, w, y, wide, a, b, scale, kept, bias, tickets, strength, number,
     packs, M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
     r, a_rank, a_in, b_dim, b_rank,
     BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
@@ -397,7 +407,7 @@ def forward(
     GROUP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
-    program = tl.program_id(0)
+    program = _drawn(tickets)
     _, _, signals = _counts(kept, M, N, K, R)
     if program < packs:
         _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
@@ -414,7 +424,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each"])
 def backward(
-    dy, w, dx, wide, kept, scratch, x, da, db, scale, strength, number,
+    dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
     tiles, M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
     x_batch, x_row, x_k, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
@@ -431,7 +441,7 @@ def backward(
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
-    program = tl.program_id(0)
+    program = _drawn(tickets) if LOCAL else tl.program_id(0)
     if program < tiles:
         _tile(
             dy, w, dx, wide, kept + R * N, kept, scratch, kept, signals, number, 0, program,

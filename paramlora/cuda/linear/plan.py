@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, bound, changed
+from paramlora.cuda.launch import Launch, bound, changed, tickets
+from paramlora.cuda.launches import Launches, launches
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
     Rows,
     Tiles,
     gradients,
     is_even,
-    is_local,
-    is_ours,
-    is_prepared,
     projection,
     rows_of,
 )
@@ -108,18 +106,15 @@ class _Forward:
         self.sizes, self.R = (M, N, K), padded(r)
         R, on = self.R, card(device)
         hopper = on.hopper
-        local = is_local(self.sizes, R, captured, hopper)
-        ours = is_ours(self.sizes, R, captured, hopper)
+        how = launches(self.sizes, R, captured, hopper)
         self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
-        self.tiles = tiles = Tiles(
-            rows, out, period, w, self.sizes, R, on, misaligned, ours, local, True
-        )
+        self.tiles = tiles = Tiles(rows, out, period, w, self.sizes, R, on, misaligned, how, True)
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.whole: Optional[Launch] = None
-        if local:
+        if how is Launches.TOGETHER:
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors)
             constants = (bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
@@ -127,7 +122,7 @@ class _Forward:
             return
         self.prepare: Optional[Launch] = None
         self.product = _product(device, tiles, bias is not None)
-        if ours and is_prepared(M, K, R, hopper):
+        if how is Launches.PREPARED:
             BM, BK, stages, warps = projection(M, R)
             numbers = (*self.sizes, rows.period, *rows.places(rows.period), *factors)
             blocks = (hopper, is_even(rows.period, M), K % BK == 0, R, BM, BK, width)
@@ -136,7 +131,9 @@ class _Forward:
             return
         numbers = (*self.sizes, *factors)
         self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
-        self.project = _projection(device, rows, K, R, True) if ours else None
+        self.project = None
+        if how is Launches.APART:
+            self.project = _projection(device, rows, K, R, True)
 
     def __call__(
         self,
@@ -155,9 +152,10 @@ class _Forward:
         blocks = self.tiles.blocks(x, weight, y)
         first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.whole is not None:
+            drawn = tickets(kept)
             self.whole(
-                (*first, x, a, b, scale, kept, more),
-                (*places, px, pa, pb, ps, pk, pbias or pk),
+                (*first, x, a, b, scale, kept, more, drawn),
+                (*places, px, pa, pb, ps, pk, pbias or pk, drawn.data_ptr()),
                 (float(strength), next(_NUMBERS)),
                 blocks,
             )
@@ -305,19 +303,18 @@ class _Backward:
         self.input_too, self.factors_too = wanted
         on, w = card(device), weight.stride()
         hopper = on.hopper
-        ours = is_ours(self.sizes, R, captured, hopper)
-        local = all(wanted) and is_local(self.sizes, R, captured, hopper)
-        self.separate = not (ours and self.factors_too)
+        how = launches(self.sizes, R, captured, hopper, wanted)
+        self.together = how is Launches.TOGETHER
+        self.separate = how is Launches.CUBLAS or not self.factors_too
         self.result = _result(x.shape, N, rows[1])
         out = self.result.rows
         period = min(rows[0].period, rows[1].period, out.period)
         alone, input_too = self.separate, self.input_too
         self.tiles = tiles = Tiles(
-            rows[0], out, period, w, self.sizes, R, on, misaligned,
-            ours, local, alone, input_too,
-        )  # fmt: skip
+            rows[0], out, period, w, self.sizes, R, on, misaligned, how, alone, input_too
+        )
         self.project = None
-        if ours and not local:
+        if how is Launches.APART:
             self.project = _projection(device, rows[0], K, R, False)
         self.size = M * R
         if self.separate:
@@ -335,7 +332,7 @@ class _Backward:
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
         numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each)
-        constants = (local, tiles.early, scaled, *tiles.constants, deep)
+        constants = (self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
             kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
         )
@@ -366,9 +363,10 @@ class _Backward:
         out, factor = da if dx is None else dx, da if scale is None else scale
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
         first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        drawn = tickets(kept) if self.together else scratch
         self.launch(
-            (*first, dy, kept, scratch, x, da, db, factor),
-            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa),
+            (*first, dy, kept, scratch, x, da, db, factor, drawn),
+            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa, drawn.data_ptr()),
             (float(strength), next(_NUMBERS)),
             blocks,
         )

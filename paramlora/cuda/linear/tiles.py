@@ -7,8 +7,7 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block
-
-WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
+from paramlora.cuda.launches import LONG, WIDEST, Launches
 
 
 class Tiling(NamedTuple):
@@ -43,7 +42,8 @@ def tiling(
         return Tiling(128, 128, 64, 8, 3, 8, False) if wide else Tiling(64, 128, 64, 8, 3, 4, False)
     if M <= 512:
         return Tiling(64, 64, 128, 8, 3 if K <= 2048 else 4, 4, True)
-    if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 and not local:
+    # two thirds of the device at least, as on the 132 processors of what was measured
+    if min(N, K) >= 2048 and -(-M // 128) * -(-N // 256) >= 90 * processors // 132 and not local:
         return Tiling(128, 256, 64, 16, 3, 8, True)
     if alone and not local and N <= 640 and K < 2048:
         return Tiling(128, 64, 64, 8, 3, 4, True)
@@ -52,27 +52,7 @@ def tiling(
     return Tiling(128, 128, 64, 16 if M >= 8192 else 8, 3, 4, True)
 
 
-LONG = 16384  # rows of which a block of the thin product takes 128
 NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
-
-
-def is_ours(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
-    """Whether the kernels compute the thin products, else cuBLAS.
-
-    Above `WIDEST` cuBLAS takes the device a little less time, but the host twice as long as all
-    else in a step, so it is left to a CUDA graph, to the largest products, and to devices without
-    the shared memory for such blocks.
-    """
-    if R <= WIDEST:
-        return True
-    return hopper and not captured and (R <= 128 or (R <= 256 and math.prod(sizes) <= 2**35))
-
-
-def is_local(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
-    """Whether the thin product is computed in the same grid, see `tiling`."""
-    if captured or R > (128 if hopper else WIDEST):
-        return False
-    return math.prod(sizes) <= (2**35 if R <= WIDEST else 2**32)
 
 
 def projection(M: int, R: int) -> tuple[int, int, int, int]:
@@ -81,12 +61,6 @@ def projection(M: int, R: int) -> tuple[int, int, int, int]:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
     return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
-
-
-def is_prepared(M: int, K: int, R: int, hopper: bool) -> bool:
-    """Whether the thin product casts its factor itself, so that one launch does what else waits for
-    another: where few programs read the factor, or a short one."""
-    return hopper and R <= 32 and (M >= LONG or (M <= 1024 and K <= 1280))
 
 
 def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
@@ -141,10 +115,10 @@ def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Opt
 
 
 class Tiles:
-    """How a product ``left[M, K] @ w[K, N]`` is divided.
+    """How a product ``left[M, K] @ w[K, N]`` is divided, of which `how` says what shares its grid.
 
-    `local`: its thin product is computed in the same grid; `ours`: by the kernels. Its `early` says
-    that it may start before the `project` ends that must be launched right ahead of it.
+    Its `early` says that it may start before the `project` ends that must be launched right ahead
+    of it.
     `misaligned`: the address of left or w is not a multiple of 16. `alone`: as of `tiling`.
     """
 
@@ -158,17 +132,16 @@ class Tiles:
         R: int,
         card: Card,
         misaligned: bool,
-        ours: bool,
-        local: bool,
+        how: Launches,
         alone: bool,
         wanted: bool = True,
     ) -> None:
         (M, N, K), (w_k, w_n) = sizes, w
         step = w_n if w_k == 1 else w_k
         strides = (K | N | left.row | out.row | step) & 7 or not step
-        hopper = card.hopper
+        hopper, local = card.hopper, how is Launches.TOGETHER
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
-        self.early = hopper and ours and not local
+        self.early = hopper and how in (Launches.APART, Launches.PREPARED)
         self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0

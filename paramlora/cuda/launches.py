@@ -1,0 +1,70 @@
+"""In how many launches the kernels compute a linear layer, each way: arithmetic alone, so that it
+is tested without a device."""
+
+import math
+from enum import Enum
+from typing import Optional
+
+WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
+LONG = 16384  # rows of which a block of the thin product takes 128
+
+
+class Launches(Enum):
+    """How a product and its thin product share launches."""
+
+    TOGETHER = "one grid, whose programs wait for each other"
+    PREPARED = "the thin product, which casts its factor itself; then the rest"
+    APART = "the factors cast; the thin product; then the rest"
+    CUBLAS = "as apart, but the thin products by cuBLAS"
+
+
+def launches(
+    sizes: tuple[int, int, int],
+    R: int,
+    captured: bool,
+    hopper: bool,
+    wanted: Optional[tuple[bool, bool]] = None,
+) -> Launches:
+    """How a forward, or the backward of which some gradients are wanted, is launched.
+
+    Args:
+        sizes: rows, columns and what is summed of the large product.
+        R: padded rank.
+        captured: into a CUDA graph, whose replays would all find the same number in the signals,
+            and where launches cost no Python.
+        hopper: see `device.Card.hopper`.
+        wanted: of a backward, the gradients of the input and of the factors.
+    """
+    if not _is_ours(sizes, R, captured, hopper):
+        return Launches.CUBLAS
+    if _is_together(sizes, R, captured, hopper) and (wanted is None or all(wanted)):
+        return Launches.TOGETHER
+    if wanted is None and _is_prepared(sizes, R, hopper):
+        return Launches.PREPARED
+    return Launches.APART
+
+
+def _is_ours(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the kernels compute the thin products, else cuBLAS.
+
+    Above `WIDEST` cuBLAS takes the device a little less time, but the host twice as long as all
+    else in a step, so it is left to a CUDA graph, to the largest products, and to devices without
+    the shared memory for such blocks.
+    """
+    if R <= WIDEST:
+        return True
+    return hopper and not captured and (R <= 128 or (R <= 256 and math.prod(sizes) <= 2**35))
+
+
+def _is_together(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bool) -> bool:
+    """Whether the thin product is computed in the same grid, see `tiles.tiling`."""
+    if captured or R > (128 if hopper else WIDEST):
+        return False
+    return math.prod(sizes) <= (2**35 if R <= WIDEST else 2**32)
+
+
+def _is_prepared(sizes: tuple[int, int, int], R: int, hopper: bool) -> bool:
+    """Whether the thin product casts its factor itself, so that one launch does what else waits for
+    another: where few programs read the factor, or a short one."""
+    M, _, K = sizes
+    return hopper and R <= 32 and (M >= LONG or (M <= 1024 and K <= 1280))

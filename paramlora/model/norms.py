@@ -1,0 +1,63 @@
+"""The size of an update against the weight that it updates."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from paramlora.errors import AdapterError
+from paramlora.model.attach import base_of, disable_adapters, updates_of
+from paramlora.model.quantised import dense
+from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.sharded import gathered
+from paramlora.update.sum import LowRankTerm
+
+
+@torch.no_grad()
+def relative_size(module: nn.Module, update: AttachedUpdate) -> Optional[float]:
+    """``‖W' - W‖ / ‖W‖`` at the strength that the update has, Frobenius norms.
+
+    0 where the update changes nothing, and infinite where it changes a weight of zeros; None of
+    what changes no weight of numbers. All processes of a sharded model call it.
+    """
+    base = _base(module, update)
+    size = _size(update, base)
+    if size is None or size == 0:
+        return None if size is None else 0.0
+    return (size / _norm(base)).item()
+
+
+def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
+    """The weight that an update of this layer acts on, as numbers."""
+    held = {name: list(of) for name, of in updates_of(module)}
+    (name,) = [name for name, of in held.items() if any(one is update for one in of)]
+    if all(isinstance(one, AttachedUpdate) for one in held[name]):
+        return dense(module, base_of(module, name).detach())
+    with disable_adapters(module):  # under a weight norm, the weight is what that computes
+        return getattr(module, name).detach()  # type: ignore[no-any-return]
+
+
+def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
+    """How much the update changes its weight by; None of what changes no weight of numbers."""
+    try:
+        update.check_mergeable("")
+        term = answer(update, "term")
+    except AdapterError:
+        return None
+    if not base.is_floating_point():  # a count of batches
+        return None
+    if type(term) is LowRankTerm:
+        a, b = (gathered(factor).to(torch.float64) for factor in (term.lora_A, term.lora_B))
+        # ‖B·A‖² = trace(BᵀB · AAᵀ), which needs no product of the weight's size
+        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+        return square.sqrt() * gathered(term.factor).abs()
+    before = base.to(_wide(base))
+    return _norm(update(before) - before)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return gathered(torch.linalg.vector_norm(tensor, dtype=_wide(tensor))).to(torch.float64)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
