@@ -31,6 +31,12 @@ def of_peft(content: Content, base: Base) -> list[str]:
     return [key for key, is_known in fits.items() if not is_known]
 
 
+def of_state_dict(content: Content, base: Base) -> list[str]:
+    """The keys that ``model.load_state_dict`` would have no layer for: litgpt's, torchtune's,
+    loralib's and the original wrapper's way, whose keys are the modules' own paths."""
+    return [key for key in content.state if stem(key) not in base]
+
+
 def of_diffusers(content: Content, base: Base) -> list[str]:
     """The keys that a pipeline would give to another model or, without a model's name in front,
     that the model itself has no layer for."""

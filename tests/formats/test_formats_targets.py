@@ -279,6 +279,18 @@ def test_what_would_match_nothing_where_it_is_loaded_is_not_left(tmp_path):
         files.write_adapter(adapter, tmp_path / f"{to}.safetensors", to, base)
 
 
+@pytest.mark.parametrize("to", sorted(formats.WRITERS))
+def test_every_tools_rule_of_names_is_asked(to):
+    """A key that is of no layer is found out, whichever tool's file it is in."""
+    base = {path: Slot((4, 6), "matrix", "linear", 1) for path in ("block.a", "head")}
+    adapter = Adapter({**one_layer("block.a").updates, **one_layer("head").updates})
+    content = formats.write(adapter, to, base)
+    formats.check_loads(content, adapter, to, base)
+    renamed = {key.replace("head", "heat"): tensor for key, tensor in content.state.items()}
+    with pytest.raises(FileError, match=f"what loads {to}'s files would match nothing to .*heat"):
+        formats.check_loads(Content(renamed, {}, content.config), adapter, to, base)
+
+
 def test_a_writer_that_loses_a_layer_is_found_out(tmp_path):
     """Of any format: a broken one is registered, and its file is not left."""
 
