@@ -5,7 +5,8 @@ are those of its published checkpoint, and of a U-Net diffusers' too, mangled be
 ``model_lora_keys_clip``: transformers' names behind ``text_encoders.`` and the model's own),
 comfy/weight_adapter/lora.py at 6f98b150 (``lora_A.weight``, ``lora_B.weight``, ``alpha``; any shape
 that flattens to ``[out, r]`` and ``[r, in]``), comfy/weight_adapter/base.py of v0.3.77
-(``weight_decompose``: a magnitude of each output is divided by the norm of the base alone).
+(``weight_decompose``: a magnitude of each output is divided by the norm of the base alone),
+comfy/supported_models.py (HunyuanVideo's ``process_unet_state_dict``, the one that renames).
 """
 
 import re
@@ -40,6 +41,22 @@ _ENCODERS = {
     "text_encoder_2": "clip_g",
 }
 _OPEN_CLIP_H = 1024  # its width; CLIP-L has 768, and CLIP-G 1280
+# of HunyuanVideo, which its own names tell: what ComfyUI has for them
+_HUNYUAN = "txt_in.individual_token_refiner."
+_RENAMED = {
+    "c_embedder.linear_1": "c_embedder.in_layer",
+    "c_embedder.linear_2": "c_embedder.out_layer",
+    "t_embedder.mlp.0": "t_embedder.in_layer",
+    "t_embedder.mlp.2": "t_embedder.out_layer",
+    "_in.mlp.0": "_in.in_layer",
+    "_in.mlp.2": "_in.out_layer",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "_mod.linear": "_mod.lin",
+    "modulation.linear": "modulation.lin",
+}
 _CLIP = re.compile(r"(?:text_model\.)?((?:encoder\.layers|embeddings|final_layer_norm)\b.*)", re.S)
 _LANGUAGE = re.compile(r"(?:model\.|language_model\.)*((?:layers\.[0-9]+|embed_tokens)\b.*)", re.S)
 _T5 = re.compile(r"encoder\.block\.(?P<block>[0-9]{1,9})\.layer\.0\.SelfAttention\.(?P<rest>.+)")
@@ -101,7 +118,7 @@ def names_of(base: Base, prefix: Optional[str] = None) -> Base:
     found: dict[str, Slot] = {}
     for level, own in _models(base).items():
         start = prefix if prefix is not None and not level else _model(level, own)
-        names = original_of(own) if start == _DENOISER else _as_transformers(own)
+        names = _as_published(own) if start == _DENOISER else _as_transformers(own)
         found |= {f"{start}.{name}": slot for name, slot in names.items()}
     return found
 
@@ -180,6 +197,25 @@ def _model(level: str, own: Base) -> str:
     wide = any(slot.shape[1:] == (_OPEN_CLIP_H,) for path, slot in own.items() if "fc1" in path)
     name = "clip_h" if wide and level == "text_encoder" else _ENCODERS[level]
     return f"text_encoders.{name}.transformer"
+
+
+def _as_published(own: Base) -> Base:
+    """A denoiser's weights under the names of its checkpoint, as ComfyUI has loaded it."""
+    names = original_of(own)
+    if not any(name.startswith(_HUNYUAN) for name in names):
+        return names
+    return {_renamed_end(name): slot for name, slot in names.items()}
+
+
+def _renamed_end(name: str) -> str:
+    """
+    Example:
+        >>> _renamed_end("double_blocks.0.img_mlp.fc1"), _renamed_end("time_in.mlp.2")
+        ('double_blocks.0.img_mlp.0', 'time_in.out_layer')
+    """
+    ends = (own for own in _RENAMED if name.endswith(own))
+    end = next(ends, "")
+    return name.removesuffix(end) + _RENAMED.get(end, "")
 
 
 def _as_transformers(own: Base) -> Base:
