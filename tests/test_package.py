@@ -1,5 +1,6 @@
 """What is published: one version, metadata, a core that needs no extra, and all tests inside."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -72,6 +73,23 @@ def test_the_metadata_is_todays():
     assert project["requires-python"] == ">=3.10"
     assert not any(one.startswith("License ::") for one in project["classifiers"])
     assert "Typing :: Typed" in project["classifiers"] and len(project["keywords"]) > 3
+
+
+def for_an_index(*addresses):
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.for_an_index((ROOT / "README.md").read_text("utf-8"), *addresses)
+
+
+def test_the_readme_on_an_index_has_no_link_that_leads_nowhere():
+    link = re.compile(r"\]\(([^)\s]*)\)")
+    text = for_an_index()
+    assert not link.findall(text) and "![" not in text
+    assert "First fine-tune (`docs/first_fine_tune.md`)" in text and "(Speed, with" in text
+    linked = link.findall(for_an_index("https://forge.example/b/", "https://forge.example/raw/"))
+    assert len(linked) > 20 and all(one.startswith("https://forge.example/") for one in linked)
+    assert "https://forge.example/raw/docs/demo.png" in linked
 
 
 def test_the_source_distribution_is_told_of_everything_that_tests_read():

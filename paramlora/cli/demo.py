@@ -1,11 +1,15 @@
 """The demonstration: a small diffusion U-Net learns five digits, then is adapted to the others.
 
-The model draws five kinds of image, one a row of the picture: 0 to 4 before, 5 to 9 after.
-Pure steps; `paramlora.cli` prints. The digits are the 8×8 scans inside scikit-learn.
+The model draws five kinds of image, one a row of the picture: 0 to 4 at strength 0, which is the
+base, and 5 to 9 at strength 1. Pure steps; `paramlora.cli` asks and prints. The digits are the 8×8
+scans inside scikit-learn.
 """
 
 import json
 import math
+import os
+import shlex
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +24,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import paramlora
+from paramlora.errors import FileError
 from paramlora.files.atomic import new_file
 
+FILES = ("lora.json", "base.pt", "adapter.safetensors", "merged.pt", "samples.png")
 ROWS, COLUMNS = 5, 7  # of each panel of the picture
 CONFIG = {
     "trainable_model": 0,
@@ -32,9 +38,7 @@ CONFIG = {
     "conv1": {"r": 4, "scale": 1},
     "conv2": {"r": 4, "scale": 1},
     "time": {"r": 4, "scale": 1},
-    "row": {"whole": True},
-    "norm1": {"whole": True},
-    "norm2": {"whole": True},
+    "row": {"r": 4, "scale": 1},
 }
 TOLERANCE = 1e-3  # of a pixel in [-1, 1] after 50 sampling steps in float32
 BATCH = 32
@@ -259,7 +263,11 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What the demonstration measured; sizes in bytes, time in seconds."""
+    """What the demonstration measured; sizes in bytes, time in seconds.
+
+    `restored` and `difference` are the largest ones of a pixel in ``[-1, 1]``: between the base and
+    strength 0, and between strength 1 and the merged file in a plain model.
+    """
 
     trainable: int
     total: int
@@ -267,6 +275,7 @@ class Result:
     merged_bytes: int
     loss_before: float
     loss_after: float
+    restored: float
     difference: float
     seconds: float
 
@@ -283,36 +292,74 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def taken(out: Path) -> list[str]:
+    """Which of the demonstration's files are in `out` already."""
+    return [name for name in FILES if (out / name).exists()]
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill with `FILES`, which take their places in `out` when the block ends well.
+
+    An error, or Ctrl-C, in the block leaves `out` as it was, or no folder where there was none.
+
+    Raises:
+        FileError: `out`, or a file's place in it, cannot be written.
+    """
+    for name in FILES:
+        if (out / name).is_dir():
+            raise FileError(
+                f"{out / name}: is a folder, which no file replaces. Give another --out."
+            )
+    near = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    with _told(out), tempfile.TemporaryDirectory(prefix=".paramlora-demo-", dir=near) as temporary:
+        yield Path(temporary)
+        try:
+            _move(Path(temporary), out)
+        except KeyboardInterrupt:
+            _move(Path(temporary), out)  # the rest: no mixture of two runs
+            raise
+
+
+def _move(folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        os.replace(file, out / file.name)
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"--out {out}: cannot be written: {error.strerror or error}. Give a folder of your own."
+        ) from error
+
+
 @one_thread()
 def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: int = 1000) -> Result:
-    """Pre-train, adapt with the configuration in `out`, save, merge, and compare.
-
-    Writes ``adapter.safetensors``, ``merged.pt`` and ``samples.png`` into `out`, which holds
-    ``lora.json`` (see `write_config`) already.
-    """
+    """Pre-train, adapt, save, merge, and compare; write `FILES` into the folder `out`."""
     start = time.monotonic()
     torch.manual_seed(seed)
     old, new, held_out = split(seed)
+    write_config(out)
     model = UNet()
-    train(
-        model, old, pretrain_steps, 2e-3, seed, lambda n: progress("pre-train", n, pretrain_steps)
-    )
-    before, loss_before = sample(model, seed), evaluate(model, held_out, seed)
+    ahead = partial(progress, "pre-train", total=pretrain_steps)
+    train(model, old, pretrain_steps, 2e-3, seed, ahead)
+    keep(model, out / "base.pt")
+    base, loss_before = sample(model, seed), evaluate(model, held_out, seed)
     total = sum(p.numel() for p in model.parameters())
     paramlora.attach(model, out / "lora.json")
     trainable = sum(p.numel() for p in paramlora.trainable_parameters(model))
     train(model, new, steps, 1e-2, seed + 1, partial(progress, "adapt", total=steps))
     loss_after = evaluate(model, held_out, seed)
     paramlora.save_adapter(model, out / "adapter.safetensors")
-    after = sample(model, seed)
-    paramlora.merge(model)
-    with new_file(out / "merged.pt") as file:
-        torch.save(model.state_dict(), file)
+    zero, half, one = (at_strength(model, strength, seed) for strength in (0.0, 0.5, 1.0))
+    keep(paramlora.merge(model), out / "merged.pt")
     plain = UNet()
     plain.load_state_dict(torch.load(out / "merged.pt", weights_only=True))
-    merged = sample(plain, seed)
-    titles = ("before: knows 0 to 4", "after: adapted to 5 to 9", "real 5 to 9, held out")
-    draw(out / "samples.png", dict(zip(titles, (before, after, examples(held_out)))))
+    draw(out / "samples.png", panels(zero, half, one, examples(held_out)))
     return Result(
         trainable,
         total,
@@ -320,16 +367,48 @@ def run(out: Path, steps: int, seed: int, progress: Progress, pretrain_steps: in
         (out / "merged.pt").stat().st_size,
         loss_before,
         loss_after,
-        float((merged - after).abs().max()),
+        float((zero - base).abs().max()),
+        float((sample(plain, seed) - one).abs().max()),
         time.monotonic() - start,
     )
 
 
-def write_config(out: Path) -> str:
-    """Write ``lora.json`` into `out` and return its text."""
-    out.mkdir(parents=True, exist_ok=True)
+def at_strength(model: nn.Module, strength: float, seed: int) -> Tensor:
+    """What the model draws with its adapter that strong; it stays so."""
+    paramlora.set_adapters(model, {"default": strength})
+    return sample(model, seed)
+
+
+def panels(*images: Tensor) -> dict[str, Tensor]:
+    """The picture's four panels under their titles."""
+    strengths = ("strength 0: the base is back", "strength 0.5", "strength 1: adapted")
+    return dict(zip((*strengths, "real 5 to 9, held out"), images))
+
+
+def keep(model: nn.Module, path: Path) -> None:
+    """Write a model's tensors as ``torch.save`` does."""
+    with new_file(path) as file:
+        torch.save(model.state_dict(), file)
+
+
+def config_text() -> str:
+    """The configuration as JSON, one entry a line."""
     entries = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in CONFIG.items())
-    text = f"{{\n{entries}\n}}\n"
+    return f"{{\n{entries}\n}}\n"
+
+
+def write_config(out: Path) -> None:
+    """Write ``lora.json`` into `out`."""
     with new_file(out / "lora.json") as file:
-        file.write(text.encode())
-    return text
+        file.write(config_text().encode())
+
+
+def commands(out: Path) -> list[str]:
+    """What to try next on the files in `out`, as a shell takes it."""
+    names = ("adapter.safetensors", "base.pt", "half.pt", "peft")
+    adapter, base, half, peft = (shlex.quote(str(out / name)) for name in names)
+    return [
+        f"paramlora inspect {adapter}",
+        f"paramlora merge {base} {adapter}:0.5 -o {half}",
+        f"paramlora convert {adapter} --to peft -o {peft}",
+    ]

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
@@ -19,6 +19,9 @@ from paramlora.cli.app import app, fail, warnings_told
 from paramlora.errors import shown
 from paramlora.model.presets import PRESETS, grouped
 
+if TYPE_CHECKING:
+    from paramlora.cli.demo import Result  # which needs what only the demo does
+
 _SEEDS = 2**63 - 1  # of torch; adapting takes the next one
 _SEED = "Seed; the same one gives the same files."
 
@@ -31,6 +34,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Steps of adapting.")] = 600,
     seed: Annotated[int, typer.Option(min=-_SEEDS, max=_SEEDS - 1, help=_SEED)] = 0,
     pretrain_steps: Annotated[int, typer.Option(min=1, help="Steps of pre-training.")] = 1000,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the files of another run.")
+    ] = False,
 ) -> None:
     """Teach a small diffusion U-Net the digits 0 to 4, adapt it to 5 to 9, merge, and compare."""
     try:
@@ -39,21 +45,44 @@ def demo(
         job.digits()
     except ImportError as error:
         fail(f"the demo needs {error.name}: pip install 'paramlora[demo]'")
-    try:
-        config = job.write_config(out)
-    except OSError as error:
-        fail(f"--out {out}: cannot be written: {error.strerror}. Give a folder of your own.")
-    print(f"{out / 'lora.json'}\n{config}")
-    with Progress() as bars:
+    print(
+        "A small diffusion U-Net learns to draw the digits 0 to 4, and then, by an adapter of a "
+        f"twentieth of its size, 5 to 9: minutes on one core, into {shown(str(out))}."
+    )
+    _ask_to_replace(out, job.taken(out), force)
+    with job.whole_folder(out) as folder, Progress() as bars:
+        print(f"{shown(str(out / 'lora.json'))}\n{job.config_text()}")
         tasks = {"pre-train": bars.add_task("pre-train", total=pretrain_steps)}
         tasks["adapt"] = bars.add_task("adapt", total=steps)
         result = job.run(
-            out,
+            folder,
             steps,
             seed,
-            lambda name, n, total: bars.update(tasks[name], completed=n),
+            lambda name, step, total: bars.update(tasks[name], completed=step),
             pretrain_steps,
         )
+    rich.print(_measured(result))
+    if max(result.difference, result.restored) > job.TOLERANCE:
+        fail(
+            f"merged and attached samples differ by {result.difference:.1e}, those of the base and "
+            f"of strength 0 by {result.restored:.1e}. Report it, with the versions of torch."
+        )
+    print(f"Look at {shown(str(out / 'samples.png'))}, then try:\n")
+    print("\n".join(f"  {line}" for line in job.commands(out)))
+
+
+def _ask_to_replace(out: Path, taken: list[str], force: bool) -> None:
+    """Go on only where nothing is replaced, or with consent: by ``--force``, or on a terminal."""
+    if force or not taken:
+        return
+    there = f"{out}: holds {', '.join(taken)}"
+    if not sys.stdin.isatty():
+        fail(f"{there}. Give another --out, or --force to replace them.")
+    typer.confirm(f"{shown(there)}. Replace them?", abort=True, err=True)
+
+
+def _measured(result: "Result") -> Table:
+    """What came out, one figure a line."""
     table = Table(title="paramlora demo", show_header=False)
     share = 100 * result.trainable / result.total
     table.add_row("trainable parameters", f"{result.trainable:,} ({share:.1f} %)")
@@ -62,12 +91,10 @@ def demo(
     table.add_row("merged.pt", f"{result.merged_bytes / 1000:,.0f} kB")
     table.add_row("loss on new digits, before", f"{result.loss_before:.4f}")
     table.add_row("loss on new digits, after", f"{result.loss_after:.4f}")
+    table.add_row("largest difference of strength 0 from the base", f"{result.restored:.1e}")
     table.add_row("largest difference after merging", f"{result.difference:.1e}")
     table.add_row("time", f"{result.seconds:.0f} s")
-    rich.print(table)
-    print(f"Look at {out / 'samples.png'}.")
-    if result.difference > job.TOLERANCE:
-        fail(f"merged and attached samples differ by {result.difference:.1e}")
+    return table
 
 
 @app.command(epilog="Example: paramlora targets lora.json --model my_package.models:build")

@@ -1,13 +1,11 @@
-"""The command line: what it prints, how it exits, and that a seed decides the demo's files."""
+"""The command line: what it prints, and how it exits."""
 
 import json
 
 import pytest
-import torch
 from torch import nn
 
 pytest.importorskip("typer")
-pytest.importorskip("sklearn")
 
 from paramlora.cli import main
 
@@ -61,54 +59,6 @@ def test_help_and_wrong_use(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0 and "demo" in out and "targets" in out
     assert run(capsys, "targets")[0] == 2
-
-
-def test_ctrl_c_exits_with_130(capsys, monkeypatch, tmp_path):
-    from paramlora.cli import demo
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "run", interrupt)
-    code, _, err = run(capsys, "demo", "--out", tmp_path)
-    assert code == 130 and "stopped" in err and "Traceback" not in err
-
-
-@pytest.mark.parametrize("below", [".", "deeper"])
-def test_the_demo_says_when_its_folder_cannot_be_written(capsys, tmp_path, below):
-    (tmp_path / "file").write_text("mine")
-    code, _, err = run(capsys, "demo", "--out", tmp_path / "file" / below)
-    said = " ".join(err.split())
-    assert code == 2 and "cannot be written" in said and "Give a folder of your own." in said
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_demo_adapts_a_modest_share_and_keeps_the_threads(tmp_path, two_threads):
-    from paramlora.cli import demo
-
-    demo.write_config(tmp_path)
-    result = demo.run(tmp_path, 1, 0, lambda *_, **__: None, pretrain_steps=1)
-    assert result.trainable / result.total < 0.08
-    assert torch.get_num_threads() == 2
-
-
-def test_the_demo_writes_the_same_files_for_a_seed(capsys, tmp_path):
-    for name in ("a", "b"):
-        options = ("--out", tmp_path / name, "--steps", 2, "--pretrain-steps", 2, "--seed", 3)
-        code, out, _ = run(capsys, "demo", *options)
-        assert code == 0 and "largest difference" in out
-    for file in ("adapter.safetensors", "samples.png", "lora.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    merged = [torch.load(tmp_path / name / "merged.pt", weights_only=True) for name in "ab"]
-    assert all(torch.equal(merged[0][k], merged[1][k]) for k in merged[0])
 
 
 def attending():
