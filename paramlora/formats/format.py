@@ -66,6 +66,7 @@ class Format:
         complete: the file holds all of an `Adapter`, ties and whole tensors included, under the
             model's own paths: nothing in it is interpreted, or fitted to the model.
         kinds: the kinds of update that `write` knows (see `paramlora.update.kinds`).
+        whole: whether `write` knows whole tensors beside the updates.
         check: refuses a file by its names and shapes, before any tensor is read.
     """
 
@@ -82,6 +83,7 @@ class Format:
     prefix: Optional[Prefix] = None
     complete: bool = False
     kinds: tuple[str, ...] = ("lora", "soft")
+    whole: bool = False
     check: Callable[[Content], None] = _accepts
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class Whole(AttachedUpdate):
 
     A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
     trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
-    count of batches always itself.
+    count of batches always itself. A layer that puts another tensor in its place puts it here.
 
     Args:
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
@@ -44,6 +44,7 @@ class Whole(AttachedUpdate):
 
     alone = True  # but for others of its kind
     internal = True
+    vectors = True
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor
@@ -85,6 +86,17 @@ class Whole(AttachedUpdate):
             self._start(start)
         own = self.lora_whole.to(start.dtype)
         return self._gain_for(own) * (own - start)
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold another tensor, with the graph that made it, where it fits; while the update does
+        not act as it was trained it is let go, as what is written into a copy is."""
+        own = self.lora_whole
+        if isinstance(value, nn.Parameter) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            return False
+        if self.fully or not value.is_floating_point():
+            self.lora_whole = value
+            self.keep(unset=False)
+        return True
 
     def _gain_for(self, own: Tensor) -> Tensor:
         return self.gain.to(own.device, own.dtype)
