@@ -15,6 +15,25 @@ _RANK = ("None", "0", "0.0")  # sd-scripts' networks/lora.py takes these for the
 _EACH = "Dynamic"  # sd-scripts' word for one in each layer
 
 
+class Noted(float):
+    """An alpha that knows whether any scale was made of it.
+
+    Example:
+        >>> alpha = Noted(8.0)
+        >>> alpha.used, alpha / 4, alpha.used
+        (False, 2.0, True)
+    """
+
+    used = False
+
+    def __float__(self) -> float:
+        self.used = True
+        return super().__float__()
+
+    def __truediv__(self, other: float) -> float:
+        return float(self) / other
+
+
 def alpha_of(scale: float, r: int) -> float:
     """The alpha whose ``alpha / r`` is `scale`, or the nearest: for one double in twelve there is
     none, since products round.
