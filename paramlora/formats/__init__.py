@@ -116,7 +116,7 @@ def read(
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
-    if not (adapter.updates or adapter.others):
+    if not adapter.values():
         raise FileError(f"{content.source}: {none_of(options.component)}.")
     check_values(adapter, content.source)
     return chosen(form, adapter, base, options, content.source)

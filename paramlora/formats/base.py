@@ -1,12 +1,12 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Optional, TypeVar, Union, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
@@ -16,7 +16,7 @@ from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
 from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
-from paramlora.model.targets import Target, adaptable, unwrapped, vectors
+from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
@@ -39,6 +39,8 @@ class Slot:
         classes: the names of the classes from the model down to the layer.
         input_first: whether a stack of matrices is ``[E, in, out]``, as its owner's
             ``is_transposed`` says (transformers' expert layers).
+        tied: the other paths of the same tensor.
+        values: gives the weight itself, where a model is known.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,8 @@ class Slot:
     groups: Optional[int] = None
     classes: tuple[str, ...] = ()
     input_first: bool = False
+    tied: tuple[str, ...] = field(default=(), compare=False)
+    values: Optional[Callable[[], Tensor]] = field(default=None, compare=False)
 
 
 Base = Mapping[str, Slot]
@@ -82,7 +86,21 @@ def base_of(model: nn.Module) -> Base:
     """
     inside = unwrapped(model)
     beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
-    return Known({target.path: _slot(inside, target) for target in adaptable(inside)}, beside)
+    found = {target.path: _slot(inside, target) for target in adaptable(inside)}
+    for path, others in _ties(inside, found).items():
+        found[path] = replace(found[path], tied=others)
+    return Known(found, beside)
+
+
+def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other paths of each weight that several layers hold."""
+    there, holders = set(known), dict[int, list[str]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.removesuffix(".weight")
+        if path in there:
+            holders.setdefault(id(parameter), []).append(path)
+    several = (paths for paths in holders.values() if len(paths) > 1)
+    return {p: tuple(o for o in paths if o != p) for paths in several for p in paths}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
@@ -427,6 +445,7 @@ def _slot(model: nn.Module, target: Target) -> Slot:
         target.groups,
         tuple(_classes(model, target.module)),
         bool(getattr(owner, "is_transposed", False)) and target.layout == "stack",
+        values=lambda: base_tensor(owner, target.tensor),
     )
 
 

@@ -229,6 +229,15 @@ def shown(module: nn.Module, name: str) -> torch.Tensor:
     return _computed(copy.deepcopy(plist))
 
 
+def base_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor as it is without the updates that are attached."""
+    parametrized = "parametrizations" in module._modules
+    if parametrized and name in module._modules["parametrizations"]:  # type: ignore[operator]
+        return shown(module, name)
+    found: torch.Tensor = getattr(module, name)
+    return found
+
+
 @torch.no_grad()
 def _computed(plist: Any) -> torch.Tensor:
     return plist()  # type: ignore[no-any-return]

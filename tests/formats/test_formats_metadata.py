@@ -80,6 +80,33 @@ def test_auto_peft_model_finds_the_base(tmp_path):
     assert torch.allclose(found, weight + update.delta(), atol=1e-6)
 
 
+def test_what_peft_and_diffusers_say_goes_both_ways(tmp_path):
+    update = Update(torch.randn(2, 6), torch.randn(4, 2), 0.5, (4, 6), kind="linear")
+    files.write_adapter(Adapter({"a.q": update}), tmp_path / "p", "peft")
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    said = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "a/b", "lora_dropout": 0.05}
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    files.convert(tmp_path / "p", tmp_path / "d.safetensors", "diffusers")
+    files.convert(tmp_path / "d.safetensors", tmp_path / "back", "peft")
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert said.items() <= back.items()
+    told = json.dumps({f"unet.{key}": value for key, value in {**config, **said}.items()})
+    state = {f"unet.a.q.lora_{n}.weight": t for n, t in zip("AB", (update.lora_A, update.lora_B))}
+    save_file(state, tmp_path / "theirs.safetensors", {"lora_adapter_metadata": told})
+    files.convert(tmp_path / "theirs.safetensors", tmp_path / "again", "peft")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert said.items() <= again.items()
+
+
+@pytest.mark.parametrize("said", [{"alpha": "8"}, {"transformer.lora_alpha": "8"}])
+def test_an_alpha_moves_from_the_header_to_the_formats_own_place(tmp_path, said):
+    path = headed(tmp_path, "diffusers", said)
+    files.convert(path, tmp_path / "d.safetensors", "diffusers", component="")
+    assert not said.keys() & metadata(tmp_path / "d.safetensors").keys()
+    (update,) = files.read_adapter(tmp_path / "d.safetensors").updates.values()
+    assert update.scale == 4.0
+
+
 PREFIXES = {
     "diffusers": ("transformer.q", "A", "B"),
     "kohya": ("lora_transformer_q", "down", "up"),

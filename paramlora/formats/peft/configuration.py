@@ -134,7 +134,7 @@ def report_targets(
     except ValueError as error:
         raise FileError(f"{content.source}: target_modules: {error}.") from error
     places = places_of(base)
-    found = [places.find(path, content.source) for path in (*adapter.updates, *adapter.others)]
+    found = [places.find(path, content.source) for path in adapter.values()]
     if any(there is not None and there.held for there in found):
         return  # trained on a model of other names
     have = {path for there in found if there is not None for path in there.paths}

@@ -38,6 +38,7 @@ from paramlora.formats.peft.configuration import (
     report_targets,
     stem,
 )
+from paramlora.formats.peft.copies import copies_in, with_copies
 from paramlora.formats.peft.experts import (
     Experts,
     Pair,
@@ -139,7 +140,8 @@ def read_pairs(
     found, rest = _pairs(content, magnitudes)
     rest -= {key for key in rest if TOKENS.fullmatch(stem(key))}
     whole = _whole(rest, content.state, config, content.source)
-    report_unused(content, rest - whole.keys(), options.strict)
+    copies = copies_in(rest - whole.keys(), found)
+    report_unused(content, rest - whole.keys() - copies.keys(), options.strict)
     exact = recorded(content)
     if base is not None and config.get("target_parameters"):
         base = {**base, **stacks_of(base)}
@@ -174,7 +176,9 @@ def read_pairs(
         else:
             updates[key] = update
     check_magnitudes(config, updates, content.source)
-    return Adapter(updates, whole=dict(whole.values()), others=others)
+    adapter = Adapter(updates, whole=dict(whole.values()), others=others)
+    saved = {path: content.state[key] for key, path in copies.items()}
+    return with_copies(adapter, saved, base, content.source)
 
 
 def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,8 +246,7 @@ def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, Pai
     single = sorted(set(magnitudes) - halves.keys())
     report(content.source, "a magnitude without factors", single, True, "Save it again.")
     pairs = {p: Pair(h["A"], h["B"], p in embeddings) for p, h in halves.items()}
-    copies = {f"{path}{INNER}.weight" for path in embeddings}  # save_embedding_layers
-    return pairs, {key for key in unused if key.removeprefix(PREFIX) not in copies}
+    return pairs, set(unused)
 
 
 def _update(
