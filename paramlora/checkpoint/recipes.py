@@ -351,7 +351,7 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
     """Refuse what no stored tensor would give."""
     path = Key(weight).path
     for change, _ in strong:
-        if change.alone and len(strong) > 1:
+        if change.alone and not all(other.alone for other, _ in strong):
             raise AdapterError(
                 f"{path}: it is trained whole by one adapter, and changed by another. Nothing "
                 "was merged; give only one of them."

@@ -3,7 +3,6 @@
 Triton's own launch studies every argument again and takes longer than a small layer.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -13,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 from paramlora.update.compat import cuda_stream
 
 
@@ -195,11 +194,9 @@ def _warn() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
+        warn(
             f"Triton {triton.__version__} launches kernels otherwise than paramlora knows, so its "
-            "own launch is used, which takes the host longer. The numbers are the same.",
-            ParamloraWarning,
-            stacklevel=2,
+            "own launch is used, which takes the host longer. The numbers are the same."
         )
 
 

@@ -188,7 +188,8 @@ def _dropped_branches(
 
 
 class _DroppedConvolution(torch.autograd.Function):
-    """In 16 bits of one group by `_Joined`'s one accumulator. Keeps x by reference and the seed."""
+    """In bfloat16 of one group by `_Joined`'s one accumulator; else, and for gradients, a CPU adds
+    both terms in float32 before their only rounding. Keeps x by reference, and the seed."""
 
     @staticmethod
     def forward(
@@ -224,15 +225,18 @@ class _DroppedConvolution(torch.autograd.Function):
             more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
             if more is not None:
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *where)
-        y = conv(padded, weight, bias, *where)
-        return y.add_(_dropped_branches(x, a, up, pad, weight.shape, where, drops))
+        values = _wide_on_cpu(x, weight, bias)
+        y = conv(pad(values[0]), *values[1:], *where)
+        y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, where, drops))
+        return _rounded(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, a, up, seed = ctx.saved_tensors
         (pad, where, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
-        drops, shape = Drops(rates, ranks, seed), weight.shape
+        drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
+        x, weight, dy = _wide_on_cpu(x, weight, dy)
 
         def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
             return _dropped_branches(x, a, up, pad, shape, where, drops)
@@ -246,8 +250,22 @@ class _DroppedConvolution(torch.autograd.Function):
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
             dx, dweight, _ = _backward(dy, x, weight, where, (*needs[:2], False))
-        dx = None if dx is None or first is None else dx + first
+        dx = None if dx is None or first is None else _rounded(dx + first, given)
+        dweight = None if dweight is None else dweight.to(given.dtype)
         return dx, dweight, dbias, da, dup, *(None,) * 5
+
+
+def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """All in float32 where x is of 16 bits on a CPU, whose products gain nothing by 16; a device
+    takes each rounded."""
+    if not x.is_cpu or x.dtype.itemsize > 2:
+        return x, *others
+    return tuple(None if t is None else t.float() for t in (x, *others))
+
+
+def _rounded(t: Tensor, x: Tensor) -> Tensor:
+    """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
+    return t if t.dtype == x.dtype else laid_as(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

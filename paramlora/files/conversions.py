@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, ParamloraWarning, listed, unwritten
+from paramlora.errors import FileError, listed, unwritten, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -245,11 +244,9 @@ def _adapter(
 def _warn_inside(contents: Contents, base: PathLike) -> None:
     """Tell that what two adapters have inside of one file is not to be told apart again."""
     if any(key.of_update for key in contents.keys.values()):
-        warnings.warn(
+        warn(
             f"{base}: an adapter is inside already. The new file loads with both attached, and "
-            "extract cannot take them apart again: keep their own files.",
-            ParamloraWarning,
-            stacklevel=3,
+            "extract cannot take them apart again: keep their own files."
         )
 
 
@@ -443,7 +440,7 @@ def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> lis
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
-        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+        warn(f"{text} Copy those that you trust.")
     return [path for path in there if path.name not in away]
 
 

@@ -22,6 +22,7 @@ from paramlora.formats.base import (
     original_of,
     part_of,
     places_of,
+    vectors_of,
 )
 from paramlora.formats.content import (
     DEFAULTS,
@@ -32,7 +33,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import apart_from, factored, folded
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -116,7 +117,7 @@ def read(
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
-    if not (adapter.updates or adapter.others):
+    if not adapter.values():
         raise FileError(f"{content.source}: {none_of(options.component)}.")
     check_values(adapter, content.source)
     return chosen(form, adapter, base, options, content.source)
@@ -181,11 +182,12 @@ def _read_complete(
 def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """The updates of what the model has; others are reported."""
     there = {**adapter.updates, **adapter.others}
-    check_known(there.keys() - base.keys(), base, options, source)
+    known = {**base, **vectors_of(base)}
+    check_known(there.keys() - known.keys(), base, options, source)
     return replace(
         adapter,
         updates={path: update for path, update in adapter.updates.items() if path in base},
-        others={path: update for path, update in adapter.others.items() if path in base},
+        others={path: update for path, update in adapter.others.items() if path in known},
     )
 
 
@@ -215,11 +217,12 @@ def write(
         return form.write(adapter, base, **how)
     if not (adapter.updates or adapter.others):
         raise FileError("the adapter has no updates.")
+    adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)
-    if adapter.whole:
+    if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
-            "format holds."
+            "format and peft's hold."
         )
     check_finite(adapter, "adapter")
     told = apart(adapter, base)
@@ -262,6 +265,18 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
             f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
             "left there; keep the native format, and report this."
         )
+
+
+def _without_differences(adapter: Adapter, form: Format) -> Adapter:
+    """With factors for dense changes of matrices, where a format holds nothing else."""
+    if "difference" in form.kinds:
+        return adapter
+    rest, found = apart_from(adapter, "difference")
+    made = {path: factored(value) for path, value in found.items()}
+    plain = {path: update for path, update in made.items() if update is not None}
+    left = {path: value for path, value in found.items() if path not in plain}
+    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
+    return replace(rest, updates=updates, others=others)
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

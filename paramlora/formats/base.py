@@ -1,22 +1,22 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Optional, TypeVar, Union, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import folded, whole
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
 from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
-from paramlora.model.targets import Target, adaptable, unwrapped
+from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
@@ -39,6 +39,8 @@ class Slot:
         classes: the names of the classes from the model down to the layer.
         input_first: whether a stack of matrices is ``[E, in, out]``, as its owner's
             ``is_transposed`` says (transformers' expert layers).
+        tied: the other paths of the same tensor.
+        values: gives the weight itself, where a model is known.
     """
 
     shape: tuple[int, ...]
@@ -47,9 +49,31 @@ class Slot:
     groups: Optional[int] = None
     classes: tuple[str, ...] = ()
     input_first: bool = False
+    tied: tuple[str, ...] = field(default=(), compare=False)
+    values: Optional[Callable[[], Tensor]] = field(default=None, compare=False)
 
 
 Base = Mapping[str, Slot]
+
+
+class Known(dict[str, Slot]):
+    """A `Base`, and beside it what has one dimension, such as biases and norms' weights, by path.
+
+    Those have no low-rank update, and can be changed whole.
+    """
+
+    vectors: Mapping[str, Slot]
+
+    def __init__(self, matrices: Base, vectors: Mapping[str, Slot]) -> None:
+        super().__init__(matrices)
+        self.vectors = vectors
+
+
+def vectors_of(base: Optional[Base]) -> Mapping[str, Slot]:
+    """What is known beside the matrices; nothing of a mapping that does not tell."""
+    return base.vectors if isinstance(base, Known) else {}
+
+
 _Any = Union[Update, KindUpdate]
 
 
@@ -61,16 +85,29 @@ def base_of(model: nn.Module) -> Base:
         (5, 2)
     """
     inside = unwrapped(model)
-    return {target.path: _slot(inside, target) for target in adaptable(inside)}
+    beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
+    found = {target.path: _slot(inside, target) for target in adaptable(inside)}
+    for path, others in _ties(inside, found).items():
+        found[path] = replace(found[path], tied=others)
+    return Known(found, beside)
+
+
+def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other paths of each weight that several layers hold."""
+    there, holders = set(known), dict[int, list[str]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.removesuffix(".weight")
+        if path in there:
+            holders.setdefault(id(parameter), []).append(path)
+    several = (paths for paths in holders.values() if len(paths) > 1)
+    return {p: tuple(o for o in paths if o != p) for paths in several for p in paths}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
     """The same out of a checkpoint's keys and shapes, where layers' kinds are unknown."""
-    return {
-        key.removesuffix(".weight"): Slot(tuple(shape))
-        for key, shape in shapes.items()
-        if len(shape) >= 2
-    }
+    slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
+    matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
+    return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
 
 
 def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
@@ -87,8 +124,9 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
+    base = Known({**base, **vectors_of(base)}, {})
     places = places_of(base)
-    there = {path: places.find(path, f"{source}: {path}") for path in chosen}
+    there = {path: _place(path, places, f"{source}: {path}") for path in chosen}
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
     _check_once(found, source)
@@ -116,6 +154,18 @@ def places_of(base: Base) -> Places:
     return Places({path: slot.shape for path, slot in base.items()})
 
 
+def _place(path: str, places: Places, where: str) -> Optional[Found]:
+    """Where a file's path lies; of a bias, beside the weight that its layer's name means."""
+    found = places.find(path, where)
+    layer, dot, name = path.rpartition(".")
+    if found is not None or name != "bias" or not dot:
+        return found
+    beside = places.find(layer, where)
+    if beside is None or beside.whole is None or f"{beside.whole}.bias" not in places.shapes:
+        return None
+    return Found(f"{beside.whole}.bias")
+
+
 def original_of(base: Base) -> Base:
     """The same weights under their original names, fused as there: for `fit`, and so for writing.
 
@@ -129,12 +179,16 @@ def original_of(base: Base) -> Base:
     """
     found = {}
     names = original_names(places_of(base))
+    beside = dict(vectors_of(base))
     for name, there in names.items():
         own = [base[path] for path in there.paths]
         rows = sum(slot.shape[0] for slot in own)
         found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+        if there.whole is not None and f"{there.whole}.bias" in beside:
+            beside[f"{name}.bias"] = beside.pop(f"{there.whole}.bias")
     renamed = {path for there in names.values() for path in there.paths}
-    return {path: slot for path, slot in base.items() if path not in renamed} | found
+    kept = {path: slot for path, slot in base.items() if path not in renamed}
+    return Known(kept | found, beside)
 
 
 def stacks_of(base: Base) -> Base:
@@ -216,6 +270,8 @@ def _gathered(
 def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
+    if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
+        return whole(update.held["lora_diff"], None)
     raise FileError(
         f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
         f"{update.method} is of its whole weight alone. Give a model of the file's own names."
@@ -390,6 +446,8 @@ def _factors(
     update: Update, shape: tuple[int, ...], layout: Layout
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes that lora_A and lora_B have on a weight of `shape`."""
+    if len(shape) < 2:
+        return (), ()
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     kernel = shape[2:] if update.up_kernel == "same" else ()
@@ -406,6 +464,7 @@ def _slot(model: nn.Module, target: Target) -> Slot:
         target.groups,
         tuple(_classes(model, target.module)),
         bool(getattr(owner, "is_transposed", False)) and target.layout == "stack",
+        values=lambda: base_tensor(owner, target.tensor),
     )
 
 

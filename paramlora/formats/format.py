@@ -71,6 +71,7 @@ class Format:
         complete: the file holds all of an `Adapter`, ties and whole tensors included, under the
             model's own paths: nothing in it is interpreted, or fitted to the model.
         kinds: the kinds of update that `write` knows (see `paramlora.update.kinds`).
+        whole: whether `write` knows whole tensors beside the updates.
         check: refuses a file by its names and shapes, before any tensor is read.
         like: the format that its files are told to be and read as: of a format that is only
             written, since it is another tool's choice of the same names.
@@ -91,6 +92,7 @@ class Format:
     prefix: Optional[Prefix] = None
     complete: bool = False
     kinds: tuple[str, ...] = ("lora", "soft")
+    whole: bool = False
     check: Callable[[Content], None] = _accepts
     like: str = ""
     passed_over: Callable[[Content, Base], list[str]] = _takes_all

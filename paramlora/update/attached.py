@@ -15,9 +15,8 @@ from paramlora.update.casts import NotOffloaded, without_storage
 from paramlora.update.choice import ONLY, UNSPLIT, Choice
 from paramlora.update.compat import (
     current_backward,
-    current_node,
     next_number,
-    number_of,
+    number_of_forward,
     strength_changes,
 )
 from paramlora.update.geometry import Layout, matrix_shape
@@ -80,6 +79,11 @@ class Switch:
         """As strong on other rows, which remembers this one."""
         strength_changes()
         return Switch(self.strength, self.gain, self.muted, self._remembering(), rows)
+
+    def born(self) -> "Switch":
+        """As if it had been off until now: what is computed again of an earlier forward is computed
+        without it."""
+        return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
@@ -189,6 +193,7 @@ class AttachedUpdate(nn.Module):
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
+    vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
@@ -226,9 +231,8 @@ class AttachedUpdate(nn.Module):
         """The switch that holds: inside of a backward, which computes a checkpointed forward
         again, that of the forward."""
         own = self.switch
-        if not (is_compiling() or not own.past or current_backward() == -1):
-            node = current_node()
-            own = own if node is None else own.at(number_of(node))
+        if not (is_compiling() or not own.past or (task := current_backward()) == -1):
+            own = own.at(number_of_forward(task))
         return own if own.rows is None else own.seen(self.adapter)
 
     def now(self) -> Switch:
