@@ -25,10 +25,12 @@ def of_peft(content: Content, base: Base) -> list[str]:
     """The keys that PEFT would put into no layer."""
     start = "base_model.model."
     known = {*base, *(path.rpartition(".")[0] for path in base)}  # a parameter is its owner's
-    fits = {
-        key: key.startswith(start) and stem(key[len(start) :]) in known for key in content.state
-    }
-    return [key for key, is_known in fits.items() if not is_known]
+    inside = {key: key.removeprefix(start) for key in content.state}
+    return [
+        key
+        for key, rest in inside.items()
+        if rest == key or not (_is_whole(rest) or stem(rest) in known)
+    ]
 
 
 def of_state_dict(content: Content, base: Base) -> list[str]:
@@ -68,7 +70,7 @@ def _is_mangled(name: str, known: "set[str]", part: Optional[str]) -> bool:
 
 
 def _is_whole(key: str) -> bool:
-    """Whether a key is of a vector, or of a tensor in the base's place: `base` has matrices alone."""
+    """Whether a key is of a vector, or of a whole tensor: a `Base` has matrices alone."""
     parts = key.split(".")
     low = any(part.startswith(_LEAVES) for part in parts)
     return not low and parts[-1] in ("weight", "bias", "diff_b", "w_norm", "b_norm")
