@@ -297,7 +297,7 @@ def _restore(own: dict[str, Any], forward: Any) -> None:
     if own.get("forward") is not forward:
         return
     below: Any = forward.before
-    while getattr(below, "left", False):
+    while below is not None and getattr(below, "left", False):
         below = below.before
     if below is None:
         del own["forward"]
