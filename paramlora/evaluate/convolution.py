@@ -327,29 +327,22 @@ class _Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
-        ctx.where, g, inputs = where, None, (kept_input(ctx, x), weight, a, b, scale)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
+        ctx.where, g, kept = where, None, (kept_input(ctx, x), weight, a, b, scale)
         if x.dtype == torch.float16:
             a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
             scale = torch.ones_like(g)
-        of = Operands(x, weight, bias, a, b, scale)
+            of = of._replace(a=a, b=b, scale=scale)
         result = None if recorded() else convolved(of, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(*inputs, result[1], g)
+            ctx.save_for_backward(*kept, result[1], g)
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(*inputs, t, g)
+        ctx.save_for_backward(*kept, t, g)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is None:
             return conv(x, weight, bias, *where) + conv(t, up)
@@ -469,16 +462,9 @@ class _Convolution(torch.autograd.Function):
     """Forms the dense kernel, twice, and keeps x alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
         ctx.where = where
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
@@ -521,18 +507,11 @@ class _Depthwise(torch.autograd.Function):
     the update in float32."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
         ctx.where = where
-        y, total = depthwise(Operands(x, weight, bias, a, b, scale), where)
+        y, total = depthwise(of, where)
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
         return y
 

@@ -1,8 +1,8 @@
 """Forward and backward of a 16-bit convolution on CUDA: cuDNN's convolutions, and between them the
 kernels of `kernels`; imported only there.
 
-As in `fused`, all but the tensors is planned once for each kind of operands. A signal is an image
-of one row.
+As in `linear.plan`, all but the tensors is planned once for each kind of operands. A signal is an
+image of one row.
 """
 
 import math
