@@ -318,7 +318,7 @@ def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
         value = value.reshape(-1)
     else:
         value = torch.zeros(())
-    if found[0].endswith("_inv") or not torch.isfinite(1 / value).all() or not value.all():
+    if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
         raise AdapterError(
             f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
             f"{list(shape)}. Merge into the checkpoint that it was quantised from."
