@@ -36,7 +36,7 @@ from paramlora.evaluate.functional import (
     without_autocast,
 )
 from paramlora.update import narrow
-from paramlora.update.compat import applied, recorded
+from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -265,7 +265,9 @@ def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
 
 def _rounded(t: Tensor, x: Tensor) -> Tensor:
     """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
-    return t if t.dtype == x.dtype else laid_as(t.to(x.dtype), x)
+    if t.dtype == x.dtype or is_batched(t):  # many gradients at once lie by no format
+        return t.to(x.dtype)
+    return laid_as(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

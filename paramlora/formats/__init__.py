@@ -232,18 +232,6 @@ def write(
     return placed(form.write(told, base, **how), adapter.metadata, form)
 
 
-def _without_differences(adapter: Adapter, form: Format) -> Adapter:
-    """With factors for dense changes of matrices, where a format holds nothing else."""
-    if "difference" in form.kinds:
-        return adapter
-    rest, found = apart_from(adapter, "difference")
-    made = {path: factored(value) for path, value in found.items()}
-    plain = {path: update for path, update in made.items() if update is not None}
-    left = {path: value for path, value in found.items() if path not in plain}
-    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
-    return replace(rest, updates=updates, others=others)
-
-
 def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base] = None) -> None:
     """Refuse a file of which something would match nothing where it is loaded.
 
@@ -277,6 +265,18 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
             f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
             "left there; keep the native format, and report this."
         )
+
+
+def _without_differences(adapter: Adapter, form: Format) -> Adapter:
+    """With factors for dense changes of matrices, where a format holds nothing else."""
+    if "difference" in form.kinds:
+        return adapter
+    rest, found = apart_from(adapter, "difference")
+    made = {path: factored(value) for path, value in found.items()}
+    plain = {path: update for path, update in made.items() if update is not None}
+    left = {path: value for path, value in found.items() if path not in plain}
+    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
+    return replace(rest, updates=updates, others=others)
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

@@ -25,10 +25,12 @@ def of_peft(content: Content, base: Base) -> list[str]:
     """The keys that PEFT would put into no layer."""
     start = "base_model.model."
     known = {*base, *(path.rpartition(".")[0] for path in base)}  # a parameter is its owner's
-    fits = {
-        key: key.startswith(start) and stem(key[len(start) :]) in known for key in content.state
-    }
-    return [key for key, is_known in fits.items() if not is_known]
+    inside = {key: key.removeprefix(start) for key in content.state}
+    return [
+        key
+        for key, rest in inside.items()
+        if rest == key or not (_is_whole(rest) or stem(rest) in known)
+    ]
 
 
 def of_state_dict(content: Content, base: Base) -> list[str]:
@@ -41,7 +43,8 @@ def of_diffusers(content: Content, base: Base) -> list[str]:
     """The keys that a pipeline would give to another model or, without a model's name in front,
     that the model itself has no layer for."""
     part = part_told(base, base)
-    return [key for key in content.state if not _in_pipeline(stem(key), base, part)]
+    keys = (key for key in content.state if not _is_whole(key))
+    return [key for key in keys if not _in_pipeline(stem(key), base, part)]
 
 
 def _in_pipeline(path: str, base: Base, part: Optional[str]) -> bool:
@@ -54,7 +57,7 @@ def _in_pipeline(path: str, base: Base, part: Optional[str]) -> bool:
 def of_kohya(content: Content, base: Base) -> list[str]:
     """The keys whose name is mangled from no layer, or whose prefix is another model's."""
     known, part = mangled(base), part_told(base, base)
-    names = {key: key.partition(".")[0] for key in content.state}
+    names = {key: key.partition(".")[0] for key in content.state if not _is_whole(key)}
     fits = {name: _is_mangled(name, known, part) for name in set(names.values())}
     return [key for key, name in names.items() if not fits[name]]
 
@@ -64,6 +67,13 @@ def _is_mangled(name: str, known: "set[str]", part: Optional[str]) -> bool:
     if not level or not can_be(MANGLED[level], part):
         return False
     return any(rest in known for rest, _ in flat(name[len(level) + 1 :]))
+
+
+def _is_whole(key: str) -> bool:
+    """Whether a key is of a vector, or of a whole tensor: a `Base` has matrices alone."""
+    parts = key.split(".")
+    low = any(part.startswith(_LEAVES) for part in parts)
+    return not low and parts[-1] in ("weight", "bias", "diff_b", "w_norm", "b_norm")
 
 
 def mangled(base: Base) -> "set[str]":

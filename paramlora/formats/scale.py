@@ -10,6 +10,7 @@ from paramlora.formats.content import Content, number, parsed, report
 from paramlora.formats.pipeline import PARTS
 
 KEY = "paramlora_scales"
+_MOST_HEADED = 64  # alphas of a header, each of which is looked for in all names
 _HEADED = re.compile(r"(?:(?P<component>\w+)\.)?(?:lora_alpha|alpha|ss_network_alpha)")
 _RANK = ("None", "0", "0.0")  # sd-scripts' networks/lora.py takes these for the rank
 _EACH = "Dynamic"  # sd-scripts' word for one in each layer
@@ -104,6 +105,8 @@ def headed(
     keys = {key: match for key in content.metadata if (match := _HEADED.fullmatch(key))}
     if given is not None or not keys or any(key.endswith(".alpha") for key in content.state):
         return {}
+    if len(keys) > _MOST_HEADED:
+        raise FileError(f"{content.source}: its header tells {len(keys)} alphas. Save it again.")
     known, found, lost = list(paths), dict[str, float](), []
     alone = len({match["component"] for match in keys.values()}) == 1
     for key, match in sorted(keys.items(), key=lambda item: item[1]["component"] or ""):
