@@ -351,7 +351,7 @@ def _key_of(
     weight = differences.get(layer)
     norm = weight is not None and weight.held["lora_diff"].dim() == 1
     norm = norm or layer in vectors_of(base)
-    if differences[path].kind == "parameter":
+    if differences[path].kind == "parameter" and path == layer:
         raise FileError(
             f"{path}: a parameter that is no weight and no bias, which kohya's format cannot name. "
             "Keep the native format."

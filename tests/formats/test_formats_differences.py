@@ -208,3 +208,12 @@ def test_a_configuration_asks_for_it():
     paramlora.attach(net, {"4": {"kind": "difference"}})
     (parameter,) = paramlora.trainable_parameters(net)
     assert parameter.shape == (40, 64) and torch.equal(net(IMAGE), layers()(IMAGE))
+
+
+def test_a_bare_parameter_has_no_name_in_kohyas_format():
+    net = nn.Module()
+    net.block = nn.Module()
+    net.block.table = nn.Parameter(torch.zeros(3, 4))
+    paramlora.attach(net, {"block.table": {"kind": "difference"}})
+    with pytest.raises(FileError, match="block.table: a parameter that is no weight and no bias"):
+        formats.write(paramlora.adapter_of(net), "kohya", formats.base_of(net))
