@@ -68,10 +68,11 @@ def test_lightnings_checkpoint_holds_no_base(tmp_path):
         example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
 
 
-# the packages that carry weights and data; steps; the share of the base's errors to beat
+# the packages that carry weights and data; steps; the share of the base's errors to beat; what two
+# answers count for, which the merge's rounding may turn: of some 770 letters, of 42·4·3 pairs
 REAL = {
-    "font_reader": (("easyocr_en_models", "fontpkg_great_vibes", "matplotlib"), 10, 0.5),
-    "telephone_voices": (("resemblyzer", "espeakng_loader", "transformers"), 10, 0.7),
+    "font_reader": (("easyocr_en_models", "fontpkg_great_vibes", "matplotlib"), 10, 0.5, 3e-3),
+    "telephone_voices": (("resemblyzer", "espeakng_loader", "transformers"), 10, 0.7, 2 / 504),
 }
 
 
@@ -96,9 +97,9 @@ def check_rows(rows, tie):
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("name", REAL)
 def test_real_weights(name, tmp_path, monkeypatch):
-    needs, steps, share = REAL[name]
+    needs, steps, share, tie = REAL[name]
     rows = real_rows(name, needs, steps, tmp_path, monkeypatch)
-    check_rows(rows, 3e-3)
+    check_rows(rows, tie)
     metric = list(rows["base"])[0]
     assert rows["LoRA"][metric] < share * rows["base"][metric]
     assert rows["full fine-tuning"][metric] < rows["base"][metric]
