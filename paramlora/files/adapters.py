@@ -453,9 +453,14 @@ def _beside(folder: Path) -> dict[str, Any]:
             except FileError:
                 raise
             except ValueError as error:
-                raise FileError(f"{folder / name}: cannot be read: {error}.") from error
+                raise FileError(
+                    f"{folder / name}: cannot be read: {error}. Copy or save it again."
+                ) from error
             if not isinstance(found, dict):
-                raise FileError(f"{folder / name}: a {type(found).__name__}, not an object.")
+                raise FileError(
+                    f"{folder / name}: a {type(found).__name__}, not an object. Copy or save it "
+                    "again."
+                )
             config |= found
     return config
 

@@ -259,7 +259,12 @@ def _index_in(folder: Path) -> Path:
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
-        names = listed(p.name for p in chosen or _weights(folder)) or "none"
+        names = listed(path.name for path in chosen or _weights(folder)) or "none"
+        if not chosen and names != "none":
+            raise FileError(
+                f"{folder}: several files of weights, {names}, and no *{_INDEX} that places the "
+                "tensors. Add the index, or name the one file that is meant."
+            )
         raise FileError(
             f"{folder}: a folder needs one *{_INDEX} or one file of weights, and has {names}. Name "
             "the file itself."

@@ -186,8 +186,10 @@ def merge(
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
         if seed is not None:
-            rounding = Rounding(seed)
-            plan = {key: replace(recipe, rounding=rounding) for key, recipe in plan.items()}
+            plan = {
+                name: replace(recipe, rounding=Rounding(seed, name))
+                for name, recipe in plan.items()
+            }
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
@@ -216,7 +218,8 @@ def kept(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
-                rounding.path, spec = name, stored.specs[recipe.source]
+                rounding.start(name)
+                spec = stored.specs[recipe.source]
                 counted = replace(recipe, rounding=rounding)
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))
