@@ -359,3 +359,26 @@ def test_the_command_line_writes_both(tmp_path, capsys):
     back = files.read_adapter(tmp_path / "out").updates
     assert len(back) == len(adapter.updates)
     paramlora.load_adapter(ARCHITECTURES["flux"].make(), tmp_path / "comfy.safetensors")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_stands_beside_the_factors_is_read_back_too(known, tmp_path):
+    """Whole tensors of PEFT, and changes of biases and norms of kohya: a base has matrices."""
+    model = nn.ModuleDict({"q": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 3)})
+    base = formats.base_of(model) if known else None
+    whole = {"norm": torch.rand(4), "norm.bias": torch.rand(4), "head": torch.rand(3, 4)}
+    whole["head.bias"] = torch.rand(3)
+    adapter = Adapter(one_layer("q").updates, whole=whole)
+    files.write_adapter(adapter, tmp_path / "peft", "peft", base)
+    back = files.read_adapter(tmp_path / "peft", base).whole.values()
+    assert sorted(map(str, map(torch.Tensor.tolist, back))) == sorted(
+        str(t.tolist()) for t in whole.values()
+    )
+    state = {"lora_unet_q.lora_down.weight": torch.ones(1, 6)}
+    state |= {"lora_unet_q.lora_up.weight": torch.ones(4, 1), "lora_unet_q.diff_b": torch.rand(4)}
+    state |= {"lora_unet_norm.w_norm": torch.rand(4), "lora_unet_norm.b_norm": torch.rand(4)}
+    save_file(state, tmp_path / "a.safetensors")
+    found = files.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    assert len(found.values()) == 4
+    written = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(written[key], tensor) for key, tensor in state.items())
