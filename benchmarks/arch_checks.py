@@ -136,7 +136,8 @@ def of_dense(model: nn.Module, inputs: dict[str, Any], places: list[Place], f: F
 def apart(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error of an output; where it is zero, of the largest output."""
     if [t.shape for t in got] != [t.shape for t in want]:
-        raise Differs(f"{len(got)} outputs where the reference has {len(want)}")
+        shapes = [[tuple(t.shape) for t in one] for one in (got, want)]
+        raise Differs(f"outputs of shapes {shapes[0]} where the reference has {shapes[1]}")
     scale = max((t.double().norm().item() for t in want), default=1.0) or 1.0
     worst = 0.0
     for ours, theirs in zip(got, want):
@@ -225,8 +226,9 @@ def own_training(s: Subject) -> float:
 
 @torch.no_grad()
 def shows(s: Subject) -> bool:
-    """Whether the update changes what the model gives for these inputs."""
-    return apart(call(s.reference, s.inputs), call(s.plain, s.inputs)) > 1e-4
+    """Whether the update changes what the model gives for these inputs, be it only how much."""
+    got, plain = call(s.reference, s.inputs), call(s.plain, s.inputs)
+    return [t.shape for t in got] != [t.shape for t in plain] or apart(got, plain) > 1e-4
 
 
 @torch.no_grad()

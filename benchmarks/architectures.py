@@ -4,7 +4,9 @@
 ``architectures.jsonl``, one line for each class, and prints the counts. PATTERN is a regular
 expression for the class's name. Each is compared with a dense reference of the script's own
 (`benchmarks.dense`): outputs and gradients in evaluation and training, saved and loaded, merged
-through the library's files, detached, checkpointed, and written for peft and read there.
+through the library's files, detached, checkpointed, and written for peft and read there. With
+``--one`` it takes one class for each configuration; ``--out benchmarks/recorded --count 0`` prints
+what is recorded there.
 """
 
 import argparse
@@ -235,11 +237,18 @@ def fill(path: Path, names: list[str], workers: int, limit: float) -> None:
         path.open("a", encoding="utf-8") as out,
     ):
         for row in pool.imap_unordered(work, names):
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
             out.flush()
             if time.monotonic() - started > limit:
                 break
         pool.terminate()
+
+
+def rounded(value: Any) -> Any:
+    """With two digits of each error, which is all that it tells."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.1e}") if isinstance(value, float) and abs(value) < 0.1 else value
 
 
 REASONS = ("own:", "FileError:")  # the plain model or peft cannot do it either; refused

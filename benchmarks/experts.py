@@ -6,11 +6,15 @@ factors of ``gate_up_proj`` and ``down_proj``; R is its time over the frozen lay
 the same values, and take turns in one process:
 
 - ``frozen``: no update.
-- ``paramlora``, and ``paramlora dropout``: with 0.1.
+- ``paramlora``: torch's operations; ``kernels``: ours, whatever the table of cards says, and with
+  their own tiles where a way names some; ``... dropout``: with 0.1.
 - ``peft``: its `target_parameters`, factors in float32; ``definition``: the dense sums, in
   autograd.
 - ``unfused``: three grouped products for each tensor, base, down and up, whose outputs are added
   after they were rounded.
+
+The last rows are a whole Qwen3-MoE, see `benchmarks.moe`. The file is written after every row: what
+stops early keeps what it has. ``--quick`` leaves out what does not decide between both ways.
 
 A case ends in the implementation that transformers was asked for. Memory is what a step takes
 beside what was allocated before it; kept is the share of an update of a thousandth of the weights
@@ -18,23 +22,25 @@ that reaches the output. Errors are against the loop over the experts in float32
 """
 
 import argparse
-import copy
+import functools
 import gc
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import paramlora
-from benchmarks import timing
+from benchmarks import moe, timing
 from benchmarks.machine import device
 from benchmarks.results import experts_table, save
+from paramlora.evaluate import choose
 
 STACKS = ("gate_up_proj", "down_proj")
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -63,6 +69,50 @@ CASES = (
     Case(128, 2048, 768, 4096, 8, "eager"),
 )
 TINY = (Case(4, 32, 24, 64, 2), Case(4, 32, 24, 64, 2, "eager"))
+
+
+Tile = tuple[int, int, int, int, int, int, bool]  # as of `paramlora.cuda.linear.tiles.Tiling`
+TILES: dict[str, Tile] = {
+    "128×128 4 warps": (128, 128, 64, 8, 3, 4, True),
+    "128×128 4 stages": (128, 128, 64, 8, 4, 8, True),
+    "128×256 4 stages": (128, 256, 64, 8, 4, 8, True),
+    "128×256 ungrouped": (128, 256, 64, 1, 3, 8, True),
+    "64×256": (64, 256, 64, 8, 4, 4, True),
+}
+
+
+class Kernels:
+    """Whether ours compute the products of experts and those under dropout, whatever the table of
+    cards says of this device; and with which tiles, those of the plan's own table without any."""
+
+    def __init__(self, on: bool, tile: Optional[Tile] = None) -> None:
+        self.on, self.tile, self.plans = on, tile, {}  # type: ignore[var-annotated]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if device().type != "cuda":
+            yield
+            return
+        from paramlora.cuda.experts import plan
+
+        index = torch.cuda.current_device()
+        own = choose.thresholds_of(torch.zeros((), device=device()))
+        tiling, plans = plan.tiling, plan._PLANS
+        choose._SEEN[index] = replace(own, experts=self.on, dropout=self.on)
+        plan._PLANS = self.plans
+        plan.tiling = self._tiling(tiling)
+        try:
+            yield
+        finally:
+            choose._SEEN[index], plan._PLANS, plan.tiling = own, plans, tiling
+
+    def _tiling(self, table: Callable[..., Any]) -> Callable[..., Any]:
+        from paramlora.cuda.linear.tiles import Tiling
+
+        def chosen(rows: int, N: int, K: int, hopper: bool, drop: bool) -> Any:
+            return Tiling(*self.tile) if self.tile and hopper else table(rows, N, K, hopper, drop)
+
+        return chosen
 
 
 class Layer(nn.Module):
@@ -198,23 +248,34 @@ def _as_peft(p: Tensor, pairs: list[tuple[Tensor, Tensor]], first: bool) -> Tens
 WAYS: dict[str, Callable[[Case, int, float], nn.Module]] = {
     "frozen": lambda case, r, size: plain(case),
     "paramlora": _ours,
+    "kernels": _ours,
     "paramlora dropout": lambda case, r, size: _ours(case, r, size, dropout=0.1),
+    "kernels dropout": lambda case, r, size: _ours(case, r, size, dropout=0.1),
+    **{f"kernels {name}": _ours for name in TILES},
     "peft": _peft,
     "unfused": lambda case, r, size: Unfused(plain(case), values(case, r, size)),
     "definition": Definition,
 }
+QUICK = ("frozen", "paramlora", "kernels", "paramlora dropout", "kernels dropout", "unfused")
+UNCHECKED = ("frozen", "paramlora dropout", "kernels dropout", *(f"kernels {n}" for n in TILES))
 
 
-def step_of(model: nn.Module, given: Inputs) -> timing.Step:
+def computed(way: str) -> Kernels:
+    return Kernels(way.startswith("kernels"), TILES.get(way.removeprefix("kernels ")))
+
+
+def step_of(model: nn.Module, given: Inputs, kernels: Kernels) -> timing.Step:
     grad = torch.ones_like(given[0])
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
-        torch.autograd.grad(model(*given), (given[0], given[2], *trained), grad)
+        with kernels():
+            torch.autograd.grad(model(*given), (given[0], given[2], *trained), grad)
 
     return step
 
 
+@functools.lru_cache(2)
 def reference(case: Case, r: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output, the input's gradient, and the output without the update, all in float32."""
     loop = Case(case.experts, case.hidden, case.inner, case.tokens, case.top, "eager")
@@ -232,21 +293,24 @@ def reference(case: Case, r: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def measured(case: Case, way: str, r: int) -> dict[str, Any]:
     """The row of one way but for its time: memory, errors and the share kept."""
-    model, given = WAYS[way](case, r, 0.1), inputs(case)
+    model, given, kernels = WAYS[way](case, r, 0.1), inputs(case), computed(way)
     row: dict[str, Any] = {"case": str(case), "way": way}
-    step = step_of(model, given)
+    step = step_of(model, given, kernels)
     step()
+    assert bool(kernels.plans) == (kernels.on and device().type == "cuda"), f"{way}: not by it"
     gc.collect()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         row["beside_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    if way in ("frozen", "paramlora dropout"):
+    if way in UNCHECKED:
         return row
-    y, (want, want_dx, _) = model(*given), reference(case, r, 0.1)
+    want, want_dx, _ = reference(case, r, 0.1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    dx, *grads = torch.autograd.grad(y.float().sum(), (given[0], *trained))
+    with kernels():
+        y = model(*given)
+        dx, *grads = torch.autograd.grad(y.float().sum(), (given[0], *trained))
     assert len(grads) == 4 and all(g.abs().sum() > 0 for g in grads), f"{way}: no gradient"
     row["output_error"] = ((y.float() - want).norm() / want.norm()).item()
     row["gradient_error"] = ((dx.float() - want_dx).norm() / want_dx.norm()).item()
@@ -258,21 +322,28 @@ def measured(case: Case, way: str, r: int) -> dict[str, Any]:
 def kept(case: Case, way: str, r: int) -> float:
     """The share of a small update in the output, beside that of the same way without one."""
     want, _, base = reference(case, r, 1e-3)
-    with torch.no_grad():
+    with torch.no_grad(), computed(way)():
         got = WAYS[way](case, r, 1e-3)(*inputs(case)).float()
         none = WAYS[way](case, r, 0.0)(*inputs(case)).float()
     change = want - base
     return (((got - none) * change).sum() / change.square().sum()).item()
 
 
-def measure(case: Case, ways: list[str], r: int, rounds: int) -> list[dict[str, Any]]:
-    rows, live = [], {}
+def measure(
+    case: Case, ways: list[str], r: int, rounds: int, save_rows: Callable[[list[Any]], None]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    live: dict[str, timing.Step] = {}
     for way in ways:
         try:
             rows.append(measured(case, way, r))
-            live[way] = step_of(WAYS[way](case, r, 0.1), inputs(case))
+            live[way] = step_of(WAYS[way](case, r, 0.1), inputs(case), computed(way))
         except torch.cuda.OutOfMemoryError:
             rows.append({"case": str(case), "way": way, "refused": "out of memory"})
+        except (RuntimeError, AssertionError) as reason:  # one way does not lose the others
+            told = f"{type(reason).__name__}: {reason}"[:200]
+            rows.append({"case": str(case), "way": way, "refused": told})
+        save_rows(rows)
         gc.collect()
     times = timing.eager(live, device(), rounds)
     devices = timing.replayed(live, rounds) if device().type == "cuda" else {}
@@ -282,18 +353,26 @@ def measure(case: Case, ways: list[str], r: int, rounds: int) -> list[dict[str, 
                 row[f"{kind}_ms"] = median(found[row["way"]])
                 if "frozen" in found:
                     row[f"{kind}_R"] = row[f"{kind}_ms"] / median(found["frozen"])
+    save_rows(rows)
     return rows
 
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    tiny, rows = options.tiny or device().type == "cpu", []
+    tiny, done = options.tiny or device().type == "cpu", []
+    ways = [way for way in options.ways if not options.quick or way in QUICK]
+
+    def saved(rows: list[dict[str, Any]]) -> None:
+        path = save(options.out, "experts", {"tiny": tiny, "rows": done + rows})
+        print(f"{path}: {len(done + rows)} rows, the last {rows[-1]}", flush=True)
+
     for number, case in enumerate(TINY if tiny else CASES):
         if options.cases is None or number in options.cases:
-            rows += measure(case, options.ways, 8 if tiny else options.r, options.rounds)
-            path = save(options.out, "experts", {"tiny": tiny, "rows": copy.copy(rows)})
-    print(experts_table({"rows": rows}))
-    print(path)
+            done += measure(case, ways, 8 if tiny else options.r, options.rounds, saved)
+    if options.cases is None or len(CASES) in options.cases:
+        model = [way for way in ways if way in moe.WAYS]
+        done += moe.measure(model, options.r, tiny, saved, lambda way: computed(way)())
+    print(experts_table({"rows": done}))
     return 0
 
 
@@ -305,7 +384,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", default="benchmark-results", help="folder of experts.json")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--cases", nargs="+", type=int, help="their places in the list, from 0")
+    parser.add_argument("--cases", nargs="+", type=int, help="their places, from 0; 4: the model")
+    parser.add_argument("--quick", action="store_true", help="only what decides between both ways")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiny", action="store_true", help="the small sizes, as without CUDA")

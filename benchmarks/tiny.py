@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 VOCABULARY, WIDTH, IMAGE, HEADS, HEAD_SIZE = 128, 64, 32, 4, 16
-MOST = 20_000_000  # parameters of a model that is still called tiny
+MOST = 60_000_000  # parameters of a model that is still called tiny: half a gigabyte each copy
 FIRST_TOKEN = 100  # special tokens stand above those that inputs hold
 
 
@@ -28,11 +28,14 @@ _FIXED = r"chunk_size_feed_forward|.*type_vocab_size|.*stride.*|.*padding.*|.*sp
 _IMAGES = r"(pretrain_)?image_size|img_size|.*_image_size|input_size|sample_(size|width|height)"
 _WINDOWS = r"sliding_window.*|.*attention_window|block_size|.*chunk_size|index_topk|sample_frames"
 _EXPERTS = r"(n_routed|num_local|moe_num|num|n)_experts"
-_CHOSEN = r".*num_experts_per_tok|.*topk.*|.*top_k.*|n_groups?|.*experts_per_tok.*"
+_QUERIES = r"num_queries|num_query_tokens|num_(denoising|proposals)|two_stage_num_proposals"
+_CHOSEN = r"moe_k|.*num_experts_per_tok|.*topk.*|.*top_k.*|n_groups?|.*experts_per_tok.*"
 _LAYERS = (
     r".*(num|n)_(\w+_)?(layers?|blocks)|(\w+_)?(layers|depth)|n_layer|num_\w+_per_stage"
     r"|layers_per_block|mmdit_layers|.*layers_per_block"
 )
+_CHANNELS = r"base_(dim|channels)|(model_)?channels|ch|(en|de)coder_dim|n_filters"
+_GROUPS = 32  # of group norms that models fix
 _SHAPES: list[tuple[str, Callable[[int], int]]] = [
     (r".*(num_(key_value|kv)|kv_n|n_kv|kv)_?heads.*", _most(2)),
     (r"qk_rope_head_dim|rotary_dim|.*rope_head_dim", _most(8)),
@@ -41,7 +44,7 @@ _SHAPES: list[tuple[str, Callable[[int], int]]] = [
     (r".*heads?|n_head|nheads", _most(HEADS)),
     (r"upsample_groups", _most(WIDTH)),
     (r"norm_num_groups|norm_groups|num_groups", _most(8)),
-    (r"base_(dim|channels)|(model_)?channels|ch|(en|de)coder_dim|n_filters", _most(16)),
+    (_CHANNELS, _most(16)),
     (
         r".*(intermediate|ffn|feed_?forward|mlp|inner)_(size|dim|hidden_size).*|d_ff|n_inner"
         r"|\w+_ffn_dim|dim_feedforward|ff_dim|mlp_hidden|ffn_hidden_size",
@@ -66,6 +69,7 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (_WINDOWS, _most(16)),
     (_EXPERTS, _most(4)),
     (_CHOSEN, _most(2)),
+    (_QUERIES, _most(10)),
     *_SHAPES,
 ]
 # what is made small: all; all, and widths by stage in multiples of 32, in which some models fix
@@ -84,7 +88,7 @@ _NO_SIZE = re.compile(
 )
 _SECTIONS = re.compile(r"axes_dims?(_rope)?|rope_axes_dim|rope_dim_list")
 # where the default is None
-NEEDED = {"prediction_length": 8, "context_length": 8}
+NEEDED = {"prediction_length": 8, "context_length": 8, "vocab_size": VOCABULARY}
 NEEDED_ARGUMENTS = {"in_channels": 16, "sample_size": 16, "patch_size": 2}
 
 
@@ -94,8 +98,15 @@ def shrunk(name: str, value: int, way: str) -> int:
         return value
     for pattern, small in SIZES:
         if re.fullmatch(pattern, name):
-            return small(value)
+            return (
+                max(small(value), min(value, _GROUPS)) if _is_grouped(name, way) else small(value)
+            )
     return value
+
+
+def _is_grouped(name: str, way: str) -> bool:
+    """Whether a norm of groups, whose number is fixed, may follow these channels."""
+    return way == "even" and re.fullmatch(_CHANNELS, name) is not None
 
 
 def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
@@ -112,7 +123,7 @@ def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
     if "image" in name or name == "sample_size":
         return [min(v, IMAGE) for v in values]
     if re.search("size|dim|channel|width", name) and max(values) > 16:
-        unit = 32 if way == "even" else 8
+        unit = _GROUPS if way == "even" else 8
         return [v if v <= 8 else max(unit, v // (8 * unit) * unit) for v in values]
     return values
 
@@ -208,7 +219,11 @@ def _mend(part: Any) -> None:
         part.qk_head_dim = part.qk_nope_head_dim + part.qk_rope_head_dim
     if "head_dim" in held and held["head_dim"] is None and _is_int(heads) and _is_int(width):
         part.head_dim = width // heads
-    for count, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
+    if "num_key_value_heads" in held and held["num_key_value_heads"] is None and _is_int(heads):
+        part.num_key_value_heads = heads
+    mamba = [("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")]
+    mamba += [("num_heads", "head_dim")] if "state_size" in held else []
+    for count, size in mamba:
         if _is_int(held.get(count)) and size in held and _is_int(width):
             setattr(part, size, held.get("mamba_expand", 2) * width // held[count])
     if "backbone_out_indices" in held and held["backbone_out_indices"]:

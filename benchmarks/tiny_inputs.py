@@ -35,7 +35,11 @@ def tries(model: nn.Module, dtype: torch.dtype) -> Iterator[Inputs]:
         pools = [candidates(name, model.config, names) for name in names]
         for chosen in itertools.islice(itertools.product(*pools), MOST):
             made = {name: make() for name, make in zip(names, chosen)}
-            yield {n: v.to(dtype) if v.is_floating_point() else v for n, v in made.items()}
+            yield {n: v.to(dtype) if _is_real(v) else v for n, v in made.items()}
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _choices(model: nn.Module) -> Iterator[list[str]]:
@@ -86,7 +90,7 @@ def ones(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.ones(*shape, dtype=torch.long)
 
 
-Pool = list[Callable[[], Tensor]]
+Pool = list[Callable[[], Any]]
 
 
 def candidates(name: str, config: Any, names: list[str]) -> Pool:
@@ -157,6 +161,8 @@ def _sounds(config: Any) -> Pool:
         noise(BATCH, 20, mels),
         noise(BATCH, longest, mels),
         noise(BATCH, 1, 64, mels),
+        noise(BATCH, 1920),
+        noise(BATCH, 1, 1920),
     ]
 
 
@@ -219,7 +225,7 @@ def _conditions(config: Any) -> Pool:
     return [noise(BATCH, 5, int(width))]
 
 
-def _one(*values: Callable[[Any], Callable[[], Tensor]]) -> Callable[[Any], Pool]:
+def _one(*values: Callable[[Any], Callable[[], Any]]) -> Callable[[Any], Pool]:
     return lambda config: [value(config) for value in values]
 
 
@@ -250,6 +256,7 @@ _BY_NAME: dict[str, Callable[[Any], Pool]] = {
     "timestep": _one(
         lambda c: given(torch.tensor([3, 700])), lambda c: given(torch.tensor([0.3, 0.7]))
     ),
+    "codebook_idx": _one(lambda c: lambda: 1),
     "t": _one(lambda c: given(torch.tensor([0.3, 0.7]))),
     "guidance": _one(lambda c: given(torch.tensor([1.0, 3.0]))),
     "conditioning_scale": _one(lambda c: given(torch.tensor(1.0))),

@@ -13,8 +13,11 @@ escaped in all of them, and what is too long is shortened.
 """
 
 import errno
+import os.path
 import re
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
@@ -23,6 +26,8 @@ _MOST_WORD, _MOST_MESSAGE = 200, 980  # characters
 _LONG = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 # the work of comparing grows with the square of the length, and real names are shorter
 _MOST_COMPARED, _MOST_KNOWN = 100, 5_000
+_HERE = os.path.join(os.path.dirname(__file__), "")
+_DECORATORS = ("contextlib.py", "_contextlib.py")  # Python's, and torch's of `torch.no_grad`
 
 
 def shown(text: str) -> str:
@@ -143,6 +148,19 @@ class ParamloraWarning(UserWarning):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(shown(a) if isinstance(a, str) else a for a in arguments))
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called paramlora, however deep inside, and behind whichever decorators
+    or context managers, that is found out."""
+    frame, level = sys._getframe(1), 2
+    while _is_inner(frame.f_code.co_filename) and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ParamloraWarning, stacklevel=level)
+
+
+def _is_inner(path: str) -> bool:
+    return path.startswith(_HERE) or os.path.basename(path) in _DECORATORS
 
 
 def closest(word: str, known: Iterable[str], n: int = 1) -> list[str]:

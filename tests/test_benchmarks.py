@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from benchmarks import (
+    dropout,
     experts,
     finetune_bf16,
     kinds,
@@ -123,9 +124,10 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
         pytest.importorskip(package)
     assert experts.main(["--tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = read(tmp_path, "experts")["rows"]
-    assert [row["way"] for row in rows] == 2 * list(experts.WAYS)
+    assert [row["way"] for row in rows] == 2 * list(experts.WAYS) + list(experts.moe.WAYS)
+    assert not [row for row in rows if "refused" in row or not row["eager_R"] > 0]
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
-    assert set(kept) == {"paramlora", "peft", "unfused", "definition"}
+    assert set(kept) == {"paramlora", "kernels", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
 
 
@@ -172,6 +174,14 @@ def test_a_kind_without_its_update_is_found_wrong():
     lost = dataclasses.replace(built, wanted=lambda weight: weight)
     with pytest.raises(AssertionError, match="relative error"):
         kinds.check(lost, tensors, 1e-5)
+
+
+def test_dropout_is_measured_and_kept(tmp_path, capsys):
+    assert dropout.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "dropout")["rows"]
+    assert [row["way"] for row in rows] == list(dropout.WAYS)
+    assert all(0.9 < row["kept"] < 1.1 for row in rows if "kept" in row)
+    assert "kernels dropout" in capsys.readouterr().out
 
 
 def test_peft_trains_its_own_4_bit_layers():

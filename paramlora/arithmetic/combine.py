@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -20,7 +19,7 @@ from paramlora.arithmetic.products import (
     nearest,
     with_factors,
 )
-from paramlora.errors import AdapterError, ParamloraWarning, listed
+from paramlora.errors import AdapterError, listed, warn
 from paramlora.formats.factors import within
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter, Holder, Update
@@ -309,7 +308,7 @@ def _report_missing(
     text = f"{len(some)} layers are updated by some of the adapters only: {listed(some)}."
     if strict:
         raise AdapterError(f"{text} Leave out strict (--strict) to have what there is.")
-    warnings.warn(f"{text} There the sum has what there is.", ParamloraWarning, stacklevel=4)
+    warn(f"{text} There the sum has what there is.")
 
 
 def _check_rank(rank: int, terms: Mapping[str, list[_Strong]]) -> None:
@@ -365,9 +364,7 @@ def _warn_bases(adapters: Iterable[Adapter]) -> None:
             path for path, digits in one.base.items() if told.setdefault(path, digits) != digits
         ]
         if other:
-            warnings.warn(
+            warn(
                 f'"{one.name}" was trained on another base than the first: {listed(other, 3)} '
-                "differ. Their sum belongs to neither.",
-                ParamloraWarning,
-                stacklevel=5,
+                "differ. Their sum belongs to neither."
             )

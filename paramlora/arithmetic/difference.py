@@ -1,6 +1,5 @@
 """The adapter that leads from one checkpoint to another."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -17,7 +16,7 @@ from paramlora.arithmetic.products import (
 )
 from paramlora.arithmetic.resize import named
 from paramlora.checkpoint.keys import Key
-from paramlora.errors import AdapterError, FileError, ParamloraWarning, listed
+from paramlora.errors import AdapterError, FileError, listed, warn
 from paramlora.formats.base import Base, Slot
 from paramlora.model.digest import digest
 from paramlora.update.contexts import own_context
@@ -232,9 +231,7 @@ def _report_left(
             "training."
         )
     if vectors and not whole:
-        warnings.warn(
+        warn(
             f"{len(vectors)} tensors that are no matrices differ as well, and are left out: "
-            f"{listed(vectors)}. Keep them with whole=True (--whole).",
-            ParamloraWarning,
-            stacklevel=4,
+            f"{listed(vectors)}. Keep them with whole=True (--whole)."
         )

@@ -104,6 +104,7 @@ KINDS: dict[str, KindKeys] = {
         },
         _ADDED,
     ),
+    "difference": KindKeys({}, ("kind", "adapter_dtype"), ranked=False),
     "rows": KindKeys({"rows": _rows}, ("kind", "adapter_dtype"), ranked=False, implied_by="rows"),
 }
 

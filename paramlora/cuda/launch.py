@@ -4,7 +4,6 @@ Triton's own launch studies every argument again and takes longer than a small l
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter, or_
@@ -15,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 from paramlora.update.compat import cuda_device, cuda_stream
 
 
@@ -198,11 +197,9 @@ def _warn() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
+        warn(
             f"Triton {triton.__version__} launches kernels otherwise than paramlora knows, so its "
-            "own launch is used, which takes the host longer. The numbers are the same.",
-            ParamloraWarning,
-            stacklevel=2,
+            "own launch is used, which takes the host longer. The numbers are the same."
         )
 
 
@@ -226,6 +223,12 @@ def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
         f"{named} do not belong together ({described}): did one of them change after the forward? "
         "Run the forward again"
     )
+
+
+def bound(held: dict[Any, Any]) -> None:
+    """Forget shapes before a run of ever new ones fills the host's memory."""
+    if len(held) >= 4096:
+        held.clear()
 
 
 def planned(
@@ -255,8 +258,7 @@ def planned(
     )
     plan = plans.get(key, plans)
     if plan is plans:
-        if len(plans) >= 4096:
-            plans.clear()
+        bound(plans)
         plan = plans[key] = plan_of(addresses)
     return plan, addresses
 

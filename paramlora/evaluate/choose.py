@@ -1,8 +1,8 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
-The ways give the same number. Linear layers, convolutions and embeddings ask `way`, with dropout or
-without, and do what they are told; what no kernel serves after all (`paramlora.cuda.operands`)
-falls back to torch's operations, by the way that each names.
+The ways give the same number. Linear layers, convolutions, embeddings and experts ask `way`, with
+dropout or without, and do what they are told; what no kernel serves after all
+(`paramlora.cuda.operands`) falls back to torch's operations, by the way that each names.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda.launches import launches as launches
+from paramlora.update.compat import constant_result
 
 
 class Way(Enum):
@@ -46,6 +47,8 @@ class Thresholds:
         light: numbers of a kernel that it passes over in no time.
         capability: CUDA's, of a card.
         processors: of a card.
+        experts: whether our kernels for experts were the faster there.
+        dropout: whether they were for a linear layer that drops inputs, as one expert.
         never_run: whether nothing was measured: they follow from the card's own figures by the rule
             of ``benchmarks.tune``, and no kernel has run there.
     """
@@ -56,6 +59,8 @@ class Thresholds:
     light: int = 0
     capability: tuple[int, int] = (0, 0)
     processors: int = 0
+    experts: bool = False
+    dropout: bool = False
     never_run: bool = False
 
     def far(self, capability: tuple[int, int], processors: int) -> tuple[int, int, int]:
@@ -95,7 +100,11 @@ def thresholds_of(x: Tensor) -> Thresholds:
         return _CPU
     if not x.is_cuda or is_compiling():  # compiled code asks nothing of a CUDA device
         return _UNKNOWN
-    index = x.get_device()
+    return _thresholds_at(x.get_device())
+
+
+def _thresholds_at(index: int) -> Thresholds:
+    """What is known of a CUDA device, by its index."""
     if index not in _SEEN:
         about = torch.cuda.get_device_properties(index)
         found = nearest(about.name, (about.major, about.minor), about.multi_processor_count)
@@ -107,13 +116,14 @@ class Asked(NamedTuple):
     """All that the choice depends on.
 
     Args:
-        layer: "linear", "convolution" or "embedding".
+        layer: "linear", "convolution", "embedding" or "experts".
         device: what was measured of x's, see `thresholds_of`.
         dtype: of x, after autocast; of an embedding's table.
         numbers: elements of x.
         shape: of the weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, ``[num, dim]``.
         rank: of all updates together.
-        kernels: the way in which ours serve these operands, if any.
+        kernels: the way in which ours serve these operands, if any; of experts and of dropout where
+            they are also the faster, see `measured`.
         compiling: whether a compiler is at work, or whatever else knows no autograd function.
         dropout: whether the update's input is dropped.
         stride, groups: of a convolution.
@@ -135,6 +145,10 @@ class Asked(NamedTuple):
 def way(asked: Asked) -> Way:
     """How a hard layer is computed. How many launches `Way.KERNELS` then takes of a linear layer
     also depends on a CUDA graph and on the gradients that are wanted, see `launches`."""
+    if asked.layer == "experts":
+        return asked.kernels or Way.FACTORED
+    if asked.dropout and asked.kernels and asked.layer == "linear":
+        return Way.OPERATOR if asked.compiling else Way.KERNELS
     if asked.dropout:
         return Way.PLAIN if asked.compiling else Way.DROPPED
     if asked.layer == "linear":
@@ -172,6 +186,13 @@ def _convolution(asked: Asked) -> Way:
         if groups > 1 or denser(tokens, size // out, out, dtype):
             return Way.SUM if asked.compiling or tokens * size < device.small else Way.DENSE
     return Way.PLAIN if groups == 1 else Way.OWN_KERNEL
+
+
+@constant_result
+def measured(device: int, name: str) -> bool:
+    """Whether the table has our kernels for something, "experts" or "dropout", as the faster on a
+    CUDA device, by its index; compiled code asks once."""
+    return bool(getattr(_thresholds_at(device), name))
 
 
 def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:

@@ -37,7 +37,7 @@ from paramlora.evaluate.functional import (
     without_autocast,
 )
 from paramlora.update import narrow
-from paramlora.update.compat import applied, recorded
+from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -181,7 +181,8 @@ def _dropped_branches(
 
 
 class _DroppedConvolution(torch.autograd.Function):
-    """In 16 bits of one group by `_Joined`'s one accumulator. Keeps x by reference and the seed."""
+    """In bfloat16 of one group by `_Joined`'s one accumulator; else, and for gradients, a CPU adds
+    both terms in float32 before their only rounding. Keeps x by reference, and the seed."""
 
     @staticmethod
     def forward(
@@ -217,15 +218,18 @@ class _DroppedConvolution(torch.autograd.Function):
             more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
             if more is not None:
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *where)
-        y = conv(padded, weight, bias, *where)
-        return y.add_(_dropped_branches(x, a, up, pad, weight.shape, where, drops))
+        values = _wide_on_cpu(x, weight, bias)
+        y = conv(pad(values[0]), *values[1:], *where)
+        y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, where, drops))
+        return _rounded(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, a, up, seed = ctx.saved_tensors
         (pad, where, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
-        drops, shape = Drops(rates, ranks, seed), weight.shape
+        drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
+        x, weight, dy = _wide_on_cpu(x, weight, dy)
 
         def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
             return _dropped_branches(x, a, up, pad, shape, where, drops)
@@ -239,8 +243,24 @@ class _DroppedConvolution(torch.autograd.Function):
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
             dx, dweight, _ = _backward(dy, x, weight, where, (*needs[:2], False))
-        dx = None if dx is None or first is None else dx + first
+        dx = None if dx is None or first is None else _rounded(dx + first, given)
+        dweight = None if dweight is None else dweight.to(given.dtype)
         return dx, dweight, dbias, da, dup, *(None,) * 5
+
+
+def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """All in float32 where x is of 16 bits on a CPU, whose products gain nothing by 16; a device
+    takes each rounded."""
+    if not x.is_cpu or x.dtype.itemsize > 2:
+        return x, *others
+    return tuple(None if t is None else t.float() for t in (x, *others))
+
+
+def _rounded(t: Tensor, x: Tensor) -> Tensor:
+    """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
+    if t.dtype == x.dtype or is_batched(t):  # many gradients at once lie by no format
+        return t.to(x.dtype)
+    return laid_as(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ give the same mask as the whole. The seed is drawn from torch's own generator, s
 leaves it, so that each replay of a CUDA graph has a mask of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from paramlora.cuda import dropped as kernels
+from paramlora.cuda.operands import has_kernel, switched_on
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
@@ -33,6 +36,7 @@ from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
 _BLOCK, _BLOCK_OF_A_DEVICE = 1 << 17, 1 << 24  # elements of an input that are masked at a time
+_HIGHEST = 128  # rank whose thin products the kernels hold in registers
 
 
 class Drops(NamedTuple):
@@ -136,8 +140,10 @@ def dropped_branch(
     Args:
         x: of any shape.
         first, second: what else it is computed from.
-        rate: the chance that an element of x is dropped.
+        rate: the chance that an element of x is dropped; of none there is no mask.
     """
+    if rate == 0:
+        return compute(x, first, second)
     second = second / (1 - rate)
     drops = drops_for(x, (rate,), (1,))
     if untold() or recorded():
@@ -218,13 +224,21 @@ def dropped_linear(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
+    compiling, ours = untold() or recorded(), None
+    if is_compiling() or not compiling:
+        ours = _served(x, weight, bias, lora_A, drops)
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
-    asked = Asked("linear", *about, compiling=untold() or recorded(), dropout=True)
-    if choose.way(asked) is Way.PLAIN:
+    way = choose.way(Asked("linear", *about, ours, compiling, dropout=True))
+    if way is Way.OPERATOR:
+        flat, scale, seed = x.reshape(-1, x.shape[-1]), scale * strength, drops.seed
+        op: Any = torch.ops.paramlora.dropped_linear
+        y, _ = op(flat, weight, bias, lora_A, lora_B, scale, drops.rates[0], seed)
+        return y.reshape(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
+    if way is Way.PLAIN:
         scale = scale * strength
         return dropped_by_definition(x, weight, bias, lora_A, lora_B, scale, drops)
     values = (weight, bias, lora_A, lora_B, scale, strength)
-    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed)
+    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed, way)
 
 
 def dropped_by_definition(
@@ -244,6 +258,16 @@ def dropped_by_definition(
     return y
 
 
+def _served(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, drops: Drops) -> Optional[Way]:
+    """Our kernels where they serve, of one mask that drops anything, and were found the faster."""
+    fits = len(drops.rates) == 1 and drops.rates[0] > 0 and 0 < len(a) <= _HIGHEST
+    fits = fits and x.numel() > 0 and weight.numel() > 0 and x.shape[-1] == weight.shape[1]
+    near = all(t is None or t.device == x.device for t in (weight, bias, a))
+    typed = bias is None or bias.dtype == x.dtype
+    ours = fits and near and typed and has_kernel(x, weight)
+    return Way.KERNELS if ours and choose.measured(x.get_device(), "dropout") else None
+
+
 class _Dropped(torch.autograd.Function):
     """Keeps x by reference, the seed, and the thin product."""
 
@@ -260,13 +284,17 @@ class _Dropped(torch.autograd.Function):
         rates: tuple[float, ...],
         ranks: tuple[int, ...],
         seed: Tensor,
+        way: Way,
     ) -> Tensor:
-        ctx.strength, ctx.drops = strength, (rates, ranks)
+        ctx.strength, ctx.way, ctx.drops = strength, way, (rates, ranks)
         flat, drops = x.reshape(-1, x.shape[-1]), Drops(rates, ranks, seed)
         down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
-        u = thin(flat, down, drops)
-        y = _base_and(torch.mm(u, up.t()), u, up.t(), flat, weight.t())
-        y = y if bias is None else y.add_(bias)
+        if way is Way.KERNELS:
+            y, u = kernels.forward(flat, weight, bias, down, up, rates[0], seed)
+        else:
+            u = thin(flat, down, drops)
+            y = _base_and(torch.mm(u, up.t()), u, up.t(), flat, weight.t())
+            y = y if bias is None else y.add_(bias)
         held = kept_input(ctx, x)
         ctx.save_for_backward(held, weight, a, b, scale, seed, None if held is None else u)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -286,11 +314,12 @@ class _Dropped(torch.autograd.Function):
             wanted = (*needs[:2], *needs[3:6])
             dx, dweight, *others = differentiable(again, (x, weight, a, b, scale), wanted, dy)
         else:
-            dx, *others = _gradients(ctx, dy, x, weight, a, b, scale, Drops(*drops), u)
+            how = _in_kernels if ctx.way is Way.KERNELS and switched_on() else _gradients
+            dx, *others = how(ctx, dy, x, weight, a, b, scale, Drops(*drops), u)
             dweight = None
             if needs[1]:
                 dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2)
-        return dx, dweight, dbias, *others, *(None,) * 4
+        return dx, dweight, dbias, *others, *(None,) * 5
 
 
 def _narrowed(
@@ -335,12 +364,150 @@ def _gradients(
             da = thin_sums(v, flat, drops)
             da = cast(da if h is None else da / h, a.dtype)
     if u is not None and (needs[4] or needs[5]):
+        u = u[:, : len(a)]  # the kernels pad it
         if ctx.power is None:
             product = (u.t() @ dy).t()
         else:
             product = narrow.outer(u, dy).t() / ctx.power
         db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[5])
     return dx, da, db, dscale
+
+
+def _in_kernels(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    drops: Drops,
+    u: _Maybe,
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """The same by the kernels."""
+    needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    wanted = (needs[0], needs[3], needs[4], needs[5])
+    mask = drops.rates[0], drops.seed
+    dx, *others = _kernels_backward(
+        dy, flat, weight, a, b, scale, ctx.strength, ctx.power, *mask, u, wanted
+    )
+    return None if dx is None else dx.view(x.shape), *others  # type: ignore[return-value]
+
+
+def _kernels_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    power: _Maybe,
+    rate: float,
+    seed: Tensor,
+    u: _Maybe,
+    wanted: Sequence[bool],
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    one = torch.ones((), dtype=narrow.wide(b).dtype, device=b.device)
+    scaled = (narrow.wide(b) * scale * strength).t()
+    up, down, h = _narrowed(dy, scaled, a.t(), one, 1.0)
+    also = wanted[2] or wanted[3]
+    too = wanted[0], wanted[1], also
+    dx, da, db = kernels.backward(dy, x, weight, down.t(), up.t(), u, rate, seed, too)
+    if da is not None:
+        da = cast(da if h is None else da / h, a.dtype)
+    if db is None:
+        return dx, da, None, None
+    db = db if power is None else db / power
+    db, dscale = gradient_of_second(db, b, scale, strength, wanted[3])
+    return dx, da, db if wanted[2] else None, dscale
+
+
+@torch.library.custom_op("paramlora::dropped_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    down, up, _ = _narrowed(x, a, b, scale, 1.0)
+    return kernels.forward(x, weight, bias, down, up, rate, seed)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), kernels.width(len(a)))
+
+
+@torch.library.custom_op("paramlora::dropped_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float,
+    seed: Tensor,
+    u: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    power = None
+    if x.dtype == torch.float16:
+        power = narrow.balance(x, a, b.float() * scale.float(), x.shape[1])
+    values = (dy, x, weight, a, b, scale, 1.0, power, rate, seed, u, wanted)
+    dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in _kernels_backward(*values))
+    return dx, da, db, dscale
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float,
+    seed: Tensor,
+    u: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = zip((x, a, b, scale), wanted)
+    dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in found)
+    return dx, da, db, dscale
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, a, b, scale, ctx.rate, seed = inputs
+    ctx.save_for_backward(x, weight, a, b, scale, seed, output[1])
+
+
+def _op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, a, b, scale, seed, u = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[3], needs[4], needs[5]]
+    op: Any = torch.ops.paramlora.dropped_linear_backward
+    grads = op(dy, x, weight, a, b, scale, ctx.rate, seed, u, wanted)
+    dx, *others = (g if want else None for g, want in zip(grads, wanted))
+    dweight = dy.t() @ x if needs[1] else None
+    return dx, dweight, dy.sum(0) if needs[2] else None, *others, None, None
+
+
+_op.register_autograd(_op_backward, setup_context=_keep)
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, v: Tensor, down: Tensor, drops: Drops) -> Tensor:

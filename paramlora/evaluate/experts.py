@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from paramlora.cuda.operands import served
 from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -28,6 +31,8 @@ from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
 _ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
+_HIGHEST = 128  # rank whose thin products the kernels hold in registers
+_MOST = 1024  # experts among which a block of rows looks for its own
 
 
 def grouped_linear(
@@ -114,6 +119,28 @@ def _on_device(x: Tensor, *sizes: int) -> bool:
     """Whether a device's grouped product serves, which then waits for no sizes."""
     serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
     return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
+
+
+def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
+    """Our kernels where they serve, of one mask at most, and were found the faster."""
+    fits = 0 < a.shape[1] <= _HIGHEST and len(weight) <= _MOST and x.numel() and weight.numel()
+    fits = fits and weight.dtype == x.dtype and weight.device == x.device
+    ours = fits and (drops is None or len(drops.ranks) == 1) and served(x)
+    best = Way.KERNELS if ours and choose.measured(x.get_device(), "experts") else None
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[1])
+    return choose.way(Asked("experts", *about, best, dropout=drops is not None))
+
+
+def _width(x: Tensor, r: int) -> int:
+    """Numbers in a row of a thin product: where a device's grouped product serves, it is padded."""
+    return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+
+
+def _drop(drops: Optional[Drops]) -> Any:
+    """The one mask, as the kernels take it."""
+    from paramlora.cuda.experts.plan import Drop
+
+    return None if drops is None or not drops.rates[0] else Drop(drops.rates[0], drops.seed)
 
 
 def _padded(factor: Tensor) -> Tensor:
@@ -227,6 +254,24 @@ def _narrowed(
     return down.half(), up.half(), g
 
 
+def _narrowed_back(
+    dy: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> tuple[Tensor, Tensor, _Maybe]:
+    """B with its scale, and A, in the type of dy, whose range in float16 is another than x's."""
+    scaled = narrow.wide(b) * (scale if strength == 1 else scale * strength)
+    one = torch.ones((), dtype=scaled.dtype, device=b.device)
+    return _narrowed(dy, scaled, a, dy.shape[1], one, 1.0)
+
+
+def _in_range_again(
+    product: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+) -> Tensor:
+    """``dyᵀ u`` without the power of two that the thin product has in float16."""
+    if x.dtype != torch.float16:
+        return product
+    return product / narrow.balance(x, a, b.float() * (scale.float() * strength), x.shape[1])
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -239,6 +284,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the thin product that `_backward` takes."""
     down, up, _ = _narrowed(x, a, b, x.shape[1], scale, strength)
+    if _way(x, weight, a, drops) is Way.KERNELS:
+        from paramlora.cuda.experts import plan
+
+        x, ends = x.contiguous(), ends.int()
+        u = plan.thin(x, down, ends, _width(x, a.shape[1]), _drop(drops))
+        return plan.product(x, weight.mT, ends, u, up.mT), u
     u = _thin(x, down, ends, drops)
     return _joined(x, weight.mT, ends, u, up.mT), u
 
@@ -259,10 +310,10 @@ def _backward(
     """The gradients of x, A, B and the scale that are `wanted`."""
     dx = da = db = dscale = None
     dy, r = dy.contiguous(), a.shape[1]
+    if _way(x, weight, a, drops) is Way.KERNELS and dy.dtype == x.dtype:
+        return _backward_in_kernels(dy, x, weight, ends, a, b, scale, strength, drops, u, wanted)
     if wanted[0] or wanted[1]:
-        scaled = narrow.wide(b) * (scale if strength == 1 else scale * strength)
-        one = torch.ones((), dtype=scaled.dtype, device=b.device)
-        up, down, h = _narrowed(dy, scaled, a, dy.shape[1], one, 1.0)
+        up, down, h = _narrowed_back(dy, a, b, scale, strength)
         v = _thin(dy, up.mT, ends, None)
         if wanted[0] and drops is None:
             dx = _joined(dy, weight, ends, v, down)
@@ -273,8 +324,41 @@ def _backward(
             da = cast(da if h is None else da / h, a.dtype)
     if wanted[2] or wanted[3]:
         product = _sums(dy, u, ends)[..., :r]
-        _, _, g = _narrowed(x, a, b, x.shape[1], scale, strength)
-        product = product if g is None else product / g
+        product = _in_range_again(product, x, a, b, scale, strength)
+        db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
+    return dx, da, db if wanted[2] else None, dscale
+
+
+def _backward_in_kernels(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    drops: Optional[Drops],
+    u: _Maybe,
+    wanted: "tuple[bool, ...] | list[bool]",
+) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    """`_backward`, in three launches."""
+    from paramlora.cuda.experts import plan
+
+    x, ends, drop, r = x.contiguous(), ends.int(), _drop(drops), a.shape[1]
+    dx = v = db = dscale = h = None
+    if wanted[0] or wanted[1]:
+        up, down, h = _narrowed_back(dy, a, b, scale, strength)
+        v = plan.thin(dy, up.mT, ends, _width(x, r), None)
+        dx = plan.product(dy, weight, ends, v, down, drop) if wanted[0] else None
+    too = wanted[1], wanted[2] or wanted[3]
+    if not any(too):
+        return dx, None, None, None
+    da, product = plan.sums(x, v, dy, u, ends, r, drop, too)
+    if da is not None:
+        da = cast(da if h is None else da / h, a.dtype)
+    if product is not None:
+        product = _in_range_again(product, x, a, b, scale, strength)
         db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
     return dx, da, db if wanted[2] else None, dscale
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, ParamloraWarning, listed, unwritten
+from paramlora.errors import FileError, listed, unwritten, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -86,7 +85,8 @@ def embed(
     """Write the checkpoint of `base` with `adapter` attached (see `paramlora.checkpoint.embed`).
 
     Args:
-        base: a safetensors file, a file of ``torch.save``, or a folder of shards with its index.
+        base: a safetensors file, a file of ``torch.save``, a folder of shards with its index, or
+            a folder of models, as diffusers saves a pipeline, each of which gets its part.
         adapter: an adapter, or its file, of paramlora or of another tool (see `read_adapter`).
         out: the new file, of the kind that its ending tells, or a folder for a folder.
         key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
@@ -100,7 +100,7 @@ def embed(
         FileError: a file cannot be read or written, or does not fit.
     """
     check_new(out, force)
-    with Stored(base, key) as stored:
+    with opened(base, key) as stored:
         found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
         plan = embed_plan(contents, found)
         _warn_inside(contents, base)
@@ -126,7 +126,7 @@ def extract(
         embedded: as `base` of `embed`.
         to: the format; how: as for `convert`.
         component: the part of a pipeline whose updates are meant, such as ``"unet"``; its name is
-            left out of theirs.
+            left out of theirs. All parts of a pipeline's folder without it.
         out, key, known, force, dry_run: as for `embed`.
 
     Raises:
@@ -134,7 +134,7 @@ def extract(
         AdapterError: nothing is inside, or more than one update on one tensor.
     """
     check_place(out, to, force=force)
-    with Stored(embedded, key) as stored:
+    with opened(embedded, key) as stored:
         adapter = extracted(Contents(stored.specs), stored.read)
         if component is not None:
             adapter = part_of(adapter, component, str(embedded))
@@ -168,8 +168,7 @@ def merge(
     are told of in a warning.
 
     Args:
-        base: as for `embed`, or a folder of models, as diffusers saves a pipeline, whose parts are
-            merged together; what is inside an attached model's checkpoint is merged where
+        base: as for `embed`; what is inside an attached model's checkpoint is merged where
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
         out, key, options, known, force, dry_run, progress: as for `embed`.
@@ -187,8 +186,10 @@ def merge(
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
         if seed is not None:
-            rounding = Rounding(seed)
-            plan = {key: replace(recipe, rounding=rounding) for key, recipe in plan.items()}
+            plan = {
+                name: replace(recipe, rounding=Rounding(seed, name))
+                for name, recipe in plan.items()
+            }
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
@@ -217,7 +218,8 @@ def kept(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
-                rounding.path, spec = name, stored.specs[recipe.source]
+                rounding.start(name)
+                spec = stored.specs[recipe.source]
                 counted = replace(recipe, rounding=rounding)
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))
@@ -245,11 +247,9 @@ def _adapter(
 def _warn_inside(contents: Contents, base: PathLike) -> None:
     """Tell that what two adapters have inside of one file is not to be told apart again."""
     if any(key.of_update for key in contents.keys.values()):
-        warnings.warn(
+        warn(
             f"{base}: an adapter is inside already. The new file loads with both attached, and "
-            "extract cannot take them apart again: keep their own files.",
-            ParamloraWarning,
-            stacklevel=3,
+            "extract cannot take them apart again: keep their own files."
         )
 
 
@@ -443,7 +443,7 @@ def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> lis
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
-        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+        warn(f"{text} Copy those that you trust.")
     return [path for path in there if path.name not in away]
 
 

@@ -5,13 +5,12 @@ A file of this folder with a `Format` called ``FORMAT`` is a format: no other na
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.errors import FileError, ParamloraWarning
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.formats.base import (
     Base,
     Slot,
@@ -23,6 +22,7 @@ from paramlora.formats.base import (
     original_of,
     part_of,
     places_of,
+    vectors_of,
 )
 from paramlora.formats.content import (
     DEFAULTS,
@@ -33,7 +33,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import apart_from, factored, folded
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -47,6 +47,7 @@ from paramlora.formats.format import (
     writable,
 )
 from paramlora.formats.metadata import kept, placed
+from paramlora.formats.scale import Noted
 from paramlora.update.value import Adapter
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "any_key",
     "base_of",
     "base_of_shapes",
+    "check_loads",
     "chosen",
     "detect",
     "fit",
@@ -115,7 +117,7 @@ def read(
         return _read_complete(form, content, base, options)
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
-    if not (adapter.updates or adapter.others):
+    if not adapter.values():
         raise FileError(f"{content.source}: {none_of(options.component)}.")
     check_values(adapter, content.source)
     return chosen(form, adapter, base, options, content.source)
@@ -146,29 +148,24 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def check_alpha(
-    source: str, options: Options, adapter: Adapter, read: Callable[[Options], Adapter]
-) -> None:
-    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
+def noting(options: Options) -> Options:
+    """The same options, whose alpha knows whether it was used (see `check_alpha`)."""
+    return options if options.alpha is None else replace(options, alpha=Noted(options.alpha))
+
+
+def check_alpha(source: str, options: Options) -> None:
+    """Refuse an alpha where the file tells all scales itself: it has said nothing.
 
     Args:
         source: the file's name.
-        options: how it was read.
-        adapter: what that gave.
-        read: reads it again.
+        options: how it was read, from `noting`.
 
     Raises:
         FileError: names the alpha.
     """
-    if options.alpha is None:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = read(replace(options, alpha=2 * options.alpha + 1))
-    now, then = adapter.values(), other.values()
-    if all(then[path].listed() == value.listed() for path, value in now.items()):
+    if isinstance(options.alpha, Noted) and not options.alpha.used:
         raise FileError(
-            f"{source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
+            f"{source}: alpha = {float(options.alpha):g} says nothing to it, since it tells its "
             "own scales. Leave alpha (--alpha) out."
         )
 
@@ -185,11 +182,12 @@ def _read_complete(
 def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """The updates of what the model has; others are reported."""
     there = {**adapter.updates, **adapter.others}
-    check_known(there.keys() - base.keys(), base, options, source)
+    known = {**base, **vectors_of(base)}
+    check_known(there.keys() - known.keys(), base, options, source)
     return replace(
         adapter,
         updates={path: update for path, update in adapter.updates.items() if path in base},
-        others={path: update for path, update in adapter.others.items() if path in base},
+        others={path: update for path, update in adapter.others.items() if path in known},
     )
 
 
@@ -219,11 +217,12 @@ def write(
         return form.write(adapter, base, **how)
     if not (adapter.updates or adapter.others):
         raise FileError("the adapter has no updates.")
+    adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)
-    if adapter.whole:
+    if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
-            "format holds."
+            "format and peft's hold."
         )
     check_finite(adapter, "adapter")
     told = apart(adapter, base)
@@ -231,6 +230,53 @@ def write(
         told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
+
+
+def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base] = None) -> None:
+    """Refuse a file of which something would match nothing where it is loaded.
+
+    It is read back as any file of its format is, and its keys are held against the tool's own rule
+    of names (see `Format.passed_over`), where the model's layers are known.
+
+    Args:
+        content: what was written.
+        adapter: what was to be written.
+        to: the format.
+        base: the model's names and shapes.
+
+    Raises:
+        FileError: names what would be lost.
+    """
+    form = writable(to)
+    lost = [] if base is None else form.passed_over(content, base)
+    if lost:
+        raise FileError(
+            f"{content.source}: what loads {to}'s files would match nothing to {listed(lost)}. "
+            "Give the model that it is for (--model), or another name of it (--prefix)."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
+        # of formats without scales any will do
+        back = read(content, base, Options(alpha=1.0), form.name if form.marks else None).values()
+    there = {id(value) for path, value in adapter.values().items() if path in back}
+    gone = [path for path, value in adapter.values().items() if id(value) not in there]
+    if base is not None and gone:
+        raise FileError(
+            f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
+            "left there; keep the native format, and report this."
+        )
+
+
+def _without_differences(adapter: Adapter, form: Format) -> Adapter:
+    """With factors for dense changes of matrices, where a format holds nothing else."""
+    if "difference" in form.kinds:
+        return adapter
+    rest, found = apart_from(adapter, "difference")
+    made = {path: factored(value) for path, value in found.items()}
+    plain = {path: update for path, update in made.items() if update is not None}
+    left = {path: value for path, value in found.items() if path not in plain}
+    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
+    return replace(rest, updates=updates, others=others)
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

@@ -1,21 +1,22 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Optional, TypeVar, Union, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
+from paramlora.formats.factors import folded, whole
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
 from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
-from paramlora.model.targets import Target, adaptable, unwrapped
+from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
@@ -38,6 +39,8 @@ class Slot:
         classes: the names of the classes from the model down to the layer.
         input_first: whether a stack of matrices is ``[E, in, out]``, as its owner's
             ``is_transposed`` says (transformers' expert layers).
+        tied: the other paths of the same tensor.
+        values: gives the weight itself, where a model is known.
     """
 
     shape: tuple[int, ...]
@@ -46,9 +49,31 @@ class Slot:
     groups: Optional[int] = None
     classes: tuple[str, ...] = ()
     input_first: bool = False
+    tied: tuple[str, ...] = field(default=(), compare=False)
+    values: Optional[Callable[[], Tensor]] = field(default=None, compare=False)
 
 
 Base = Mapping[str, Slot]
+
+
+class Known(dict[str, Slot]):
+    """A `Base`, and beside it what has one dimension, such as biases and norms' weights, by path.
+
+    Those have no low-rank update, and can be changed whole.
+    """
+
+    vectors: Mapping[str, Slot]
+
+    def __init__(self, matrices: Base, vectors: Mapping[str, Slot]) -> None:
+        super().__init__(matrices)
+        self.vectors = vectors
+
+
+def vectors_of(base: Optional[Base]) -> Mapping[str, Slot]:
+    """What is known beside the matrices; nothing of a mapping that does not tell."""
+    return base.vectors if isinstance(base, Known) else {}
+
+
 _Any = Union[Update, KindUpdate]
 
 
@@ -60,23 +85,38 @@ def base_of(model: nn.Module) -> Base:
         (5, 2)
     """
     inside = unwrapped(model)
-    return {target.path: _slot(inside, target) for target in adaptable(inside)}
+    beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
+    found = {target.path: _slot(inside, target) for target in adaptable(inside)}
+    for path, others in _ties(inside, found).items():
+        found[path] = replace(found[path], tied=others)
+    return Known(found, beside)
+
+
+def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other paths of each weight that several layers hold."""
+    there, holders = set(known), dict[int, list[str]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.removesuffix(".weight")
+        if path in there:
+            holders.setdefault(id(parameter), []).append(path)
+    several = (paths for paths in holders.values() if len(paths) > 1)
+    return {p: tuple(o for o in paths if o != p) for paths in several for p in paths}
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
     """The same out of a checkpoint's keys and shapes, where layers' kinds are unknown."""
-    return {
-        key.removesuffix(".weight"): Slot(tuple(shape))
-        for key, shape in shapes.items()
-        if len(shape) >= 2
-    }
+    slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
+    matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
+    return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
 
 
 def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """`adapter` under the names of `base`, with its shapes; one that does not fit is an error.
 
     A file's name is found by what `base` has, in any tool's spelling (see `Places`); an update of
-    several weights in one is divided, and those of one weight's parts are joined, exactly.
+    several weights in one is divided, and those of one weight's parts are joined, exactly. Where a
+    file has both the fused weight and its parts, their updates add up, as the patches of one weight
+    do in ComfyUI (comfy/lora.py at 17358c8f, ``calculate_weight``).
 
     Raises:
         FileError: an update without a weight, two for one weight, or another shape.
@@ -84,8 +124,9 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
+    base = Known({**base, **vectors_of(base)}, {})
     places = places_of(base)
-    there = {path: places.find(path, f"{source}: {path}") for path in chosen}
+    there = {path: _place(path, places, f"{source}: {path}") for path in chosen}
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
     _check_once(found, source)
@@ -97,17 +138,32 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             slot = _told(base[one.whole], adapter.holders.get(path))
             moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
             tied = holders[id(chosen[path])] > 1
-            fresh = _fitted(one.whole, chosen[path], slot, source, tied)
+            value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
+            fresh = _fitted(one.whole, value, slot, source, tied)
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
-    told = apart_by_kind(updates | _gathered(chosen, parts, base, source))
+    for path, rows in _gathered(chosen, parts, base, source).items():
+        updates[path] = _added(path, updates[path], rows, source) if path in updates else rows
+    told = apart_by_kind(updates)
     return replace(adapter, updates=told["updates"], others=told["others"])
 
 
 def places_of(base: Base) -> Places:
     """The names by which a file can mean what is in `base`."""
     return Places({path: slot.shape for path, slot in base.items()})
+
+
+def _place(path: str, places: Places, where: str) -> Optional[Found]:
+    """Where a file's path lies; of a bias, beside the weight that its layer's name means."""
+    found = places.find(path, where)
+    layer, dot, name = path.rpartition(".")
+    if found is not None or name != "bias" or not dot:
+        return found
+    beside = places.find(layer, where)
+    if beside is None or beside.whole is None or f"{beside.whole}.bias" not in places.shapes:
+        return None
+    return Found(f"{beside.whole}.bias")
 
 
 def original_of(base: Base) -> Base:
@@ -123,12 +179,16 @@ def original_of(base: Base) -> Base:
     """
     found = {}
     names = original_names(places_of(base))
+    beside = dict(vectors_of(base))
     for name, there in names.items():
         own = [base[path] for path in there.paths]
         rows = sum(slot.shape[0] for slot in own)
         found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+        if there.whole is not None and f"{there.whole}.bias" in beside:
+            beside[f"{name}.bias"] = beside.pop(f"{there.whole}.bias")
     renamed = {path for there in names.values() for path in there.paths}
-    return {path: slot for path, slot in base.items() if path not in renamed} | found
+    kept = {path: slot for path, slot in base.items() if path not in renamed}
+    return Known(kept | found, beside)
 
 
 def stacks_of(base: Base) -> Base:
@@ -149,24 +209,38 @@ def stacks_of(base: Base) -> Base:
 
 
 def _check_once(found: Mapping[str, Found], source: str) -> None:
-    """Refuse two updates of the same rows."""
-    taken: dict[str, set[str]] = {}
+    """Refuse two updates of the same weight of a file; of one fused and one of its parts each has
+    its own name there, and both are meant."""
+    taken: set[tuple[str, frozenset[str]]] = set()
     for path, there in found.items():
         for weight in there.paths:
             own = {name for name, (at, _) in there.held.items() if at == weight}
-            own = {""} if there.whole is not None else own
-            before = taken.setdefault(weight, set())
-            if before and (before & own or "" in before | own):
+            meant = (weight, frozenset(() if there.whole is not None else there.held or own))
+            if meant in taken:
                 raise FileError(
                     f"{source}: {path} is a second update of {weight}. Choose one part of the file "
                     "with component=... (--component), such as text_encoder_2."
                 )
-            before |= own
+            taken.add(meant)
+
+
+def _added(path: str, one: Value, second: Update, source: str) -> Update:
+    """Two updates of one weight as one: their ranks side by side."""
+    if not isinstance(one, Update) or one.up_kernel != 1:
+        raise FileError(
+            f"{source}: {path} has an update of its own that is no low rank, and another with "
+            "other weights. Choose one of them with component=... (--component), or leave one out."
+        )
+    first = one
+    if first.scale != second.scale:
+        first, second = folded(first), folded(second)
+    a = torch.cat([first.lora_A, second.lora_A], dim=-2)
+    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
 
 
 def _gathered(
     chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
-) -> dict[str, Value]:
+) -> dict[str, Update]:
     """The updates of weights whose rows the file has elsewhere."""
     factors = {path: _of_factors(path, chosen[path], source) for path in parts}
     held = {path: rows for there in parts.values() for path, rows in there.held.values()}
@@ -184,18 +258,20 @@ def _gathered(
         for block in there.rows
     ]
     size = sizes(totals)
-    updates: dict[str, Value] = {}
+    updates: dict[str, Update] = {}
     for weight, those in sources.items():
         update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
         if update.layout == "stack" and base[weight].input_first:
             update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
-        updates[weight] = _fitted(weight, update, base[weight], source, False)
+        updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
     return updates
 
 
 def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
+    if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
+        return whole(update.held["lora_diff"], None)
     raise FileError(
         f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
         f"{update.method} is of its whole weight alone. Give a model of the file's own names."
@@ -370,6 +446,8 @@ def _factors(
     update: Update, shape: tuple[int, ...], layout: Layout
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes that lora_A and lora_B have on a weight of `shape`."""
+    if len(shape) < 2:
+        return (), ()
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     kernel = shape[2:] if update.up_kernel == "same" else ()
@@ -386,6 +464,7 @@ def _slot(model: nn.Module, target: Target) -> Slot:
         target.groups,
         tuple(_classes(model, target.module)),
         bool(getattr(owner, "is_transposed", False)) and target.layout == "stack",
+        values=lambda: base_tensor(owner, target.tensor),
     )
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import parse_json
-from paramlora.errors import FileError, ParamloraWarning, listed, spelled
+from paramlora.errors import FileError, listed, spelled, warn
 from paramlora.update.value import Adapter
 
 
@@ -96,7 +95,7 @@ def report(source: str, what: str, names: Iterable[str], strict: bool, way_out: 
     text = f"{source}: {what}: {listed(known)}. {way_out}"
     if strict:
         raise FileError(text)
-    warnings.warn(text, ParamloraWarning, stacklevel=4)
+    warn(text)
 
 
 def halves(

@@ -25,10 +25,18 @@ from paramlora.formats.content import (
     parsed,
     report_unused,
 )
-from paramlora.formats.factors import grouped, kernels, pair, rescaled, with_low_ranks
+from paramlora.formats.factors import (
+    difference_of,
+    grouped,
+    kernels,
+    pair,
+    rescaled,
+    with_low_ranks,
+)
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_diffusers
 from paramlora.formats.pipeline import PARTS, part_told
-from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
 METADATA = "lora_adapter_metadata"
@@ -40,8 +48,10 @@ _ROLES = {
     "alpha": "alpha",
     "lora_magnitude_vector": "vector",  # peft's
     "dora_scale": "dora_scale",  # LyCORIS's
+    **dict.fromkeys(("diff", "w_norm"), "diff"),  # ComfyUI's and LyCORIS's changes, whole
+    **dict.fromkeys(("diff_b", "b_norm"), "diff_b"),
+    "bias": "bias",  # peft's lora_bias, which is scaled
 }
-_ALPHA = re.compile(r"(?:(?P<component>\w+)\.)?(?:lora_alpha|alpha|ss_network_alpha)")
 _SPELLINGS = tuple(
     re.compile(spelling, re.DOTALL)
     for spelling in (
@@ -52,7 +62,8 @@ _SPELLINGS = tuple(
         r"(?P<path>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight",  # XLabs
         # attention processors, before 0.22
         r"(?P<path>.+?)(?:\.processor)?\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<role>down|up)\.weight",
-        r"(?P<path>.+)\.(?P<role>alpha|dora_scale)",
+        r"(?P<path>.+)\.(?P<role>alpha|dora_scale|diff|diff_b|w_norm|b_norm)",
+        r"(?P<path>.+)\.lora_B(?:\.[^.]+)?\.(?P<role>bias)",
         r"(?P<path>.+)\.(?P<role>lora_magnitude_vector)(?:\..+)?",
     )
 )
@@ -72,14 +83,22 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     report_unused(content, unused, options.strict)
     configs, exact = _configs(content), recorded(content)
     alphas = _alphas(configs, halves, content.source)
+    if not configs:
+        told = headed(content, halves, _is_of, options.alpha)
+        alphas[""] = alphas.get("", {}) | told
     updates: dict[str, Value] = {}
     for path, half in halves.items():
         where = f"{content.source}: {path}"
-        if not {"down", "up"} <= half.keys():
+        updates |= _differences(path, half, where)
+        if half.keys() <= {"diff", "diff_b", "alpha"} and half.keys() != {"alpha"}:
+            continue
+        if not {"down", "up"} <= half.keys() or "diff" in half:
             raise FileError(f"{where}: has {', '.join(sorted(half))} only. Save it again.")
         update = pair(half["down"], half["up"], 1.0, where)
         scale = _scale(path, half, configs, alphas, exact, options, where)
         update = replace(update, scale=scale)
+        if "bias" in half:
+            updates[f"{path}.bias"] = difference_of(half["bias"] * scale, f"{where}.bias")
         if "vector" in half:
             updates[path] = rescaled(update, half["vector"].flatten(), where)
         elif "dora_scale" in half:
@@ -87,14 +106,27 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         else:
             updates[path] = update
     adapter = Adapter(**apart_by_kind(updates))
+    inside: dict[str, list[str]] = {}
+    for path in adapter.updates:
+        inside.setdefault(_component(path, configs), []).append(path)
     for component, config in configs.items():
-        plain = [path for path in adapter.updates if _component(path, configs) == component]
-        peft.check_magnitudes(config, plain, content.source)
-        if base is None or options.component not in (None, component):
+        peft.check_magnitudes(config, inside.get(component, []), content.source)
+        meant = options.component in (None, component) and "target_modules" in config
+        if base is None or not meant:
             continue
         own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}
         peft.report_targets(content, config, own or base, adapter, options)
     return adapter
+
+
+def _differences(path: str, half: Mapping[str, Tensor], where: str) -> dict[str, Value]:
+    """The changes that are added whole, of a layer's weight and of its bias."""
+    names = {"diff": path, "diff_b": f"{path}.bias"}
+    return {
+        name: difference_of(half[role], f"{where}.{role}")
+        for role, name in names.items()
+        if role in half
+    }
 
 
 def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -126,7 +158,7 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     """``LoraConfig``s by the prefix of their keys: ``{"unet": {...}}``, or ``{"": {...}}``."""
     peft.check_config(content.config, content.source)
     if METADATA not in content.metadata:
-        return {"": dict(content.config)} if content.config else _headed(content)
+        return {"": dict(content.config)} if content.config else {}
     found: dict[str, dict[str, Any]] = {}
     for key, value in parsed(content.metadata[METADATA], content.source).items():
         component = next((c for c in COMPONENTS if key.startswith(f"{c}.")), "")
@@ -136,15 +168,8 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _headed(content: Content) -> dict[str, dict[str, Any]]:
-    """By component the alpha that stands alone in a header, as some trainers write it."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, text in content.metadata.items():
-        match = _ALPHA.fullmatch(key)
-        if match is not None and text != "Dynamic":  # kohya's word for one in each layer
-            alpha = number(text, f"{content.source}: {key}")
-            found[match["component"] or ""] = {"lora_alpha": alpha}
-    return found
+def _is_of(path: str, component: str) -> bool:
+    return path.startswith(f"{component}.")
 
 
 def _alphas(
@@ -162,7 +187,9 @@ def _alphas(
 
 
 def _component(path: str, configs: Mapping[str, Mapping[str, Any]]) -> str:
-    return next((c for c in configs if c and path.startswith(f"{c}.")), "")
+    first, _, rest = path.partition(".")
+    second, _, _ = rest.partition(".")
+    return next((c for c in (f"{first}.{second}", first) if c in configs and c != path), "")
 
 
 def _scale(
@@ -178,7 +205,7 @@ def _scale(
     if "alpha" in half:
         return scale_of(number(half["alpha"], where), r, exact.get(path), where)
     component = _component(path, configs)
-    if component not in configs and options.alpha is None:
+    if component not in configs and options.alpha is None and path not in alphas.get("", {}):
         return 1.0
     config, own = configs.get(component, {}), path.removeprefix(f"{component}.")
     alpha = peft.alpha(config, alphas[component], own, r, options)
@@ -269,6 +296,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_diffusers,
     kinds=("lora", "soft", "dora"),
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,

@@ -150,6 +150,36 @@ def product_of(
     return KindUpdate(method, held, scale, shape if kind else None, options=options, kind=kind)
 
 
+def difference_of(value: Tensor, where: str) -> KindUpdate:
+    """A dense change of a tensor, as LyCORIS and ComfyUI store those of biases and norms.
+
+    Raises:
+        FileError: no numbers that can be added to any.
+    """
+    if not value.is_floating_point() or not value.numel() or not value.dim():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise FileError(f"{where}: no change of a tensor: {list(value.shape)} {kind}.")
+    layer = "convolution" if value.dim() > 2 else None
+    shape = tuple(value.shape)
+    return KindUpdate("difference", {"lora_diff": value}, 1.0, shape, kind=layer)
+
+
+def factored(value: KindUpdate) -> Optional[Update]:
+    """A difference as two factors, one of them an identity; None where it is of no one matrix."""
+    own = value.held["lora_diff"]
+    if own.dim() < 2 or value.layout == "stack":
+        return None
+    update = replace(whole(own, None, value.scale), groups=value.groups).turned(value.layout)
+    return update if value.kind is None else replace(update, kind=value.kind)
+
+
+def apart_from(adapter: Adapter, *methods: str) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """An adapter without its updates of these kinds, and those by path."""
+    found = {path: value for path, value in adapter.others.items() if value.method in methods}
+    rest = {path: value for path, value in adapter.others.items() if path not in found}
+    return replace(adapter, others=rest), found
+
+
 def without_magnitude(value: KindUpdate) -> tuple[Update, Tensor]:
     """The low-rank update inside of a DoRA, and its magnitude."""
     a, b = value.held["lora_A"], value.held["lora_B"]

@@ -6,7 +6,7 @@ loha.py, lokr.py.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -15,7 +15,7 @@ from einops import EinopsError, einsum
 from torch import Tensor
 
 from paramlora.errors import FileError
-from paramlora.formats.base import Base, places_of
+from paramlora.formats.base import Base, places_of, vectors_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -23,10 +23,13 @@ from paramlora.formats.content import (
     check_factors,
     check_first,
     number,
+    parsed,
     report_unused,
 )
 from paramlora.formats.factors import (
+    apart_from,
     check_told,
+    difference_of,
     kernels,
     pair,
     product_of,
@@ -36,27 +39,30 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_kohya
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
-from paramlora.formats.scale import alpha_of, recorded, scale_of, scales_metadata
+from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, KindUpdate, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
     r"(?P<name>.+?)\.(?:lora_(?P<role>down|up|mid|A|B)(?:(?:\.[^.]+)?\.weight)?|"
-    r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?))",
+    r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?|[wb]_norm))",
     re.DOTALL,
 )
 _ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _MOST = 2**29  # elements of a dense difference
+_BIAS = ("diff_b", "b_norm")
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def read(content: Content, base: Optional[Base] = None, options: Options = DEFAULTS) -> Adapter:
     """The adapter in a kohya or LyCORIS file: LoRA, LoCon, LoHa, LoKr and full differences.
 
-    LoHa, LoKr and ``diff`` are dense: they are kept whole, or at the rank in `options`.
+    LoHa, LoKr and ``diff`` are dense: they are kept whole, or at the rank in `options`. So are the
+    changes of biases and norms (``diff_b``; ``w_norm`` and ``b_norm``), which have no rank.
 
     Args:
         content: what the file holds.
@@ -69,14 +75,46 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     modules, unused = _modules(content)
     report_unused(content, unused, options.strict)
     exact = recorded(content)
+    told = _headed(content, modules, options)
     places = None if base is None else places_of(base)
     updates: dict[str, Value] = {}
     for name, parts in modules.items():
         where = f"{content.source}: {name}"
         if options.component is None or belongs(name, options.component):
             most = _most(name, parts, places, where)
-            updates[name] = _update(parts, exact.get(name), options, most, where)
+            own = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BIAS}
+            if own.keys() - {"alpha"} or own.keys() == parts.keys():
+                how = replace(options, alpha=told.get(name, options.alpha))
+                updates[name] = _update(own, exact.get(name), how, most, where)
+            for leaf in _BIAS:
+                if leaf in parts:
+                    updates[f"{name}.bias"] = difference_of(parts[leaf], f"{where}.{leaf}")
     return Adapter(**apart_by_kind(updates))
+
+
+def _headed(
+    content: Content, modules: Mapping[str, Mapping[str, Tensor]], options: Options
+) -> dict[str, float]:
+    """The alphas of layers in a file that tells them in its header alone; sd-scripts has another
+    for convolutions of a kernel (networks/lora.py's ``conv_alpha``)."""
+    scaled = [name for name, parts in modules.items() if _has_factors(parts)]
+    found = headed(content, scaled, belongs, options.alpha)
+    if not found or "ss_network_args" not in content.metadata:
+        return found
+    told = parsed(content.metadata["ss_network_args"], content.source).get("conv_alpha")
+    if told is None:
+        return found
+    alpha = number(told, f"{content.source}: conv_alpha")
+    wide = (name for name in found if _has_kernel(modules[name]))
+    return {**found, **dict.fromkeys(wide, alpha)}
+
+
+def _has_kernel(parts: Mapping[str, Tensor]) -> bool:
+    return any(math.prod(tensor.shape[2:]) > 1 for tensor in parts.values())
+
+
+def _has_factors(parts: Mapping[str, Tensor]) -> bool:
+    return any(leaf.startswith(("lora_", "hada_", "lokr_")) for leaf in parts)
 
 
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
@@ -124,9 +162,10 @@ def _update(
             scale = _scale(alpha, r, exact, where) if r else 1.0
             held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
             return product_of(held, scale, where, tuple(delta.shape))
-    elif leaves == {"diff"}:
-        check_factors(where, parts["diff"])
-        delta, r = parts["diff"], 0
+    elif leaves == {"diff"} or leaves == {"w_norm"}:
+        (delta,), r = (parts[leaf] for leaf in leaves), 0
+        if options.rank is None or delta.dim() < 2:
+            return difference_of(delta, where)
     else:
         raise FileError(
             f"{where}: {', '.join(sorted(parts))}: no form that can be read. Save it "
@@ -242,41 +281,83 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
             f'"{prefix}" begins no key that a tool reads, so nothing of the file would load. '
             f"Prefixes: {', '.join(MANGLED)}."
         )
-    state: dict[str, Tensor] = {}
-    scales: dict[str, tuple[float, int]] = {}
+    adapter, differences = apart_from(adapter, "difference")
     adapter, products = without_products(adapter)
     adapter, magnitudes = with_low_ranks(adapter)
-    paths = (*adapter.updates, *products)
-    two = any(_component(path)[0] == "text_encoder_2" for path in paths)
+    names = _names((*adapter.updates, *products, *differences), prefix)
+    scaled: dict[str, Value] = {**adapter.updates, **products}
+    scales = {names[path]: (value.listed()[1], value.listed()[0]) for path, value in scaled.items()}
+    state: dict[str, Tensor] = {}
     for path, update in adapter.updates.items():
-        _check(path, update)
-        name = name_of(path, prefix, two)
-        if name in scales:
-            raise _taken(path, name)
-        down, up = kernels(update)
-        alpha = alpha_of(update.scale, update.r)
-        state[f"{name}.lora_down.weight"] = down.contiguous()
-        state[f"{name}.lora_up.weight"] = up.contiguous()
-        state[f"{name}.alpha"] = _alpha_tensor(alpha, down.dtype)
-        if path in magnitudes:
-            state[f"{name}.dora_scale"] = magnitudes[path].contiguous()
-        scales[name] = update.scale, update.r
+        state |= _low_rank(path, update, names[path], magnitudes.get(path))
     for path, value in products.items():
-        name = name_of(path, prefix, two)
-        if name in scales:
-            raise _taken(path, name)
-        state |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in value.held.items()}
         like = next(iter(value.held.values()))
-        state[f"{name}.alpha"] = _alpha_tensor(alpha_of(value.scale, value.r), like.dtype)
-        scales[name] = value.scale, value.r
+        state |= {f"{names[path]}.{leaf}": tensor for leaf, tensor in value.held.items()}
+        alpha = alpha_of(value.scale, value.r)
+        state[f"{names[path]}.alpha"] = alpha_tensor(alpha, like.dtype)
+    for path, value in differences.items():
+        state[_key_of(path, differences, base, names)] = value.held["lora_diff"]
     ranks = {r for _, r in scales.values()}
+    plain = not (magnitudes or products or differences)
     about = {
-        "ss_network_module": "lycoris.kohya" if magnitudes or products else "networks.lora",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": "Dynamic",
         **scales_metadata(scales),
     }
-    return Content(state, about)
+    return Content({key: tensor.contiguous() for key, tensor in state.items()}, about)
+
+
+def _names(paths: Collection[str], prefix: str) -> dict[str, str]:
+    """The key's name of the layer of each path; a bias has its layer's.
+
+    Raises:
+        FileError: two layers of one name.
+    """
+    two = any(_component(path)[0] == "text_encoder_2" for path in paths)
+    names: dict[str, str] = {}
+    layers: dict[str, str] = {}
+    for path in paths:
+        layer = path.removesuffix(".bias")
+        names[path] = name_of(layer, prefix, two)
+        if layers.setdefault(names[path], layer) != layer:
+            raise _taken(path, names[path])
+    return names
+
+
+def _low_rank(
+    path: str, update: Update, name: str, magnitude: Optional[Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a low-rank update, and of a DoRA."""
+    _check(path, update)
+    down, up = kernels(update)
+    alpha = alpha_tensor(alpha_of(update.scale, update.r), down.dtype)
+    state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    return state if magnitude is None else {**state, f"{name}.dora_scale": magnitude}
+
+
+def _key_of(
+    path: str,
+    differences: Mapping[str, KindUpdate],
+    base: Optional[Base],
+    names: Mapping[str, str],
+) -> str:
+    """The key of a difference: of norms, whose weights are vectors, LyCORIS has its own.
+
+    Raises:
+        FileError: of a tensor that is no weight and no bias.
+    """
+    layer = path.removesuffix(".bias")
+    weight = differences.get(layer)
+    norm = weight is not None and weight.held["lora_diff"].dim() == 1
+    norm = norm or layer in vectors_of(base)
+    if differences[path].kind == "parameter":
+        raise FileError(
+            f"{path}: a parameter that is no weight and no bias, which kohya's format cannot name. "
+            "Keep the native format."
+        )
+    leaf = {True: ("w_norm", "b_norm"), False: ("diff", "diff_b")}[norm][path != layer]
+    return f"{names[path]}.{leaf}"
 
 
 def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
@@ -285,7 +366,7 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
     Raises:
         FileError: one of a layer that LyCORIS does not know, or whose scale it does not read.
     """
-    products = {p: value for p, value in adapter.others.items() if value.method in ("loha", "lokr")}
+    rest, products = apart_from(adapter, "loha", "lokr")
     for path, value in products.items():
         known = value.layout == "matrix" and value.kind in (None, "linear", "convolution")
         if not path or not known:
@@ -298,8 +379,7 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
                 f"{path}: both factors are whole, for which LyCORIS reads no scale, and this one "
                 f"has {value.scale:g}. Keep the native format."
             )
-    rest = {path: value for path, value in adapter.others.items() if path not in products}
-    return replace(adapter, others=rest), products
+    return rest, products
 
 
 def _taken(path: str, name: str) -> FileError:
@@ -342,7 +422,7 @@ def _component(path: str) -> tuple[str, str]:
     return component, rest
 
 
-def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """In the type of the factors where that holds it exactly, else in the smallest that does."""
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)
@@ -368,10 +448,12 @@ FORMAT = Format(
     marks=(
         Mark(50, any_key(rf"(?:{'|'.join(MANGLED)})_[^.]+\..+")),
         Mark(51, any_key(r".+\.(?:lora_(?:down|mid)\.weight|hada_w1_a|lokr_w1(?:_a)?|dora_scale)")),
+        Mark(82, any_key(r".+\.(?:diff(?:_b)?|[wb]_norm)")),
     ),
     read=read,
     write=write,
-    kinds=("lora", "soft", "dora", "loha", "lokr"),
+    passed_over=of_kohya,
+    kinds=("lora", "soft", "dora", "loha", "lokr", "difference"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),
 )

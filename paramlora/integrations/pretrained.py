@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from paramlora import formats
 from paramlora.checkpoint.keys import Key
-from paramlora.errors import AdapterError, FileError, ParamloraWarning
+from paramlora.errors import AdapterError, FileError, warn
 from paramlora.files.atomic import new_file
 from paramlora.files.native import write_native
 from paramlora.files.safetensors import SafeFile
@@ -193,11 +192,7 @@ def _warn_not_loaded(model: nn.Module, folder: Path, beside: list[_Beside]) -> N
     if any(one.strength != 1 for one in beside):
         strengths = {one.adapter.name: one.strength for one in beside}
         calls.append(f"paramlora.set_adapters(model, {json.dumps(strengths)})")
-    warnings.warn(
-        f"{folder}: from_pretrained loads the base alone; then call {', '.join(calls)}.",
-        ParamloraWarning,
-        stacklevel=4,
-    )
+    warn(f"{folder}: from_pretrained loads the base alone; then call {', '.join(calls)}.")
 
 
 def _stand_in(model: nn.Module, resumes: bool) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace as dataclass_replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import ConfigLike, LoRAConfig, as_config
-from paramlora.errors import AdapterError, ParamloraWarning, TargetError
+from paramlora.errors import AdapterError, TargetError, warn
 from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
@@ -181,6 +180,8 @@ def attach_targets(
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
+            if there:
+                update.keep(switch=update.switch.born())
             if update.beside:
                 add_branch(module, update)
             else:
@@ -415,11 +416,9 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
         return
     ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
-        warnings.warn(
+        warn(
             f'{config.source}: "trainable_model" is set, but no parameter of the model requires '
-            "a gradient, so only updates will train. Call model.requires_grad_(True) first.",
-            ParamloraWarning,
-            stacklevel=3,
+            "a gradient, so only updates will train. Call model.requires_grad_(True) first."
         )
 
 
@@ -581,24 +580,20 @@ def _warn_overlapping(
     found = overlapping(model)
     for key, ((_, target), *_) in claims.items():
         if key in found:
-            warnings.warn(
+            warn(
                 f"{target.path or 'weight'}: it shares its memory with {', '.join(found[key])}, as "
                 "another tensor. Merging will give it memory of its own; hold one Parameter in "
-                "both places to keep them tied.",
-                ParamloraWarning,
-                stacklevel=7,
+                "both places to keep them tied."
             )
 
 
 def _warn_tied(model: nn.Module, key: int, group: list[Target]) -> None:
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) == key]
     adapted = ", ".join(target.path or "weight" for target in group)
-    warnings.warn(
+    warn(
         f"{adapted}: one tensor is held as {', '.join(names)}, and one update does not serve "
         "all of them. Merging will untie the adapted one; name every holder in one entry "
-        "(re:...) to keep them tied.",
-        ParamloraWarning,
-        stacklevel=6,
+        "(re:...) to keep them tied."
     )
 
 

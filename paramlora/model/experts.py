@@ -237,11 +237,30 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
         if plain is known and given.keys() == {*names} and _is_theirs(asked):
             stacks = _stacks(self, given[names[0]])
         if stacks is None:
+            _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
         hidden, index, weights = (given[name] for name in names)
         return _experts(self, hidden, index, weights, *stacks, asked in (None, "eager"))
 
     return forward
+
+
+def _refuse_dropout(self: nn.Module, how: str) -> None:
+    """Say so where dropout would act, had the forward not to be left to the dense sums.
+
+    Raises:
+        AdapterError: an update that acts drops its input now.
+    """
+    lists: Any = self._modules.get("parametrizations") if self.training else None
+    for name, held in () if lists is None else lists._modules.items():
+        for update in held._modules.values():
+            if getattr(update, "dropout", 0) and update.current().acts:
+                kind = type(self).__bases__[0].__name__
+                raise AdapterError(
+                    f"{name!r} of {kind} is read as a dense sum by {how}, where "
+                    f'"dropout": {update.dropout} cannot act. Choose "eager", "grouped_mm" or '
+                    '"batched_mm" by set_experts_implementation, or leave "dropout" out.'
+                )
 
 
 def _is_theirs(asked: Any) -> bool:
@@ -326,6 +345,7 @@ def _of_sorted(known: Any) -> _Forward:
         plain = plain_forward(self)
         stack = stack_of(self, "weight", inputs) if plain is known else None
         if stack is None or not stack.updates:
+            _refuse_dropout(self, "its loop")
             return plain(self, inputs, expert_size)
         sizes = torch.as_tensor(expert_size, device=inputs.device)
         return product(inputs, stack, sizes.cumsum(0, dtype=torch.int32), False)
@@ -342,6 +362,7 @@ def _of_equal(known: Any) -> _Forward:
         plain = plain_forward(self)
         stacks = _stacks(self, hidden_states) if plain is known else None
         if stacks is None:
+            _refuse_dropout(self, "its own product")
             return plain(self, hidden_states)
         x, experts = hidden_states.reshape(-1, self.hidden_size), len(stacks[0].weight)
         every = torch.arange(experts, device=x.device, dtype=torch.int32)

@@ -239,8 +239,11 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -
     own = weight if layout == "matrix" else weight.t()
 
     def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        inner = F.dropout(x, update.dropout) if dropping else x
-        return F.linear(x, own), functional.thin_pair(inner, a, up, LINEAR, LINEAR)
+        def low(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+            return functional.thin_pair(x, a, up, LINEAR, LINEAR)
+
+        rate = update.dropout if dropping else 0.0
+        return F.linear(x, own), dropout.dropped_branch(x, a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         return functional.linear(x, own, None, a, b, scale, 1.0)
@@ -255,9 +258,12 @@ def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor
 
     def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         y = layer._conv_forward(input, weight, None)
-        inner = laid_as(input, y)
-        inner = F.dropout(inner, update.dropout) if dropping else inner
-        return y, branch(padded_input(layer, inner)[0], weight.shape, a, up, *how)
+
+        def low(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+            return branch(padded_input(layer, x)[0], weight.shape, a, up, *how)
+
+        rate = update.dropout if dropping else 0.0
+        return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         return convolution(x, weight, None, a, b, scale, *how, 1.0)
@@ -415,7 +421,12 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         y: Tensor
         y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
         return y
+    return _convolved(self, input, known)
+
+
+def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
     (weight, updates, dropping), bias = known, _bias(self)
+    y: Tensor
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
@@ -433,6 +444,13 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         y = self._conv_forward(input, weight, bias)
         return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
+
+
+def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
+    """What a plain linear layer or convolution gives with such updates, as a hard one does."""
+    if isinstance(layer, nn.Linear):
+        return _product(layer, x, known, "matrix")
+    return _convolved(layer, x, known)
 
 
 def _inner(layer: Any) -> Any:

@@ -167,6 +167,8 @@ def _set(base: type) -> Any:
     """Assigning an attribute, where an adapted tensor is refused."""
 
     def set_(self: nn.Module, name: str, value: Any) -> None:
+        if _put_whole(self, name, value):
+            return
         _check_free(self, name, "assigned")
         if name == "qconfig" and value is not None:  # how torch marks a layer that it will convert
             raise AdapterError(
@@ -176,6 +178,16 @@ def _set(base: type) -> Any:
         base.__setattr__(self, name, value)  # type: ignore[call-arg, arg-type]
 
     return set_
+
+
+def _put_whole(layer: nn.Module, name: str, value: Any) -> bool:
+    """Give a buffer that is trained whole what its layer puts in its place."""
+    # a replica of DataParallel is given its attributes after it is made
+    lists = parametrized(layer) if "_modules" in vars(layer) else {}
+    plist: Any = lists[name] if name in lists else ()
+    if len(plist) != 1 or not isinstance(plist[0], Whole) or "original" not in plist._buffers:
+        return False
+    return isinstance(value, Tensor) and plist[0].assigned(value)
 
 
 def _delete(base: type) -> Any:

@@ -29,7 +29,7 @@ from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, told
-from paramlora.update.whole import Whole, summed, terms_of
+from paramlora.update.whole import Whole, summed
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -171,7 +171,7 @@ def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -
     def named() -> Optional[Rounding]:
         if rounding is not None:
             module, name, _ = group[0][0]
-            rounding.path = stem(paths[id(module)], name) or name
+            rounding.start(stem(paths[id(module)], name) or name)
         return rounding
 
     return named
@@ -278,15 +278,13 @@ def _sum(
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         return _folded_together(base, acting).to(base.dtype)
-    return folded(base, terms_of(acting, base), rounding)
+    return folded(base, [answer(update, "term") for update in acting], rounding)
 
 
 def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
     """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep."""
+    terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
     bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
-    terms = [
-        terms_of([one for one in ours if one.acts], base) for (*_, ours), base in zip(jobs, bases)
-    ]
     for (module, name, _), base in zip(jobs, bases):
         if is_storage(base.dtype) and not counted:
             raise AdapterError(

@@ -3,25 +3,40 @@
 A training forward moves buffers, such as BatchNorm's running statistics, which are in no adapter's
 file. So they are remembered, told of, and put back. A base checkpoint that is loaded later is what
 the model was, from then on.
+
+Three kinds stay as they are: another tensor of another shape, which somebody resized; one in no
+state dict whose module has other plain attributes than before, which is a cache (of a rotary
+embedding's angles) that belongs to those; and large tables of whole numbers, a quantiser's weights.
 """
 
-import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 from paramlora.model.targets import own_path
 from paramlora.update.attached import AttachedUpdate
 
 _FROZEN = "_frozen_by_paramlora"  # of the model: the names of the parameters that attach froze
 _BUFFERS = "_buffers_before_paramlora"  # of a module: what its buffers held
+_MOST_WHOLE = 2**16  # whole numbers of a table that is no weight
+_PLAIN = (bool, int, float, str, type(None))
+_OF_MODULES = vars(nn.Module()).keys()
 _WAYS = (
     'Call eval() on those layers, which keeps them still, or name them in an entry {"whole": '
     "true}, which trains and saves their statistics too."
 )
+
+
+@dataclass
+class _Record:
+    """What a module was: its plain attributes, and by name its buffers and what they held."""
+
+    plain: dict[str, Any]
+    buffers: dict[str, tuple[Tensor, Tensor]]
 
 
 def keepers(model: nn.Module) -> list[nn.Module]:
@@ -35,7 +50,8 @@ def remember(model: nn.Module, kept: list[nn.Module], froze: bool) -> None:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and froze]
     vars(model)[_FROZEN] = frozenset(own_path(name) for name, _ in trained)
     for module in kept:
-        vars(module)[_BUFFERS] = {name: held.clone() for name, held in _buffers(module)}
+        held = {name: (one, one.clone()) for name, one in _buffers(module)}
+        vars(module)[_BUFFERS] = _Record(_plain(module), held)
         module.register_load_state_dict_pre_hook(_loaded)  # type: ignore[no-untyped-call]
     for _, parameter in trained:
         parameter.requires_grad_(False)
@@ -49,8 +65,12 @@ def put_back(model: nn.Module) -> None:
         for name, parameter in owner.named_parameters() if frozen else ():
             if own_path(name) in frozen:
                 parameter.requires_grad_(True)
-    for _, held, value in _moved(model):
-        held.copy_(value)
+    for _, module, name, value in list(_moved(model)):
+        now = module._buffers[name]
+        if now is not None and now is vars(module)[_BUFFERS].buffers[name][0]:
+            now.resize_(value.shape).copy_(value)
+        else:  # what a forward put in its place may be the caller's
+            module._buffers[name] = value
 
 
 def forget(model: nn.Module) -> None:
@@ -74,7 +94,8 @@ def warn_moving(model: nn.Module) -> None:
 
 def warn_moved(model: nn.Module) -> None:
     """Tell that buffers moved which no file of the adapter will hold."""
-    names = list(dict.fromkeys(path or "the model" for path, _, _ in _moved(model)))
+    moved = [path for path, module, name, _ in _moved(model) if _is_saved(module, name)]
+    names = list(dict.fromkeys(path or "the model" for path in moved))
     if names:
         _warn(names, "hold buffers that moved since the adapter was attached and are not in its")
 
@@ -88,41 +109,62 @@ def _averages(module: nn.Module) -> bool:
 
 def _warn(names: list[str], what: str) -> None:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    warnings.warn(
-        f"{', '.join(names[:3])}{more}: {what} file. {_WAYS}", ParamloraWarning, stacklevel=5
-    )
+    warn(f"{', '.join(names[:3])}{more}: {what} file. {_WAYS}")
 
 
 def _loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Record what a checkpoint brings; one that does not fit is torch's to refuse."""
-    record = vars(module).get(_BUFFERS, {})
-    for name, before in record.items():
-        value = state.get(prefix + name)
+    buffers = vars(module)[_BUFFERS].buffers if _BUFFERS in vars(module) else {}
+    for name, (held, before) in list(buffers.items()):
+        value = state.get(prefix + name) if _is_saved(module, name) else None
         if isinstance(value, Tensor) and value.shape == before.shape and not value.is_meta:
-            record[name] = value.detach().to(before.device, before.dtype, copy=True)
+            new = value.detach().to(before.device, before.dtype, copy=True)
+            buffers[name] = held, new
 
 
-def _moved(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path of the owner, buffer, its earlier value) of those that differ."""
+def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(path, owner, name, the earlier value as it would be there now) of buffers that differ."""
     for path, module in model.named_modules():
-        record = vars(module).get(_BUFFERS, {})
-        for name, held in _buffers(module) if record else ():
-            value = record.get(name)
-            if value is not None and held.shape == value.shape:
-                value = value.to(held.device, held.dtype)
-                if not torch.equal(held, value):
-                    yield own_path(path), held, value
+        record = vars(module).get(_BUFFERS)
+        if record is None:
+            continue
+        alike = _plain(module) == record.plain
+        for name, now in _buffers(module):
+            held, value = record.buffers.get(name, (now, now))
+            fits = now is held or now.shape == value.shape
+            if fits and (alike or _is_saved(module, name)):
+                value = value.to(now.device, now.dtype)
+                if now.shape != value.shape or not torch.equal(_bits(now), _bits(value)):
+                    yield own_path(path), module, name, value
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bytes, of which each is like itself also where the numbers are none."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes of the simplest types."""
+    held = vars(module).items()
+    return {name: one for name, one in held if type(one) in _PLAIN and name not in _OF_MODULES}
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's persistent buffers of real numbers, and of single numbers, such as a count."""
+    """A module's own buffers, unless they cannot move or are weights in whole numbers."""
     if not isinstance(module, (AttachedUpdate, torch.jit.ScriptModule)):
         for name, held in module._buffers.items():
-            if _is_recorded(held) and name not in module._non_persistent_buffers_set:
+            if _is_recorded(held):
                 yield name, held
 
 
 def _is_recorded(held: object) -> TypeGuard[Tensor]:
     if not isinstance(held, Tensor) or type(held) not in (Tensor, nn.Buffer) or held.is_meta:
         return False
-    return held.is_floating_point() or held.dim() == 0
+    if held.layout is not torch.strided or held.is_quantized:
+        return False
+    real = held.is_floating_point() or held.is_complex()
+    return real or held.dim() < 2 or held.numel() <= _MOST_WHOLE
+
+
+def _is_saved(module: nn.Module, name: str) -> bool:
+    return name not in module._non_persistent_buffers_set

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ConfigError, ParamloraWarning, TargetError, closest, listed
+from paramlora.errors import ConfigError, TargetError, closest, listed, warn
 from paramlora.model.classes import is_hf_conv1d, is_linear, is_of
 from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
@@ -65,7 +64,7 @@ class Target:
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
-    """What `attach` would adapt, in the model's order; nothing is changed.
+    """What `attach` would adapt, in the order in which it does; nothing is changed.
 
     Args:
         model: any module.
@@ -109,7 +108,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
         for target in (*_all(model, _tensors), *_all(model, buffers_of))
         if target.path in entries
     ]
-    found = {t.path for t in chosen if len(t.shape) >= 2 or t.entry.whole}
+    found = {t.path for t in chosen if len(t.shape) >= 2 or kind_of(t.entry).vectors}
     missing = sorted(entries.keys() - found)
     if missing:
         text = f'"{missing[0]}" matches nothing.{closest_in(model, missing[0])}'
@@ -121,6 +120,11 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
 def adaptable(model: nn.Module) -> Iterator[Target]:
     """Every tensor that a low-rank update fits, with an entry that says nothing yet."""
     return (target for target in _all(model, _tensors) if len(target.shape) >= 2)
+
+
+def vectors(model: nn.Module) -> Iterator[Target]:
+    """Every parameter of one dimension, such as a bias or a norm's weight."""
+    return (target for target in _all(model, _tensors) if len(target.shape) == 1)
 
 
 def tensor_paths(model: nn.Module) -> set[str]:
@@ -225,6 +229,15 @@ def shown(module: nn.Module, name: str) -> torch.Tensor:
     return _computed(copy.deepcopy(plist))
 
 
+def base_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor as it is without the updates that are attached."""
+    parametrized = "parametrizations" in module._modules
+    if parametrized and name in module._modules["parametrizations"]:  # type: ignore[operator]
+        return shown(module, name)
+    found: torch.Tensor = getattr(module, name)
+    return found
+
+
 @torch.no_grad()
 def _computed(plist: Any) -> torch.Tensor:
     return plist()  # type: ignore[no-any-return]
@@ -243,12 +256,10 @@ class Places:
 
     def __init__(self, model: nn.Module, exclude: tuple[str, ...] = ()) -> None:
         self.model = model
-        self.every = [*_tensors(model), *buffers_of(model)]
+        tensors, buffers = list(_tensors(model)), list(buffers_of(model))
+        self.every = [*tensors, *buffers]
         self._out = {pattern: self._excluded(pattern) for pattern in exclude}
-        self.all = [one for one in _tensors(model) if not self.excludes(_full(one[0], one[2]))]
-        self.buffers = [
-            one for one in buffers_of(model) if not self.excludes(_full(one[0], one[2]))
-        ]
+        self.all, self.buffers = self._left(tensors), self._left(buffers)
         self._by_end: dict[str, list[Place]] = {}
         for place in self.all:
             for path in _names(place):
@@ -293,9 +304,12 @@ class Places:
         except ValueError as error:
             raise ConfigError(f'"exclude": {error}. Give a plain name, or several.') from error
 
-    def excludes(self, path: str) -> bool:
-        """Whether a module or tensor, or what it lies in, is left out by the configuration."""
-        return any(not held.isdisjoint(holders_of(path)) for held in self._out.values())
+    def _left(self, places: list[Place]) -> list[Place]:
+        """Those that are not excluded, nor lie in what is."""
+        out = set().union(*self._out.values())
+        return [
+            one for one in places if not out or out.isdisjoint(holders_of(_full(one[0], one[2])))
+        ]
 
     def hides(self, pattern: str) -> bool:
         """Whether a name would mean something, were nothing excluded."""
@@ -312,7 +326,7 @@ class Places:
             text = f'"{pattern}" in "exclude" matches nothing.{closest_in(self.model, pattern)}'
             if strict:
                 raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
-            warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=5)
+            warn(f"{config.source}: {text}")
 
 
 def _bounded(pattern: str, paths: list[str]) -> set[str]:
@@ -528,7 +542,7 @@ def _report_empty(
         raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
     if strict:
         raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
-    warnings.warn(f"{config.source}: {text}", ParamloraWarning, stacklevel=4)
+    warn(f"{config.source}: {text}")
 
 
 def _why_nothing(places: Places, name: str) -> str:

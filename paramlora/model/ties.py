@@ -22,6 +22,7 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
         for path, module in model.named_modules()
         for name, tensor in _held(module)
         if type(tensor) in _PLAIN and not tensor.is_meta and tensor.numel()
+        if tensor.layout is torch.strided  # others have no memory of one piece
     }
     stores: dict[tuple[torch.device, int], list[int]] = {}
     for key, (_, tensor) in named.items():

@@ -1,6 +1,5 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, listed, warn
 from paramlora.model.attach import (
     Fresh,
     attach_targets,
@@ -269,12 +268,10 @@ def _digests(
 def warn_other(paths: list[str], count: int) -> None:
     """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
-        warnings.warn(
+        warn(
             f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
             "than those that the adapter was trained on. Is this its base, and is the adapter not "
-            "merged into it already?",
-            ParamloraWarning,
-            stacklevel=5,
+            "merged into it already?"
         )
 
 

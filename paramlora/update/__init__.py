@@ -3,6 +3,6 @@
 A file with a class that is registered (see `kinds`) is a kind of update: no other names it.
 """
 
-from paramlora.update import dora, loha, lokr, lowrank, rows, whole
+from paramlora.update import difference, dora, loha, lokr, lowrank, rows, whole
 
-__all__ = ["dora", "loha", "lokr", "lowrank", "rows", "whole"]
+__all__ = ["difference", "dora", "loha", "lokr", "lowrank", "rows", "whole"]

@@ -15,9 +15,8 @@ from paramlora.update.casts import NotOffloaded, without_storage
 from paramlora.update.choice import ONLY, UNSPLIT, Choice
 from paramlora.update.compat import (
     current_backward,
-    current_node,
     next_number,
-    number_of,
+    number_of_forward,
     strength_changes,
 )
 from paramlora.update.geometry import Layout, matrix_shape
@@ -42,10 +41,11 @@ class Switch:
         past: earlier gains and rows, each with the first sequence number of autograd that it did
             not see.
         rows: which rows of the batch it acts on, inside of `route`; None: on all.
+        routes: the blocks of `route` that are open, each with its rows; those of the last act.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads one attribute
-    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows")
+    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows", "routes")
 
     def __init__(
         self,
@@ -54,9 +54,10 @@ class Switch:
         muted: frozenset[object] = frozenset(),
         past: "tuple[_Past, ...]" = (),
         rows: Optional[Choice] = None,
+        routes: "Routes" = (),
     ) -> None:
         self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
-        self.rows = rows
+        self.rows, self.routes = routes[-1][1] if routes else rows, routes
         # the only branches in compiled code
         self.acts = strength != 0 and not muted
         self.fully = strength == 1 and not muted
@@ -74,12 +75,18 @@ class Switch:
             strength_changes()
             past = self._remembering()
         gain = gains.at(new, self.gain.device, self.gain.dtype)
-        return Switch(strength, gain, muted, past, self.rows)
+        return Switch(strength, gain, muted, past, self.rows, self.routes)
 
-    def routed(self, rows: Optional[Choice]) -> "Switch":
+    def routed(self, routes: "Routes") -> "Switch":
         """As strong on other rows, which remembers this one."""
         strength_changes()
-        return Switch(self.strength, self.gain, self.muted, self._remembering(), rows)
+        past = self._remembering()
+        return Switch(self.strength, self.gain, self.muted, past, routes=routes)
+
+    def born(self) -> "Switch":
+        """As if it had been off until now: what is computed again of an earlier forward is computed
+        without it."""
+        return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
@@ -108,6 +115,7 @@ class Switch:
         return Switch(self.strength, gain)
 
 
+Routes = tuple[tuple[object, Choice], ...]
 _Past = tuple[int, float, Optional[Choice]]
 _FORGOTTEN = (
     f"the strengths of the adapters changed more than {_REMEMBERED - 1} times between a "
@@ -189,6 +197,7 @@ class AttachedUpdate(nn.Module):
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
+    vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
@@ -226,9 +235,8 @@ class AttachedUpdate(nn.Module):
         """The switch that holds: inside of a backward, which computes a checkpointed forward
         again, that of the forward."""
         own = self.switch
-        if not (is_compiling() or not own.past or current_backward() == -1):
-            node = current_node()
-            own = own if node is None else own.at(number_of(node))
+        if not (is_compiling() or not own.past or (task := current_backward()) == -1):
+            own = own.at(number_of_forward(task))
         return own if own.rows is None else own.seen(self.adapter)
 
     def now(self) -> Switch:

@@ -8,7 +8,7 @@ in turn.
 """
 
 import sys
-import warnings
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from paramlora.errors import ParamloraWarning
+from paramlora.errors import warn
 
 
 def _private(path: str) -> Any:
@@ -230,18 +230,51 @@ def number_of(node: Any) -> int:
     return number
 
 
+_RUNS_ONE = torch.autograd.function.BackwardCFunction.apply.__code__
+_enclosing = threading.local()  # its `told`: (the backward last asked for, the number found)
+
+
+def number_of_forward(task: int) -> int:
+    """The number that autograd gave the operation of a forward which is computed again.
+
+    That of the node whose backward runs. But a reentrant checkpoint computes its segment again as a
+    graph of its own, of later numbers, and runs a backward of that inside of its own: there it is
+    the outermost node, which the model's forward made.
+
+    Args:
+        task: the number of the backward that runs, of `current_backward`.
+    """
+    node = current_node()
+    if node is None:
+        return next_number()
+    told: tuple[int, Optional[int]] = getattr(_enclosing, "told", (0, None))
+    if told[0] != task or task == 0:  # which may be several, where torch does not number them
+        outer = _outermost()
+        inside = outer is not None and number_of(outer) != number_of(node)
+        told = _enclosing.told = task, number_of(outer) if inside else None
+    return number_of(node) if told[1] is None else told[1]
+
+
+def _outermost() -> Any:
+    """The first node written in Python whose backward runs in this thread, None outside of any."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is _RUNS_ONE:
+            found = frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 def _silent() -> None:
     """Nothing to say: a forward that is computed again finds the strengths that it had."""
 
 
 def _warn_of_strengths() -> None:
     """Say that a forward that is computed again cannot find the strengths that it had."""
-    warnings.warn(
+    warn(
         f"torch {torch.__version__} does not tell which forward a backward computes again: with "
         "activation checkpointing, call backward before the strengths of adapters change, or its "
-        "gradients are those of the new strengths.",
-        ParamloraWarning,
-        stacklevel=2,
+        "gradients are those of the new strengths."
     )
 
 

@@ -113,6 +113,25 @@ class WholeTerm(Term):
 
 
 @dataclass(frozen=True)
+class WholesTerm(Term):
+    """Adds what each of several tensors to have instead differs from the weight by."""
+
+    terms: tuple[WholeTerm, ...]
+
+    def prepared(self, wide: torch.dtype) -> "WholesTerm":
+        return WholesTerm(tuple(term.prepared(wide) for term in self.terms))
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        if not self.terms[-1].value.is_floating_point():  # a count
+            return self.terms[-1].applied(total, block)
+        out = total
+        for term in self.terms:
+            own = term.value[block.run].view(total.shape).to(total.dtype)
+            out = out + term.strength.to(total.dtype) * (own - total)
+        return out
+
+
+@dataclass(frozen=True)
 class ScaledTerm(Term):
     """Multiplies: before the updates, by what a weight of 8 bits is stored divided by; or after
     them, by its reciprocal, no further than the type goes.
@@ -165,7 +184,7 @@ class Fold:
         self._size = _BLOCK_OF_A_DEVICE if on_device else _BLOCK
         self._whole_matrix = any(term.whole_matrix for term in terms)
         self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
-        self._terms = [term.prepared(self._wide) for term in terms]
+        self._terms = [term.prepared(self._wide) for term in _joined(terms)]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order."""
@@ -192,6 +211,18 @@ class Fold:
         if self._rounding is not None:
             return self._rounding(total, rows).reshape(-1)
         return total.to(before.dtype).reshape(-1)
+
+
+def _joined(terms: Sequence[Term]) -> list[Term]:
+    """The same, with several tensors to have instead as one term: they stand side by side."""
+    wholes = tuple(term for term in terms if isinstance(term, WholeTerm))
+    if len(wholes) < 2:
+        return list(terms)
+    return [
+        WholesTerm(wholes) if term is wholes[0] else term
+        for term in terms
+        if term is wholes[0] or not isinstance(term, WholeTerm)
+    ]
 
 
 def _rounds_products() -> bool:

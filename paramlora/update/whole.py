@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
-from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, answer, put_in_place
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout
 from paramlora.update.kinds import register
@@ -29,7 +29,7 @@ class Whole(AttachedUpdate):
 
     A buffer, such as a running mean, is what its layer writes into: while the update acts as it was
     trained, `forward` gives ``lora_whole`` itself, and else a copy, so that the base never moves; a
-    count of batches always itself.
+    count of batches always itself. A layer that puts another tensor in its place puts it here.
 
     Args:
         weight: the tensor, of any shape; ``lora_whole`` starts as its copy.
@@ -44,6 +44,7 @@ class Whole(AttachedUpdate):
 
     alone = True  # but for others of its kind
     internal = True
+    vectors = True
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor
@@ -85,6 +86,17 @@ class Whole(AttachedUpdate):
             self._start(start)
         own = self.lora_whole.to(start.dtype)
         return self._gain_for(own) * (own - start)
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold another tensor, with the graph that made it, where it fits; while the update does
+        not act as it was trained it is let go, as what is written into a copy is."""
+        own = self.lora_whole
+        if isinstance(value, nn.Parameter) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            return False
+        if self.fully or not value.is_floating_point():
+            self.lora_whole = value
+            self.keep(unset=False)
+        return True
 
     def _gain_for(self, own: Tensor) -> Tensor:
         return self.gain.to(own.device, own.dtype)
@@ -198,16 +210,3 @@ def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
         for one in acting:
             total = total + one.change(start)
     return total
-
-
-def terms_of(updates: Sequence[AttachedUpdate], base: Tensor) -> list[Term]:
-    """What updates that act do to a base, for the sum of a merge.
-
-    Args:
-        updates: of one tensor; of several that are trained whole the sum is one term.
-        base: the tensor.
-    """
-    wholes = [one for one in updates if isinstance(one, Whole)]
-    if len(wholes) < 2 or not base.is_floating_point():
-        return [answer(one, "term") for one in updates]
-    return [WholeTerm(summed(wholes, base), torch.ones(()))]

@@ -22,7 +22,10 @@ from paramlora.cuda.linear import plan as fused
 from paramlora.cuda.operands import Operands
 from tests.cuda import interpreted
 
-NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+NAMES = {
+    **{torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"},
+    **{torch.int32: "i32", torch.int64: "i64"},
+}
 LAYERS = [(8192, 4096, 4096, 16), (64, 4096, 4096, 64)]  # rows, in, out, rank
 HOPPER = [(16384, 320, 320, 32), (70, 317, 211, 5)]
 WIDE = [(8192, 1024, 1024, 128), (600, 256, 512, 128), (300, 512, 256, 256)]  # and eager

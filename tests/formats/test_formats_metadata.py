@@ -80,19 +80,97 @@ def test_auto_peft_model_finds_the_base(tmp_path):
     assert torch.allclose(found, weight + update.delta(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("said", "scale"), [
-    ({"alpha": "8", "rank": "2"}, 4.0), ({"lora_alpha": "3"}, 1.5), ({}, 1.0),
-    ({"transformer.lora_alpha": "8"}, 4.0), ({"ss_network_alpha": "1"}, 0.5),
-    ({"unet.lora_alpha": "8"}, 1.0), ({"ss_network_alpha": "Dynamic"}, 1.0),
-])  # fmt: skip
-def test_an_alpha_in_the_header_alone_is_the_scale(tmp_path, said, scale):
+def test_what_peft_and_diffusers_say_goes_both_ways(tmp_path):
+    update = Update(torch.randn(2, 6), torch.randn(4, 2), 0.5, (4, 6), kind="linear")
+    files.write_adapter(Adapter({"a.q": update}), tmp_path / "p", "peft")
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    said = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "a/b", "lora_dropout": 0.05}
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    files.convert(tmp_path / "p", tmp_path / "d.safetensors", "diffusers")
+    files.convert(tmp_path / "d.safetensors", tmp_path / "back", "peft")
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert said.items() <= back.items()
+    told = json.dumps({f"unet.{key}": value for key, value in {**config, **said}.items()})
+    state = {f"unet.a.q.lora_{n}.weight": t for n, t in zip("AB", (update.lora_A, update.lora_B))}
+    save_file(state, tmp_path / "theirs.safetensors", {"lora_adapter_metadata": told})
+    files.convert(tmp_path / "theirs.safetensors", tmp_path / "again", "peft")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert said.items() <= again.items()
+
+
+@pytest.mark.parametrize("said", [{"alpha": "8"}, {"transformer.lora_alpha": "8"}])
+def test_an_alpha_moves_from_the_header_to_the_formats_own_place(tmp_path, said):
+    path = headed(tmp_path, "diffusers", said)
+    files.convert(path, tmp_path / "d.safetensors", "diffusers", component="")
+    assert not said.keys() & metadata(tmp_path / "d.safetensors").keys()
+    (update,) = files.read_adapter(tmp_path / "d.safetensors").updates.values()
+    assert update.scale == 4.0
+
+
+PREFIXES = {
+    "diffusers": ("transformer.q", "A", "B"),
+    "kohya": ("lora_transformer_q", "down", "up"),
+    "comfyui": ("q", "A", "B"),
+    "peft": ("base_model.model.transformer.q", "A", "B"),
+}
+
+
+def headed(tmp_path, form, said, kernel=(), more=()):
+    name, down, up = PREFIXES[form]
     state = {
-        "transformer.q.lora_A.weight": torch.randn(2, 6),
-        "transformer.q.lora_B.weight": torch.randn(4, 2),
+        f"{name}.lora_{down}.weight": torch.randn(2, 6, *kernel),
+        f"{name}.lora_{up}.weight": torch.randn(4, 2, *[1] * len(kernel)),
+        **dict(more),
     }
     save_file(state, tmp_path / "a.safetensors", said)
-    (update,) = files.read_adapter(tmp_path / "a.safetensors").updates.values()
+    return tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("form", PREFIXES)
+@pytest.mark.parametrize(("said", "scale"), [
+    ({"alpha": "8", "rank": "2"}, 4.0), ({"lora_alpha": "3"}, 1.5),
+    ({"transformer.lora_alpha": "8"}, 4.0), ({"ss_network_alpha": "1"}, 0.5),
+    ({"ss_network_alpha": "0"}, 1.0),
+])  # fmt: skip
+def test_an_alpha_in_the_header_alone_is_the_scale(tmp_path, form, said, scale):
+    (update,) = files.read_adapter(headed(tmp_path, form, said)).updates.values()
     assert update.scale == scale
+
+
+@pytest.mark.parametrize("form", [form for form in PREFIXES if form not in ("comfyui", "peft")])
+@pytest.mark.parametrize("said", [{"unet.lora_alpha": "8"}, {"ss_network_alpha": "Dynamic"}])
+def test_an_alpha_of_no_layer_is_told(tmp_path, form, said):
+    (text,) = (f"{key}={value}" for key, value in said.items())
+    with pytest.warns(paramlora.ParamloraWarning, match=f"so the scale is 1: {text}. Give alpha"):
+        (update,) = files.read_adapter(headed(tmp_path, form, said)).updates.values()
+    assert update.scale == 1.0
+    given = files.Options(alpha=6.0)
+    (update,) = files.read_adapter(tmp_path / "a.safetensors", None, given).updates.values()
+    assert update.scale == 3.0
+
+
+def test_convolutions_have_the_alpha_that_kohya_gave_them(tmp_path):
+    said = {
+        "ss_network_alpha": "8",
+        "ss_network_args": json.dumps({"conv_dim": 2, "conv_alpha": "3"}),
+    }
+    for kernel, scale in (((3, 3), 1.5), ((1, 1), 4.0), ((), 4.0)):
+        path = headed(tmp_path, "kohya", said, kernel)
+        (update,) = files.read_adapter(path).updates.values()
+        assert update.scale == scale
+
+
+def test_a_components_alpha_comes_before_that_of_all(tmp_path):
+    said = {"alpha": "2", "transformer.alpha": "6"}
+    (update,) = files.read_adapter(headed(tmp_path, "diffusers", said)).updates.values()
+    assert update.scale == 3.0
+
+
+def test_alphas_of_tensors_come_before_that_of_the_header(tmp_path):
+    more = {"lora_transformer_q.alpha": torch.tensor(1.0)}
+    path = headed(tmp_path, "kohya", {"ss_network_alpha": "8"}, more=more)
+    (update,) = files.read_adapter(path).updates.values()
+    assert update.scale == 0.5
 
 
 def test_an_alpha_of_a_header_that_is_no_number_is_told(tmp_path):

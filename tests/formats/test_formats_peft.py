@@ -1,7 +1,9 @@
 """PEFT's files: what is written here acts the same in peft, and what peft writes acts here."""
 
+import copy
 import json
 import warnings
+from contextlib import nullcontext
 
 import foreign
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
-from paramlora import formats
+from paramlora import FileError, formats
 from paramlora.update.value import Adapter, Update
 
 peft = pytest.importorskip("peft")
@@ -140,36 +142,87 @@ def test_attention_acts_in_peft(tmp_path):
     close(theirs(x), net(x))
 
 
-def test_both_weights_of_attention(tmp_path):
-    """peft 0.21 adds the output projection's term twice, so its deltas are compared instead."""
-    adapter = attention_adapter(["attn.in_proj_weight", "attn.out_proj"])
-    content = formats.write(adapter, "peft", formats.base_of(attention()))
-    theirs = in_peft(attention(), saved(tmp_path / "a", content)).base_model.model.attn
-    inside, outside = adapter.updates.values()
-    close(theirs.get_delta_weight("default"), 0.7 * inside.lora_B @ inside.lora_A)
-    out = theirs.base_layer.out_proj.get_delta_weight("default")
-    close(out, 0.7 * outside.lora_B @ outside.lora_A)
+@pytest.mark.parametrize("names", [["attn.out_proj"], ["attn.in_proj_weight", "attn.out_proj"]])
+def test_the_output_projection_of_attention_is_refused(names):
+    """peft 0.21 adds its term twice, and a later one will not."""
+    base = formats.base_of(attention())
+    with pytest.raises(FileError, match=r"attn.out_proj: the output projection.*adds twice.*merge"):
+        formats.write(attention_adapter(names), "peft", base)
 
 
-def test_what_peft_writes_of_attention(tmp_path):
+@pytest.mark.parametrize("version", [None, "0.21.2", "0.22.0"])
+def test_what_peft_writes_of_attention(tmp_path, version):
+    """As it acts in the peft that trained it, whose forward adds the output projection twice."""
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attn"], init_lora_weights=False)
     theirs = peft.get_peft_model(attention(), config, autocast_adapter_dtype=False)
     theirs.save_pretrained(tmp_path / "b")
+    content, x = opened(tmp_path / "b"), torch.randn(2, 5, 8).double()
+    content.config.pop("peft_version", None)
+    content.config.update({} if version is None else {"peft_version": version})
     for base in (None, formats.base_of(attention())):
-        adapter = formats.read(opened(tmp_path / "b"), base)
+        with expected(version != "0.22.0", r"adds twice: attn.out_proj. It is read with twice"):
+            adapter = formats.read(content, base)
         assert set(adapter.updates) == {"attn.in_proj_weight", "attn.out_proj"}
-        layer = theirs.base_model.model.attn
         inside = adapter.updates["attn.in_proj_weight"]
+        layer = theirs.base_model.model.attn
         close(2.5 * inside.lora_B @ inside.lora_A, layer.get_delta_weight("default"))
-        assert inside.scale == adapter.updates["attn.out_proj"].scale == 2.5
+        assert adapter.updates["attn.out_proj"].scale == (2.5 if version == "0.22.0" else 5.0)
+    if version != "0.22.0":
+        model = paramlora.model.values.attach_adapter(attention(), adapter)
+        close(model(x), theirs(x))
 
 
-def test_an_idle_half_of_attention_stays_out(tmp_path):
-    adapter = attention_adapter(["attn.out_proj"])
-    base = formats.base_of(attention())
-    content = formats.write(adapter, "peft", base)
-    assert len(content.state) == 4
-    assert set(formats.read(content, base).updates) == {"attn.out_proj"}
+def expected(told, text):
+    return pytest.warns(paramlora.ParamloraWarning, match=text) if told else nullcontext()
+
+
+class Owner(nn.Module):
+    """A module with a parameter of its own, and with layers inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+        self.inner, self.tokens = nn.Linear(6, 6), nn.Embedding(5, 6)
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.inner(x @ self.table.T) + self.tokens(torch.arange(x.shape[-2]))
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+class Owners(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(Owner())
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def test_layers_inside_of_what_has_an_adapted_parameter(tmp_path):
+    torch.manual_seed(0)
+    net, updates = Owners().double().requires_grad_(False).eval(), {}
+    for path in ("table", "inner", "tokens", "attn.in_proj_weight"):
+        out, fan_in = {"attn.in_proj_weight": (18, 6), "tokens": (6, 5)}.get(path, (6, 6))
+        a, b = torch.randn(2, fan_in).double(), torch.randn(out, 2).double()
+        layout = "transposed" if path == "tokens" else "matrix"
+        shape = (fan_in, out) if path == "tokens" else (out, fan_in)
+        updates[f"block.0.{path}"] = Update(a, b, 0.7, shape, layout)
+    base, x = formats.base_of(net), torch.randn(2, 4, 6).double()
+    adapter = formats.fit(Adapter(updates), base, formats.Options(), "a")
+    folder = saved(tmp_path / "a", formats.write(adapter, "peft", base))
+    theirs = in_peft(copy.deepcopy(net), folder)
+    want = copy.deepcopy(net)
+    for path, update in updates.items():
+        name = path if path.endswith(("table", "in_proj_weight")) else f"{path}.weight"
+        want.get_parameter(name).data += update.delta()
+    close(theirs(x), want(x))
+    for known in (base, None):
+        again = formats.read(opened(folder), known)
+        assert again.updates.keys() == updates.keys()
+    with pytest.raises(FileError, match="block.0.table: inside of block, of which a parameter"):
+        table = Update(*(torch.ones(1, 6), torch.ones(3, 1), 1.0, (3, 6)), kind="parameter")
+        formats.write(Adapter({**adapter.updates, "block.scales": table}), "peft")
 
 
 class Experts(nn.Module):

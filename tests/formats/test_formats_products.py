@@ -32,6 +32,20 @@ CONFIGS = {
 }
 
 
+def test_a_conv1d_of_lokr_as_peft_multiplies_it(tmp_path):
+    torch.manual_seed(0)
+    base, x = (
+        nn.Sequential(nn.Conv1d(6, 8, 3), nn.Flatten()).double(),
+        torch.randn(2, 6, 5).double(),
+    )
+    config = peft.LoKrConfig(r=8, alpha=3, target_modules=["0"], init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert (theirs(x) - base(x)).abs().max() > 0.01
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(4, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 40))

@@ -1,10 +1,12 @@
 """The numbers by which a file tells another base from its own, whatever types both are in."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
+import paramlora
 from paramlora.model.digest import digest, others
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,3 +50,58 @@ def test_another_base_is_told(scale, trained, loaded):
     little = one * (1 + 0.05 * torch.randn(8, 8))
     near = others({"a": digest(one.to(trained))}, {"a": digest(little.to(loaded))})
     assert near == ["a"]
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20, bias=False)
+        self.head.weight = self.first.weight
+
+
+def one_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight.data = model[0].weight.data.t()
+    return model
+
+
+def quantised():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+SHARED = {
+    "tied": (Tied, {"re:first|head": {"r": 2}}, "2 of 2"),
+    "one memory": (one_memory, {"re:0|1": {"r": 2}}, "2 of 2"),
+    "over processes": (lambda: one_memory().share_memory(), {"re:0|1": {"r": 2}}, "2 of 2"),
+    # eight bits are other numbers in each way of packing them, so that nothing is told of them
+    "quantised": (quantised, {"0": {"r": 2, "hard": 0}}, None),
+    "for a quantised one": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16(),
+        {"0": {"r": 2, "hard": 0}},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.filterwarnings("ignore:.*shares its memory")
+def test_tensors_that_are_shared_or_packed(case, tmp_path):
+    make, config, told = SHARED[case]
+    bases = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        bases.append(make())
+    paramlora.save_adapter(paramlora.attach(bases[0], config), tmp_path / "a.safetensors")
+    same, other = bases[1:] if case != "for a quantised one" else (quantised(), quantised())
+    texts = []
+    for base in (same, other):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", paramlora.ParamloraWarning)
+            paramlora.load_adapter(base, tmp_path / "a.safetensors")
+        # beside what attach says of memory that two tensors share
+        texts.append([str(one.message) for one in caught if "hold other" in str(one.message)])
+    assert not texts[0]
+    assert [text.split(" tensors")[0] for text in texts[1]] == ([told] if told else [])

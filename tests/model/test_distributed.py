@@ -343,6 +343,28 @@ def case_tensors_trained_whole(rank, mesh, folder):
             torch.testing.assert_close(alone.state_dict()[key], value, **CLOSE)
 
 
+def case_a_head_for_each_task(rank, mesh, folder):
+    """Trained one after the other on a sharded base, each as on a plain one, and summed."""
+    x, y = batch()
+    plain = net().requires_grad_(False)
+    plain.head.requires_grad_(True)
+    train(plain, x, y)
+    model, head = net(), net().head.weight.detach()
+    for name in "ab":
+        paramlora.attach(model, {"head": {"whole": 1}}, name)
+    shard(model, mesh)
+    for name in "ab":
+        paramlora.set_adapters(model, {name: 1.0})
+        train(model, *half(rank, x, y))
+        paramlora.save_adapter(model, folder / "head.safetensors", name)
+        alone = paramlora.merge(paramlora.load_adapter(net(), folder / "head.safetensors"))
+        torch.testing.assert_close(alone.head.weight, plain.head.weight, **CLOSE)
+    paramlora.set_adapters(model, {"a": 1.0, "b": 0.5})
+    want = head + 1.5 * (plain.head.weight - head)
+    merged = paramlora.merge(model).head.weight.full_tensor()
+    torch.testing.assert_close(merged.detach(), want.detach(), **CLOSE)
+
+
 def case_tensor_parallel(rank, mesh, folder):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

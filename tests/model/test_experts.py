@@ -440,6 +440,24 @@ def test_another_implementation_is_left_to_it():
     torch.testing.assert_close(seen[0], dense(layer).gate_up_proj)
 
 
+def test_dropout_is_refused_where_it_would_not_act():
+    layer = mixtral(dropout=0.5).train()
+    layer.config._experts_implementation = "sonicmoe"
+    inputs = routed(layer)
+    with pytest.raises(paramlora.AdapterError, match=(
+        "'gate_up_proj' of MixtralExperts is read as a dense sum by the implementation 'sonicmoe', "
+        'where "dropout": 0.5 cannot act. Choose "eager", "grouped_mm" or "batched_mm" by set'
+    )):  # fmt: skip
+        layer(*inputs)
+    layer, names, inputs = llama4()
+    layer = adapted(layer, names, dropout=0.5).train()
+    twin = dense(layer)
+    torch.nn.utils.parametrize.register_parametrization(layer, names[1], nn.Identity())
+    with pytest.raises(paramlora.AdapterError, match="as a dense sum by its own product, where"):
+        layer(*inputs)
+    torch.testing.assert_close(layer.eval()(*inputs), twin(*inputs))
+
+
 def test_nothing_dense_is_kept():
     """A tiny JetMoE of many experts keeps what the frozen one does, and thin products."""
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)

@@ -277,3 +277,22 @@ def test_a_switch_compiles_nothing_again():
         for name in "ab":
             paramlora.set_adapters(model, {name: 1.0})
             torch.testing.assert_close(compiled(X), model(X), **EXACT)
+
+
+def test_files_are_summed_as_the_live_model_is(tmp_path):
+    model = trained()
+    for name in "ab":
+        paramlora.save_adapter(model, tmp_path / f"{name}.safetensors", name)
+    paramlora.set_adapters(model, {"a": 1.0, "b": 1.0})
+    attached_state = {key: value.clone() for key, value in model.state_dict().items()}
+    want = paramlora.merge(model).state_dict()
+    both = [paramlora.files.read_adapter(tmp_path / f"{name}.safetensors") for name in "ab"]
+    for got in (
+        paramlora.checkpoint.merge(net().state_dict(), *both),
+        paramlora.checkpoint.merge(attached_state),
+    ):
+        assert got.keys() == want.keys()
+        assert all(torch.equal(value, want[key]) for key, value in got.items())
+    with pytest.raises(AdapterError, match="trained whole by one adapter, and changed by another"):
+        low = paramlora.adapter_of(paramlora.attach(net(), {"head": {"r": 1}}))
+        paramlora.checkpoint.merge(net().state_dict(), both[0], low)

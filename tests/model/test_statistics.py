@@ -175,3 +175,46 @@ def test_a_file_tells_another_base(tmp_path):
     paramlora.merge(model)
     with pytest.warns(paramlora.ParamloraWarning, match="3 of 3 .* not merged into it already"):
         paramlora.load_adapter(model, tmp_path / "a.safetensors")
+
+
+class Assigns(nn.Module):
+    """A norm that puts another tensor in its statistics' place, in whose graph it then is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean.detach() + 0.5 * x.mean(0)
+            self.count = self.count + 1
+        return (x - self.mean) * self.weight / (1 + self.count)
+
+
+def test_a_layer_under_a_whole_entry_that_assigns_its_buffers():
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"head": nn.Linear(4, 4), "bn": Assigns()}).double()
+    model, twin = copy.deepcopy(plain), copy.deepcopy(plain)
+    paramlora.attach(model, {"head": {"r": 2}, "bn": {"whole": 1}})
+    for step in range(3):
+        x, y = (torch.full((6, 4), step + 1.0).double().requires_grad_() for _ in range(2))
+        got, want = call(model, x + torch.eye(6, 4)), call(twin, y + torch.eye(6, 4))
+        grads = [torch.autograd.grad(o.square().sum(), i)[0] for o, i in ((got, x), (want, y))]
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+        for name, value in twin["bn"].named_buffers():
+            assert torch.equal(getattr(model["bn"], name), value)
+    with paramlora.disable_adapters(model):
+        call(model, x)
+    for name, value in plain["bn"].named_buffers():
+        assert torch.equal(model["bn"].parametrizations[name].original, value)
+    model["bn"].mean = model["bn"].mean.detach()
+    merged = paramlora.merge(copy.deepcopy(model))
+    assert torch.equal(merged["bn"].mean, twin["bn"].mean) and merged["bn"].count == 4
+    with pytest.raises(paramlora.AdapterError, match="mean of Assigns cannot be assigned"):
+        model["bn"].mean = torch.zeros(5).double()
+    paramlora.detach(model)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)

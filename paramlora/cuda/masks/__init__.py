@@ -1,0 +1,1 @@
+"""Masks of dropout, drawn inside of the kernels."""

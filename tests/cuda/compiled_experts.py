@@ -1,0 +1,67 @@
+"""Compiles the kernels of experts for a device that need not be there, and prints the bytes of
+shared memory that each takes; see `compiled`. `test_experts_kernels` starts it."""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile as compile_for
+
+from paramlora.cuda.device import Card
+from paramlora.cuda.experts import plan
+from paramlora.cuda.experts.plan import Drop
+from paramlora.cuda.launch import Launch
+from tests.cuda import compiled, interpreted
+
+LOW, LOWEST = torch.bfloat16, torch.float16
+LAYERS = [  # experts, rows, in, out, rank, whether weights are [experts, in, out], type, dropout
+    (128, 32768, 2048, 1536, 16, False, LOW, 0.0),
+    (32, 32768, 2880, 5760, 16, True, LOW, 0.1),
+    (4, 999, 317, 211, 5, False, LOW, 0.1),
+    (4, 2048, 512, 1024, 128, True, LOWEST, 0.0),
+]
+
+
+def main(capability):
+    shared = {}
+
+    def compile_one(self, pointers, addresses, values=(), blocks=()):
+        arguments = (*blocks, *pointers, *values, *self.tail)
+        ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
+        types = tuple(str(t.dtype) for t in pointers)
+        key = str((self.kernel.__name__, self.constants, ones, types, *self.options.items()))
+        if key not in shared:
+            source = compiled.source(self.kernel, arguments)
+            target = GPUTarget("cuda", capability, 32)
+            done = compile_for(source, target=target, options=dict(self.options))
+            shared[key] = done.metadata.shared
+
+    interpreted.stand_in_for_the_device()
+    plan.cuda_device = lambda: -1
+    plan.card = lambda device: Card(divmod(capability, 10), 132)
+    Launch.__call__ = compile_one
+    for *layer, rate in LAYERS if capability >= 90 else LAYERS[1:3]:
+        step(*layer, Drop(rate, torch.zeros((), dtype=torch.int64)) if rate else None)
+    json.dump(shared, sys.stdout)
+
+
+def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
+    """All that a forward and a backward launch; nothing is computed."""
+    new = torch.empty((), dtype=dtype)
+    x, dy = new.new_empty(rows, fan_in), new.new_empty(rows, out)
+    shape = (experts, fan_in, out) if transposed else (experts, out, fan_in)
+    weight = new.new_empty(shape)  # memory that nobody touches
+    weight = weight.mT if transposed else weight
+    a, b = new.new_empty(experts, r, fan_in), new.new_empty(experts, out, r)
+    ends, width = torch.zeros(experts, dtype=torch.int32), r + -r % 8
+    u = plan.thin(x, a, ends, width, drop)
+    bias = None if drop is None else new.new_empty(experts, out)
+    plan.product(x, weight.mT, ends, u, b.mT, None, bias)
+    v = plan.thin(dy, b.mT, ends, width, None)
+    plan.product(dy, weight, ends, v, a, drop)
+    plan.sums(x, v, dy, u, ends, r, drop, (True, True))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""Runs the kernels of experts in Triton's interpreter and prints their errors against float64.
+
+`test_experts_kernels` starts it in a process of its own; see `interpreted`. As there, of
+float16 alone.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from paramlora.cuda.experts import plan
+from paramlora.cuda.experts.plan import Drop
+from paramlora.evaluate import choose, dropout, experts
+from paramlora.evaluate.dropout import Drops, masked
+from tests.cuda import interpreted
+from tests.cuda.interpreted import error, launched
+
+# rows of each expert, rows of none, in, out, rank, numbers in a row of thin products
+CASES = {
+    "two experts": ([70, 33], 0, 64, 48, 4, 8),
+    "one": ([100], 0, 40, 136, 16, 16),
+    "many, some without rows": ([0, 3, 0, 129, 64, 1, 0], 0, 128, 272, 16, 16),
+    "rows of none": ([20, 0, 65], 90, 64, 64, 5, 8),
+    "odd sizes": ([9, 8, 7], 2, 37, 45, 3, 3),
+    "a high rank": ([80, 10], 0, 64, 96, 100, 104),
+    "few rows each": ([2, 1, 3, 2], 0, 192, 256, 8, 8),
+    "long": ([1100, 1500], 0, 64, 32, 8, 8),
+}
+LAYOUTS = {  # of the weights [experts, in, out]
+    "columns": lambda w: w.mT.contiguous().mT,
+    "rows": lambda w: w.contiguous(),
+    "every other": lambda w: w.repeat_interleave(2, 0)[::2],
+}
+
+
+def by_expert(sizes, compute):
+    """What it gives for the rows of each expert, one after the other."""
+    starts = [sum(sizes[:e]) for e in range(len(sizes))]
+    return torch.cat(
+        [compute(e, slice(at, at + n)) for e, (at, n) in enumerate(zip(starts, sizes))]
+    )
+
+
+def computed(case, layout, rate):
+    """Errors of all that the kernels compute of one case, and the kernels that ran."""
+    sizes, beyond, fan_in, out, r, width = CASES[case]
+    M, experts = sum(sizes) + beyond, len(sizes)
+    ends = torch.tensor(sizes).cumsum(0).int()
+    x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
+    w = LAYOUTS[layout]((torch.randn(experts, fan_in, out) / fan_in**0.5).half())
+    a = (torch.randn(experts, r, fan_in) / fan_in**0.5).half()
+    b = (torch.randn(experts, out, r) / r**0.5).half()
+    bias = torch.randn(experts, out).half() if rate else None
+    drop = Drop(rate, torch.randint(2**62, ())) if rate else None
+    launched.clear()
+    u = plan.thin(x, a, ends, width, drop)
+    y = plan.product(x, w, ends, u, b.mT, None, bias)
+    v = plan.thin(dy, b.mT, ends, width, None)
+    dx = plan.product(dy, w.mT, ends, v, a, drop)
+    da, db = plan.sums(x, v, dy, u, ends, r, drop, (True, True))
+    assert torch.equal(da, plan.sums(x, v, dy, v, ends, r, drop, (True, False))[0])
+    assert torch.equal(db, plan.sums(x, v, dy, u, ends, r, drop, (False, True))[1])
+    assert not y[sum(sizes) :].any() and not dx[sum(sizes) :].any(), "rows of none"
+    n = sum(sizes)
+    seen = x[:n].double()
+    kept = torch.ones(n, fan_in)
+    if rate:
+        kept = masked(torch.ones(M, fan_in), Drops((rate,), (r,), drop.seed), 0)[:n]
+        assert 0 < kept.mean() < 1
+    wide = [t.double() for t in (w, a, b, dy, u, v)]
+    W, A, B, DY, U, V = wide
+    shift = 0 if bias is None else bias.double()[:, None]
+    want_u = by_expert(sizes, lambda e, s: (kept * seen)[s] @ A[e].t())
+    want_y = by_expert(sizes, lambda e, s: seen[s] @ W[e] + want_u[s] @ B[e].t()
+                       + (shift[e] if rate else 0))  # fmt: skip
+    want_v = by_expert(sizes, lambda e, s: DY[s] @ B[e])
+    want_dx = by_expert(sizes, lambda e, s: DY[s] @ W[e].t() + kept[s] * (want_v[s] @ A[e]))
+    want_da = by_expert(sizes, lambda e, s: (want_v[s].t() @ (kept * seen)[s])[None])
+    want_db = by_expert(sizes, lambda e, s: (DY[:n][s].t() @ want_u[s])[None])
+    assert not u[:n, r:].any() and not v[:n, r:].any(), "padding"
+    pairs = {
+        "u": (u[:n, :r], want_u), "y": (y[:n], want_y), "v": (v[:n, :r], want_v),
+        "x": (dx[:n], want_dx), "A": (da, want_da), "B": (db, want_db),
+    }  # fmt: skip
+    return {name: error(*pair) for name, pair in pairs.items()}
+
+
+SCALES = {
+    "ordinary": (1.0, 1.0, 1.0),
+    "a large scale": (1e-4, 1.0, 1e5),
+    "a large A": (1e6, 1e-7, 1.0),
+}
+
+
+def whole(sizes, rate, numbers, transposed):
+    """Errors of `grouped_linear` and its gradients, eagerly and by the operator for compilers."""
+    ends, M = torch.tensor(sizes).cumsum(0).int(), sum(sizes)
+    x, dy = torch.randn(M, 40).half(), torch.randn(M, 24).half()
+    weight = (torch.randn(len(sizes), 24, 40) / 40**0.5).half()
+    weight = weight.mT.contiguous().mT if transposed else weight
+    size_a, size_b, scale = SCALES[numbers]
+    a, b = (
+        size_a * torch.randn(len(sizes), 3, 40) / 40**0.5,
+        size_b * torch.randn(len(sizes), 24, 3),
+    )
+    leaves = [t.requires_grad_() for t in (x, a, b, torch.tensor(scale))]
+    drops = Drops((rate,), (3,), torch.tensor(1234567)) if rate else None
+    launched.clear()
+    y = experts.grouped_linear(x, weight, ends, *leaves[1:], 0.5, drops)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    masks = ([rate], [3], drops.seed) if rate else ([], [], None)
+    halved = leaves[3] * 0.5
+    again, _ = torch.ops.paramlora.grouped_linear(x, weight, ends, *leaves[1:3], halved, *masks)
+    assert torch.equal(y, again)
+    for one, two in zip(got[1:], torch.autograd.grad(again, leaves, dy)):
+        torch.testing.assert_close(one, two)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    seen = wide[0] * masked(torch.ones(M, 40), drops, 0) if rate else wide[0]
+    sums = weight.double(), 0.5 * wide[3] * wide[2] @ wide[1]
+    want = by_expert(sizes, lambda e, s: wide[0][s] @ sums[0][e].t() + seen[s] @ sums[1][e].t())
+    want = [want, *torch.autograd.grad(want, wide, dy.double())]
+    errors = {name: error(*pair) for name, *pair in zip("yxAB", got, want)}
+    terms = (want[3].norm() * b.norm() / scale).item()  # the sum may cancel
+    return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
+
+
+def linear(numbers, shape, transposed, with_bias):
+    """Errors of a linear layer under dropout and its gradients, eagerly and by the operator."""
+    fan_in, (size_a, size_b, scale) = shape[-1], SCALES[numbers]
+    x, dy = torch.randn(shape).half(), torch.randn(*shape[:-1], 24).half()
+    weight = (torch.randn(24, fan_in) / fan_in**0.5).half()
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias = torch.randn(24).half() if with_bias else None
+    a, b = size_a * torch.randn(3, fan_in) / fan_in**0.5, size_b * torch.randn(24, 3)
+    leaves = [t.requires_grad_() for t in (x, a, b, torch.tensor(scale))]
+    drops = Drops((0.3,), (3,), torch.tensor(1234567))
+    launched.clear()
+    y = dropout.dropped_linear(x, weight, bias, *leaves[1:], 0.5, drops)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    op, halved = torch.ops.paramlora.dropped_linear, leaves[3] * 0.5
+    values = (weight, bias, *leaves[1:3], halved, 0.3, drops.seed)
+    again, u = op(x.flatten(0, -2), *values)
+    assert torch.equal(y, again.view_as(y))
+    for one, two in zip(got[1:], torch.autograd.grad(again, leaves, dy.view_as(again))):
+        torch.testing.assert_close(one, two)
+    kinds = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(op, (x.flatten(0, -2), *values), test_utils=kinds)
+    some = [t.detach() for t in (dy.flatten(0, -2), x.flatten(0, -2), weight, a, b, halved)]
+    back, told = torch.ops.paramlora.dropped_linear_backward, (0.3, drops.seed, u.detach())
+    for wanted in ([True] * 4, [False, False, True, False]):
+        torch.library.opcheck(back, (*some, *told, wanted), test_utils=kinds[:2])
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    seen = masked(torch.ones(shape), drops, 0) * wide[0]
+    want = wide[0] @ weight.double().t() + 0.5 * wide[3] * seen @ wide[1].t() @ wide[2].t()
+    want = want if bias is None else want + bias.double()
+    want = [want, *torch.autograd.grad(want, wide, dy.double())]
+    errors = {name: error(*pair) for name, *pair in zip("yxAB", got, want)}
+    terms = (want[3].norm() * b.norm() / scale).item()  # the sum may cancel
+    return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
+
+
+def main():
+    interpreted.stand_in_for_the_device()
+    plan.cuda_device = lambda: -1
+    experts.served = lambda x: x.dtype == torch.float16
+    dropout.has_kernel = lambda x, weight: x.dtype == torch.float16
+    choose._SEEN[-1] = choose.Thresholds(dropout=True, experts=True)
+    warnings.simplefilter("error")
+    results = {}
+    for number, case in enumerate(CASES):
+        for way, of in (("hopper", (9, 0)), ("others", (8, 6))):
+            plan.card = lambda device, of=of: interpreted.Card(of, 132)
+            plan._PLANS.clear()
+            for step, rate in enumerate((0.0, 0.4) if way == "hopper" else (0.4 * (number % 2),)):
+                layout = list(LAYOUTS)[(number + step) % 3]
+                torch.manual_seed(0)
+                errors = computed(case, layout, rate)
+                results[f"{case}, {layout}, {rate}, {way}"] = errors, launched[:]
+    for numbers in SCALES:
+        for rate, transposed in ((0.0, False), (0.3, True)):
+            torch.manual_seed(0)
+            errors = whole([9, 0, 20], rate, numbers, transposed)
+            results[f"whole, {numbers}, {rate}"] = errors, launched[:]
+    for numbers, *case in (
+        ("ordinary", (70, 40), False, True),
+        ("a large scale", (2, 33, 40), True, False),
+        ("a large A", (1, 37), False, True),
+    ):
+        torch.manual_seed(0)
+        errors = linear(numbers, *case)
+        results[f"linear, {numbers}, {case}"] = errors, launched[:]
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The kernels of experts in the interpreter, compiled for devices that are not here, and on one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import paramlora
+from paramlora.evaluate import choose
+from paramlora.evaluate import experts as grouped
+from paramlora.evaluate.choose import Asked, Thresholds, Way
+from paramlora.evaluate.dropout import Drops, dropped_linear, masked
+
+triton = pytest.importorskip("triton")
+EPS = 2**-10  # of float16
+
+
+def run(module, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.cuda.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run("interpreted_experts", TRITON_INTERPRET="1")
+
+
+def test_every_division_is_right_to_one_rounding(results):
+    other = ("whole", "linear")
+    divisions = {name: e for name, (e, _) in results.items() if not name.startswith(other)}
+    assert len(divisions) == 8 * 3
+    assert not {name: errors for name, errors in divisions.items() if max(errors.values()) > EPS}
+    # sums that were not rounded to 16 bits
+    assert max(max(e[k] for k in "AB") for e in divisions.values()) < EPS
+
+
+def test_a_layer_and_the_compilers_operator_are_right_with_and_without_dropout(results):
+    whole = {name: result for name, result in results.items() if name.startswith("whole")}
+    assert len(whole) == 3 * 2
+    for name, (errors, ran) in whole.items():
+        assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
+        # of both forwards, then of both backwards
+        assert sorted(ran) == sorted(["project", "product"] * 4 + ["gradients"] * 2), name
+
+
+def test_a_linear_layer_under_dropout_is_the_case_of_one_expert(results):
+    layers = {name: result for name, result in results.items() if name.startswith("linear")}
+    assert len(layers) == 3
+    for name, (errors, ran) in layers.items():
+        assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
+        assert {*ran} == {"project", "product", "gradients"}
+
+
+@pytest.mark.parametrize("capability, limit", ((86, 101376), (90, 232448)))
+def test_every_kernel_compiles_and_fits(capability, limit, tmp_path):
+    shared = run("compiled_experts", str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    assert {name[2:9] for name in shared} == {"project", "product", "gradien"}
+    assert len(shared) >= (15 if capability >= 90 else 8)
+    assert not {name: size for name, size in shared.items() if size > limit}
+
+
+@pytest.mark.parametrize("name", ("experts", "dropout"))
+def test_torchs_operations_unless_a_card_was_measured(name, monkeypatch):
+    """Each card of the table says whether the kernels were the faster there."""
+    for found in (False, True):
+        monkeypatch.setitem(choose._SEEN, 0, Thresholds(**{name: found}))
+        assert choose.measured(0, name) is found
+
+
+@pytest.mark.parametrize(
+    "layer, dropout", (("experts", False), ("experts", True), ("linear", True))
+)
+def test_the_way_of_experts_and_of_dropout(layer, dropout):
+    about = (Thresholds(), torch.bfloat16, 64, (4, 4), 2)
+    asked = Asked(layer, *about, dropout=dropout)
+    assert choose.way(asked) is (Way.DROPPED if layer == "linear" else Way.FACTORED)
+    assert choose.way(asked._replace(kernels=Way.KERNELS)) is Way.KERNELS
+    if layer == "linear":
+        compiled = asked._replace(compiling=True)
+        assert choose.way(compiled) is Way.PLAIN
+        assert choose.way(compiled._replace(kernels=Way.KERNELS)) is Way.OPERATOR
+
+
+device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """This device as one where the kernels were found the faster."""
+    here = replace(choose.thresholds_of(torch.zeros((), device="cuda")), experts=True, dropout=True)
+    monkeypatch.setitem(choose._SEEN, torch.cuda.current_device(), here)
+    launched = []
+    from paramlora.cuda.experts import plan
+
+    run = plan._launched
+    monkeypatch.setattr(plan, "_launched", lambda *a: (launched.append(a[0]), run(*a))[1])
+    return launched
+
+
+def operands(dtype, transposed=False, sizes=(300, 0, 41, 700), fan_in=512, out=384, r=16):
+    torch.manual_seed(0)
+    experts, n = len(sizes), sum(sizes)
+    weight = torch.randn(experts, out, fan_in, device="cuda") / fan_in**0.5
+    weight = weight.to(dtype)
+    weight = weight.mT.contiguous().mT if transposed else weight
+    x = torch.randn(n, fan_in, device="cuda").to(dtype).requires_grad_()
+    a = (torch.randn(experts, r, fan_in, device="cuda") / fan_in**0.5).requires_grad_()
+    b = (torch.randn(experts, out, r, device="cuda") / r**0.5).requires_grad_()
+    ends = torch.tensor(sizes, device="cuda").cumsum(0).int()
+    scale = torch.tensor(0.7, device="cuda").requires_grad_()
+    return x, weight, ends, a, b, scale
+
+
+def reference(x, weight, ends, a, b, scale, dy, mask=1):
+    """Output and gradients in float64 by a loop over the experts."""
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b, scale)]
+    starts = [0, *ends.tolist()]
+    parts = [
+        wide[0][i:j] @ weight[e].double().t()
+        + (wide[0] * mask)[i:j] @ (wide[3] * wide[2][e] @ wide[1][e]).t()
+        for e, (i, j) in enumerate(zip(starts, starts[1:]))
+    ]
+    y = torch.cat(parts)
+    return [y, *torch.autograd.grad(y, wide, dy.double())]
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.gpu
+@device
+@pytest.mark.parametrize("rate", (0.0, 0.3))
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_outputs_and_gradients_on_a_device(dtype, transposed, rate, measured):
+    values = operands(dtype, transposed)
+    x = values[0]
+    drops = Drops((rate,), (16,), torch.tensor(7, device="cuda")) if rate else None
+    mask = 1 if drops is None else masked(torch.ones_like(x, dtype=torch.double), drops, 0)
+    dy = torch.randn(len(x), 384, device="cuda").to(dtype)
+    leaves = [x, *values[3:]]
+    y = grouped.grouped_linear(*values, 1.0, drops)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    assert len(measured) == 5
+    want = reference(*(t.detach() for t in values), dy, mask)
+    for one, two in zip(got, want):
+        assert relative(one, two) < 2 * torch.finfo(dtype).eps
+    with paramlora.kernels(False):
+        grouped.grouped_linear(*values, 1.0, drops)
+    assert len(measured) == 5
+
+
+@pytest.mark.gpu
+@device
+def test_a_small_update_is_kept_on_a_device(measured):
+    x, weight, ends, a, b, _ = (t.detach() for t in operands(torch.bfloat16))
+    b = b * 1e-3 * weight.float().norm() / (b @ a).norm()
+    one, none = torch.ones((), device="cuda"), torch.zeros_like(b)
+    y, base = (grouped.grouped_linear(x, weight, ends, a, f, one) for f in (b, none))
+    starts = [0, *ends.tolist()]
+    change = torch.cat([x[i:j].double() @ (b @ a)[e].double().t()
+                        for e, (i, j) in enumerate(zip(starts, starts[1:]))])  # fmt: skip
+    share = ((y.double() - base.double()) * change).sum() / change.square().sum()
+    assert 0.99 < share < 1.01 and len(measured) == 4
+
+
+@pytest.mark.gpu
+@device
+def test_a_graph_serves_every_division_of_the_rows(measured):
+    """Captured once; replayed with other rows for each expert, some of which are none's."""
+    x, weight, ends, a, b, scale = operands(torch.bfloat16)
+    leaves, dy = (x, a, b, scale), torch.randn(len(x), 384, device="cuda").bfloat16()
+
+    def step():
+        y = grouped.grouped_linear(x, weight, ends, a, b, scale)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for sizes in ((1, 1000, 0, 40), (0, 0, 0, 1041), (250, 250, 250, 291)):
+        ends.copy_(torch.tensor(sizes).cumsum(0))
+        graph.replay()
+        want = reference(*(t.detach() for t in (x, weight, ends, a, b, scale)), dy)
+        for one, two in zip(found, want):
+            assert relative(one, two) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.gpu
+@device
+def test_compiled_whole_on_a_device(measured):
+    values = operands(torch.bfloat16)
+    leaves = [values[0], *values[3:]]
+    dy = torch.randn(len(values[0]), 384, device="cuda").bfloat16()
+    compiled = torch.compile(grouped.grouped_linear, fullgraph=True)
+    for function in (grouped.grouped_linear, compiled):
+        y = function(*values)
+        got = [y, *torch.autograd.grad(y, leaves, dy)]
+        for one, two in zip(got, reference(*(t.detach() for t in values), dy)):
+            assert relative(one, two) < 2 * torch.finfo(torch.bfloat16).eps
+    assert len(measured) == 10
+
+
+@pytest.mark.gpu
+@device
+@pytest.mark.parametrize("way", ("eager", "compiled", "graph"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_linear_layer_under_dropout_on_a_device(dtype, way, measured):
+    """Each mask's output and gradients; a graph has a new mask at each replay."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 130, 256, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(384, 256, device="cuda") / 16).to(dtype)
+    bias, r = torch.randn(384, device="cuda").to(dtype), 16
+    a = (torch.randn(r, 256, device="cuda") / 16).requires_grad_()
+    b = (torch.randn(384, r, device="cuda") / 4).requires_grad_()
+    scale, leaves = torch.ones((), device="cuda"), (x, a, b)
+    dy = torch.randn(8, 130, 384, device="cuda").to(dtype)
+
+    def step(seed):
+        drops = Drops((0.3,), (r,), seed)
+        return dropped_linear(x, weight, bias, a, b, scale, 1.0, drops)
+
+    run = torch.compile(step, fullgraph=True) if way == "compiled" else step
+    seed = torch.tensor(5, device="cuda")
+
+    def both():
+        y = run(seed)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    found = both()
+    if way == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = both()
+        seed.fill_(6)
+        graph.replay()
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    seen = masked(torch.ones_like(wide[0]), Drops((0.3,), (r,), seed), 0) * wide[0]
+    want = wide[0] @ weight.double().t() + seen @ wide[1].t() @ wide[2].t() + bias.double()
+    want = [want, *torch.autograd.grad(want, wide, dy.double())]
+    for one, two in zip(found, want):
+        assert relative(one, two) < 2 * torch.finfo(dtype).eps
+    assert len(measured) >= 5
