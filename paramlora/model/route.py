@@ -297,8 +297,8 @@ def _restore(own: dict[str, Any], forward: Any) -> None:
     if own.get("forward") is not forward:
         return
     below: Any = forward.before
-    while below is not None and getattr(below, "left", False):
-        below = below.before
+    while getattr(below, "left", False):
+        below = getattr(below, "before", None)
     if below is None:
         del own["forward"]
     else:
