@@ -225,12 +225,6 @@ def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
     )
 
 
-def bound(held: dict[Any, Any]) -> None:
-    """Forget shapes before a run of ever new ones fills the host's memory."""
-    if len(held) >= 4096:
-        held.clear()
-
-
 def planned(
     plans: dict[Any, Any],
     tensors: tuple[Tensor, ...],
@@ -258,7 +252,8 @@ def planned(
     )
     plan = plans.get(key, plans)
     if plan is plans:
-        bound(plans)
+        if len(plans) >= 4096:
+            plans.clear()
         plan = plans[key] = plan_of(addresses)
     return plan, addresses
 
