@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from benchmarks.results import markdown, save
 from benchmarks.update_kept import share
 from benchmarks.zoo import ZOO, Zoo, llama
 from paramlora.cuda import launches
+from paramlora.cuda.operands import Operands, Wanted
 from paramlora.evaluate import convolution, functional
 
 AS_IT_IS = "as it is"
@@ -94,43 +95,28 @@ MODELS = {
 }
 
 
-def float32_sum(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    where: Any,
-) -> tuple[Tensor, Tensor]:
+def float32_sum(of: Operands, where: Any) -> tuple[Tensor, Tensor]:
     """The forward of single channels by cuDNN: as exact as the kernels, in more passes."""
+    x, weight, bias, a, b, scale = of
     total = weight.float() + ((scale * b) @ a).view_as(weight)
     conv, wide = convolution.CONVOLUTIONS[weight.dim() - 3], None if bias is None else bias.float()
     return conv(x.float(), total, wide, *where, len(weight)).to(x.dtype), total
 
 
 def float32_sum_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    total: Tensor,
-    wanted: Sequence[bool],
-    where: Any,
+    dy: Tensor, of: Operands, total: Tensor, wanted: Wanted, where: Any
 ) -> tuple[Optional[Tensor], ...]:
     """The backward of `float32_sum`, of what these models train: neither the weight nor scale."""
-    assert not (wanted[1] or wanted[4]), "only the factors are trained here"
-    masks, none = [wanted[0], wanted[2] or wanted[3], False], [0] * len(where[0])
+    assert not (wanted.weight or wanted.scale), "only the factors are trained here"
+    masks, none = [wanted.x, wanted.factors, False], [0] * len(where[0])
     dx, kernel, _ = torch.ops.aten.convolution_backward(
-        dy.float(), x.float(), total, None, *where, False, none, len(weight), masks
+        dy.float(), of.x.float(), total, None, *where, False, none, len(total), masks
     )
-    dx = None if dx is None else dx.to(x.dtype)
+    dx = None if dx is None else dx.to(of.x.dtype)
     if kernel is None:
         return dx, None, None, None, None
-    flat = scale * kernel.flatten(1)
-    return dx, None, b.t() @ flat, flat @ a.t(), None
+    flat = of.scale * kernel.flatten(1)
+    return dx, None, of.b.t() @ flat, flat @ of.a.t(), None
 
 
 @dataclass(frozen=True)

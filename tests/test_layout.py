@@ -22,6 +22,7 @@ NOT_FORMATS = {
     "detect",
     "factors",
     "format",
+    "loaders",
     "merged",
     "metadata",
     "originals",

@@ -318,7 +318,7 @@ def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
         value = value.reshape(-1)
     else:
         value = torch.zeros(())
-    if found[0].endswith("_inv") or not torch.isfinite(1 / value).all() or not value.all():
+    if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
         raise AdapterError(
             f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
             f"{list(shape)}. Merge into the checkpoint that it was quantised from."
@@ -367,13 +367,12 @@ def _check_mergeable(contents: Contents, weight: str, strong: list[Strong]) -> N
 
 
 def _check_free(contents: Contents, weight: str, change: Value) -> None:
-    """Refuse a second update where one is a tensor trained whole, as `attach` does."""
-    held = contents.held(weight)
-    if held and (change.alone or any(kind.alone for kind in held)):
+    """Refuse a tensor trained whole beside an update of another kind, as `attach` does."""
+    if any(kind.alone != change.alone for kind in contents.held(weight)):
         raise AdapterError(
-            f"{Key(weight).path}: an update is inside already, and a tensor trained whole has no "
-            "other. Nothing was embedded; merge what is inside first, and embed this into what "
-            "comes of it."
+            f"{Key(weight).path}: an update is inside already, and a tensor trained whole has none "
+            "of another kind beside it. Nothing was embedded; merge what is inside first, and "
+            "embed this into what comes of it."
         )
 
 

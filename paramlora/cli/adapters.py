@@ -93,12 +93,11 @@ def convert(
                 file, out, to, names, options, metadata=more, **place, **writer
             )
         else:
-            told = "tells the names of one model, and PART=FILE is of several"
-            refuse({f"--model {told}": model, f"--base {told}": base})
+            refuse({"--model tells the names of one model, and PART=FILE is of several": model})
             interchange.check_place(out, to, **place)
-            found = interchange.together(files, options)
+            found = interchange.together(files, options, names)
             found = replace(found, metadata={**found.metadata, **more})
-            interchange.write_adapter(found, out, to, **place, **writer)
+            interchange.write_adapter(found, out, to, names, **place, **writer)
     count = len(found.updates) + len(found.others)
     text = f"{counts(count, len(found.whole))} into {out}, as {to}"
     if dry_run or json:

@@ -111,9 +111,9 @@ def bar(title: str) -> Iterator[Told]:
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run the command line and exit: 0, 1 for a fault of ours, 2 for wrong input, 130 stopped."""
     given = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a name may be any text
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may be any text
         code = app(given, standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:

@@ -125,8 +125,12 @@ def how(to: str, prefix: Optional[str], fold_scale: bool) -> dict[str, Any]:
 
 
 def prefixes() -> dict[str, Prefix]:
-    """What ``--prefix`` means, by the formats with a use for it, in the order of their ranks."""
-    forms = sorted(FORMATS.values(), key=lambda form: min(mark.rank for mark in form.marks))
+    """What ``--prefix`` means, by the formats with a use for it, in the order of their ranks; those
+    without marks come last."""
+    last = 1 + max(mark.rank for form in FORMATS.values() for mark in form.marks)
+    forms = sorted(
+        FORMATS.values(), key=lambda form: min((mark.rank for mark in form.marks), default=last)
+    )
     return {form.name: form.prefix for form in forms if form.prefix is not None}
 
 

@@ -3,8 +3,10 @@
 Triton's own launch studies every argument again and takes longer than a small layer.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter, or_
 from typing import Any, Optional
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paramlora.errors import warn
-from paramlora.update.compat import cuda_stream
+from paramlora.update.compat import cuda_device, cuda_stream
 
 
 class Block:
@@ -29,6 +31,7 @@ class Block:
 
 _TRUSTED: dict[Any, Any] = {}  # of kernels, by all that Triton specialises on: how to launch them
 _warned = False
+_SHAPE_AND_TYPE = attrgetter("shape", "dtype")
 _TICKETS: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
 
@@ -222,7 +225,48 @@ def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
     )
 
 
-def bound(held: dict[Any, Any]) -> None:
-    """Forget shapes before a run of ever new ones fills the host's memory."""
-    if len(held) >= 4096:
-        held.clear()
+def planned(
+    plans: dict[Any, Any],
+    tensors: tuple[Tensor, ...],
+    rest: tuple[Any, ...],
+    plan_of: Callable[[tuple[int, ...]], Any],
+) -> tuple[Any, tuple[int, ...]]:
+    """The plan for tensors of such shapes, types, strides, devices and alignments, made where it is
+    the first of its kind; and their addresses.
+
+    Args:
+        plans: those that were made. Forgotten before a run of ever new shapes fills the memory.
+        tensors: all that the plan depends on.
+        rest: what else it depends on.
+        plan_of: makes a plan, from the addresses.
+    """
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    odd = functools.reduce(or_, addresses) & 15
+    # by functions in C, since it takes longer than all else that Python does for a launch
+    key = (
+        *rest,
+        *map(_SHAPE_AND_TYPE, tensors),
+        *map(Tensor.stride, tensors),
+        *map(Tensor.get_device, tensors),
+        odd and tuple([address & 15 for address in addresses]),
+    )
+    plan = plans.get(key, plans)
+    if plan is plans:
+        if len(plans) >= 4096:
+            plans.clear()
+        plan = plans[key] = plan_of(addresses)
+    return plan, addresses
+
+
+def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that launches, called with the device of its first tensor as the current one."""
+
+    @functools.wraps(call)
+    def called(first: Any, *others: Any, **named: Any) -> Any:
+        device = (first if isinstance(first, Tensor) else first[0]).get_device()
+        if device == cuda_device():
+            return call(first, *others, **named)
+        with torch.cuda.device(device):
+            return call(first, *others, **named)
+
+    return called

@@ -4,7 +4,7 @@ from theirs."""
 import functools
 import os
 from math import prod
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -21,6 +21,48 @@ _OFF = ("0", "false", "off", "no")
 # what was asked for: by the environment or a call, then by each block that was entered since
 _asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in _OFF]]
 _on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it compiled again
+
+
+class Operands(NamedTuple):
+    """What a layer with an update is computed from, or of an embedding its rows in place of x.
+
+    Args:
+        x: ``[..., in]``, or of a convolution ``[N, C_in, ...]``.
+        weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, or a table ``[num, dim]``.
+        bias: ``[out]`` or None.
+        a: ``[r, in]``, as many numbers as a row of the weight has; of a table ``[r, num]``.
+        b: ``[out, r]``.
+        scale: ``[]``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Optional[Tensor]
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them in this order, the scale in place of a bias that is not there."""
+        x, weight, bias, a, b, scale = self
+        return x, weight, scale if bias is None else bias, a, b, scale
+
+
+class Wanted(NamedTuple):
+    """Which gradients of `Operands` are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
+    scale: bool
+
+    @property
+    def factors(self) -> bool:
+        """Whether that of A, of B, or of the scale, which is found on the way to B's, is."""
+        return self.a or self.b or self.scale
 
 
 class kernels:
@@ -79,11 +121,10 @@ def served(x: Tensor) -> bool:
     return _on and x.is_cuda and x.dtype in _SIXTEEN and serves(x.get_device())
 
 
-def fits(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
-) -> bool:
+def fits(of: Operands) -> bool:
     """Whether the operands are what they should be, on one device: the kernels get bare addresses.
     Others are left to torch, which says what is wrong with them."""
+    x, weight, bias, a, b, scale = of
     (out, fan_in), device = weight.shape, x.get_device()
     if x.shape[-1] != fan_in or weight.get_device() != device:
         return False
@@ -107,11 +148,10 @@ def _is_near(t: Tensor) -> bool:
     return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
 
 
-def looks_up(
-    rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, padding_idx: Optional[int]
-) -> bool:
+def looks_up(of: Operands, padding_idx: Optional[int]) -> bool:
     """Whether the kernels serve this look-up of an embedding and its update, see
     `functional.embedding`. What is wrong with other operands, torch says."""
+    rows, weight, _, a, b, scale = of
     if not served(weight) or rows.dtype not in _INDICES or weight.dim() != 2 or a.dim() != 2:
         return False
     (num, dim), r, device = weight.shape, len(a), weight.get_device()
@@ -131,18 +171,10 @@ def outputs_of(
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
 
-def is_depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    where: tuple[tuple[int, ...], ...],
-    groups: int,
-) -> bool:
+def is_depthwise(of: Operands, where: tuple[tuple[int, ...], ...], groups: int) -> bool:
     """Whether the kernels serve this convolution and its update, of single channels; `where`: its
     stride, padding and dilation. What is wrong with other operands, torch says."""
+    x, weight, bias, a, b, scale = of
     device = x.get_device()
     if not served(x) or x.dtype != weight.dtype or weight.get_device() != device:
         return False

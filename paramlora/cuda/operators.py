@@ -1,249 +1,189 @@
 """16-bit CUDA: the way to the kernels, eagerly and as custom operators that compilers and export
 see whole; and what they share with other devices."""
 
-from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from paramlora.cuda.operands import kept_size, padded, served
+from paramlora.cuda.operands import Operands, Wanted, kept_size, padded, served
 from paramlora.update import narrow
 
 _Maybe = Optional[Tensor]
+Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float = 1.0,
-    image: bool = False,
+    of: Operands, strength: float = 1.0, image: bool = False
 ) -> Optional[tuple[Tensor, Tensor]]:
     """``y`` and what `backward` takes of it, or None where the kernels do not serve the operands.
 
     `image`: x is ``[batch, P, in]``, y lies in memory as it does.
     """
-    if not served(x):
+    if not served(of.x):
         return None
     from paramlora.cuda.linear import plan
 
-    if x.dtype != torch.float16:
-        return plan.forward(x, weight, bias, a, b, scale, strength, image)
-    scaled = b.float() * (scale.float() * strength)
-    a, scaled, g = narrow.in_range(x, a, scaled, weight.shape[1])
-    result = plan.forward(x, weight, bias, a, scaled, torch.ones_like(g), 1.0, image)
+    if of.x.dtype != torch.float16:
+        return plan.forward(of, strength, image)  # type: ignore[no-any-return]
+    inside, g = _in_range(of.x, of, strength, of.weight.shape[1])
+    return _with_power(plan.forward(inside, 1.0, image), g)  # type: ignore[no-any-return]
+
+
+def _in_range(x: _Maybe, of: Operands, strength: float, terms: int) -> tuple[Operands, Tensor]:
+    """Operands whose factors float16 holds, with the scale and the strength in B; and their power
+    of two, see `narrow.in_range`."""
+    a, b, g = narrow.in_range(x, of.a, _scaled(of, strength), terms)
+    return of._replace(a=a, b=b, scale=torch.ones_like(g)), g
+
+
+def _scaled(of: Operands, strength: float) -> Tensor:
+    """B with its scale in float32."""
+    return of.b.float() * (of.scale.float() * strength)
+
+
+def _with_power(result: Optional[tuple[Tensor, Tensor]], g: Tensor) -> Any:
+    """A forward's result, with the power of two behind all of `kept`."""
     if result is None:
         return None
-    return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])  # behind all of `kept`
+    return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])
+
+
+def _power_of(kept: Tensor) -> Tensor:
+    """The power of two that `_with_power` put behind."""
+    return kept[-2:].clone().view(torch.float32)[0]
+
+
+Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    kept: Tensor,
-    wanted: tuple[bool, bool, bool],
-    image: bool = False,
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A, B and the scale; `wanted`: of x, of the factors, of the scale."""
-    if not any(wanted):
+    dy: Tensor, of: Operands, strength: float, kept: Tensor, wanted: Wanted, image: bool = False
+) -> Gradients:
+    """The gradients of x, A, B and the scale; of the factors both or none."""
+    if not (wanted.x or wanted.factors):
         return None, None, None, None
     from paramlora.cuda.linear import plan
 
-    input_too, factors_too, scale_too = wanted
-    factors_too = factors_too or scale_too
-    if x.dtype == torch.float16:
-        wanted = input_too, factors_too, scale_too
-        return _backward_in_range(dy, x, weight, a, b, scale, strength, kept, wanted, image)
-    inside = None if scale_too else scale
-    dx, da, db = plan.backward(
-        dy, x, weight, kept, len(a), inside, strength, input_too, factors_too, image
-    )
-    dscale = None
+    if of.x.dtype == torch.float16:
+        return _backward_in_range(dy, of, strength, kept, wanted, image)
+    pair, scaled = (wanted.x, wanted.factors), not wanted.scale
+    dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image)
     if da is None or db is None:
         return dx, None, None, None
-    if scale_too:
-        db, dscale = gradient_of_second(db, b, scale, strength, True)
-    if a.dtype != da.dtype or b.dtype != db.dtype:
-        da, db = da.to(a.dtype), db.to(b.dtype)
-    return dx, da, db, dscale
+    return dx, _typed(da, of.a), *_second(db, of, strength, scaled, wanted)
+
+
+def _second(
+    db: Tensor, of: Operands, strength: float, scaled: bool, wanted: Wanted
+) -> tuple[Tensor, _Maybe]:
+    """The gradients of B and of the scale; `scaled`: B's is ready but for its type."""
+    if scaled:
+        return _typed(db, of.b), None
+    return gradient_of_second(db, of.b, of.scale, strength, wanted.scale)
+
+
+def _typed(gradient: Tensor, of: Tensor) -> Tensor:
+    # which takes as long as a launch to do nothing
+    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
 
 
 def _backward_in_range(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    kept: Tensor,
-    wanted: tuple[bool, bool, bool],
-    image: bool,
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    dy: Tensor, of: Operands, strength: float, kept: Tensor, wanted: Wanted, image: bool
+) -> Gradients:
     """`backward` of float16: the gradient has a range of its own, so the factors are cast anew."""
     from paramlora.cuda.linear import plan
 
-    (out, fan_in), r, R = weight.shape, len(a), padded(len(a))
-    scaled = b.float() * (scale.float() * strength)
-    up, down, h = narrow.in_range(dy, scaled, a, out)
-    g, kept = kept[-2:].clone().view(torch.float32)[0], kept.clone()
+    (out, fan_in), r, R = of.weight.shape, len(of.a), padded(len(of.a))
+    up, down, h = narrow.in_range(dy, _scaled(of, strength), of.a, out)
+    g, kept = _power_of(kept), kept.clone()
     kept[: R * fan_in].view(R, fan_in)[:r] = down
     kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
-    dx, da, db = plan.backward(dy, x, weight, kept, r, None, 1.0, *wanted[:2], image)
+    dx, da, db = plan.backward(dy, of, kept, 1.0, False, (wanted.x, wanted.factors), image)
     if da is None or db is None:
         return dx, None, None, None
-    db, dscale = gradient_of_second(db / g, b, scale, strength, wanted[2])
-    return dx, (da / h).to(a.dtype), db, dscale
+    return dx, (da / h).to(of.a.dtype), *_second(db / g, of, strength, False, wanted)
 
 
-def convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    where: tuple[tuple[int, ...], ...],
-) -> Optional[tuple[Tensor, Tensor]]:
+def convolved(of: Operands, where: Where) -> Optional[tuple[Tensor, Tensor]]:
     """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `where`: stride,
     padding and dilation."""
-    if not served(x):
+    if not served(of.x):
         return None
     from paramlora.cuda.convolution import plan
 
-    return plan.forward(x, weight, bias, a, b, scale, where)
+    return plan.forward(of, where)  # type: ignore[no-any-return]
 
 
 def convolved_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    kept: Tensor,
-    wanted: Sequence[bool],
-    where: tuple[tuple[int, ...], ...],
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
+) -> Gradients:
     """The gradients of x, A, B and the scale that are `wanted`."""
-    if not any(wanted):
+    if not (wanted.x or wanted.factors):
         return None, None, None, None
     from paramlora.cuda.convolution import plan
 
-    input_too, a_too, _, scale_too = wanted
-    factors = (a, b, kept, scale)
-    dx, da, db = plan.backward(dy, x, weight, *factors, not scale_too, input_too, a_too, where)
-    if scale_too:
-        return dx, da, *gradient_of_second(db, b, scale, 1.0, True)
-    return dx, da, db if db.dtype == b.dtype else db.to(b.dtype), None
+    scaled = not wanted.scale
+    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), where)
+    return dx, da, *_second(db, of, 1.0, scaled, wanted)
 
 
-def depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    where: tuple[tuple[int, ...], ...],
-) -> tuple[Tensor, Tensor]:
+def depthwise(of: Operands, where: Where) -> tuple[Tensor, Tensor]:
     """``y`` and what `depthwise_backward` takes of it, where `operands.is_depthwise`; see
     `depthwise.plan.forward`."""
     from paramlora.cuda.depthwise import plan
 
-    return plan.forward(x, weight, bias, a, b, scale, where)
+    return plan.forward(of, where)  # type: ignore[no-any-return]
 
 
 def depthwise_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    kept: Tensor,
-    wanted: Sequence[bool],
-    where: tuple[tuple[int, ...], ...],
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]:
     """The gradients of x, the weight, A, B and the scale that are `wanted`."""
-    if not any(wanted):
+    if not (wanted.x or wanted.weight or wanted.factors):
         return None, None, None, None, None
     from paramlora.cuda.depthwise import plan
 
-    input_too, weight_too, a_too, b_too, scale_too = wanted
-    masks = input_too, weight_too, a_too or b_too or scale_too
-    dx, kernels, da, db = plan.backward(
-        dy, x, weight, a, b, scale, kept, where, not scale_too, masks
-    )
+    masks = wanted.x, wanted.weight, wanted.factors
+    dx, kernels, da, db = plan.backward(dy, of, kept, where, not wanted.scale, masks)
     dweight = dscale = None
-    if kernels is not None and weight_too:
-        dweight = kernels.to(weight.dtype).view_as(weight)
-    if db is not None and scale_too:
-        db, dscale = gradient_of_second(db, b, scale, 1.0, True)
+    if kernels is not None and wanted.weight:
+        dweight = kernels.to(of.weight.dtype).view_as(of.weight)
+    if db is not None and wanted.scale:
+        db, dscale = gradient_of_second(db, of.b, of.scale, 1.0, True)
     return dx, dweight, da, db, dscale
 
 
-def look_up(
-    rows: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    padding: int,
-    strength: float,
-) -> tuple[Tensor, Tensor]:
+def look_up(of: Operands, padding: int, strength: float) -> tuple[Tensor, Tensor]:
     """``y`` and what `look_up_backward` takes of it, where `operands.looks_up`; see
     `embedding.plan.forward`."""
     from paramlora.cuda.embedding import plan
 
-    if weight.dtype != torch.float16:
-        return plan.forward(rows, weight, a, b, scale, padding, strength)
-    scaled = b.float() * (scale.float() * strength)
-    a, scaled, g = narrow.in_range(None, a, scaled, 1)
-    y, kept = plan.forward(rows, weight, a, scaled, torch.ones_like(g), padding, 1.0)
-    return y, torch.cat([kept, g.view(1).view(torch.float16)])
+    if of.weight.dtype != torch.float16:
+        return plan.forward(of, padding, strength)  # type: ignore[no-any-return]
+    inside, g = _in_range(None, of, strength, 1)
+    return _with_power(plan.forward(inside, padding, 1.0), g)  # type: ignore[no-any-return]
 
 
 def look_up_backward(
-    dy: Tensor,
-    rows: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    padding: int,
-    strength: float,
-    kept: Tensor,
-    wanted: tuple[bool, bool, bool],
+    dy: Tensor, of: Operands, padding: int, strength: float, kept: Tensor, wanted: Wanted
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     """The gradients of A, B and the scale that are `wanted`."""
-    a_too, b_too, scale_too = wanted
-    if not any(wanted):
+    if not wanted.factors:
         return None, None, None
     from paramlora.cuda.embedding import plan
 
-    (r, num), low = a.shape, dy.dtype == torch.float16
-    if low:
-        g, kept = kept[-2:].clone().view(torch.float32)[0], kept[:-2]
-    v, db = plan.backward(dy, kept, r, not (scale_too or low), a_too, b_too or scale_too)
+    (r, num), low = of.a.shape, dy.dtype == torch.float16
+    g, kept = (_power_of(kept), kept[:-2]) if low else (None, kept)
+    scaled = not (wanted.scale or low)
+    v, db = plan.backward(dy, kept, r, scaled, wanted.a, wanted.b or wanted.scale)
     da = dscale = None
-    if low:  # the range of their factors, see `look_up`
+    if g is not None:  # the range of their factors, see `look_up`
         v, db = v if v is None else v * g, db if db is None else db / g
     if v is not None:
-        da = sum_by_row(v, rows, num, padding, False).t()
-        da = da if da.dtype == a.dtype else da.to(a.dtype)
-    if db is not None and (scale_too or low):
-        db, dscale = gradient_of_second(db, b, scale, strength, scale_too)
-    if db is not None and db.dtype != b.dtype:
-        db = db.to(b.dtype)
+        da = _typed(sum_by_row(v, of.x, num, padding, False).t(), of.a)
+    if db is not None:
+        db, dscale = _second(db, of, strength, scaled, wanted)
     return da, db, dscale
 
 
@@ -266,15 +206,11 @@ def gradient_of_second(
     return scaled_down(product, scale, strength, b.dtype), dscale
 
 
-def needed(needs: Any) -> tuple[bool, bool, bool]:
-    return needs[0], needs[3] or needs[4], needs[5]
-
-
 @torch.library.custom_op("paramlora::linear", mutates_args=(), device_types="cuda")
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    result = forward(x, weight, bias, a, b, scale)
+    result = forward(Operands(x, weight, bias, a, b, scale))
     if result is None:
         raise ValueError("paramlora::linear: the operands differ in size, type or device")
     return result
@@ -302,8 +238,8 @@ def _linear_backward_op(
     factors_too: bool,
     scale_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (input_too, factors_too, scale_too)
-    grads = backward(dy, x, weight, a, b, scale, 1.0, kept, wanted)
+    wanted = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
+    grads = backward(dy, Operands(x, weight, None, a, b, scale), 1.0, kept, wanted)
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
@@ -336,7 +272,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
     x, weight, a, b, scale, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wanted = needed(needs)
+    wanted = needs[0], needs[3] or needs[4], needs[5]
     grads = torch.ops.paramlora.linear_backward(dy, x, weight, a, b, scale, kept, *wanted)
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))

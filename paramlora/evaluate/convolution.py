@@ -10,8 +10,9 @@ from einops import repeat
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.cuda.operands import has_kernel, is_depthwise
+from paramlora.cuda.operands import Operands, Wanted, has_kernel, is_depthwise
 from paramlora.cuda.operators import (
+    Gradients,
     convolved,
     convolved_backward,
     depthwise,
@@ -36,7 +37,7 @@ from paramlora.evaluate.functional import (
     without_autocast,
 )
 from paramlora.update import narrow
-from paramlora.update.compat import applied, recorded
+from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -91,8 +92,8 @@ def convolution(
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
     where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
-    values = (x, weight, bias, lora_A, lora_B, scale)
-    ours = _kernels_way(*values, where) if x.dtype.itemsize == 2 and not compiling else None
+    values = Operands(x, weight, bias, lora_A, lora_B, scale)
+    ours = _kernels_way(values, where) if x.dtype.itemsize == 2 and not compiling else None
     about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, len(lora_A))
     asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
     way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
@@ -114,20 +115,12 @@ def convolution(
     return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
 
 
-def _kernels_way(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    where: tuple[Any, ...],
-) -> Optional[Way]:
+def _kernels_way(of: Operands, where: tuple[Any, ...]) -> Optional[Way]:
     """How our kernels serve a convolution in 16 bits; those that are joined see for themselves."""
-    if _is_pointwise(x, weight, where):
+    if _is_pointwise(of.x, of.weight, where):
         return Way.POINTWISE
     if where[3] > 1 and not recorded():
-        if is_depthwise(x, weight, bias, a, b, scale, where[:3], where[3]):
+        if is_depthwise(of, where[:3], where[3]):
             return Way.DEPTHWISE
     return None
 
@@ -265,7 +258,9 @@ def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
 
 def _rounded(t: Tensor, x: Tensor) -> Tensor:
     """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
-    return t if t.dtype == x.dtype else laid_as(t.to(x.dtype), x)
+    if t.dtype == x.dtype or is_batched(t):  # many gradients at once lie by no format
+        return t.to(x.dtype)
+    return laid_as(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -352,28 +347,22 @@ class _Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
-        ctx.where, g, inputs = where, None, (kept_input(ctx, x), weight, a, b, scale)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
+        ctx.where, g, kept = where, None, (kept_input(ctx, x), weight, a, b, scale)
         if x.dtype == torch.float16:
             a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
             scale = torch.ones_like(g)
-        result = None if recorded() else convolved(x, weight, bias, a, b, scale, where)
+            of = of._replace(a=a, b=b, scale=scale)
+        result = None if recorded() else convolved(of, where)
         ctx.kernel = result is not None
         if result is not None:
-            ctx.save_for_backward(*inputs, result[1], g)
+            ctx.save_for_backward(*kept, result[1], g)
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
         t = conv(x, down, None, *where)
-        ctx.save_for_backward(*inputs, t, g)
+        ctx.save_for_backward(*kept, t, g)
         more = _at_the_middle(t, x, weight.shape[2:], *where)
         if more is None:
             return conv(x, weight, bias, *where) + conv(t, up)
@@ -392,69 +381,60 @@ class _Joined(torch.autograd.Function):
                 return y + branch(x, weight.shape, a, b * scale, *where)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
-        wanted, dweight, dbias = (needs[0], *needs[3:6]), None, None
-        values = (ctx.kernel, dy, x, weight, a, b, scale, t, wanted, ctx.where)
+        of, wanted, dweight, dbias = (
+            Operands(x, weight, None, a, b, scale),
+            Wanted(*needs[:6]),
+            None,
+            None,
+        )
+        values = (ctx.kernel, dy, of, t, wanted, ctx.where)
         grads = _gradients(*values) if g is None else _gradients_in_range(g, *values)
         if needs[1] or needs[2]:
             _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
         return (grads[0], dweight, dbias, *grads[1:], *none)
 
 
-_Four = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
-
-
 def _gradients_in_range(
     g: Tensor,
     kernel: bool,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
+    of: Operands,
     t: Tensor,
-    wanted: Sequence[bool],
+    wanted: Wanted,
     where: tuple[Any, ...],
-) -> _Four:
+) -> Gradients:
     """`_gradients` of float16, whose forward had the power of two g, see `narrow`."""
-    scaled, ones = b.float() * scale.float(), torch.ones_like(g)
-    up, down, h = narrow.in_range(dy, scaled, a, len(b))
-    masks = (*wanted[:2], wanted[2] or wanted[3], False)
-    dx, da, db, dscale = _gradients(kernel, dy, x, weight, down, up, ones, t, masks, where)
+    scaled, ones = of.b.float() * of.scale.float(), torch.ones_like(g)
+    up, down, h = narrow.in_range(dy, scaled, of.a, len(of.b))
+    masks = wanted._replace(b=wanted.b or wanted.scale, scale=False)
+    inside = of._replace(a=down, b=up, scale=ones)
+    dx, da, db, dscale = _gradients(kernel, dy, inside, t, masks, where)
     if db is not None:
-        db, dscale = gradient_of_second(db / g, b, scale, 1.0, wanted[3])
-    return dx, None if da is None else (da / h).to(a.dtype), db, dscale
+        db, dscale = gradient_of_second(db / g, of.b, of.scale, 1.0, wanted.scale)
+    return dx, None if da is None else (da / h).to(of.a.dtype), db, dscale
 
 
 def _gradients(
-    kernel: bool,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    t: Tensor,
-    wanted: Sequence[bool],
-    where: tuple[Any, ...],
-) -> _Four:
+    kernel: bool, dy: Tensor, of: Operands, t: Tensor, wanted: Wanted, where: tuple[Any, ...]
+) -> Gradients:
     """Those of x, A, B and the scale that are wanted, as the forward was computed."""
     if kernel:
-        return convolved_backward(dy, x, weight, a, b, scale, t, wanted, where)
+        return convolved_backward(dy, of, t, wanted, where)
+    x, weight, _, a, b, scale = of
     stride, padding, dilation = where
     one, two = narrow.Stage(stride, padding, dilation, 1), pointwise_of(weight.dim() - 2, 1)
     dx = da = db = dscale = None
-    down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted[0] or wanted[1]
-    v, product = two.gradients(dy, t, up, (thin_too, wanted[2] or wanted[3]))
-    if wanted[0] and v is not None:
+    down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted.x or wanted.a
+    v, product = two.gradients(dy, t, up, (thin_too, wanted.b or wanted.scale))
+    if wanted.x and v is not None:
         tall = torch.cat([weight, down], 0)
         dx, _ = one.gradients(torch.cat([dy, v], 1), x, tall, (True, False))
-    if wanted[1] and v is not None:
+    if wanted.a and v is not None:
         _, first = one.gradients(v, x, down, (False, True))
         da = None if first is None else first[: len(a)].reshape(a.shape).to(a.dtype)
     if product is not None:
         product = product.reshape(len(product), -1)[:, : len(a)]
-        db, dscale = gradient_of_second(product, b, scale, 1.0, wanted[3])
+        db, dscale = gradient_of_second(product, b, scale, 1.0, wanted.scale)
     return dx, da, db, dscale
 
 
@@ -502,16 +482,9 @@ class _Convolution(torch.autograd.Function):
     """Forms the dense kernel, twice, and keeps x alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
         ctx.where = where
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
@@ -554,18 +527,11 @@ class _Depthwise(torch.autograd.Function):
     the update in float32."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        *where: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        of, where = Operands(*inputs[:6]), inputs[6:]
+        x, weight, bias, a, b, scale = of
         ctx.where = where
-        y, total = depthwise(x, weight, bias, a, b, scale, where)
+        y, total = depthwise(of, where)
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
         return y
 
@@ -583,8 +549,8 @@ class _Depthwise(torch.autograd.Function):
                 return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
-        wanted = (*needs[:2], *needs[3:6])
-        grads = depthwise_backward(dy, x, weight, a, b, scale, total, wanted, ctx.where)
+        of = Operands(x, weight, None, a, b, scale)
+        grads = depthwise_backward(dy, of, total, Wanted(*needs[:6]), ctx.where)
         dbias = _bias_gradient(dy) if needs[2] else None
         return (*grads[:2], dbias, *grads[2:], *none)
 

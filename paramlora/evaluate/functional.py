@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda import operators
-from paramlora.cuda.operands import fits, has_kernel, looks_up, served, switched_on
+from paramlora.cuda.operands import (
+    Operands,
+    Wanted,
+    fits,
+    has_kernel,
+    looks_up,
+    served,
+    switched_on,
+)
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
@@ -78,7 +86,7 @@ def _linear(
 ) -> Tensor:
     ours, compiling = served(x), is_compiling()
     if compiling and ours:
-        ours = has_kernel(x, weight) and fits(x, weight, bias, a, b, scale)
+        ours = has_kernel(x, weight) and fits(Operands(x, weight, bias, a, b, scale))
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(a))
     way = choose.way(Asked("linear", *about, Way.KERNELS if ours else None, compiling))
     if way is Way.OPERATOR:
@@ -209,7 +217,8 @@ class _Linear(torch.autograd.Function):
         ctx.strength, ctx.image, ctx.dense = strength, image, way is Way.DENSE
         result = None
         if way is Way.KERNELS and not recorded():
-            result = operators.forward(x, weight, bias, a, b, scale, strength, image)
+            of = Operands(x, weight, bias, a, b, scale)
+            result = operators.forward(of, strength, image)
         ctx.kernel = result is not None
         if result is not None:
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
@@ -240,11 +249,12 @@ class _Linear(torch.autograd.Function):
             inputs, wanted = (x, weight, a, b, scale), (*needs[:2], *needs[3:6])
             dx, dweight, *others = differentiable(again, inputs, wanted, dy)
             return dx, dweight, dbias, *others, None, None, None
+        of = Operands(x, weight, None, a, b, scale)
         if ctx.kernel:
-            factors = (a, b, scale, ctx.strength, u)
-            grads = operators.backward(dy, x, weight, *factors, operators.needed(needs), ctx.image)
+            asked = Wanted(*needs[:6])
+            grads = operators.backward(dy, of, ctx.strength, u, asked, ctx.image)
         else:
-            grads = _gradients(ctx, dy, x, weight, a, b, scale, u)
+            grads = _gradients(ctx, dy, of, u)
         dx, da, db, dscale = grads
         dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, None, None, None
@@ -284,12 +294,11 @@ def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
     return weight.new_empty_strided(*ctx.sizes) if held is None else held
 
 
-def _gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
     """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    x, weight, _, a, b, scale = of
     if x.dtype == torch.float16:
-        return _gradients_in_range(ctx, dy, x, weight, a, b, scale, u)
+        return _gradients_in_range(ctx, dy, of, u)
     needs, flat = ctx.needs_input_grad, _flat(x)
     dy, down, up = _flat(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
     dx = da = db = dscale = None
@@ -306,10 +315,9 @@ def _gradients(
     return dx, da, db, dscale
 
 
-def _gradients_in_range(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, u: _Maybe
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The same in float16."""
+def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
+    """`_gradients` of float16, whose forward had the power of two `ctx.power`, see `narrow`."""
+    x, weight, _, a, b, scale = of
     needs, flat, dy = ctx.needs_input_grad, _flat(x), _flat(dy)
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
@@ -415,7 +423,10 @@ def embedding(
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
     values = (rows, weight, lora_A, lora_B, scale, padding_idx)
-    ours = Way.KERNELS if served(weight) and not _followed() and looks_up(*values) else None
+    ours = None
+    if served(weight) and not _followed():
+        of = Operands(rows, weight, None, lora_A, lora_B, scale)
+        ours = Way.KERNELS if looks_up(of, padding_idx) else None
     device, sizes = choose.thresholds_of(weight), (rows.numel(), weight.shape, len(lora_A))
     if choose.way(Asked("embedding", device, weight.dtype, *sizes, ours)) is Way.KERNELS:
         return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
@@ -475,7 +486,8 @@ class _Embedding(torch.autograd.Function):
         strength: float,
     ) -> Tensor:
         ctx.strength, ctx.padding = strength, -1 if padding_idx is None else padding_idx
-        y, kept = operators.look_up(rows, weight, a, b, scale, ctx.padding, strength)
+        of = Operands(rows, weight, None, a, b, scale)
+        y, kept = operators.look_up(of, ctx.padding, strength)
         ctx.save_for_backward(rows, weight, a, b, scale, kept)
         return y
 
@@ -492,9 +504,9 @@ class _Embedding(torch.autograd.Function):
 
             found = differentiable(again, (weight, a, b, scale), needs[1:5], dy)
             return None, *found, None, None
-        grads = operators.look_up_backward(
-            dy, rows, a, b, scale, padding, strength, kept, needs[2:5]
-        )
+        of = Operands(rows, weight, None, a, b, scale)
+        asked = Wanted(False, needs[1], False, needs[2], needs[3], needs[4])
+        grads = operators.look_up_backward(dy, of, padding, strength, kept, asked)
         dweight = None
         if needs[1]:
             dweight = operators.sum_by_row(dy, rows, len(weight), padding, False)

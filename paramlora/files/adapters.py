@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
@@ -14,10 +14,10 @@ from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents
 from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
-from paramlora.errors import AdapterError, FileError, spelled
-from paramlora.files import torch_save
+from paramlora.errors import AdapterError, FileError, listed, spelled
+from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
-from paramlora.files.checkpoint import PICKLED, SAFE, Stored, entries_of
+from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
@@ -105,14 +105,13 @@ def read_adapter(
     outline = outlined(path)
     formats.form_of(outline).check(outline)  # before anything is read
     content = opened(path)
+    options = formats.noting(options)
     adapter = formats.read(content, base, options)
     if not adapter.values():  # reading loosely left all of it out
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
         )
-    formats.check_alpha(
-        content.source, options, adapter, lambda how: formats.read(content, base, how)
-    )
+    formats.check_alpha(content.source, options)
     return adapter
 
 
@@ -127,12 +126,13 @@ def format_of(path: PathLike) -> str:
 
 @own_context()
 def base_of_file(path: PathLike, key: Optional[str] = None) -> Base:
-    """The names and shapes of a checkpoint's weights, without reading them.
+    """The names and shapes of a checkpoint's weights, without reading them; of a pipeline's folder
+    those of all its models, each with its component's name in front.
 
     Raises:
         FileError: it cannot be read.
     """
-    with Stored(path, key) as stored:
+    with checkpoint.opened(path, key) as stored:
         return base_of_shapes(Contents(stored.specs).shapes())
 
 
@@ -188,35 +188,48 @@ def write_adapter(
     dry_run: bool = False,
     **how: Any,
 ) -> None:
-    """Write an adapter as a tool's file.
+    """Write an adapter as a tool's file, and read it back before it takes its place.
 
     Args:
         adapter: the value.
         out, to, base, force, dry_run, how: as in `convert`.
 
     Raises:
-        FileError: the file cannot be written, or a layer that `to` cannot hold.
+        FileError: the file cannot be written, a layer that `to` cannot hold, or one that would
+            match nothing where the file is loaded; nothing is left at `out`.
     """
     check_place(out, to, force=force, dry_run=dry_run)
     form = formats.writable(to)
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
-    if not dry_run:
-        _save(written, Path(out), form)
+    kept = adapter if base is None or form.complete else formats.fit(adapter, base, DEFAULTS, to)
+
+    def check(content: Content) -> None:
+        formats.check_loads(replace(content, source=str(out)), kept, to, base)
+
+    if dry_run:
+        check(written)
+    else:
+        _save(written, Path(out), form, check)
 
 
 @own_context()
-def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = DEFAULTS) -> Adapter:
+def together(
+    parts: Mapping[str, Union[Adapter, PathLike]],
+    options: Options = DEFAULTS,
+    base: Optional[Base] = None,
+) -> Adapter:
     """The adapter of a whole pipeline out of those of its models.
 
     Args:
         parts: adapters or their files, by the names of the pipeline's models, such as ``"unet"``.
         options: what some formats do not tell.
+        base: the names and shapes of the whole pipeline (`base_of_file` of its folder).
 
     Raises:
-        FileError: a name that no pipeline has, a file that cannot be read, or one whose names of
-            layers only its model tells.
+        FileError: a name that no pipeline has, or that `base` lacks, a file that cannot be read, or
+            one whose names of layers only its model tells.
 
     Example:
         >>> from paramlora.update.value import Update
@@ -228,13 +241,28 @@ def together(parts: Mapping[str, Union[Adapter, PathLike]], options: Options = D
     for name, given in parts.items():
         if name not in PARTS:
             raise FileError(f'"{name}" is no part of a pipeline. Parts: {", ".join(PARTS)}.')
+        own = None if base is None else _inside_of(base, name)
         if not isinstance(given, Adapter):
-            _check_names_itself(given)
-            given = read_adapter(given, None, options)
+            if own is None:
+                _check_names_itself(given)
+            given = read_adapter(given, own, options)
         if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
         found = _beside_each_other(found, given, f"{name}.")
     return found
+
+
+def _inside_of(base: Base, name: str) -> Base:
+    """One model of a pipeline, under its own names."""
+    start = f"{name}."
+    own = {path[len(start) :]: slot for path, slot in base.items() if path.startswith(start)}
+    if not own:
+        there = listed(dict.fromkeys(path.partition(".")[0] for path in base))
+        raise FileError(
+            f"{name}: a part of which the base has no weight; its names begin with {there}. Give "
+            "the folder of a pipeline that has it (--base)."
+        )
+    return own
 
 
 def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
@@ -271,8 +299,8 @@ def _check_names_itself(path: PathLike) -> None:
     if not formats.FORMATS[source].names_layers:
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
-            "model, and here are several. Convert it alone to native first, with its model "
-            "(--model) or checkpoint (--base), and give that file."
+            "model, and here are several. Give the pipeline's folder (--base), or convert it "
+            "alone to native first, with its model (--model), and give that file."
         )
 
 
@@ -425,9 +453,14 @@ def _beside(folder: Path) -> dict[str, Any]:
             except FileError:
                 raise
             except ValueError as error:
-                raise FileError(f"{folder / name}: cannot be read: {error}.") from error
+                raise FileError(
+                    f"{folder / name}: cannot be read: {error}. Copy or save it again."
+                ) from error
             if not isinstance(found, dict):
-                raise FileError(f"{folder / name}: a {type(found).__name__}, not an object.")
+                raise FileError(
+                    f"{folder / name}: a {type(found).__name__}, not an object. Copy or save it "
+                    "again."
+                )
             config |= found
     return config
 
@@ -477,16 +510,20 @@ def _check_ending(out: Path, form: Format) -> None:
         )
 
 
-def _save(content: Content, out: Path, form: Format) -> None:
+def _save(content: Content, out: Path, form: Format, check: Callable[[Content], None]) -> None:
+    """Write a file or folder that takes its place once `check` has passed what is read from it."""
     if not form.config:
         with new_file(out) as file:
             _fill(content, form, file)
+            file.flush()
+            check(opened(file.name))
         return
     weights, config = form.weights[0], form.config
     with new_folder(out, [weights, config]) as folder:
         (folder / config).write_text(_text(content.config, config), encoding="utf-8")
         with open(folder / weights, "wb") as file:
             _fill(content, form, file)
+        check(opened(folder / weights))
 
 
 def _fill(content: Content, form: Format, file: BinaryIO) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint on disk, whatever its kind: one file, or a folder of shards with an index."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, Optional, Union
 from torch import Tensor
 
 from paramlora.config.reading import head_of, is_pickled, parse_json, read_text
-from paramlora.errors import FileError, listed, spelled, unread
+from paramlora.errors import FileError, ParamloraWarning, listed, spelled, unread
 from paramlora.files.atomic import PathLike
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, Spec
@@ -147,10 +148,10 @@ class Pipeline:
         self.components: dict[str, Stored] = {}
         self.others: list[Path] = []
         try:
-            for folder in entries_of(self.path):
-                if os.path.isdir(folder) and has_weights(folder):
+            for folder in _own_folders(self.path):
+                if has_weights(folder):
                     self.components[folder.name] = Stored(folder)
-                elif os.path.isdir(folder):
+                else:
                     self.others.append(folder)
         except BaseException:
             self.close()
@@ -181,6 +182,16 @@ class Pipeline:
         """Some of one tensor's elements; not to be written to."""
         name, _, rest = key.partition(".")
         return self.components[name].run(rest, elements)
+
+
+def _own_folders(path: Path) -> list[Path]:
+    """The folders in a pipeline's, without links to elsewhere."""
+    there = [one for one in entries_of(path) if os.path.isdir(one)]
+    away = [one.name for one in there if one.resolve().parent != path.resolve()]
+    if away:
+        text = f"{path}: not copied, since they are links to elsewhere: {listed(away)}."
+        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+    return [one for one in there if one.name not in away]
 
 
 def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]:
@@ -248,7 +259,12 @@ def _index_in(folder: Path) -> Path:
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
-        names = listed(p.name for p in chosen or _weights(folder)) or "none"
+        names = listed(path.name for path in chosen or _weights(folder)) or "none"
+        if not chosen and names != "none":
+            raise FileError(
+                f"{folder}: several files of weights, {names}, and no *{_INDEX} that places the "
+                "tensors. Add the index, or name the one file that is meant."
+            )
         raise FileError(
             f"{folder}: a folder needs one *{_INDEX} or one file of weights, and has {names}. Name "
             "the file itself."

@@ -85,7 +85,8 @@ def embed(
     """Write the checkpoint of `base` with `adapter` attached (see `paramlora.checkpoint.embed`).
 
     Args:
-        base: a safetensors file, a file of ``torch.save``, or a folder of shards with its index.
+        base: a safetensors file, a file of ``torch.save``, a folder of shards with its index, or
+            a folder of models, as diffusers saves a pipeline, each of which gets its part.
         adapter: an adapter, or its file, of paramlora or of another tool (see `read_adapter`).
         out: the new file, of the kind that its ending tells, or a folder for a folder.
         key: where the state dict is in a file of ``torch.save``, such as ``"model.ema"``.
@@ -99,7 +100,7 @@ def embed(
         FileError: a file cannot be read or written, or does not fit.
     """
     check_new(out, force)
-    with Stored(base, key) as stored:
+    with opened(base, key) as stored:
         found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
         plan = embed_plan(contents, found)
         _warn_inside(contents, base)
@@ -125,7 +126,7 @@ def extract(
         embedded: as `base` of `embed`.
         to: the format; how: as for `convert`.
         component: the part of a pipeline whose updates are meant, such as ``"unet"``; its name is
-            left out of theirs.
+            left out of theirs. All parts of a pipeline's folder without it.
         out, key, known, force, dry_run: as for `embed`.
 
     Raises:
@@ -133,7 +134,7 @@ def extract(
         AdapterError: nothing is inside, or more than one update on one tensor.
     """
     check_place(out, to, force=force)
-    with Stored(embedded, key) as stored:
+    with opened(embedded, key) as stored:
         adapter = extracted(Contents(stored.specs), stored.read)
         if component is not None:
             adapter = part_of(adapter, component, str(embedded))
@@ -167,8 +168,7 @@ def merge(
     are told of in a warning.
 
     Args:
-        base: as for `embed`, or a folder of models, as diffusers saves a pipeline, whose parts are
-            merged together; what is inside an attached model's checkpoint is merged where
+        base: as for `embed`; what is inside an attached model's checkpoint is merged where
             `adapters` is empty.
         adapters: each an adapter or its file, or a pair of that and a strength.
         out, key, options, known, force, dry_run, progress: as for `embed`.
@@ -186,8 +186,10 @@ def merge(
         contents = Contents(stored.specs)
         plan = merge_plan(contents, loaded, stored.read)
         if seed is not None:
-            rounding = Rounding(seed)
-            plan = {key: replace(recipe, rounding=rounding) for key, recipe in plan.items()}
+            plan = {
+                name: replace(recipe, rounding=Rounding(seed, name))
+                for name, recipe in plan.items()
+            }
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, plan, Path(out), dry_run, progress)
@@ -216,7 +218,8 @@ def kept(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
             if recipe.changes:
-                rounding.path, spec = name, stored.specs[recipe.source]
+                rounding.start(name)
+                spec = stored.specs[recipe.source]
                 counted = replace(recipe, rounding=rounding)
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))

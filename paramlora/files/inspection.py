@@ -14,7 +14,7 @@ from paramlora.files.adapters import opened, outlined
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Options
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Adapter, Value
+from paramlora.update.value import Value
 
 _SHOWN = 60  # characters of a metadata value in the table
 _LOOSE = Options(strict=False)
@@ -113,16 +113,13 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
     form.check(content)
     held = opened(path)
 
-    def read(how: Options) -> Adapter:
-        adapter = form.read(held, base, how)
-        if base is None and how.component is None:
-            return adapter
-        return formats.chosen(form, adapter, base, how, content.source)
-
+    options = formats.noting(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = read(options)
-    formats.check_alpha(content.source, options, adapter, read)
+        adapter = form.read(held, base, options)
+        if base is not None or options.component is not None:
+            adapter = formats.chosen(form, adapter, base, options, content.source)
+    formats.check_alpha(content.source, options)
     if options.component is not None and base is None and not adapter.values():
         raise FileError(f"{content.source}: {formats.none_of(options.component)}.")
     notes = [str(w.message) for w in caught if issubclass(w.category, ParamloraWarning)]

@@ -5,13 +5,12 @@ A file of this folder with a `Format` called ``FORMAT`` is a format: no other na
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.errors import FileError, ParamloraWarning
+from paramlora.errors import FileError, ParamloraWarning, listed
 from paramlora.formats.base import (
     Base,
     Slot,
@@ -48,6 +47,7 @@ from paramlora.formats.format import (
     writable,
 )
 from paramlora.formats.metadata import kept, placed
+from paramlora.formats.scale import Noted
 from paramlora.update.value import Adapter
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "any_key",
     "base_of",
     "base_of_shapes",
+    "check_loads",
     "chosen",
     "detect",
     "fit",
@@ -147,29 +148,24 @@ def chosen(
     return part_of(adapter, options.component, source)
 
 
-def check_alpha(
-    source: str, options: Options, adapter: Adapter, read: Callable[[Options], Adapter]
-) -> None:
-    """Refuse an alpha where the file tells all scales itself: it would have said nothing.
+def noting(options: Options) -> Options:
+    """The same options, whose alpha knows whether it was used (see `check_alpha`)."""
+    return options if options.alpha is None else replace(options, alpha=Noted(options.alpha))
+
+
+def check_alpha(source: str, options: Options) -> None:
+    """Refuse an alpha where the file tells all scales itself: it has said nothing.
 
     Args:
         source: the file's name.
-        options: how it was read.
-        adapter: what that gave.
-        read: reads it again.
+        options: how it was read, from `noting`.
 
     Raises:
         FileError: names the alpha.
     """
-    if options.alpha is None:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
-        other = read(replace(options, alpha=2 * options.alpha + 1))
-    now, then = adapter.values(), other.values()
-    if all(then[path].listed() == value.listed() for path, value in now.items()):
+    if isinstance(options.alpha, Noted) and not options.alpha.used:
         raise FileError(
-            f"{source}: alpha = {options.alpha:g} says nothing to it, since it tells its "
+            f"{source}: alpha = {float(options.alpha):g} says nothing to it, since it tells its "
             "own scales. Leave alpha (--alpha) out."
         )
 
@@ -234,6 +230,41 @@ def write(
         told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
+
+
+def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base] = None) -> None:
+    """Refuse a file of which something would match nothing where it is loaded.
+
+    It is read back as any file of its format is, and its keys are held against the tool's own rule
+    of names (see `Format.passed_over`), where the model's layers are known.
+
+    Args:
+        content: what was written.
+        adapter: what was to be written.
+        to: the format.
+        base: the model's names and shapes.
+
+    Raises:
+        FileError: names what would be lost.
+    """
+    form = writable(to)
+    lost = [] if base is None else form.passed_over(content, base)
+    if lost:
+        raise FileError(
+            f"{content.source}: what loads {to}'s files would match nothing to {listed(lost)}. "
+            "Give the model that it is for (--model), or another name of it (--prefix)."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)  # they were told
+        # of formats without scales any will do
+        back = read(content, base, Options(alpha=1.0), form.name if form.marks else None).values()
+    there = {id(value) for path, value in adapter.values().items() if path in back}
+    gone = [path for path, value in adapter.values().items() if id(value) not in there]
+    if base is not None and gone:
+        raise FileError(
+            f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
+            "left there; keep the native format, and report this."
+        )
 
 
 def _without_differences(adapter: Adapter, form: Format) -> Adapter:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import whole
+from paramlora.formats.factors import folded, whole
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
@@ -114,7 +114,9 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """`adapter` under the names of `base`, with its shapes; one that does not fit is an error.
 
     A file's name is found by what `base` has, in any tool's spelling (see `Places`); an update of
-    several weights in one is divided, and those of one weight's parts are joined, exactly.
+    several weights in one is divided, and those of one weight's parts are joined, exactly. Where a
+    file has both the fused weight and its parts, their updates add up, as the patches of one weight
+    do in ComfyUI (comfy/lora.py at 17358c8f, ``calculate_weight``).
 
     Raises:
         FileError: an update without a weight, two for one weight, or another shape.
@@ -136,11 +138,14 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             slot = _told(base[one.whole], adapter.holders.get(path))
             moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
             tied = holders[id(chosen[path])] > 1
-            fresh = _fitted(one.whole, chosen[path], slot, source, tied)
+            value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
+            fresh = _fitted(one.whole, value, slot, source, tied)
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
-    told = apart_by_kind(updates | _gathered(chosen, parts, base, source))
+    for path, rows in _gathered(chosen, parts, base, source).items():
+        updates[path] = _added(path, updates[path], rows, source) if path in updates else rows
+    told = apart_by_kind(updates)
     return replace(adapter, updates=told["updates"], others=told["others"])
 
 
@@ -204,24 +209,38 @@ def stacks_of(base: Base) -> Base:
 
 
 def _check_once(found: Mapping[str, Found], source: str) -> None:
-    """Refuse two updates of the same rows."""
-    taken: dict[str, set[str]] = {}
+    """Refuse two updates of the same weight of a file; of one fused and one of its parts each has
+    its own name there, and both are meant."""
+    taken: set[tuple[str, frozenset[str]]] = set()
     for path, there in found.items():
         for weight in there.paths:
             own = {name for name, (at, _) in there.held.items() if at == weight}
-            own = {""} if there.whole is not None else own
-            before = taken.setdefault(weight, set())
-            if before and (before & own or "" in before | own):
+            meant = (weight, frozenset(() if there.whole is not None else there.held or own))
+            if meant in taken:
                 raise FileError(
                     f"{source}: {path} is a second update of {weight}. Choose one part of the file "
                     "with component=... (--component), such as text_encoder_2."
                 )
-            before |= own
+            taken.add(meant)
+
+
+def _added(path: str, one: Value, second: Update, source: str) -> Update:
+    """Two updates of one weight as one: their ranks side by side."""
+    if not isinstance(one, Update) or one.up_kernel != 1:
+        raise FileError(
+            f"{source}: {path} has an update of its own that is no low rank, and another with "
+            "other weights. Choose one of them with component=... (--component), or leave one out."
+        )
+    first = one
+    if first.scale != second.scale:
+        first, second = folded(first), folded(second)
+    a = torch.cat([first.lora_A, second.lora_A], dim=-2)
+    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
 
 
 def _gathered(
     chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
-) -> dict[str, Value]:
+) -> dict[str, Update]:
     """The updates of weights whose rows the file has elsewhere."""
     factors = {path: _of_factors(path, chosen[path], source) for path in parts}
     held = {path: rows for there in parts.values() for path, rows in there.held.values()}
@@ -239,12 +258,12 @@ def _gathered(
         for block in there.rows
     ]
     size = sizes(totals)
-    updates: dict[str, Value] = {}
+    updates: dict[str, Update] = {}
     for weight, those in sources.items():
         update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
         if update.layout == "stack" and base[weight].input_first:
             update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
-        updates[weight] = _fitted(weight, update, base[weight], source, False)
+        updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
     return updates
 
 

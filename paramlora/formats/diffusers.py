@@ -34,6 +34,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_diffusers
 from paramlora.formats.pipeline import PARTS, part_told
 from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
@@ -105,10 +106,13 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         else:
             updates[path] = update
     adapter = Adapter(**apart_by_kind(updates))
+    inside: dict[str, list[str]] = {}
+    for path in adapter.updates:
+        inside.setdefault(_component(path, configs), []).append(path)
     for component, config in configs.items():
-        plain = [path for path in adapter.updates if _component(path, configs) == component]
-        peft.check_magnitudes(config, plain, content.source)
-        if base is None or options.component not in (None, component):
+        peft.check_magnitudes(config, inside.get(component, []), content.source)
+        meant = options.component in (None, component) and "target_modules" in config
+        if base is None or not meant:
             continue
         own = {path: slot for path, slot in base.items() if path.startswith(f"{component}.")}
         peft.report_targets(content, config, own or base, adapter, options)
@@ -183,7 +187,9 @@ def _alphas(
 
 
 def _component(path: str, configs: Mapping[str, Mapping[str, Any]]) -> str:
-    return next((c for c in configs if c and path.startswith(f"{c}.")), "")
+    first, _, rest = path.partition(".")
+    second, _, _ = rest.partition(".")
+    return next((c for c in (f"{first}.{second}", first) if c in configs and c != path), "")
 
 
 def _scale(
@@ -290,6 +296,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_diffusers,
     kinds=("lora", "soft", "dora"),
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,

@@ -45,13 +45,18 @@ def _accepts(content: Content) -> None:
     """Nothing is wrong with any file before its tensors are read."""
 
 
+def _takes_all(content: Content, base: Base) -> list[str]:
+    """Nothing is passed over by a tool that reads keys in its own order, or refuses what is odd."""
+    return []
+
+
 @dataclass(frozen=True)
 class Format:
     """All that the package knows of one tool's adapter files; see `register`.
 
     Args:
         name: as ``convert --to`` and `detect` give it.
-        marks: what tells it from the others.
+        marks: what tells it from the others; none of a format that `like` another tells.
         read: ``(content, base, options)`` to an adapter, under the file's own names of layers.
         write: ``(adapter, base, **how)`` to what a file holds; None where it is only read.
         weights: the names of the file of tensors in a folder, the best first.
@@ -68,6 +73,10 @@ class Format:
         kinds: the kinds of update that `write` knows (see `paramlora.update.kinds`).
         whole: whether `write` knows whole tensors beside the updates.
         check: refuses a file by its names and shapes, before any tensor is read.
+        like: the format that its files are told to be and read as: of a format that is only
+            written, since it is another tool's choice of the same names.
+        passed_over: of a file to be written and the model's layers, the keys that the tool's loader
+            would match to nothing, by its own rule of names (see `paramlora.formats.loaders`).
     """
 
     name: str
@@ -85,9 +94,11 @@ class Format:
     kinds: tuple[str, ...] = ("lora", "soft")
     whole: bool = False
     check: Callable[[Content], None] = _accepts
+    like: str = ""
+    passed_over: Callable[[Content, Base], list[str]] = _takes_all
 
     def __post_init__(self) -> None:
-        if not self.marks:
+        if not self.marks and not self.like:
             raise FileError(f'the format "{self.name}" has no marks, so no file is told to be one.')
         if self.config and not (self.weights and self.config.endswith((".json", ".yaml"))):
             raise FileError(

@@ -39,6 +39,7 @@ from paramlora.formats.factors import (
     with_low_ranks,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
+from paramlora.formats.loaders import of_kohya
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
@@ -293,7 +294,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         like = next(iter(value.held.values()))
         state |= {f"{names[path]}.{leaf}": tensor for leaf, tensor in value.held.items()}
         alpha = alpha_of(value.scale, value.r)
-        state[f"{names[path]}.alpha"] = _alpha_tensor(alpha, like.dtype)
+        state[f"{names[path]}.alpha"] = alpha_tensor(alpha, like.dtype)
     for path, value in differences.items():
         state[_key_of(path, differences, base, names)] = value.held["lora_diff"]
     ranks = {r for _, r in scales.values()}
@@ -330,7 +331,7 @@ def _low_rank(
     """The tensors of a low-rank update, and of a DoRA."""
     _check(path, update)
     down, up = kernels(update)
-    alpha = _alpha_tensor(alpha_of(update.scale, update.r), down.dtype)
+    alpha = alpha_tensor(alpha_of(update.scale, update.r), down.dtype)
     state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     return state if magnitude is None else {**state, f"{name}.dora_scale": magnitude}
 
@@ -421,7 +422,7 @@ def _component(path: str) -> tuple[str, str]:
     return component, rest
 
 
-def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """In the type of the factors where that holds it exactly, else in the smallest that does."""
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)
@@ -451,6 +452,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_kohya,
     kinds=("lora", "soft", "dora", "loha", "lokr", "difference"),
     names_layers=False,
     prefix=Prefix("prefix", "kohya's keys (lora_unet)"),

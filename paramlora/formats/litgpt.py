@@ -14,6 +14,7 @@ from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, number
 from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.loaders import of_state_dict
 from paramlora.formats.merged import merged_linear, parted
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.formats.torchtune import check_uniform
@@ -160,6 +161,7 @@ FORMAT = Format(
     ),
     read=read,
     write=write,
+    passed_over=of_state_dict,
     weights=("lit_model.pth.lora",),
     weights_rank=40,
     config="hyperparameters.yaml",

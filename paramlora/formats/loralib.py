@@ -14,6 +14,7 @@ from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
 from paramlora.formats.factors import pair, whole, wide
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.loaders import of_state_dict
 from paramlora.formats.merged import merged_linear
 from paramlora.update.value import Adapter, Update
 
@@ -114,5 +115,6 @@ FORMAT = Format(
     marks=(Mark(100, any_key(r".+\.lora_A")),),
     read=read,
     write=write,
+    passed_over=of_state_dict,
     pickled=True,
 )

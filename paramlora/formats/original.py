@@ -24,6 +24,7 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import kernels, pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.loaders import of_state_dict
 from paramlora.formats.merged import merged_linear
 from paramlora.update.value import Adapter, Update
 
@@ -132,5 +133,6 @@ FORMAT = Format(
     marks=(Mark(70, any_key(r"(?:.+\.)?lora_scale")), Mark(71, _is_soft)),
     read=read,
     write=write,
+    passed_over=of_state_dict,
     pickled=True,
 )

@@ -1,12 +1,13 @@
 """Where in a model the weight lies that a file names: the tables of names, asked for one model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Optional
 
 from paramlora.errors import FileError
 from paramlora.formats.names import TABLES, Row
+from paramlora.formats.names.clip import TURNED
 from paramlora.formats.names.levels import INSIDE, flat, shorter
 from paramlora.formats.parts import WITH, Held, Rows, Shapes, has_ratio, instance, parts_of
 
@@ -19,11 +20,13 @@ class Found:
         whole: the weight that it is, as it stands; None where only rows of it are meant.
         rows: what the file's own weight holds.
         held: by the name of a part, the model's weight that it lies in, and all that lies there.
+        turned: whether the model's weight is the transpose of the file's.
     """
 
     whole: Optional[str]
     rows: Rows = ()
     held: Mapping[str, tuple[str, Rows]] = field(default_factory=dict)
+    turned: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -57,8 +60,13 @@ class Places:
             for name, components in names:
                 found = _nearest(known.get(name, ()), components, where)
                 if found is not None:
-                    return found
+                    return replace(found, turned=self._is_turned(found))
         return None
+
+    def _is_turned(self, found: Found) -> bool:
+        start, name = _apart(found.whole or "")
+        beside = TURNED.get(name)
+        return beside is not None and any(p.startswith(f"{start}{beside}.") for p in self.shapes)
 
     @cached_property
     def others(self) -> Mapping[str, Found]:
@@ -127,6 +135,12 @@ def _far(one: _Known, nearest: Mapping[tuple[str, ...], _Known], exact: bool) ->
 
 def _meet(components: tuple[str, ...], known: _Known) -> bool:
     return not set(components).isdisjoint(known.components)
+
+
+def _apart(path: str) -> tuple[str, str]:
+    """What stands before the last name, with its dot, and that name."""
+    start, dot, name = path.rpartition(".")
+    return f"{start}{dot}", name
 
 
 def _without_wrappers(path: str) -> str:

@@ -10,9 +10,29 @@ from paramlora.formats.content import Content, number, parsed, report
 from paramlora.formats.pipeline import PARTS
 
 KEY = "paramlora_scales"
+_MOST_HEADED = 64  # alphas of a header, each of which is looked for in all names
 _HEADED = re.compile(r"(?:(?P<component>\w+)\.)?(?:lora_alpha|alpha|ss_network_alpha)")
 _RANK = ("None", "0", "0.0")  # sd-scripts' networks/lora.py takes these for the rank
 _EACH = "Dynamic"  # sd-scripts' word for one in each layer
+
+
+class Noted(float):
+    """An alpha that knows whether any scale was made of it.
+
+    Example:
+        >>> alpha = Noted(8.0)
+        >>> alpha.used, alpha / 4, alpha.used
+        (False, 2.0, True)
+    """
+
+    used = False
+
+    def __float__(self) -> float:
+        self.used = True
+        return super().__float__()
+
+    def __truediv__(self, other: float) -> float:
+        return float(self) / other
 
 
 def alpha_of(scale: float, r: int) -> float:
@@ -85,6 +105,8 @@ def headed(
     keys = {key: match for key in content.metadata if (match := _HEADED.fullmatch(key))}
     if given is not None or not keys or any(key.endswith(".alpha") for key in content.state):
         return {}
+    if len(keys) > _MOST_HEADED:
+        raise FileError(f"{content.source}: its header tells {len(keys)} alphas. Save it again.")
     known, found, lost = list(paths), dict[str, float](), []
     alone = len({match["component"] for match in keys.values()}) == 1
     for key, match in sorted(keys.items(), key=lambda item: item[1]["component"] or ""):

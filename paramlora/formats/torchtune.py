@@ -15,6 +15,7 @@ from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
 from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.loaders import of_state_dict
 from paramlora.formats.peft import alpha, by_pattern, check_config
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.update.value import Adapter, Update
@@ -107,6 +108,7 @@ FORMAT = Format(
     marks=(Mark(20, any_key(r".+\.lora_[ab]\.weight|.+\.experts\.lora_gate_a")),),
     read=read,
     write=write,
+    passed_over=of_state_dict,
     weights=("adapter_model.pt",),
     weights_rank=20,
     config="adapter_config.json",

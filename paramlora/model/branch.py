@@ -19,11 +19,12 @@ from paramlora.evaluate.convolution import (
     pointwise_of,
 )
 from paramlora.evaluate.dropout import dropped_branch
-from paramlora.evaluate.functional import cast_for_autocast, thin_pair
+from paramlora.evaluate.functional import cast_for_autocast, thin_pair, untold
 from paramlora.model.forwards import (
     beside_rows,
     convolved_rows,
     dropped_rows,
+    in_one_sum,
     padded_input,
     rows_first,
     scaling_of_rows,
@@ -31,6 +32,7 @@ from paramlora.model.forwards import (
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains, Site
 from paramlora.update.choice import Choice
+from paramlora.update.compat import recorded
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout
 from paramlora.update.init import initialise
@@ -39,6 +41,8 @@ from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 from paramlora.update.narrow import LINEAR, Stage, wide
 from paramlora.update.value import Value, refuse_two_kernels
+
+_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @register
@@ -204,6 +208,9 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     rows, updates = _rows_of(layer)
     if rows is not None:
         return output + _of_rows(layer, x, output, updates, rows) if updates else output
+    if updates and _rounds_first(layer, x, output, updates):
+        dropping = layer.training and any(update.dropout for update in updates)
+        return in_one_sum(layer, x, (layer.weight, updates, dropping))
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
             there = branch.factors()[0].device
@@ -212,6 +219,28 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             else:  # a device map moves the layer's input after this hook was given it
                 output = output + branch.branch(layer, x.to(there), output).to(output.device)
     return output
+
+
+def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> bool:
+    """Whether `output` is a plain layer's on a CPU, rounded to 16 bits: a small update added to it
+    would be lost, so that it is computed again, in the accumulator that the update shares."""
+    weight, hooks = layer._parameters.get("weight"), layer._forward_hooks
+    if not (output.is_cpu and output.dtype.itemsize == 2) or type(layer) not in _PLAIN_LAYERS:
+        return False
+    alike = {x.dtype, getattr(weight, "dtype", None)} == {output.dtype}
+    kinds = {type(x), type(output)} <= {Tensor, nn.Parameter} and type(weight) is nn.Parameter
+    if not (alike and kinds) or untold() or recorded() or "forward" in layer.__dict__:
+        return False
+    # what a hook before ours made of the output would be lost
+    first = next(iter(hooks.values())) is _add_branches and not _every_module_hooks()
+    whole = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
+    if not (first and whole) or any(update.kernel or update.served for update in updates):
+        return False
+    return all(update.factors()[0].is_cpu for update in updates)
+
+
+def _every_module_hooks() -> Any:
+    return getattr(nn.modules.module, "_global_forward_hooks", None)
 
 
 def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:

@@ -421,7 +421,12 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         y: Tensor
         y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
         return y
+    return _convolved(self, input, known)
+
+
+def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
     (weight, updates, dropping), bias = known, _bias(self)
+    y: Tensor
     if not updates:
         y = self._conv_forward(input, weight, bias)
         return y
@@ -439,6 +444,13 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         y = self._conv_forward(input, weight, bias)
         return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
+
+
+def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
+    """What a plain linear layer or convolution gives with such updates, as a hard one does."""
+    if isinstance(layer, nn.Linear):
+        return _product(layer, x, known, "matrix")
+    return _convolved(layer, x, known)
 
 
 def _inner(layer: Any) -> Any:

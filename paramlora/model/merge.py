@@ -171,7 +171,7 @@ def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -
     def named() -> Optional[Rounding]:
         if rounding is not None:
             module, name, _ = group[0][0]
-            rounding.path = stem(paths[id(module)], name) or name
+            rounding.start(stem(paths[id(module)], name) or name)
         return rounding
 
     return named

@@ -23,7 +23,7 @@ from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import by_rows, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import surely_left
-from paramlora.update.attached import AttachedUpdate
+from paramlora.update.attached import AttachedUpdate, Routes
 from paramlora.update.choice import Choice
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
@@ -252,9 +252,9 @@ def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
 
 
 def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]) -> None:
-    before = [(update, update.switch.rows) for update, _ in rows]
-    undo.append(lambda: _put(before))
-    _put(rows)
+    block = object()
+    undo.append(lambda: _put(rows, lambda open_, _: tuple(o for o in open_ if o[0] is not block)))
+    _put(rows, lambda open_, own: (*open_, (block, own)))
     for layer in model.modules():
         # torch's fused evaluation reads the layers' weights, where a hook keeps it from that
         if isinstance(layer, nn.TransformerEncoderLayer) and holds_updates(layer):
@@ -273,20 +273,36 @@ def _unhook(layer: nn.Module, hook: Callable[..., Any]) -> None:
         del hooks[key]
 
 
-def _put(rows: Sequence[tuple[AttachedUpdate, Optional[Choice]]]) -> None:
+def _put(
+    rows: Sequence[tuple[AttachedUpdate, Choice]],
+    change: Callable[[Routes, Choice], Routes],
+) -> None:
+    """Change the blocks that are open, whichever others have been opened or left meanwhile."""
     with one_by_one():
-        put([(update, update.switch.routed(own)) for update, own in rows])
+        now = [(update, update.switch, own) for update, own in rows]
+        put([(u, switch.routed(change(switch.routes, own))) for u, switch, own in now])
 
 
-def _replace(layer: nn.Module, forward: Callable[..., Any], undo: list[_Undo]) -> None:
+def _replace(layer: nn.Module, forward: Any, undo: list[_Undo]) -> None:
     """Give one layer another forward of its own, until it is left."""
     own = vars(layer)
-    before = own.get("forward")
-    if before is None:  # first: what stops the last line needs it
-        undo.append(lambda: own.pop("forward", None))
-    else:
-        undo.append(lambda: own.update(forward=before))
+    forward.before, forward.left = own.get("forward"), False
+    undo.append(partial(_restore, own, forward))  # first: what stops the next line needs it
     own["forward"] = forward
+
+
+def _restore(own: dict[str, Any], forward: Any) -> None:
+    """Put back what was there before a forward, of the blocks that are not left yet."""
+    forward.left = True
+    if own.get("forward") is not forward:
+        return
+    below: Any = forward.before
+    while getattr(below, "left", False):
+        below = getattr(below, "before", None)
+    if below is None:
+        del own["forward"]
+    else:
+        own["forward"] = below
 
 
 def _leave(undo: list[_Undo]) -> None:

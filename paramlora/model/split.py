@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Optional
 
 import torch
@@ -74,7 +75,7 @@ def by_rows(
         dim: of the rows, where the layer does not tell.
         groups: by adapter the indices of its rows, None: the base's.
     """
-    forward, places = layer.forward, _places(layer, dim)
+    forward, places = _unsplit(layer), _places(layer, dim)
     names, count = list(inspect.signature(forward).parameters), sum(map(len, groups.values()))
 
     def split(*args: Any, **kwargs: Any) -> Any:
@@ -97,6 +98,14 @@ def by_rows(
         return tuple(_joined(p, d, order) for p, d in zip(zip(*parts), places.results))
 
     return split
+
+
+def _unsplit(layer: nn.Module) -> Callable[..., Any]:
+    """A layer's forward below those that open blocks of `route` put in its place."""
+    forward: Any = layer.forward
+    while hasattr(forward, "before"):
+        forward = forward.before or MethodType(type(layer).forward, layer)
+    return forward  # type: ignore[no-any-return]
 
 
 def _taken(layer: Any, places: _Places, name: str, value: Any, rows: Tensor, count: int) -> Any:

@@ -41,10 +41,11 @@ class Switch:
         past: earlier gains and rows, each with the first sequence number of autograd that it did
             not see.
         rows: which rows of the batch it acts on, inside of `route`; None: on all.
+        routes: the blocks of `route` that are open, each with its rows; those of the last act.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads one attribute
-    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows")
+    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows", "routes")
 
     def __init__(
         self,
@@ -53,9 +54,10 @@ class Switch:
         muted: frozenset[object] = frozenset(),
         past: "tuple[_Past, ...]" = (),
         rows: Optional[Choice] = None,
+        routes: "Routes" = (),
     ) -> None:
         self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
-        self.rows = rows
+        self.rows, self.routes = routes[-1][1] if routes else rows, routes
         # the only branches in compiled code
         self.acts = strength != 0 and not muted
         self.fully = strength == 1 and not muted
@@ -73,12 +75,13 @@ class Switch:
             strength_changes()
             past = self._remembering()
         gain = gains.at(new, self.gain.device, self.gain.dtype)
-        return Switch(strength, gain, muted, past, self.rows)
+        return Switch(strength, gain, muted, past, self.rows, self.routes)
 
-    def routed(self, rows: Optional[Choice]) -> "Switch":
+    def routed(self, routes: "Routes") -> "Switch":
         """As strong on other rows, which remembers this one."""
         strength_changes()
-        return Switch(self.strength, self.gain, self.muted, self._remembering(), rows)
+        past = self._remembering()
+        return Switch(self.strength, self.gain, self.muted, past, routes=routes)
 
     def born(self) -> "Switch":
         """As if it had been off until now: what is computed again of an earlier forward is computed
@@ -112,6 +115,7 @@ class Switch:
         return Switch(self.strength, gain)
 
 
+Routes = tuple[tuple[object, Choice], ...]
 _Past = tuple[int, float, Optional[Choice]]
 _FORGOTTEN = (
     f"the strengths of the adapters changed more than {_REMEMBERED - 1} times between a "

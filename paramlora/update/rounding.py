@@ -1,5 +1,6 @@
 """How a sum comes into a weight's own type, and how much of its update that keeps."""
 
+import hashlib
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,14 +59,20 @@ class Rounding:
 
     Args:
         seed: round up or down at random, so that the mean of what is written is the sum; to the
-            nearest number where None. One seed gives one result.
-        path: of the tensor whose blocks come now, set by who merges.
+            nearest number where None. One seed gives one result, each tensor by numbers of its own.
+        path: of the tensor whose blocks come first (see `start`).
     """
 
     def __init__(self, seed: Optional[int] = None, path: str = "") -> None:
         self.seed, self.path = seed, path
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}
+
+    def start(self, path: str) -> None:
+        """Say whose blocks come now, from the first one on: also where they came half before."""
+        self.path = path
+        self._generators.clear()
+        self._sums = {key: sums for key, sums in self._sums.items() if key[0] != path}
 
     def __call__(self, total: Tensor, before: Tensor) -> Tensor:
         """A block of the sum in the type that it had before."""
@@ -79,7 +86,8 @@ class Rounding:
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             generator = torch.Generator(device)
-            self._generators[device] = generator.manual_seed(self.seed or 0)
+            digits = hashlib.sha256(f"{self.seed}\0{self.path}".encode()).digest()
+            self._generators[device] = generator.manual_seed(int.from_bytes(digits[:7], "little"))
         return self._generators[device]
 
     def _count(self, total: Tensor, before: Tensor, after: Tensor) -> None:

@@ -127,7 +127,7 @@ def test_a_difference_gives_the_merged_model_back(folder, capsys):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (("combine", "a.safetensors", "--how", "mean"), 'how "mean" is not known. Known: exact'),
+        (("combine", "a.safetensors", "--how", "mean"), '(--how) "mean" is not known. Known: '),
         (("combine", "a.safetensors", "--seed", "1"), '--seed is for "dare", and "exact" has no'),
         (("combine", "a.safetensors:x"), '"x" is no weight'),
         (("combine", "a.safetensors", "--how", "svd"), "give a rank (--rank), such as 16"),

@@ -370,7 +370,7 @@ def test_an_alpha_that_is_not_finite_is_refused(alpha, folder, capsys):
 
 def test_every_format_that_can_be_written_is_known(folder, capsys):
     code, _, err = run(capsys, "convert", "a.safetensors", "-o", "o", "--to", "pefft")
-    assert code == 2 and "Known: diffusers, kohya, litgpt, loralib, native, original," in err
+    assert code == 2 and "Known: comfyui, diffusers, kohya, litgpt, loralib, native, orig" in err
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])

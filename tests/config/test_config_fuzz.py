@@ -66,7 +66,7 @@ def told(error):
     assert text.isprintable() and len(text) <= 1000 and text.rstrip().endswith("."), text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(configs)
 def test_any_value_is_a_configuration_or_one_sentence(data):
     try:

@@ -19,6 +19,7 @@ from paramlora.cuda.device import Card
 from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
+from paramlora.cuda.operands import Operands
 from tests.cuda import interpreted
 
 NAMES = {
@@ -98,31 +99,31 @@ def factors(r, fan_in, out):
 
 def linear(rows, fan_in, out, r):
     x, weight, bias = (torch.empty(s).half() for s in ((rows, fan_in), (out, fan_in), (out,)))
-    y, kept = fused.forward(x, weight, bias, *factors(r, fan_in, out))
-    fused.backward(torch.empty_like(y), x, weight, kept, r, torch.ones(()), 1.0, True, True)
+    of = Operands(x, weight, bias, *factors(r, fan_in, out))
+    y, kept = fused.forward(of)
+    fused.backward(torch.empty_like(y), of, kept, 1.0, True, (True, True))
 
 
 def convolution(shape, weight, r):
     x, weight = torch.empty(shape).half(), torch.empty(weight).half()
-    a, b, scale = factors(r, weight[0].numel(), len(weight))
-    where = (1, 1), (1, 1), (1, 1)
-    y, t = joined.forward(x, weight, torch.empty(len(weight)).half(), a, b, scale, where)
-    joined.backward(torch.empty_like(y), x, weight, a, b, t, scale, True, True, True, where)
+    bias, where = torch.empty(len(weight)).half(), ((1, 1), (1, 1), (1, 1))
+    of = Operands(x, weight, bias, *factors(r, weight[0].numel(), len(weight)))
+    y, t = joined.forward(of, where)
+    joined.backward(torch.empty_like(y), of, t, True, (True, True), where)
 
 
 def single_channels(shape, kernel, r):
     x, weight = torch.empty(shape).half(), torch.empty(shape[1], 1, *kernel).half()
-    a, b, scale = factors(r, weight[0].numel(), len(weight))
     where = (1, 1), tuple(k // 2 for k in kernel), (1, 1)
-    y, total = depthwise.forward(x, weight, None, a, b, scale, where)
-    depthwise.backward(y, x, weight, a, b, scale, total, where, True, (True, True, True))
+    of = Operands(x, weight, None, *factors(r, weight[0].numel(), len(weight)))
+    y, total = depthwise.forward(of, where)
+    depthwise.backward(y, of, total, where, True, (True, True, True))
 
 
 def embedding(rows, num, dim, r):
-    a, b, scale = factors(r, num, dim)
-    y, kept = lookup.forward(
-        torch.zeros(rows, dtype=torch.int64), torch.empty(num, dim).half(), a, b, scale, -1, 1.0
-    )
+    indices, table = torch.zeros(rows, dtype=torch.int64), torch.empty(num, dim).half()
+    of = Operands(indices, table, None, *factors(r, num, dim))
+    y, kept = lookup.forward(of, -1, 1.0)
     lookup.backward(y, kept, r, True, True, True)
 
 

@@ -25,6 +25,7 @@ from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import kernels as linear_kernels
 from paramlora.cuda.linear import plan as fused
+from paramlora.cuda.operands import Operands, Wanted
 from paramlora.evaluate.convolution import convolution as convolved
 
 captured = False
@@ -73,8 +74,7 @@ def start_in_order():
 
 
 def stand_in_for_the_device():
-    for planned in (fused, joined, depthwise, lookup):
-        planned.cuda_device = lambda: -1
+    launch.cuda_device = lambda: -1
     torch.cuda.is_current_stream_capturing = lambda: captured
     mm = torch.mm  # which has no out_dtype on a CPU
     torch.mm = lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype))
@@ -147,10 +147,11 @@ def layer(name, fan_in, out, r, transposed, wanted):
     dy = torch.randn(*x.shape[:-1], out).half()
     dy = dy[:, :1].expand_as(dy) if name == "NCHW, pooled" else dy
     launched.clear()
-    y, kept = fused.forward(x, weight, bias, a, b, scale, 1.5, image)
-    got = [y, *fused.backward(dy, x, weight, kept, r, scale, 1.5, *wanted, image)]
+    of = Operands(x, weight, bias, a, b, scale)
+    y, kept = fused.forward(of, 1.5, image)
+    got = [y, *fused.backward(dy, of, kept, 1.5, True, wanted, image)]
     moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
-    again = fused.backward(dy, x, weight, moved, r, scale, 1.5, *wanted, image)
+    again = fused.backward(dy, of, moved, 1.5, True, wanted, image)
     assert all(p is q or torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
     leaves = [t.double().requires_grad_() for t in (x, a, b)]
     total = weight.double() + 1.5 * scale.double() * leaves[2] @ leaves[1]
@@ -191,14 +192,15 @@ def convolution(sizes, shape, r, stride, padding, dilation, last):
     bias, a = 9 * torch.randn(out).half(), torch.randn(r, fan_in) / fan_in**0.5
     b, scale = torch.randn(r, out).t() / r**0.5, torch.tensor(0.7)
     launched.clear()
-    y, t = joined.forward(x, weight, bias, a, b, scale, where)
+    of = Operands(x, weight, bias, a, b, scale)
+    y, t = joined.forward(of, where)
     dy = torch.randn(y.shape).half()
     dy = dy.to(memory_format=formats[n]) if "y" in last else dy
     dy = dy[:, :1].expand_as(dy) if "e" in last else dy
-    got = [y, *joined.backward(dy, x, weight, a, b, t, scale, True, True, True, where)]
+    got = [y, *joined.backward(dy, of, t, True, BOTH, where)]
     t = t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)  # as a hook on saved tensors may
-    alone = joined.backward(dy, x, weight, a, b, t, scale, True, False, True, where)
-    other = joined.backward(dy, x, weight, a, b, t, scale, True, True, False, where)
+    alone = joined.backward(dy, of, t, True, (False, True), where)
+    other = joined.backward(dy, of, t, True, (True, False), where)
     assert alone[0] is None and other[1] is None, "not wanted"
     again = (other[0], alone[1], other[2])
     assert all(torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
@@ -235,9 +237,10 @@ def depth(shape, kernel, r, stride, padding, dilation, last):
     bias, a = 9 * torch.randn(channels).half(), torch.randn(r, fan_in) / fan_in**0.5
     b, scale = torch.randn(r, channels).t() / r**0.5, torch.tensor(0.7)
     launched.clear()
-    y, total = depthwise.forward(x, weight, bias, a, b, scale, where)
+    of = Operands(x, weight, bias, a, b, scale)
+    y, total = depthwise.forward(of, where)
     dy = torch.randn(y.shape).half()
-    call = functools.partial(depthwise.backward, dy, x, weight, a, b, scale)
+    call = functools.partial(depthwise.backward, dy, of)
     got = call(total, where, True, (True, True, True))
     moved = total.new_empty(total.numel() + 1)[1:].view_as(total).copy_(total)
     alone = [call(moved, where, True, tuple(i == j for j in range(3))) for i in range(3)]
@@ -287,7 +290,7 @@ def look_up(shape, num, dim, r, padding, layout, wanted):
     weight, a, b = TABLES[layout](weight, torch.randn(r, num), torch.randn(dim, r) / r**0.5)
     scale, dy = torch.tensor(0.7), torch.randn(dim, *shape).half().movedim(0, -1)
     launched.clear()
-    y, kept = lookup.forward(rows, weight, a, b, scale, padding, 1.5)
+    y, kept = lookup.forward(Operands(rows, weight, None, a, b, scale), padding, 1.5)
     v, db = lookup.backward(dy, kept, r, True, *wanted)
     moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
     again = lookup.backward(dy, moved, r, True, *wanted)
@@ -336,7 +339,8 @@ def in_range(numbers, kind, scale_too):
     total = weight.double() + (leaves[3] * leaves[2] @ leaves[1]).reshape(shape)
     launched.clear()
     if kind == "linear":
-        y, kept = operators.forward(x, weight, None, a, b, scale, 0.5)
+        of = Operands(x, weight, None, a, b, scale)
+        y, kept = operators.forward(of, 0.5)
         total = weight.double() + 0.5 * leaves[3] * leaves[2] @ leaves[1]
         want = leaves[0] @ total.T
     elif kind == "convolution":
@@ -346,18 +350,17 @@ def in_range(numbers, kind, scale_too):
     else:
         rows = torch.randint(40, (33,))
         table = weight.t().contiguous()
-        y, kept = operators.look_up(rows, table, a, b, scale, -1, 0.5)
+        of = Operands(rows, table, None, a, b, scale)
+        y, kept = operators.look_up(of, -1, 0.5)
         want = (table.double() + 0.5 * (leaves[3] * leaves[2] @ leaves[1]).T)[rows]
     dy = (gradient * torch.randn(y.shape)).half()
+    wanted = Wanted(True, False, False, True, True, scale_too)
     if kind == "linear":
-        wanted = (True, True, scale_too)
-        got = operators.backward(dy, x, weight, a, b, scale, 0.5, kept, wanted)
+        got = operators.backward(dy, of, 0.5, kept, wanted)
     elif kind == "convolution":
         got = torch.autograd.grad(y, leaf if scale_too else leaf[:3], dy)
     else:
-        got = (x, *operators.look_up_backward(
-            dy, rows, a, b, scale, -1, 0.5, kept, (True, True, scale_too)
-        ))  # fmt: skip
+        got = (x, *operators.look_up_backward(dy, of, -1, 0.5, kept, wanted))
     true = torch.autograd.grad(want, leaves, dy.double(), allow_unused=True)
     named = [("y", y, want), *zip(("x", "A", "B"), got, true)]
     errors = {key: error(mine, real) for key, mine, real in named if mine.numel()}

@@ -593,7 +593,7 @@ def test_an_embedding_of_no_rows_and_one_that_torch_refuses():
     weight, a, b, scale = values
     with pytest.raises(RuntimeError, match="shape|size|mat2"):
         functional.embedding(rows, weight, a, b[:39], scale)
-    assert not functional.looks_up(rows, weight, a[:, :8], b, scale, None)
+    assert not served.looks_up(served.Operands(rows, weight, None, a[:, :8], b, scale), None)
     for at in range(3):
         moved = [v.cpu() if i == at else v for i, v in enumerate(values)]
         with pytest.raises(RuntimeError, match="device"):
@@ -610,7 +610,8 @@ from paramlora.cuda import operands
 from paramlora.evaluate import functional
 weight, a, b = (torch.ones(s, device="cuda") for s in ((9, 40), (8, 9), (40, 8)))
 rows, scale = torch.tensor([0, 8, {index}], device="cuda"), torch.ones((), device="cuda")
-assert operands.looks_up(rows, weight.half(), a, b, scale, None)
+of = operands.Operands(rows, weight.half(), None, a, b, scale)
+assert operands.looks_up(of, None)
 functional.embedding(rows, weight.half(), a, b, scale)
 torch.cuda.synchronize()
 """

@@ -62,8 +62,8 @@ def answers(x):
     return (
         served.served(x),
         served.has_kernel(x, weight),
-        served.looks_up(rows, weight, a, b, scale, None),
-        served.is_depthwise(image, taps, None, down, up, scale, where, 8),
+        served.looks_up(served.Operands(rows, weight, None, a, b, scale), None),
+        served.is_depthwise(served.Operands(image, taps, None, down, up, scale), where, 8),
     )
 
 

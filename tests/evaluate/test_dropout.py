@@ -120,6 +120,44 @@ def test_convolutions_keep_a_small_update_in_16_bits(dtype, groups):
         assert 0.95 < share < 1.05
 
 
+@pytest.mark.parametrize("rate", (0.0, 0.1))
+@pytest.mark.parametrize("kind", ("linear", "conv2d"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_soft_update_is_kept_in_16_bits(dtype, kind, rate):
+    """Of the output and of the input's gradient, on a plain layer: not added after its rounding."""
+    torch.manual_seed(0)
+    make, shape = {
+        "linear": (lambda: nn.Linear(256, 128), (64, 256)),
+        "conv2d": (lambda: nn.Conv2d(32, 32, 3, padding=1), (2, 32, 12, 12)),
+    }[kind]
+    plain, x = make(), torch.randn(shape).to(dtype).requires_grad_()
+    weight = plain.weight.detach()
+    model, found = adapted(plain, (rate,), hard=0).to(dtype), []
+    (low,) = (update for _, _, update in lowranks(model))
+    size = low.lora_B @ low.lora_A * low.lora_scale
+    low.lora_B.data *= 1e-3 * weight.norm() / size.norm()
+    delta = (low.lora_B @ low.lora_A * low.lora_scale).detach().double().view(weight.shape)
+    dy = torch.randn(model(x).shape).to(dtype)
+    for _ in range(2):
+        torch.manual_seed(1)
+        y = model(x)
+        found.append((y, torch.autograd.grad(y, x, dy)[0]))
+        low.lora_B.data.zero_()
+    torch.manual_seed(1)
+    mask = 1.0
+    if rate:
+        mask = masked(torch.ones(x.shape), drops_for(x, (rate,), (2,)), 0) / (1 - rate)
+    seen = x.detach().double().requires_grad_()
+    if kind == "linear":
+        change = nn.functional.linear(seen * mask, delta)
+    else:
+        change = nn.functional.conv2d(seen * mask, delta, padding=1)
+    (back,) = torch.autograd.grad(change, seen, dy.double())
+    for got, none, want in zip(*found, (change, back)):
+        share = ((got.double() - none.double()) * want).sum() / want.square().sum()
+        assert 0.95 < share < 1.05
+
+
 def test_the_mean_over_masks_is_the_update_without_dropout():
     torch.manual_seed(0)
     model, x = adapted(nn.Linear(12, 8).double(), (0.4,)), torch.randn(3, 12).double()

@@ -425,6 +425,51 @@ def listening(path):
     os.chdir(place)
 
 
+def names_of_every_table(path):
+    names = (n.replace("*", str(i)) for n in TABLE_NAMES for i in range(1_500))
+    path.write_bytes(safe(pairs(names, ".lora_A.weight", ".lora_B.weight")))
+
+
+def levels_without_end(path):
+    levels = "_orig_mod.module.base_model.model.model.text_model." * 400
+    names = [f"{levels}{i}.a" for i in range(20)] + [f"{'lora_te_' * 2_000}{i}" for i in range(20)]
+    path.write_bytes(safe(pairs(names)))
+
+
+def alphas_in_the_header(path):
+    about = {f"part{i}.lora_alpha": "8" for i in range(50_000)}
+    path.write_bytes(safe(pairs(["a"]), about))
+
+
+def an_alpha_of_many_digits_in_the_header(path):
+    path.write_bytes(safe(pairs(["a"]), {"lora_alpha": "9" * 100_000}))
+
+
+def a_base_of_every_table(path):
+    path.write_bytes(
+        safe({n.replace("*", str(i)): (12, 6) for n in TABLE_NAMES for i in range(99)})
+    )
+
+
+def a_base_of_stacks_without_end(path):
+    stacks = {f"layers.{i}.mlp.experts.{n}": (1 << 40, 0, 6) for i in range(50) for n in STACKS}
+    path.write_bytes(safe(stacks))
+
+
+def a_base_of_blocks_without_end(path):
+    names = [f"{side}_blocks.{n}.resnets.{n}.conv1" for side in ("down", "up") for n in NUMBERS]
+    path.write_bytes(safe({f"{n}.weight": (4, 6) for n in (*names, "input_blocks.999999999.0.op")}))
+
+
+TABLE_NAMES = (
+    "double_blocks.*.img_attn.qkv single_blocks.*.linear1 transformer_blocks.*.attn.to_q "
+    "blocks.*.self_attn.q layers.*.attention.qkv joint_blocks.*.x_block.attn.qkv "
+    "model.layers.*.mlp.experts.0.gate_proj transformer.resblocks.*.attn.in_proj_weight"
+).split()
+STACKS = ("gate_up_proj", "down_proj")
+NUMBERS = (0, 1, 999_999_999, 10**30)
+
+
 def fifo_as_shard(path):
     path.mkdir()
     os.mkfifo(path / "a.safetensors")
@@ -645,6 +690,8 @@ FEW |= dict.fromkeys(
 )
 FEW |= {"our_own_patterns": ("command", "merge of"), "names_that_print": ("command", "merge of")}
 FEW |= {"index_of_values": ("merge of",), "many_updates_of_one_sum": ("extract",)}
+FEW |= {"names_of_every_table": ("load", "kohya")}
+FEW |= dict.fromkeys([name for name in CASES if name.startswith("a_base_of")], ("as base",))
 _ENDING = {"fifo": ".pt", "zero": ".pt", "listening": ".safetensors"}
 
 
@@ -691,7 +738,17 @@ def actions(paramlora, out):
 
         return one
 
+    names = out / "names.safetensors"
+    stems = [n.replace("*", str(i)).replace(".", "_") for n in TABLE_NAMES for i in range(9)]
+    ends = (".lora_down.weight", ".lora_up.weight")
+    names.write_bytes(safe({f"lora_unet_{n}{end}": (4, 4) for n in stems for end in ends}))
+
+    def as_base(path):
+        options = formats.Options(strict=False)
+        interchange.read_adapter(names, interchange.base_of_file(path), options)
+
     return {
+        "as base": as_base,
         "load": load,
         "merge onto": lambda path: files.merge(
             safe_base, [path], out / "m.safetensors", force=True
@@ -730,7 +787,7 @@ def read(place):
     for name in CASES:
         path = found(place, name)
         inside = sorted(path.iterdir()) if path.is_dir() and not is_one(path) else [path]
-        verbs = FEW.get(name, done)
+        verbs = FEW.get(name, [verb for verb in done if verb != "as base"])
         for one, verb in itertools.product(inside, verbs):
             resident.restart()
             begun = time.process_time()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import foreign
 import pytest
@@ -211,7 +212,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path):
     with pytest.raises(FileError, match="exists"):
         interchange.convert(path, out, "peft")
     interchange.convert(path, out, "peft", force=True)
-    with pytest.raises(FileError, match='"toml" cannot be written. Known: diffusers'):
+    with pytest.raises(FileError, match='"toml" cannot be written. Known: comfyui'):
         interchange.convert(path, tmp_path / "other", "toml")
 
 
@@ -314,3 +315,28 @@ def test_our_own_file_begins_at_zero_but_is_finite(tmp_path, recwarn):
     save_file(state, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(FileError, match="not finite: linear.lora_A"):
         paramlora.load_adapter(foreign.model(), tmp_path / "bad.safetensors")
+
+
+def test_a_file_is_interpreted_once_with_an_alpha_too(tmp_path):
+    """The check that an alpha says something reads nothing again."""
+    form, seen = formats.unregister("kohya"), []
+
+    def read(content, base, options):
+        seen.append(options.alpha)
+        return form.read(content, base, options)
+
+    state = {"lora_unet_q.lora_down.weight": torch.ones(2, 6)}
+    state |= {"lora_unet_q.lora_up.weight": torch.ones(4, 2)}
+    save_file(state, tmp_path / "bare.safetensors")
+    save_file({**state, "lora_unet_q.alpha": torch.ones(())}, tmp_path / "told.safetensors")
+    formats.register(replace(form, read=read))
+    try:
+        options = formats.Options(alpha=3.0)
+        found = interchange.read_adapter(tmp_path / "bare.safetensors", options=options).updates
+        assert found["lora_unet_q"].scale == 1.5 and type(found["lora_unet_q"].scale) is float
+        with pytest.raises(FileError, match="told.safetensors: alpha = 3 says nothing to it"):
+            interchange.read_adapter(tmp_path / "told.safetensors", options=options)
+        assert seen == [3.0, 3.0]
+    finally:
+        formats.unregister("kohya")
+        formats.register(form)

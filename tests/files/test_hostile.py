@@ -312,11 +312,10 @@ def test_numbers_that_are_not_finite(bad, tmp_path):
     spoil(tmp_path / "adapter.safetensors", "a.lora_A", a)  # no writer of ours would
     safetensors.torch.save_file(STATE, path)
     out = tmp_path / "out.safetensors"
-    with pytest.raises(AdapterError, match="a.lora_A: not finite. Nothing was merged"):
+    told = "adapter.safetensors: not finite: a.lora_A. It was damaged .* give a sound copy"
+    with pytest.raises(FileError, match=told):
         files.merge(path, [tmp_path / "adapter.safetensors"], out)
-    with pytest.raises(
-        AdapterError, match="a.lora_A: not finite in torch.float32. Nothing was emb"
-    ):
+    with pytest.raises(FileError, match=told):
         files.embed(path, tmp_path / "adapter.safetensors", tmp_path / "in.safetensors")
     files.embed(path, sound, tmp_path / "in.safetensors")
     spoil(tmp_path / "in.safetensors", "a.parametrizations.weight.0.lora_A", a)

@@ -191,6 +191,78 @@ def test_a_whole_pipeline_in_one_pass(parts, pipeline, tmp_path, to):
         equal(type(model).from_pretrained(tmp_path / "out" / name).state_dict(), after[name])
 
 
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "native"])
+def test_an_adapter_is_put_into_a_whole_pipeline_and_taken_out(parts, pipeline, tmp_path, to):
+    states, adapter = parts
+    inside, out = tmp_path / "inside", tmp_path / "out.safetensors"
+    done = files.embed(pipeline, tmp_path / f"{to}.safetensors", inside)
+    assert done.updates == len(adapter.updates) and (inside / "tokenizer" / "vocab.json").exists()
+    after = wanted(states, adapter)
+    for name, model in {"unet": unet(), "text_encoder": clip()}.items():
+        own = {
+            p.split(".", 1)[1]: u for p, u in adapter.updates.items() if p.startswith(f"{name}.")
+        }
+        paramlora.attach(model, {path: {"r": 2, "scale": 0.7} for path in own})
+        (weights,) = (inside / name).glob("*.safetensors")
+        model.load_state_dict(safetensors.torch.load_file(weights))
+        equal(paramlora.merge(model).state_dict(), after[name])
+    files.merge(inside, [], tmp_path / "merged")
+    for name, model in {"unet": unet(), "text_encoder": clip()}.items():
+        equal(type(model).from_pretrained(tmp_path / "merged" / name).state_dict(), after[name])
+    assert files.extract(inside, out, to).updates == len(adapter.updates)
+    files.merge(pipeline, [out], tmp_path / "again")
+    found = files.base_of_file(tmp_path / "again" / "unet")
+    assert found.keys() == files.base_of_file(pipeline / "unet").keys()
+    alone = files.extract(inside, tmp_path / "alone", "peft", component="text_encoder")
+    assert alone.updates == sum(path.startswith("text_encoder.") for path in adapter.updates)
+
+
+def test_parts_whose_names_the_pipeline_tells_become_one_file_of_comfyui(
+    parts, pipeline, tmp_path, capsys
+):
+    """Onto the all-in-one checkpoint, where ComfyUI's names are the published ones."""
+    from paramlora.cli import main
+
+    states, adapter = parts
+    order = []
+    for name, prefix in (("unet", "lora_unet"), ("text_encoder", "lora_te")):
+        own = {p: u for p, u in adapter.updates.items() if p.startswith(f"{name}.")}
+        files.write_adapter(Adapter(own), tmp_path / f"{name}.safetensors", "kohya", prefix=prefix)
+        order += ["--component", f"{name}={tmp_path}/{name}.safetensors"]
+    out = tmp_path / "comfy.safetensors"
+    order = ["convert", *order, "--to", "comfyui", "-o", str(out)]
+    with pytest.raises(SystemExit) as stop:
+        main([*order, "--base", str(pipeline / "unet")])
+    assert stop.value.code == 2
+    assert "unet: a part of which the base has no weight; its names be" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*order, "--base", str(pipeline)])
+    assert stop.value.code == 0, capsys.readouterr().err
+    names = {key.split(".")[0] for key in safetensors.torch.load_file(out)}
+    assert names == {"diffusion_model", "text_encoders"}
+    whole = all_in_one(states)
+    safetensors.torch.save_file(whole, tmp_path / "base.safetensors")
+    files.merge(tmp_path / "base.safetensors", [out], tmp_path / "merged.safetensors")
+    after = wanted(states, adapter)
+    found = safetensors.torch.load_file(tmp_path / "merged.safetensors")
+    equal(found, all_in_one({name: dict(own) for name, own in after.items()}))
+    files.merge(pipeline, [out], tmp_path / "again")
+    for key, model in {"unet": unet(), "text_encoder": clip()}.items():
+        equal(type(model).from_pretrained(tmp_path / "again" / key).state_dict(), after[key])
+
+
+def test_a_pipeline_with_nothing_inside_and_a_part_that_it_lacks(pipeline, parts, tmp_path):
+    _, adapter = parts
+    with pytest.raises(AdapterError, match="no update is inside|nothing"):
+        files.extract(pipeline, tmp_path / "out.safetensors")
+    files.embed(pipeline, adapter, tmp_path / "inside")
+    with pytest.raises(FileError, match="it has no part prior. Its names begin with text_enc"):
+        files.extract(tmp_path / "inside", tmp_path / "out.safetensors", component="prior")
+    with pytest.raises(FileError, match="a pipeline is a folder of models. Give a name of a"):
+        files.embed(pipeline, adapter, tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
 def test_a_pipeline_is_replaced_by_force_and_loses_nothing(parts, pipeline, tmp_path):
     _, adapter = parts
     with pytest.raises(FileError, match="exists"):
@@ -265,5 +337,5 @@ def test_no_more_is_asked_of_a_folder_than_one_meaning(tmp_path):
         safetensors.torch.save_file(
             state_of(nn.Linear(2, 2)), tmp_path / "base" / f"{name}.safetensors"
         )
-    with pytest.raises(FileError, match="or one file of weights, and has none"):
+    with pytest.raises(FileError, match="or one file of weights, and has a.safetensors, b"):
         files.merge(tmp_path / "base", [Adapter({})], tmp_path / "out")

@@ -9,7 +9,7 @@ from torch import nn
 
 import paramlora
 from paramlora.cli import main
-from paramlora.files.served import MOST_RANK
+from paramlora.formats.vllm import MOST_RANK
 
 
 class Experts(nn.Module):

@@ -46,8 +46,8 @@ def read(content, **options):
         return formats.read(content, BASE, Options(**options))
 
 
-MIXED = "diffusers kohya peft original".split()
-UNIFORM = [*MIXED, "litgpt", "torchtune"]
+MIXED = "comfyui diffusers kohya peft original".split()
+UNIFORM = [*MIXED, "litgpt", "torchtune", "vllm"]
 # alphas that other tools divide by the rank: most are not exact in floating point
 ODD = st.floats(1e-3, 1e3, allow_nan=False) | st.sampled_from([0.1, 1 / 3, 0.7, 2.0, 1.0])
 
@@ -94,7 +94,8 @@ def test_a_changed_alpha_wins_over_the_recorded_scale():
 def test_names_are_told_by_content():
     for name in formats.WRITERS:
         content = formats.write(adapter(scales=(1.0,) * 3), name)
-        assert formats.detect(Content(content.state, content.metadata)) in (name, "loralib")
+        told = formats.FORMATS[name].like or name
+        assert formats.detect(Content(content.state, content.metadata)) in (told, "loralib")
     for outer in ("state_dict", "model"):
         state = formats.write(adapter(), "original").state
         nested = Content({f"{outer}.{key}": value for key, value in state.items()})
@@ -329,10 +330,10 @@ def test_values_that_are_not_finite_or_all_zero(name):
     content = formats.write(first, name)
     key = next(k for k in content.state if "head" in k and not k.endswith(("alpha", "scale")))
     bad = Content({**content.state, key: content.state[key] * math.nan}, {}, content.config)
-    with pytest.raises(FileError, match=r"not finite: (lora_unet_)?head.lora_A"):
+    with pytest.raises(FileError, match=r"not finite: (lora_unet_|diffusion_model.)?head.lora_A"):
         read(bad)
     zero = Content({**content.state, key: content.state[key] * 0}, {}, content.config)
-    with pytest.warns(ParamloraWarning, match="all zero, so without effect: (lora_unet_)?head"):
+    with pytest.warns(ParamloraWarning, match="all zero, so without effect: .*head"):
         formats.read(zero, BASE, Options(alpha=2.0))
 
 
@@ -361,16 +362,19 @@ def test_a_grouped_convolution_of_peft_that_no_weight_equals():
         formats.read(Content(state, {}, config), base)
 
 
+TOOLS = "comfyui diffusers kohya litgpt peft torchtune vllm"
+
+
 def kinds():
     """One update of each kind of layer, with the formats that hold it."""
     torch.manual_seed(0)
     a, b, e = torch.randn(2, 6), torch.randn(4, 2), torch.randn(3, 2, 6)
-    yield Update(a, b, 0.7, (4, 6), kind="linear"), "diffusers kohya litgpt peft original torchtune"
-    yield Update(a, b, 0.7, (4, 3, 2), kind="convolution"), "diffusers peft"
-    yield Update(a, b, 0.7, (4, 6, 1, 1), kind="convolution"), "diffusers kohya peft"
-    yield Update(a, b, 0.7, (4, 6, 1, 1, 1), kind="convolution"), "diffusers peft"
-    yield Update(a, b, 1.0, (6, 4), "transposed", kind="embedding"), "loralib peft"
-    yield Update(a, b, 0.7, (6, 4), "transposed", kind="linear"), "peft"
+    yield Update(a, b, 0.7, (4, 6), kind="linear"), f"{TOOLS} original"
+    yield Update(a, b, 0.7, (4, 3, 2), kind="convolution"), "comfyui diffusers peft"
+    yield Update(a, b, 0.7, (4, 6, 1, 1), kind="convolution"), "comfyui diffusers kohya peft"
+    yield Update(a, b, 0.7, (4, 6, 1, 1, 1), kind="convolution"), "comfyui diffusers peft"
+    yield Update(a, b, 1.0, (6, 4), "transposed", kind="embedding"), "loralib peft vllm"
+    yield Update(a, b, 0.7, (6, 4), "transposed", kind="linear"), "peft vllm"
     yield Update(a, b, 0.7, (6, 4, 1, 1), "transposed", kind="ConvTranspose2d"), ""
     yield Update(a, b, 0.7, (4, 6), kind="parameter"), "peft"
     yield Update(e, e.mT, 0.7, (3, 6, 6), "stack", kind="parameter"), "peft"
@@ -404,6 +408,11 @@ def test_formats_of_one_rank_and_scale_name_the_layer_that_differs(name):
 @pytest.mark.parametrize("name", sorted(formats.WRITERS))
 def test_whole_tensors_are_never_left_out(name):
     more = Adapter(adapter(scales=(1.0,) * 3).updates, whole={"norm": torch.ones(3)})
+    if formats.FORMATS[name].whole:
+        content = formats.write(more, name)
+        (held,) = (tensor for key, tensor in content.state.items() if "norm" in key)
+        assert held is more.whole["norm"] and content.config["modules_to_save"] == ["norm"]
+        return
     with pytest.raises(FileError, match="norm: whole tensors beside the updates"):
         formats.write(more, name)
 

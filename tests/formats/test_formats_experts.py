@@ -179,11 +179,17 @@ def test_rows_that_do_not_fit(change, text):
         formats.read(lora(slots)[0], SPLIT)
 
 
-def test_a_part_twice_is_refused():
-    content, _ = lora(SPLIT | FUSED)
-    for base in (SPLIT, FUSED):
-        with pytest.raises(FileError, match="is a second update of model.layers.0.self_attn"):
-            formats.read(content, base)
+@pytest.mark.parametrize("base", [SPLIT, FUSED])
+def test_a_fused_projection_and_its_parts_in_one_file_add_up(base):
+    content, want = lora(SPLIT | FUSED)
+    found = formats.read(content, base).updates
+    assert found.keys() == base.keys()
+    for whole, parts in ROWS.items():
+        own = [f"model.layers.0.{one}" for one in (parts if base is SPLIT else [whole])]
+        both = torch.cat([found[path].delta() for path in own])
+        summed = torch.cat([want[f"model.layers.0.{part}"] for part in parts])
+        summed += want[f"model.layers.0.{whole}"]
+        torch.testing.assert_close(both, summed, rtol=1e-12, atol=1e-12)
 
 
 def test_a_converted_file_has_the_names_of_the_model(tmp_path):

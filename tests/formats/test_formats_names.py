@@ -729,3 +729,53 @@ def test_what_a_checkpoint_stands_for_is_no_part_of_kohyas_names(name):
     stems = {f"lora_unet_{p[22:].replace('.', '_')}" for p in original}
     assert {key.partition(".")[0] for key in content.state} == stems
     same(formats.read(content, slots).updates, {p: delta(f, 2.0) for p, f in factors.items()})
+
+
+@pytest.mark.parametrize("fused_model", [True, False])
+def test_a_file_with_a_fused_update_and_those_of_its_parts_means_the_sum(fused_model):
+    """As ComfyUI adds them: one patch of the whole weight, and one of some of its rows."""
+    stem = "double_blocks.0.img_attn.qkv" if fused_model else "transformer_blocks.0.attn.to_{}"
+    parts = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"]
+    rows = {"double_blocks.0.img_attn.qkv": 12, **dict.fromkeys(parts, 4)}
+    factors = pairs_of(rows)
+    names = [stem] if fused_model else [stem.format(n) for n in "qkv"]
+    slots = {n: Slot((12 if fused_model else 4, 6), "matrix", "linear") for n in names}
+    file = file_of(factors, "diffusion_model.", alpha=3.0)
+    file.state["diffusion_model.transformer_blocks.0.attn.to_k.alpha"].fill_(6.0)
+    want = delta(factors["double_blocks.0.img_attn.qkv"], 1.0)
+    want[:4] += delta(factors[parts[0]], 1.0)
+    want[4:8] += delta(factors[parts[1]], 2.0)
+    found = formats.read(file, slots).updates
+    whole = torch.cat([found[name].delta() for name in names])
+    torch.testing.assert_close(whole, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_same_rows_twice_are_refused_still():
+    factors = pairs_of({"blocks.0.self_attn.q": 4, "blocks.0.attn1.to_q": 4})
+    slots = {"blocks.0.attn1.to_q": Slot((4, 6), "matrix", "linear")}
+    with pytest.raises(FileError, match="second update of blocks.0.attn1.to_q. Choose one part"):
+        formats.read(file_of(factors, ""), slots)
+
+
+@pytest.mark.parametrize(
+    "style", ["lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer."]
+)
+def test_open_clips_projection_is_the_transpose_of_transformers(style):
+    """Through diffusers' converter of the sum; the parameter is [in, out], the weight [out, in]."""
+    start = "conditioner.embedders.1.model."
+    shapes = {f"{start}text_projection": (6, 5)}
+    shapes |= {f"{start}transformer.resblocks.0.mlp.c_fc.weight": (6, 6)}
+    factors = pairs_of({"text_projection": 5})
+    content = file_of({f"{style}text_projection": factors["text_projection"]}, "")
+    found = formats.read(content, formats.base_of_shapes(shapes)).updates
+    whole = {k: torch.zeros(s).double() for k, s in shapes.items()}
+    assert list(found) == [f"{start}text_projection"]
+    whole[f"{start}text_projection"] = found[f"{start}text_projection"].delta()
+    theirs = single.convert_open_clip_checkpoint(clip(), whole, prefix=start)
+    want = delta(factors["text_projection"], 2.0)
+    torch.testing.assert_close(theirs["text_projection.weight"], want)
+    own = {"text_encoder_2.text_projection": Slot((5, 6), "matrix", "linear")}
+    same(
+        formats.read(content, own).updates,
+        {"text_encoder_2.text_projection": want},
+    )

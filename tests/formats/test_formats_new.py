@@ -159,12 +159,12 @@ def test_the_command_line_lists_and_writes_it(capsys, tmp_path, native, mine):
     assert (code, said) == (0, f"converted 2 updates into {out}, as mine")
     assert "low/0@d" in load_file(out / "mine.safetensors")
     code, _, said = run("convert", native, "-o", out, "--to", "peft", "--prefix", "x", "--force")
-    assert code == 2 and "--prefix is for mine and kohya and diffusers, not for peft" in said
+    assert code == 2 and "is for mine and kohya and diffusers and comfyui, not for peft" in said
     assert "format: mine" in run("inspect", out)[1]
     formats.unregister("mine")
     assert "mine" not in run("convert", "--help")[1]
     code, _, said = run("convert", native, "-o", tmp_path / "x", "--to", "mine")
-    assert code == 2 and '"mine" cannot be written. Known: diffusers, kohya, litgpt,' in said
+    assert code == 2 and '"mine" cannot be written. Known: comfyui, diffusers, kohya, ' in said
     with pytest.raises(FileError, match="no adapter format that is known. Its first keys: low/0@d"):
         interchange.read_adapter(out)
     formats.register(mine)
@@ -197,7 +197,7 @@ def test_a_file_in_the_folder_is_all_that_a_format_takes(tmp_path, native):
 def test_a_name_is_taken_once(mine):
     with pytest.raises(FileError, match='a format "mine" is known already. Unregister it first'):
         formats.register(value())
-    with pytest.raises(FileError, match='no format "yours" is known. Known: cloneofsimo, diffuser'):
+    with pytest.raises(FileError, match='no format "yours" is known. Known: cloneofsimo, comfyui'):
         formats.unregister("yours")
 
 

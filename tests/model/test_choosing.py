@@ -325,6 +325,16 @@ def test_all_linear_is_pefts(name):
     assert sorted(ours) == sorted(path.removeprefix("base_model.model.") for path in at)
 
 
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel"])
+def test_all_linear_is_pefts_in_diffusers_too(name):
+    peft = pytest.importorskip("peft")
+    model = diffusers_model(name)
+    (ours,) = chosen(model, {"all-linear": R}).values()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear", r=1), model)
+    wrapped = peft.tuners.lora.LoraLayer
+    assert set(ours) == {path for path, one in model.named_modules() if isinstance(one, wrapped)}
+
+
 def diffusers_model(name):
     diffusers = pytest.importorskip("diffusers")
     if name == "UNet2DConditionModel":
@@ -375,3 +385,23 @@ def test_the_attention_of_diffusers(name, told):
     said = {part for part in grouped(paths).split("; ")}
     words = lambda parts: {frozenset(p.replace(",", "").split()) for p in parts}  # noqa: E731
     assert words(said) == words(told.split("; "))
+
+
+def test_a_file_holds_what_was_chosen_under_the_layers_names(tmp_path):
+    """Also where those are words that mean something else in a configuration."""
+
+    def made():
+        torch.manual_seed(0)
+        names = ("exclude", "attention", "all-linear", "type:Linear")
+        return nn.ModuleDict({name: nn.Linear(3, 3) for name in names}).double()
+
+    model = paramlora.attach(made(), {"type:Linear": {"r": 2}, "exclude": ["re:type.*"]})
+    with torch.no_grad():
+        for parameter in paramlora.trainable_parameters(model):
+            parameter.normal_()
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    again = paramlora.load_adapter(made(), tmp_path / "a.safetensors")
+    assert [row.path for row in paramlora.summary(again).rows] == list(made())[:3]
+    for name, layer in made().items():
+        assert torch.equal(again[name].weight, model[name].weight)
+        assert torch.equal(again[name].weight, layer.weight) == (name == "type:Linear")

@@ -602,3 +602,32 @@ def test_who_reads_a_weight_inside_is_told():
             paramlora.attach(model, {"0": {"r": 1}}, "late")
         assert "strength" in repr(model) and paramlora.summary(model).rows
     paramlora.merge(model)
+
+
+@pytest.mark.parametrize("layer", ["linear", "attention"])
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_blocks_are_left_in_any_order(layer, leaves):
+    """The rows of the last block that is open act, as with both left in turn; then none do."""
+    torch.manual_seed(0)
+    if layer == "linear":
+        plain, names, inputs = nn.Sequential(nn.Linear(4, 3)).double(), ["0"], 1
+    else:
+        plain = nn.MultiheadAttention(4, 2, batch_first=True).double()
+        names, inputs = ["in_proj_weight"], 3
+    model = adapted(copy.deepcopy(plain), names)
+    x = (torch.randn(2, 5, 4, dtype=torch.float64),) * inputs
+    rows = (["a", "b"], ["b", None])
+
+    def alone(own):
+        each = [one_row(plain, model, n, *(t[i : i + 1] for t in x)) for i, n in enumerate(own)]
+        return torch.cat([first(y) for y in each])
+
+    whole, base = first(model(*x)), set(vars(model))
+    blocks = [paramlora.route(model, own) for own in rows]
+    for block, own in zip(blocks, rows):
+        block.__enter__()
+        torch.testing.assert_close(first(model(*x)), alone(own), rtol=1e-10, atol=1e-10)
+    blocks[leaves].__exit__(None, None, None)
+    torch.testing.assert_close(first(model(*x)), alone(rows[1 - leaves]), rtol=1e-10, atol=1e-10)
+    blocks[1 - leaves].__exit__(None, None, None)
+    assert torch.equal(first(model(*x)), whole) and set(vars(model)) == base

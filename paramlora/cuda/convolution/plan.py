@@ -1,8 +1,8 @@
 """Forward and backward of a 16-bit convolution on CUDA: cuDNN's convolutions, and between them the
 kernels of `kernels`; imported only there.
 
-As in `fused`, all but the tensors is planned once for each kind of operands. A signal is an image
-of one row.
+As in `linear.plan`, all but the tensors is planned once for each kind of operands. A signal is an
+image of one row.
 """
 
 import math
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, bound, changed
+from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
-from paramlora.cuda.operands import DEEP, factors_fit, outputs_of, padded
-from paramlora.update.compat import cuda_device
+from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded
 
 _Maybe = Optional[Tensor]
 _Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
@@ -131,9 +130,8 @@ def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
 class _Forward:
     """The plan of a forward: two convolutions between two or three launches."""
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, geometry: _Geometry
-    ) -> None:
+    def __init__(self, of: Operands, geometry: _Geometry) -> None:
+        x, weight, bias, a, b, _ = of
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
         P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
@@ -163,21 +161,13 @@ class _Forward:
             self.result = _first((batch, out, *outputs[len(sizes) + 2 - x.dim() :]))
             self.back = _back(device, (batch, out, PO))
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        addresses: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        (x, weight, bias, a, b, scale), (px, pw, _, *others) = of, addresses
         wide, joined, down = self.wide.new(x), self.joined.new(x), self.down.new(x)
         folded, left = (bias, None) if self.folded and bias is not None else (weight, bias)
         made = (wide, joined, down)
         places = (folded.data_ptr(), *(of.data_ptr() for of in made))
-        self.prepare((x, weight, a, b, scale, folded, *made), (*addresses, *places))
+        self.prepare((x, weight, a, b, scale, folded, *made), (px, pw, *others, *places))
         t = self.t.of(self.conv(wide, down, None, *self.where))
         self.put((t, wide), (t.data_ptr(), places[1]))
         y = self.conv(wide, joined, left, *self.where)
@@ -216,53 +206,29 @@ _BACKWARDS: dict[Any, Any] = {}
 _COPY = object()  # instead of a plan: the input must first be laid out anew
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
-) -> Optional[tuple[Tensor, Tensor]]:
+@on_its_device
+def forward(of: Operands, where: _Where) -> Optional[tuple[Tensor, Tensor]]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
 
     Args:
-        x: ``[N, C_in, ...]``, 16-bit.
-        weight: ``[C_out, C_in, *kernel]``, of x's type.
-        bias: ``[C_out]`` or None.
-        a: ``[r, C_in · prod(kernel)]``.
-        b: ``[C_out, r]``.
-        scale: ``[]``.
+        of: x ``[N, C_in, ...]``, 16-bit; a weight ``[C_out, C_in, *kernel]`` and bias of its type.
         where: stride, padding and dilation, a number for each axis.
 
     Returns:
         ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
         operands.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return forward(x, weight, bias, a, b, scale, where)
-    px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
-    pa, pb = a.data_ptr(), b.data_ptr()
-    odd, biased = (px | pw | pa | pb | ps) & 15, None
-    if bias is not None:
-        biased = (bias.shape, bias.stride(), bias.dtype, bias.get_device(), bias.data_ptr() & 15)
-    key = (
-        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype,
-        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, biased, where,
-        device, weight.get_device(), a.get_device(), b.get_device(), scale.get_device(),
-        odd and tuple(p & 15 for p in (px, pw, pa, pb, ps)),
-    )  # fmt: skip
-    plan = _FORWARDS.get(key, _FORWARDS)
-    if plan is _FORWARDS:
-        bound(_FORWARDS)
-        plan = _FORWARDS[key] = _plan_forward(x, weight, bias, a, b, scale, where)
+    rest = (of.bias is None, where)
+    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, where))
     if plan is None:
         return None
     if plan is _COPY:
-        return forward(x.contiguous(), weight, bias, a, b, scale, where)
-    return plan(x, weight, bias, a, b, scale, (px, pw, pa, pb, ps))  # type: ignore[no-any-return]
+        return forward(of._replace(x=of.x.contiguous()), where)  # type: ignore[no-any-return]
+    return plan(of, addresses)  # type: ignore[no-any-return]
 
 
-def _plan_forward(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
-) -> Any:
+def _plan_forward(of: Operands, where: _Where) -> Any:
+    x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
     if not (factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
@@ -276,10 +242,12 @@ def _plan_forward(
     geometry = _geometry(x, weight, where)
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
-    positions = max(math.prod(of) for of in (geometry.sizes, geometry.outputs, geometry.kernel))
+    positions = max(
+        math.prod(sizes) for sizes in (geometry.sizes, geometry.outputs, geometry.kernel)
+    )
     if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
         return None
-    return _COPY if _format(x) is None else _Forward(x, weight, bias, a, b, geometry)
+    return _COPY if _format(x) is None else _Forward(of, geometry)
 
 
 class _Backward:
@@ -288,30 +256,27 @@ class _Backward:
     def __init__(
         self,
         dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
+        of: Operands,
         geometry: _Geometry,
         scaled: bool,
-        input_too: bool,
-        a_too: bool,
+        wanted: tuple[bool, bool],
     ) -> None:
+        (x, weight, _, a, b, _), (input_too, a_too) = of, wanted
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
         PX, P, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(out, R), x.get_device()
         processors = card(device).processors
-        last, x_last, weight_last = (bool(_format(of)) for of in (dy, x, weight))
+        last, x_last, weight_last = (bool(_format(t)) for t in (dy, x, weight))
         self.input_too, self.a_too = input_too, a_too
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
         none = [0] * len(sizes)
         self.where = ([0], *geometry[2:], False, none, 1)
         self.wide, self.tall = _last((batch, channels, *outputs)), _last((channels, inner, *kernel))
         self.v, self.x, self.down = (
-            _last(of) for of in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
+            _last(t) for t in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
         )
-        self.dx, self.da, self.db = (_first(tuple(of)) for of in (x.shape, a.shape, (out, r)))
+        self.dx, self.da, self.db = (_first(tuple(t)) for t in (x.shape, a.shape, (out, r)))
         BP = _power(P, 128 if batch * -(-P // 128) >= processors else 32)
         GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
@@ -335,21 +300,14 @@ class _Backward:
         self.back = _back(device, image, rows, (groups, out, r), scaled)
 
     def __call__(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
-        t: Tensor,
-        scale: Tensor,
-        addresses: tuple[int, ...],
+        self, dy: Tensor, of: Operands, t: Tensor, addresses: tuple[int, ...]
     ) -> tuple[_Maybe, _Maybe, Tensor]:
+        x, weight, _, a, b, scale = of
         v, part = self.v.new(x), x.new_empty(self.parts, dtype=torch.float32)
         wide, tall = (self.wide.new(x), self.tall.new(x)) if self.input_too else (v, v)
         x_last = self.x.new(x) if self.relaid or x.dim() == 3 else x
         made = (wide, tall, x_last, v, part)
-        places = [of.data_ptr() for of in made]
+        places = map(Tensor.data_ptr, made)
         self.spread((dy, t, weight, a, b, scale, x, *made), (*addresses, *places))
         dx: Any = None
         da: _Maybe = None
@@ -366,81 +324,48 @@ class _Backward:
             a_first = da
         db = x.new_empty_strided(*self.db, dtype=torch.float32)
         tensors = (y, result, a_last, a_first, part, db, scale)
-        self.back(tensors, tuple(of.data_ptr() for of in tensors))
+        self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
         return dx, da, db
 
 
+@on_its_device
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    t: Tensor,
-    scale: Tensor,
-    scaled: bool,
-    input_too: bool,
-    a_too: bool,
-    where: _Where,
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
 ) -> tuple[_Maybe, _Maybe, Tensor]:
     """The gradients of `forward`: of x, and of A, if wanted, and in float32 of B.
 
     Args:
         dy: ``[N, C_out, ...]``.
-        x, weight, a, b, scale, where: of the forward.
+        of, where: of the forward.
         t: of the forward.
         scaled: whether the scale is in the last gradient.
-        input_too, a_too: what is wanted.
+        wanted: of x, of A.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
-    py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
-    pa, pb, pt, ps = a.data_ptr(), b.data_ptr(), t.data_ptr(), scale.data_ptr()
-    odd = (py | px | pw | pa | pb | pt | ps) & 15
-    key = (
-        dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, weight.shape,
-        weight.stride(), weight.dtype, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype,
-        t.shape, t.stride(), t.dtype, scale.dtype, scaled, input_too, a_too, where,
-        device, dy.get_device(), weight.get_device(), a.get_device(), b.get_device(),
-        t.get_device(), scale.get_device(),
-        odd and tuple(p & 15 for p in (py, px, pw, pa, pb, pt, ps)),
-    )  # fmt: skip
-    plan = _BACKWARDS.get(key)
-    if plan is None:
-        bound(_BACKWARDS)
-        plan = _plan_backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
-        _BACKWARDS[key] = plan
+    tensors = (dy, t, of.weight, of.a, of.b, of.scale, of.x)
+
+    def plan_of(_: tuple[int, ...]) -> Any:
+        return _plan_backward(dy, of, t, scaled, wanted, where)
+
+    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, where), plan_of)
     if plan is _COPY:
-        dy, x = (of if _format(of) is not None else of.contiguous() for of in (dy, x))
+        dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
         t = _last(tuple(t.shape)).of(t)
-        return backward(dy, x, weight, a, b, t, scale, scaled, input_too, a_too, where)
-    addresses = (py, pt, pw, pa, pb, ps, px)
-    return plan(dy, x, weight, a, b, t, scale, addresses)  # type: ignore[no-any-return]
+        return backward(dy, of._replace(x=x), t, scaled, wanted, where)  # type: ignore[no-any-return]
+    return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    t: Tensor,
-    scale: Tensor,
-    scaled: bool,
-    input_too: bool,
-    a_too: bool,
-    where: _Where,
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
 ) -> Any:
+    x, weight, _, a, b, scale = of
     together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, where)
     outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
     shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
-    types = {of.dtype for of in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
-    if not (shapes and types) or len({of.get_device() for of in together}) > 1:
+    types = {im.dtype for im in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
+    if not (shapes and types) or len({im.get_device() for im in together}) > 1:
         named = "the gradient, the input, the weight, A, B, A's output and the scale"
         raise changed(named, together)
     if _format(dy) is None or _format(x) is None or t.stride() != _last(tuple(t.shape)).stride:
         return _COPY
-    return _Backward(dy, x, weight, a, b, geometry, scaled, input_too, a_too)
+    return _Backward(dy, of, geometry, scaled, wanted)

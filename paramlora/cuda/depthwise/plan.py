@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
-from paramlora.cuda.launch import Launch, changed
-from paramlora.cuda.operands import factors_fit, outputs_of
-from paramlora.update.compat import cuda_device
+from paramlora.cuda.launch import Launch, changed, on_its_device
+from paramlora.cuda.operands import Operands, factors_fit, outputs_of
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
@@ -24,35 +23,26 @@ _SUMMED = 64
 _FLOAT = torch.float32
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, where: _Where
-) -> tuple[Tensor, Tensor]:
+@on_its_device
+def forward(of: Operands, where: _Where) -> tuple[Tensor, Tensor]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and the kernels that `backward` takes,
     where `operands.is_depthwise`.
 
     Args:
-        x: ``[N, C, ...]``, 16-bit.
-        weight: ``[C, 1, *kernel]``, of x's type.
-        bias: ``[C]`` or None.
-        a: ``[r, prod(kernel)]``.
-        b: ``[C, r]``.
-        scale: ``[]``.
+        of: x ``[N, C, ...]``, 16-bit; and a weight ``[C, 1, *kernel]`` of its type.
         where: stride, padding and dilation, a number for each axis.
 
     Returns:
         ``[N, C, ...]`` in x's memory format, and ``[C, prod(kernel)]`` in float32.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return forward(x, weight, bias, a, b, scale, where)
+    x, weight, bias, a, b, scale = of
     if not x.is_contiguous():
-        y, total = forward(x.contiguous(), weight, bias, a, b, scale, where)
+        y, total = forward(of._replace(x=x.contiguous()), where)
         return _as_it_lies(y, x), total
     flat, more = weight.flatten(1), None if bias is None else bias.contiguous()
     inputs = (x, flat, a, b, scale) if more is None else (x, flat, a, b, scale, more)
     plan = _plan_forward(
-        device, x.shape, weight.shape, len(a), where, more is None,
+        x.get_device(), x.shape, weight.shape, len(a), where, more is None,
         flat.stride(), a.stride(), b.stride(), _kinds(inputs),
     )  # fmt: skip
     total = x.new_empty(flat.shape, dtype=_FLOAT)
@@ -65,13 +55,10 @@ def forward(
     return y, total
 
 
+@on_its_device
 def backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
+    of: Operands,
     total: Tensor,
     where: _Where,
     scaled: bool,
@@ -82,15 +69,12 @@ def backward(
 
     Args:
         dy: ``[N, C, ...]``.
-        x, weight, a, b, scale, where: of the forward.
+        of, where: of the forward.
         total: of the forward.
         scaled: whether the scale is in the last gradient.
         wanted: of x, of the kernels, of the factors.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return backward(dy, x, weight, a, b, scale, total, where, scaled, wanted)
+    x, weight, _, a, b, scale = of
     result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], where))
     together = (dy, x, weight, a, b, total, scale)
     sizes = dy.shape == result and total.numel() == weight.numel()
@@ -98,13 +82,13 @@ def backward(
         named = "the gradient, the input, the weight, A, B, their sum and the scale"
         raise changed(named, together)
     if not (dy.is_contiguous() and x.is_contiguous()):
-        dense = dy.contiguous(), x.contiguous()
-        dx, *others = backward(*dense, weight, a, b, scale, total, where, scaled, wanted)
-        return dx if dx is None else _as_it_lies(dx, x), *others  # type: ignore[return-value]
+        dense = dy.contiguous(), of._replace(x=x.contiguous())
+        dx, *others = backward(*dense, total, where, scaled, wanted)
+        return dx if dx is None else _as_it_lies(dx, x), *others
     inputs, input_too, kernels_too = (dy, x, a, b, scale, total), wanted[0], any(wanted[1:])
     plan = _plan_backward(
-        device, x.shape, dy.shape, weight.shape, len(a), where, scaled, input_too, kernels_too,
-        a.stride(), b.stride(), _kinds(inputs),
+        x.get_device(), x.shape, dy.shape, weight.shape, len(a), where, scaled, input_too,
+        kernels_too, a.stride(), b.stride(), _kinds(inputs),
     )  # fmt: skip
     py, px, pa, pb, ps, pt = (t.data_ptr() for t in inputs)
     dx = x.new_empty(x.shape) if input_too else None

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from paramlora.cuda.device import card
 from paramlora.cuda.embedding import kernels
-from paramlora.cuda.launch import Launch, bound
+from paramlora.cuda.launch import Launch, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
-from paramlora.cuda.operands import DEEP, padded
-from paramlora.update.compat import cuda_device
+from paramlora.cuda.operands import DEEP, Operands, padded
 
 _Maybe = Optional[Tensor]
 
@@ -18,7 +17,8 @@ _Maybe = Optional[Tensor]
 class _Forward:
     """The plan of a forward: one launch."""
 
-    def __init__(self, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
+    def __init__(self, of: Operands) -> None:
+        rows, weight, _, a, b, _ = of
         M, (num, dim), r = rows.numel(), weight.shape, len(a)
         processors = card(weight.get_device()).processors
         R = padded(r)
@@ -37,17 +37,13 @@ class _Forward:
         )  # fmt: skip
 
     def __call__(
-        self,
-        tensors: tuple[Tensor, ...],
-        addresses: tuple[int, ...],
-        strength: float,
-        padding: int,
+        self, of: Operands, addresses: tuple[int, ...], strength: float, padding: int
     ) -> tuple[Tensor, Tensor]:
-        weight = tensors[1]
+        rows, weight, _, a, b, scale = of
         y = weight.new_empty_strided(self.shape, self.stride)
         kept = weight.new_empty_strided((self.size,), (1,))
         self.launch(
-            (*tensors, y, kept),
+            (rows, weight, a, b, scale, y, kept),
             (*addresses, y.data_ptr(), kept.data_ptr()),
             (float(strength), padding),
         )
@@ -58,49 +54,24 @@ _FORWARDS: dict[Any, Any] = {}
 _BACKWARDS: dict[Any, Any] = {}
 
 
-def forward(
-    rows: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    padding: int,
-    strength: float,
-) -> tuple[Tensor, Tensor]:
+@on_its_device
+def forward(of: Operands, padding: int, strength: float) -> tuple[Tensor, Tensor]:
     """``(W + strength · scale · (B A)ᵀ)[rows]`` with one rounding, and what `backward` takes, of
     operands that `operands.looks_up`.
 
     Args:
-        rows: int64 or int32 indices of any shape, one at least.
-        weight: ``[num, dim]``, 16-bit.
-        a: ``[r, num]``.
-        b: ``[dim, r]``.
-        scale: ``[]``.
+        of: in place of x int64 or int32 indices of any shape, one at least; of a 16-bit table.
         padding: the row that gets no gradient, -1 for none.
-        strength: a number on top of `scale`.
+        strength: a number on top of the scale.
 
     Returns:
         ``[*rows, dim]`` and `kept`, see `kernels.look_up`.
     """
-    device = weight.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return forward(rows, weight, a, b, scale, padding, strength)
-    rows = rows if rows.is_contiguous() else rows.contiguous()
-    tensors = rows, weight, a, b, scale
-    addresses = (
-        rows.data_ptr(), weight.data_ptr(), a.data_ptr(), b.data_ptr(), scale.data_ptr()
-    )  # fmt: skip
-    odd = (addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4]) & 15
-    key = (
-        rows.shape, rows.dtype, weight.shape, weight.stride(), weight.dtype, a.shape, a.stride(),
-        a.dtype, b.stride(), b.dtype, scale.dtype, device, odd and tuple(p & 15 for p in addresses),
-    )  # fmt: skip
-    plan = _FORWARDS.get(key)
-    if plan is None:
-        bound(_FORWARDS)
-        plan = _FORWARDS[key] = _Forward(rows, weight, a, b)
-    return plan(tensors, addresses, strength, padding)
+    if not of.x.is_contiguous():
+        of = of._replace(x=of.x.contiguous())
+    tensors = of.x, of.weight, of.a, of.b, of.scale
+    plan, addresses = planned(_FORWARDS, tensors, (), lambda _: _Forward(of))
+    return plan(of, addresses, strength, padding)  # type: ignore[no-any-return]
 
 
 class _Backward:
@@ -148,6 +119,7 @@ class _Backward:
         return v, db
 
 
+@on_its_device
 def backward(
     dy: Tensor, kept: Tensor, r: int, scaled: bool, v_too: bool, b_too: bool
 ) -> tuple[_Maybe, _Maybe]:
@@ -161,18 +133,11 @@ def backward(
         r: the rank.
         scaled, v_too, b_too: what is wanted, one at least.
     """
-    device = kept.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return backward(dy, kept, r, scaled, v_too, b_too)
     dy = dy if dy.is_contiguous() else dy.contiguous()
-    py, pk = dy.data_ptr(), kept.data_ptr()
+    pk = kept.data_ptr()
     if pk & 15:  # a hook on saved tensors may have laid it anywhere
         kept = kept.clone()
         pk = kept.data_ptr()
-    key = (dy.shape, dy.dtype, r, scaled, v_too, b_too, device, py & 15)
-    plan = _BACKWARDS.get(key)
-    if plan is None:
-        bound(_BACKWARDS)
-        plan = _BACKWARDS[key] = _Backward(dy, r, scaled, (v_too, b_too))
-    return plan(dy, kept, (py, pk))
+    rest = (r, scaled, v_too, b_too)
+    plan, (py,) = planned(_BACKWARDS, (dy,), rest, lambda _: _Backward(dy, r, scaled, rest[2:]))
+    return plan(dy, kept, (py, pk))  # type: ignore[no-any-return]

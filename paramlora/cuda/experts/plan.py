@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
-from paramlora.cuda.launch import Block, Launch, bound
+from paramlora.cuda.launch import Block, Launch, planned
 from paramlora.cuda.linear.tiles import Tiling
 from paramlora.cuda.masks.kernels import threshold
 from paramlora.cuda.operands import DEEP
@@ -147,13 +147,13 @@ def _launched(
     if device != cuda_device():
         with torch.cuda.device(device):
             return _launched(plan, numbers, tensors, how)
-    addresses = tuple(t.data_ptr() for t in tensors)
-    kinds = tuple((t.dtype, p & 15 == 0) for t, p in zip(tensors, addresses))
-    key = (plan, numbers, kinds, how, device)
-    if key not in _PLANS:
-        bound(_PLANS)
-        _PLANS[key] = plan(numbers, all(even for _, even in kinds[:2]), card(device), device, how)
-    launch, layouts = _PLANS[key]
+
+    def made(addresses: tuple[int, ...]) -> tuple[Launch, tuple[Any, ...]]:
+        even = not any(address & 15 for address in addresses[:2])
+        found: tuple[Launch, tuple[Any, ...]] = plan(numbers, even, card(device), device, how)
+        return found
+
+    (launch, layouts), addresses = planned(_PLANS, tensors, (plan, numbers, how), made)
     blocks = tuple(map(Block, tensors, layouts))
     launch(tensors[len(blocks) :], addresses[len(blocks) :], (), blocks)
 

@@ -41,10 +41,10 @@ SPAN, DEEP = tl.constexpr(operands.SPAN), tl.constexpr(operands.DEEP)
 def _drawn(tickets):
     """How many programs of this grid have started before this one: the work that it takes. The last
     clears the count, for the next grid of the stream."""
-    program = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
-    if program == tl.num_programs(0) - 1:
+    pid = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
+    if pid == tl.num_programs(0) - 1:
         tl.store(tickets, 0)
-    return program
+    return pid
 
 
 @triton.jit
@@ -81,11 +81,11 @@ def _counts(kept, M, N, K, R: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, rows, columns, GROUP: tl.constexpr):
+def _place(tile, rows, columns, GROUP_M: tl.constexpr):
     """Row and column of a tile, in groups of rows that share the weight's columns in L2."""
-    first = tile // (GROUP * columns) * GROUP
-    height = min(rows - first, GROUP)
-    inside = tile % (GROUP * columns)
+    first = tile // (GROUP_M * columns) * GROUP_M
+    height = min(rows - first, GROUP_M)
+    inside = tile % (GROUP_M * columns)
     return first + inside % height, inside // height
 
 
@@ -102,175 +102,236 @@ def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
 
 @triton.jit
 def _project(
-    x, f, p, row, M, K, P, x_batch, x_row, x_k, r, f_rank, f_k,
+    x, f, p, row, M, K, P, stride_xb, stride_xm, stride_xk, r, stride_fr, stride_fk,
     CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x. `CAST`: f is of another type,
     and has but r ranks."""
-    rm = row * BM + tl.arange(0, BM)
-    rk, rr = tl.arange(0, BK), tl.arange(0, R)
-    acc = tl.zeros((BM, R), tl.float32)
-    where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
-    left = x + where[:, None] + rk[None, :].to(tl.int64) * x_k
-    thin = f + rr[None, :] * f_rank + rk[:, None] * f_k
-    step = tl.cast(x_k, tl.int64) * BK
-    for k in range(0, K, BK):
+    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, R)
+    acc = tl.zeros((BLOCK_M, R), tl.float32)
+    where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_xb, stride_xm, EVEN)
+    left = x + where[:, None] + offs_k[None, :].to(tl.int64) * stride_xk
+    thin = f + offs_r[None, :] * stride_fr + offs_k[:, None] * stride_fk
+    step = tl.cast(stride_xk, tl.int64) * BLOCK_K
+    for k in range(0, K, BLOCK_K):
         if CAST:
-            inside = rk < K - k
-            tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
-            factor = tl.load(thin, mask=inside[:, None] & (rr[None, :] < r), other=0.0)
+            inside = offs_k < K - k
+            tile = tl.load(left, mask=(offs_m[:, None] < M) & inside[None, :], other=0.0)
+            factor = tl.load(thin, mask=inside[:, None] & (offs_r[None, :] < r), other=0.0)
             acc = tl.dot(tile, factor.to(tile.dtype), acc)
         elif WHOLE_K:
-            tile = tl.load(left, mask=rm[:, None] < M, other=0.0)
+            tile = tl.load(left, mask=offs_m[:, None] < M, other=0.0)
             acc = tl.dot(tile, tl.load(thin), acc)
         else:
-            inside = rk < K - k
-            tile = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
+            inside = offs_k < K - k
+            tile = tl.load(left, mask=(offs_m[:, None] < M) & inside[None, :], other=0.0)
             acc = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), acc)
         left += step
-        thin += BK * f_k
+        thin += BLOCK_K * stride_fk
     tl.store(
-        p + rm[:, None].to(tl.int64) * R + rr[None, :],
+        p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :],
         acc.to(p.dtype.element_ty),
-        mask=rm[:, None] < M,
+        mask=offs_m[:, None] < M,
     )
 
 
 @triton.jit
 def _product(
-    x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
+    x, w, row, column, M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``x[M, K] @ w[K, N]`` in float32.
 
     Where `TMA`, x and w are descriptors (w of ``[N, K]`` where ROWS_OUT), loaded by the tensor
     memory engine; else pointers, with any strides and a cheaper launch.
     """
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
-        for k in range(0, K, BK):
-            left = x.load([row * BM, k])
+        for k in range(0, K, BLOCK_K):
+            left = x.load([row * BLOCK_M, k])
             if ROWS_OUT:
-                acc = tl.dot(left, w.load([column * BN, k]).T, acc)
+                acc = tl.dot(left, w.load([column * BLOCK_N, k]).T, acc)
             else:
-                acc = tl.dot(left, w.load([k, column * BN]), acc)
+                acc = tl.dot(left, w.load([k, column * BLOCK_N]), acc)
     else:
-        rm, rn, rk = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-        where = _rows(row * BM, tl.arange(0, BM), P, x_batch, x_row, EVEN)
-        left = x + where[:, None] + rk[None, :].to(tl.int64) * x_k
-        step = tl.cast(x_k, tl.int64) * BK
-        rows = rm[:, None] < M
-        right = w + rk[:, None].to(tl.int64) * w_k + (rn % N)[None, :].to(tl.int64) * w_n
-        for k in range(0, K, BK):
+        offs_m, offs_n, offs_k = (
+            row * BLOCK_M + tl.arange(0, BLOCK_M),
+            column * BLOCK_N + tl.arange(0, BLOCK_N),
+            tl.arange(0, BLOCK_K),
+        )
+        where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_xb, stride_xm, EVEN)
+        left = x + where[:, None] + offs_k[None, :].to(tl.int64) * stride_xk
+        step = tl.cast(stride_xk, tl.int64) * BLOCK_K
+        rows = offs_m[:, None] < M
+        right = (
+            w
+            + offs_k[:, None].to(tl.int64) * stride_wk
+            + (offs_n % N)[None, :].to(tl.int64) * stride_wn
+        )
+        for k in range(0, K, BLOCK_K):
             if WHOLE_K:
                 acc = tl.dot(tl.load(left, mask=rows, other=0.0), tl.load(right), acc)
             else:
-                inside = rk < K - k
+                inside = offs_k < K - k
                 tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
             left += step
-            right += BK * w_k
+            right += BLOCK_K * stride_wk
     return acc
 
 
 @triton.jit
-def _low_rank(acc, p, q, rm, rn, M, N, R: tl.constexpr):
+def _low_rank(acc, p, q, offs_m, offs_n, M, N, R: tl.constexpr):
     """``acc + p @ q`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
     STEP: tl.constexpr = min(R, 32)
     for start in tl.static_range(0, R, STEP):
-        rr = start + tl.arange(0, STEP)
+        offs_r = start + tl.arange(0, STEP)
         left = tl.load(
-            p + rm[:, None].to(tl.int64) * R + rr[None, :], mask=rm[:, None] < M, other=0.0
+            p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :],
+            mask=offs_m[:, None] < M,
+            other=0.0,
         )
-        right = tl.load(q + rr[:, None] * N + rn[None, :], mask=rn[None, :] < N, other=0.0)
+        right = tl.load(
+            q + offs_r[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0
+        )
         acc = tl.dot(left, right, acc)
     return acc
 
 
 @triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, signals, number, packs, program,
-    M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
+    x, w, y, wide, f, q, p, bias, signals, number, packs, pid,
+    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
+    stride_yn,
     PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p.
 
     `signals`: of the `packs` programs that cast the factors, where `PACKS`; then of rows.
     """
     tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
-    columns = tl.cdiv(N, BN) + (1 if LOCAL else 0)
-    row, column = _place(program, tl.cdiv(M, BM), columns, GROUP)
+    columns = tl.cdiv(N, BLOCK_N) + (1 if LOCAL else 0)
+    row, column = _place(pid, tl.cdiv(M, BLOCK_M), columns, GROUP_M)
     if LOCAL and column == 0:
         if PACKS:
             _await_all(signals, packs, number)
         _project(
-            wide, f, p, row, M, K, P, x_batch, x_row, x_k, R, K, 1, False, EVEN, WHOLE_K, R, BM, BK
+            x=wide,
+            f=f,
+            p=p,
+            row=row,
+            M=M,
+            K=K,
+            P=P,
+            stride_xb=stride_xb,
+            stride_xm=stride_xm,
+            stride_xk=stride_xk,
+            r=R,
+            stride_fr=K,
+            stride_fk=1,
+            CAST=False,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_K=BLOCK_K,
         )
         tl.debug_barrier()  # all of the program's rows are stored
         tl.atomic_xchg(signals + packs + row, number, sem="release", scope="gpu")
     else:
         column -= 1 if LOCAL else 0
         acc = _product(
-            x, w, row, column, M, N, K, P, x_batch, x_row, x_k, w_k, w_n,
-            TMA, ROWS_OUT, EVEN, WHOLE_K, BM, BN, BK,
-        )  # fmt: skip
+            x=x,
+            w=w,
+            row=row,
+            column=column,
+            M=M,
+            N=N,
+            K=K,
+            P=P,
+            stride_xb=stride_xb,
+            stride_xm=stride_xm,
+            stride_xk=stride_xk,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+        )
         if LOCAL:
             _await(signals + packs + row, number)
         if EARLY:
             gdc_wait()
-        rm, rn = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-        acc = _low_rank(acc, p, q, rm, rn, M, N, R)
+        offs_m, offs_n = (
+            row * BLOCK_M + tl.arange(0, BLOCK_M),
+            column * BLOCK_N + tl.arange(0, BLOCK_N),
+        )
+        acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
         if BIAS:
-            acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         if TMA:
-            halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             lower, upper = tl.split(halves)  # one store of half the width leaves room for a stage
-            y.store([row * BM, column * BN], lower.to(y.dtype))
-            y.store([row * BM, column * BN + BN // 2], upper.to(y.dtype))
+            y.store([row * BLOCK_M, column * BLOCK_N], lower.to(y.dtype))
+            y.store([row * BLOCK_M, column * BLOCK_N + BLOCK_N // 2], upper.to(y.dtype))
         else:
-            where = _rows(row * BM, tl.arange(0, BM), P, y_batch, y_row, EVEN)
-            out = y + where[:, None] + rn[None, :].to(tl.int64) * y_n
-            tl.store(out, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+            where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_yb, stride_ym, EVEN)
+            out = y + where[:, None] + offs_n[None, :].to(tl.int64) * stride_yn
+            tl.store(
+                out, acc.to(y.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
+            )
 
 
 @triton.jit
 def _store_gradients(
-    acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED: tl.constexpr, R: tl.constexpr
+    acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED: tl.constexpr, R: tl.constexpr
 ):
-    """Stores rows `rd` of ``[da.T; db]``: ``da[r, fan_in]``, and ``db[out, r]`` times the scale."""
-    rr = tl.arange(0, R)
-    ranks, inner = rr[None, :] < r, rd[:, None] < fan_in
-    where = da + rr[None, :].to(tl.int64) * fan_in + rd[:, None]
+    """Stores rows `offs_d` of ``[da.T; db]``: ``da[r, fan_in]``, and ``db[out, r]`` times the
+    scale."""
+    offs_r = tl.arange(0, R)
+    ranks, inner = offs_r[None, :] < r, offs_d[:, None] < fan_in
+    where = da + offs_r[None, :].to(tl.int64) * fan_in + offs_d[:, None]
     tl.store(where, acc, mask=ranks & inner & valid[:, None])
     if SCALED:
         acc *= strength * tl.load(scale).to(tl.float32)
-    where = db + (rd[:, None] - fan_in).to(tl.int64) * r + rr[None, :]
-    tl.store(where, acc, mask=ranks & (rd[:, None] >= fan_in) & valid[:, None])
+    where = db + (offs_d[:, None] - fan_in).to(tl.int64) * r + offs_r[None, :]
+    tl.store(where, acc, mask=ranks & (offs_d[:, None] >= fan_in) & valid[:, None])
 
 
 @triton.jit
 def _gradients(
-    dy, x, v, u, part, da, db, scale, strength, signals, number, counts, program,
-    M, fan_in, out, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
+    dy, x, v, u, part, da, db, scale, strength, signals, number, counts, pid,
+    M, fan_in, out, r, P, stride_dyb, stride_dym, stride_dyk, stride_xb, stride_xm, stride_xk,
+    groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, HEIGHT: tl.constexpr, BM: tl.constexpr,
+    R: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
     to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
-    block, group = program // groups, program % groups
+    block, group = pid // groups, pid % groups
     count = counts + block
     blocks = tl.cdiv(fan_in, DEEP)
     inner = block < blocks
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
     wide, thin = tl.where(inner, x, dy), tl.where(inner, v, u)
-    size, batch = tl.where(inner, fan_in, out), tl.where(inner, x_batch, dy_batch)
-    row, step = tl.where(inner, x_row, dy_row), tl.where(inner, x_k, dy_k)
+    size, batch = tl.where(inner, fan_in, out), tl.where(inner, stride_xb, stride_dyb)
+    row, step = tl.where(inner, stride_xm, stride_dym), tl.where(inner, stride_xk, stride_dyk)
     block -= tl.where(inner, 0, blocks)
-    rd, rm, rr = block * DEEP + tl.arange(0, DEEP), tl.arange(0, BM), tl.arange(0, R)
+    offs_d, offs_m, offs_r = (
+        block * DEEP + tl.arange(0, DEEP),
+        tl.arange(0, BLOCK_M),
+        tl.arange(0, R),
+    )
     low, high = group * each, min(M, group * each + each)
     if LOCAL:
         if inner:
@@ -279,22 +340,36 @@ def _gradients(
     if EARLY:
         gdc_wait()
     acc = tl.zeros((DEEP, R), tl.float32)
-    for m in range(low, high, BM):
-        mm = m + rm
+    for m in range(low, high, BLOCK_M):
+        mm = m + offs_m
         left = tl.load(
-            wide + _rows(m, rm, P, batch, row, EVEN)[None, :] + rd[:, None].to(tl.int64) * step,
-            mask=(mm[None, :] < M) & (rd[:, None] < size),
+            wide
+            + _rows(m, offs_m, P, batch, row, EVEN)[None, :]
+            + offs_d[:, None].to(tl.int64) * step,
+            mask=(mm[None, :] < M) & (offs_d[:, None] < size),
             other=0.0,
         )
-        where = thin + mm[:, None].to(tl.int64) * R + rr[None, :]
+        where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
         right = tl.load(where, mask=mm[:, None] < M, other=0.0)
         acc = tl.dot(left, right, acc)
-    rd += tl.where(inner, 0, fan_in)
-    valid = rd < tl.where(inner, fan_in, fan_in + out)
+    offs_d += tl.where(inner, 0, fan_in)
+    valid = offs_d < tl.where(inner, fan_in, fan_in + out)
     if groups == 1:
-        _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+        _store_gradients(
+            acc=acc,
+            offs_d=offs_d,
+            valid=valid,
+            da=da,
+            db=db,
+            scale=scale,
+            strength=strength,
+            fan_in=fan_in,
+            r=r,
+            SCALED=SCALED,
+            R=R,
+        )
     else:
-        where = part + rd[:, None].to(tl.int64) * R + rr[None, :]
+        where = part + offs_d[:, None].to(tl.int64) * R + offs_r[None, :]
         whole = tl.cast(fan_in + out, tl.int64) * R
         tl.store(where + group * whole, acc, mask=valid[:, None])
         tl.debug_barrier()  # all of the program's sums are stored
@@ -303,133 +378,313 @@ def _gradients(
             acc = tl.zeros((DEEP, R), tl.float32)
             for other in range(groups):
                 acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
-            _store_gradients(acc, rd, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+            _store_gradients(
+                acc=acc,
+                offs_d=offs_d,
+                valid=valid,
+                da=da,
+                db=db,
+                scale=scale,
+                strength=strength,
+                fan_in=fan_in,
+                r=r,
+                SCALED=SCALED,
+                R=R,
+            )
 
 
 @triton.jit
 def _pack(
-    a, b, scale, kept, strength, program,
-    M, N, K, r, a_rank, a_in, b_dim, b_rank, R: tl.constexpr, BD: tl.constexpr,
+    a, b, scale, kept, strength, pid,
+    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A part of the factors cast, rank first and padded with zeros; the scale goes into B's."""
-    rr, rd = tl.arange(0, R), tl.arange(0, BD)
-    inner, outer = tl.cdiv(K, BD), tl.cdiv(N, BD)
-    if program < inner:
-        rd += program * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < K)
-        value = tl.load(a + rr[:, None] * a_rank + rd[None, :] * a_in, mask=valid, other=0.0)
-        where = kept + rr[:, None] * K + rd[None, :]
-        tl.store(where, value.to(kept.dtype.element_ty), mask=rd[None, :] < K)
-    elif program < inner + outer:
-        rd += (program - inner) * BD
-        valid = (rr[:, None] < r) & (rd[None, :] < N)
-        value = tl.load(b + rr[:, None] * b_rank + rd[None, :] * b_dim, mask=valid, other=0.0)
+    offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
+    inner, outer = tl.cdiv(K, BLOCK_D), tl.cdiv(N, BLOCK_D)
+    if pid < inner:
+        offs_d += pid * BLOCK_D
+        valid = (offs_r[:, None] < r) & (offs_d[None, :] < K)
+        value = tl.load(
+            a + offs_r[:, None] * stride_ar + offs_d[None, :] * stride_ak, mask=valid, other=0.0
+        )
+        where = kept + offs_r[:, None] * K + offs_d[None, :]
+        tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < K)
+    elif pid < inner + outer:
+        offs_d += (pid - inner) * BLOCK_D
+        valid = (offs_r[:, None] < r) & (offs_d[None, :] < N)
+        value = tl.load(
+            b + offs_r[:, None] * stride_br + offs_d[None, :] * stride_bn, mask=valid, other=0.0
+        )
         value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
-        where = kept + R * K + rr[:, None] * N + rd[None, :]
-        tl.store(where, value.to(kept.dtype.element_ty), mask=rd[None, :] < N)
+        where = kept + R * K + offs_r[:, None] * N + offs_d[None, :]
+        tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < N)
     else:
         counts, blocks, _ = _counts(kept, M, N, K, R)
-        for start in range(0, blocks, BD):
-            tl.store(counts + start + rd, tl.zeros((BD,), tl.int32), mask=start + rd < blocks)
+        for start in range(0, blocks, BLOCK_D):
+            tl.store(
+                counts + start + offs_d,
+                tl.zeros((BLOCK_D,), tl.int32),
+                mask=start + offs_d < blocks,
+            )
 
 
 @triton.jit(do_not_specialize=["r"])
 def pack(
-    a, b, scale, kept, strength, M, N, K, r, a_rank, a_in, b_dim, b_rank,
-    EARLY: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    a, b, scale, kept, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
+    EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The factors cast, and the counts cleared, where `forward` does not."""
     if EARLY:
         gdc_launch_dependents()
-    program = tl.program_id(0)
-    _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
+    pid = tl.program_id(0)
+    _pack(
+        a=a,
+        b=b,
+        scale=scale,
+        kept=kept,
+        strength=strength,
+        pid=pid,
+        M=M,
+        N=N,
+        K=K,
+        r=r,
+        stride_ar=stride_ar,
+        stride_ak=stride_ak,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
+        R=R,
+        BLOCK_D=BLOCK_D,
+    )
 
 
 @triton.jit
 def project(
-    x, f, p, M, K, P, x_batch, x_row, x_k,
+    x, f, p, M, K, P, stride_xb, stride_xm, stride_xk,
     EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``p[M, R] = x[M, K] @ f[R, K].T``."""
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
-    _project(x, f, p, row, M, K, P, x_batch, x_row, x_k, R, K, 1, False, EVEN, WHOLE_K, R, BM, BK)
+    _project(
+        x=x,
+        f=f,
+        p=p,
+        row=row,
+        M=M,
+        K=K,
+        P=P,
+        stride_xb=stride_xb,
+        stride_xm=stride_xm,
+        stride_xk=stride_xk,
+        r=R,
+        stride_fr=K,
+        stride_fk=1,
+        CAST=False,
+        EVEN=EVEN,
+        WHOLE_K=WHOLE_K,
+        R=R,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+    )
 
 
 @triton.jit(do_not_specialize=["r"])
 def prepare(
     x, a, b, scale, kept, strength,
-    M, N, K, P, x_batch, x_row, x_k, r, a_rank, a_in, b_dim, b_rank,
+    M, N, K, P, stride_xb, stride_xm, stride_xk, r, stride_ar, stride_ak, stride_bn, stride_br,
     EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What `pack` and `project` compute, in one grid: the factors are small enough to be cast by
     every program that reads them."""
     if EARLY:
         gdc_launch_dependents()
-    program, rows = tl.program_id(0), tl.cdiv(M, BM)
-    if program < rows:
+    pid, rows = tl.program_id(0), tl.cdiv(M, BLOCK_M)
+    if pid < rows:
         _project(
-            x, a, _after(kept, K + N, R), program, M, K, P, x_batch, x_row, x_k, r, a_rank, a_in,
-            True, EVEN, WHOLE_K, R, BM, BK,
-        )  # fmt: skip
+            x=x,
+            f=a,
+            p=_after(kept, K + N, R),
+            row=pid,
+            M=M,
+            K=K,
+            P=P,
+            stride_xb=stride_xb,
+            stride_xm=stride_xm,
+            stride_xk=stride_xk,
+            r=r,
+            stride_fr=stride_ar,
+            stride_fk=stride_ak,
+            CAST=True,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_K=BLOCK_K,
+        )
     else:
-        program -= rows
-        _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
+        pid -= rows
+        _pack(
+            a=a,
+            b=b,
+            scale=scale,
+            kept=kept,
+            strength=strength,
+            pid=pid,
+            M=M,
+            N=N,
+            K=K,
+            r=r,
+            stride_ar=stride_ar,
+            stride_ak=stride_ak,
+            stride_bn=stride_bn,
+            stride_br=stride_br,
+            R=R,
+            BLOCK_D=BLOCK_D,
+        )
 
 
 @triton.jit
 def product(
     x, w, y, q, p, bias,
-    M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
+    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
+    stride_yn,
     EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
     EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + p @ q + bias``."""
-    _tile(  # without a thin product of its own: what that would need is filled in
-        x, w, y, x, q, q, p, bias, p, 0, 0, tl.program_id(0),
-        M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-        False, False, EARLY, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
-    )  # fmt: skip
+    _tile(
+        x=x,
+        w=w,
+        y=y,
+        wide=x,
+        f=q,
+        q=q,
+        p=p,
+        bias=bias,
+        signals=p,
+        number=0,
+        packs=0,
+        pid=tl.program_id(0),
+        M=M,
+        N=N,
+        K=K,
+        P=P,
+        stride_xb=stride_xb,
+        stride_xm=stride_xm,
+        stride_xk=stride_xk,
+        stride_wk=stride_wk,
+        stride_wn=stride_wn,
+        stride_yb=stride_yb,
+        stride_ym=stride_ym,
+        stride_yn=stride_yn,
+        PACKS=False,
+        LOCAL=False,
+        EARLY=EARLY,
+        BIAS=BIAS,
+        TMA=TMA,
+        ROWS_OUT=ROWS_OUT,
+        EVEN=EVEN,
+        WHOLE_K=WHOLE_K,
+        R=R,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        GROUP_M=GROUP_M,
+    )
 
 
 @triton.jit(do_not_specialize=["number", "packs", "r"])
 def forward(
     x, w, y, wide, a, b, scale, kept, bias, tickets, strength, number,
-    packs, M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-    r, a_rank, a_in, b_dim, b_rank,
+    packs, M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
+    stride_yn,
+    r, stride_ar, stride_ak, stride_bn, stride_br,
     BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, BD: tl.constexpr,
+    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
-    program = _drawn(tickets)
+    pid = _drawn(tickets)
     _, _, signals = _counts(kept, M, N, K, R)
-    if program < packs:
-        _pack(a, b, scale, kept, strength, program, M, N, K, r, a_rank, a_in, b_dim, b_rank, R, BD)
+    if pid < packs:
+        _pack(
+            a=a,
+            b=b,
+            scale=scale,
+            kept=kept,
+            strength=strength,
+            pid=pid,
+            M=M,
+            N=N,
+            K=K,
+            r=r,
+            stride_ar=stride_ar,
+            stride_ak=stride_ak,
+            stride_bn=stride_bn,
+            stride_br=stride_br,
+            R=R,
+            BLOCK_D=BLOCK_D,
+        )
         tl.debug_barrier()  # all of the program's part is stored
-        tl.atomic_xchg(signals + program, number, sem="release", scope="gpu")
+        tl.atomic_xchg(signals + pid, number, sem="release", scope="gpu")
     else:
         _tile(
-            x, w, y, wide, kept, kept + R * K, _after(kept, K + N, R), bias, signals, number,
-            packs, program - packs,
-            M, N, K, P, x_batch, x_row, x_k, w_k, w_n, y_batch, y_row, y_n,
-            True, True, False, BIAS, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
-        )  # fmt: skip
+            x=x,
+            w=w,
+            y=y,
+            wide=wide,
+            f=kept,
+            q=kept + R * K,
+            p=_after(kept, K + N, R),
+            bias=bias,
+            signals=signals,
+            number=number,
+            packs=packs,
+            pid=pid - packs,
+            M=M,
+            N=N,
+            K=K,
+            P=P,
+            stride_xb=stride_xb,
+            stride_xm=stride_xm,
+            stride_xk=stride_xk,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            stride_yb=stride_yb,
+            stride_ym=stride_ym,
+            stride_yn=stride_yn,
+            PACKS=True,
+            LOCAL=True,
+            EARLY=False,
+            BIAS=BIAS,
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+        )
 
 
 @triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each"])
 def backward(
     dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
-    tiles, M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
-    x_batch, x_row, x_k, r, groups, each,
+    tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
+    stride_dxm, stride_dxn,
+    stride_xb, stride_xm, stride_xk, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the input, in `tiles` programs that may be none, and of the factors. Of
     ``dx = dy @ w`` K are the layer's outputs and N its inputs.
@@ -441,17 +696,80 @@ def backward(
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
-    program = _drawn(tickets) if LOCAL else tl.program_id(0)
-    if program < tiles:
+    pid = _drawn(tickets) if LOCAL else tl.program_id(0)
+    if pid < tiles:
         _tile(
-            dy, w, dx, wide, kept + R * N, kept, scratch, kept, signals, number, 0, program,
-            M, N, K, P, dy_batch, dy_row, dy_k, w_k, w_n, dx_batch, dx_row, dx_n,
-            False, LOCAL, EARLY, False, TMA, ROWS_OUT, EVEN, WHOLE_K, R, BM, BN, BK, GROUP,
-        )  # fmt: skip
+            x=dy,
+            w=w,
+            y=dx,
+            wide=wide,
+            f=kept + R * N,
+            q=kept,
+            p=scratch,
+            bias=kept,
+            signals=signals,
+            number=number,
+            packs=0,
+            pid=pid,
+            M=M,
+            N=N,
+            K=K,
+            P=P,
+            stride_xb=stride_dyb,
+            stride_xm=stride_dym,
+            stride_xk=stride_dyk,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            stride_yb=stride_dxb,
+            stride_ym=stride_dxm,
+            stride_yn=stride_dxn,
+            PACKS=False,
+            LOCAL=LOCAL,
+            EARLY=EARLY,
+            BIAS=False,
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+        )
     else:
         _gradients(
-            wide, x, scratch, _after(kept, N + K, R), part, da, db, scale, strength,
-            signals, number, counts, program - tiles,
-            M, N, K, r, P, dy_batch, dy_row, dy_k, x_batch, x_row, x_k, groups, each,
-            LOCAL, EARLY, SCALED, EVEN, R, BM, GM,
-        )  # fmt: skip
+            dy=wide,
+            x=x,
+            v=scratch,
+            u=_after(kept, N + K, R),
+            part=part,
+            da=da,
+            db=db,
+            scale=scale,
+            strength=strength,
+            signals=signals,
+            number=number,
+            counts=counts,
+            pid=pid - tiles,
+            M=M,
+            fan_in=N,
+            out=K,
+            r=r,
+            P=P,
+            stride_dyb=stride_dyb,
+            stride_dym=stride_dym,
+            stride_dyk=stride_dyk,
+            stride_xb=stride_xb,
+            stride_xm=stride_xm,
+            stride_xk=stride_xk,
+            groups=groups,
+            each=each,
+            LOCAL=LOCAL,
+            EARLY=EARLY,
+            SCALED=SCALED,
+            EVEN=EVEN,
+            R=R,
+            HEIGHT=BLOCK_M,
+            BLOCK_M=BLOCK_ROWS,
+        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, bound, changed, tickets
+from paramlora.cuda.launch import Launch, changed, on_its_device, planned, tickets
 from paramlora.cuda.launches import Launches, launches
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
@@ -29,6 +29,7 @@ from paramlora.cuda.linear.tiles import (
 from paramlora.cuda.operands import (
     DEEP,
     SPAN,
+    Operands,
     fits,
     has_kernel,
     kept_size,
@@ -36,7 +37,6 @@ from paramlora.cuda.operands import (
     packs,
     padded,
 )
-from paramlora.update.compat import cuda_device
 
 _Maybe = Optional[Tensor]
 # a signal's number: no other launch has it, nor by chance what the memory held before
@@ -91,17 +91,8 @@ def _part(kept: Tensor, start: int, rows: int, columns: int) -> Tensor:
 class _Forward:
     """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        rows: Rows,
-        captured: bool,
-        misaligned: bool,
-    ) -> None:
+    def __init__(self, of: Operands, rows: Rows, captured: bool, misaligned: bool) -> None:
+        x, weight, bias, a, b, _ = of
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
         self.sizes, self.R = (M, N, K), padded(r)
         R, on = self.R, card(device)
@@ -136,26 +127,19 @@ class _Forward:
             self.project = _projection(device, rows, K, R, True)
 
     def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: _Maybe,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        strength: float,
-        addresses: tuple[int, ...],
+        self, of: Operands, strength: float, addresses: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
+        (x, weight, bias, a, b, scale), (px, pw, pbias, pa, pb, ps) = of, addresses
         y, kept = self.result.new(x), x.new_empty(self.size)
-        px, pw, pa, pb, ps, pbias = addresses
-        pk, more = kept.data_ptr(), kept if bias is None else bias
+        pk = kept.data_ptr()
+        more, pmore = (kept, pk) if bias is None else (bias, pbias)
         blocks = self.tiles.blocks(x, weight, y)
         first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.whole is not None:
             drawn = tickets(kept)
             self.whole(
                 (*first, x, a, b, scale, kept, more, drawn),
-                (*places, px, pa, pb, ps, pk, pbias or pk, drawn.data_ptr()),
+                (*places, px, pa, pb, ps, pk, pmore, drawn.data_ptr()),
                 (float(strength), next(_NUMBERS)),
                 blocks,
             )
@@ -172,7 +156,7 @@ class _Forward:
                 self.project((x, kept, kept), (px, pk, pu))
         self.product(
             (*first, kept, kept, more),
-            (*places, pk + self.row_bytes * K, pu, pbias or pk),
+            (*places, pk + self.row_bytes * K, pu, pmore),
             (),
             blocks,
         )
@@ -196,75 +180,40 @@ class _Copy(NamedTuple):
     right: bool
 
 
+@on_its_device
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float = 1.0,
-    image: bool = False,
+    of: Operands, strength: float = 1.0, image: bool = False
 ) -> Optional[tuple[Tensor, Tensor]]:
     """``x (W + strength · scale · B A)ᵀ + bias`` with one rounding, and what `backward` takes.
 
     Args:
-        x: ``[..., in]``, 16-bit; of positions ``[batch, P, in]`` where `image`.
-        weight: ``[out, in]``, of x's type.
-        bias: ``[out]`` or None.
-        a: ``[r, in]``.
-        b: ``[out, r]``.
-        scale: ``[]``.
-        strength: a number on top of it.
+        of: x ``[..., in]``, 16-bit, of positions ``[batch, P, in]`` where `image`; and a weight
+            ``[out, in]`` of its type.
+        strength: a number on top of the scale.
         image: x's columns may lie apart, and the result lies in memory as x does.
 
     Returns:
         ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return forward(x, weight, bias, a, b, scale, strength, image)
-    px, pw, ps = x.data_ptr(), weight.data_ptr(), scale.data_ptr()
-    pa, pb = a.data_ptr(), b.data_ptr()
-    captured, pbias, biased = torch.cuda.is_current_stream_capturing(), 0, None
-    if bias is not None:
-        pbias = bias.data_ptr()
-        biased = (bias.shape, bias.stride(), bias.dtype, bias.get_device())
-    odd = (px | pw | pa | pb | ps | pbias) & 15
-    key = (
-        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype,
-        a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, scale.dtype, biased,
-        device, weight.get_device(), a.get_device(), b.get_device(), scale.get_device(),
-        image, captured, odd and tuple(p & 15 for p in (px, pw, pa, pb, ps, pbias)),
-    )  # fmt: skip
-    plan = _FORWARDS.get(key, _FORWARDS)
-    if plan is _FORWARDS:
-        bound(_FORWARDS)
-        misaligned = bool((px | pw) & 15)
-        plan = _plan_forward(x, weight, bias, a, b, scale, image, captured, misaligned)
-        _FORWARDS[key] = plan
+    captured = torch.cuda.is_current_stream_capturing()
+
+    def plan_of(addresses: tuple[int, ...]) -> Any:
+        return _plan_forward(of, image, captured, bool((addresses[0] | addresses[1]) & 15))
+
+    rest = (of.bias is None, image, captured)
+    plan, addresses = planned(_FORWARDS, of.tensors, rest, plan_of)
     if plan is None:
         return None
     if type(plan) is _Copy:
-        x = x.contiguous() if plan.left else x
-        bias = bias.contiguous() if plan.right and bias is not None else bias
-        return forward(x, weight, bias, a, b, scale, strength, image)
-    return plan(x, weight, bias, a, b, scale, strength, (px, pw, pa, pb, ps, pbias))  # type: ignore[no-any-return]
+        x = of.x.contiguous() if plan.left else of.x
+        bias = of.bias.contiguous() if plan.right and of.bias is not None else of.bias
+        return forward(of._replace(x=x, bias=bias), strength, image)  # type: ignore[no-any-return]
+    return plan(of, strength, addresses)  # type: ignore[no-any-return]
 
 
-def _plan_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Maybe,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    image: bool,
-    captured: bool,
-    misaligned: bool,
-) -> Any:
-    if not (has_kernel(x, weight) and fits(x, weight, bias, a, b, scale)):
+def _plan_forward(of: Operands, image: bool, captured: bool, misaligned: bool) -> Any:
+    x, bias = of.x, of.bias
+    if not (has_kernel(x, of.weight) and fits(of)):
         return None
     if not x.numel():
         return _of_no_rows
@@ -272,14 +221,12 @@ def _plan_forward(
     spread = bias is not None and not bias.is_contiguous()
     if rows is None or spread:
         return _Copy(rows is None, spread)
-    return _Forward(x, weight, bias, a, b, rows, captured, misaligned)
+    return _Forward(of, rows, captured, misaligned)
 
 
-def _of_no_rows(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
-    return x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(a)))
+def _of_no_rows(of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
+    (N, K), x = of.weight.shape, of.x
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(of.a)))
 
 
 class _Backward:
@@ -287,20 +234,18 @@ class _Backward:
 
     def __init__(
         self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        r: int,
+        of: Operands,
         rows: tuple[Rows, Rows],
         scaled: bool,
         wanted: tuple[bool, bool],
         captured: bool,
         misaligned: bool,
     ) -> None:
+        x, weight, r = of.x, of.weight, len(of.a)
         # a product of its own, dy[M, K] @ weight[K, N]: N are the inputs here, and K the outputs
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
-        self.input_too, self.factors_too = wanted
+        (self.input_too, self.factors_too), self.scaled = wanted, scaled
         on, w = card(device), weight.stride()
         hopper = on.hopper
         how = launches(self.sizes, R, captured, hopper, wanted)
@@ -340,33 +285,32 @@ class _Backward:
     def __call__(
         self,
         dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
+        of: Operands,
         kept: Tensor,
-        scale: _Maybe,
         strength: float,
         addresses: tuple[int, ...],
     ) -> tuple[_Maybe, _Maybe, _Maybe]:
+        x, weight, scale = of.x, of.weight, of.scale
         dx = self.result.new(x) if self.input_too else None
         scratch = x.new_empty(self.size)
-        (py, px, pw, ps), pk, pv = addresses, kept.data_ptr(), scratch.data_ptr()
+        (py, px, pw, *ps), pk, pv = addresses, kept.data_ptr(), scratch.data_ptr()
         if pk & 15:  # a hook on saved tensors may have laid it anywhere
             kept = kept.clone()
             pk = kept.data_ptr()
         if self.project is not None:
             self.project((dy, kept, scratch), (py, pk + self.row_bytes * self.sizes[1], pv))
         if self.separate:
-            return self._separately(dy, x, weight, kept, scale, strength, dx, scratch)
+            return self._separately(dy, of, kept, strength, dx, scratch)
         (_, N, K), r, wide = self.sizes, self.r, torch.float32
         da = x.new_empty_strided((r, N), (N, 1), dtype=wide)
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
-        out, factor = da if dx is None else dx, da if scale is None else scale
+        out, factor = da if dx is None else dx, scale if self.scaled else da
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
         first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
-            (*places, py, pk, pv, px, pa, db.data_ptr(), ps or pa, drawn.data_ptr()),
+            (*places, py, pk, pv, px, pa, db.data_ptr(), ps[0] if ps else pa, drawn.data_ptr()),
             (float(strength), next(_NUMBERS)),
             blocks,
         )
@@ -375,10 +319,8 @@ class _Backward:
     def _separately(
         self,
         dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
+        of: Operands,
         kept: Tensor,
-        scale: _Maybe,
         strength: float,
         dx: _Maybe,
         scratch: Tensor,
@@ -389,28 +331,26 @@ class _Backward:
         if self.project is None:
             _multiply(dy, _part(kept, R * N, R, K), v)
         if dx is not None:
-            blocks = self.tiles.blocks(dy, weight, dx)
-            first = () if blocks else (dy, weight, dx)
+            blocks = self.tiles.blocks(dy, of.weight, dx)
+            first = () if blocks else (dy, of.weight, dx)
             pointers = (*first, kept, scratch, kept)
             self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
         if not self.factors_too:
             return dx, None, None
         u = _part(kept, R * (N + K), M, R)
-        da = torch.mm(v[:, :r].t(), x.reshape(M, N), out_dtype=torch.float32)
+        da = torch.mm(v[:, :r].t(), of.x.reshape(M, N), out_dtype=torch.float32)
         db = torch.mm(dy.reshape(M, K).t(), u[:, :r], out_dtype=torch.float32)
-        return dx, da, db if scale is None else db * (scale * strength)
+        return dx, da, db * (of.scale * strength) if self.scaled else db
 
 
+@on_its_device
 def backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    of: Operands,
     kept: Tensor,
-    r: int,
-    scale: _Maybe,
     strength: float,
-    input_too: bool,
-    factors_too: bool,
+    scaled: bool,
+    wanted: tuple[bool, bool],
     image: bool = False,
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     """The gradients of `forward` that are wanted: the input's ``dy @ W + v @ A``, and of the
@@ -419,66 +359,53 @@ def backward(
 
     Args:
         dy: ``[..., out]``.
-        x, weight, strength, image: of the forward.
+        of, strength, image: of the forward.
         kept: of the forward.
-        r: the rank.
-        scale: ``[]``, or None to leave the last gradient unscaled.
-        input_too, factors_too: what is wanted.
+        scaled: whether the scale and the strength are in the last gradient.
+        wanted: of the input, of the factors.
     """
-    device = x.get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return backward(dy, x, weight, kept, r, scale, strength, input_too, factors_too, image)
-    py, px, pw = dy.data_ptr(), x.data_ptr(), weight.data_ptr()
-    ps = 0 if scale is None else scale.data_ptr()
-    odd = (py | px | pw | ps) & 15
     captured = torch.cuda.is_current_stream_capturing()
-    key = (
-        dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype, weight.shape,
-        weight.stride(), weight.dtype, r, scale is None or (scale.dtype, scale.get_device()),
-        input_too, factors_too, image, device, dy.get_device(), weight.get_device(), captured,
-        odd and tuple(p & 15 for p in (py, px, pw, ps)),
-    )  # fmt: skip
-    plan = _BACKWARDS.get(key)
-    if plan is None:
-        bound(_BACKWARDS)
-        misaligned, wanted = bool((py | pw) & 15), (input_too, factors_too)
-        plan = _plan_backward(dy, x, weight, r, scale, wanted, image, captured, misaligned)
-        _BACKWARDS[key] = plan
+    tensors: tuple[Tensor, ...] = (dy, of.x, of.weight)
+    tensors = (*tensors, of.scale) if scaled else tensors
+
+    def plan_of(addresses: tuple[int, ...]) -> Any:
+        misaligned = bool((addresses[0] | addresses[2]) & 15)
+        return _plan_backward(tensors, of, scaled, wanted, image, captured, misaligned)
+
+    rest = (len(of.a), scaled, wanted, image, captured)
+    plan, addresses = planned(_BACKWARDS, tensors, rest, plan_of)
     if type(plan) is _Copy:
-        dy, x = dy.contiguous() if plan.left else dy, x.contiguous() if plan.right else x
-        return backward(dy, x, weight, kept, r, scale, strength, input_too, factors_too, image)
-    return plan(dy, x, weight, kept, scale, strength, (py, px, pw, ps))  # type: ignore[no-any-return]
+        dy = dy.contiguous() if plan.left else dy
+        of = of._replace(x=of.x.contiguous()) if plan.right else of
+        return backward(dy, of, kept, strength, scaled, wanted, image)  # type: ignore[no-any-return]
+    return plan(dy, of, kept, strength, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    r: int,
-    scale: _Maybe,
+    tensors: tuple[Tensor, ...],
+    of: Operands,
+    scaled: bool,
     wanted: tuple[bool, bool],
     image: bool,
     captured: bool,
     misaligned: bool,
 ) -> Any:
-    together = (dy, x, weight) if scale is None else (dy, x, weight, scale)
+    dy, x, weight, *_ = tensors
     sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
     types = dy.dtype == x.dtype and has_kernel(x, weight)
-    if not (sizes and types) or len({t.get_device() for t in together}) > 1:
-        raise changed("the gradient, the input, the weight and the scale", together)
+    if not (sizes and types) or len({t.get_device() for t in tensors}) > 1:
+        raise changed("the gradient, the input, the weight and the scale", tensors)
     if not x.numel():
-        return functools.partial(_gradients_of_no_rows, r=r, wanted=wanted)
+        return functools.partial(_gradients_of_no_rows, wanted)
     left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
     if left is None or right is None:
         return _Copy(left is None, right is None)
-    rows, scaled = (left, right), scale is not None
-    return _Backward(dy, x, weight, r, rows, scaled, wanted, captured, misaligned)
+    return _Backward(of, (left, right), scaled, wanted, captured, misaligned)
 
 
 def _gradients_of_no_rows(
-    dy: Tensor, x: Tensor, weight: Tensor, *_: Any, r: int, wanted: tuple[bool, bool]
+    wanted: tuple[bool, bool], dy: Tensor, of: Operands, *_: Any
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
-    (out, fan_in), wide = weight.shape, torch.float32
+    (out, fan_in), x, r, wide = of.weight.shape, of.x, len(of.a), torch.float32
     factors = (x.new_zeros((r, fan_in), dtype=wide), x.new_zeros((out, r), dtype=wide))
     return torch.empty_like(x) if wanted[0] else None, *(factors if wanted[1] else (None, None))

@@ -2,11 +2,13 @@
 
 Read from diffusers 0.42 loaders/single_file_utils.py (``convert_open_clip_checkpoint``) and
 ComfyUI comfy/utils.py (``transformers_convert``). The ``text_model`` of transformers is a level
-that may be missing (see `LEVELS`); T5 has one spelling alone.
+that may be missing (see `LEVELS`); T5 has one spelling alone. OpenCLIP multiplies by its
+``text_projection`` from the right, so it is the transpose of the ``weight`` of transformers.
 """
 
 from paramlora.formats.names.table import Table
 
+TURNED = {"text_projection": "transformer.resblocks"}  # and the layers that are beside it
 _OTHER, _OWN = "transformer.resblocks.*", "encoder.layers.*"
 TABLE = Table(
     {

@@ -6,6 +6,7 @@ utils/other.py (patterns), tuners/tuners_utils.py (targets).
 
 from paramlora.formats.content import Content
 from paramlora.formats.format import Format, Mark
+from paramlora.formats.loaders import of_peft
 from paramlora.formats.peft.configuration import (
     alpha,
     by_pattern,
@@ -51,6 +52,7 @@ FORMAT = Format(
     marks=(Mark(30, _is_peft),),
     read=read,
     write=write,
+    passed_over=of_peft,
     kinds=("lora", "soft", "dora", "rows", "loha", "lokr"),
     whole=True,
     weights=("adapter_model.safetensors", "adapter_model.bin"),
