@@ -217,9 +217,9 @@ def in_mode(s: Subject, train: bool) -> float:
             model.eval()
 
 
-def own_training(s: Subject) -> float:
-    """Whether the plain model trains on these inputs at all, the same each time."""
-    model = copy.deepcopy(s.reference).train()
+def own_steps(s: Subject, train: bool) -> float:
+    """Whether the plain model takes a step on these inputs at all, the same each time."""
+    model = copy.deepcopy(s.reference).train(train)
     first, again = (of_dense(model, s.inputs, s.places, s.factors) for _ in range(2))
     return same(first, again, s.limit)
 
@@ -479,8 +479,8 @@ CHECKPOINTING = ("supports_gradient_checkpointing", "_supports_gradient_checkpoi
 def checks(s: Subject) -> Row:
     """All of them: an error's size where it holds, else a sentence."""
     row: Row = {
-        "eval": judged(lambda: in_mode(s, False)),
-        "train": judged(lambda: in_mode(s, True), lambda: own_training(s)),
+        "eval": judged(lambda: in_mode(s, False), lambda: own_steps(s, False)),
+        "train": judged(lambda: in_mode(s, True), lambda: own_steps(s, True)),
         "off": judged(lambda: base_again(s)),
         "file": judged(lambda: saved_and_loaded(s)),
         "detached": judged(lambda: detached(s)),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 SCALE = 1.5
 TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
@@ -110,11 +111,24 @@ def summed(model: nn.Module, found: list[Place], factors: Factors) -> nn.Module:
     dense = copy.deepcopy(model).requires_grad_(False)
     for place in found:
         A, B = factors[place.stem]
-        weight = getattr(dense.get_submodule(place.paths[0]), place.tensor)
-        with torch.no_grad():
-            weight += place.shaped(SCALE * (B.double() @ A.double())).to(weight.dtype)
-        weight.requires_grad_()
+        holders = [dense.get_submodule(path) for path in place.paths]
+        weight = getattr(holders[0], place.tensor).detach()
+        total = weight + place.shaped(SCALE * (B.double() @ A.double())).to(weight.dtype)
+        trained = nn.Parameter(total)
+        for module in holders:
+            _put(module, place.tensor, trained)
     return dense
+
+
+def _put(module: nn.Module, name: str, trained: nn.Parameter) -> None:
+    """Hold it instead, also where weight norm computed the tensor; who else held it keeps that."""
+    if parametrize.is_parametrized(module, name):
+        # not by torch's removal, which takes the property from the class, that copies share
+        module.__class__ = type(module).__bases__[0]
+        del module._modules["parametrizations"]
+    vars(module).pop(name, None)
+    module._buffers.pop(name, None)
+    module._parameters[name] = trained
 
 
 def gradients(dense: nn.Module, found: list[Place], factors: Factors) -> dict[str, Tensor]:
