@@ -163,7 +163,7 @@ def changed(**tensors):
     [
         ({}, {"rank": 4}, AdapterError, "tuned: no tensor differs from the base's"),
         ({"fc.weight": torch.zeros(200, 300)}, {"rank": 201}, AdapterError,
-         "rank 201 is more than any layer holds; the most is 200"),
+         "rank \\(--rank\\) 201 is more than any layer holds; the most is 200"),
         ({"fc.weight": torch.zeros(200, 301)}, {"rank": 4}, FileError,
          r"fc.weight: \[200, 300\] in base, and \[200, 301\] in tuned. Leave it out by exclude"),
         ({"more": torch.zeros(2)}, {"rank": 4}, FileError, r"base: lacks more of tuned.*--exclude"),

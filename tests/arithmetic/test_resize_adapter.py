@@ -86,13 +86,13 @@ def test_an_update_of_zeros_has_rank_one():
     [
         (None, None, "give a rank or an energy, and one of them only"),
         (2, 0.5, "one of them only"),
-        (0, None, "rank must be at least 1, got 0"),
-        (7, None, "rank 7 is above what there is: the highest is 6, of a.to_q"),
-        ({"to_k": 5}, None, '"to_k": rank 5 is above what there is: b.to_k has 4'),
+        (0, None, "rank \\(--rank\\) must be at least 1, got 0"),
+        (7, None, "rank \\(--rank\\) 7 is above what there is: the highest is 6, of a.to_q"),
+        ({"to_k": 5}, None, '"to_k": rank \\(--rank\\) 5 is above what there is: b.to_k has 4'),
         ({"zz": 1}, None, '"zz" names no layer. There are: '),
         ({"to_kk": 1}, None, '"to_kk" names no layer. Closest: "b.to_k"'),
         ({"re:(": 1}, None, r'"re:\(": '),
-        (None, 1.5, "energy is a share of the squared norm.* got 1.5"),
+        (None, 1.5, "energy \\(--energy\\) is a share of the squared norm.* got 1.5"),
     ],
 )
 def test_what_cannot_be_is_told(rank, energy, told):
