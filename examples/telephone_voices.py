@@ -93,6 +93,7 @@ class Speech:
         assert self.library.espeak_SetVoiceByName(f"en-us+{voice}".encode()) == 0, voice
         self.library.espeak_SetParameter(self.RATE, rate, 0)
         self.library.espeak_SetParameter(self.PITCH, pitch, 0)
+        self.library.espeak_ng_SetRandSeed(1)  # of its noise: each process hears the same
         told = text.encode()
         self.library.espeak_Synth(told, len(told) + 1, 0, 1, 0, self.CHARS_UTF8, None, None)
         sound = np.concatenate(self.heard).astype(np.float32)

@@ -121,7 +121,13 @@ def test_under_layerwise_casting_the_factors_keep_their_type(config, dtype):
     with torch.no_grad():
         for parameter, narrow in zip(rounded.parameters(), plain.parameters()):
             parameter.copy_(narrow.to(dtype))
-    want = outputs(fill(paramlora.attach(rounded, config)), dtype)
+    fill(paramlora.attach(rounded, config))
+    if (
+        config is SOFT
+    ):  # beside a forward that is somebody's, as casting's, the output stays rounded
+        for layer in rounded.modules():
+            layer.forward = layer.forward
+    want = outputs(rounded, dtype)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     for _ in range(2):
         after = {n: p for n, p in model.named_parameters() if "lora" in n}

@@ -180,8 +180,17 @@ def plain_of(kind, folder):
         return kind.from_pretrained(folder)
 
 
-def test_what_peft_cannot_hold_stands_beside_as_native_files(tmp_path):
+def test_a_module_trained_whole_is_loaded_by_from_pretrained(tmp_path):
     model = attached(gpt2, {"c_attn": {"r": 2}, "ln_f": {"whole": True}})
+    want = outputs(model)
+    warned, names = saved(model, tmp_path)
+    assert warned == [] and "adapter_config.json" in names
+    found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(found), want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_peft_cannot_hold_stands_beside_as_native_files(tmp_path):
+    model = attached(gpt2, {"c_attn": {"r": 2}, "ln_f.weight": {"whole": True}})
     want = outputs(model)
     (warned,), names = saved(model, tmp_path)
     call = f'paramlora.load_adapter(model, "{tmp_path / "adapter.safetensors"}")'
