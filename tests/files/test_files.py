@@ -101,9 +101,9 @@ def shape(state, metadata):
     "change, text",
     [
         (foreign, r"2: factors of \[1, 36\] and \[5, 1, 3, 3\] are not"),
-        (future, "format 9; this paramlora reads 1"),
+        (future, "written in format 9, and this paramlora reads 1. Upgrade"),
         (damaged, "metadata is damaged"),
-        (bad_config, "its configuration is damaged"),
+        (bad_config, "the configuration in its metadata is damaged"),
         (missing, "missing: 0.lora_A"),
         (unexpected, "unexpected: 7.lora_A"),
         (shape, r"0.lora_A: shape \[2, 9\] does not fit \[2, 3\]"),

@@ -337,5 +337,5 @@ def test_no_more_is_asked_of_a_folder_than_one_meaning(tmp_path):
         safetensors.torch.save_file(
             state_of(nn.Linear(2, 2)), tmp_path / "base" / f"{name}.safetensors"
         )
-    with pytest.raises(FileError, match="or one file of weights, and has a.safetensors, b"):
+    with pytest.raises(FileError, match="several files of weights, a.safetensors, b"):
         files.merge(tmp_path / "base", [Adapter({})], tmp_path / "out")
