@@ -5,7 +5,6 @@ import sys
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
-from itertools import takewhile
 from typing import Any, Optional, cast
 
 from torch import Tensor, nn
@@ -59,10 +58,14 @@ class Updates(ParametrizationList):
     def forward(self) -> Tensor:
         """As torch's, and of several adapters that train the tensor whole their sum."""
         held = list(self._modules.values()) if len(self) > 1 else []
-        wholes = list(takewhile(lambda one: isinstance(one, Whole), held))
+        wholes: list[Whole] = []
+        for one in held:  # a loop, since torch 2.11 compiles no takewhile
+            if not isinstance(one, Whole):
+                break
+            wholes.append(one)
         if len(wholes) < 2:
             return super().forward()
-        value = together(cast("list[Whole]", wholes), self.original)
+        value = together(wholes, self.original)
         for other in held[len(wholes) :]:
             value = cast(Any, other)(value)
         return value
