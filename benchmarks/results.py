@@ -199,8 +199,7 @@ def diffusion_table(content: dict[str, Any]) -> str:
     return "\n\n".join([table, *legend, markdown(header, sizes)])
 
 
-def llama_table(content: dict[str, Any]) -> str:
-    """Tokens a second and the peak, by way."""
+def _tokens_table(title: str, peak: str, content: dict[str, Any]) -> str:
     marks, legend = _origins(content["rows"])
     lines = []
     for row in content["rows"]:
@@ -209,29 +208,25 @@ def llama_table(content: dict[str, Any]) -> str:
             numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib'] / 1024:.1f}"]
             numbers += [str(row["steps"]), f"{row['trainable']:,}"]
         lines.append([row["way"] + marks(row), *numbers, row.get("outcome", "")])
+    header = ["way", "tokens a second", peak, "steps", "trainable", "outcome"]
+    return "\n\n".join([title, markdown(header, lines), *legend])
+
+
+def llama_table(content: dict[str, Any]) -> str:
+    """Tokens a second and the peak, by way."""
     options = content["options"]
     title = f"{options['layers']} layers, {options['batch']} × {options['tokens']} tokens a step, "
     title += f"r {options['r']}, dropout {options['dropout']}, the loss in {options['chunks']} "
     title += "chunks, " + ("blocks compiled" if options["compile"] else "eager")
-    header = ["way", "tokens a second", "peak GiB", "steps", "trainable", "outcome"]
-    return "\n\n".join([title, markdown(header, lines), *legend])
+    return _tokens_table(title, "peak GiB", content)
 
 
 def sharded_table(content: dict[str, Any]) -> str:
     """Tokens a second over all devices and the peak of one, by way."""
-    marks, legend = _origins(content["rows"])
-    lines = []
-    for row in content["rows"]:
-        numbers = ["", "", "", ""]
-        if "tokens_per_second" in row:
-            numbers = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib'] / 1024:.1f}"]
-            numbers += [str(row["steps"]), f"{row['trainable']:,}"]
-        lines.append([row["way"] + marks(row), *numbers, row.get("outcome", "")])
     options, count = content["options"], content["processes"]
     title = f"{options['layers']} layers over {count} processes, {options['batch']} × "
     title += f"{options['tokens']} tokens in each"
-    header = ["way", "tokens a second", "peak GiB a device", "steps", "trainable", "outcome"]
-    return "\n\n".join([title, markdown(header, lines), *legend])
+    return _tokens_table(title, "peak GiB a device", content)
 
 
 def _origins(rows: list[dict[str, Any]]) -> tuple[Callable[[dict[str, Any]], str], list[str]]:

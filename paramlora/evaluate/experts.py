@@ -95,7 +95,7 @@ def grouped_by_definition(
     """The same in plain operations, for gradients of gradients: a loop over the experts."""
     up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
     parts = [x.new_zeros(0, weight.shape[1])]
-    for e, rows in _runs(ends):
+    for e, rows in runs(ends):
         y = x[rows] @ weight[e].t()
         for which, ranks in ranks_of(drops):
             seen, kernels = masked(x[rows], drops, which, rows.start), (lora_A[e], up[e])
@@ -106,7 +106,7 @@ def grouped_by_definition(
     return torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[1])])
 
 
-def _runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
+def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, and these."""
     start = 0
     for e, end in enumerate(ends.tolist()):
@@ -162,7 +162,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
         ]
         return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % _ALIGNED))
     u = x.new_zeros(len(x), first.shape[1])
-    for e, rows in _runs(ends):
+    for e, rows in runs(ends):
         if drops is None:
             torch.mm(x[rows], first[e].t(), out=u[rows])
         else:
@@ -187,7 +187,7 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
         return grouped_product(x, weight, offs=ends)  # type: ignore[no-any-return]
     y = x.new_zeros(len(x), weight.shape[2])
     second = second if u.shape[1] == second.shape[1] else _padded(second)
-    for e, rows in _runs(ends):
+    for e, rows in runs(ends):
         _sum_of_products(x[rows], weight[e], u[rows], second[e], y[rows])
     return y
 
@@ -212,7 +212,7 @@ def _spread(
             dx = dx + masked(part, drops, which)
         return dx
     dx = dy.new_zeros(len(dy), weight.shape[2])
-    for e, rows in _runs(ends):
+    for e, rows in runs(ends):
         for which, own in ranks_of(drops):
             dx[rows] += masked(v[rows, own] @ down[e, own], drops, which, rows.start)
         dx[rows].addmm_(dy[rows], weight[e])
@@ -229,13 +229,13 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
         torch.mm(u, v, out=y).addmm_(x, w)
 
 
-def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left_eᵀ @ right_e`` over each expert's rows: ``[experts, left's, right's]``."""
     if left.shape[1] and right.shape[1] and _on_device(left, left.shape[1], right.shape[1]):
         product: Tensor = grouped_product(left.t(), right, offs=ends)
         return product
     total = left.new_zeros(len(ends), left.shape[1], right.shape[1])
-    for e, rows in _runs(ends):
+    for e, rows in runs(ends):
         if left.dtype == torch.float16:  # sums of many products leave its range
             total = total.float()
             total[e] = narrow.outer(left[rows], right[rows])
@@ -323,7 +323,7 @@ def _backward(
             da = _factor_sums(v, x, ends, drops, r)
             da = cast(da if h is None else da / h, a.dtype)
     if wanted[2] or wanted[3]:
-        product = _sums(dy, u, ends)[..., :r]
+        product = expert_sums(dy, u, ends)[..., :r]
         product = _in_range_again(product, x, a, b, scale, strength)
         db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
     return dx, da, db if wanted[2] else None, dscale
@@ -366,11 +366,11 @@ def _backward_in_kernels(
 def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: int) -> Tensor:
     """``v_eᵀ (mask ∘ x_e)``: ``[experts, r, in]``."""
     if drops is None:
-        return _sums(v, x, ends)[:, :r]
+        return expert_sums(v, x, ends)[:, :r]
     parts = []
     for which, own in ranks_of(drops):
         some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
-        parts.append(_sums(some, masked(x, drops, which), ends)[:, : drops.ranks[which]])
+        parts.append(expert_sums(some, masked(x, drops, which), ends)[:, : drops.ranks[which]])
     return torch.cat(parts, 1)
 
 
@@ -413,7 +413,7 @@ class _Grouped(torch.autograd.Function):
             dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *needs[3:6]), dy)
             return dx, dweight, None, *others, *none
         dx, *others = _backward(dy, x, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
-        dweight = _sums(dy, x, ends).to(weight.dtype) if needs[1] else None
+        dweight = expert_sums(dy, x, ends).to(weight.dtype) if needs[1] else None
         return dx, dweight, None, *others, *none
 
 
@@ -470,7 +470,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     drops = _drops(rates, ranks, seed)
     grads = _backward(dy, x, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
-    dense = _sums(dy, x, ends).to(weight.dtype) if wanted[0] else None
+    dense = expert_sums(dy, x, ends).to(weight.dtype) if wanted[0] else None
     found = [x.new_empty(0) if g is None else g.contiguous() for g in (dense, *grads)]
     return found[0], found[1], found[2], found[3], found[4]
 

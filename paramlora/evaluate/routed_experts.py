@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paramlora.evaluate.experts import grouped_linear
+from paramlora.evaluate.experts import expert_sums, grouped_linear, runs
 from paramlora.evaluate.functional import cast, cast_for_autocast, untold, without_autocast
 from paramlora.update.compat import applied
 from paramlora.update.contexts import autocast_of
@@ -128,19 +128,15 @@ class _Onto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, low: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, ends)
-        y, start = torch.zeros_like(low), 0
-        for one, end in zip(weight, ends.tolist()):
-            y[start:end] = torch.addmm(low[start:end], x[start:end], one.t())
-            start = end
+        y = torch.zeros_like(low)
+        for e, rows in runs(ends):
+            y[rows] = torch.addmm(low[rows], x[rows], weight[e].t())
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, ends = ctx.saved_tensors
-        needs, dweight = ctx.needs_input_grad, None
+        needs = ctx.needs_input_grad
         dx = _plain(dy, weight.mT, ends) if needs[1] else None
-        if needs[2]:
-            spans = zip([0, *ends.tolist()], ends.tolist())
-            dweight = torch.stack([dy[a:b].t() @ x[a:b] for a, b in spans])
-        return dy, dx, dweight, None
+        return dy, dx, expert_sums(dy, x, ends) if needs[2] else None, None

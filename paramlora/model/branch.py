@@ -25,6 +25,7 @@ from paramlora.model.forwards import (
     convolved_rows,
     dropped_rows,
     in_one_sum,
+    of_rows,
     padded_input,
     rows_first,
     scaling_of_rows,
@@ -268,9 +269,8 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ch
 def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
     """The term of branches that are no pair of a kernel and a 1×1 one, a row at a time to `vmap`,
     which makes one convolution of as many groups as there are rows."""
-    x = dropped_rows(x, updates, rows, rows.index) if layer.training else x
-    held = {update.adapter: update for update in updates}
-    there = [held.get(name) for name in rows.names]
+    x = dropped_rows(layer.training, x, updates, rows)
+    there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else one.factors() for one in there]
     down = _filled([a for a, _ in pairs])  # [adapters + 1, r, in]
     up = wide(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))

@@ -149,7 +149,7 @@ def _product_of_rows(
     down = [None if own is None else own[0] for own in sides]
     up = [None if own is None else wide(own[1]).mT * s for own, s in zip(sides, scaling)]
     pairs = pairs_of(experts, adapters, len(weight), len(rows.names))
-    dropped = dropped_rows(x, stack.updates, rows, adapters) if stack.dropping else None
+    dropped = dropped_rows(stack.dropping, x, stack.updates, rows, adapters)
     return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped)
 
 

@@ -563,12 +563,19 @@ def scaling_of_rows(there: Sequence[Optional[LowRank]], like: Tensor) -> Tensor:
     return torch.stack([*scales, one]) * torch.stack([*gains, one])
 
 
-def dropped_rows(x: Tensor, updates: list[LowRank], rows: Choice, index: Tensor) -> Tensor:
-    """The input of the updates' part in training: each row drops as its adapter says, which
-    `index` gives."""
+def dropped_rows(
+    training: bool,
+    x: Tensor,
+    updates: list[LowRank],
+    rows: Choice,
+    index: Optional[Tensor] = None,
+) -> Tensor:
+    """The input of the updates' part: each row drops as its adapter says, which `index` gives where
+    it is not that of `rows`."""
     rates = {update.adapter: update.dropout for update in updates}
-    if not any(rates.values()):
+    if not training or not any(rates.values()):
         return x
+    index = rows.index if index is None else index
     each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[index]
     each = each.reshape(-1, *[1] * (x.dim() - 1))
     return torch.where(torch.rand_like(x) < each, 0.0, x / (1 - each))
@@ -586,7 +593,7 @@ def beside_rows(
     updates' part alone."""
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
-    dropped = dropped_rows(x, updates, rows, rows.index) if layer.training else x
+    dropped = dropped_rows(layer.training, x, updates, rows)
     apart = base is not None and (dropped is not x or updates[0].served)
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(dropped, weight, bias, down, up, rows)
@@ -597,8 +604,7 @@ def beside_rows(
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:
     """The updates' part of a convolution of each row's update."""
-    x = dropped_rows(x, updates, rows, rows.index) if layer.training else x
-    x, padding = padded_input(layer, x)
+    x, padding = padded_input(layer, dropped_rows(layer.training, x, updates, rows))
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     where = layer.stride, padding, layer.dilation, layer.groups
