@@ -33,7 +33,7 @@ from paramlora.model.forwards import (
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains, Site
 from paramlora.update.choice import Choice
-from paramlora.update.compat import recorded
+from paramlora.update.compat import every_module_hooks, recorded
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout
 from paramlora.update.init import initialise
@@ -233,15 +233,11 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
     if not (alike and kinds) or untold() or recorded() or "forward" in layer.__dict__:
         return False
     # what a hook before ours made of the output would be lost
-    first = next(iter(hooks.values())) is _add_branches and not _every_module_hooks()
+    first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
     whole = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
     if not (first and whole) or any(update.kernel or update.served for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)
-
-
-def _every_module_hooks() -> Any:
-    return getattr(nn.modules.module, "_global_forward_hooks", None)
 
 
 def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:

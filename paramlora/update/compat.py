@@ -306,6 +306,14 @@ cached_by_torch: Callable[[], Optional[dict[Any, Any]]] = (
 # of each group's rows with its own matrix; None where this torch has none, which costs a loop
 grouped_product: Any = getattr(torch.nn.functional, "grouped_mm", None) or _private("_grouped_mm")
 
+# --- hooks ---------------------------------------------------------------------------------------
+
+
+def every_module_hooks() -> Any:
+    """The forward hooks that all modules have, by ``register_module_forward_hook``."""
+    return _private("nn.modules.module._global_forward_hooks")
+
+
 # --- the device ----------------------------------------------------------------------------------
 
 # asked at every launch, where Python takes longer than the device
