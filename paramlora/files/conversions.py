@@ -187,7 +187,7 @@ def merge(
         plan = merge_plan(contents, loaded, stored.read)
         if seed is not None:
             plan = {
-                name: replace(recipe, rounding=Rounding(seed, name))
+                name: replace(recipe, rounding=Rounding(seed, name, counts=False))
                 for name, recipe in plan.items()
             }
         for adapter, _ in loaded:

@@ -116,7 +116,7 @@ def merge(
     if packed and not dequantize:
         raise AdapterError(_quantised(model, *packed[0]))
     inverted = [_inverted(*job) for job in jobs]
-    rounding = Rounding(seed) if report or seed is not None else None
+    rounding = Rounding(seed, counts=report) if report or seed is not None else None
     _check_held(
         model,
         [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],

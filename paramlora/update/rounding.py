@@ -61,10 +61,11 @@ class Rounding:
         seed: round up or down at random, so that the mean of what is written is the sum; to the
             nearest number where None. One seed gives one result, each tensor by numbers of its own.
         path: of the tensor whose blocks come first (see `start`).
+        counts: whether a `report` is wanted, which takes some passes over each block.
     """
 
-    def __init__(self, seed: Optional[int] = None, path: str = "") -> None:
-        self.seed, self.path = seed, path
+    def __init__(self, seed: Optional[int] = None, path: str = "", counts: bool = True) -> None:
+        self.seed, self.path, self.counts = seed, path, counts
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}
 
@@ -80,7 +81,8 @@ class Rounding:
             after = total.to(before.dtype)
         else:
             after = stochastic(total, before.dtype, self._generator(total.device))
-        self._count(total, before, after)
+        if self.counts:
+            self._count(total, before, after)
         return after
 
     def _generator(self, device: torch.device) -> torch.Generator:
