@@ -328,7 +328,7 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
     """In every memory format of x, the weight and dy, which may also be expanded."""
     *case, taken = case
     leaves, where, seed = convolved(*case, dtype, formats)
-    assert (joining.forward(*leaves, where) is not None) == taken
+    assert (joining.forward(served.Operands(*leaves), where) is not None) == taken
     compare_convolutions(leaves, where, seed, 1, taken)
 
 
@@ -338,7 +338,7 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
 def test_a_convolution_of_single_channels_and_its_gradients(case, dtype, formats):
     leaves, where, seed = convolved(*case, dtype, formats)
     channels = len(leaves[1])
-    assert served.is_depthwise(*leaves, where, channels)
+    assert served.is_depthwise(served.Operands(*leaves), where, channels)
     compare_convolutions(leaves, where, seed, channels, True)
 
 
