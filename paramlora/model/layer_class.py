@@ -151,7 +151,7 @@ def _tensor_property(name: str) -> property:
                 return value_of(plist)
             if asks_the_base(sys._getframe(1), name) and is_ours(plist):
                 return plist.original  # type: ignore[no-any-return]
-            return counted(read(plist, AGAIN in self.__dict__))
+            return counted(plist, read(plist, AGAIN in self.__dict__))
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
                 return held[name]

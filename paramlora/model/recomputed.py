@@ -35,15 +35,18 @@ def _told(plist: Any) -> tuple[Any, ...]:
     return (*(update.strength for update in plist), *versions)
 
 
-def counted(value: Tensor) -> Tensor:
+def counted(plist: Any, value: Tensor) -> Tensor:
     """A tensor of an update, told from a layer's own by whoever counts what is saved.
 
     Checkpointing computes a forward again and refuses where that saves another number of tensors.
     A sum may save none, like the plain tensor that is there once the adapter is gone: then half of
-    the gradients would be of the one and half of the other, without a word.
+    the gradients would be of the one and half of the other, without a word. What its reader writes
+    to is a copy, which is made of tensors that are saved.
     """
     counts = value.requires_grad and torch.is_grad_enabled() and keeps_saved()
     if not counts or torch.compiler.is_compiling() or transformed():
+        return value
+    if any(getattr(update, "written_by_reader", False) for update in plist):
         return value
     return _Counted.apply(value)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -55,7 +58,7 @@ class _Counted(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 

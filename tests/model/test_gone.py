@@ -93,3 +93,21 @@ def gradients_of_base(model, x, want):
     y = model(x)
     dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     return [*torch.autograd.grad(y, x, dy), *[None] * (len(want) - 1)]
+
+
+def test_what_its_reader_writes_to_is_still_written_to_in_a_checkpoint():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 6, max_norm=1.0)).double()
+    paramlora.attach(model, {"0": {"r": 2}})
+    ids = torch.tensor([[0, 3], [8, 3]])
+    torch.manual_seed(1)
+    ((_, _, update),) = updates(model)
+    torch.nn.init.normal_(update.lora_B)
+    a, b = (p.detach().clone().requires_grad_() for p in (update.lora_A, update.lora_B))
+    rows = (model[0].parametrizations.weight.original + (b @ a).t())[ids]
+    # torch rescales what it looks up, outside of the graph
+    short = (1 / (rows.detach().norm(dim=-1, keepdim=True) + 1e-7)).clamp(max=1)
+    want = torch.autograd.grad(rows.sum(), (a, b))
+    y = checkpoint(model, ids, use_reentrant=False)
+    torch.testing.assert_close(y, rows * short, rtol=1e-9, atol=1e-9)
+    got = torch.autograd.grad(y.sum(), (update.lora_A, update.lora_B))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
