@@ -254,8 +254,19 @@ def planned(
     if plan is plans:
         if len(plans) >= 4096:
             plans.clear()
+        _ready_for_capture()
         plan = plans[key] = plan_of(addresses)
     return plan, addresses
+
+
+def _ready_for_capture() -> None:
+    """Have this thread's handle of cuBLAS made, which no CUDA graph may be asked to make.
+
+    A captured step takes cuBLAS for a thin product where the steps before it, which warm up for it,
+    took one grid of programs that wait for each other.
+    """
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_blas_handle()
 
 
 def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:
