@@ -453,6 +453,15 @@ def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
     return _convolved(layer, x, known)
 
 
+def in_one_sum_of_rows(
+    layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
+) -> Tensor:
+    """The same with each row's update."""
+    if isinstance(layer, nn.Linear):
+        return linear_of_rows(layer, x, weight, updates, rows, "matrix")
+    return _convolution_of_rows(layer, x, weight, updates, rows)
+
+
 def _inner(layer: Any) -> Any:
     own = layer.__dict__
     return own["_conv_forward"] if "_conv_forward" in own else type(layer)._conv_forward
@@ -594,9 +603,9 @@ def beside_rows(
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
-    apart = base is not None and (dropped is not x or updates[0].served)
+    apart = base is not None and updates[0].served
     weight, bias = base if base is not None and not apart else (None, None)
-    y = routed.linear(dropped, weight, bias, down, up, rows)
+    y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
         y = F.linear(x, *base) + y
     return y.movedim(0, rows.dim)
@@ -608,7 +617,7 @@ def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) 
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     where = layer.stride, padding, layer.dilation, layer.groups
-    return routed.convolution(x, shape, down, up, rows, *where)
+    return routed.convolved(x, shape, down, up, rows, *where)
 
 
 def linear_of_rows(
@@ -628,9 +637,18 @@ def linear_of_rows(
 def _convolution_of_rows(
     layer: Any, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    x = rows_first(layer, x, 0, rows)
-    y: Tensor = layer._conv_forward(x, weight, _bias(layer))
-    return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
+    x, bias = rows_first(layer, x, 0, rows), _bias(layer)
+    y: Tensor
+    if not updates or updates[0].served:
+        y = layer._conv_forward(x, weight, bias)
+        return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
+    x = laid_as(x, weight)
+    dropped = dropped_rows(layer.training, x, updates, rows)
+    more = None if dropped is x else padded_input(layer, dropped)[0]
+    x, padding = padded_input(layer, x)
+    where = (layer.stride, padding, layer.dilation, layer.groups)
+    down, up = factors_of_rows(updates, rows, "matrix")
+    return routed.convolution(x, weight, bias, down, up, rows, where, more)
 
 
 def _embedding_of_rows(
