@@ -11,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paramlora.cuda.operands import has_kernel
 from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
     differentiable,
+    in_plain_operations,
     untold,
     without_autocast,
 )
 from paramlora.update import narrow
 from paramlora.update.choice import Choice
-from paramlora.update.compat import applied, is_batched
+from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
 Where = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_HIGHEST = 128  # rank whose thin products the kernels hold in registers
 _LONG = 16  # positions of a row from which it is a block of its own
 
 
@@ -166,10 +169,14 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
     ) -> Tensor:
+        ctx.rows, ctx.kernel = rows, _has_kernel(x, weight, bias, down, up, rows)
+        if ctx.kernel:
+            y, u = _by_kernels(x.flatten(0, -2), weight.t(), bias, down, up, rows)
+            ctx.save_for_backward(x, weight, down, up, u)
+            return y.view(*x.shape[:-1], y.shape[-1])
         own, picks = _blocks(narrow.wide(_positions(x)), rows)
         u = own @ picked(down, picks, own.dtype).mT
         thin = _in_rows(u @ picked(up, picks, u.dtype), rows, _positions(x).shape[1]).to(x.dtype)
-        ctx.rows = rows
         ctx.save_for_backward(x, weight, down, up, u)
         y = _onto(thin.flatten(0, 1), x.flatten(0, -2), weight.t(), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -179,7 +186,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weight, down, up, u), needs, rows = ctx.saved_tensors, ctx.needs_input_grad, ctx.rows
         dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
                 thin = grouped(_positions(x), rows, down, up)
@@ -189,6 +196,12 @@ class _Linear(torch.autograd.Function):
             dx, dweight, *others = differentiable(again, (x, weight, down, up), wanted, dy)
             return dx, dweight, dbias, *others, None
         flat, positions = dy.flatten(0, -2), _positions(dy).shape[1]
+        if ctx.kernel:
+            dx, *others = _kernels_backward(
+                flat, x.flatten(0, -2), weight, down, up, u, rows, needs
+            )
+            dx = None if dx is None else dx.view(x.shape)
+            return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, *others, None
         own, picks = _blocks(narrow.wide(_positions(dy)), rows)
         v = own @ picked(up, picks, own.dtype).mT
         dx = ddown = None
@@ -199,6 +212,59 @@ class _Linear(torch.autograd.Function):
             ddown = _sums(v, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
         dup = _sums(u, own, picks, up) if needs[4] else None
         return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, ddown, dup, None
+
+
+def _has_kernel(
+    x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+) -> bool:
+    """Whether the kernels serve these rows: in bfloat16 alone, as float16 has a range."""
+    fits = x.dtype == torch.bfloat16 and has_kernel(x, weight) and x.numel() > 0 and not recorded()
+    plain = fits and weight.numel() > 0 and (bias is None or bias.is_contiguous())
+    near = plain and {t.get_device() for t in (weight, down, up)} == {x.get_device()}
+    return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
+
+
+def _sorted(rows: Choice, positions: int) -> Any:
+    from paramlora.cuda.routed.plan import Sorted
+
+    return Sorted(*rows.sorted_by(positions), rows.starts, max(rows.ranks), positions)
+
+
+def _by_kernels(
+    x: Tensor, w: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+) -> tuple[Tensor, Tensor]:
+    """``x w + x A_iᵀ B_iᵀ + bias`` in one accumulator, and the thin product."""
+    from paramlora.cuda.routed import plan
+
+    x, by = x.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    u = plan.thin(x, cast(down, x.dtype), by)
+    return plan.product(x, w, u, cast(up, x.dtype), by, bias), u
+
+
+def _kernels_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    u: Tensor,
+    rows: Choice,
+    needs: Sequence[bool],
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of x and of both factors that are wanted."""
+    from paramlora.cuda.routed import plan
+
+    x, dy, by = x.contiguous(), dy.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    dx = v = None
+    if needs[0] or needs[3]:
+        v = plan.thin(dy, cast(up, dy.dtype), by)
+        if needs[0]:
+            dx = plan.product(dy, weight, v, cast(down, dy.dtype), by)
+    if not (needs[3] or needs[4]):
+        return dx, None, None
+    ddown, dup = plan.sums(x, v, dy, u, by, len(down), (needs[3], needs[4]))
+    ddown = None if ddown is None else cast(ddown, down.dtype)
+    return dx, ddown, None if dup is None else cast(dup, up.dtype)
 
 
 class _Onto(torch.autograd.Function):
