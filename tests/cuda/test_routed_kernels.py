@@ -68,7 +68,7 @@ def test_a_layer_on_cuda(name, bias):
     for adapter, r in {"a": 16, "b": 3, "c": 5}.items():
         paramlora.attach(layer, {"weight": {"r": r, "scale": 0.5}}, adapter)
     own = {u.adapter: (u.lora_A, u.lora_B) for _, _, u in updates(layer)}
-    for a, b in own.values():
+    for _, b in own.values():
         b.data.normal_(std=1e-3)
     x = torch.randn(len(rows), *shape, device="cuda").bfloat16().requires_grad_()
     dy = torch.randn(*x.shape[:-1], 512, device="cuda").bfloat16()

@@ -18,8 +18,8 @@ def lengths(
     it is read once, and nothing cancels as in the sum of three terms."""
     rn, rr = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RB)
     rows, ranks = rn < N, rr < r
-    where = b + rn[:, None].to(tl.int64) * b_n + rr[None, :].to(tl.int64) * b_r
-    up = tl.load(where, mask=rows[:, None] & ranks[None, :], other=0.0).to(tl.float32)
+    factor = b + rn[:, None].to(tl.int64) * b_n + rr[None, :].to(tl.int64) * b_r
+    up = tl.load(factor, mask=rows[:, None] & ranks[None, :], other=0.0).to(tl.float32)
     up *= tl.load(scale).to(tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for k in range(0, K, BK):
