@@ -129,6 +129,17 @@ def kinds_table(content: dict[str, Any]) -> str:
     return markdown([*header, "bytes kept for backward", "outcome"], lines)
 
 
+def routed_table(content: dict[str, Any]) -> str:
+    """One line for each way of each part: R, tokens a second, the peak, seconds."""
+    kinds = {"device_R": 2, "eager_R": 2, "tokens_per_second": 0, "peak_mib": 0, "seconds": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = [f"{row[k]:,.{p}f}" if k in row else "" for k, p in kinds.items()]
+        lines.append([row["case"], row["way"], *numbers, row.get("refused", "")])
+    header = ["case", "way", "R device", "R eager", "tokens a second", "peak MiB", "seconds"]
+    return markdown([*header, "outcome"], lines)
+
+
 def kept_table(content: dict[str, Any]) -> str:
     """Shares that reach the output and the input gradient, in percent, by size of the update."""
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
