@@ -22,8 +22,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from benchmarks.results import markdown
 
 Row = dict[str, Any]
 LONGEST = 30  # seconds of computing for one class
+RESIZED = 5  # how often inputs take other sizes by what errors say
 
 
 def transformers_classes(pattern: str = "") -> dict[str, type[nn.Module]]:
@@ -85,7 +87,7 @@ def ordered(found: dict[str, type[nn.Module]]) -> tuple[list[str], list[str]]:
 
 def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
     """The first way in which the model can be built and called, in double precision if it can."""
-    reasons = []
+    reasons: list[str] = []
     for way in tiny.WAYS:
         for dtype in (torch.float64, torch.float32):
             try:
@@ -93,16 +95,44 @@ def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
             except Exception as error:
                 reasons.append(f"{way}: {arch_checks.told(error)}")
                 break
-            for inputs in tiny_inputs.tries(model, dtype):
-                try:
-                    with torch.no_grad():
-                        outputs = arch_checks.call(model, inputs)
-                except Exception as error:
-                    reasons.append(f"{way}, {', '.join(inputs)}: {arch_checks.told(error)}")
-                    continue
-                if outputs:
-                    return way, model, inputs
+            inputs = callable_with(model, dtype, way, reasons)
+            if inputs is not None:
+                return way, model, inputs
     raise NotBuilt(" ... ".join(dict.fromkeys((reasons or ["no inputs"])[:1] + reasons[-1:])))
+
+
+def callable_with(
+    model: nn.Module, dtype: torch.dtype, way: str, reasons: list[str]
+) -> Optional[dict[str, Any]]:
+    """The first inputs for which the model gives outputs; else the reasons are added."""
+    asked: list[list[str]] = []
+
+    def failed(error: Exception, names: list[str]) -> None:
+        reasons.append(f"{way}, {', '.join(names)}: {arch_checks.told(error)}")
+        asked.extend(tiny_inputs.asked_for(model, error, names))
+
+    for inputs in tiny_inputs.tries(model, dtype, asked):
+        fitted = fit(model, inputs, failed)
+        if fitted is not None:
+            return fitted
+    return None
+
+
+def fit(
+    model: nn.Module, inputs: dict[str, Any], failed: Callable[[Exception, list[str]], None]
+) -> Optional[dict[str, Any]]:
+    """The inputs, of other sizes where errors say so, for which the model gives outputs."""
+    for _ in range(RESIZED):
+        try:
+            with torch.no_grad():
+                return inputs if arch_checks.call(model, inputs) else None
+        except Exception as error:
+            failed(error, list(inputs))
+            new = tiny_inputs.resized(error, inputs)
+        if new is None:
+            break
+        inputs = new
+    return None
 
 
 class NotBuilt(Exception):
