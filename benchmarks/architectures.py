@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -34,6 +35,7 @@ from benchmarks.results import markdown
 
 Row = dict[str, Any]
 LONGEST = 30  # seconds of computing for one class
+TRIED = 60  # inputs for one model
 RESIZED = 5  # how often inputs take other sizes by what errors say
 
 
@@ -111,7 +113,7 @@ def callable_with(
         reasons.append(f"{way}, {', '.join(names)}: {arch_checks.told(error)}")
         asked.extend(tiny_inputs.asked_for(model, error, names))
 
-    for inputs in tiny_inputs.tries(model, dtype, asked):
+    for inputs in itertools.islice(tiny_inputs.tries(model, dtype, asked), TRIED):
         fitted = fit(model, inputs, failed)
         if fitted is not None:
             return fitted
