@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from benchmarks import arch_checks, dense, tiny, tiny_inputs
+from benchmarks.machine import commit
 from benchmarks.results import markdown
 
 Row = dict[str, Any]
@@ -148,8 +149,8 @@ def steady(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) and a.isfinite().any() for a, b in zip(first, again))
 
 
-def examined(name: str, cls: type[nn.Module]) -> Row:
-    """The row of one class."""
+def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
+    """The row of one class; `cost`: also its time and memory."""
     library = cls.__module__.split(".")[0]
     row: Row = {"class": name, "library": library}
     try:
@@ -178,7 +179,7 @@ def examined(name: str, cls: type[nn.Module]) -> Row:
     grads = dense.gradients(subject.reference, found, subject.factors)
     row["reached"] = sum(bool(g.any()) for n, g in grads.items() if n.endswith("lora_B"))
     try:
-        row |= arch_checks.cost(subject)
+        row |= arch_checks.cost(subject) if cost else {}
     except Exception as error:
         row["cost"] = arch_checks.told(error)
     return row
@@ -209,7 +210,7 @@ def work(name: str) -> Row:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         gc.collect()
-    return {**row, "seconds": round(time.process_time() - started, 2)}
+    return {**row, "seconds": round(time.process_time() - started, 2), "commit": commit()}
 
 
 def classes_by_name(name: str) -> type[nn.Module]:

@@ -286,21 +286,20 @@ def lacked_by(config: Any, error: Exception) -> Optional[tuple[Any, str]]:
     return None
 
 
-def completed(cls: type[nn.Module], config: Any) -> None:
-    """Give a configuration what its own model lacks, as errors say, a few times."""
+def size_of(cls: type[nn.Module], arguments: dict[str, Any]) -> int:
+    """Parameters of the model; its configuration is given what the model reads and it lacks, as
+    errors say, a few times."""
     for _ in range(8):
         try:
             with torch.device("meta"):
-                cls(copy.deepcopy(config))
-            return
+                return sum(p.numel() for p in cls(**copy.deepcopy(arguments)).parameters())
         except (AttributeError, TypeError) as error:
-            lacks = lacked_by(config, error)
-            if lacks is None:
-                return
-            guess = [value for pattern, value in LACKED if re.fullmatch(pattern, lacks[1])]
-            if not guess:
-                return
+            lacks = lacked_by(arguments["config"], error) if "config" in arguments else None
+            guess = [v for pattern, v in LACKED if lacks and re.fullmatch(pattern, lacks[1])]
+            if lacks is None or not guess:
+                raise
             setattr(*lacks, guess[0])
+    raise ValueError("a configuration that lacks more than can be guessed")
 
 
 def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
@@ -310,8 +309,7 @@ def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
         ValueError: it has more than `MOST` parameters.
     """
     arguments = _arguments(cls, way)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in cls(**copy.deepcopy(arguments)).parameters())
+    size = size_of(cls, arguments)
     if size > MOST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
@@ -321,9 +319,7 @@ def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
 def _arguments(cls: type[nn.Module], way: str) -> dict[str, Any]:
     """What the class is called with: a configuration, or in diffusers its numbers."""
     if getattr(cls, "config_class", None) is not None:
-        config = shrink(cls.config_class(), way)
-        completed(cls, config)
-        return {"config": config}
+        return {"config": shrink(cls.config_class(), way)}
     found = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         value = parameter.default
