@@ -88,6 +88,10 @@ def check_tiny(zoo: Zoo, way: str) -> None:
         assert error < limit, f"{way}: relative error {error:.1e} against float64"
 
 
+def _double_leaf(factor: Tensor) -> Tensor:
+    return factor.detach().clone().double().requires_grad_()
+
+
 def _made(zoo: Zoo, dtype: torch.dtype, tiny: bool) -> nn.Module:
     with torch.device(device()):
         model = zoo.build(tiny)

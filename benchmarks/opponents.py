@@ -8,6 +8,7 @@ factors on a bfloat16 weight they raise. The dense way holds float32 masters.
 import copy
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, Optional
@@ -272,7 +273,7 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
 
     Args:
         way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16``,
-            one of `LYCORIS` or `UNSLOTH`, ``paramlora``, or ``bound``, which no update can be below.
+            one of `LYCORIS` or `UNSLOTH`, ``paramlora``, or ``bound``, which none can be below.
         entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
@@ -316,8 +317,10 @@ def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> n
 def adapt_unsloth(model: nn.Module, entries: list[str], r: int, masters: bool) -> nn.Module:
     """peft's model, its Llama blocks by unsloth's own autograd functions, as unsloth patches them.
 
-    `import unsloth` also patches peft, transformers and torch's settings for the whole process.
+    `import unsloth` also patches peft, transformers and torch's settings for the whole process, and
+    writes copies of modules into a folder.
     """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())
     import unsloth  # noqa: F401, isort: skip  (its kernels refuse to be imported before it)
     from unsloth.kernels import fast_lora
 

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report(contents: list[tuple[Path, Content]], folder: Path, kept: str = "") -> str:
-    """The whole Markdown; plots go into `folder`. `kept`: an earlier one, whose other tables stay."""
+    """The whole Markdown; plots go into `folder`. The other tables of an earlier one are kept."""
     parts = [f"# Results\n\n{__doc__.split(chr(10) * 2)[1]}\n\nWritten by `benchmarks/report.py`."]
     sections = {name: text.strip() for name, text in _sections(kept)}
     known = [(path, content) for path, content in contents if content["kind"] in ORDER]
