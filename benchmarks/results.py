@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 
 
 def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
@@ -14,6 +14,8 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
     path = Path(folder) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"kind": kind, "machine": machine(), **content}
+    if commit() == "unknown":
+        print(f"{path} cannot say its commit: set PARAMLORA_COMMIT where there is no git")
     new = path.with_suffix(".new")
     new.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, path)
@@ -22,6 +24,12 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
 
 def load(path: "str | Path") -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def commit_of(content: dict[str, Any]) -> str:
+    """The measured code's, if the file says it: for each row, or for all of it."""
+    rows = dict.fromkeys(row["commit"] for row in content.get("rows", ()) if "commit" in row)
+    return ", ".join(rows) or content["machine"].get("commit", "")
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -127,6 +135,17 @@ def kinds_table(content: dict[str, Any]) -> str:
         lines.append([row["case"], row["way"], *ratios, *sizes, row.get("refused", "")])
     header = ["layer", "way", "R device", "R eager", "trained", "file bytes"]
     return markdown([*header, "bytes kept for backward", "outcome"], lines)
+
+
+def routed_table(content: dict[str, Any]) -> str:
+    """One line for each way of each part: R, tokens a second, the peak, seconds."""
+    kinds = {"device_R": 2, "eager_R": 2, "tokens_per_second": 0, "peak_mib": 0, "seconds": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = [f"{row[k]:,.{p}f}" if k in row else "" for k, p in kinds.items()]
+        lines.append([row["case"], row["way"], *numbers, row.get("refused", "")])
+    header = ["case", "way", "R device", "R eager", "tokens a second", "peak MiB", "seconds"]
+    return markdown([*header, "outcome"], lines)
 
 
 def kept_table(content: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from paramlora import formats
 from paramlora.errors import FileError, ParamloraWarning, shown
-from paramlora.files.adapters import opened, outlined
+from paramlora.files.adapters import checked
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Options
 from paramlora.update.contexts import own_context
@@ -108,15 +108,12 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
     """
-    content = outlined(path)
+    content = checked(path)
     form = formats.form_of(content)
-    form.check(content)
-    held = opened(path)
-
     options = formats.noting(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(held, base, options)
+        adapter = form.read(content, base, options)
         if base is not None or options.component is not None:
             adapter = formats.chosen(form, adapter, base, options, content.source)
     formats.check_alpha(content.source, options)

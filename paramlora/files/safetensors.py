@@ -91,13 +91,14 @@ class SafeFile:
     def read(self, key: str) -> Tensor:
         """A tensor, in memory of its own."""
         spec = self.specs[key]
+        size = spec.nbytes
         try:
-            out = torch.empty(spec.nbytes, dtype=torch.uint8)
+            out = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise FileError(
-                f"{self.path}: {key} takes {spec.nbytes:,} bytes, which memory does not hold."
+                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold."
             ) from error
-        if spec.nbytes:
+        if size:
             self._fill(self._begin[key], bytes_of(out))
         return out.view(spec.dtype).reshape(spec.shape)
 

@@ -376,12 +376,18 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
     """As `updates`, with an update that tied tensors share once for each holder."""
+    for path, module in adapted_modules(model):
+        for name, plist in updates_of(module):
+            for update in plist:
+                if isinstance(update, AttachedUpdate):
+                    yield stem(path, name), module, update
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of those that hold parametrizations or branches."""
     for path, module in unwrapped(model).named_modules():
         if "parametrizations" in module._modules or BRANCHES in module._modules:
-            for name, plist in updates_of(module):
-                for update in plist:
-                    if isinstance(update, AttachedUpdate):
-                        yield stem(path, name), module, update
+            yield path, module
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:

@@ -101,8 +101,7 @@ def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step()
-        torch.mm(weight, weight.t())  # what only a graph leaves to cuBLAS finds it started
+        step()  # after which what only a graph leaves to cuBLAS must find it started
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
