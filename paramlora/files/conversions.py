@@ -255,7 +255,7 @@ def _warn_inside(contents: Contents, base: PathLike) -> None:
 
 def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> None:
     """Tell of weights that an adapter was not trained on; sixteen numbers of each are read."""
-    found = {}
+    found: dict[str, Optional[str]] = {}
     for path in adapter.base:
         weight = next((w for w in weights_at(path) if contents.stored.get(w) == w), None)
         if weight is not None and stored.specs[weight].elements:

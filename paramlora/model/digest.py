@@ -19,7 +19,8 @@ _MOST = 2.0**16  # float16's largest number in bfloat16; what is beyond it is in
 @torch.no_grad()
 def digest(tensor: Tensor) -> Optional[str]:
     """Sixteen numbers of a tensor in bfloat16, as hexadecimal digits; None where it has none to
-    give: on the meta device, over several processes, or quantised, which changes them.
+    give: on the meta device, over several processes, or quantised or stored in eight bits, which
+    changes them.
 
     In bfloat16, because a base may be loaded in another type than it was trained in.
     """
@@ -37,8 +38,10 @@ def middle(elements: int) -> slice:
     return slice(start, min(start + _COUNT, elements))
 
 
-def digits_of(values: Tensor) -> str:
+def digits_of(values: Tensor) -> Optional[str]:
     """The `digest` of a tensor with these elements in its `middle`."""
+    if values.dtype.itemsize == 1:
+        return None
     bits = values.reshape(-1).to("cpu", torch.bfloat16).view(torch.int16)
     return "".join(f"{number & 0xFFFF:04x}" for number in bits.tolist())
 

@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import paramlora
+from paramlora.files import conversions
 from paramlora.model.digest import digest, others
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -70,6 +72,23 @@ def quantised():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
+
+
+@pytest.mark.parametrize("narrow", (torch.float8_e4m3fn, torch.float8_e5m2), ids=str)
+def test_the_same_base_stored_in_eight_bits_is_not_told_of(narrow, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    stored = {k: v.to(narrow) for k, v in model.state_dict().items()}
+    paramlora.attach(model, {"0": {"r": 2}})
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(narrow)
+    other.load_state_dict(stored)
+    save_file(stored, tmp_path / "base.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", paramlora.ParamloraWarning)
+        paramlora.load_adapter(other, tmp_path / "a.safetensors")
+        base, adapter, out = (tmp_path / f"{name}.safetensors" for name in ("base", "a", "out"))
+        conversions.merge(base, [adapter], out, seed=0)
 
 
 SHARED = {
