@@ -208,9 +208,8 @@ def _tile(
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
     stride_yn,
     PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    PERSIST: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p.
@@ -272,16 +271,13 @@ def _tile(
         )
         if LOCAL:
             _await(signals + packs + row, number)
-        if EARLY and not PERSIST:
+        if EARLY:
             gdc_wait()
         offs_m, offs_n = (
             row * BLOCK_M + tl.arange(0, BLOCK_M),
             column * BLOCK_N + tl.arange(0, BLOCK_N),
         )
-        if PERSIST:
-            acc = tl.dot(p.load([row * BLOCK_M, 0]), q.load([0, column * BLOCK_N]), acc)
-        else:
-            acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
+        acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
         if BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         if TMA:
@@ -562,8 +558,6 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + p @ q + bias``; where `PERSIST`, each program computes many tiles."""
-    if EARLY and PERSIST:
-        gdc_wait()
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSIST):
         _tile(
@@ -571,11 +565,11 @@ def product(
             w=w,
             y=y,
             wide=x,
-            f=x,
+            f=q,
             q=q,
             p=p,
             bias=bias,
-            signals=y,
+            signals=p,
             number=0,
             packs=0,
             pid=tile,
@@ -595,7 +589,6 @@ def product(
             LOCAL=False,
             EARLY=EARLY,
             BIAS=BIAS,
-            PERSIST=PERSIST,
             TMA=TMA,
             ROWS_OUT=ROWS_OUT,
             EVEN=EVEN,
@@ -673,7 +666,6 @@ def forward(
             LOCAL=True,
             EARLY=False,
             BIAS=BIAS,
-            PERSIST=False,
             TMA=TMA,
             ROWS_OUT=ROWS_OUT,
             EVEN=EVEN,
@@ -688,7 +680,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["number", "programs", "tiles", "r", "groups", "each"])
 def backward(
-    dy, w, dx, q, p, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
+    dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
     programs, tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn,
     stride_dxb, stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, PERSIST: tl.constexpr,
@@ -708,8 +700,6 @@ def backward(
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
     pid = _drawn(tickets) if LOCAL else tl.program_id(0)
     if pid < programs:
-        if EARLY and PERSIST:
-            gdc_wait()
         for tile in tl.range(pid, tiles, programs, flatten=PERSIST):
             _tile(
                 x=dy,
@@ -717,8 +707,8 @@ def backward(
                 y=dx,
                 wide=wide,
                 f=kept + R * N,
-                q=q,
-                p=p,
+                q=kept,
+                p=scratch,
                 bias=kept,
                 signals=signals,
                 number=number,
@@ -740,7 +730,6 @@ def backward(
                 LOCAL=LOCAL,
                 EARLY=EARLY,
                 BIAS=False,
-                PERSIST=PERSIST,
                 TMA=TMA,
                 ROWS_OUT=ROWS_OUT,
                 EVEN=EVEN,
