@@ -287,7 +287,7 @@ class Sequences(RuleBasedStateMachine):
         stored = self.stored()
         assert stored.keys() == self.base.keys()
         for key, value in stored.items():
-            if key in self.buffers and self.plain.training:  # moved by inputs to the last bits alike
+            if key in self.buffers and self.plain.training:  # by what is alike
                 torch.testing.assert_close(value, self.base[key], rtol=1e-9, atol=1e-9)
             else:
                 assert torch.equal(value, self.base[key]), key
