@@ -19,7 +19,7 @@ from paramlora.arithmetic.products import (
     nearest,
     with_factors,
 )
-from paramlora.errors import AdapterError, listed, warn
+from paramlora.errors import AdapterError, counted, listed, warn
 from paramlora.formats.factors import within
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter, Holder, Update
@@ -305,7 +305,7 @@ def _report_missing(
     some = [path for path, strong in terms.items() if len(strong) < len(pairs)]
     if not some:
         return
-    text = f"{len(some)} layers are updated by some of the adapters only: {listed(some)}."
+    text = f"only some of the adapters update {counted(len(some), 'layer')}: {listed(some)}."
     if strict:
         raise AdapterError(f"{text} Leave out strict (--strict) to have what there is.")
     warn(f"{text} There the sum has what there is.")

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, counted
 
 UNSPLIT = ""  # no adapter has such a name
 _FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
@@ -110,5 +110,6 @@ def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {count} rows of paramlora.route. Give route the rows of this batch, or their dim."
+        f"not the {counted(count, 'row')} of paramlora.route. Give route the rows of this "
+        "batch, or their dim."
     )
