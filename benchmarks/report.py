@@ -3,6 +3,9 @@
 ``python -m benchmarks.report FOLDER... --out benchmarks/RESULTS.md`` reads every JSON file of the
 folders (those of ``benchmarks.*`` and pytest-benchmark's) and writes one Markdown file, with
 plots beside it: R by shape, the share of the update kept, memory, and loss curves.
+
+``--into docs/kinds.md`` puts the figures of ``kinds.json`` between that page's marks instead, and
+its picture beside the page.
 """
 
 import argparse
@@ -55,9 +58,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/RESULTS.md"))
+    parser.add_argument("--into", type=Path, help="a page with marks for the kinds' figures")
     options = parser.parse_args(arguments)
     files = [path for folder in options.folders for path in sorted(folder.glob("*.json"))]
     contents = [(path, _known(load(path))) for path in files]
+    if options.into is not None:
+        for path, content in contents:
+            if content["kind"] == "kinds":
+                put_into(options.into, path, content)
+        return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(report(contents, options.out.parent), encoding="utf-8")
     print(f"{options.out}: {len(contents)} result files")
@@ -78,6 +87,22 @@ def report(contents: list[tuple[Path, Content]], folder: Path) -> str:
                     figure.savefig(image, dpi=120, bbox_inches="tight")
                     parts.append(f"![{name}]({image.name})")
     return "\n\n".join(parts) + "\n"
+
+
+START, END = "<!-- figures: benchmarks.kinds -->", "<!-- end of figures -->"
+
+
+def put_into(page: Path, path: Path, content: Content) -> None:
+    """The table of the kinds of update, and their picture, in the place of the page's."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.partition(START)[0], text.partition(END)[2]
+    assert after, f"{page} has no {START} and {END}"
+    image = page.with_name("kinds.png")
+    kinds_plot(content).savefig(image, dpi=110, bbox_inches="tight")
+    parts = [START, _where(path, content), results.kinds_summary(content)]
+    parts += [f"![R of each kind of update by shape]({image.name})", END]
+    page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    print(f"{page}, {image}")
 
 
 def _known(content: Content) -> Content:
