@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 
 
 def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
@@ -14,6 +14,8 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
     path = Path(folder) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"kind": kind, "machine": machine(), **content}
+    if commit() == "unknown":
+        print(f"{path} cannot say its commit: set PARAMLORA_COMMIT where there is no git")
     new = path.with_suffix(".new")
     new.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, path)
@@ -22,6 +24,12 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
 
 def load(path: "str | Path") -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def commit_of(content: dict[str, Any]) -> str:
+    """The measured code's, if the file says it: for each row, or for all of it."""
+    rows = dict.fromkeys(row["commit"] for row in content.get("rows", ()) if "commit" in row)
+    return ", ".join(rows) or content["machine"].get("commit", "")
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -5,6 +5,7 @@ Triton's own launch studies every argument again and takes longer than a small l
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from operator import attrgetter, or_
 from typing import Any, Optional
@@ -212,8 +213,18 @@ def tickets(like: Tensor) -> Tensor:
     device = like.get_device()
     place = device, cuda_stream(device)
     if place not in _TICKETS:
-        _TICKETS[place] = like.new_zeros(1, dtype=torch.int32)
+        with ThreadPoolExecutor(1) as thread:
+            _TICKETS[place] = thread.submit(_zero, like.device).result()
     return _TICKETS[place]
+
+
+def _zero(device: torch.device) -> Tensor:
+    """A count that is zero before any stream's kernel draws from it. Made in a thread of its own:
+    steps that warm up for a CUDA graph have all that their thread allocates in the graph's pool,
+    where nothing may outlive them."""
+    count = torch.zeros(1, dtype=torch.int32, device=device)
+    count.item()  # waits for the memory to be cleared
+    return count
 
 
 def changed(named: str, tensors: tuple[Tensor, ...]) -> ValueError:
@@ -254,8 +265,19 @@ def planned(
     if plan is plans:
         if len(plans) >= 4096:
             plans.clear()
+        _ready_for_capture()
         plan = plans[key] = plan_of(addresses)
     return plan, addresses
+
+
+def _ready_for_capture() -> None:
+    """Have this thread's handle of cuBLAS made, which no CUDA graph may be asked to make.
+
+    A captured step takes cuBLAS for a thin product where the steps before it, which warm up for it,
+    took one grid of programs that wait for each other.
+    """
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_blas_handle()
 
 
 def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -298,7 +298,7 @@ def _experts(
     ids, order = torch.sort(index.reshape(-1))
     x, beyond = flat[order // top], None
     told = None if batch is None else (ids, batch[order // top])
-    if loop or self._is_expert_parallel:
+    if loop or getattr(self, "_is_expert_parallel", True):  # older transformers do not tell
         beyond = (ids >= len(second.weight))[:, None]
     y = x if beyond is None else x.masked_fill(beyond, 0)
     y = product(y, first, _ends(ids, first), transposed, told)

@@ -96,6 +96,10 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not torch.is_grad_enabled():
         return None
     _tensors_again(model, args, kwargs)
+    # transformers' extractors of sounds begin gradients at a view of their input, which must not
+    # carry one already
+    if any(vars(m).get("_requires_grad") is True and m.training for m in model.modules()):
+        return None
     main = getattr(model, "main_input_name", None)
     if isinstance(main, str) and _floating(kwargs.get(main)):
         return args, {**kwargs, main: _carrying(kwargs[main])}

@@ -101,8 +101,7 @@ def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step()
-        torch.mm(weight, weight.t())  # what only a graph leaves to cuBLAS finds it started
+        step()  # after which what only a graph leaves to cuBLAS must find it started
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -328,7 +327,7 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
     """In every memory format of x, the weight and dy, which may also be expanded."""
     *case, taken = case
     leaves, where, seed = convolved(*case, dtype, formats)
-    assert (joining.forward(*leaves, where) is not None) == taken
+    assert (joining.forward(served.Operands(*leaves), where) is not None) == taken
     compare_convolutions(leaves, where, seed, 1, taken)
 
 
@@ -338,7 +337,7 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
 def test_a_convolution_of_single_channels_and_its_gradients(case, dtype, formats):
     leaves, where, seed = convolved(*case, dtype, formats)
     channels = len(leaves[1])
-    assert served.is_depthwise(*leaves, where, channels)
+    assert served.is_depthwise(served.Operands(*leaves), where, channels)
     compare_convolutions(leaves, where, seed, channels, True)
 
 
