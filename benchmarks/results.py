@@ -137,6 +137,25 @@ def kinds_table(content: dict[str, Any]) -> str:
     return markdown([*header, "bytes kept for backward", "outcome"], lines)
 
 
+def kinds_summary(content: dict[str, Any]) -> str:
+    """One line for each kind: R at each shape, then what the first shape costs beside time."""
+    rows = content["rows"]
+    mode = "device_R" if any("device_R" in row for row in rows) else "eager_R"
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    at = {(row["case"], row["way"]): row for row in rows}
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "frozen"):
+        first = at.get((cases[0], way), {})
+        ratios = [_cell(at.get((case, way)), mode, "{:.2f}") for case in cases]
+        held = first.get("saved_bytes")
+        sizes = [f"{first[k]:,}" if k in first else "" for k in ("trainable", "file_bytes")]
+        lines.append([way, *ratios, *sizes, "" if held is None else f"{held / 2**20:.1f}"])
+    told = "device time" if mode == "device_R" else "wall time"
+    title = f"R in {told}; trained numbers, bytes of a file and MiB kept for backward of the first"
+    header = ["", *cases, "trained", "file bytes", "MiB kept"]
+    return f"{title} shape.\n\n" + markdown(header, lines)
+
+
 def routed_table(content: dict[str, Any]) -> str:
     """One line for each way of each part: R, tokens a second, the peak, seconds."""
     kinds = {"device_R": 2, "eager_R": 2, "tokens_per_second": 0, "peak_mib": 0, "seconds": 3}
