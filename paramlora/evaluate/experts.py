@@ -422,9 +422,9 @@ class _Grouped(torch.autograd.Function):
         drops = _drops(rates, ranks, seed)
         y, u = _forward(rows, weight, ends, a, b, scale, strength, drops, bias)
         held = kept_input(ctx, x)
-        u = None if held is None else u
+        thin = None if held is None else u
         held = x if order is None and rest is not None else held  # whose gradient reads it
-        ctx.save_for_backward(held, weight, ends, a, b, scale, u, seed, order, back)
+        ctx.save_for_backward(held, weight, ends, a, b, scale, thin, seed, order, back)
         return y
 
     @staticmethod
@@ -432,7 +432,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, ends, a, b, scale, u, seed, order, back = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
-        drops, source = _drops(*ctx.masks, seed), put_together(order, back, ctx.rest)
+        source, (rates, ranks) = put_together(order, back, ctx.rest), ctx.masks
+        drops = _drops(rates, ranks, seed)
         wanted, none = (needs[0], *needs[3:6]), (None,) * 8
         if torch.is_grad_enabled() or is_batched(dy):
 

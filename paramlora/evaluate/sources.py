@@ -37,7 +37,8 @@ class Chosen(NamedTuple):
         """The gradient of the tokens: sums in the order of the choices, nothing scattered."""
         if self.partial:
             dx = dx.masked_fill((torch.arange(len(dx), device=dx.device) >= ends[-1])[:, None], 0)
-        return dx[self.back].unflatten(0, (-1, self.top)).sum(1)
+        tokens = len(self.back) // self.top
+        return dx[self.back].view(tokens, self.top, dx.shape[1]).sum(1)
 
     def again(self, flat: Tensor, ends: Tensor) -> Again:
         return self.rows(flat), lambda dx: self.pulled(dx, ends)
