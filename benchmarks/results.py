@@ -114,13 +114,15 @@ def quantised_table(content: dict[str, Any]) -> str:
 
 def experts_table(content: dict[str, Any]) -> str:
     """One line for each way of each layer of experts."""
-    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "beside_mib": 0, "kept": 3}
+    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "tokens_per_second": 0}
+    kinds |= {"beside_mib": 0, "beside_R": 2, "kept": 3}
     lines = []
     for row in content["rows"]:
         numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
         errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
         lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
-    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "MiB a step", "kept"]
+    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "tokens a second"]
+    header += ["MiB a step", "of frozen's", "kept"]
     return markdown([*header, "output error", "gradient error", "outcome"], lines)
 
 
