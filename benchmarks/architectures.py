@@ -11,6 +11,7 @@ what is recorded there.
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import itertools
@@ -193,17 +194,17 @@ def _stop(number: int, frame: Any) -> None:
     raise TooLong
 
 
-def work(name: str) -> Row:
+def work(name: str, longest: float = LONGEST) -> Row:
     """One class in a worker process."""
     quiet()
     signal.signal(signal.SIGPROF, _stop)
-    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    signal.setitimer(signal.ITIMER_PROF, longest)
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             row = examined(name, classes_by_name(name))
     except TooLong:
-        row = {"class": name, "not built": f"takes over {LONGEST} s"}
+        row = {"class": name, "not built": f"takes over {longest:g} s"}
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         row = {"class": name, "failed": f"{arch_checks.told(error)} at {at.name}"}
@@ -254,14 +255,17 @@ def main(arguments: list[str]) -> int:
     first, others = ordered(classes(options.pattern))
     names = first if options.one else first + others
     left = [n for n in names if n not in before][options.slice[0] :: options.slice[1]]
-    fill(path, left[: options.count], options.workers, options.limit)
+    one = functools.partial(work, longest=options.longest)
+    fill(path, left[: options.count], one, options.workers, options.limit)
     rows = [row for name, row in done(path).items() if name in set(names)]
     print(counts(rows))
     print(f"{len(rows)} of {len(names)} classes, {path}")
     return 0
 
 
-def fill(path: Path, names: list[str], workers: int, limit: float) -> None:
+def fill(
+    path: Path, names: list[str], one: Callable[[str], Row], workers: int, limit: float
+) -> None:
     """Append a line for each class, until `limit` seconds have passed."""
     started = time.monotonic()
     context = multiprocessing.get_context("fork")
@@ -269,7 +273,7 @@ def fill(path: Path, names: list[str], workers: int, limit: float) -> None:
         context.Pool(workers, maxtasksperchild=50) as pool,
         path.open("a", encoding="utf-8") as out,
     ):
-        for row in pool.imap_unordered(work, names):
+        for row in pool.imap_unordered(one, names):
             out.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
             out.flush()
             if time.monotonic() - started > limit:
@@ -323,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="benchmark-results")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds, then it stops")
+    parser.add_argument("--longest", type=float, default=LONGEST, help="seconds for one class")
     parser.add_argument("--count", type=int, default=None, help="classes at most")
     parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), metavar=("K", "OF"))
     parser.add_argument("--one", action="store_true", help="one class for each configuration")

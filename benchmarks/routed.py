@@ -28,6 +28,7 @@ from benchmarks.layers import store
 from benchmarks.machine import device
 from benchmarks.many import swap
 from benchmarks.results import load, routed_table, save
+from paramlora.cuda.operands import kernels
 from paramlora.model.attach import updates
 
 Row = dict[str, Any]
@@ -111,9 +112,15 @@ def decoded(size: Row, rounds: int) -> Iterator[Row]:
     x = torch.randn(count, size["width"], device=device(), dtype=dtype)
     with torch.no_grad(), paramlora.route(layer, many):
         check(layer, x, layer(x), many)
+
+        def by_torch() -> Any:
+            with kernels(False):
+                return layer(x)
+
         steps: dict[str, Callable[[], Any]] = {
             "frozen": lambda: frozen(x),
             f"{count} adapters": lambda: layer(x),
+            f"{count} adapters, torch's operations": by_torch,
         }
         case = f"decode {count}×{size['width']}×{size['width']} r{size['r']}"
         found = {way: {"case": case, "way": way} for way in steps}

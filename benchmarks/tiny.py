@@ -74,8 +74,8 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (_QUERIES, _most(10)),
     *_SHAPES,
 ]
-# what is made small: all; all, and widths by stage in multiples of 32, in which some models fix
-# the groups of their norms; all but widths; only the number of layers; nothing
+# what is made small: all; all, widths by stage in proportion to the first, and channels no fewer
+# than the 32 groups that some models fix for their norms; all but widths; how many layers; nothing
 WAYS = ("named", "even", "wide", "layers", "own")
 _KEPT = {
     "wide": "|".join(pattern for pattern, _ in _SHAPES),
@@ -126,8 +126,10 @@ def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
     if "image" in name or name == "sample_size":
         return [min(v, IMAGE) for v in values]
     if re.search("size|dim|channel|width", name) and max(values) > 16:
-        unit = _GROUPS if way == "even" else 8
-        return [v if v <= 8 else max(unit, v // (8 * unit) * unit) for v in values]
+        if way == "even":  # the first as a single width of that size, the others in proportion
+            first = next(v for v in values if v > 8)
+            return [v if v <= 8 else max(8, v * min(first, WIDTH) // first) for v in values]
+        return [v if v <= 8 else max(8, v // 64 * 8) for v in values]
     return values
 
 

@@ -348,6 +348,7 @@ _BY_PATTERN: list[tuple[str, Callable[[Any], Pool]]] = [
     (r"\w*time_?steps?", _BY_NAME["timestep"]),
     (r".*(original|target|image)_sizes?|crop_coords", _one(lambda c: noise(BATCH, 2))),
     (r".*input_ids|.*_codes?|codes", _words),
+    (r".*input_values", lambda config: _sounds(config)[2:] + _sounds(config)[:2]),
     (r".*pixel_values.*|.*images?|prompt_masks", _images),
     (r".*mask", _one(lambda c: ones(BATCH, WORDS), lambda c: ones(BATCH, 5))),
     (r".*lengths?", _one(lambda c: given(torch.tensor([40, 40])))),

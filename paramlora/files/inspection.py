@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 
 from paramlora import formats
-from paramlora.errors import FileError, ParamloraWarning, shown
+from paramlora.errors import FileError, ParamloraWarning, counted, shown
 from paramlora.files.adapters import checked
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Options
@@ -91,8 +91,8 @@ class Inspection:
         ]
         lines += self.notes
         whole = sum(1 for row in self.rows if row.kind == "whole")
-        counts = [f"{len(self.rows) - whole} updates", f"{self.flagged} flagged"]
-        counts[1:1] = [f"{whole} whole tensors"] if whole else []
+        counts = [counted(len(self.rows) - whole, "update"), f"{self.flagged} flagged"]
+        counts[1:1] = [counted(whole, "whole tensor")] if whole else []
         return "\n".join([*lines, ", ".join(counts)])
 
 

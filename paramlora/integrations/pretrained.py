@@ -321,15 +321,15 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back what a resize changes outside of the modules: the memory behind a parameter, such
-    as the bias of a head, and the sizes that configurations tell."""
-    memory = [(p, p.data) for p in model.parameters()]
+    """Put back what a resize changes outside of the modules: the memory behind a tensor, such as
+    the bias of a head, and the sizes that configurations tell."""
+    memory = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     told = [(vars(config), dict(vars(config))) for config in _configurations(model)]
 
     def put_back() -> None:
-        for parameter, data in memory:
-            if parameter.shape != data.shape:
-                parameter.data = data
+        for tensor, data in memory:
+            if tensor.shape != data.shape:
+                tensor.data = data
         for now, before in told:
             now.clear()
             now.update(before)

@@ -350,8 +350,12 @@ def rounding(model: Model, how: str) -> Model:
     found = [update for _, _, update in updates(model)]
     if not found:
         raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")
-    for update in found:
-        update.keep(served=how == "as served")
+
+    def each() -> None:
+        for update in found:
+            update.keep(served=how == "as served")
+
+    to_the_end(each)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, listed, warn
+from paramlora.errors import FileError, counted, listed, warn
 from paramlora.model.attach import (
     Fresh,
     adapted_modules,
@@ -280,9 +280,9 @@ def warn_other(paths: list[str], count: int) -> None:
     """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
         warn(
-            f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
-            "than those that the adapter was trained on. Is this its base, and is the adapter not "
-            "merged into it already?"
+            f"{len(paths)} of {counted(count, 'tensor')}, such as {paths[0] or 'weight'}, hold "
+            "other values than those that the adapter was trained on. Is this its base, and is the "
+            "adapter not merged into it already?"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, counted
 
 UNSPLIT = ""  # no adapter has such a name
 _FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
@@ -68,12 +68,16 @@ class Choice:
     def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor]:
         """The index, the rows sorted by it, and where each update's positions end among those, of
         so many for each row; as whole numbers of 32 bits, found once."""
-        if positions not in self._sorted:
+        found = self._sorted.get(positions)
+        if found is None:
             ordered, order = torch.sort(self.index, stable=True)
             every = torch.arange(len(self.names), device=order.device)
             ends = torch.searchsorted(ordered, every, right=True) * positions
-            self._sorted[positions] = (self.index.int(), order.int(), ends.int())
-        return self._sorted[positions]
+            found = self.index.int(), order.int(), ends.int()
+            # what a CUDA graph computes has its values, and its memory, in that graph alone
+            if not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._sorted[positions] = found
+        return found
 
 
 def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,5 +114,6 @@ def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {count} rows of paramlora.route. Give route the rows of this batch, or their dim."
+        f"not the {counted(count, 'row')} of paramlora.route. Give route the rows of this "
+        "batch, or their dim."
     )

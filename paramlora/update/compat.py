@@ -343,3 +343,14 @@ def _stream_of(device: int) -> int:
 
 
 cuda_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream") or _stream_of
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of any content on the current device."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# the same past the dispatcher, which takes longer than the allocation; compiled code does so too
+cuda_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
+    _private("_C._dynamo.guards._empty_strided_cuda") or _empty
+)

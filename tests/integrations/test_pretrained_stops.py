@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from stopping import PACKAGE, check_stops
-from test_pretrained import CASES, attached, gpt2
+from stopping import PACKAGE, check_stops, equal, picture
+from test_pretrained import CASES, attached, gpt2, llama
 from torch import nn
+
+from paramlora import AdapterError
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")
@@ -21,9 +23,18 @@ def test_a_resize_stopped_at_every_line(case):
     check_stops("resize", attached(*CASES[case]), resized, BOTH)
 
 
-def test_a_resize_of_rows_stopped_at_every_line():
-    config = {"wte": {"rows": [0, 3], "kind": "rows"}, "c_attn": {"r": 2, "hard": 0}}
-    check_stops("resize", attached(gpt2, config), resized, BOTH)
+def test_a_resize_of_other_kinds_stopped_at_every_line():
+    config = {"embed_tokens": {"rows": [0, 3], "kind": "rows"}, "q_proj": {"r": 2, "hard": 0}}
+    start = attached(llama, {**config, "lm_head": {"r": 2, "init": "pissa"}})
+    check_stops("resize", start, resized, BOTH)
+
+
+def test_a_resize_that_is_refused_half_way_leaves_the_model_as_it_was():
+    model = attached(llama, {"lm_head": {"r": 2}, "embed_tokens": {"rows": [0, 3]}})
+    before = picture(model)
+    with pytest.raises(AdapterError, match='"default": it trains row 3, and 2 would be left'):
+        model.resize_token_embeddings(2)
+    assert equal(picture(model), before)
 
 
 def test_a_tie_stopped_at_every_line():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import paramlora
-from paramlora.model.attach import updates
+from paramlora.model.attach import adapter_names, updates
 
 
 class Tied(nn.Module):
@@ -82,6 +82,14 @@ LATER = {
     "experts": HARD,
 }
 KINDS["later"] = (Later, [LATER])
+KINDS["difference"] = (
+    lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
+    [{"re:0|1|0.bias": {"kind": "difference"}}],
+)
+KINDS["presets"] = (
+    lambda: nn.TransformerEncoderLayer(4, 2, 8),
+    [{"attention": HARD, "all-linear": SOFT, "exclude": ["linear2"]}],
+)
 
 
 def made(kind, attached):
@@ -215,7 +223,30 @@ def at_random(model, *_):
     return lambda m: paramlora.merge(m, seed=1)
 
 
+def with_room(*_):
+    def attach(m):
+        torch.manual_seed(2)
+        paramlora.attach(m, {"0": HARD}, "c", max_rank=3)
+
+    return attach
+
+
+def begin(*_):
+    return paramlora.enable_input_grads
+
+
+def end(model, *_):
+    paramlora.enable_input_grads(model)
+    return paramlora.disable_input_grads
+
+
 LATER_OPERATIONS = {
+    "attach with room": with_room,
+    "detach one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.detach(m, "a"),
+    "merge one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.merge(m, "a"),
+    "rounding": lambda *_: lambda m: paramlora.rounding(m, "as served"),
+    "input grads": begin,
+    "input grads off": end,
     "load into": into,
     "load a state": from_state,
     "merge reported": reported,
@@ -226,7 +257,15 @@ LATER_OPERATIONS = {
 @pytest.mark.parametrize(
     "name, kind",
     [
+        ("attach with room", "two adapters"),
+        ("detach one", "two adapters"),
+        ("merge one", "two adapters"),
+        ("rounding", "two adapters"),
+        ("input grads", "later"),
+        ("input grads off", "later"),
         ("load into", "two adapters"),
+        ("load into", "later"),
+        ("load into", "difference"),
         ("load a state", "whole"),
         ("merge reported", "tied"),
         ("merge at random", "tied"),
@@ -236,6 +275,31 @@ def test_later_operations_stopped_at_every_line(name, kind, tmp_path):
     start, _ = made(kind, True)
     start = start.bfloat16() if name.startswith("merge") and kind != "whole" else start
     check_stops(name, start, LATER_OPERATIONS[name](start, tmp_path, kind))
+
+
+READERS = {
+    "parameter_groups": lambda m, _: paramlora.parameter_groups(m, 1e-3, lr_ratio=16),
+    "trainable_parameters": lambda m, _: paramlora.trainable_parameters(m, "a"),
+    "summary": lambda m, _: str(paramlora.summary(m)),
+    "targets": lambda m, _: paramlora.targets(m, {"all-linear": HARD}),
+    "adapter_of": lambda m, _: paramlora.adapter_of(m, "a"),
+    "adapter_state_dict": lambda m, _: paramlora.adapter_state_dict(m, "a"),
+    "tensors_for": lambda m, _: paramlora.tensors_for(m, "peft", "a"),
+    "save_adapter": lambda m, place: paramlora.save_adapter(m, place / "x.safetensors", "a"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_only_reads_changes_nothing_where_it_is_stopped(name, tmp_path):
+    kind = "linear" if name == "tensors_for" else "later"
+    model, _ = made(kind, True)
+    before = picture(model)
+    moments(lambda: READERS[name](model, tmp_path))  # fills the caches
+    times = moments(lambda: READERS[name](model, tmp_path))
+    assert len(times) > 10
+    for line in times:
+        assert stopped(line, lambda: READERS[name](model, tmp_path))
+        assert equal(picture(model), before), f"line {line} of {name}"
 
 
 SIGNALLED = """

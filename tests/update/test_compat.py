@@ -44,6 +44,7 @@ CHOSEN = {  # what each name of `compat` is without that of torch
     "_cache_enabled": {"cached_by_torch": "_nothing_cached"},
     "_cuda_getDevice": {"cuda_device": "current_device"},
     "_cuda_getCurrentRawStream": {"cuda_stream": "_stream_of"},
+    "_empty_strided_cuda": {"cuda_empty": "_empty"},
 }
 ALL = tuple(CHOSEN)
 
