@@ -107,7 +107,7 @@ class _Forward:
         self.whole: Optional[Launch] = None
         if how is Launches.TOGETHER:
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors)
-            constants = (bias is not None, *tiles.constants[1:], width)
+            constants = (bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
             self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
             return
@@ -276,7 +276,7 @@ class _Backward:
         strips = -(-M // SPAN)
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
-        numbers = (tiles.grid, tiles.tiles, *tiles.numbers, *places, r, groups, each)
+        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each)
         constants = (self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
             kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
