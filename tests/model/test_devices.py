@@ -207,7 +207,7 @@ WHOLE = [(name, hard) for name in MODELS for hard in (1, 0)]
 
 @pytest.mark.parametrize(
     "name, hard, device",
-    # on the CPU test_compile runs all of them, in float64
+    # on the CPU test_compile runs each of them, in float64 and hard or both
     [("vit", 1, "cpu"), ("vit", 0, "cpu")]
     + [pytest.param(*one, "cuda", marks=CUDA.marks) for one in WHOLE],
 )
