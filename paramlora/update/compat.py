@@ -281,6 +281,23 @@ def _warn_of_strengths() -> None:
 # called where a strength changes
 strength_changes: Callable[[], None] = _silent if _tells else _warn_of_strengths
 
+# --- who keeps what autograd saves ---------------------------------------------------------------
+
+_top_hooks: Any = _private("_C._autograd._top_saved_tensors_default_hooks")
+
+
+def _keeps_saved() -> bool:
+    """Whether something takes the tensors that autograd saves here, as checkpointing does."""
+    return _top_hooks(True) is not None
+
+
+def _perhaps_kept() -> bool:
+    """True: torch has no public way to ask."""
+    return True
+
+
+keeps_saved: Callable[[], bool] = _keeps_saved if _top_hooks else _perhaps_kept
+
 # --- torch's own block that computes parametrizations once ---------------------------------------
 
 
