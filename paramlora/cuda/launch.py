@@ -250,7 +250,8 @@ def planned(
         plan_of: makes a plan, from the addresses.
     """
     # in one loop that calls no function of Python: it takes longer than all else before a launch
-    addresses, odd, about = [], 0, [*rest]
+    addresses: list[int] = []
+    odd, about = 0, [*rest]
     for t in tensors:
         address = t.data_ptr()
         odd |= address

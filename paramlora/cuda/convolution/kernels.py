@@ -27,91 +27,100 @@ import triton.language as tl
 
 
 @triton.jit
-def _places(images, image, channels, P, c, p, LAST: tl.constexpr):
+def _places(images, image, channels, P, offs_c, offs_p, LAST: tl.constexpr):
     """Addresses ``[c, p]`` of one of the images."""
     start = images + tl.cast(image, tl.int64) * channels * P
     if LAST:
-        return start + p[None, :] * channels + c[:, None]
+        return start + offs_p[None, :] * channels + offs_c[:, None]
     else:
-        return start + c[:, None] * P + p[None, :]
+        return start + offs_c[:, None] * P + offs_p[None, :]
 
 
 @triton.jit
-def _block(program, channels, P, BC: tl.constexpr, BP: tl.constexpr):
+def _inside(offs_c, channels, offs_p, P):
+    """Which of a block's channels and positions there are."""
+    return (offs_c[:, None] < channels) & (offs_p[None, :] < P)
+
+
+@triton.jit
+def _block(pid, channels, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """The image of a program, and its block's channels and positions."""
-    blocks, parts = tl.cdiv(P, BP), tl.cdiv(channels, BC)
-    c = program // blocks % parts * BC + tl.arange(0, BC)
-    return program // (parts * blocks), c, program % blocks * BP + tl.arange(0, BP)
+    blocks, parts = tl.cdiv(P, BLOCK_P), tl.cdiv(channels, BLOCK_C)
+    offs_c = pid // blocks % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    return pid // (parts * blocks), offs_c, pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
 
 
 @triton.jit
 def _copy(
-    source, target, program, channels, more, ones, P,
-    FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    source, target, pid, channels, more, ones, P,
+    FROM_LAST: tl.constexpr, TO_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A block of images in another format, or with zeros behind their channels up to `more`, but
     for the channel of `ones`."""
-    image, c, p = _block(program, more, P, BC, BP)
-    where = _places(source, image, channels, P, c, p, FROM_LAST)
-    value = tl.load(where, mask=(c[:, None] < channels) & (p[None, :] < P), other=0.0)
-    value = tl.where(c[:, None] == ones, 1.0, value).to(value.dtype)
-    where = _places(target, image, more, P, c, p, TO_LAST)
-    tl.store(where, value, mask=(c[:, None] < more) & (p[None, :] < P))
+    image, offs_c, offs_p = _block(pid, more, P, BLOCK_C, BLOCK_P)
+    places = _places(source, image, channels, P, offs_c, offs_p, FROM_LAST)
+    value = tl.load(places, mask=_inside(offs_c, channels, offs_p, P), other=0.0)
+    value = tl.where(offs_c[:, None] == ones, 1.0, value).to(value.dtype)
+    places = _places(target, image, more, P, offs_c, offs_p, TO_LAST)
+    tl.store(places, value, mask=_inside(offs_c, more, offs_p, P))
 
 
 @triton.jit
 def _join_row(
-    weight, b, scale, bias, joined, row, c, p, inner, added, positions, r, middle, b_dim, b_rank,
-    BIAS: tl.constexpr, LAST: tl.constexpr,
+    weight, b, scale, bias, joined, row, offs_c, offs_p, inner, added, positions, r, middle,
+    stride_bn, stride_br, BIAS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """A block of the row ``[W, scale · B, bias, 0]``, what is added at the `middle` position."""
-    rank, channels = c - inner, inner + added
-    where = _places(weight, row, inner, positions, c, p, LAST)
-    value = tl.load(where, mask=(rank[:, None] < 0) & (p[None, :] < positions), other=0.0)
+    rank, channels = offs_c - inner, inner + added
+    places = _places(weight, row, inner, positions, offs_c, offs_p, LAST)
+    value = tl.load(places, mask=(rank[:, None] < 0) & (offs_p[None, :] < positions), other=0.0)
     if added > 0:
-        more = tl.load(b + row * b_dim + rank * b_rank, mask=(rank >= 0) & (rank < r), other=0.0)
+        source = b + row * stride_bn + rank * stride_br
+        more = tl.load(source, mask=(rank >= 0) & (rank < r), other=0.0)
         more = (more.to(tl.float32) * tl.load(scale).to(tl.float32)).to(value.dtype)
         if BIAS:
             more = tl.where(rank == r, tl.load(bias + row), more)
-        value = tl.where((rank[:, None] >= 0) & (p[None, :] == middle), more[:, None], value)
-    where = _places(joined, row, channels, positions, c, p, True)
-    tl.store(where, value, mask=(c[:, None] < channels) & (p[None, :] < positions))
+        value = tl.where((rank[:, None] >= 0) & (offs_p[None, :] == middle), more[:, None], value)
+    places = _places(joined, row, channels, positions, offs_c, offs_p, True)
+    tl.store(places, value, mask=_inside(offs_c, channels, offs_p, positions))
 
 
 @triton.jit
-def _join_rank(a, down, rank, c, p, inner, added, positions, r, a_rank, a_in):
+def _join_rank(a, down, rank, offs_c, offs_p, inner, added, positions, r, stride_ar, stride_ak):
     """A block of a row of A's kernel, with zeros from the rank r and from the `inner` channel."""
     channels = inner + added
-    source = a + rank * a_rank + (c[:, None] * positions + p[None, :]) * a_in
-    here = (c[:, None] < inner) & (p[None, :] < positions)
-    value = tl.load(source, mask=here & (rank < r), other=0.0)
-    where = _places(down, rank, channels, positions, c, p, True)
-    here = (c[:, None] < channels) & (p[None, :] < positions)
-    tl.store(where, value.to(down.dtype.element_ty), mask=here)
+    source = a + rank * stride_ar + (offs_c[:, None] * positions + offs_p[None, :]) * stride_ak
+    mask = _inside(offs_c, inner, offs_p, positions)
+    value = tl.load(source, mask=mask & (rank < r), other=0.0)
+    places = _places(down, rank, channels, positions, offs_c, offs_p, True)
+    mask = _inside(offs_c, channels, offs_p, positions)
+    tl.store(places, value.to(down.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["r", "middle"])
 def prepare(
     x, weight, a, b, scale, bias, wide, joined, down,
-    out, inner, added, positions, P, r, middle, a_rank, a_in, b_dim, b_rank,
+    out, inner, added, positions, P, r, middle, stride_ar, stride_ak, stride_bn, stride_br,
     BIAS: tl.constexpr, LAST: tl.constexpr, WEIGHT_LAST: tl.constexpr, R: tl.constexpr,
-    WC: tl.constexpr, WP: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    WEIGHT_C: tl.constexpr, WEIGHT_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """``wide = [x, 0]``, ``joined[out, inner + added, positions]`` and A's kernel ``down[R, inner +
     added, positions]``."""
-    program = tl.program_id(0)
-    row, c, k = _block(program, inner + added, positions, WC, WP)
+    pid = tl.program_id(0)
+    row, offs_c, offs_p = _block(pid, inner + added, positions, WEIGHT_C, WEIGHT_P)
     if row < out:
         _join_row(
-            weight, b, scale, bias, joined, row, c, k,
-            inner, added, positions, r, middle, b_dim, b_rank, BIAS, WEIGHT_LAST,
+            weight, b, scale, bias, joined, row, offs_c, offs_p,
+            inner, added, positions, r, middle, stride_bn, stride_br, BIAS, WEIGHT_LAST,
         )  # fmt: skip
     elif row < out + R:
-        _join_rank(a, down, row - out, c, k, inner, added, positions, r, a_rank, a_in)
+        _join_rank(
+            a, down, row - out, offs_c, offs_p, inner, added, positions, r, stride_ar, stride_ak
+        )
     else:
-        program -= (out + R) * tl.cdiv(inner + added, WC) * tl.cdiv(positions, WP)
+        pid -= (out + R) * tl.cdiv(inner + added, WEIGHT_C) * tl.cdiv(positions, WEIGHT_P)
         ones = inner + r if BIAS else -1
-        _copy(x, wide, program, inner, inner + added, ones, P, LAST, True, BC, BP)
+        _copy(x, wide, pid, inner, inner + added, ones, P, LAST, True, BLOCK_C, BLOCK_P)
 
 
 @triton.jit
@@ -125,122 +134,128 @@ def _along(at, size, first, step):
 def put(
     t, wide, channels, added, P, outputs, r, height, width, out_depth, out_height, out_width,
     depth_first, height_first, width_first, depth_step, height_step, width_step,
-    BIAS: tl.constexpr, SAME: tl.constexpr, R: tl.constexpr, BP: tl.constexpr,
+    BIAS: tl.constexpr, SAME: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """``t[batch, outputs, R]`` into `wide`, behind its channels, where the middle of a kernel lies;
     `SAME`: each output there where the input is."""
-    blocks = tl.cdiv(P, BP)
-    image, p = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BP + tl.arange(0, BP)
-    rr, o, there = tl.arange(0, R), p, p < P
+    blocks = tl.cdiv(P, BLOCK_P)
+    pid = tl.program_id(0)
+    image, offs_p = pid // blocks, pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_r, o, there = tl.arange(0, R), offs_p, offs_p < P
     if not SAME:
-        d, in_depth = _along(p // (height * width), out_depth, depth_first, depth_step)
-        h, in_height = _along(p // width % height, out_height, height_first, height_step)
-        w, in_width = _along(p % width, out_width, width_first, width_step)
+        d, in_depth = _along(offs_p // (height * width), out_depth, depth_first, depth_step)
+        h, in_height = _along(offs_p // width % height, out_height, height_first, height_step)
+        w, in_width = _along(offs_p % width, out_width, width_first, width_step)
         there &= in_depth & in_height & in_width
         o = (d * out_height + h) * out_width + w
-    value = tl.load(_places(t, image, R, outputs, rr, o, True), mask=there[None, :])
+    value = tl.load(_places(t, image, R, outputs, offs_r, o, True), mask=there[None, :])
     if BIAS:
-        value = tl.where(rr[:, None] == r, 1.0, value).to(value.dtype)
-    where = _places(wide, image, channels + added, P, channels + rr, p, True)
-    tl.store(where, value, mask=there[None, :])
+        value = tl.where(offs_r[:, None] == r, 1.0, value).to(value.dtype)
+    places = _places(wide, image, channels + added, P, channels + offs_r, offs_p, True)
+    tl.store(places, value, mask=there[None, :])
 
 
 @triton.jit
 def _spread(
-    dy, b, scale, wide, v, program, out, added, P, r, b_dim, b_rank,
-    INPUT: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    dy, b, scale, wide, v, pid, out, added, P, r, stride_bn, stride_br,
+    INPUT: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``v = scale · Bᵀ dy`` at some positions, and where `INPUT` ``wide = [dy, v, 0]``."""
-    blocks = tl.cdiv(P, BP)
-    image, p = program // blocks, program % blocks * BP + tl.arange(0, BP)
-    rr, inside, more = tl.arange(0, R), (p < P)[None, :], out + added
+    blocks = tl.cdiv(P, BLOCK_P)
+    image, offs_p = pid // blocks, pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_r, inside, more = tl.arange(0, R), (offs_p < P)[None, :], out + added
     factor = tl.load(scale).to(tl.float32)
-    acc = tl.zeros((R, BP), tl.float32)
-    for start in range(0, out, BC):
-        c = start + tl.arange(0, BC)
-        here = (c[:, None] < out) & inside
-        value = tl.load(_places(dy, image, out, P, c, p, LAST), mask=here, other=0.0)
+    acc = tl.zeros((R, BLOCK_P), tl.float32)
+    for start in range(0, out, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = (offs_c[:, None] < out) & inside
+        value = tl.load(_places(dy, image, out, P, offs_c, offs_p, LAST), mask=mask, other=0.0)
         if INPUT:
-            tl.store(_places(wide, image, more, P, c, p, True), value, mask=here)
-        where = b + c[None, :] * b_dim + rr[:, None] * b_rank
-        thin = tl.load(where, mask=(c[None, :] < out) & (rr[:, None] < r), other=0.0)
+            tl.store(_places(wide, image, more, P, offs_c, offs_p, True), value, mask=mask)
+        places = b + offs_c[None, :] * stride_bn + offs_r[:, None] * stride_br
+        thin = tl.load(places, mask=(offs_c[None, :] < out) & (offs_r[:, None] < r), other=0.0)
         acc = tl.dot((factor * thin.to(tl.float32)).to(value.dtype), value, acc)
     value = acc.to(v.dtype.element_ty)
-    tl.store(_places(v, image, R, P, rr, p, True), value, mask=inside)
+    tl.store(_places(v, image, R, P, offs_r, offs_p, True), value, mask=inside)
     if INPUT:
-        tl.store(_places(wide, image, more, P, out + rr, p, True), value, mask=inside)
+        tl.store(_places(wide, image, more, P, out + offs_r, offs_p, True), value, mask=inside)
         for start in range(R, added, R):
-            c = out + start + rr
-            where = _places(wide, image, more, P, c, p, True)
-            tl.store(where, tl.zeros_like(value), mask=inside & (c[:, None] < more))
+            offs_c = out + start + offs_r
+            places = _places(wide, image, more, P, offs_c, offs_p, True)
+            tl.store(places, tl.zeros_like(value), mask=inside & (offs_c[:, None] < more))
 
 
 @triton.jit
 def _part(
     dy, t, part, block, group, low, high, out, P,
-    LAST: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr,
+    LAST: tl.constexpr, R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A block of a group's part of ``dy · t``, over the blocks of positions from low to high."""
-    c, rr, blocks = block * BO + tl.arange(0, BO), tl.arange(0, R), tl.cdiv(P, BP)
-    acc = tl.zeros((BO, R), tl.float32)
+    offs_c, offs_r = block * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, R)
+    blocks = tl.cdiv(P, BLOCK_P)
+    acc = tl.zeros((BLOCK_O, R), tl.float32)
     for at in range(low, high):
-        image, p = at // blocks, at % blocks * BP + tl.arange(0, BP)
-        here = (c[:, None] < out) & (p[None, :] < P)
-        left = tl.load(_places(dy, image, out, P, c, p, LAST), mask=here, other=0.0)
-        rows = t + (tl.cast(image, tl.int64) * P + p)[:, None] * R + rr[None, :]
-        acc = tl.dot(left, tl.load(rows, mask=p[:, None] < P, other=0.0), acc)
-    where = part + tl.cast(group, tl.int64) * out * R + c[:, None] * R + rr[None, :]
-    tl.store(where, acc, mask=c[:, None] < out)
+        image, offs_p = at // blocks, at % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = _inside(offs_c, out, offs_p, P)
+        left = tl.load(_places(dy, image, out, P, offs_c, offs_p, LAST), mask=mask, other=0.0)
+        rows = t + (tl.cast(image, tl.int64) * P + offs_p)[:, None] * R + offs_r[None, :]
+        acc = tl.dot(left, tl.load(rows, mask=offs_p[:, None] < P, other=0.0), acc)
+    places = part + tl.cast(group, tl.int64) * out * R + offs_c[:, None] * R + offs_r[None, :]
+    tl.store(places, acc, mask=offs_c[:, None] < out)
 
 
 @triton.jit(do_not_specialize=["r", "tiles", "groups", "each", "batch"])
 def spread(
     dy, t, weight, a, b, scale, x, wide, tall, x_last, v, part,
     tiles, groups, each, batch, out, inner, added, positions, P, x_positions, r,
-    a_rank, a_in, b_dim, b_rank,
+    stride_ar, stride_ak, stride_bn, stride_br,
     INPUT: tl.constexpr, LAST: tl.constexpr, WEIGHT_LAST: tl.constexpr, R: tl.constexpr,
-    BO: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, GP: tl.constexpr, WC: tl.constexpr,
-    WP: tl.constexpr, XC: tl.constexpr, XP: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GROUP_P: tl.constexpr,
+    WEIGHT_C: tl.constexpr, WEIGHT_P: tl.constexpr, INPUT_C: tl.constexpr, INPUT_P: tl.constexpr,
 ):  # fmt: skip
     """In `tiles` programs ``v[batch, R, P]`` and ``wide = [dy, v, 0]``; in `groups` for each block
     of outputs ``part[groups, out, R]``; where `INPUT` ``tall = [W; A; 0]``; and in the rest
     `x_last`, x with its channels last. Without `INPUT` no wide and no tall."""
-    program = tl.program_id(0)
-    sums = groups * tl.cdiv(out, BO)
-    rows = (out + added) * tl.cdiv(inner, WC) * tl.cdiv(positions, WP) if INPUT else 0
-    if program < tiles:
+    pid = tl.program_id(0)
+    sums = groups * tl.cdiv(out, BLOCK_O)
+    rows = (out + added) * tl.cdiv(inner, WEIGHT_C) * tl.cdiv(positions, WEIGHT_P) if INPUT else 0
+    if pid < tiles:
         _spread(
-            dy, b, scale, wide, v, program, out, added, P, r, b_dim, b_rank, INPUT, LAST, R, BP, BC
-        )
-    elif program < tiles + sums:
-        block, group = (program - tiles) // groups, (program - tiles) % groups
-        high = min(group * each + each, batch * tl.cdiv(P, GP))
-        _part(dy, t, part, block, group, group * each, high, out, P, LAST, R, BO, GP)
-    elif program < tiles + sums + rows:
-        row, c, k = _block(program - tiles - sums, inner, positions, WC, WP)
+            dy, b, scale, wide, v, pid, out, added, P, r, stride_bn, stride_br,
+            INPUT, LAST, R, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+    elif pid < tiles + sums:
+        block, group = (pid - tiles) // groups, (pid - tiles) % groups
+        high = min(group * each + each, batch * tl.cdiv(P, GROUP_P))
+        _part(dy, t, part, block, group, group * each, high, out, P, LAST, R, BLOCK_O, GROUP_P)
+    elif pid < tiles + sums + rows:
+        row, offs_c, offs_p = _block(pid - tiles - sums, inner, positions, WEIGHT_C, WEIGHT_P)
         if row < out:
             _join_row(
-                weight, b, scale, b, tall, row, c, k, inner, 0, positions, 0, 0, 0, 0,
+                weight, b, scale, b, tall, row, offs_c, offs_p, inner, 0, positions, 0, 0, 0, 0,
                 False, WEIGHT_LAST,
             )  # fmt: skip
         else:
             behind = tall + tl.cast(out, tl.int64) * inner * positions
-            _join_rank(a, behind, row - out, c, k, inner, 0, positions, r, a_rank, a_in)
+            _join_rank(
+                a, behind, row - out, offs_c, offs_p, inner, 0, positions, r, stride_ar, stride_ak
+            )
     else:
-        program -= tiles + sums + rows
-        _copy(x, x_last, program, inner, inner, -1, x_positions, False, True, XC, XP)
+        pid -= tiles + sums + rows
+        _copy(x, x_last, pid, inner, inner, -1, x_positions, False, True, INPUT_C, INPUT_P)
 
 
 @triton.jit
 def _add_parts(
-    part, db, scale, program, out, groups, r,
+    part, db, scale, pid, out, groups, r,
     SCALED: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A part of B's gradient: the sum of all groups."""
-    at, group = program * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUPS)
-    where = part + group[:, None] * (out * R) + at[None, :]
-    here = (group[:, None] < groups) & (at[None, :] < out * R)
-    value = tl.sum(tl.load(where, mask=here, other=0.0), 0)
+    at, group = pid * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUPS)
+    places = part + group[:, None] * (out * R) + at[None, :]
+    mask = (group[:, None] < groups) & (at[None, :] < out * R)
+    value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)
     if SCALED:
         value *= tl.load(scale).to(tl.float32)
     row, rank = at // R, at % R
@@ -252,23 +267,23 @@ def back(
     y, result, a_last, da, part, db, scale,
     tiles, rows, channels, P, inner, positions, out, groups, r,
     SCALED: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In `tiles` programs the images of y with the channels before the positions; for each of
     `rows` ``da[rows, inner · positions]`` of A's kernel with its channels last; and in the rest
     B's gradient ``db[out, r]``."""
-    program = tl.program_id(0)
+    pid = tl.program_id(0)
     size = inner * positions
     blocks = tl.cdiv(size, BLOCK)
-    if program < tiles:
-        _copy(y, result, program, channels, channels, -1, P, True, False, BC, BP)
-    elif program < tiles + rows * blocks:
-        program -= tiles
-        row, at = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if pid < tiles:
+        _copy(y, result, pid, channels, channels, -1, P, True, False, BLOCK_C, BLOCK_P)
+    elif pid < tiles + rows * blocks:
+        pid -= tiles
+        row, at = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
         start = tl.cast(row, tl.int64) * size
         source = a_last + start + at % positions * inner + at // positions
         value = tl.load(source, mask=at < size)
         tl.store(da + start + at, value.to(da.dtype.element_ty), mask=at < size)
     else:
-        program -= tiles + rows * blocks
-        _add_parts(part, db, scale, program, out, groups, r, SCALED, R, GROUPS, SUMS)
+        pid -= tiles + rows * blocks
+        _add_parts(part, db, scale, pid, out, groups, r, SCALED, R, GROUPS, SUMS)

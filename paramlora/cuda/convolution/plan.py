@@ -167,7 +167,9 @@ class _Forward:
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
-        folded, left, pbias = (bias, None, pb) if self.folded else (weight, bias, pw)
+        folded, left, pbias = weight, bias, pw
+        if self.folded and bias is not None:
+            folded, left, pbias = bias, None, pb
         pwide = wide.data_ptr()
         self.prepare(
             (x, weight, a, b, scale, folded, wide, joined, down),
