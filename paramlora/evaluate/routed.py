@@ -27,7 +27,7 @@ from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
 Where = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-_HIGHEST = 128  # rank whose thin products the kernels hold in registers
+_HIGHEST = 32  # rank whose factors fit the shared memory beside a tile of the frozen product
 _LONG = 16  # positions of a row from which it is a block of its own
 
 

@@ -28,9 +28,10 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         (N, K), r = weight.shape, len(a)
         RB = padded(r)
         BN, BK = 32, 128 if RB <= 32 else 64
+        stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
         numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
         device = weight.get_device()
-        return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), 3, 4)
+        return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 4)
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
     launch(tensors, addresses)
