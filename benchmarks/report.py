@@ -4,6 +4,9 @@
 folders (those of ``benchmarks.*`` and pytest-benchmark's) and writes their tables into a Markdown
 file, in place of those that it holds of the same folder and kind, with plots beside it: R by shape,
 the share of the update kept, memory, and loss curves.
+
+``--into docs/kinds.md`` puts the figures of ``kinds.json`` between that page's marks instead, and
+its picture beside the page.
 """
 
 import argparse
@@ -23,6 +26,7 @@ ORDER = (
     "quantised",
     "experts",
     "kinds",
+    "routed",
     "update_kept",
     "finetune_bf16",
     "stable_diffusion",
@@ -39,6 +43,7 @@ TITLES = {
     "quantised": "Quantised bases, against peft's QLoRA",
     "experts": "Layers of experts",
     "kinds": "Kinds of update",
+    "routed": "Many adapters on one base",
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
@@ -55,9 +60,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/RESULTS.md"))
+    parser.add_argument("--into", type=Path, help="a page with marks for the kinds' figures")
+    parser.add_argument("--note", default="", help="a sentence to stand with them")
     options = parser.parse_args(arguments)
     files = [path for folder in options.folders for path in sorted(folder.glob("*.json"))]
     contents = [(path, _known(load(path))) for path in files]
+    if options.into is not None:
+        for path, content in contents:
+            if content["kind"] == "kinds":
+                put_into(options.into, path, content, options.note)
+        return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
     options.out.write_text(report(contents, options.out.parent, kept), encoding="utf-8")
@@ -99,6 +111,22 @@ def _section(path: Path, content: Content, folder: Path) -> str:
             figure.savefig(image, dpi=120, bbox_inches="tight")
             parts.append(f"![{name}]({image.name})")
     return "\n\n".join(parts)
+
+
+START, END = "<!-- figures: benchmarks.kinds -->", "<!-- end of figures -->"
+
+
+def put_into(page: Path, path: Path, content: Content, note: str) -> None:
+    """The table of the kinds of update, and their picture, in the place of the page's."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.partition(START)[0], text.partition(END)[2]
+    assert after, f"{page} has no {START} and {END}"
+    image = page.with_name("kinds.png")
+    kinds_plot(content).savefig(image, dpi=110, bbox_inches="tight")
+    parts = [START, f"{_where(path, content)} {note}".rstrip(), results.kinds_summary(content)]
+    parts += [f"![R of each kind of update by shape]({image.name})", END]
+    page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    print(f"{page}, {image}")
 
 
 def _known(content: Content) -> Content:
@@ -271,6 +299,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "quantised": results.quantised_table,
     "experts": results.experts_table,
     "kinds": results.kinds_table,
+    "routed": results.routed_table,
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,

@@ -114,13 +114,15 @@ def quantised_table(content: dict[str, Any]) -> str:
 
 def experts_table(content: dict[str, Any]) -> str:
     """One line for each way of each layer of experts."""
-    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "beside_mib": 0, "kept": 3}
+    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "tokens_per_second": 0}
+    kinds |= {"beside_mib": 0, "beside_R": 2, "kept": 3}
     lines = []
     for row in content["rows"]:
         numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
         errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
         lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
-    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "MiB a step", "kept"]
+    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "tokens a second"]
+    header += ["MiB a step", "of frozen's", "kept"]
     return markdown([*header, "output error", "gradient error", "outcome"], lines)
 
 
@@ -135,6 +137,36 @@ def kinds_table(content: dict[str, Any]) -> str:
         lines.append([row["case"], row["way"], *ratios, *sizes, row.get("refused", "")])
     header = ["layer", "way", "R device", "R eager", "trained", "file bytes"]
     return markdown([*header, "bytes kept for backward", "outcome"], lines)
+
+
+def kinds_summary(content: dict[str, Any]) -> str:
+    """One line for each kind: R at each shape, then what the first shape costs beside time."""
+    rows = content["rows"]
+    mode = "device_R" if any("device_R" in row for row in rows) else "eager_R"
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    at = {(row["case"], row["way"]): row for row in rows}
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "frozen"):
+        first = at.get((cases[0], way), {})
+        ratios = [_cell(at.get((case, way)), mode, "{:.2f}") for case in cases]
+        held = first.get("saved_bytes")
+        sizes = [f"{first[k]:,}" if k in first else "" for k in ("trainable", "file_bytes")]
+        lines.append([way, *ratios, *sizes, "" if held is None else f"{held / 2**20:.1f}"])
+    told = "device time" if mode == "device_R" else "wall time"
+    title = f"R in {told}; trained numbers, bytes of a file and MiB kept for backward of the first"
+    header = ["", *cases, "trained", "file bytes", "MiB kept"]
+    return f"{title} shape.\n\n" + markdown(header, lines)
+
+
+def routed_table(content: dict[str, Any]) -> str:
+    """One line for each way of each part: R, tokens a second, the peak, seconds."""
+    kinds = {"device_R": 2, "eager_R": 2, "tokens_per_second": 0, "peak_mib": 0, "seconds": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = [f"{row[k]:,.{p}f}" if k in row else "" for k, p in kinds.items()]
+        lines.append([row["case"], row["way"], *numbers, row.get("refused", "")])
+    header = ["case", "way", "R device", "R eager", "tokens a second", "peak MiB", "seconds"]
+    return markdown([*header, "outcome"], lines)
 
 
 def kept_table(content: dict[str, Any]) -> str:

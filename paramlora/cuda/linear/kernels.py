@@ -14,8 +14,7 @@ runs beside what waits for arithmetic, and so that a layer takes one launch each
    starts, not its index, and all that is awaited has a lower ticket: it runs already, in whatever
    order a device starts programs. Else `pack` and `project`, or `prepare` alone, prepare both, and
    the tiles start before they end (Hopper's programmatic dependent launch);
-3. the tiles of ``x @ w + p @ q``, where `PERSIST` many in one program, which loads the next one
-   while it stores the last;
+3. the tiles of ``x @ w + p @ q``;
 4. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 
 Programs signal each other by a 64-bit number that no other launch of the process uses, so the
@@ -208,9 +207,8 @@ def _tile(
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
     stride_yn,
     PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    PERSIST: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p.
@@ -272,16 +270,13 @@ def _tile(
         )
         if LOCAL:
             _await(signals + packs + row, number)
-        if EARLY and not PERSIST:
+        if EARLY:
             gdc_wait()
         offs_m, offs_n = (
             row * BLOCK_M + tl.arange(0, BLOCK_M),
             column * BLOCK_N + tl.arange(0, BLOCK_N),
         )
-        if PERSIST:
-            acc = tl.dot(p.load([row * BLOCK_M, 0]), q.load([0, column * BLOCK_N]), acc)
-        else:
-            acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
+        acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
         if BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         if TMA:
@@ -557,55 +552,50 @@ def product(
     x, w, y, q, p, bias,
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
     stride_yn,
-    EARLY: tl.constexpr, BIAS: tl.constexpr, PERSIST: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``y = x @ w + p @ q + bias``; where `PERSIST`, each program computes many tiles."""
-    if EARLY and PERSIST:
-        gdc_wait()
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSIST):
-        _tile(
-            x=x,
-            w=w,
-            y=y,
-            wide=x,
-            f=x,
-            q=q,
-            p=p,
-            bias=bias,
-            signals=y,
-            number=0,
-            packs=0,
-            pid=tile,
-            M=M,
-            N=N,
-            K=K,
-            P=P,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            stride_wk=stride_wk,
-            stride_wn=stride_wn,
-            stride_yb=stride_yb,
-            stride_ym=stride_ym,
-            stride_yn=stride_yn,
-            PACKS=False,
-            LOCAL=False,
-            EARLY=EARLY,
-            BIAS=BIAS,
-            PERSIST=PERSIST,
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            GROUP_M=GROUP_M,
-        )
+    """``y = x @ w + p @ q + bias``."""
+    _tile(
+        x=x,
+        w=w,
+        y=y,
+        wide=x,
+        f=q,
+        q=q,
+        p=p,
+        bias=bias,
+        signals=p,
+        number=0,
+        packs=0,
+        pid=tl.program_id(0),
+        M=M,
+        N=N,
+        K=K,
+        P=P,
+        stride_xb=stride_xb,
+        stride_xm=stride_xm,
+        stride_xk=stride_xk,
+        stride_wk=stride_wk,
+        stride_wn=stride_wn,
+        stride_yb=stride_yb,
+        stride_ym=stride_ym,
+        stride_yn=stride_yn,
+        PACKS=False,
+        LOCAL=False,
+        EARLY=EARLY,
+        BIAS=BIAS,
+        TMA=TMA,
+        ROWS_OUT=ROWS_OUT,
+        EVEN=EVEN,
+        WHOLE_K=WHOLE_K,
+        R=R,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        GROUP_M=GROUP_M,
+    )
 
 
 @triton.jit(do_not_specialize=["number", "packs", "r"])
@@ -673,7 +663,6 @@ def forward(
             LOCAL=True,
             EARLY=False,
             BIAS=BIAS,
-            PERSIST=False,
             TMA=TMA,
             ROWS_OUT=ROWS_OUT,
             EVEN=EVEN,
@@ -686,18 +675,19 @@ def forward(
         )
 
 
-@triton.jit(do_not_specialize=["number", "programs", "tiles", "r", "groups", "each"])
+@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each"])
 def backward(
-    dy, w, dx, q, p, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
-    programs, tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn,
-    stride_dxb, stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each,
-    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, PERSIST: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
+    tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
+    stride_dxm, stride_dxn,
+    stride_xb, stride_xm, stride_xk, r, groups, each,
+    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the input, of `tiles` tiles in `programs` programs that may be none, and of
-    the factors. Of ``dx = dy @ w`` K are the layer's outputs and N its inputs.
+    """The gradients of the input, in `tiles` programs that may be none, and of the factors. Of
+    ``dx = dy @ w`` K are the layer's outputs and N its inputs.
 
     `scratch` holds ``v[M, R]``, the signals, and the groups' sums.
     """
@@ -707,50 +697,46 @@ def backward(
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
     pid = _drawn(tickets) if LOCAL else tl.program_id(0)
-    if pid < programs:
-        if EARLY and PERSIST:
-            gdc_wait()
-        for tile in tl.range(pid, tiles, programs, flatten=PERSIST):
-            _tile(
-                x=dy,
-                w=w,
-                y=dx,
-                wide=wide,
-                f=kept + R * N,
-                q=q,
-                p=p,
-                bias=kept,
-                signals=signals,
-                number=number,
-                packs=0,
-                pid=tile,
-                M=M,
-                N=N,
-                K=K,
-                P=P,
-                stride_xb=stride_dyb,
-                stride_xm=stride_dym,
-                stride_xk=stride_dyk,
-                stride_wk=stride_wk,
-                stride_wn=stride_wn,
-                stride_yb=stride_dxb,
-                stride_ym=stride_dxm,
-                stride_yn=stride_dxn,
-                PACKS=False,
-                LOCAL=LOCAL,
-                EARLY=EARLY,
-                BIAS=False,
-                PERSIST=PERSIST,
-                TMA=TMA,
-                ROWS_OUT=ROWS_OUT,
-                EVEN=EVEN,
-                WHOLE_K=WHOLE_K,
-                R=R,
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K,
-                GROUP_M=GROUP_M,
-            )
+    if pid < tiles:
+        _tile(
+            x=dy,
+            w=w,
+            y=dx,
+            wide=wide,
+            f=kept + R * N,
+            q=kept,
+            p=scratch,
+            bias=kept,
+            signals=signals,
+            number=number,
+            packs=0,
+            pid=pid,
+            M=M,
+            N=N,
+            K=K,
+            P=P,
+            stride_xb=stride_dyb,
+            stride_xm=stride_dym,
+            stride_xk=stride_dyk,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            stride_yb=stride_dxb,
+            stride_ym=stride_dxm,
+            stride_yn=stride_dxn,
+            PACKS=False,
+            LOCAL=LOCAL,
+            EARLY=EARLY,
+            BIAS=False,
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN=EVEN,
+            WHOLE_K=WHOLE_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+        )
     else:
         _gradients(
             dy=wide,
@@ -765,7 +751,7 @@ def backward(
             signals=signals,
             number=number,
             counts=counts,
-            pid=pid - programs,
+            pid=pid - tiles,
             M=M,
             fan_in=N,
             out=K,

@@ -107,7 +107,7 @@ class _Forward:
         self.whole: Optional[Launch] = None
         if how is Launches.TOGETHER:
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors)
-            constants = (bias is not None, *tiles.constants[1:], width)
+            constants = (bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
             self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
             return
@@ -154,12 +154,12 @@ class _Forward:
                 _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
             else:
                 self.project((x, kept, kept), (px, pk, pu))
-        if self.tiles.persistent:
-            q, p = _part(kept, R * K, R, N), _part(kept, R * (K + N), M, R)
-            self.product((more,), (pmore,), (), (*blocks, *self.tiles.thin(q, p)))
-        else:
-            thin = (pk + self.row_bytes * K, pu)
-            self.product((*first, kept, kept, more), (*places, *thin, pmore), (), blocks)
+        self.product(
+            (*first, kept, kept, more),
+            (*places, pk + self.row_bytes * K, pu, pmore),
+            (),
+            blocks,
+        )
         return y, kept
 
 
@@ -276,7 +276,7 @@ class _Backward:
         strips = -(-M // SPAN)
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
-        numbers = (tiles.grid, tiles.tiles, *tiles.numbers, *places, r, groups, each)
+        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each)
         constants = (self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
             kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
@@ -308,11 +308,6 @@ class _Backward:
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
         first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
-        if self.tiles.persistent:
-            M, N, K = self.sizes
-            blocks += self.tiles.thin(_part(kept, 0, self.R, N), _part(scratch, 0, M, self.R))
-        else:
-            first, places = (*first, kept, scratch), (*places, pk, pv)
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
             (*places, py, pk, pv, px, pa, db.data_ptr(), ps[0] if ps else pa, drawn.data_ptr()),
@@ -338,10 +333,7 @@ class _Backward:
         if dx is not None:
             blocks = self.tiles.blocks(dy, of.weight, dx)
             first = () if blocks else (dy, of.weight, dx)
-            pointers: tuple[Tensor, ...] = (*first, kept, scratch, kept)
-            if self.tiles.persistent:
-                blocks += self.tiles.thin(_part(kept, 0, R, N), v)
-                pointers = (kept,)
+            pointers = (*first, kept, scratch, kept)
             self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
         if not self.factors_too:
             return dx, None, None

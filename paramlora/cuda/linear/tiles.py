@@ -144,27 +144,19 @@ class Tiles:
         self.early = hopper and how in (Launches.APART, Launches.PREPARED)
         self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
-        self.tiles = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
-        # programs that go from tile to tile load the next one while they store the last
-        self.persistent = tma and not local and BM * BN >= 2**15 and R <= 32
-        self.grid = min(self.tiles, card.processors) if self.persistent else self.tiles
+        self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
         even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
-        self.constants = (self.persistent, tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
+        self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
         self._layouts: tuple[Any, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
             self._layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
-        self._thin = ([R, N], [N, 1], [R, BN]), ([M, R], [R, 1], [BM, R])
 
     def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
         """left, w and the output for the tensor memory engine, where that loads them."""
         return tuple(map(Block, matrices, self._layouts)) if self._layouts else ()
-
-    def thin(self, q: Tensor, p: Tensor) -> tuple[Block, ...]:
-        """q ``[R, N]`` and p ``[M, R]``, likewise, where a program computes many tiles."""
-        return tuple(map(Block, (q, p), self._thin)) if self.persistent else ()
 
 
 def is_even(period: int, M: int) -> bool:
