@@ -230,9 +230,9 @@ class Lycoris(NamedTuple):
 def switches(ways: Iterable[str]) -> dict[str, str]:
     """What chooses between an opponent's own ways to compute, for those of `ways` that have it."""
     chosen = {way: LYCORIS[way].told() for way in ways if way in LYCORIS}
-    factors = "peft's, of float32" if "unsloth" in ways else "peft's, of the weight's type"
-    told = f"{version('unsloth')}, LoRA_QKV, LoRA_W and LoRA_MLP, in place; factors {factors}"
-    return chosen | {way: told for way in ways if way in UNSLOTH}
+    functions = f"{version('unsloth')}, LoRA_QKV, LoRA_W and LoRA_MLP, in place; peft's factors, "
+    kinds = {"unsloth": "float32", "unsloth bf16": "of the weight's type"}
+    return chosen | {way: functions + kinds[way] for way in ways if way in UNSLOTH}
 
 
 def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
