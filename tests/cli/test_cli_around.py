@@ -58,7 +58,7 @@ OTHERS = {
     "zip": (zipped(), "a zip archive, not a file of torch.save. Unpack it"),
     "tar": (tarred(), "a tar archive. Unpack it"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file.*safetensors"),
-    "empty": (b"", r"not a whole safetensors file \(it is empty\). Copy or save it again."),
+    "empty": (b"", "an empty file. Copy or save it again."),
     "bzip2": (b"BZh91AY&SY" + bytes(20), "compressed with bzip2"),
     "numpy": (b"\x93NUMPY\x01\x00" + bytes(20), "an array of NumPy"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
