@@ -232,6 +232,6 @@ def _report_left(
         )
     if vectors and not whole:
         warn(
-            f"left out, since low rank is of matrices: {counted(len(vectors), 'other tensor')} "
-            f"with a difference: {listed(vectors)}. Keep them with whole=True (--whole)."
+            f"{counted(len(vectors), 'tensor')} with a difference but no matrix, left out: "
+            f"{listed(vectors)}. Keep them with whole=True (--whole)."
         )

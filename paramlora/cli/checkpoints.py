@@ -83,7 +83,7 @@ def embed(
             dry_run=dry_run,
             progress=told,
         )
-    text = f"{counted(done.updates, 'update')} into {out}, {_size(done)}"
+    text = f"{counted(done.updates or 0, 'update')} into {out}, {_size(done)}"
     _report("embed", text, done, dry_run, json, quiet)
 
 
@@ -120,7 +120,7 @@ def extract(
             dry_run=dry_run,
             **how(to, prefix, fold_scale),
         )
-    text = f"{counted(done.updates, 'update')} into {out}, as {to}"
+    text = f"{counted(done.updates or 0, 'update')} into {out}, as {to}"
     _report("extract", text, done, dry_run, json, quiet)
 
 

@@ -216,10 +216,11 @@ class LoRAConfig:
             raise ConfigError(str(error)) from error
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"{name}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+                f"{name}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}. "
+                "Mend it there."
             ) from error
         except ValueError as error:
-            raise ConfigError(f"{name}: cannot be read as JSON: {error}.") from error
+            raise ConfigError(f"{name}: cannot be read as JSON: {error}. Mend it there.") from error
         return cls.from_dict(data, source=name)
 
     @classmethod

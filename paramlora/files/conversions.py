@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
@@ -14,7 +15,7 @@ from torch import Tensor
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
-from paramlora.errors import FileError, listed, unwritten, warn
+from paramlora.errors import FileError, ParamloraError, listed, unwritten, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
     check_place,
@@ -102,7 +103,8 @@ def embed(
     check_new(out, force)
     with opened(base, key) as stored:
         found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
-        plan = embed_plan(contents, found)
+        with _said_of(base):
+            plan = embed_plan(contents, found)
         _warn_inside(contents, base)
         done = _write(stored, plan, Path(out), dry_run, progress)
     return replace(done, updates=len(found.values()), largest=None)
@@ -135,7 +137,8 @@ def extract(
     """
     check_place(out, to, force=force)
     with opened(embedded, key) as stored:
-        adapter = extracted(Contents(stored.specs), stored.read)
+        with _said_of(embedded):
+            adapter = extracted(Contents(stored.specs), stored.read)
         if component is not None:
             adapter = part_of(adapter, component, str(embedded))
         if known is not None:
@@ -184,7 +187,8 @@ def merge(
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
-        plan = merge_plan(contents, loaded, stored.read)
+        with _said_of(base):
+            plan = merge_plan(contents, loaded, stored.read)
         if seed is not None:
             plan = {
                 name: replace(recipe, rounding=Rounding(seed, name, counts=False))
@@ -216,7 +220,9 @@ def kept(
     rounding = Rounding(seed)
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
-        for name, recipe in merge_plan(Contents(stored.specs), loaded, stored.read).items():
+        with _said_of(base):
+            plan = merge_plan(Contents(stored.specs), loaded, stored.read)
+        for name, recipe in plan.items():
             if recipe.changes:
                 rounding.start(name)
                 spec = stored.specs[recipe.source]
@@ -224,6 +230,17 @@ def kept(
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
                     summed(stored.run(recipe.source, run))
     return rounding.report()
+
+
+@contextmanager
+def _said_of(file: PathLike) -> Iterator[None]:
+    """Name the file in errors of its state dict, which knows no files."""
+    try:
+        yield
+    except ParamloraError as error:
+        if str(file) in str(error):
+            raise
+        raise type(error)(f"{file}: {error}") from error
 
 
 def _adapter(

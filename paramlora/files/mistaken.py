@@ -43,7 +43,7 @@ def check_tensors(path: Path) -> None:
 
 def _kind(path: Path, head: bytes) -> Optional[str]:
     if not head:
-        return "not a whole safetensors file (it is empty). Copy or save it again"
+        return "an empty file. Copy or save it again"
     for start, kind in _KINDS.items():
         if head.startswith(start):
             return kind

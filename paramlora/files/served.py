@@ -66,8 +66,7 @@ def tensors_for(
         >>> [tuple(tensor.shape) for key, tensor in sorted(tensors.items()) if "lora_A" in key]
         [(2, 4), (2, 3)]
     """
-    if server != "peft":
-        _check_server(server)
+    _check_server(server, "peft")
     base, found = base_of(model), adapter_of(model, adapter)
     if server != "peft":
         lost = unserved(found, server)
@@ -106,6 +105,7 @@ def _own(tensor: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
     return tensor.detach().to(dtype or tensor.dtype, copy=True).contiguous()
 
 
-def _check_server(server: str) -> None:
-    if server not in SERVERS:
-        raise AdapterError(f'no server "{server}" is known. Known: {", ".join(SERVERS)}, peft.')
+def _check_server(server: str, *others: str) -> None:
+    if server not in (*SERVERS, *others):
+        known = ", ".join((*SERVERS, *others))
+        raise AdapterError(f'no server "{server}" is known. Known: {known}.')

@@ -121,7 +121,7 @@ def test_a_difference_gives_the_merged_model_back(folder, capsys):
     assert all((one[key] - two[key]).abs().max() < 1e-6 for key in one)
     code, _, err = run(capsys, *command, "-o", "p", "--to", "peft", "--energy", "0.9",
                        "--model", f"{__name__}:net", "--exclude", "1")  # fmt: skip
-    assert code == 0 and "1 updates as peft" in err
+    assert code == 0 and "1 update as peft" in err
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ OTHERS = {
     "zip": (zipped(), "a zip archive, not a file of torch.save. Unpack it"),
     "tar": (tarred(), "a tar archive. Unpack it"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file.*safetensors"),
-    "empty": (b"", r"not a whole safetensors file \(it is empty\). Copy or save it again."),
+    "empty": (b"", "an empty file. Copy or save it again."),
     "bzip2": (b"BZh91AY&SY" + bytes(20), "compressed with bzip2"),
     "numpy": (b"\x93NUMPY\x01\x00" + bytes(20), "an array of NumPy"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
@@ -125,7 +125,7 @@ def test_names_are_printed_as_they_are(name, folder, capsys):
     assert (code, out, err) == (
         0,
         "",
-        f"converted 1 updates, 2 whole tensors into {name}, as native\n",
+        f"converted 1 update, 2 whole tensors into {name}, as native\n",
     )
     code, out, _ = run(capsys, "convert", name, "-o", f"b{name}", "--to", "native", "--dry-run")
     assert code == 0 and out.endswith(f" into b{name}, as native\n")
@@ -153,7 +153,7 @@ def test_whole_tensors_are_shown_as_such(folder, capsys):
     }  # fmt: skip
     assert rows["1"]["shape"] == [3] and rows["1"]["r"] == 0 and rows["1"]["norm"] == 3**0.5
     _, out, _ = run(capsys, "inspect", "a.safetensors")
-    assert "1 updates, 2 whole tensors, 1 flagged" in out  # the update is fresh: all zero
+    assert "1 update, 2 whole tensors, 1 flagged" in out  # the update is fresh: all zero
     assert any(line.split() == ["1", "3", "whole", "-", "1.732"] for line in out.splitlines())
     (folder / "c.json").write_text(json.dumps({"0": {"r": 2}, "1": {"whole": True}}))
     _, out, _ = run(capsys, "targets", "c.json", "--model", f"{__name__}:net")
@@ -284,7 +284,7 @@ def test_an_output_that_no_file_can_be_is_refused(command, out, folder, capsys):
 
 def test_names_are_printed_without_what_moves_the_cursor(folder, capsys):
     name = "\x1b[31m\nq\udcff.safetensors"
-    shown = r"1 updates, 2 whole tensors into \x1b[31m\nq\udcff.safetensors, as native"
+    shown = r"1 update, 2 whole tensors into \x1b[31m\nq\udcff.safetensors, as native"
     told = ("convert", "a.safetensors", "-o", name, "--to", "native")
     assert run(capsys, *told, "--dry-run") == (0, f"would convert {shown}\n", "")
     assert run(capsys, *told) == (0, "", f"converted {shown}\n")

@@ -116,10 +116,13 @@ def test_nothing_is_overwritten_without_force(folder, capsys):
             ("merge", "none.safetensors", "a.safetensors", "-o", "x.pt"),
             "none.safetensors: cannot be",
         ),
-        (("merge", "base.safetensors", "-o", "x.pt"), "nothing to merge"),
+        (("merge", "base.safetensors", "-o", "x.pt"), "base.safetensors: nothing to merge"),
         (("merge", "base.safetensors", "none.st:2", "-o", "x.pt"), "none.st: cannot be read"),
         (("merge", "base.safetensors", "a.safetensors:nan", "-o", "x.pt"), '"nan" is no weight'),
-        (("extract", "base.safetensors", "-o", "x.safetensors"), "nothing to extract"),
+        (
+            ("extract", "base.safetensors", "-o", "x.safetensors"),
+            "base.safetensors: nothing to extract",
+        ),
         (
             ("embed", "base.safetensors", "base.safetensors", "-o", "x.pt"),
             "no adapter format that is known",

@@ -21,18 +21,13 @@ SEVERAL = {
     ("files/adapters", "bytes"),
     ("model/route", "numbers"),
     ("model/targets", "tensors"),
-    ("update/attached", "times"),
-    ("formats/loralib", "parts"),
     ("formats/merged", "rows"),
-    ("formats/factors", "groups"),
     ("formats/scale", "alphas"),
-    ("formats/pieces", "matrices"),
     ("formats/peft/experts", "experts"),
     ("update/lokr", "outputs"),
     ("update/lokr", "inputs"),
     ("model/summary", "parameters"),
     ("checkpoint/__init__", "updates"),
-    ("model/layer_class", "others"),
 }
 NUMBER = re.compile(r"len\(|sum\(|count|size|number|total|rows|out\b|inner|nbytes|\bn\b|:,")
 THINGS = (

@@ -173,7 +173,7 @@ def test_the_command_line_says_so_of_a_file(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["server"] == "vllm" and len(told["unserved"]) == 2
     assert run("inspect", bad, "--for", "tgi") != 0
-    assert 'no server "tgi" is known' in capsys.readouterr().err
+    assert 'no server "tgi" is known. Known: vllm, sglang.' in capsys.readouterr().err
 
 
 def test_magnitudes_are_told(tmp_path, capsys):

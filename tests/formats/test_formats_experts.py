@@ -126,7 +126,9 @@ def lora(slots, ranks=(2,), start="base_model.model."):
         a, b = torch.randn(r, 6).double(), torch.randn(slot.shape[0], r).double()
         state |= {f"{start}{path}.lora_A.weight": a, f"{start}{path}.lora_B.weight": b}
         want[path] = 6 / r * b @ a
-    return Content(state, config={"r": 2, "lora_alpha": 6, "peft_type": "LORA"}), want
+    told = {path: ranks[number % len(ranks)] for number, path in enumerate(slots)}
+    config = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "rank_pattern": told}
+    return Content(state, config=config), want
 
 
 def test_a_fused_projection_of_a_file_onto_ones_apart():

@@ -544,7 +544,7 @@ def test_refusals_of_what_was_asked():
             torch.tensor([[0]]),
             {"names": ["a"]},
         ),
-        "index 2 is beyond the 1 adapters named": (torch.tensor([2]), {"names": ["a"]}),
+        "index 2 is beyond the 1 adapter named": (torch.tensor([2]), {"names": ["a"]}),
         "dim must be a whole number of at least 0, got -1": (["a"], {"dim": -1}),
         "cu_seqlens of 1 sequences must be 2 numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
     }

@@ -86,10 +86,6 @@ KINDS["difference"] = (
     lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
     [{"re:0|1|0.bias": {"kind": "difference"}}],
 )
-KINDS["presets"] = (
-    lambda: nn.TransformerEncoderLayer(4, 2, 8),
-    [{"attention": HARD, "all-linear": SOFT, "exclude": ["linear2"]}],
-)
 
 
 def made(kind, attached):
@@ -231,6 +227,15 @@ def with_room(*_):
     return attach
 
 
+def presets(*_):
+    def attach(m):
+        torch.manual_seed(2)
+        config = {"attention": HARD, "all-linear": SOFT, "exclude": ["linear2"]}
+        paramlora.attach(m, config, "c")
+
+    return attach
+
+
 def begin(*_):
     return paramlora.enable_input_grads
 
@@ -242,6 +247,7 @@ def end(model, *_):
 
 LATER_OPERATIONS = {
     "attach with room": with_room,
+    "attach presets": presets,
     "detach one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.detach(m, "a"),
     "merge one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.merge(m, "a"),
     "rounding": lambda *_: lambda m: paramlora.rounding(m, "as served"),
@@ -258,6 +264,7 @@ LATER_OPERATIONS = {
     "name, kind",
     [
         ("attach with room", "two adapters"),
+        ("attach presets", "encoder"),
         ("detach one", "two adapters"),
         ("merge one", "two adapters"),
         ("rounding", "two adapters"),
@@ -272,7 +279,7 @@ LATER_OPERATIONS = {
     ],
 )
 def test_later_operations_stopped_at_every_line(name, kind, tmp_path):
-    start, _ = made(kind, True)
+    start = ROUTED["encoder"][0]() if kind == "encoder" else made(kind, True)[0]
     start = start.bfloat16() if name.startswith("merge") and kind != "whole" else start
     check_stops(name, start, LATER_OPERATIONS[name](start, tmp_path, kind))
 
@@ -291,7 +298,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_what_only_reads_changes_nothing_where_it_is_stopped(name, tmp_path):
-    kind = "linear" if name == "tensors_for" else "later"
+    kind = "two adapters" if name == "tensors_for" else "later"
     model, _ = made(kind, True)
     before = picture(model)
     moments(lambda: READERS[name](model, tmp_path))  # fills the caches
