@@ -275,7 +275,7 @@ def _ready_for_capture() -> None:
     took one grid of programs that wait for each other.
     """
     if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_blas_handle()
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
 
 
 def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -167,7 +167,8 @@ class _Forward:
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
-        folded, left, pbias = weight, bias, pw
+        folded: Tensor = weight
+        left, pbias = bias, pw
         if self.folded and bias is not None:
             folded, left, pbias = bias, None, pb
         pwide = wide.data_ptr()
