@@ -41,9 +41,8 @@ from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
-from paramlora.update.geometry import matrix_shape
 from paramlora.update.kinds import kind_of
-from paramlora.update.lowrank import LowRank, value_of
+from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import check_order, gathered, is_sharded
 
@@ -128,9 +127,8 @@ def check_room(chosen: list[Target], max_rank: Optional[int]) -> None:
 def make_room(fresh: Fresh, max_rank: Optional[int]) -> None:
     """Fill up new factors with zeros to a rank, or to the most that their layer holds."""
     for _, target, update in fresh:
-        if max_rank is not None and isinstance(update, LowRank) and update.r < max_rank:
-            most = min(matrix_shape(target.shape, target.layout)[1:])
-            update.extend(max(update.r, min(max_rank, most)))
+        if max_rank is not None:
+            update.make_room(max_rank, target.shape, target.layout)
 
 
 def attach_targets(

@@ -10,7 +10,6 @@ from paramlora.model.attach import base_of, disable_adapters, updates_of
 from paramlora.model.quantised import dense
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.sharded import gathered
-from paramlora.update.sum import LowRankTerm
 
 
 @torch.no_grad()
@@ -46,11 +45,9 @@ def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
         return None
     if not base.is_floating_point():  # a count of batches
         return None
-    if type(term) is LowRankTerm:
-        a, b = (gathered(factor).to(torch.float64) for factor in (term.lora_A, term.lora_B))
-        # ‖B·A‖² = trace(BᵀB · AAᵀ), which needs no product of the weight's size
-        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
-        return square.sqrt() * gathered(term.factor).abs()
+    known = term.norm()
+    if known is not None:
+        return known
     before = base.to(_wide(base))
     return _norm(update(before) - before)
 

@@ -27,7 +27,6 @@ from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.lowrank import LowRank
 from paramlora.update.memory import all_finite
 from paramlora.update.sharded import check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
@@ -242,9 +241,9 @@ def _filled(
     if key not in values:
         raise FileError(f"{key}: not in the file, whose update of that tensor is of another kind.")
     value = values[key]
-    if not isinstance(update, LowRank) or value.shape == shape or value.dim() != len(shape):
-        return value
     dim = update.rank_dim(name)
+    if dim is None or value.shape == shape or value.dim() != len(shape):
+        return value
     if value.shape[dim] > shape[dim]:
         raise FileError(
             f'{key}: of rank {value.shape[dim]}, and the attached "{update.adapter}" has room for '

@@ -333,6 +333,15 @@ class AttachedUpdate(nn.Module):
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
 
+    def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
+        """Take tensors up to `rank`, or to the rank of a weight of that shape; a kind without ranks
+        does not change."""
+
+    def rank_dim(self, name: str) -> Optional[int]:
+        """The dimension of one of its tensors in which ranks lie that may be filled with zeros;
+        None where there is none."""
+        return None
+
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters, by the name of their optimizer's group: each its own."""
         return {name: [one] for name, one in self._parameters.items() if one is not None}

@@ -118,6 +118,11 @@ class LowRank(AttachedUpdate):
             getattr(self, f"lora_{name}").data.copy_(value)
             setattr(self, f"start_{name}", getattr(self, f"lora_{name}").detach().clone())
 
+    def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
+        """Add ranks of zeros up to `rank`, or to the rank of a weight of that shape."""
+        if self.r < rank:
+            self.extend(max(self.r, min(rank, *matrix_shape(shape, layout)[1:])))
+
     def extend(self, rank: int) -> None:
         """Add ranks of zeros, which change no sum and get no gradient, up to `rank`."""
         for name in ("lora_A", "lora_B", "start_A", "start_B"):

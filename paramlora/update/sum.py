@@ -11,6 +11,7 @@ from torch import Tensor
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
 from paramlora.update.rounding import Rounding
+from paramlora.update.sharded import gathered
 
 Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 
@@ -62,6 +63,11 @@ class Term:
         where a device would have to be waited for."""
         return float("inf")
 
+    def norm(self) -> Optional[Tensor]:
+        """The Frobenius norm of what is added, of whole tensors that may be sharded, where it is
+        known without the sum; None elsewhere."""
+        return None
+
 
 @dataclass(frozen=True)
 class LowRankTerm(Term):
@@ -90,6 +96,12 @@ class LowRankTerm(Term):
             b = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).max()
             most: Tensor = a * b * self.factor.detach().abs().double()
             return most
+
+    def norm(self) -> Tensor:
+        """By ``‖B·A‖² = trace(BᵀB · AAᵀ)``, which needs no product of the weight's size."""
+        a, b = (gathered(factor).to(torch.float64) for factor in (self.lora_A, self.lora_B))
+        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+        return square.sqrt() * gathered(self.factor).abs()
 
 
 @dataclass(frozen=True)
