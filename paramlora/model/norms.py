@@ -45,7 +45,7 @@ def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
         return None
     if not base.is_floating_point():  # a count of batches
         return None
-    known = term.norm()
+    known: "Tensor | None" = term.norm()
     if known is not None:
         return known
     before = base.to(_wide(base))
