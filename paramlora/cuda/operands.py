@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import serves
+from paramlora.cuda.launches import WIDEST
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
@@ -47,6 +48,23 @@ class Operands(NamedTuple):
         """All of them in this order, the scale in place of a bias that is not there."""
         x, weight, bias, a, b, scale = self
         return x, weight, scale if bias is None else bias, a, b, scale
+
+
+class Drop(NamedTuple):
+    """A mask: the chance that an element is dropped, and the seed ``[]`` that it is drawn from."""
+
+    rate: float
+    seed: Tensor
+
+    @property
+    def threshold(self) -> int:
+        """The number below which an element's own has it dropped, see `masks.kernels`."""
+        return threshold(self.rate)
+
+
+def threshold(rate: float) -> int:
+    """Such a number, in 32 bits with a sign."""
+    return round(rate * 2**32) - 2**31
 
 
 class Wanted(NamedTuple):
@@ -131,6 +149,15 @@ def fits(of: Operands) -> bool:
     if bias is not None and (bias.shape != (out,) or bias.get_device() != device):
         return False
     return factors_fit(weight, a, b, scale)
+
+
+def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
+    """Whether the kernels draw a linear layer's mask: of a rank whose thin products they compute on
+    every device, by a seed on the layer's."""
+    if drop is None:
+        return True
+    near = drop.seed.get_device() == of.x.get_device() and drop.seed.dtype == torch.int64
+    return near and padded(len(of.a)) <= WIDEST
 
 
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:

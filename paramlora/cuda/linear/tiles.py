@@ -7,7 +7,9 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block
-from paramlora.cuda.launches import LONG, WIDEST, Launches
+from paramlora.cuda.launches import WIDEST, Launches
+
+LONG = 16384  # rows of which a block of the thin product takes 128
 
 
 class Tiling(NamedTuple):
@@ -141,7 +143,7 @@ class Tiles:
         strides = (K | N | left.row | out.row | step) & 7 or not step
         hopper, local = card.hopper, how is Launches.TOGETHER
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
-        self.early = hopper and how in (Launches.APART, Launches.PREPARED)
+        self.early = hopper and how is Launches.APART
         self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
