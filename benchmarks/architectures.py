@@ -11,8 +11,10 @@ what is recorded there.
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -22,17 +24,21 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from benchmarks import arch_checks, dense, tiny, tiny_inputs
+from benchmarks.machine import commit
 from benchmarks.results import markdown
 
 Row = dict[str, Any]
 LONGEST = 30  # seconds of computing for one class
+TRIED = 60  # inputs for one model
+RESIZED = 5  # how often inputs take other sizes by what errors say
 
 
 def transformers_classes(pattern: str = "") -> dict[str, type[nn.Module]]:
@@ -85,7 +91,7 @@ def ordered(found: dict[str, type[nn.Module]]) -> tuple[list[str], list[str]]:
 
 def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
     """The first way in which the model can be built and called, in double precision if it can."""
-    reasons = []
+    reasons: list[str] = []
     for way in tiny.WAYS:
         for dtype in (torch.float64, torch.float32):
             try:
@@ -93,16 +99,44 @@ def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
             except Exception as error:
                 reasons.append(f"{way}: {arch_checks.told(error)}")
                 break
-            for inputs in tiny_inputs.tries(model, dtype):
-                try:
-                    with torch.no_grad():
-                        outputs = arch_checks.call(model, inputs)
-                except Exception as error:
-                    reasons.append(f"{way}, {', '.join(inputs)}: {arch_checks.told(error)}")
-                    continue
-                if outputs:
-                    return way, model, inputs
+            inputs = callable_with(model, dtype, way, reasons)
+            if inputs is not None:
+                return way, model, inputs
     raise NotBuilt(" ... ".join(dict.fromkeys((reasons or ["no inputs"])[:1] + reasons[-1:])))
+
+
+def callable_with(
+    model: nn.Module, dtype: torch.dtype, way: str, reasons: list[str]
+) -> Optional[dict[str, Any]]:
+    """The first inputs for which the model gives outputs; else the reasons are added."""
+    asked: list[list[str]] = []
+
+    def failed(error: Exception, names: list[str]) -> None:
+        reasons.append(f"{way}, {', '.join(names)}: {arch_checks.told(error)}")
+        asked.extend(tiny_inputs.asked_for(model, error, names))
+
+    for inputs in itertools.islice(tiny_inputs.tries(model, dtype, asked), TRIED):
+        fitted = fit(model, inputs, failed)
+        if fitted is not None:
+            return fitted
+    return None
+
+
+def fit(
+    model: nn.Module, inputs: dict[str, Any], failed: Callable[[Exception, list[str]], None]
+) -> Optional[dict[str, Any]]:
+    """The inputs, of other sizes where errors say so, for which the model gives outputs."""
+    for _ in range(RESIZED):
+        try:
+            with torch.no_grad():
+                return inputs if arch_checks.call(model, inputs) else None
+        except Exception as error:
+            failed(error, list(inputs))
+            new = tiny_inputs.resized(error, inputs)
+        if new is None:
+            break
+        inputs = new
+    return None
 
 
 class NotBuilt(Exception):
@@ -116,8 +150,8 @@ def steady(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) and a.isfinite().any() for a, b in zip(first, again))
 
 
-def examined(name: str, cls: type[nn.Module]) -> Row:
-    """The row of one class."""
+def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
+    """The row of one class; `cost`: also its time and memory."""
     library = cls.__module__.split(".")[0]
     row: Row = {"class": name, "library": library}
     try:
@@ -146,7 +180,7 @@ def examined(name: str, cls: type[nn.Module]) -> Row:
     grads = dense.gradients(subject.reference, found, subject.factors)
     row["reached"] = sum(bool(g.any()) for n, g in grads.items() if n.endswith("lora_B"))
     try:
-        row |= arch_checks.cost(subject)
+        row |= arch_checks.cost(subject) if cost else {}
     except Exception as error:
         row["cost"] = arch_checks.told(error)
     return row
@@ -160,24 +194,24 @@ def _stop(number: int, frame: Any) -> None:
     raise TooLong
 
 
-def work(name: str) -> Row:
+def work(name: str, longest: float = LONGEST) -> Row:
     """One class in a worker process."""
     quiet()
     signal.signal(signal.SIGPROF, _stop)
-    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    signal.setitimer(signal.ITIMER_PROF, longest)
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             row = examined(name, classes_by_name(name))
     except TooLong:
-        row = {"class": name, "not built": f"takes over {LONGEST} s"}
+        row = {"class": name, "not built": f"takes over {longest:g} s"}
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         row = {"class": name, "failed": f"{arch_checks.told(error)} at {at.name}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         gc.collect()
-    return {**row, "seconds": round(time.process_time() - started, 2)}
+    return {**row, "seconds": round(time.process_time() - started, 2), "commit": commit()}
 
 
 def classes_by_name(name: str) -> type[nn.Module]:
@@ -221,14 +255,17 @@ def main(arguments: list[str]) -> int:
     first, others = ordered(classes(options.pattern))
     names = first if options.one else first + others
     left = [n for n in names if n not in before][options.slice[0] :: options.slice[1]]
-    fill(path, left[: options.count], options.workers, options.limit)
+    one = functools.partial(work, longest=options.longest)
+    fill(path, left[: options.count], one, options.workers, options.limit)
     rows = [row for name, row in done(path).items() if name in set(names)]
     print(counts(rows))
     print(f"{len(rows)} of {len(names)} classes, {path}")
     return 0
 
 
-def fill(path: Path, names: list[str], workers: int, limit: float) -> None:
+def fill(
+    path: Path, names: list[str], one: Callable[[str], Row], workers: int, limit: float
+) -> None:
     """Append a line for each class, until `limit` seconds have passed."""
     started = time.monotonic()
     context = multiprocessing.get_context("fork")
@@ -236,7 +273,7 @@ def fill(path: Path, names: list[str], workers: int, limit: float) -> None:
         context.Pool(workers, maxtasksperchild=50) as pool,
         path.open("a", encoding="utf-8") as out,
     ):
-        for row in pool.imap_unordered(work, names):
+        for row in pool.imap_unordered(one, names):
             out.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
             out.flush()
             if time.monotonic() - started > limit:
@@ -290,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="benchmark-results")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds, then it stops")
+    parser.add_argument("--longest", type=float, default=LONGEST, help="seconds for one class")
     parser.add_argument("--count", type=int, default=None, help="classes at most")
     parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), metavar=("K", "OF"))
     parser.add_argument("--one", action="store_true", help="one class for each configuration")

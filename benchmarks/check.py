@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from benchmarks.recorded import Content, card_of, cards, recorded
-from benchmarks.results import load, markdown
+from benchmarks.results import commit_of, load, markdown
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ QUANTITIES = {
     "seconds": Quantity(0.15, 0.0005),
     "MiB beside": Quantity(0.02, 0.5),
     "units in the last place": Quantity(0.02, 0.005),
+    "tokens a second": Quantity(0.05, falls=True),
     "output kept": Quantity(0.0, 0.01, falls=True),
     "gradient kept": Quantity(0.0, 0.01, falls=True),
 }
@@ -122,12 +123,47 @@ def _merged(content: Content) -> Iterator[Figure]:
         yield Figure(what, "units in the last place", row["units"])
 
 
+def _experts(content: Content) -> Iterator[Figure]:
+    quantities = {"device_R": "device R", "eager_R": "eager R", "beside_mib": "MiB beside"}
+    for row in _ours(content["rows"]):
+        what = f"experts, {row['case']}, {row['way']}"
+        for key, name in (quantities | {"kept": "output kept"}).items():
+            if key in row:
+                yield Figure(what, name, row[key])
+
+
+def _kinds(content: Content) -> Iterator[Figure]:
+    quantities = {"device_R": "device R", "eager_R": "eager R", "saved_bytes": "bytes kept"}
+    for row in (r for r in content["rows"] if "refused" not in r):  # all of them are ours
+        for key, name in quantities.items():
+            if key in row:
+                yield Figure(f"kinds, {row['case']}, {row['way']}", name, row[key])
+
+
+def _tokens(content: Content) -> Iterator[Figure]:
+    for row in (r for r in _ours(content["rows"]) if "tokens_per_second" in r):
+        what = f"{content['kind']}, {_sizes(content)}, {row['way']}"
+        yield Figure(what, "tokens a second", row["tokens_per_second"])
+        yield Figure(what, "peak MiB", row["peak_mib"])
+
+
+def _sizes(content: Content) -> str:
+    """What runs of one script must share to be compared."""
+    told = ("layers", "batch", "tokens", "dropout", "compile")
+    options = content["options"]
+    return ", ".join(f"{name} {options[name]}" for name in told if name in options)
+
+
 _READERS = {
     "layers": _layers,
     "models": _models,
     "update_kept": _kept,
     "quantised": _quantised,
     "merge_live": _merged,
+    "experts": _experts,
+    "kinds": _kinds,
+    "llama": _tokens,
+    "sharded_llama": _tokens,
 }
 
 
@@ -198,7 +234,14 @@ def checked(card: str, run: list[Content]) -> int:
         print(_table(found))
     told = f"; {len(new)} are not recorded" if new else ""
     print(f"{card}: {len(found)} of {count} figures worse than noise allows{told}")
+    print(f"recorded at {_commits(past)}; this run at {_commits(run)}")
     return int(bool(found)) if count else 2
+
+
+def _commits(contents: list[Content]) -> str:
+    """Of the measured code, in the order of the tables."""
+    found = dict.fromkeys(commit_of(content) for content in contents)
+    return ", ".join(f"commit {one}" if one else "a commit that was not kept" for one in found)
 
 
 def _table(found: list[Worse]) -> str:

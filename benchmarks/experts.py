@@ -6,8 +6,8 @@ factors of ``gate_up_proj`` and ``down_proj``; R is its time over the frozen lay
 the same values, and take turns in one process:
 
 - ``frozen``: no update.
-- ``paramlora``: torch's operations; ``kernels``: ours, whatever the table of cards says, and with
-  their own tiles where a way names some; ``... dropout``: with 0.1.
+- ``paramlora``: as the table of cards has it; ``operations``: in torch's; ``kernels``: in ours, and
+  with other tiles where a way names some; ``... dropout``: with 0.1.
 - ``peft``: its `target_parameters`, factors in float32; ``definition``: the dense sums, in
   autograd.
 - ``unfused``: three grouped products for each tensor, base, down and up, whose outputs are added
@@ -82,10 +82,10 @@ TILES: dict[str, Tile] = {
 
 
 class Kernels:
-    """Whether ours compute the products of experts and those under dropout, whatever the table of
-    cards says of this device; and with which tiles, those of the plan's own table without any."""
+    """Whether ours compute the products of experts and those under dropout, None for what the table
+    of cards says of this device; and with which tiles, those of the plan's table without any."""
 
-    def __init__(self, on: bool, tile: Optional[Tile] = None) -> None:
+    def __init__(self, on: Optional[bool], tile: Optional[Tile] = None) -> None:
         self.on, self.tile, self.plans = on, tile, {}  # type: ignore[var-annotated]
 
     @contextmanager
@@ -98,7 +98,8 @@ class Kernels:
         index = torch.cuda.current_device()
         own = choose.thresholds_of(torch.zeros((), device=device()))
         tiling, plans = plan.tiling, plan._PLANS
-        choose._SEEN[index] = replace(own, experts=self.on, dropout=self.on)
+        if self.on is not None:
+            choose._SEEN[index] = replace(own, experts=self.on, dropout=self.on)
         plan._PLANS = self.plans
         plan.tiling = self._tiling(tiling)
         try:
@@ -248,6 +249,7 @@ def _as_peft(p: Tensor, pairs: list[tuple[Tensor, Tensor]], first: bool) -> Tens
 WAYS: dict[str, Callable[[Case, int, float], nn.Module]] = {
     "frozen": lambda case, r, size: plain(case),
     "paramlora": _ours,
+    "operations": _ours,
     "kernels": _ours,
     "paramlora dropout": lambda case, r, size: _ours(case, r, size, dropout=0.1),
     "kernels dropout": lambda case, r, size: _ours(case, r, size, dropout=0.1),
@@ -256,12 +258,13 @@ WAYS: dict[str, Callable[[Case, int, float], nn.Module]] = {
     "unfused": lambda case, r, size: Unfused(plain(case), values(case, r, size)),
     "definition": Definition,
 }
-QUICK = ("frozen", "paramlora", "kernels", "paramlora dropout", "kernels dropout", "unfused")
+QUICK = ("frozen", "operations", "kernels", "paramlora dropout", "kernels dropout", "unfused")
 UNCHECKED = ("frozen", "paramlora dropout", "kernels dropout", *(f"kernels {n}" for n in TILES))
 
 
 def computed(way: str) -> Kernels:
-    return Kernels(way.startswith("kernels"), TILES.get(way.removeprefix("kernels ")))
+    on = {"paramlora": None, "kernels": True}.get(way.split()[0], False)
+    return Kernels(on, TILES.get(way.removeprefix("kernels ")))
 
 
 def step_of(model: nn.Module, given: Inputs, kernels: Kernels) -> timing.Step:
@@ -297,7 +300,8 @@ def measured(case: Case, way: str, r: int) -> dict[str, Any]:
     row: dict[str, Any] = {"case": str(case), "way": way}
     step = step_of(model, given, kernels)
     step()
-    assert bool(kernels.plans) == (kernels.on and device().type == "cuda"), f"{way}: not by it"
+    if kernels.on is not None:
+        assert bool(kernels.plans) == (kernels.on and device().type == "cuda"), f"{way}: not by it"
     gc.collect()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -353,8 +357,16 @@ def measure(
                 row[f"{kind}_ms"] = median(found[row["way"]])
                 if "frozen" in found:
                     row[f"{kind}_R"] = row[f"{kind}_ms"] / median(found["frozen"])
+    compared(rows)
     save_rows(rows)
     return rows
+
+
+def compared(rows: list[dict[str, Any]]) -> None:
+    """Each way's memory over that of the frozen one, the first."""
+    for row in rows:
+        if "beside_mib" in row and "beside_mib" in rows[0]:
+            row["beside_R"] = row["beside_mib"] / rows[0]["beside_mib"]
 
 
 def main(arguments: list[str]) -> int:

@@ -187,16 +187,18 @@ def check(built: Built, tensors: cases.Tensors, limit: float) -> float:
     return max(errors)
 
 
-def measure(case: cases.Case, dtype: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each way at one shape."""
+def measure(
+    case: cases.Case, dtype: str, names: list[str], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each of some ways at one shape."""
     kind = DTYPES[dtype]
     tensors = cases.make(case, kind, device(), kind)
     frozen = Built(twin(tensors.layer), [], lambda weight: weight, lambda path: None)
     built, told = {"frozen": frozen}, {"frozen": _row(case, dtype, "frozen")}
-    for name, make in WAYS.items():
+    for name in names:
         told[name] = _row(case, dtype, name)
         try:
-            way = make(tensors.layer, case.r)
+            way = WAYS[name](tensors.layer, case.r)
             told[name].update(about(way, tensors, bound(kind, max(case.tokens, *_sides(tensors)))))
             built[name] = way
         except Exception as reason:  # recorded beside the others' numbers, never dropped
@@ -235,6 +237,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", default="benchmark-results", help="folder of kinds.json")
     parser.add_argument("--size", choices=["cuda", "cpu", "tiny"])
     parser.add_argument("--match", default="", help="only cases with this in their names")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one sample")
     options = parser.parse_args(arguments)
@@ -244,7 +247,7 @@ def main(arguments: list[str]) -> int:
     found: list[dict[str, Any]] = []
     for case in selection(on, ["linear", "other"], options.match):
         if case.name.startswith(("linear", "conv 3×3")):
-            found += measure(case, dtype, options.rounds, options.seconds)
+            found += measure(case, dtype, options.ways, options.rounds, options.seconds)
             path = save(options.out, "kinds", {"rows": found})
             gc.collect()
     print(kinds_table(load(path)))

@@ -15,6 +15,7 @@ PACKAGES = (
     "triton",
     "peft",
     "lycoris-lora",
+    "unsloth",
     "diffusers",
     "transformers",
     "bitsandbytes",
@@ -38,7 +39,7 @@ def machine() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
     }
 
 
@@ -56,7 +57,8 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or ``absent``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -88,8 +88,9 @@ def measure(
         except (RuntimeError, AssertionError) as reason:
             row["refused"] = f"{type(reason).__name__}: {reason}"[:200]
         rows.append(row)
-        if "eager_ms" in row and "eager_ms" in rows[0]:
-            row["eager_R"] = row["eager_ms"] / rows[0]["eager_ms"]
+        for kind, ratio in (("eager_ms", "eager_R"), ("beside_mib", "beside_R")):
+            if kind in row and kind in rows[0]:
+                row[ratio] = row[kind] / rows[0][kind]
         save_rows(rows)
         gc.collect()
         if device().type == "cuda":

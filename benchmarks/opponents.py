@@ -8,7 +8,9 @@ factors on a bfloat16 weight they raise. The dense way holds float32 masters.
 import copy
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -18,9 +20,10 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import paramlora
-from benchmarks.machine import device
+from benchmarks.machine import device, version
 from benchmarks.reference import SCALE
 from benchmarks.runlora import BestOrder
+from benchmarks.zoo import Block
 
 Formula = Callable[["Adapted", Tensor], Tensor]
 
@@ -177,11 +180,12 @@ def paramlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
     return Way(model[0], a, b)
 
 
-def lycoris_way(bypass: bool, masters: bool = True) -> Callable[..., Way]:
+def lycoris_way(how: "Lycoris") -> Callable[..., Way]:
     """LyCORIS's own module on the layer: the weight rebuilt, or (bypass) a branch beside it."""
 
     def build(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
-        module = lycoris_module(twin(layer), len(A), bypass, masters)
+        module = lycoris_module(twin(layer), len(A), how)
+        module.register_forward_pre_hook(how.choose)
         down, up = module.lora_down.weight, module.lora_up.weight
         with torch.no_grad():
             down.copy_(A.reshape(down.shape)), up.copy_(B.reshape(up.shape))
@@ -190,30 +194,45 @@ def lycoris_way(bypass: bool, masters: bool = True) -> Callable[..., Way]:
     return build
 
 
-def lycoris_module(layer: nn.Module, r: int, bypass: bool, masters: bool) -> nn.Module:
-    """A ``LoConModule`` of scale `SCALE`, its factors float32 where `masters` says so."""
+def lycoris_module(layer: nn.Module, r: int, how: "Lycoris") -> nn.Module:
+    """A ``LoConModule`` of scale `SCALE`."""
     from lycoris import LoConModule
 
     weight = layer.weight
-    module = LoConModule("layer", layer, 1.0, r, r * SCALE, bypass_mode=bypass)
+    module = LoConModule("layer", layer, 1.0, r, r * SCALE, bypass_mode=how.bypass)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return module.to(weight.device, wide if masters else weight.dtype)
+    return module.to(weight.device, wide if how.masters else weight.dtype)
+
+
+class Lycoris(NamedTuple):
+    """LyCORIS's own switches: a branch or the weight rebuilt, float32 factors or the weight's type,
+    and ``LYCORIS_KERNEL_BACKEND``, which it reads at each call: its kernels, or torch's."""
+
+    bypass: bool
+    masters: bool
+    kernels: str
+
+    def choose(self, *_: object) -> None:
+        """Before a forward of this way."""
+        os.environ["LYCORIS_KERNEL_BACKEND"] = self.kernels
+
+    def told(self) -> str:
+        from lycoris.kernels.dispatch import resolve_backend
+
+        on_card = device().type == "cuda"
+        backend = resolve_backend(self.kernels, device()) if on_card else "torch"
+        return (
+            f"{version('lycoris-lora')}, LoConModule(bypass_mode={self.bypass}), factors "
+            f"{'float32' if self.masters else 'of the weight'}, kernels {self.kernels} ({backend})"
+        )
 
 
 def switches(ways: Iterable[str]) -> dict[str, str]:
     """What chooses between an opponent's own ways to compute, for those of `ways` that have it."""
-    chosen = {}
-    for way in (w for w in ways if w in LYCORIS):
-        from lycoris.kernels.dispatch import resolve_backend
-
-        backend = resolve_backend(device=device()) if device().type == "cuda" else "torch"
-        told = os.environ.get("LYCORIS_KERNEL_BACKEND", "auto")
-        bypass, masters = LYCORIS[way]
-        chosen[way] = (
-            f"LoConModule(bypass_mode={bypass}), factors "
-            f"{'float32' if masters else 'of the weight'}, kernels {told} ({backend})"
-        )
-    return chosen
+    chosen = {way: LYCORIS[way].told() for way in ways if way in LYCORIS}
+    factors = "peft's, of float32" if "unsloth" in ways else "peft's, of the weight's type"
+    told = f"{version('unsloth')}, LoRA_QKV, LoRA_W and LoRA_MLP, in place; factors {factors}"
+    return chosen | {way: told for way in ways if way in UNSLOTH}
 
 
 def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
@@ -224,12 +243,15 @@ def compiled(build: Callable[..., Way]) -> Callable[..., Way]:
     return build_compiled
 
 
-LYCORIS = {  # (bypass, float32 factors) of its two ways
-    "LyCORIS": (False, True),
-    "LyCORIS bf16": (False, False),
-    "LyCORIS bypass": (True, True),
-    "LyCORIS bypass bf16": (True, False),
+LYCORIS = {
+    f"LyCORIS{' bypass' * bypass}{' unfused' * (kernels == 'torch')}{' bf16' * (not masters)}": (
+        Lycoris(bypass, masters, kernels)
+    )
+    for bypass in (False, True)
+    for kernels in ("auto", "torch")
+    for masters in (True, False)
 }
+UNSLOTH = ("unsloth", "unsloth bf16")  # of the Llama blocks alone, where it is installed
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
     "frozen": frozen_way,
     "dense": formula_way(dense, masters=True),
@@ -239,7 +261,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
     "minLoRA": minlora_way,
     "original": formula_way(original),
     "RunLoRA": runlora_way,
-    **{name: lycoris_way(*how) for name, how in LYCORIS.items()},
+    **{name: lycoris_way(how) for name, how in LYCORIS.items()},
     "paramlora": paramlora_way,
     "peft compiled": compiled(peft_way()),
     "paramlora compiled": compiled(paramlora_way),
@@ -251,7 +273,7 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
 
     Args:
         way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16``,
-            one of `LYCORIS`, ``paramlora``, or ``bound``, which no update can be below.
+            one of `LYCORIS` or `UNSLOTH`, ``paramlora``, or ``bound``, which none can be below.
         entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
@@ -259,9 +281,11 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
         return paramlora.attach(model, {entry: {"r": r, "scale": SCALE} for entry in entries})
     if way.startswith("peft"):
         return adapt_peft(model, entries, r, masters=way == "peft")
+    if way in UNSLOTH:
+        return adapt_unsloth(model, entries, r, masters=way == "unsloth")
     model.requires_grad_(False)
     if way in LYCORIS:
-        _apply_lycoris(model, entries, r, *LYCORIS[way])
+        _apply_lycoris(model, entries, r, LYCORIS[way])
     formulas = {"dense": dense, "original": original, "loralib": loralib, "bound": bound}
     if way in formulas:
         _wrap(model, entries, r, formulas[way])
@@ -290,11 +314,31 @@ def adapt_peft(model: nn.Module, entries: list[str], r: int, masters: bool) -> n
     return get_peft_model(model, config, autocast_adapter_dtype=masters)
 
 
-def _apply_lycoris(
-    model: nn.Module, entries: list[str], r: int, bypass: bool, masters: bool
-) -> None:
+def adapt_unsloth(model: nn.Module, entries: list[str], r: int, masters: bool) -> nn.Module:
+    """peft's model, its Llama blocks by unsloth's own autograd functions, as unsloth patches them.
+
+    `import unsloth` also patches peft, transformers and torch's settings for the whole process, and
+    writes copies of modules into a folder.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())
+    import unsloth  # noqa: F401, isort: skip  (its kernels refuse to be imported before it)
+    from unsloth.kernels import fast_lora
+
+    adapted = adapt_peft(model, entries, r, masters)
+    blocks = [block for block in adapted.modules() if isinstance(block, Block)]
+    if not blocks:
+        raise NotImplementedError("unsloth's functions are of blocks with q, k, v, gate and up")
+    for block in blocks:
+        block.qkv = partial(fast_lora.apply_lora_qkv, block)
+        block.out = partial(fast_lora.apply_lora_o, block)
+        block.mlp = partial(fast_lora.apply_lora_mlp_swiglu, block)
+    return adapted
+
+
+def _apply_lycoris(model: nn.Module, entries: list[str], r: int, how: Lycoris) -> None:
+    model.register_forward_pre_hook(how.choose)
     for _, layer in _chosen(model, entries):
-        module = lycoris_module(layer, r, bypass, masters)
+        module = lycoris_module(layer, r, how)
         module.apply_to()
         layer.lycoris = module  # beside the weights, so that the model holds the factors
 

@@ -1,18 +1,23 @@
 """Result files as Markdown tables and plots.
 
 ``python -m benchmarks.report FOLDER... --out benchmarks/RESULTS.md`` reads every JSON file of the
-folders (those of ``benchmarks.*`` and pytest-benchmark's) and writes one Markdown file, with
-plots beside it: R by shape, the share of the update kept, memory, and loss curves.
+folders (those of ``benchmarks.*`` and pytest-benchmark's) and writes their tables into a Markdown
+file, in place of those that it holds of the same folder and kind, with plots beside it: R by shape,
+the share of the update kept, memory, and loss curves.
+
+``--into docs/kinds.md`` puts the figures of ``kinds.json`` between that page's marks instead, and
+its picture beside the page.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.results import load, markdown
+from benchmarks.results import commit_of, load, markdown
 
 Content = dict[str, Any]
 ORDER = (
@@ -21,6 +26,7 @@ ORDER = (
     "quantised",
     "experts",
     "kinds",
+    "routed",
     "update_kept",
     "finetune_bf16",
     "stable_diffusion",
@@ -37,6 +43,7 @@ TITLES = {
     "quantised": "Quantised bases, against peft's QLoRA",
     "experts": "Layers of experts",
     "kinds": "Kinds of update",
+    "routed": "Many adapters on one base",
     "update_kept": "Share of the update kept in bfloat16",
     "finetune_bf16": "Fine-tuning in bfloat16",
     "stable_diffusion": "The original's table: Stable Diffusion v1-4",
@@ -53,29 +60,73 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/RESULTS.md"))
+    parser.add_argument("--into", type=Path, help="a page with marks for the kinds' figures")
+    parser.add_argument("--note", default="", help="a sentence to stand with them")
     options = parser.parse_args(arguments)
     files = [path for folder in options.folders for path in sorted(folder.glob("*.json"))]
     contents = [(path, _known(load(path))) for path in files]
+    if options.into is not None:
+        for path, content in contents:
+            if content["kind"] == "kinds":
+                put_into(options.into, path, content, options.note)
+        return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(report(contents, options.out.parent), encoding="utf-8")
+    kept = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+    options.out.write_text(report(contents, options.out.parent, kept), encoding="utf-8")
     print(f"{options.out}: {len(contents)} result files")
     return 0
 
 
-def report(contents: list[tuple[Path, Content]], folder: Path) -> str:
-    """The whole Markdown; plots go into `folder`."""
-    parts = ["# Results", __doc__.split("\n\n")[1], "Written by `benchmarks/report.py`."]
-    for kind in ORDER:
-        found = [(path, content) for path, content in contents if content["kind"] == kind]
-        for path, content in found:
-            parts += [f"## {TITLES[kind]}", _where(path, content), TABLES[kind](content)]
-            for name, draw in PLOTS.get(kind, {}).items():
-                figure = draw(content)
-                if figure is not None:
-                    image = folder / f"{path.parent.name}-{name}.png"
-                    figure.savefig(image, dpi=120, bbox_inches="tight")
-                    parts.append(f"![{name}]({image.name})")
-    return "\n\n".join(parts) + "\n"
+def report(contents: list[tuple[Path, Content]], folder: Path, kept: str = "") -> str:
+    """The whole Markdown; plots go into `folder`. The other tables of an earlier one are kept."""
+    parts = [f"# Results\n\n{__doc__.split(chr(10) * 2)[1]}\n\nWritten by `benchmarks/report.py`."]
+    sections = {name: text.strip() for name, text in _sections(kept)}
+    known = [(path, content) for path, content in contents if content["kind"] in ORDER]
+    sections |= {_name(path): _section(path, content, folder) for path, content in known}
+    place = {kind: at for at, kind in enumerate(ORDER)}
+    # sorted keeps the order within a kind
+    names = sorted(sections, key=lambda name: place[name.rpartition("/")[2].removesuffix(".json")])
+    return "\n\n".join([*parts, *(sections[name] for name in names)]) + "\n"
+
+
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """Each table of a report with what stands around it, by the file that it is of."""
+    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]:
+        of = re.search(r"^`([^`]+/\w+\.json)`", section, flags=re.MULTILINE)
+        if of:
+            yield of[1], section
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _section(path: Path, content: Content, folder: Path) -> str:
+    kind = content["kind"]
+    parts = [f"## {TITLES[kind]}", _where(path, content), TABLES[kind](content)]
+    for name, draw in PLOTS.get(kind, {}).items():
+        figure = draw(content)
+        if figure is not None:
+            image = folder / f"{path.parent.name}-{name}.png"
+            figure.savefig(image, dpi=120, bbox_inches="tight")
+            parts.append(f"![{name}]({image.name})")
+    return "\n\n".join(parts)
+
+
+START, END = "<!-- figures: benchmarks.kinds -->", "<!-- end of figures -->"
+
+
+def put_into(page: Path, path: Path, content: Content, note: str) -> None:
+    """The table of the kinds of update, and their picture, in the place of the page's."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.partition(START)[0], text.partition(END)[2]
+    assert after, f"{page} has no {START} and {END}"
+    image = page.with_name("kinds.png")
+    kinds_plot(content).savefig(image, dpi=110, bbox_inches="tight")
+    parts = [START, f"{_where(path, content)} {note}".rstrip(), results.kinds_summary(content)]
+    parts += [f"![R of each kind of update by shape]({image.name})", END]
+    page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    print(f"{page}, {image}")
 
 
 def _known(content: Content) -> Content:
@@ -89,9 +140,10 @@ def _where(path: Path, content: Content) -> str:
     made_on = content["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in made_on["packages"].items() if v != "absent")
     size = " (tiny models)" if content.get("tiny") else ""
-    told = f"; commit {made_on['commit']}" if "commit" in made_on else ""
+    commit = commit_of(content)
+    told = f"; commit {commit}" if commit else "; measured before files said their commit"
     return (
-        f"`{path.parent.name}/{path.name}`{size}: {made_on['device']}; {made_on['processor']}, "
+        f"`{_name(path)}`{size}: {made_on['device']}; {made_on['processor']}, "
         f"{made_on['cores']} cores, {made_on['threads']} threads; Python {made_on['python']}; "
         f"{packages}{told}."
     )
@@ -247,6 +299,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "quantised": results.quantised_table,
     "experts": results.experts_table,
     "kinds": results.kinds_table,
+    "routed": results.routed_table,
     "update_kept": results.kept_table,
     "finetune_bf16": results.finetune_table,
     "stable_diffusion": results.diffusion_table,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 
 
 def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
@@ -14,6 +14,8 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
     path = Path(folder) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"kind": kind, "machine": machine(), **content}
+    if commit() == "unknown":
+        print(f"{path} cannot say its commit: set PARAMLORA_COMMIT where there is no git")
     new = path.with_suffix(".new")
     new.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, path)
@@ -22,6 +24,12 @@ def save(folder: "str | Path", kind: str, content: dict[str, Any]) -> Path:
 
 def load(path: "str | Path") -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def commit_of(content: dict[str, Any]) -> str:
+    """The measured code's, if the file says it: for each row, or for all of it."""
+    rows = dict.fromkeys(row["commit"] for row in content.get("rows", ()) if "commit" in row)
+    return ", ".join(rows) or content["machine"].get("commit", "")
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -106,13 +114,15 @@ def quantised_table(content: dict[str, Any]) -> str:
 
 def experts_table(content: dict[str, Any]) -> str:
     """One line for each way of each layer of experts."""
-    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "beside_mib": 0, "kept": 3}
+    kinds = {"device_ms": 2, "device_R": 2, "eager_ms": 2, "eager_R": 2, "tokens_per_second": 0}
+    kinds |= {"beside_mib": 0, "beside_R": 2, "kept": 3}
     lines = []
     for row in content["rows"]:
         numbers = ["" if k not in row else f"{row[k]:.{p}f}" for k, p in kinds.items()]
         errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
         lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
-    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "MiB a step", "kept"]
+    header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "tokens a second"]
+    header += ["MiB a step", "of frozen's", "kept"]
     return markdown([*header, "output error", "gradient error", "outcome"], lines)
 
 
@@ -127,6 +137,36 @@ def kinds_table(content: dict[str, Any]) -> str:
         lines.append([row["case"], row["way"], *ratios, *sizes, row.get("refused", "")])
     header = ["layer", "way", "R device", "R eager", "trained", "file bytes"]
     return markdown([*header, "bytes kept for backward", "outcome"], lines)
+
+
+def kinds_summary(content: dict[str, Any]) -> str:
+    """One line for each kind: R at each shape, then what the first shape costs beside time."""
+    rows = content["rows"]
+    mode = "device_R" if any("device_R" in row for row in rows) else "eager_R"
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    at = {(row["case"], row["way"]): row for row in rows}
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "frozen"):
+        first = at.get((cases[0], way), {})
+        ratios = [_cell(at.get((case, way)), mode, "{:.2f}") for case in cases]
+        held = first.get("saved_bytes")
+        sizes = [f"{first[k]:,}" if k in first else "" for k in ("trainable", "file_bytes")]
+        lines.append([way, *ratios, *sizes, "" if held is None else f"{held / 2**20:.1f}"])
+    told = "device time" if mode == "device_R" else "wall time"
+    title = f"R in {told}; trained numbers, bytes of a file and MiB kept for backward of the first"
+    header = ["", *cases, "trained", "file bytes", "MiB kept"]
+    return f"{title} shape.\n\n" + markdown(header, lines)
+
+
+def routed_table(content: dict[str, Any]) -> str:
+    """One line for each way of each part: R, tokens a second, the peak, seconds."""
+    kinds = {"device_R": 2, "eager_R": 2, "tokens_per_second": 0, "peak_mib": 0, "seconds": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = [f"{row[k]:,.{p}f}" if k in row else "" for k, p in kinds.items()]
+        lines.append([row["case"], row["way"], *numbers, row.get("refused", "")])
+    header = ["case", "way", "R device", "R eager", "tokens a second", "peak MiB", "seconds"]
+    return markdown([*header, "outcome"], lines)
 
 
 def kept_table(content: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ can be called (see `benchmarks.tiny_inputs`).
 
 import copy
 import inspect
+import linecache
 import re
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -72,8 +74,8 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (_QUERIES, _most(10)),
     *_SHAPES,
 ]
-# what is made small: all; all, and widths by stage in multiples of 32, in which some models fix
-# the groups of their norms; all but widths; only the number of layers; nothing
+# what is made small: all; all, widths by stage in proportion to the first, and channels no fewer
+# than the 32 groups that some models fix for their norms; all but widths; how many layers; nothing
 WAYS = ("named", "even", "wide", "layers", "own")
 _KEPT = {
     "wide": "|".join(pattern for pattern, _ in _SHAPES),
@@ -89,6 +91,7 @@ _NO_SIZE = re.compile(
 _SECTIONS = re.compile(r"axes_dims?(_rope)?|rope_axes_dim|rope_dim_list")
 # where the default is None
 NEEDED = {"prediction_length": 8, "context_length": 8, "vocab_size": VOCABULARY}
+NEEDED |= {"num_experts_per_tok": 2}
 NEEDED_ARGUMENTS = {"in_channels": 16, "sample_size": 16, "patch_size": 2}
 
 
@@ -123,8 +126,10 @@ def shrunk_list(name: str, values: list[int], way: str) -> list[int]:
     if "image" in name or name == "sample_size":
         return [min(v, IMAGE) for v in values]
     if re.search("size|dim|channel|width", name) and max(values) > 16:
-        unit = _GROUPS if way == "even" else 8
-        return [v if v <= 8 else max(unit, v // (8 * unit) * unit) for v in values]
+        if way == "even":  # the first as a single width of that size, the others in proportion
+            first = next(v for v in values if v > 8)
+            return [v if v <= 8 else max(8, v * min(first, WIDTH) // first) for v in values]
+        return [v if v <= 8 else max(8, v // 64 * 8) for v in values]
     return values
 
 
@@ -251,6 +256,54 @@ def _rotary(part: Any, value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "mrope_section": [half - rest * (count - 1)] + [rest] * (count - 1)}
 
 
+# what a configuration lacks that its own model reads, by name, the first that matches
+LACKED: list[tuple[str, Any]] = [
+    (r"mlp_layer_types", ["dense", "sparse"]),
+    (r"layer_types", ["full_attention", "full_attention"]),
+    (r"initializer_range", 0.02),
+    (r"rope_theta", 10000.0),
+    (r".*vocab_size", VOCABULARY),
+    (r".*(num_key_value_heads|compress_ratio|n_groups?|topk_group|patch_size.*)", 1),
+    (r".*(dim|size|channels|features)", WIDTH),
+    (r".*(heads|experts|budget)", HEADS),
+    (r".*(top_?k|per_tok|depth|layers|num_\w+)", 2),
+]
+_LACKS = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
+
+
+def lacked_by(config: Any, error: Exception) -> Optional[tuple[Any, str]]:
+    """The part of a configuration and the number in it whose want made building it fail: the
+    attribute that the error names, or one that is None where the innermost line reads it."""
+    told = _LACKS.search(str(error))
+    parts = list(configs_of(config))
+    for part in parts:
+        if told and type(part).__name__ == told[1] and not told[2].startswith("_"):
+            return part, told[2]
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        read = re.findall(r"config\.(\w+)", linecache.getline(frame.f_code.co_filename, line))
+        for part in parts:
+            unset = [name for name in read if vars(part).get(name, "") is None]
+            if unset:
+                return part, unset[0]
+    return None
+
+
+def size_of(cls: type[nn.Module], arguments: dict[str, Any]) -> int:
+    """Parameters of the model; its configuration is given what the model reads and it lacks, as
+    errors say, a few times."""
+    for _ in range(8):
+        try:
+            with torch.device("meta"):
+                return sum(p.numel() for p in cls(**copy.deepcopy(arguments)).parameters())
+        except (AttributeError, TypeError) as error:
+            lacks = lacked_by(arguments["config"], error) if "config" in arguments else None
+            guess = [v for pattern, v in LACKED if lacks and re.fullmatch(pattern, lacks[1])]
+            if lacks is None or not guess:
+                raise
+            setattr(*lacks, guess[0])
+    raise ValueError("a configuration that lacks more than can be guessed")
+
+
 def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
     """A model of a class, seeded, of `dtype` and in eval mode.
 
@@ -258,8 +311,7 @@ def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
         ValueError: it has more than `MOST` parameters.
     """
     arguments = _arguments(cls, way)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in cls(**copy.deepcopy(arguments)).parameters())
+    size = size_of(cls, arguments)
     if size > MOST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
@@ -273,7 +325,9 @@ def _arguments(cls: type[nn.Module], way: str) -> dict[str, Any]:
     found = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         value = parameter.default
-        if _is_int(value):
+        if _TOKEN.fullmatch(name):
+            found[name] = _token(value, {})
+        elif _is_int(value):
             found[name] = shrunk(name, value, way)
         elif value is None and name in NEEDED_ARGUMENTS and way != "own":
             found[name] = NEEDED_ARGUMENTS[name]

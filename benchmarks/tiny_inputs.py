@@ -2,8 +2,11 @@
 
 import inspect
 import itertools
+import linecache
+import re
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks.tiny import configs_of
 
 BATCH, WORDS, PATCHES = 2, 8, 16
-MOST = 12  # combinations of values that are tried for one choice of arguments
+MOST = 16  # combinations of values that are tried for one choice of arguments
+CHOICES = 24  # of arguments, for one model
 Inputs = dict[str, Any]
 # tried beside what a model needs, in this order
 MAIN = (
@@ -25,17 +29,79 @@ BESIDE = (
 )
 
 
-def tries(model: nn.Module, dtype: torch.dtype) -> Iterator[Inputs]:
-    """Arguments to call a model with, the likeliest first."""
+def tries(model: nn.Module, dtype: torch.dtype, asked: list[list[str]]) -> Iterator[Inputs]:
+    """Arguments to call a model with, the likeliest first; `asked` is where the caller puts those
+    that an error asked for (see `asked_for`), which come next."""
     seen: list[list[str]] = []
-    for names in _choices(model):
-        if not names or names in seen:
+    choices = [names for names in _choices(model) if names]
+    while choices and len(seen) < CHOICES:
+        names = choices.pop(0)
+        if names in seen:
             continue
         seen.append(names)
-        pools = [candidates(name, model.config, names) for name in names]
-        for chosen in itertools.islice(itertools.product(*pools), MOST):
+        for chosen in _combined([candidates(name, model.config, names) for name in names]):
             made = {name: make() for name, make in zip(names, chosen)}
             yield {n: v.to(dtype) if _is_real(v) else v for n, v in made.items()}
+        choices = asked + choices
+        asked.clear()
+
+
+def _combined(pools: "list[Pool]") -> "list[tuple[Callable[[], Any], ...]]":
+    """One value of each pool, those near the front of all pools first."""
+    places = itertools.product(*(range(len(pool)) for pool in pools))
+    first = itertools.islice(sorted(itertools.islice(places, 4096), key=sum), MOST)
+    return [tuple(pool[i] for pool, i in zip(pools, at)) for at in first]
+
+
+def resized(error: Exception, inputs: Inputs) -> Optional[Inputs]:
+    """The inputs with the size that an error wants in place of the one that it names, if any."""
+    for pattern in _SIZES_IN_ERRORS:
+        told = re.search(pattern, str(error))
+        if told and told["got"] != told["want"]:
+            sizes = int(told["got"]), int(told["want"])
+            new = {name: _with_size(value, *sizes) for name, value in inputs.items()}
+            return new if any(new[name] is not inputs[name] for name in inputs) else None
+    return None
+
+
+_SIZES_IN_ERRORS = (
+    r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<want>\d+)x\d+\)",
+    r"to have (?P<want>\d+) channels, but got (?P<got>\d+) channels",
+    r"expected input with shape \[\*, (?P<want>\d+)\], but got input of size\[.*?(?P<got>\d+)\]",
+    r"size of tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<want>\d+)\)",
+    r"Expected size (?P<want>\d+) but got size (?P<got>\d+)",
+    r"length (?P<got>\d+) is not a multiple of (?P<want>\d+)",
+)
+
+
+def _with_size(value: Any, got: int, want: int) -> Any:
+    """A tensor whose last size of `got` is `want`; anything else as it is."""
+    if not isinstance(value, Tensor) or got not in value.shape:
+        return value
+    at = value.dim() - 1 - list(value.shape)[::-1].index(got)
+    shape = [*value.shape[:at], want, *value.shape[at + 1 :]]
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return made.to(value.dtype) if value.is_floating_point() else torch.ones_like(made).long()
+
+
+def asked_for(model: nn.Module, error: Exception, names: list[str]) -> list[list[str]]:
+    """`names` with the arguments that a failed call lacked: those that the error's text names, else
+    one that is None where the innermost line reads it. None where it lacked nothing known."""
+    known = [
+        name
+        for name in inspect.signature(model.forward).parameters
+        if name not in names and candidates(name, model.config, [*names, name])
+    ]
+    said = set(re.findall(r"\w+", str(error)))
+    found = [name for name in known if name in said]
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if found:
+            break
+        lines = (linecache.getline(frame.f_code.co_filename, line + i) for i in range(4))
+        read = set(re.findall(r"\w+", " ".join(lines)))
+        unset = [n for n in known if n in read and frame.f_locals.get(n, n) is None]
+        found = unset[:1]
+    return [[*names, *found]] if found else []
 
 
 def _is_real(value: Any) -> bool:
@@ -98,6 +164,8 @@ def candidates(name: str, config: Any, names: list[str]) -> Pool:
     if name in ("pixel_values", "hidden_states", "sample") and "grid_thw" in names:
         return _flat_patches(config)
     make = _BY_NAME.get(name)
+    if make is None:
+        make = next((pool for pattern, pool in _BY_PATTERN if re.fullmatch(pattern, name)), None)
     return make(config) if make is not None else []
 
 
@@ -274,3 +342,26 @@ _BY_NAME: dict[str, Callable[[Any], Pool]] = {
         ("grid_thw", "image_grid_thw"), _one(lambda c: given(torch.tensor([[1, 4, 4]] * BATCH)))
     ),
 }
+# of names that the table above lacks, the first that matches
+_BY_PATTERN: list[tuple[str, Callable[[Any], Pool]]] = [
+    (r".*(past_key_values|inference_session|labels|inputs_embeds).*", lambda config: []),
+    (r"\w*time_?steps?", _BY_NAME["timestep"]),
+    (r".*(original|target|image)_sizes?|crop_coords", _one(lambda c: noise(BATCH, 2))),
+    (r".*input_ids|.*_codes?|codes", _words),
+    (r".*input_values", lambda config: _sounds(config)[2:] + _sounds(config)[:2]),
+    (r".*pixel_values.*|.*images?|prompt_masks", _images),
+    (r".*mask", _one(lambda c: ones(BATCH, WORDS), lambda c: ones(BATCH, 5))),
+    (r".*lengths?", _one(lambda c: given(torch.tensor([40, 40])))),
+    (r".*(input_)?features", _spectra),
+    (
+        r"position_ids|.*_ids|indicator|.*_(index|indices)|ids_\w+",
+        _one(
+            lambda c: given(torch.arange(WORDS).expand(BATCH, WORDS)),
+            lambda c: given(torch.zeros(BATCH, 5).long()),
+            lambda c: given(torch.zeros(WORDS, 3)),
+        ),
+    ),
+    (r"state|pooled\w*|\w*vector|speaker_\w+", _one(lambda c: noise(BATCH, _width(c)))),
+    (r"class_labels", _one(lambda c: given(torch.tensor([1, 2])))),
+    (r".*(embeds|embeddings?|hidden_states|latents|feats)", _features),
+]

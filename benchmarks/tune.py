@@ -28,38 +28,81 @@ from paramlora.evaluate.choose import Thresholds
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What one multiprocessor of a compute capability holds at once.
+
+    Args:
+        shared: bytes of shared memory that one block may have, which the kernels' tiles must fit.
+        held: bytes of it for all blocks together, each of which takes `RESERVED` more.
+        threads: of all blocks together.
+        blocks: at most.
+    """
+
+    shared: int
+    held: int
+    threads: int
+    blocks: int
+
+    def resident(self, shared: int, warps: int, registers: int) -> int:
+        """How many blocks of a kernel run on it at once; zero if not one fits.
+
+        Args:
+            shared: bytes that each block takes.
+            warps: of each block, 32 threads each.
+            registers: of each thread.
+        """
+        if shared > self.shared:
+            return 0
+        per_warp = -(-registers * 32 // UNIT) * UNIT
+        by_registers = REGISTERS // (per_warp * (warps + -warps % 4))
+        by_memory = self.held // (shared + RESERVED)
+        return min(self.blocks, self.threads // (32 * warps), by_registers, by_memory)
+
+
+# By NVIDIA's own library of them, cuda::arch_traits of CCCL 3 (libcudacxx,
+# cuda/__device/arch_traits.h), which holds the numbers of the CUDA programming guide's table
+# "Technical Specifications per Compute Capability". Registers go to warps in units of 256, and to
+# blocks for four warps at a time, one of each quarter of a multiprocessor.
+REGISTERS, UNIT, RESERVED = 65536, 256, 1024
+_KIB = 1024
+LIMITS = {
+    (8, 0): Limits(163 * _KIB, 164 * _KIB, 2048, 32),
+    (8, 6): Limits(99 * _KIB, 100 * _KIB, 1536, 16),
+    (8, 9): Limits(99 * _KIB, 100 * _KIB, 1536, 24),
+    (9, 0): Limits(227 * _KIB, 228 * _KIB, 2048, 32),
+    (10, 0): Limits(227 * _KIB, 228 * _KIB, 2048, 32),
+    (12, 0): Limits(99 * _KIB, 100 * _KIB, 1536, 24),
+}
+
+
+@dataclass(frozen=True)
 class Figures:
     """What a maker says of a card.
 
     Args:
         capability: CUDA's.
         processors: its multiprocessors.
-        lanes: float32 multiplications that one of them does in a cycle.
-        gigahertz: its highest clock.
-        shared: bytes of shared memory that one block may have, which the kernels' tiles must fit.
+        teraflops: of float32 outside of tensor cores, at the highest clock.
     """
 
     capability: tuple[int, int]
     processors: int
-    lanes: int
-    gigahertz: float
-    shared: int
-
-    @property
-    def rate(self) -> float:
-        """Billions of float32 multiplications in a second, with all lanes occupied."""
-        return self.processors * self.lanes * self.gigahertz
+    teraflops: float
 
 
 MEASURED = "NVIDIA H100 80GB HBM3"
-H100 = Figures((9, 0), 132, 128, 1.98, 232448)
-# By the makers' data sheets; lanes and shared memory by CUDA's table of compute capabilities.
+H100 = Figures((9, 0), 132, 67)  # H100 data sheet, SXM
+# By NVIDIA's data sheets (A100, A10, L4, L40S, HGX B200) and the architectures' whitepapers (GA102
+# for the RTX 3090, Ada for the 4090, RTX Blackwell for the 5090).
 NEVER_RUN = {
-    "NVIDIA A100-SXM4-80GB": Figures((8, 0), 108, 64, 1.41, 166912),
-    "NVIDIA A10": Figures((8, 6), 72, 128, 1.695, 101376),
-    "NVIDIA L4": Figures((8, 9), 58, 128, 2.04, 101376),
-    "NVIDIA B200": Figures((10, 0), 148, 128, 1.965, 232448),
-    "NVIDIA GeForce RTX 5090": Figures((12, 0), 170, 128, 2.407, 101376),
+    "NVIDIA A100-SXM4-80GB": Figures((8, 0), 108, 19.5),
+    "NVIDIA A10": Figures((8, 6), 72, 31.2),
+    "NVIDIA GeForce RTX 3090": Figures((8, 6), 82, 35.6),
+    "NVIDIA L4": Figures((8, 9), 58, 30.3),
+    "NVIDIA GeForce RTX 4090": Figures((8, 9), 128, 82.6),
+    "NVIDIA L40S": Figures((8, 9), 142, 91.6),
+    "NVIDIA B200": Figures((10, 0), 148, 75),
+    "NVIDIA GeForce RTX 5090": Figures((12, 0), 170, 104.8),
 }
 TABLE = Path(choose.__file__).with_name("cards.json")
 ALWAYS, NEVER = 2**62, 0
@@ -147,7 +190,7 @@ def measured(on_cpu: bool) -> Thresholds:
 def estimated(card: Figures) -> Thresholds:
     """A card's thresholds without the card: Python takes as long beside every one, so what a card
     does meanwhile is to what an H100 was measured to do as their rates are; to a power of two."""
-    brief = choose.CARDS[MEASURED].brief * card.rate / H100.rate
+    brief = choose.CARDS[MEASURED].brief * card.teraflops / H100.teraflops
     return Thresholds(
         brief=2 ** round(math.log2(brief)),
         capability=card.capability,

@@ -88,20 +88,23 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
+    def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(h), self.k_proj(h), self.v_proj(h)
+
+    def out(self, h: Tensor) -> Tensor:
+        return self.o_proj(h)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
         q, k, v = (
-            p(h).unflatten(-1, (n, -1)).transpose(1, 2)  # [batch, heads, tokens, size]
-            for p, n in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
-            )
+            t.unflatten(-1, (n, -1)).transpose(1, 2)  # [batch, heads, tokens, size]
+            for t, n in zip(self.qkv(self.norm1(x)), (self.heads, self.kv_heads, self.kv_heads))
         )
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o_proj(h.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 
 def llama(tiny: bool) -> nn.Module:

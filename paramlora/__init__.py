@@ -3,9 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paramlora.config import LoRAConfig, TargetConfig
-from paramlora.config.entry import Entry
-from paramlora.cuda.operands import kernels
 from paramlora.errors import (
     AdapterError,
     ConfigError,
@@ -14,30 +11,33 @@ from paramlora.errors import (
     ParamloraWarning,
     TargetError,
 )
-from paramlora.model.attach import attach, detach, disable_adapters, rounding, set_adapters
-from paramlora.model.experts import expert_linear
-from paramlora.model.input_grads import disable_input_grads, enable_input_grads
-from paramlora.model.merge import merge
-from paramlora.model.optim import parameter_groups, trainable_parameters
-from paramlora.model.route import route
-from paramlora.model.summary import Summary, summary
-from paramlora.model.targets import Target, targets
-from paramlora.model.values import (
-    adapter_of,
-    adapter_state_dict,
-    attach_adapter,
-    load_adapter_state_dict,
-)
-from paramlora.update.lowrank import LowRank
-from paramlora.update.rounding import KeptReport
-from paramlora.update.value import Adapter, Update
 
 if TYPE_CHECKING:
     from paramlora import checkpoint, files
+    from paramlora.config import LoRAConfig, TargetConfig
+    from paramlora.config.entry import Entry
+    from paramlora.cuda.operands import kernels
     from paramlora.files.adapters import convert, load_adapter
     from paramlora.files.arithmetic import combine, difference, resize
     from paramlora.files.native import save_adapter
     from paramlora.files.served import tensors_for
+    from paramlora.model.attach import attach, detach, disable_adapters, rounding, set_adapters
+    from paramlora.model.experts import expert_linear
+    from paramlora.model.input_grads import disable_input_grads, enable_input_grads
+    from paramlora.model.merge import merge
+    from paramlora.model.optim import parameter_groups, trainable_parameters
+    from paramlora.model.route import route
+    from paramlora.model.summary import Summary, summary
+    from paramlora.model.targets import Target, targets
+    from paramlora.model.values import (
+        adapter_of,
+        adapter_state_dict,
+        attach_adapter,
+        load_adapter_state_dict,
+    )
+    from paramlora.update.lowrank import LowRank
+    from paramlora.update.rounding import KeptReport
+    from paramlora.update.value import Adapter, Update
 
 __version__ = "0.1.0"
 __all__ = [
@@ -86,32 +86,47 @@ __all__ = [
     "trainable_parameters",
 ]
 
-# files and their formats are half of the package, and most processes that import it read none
+# Imported when they are first asked for: most processes read no files, and the command line must be
+# there to answer for Ctrl-C before torch, which takes seconds, is imported.
 _LATER = {
-    "checkpoint": "paramlora.checkpoint",
-    "combine": "paramlora.files.arithmetic",
-    "convert": "paramlora.files.adapters",
-    "difference": "paramlora.files.arithmetic",
-    "files": "paramlora.files",
-    "resize": "paramlora.files.arithmetic",
-    "load_adapter": "paramlora.files.adapters",
-    "save_adapter": "paramlora.files.native",
-    "tensors_for": "paramlora.files.served",
+    "checkpoint": ["checkpoint"],
+    "config": ["LoRAConfig", "TargetConfig"],
+    "config.entry": ["Entry"],
+    "cuda.operands": ["kernels"],
+    "files": ["files"],
+    "files.adapters": ["convert", "load_adapter"],
+    "files.arithmetic": ["combine", "difference", "resize"],
+    "files.native": ["save_adapter"],
+    "files.served": ["tensors_for"],
+    "model.attach": ["attach", "detach", "disable_adapters", "rounding", "set_adapters"],
+    "model.experts": ["expert_linear"],
+    "model.input_grads": ["disable_input_grads", "enable_input_grads"],
+    "model.merge": ["merge"],
+    "model.optim": ["parameter_groups", "trainable_parameters"],
+    "model.route": ["route"],
+    "model.summary": ["Summary", "summary"],
+    "model.targets": ["Target", "targets"],
+    "model.values": [
+        "adapter_of",
+        "adapter_state_dict",
+        "attach_adapter",
+        "load_adapter_state_dict",
+    ],
+    "update.lowrank": ["LowRank"],
+    "update.rounding": ["KeptReport"],
+    "update.value": ["Adapter", "Update"],
 }
 
 
 if not TYPE_CHECKING:  # else no name would be unknown to a type checker
 
     def __getattr__(name: str) -> Any:
-        if name not in _LATER:
+        where = next((module for module, names in _LATER.items() if name in names), None)
+        if where is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = import_module(_LATER[name])
-        globals()[name] = found = module if _is_module(name) else getattr(module, name)
+        module = import_module(f"{__name__}.{where}")
+        globals()[name] = found = module if name == where else getattr(module, name)
         return found
-
-
-def _is_module(name: str) -> bool:
-    return _LATER[name] == f"{__name__}.{name}"
 
 
 def __dir__() -> list[str]:

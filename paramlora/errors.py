@@ -70,6 +70,16 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(_shortened(name, 80) for name in known[:most]) + more
 
 
+def counted(count: int, one: str) -> str:
+    """A number of things, in the singular where there is one.
+
+    Example:
+        >>> counted(1, "update"), counted(2_000, "update"), counted(0, "update")
+        ('1 update', '2,000 updates', '0 updates')
+    """
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
 class _Spelling(reprlib.Repr):
     """Of a container the first items, of a string both ends, and no very long number."""
 

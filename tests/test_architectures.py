@@ -10,26 +10,32 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from benchmarks import arch_checks, architectures
+from benchmarks import arch_checks, architectures, tiny, tiny_inputs
 
 CLASSES = """
-AXK1ForCausalLM AlbertForMaskedLM AllegroTransformer3DModel AutoencoderKL
-BartForConditionalGeneration BertForMaskedLM BigBirdPegasusForConditionalGeneration
-BioGptForCausalLM BitForImageClassification BlenderbotForConditionalGeneration
-CLIPSegForImageSegmentation ExaoneMoeForCausalLM FalconForCausalLM GPT2LMHeadModel
-Gemma2ForCausalLM Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration
-Gemma4UnifiedForCausalLM GemmaForCausalLM Glm4MoeForCausalLM Glm4vMoeTextModel GptOssForCausalLM
-GraniteMoeForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM HYV3ForCausalLM
-HunYuanMoEV1ForCausalLM Inkling2ForCausalLM InklingForCausalLM JetMoeForCausalLM Llama4ForCausalLM
-LlamaForCausalLM MBartForConditionalGeneration MiMoV2FlashForCausalLM MiniCPM3ForCausalLM
-MiniMaxForCausalLM MiniMaxM3SparseForConditionalGeneration MixtralForCausalLM MuseGlimmerTextModel
-MuseSparkForConditionalGeneration MvpForConditionalGeneration
-Nemotron3_5TranscribeWordTimestampModel NemotronAsrStreamingForRNNT NemotronHForCausalLM
-NllbMoeForConditionalGeneration OPTForCausalLM OlmoeForCausalLM OpenAIGPTLMHeadModel
-OpenAIPrivacyFilterForTokenClassification Ovis2ForConditionalGeneration
-PLBartForConditionalGeneration PPFormulaNetTextModel PhimoeForCausalLM
-ResNetForImageClassification RoFormerForCausalLM T5ForConditionalGeneration
-ViTForImageClassification WhisperForConditionalGeneration
+AXK1ForCausalLM AlbertForMaskedLM BertForMaskedLM BitForImageClassification
+DreamLiteTransformer2DModel EomtForUniversalSegmentation
+Ernie4_5_VLMoeVisionTransformerPretrainedModel EuroBertForMaskedLM ExaoneMoeForCausalLM
+FNetForMaskedLM FalconForCausalLM FlaubertWithLMHeadModel FlavaImageModel FlavaMultimodalModel
+FlavaTextModel FlintForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTNeoForCausalLM
+GPTNeoXJapaneseForCausalLM Gemma3ForCausalLM GemmaForCausalLM GitVisionModel Glm4ForCausalLM
+Glm4MoeForCausalLM Glm4vMoeTextModel Glm4vTextModel GlmAsrEncoder GlmForCausalLM GlmImageTextModel
+GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM
+HYV3ForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM Idefics3VisionTransformer
+ImageGPTForImageClassification Inkling2ForCausalLM InklingForCausalLM InstructBlipVideoVisionModel
+InstructBlipVisionModel JetMoeForCausalLM Llama4ForCausalLM LlamaForCausalLM
+MegatronBertForCausalLM MetaClip2ForImageClassification MetaClip2VisionModel MiMoV2FlashForCausalLM
+MiniCPM3ForCausalLM MiniMaxForCausalLM MiniMaxM3SparseForConditionalGeneration
+MiniMaxM3VLVisionModel MinistralForCausalLM MixtralForCausalLM MllamaForCausalLM
+ModernBertForMaskedLM Molmo2TextModel MptForCausalLM MraForMaskedLM
+MuseSparkForConditionalGeneration MusicgenForCausalLM MusicgenMelodyForCausalLM NanoChatForCausalLM
+Nemotron3DiarizationAudioModel Nemotron3_5TranscribeWordTimestampModel NemotronAsrStreamingForRNNT
+NemotronHForCausalLM OlmoForCausalLM OlmoeForCausalLM OpenAIGPTLMHeadModel
+OpenAIPrivacyFilterForTokenClassification Ovis2ForConditionalGeneration OwlViTTextModel
+OwlViTVisionModel Owlv2TextModel PPFormulaNetTextModel PaddleOCRTextModel PatchTSTForClassification
+Phi3ForCausalLM Phi4MultimodalVisionModel PhiForCausalLM PhimoeForCausalLM PixtralVisionModel
+QianfanOCRVisionModel Qwen2_5OmniThinkerTextModel RecurrentGemmaForCausalLM
+ResNetForImageClassification RoFormerForCausalLM
 """.split()
 
 
@@ -45,7 +51,7 @@ def _quiet():
 
 
 def of(name):
-    return architectures.examined(name, architectures.classes_by_name(name))
+    return architectures.examined(name, architectures.classes_by_name(name), cost=False)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -104,6 +110,59 @@ def test_a_gradient_that_is_missing_is_caught():
     del short[name]
     with pytest.raises(arch_checks.Differs, match=f"no gradient of {name}"):
         arch_checks.gradients_apart(short, want.gradients)
+
+
+class Asks(torch.nn.Module):
+    """Takes what its errors ask for."""
+
+    config = type("Config", (), {"hidden_size": 64, "to_dict": dict, "model_type": "asks"})()
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(24, 2)
+
+    def forward(self, hidden_states, timestep=None, attention_mask=None):
+        if attention_mask is None:
+            raise ValueError("`attention_mask` is needed")
+        return self.layer(hidden_states) * timestep.mean()
+
+
+def test_inputs_are_what_errors_ask_for():
+    reasons = []
+    found = architectures.callable_with(Asks().double(), torch.float64, "named", reasons)
+    assert list(found) == ["hidden_states", "attention_mask", "timestep"]
+    assert found["hidden_states"].shape == (2, 8, 24) and len(reasons) > 2
+    error = RuntimeError(
+        "Given groups=1, expected input[2, 3, 9] to have 5 channels, but got 3 channels"
+    )
+    new = tiny_inputs.resized(error, {"x": torch.ones(2, 3, 9), "ids": torch.ones(2).long()})
+    assert new["x"].shape == (2, 5, 9) and new["ids"].shape == (2,)
+    assert tiny_inputs.resized(error, {"x": torch.ones(2, 4)}) is None
+    assert tiny_inputs.resized(ValueError("no"), {"x": torch.ones(2, 4)}) is None
+
+
+def test_a_configuration_is_given_what_its_model_reads():
+    class Config:
+        model_type, intermediate_size = "reads", None
+
+        def to_dict(self):
+            return {}
+
+    class Reads(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, config.mlp_dim * config.intermediate_size)
+
+    config = Config()
+    config.intermediate_size = None
+    assert tiny.size_of(Reads, {"config": config}) == 5 * 64 * 64
+    assert (config.mlp_dim, config.intermediate_size) == (64, 64)
+    with pytest.raises(TypeError, match="no word"):
+        tiny.size_of(type("Fails", (torch.nn.Module,), {"__init__": fails}), {"config": config})
+
+
+def fails(self, config):
+    raise TypeError("no word")
 
 
 def test_a_run_goes_on_with_the_last(tmp_path, capsys):

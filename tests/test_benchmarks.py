@@ -19,6 +19,7 @@ from benchmarks import (
     models,
     quantised,
     report,
+    routed,
     timing,
     update_kept,
 )
@@ -165,6 +166,24 @@ def test_every_kind_is_measured_and_right(tmp_path, capsys):
     assert "| paramlora rows |" in capsys.readouterr().out
     assert report.main([str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
     assert (tmp_path / f"{tmp_path.name}-ratio.png").exists()
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter", encoding="utf-8")
+    for _ in range(2):
+        assert report.main([str(tmp_path), "--into", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter") and "old" not in text
+    assert text.count("| paramlora dora |") == 1 and "](kinds.png)" in text
+    assert (tmp_path / "kinds.png").exists()
+
+
+def test_many_adapters_on_one_base_are_measured_and_right(tmp_path, capsys):
+    options = ["--size", "tiny", "--rounds", "1", "--out", str(tmp_path)]
+    assert routed.main(options) == 0
+    rows = read(tmp_path, "routed")["rows"]
+    assert sum("eager_R" in row for row in rows) == 9
+    assert sum("tokens_per_second" in row for row in rows) == 4
+    assert [row["way"] for row in rows if "seconds" in row] == ["paramlora", "peft"]
+    assert "| loop of set_adapters |" in capsys.readouterr().out
 
 
 def test_a_kind_without_its_update_is_found_wrong():

@@ -52,7 +52,9 @@ def test_everything_that_a_run_is_compared_by_is_recorded():
 def test_the_same_run_again_is_no_worse(tmp_path, capsys):
     assert run_of(tmp_path) == 0
     told = capsys.readouterr().out
-    assert re.fullmatch(r"NVIDIA H200: 0 of \d{3} figures worse than noise allows\n", told)
+    first, last = told.splitlines()
+    assert re.fullmatch(r"NVIDIA H200: 0 of \d{3} figures worse than noise allows", first)
+    assert re.fullmatch(r"recorded at .*commit \w+; this run at .*commit \w+", last)
 
 
 OURS = {"way": "paramlora", "dtype": "bf16"}
@@ -77,7 +79,7 @@ WORSE = {
 def test_what_is_worse_is_told(tmp_path, capsys, name):
     change, figure = WORSE[name]
     assert run_of(tmp_path, change) == 1
-    *table, last = capsys.readouterr().out.splitlines()
+    *table, last, _ = capsys.readouterr().out.splitlines()
     assert table[0] == "| what | figure | recorded | allowed | now |"
     assert table[2:] and all(f"| {figure} |" in line for line in table[2:])
     assert "paramlora" in table[2] and re.match(rf"{H200}: {len(table) - 2} of \d+ figures", last)
@@ -98,7 +100,7 @@ NOISE = {
 @pytest.mark.parametrize("name", NOISE)
 def test_what_noise_allows_is_not_told(tmp_path, capsys, name):
     assert run_of(tmp_path, NOISE[name]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_card_that_nobody_measured_is_told(tmp_path, capsys):
@@ -129,3 +131,49 @@ def test_a_run_can_be_recorded_and_is_then_compared_with(tmp_path, capsys, monke
     (tmp_path / "run" / "layers.json").write_text(json.dumps(content), encoding="utf-8")
     assert check.main([str(tmp_path / "run")]) == 1
     assert "| 1.2 | 1.253 | 1.3 |" in capsys.readouterr().out
+
+
+def test_every_table_of_the_results_says_its_commit_or_that_it_is_older():
+    tables = [line for line in RESULTS.splitlines() if re.match(r"`[^`]+/\w+\.json`", line)]
+    assert len(tables) > 10
+    for line in tables:
+        assert re.search(r"; (commit [0-9a-f]{7,}|measured before files said their commit)", line)
+
+
+def test_a_report_keeps_the_tables_of_other_files(tmp_path):
+    first = {"kind": "many", "machine": {"device": "a"}, "rows": [{"way": "ours", "layers": 1}]}
+    made_on = {"processor": "p", "cores": 1, "threads": 1, "python": "3", "packages": {}}
+    for name, commit in (("one", "aaa1111"), ("two", "bbb2222")):
+        (tmp_path / name).mkdir()
+        content = {**first, "machine": {"device": name, **made_on, "commit": commit}}
+        (tmp_path / name / "many.json").write_text(json.dumps(content), encoding="utf-8")
+        assert report.main([str(tmp_path / name), "--out", str(tmp_path / "r.md")]) == 0
+    text = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert text.count("## A thousand layers") == 2 == text.count("| ours | 1 |")
+    assert "commit aaa1111." in text and "commit bbb2222." in text
+    assert report.main([str(tmp_path / "two"), "--out", str(tmp_path / "r.md")]) == 0
+    assert (tmp_path / "r.md").read_text(encoding="utf-8") == text
+
+
+ROWS = {  # of scripts whose runs nobody has recorded yet, and how each figure gets worse
+    "experts": ({"case": "8 experts", "way": "paramlora", "beside_mib": 90, "kept": 1.0}, 1.1, 0.9),
+    "kinds": ({"case": "linear", "way": "loha", "device_R": 1.5, "saved_bytes": 90}, 1.2, 1.2),
+    "llama": ({"way": "paramlora", "tokens_per_second": 900, "peak_mib": 50000}, 0.9, 1.1),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_experts_kinds_and_whole_models_are_compared(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recorded, "PLACE", tmp_path / "recorded")
+    (tmp_path / "run").mkdir()
+    row, *worse = ROWS[kind]
+    content = {"kind": kind, "machine": {"device": "card"}, "options": {"batch": 2}, "rows": [row]}
+    path = tmp_path / "run" / f"{kind}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert recorded.main([str(path.parent)]) == 0 and check.main([str(path.parent)]) == 0
+    for by, key in zip(worse, list(row)[-2:]):
+        now = {**content, "rows": [{**row, key: row[key] * by}]}
+        path.write_text(json.dumps(now), encoding="utf-8")
+        capsys.readouterr()
+        assert check.main([str(path.parent)]) == 1, key
+        assert "card: 1 of 2 figures worse" in capsys.readouterr().out

@@ -32,9 +32,46 @@ def test_a_written_table_is_read_as_it_was_measured(tmp_path, monkeypatch):
 def test_a_card_that_never_ran_has_what_follows_from_its_figures(name):
     card, own = tune.NEVER_RUN[name], choose.CARDS[name]
     assert own == tune.estimated(card) and own.never_run
-    ratio = own.brief / choose.CARDS[tune.MEASURED].brief * tune.H100.rate / card.rate
+    ratio = own.brief / choose.CARDS[tune.MEASURED].brief * tune.H100.teraflops / card.teraflops
     assert 2**-0.5 <= ratio <= 2**0.5
     assert own.brief & (own.brief - 1) == 0
+
+
+LANES = {(8, 0): 64}  # float32 units of a multiprocessor, where they are not 128
+BOOST = (1.4, 2.6)  # GHz; a wrong number of multiprocessors or teraflops leaves it
+
+
+@pytest.mark.parametrize("name", [*tune.NEVER_RUN, "H100"])
+def test_a_card_s_figures_agree_with_each_other(name):
+    card = tune.NEVER_RUN.get(name, tune.H100)
+    gigahertz = 1e3 * card.teraflops / (2 * card.processors * LANES.get(card.capability, 128))
+    assert BOOST[0] < gigahertz < BOOST[1]
+    assert card.capability in tune.LIMITS
+
+
+# Blocks of 128 threads, 32 registers and no shared memory; 256 threads, 128 registers, 48 KiB; four
+# warps of 255 registers, all of the shared memory: by the rules of CUDA's occupancy calculator.
+RESIDENT = {
+    (8, 0): (16, 2, 1),
+    (8, 6): (12, 2, 1),
+    (8, 9): (12, 2, 1),
+    (9, 0): (16, 2, 1),
+    (10, 0): (16, 2, 1),
+    (12, 0): (12, 2, 1),
+}
+
+
+@pytest.mark.parametrize("capability", tune.LIMITS, ids=str)
+def test_how_many_blocks_a_multiprocessor_holds(capability):
+    limits = tune.LIMITS[capability]
+    found = (
+        limits.resident(0, 4, 32),
+        limits.resident(48 * 1024, 8, 128),
+        limits.resident(limits.shared, 4, 255),
+    )
+    assert found == RESIDENT[capability]
+    assert limits.resident(limits.shared + 1, 4, 32) == 0
+    assert limits.resident(0, 16, 255) == 0  # more registers than there are
 
 
 def test_what_was_measured_is_not_marked_as_never_run(tmp_path, monkeypatch):

@@ -2,10 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal, Optional, Union, get_args
+from typing import Any, Literal, Optional, Union, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from paramlora.arithmetic.products import (
     check_choice,
     decomposed,
     distance,
+    is_difference,
     nearest,
     with_factors,
 )
-from paramlora.errors import AdapterError, listed, warn
+from paramlora.errors import AdapterError, counted, listed, warn
 from paramlora.formats.factors import within
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Adapter, Holder, Update
+from paramlora.update.value import Adapter, Holder, KindUpdate, Update
 
 How = Literal["exact", "svd", "ties", "dare", "linear"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -81,6 +82,9 @@ def combine(
     - ``"linear"`` is what peft means by it: ``Σ√(wᵢsᵢ)·Bᵢ · Σ√(wᵢsᵢ)·Aᵢ``. It has the cross terms
       ``Bᵢ·Aⱼ``, so it is not the sum; it is here for comparison.
 
+    Whole differences (LyCORIS's full, changes of biases and norms) add by ``"exact"`` and
+    ``"svd"``, and stay whole; so does what an adapter adds as a product where another has one.
+
     Args:
         adapters: each with its weight; 1 without one. Any number may be negative.
         how: the way.
@@ -106,16 +110,60 @@ def combine(
     pairs = _weighted(adapters)
     _check_options(how, rank, density)
     way = _Way(how, rank, 1.0 if density is None else density, seed)
-    terms = _by_path(pairs)
-    _report_missing(pairs, terms, strict)
-    whole = _whole(pairs, terms)
+    every = _by_path(pairs)
+    dense = {path: strong for path, strong in every.items() if any(_dense_ones(strong))}
+    if dense and how not in ("exact", "svd"):
+        raise AdapterError(
+            f'{listed(dense)}: whole differences, which "{how}" does not add. Use "exact" (--how).'
+        )
+    terms: dict[str, list[_Strong]] = {p: s for p, s in every.items() if p not in dense}
+    _report_missing(pairs, every, strict)
+    whole = _whole(pairs, every)
     if rank is not None:
         _check_rank(rank, terms)
     updates, errors = _summed(terms, way)
-    return Approximation(_around([one for one, _ in pairs], updates, whole), errors)
+    others, exact = _added(dense)
+    return Approximation(
+        _around([one for one, _ in pairs], updates, others, whole), {**errors, **exact}
+    )
 
 
-_Strong = tuple[int, Update, float]  # the adapter's number, its update, the weight
+_Strong = tuple[int, Any, float]  # the adapter's number, its update, the weight
+
+
+def _dense_ones(strong: list[_Strong]) -> Iterator[bool]:
+    return (is_difference(value) for _, value, _ in strong)
+
+
+def _added(
+    dense: Mapping[str, list[_Strong]],
+) -> tuple[dict[str, KindUpdate], dict[str, float]]:
+    """The sum of whole differences at each path; tied tensors keep sharing one."""
+    made: dict[tuple[tuple[int, float], ...], KindUpdate] = {}
+    found = {}
+    for path, strong in dense.items():
+        same = tuple((id(value), weight) for _, value, weight in strong)
+        if same not in made:
+            made[same] = _difference(strong)
+        found[path] = made[same]
+    return found, dict.fromkeys(found, 0.0)
+
+
+def _difference(strong: list[_Strong]) -> KindUpdate:
+    """The sum in float64, rounded once to float32 or what is wider."""
+    first: KindUpdate = next(value for _, value, _ in strong if is_difference(value))
+    shape = first.held["lora_diff"].shape
+    total = torch.zeros(shape, dtype=torch.float64)
+    dtypes = [torch.float32]
+    for _, value, weight in strong:
+        own = next(iter(value.tensors().values()))
+        dtypes.append(own.dtype)
+        if not is_difference(value):
+            wide = replace(value, lora_A=value.lora_A.double(), lora_B=value.lora_B.double())
+            total += weight * wide.delta().reshape(shape)
+        else:
+            total += weight * own.double()
+    return replace(first, held={"lora_diff": total.to(reduce(torch.promote_types, dtypes))})
 
 
 def _summed(
@@ -273,9 +321,7 @@ def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> N
 def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
     found: dict[str, list[_Strong]] = {}
     for number, (adapter, weight) in enumerate(pairs):
-        for path, other in adapter.others.items():
-            check_adds(path, other, adapter.name)
-        for path, update in adapter.updates.items():
+        for path, update in {**adapter.updates, **adapter.others}.items():
             check_adds(path, update, adapter.name)
             held = found.setdefault(path, [])
             if held:
@@ -284,8 +330,11 @@ def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
     return found
 
 
-def _check_same(path: str, first: Update, other: Update) -> None:
+def _check_same(path: str, first: Any, other: Any) -> None:
     """Refuse updates of two weights; what a file does not tell of is taken to agree."""
+    if is_difference(first) or is_difference(other):
+        _check_dense(path, first, other)
+        return
     shapes = [
         (tuple(u.lora_A.shape[:-2]), u.lora_B.shape[-2], u.lora_A.shape[-1]) for u in (first, other)
     ]
@@ -299,13 +348,26 @@ def _check_same(path: str, first: Update, other: Update) -> None:
     )
 
 
+def _check_dense(path: str, first: Any, other: Any) -> None:
+    """The same where one is a whole difference, whose shape is the weight's."""
+    shapes = []
+    for one in (first, other):
+        own = one.held["lora_diff"].shape if is_difference(one) else one.shape
+        shapes.append(list(own or (one.lora_B.shape[-2], one.lora_A.shape[-1])))
+    if shapes[0] != shapes[1]:
+        raise AdapterError(
+            f"{path}: one adapter updates a weight of {shapes[0]} and another one of {shapes[1]}. "
+            "Only adapters of one model add."
+        )
+
+
 def _report_missing(
     pairs: list[tuple[Adapter, float]], terms: Mapping[str, list[_Strong]], strict: bool
 ) -> None:
     some = [path for path, strong in terms.items() if len(strong) < len(pairs)]
     if not some:
         return
-    text = f"{len(some)} layers are updated by some of the adapters only: {listed(some)}."
+    text = f"only some of the adapters update {counted(len(some), 'layer')}: {listed(some)}."
     if strict:
         raise AdapterError(f"{text} Leave out strict (--strict) to have what there is.")
     warn(f"{text} There the sum has what there is.")
@@ -342,7 +404,10 @@ def _whole(
 
 
 def _around(
-    adapters: list[Adapter], updates: dict[str, Update], whole: dict[str, Tensor]
+    adapters: list[Adapter],
+    updates: dict[str, Update],
+    others: dict[str, KindUpdate],
+    whole: dict[str, Tensor],
 ) -> Adapter:
     """The values with what all adapters say alike, and what any says of a layer."""
     metadata = dict(set.intersection(*(set(one.metadata.items()) for one in adapters)))
@@ -354,7 +419,7 @@ def _around(
     _warn_bases(adapters)
     names = {one.name for one in adapters}
     name = names.pop() if len(names) == 1 else "combined"
-    return Adapter(updates, name, metadata, whole, base, holders)
+    return Adapter(updates, name, metadata, whole, base, holders, others)
 
 
 def _warn_bases(adapters: Iterable[Adapter]) -> None:

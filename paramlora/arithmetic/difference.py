@@ -16,7 +16,7 @@ from paramlora.arithmetic.products import (
 )
 from paramlora.arithmetic.resize import named
 from paramlora.checkpoint.keys import Key
-from paramlora.errors import AdapterError, FileError, listed, warn
+from paramlora.errors import AdapterError, FileError, counted, listed, warn
 from paramlora.formats.base import Base, Slot
 from paramlora.model.digest import digest
 from paramlora.update.contexts import own_context
@@ -232,6 +232,6 @@ def _report_left(
         )
     if vectors and not whole:
         warn(
-            f"{len(vectors)} tensors that are no matrices differ as well, and are left out: "
-            f"{listed(vectors)}. Keep them with whole=True (--whole)."
+            f"left out, since low rank is of matrices: {counted(len(vectors), 'other tensor')} "
+            f"with a difference: {listed(vectors)}. Keep them with whole=True (--whole)."
         )

@@ -5,14 +5,14 @@ Everything is computed in float64, or in float32 where a dense matrix of that ty
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from paramlora.errors import AdapterError
 from paramlora.formats.factors import held
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 _PIECE = 1 << 20  # elements that are in double precision at one time
 _OVER, _FIRST, _POWERS = 10, 32, 2  # more columns than asked for; the first try; powers of D·Dᵀ
@@ -176,12 +176,21 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
         raise AdapterError(f"rank (--rank) must be at least 1, got {rank}.")
 
 
+def is_difference(value: object) -> bool:
+    """Whether an update is a whole tensor that is added to the weight."""
+    return type(value) is KindUpdate and value.method == "difference"
+
+
 def check_adds(path: str, update: object, name: str) -> None:
-    """Refuse an update that is no product of two matrices, and one that is not finite.
+    """Refuse an update that is no product of two matrices and no whole difference, and one that is
+    not finite.
 
     Raises:
         AdapterError: names it.
     """
+    if is_difference(update):
+        _check_sound(path, update, name)
+        return
     if type(update) is not Update or update.up_kernel == "same":
         kind = (
             '"up_kernel": "same"'
@@ -192,7 +201,11 @@ def check_adds(path: str, update: object, name: str) -> None:
             f'{path}: in "{name}" it is of a kind ({kind}) that is no product of two matrices, so '
             "it does not add. Merge it into a checkpoint instead."
         )
-    sound = torch.isfinite(update.lora_A).all() and torch.isfinite(update.lora_B).all()
+    _check_sound(path, update, name)
+
+
+def _check_sound(path: str, update: Any, name: str) -> None:
+    sound = all(bool(torch.isfinite(tensor).all()) for tensor in update.tensors().values())
     if not sound or not abs(update.scale) < float("inf"):
         raise AdapterError(
             f'{path}: in "{name}" it is not finite. Give the adapter from before training diverged.'

@@ -1,6 +1,7 @@
 """An adapter at other ranks."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Optional, Union
 
 from paramlora.arithmetic.products import (
@@ -10,7 +11,7 @@ from paramlora.arithmetic.products import (
     decomposed,
     with_factors,
 )
-from paramlora.errors import AdapterError, closest, listed
+from paramlora.errors import AdapterError, closest, listed, warn
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, specificity
 from paramlora.update.contexts import own_context
@@ -26,7 +27,7 @@ def resize(
     """The nearest adapter of lower ranks, by the singular values of each ``B·A``.
 
     The dense matrix is never formed (see `decomposed`). A layer that has no more than the rank
-    asked for stays as it is. Whole tensors stay.
+    asked for stays as it is. Whole tensors stay, and so do whole differences, with a warning.
 
     Args:
         adapter: the value.
@@ -50,6 +51,11 @@ def resize(
     check_choice(rank, energy)
     for path, value in {**adapter.updates, **adapter.others}.items():
         check_adds(path, value, adapter.name)
+    if adapter.others:
+        warn(
+            f"{len(adapter.others)} whole differences, which have no rank, stay as they are: "
+            f"{listed(adapter.others)}."
+        )
     wanted = _ranks(adapter, rank)
     made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
     updates, errors = dict(adapter.updates), {}
@@ -64,9 +70,7 @@ def resize(
 
 
 def _with(adapter: Adapter, updates: dict[str, Update]) -> Adapter:
-    return Adapter(
-        updates, adapter.name, adapter.metadata, adapter.whole, adapter.base, adapter.holders
-    )
+    return replace(adapter, updates=updates)
 
 
 def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tuple[Update, float]:

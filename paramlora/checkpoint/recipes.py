@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
-from paramlora.errors import AdapterError, FileError, closest
+from paramlora.errors import AdapterError, FileError, closest, counted
 from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
@@ -218,8 +218,8 @@ class Contents:
     def _lacks(self, missing: list[str], total: int) -> FileError:
         near = closest(weights_at(missing[0])[0], self.stored)
         return FileError(
-            f"the base lacks what {len(missing)} of {total} updates adapt, such as "
-            f"{missing[0] or 'weight'}.{f' Closest: {near[0]}.' if near else ''} "
+            f"the base lacks what {len(missing)} of {counted(total, 'update')} would change, such "
+            f"as {missing[0] or 'weight'}.{f' Closest: {near[0]}.' if near else ''} "
             "Is it the base of this adapter?"
         )
 

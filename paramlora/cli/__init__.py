@@ -1,14 +1,14 @@
 """The command line: the only place that prints or exits. A file holds a group of commands."""
 
-try:
-    import rich  # noqa: F401
-    import typer  # noqa: F401
-except ImportError as error:
-    raise SystemExit(
-        f"the paramlora command needs {error.name}: pip install 'paramlora[cli]'"
-    ) from None
+import sys
+from typing import Optional
 
-from paramlora.cli import adapters, arithmetic, checkpoints, training
-from paramlora.cli.app import main
 
-__all__ = ["adapters", "arithmetic", "checkpoints", "main", "training"]
+def main(arguments: Optional[list[str]] = None) -> None:
+    """Run the command line and exit: 0, 1 for a fault of ours, 2 for wrong input, 130 stopped."""
+    try:  # here, since Ctrl-C may come while torch is imported, which takes seconds
+        from paramlora.cli.commands import run
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    run(arguments)

@@ -53,7 +53,7 @@ def _about(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
 ) -> None:
-    return None  # `main` looks for --debug, because it also serves where nothing was parsed
+    return None  # `run` looks for --debug, because it also serves where nothing was parsed
 
 
 def fail(message: str) -> NoReturn:
@@ -108,8 +108,8 @@ def bar(title: str) -> Iterator[Told]:
         yield told
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
-    """Run the command line and exit: 0, 1 for a fault of ours, 2 for wrong input, 130 stopped."""
+def run(arguments: Optional[list[str]] = None) -> NoReturn:
+    """Run a command and exit, as `paramlora.cli.main` says."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):

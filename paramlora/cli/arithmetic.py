@@ -32,6 +32,7 @@ from paramlora.cli.options import (
     unweighted,
     weighted,
 )
+from paramlora.errors import counted
 from paramlora.files import arithmetic
 from paramlora.files.adapters import check_place, write_adapter
 
@@ -97,7 +98,7 @@ def combine(
             options=reading(loose, alpha, component),
         )
         write_adapter(done.adapter, out, form, names, force=force, dry_run=dry_run, **writer)
-    _report("combine", f"{len(pairs)} adapters", done, out, form, dry_run, json, quiet)
+    _report("combine", counted(len(pairs), "adapter"), done, out, form, dry_run, json, quiet)
 
 
 @app.command(
@@ -134,7 +135,7 @@ def resize(
         options = reading(loose, alpha, component)
         done = arithmetic.resize(file, _ranks(rank), energy=energy, base=names, options=options)
         write_adapter(done.adapter, out, form, names, force=force, dry_run=dry_run, **writer)
-    _report("resize", f"{len(done.errors)} updates", done, out, form, dry_run, json, quiet)
+    _report("resize", counted(len(done.errors), "update"), done, out, form, dry_run, json, quiet)
 
 
 @app.command(

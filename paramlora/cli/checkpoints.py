@@ -31,6 +31,7 @@ from paramlora.cli.options import (
     unweighted,
     weighted,
 )
+from paramlora.errors import counted
 
 Base = Annotated[
     Path,
@@ -82,7 +83,7 @@ def embed(
             dry_run=dry_run,
             progress=told,
         )
-    text = f"{done.updates:,} updates into {out}, {_size(done)}"
+    text = f"{counted(done.updates, 'update')} into {out}, {_size(done)}"
     _report("embed", text, done, dry_run, json, quiet)
 
 
@@ -119,7 +120,8 @@ def extract(
             dry_run=dry_run,
             **how(to, prefix, fold_scale),
         )
-    _report("extract", f"{done.updates:,} updates into {out}, as {to}", done, dry_run, json, quiet)
+    text = f"{counted(done.updates, 'update')} into {out}, as {to}"
+    _report("extract", text, done, dry_run, json, quiet)
 
 
 @app.command(
@@ -187,7 +189,7 @@ def merge(
     change = "" if done.largest is None else f", largest change {done.largest:.2g} of its norm"
     if done.kept is not None:
         change += f"; 8 bits keep at least {done.kept:.2g} of each update"
-    text = f"{done.changed:,} of {done.tensors:,} tensors into {out}{change}"
+    text = f"{done.changed:,} of {counted(done.tensors, 'tensor')} into {out}{change}"
     more = {} if found is None else {"report": asdict(found)}
     _report("merge", text, done, dry_run, json, quiet, more)
     if found is not None and not json:
@@ -195,7 +197,7 @@ def merge(
 
 
 def _size(done: files.Report) -> str:
-    return f"{done.tensors:,} tensors of {done.bytes:,} bytes"
+    return f"{counted(done.tensors, 'tensor')} of {counted(done.bytes, 'byte')}"
 
 
 def _report(

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperOption
 
 from paramlora.cli.app import fail
 from paramlora.cli.training import build
+from paramlora.errors import counted
 from paramlora.files import adapters as interchange
 from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
 
@@ -144,7 +145,8 @@ def target(to: Optional[str], file: Path, names: Optional[Base]) -> str:
 
 def counts(updates: int, whole: int) -> str:
     """How many updates there are, and whole tensors where there are any."""
-    return f"{updates} updates, {whole} whole tensors" if whole else f"{updates} updates"
+    told = [counted(updates, "update"), *([counted(whole, "whole tensor")] if whole else [])]
+    return ", ".join(told)
 
 
 def weighted(text: str) -> tuple[Path, float]:

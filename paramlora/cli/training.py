@@ -16,7 +16,7 @@ from torch import nn
 import paramlora
 from paramlora import ParamloraError
 from paramlora.cli.app import app, fail, warnings_told
-from paramlora.errors import shown
+from paramlora.errors import counted, shown
 from paramlora.model.presets import PRESETS, grouped
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def targets(
             meant = grouped(target.path for target in found if target.entry.name == name)
             print(f'"{name}": {shown(meant)}')
     count = sum(target.parameters for target in found)
-    print(f"{len(found)} tensors, {count:,} parameters of updates and whole tensors")
+    size = counted(count, "parameter")
+    print(f"{counted(len(found), 'tensor')}, {size} of updates and whole tensors")
 
 
 def build(spec: str) -> nn.Module:

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from operator import attrgetter, or_
 from typing import Any, Optional
 
 import torch
@@ -32,7 +31,6 @@ class Block:
 
 _TRUSTED: dict[Any, Any] = {}  # of kernels, by all that Triton specialises on: how to launch them
 _warned = False
-_SHAPE_AND_TYPE = attrgetter("shape", "dtype")
 _TICKETS: dict[tuple[int, int], Tensor] = {}  # by device and stream
 
 
@@ -251,23 +249,22 @@ def planned(
         rest: what else it depends on.
         plan_of: makes a plan, from the addresses.
     """
-    addresses = tuple(map(Tensor.data_ptr, tensors))
-    odd = functools.reduce(or_, addresses) & 15
-    # by functions in C, since it takes longer than all else that Python does for a launch
-    key = (
-        *rest,
-        *map(_SHAPE_AND_TYPE, tensors),
-        *map(Tensor.stride, tensors),
-        *map(Tensor.get_device, tensors),
-        odd and tuple([address & 15 for address in addresses]),
-    )
+    # in one loop that calls no function of Python: it takes longer than all else before a launch
+    addresses, odd, about = [], 0, [*rest]
+    for t in tensors:
+        address = t.data_ptr()
+        odd |= address
+        addresses.append(address)
+        about += (t.shape, t.dtype, t.stride(), t.get_device())
+    if odd & 15:
+        about += [address & 15 for address in addresses]
+    key, places = tuple(about), tuple(addresses)
     plan = plans.get(key, plans)
     if plan is plans:
         if len(plans) >= 4096:
             plans.clear()
-        _ready_for_capture()
-        plan = plans[key] = plan_of(addresses)
-    return plan, addresses
+        plan = plans[key] = plan_of(places)
+    return plan, places
 
 
 def _ready_for_capture() -> None:

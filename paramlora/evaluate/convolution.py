@@ -94,7 +94,7 @@ def convolution(
     where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
     values = Operands(x, weight, bias, lora_A, lora_B, scale)
     ours = _kernels_way(values, where) if x.dtype.itemsize == 2 and not compiling else None
-    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, len(lora_A))
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, lora_A.shape[0])
     asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
     way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:

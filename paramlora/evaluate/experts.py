@@ -25,6 +25,7 @@ from paramlora.evaluate.functional import (
     kept_input,
     without_autocast,
 )
+from paramlora.evaluate.sources import Again, Chosen, Source, put_together, taken_apart
 from paramlora.update import narrow
 from paramlora.update.compat import applied, grouped_product, is_batched, recorded, transformed
 from paramlora.update.contexts import autocast_of
@@ -44,11 +45,13 @@ def grouped_linear(
     scale: Tensor,
     strength: float = 1.0,
     drops: Optional[Drops] = None,
+    source: Optional[Source] = None,
+    bias: _Maybe = None,
 ) -> Tensor:
-    """``x_e (W_e + strength · scale · B_e A_e)ᵀ`` of each expert's rows.
+    """``x_e (W_e + strength · scale · B_e A_e)ᵀ + bias_e`` of each expert's rows.
 
     Args:
-        x: ``[rows, in]``, sorted by expert.
+        x: ``[rows, in]``, sorted by expert; or what `source` makes them of.
         weight: ``[experts, out, in]``, any strides.
         ends: ``[experts]``, where each expert's rows end; what lies behind the last is no
             expert's, and its output has no meaning.
@@ -57,6 +60,8 @@ def grouped_linear(
         scale: ``[]``.
         strength: a number on top of it.
         drops: the masks of dropout on the input of the low-rank products, if any.
+        source: how the rows are made of x, which alone is kept.
+        bias: ``[experts, out]``, of the weight's type; it gets no gradient.
 
     Returns:
         ``[rows, out]``. In 16 bits the two products are added before their only rounding.
@@ -68,19 +73,34 @@ def grouped_linear(
         >>> assert torch.allclose(y[2:], x[2:] @ (W + 0.5 * B @ A)[1].T)
     """
     device = autocast_of(x)
+    untold = is_compiling() or recorded()
+    if source is not None and not isinstance(source, Chosen) and (device is not None or untold):
+        x, source = source.rows(x), None
     if device is not None:
         x, weight = cast_for_autocast(device, x, weight)
         with torch.autocast(device, enabled=False):
-            return grouped_linear(x, weight, ends, lora_A, lora_B, scale, strength, drops)
+            factors = (lora_A, lora_B, scale, strength)
+            return grouped_linear(x, weight, ends, *factors, drops, source, bias)
     x = cast(x, weight.dtype)  # which the plain product does too
     masks = ([], [], None) if drops is None else ([*drops.rates], [*drops.ranks], drops.seed)
-    if is_compiling() or recorded():
+    if untold:
         op: Any = torch.ops.paramlora.grouped_linear
-        y, _ = op(x, weight, ends, lora_A, lora_B, scale * strength, *masks)
+        order, back, rest = taken_apart(source)
+        values = (x, weight, ends, lora_A, lora_B, scale * strength)
+        y, _ = op(*values, *masks, bias, order, back, *(rest or (1, False)))
         return y  # type: ignore[no-any-return]
     if transformed():
-        return grouped_by_definition(x, weight, ends, lora_A, lora_B, scale * strength, drops)
-    return applied(_Grouped, x, weight, ends, lora_A, lora_B, scale, strength, *masks)
+        x = x if source is None else cast(source.rows(x), weight.dtype)
+        y = grouped_by_definition(x, weight, ends, lora_A, lora_B, scale * strength, drops)
+        return y if bias is None else y + bias[owners(ends, len(y))]
+    parts = (*masks, bias, *taken_apart(source))
+    return applied(_Grouped, x, weight, ends, lora_A, lora_B, scale, strength, *parts)
+
+
+def owners(ends: Tensor, rows: int) -> Tensor:
+    """The expert of each row; of one that is nobody's the last."""
+    every = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, every, right=True).clamp_(max=len(ends) - 1)
 
 
 def grouped_by_definition(
@@ -281,6 +301,7 @@ def _forward(
     scale: Tensor,
     strength: float,
     drops: Optional[Drops],
+    bias: _Maybe,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the thin product that `_backward` takes."""
     down, up, _ = _narrowed(x, a, b, x.shape[1], scale, strength)
@@ -289,9 +310,10 @@ def _forward(
 
         x, ends = x.contiguous(), ends.int()
         u = plan.thin(x, down, ends, _width(x, a.shape[1]), _drop(drops))
-        return plan.product(x, weight.mT, ends, u, up.mT), u
+        return plan.product(x, weight.mT, ends, u, up.mT, bias=bias), u
     u = _thin(x, down, ends, drops)
-    return _joined(x, weight.mT, ends, u, up.mT), u
+    y = _joined(x, weight.mT, ends, u, up.mT)
+    return y if bias is None else y.add_(bias[owners(ends, len(y))]), u
 
 
 def _backward(
@@ -375,7 +397,7 @@ def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: 
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps x by reference, and the thin product."""
+    """Keeps x, or what its rows are made of, by reference, and the thin product."""
 
     @staticmethod
     def forward(
@@ -390,31 +412,61 @@ class _Grouped(torch.autograd.Function):
         rates: list[float],
         ranks: list[int],
         seed: _Maybe,
+        bias: _Maybe,
+        order: _Maybe,
+        back: _Maybe,
+        rest: Any,
     ) -> Tensor:
-        ctx.strength, ctx.rates, ctx.ranks = strength, rates, ranks
-        y, u = _forward(x, weight, ends, a, b, scale, strength, _drops(rates, ranks, seed))
+        ctx.strength, ctx.masks, ctx.rest = strength, (rates, ranks), rest
+        rows = _rows(x, put_together(order, back, rest), weight)
+        drops = _drops(rates, ranks, seed)
+        y, u = _forward(rows, weight, ends, a, b, scale, strength, drops, bias)
         held = kept_input(ctx, x)
-        ctx.save_for_backward(held, weight, ends, a, b, scale, None if held is None else u, seed)
+        thin = None if held is None else u
+        held = x if order is None and rest is not None else held  # whose gradient reads it
+        ctx.save_for_backward(held, weight, ends, a, b, scale, thin, seed, order, back)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        held, weight, ends, a, b, scale, u, seed = ctx.saved_tensors
+        held, weight, ends, a, b, scale, u, seed, order, back = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
-        drops = _drops(ctx.rates, ctx.ranks, seed)
-        wanted, none = (needs[0], *needs[3:6]), (None,) * 4
+        source, (rates, ranks) = put_together(order, back, ctx.rest), ctx.masks
+        drops = _drops(rates, ranks, seed)
+        wanted, none = (needs[0], *needs[3:6]), (None,) * 8
         if torch.is_grad_enabled() or is_batched(dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-                return grouped_by_definition(x, weight, ends, a, b, scale * ctx.strength, drops)
+                factors = (_rows(x, source, weight), weight, ends, a, b, scale * ctx.strength)
+                return grouped_by_definition(*factors, drops)
 
             inputs = (x, weight, a, b, scale)
             dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *needs[3:6]), dy)
             return dx, dweight, None, *others, *none
-        dx, *others = _backward(dy, x, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
-        dweight = expert_sums(dy, x, ends).to(weight.dtype) if needs[1] else None
-        return dx, dweight, None, *others, *none
+        rows, pulled = _again(x, source, held is not None, dy, weight, ends)
+        values = (dy, rows, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
+        dx, *others = _backward(*values)
+        dweight = expert_sums(dy, rows, ends).to(weight.dtype) if needs[1] else None
+        del rows, values  # before others of their size are made
+        return None if dx is None else pulled(dx), dweight, None, *others, *none
+
+
+def _rows(x: Tensor, source: Optional[Source], weight: Tensor) -> Tensor:
+    return x if source is None else cast(source.rows(x), weight.dtype)
+
+
+def _again(
+    x: Tensor, source: Optional[Source], held: bool, dy: Tensor, weight: Tensor, ends: Tensor
+) -> Again:
+    """The rows for the gradients, which were not kept, and the gradient of x by theirs; where
+    nobody reads them any tensor of their sizes."""
+    if source is None:
+        return x, lambda dx: dx
+    if isinstance(source, Chosen) and not held:
+        return dy.new_empty(len(dy), weight.shape[2]), lambda dx: source.pulled(dx, ends)
+    rows, pulled = source.again(x, ends)
+    return cast(rows, weight.dtype), pulled
 
 
 def _drops(rates: list[float], ranks: list[int], seed: _Maybe) -> Optional[Drops]:
@@ -432,8 +484,16 @@ def _op(
     rates: list[float],
     ranks: list[int],
     seed: Optional[Tensor],
+    bias: Optional[Tensor],
+    order: Optional[Tensor],
+    back: Optional[Tensor],
+    top: int,
+    partial: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, ends, a, b, scale, 1.0, _drops(rates, ranks, seed))
+    rows = _rows(
+        x, put_together(order, back, (top, partial) if order is not None else None), weight
+    )
+    return _forward(rows, weight, ends, a, b, scale, 1.0, _drops(rates, ranks, seed), bias)
 
 
 @_op.register_fake
@@ -447,10 +507,16 @@ def _(
     rates: list[float],
     ranks: list[int],
     seed: Optional[Tensor],
+    bias: Optional[Tensor],
+    order: Optional[Tensor],
+    back: Optional[Tensor],
+    top: int,
+    partial: bool,
 ) -> tuple[Tensor, Tensor]:
     r = a.shape[1]
     padded = r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
-    return x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), padded)
+    rows = len(x) if order is None else len(order)
+    return x.new_empty(rows, weight.shape[1]), x.new_empty(rows, padded)
 
 
 @torch.library.custom_op("paramlora::grouped_linear_backward", mutates_args=())
@@ -466,11 +532,19 @@ def _backward_op(
     rates: list[float],
     ranks: list[int],
     seed: Optional[Tensor],
+    order: Optional[Tensor],
+    back: Optional[Tensor],
+    top: int,
+    partial: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     drops = _drops(rates, ranks, seed)
-    grads = _backward(dy, x, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
-    dense = expert_sums(dy, x, ends).to(weight.dtype) if wanted[0] else None
+    source = put_together(order, back, (top, partial) if order is not None else None)
+    read = wanted[0] or any(wanted[2:])
+    rows, pulled = _again(x, source, read, dy, weight, ends)
+    dx, *others = _backward(dy, rows, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
+    dense = expert_sums(dy, rows, ends).to(weight.dtype) if wanted[0] else None
+    grads = (None if dx is None else pulled(dx), *others)
     found = [x.new_empty(0) if g is None else g.contiguous() for g in (dense, *grads)]
     return found[0], found[1], found[2], found[3], found[4]
 
@@ -488,6 +562,10 @@ def _(
     rates: list[float],
     ranks: list[int],
     seed: Optional[Tensor],
+    order: Optional[Tensor],
+    back: Optional[Tensor],
+    top: int,
+    partial: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     found = [
@@ -498,18 +576,20 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.rates, ctx.ranks, seed = inputs
-    ctx.save_for_backward(*tensors, seed, output[1])
+    *tensors, rates, ranks, seed, _, order, back, top, partial = inputs
+    ctx.masks, ctx.rest = (rates, ranks), (top, partial)
+    ctx.save_for_backward(*tensors, seed, order, back, output[1])
 
 
 def _op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-    x, weight, ends, a, b, scale, seed, u = ctx.saved_tensors
+    x, weight, ends, a, b, scale, seed, order, back, u = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[1], needs[0], *needs[3:6]]
     op: Any = torch.ops.paramlora.grouped_linear_backward
-    grads = op(dy, x, weight, ends, a, b, scale, u, ctx.rates, ctx.ranks, seed, wanted)
+    chosen = (order, back, *ctx.rest)
+    grads = op(dy, x, weight, ends, a, b, scale, u, *ctx.masks, seed, *chosen, wanted)
     dweight, dx, *others = (g if want else None for g, want in zip(grads, wanted))
-    return dx, dweight, None, *others, None, None, None
+    return dx, dweight, None, *others, *(None,) * 8
 
 
 _op.register_autograd(_op_backward, setup_context=_keep)

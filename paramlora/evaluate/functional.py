@@ -87,7 +87,7 @@ def _linear(
     ours, compiling = served(x), is_compiling()
     if compiling and ours:
         ours = has_kernel(x, weight) and fits(Operands(x, weight, bias, a, b, scale))
-    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(a))
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[0])
     way = choose.way(Asked("linear", *about, Way.KERNELS if ours else None, compiling))
     if way is Way.OPERATOR:
         flat = x.reshape(-1, x.shape[-1])
@@ -427,7 +427,7 @@ def embedding(
     if served(weight) and not _followed():
         of = Operands(rows, weight, None, lora_A, lora_B, scale)
         ours = Way.KERNELS if looks_up(of, padding_idx) else None
-    device, sizes = choose.thresholds_of(weight), (rows.numel(), weight.shape, len(lora_A))
+    device, sizes = choose.thresholds_of(weight), (rows.numel(), weight.shape, lora_A.shape[0])
     if choose.way(Asked("embedding", device, weight.dtype, *sizes, ours)) is Way.KERNELS:
         return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
     autocast = autocast_of(weight)

@@ -11,13 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paramlora.evaluate.functional import cast, cast_for_autocast, untold
+from paramlora.cuda.operands import has_kernel
+from paramlora.evaluate.functional import (
+    cast,
+    cast_for_autocast,
+    differentiable,
+    in_plain_operations,
+    untold,
+    without_autocast,
+)
 from paramlora.update import narrow
 from paramlora.update.choice import Choice
-from paramlora.update.compat import applied
+from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
+Where = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_HIGHEST = 128  # rank whose thin products the kernels hold in registers
 _LONG = 16  # positions of a row from which it is a block of its own
 
 
@@ -38,7 +48,13 @@ def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: _Maybe, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+    x: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    down: Tensor,
+    up: Tensor,
+    rows: Choice,
+    dropped: _Maybe = None,
 ) -> Tensor:
     """``x (W + B_i A_i)ᵀ + bias`` where ``i`` is each row's.
 
@@ -49,10 +65,11 @@ def linear(
         down: ``[ranks, in]``, the ``A`` of all adapters, see `joined`.
         up: ``[ranks, out]``, their ``Bᵀ`` with their scales.
         rows: which each row takes.
+        dropped: what the updates get instead of x.
 
     Returns:
-        ``[N, ..., out]``. In 16 bits the update is added before the only rounding, but for what is
-        compiled.
+        ``[N, ..., out]``. In 16 bits the update is added before the only rounding, and so is its
+        part of x's gradient where nothing is dropped; but for what is compiled.
 
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
@@ -62,17 +79,25 @@ def linear(
     """
     device = autocast_of(x)
     if device is not None:
-        x, weight, bias = cast_for_autocast(device, x, weight, bias)
+        x, weight, bias, dropped = cast_for_autocast(device, x, weight, bias, dropped)
         with torch.autocast(device, enabled=False):
-            return linear(x, weight, bias, down, up, rows)
-    thin = grouped(x.reshape(len(x), -1, x.shape[-1]), rows, down, up)
-    thin = thin.reshape(*x.shape[:-1], up.shape[-1])
+            return linear(x, weight, bias, down, up, rows, dropped)
+    low = weight is not None and x.dtype.itemsize == 2 and not untold()
+    if low and dropped is None:
+        return applied(_Linear, x, weight, bias, down, up, rows)
+    own = x if dropped is None else dropped
+    thin = grouped(_positions(own), rows, down, up).view(*x.shape[:-1], up.shape[-1])
     if weight is None:
         return thin
-    if x.dtype.itemsize > 2 or untold():
+    if not low:
         return F.linear(x, weight, bias) + thin
     flat = applied(_Onto, thin.flatten(0, -2), x.flatten(0, -2), weight, bias)
     return flat.view(thin.shape)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``[N, positions, side]`` of ``[N, ..., side]``."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def grouped(x: Tensor, rows: Choice, down: _Maybe, up: Tensor) -> Tensor:
@@ -84,19 +109,26 @@ def grouped(x: Tensor, rows: Choice, down: _Maybe, up: Tensor) -> Tensor:
         rows: which each row takes.
         down, up: as of `linear`.
     """
-    if x.dtype == torch.float16:
-        return grouped(x.float(), rows, down, up).to(x.dtype)
+    own, picks = _blocks(narrow.wide(x), rows)
+    thin = own if down is None else own @ picked(down, picks, own.dtype).mT
+    return _in_rows(thin @ picked(up, picks, own.dtype), rows, x.shape[1]).to(x.dtype)
+
+
+def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, Tensor]:
+    """Rows ``[N, positions, side]`` as matrices that each take one update, and what each picks:
+    the rows themselves where they are long, else blocks of them, filled up with zeros."""
     places, picks, positions = rows.places, rows.block_picks, x.shape[1]
     if places is None or picks is None or positions >= _LONG:
-        return _times(x, rows.picks, down, up)
+        return x, rows.picks
     packed = x.new_zeros(len(picks) * rows.block, *x.shape[1:]).index_copy(0, places, x)
-    y = _times(packed.view(len(picks), rows.block * positions, -1), picks, down, up)
-    return y.view(-1, positions, y.shape[-1]).index_select(0, places)
+    return packed.view(len(picks), rows.block * positions, -1), picks
 
 
-def _times(x: Tensor, picks: Tensor, down: _Maybe, up: Tensor) -> Tensor:
-    thin = x if down is None else x @ picked(down, picks, x.dtype).mT
-    return thin @ picked(up, picks, x.dtype)
+def _in_rows(y: Tensor, rows: Choice, positions: int) -> Tensor:
+    """``[N, positions, side]`` of what was computed of `_blocks`."""
+    if rows.places is None or rows.block_picks is None or positions >= _LONG:
+        return y
+    return y.reshape(-1, positions, y.shape[-1]).index_select(0, rows.places)
 
 
 def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,26 +136,149 @@ def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(factors, dtype).index_select(0, picks.flatten()).view(*picks.shape, -1)
 
 
+def _sums(thin: Tensor, x: Tensor, picks: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a factor, ``thinᵀ x`` of the matrices of each, of its type.
+
+    Args:
+        thin: ``[blocks, rows, r]``.
+        x: ``[blocks, rows, side]``.
+        picks: of the blocks.
+        like: ``[ranks, side]``, the factor.
+    """
+    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    parts = (thin.mT @ x).flatten(0, 1)
+    return total.index_add_(0, picks.flatten(), parts.float()).to(like.dtype)
+
+
+def _onto(thin: Tensor, x: Tensor, matrix: Tensor, bias: _Maybe = None) -> Tensor:
+    """``x @ matrix + thin + bias`` in 16 bits with one rounding: the small product comes first,
+    where one float32 accumulator takes both, and the bias last, so that a large one does not drown
+    it."""
+    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+        y = torch.mm(x, matrix, out_dtype=torch.float32).add_(thin)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = torch.addmm(thin, x, matrix)
+    return y if bias is None else y.add_(bias)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` in 16 bits, whose output and gradient of x are each rounded once. Keeps x by
+    reference, and ``x·A_iᵀ``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+    ) -> Tensor:
+        ctx.rows, ctx.kernel = rows, _has_kernel(x, weight, bias, down, up, rows)
+        if ctx.kernel:
+            y, u = _by_kernels(x.flatten(0, -2), weight.t(), bias, down, up, rows)
+            ctx.save_for_backward(x, weight, down, up, u)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        own, picks = _blocks(narrow.wide(_positions(x)), rows)
+        u = own @ picked(down, picks, own.dtype).mT
+        thin = _in_rows(u @ picked(up, picks, u.dtype), rows, _positions(x).shape[1]).to(x.dtype)
+        ctx.save_for_backward(x, weight, down, up, u)
+        y = _onto(thin.flatten(0, 1), x.flatten(0, -2), weight.t(), bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, weight, down, up, u), needs, rows = ctx.saved_tensors, ctx.needs_input_grad, ctx.rows
+        dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
+        if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(ctx.kernel, dy):
+
+            def again(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+                thin = grouped(_positions(x), rows, down, up)
+                return F.linear(x, weight) + thin.view(*x.shape[:-1], up.shape[-1])
+
+            wanted = (*needs[:2], *needs[3:5])
+            dx, dweight, *others = differentiable(again, (x, weight, down, up), wanted, dy)
+            return dx, dweight, dbias, *others, None
+        flat, positions = dy.flatten(0, -2), _positions(dy).shape[1]
+        if ctx.kernel:
+            dx, *others = _kernels_backward(
+                flat, x.flatten(0, -2), weight, down, up, u, rows, needs
+            )
+            dx = None if dx is None else dx.view(x.shape)
+            return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, *others, None
+        own, picks = _blocks(narrow.wide(_positions(dy)), rows)
+        v = own @ picked(up, picks, own.dtype).mT
+        dx = ddown = None
+        if needs[0]:
+            thin = _in_rows(v @ picked(down, picks, v.dtype), rows, positions).to(dy.dtype)
+            dx = _onto(thin.flatten(0, 1), flat, weight).view(x.shape)
+        if needs[3]:
+            ddown = _sums(v, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
+        dup = _sums(u, own, picks, up) if needs[4] else None
+        return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, ddown, dup, None
+
+
+def _has_kernel(
+    x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+) -> bool:
+    """Whether the kernels serve these rows: in bfloat16 alone, as float16 has a range."""
+    fits = x.dtype == torch.bfloat16 and has_kernel(x, weight) and x.numel() > 0 and not recorded()
+    plain = fits and weight.numel() > 0 and (bias is None or bias.is_contiguous())
+    near = plain and {t.get_device() for t in (weight, down, up)} == {x.get_device()}
+    return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
+
+
+def _sorted(rows: Choice, positions: int) -> Any:
+    from paramlora.cuda.routed.plan import Sorted
+
+    return Sorted(*rows.sorted_by(positions), rows.starts, max(rows.ranks), positions)
+
+
+def _by_kernels(
+    x: Tensor, w: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+) -> tuple[Tensor, Tensor]:
+    """``x w + x A_iᵀ B_iᵀ + bias`` in one accumulator, and the thin product."""
+    from paramlora.cuda.routed import plan
+
+    x, by = x.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    u = plan.thin(x, cast(down, x.dtype), by)
+    return plan.product(x, w, u, cast(up, x.dtype), by, bias), u
+
+
+def _kernels_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    u: Tensor,
+    rows: Choice,
+    needs: Sequence[bool],
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of x and of both factors that are wanted."""
+    from paramlora.cuda.routed import plan
+
+    x, dy, by = x.contiguous(), dy.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    dx = v = None
+    if needs[0] or needs[3]:
+        v = plan.thin(dy, cast(up, dy.dtype), by)
+        if needs[0]:
+            dx = plan.product(dy, weight, v, cast(down, dy.dtype), by)
+    if not (needs[3] or needs[4]):
+        return dx, None, None
+    ddown, dup = plan.sums(x, v, dy, u, by, len(down), (needs[3], needs[4]))
+    ddown = None if ddown is None else cast(ddown, down.dtype)
+    return dx, ddown, None if dup is None else cast(dup, up.dtype)
+
+
 class _Onto(torch.autograd.Function):
-    """``x Wᵀ + thin + bias`` in 16 bits with one rounding: the small product comes first, where one
-    float32 accumulator takes both, and the bias last, so that a large one does not drown it."""
+    """`_onto`, with each operand's own gradient."""
 
     @staticmethod
     def forward(ctx: Any, thin: Tensor, x: Tensor, weight: Tensor, bias: _Maybe) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
-            y = torch.mm(x, weight.t(), out_dtype=torch.float32).add_(thin)
-            return (y if bias is None else y.add_(bias)).to(x.dtype)
-        y = torch.addmm(thin, x, weight.t())
-        return y if bias is None else y.add_(bias)
+        return _onto(thin, x, weight.t(), bias)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        device = autocast_of(dy)
-        if device is not None:
-            with torch.autocast(device, enabled=False):
-                return _Onto.backward(ctx, dy)
         dx = dy @ weight if needs[1] else None
         dweight = dy.t() @ x if needs[2] else None
         return dy, dx, dweight, dy.sum(0) if needs[3] else None
@@ -164,6 +319,93 @@ def embedding(
 
 def convolution(
     x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    down: Tensor,
+    up: Tensor,
+    rows: Choice,
+    where: Where,
+    dropped: _Maybe = None,
+) -> Tensor:
+    """``conv(x, W + B_i A_i) + bias`` where ``i`` is each row's.
+
+    In 16 bits both terms are computed in float32, in TF32 where cuDNN may, and rounded once: of
+    what torch has no convolution adds onto an output, and one whose update is rounded apart loses
+    half of a small one. But for what is compiled.
+
+    Args:
+        x: ``[N, C_in, ...]``, padded but for what `where` says.
+        weight: ``[C_out, C_in / groups, *kernel]``.
+        bias: ``[C_out]`` or None.
+        down, up, rows: as of `convolved`.
+        where: stride, padding, dilation and groups.
+        dropped: what the updates get instead of x.
+    """
+    device = autocast_of(x)
+    if device is not None:
+        x, weight, bias, dropped = cast_for_autocast(device, x, weight, bias, dropped)
+        with torch.autocast(device, enabled=False):
+            return convolution(x, weight, bias, down, up, rows, where, dropped)
+    own = x if dropped is None else dropped
+    if x.dtype.itemsize == 2 and not untold():
+        more = None if dropped is None else own
+        return applied(_Convolution, x, weight, bias, down, up, more, rows, where)
+    y = narrow.Stage(*where)(x, weight)
+    y = y if bias is None else y + bias.reshape(-1, *[1] * (y.dim() - 2))
+    return y + convolved(own, weight.shape, down, up, rows, *where)
+
+
+class _Convolution(torch.autograd.Function):
+    """`convolution` in 16 bits. Keeps its inputs by reference, and computes the updates' part again
+    for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        down: Tensor,
+        up: Tensor,
+        dropped: _Maybe,
+        rows: Choice,
+        where: Where,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, down, up, dropped)
+        ctx.rows, ctx.where = rows, where
+        wide, own = x.float(), None if dropped is None else dropped.float()
+        y = narrow.Stage(*where)(wide, weight.float())
+        y += convolved(wide if own is None else own, weight.shape, down, up, rows, *where)
+        if bias is not None:
+            y += bias.reshape(-1, *[1] * (y.dim() - 2))
+        return y.to(x.dtype)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, weight, down, up, dropped), needs = ctx.saved_tensors, ctx.needs_input_grad
+        rows, where, shape, apart = ctx.rows, ctx.where, weight.shape, dropped is not None
+
+        def update(own: Tensor, down: Tensor, up: Tensor) -> Tensor:
+            return convolved(own, shape, down, up, rows, *where)
+
+        def base(x: Tensor, weight: Tensor) -> Tensor:
+            return narrow.Stage(*where)(x, weight)
+
+        wide, wanted = dy.float(), (needs[5] if apart else needs[0], *needs[3:5])
+        given = (dropped if apart else x).float()
+        down_x, *others = differentiable(update, (given, down, up), wanted, wide)
+        dx, dweight = differentiable(base, (x.float(), weight.float()), needs[:2], wide)
+        if not apart and dx is not None and down_x is not None:
+            dx, down_x = dx + down_x, None
+        dbias = dy.sum([0, *range(2, dy.dim())]) if needs[2] else None
+        narrowed = (None if t is None else t.to(x.dtype) for t in (dx, dweight))
+        down_x = None if down_x is None else down_x.to(x.dtype)
+        return *narrowed, dbias, *others, down_x, None, None
+
+
+def convolved(
+    x: Tensor,
     shape: Sequence[int],
     down: Tensor,
     up: Tensor,
@@ -187,9 +429,9 @@ def convolution(
     if device is not None:
         (x,) = cast_for_autocast(device, x)
         with torch.autocast(device, enabled=False):
-            return convolution(x, shape, down, up, rows, stride, padding, dilation, groups)
+            return convolved(x, shape, down, up, rows, stride, padding, dilation, groups)
     if x.dtype == torch.float16:
-        y = convolution(x.float(), shape, down, up, rows, stride, padding, dilation, groups)
+        y = convolved(x.float(), shape, down, up, rows, stride, padding, dilation, groups)
         return y.to(x.dtype)
     n, count, kernel = len(x), len(shape) - 2, shape[2:]
     first = picked(down, rows.picks, x.dtype)  # [N, r, in]

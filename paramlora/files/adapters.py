@@ -79,8 +79,14 @@ def load_adapter(
             "adapter and max_rank."
         )
     options = Options(strict, rank, alpha, component, split, enable)
+
+    def base(form: Format) -> Optional[Base]:
+        # the layers that a swap needs are those of the attached adapter, which it asks itself
+        needless = into is not None and form.complete and strict and component is None
+        return None if needless else base_of(model)
+
     with uncollected():
-        found = read_adapter(path, base_of(model), options)
+        found = _read(path, base, options)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -102,11 +108,14 @@ def read_adapter(
     Raises:
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
-    outline = outlined(path)
-    formats.form_of(outline).check(outline)  # before anything is read
-    content = opened(path)
-    options = formats.noting(options)
-    adapter = formats.read(content, base, options)
+    return _read(path, lambda form: base, options)
+
+
+def _read(path: PathLike, base: Callable[[Format], Optional[Base]], options: Options) -> Adapter:
+    """As `read_adapter`, of a base that the format asks for."""
+    content = checked(path)
+    options, form = formats.noting(options), formats.form_of(content)
+    adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
@@ -331,6 +340,26 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
+def checked(path: PathLike) -> Content:
+    """As `opened`, once the format has found its outline sound: before any tensor is read.
+
+    Raises:
+        FileError: as there, or by the format.
+    """
+    weights = weights_in(path)
+    if is_pickled(head_of(weights)):
+        content = opened(weights)
+        formats.form_of(content).check(content)
+        return content
+    file = SafeFile(weights)
+    try:
+        outline = _outline(weights, file)
+        formats.form_of(outline).check(outline)
+        return _content(weights, file.every(), file.metadata)
+    finally:
+        file.close()
+
+
 def outlined(path: PathLike) -> Content:
     """As `opened`, and the tensors of a safetensors file have no content: it was not read.
 
@@ -342,6 +371,10 @@ def outlined(path: PathLike) -> Content:
         return opened(weights)
     file = SafeFile(weights)
     file.close()
+    return _outline(weights, file)
+
+
+def _outline(weights: Path, file: SafeFile) -> Content:
     state = {
         key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         for key, spec in file.specs.items()

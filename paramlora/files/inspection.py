@@ -9,8 +9,8 @@ from typing import Any, Optional
 import torch
 
 from paramlora import formats
-from paramlora.errors import FileError, ParamloraWarning, shown
-from paramlora.files.adapters import opened, outlined
+from paramlora.errors import FileError, ParamloraWarning, counted, shown
+from paramlora.files.adapters import checked
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Options
 from paramlora.update.contexts import own_context
@@ -91,8 +91,8 @@ class Inspection:
         ]
         lines += self.notes
         whole = sum(1 for row in self.rows if row.kind == "whole")
-        counts = [f"{len(self.rows) - whole} updates", f"{self.flagged} flagged"]
-        counts[1:1] = [f"{whole} whole tensors"] if whole else []
+        counts = [counted(len(self.rows) - whole, "update"), f"{self.flagged} flagged"]
+        counts[1:1] = [counted(whole, "whole tensor")] if whole else []
         return "\n".join([*lines, ", ".join(counts)])
 
 
@@ -108,15 +108,12 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
     """
-    content = outlined(path)
+    content = checked(path)
     form = formats.form_of(content)
-    form.check(content)
-    held = opened(path)
-
     options = formats.noting(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(held, base, options)
+        adapter = form.read(content, base, options)
         if base is not None or options.component is not None:
             adapter = formats.chosen(form, adapter, base, options, content.source)
     formats.check_alpha(content.source, options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import MOST_TEXT, open_regular, parse_json
-from paramlora.errors import FileError, spelled, unread
+from paramlora.errors import FileError, counted, spelled, unread
 from paramlora.files.atomic import Ahead
 from paramlora.update.geometry import MOST_SIDE, possible
 from paramlora.update.memory import bytes_of
@@ -91,13 +91,14 @@ class SafeFile:
     def read(self, key: str) -> Tensor:
         """A tensor, in memory of its own."""
         spec = self.specs[key]
+        size = spec.nbytes
         try:
-            out = torch.empty(spec.nbytes, dtype=torch.uint8)
+            out = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise FileError(
-                f"{self.path}: {key} takes {spec.nbytes:,} bytes, which memory does not hold."
+                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold."
             ) from error
-        if spec.nbytes:
+        if size:
             self._fill(self._begin[key], bytes_of(out))
         return out.view(spec.dtype).reshape(spec.shape)
 
@@ -150,7 +151,7 @@ class SafeFile:
                 f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
             )
         if size < 8 or length > min(size - 8, MOST_TEXT):
-            raise self._damaged(f"a header of {length:,} bytes in a file of {size:,}")
+            raise self._damaged(f"a header of {counted(length, 'byte')} in a file of {size:,}")
         try:
             text = self._bytes(8, length).decode()
             header = parse_json(text)
@@ -179,7 +180,8 @@ class SafeFile:
             )
         spec = Spec(dtype, tuple(shape))
         if end - begin != spec.nbytes:
-            raise self._damaged(f'"{key}" of {spec.nbytes:,} bytes stands in {end - begin:,}')
+            size = counted(spec.nbytes, "byte")
+            raise self._damaged(f'"{key}" of {size} stands in {end - begin:,}')
         self.specs[key], self._begin[key] = spec, start + begin
 
     def _check_whole(self, start: int, size: int) -> None:

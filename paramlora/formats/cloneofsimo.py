@@ -9,7 +9,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, counted
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, parsed_list, report_unused
 from paramlora.formats.factors import pair
@@ -94,7 +94,7 @@ def _ordered(content: Content, model: str, base: Base, count: int) -> list[str]:
             return paths
         tried[", ".join(sorted(classes))] = len(paths)
     found = "; ".join(f"{n} inside {names}" for names, n in tried.items())
-    raise FileError(f"{content.source}: {count} updates, and the model has {found}.")
+    raise FileError(f"{content.source}: {counted(count, 'update')}, and the model has {found}.")
 
 
 def _is_list(content: Content) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paramlora.config.reading import parse_json
 from paramlora.errors import FileError, listed, spelled, warn
+from paramlora.update.memory import all_finite
 from paramlora.update.value import Adapter
 
 
@@ -175,9 +176,12 @@ _SOUND = "It was damaged in training or in copying: give a sound copy, or one fr
 
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
+    values = adapter.values()
+    if all_finite(t for value in values.values() for t in value.tensors().values()):
+        return
     bad = [
         path if value.alone else f"{path}.{name}"
-        for path, value in adapter.values().items()
+        for path, value in values.items()
         for name, tensor in value.tensors().items()
         if not torch.isfinite(tensor).all()
     ]

@@ -7,7 +7,7 @@ scale of a file without metadata).
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -82,7 +82,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     halves, unused = _halves(content)
     report_unused(content, unused, options.strict)
     configs, exact = _configs(content), recorded(content)
-    alphas = _alphas(configs, halves, content.source)
+    alphas = _alphas(configs, halves, content.source, options.strict)
     if not configs:
         told = headed(content, halves, _is_of, options.alpha)
         alphas[""] = alphas.get("", {}) | told
@@ -173,13 +173,20 @@ def _is_of(path: str, component: str) -> bool:
 
 
 def _alphas(
-    configs: Mapping[str, Mapping[str, Any]], paths: Iterable[str], source: str
+    configs: Mapping[str, Mapping[str, Any]],
+    halves: Mapping[str, Mapping[str, Tensor]],
+    source: str,
+    strict: bool,
 ) -> dict[str, dict[str, Any]]:
-    """What each component's patterns say of its layers' alphas."""
-    inside: dict[str, list[str]] = {component: [] for component in configs}
-    for path in paths:
-        component = _component(path, configs)
-        inside.setdefault(component, []).append(path.removeprefix(f"{component}."))
+    """What each component's patterns say of its layers' alphas, where its ranks are theirs."""
+    inside: dict[str, dict[str, int]] = {component: {} for component in configs}
+    for path, half in halves.items():
+        down, component = half.get("down"), _component(path, configs)
+        if down is not None and down.dim():
+            own = inside.setdefault(component, {})
+            own[path.removeprefix(f"{component}.")] = down.shape[0]
+    for component, own in inside.items():
+        peft.check_ranks(configs.get(component, {}), own, source, strict)
     return {
         component: peft.by_pattern(configs.get(component, {}), "alpha_pattern", own, source)
         for component, own in inside.items()
@@ -208,7 +215,7 @@ def _scale(
     if component not in configs and options.alpha is None and path not in alphas.get("", {}):
         return 1.0
     config, own = configs.get(component, {}), path.removeprefix(f"{component}.")
-    alpha = peft.alpha(config, alphas[component], own, r, options)
+    alpha = peft.alpha(config, alphas[component], own, r, options, where)
     if config.get("use_rslora"):
         return alpha / float(r**0.5)
     return scale_of(alpha, r, exact.get(path), where)

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, counted
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, number
 from paramlora.formats.factors import pair
@@ -96,7 +96,8 @@ def _rows(
             "of keys and values."
         )
     if extra or kv < 1:
-        raise FileError(f"{where}: {b.shape[0]} rows for queries of {q}. Give the model.")
+        rows = counted(b.shape[0], "row")
+        raise FileError(f"{where}: {rows} for queries of {q}. Give the model.")
     return [q, kv, kv]
 
 
@@ -149,7 +150,7 @@ def _sizes(path: str, update: Update, adapter: Adapter, base: Optional[Base]) ->
     out = update.lora_B.shape[0]
     kv, extra = divmod(out - q, 2)
     if extra or kv < 1:
-        raise FileError(f"{path}: {out} rows for queries of {q}. Give the model.")
+        raise FileError(f"{path}: {counted(out, 'row')} for queries of {q}. Give the model.")
     return [q, kv, kv]
 
 

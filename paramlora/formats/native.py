@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, Optional, Union
 
@@ -143,8 +144,14 @@ def checked_entries(
     path: _Place, metadata: Mapping[str, str], state: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
     """What the metadata tells, and the entry of each path, which the tensors' names must be of."""
-    path = PurePath(path)
-    about, config = _about(path, metadata)
+    return _checked(PurePath(path), metadata.get("paramlora"), tuple(state))
+
+
+@lru_cache(maxsize=1)  # asked before the tensors are read, and again with them
+def _checked(
+    path: PurePath, told: Optional[str], state: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
+    about, config = _about(path, told)
     entries = _entries(path, config, state, told="shapes" in about)
     there = _names_there(state)
     wanted = {
@@ -291,14 +298,14 @@ def _named(path: PurePath, entry: TargetConfig, names: Names) -> set[str]:
         raise FileError(f"{path}: its pattern {error}. Save it again, with plain names.") from error
 
 
-def _about(path: PurePath, metadata: Mapping[str, str]) -> tuple[dict[str, Any], LoRAConfig]:
-    if "paramlora" not in metadata:
+def _about(path: PurePath, told: Optional[str]) -> tuple[dict[str, Any], LoRAConfig]:
+    if told is None:
         raise FileError(
             f'{path}: no "paramlora" in its metadata, so another tool wrote it. Convert it '
             "first (paramlora convert --to native)."
         )
     try:
-        about: dict[str, Any] = parse_json(metadata["paramlora"])
+        about: dict[str, Any] = parse_json(told)
         version, _, _ = about["format"], about["adapter"], about["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(

@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, counted
 from paramlora.formats.factors import folded
 from paramlora.formats.parts import Part, Rows
 from paramlora.update.value import Update
@@ -115,7 +115,8 @@ def gathered(
 def _check_size(rows: int, rank: int, where: str) -> None:
     """Refuse a rank that takes a file a few bytes, and beside all of a weight's rows the memory."""
     if rows * rank > _MOST:
-        raise FileError(f"{where}: rank {rank:,} for {rows:,} rows is more than any model has.")
+        told = f"rank {rank:,} for {counted(rows, 'row')}"
+        raise FileError(f"{where}: {told} is more than any model has.")
 
 
 _Matrix = tuple[Source, int]  # of a stack, which one
@@ -169,7 +170,7 @@ def _check(
         counts = [part.stop - part.start for part in parts.values()]
         if sum(counts) != rows or 0 in counts:
             raise FileError(
-                f"{where}: {rows} rows are not those of {', '.join(parts)} "
+                f"{where}: {counted(rows, 'row')}, which are not those of {', '.join(parts)} "
                 f"({', '.join(map(str, counts))}). Was it made for another model?"
             )
 

@@ -16,7 +16,7 @@ from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse
 from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
 from paramlora.formats.loaders import of_state_dict
-from paramlora.formats.peft import alpha, by_pattern, check_config
+from paramlora.formats.peft import alpha, by_pattern, check_config, check_ranks
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.update.value import Adapter, Update
 
@@ -39,6 +39,8 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     check_config(content.config, content.source)
     found = halves(content, _FACTOR, options.strict)
     alphas = by_pattern(content.config, "alpha_pattern", found, content.source)
+    ranks = {path: half["a"].shape[0] for path, half in found.items() if half["a"].dim()}
+    check_ranks(content.config, ranks, content.source, options.strict)
     updates = {p: _update(p, half, alphas, content, options) for p, half in found.items()}
     return Adapter(updates)
 
@@ -57,7 +59,7 @@ def _update(
             "Put it beside the file, or give alpha (--alpha)."
         )
     r = half["a"].shape[0]
-    value = alpha(content.config, alphas, path, r, options)
+    value = alpha(content.config, alphas, path, r, options, content.source)
     exact = recorded(content).get(path)
     return pair(half["a"], half["b"], scale_of(value, r, exact, where), where)
 

@@ -30,6 +30,7 @@ from paramlora.model.attach import adapter_names, updates
 from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.layer_class import holds_updates, parametrized, shared
 from paramlora.model.methods import library
+from paramlora.model.undo import to_the_end, unchanged_on_error
 from paramlora.model.values import adapter_of
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.names import BRANCHES
@@ -306,17 +307,45 @@ def _bare(model: nn.Module) -> Iterator[None]:
     """Inside the block the layers of `model` hold their base alone, as before `attach`.
 
     A tensor may get another shape in the block, and a layer another object in its place: the
-    updates come back to what is there then.
+    updates come back to what is there then. What stops the block leaves the model as it was.
     """
     held = [_Held.of(path, module) for path, module in model.named_modules() if _is_adapted(module)]
-    try:
+    with _sizes_unchanged_on_error(model), unchanged_on_error(model.modules(), model.parameters()):
         for one in held:
             one.take_off()
         yield
-    finally:
         _part(model, held)
         for one in held:
             one.put_back(model.get_submodule(one.path))
+
+
+@contextmanager
+def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back what a resize changes outside of the modules: the memory behind a tensor, such as
+    the bias of a head, and the sizes that configurations tell."""
+    memory = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
+    told = [(vars(config), dict(vars(config))) for config in _configurations(model)]
+
+    def put_back() -> None:
+        for tensor, data in memory:
+            if tensor.shape != data.shape:
+                tensor.data = data
+        for now, before in told:
+            now.clear()
+            now.update(before)
+
+    try:
+        yield
+    except BaseException:
+        to_the_end(put_back)
+        raise
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """Of the model and of models inside of it, with the part that tells the vocabulary's size."""
+    own = [vars(module).get("config") for module in model.modules()]
+    text = [config.get_text_config() for config in own if hasattr(config, "get_text_config")]
+    return list({id(one): one for one in (*own, *text) if hasattr(one, "__dict__")}.values())
 
 
 def _part(model: nn.Module, held: "list[_Held]") -> None:

@@ -350,8 +350,12 @@ def rounding(model: Model, how: str) -> Model:
     found = [update for _, _, update in updates(model)]
     if not found:
         raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")
-    for update in found:
-        update.keep(served=how == "as served")
+
+    def each() -> None:
+        for update in found:
+            update.keep(served=how == "as served")
+
+    to_the_end(each)
     return model
 
 
@@ -376,12 +380,18 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
     """As `updates`, with an update that tied tensors share once for each holder."""
+    for path, module in adapted_modules(model):
+        for name, plist in updates_of(module):
+            for update in plist:
+                if isinstance(update, AttachedUpdate):
+                    yield stem(path, name), module, update
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of those that hold parametrizations or branches."""
     for path, module in unwrapped(model).named_modules():
         if "parametrizations" in module._modules or BRANCHES in module._modules:
-            for name, plist in updates_of(module):
-                for update in plist:
-                    if isinstance(update, AttachedUpdate):
-                        yield stem(path, name), module, update
+            yield path, module
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:

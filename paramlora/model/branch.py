@@ -25,6 +25,7 @@ from paramlora.model.forwards import (
     convolved_rows,
     dropped_rows,
     in_one_sum,
+    in_one_sum_of_rows,
     of_rows,
     padded_input,
     rows_first,
@@ -208,6 +209,8 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     x = args[0] if args else _named_input(layer, kwargs)
     rows, updates = _rows_of(layer)
     if rows is not None:
+        if updates and _rounds_first(layer, x, output, updates):
+            return in_one_sum_of_rows(layer, x, layer.weight, updates, rows)
         return output + _of_rows(layer, x, output, updates, rows) if updates else output
     if updates and _rounds_first(layer, x, output, updates):
         dropping = layer.training and any(update.dropout for update in updates)

@@ -5,10 +5,10 @@ a loop, matrices gathered for each row, and grouped products. With an update all
 one, which forms no dense sum. A loop that is known by its class's name is served likewise.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -17,8 +17,9 @@ from torch.compiler import is_compiling
 
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
-from paramlora.evaluate.experts import grouped_linear
+from paramlora.evaluate.experts import grouped_linear, owners
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
+from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     dropped_rows,
     drops_of,
@@ -30,6 +31,7 @@ from paramlora.model.forwards import (
     together,
 )
 from paramlora.update.choice import Choice, wrong_rows
+from paramlora.update.contexts import autocast_of
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import wide
 
@@ -105,16 +107,23 @@ def product(
     ends: Tensor,
     transposed: bool,
     tokens: Optional[tuple[Tensor, Tensor]] = None,
+    source: Optional[Source] = None,
+    bias: Optional[Tensor] = None,
 ) -> Tensor:
     """`grouped_linear` of a stack and its updates, which may be none.
 
     Args:
         tokens: each row's expert, and its row of the batch; where those take adapters.
     """
+    if bias is not None and not _is_plain(bias, x, stack.weight):
+        y = product(x, stack, ends, transposed, tokens, source)
+        return y + bias[owners(ends, len(y))]
     if stack.rows is not None and stack.updates:
         if tokens is None:
             raise AdapterError(_UNTOLD)
-        return _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens)
+        x = x if source is None else source.rows(x)
+        y = _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens)
+        return y if bias is None else y + bias[owners(ends, len(y))]
     weight, updates, dropping, _ = stack
     if updates:
         a, b, scale, strength = together(updates, "stack", dropping)
@@ -124,7 +133,12 @@ def product(
     drops: Optional[Drops] = drops_of(x, updates) if dropping else None
     if transposed:
         weight, a, b = weight.mT, b.mT, a.mT
-    return grouped_linear(x, weight, ends, a, b, scale, strength, drops)
+    return grouped_linear(x, weight, ends, a, b, scale, strength, drops, source, bias)
+
+
+def _is_plain(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether a bias may be added within the product: not trained, and of its type."""
+    return not bias.requires_grad and bias.dtype == weight.dtype and autocast_of(x) is None
 
 
 def _product_of_rows(
@@ -225,7 +239,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
     return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)
 
 
-@cache
+@functools.cache
 def _of_experts(known: Any, implemented: bool) -> _Forward:
     """The forward of experts that are told, for each token, which of them and how strongly."""
     names = list(inspect.signature(known).parameters)[1:4]
@@ -296,24 +310,28 @@ def _experts(
     batch = batch_rows(self, hidden, (first, second))
     transposed, biased = getattr(self, "is_transposed", False), getattr(self, "has_bias", False)
     ids, order = torch.sort(index.reshape(-1))
-    x, beyond = flat[order // top], None
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
     told = None if batch is None else (ids, batch[order // top])
-    if loop or getattr(self, "_is_expert_parallel", True):  # older transformers do not tell
-        beyond = (ids >= len(second.weight))[:, None]
-    y = x if beyond is None else x.masked_fill(beyond, 0)
-    y = product(y, first, _ends(ids, first), transposed, told)
-    own = ids.clamp(max=len(second.weight) - 1)
-    y = _activated(self, _biased(self, y, own) if biased else y)
-    y = product(y, second, _ends(ids, second), transposed, told)
-    y = y + self.down_proj_bias[own] if biased else y
-    if beyond is not None:
-        y = torch.where(beyond, x if hasattr(self, "identity_expert") else 0, y)
+    partial = loop or getattr(self, "_is_expert_parallel", True)  # older transformers do not tell
+    chosen, bias = Chosen(order, back, top, partial), _bias(self) if biased else None
+    y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
+    activated: Optional[Computed] = Computed(functools.partial(_activated, self))
+    act = getattr(self, "act_fn", None)
+    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
+        # as of xIELU's, which want gradients too
+        y, activated = _activated(self, y), None
+    bias = self.down_proj_bias if biased else None
+    y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
+    if partial:
+        y = y.masked_fill((ids >= len(second.weight))[:, None], 0)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * weights.reshape(-1)[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
     total = y[back].view(len(flat), top, -1).sum(1)
+    if hasattr(self, "identity_expert"):
+        own = weights.masked_fill(index < len(second.weight), 0).reshape(len(flat), top)
+        total = total + flat * own.sum(1, keepdim=True)
     return total.to(hidden.dtype).view(hidden.shape)
 
 
@@ -323,9 +341,8 @@ def _ends(ids: Tensor, stack: Stack) -> Tensor:
     return torch.searchsorted(ids, experts, right=True, out_int32=True)
 
 
-def _biased(self: Any, y: Tensor, ids: Tensor) -> Tensor:
-    bias: Tensor = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
-    return y + bias[ids]
+def _bias(self: Any) -> Tensor:
+    return self.gate_up_proj_bias if self.has_gate else self.up_proj_bias  # type: ignore[no-any-return]
 
 
 def _activated(self: Any, y: Tensor) -> Tensor:
@@ -337,7 +354,7 @@ def _activated(self: Any, y: Tensor) -> Tensor:
     return self.act_fn(gate) * up  # type: ignore[no-any-return]
 
 
-@cache
+@functools.cache
 def _of_sorted(known: Any) -> _Forward:
     """The forward of one product, whose rows are sorted, and told how many each expert has."""
 
@@ -353,7 +370,7 @@ def _of_sorted(known: Any) -> _Forward:
     return forward
 
 
-@cache
+@functools.cache
 def _of_equal(known: Any) -> _Forward:
     """The forward of experts with as many rows each, one after the other; matrices ``[in, out]``,
     and the second half of the first product is gated by the first."""

@@ -16,10 +16,11 @@ from torch.compiler import is_compiling
 
 from paramlora.evaluate import dropout, functional, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
+from paramlora.evaluate.rescaled import norms_of, rescaled
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
 from paramlora.update.contexts import autocast_of, in_own_types
-from paramlora.update.dora import Dora, output_norms
+from paramlora.update.dora import Dora
 from paramlora.update.geometry import Layout
 from paramlora.update.lokr import Lokr
 from paramlora.update.lowrank import LowRank
@@ -203,16 +204,16 @@ def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tens
 def _as_rescaled(
     found: _Rescaled,
     layout: Layout,
-    fused: Callable[[Tensor, Tensor, Tensor], Tensor],
+    fused: Callable[[Tensor, Tensor, Tensor, Any], Tensor],
     apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     bias: Any,
     rest: int = 0,
 ) -> Tensor:
-    """A layer's output under a DoRA: the low-rank layer's without bias, rescaled by outputs.
+    """A layer's output under a DoRA: the low-rank layer's, rescaled by outputs.
 
     Args:
         layout: of the layer.
-        fused: gives the layer's output of A, B and the scale.
+        fused: gives the layer's output of A, B, the scale and a bias, or none.
         apart: gives the base's output and the branch's, of A and the scaled B.
         bias: of the layer, or None.
         rest: how many dimensions of an output come after that of the outputs.
@@ -220,18 +221,18 @@ def _as_rescaled(
     weight, update, dropping = found
     a, b = _factors(update, layout)
     matrix = weight.flatten(1) if layout == "matrix" else weight.t()
-    scale = update.stored_scale()
-    factor = update.rescale(output_norms(matrix, a, b, scale)).reshape(-1, *[1] * rest)
+    scale, size = update.stored_scale(), (-1, *[1] * rest)
+    norm = norms_of(matrix, a, b, scale).reshape(size)
     if update.fully and not dropping:
-        y = fused(a, b, scale)
-        dtype, total = y.dtype, y * factor
-    else:
-        base, low = apart(a, wide(b) * scale)
-        dtype = base.dtype
-        total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
-    if bias is not None:
-        total = total + bias.reshape(-1, *[1] * rest)
-    return total.to(dtype)
+        # in 16 bits a large bias would drown what is rounded
+        inside = weight.dtype.itemsize > 2 and autocast_of(weight) is None
+        z = fused(a, b, scale, bias if inside else None)
+        shaped = None if bias is None else bias.reshape(size)
+        return rescaled(z, update.lora_magnitude.reshape(size), norm, shaped, inside)
+    base, low = apart(a, wide(b) * scale)
+    factor = update.rescale(norm)
+    total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
+    return (total if bias is None else total + bias.reshape(size)).to(base.dtype)
 
 
 def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
@@ -245,8 +246,8 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -
         rate = update.dropout if dropping else 0.0
         return F.linear(x, own), dropout.dropped_branch(x, a, up, rate, low)
 
-    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        return functional.linear(x, own, None, a, b, scale, 1.0)
+    def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
+        return functional.linear(x, own, bias, a, b, scale, 1.0)
 
     return _as_rescaled(found, layout, fused, apart, _bias(layer))
 
@@ -265,8 +266,8 @@ def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor
         rate = update.dropout if dropping else 0.0
         return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
 
-    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        return convolution(x, weight, None, a, b, scale, *how, 1.0)
+    def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
+        return convolution(x, weight, bias, a, b, scale, *how, 1.0)
 
     return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
 
@@ -278,7 +279,7 @@ def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
         low = F.embedding(ids, a.t(), padding) @ up.t()
         return F.embedding(ids, weight, padding), low
 
-    def fused(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
         return functional.embedding(ids, weight, a, b, scale, padding, 1.0)
 
     y = _as_rescaled(found, "transposed", fused, apart, None)
@@ -453,6 +454,15 @@ def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
     return _convolved(layer, x, known)
 
 
+def in_one_sum_of_rows(
+    layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
+) -> Tensor:
+    """The same with each row's update."""
+    if isinstance(layer, nn.Linear):
+        return linear_of_rows(layer, x, weight, updates, rows, "matrix")
+    return _convolution_of_rows(layer, x, weight, updates, rows)
+
+
 def _inner(layer: Any) -> Any:
     own = layer.__dict__
     return own["_conv_forward"] if "_conv_forward" in own else type(layer)._conv_forward
@@ -594,9 +604,9 @@ def beside_rows(
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
-    apart = base is not None and (dropped is not x or updates[0].served)
+    apart = base is not None and updates[0].served
     weight, bias = base if base is not None and not apart else (None, None)
-    y = routed.linear(dropped, weight, bias, down, up, rows)
+    y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
         y = F.linear(x, *base) + y
     return y.movedim(0, rows.dim)
@@ -608,7 +618,7 @@ def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) 
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     where = layer.stride, padding, layer.dilation, layer.groups
-    return routed.convolution(x, shape, down, up, rows, *where)
+    return routed.convolved(x, shape, down, up, rows, *where)
 
 
 def linear_of_rows(
@@ -628,9 +638,18 @@ def linear_of_rows(
 def _convolution_of_rows(
     layer: Any, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    x = rows_first(layer, x, 0, rows)
-    y: Tensor = layer._conv_forward(x, weight, _bias(layer))
-    return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
+    x, bias = rows_first(layer, x, 0, rows), _bias(layer)
+    y: Tensor
+    if not updates or updates[0].served:
+        y = layer._conv_forward(x, weight, bias)
+        return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
+    x = laid_as(x, weight)
+    dropped = dropped_rows(layer.training, x, updates, rows)
+    more = None if dropped is x else padded_input(layer, dropped)[0]
+    x, padding = padded_input(layer, x)
+    where = (layer.stride, padding, layer.dilation, layer.groups)
+    down, up = factors_of_rows(updates, rows, "matrix")
+    return routed.convolution(x, weight, bias, down, up, rows, where, more)
 
 
 def _embedding_of_rows(

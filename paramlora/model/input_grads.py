@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from paramlora.errors import AdapterError
 from paramlora.model.classes import Model
 from paramlora.model.recomputed import AGAIN
+from paramlora.model.undo import to_the_end, unchanged_on_error
 
 _TOLD = "gradient_checkpointing"
 
@@ -44,16 +45,21 @@ def enable_input_grads(model: Model, *sources: nn.Module) -> Model:
         >>> net(torch.randn(2, 4)).sum().backward()
         >>> assert net.layer.parametrizations.weight[0].lora_B.grad is not None
     """
-    disable_input_grads(model)
-    # some models set requires_grad on a view of their input, so they take none that carries one
-    model.register_forward_pre_hook(_tensors_again if sources else _inputs, with_kwargs=True)
-    for source in sources or _embeddings(model):
-        source.register_forward_hook(_outputs)
+    with unchanged_on_error([*model.modules(), *sources]):
+        _disable(model)
+        # some models set requires_grad on a view of their input, so they take none that carries one
+        model.register_forward_pre_hook(_tensors_again if sources else _inputs, with_kwargs=True)
+        for source in sources or _embeddings(model):
+            source.register_forward_hook(_outputs)
     return model
 
 
 def disable_input_grads(model: nn.Module) -> None:
     """Undo `enable_input_grads`; nothing where it was never called."""
+    to_the_end(lambda: _disable(model))
+
+
+def _disable(model: nn.Module) -> None:
     for module in model.modules():
         # found by the function, because a deep copy shares no handle with its original
         for key in [k for k, hook in module._forward_pre_hooks.items() if hook in _BEFORE]:
@@ -96,6 +102,10 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not torch.is_grad_enabled():
         return None
     _tensors_again(model, args, kwargs)
+    # transformers' extractors of sounds begin gradients at a view of their input, which must not
+    # carry one already
+    if any(vars(m).get("_requires_grad") is True and m.training for m in model.modules()):
+        return None
     main = getattr(model, "main_input_name", None)
     if isinstance(main, str) and _floating(kwargs.get(main)):
         return args, {**kwargs, main: _carrying(kwargs[main])}

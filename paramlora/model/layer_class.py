@@ -15,7 +15,7 @@ from paramlora.errors import AdapterError
 from paramlora.model.asked import asks_the_base
 from paramlora.model.experts import expert_forward_of
 from paramlora.model.forwards import ending_in, forward_of
-from paramlora.model.recomputed import AGAIN
+from paramlora.model.recomputed import AGAIN, counted
 from paramlora.model.sums import read
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.lowrank import value_of
@@ -151,7 +151,7 @@ def _tensor_property(name: str) -> property:
                 return value_of(plist)
             if asks_the_base(sys._getframe(1), name) and is_ours(plist):
                 return plist.original  # type: ignore[no-any-return]
-            return read(plist, AGAIN in self.__dict__)
+            return counted(plist, read(plist, AGAIN in self.__dict__))
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
                 return held[name]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.update.attached import AttachedUpdate
+from paramlora.update.compat import keeps_saved, transformed
 
 AGAIN = "_paramlora_again"  # of layers whose tensors are to be read so, set by `inputs`
 
@@ -32,6 +33,33 @@ def _told(plist: Any) -> tuple[Any, ...]:
     """What the value depends on: the updates' strengths and the versions of the tensors."""
     versions = (0 if p.is_inference() else p._version for p in plist.parameters())
     return (*(update.strength for update in plist), *versions)
+
+
+def counted(plist: Any, value: Tensor) -> Tensor:
+    """A tensor of an update, told from a layer's own by whoever counts what is saved.
+
+    Checkpointing computes a forward again and refuses where that saves another number of tensors.
+    A sum may save none, like the plain tensor that is there once the adapter is gone: then half of
+    the gradients would be of the one and half of the other, without a word. What its reader writes
+    to is a copy, which is made of tensors that are saved.
+    """
+    counts = value.requires_grad and torch.is_grad_enabled() and keeps_saved()
+    if not counts or torch.compiler.is_compiling() or transformed():
+        return value
+    if any(getattr(update, "written_by_reader", False) for update in plist):
+        return value
+    return _Counted.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value.new_empty(0))  # never asked for
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _Again(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, counted
 from paramlora.model.attach import (
     adapter_names,
     check_adapters,
@@ -117,7 +117,8 @@ def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optiona
         )
     _check_on(model, names)
     if index.is_cpu and len(index) and int(index.max()) >= len(names):
-        raise AdapterError(f"index {int(index.max())} is beyond the {len(names)} adapters named.")
+        most, there_are = int(index.max()), counted(len(names), "adapter")
+        raise AdapterError(f"index {most} is beyond the {there_are} named.")
     out = torch.full_like(index, len(there), dtype=torch.long)
     for at, name in enumerate(names):
         if name is not None:
@@ -143,8 +144,8 @@ def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Te
     lengths = bounds.diff()
     if bounds.shape != (len(index) + 1,) or int(bounds[0]) or bool((lengths < 0).any()):
         raise AdapterError(
-            f"cu_seqlens of {len(index)} sequences must be {len(index) + 1} numbers that start at "
-            f"0 and do not fall, got {bounds.tolist()[:20]}."
+            f"cu_seqlens of {counted(len(index), 'sequence')} must be {len(index) + 1} numbers "
+            f"that start at 0 and do not fall, got {bounds.tolist()[:20]}."
         )
     return index.repeat_interleave(lengths)
 

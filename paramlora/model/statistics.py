@@ -6,7 +6,8 @@ the model was, from then on.
 
 Three kinds stay as they are: another tensor of another shape, which somebody resized; one in no
 state dict whose module has other plain attributes than before, which is a cache (of a rotary
-embedding's angles) that belongs to those; and large tables of whole numbers, a quantiser's weights.
+embedding's angles) that belongs to those; and large tables of narrow whole numbers, a quantiser's
+weights. What has eight bytes an entry, or one for a truth, is no weight: indices, counts, masks.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from paramlora.update.attached import AttachedUpdate
 
 _FROZEN = "_frozen_by_paramlora"  # of the model: the names of the parameters that attach froze
 _BUFFERS = "_buffers_before_paramlora"  # of a module: what its buffers held
-_MOST_WHOLE = 2**16  # whole numbers of a table that is no weight
+_MOST_WHOLE = 2**16  # narrow whole numbers of a table that is no weight
 _PLAIN = (bool, int, float, str, type(None))
 _OF_MODULES = vars(nn.Module()).keys()
 _WAYS = (
@@ -163,7 +164,8 @@ def _is_recorded(held: object) -> TypeGuard[Tensor]:
     if held.layout is not torch.strided or held.is_quantized:
         return False
     real = held.is_floating_point() or held.is_complex()
-    return real or held.dim() < 2 or held.numel() <= _MOST_WHOLE
+    wide = held.dtype in (torch.int64, torch.uint64, torch.bool)
+    return real or wide or held.dim() < 2 or held.numel() <= _MOST_WHOLE
 
 
 def _is_saved(module: nn.Module, name: str) -> bool:

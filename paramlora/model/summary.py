@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from paramlora.errors import counted
 from paramlora.model.attach import base_of, placed, updates_of
 from paramlora.model.norms import relative_size
 from paramlora.update.attached import AttachedUpdate, answer
@@ -78,7 +79,7 @@ class Summary:
         """How many updates do nothing, or harm."""
         count = Counter(row.state for row in self.rows)
         return [
-            f"{state}: {count[state]} of {len(self.rows)} updates, {why}"
+            f"{state}: {count[state]} of {counted(len(self.rows), 'update')}, {why}"
             for state, why in _STATES.items()
             if count[state]
         ]

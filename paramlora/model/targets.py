@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramlora.config import FROM_WEIGHT, ConfigLike, LoRAConfig, TargetConfig, as_config
-from paramlora.errors import ConfigError, TargetError, closest, listed, warn
+from paramlora.errors import ConfigError, TargetError, closest, counted, listed, warn
 from paramlora.model.classes import is_hf_conv1d, is_linear, is_of
 from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
@@ -539,7 +539,8 @@ def _report_empty(
     text = " ".join(f'"{name}" matches nothing{why}' for name, why in told.items())
     if len(empty) == len(found):
         count, model = sum(1 for _ in places.model.modules()), places.model
-        raise TargetError(f"nothing to adapt in {type(model).__name__} ({count} modules): {text}")
+        inside = f"{type(model).__name__} ({counted(count, 'module')})"
+        raise TargetError(f"nothing to adapt in {inside}: {text}")
     if strict:
         raise TargetError(f"{config.source}: {text} Remove it, or leave strict out.")
     warn(f"{config.source}: {text}")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, listed, warn
+from paramlora.errors import FileError, counted, listed, warn
 from paramlora.model.attach import (
     Fresh,
+    adapted_modules,
     attach_targets,
     base_of,
     check_adapters,
@@ -27,6 +28,7 @@ from paramlora.model.targets import Target, adaptable, check_model, stem, target
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.lowrank import LowRank
+from paramlora.update.memory import all_finite
 from paramlora.update.sharded import check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
@@ -69,17 +71,18 @@ def _load(
             f"missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
         )
-    for path, update in stems.items():
-        for name, tensor in update.plain().items():
-            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, update)
+    own = {path: update.plain() for path, update in stems.items()}
+    for path, tensors in own.items():
+        for name, tensor in tensors.items():
+            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
+    _check_finite(live, state)
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
     held = {
-        path: {name: state[_key(path, name)] for name in update.plain()}
-        for path, update in stems.items()
+        path: {name: state[_key(path, name)] for name in tensors} for path, tensors in own.items()
     }
     to_the_end(lambda: _take(stems, held))
 
@@ -104,8 +107,16 @@ def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
         raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs.")
     if not value.is_floating_point() and value.dtype != dtype:
         raise FileError(f"{key}: of type {value.dtype}, where real numbers belong.")
-    if not value.is_meta and not torch.isfinite(value.detach().to(dtype)).all():
-        raise FileError(f"{key}: not finite in {dtype}. Nothing was loaded.")
+
+
+def _check_finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not finite in the types that take them."""
+    real = {key: state[key] for key in live if not state[key].is_meta}
+    cast = {key: value.detach().to(live[key].dtype) for key, value in real.items()}
+    if all_finite(cast.values()):
+        return
+    key = next(key for key, value in cast.items() if not torch.isfinite(value).all())
+    raise FileError(f"{key}: not finite in {live[key].dtype}. Nothing was loaded.")
 
 
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
@@ -256,7 +267,7 @@ def _digests(
 ) -> dict[str, str]:
     """By path, what tells each tensor that an adapter updates, as the base stores it."""
     found = {}
-    for path, module in unwrapped(model).named_modules():
+    for path, module in adapted_modules(model):
         for name, held in updates_of(module):
             if only is not None and stem(path, name) not in only:
                 continue
@@ -269,9 +280,9 @@ def warn_other(paths: list[str], count: int) -> None:
     """Tell of tensors that are not those that an adapter was trained on."""
     if paths:
         warn(
-            f"{len(paths)} of {count} tensors, such as {paths[0] or 'weight'}, hold other values "
-            "than those that the adapter was trained on. Is this its base, and is the adapter not "
-            "merged into it already?"
+            f"{len(paths)} of {counted(count, 'tensor')}, such as {paths[0] or 'weight'}, hold "
+            "other values than those that the adapter was trained on. Is this its base, and is the "
+            "adapter not merged into it already?"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, counted
 
 UNSPLIT = ""  # no adapter has such a name
 _FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
@@ -39,11 +39,13 @@ class Choice:
             where there are too few for that.
         block_picks: ``[blocks, r]``, as `picks` of each block.
         block: how many rows a block has.
+        starts: ``[updates + 1]``, where each one's ranks start, as whole numbers of 32 bits.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
         "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
+        "starts", "_sorted",
     )  # fmt: skip
 
     def __init__(
@@ -52,7 +54,8 @@ class Choice:
         self.names, self.ranks, self.index, self.dim = names, ranks, index, dim
         self.places: Optional[Tensor] = None
         self.block_picks: Optional[Tensor] = None
-        table, self.owner = _ranks(ranks, index)
+        table, self.owner, self.starts = _ranks(ranks, index)
+        self._sorted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.picks = table[index]
         count, adapters = len(index), len(names) + 1
         self.block = _MANY if count > 2 * _MANY * adapters else _FEW
@@ -62,17 +65,34 @@ class Choice:
             self.places, owners = _blocks(index, adapters, blocks, self.block)
             self.block_picks = table[owners]
 
+    def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The index, the rows sorted by it, and where each update's positions end among those, of
+        so many for each row; as whole numbers of 32 bits, found once."""
+        found = self._sorted.get(positions)
+        if found is None:
+            ordered, order = torch.sort(self.index, stable=True)
+            every = torch.arange(len(self.names), device=order.device)
+            ends = torch.searchsorted(ordered, every, right=True) * positions
+            found = self.index.int(), order.int(), ends.int()
+            # what a CUDA graph computes has its values, and its memory, in that graph alone
+            if not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._sorted[positions] = found
+        return found
 
-def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor]:
-    """`Choice.picks` of each adapter and of the base, and `Choice.owner`, on the index's device."""
+
+def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Choice.picks` of each adapter and of the base, `Choice.owner` and `Choice.starts`, on the
+    index's device."""
     every = sum(ranks)
     table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
     owner, start = index.new_full((every + 1,), len(ranks)), 0
+    starts = index.new_zeros(len(ranks) + 1, dtype=torch.int32)
     for at, r in enumerate(ranks):  # in slices, which copy nothing from the host
         table[at, :r] = torch.arange(start, start + r, device=index.device)
         owner[start : start + r] = at
         start += r
-    return table, owner
+        starts[at + 1] = start
+    return table, owner, starts
 
 
 def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
@@ -94,5 +114,6 @@ def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {count} rows of paramlora.route. Give route the rows of this batch, or their dim."
+        f"not the {counted(count, 'row')} of paramlora.route. Give route the rows of this "
+        "batch, or their dim."
     )

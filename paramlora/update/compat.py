@@ -281,6 +281,23 @@ def _warn_of_strengths() -> None:
 # called where a strength changes
 strength_changes: Callable[[], None] = _silent if _tells else _warn_of_strengths
 
+# --- who keeps what autograd saves ---------------------------------------------------------------
+
+_top_hooks: Any = _private("_C._autograd._top_saved_tensors_default_hooks")
+
+
+def _keeps_saved() -> bool:
+    """Whether something takes the tensors that autograd saves here, as checkpointing does."""
+    return _top_hooks(True) is not None
+
+
+def _perhaps_kept() -> bool:
+    """True: torch has no public way to ask."""
+    return True
+
+
+keeps_saved: Callable[[], bool] = _keeps_saved if _top_hooks else _perhaps_kept
+
 # --- torch's own block that computes parametrizations once ---------------------------------------
 
 
@@ -326,3 +343,14 @@ def _stream_of(device: int) -> int:
 
 
 cuda_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream") or _stream_of
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of any content on the current device."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# the same past the dispatcher, which takes longer than the allocation; compiled code does so too
+cuda_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
+    _private("_C._dynamo.guards._empty_strided_cuda") or _empty
+)

@@ -1,9 +1,11 @@
-"""The bytes of tensors."""
+"""The bytes of tensors, and whether all of them are numbers."""
 
 import ctypes
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _CHUNK = 8 << 20
 
@@ -20,3 +22,16 @@ def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
     whole = bytes_of(held) if held.nbytes else memoryview(b"")
     for at in range(0, len(whole), _CHUNK):
         yield whole[at : at + _CHUNK]
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds anything that is not finite: a thousand are asked at once."""
+    held = [t.detach() for t in tensors if t.numel()]
+    if any(t.dtype not in _FLOATS or t.device.type not in ("cpu", "cuda") for t in held):
+        return all(bool(torch.isfinite(t).all()) for t in held)
+    # of nothing the norm is no tensor in older versions
+    largest = nn.utils.get_total_norm(held, math.inf, foreach=True) if held else 0.0
+    return math.isfinite(largest)

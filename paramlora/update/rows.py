@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import AdapterError, FileError, TargetError
+from paramlora.errors import AdapterError, FileError, TargetError, counted
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype
@@ -70,7 +70,11 @@ class Rows(AttachedUpdate):
     def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:
         """Why it cannot have such rows."""
         most = max(dict(entry.options)["rows"])
-        return "" if most < shape[0] else f"which has {shape[0]} rows, and none of number {most}."
+        return (
+            ""
+            if most < shape[0]
+            else f"which has {counted(shape[0], 'row')}, and none of number {most}."
+        )
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
@@ -134,7 +138,8 @@ class Rows(AttachedUpdate):
             )
 
     def extra_repr(self) -> str:
-        return f"adapter={self.adapter!r}, {len(self.lora_ids)} rows, strength={self.strength}"
+        rows = counted(len(self.lora_ids), "row")
+        return f"adapter={self.adapter!r}, {rows}, strength={self.strength}"
 
 
 def _options(ids: Tensor) -> tuple[tuple[str, Any], ...]:

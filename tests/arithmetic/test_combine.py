@@ -9,7 +9,7 @@ from torch import nn
 import paramlora
 from paramlora.arithmetic import combine, resize
 from paramlora.errors import AdapterError, ParamloraWarning
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 
 def update(r, seed, scale=0.7, shape=(12, 9), dtype=torch.float32, **more):
@@ -292,3 +292,62 @@ def test_other_kinds_are_named_and_never_left_out():
     for call in (lambda: combine([adapter, adapter]), lambda: resize(adapter, 1)):
         with pytest.raises(AdapterError, match=r"v: .* of a kind \(dora\) .* does not add"):
             call()
+
+
+def differences(name, seed):
+    """Whole differences of a matrix, a bias and a norm, beside a low-rank update."""
+    torch.manual_seed(seed)
+    shapes = {"q": (12, 9), "q.bias": (12,), "norm": (9,)}
+    others = {
+        path: KindUpdate("difference", {"lora_diff": torch.randn(shape)}, shape=shape)
+        for path, shape in shapes.items()
+    }
+    conv = Update(torch.randn(2, 27), torch.randn(4, 2), 0.5, (4, 3, 3, 3))
+    return Adapter({"conv": conv}, name, others=others)
+
+
+@pytest.mark.parametrize("how, options", [("exact", {}), ("svd", {"rank": 2})])
+def test_whole_differences_add(how, options):
+    first, second = differences("one", 0), differences("two", 1)
+    found = combine([(first, 0.7), (second, -2.0)], how, **options)
+    assert {*found.adapter.others} == {"q", "q.bias", "norm"}
+    for path, value in found.adapter.others.items():
+        one, two = (a.others[path].held["lora_diff"].double() for a in (first, second))
+        want, got = 0.7 * one - 2.0 * two, value.held["lora_diff"]
+        assert got.dtype == torch.float32 and torch.equal(got, want.float())
+        assert found.errors[path] == 0
+
+
+def test_a_product_adds_to_a_whole_difference():
+    net = nn.ModuleDict({"q": nn.Linear(9, 12)})
+    paramlora.attach(net, {"q": {"r": 2, "alpha": 3}}, "low")
+    nn.init.normal_(net["q"].parametrizations.weight[0].lora_B)
+    low, whole = paramlora.adapter_of(net, "low"), differences("one", 0)
+    with pytest.warns(paramlora.ParamloraWarning, match="some of the adapters only"):
+        found = combine([(low, 0.5), whole]).adapter
+    update = low.updates["q"]
+    want = 0.5 * 1.5 * update.lora_B.double() @ update.lora_A.double()
+    want += whole.others["q"].held["lora_diff"].double()
+    assert torch.equal(found.others["q"].held["lora_diff"], want.float())
+    assert torch.equal(found.updates["conv"].delta(), whole.updates["conv"].delta())
+
+
+def test_differences_are_told_where_they_cannot_be_what_is_asked():
+    one = differences("one", 0)
+    for how, options in {
+        "ties": {"rank": 1, "density": 0.5}, "dare": {"rank": 1, "density": 0.5}, "linear": {},
+    }.items():  # fmt: skip
+        with pytest.raises(AdapterError, match=f'whole differences, which "{how}" does not add'):
+            combine([one, one], how, **options)
+    with pytest.warns(paramlora.ParamloraWarning, match="3 whole differences, which have no rank"):
+        cut = resize(one, 1)
+    assert cut.adapter.updates["conv"].r == 1 and cut.adapter.others == one.others
+    other = differences("two", 1)
+    other.others["q"].held["lora_diff"] = torch.zeros(3, 3)
+    with pytest.raises(
+        AdapterError, match=r"q: .* weight of \[12, 9\] and another one of \[3, 3\]"
+    ):
+        combine([one, other])
+    other.others["q"].held["lora_diff"] = torch.full((12, 9), float("nan"))
+    with pytest.raises(AdapterError, match='q: in "two" it is not finite'):
+        combine([one, other])

@@ -236,7 +236,7 @@ BASE = {"proj.weight": torch.zeros(3, 4), "count.weight": torch.zeros(3, 4, dtyp
         (
             FileError,
             {"prof": update()},
-            "lacks what 1 of 1 updates adapt, such as prof. Cl",
+            "lacks what 1 of 1 update would change, such as prof. Cl",
         ),
         (FileError, {"proj": update(lora_A=torch.ones(1, 5))}, r"lora_A of shape \[1, 5\]"),
         (FileError, {"proj": update(lora_B=torch.ones(1, 3))}, "do not fit"),

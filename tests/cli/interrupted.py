@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.cli import main
+from paramlora.cli.commands import run
 
 OUTSIDE = 99  # the exit code of what was stopped where no command runs
 COMMANDS = (
@@ -78,7 +78,7 @@ def child(command, ready, said):
     code = OUTSIDE
     try:
         os.write(ready, b"1")
-        main(command.split())
+        run(command.split())
     except SystemExit as done:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended
         code = done.code or 0

@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 from test_cli import run
 
 import paramlora
-from paramlora.cli.app import app
+from paramlora.cli.commands import app
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
 THERE = "Give the path of a file that is there."

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,18 @@ pytest.importorskip("typer")
 
 SCRIPT = Path(__file__).with_name("interrupted.py")
 COUNT = 4  # stops of each command
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent)]),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and sends signals")
 def test_a_command_that_is_stopped_leaves_all_or_nothing(tmp_path):
-    paths = [str(SCRIPT.parents[2]), str(SCRIPT.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path, str(COUNT)],
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -29,3 +34,23 @@ def test_a_command_that_is_stopped_leaves_all_or_nothing(tmp_path):
     harm, hits = (json.loads(line) for line in done.stdout.splitlines())
     assert harm["harm"] == []
     assert hits["hits"] > 12  # of 44
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for torch among a process's files")
+@pytest.mark.parametrize(
+    "start", [["-m", "paramlora"], ["-c", "from paramlora.cli import main; main()"]]
+)
+def test_ctrl_c_while_torch_is_imported(start):
+    process = subprocess.Popen(
+        [sys.executable, *start, "--version"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch_python" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out, err) == (130, "", "stopped\n")

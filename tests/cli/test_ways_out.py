@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 import typer
 
 import paramlora
-from paramlora.cli.app import app
+from paramlora.cli.commands import app
 
 PACKAGE = Path(paramlora.__file__).parent
 READ = {"convert", "inspect", "combine", "resize", "embed", "merge"}  # an adapter's file

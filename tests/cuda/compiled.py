@@ -1,14 +1,18 @@
-"""Compiles the 16-bit CUDA kernels for a device that need not be there, and prints the bytes of
-shared memory that each takes.
+"""Compiles the 16-bit CUDA kernels for a device that need not be there, and prints what a block of
+each takes: bytes of shared memory, warps, and registers of a thread.
 
 `test_compiled` starts it. The interpreter, which `interpreted` runs them in, sees no types, and
 neither what fits a device. Nothing is computed, so the sizes are those of real layers.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_for
@@ -53,20 +57,30 @@ def source(kernel, arguments):
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def registers(done):
+    """Of a thread of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        asked = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", told)[1])
+
+
 def main(capability, few=False):
     """Of every kernel, or a few of each operation."""
-    shared = {}
+    taken = {}
 
     def compiled(self, pointers, addresses, values=(), blocks=()):
         arguments = (*blocks, *pointers, *values, *self.tail)
         ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
         key = str((self.kernel.__name__, self.constants, ones, *self.options.items()))
-        if key not in shared:
+        if key not in taken:
             target = GPUTarget("cuda", capability, 32)
             done = compile_for(
                 source(self.kernel, arguments), target=target, options=dict(self.options)
             )
-            shared[key] = done.metadata.shared
+            taken[key] = done.metadata.shared, done.metadata.num_warps, registers(done)
 
     interpreted.stand_in_for_the_device()
     Launch.__call__ = compiled
@@ -78,7 +92,7 @@ def main(capability, few=False):
         linear(*LAYERS[0])
         single_channels((8, 320, 64, 64), (1, 3), 8)
         embedding(1000, 50000, 1024, 16)
-        json.dump(shared, sys.stdout)
+        json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
         wide = WIDE if hopper and not interpreted.captured else []
@@ -92,7 +106,7 @@ def main(capability, few=False):
         single_channels(shape, kernel, r)
     for r in (16, 256):
         embedding(1000, 50000, 1024, r)
-    json.dump(shared, sys.stdout)
+    json.dump(taken, sys.stdout)
 
 
 def factors(r, fan_in, out):

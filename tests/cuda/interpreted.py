@@ -85,6 +85,7 @@ def stand_in_for_the_device():
     operators.served = lambda x: x.dtype == torch.float16
     linear_kernels.gdc_wait = linear_kernels.gdc_launch_dependents = nothing
     launch.cuda_stream = lambda device: 0
+    joined.cuda_empty = lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)
     Launch.__call__ = interpret
 
 
@@ -284,7 +285,7 @@ LOOK_UPS = [  # rows, num, dim, rank, padding, layout, wanted gradients: A, B
     ((), 7, 40, 3, 0, "rows", BOTH),
     ((5, 21), 30, 317, 17, 3, "spread", BOTH),
     ((640,), 100, 272, 16, 0, "columns", BOTH),
-    ((4300,), 12, 136, 8, 5, "rows", BOTH),
+    ((4300,), 12, 72, 8, 5, "rows", BOTH),
     ((33,), 20, 64, 100, 4, "rows", BOTH),
     ((300,), 20, 96, 256, -1, "columns", BOTH),
     ((70,), 50, 48, 4, 1, "rows", (True, False)),
@@ -407,7 +408,8 @@ def main():
         results[f"last first: {case}"] = errors, launched[:]
     captured, last_first = True, False
     for one in CONVOLUTIONS:
-        for last in ("", "xwy", "e") if one[2] != 4 else ("", "x", "w", "y", "xwy"):
+        formats = ("", "x", "w", "y", "xwy") if one[2] == 4 else ("", "xwy", "e")
+        for last in formats[: 2 if one[1][0] > 128 else None]:  # "e" is "" of a copy, and this slow
             if len(one[1]) > 3 or not {*last} & {*"xwy"}:
                 torch.manual_seed(0)
                 errors = convolution(*one, last)

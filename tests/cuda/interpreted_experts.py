@@ -14,6 +14,7 @@ from paramlora.cuda.experts import plan
 from paramlora.cuda.experts.plan import Drop
 from paramlora.evaluate import choose, dropout, experts
 from paramlora.evaluate.dropout import Drops, masked
+from paramlora.evaluate.sources import Chosen
 from tests.cuda import interpreted
 from tests.cuda.interpreted import error, launched
 
@@ -95,9 +96,13 @@ SCALES = {
 
 
 def whole(sizes, rate, numbers, transposed):
-    """Errors of `grouped_linear` and its gradients, eagerly and by the operator for compilers."""
-    ends, M = torch.tensor(sizes).cumsum(0).int(), sum(sizes)
-    x, dy = torch.randn(M, 40).half(), torch.randn(M, 24).half()
+    """Errors of `grouped_linear` and its gradients, eagerly and by the operator for compilers; of
+    rows that are tokens, each taken twice, and with a bias, where `transposed`."""
+    ends, M, top = torch.tensor(sizes).cumsum(0).int(), sum(sizes), 2 if transposed else 1
+    x, dy = torch.randn(M // top, 40).half(), torch.randn(M, 24).half()
+    order = torch.randperm(M)
+    source = Chosen(order, order.argsort(), top, False) if transposed else None
+    bias = torch.randn(len(sizes), 24).half() if transposed else None
     weight = (torch.randn(len(sizes), 24, 40) / 40**0.5).half()
     weight = weight.mT.contiguous().mT if transposed else weight
     size_a, size_b, scale = SCALES[numbers]
@@ -108,18 +113,23 @@ def whole(sizes, rate, numbers, transposed):
     leaves = [t.requires_grad_() for t in (x, a, b, torch.tensor(scale))]
     drops = Drops((rate,), (3,), torch.tensor(1234567)) if rate else None
     launched.clear()
-    y = experts.grouped_linear(x, weight, ends, *leaves[1:], 0.5, drops)
+    y = experts.grouped_linear(x, weight, ends, *leaves[1:], 0.5, drops, source, bias)
     got = [y, *torch.autograd.grad(y, leaves, dy)]
     masks = ([rate], [3], drops.seed) if rate else ([], [], None)
+    chosen = (bias, *source) if transposed else (None, None, None, 1, False)
     halved = leaves[3] * 0.5
-    again, _ = torch.ops.paramlora.grouped_linear(x, weight, ends, *leaves[1:3], halved, *masks)
+    op = torch.ops.paramlora.grouped_linear
+    again, _ = op(x, weight, ends, *leaves[1:3], halved, *masks, *chosen)
     assert torch.equal(y, again)
     for one, two in zip(got[1:], torch.autograd.grad(again, leaves, dy)):
         torch.testing.assert_close(one, two)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    seen = wide[0] * masked(torch.ones(M, 40), drops, 0) if rate else wide[0]
+    rows = wide[0][order // top] if transposed else wide[0]
+    seen = rows * masked(torch.ones(M, 40), drops, 0) if rate else rows
     sums = weight.double(), 0.5 * wide[3] * wide[2] @ wide[1]
-    want = by_expert(sizes, lambda e, s: wide[0][s] @ sums[0][e].t() + seen[s] @ sums[1][e].t())
+    shift = torch.zeros(len(sizes), 24) if bias is None else bias.double()
+    want = by_expert(sizes, lambda e, s: rows[s] @ sums[0][e].t() + seen[s] @ sums[1][e].t()
+                     + shift[e])  # fmt: skip
     want = [want, *torch.autograd.grad(want, wide, dy.double())]
     errors = {name: error(*pair) for name, *pair in zip("yxAB", got, want)}
     terms = (want[3].norm() * b.norm() / scale).item()  # the sum may cancel
@@ -169,7 +179,7 @@ def main():
     for numbers in SCALES:
         for rate, transposed in ((0.0, False), (0.3, True)):
             torch.manual_seed(0)
-            errors = whole([9, 0, 20], rate, numbers, transposed)
+            errors = whole([10, 0, 20], rate, numbers, transposed)
             results[f"whole, {numbers}, {rate}"] = errors, launched[:]
     for numbers, *case in (
         ("ordinary", (70, 40), False, True),

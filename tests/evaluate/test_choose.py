@@ -105,7 +105,7 @@ def test_the_launches_of_our_kernels(sizes, R, captured, hopper, wanted, how):
     [
         ("NVIDIA H200", (9, 0), 132, "NVIDIA H200"),
         ("some card", (9, 0), 132, "NVIDIA H100 80GB HBM3"),
-        ("some card", (8, 6), 84, "NVIDIA A10"),
+        ("some card", (8, 6), 84, "NVIDIA GeForce RTX 3090"),
         ("some card", (8, 7), 16, "NVIDIA A10"),
         ("some card", (8, 0), 56, "NVIDIA A100-SXM4-80GB"),
         ("some card", (10, 3), 148, "NVIDIA B200"),

@@ -169,8 +169,11 @@ def test_blocks_of_zeros_are_no_ranks():
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"self_attn.qkv_proj": 15}, r"q_proj, adapter|qkv_proj: 15 rows are not those of"),
-        ({"self_attn.qkv_proj": 4}, "rows are not those of .*Was it made for another model?"),
+        ({"self_attn.qkv_proj": 15}, r"q_proj, adapter|qkv_proj: 15 rows, which are not those of"),
+        (
+            {"self_attn.qkv_proj": 4},
+            "rows, which are not those of .*Was it made for another model?",
+        ),
     ],
 )
 def test_rows_that_do_not_fit(change, text):

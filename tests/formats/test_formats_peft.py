@@ -319,3 +319,37 @@ def test_a_checkpoint_tells_the_experts_apart_by_shape(tmp_path):
     content = formats.write(Adapter(updates), "peft")
     (back,) = formats.read(content, formats.base_of_shapes(shapes)).updates.values()
     assert torch.equal(back.lora_B, updates["experts.up"].lora_B)
+
+
+def of_another_rank(folder, **told):
+    """A folder of peft's, whose configuration is changed afterwards."""
+    net = nn.Sequential(nn.Linear(4, 3))
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(net, config).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    return nn.Sequential(nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    "told, wrong",
+    [({"r": 3}, "2, not 3"), ({"rank_pattern": {"0": 1}}, "2, not 1"), ({"r": "2"}, "2, not '2'")],
+)
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused_as_by_peft(told, wrong, tmp_path):
+    net = of_another_rank(tmp_path, **told)
+    with pytest.raises((RuntimeError, TypeError)):
+        peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+    says = (
+        rf"adapter_model.*of another rank than its configuration tells: 0 \({wrong}\). Mend its r"
+    )
+    with pytest.raises(FileError, match=says):
+        paramlora.load_adapter(net, tmp_path)
+    with pytest.warns(paramlora.ParamloraWarning, match=says):
+        paramlora.load_adapter(net, tmp_path, strict=False)
+    assert net[0].parametrizations.weight[0].lora_scale == 1.5
+
+
+def test_an_alpha_that_is_none_is_refused_with_the_file(tmp_path):
+    net = of_another_rank(tmp_path, lora_alpha="x")
+    with pytest.raises(FileError, match="adapter_model.safetensors: lora_alpha of 0: 'x' is not"):
+        paramlora.load_adapter(net, tmp_path)

@@ -225,6 +225,16 @@ def test_a_checkpoint_says_what_whole_numbers_are():
     assert torch.equal(model[0].used, other["0.used"])
 
 
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bool, torch.float16), ids=str)
+def test_large_tables_that_are_no_weights_are_put_back(dtype):
+    table = torch.arange(2**17).reshape(2**9, 2**8).remainder(2).to(dtype)  # of indices, a mask
+    model = nn.Sequential(nn.Linear(4, 3), Moves(table=table.clone()))
+    paramlora.attach(model, {"0": {"r": 2}})
+    model[1].table.copy_(1 - table.long())
+    paramlora.detach(model)
+    assert torch.equal(model[1].table, table)
+
+
 def test_packed_weights_are_not_copied():
     packed = torch.zeros(2**9, 2**8, dtype=torch.int32)  # of a quantiser
     model = nn.Sequential(nn.Linear(4, 3), Moves(qweight=packed))

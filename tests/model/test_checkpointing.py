@@ -278,3 +278,32 @@ def test_checkpointing_saves_memory_on_the_device(hard, reentrant):
     without, saved = peak(None), peak(reentrant)
     print(f"peak {without / 2**20:.0f} MiB without, {saved / 2**20:.0f} MiB with checkpointing")
     assert saved < without / 2
+
+
+class Sounds(nn.Module):
+    """As transformers' Wav2Vec2 and its kin begin gradients: at a view of what they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self._requires_grad = True
+        self.first, self.second = nn.Conv1d(1, 3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = x[:, None]
+        if self._requires_grad and self.training:
+            h.requires_grad = True
+        h = checkpoint(self.first, h, use_reentrant=True)
+        return checkpoint(self.second, h.mT, use_reentrant=True)
+
+
+def test_a_model_that_begins_gradients_at_a_view_of_its_input():
+    torch.manual_seed(0)
+    model = paramlora.attach(Sounds().double(), {"first": {"r": 1}, "second": {"r": 2}})
+    for parameter in paramlora.trainable_parameters(model):
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    want = model.second(nn.functional.conv1d(x[:, None], model.first.weight, model.first.bias).mT)
+    wanted = torch.autograd.grad(want.sin().sum(), list(paramlora.trainable_parameters(model)))
+    paramlora.enable_input_grads(model)(x).sin().sum().backward()
+    for parameter, gradient in zip(paramlora.trainable_parameters(model), wanted):
+        torch.testing.assert_close(parameter.grad, gradient)

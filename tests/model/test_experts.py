@@ -481,3 +481,73 @@ def test_nothing_dense_is_kept():
     after, held = kept()
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert after < before + weights
+
+
+def kept_by(layer, inputs):
+    """Bytes of all that autograd keeps of a call but parameters, each memory once."""
+    held, own = {}, {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def keep(t):
+        memory = t.untyped_storage()
+        if memory.data_ptr() not in own:
+            held[memory.data_ptr()] = (
+                memory.nbytes(),
+                t,
+            )  # as long as it is held none other is there
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(*inputs)
+    return sum(size for size, _ in held.values())
+
+
+@pytest.mark.parametrize("sizes", ((16, 256, 96, 512, 8), (4, 360, 360, 1024, 4)), ids=str)
+@pytest.mark.parametrize("name", ("qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"))
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_a_call_keeps_no_more_than_the_frozen_one(name, sizes, dropout):
+    """At an eighth of the sizes that `benchmarks.experts` measures: neither the rows that are
+    gathered nor what the activation gives is kept."""
+    family, name = name.split(".")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config, (experts, hidden, inner, tokens, top) = Config(), sizes
+    vars(config).update(num_experts=experts, num_local_experts=experts, hidden_size=hidden)
+    vars(config).update(moe_intermediate_size=inner, intermediate_size=inner)
+    config._experts_implementation = "grouped_mm"
+    layer = getattr(module, name)(config).bfloat16().requires_grad_(False)
+    x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
+    weights, index = torch.rand(tokens, experts).softmax(-1).topk(top)
+    inputs = x, index, weights.bfloat16().requires_grad_()
+    frozen = kept_by(layer, inputs)
+    adapted(layer, ["gate_up_proj", "down_proj"], dropout=dropout).train()
+    assert kept_by(layer, inputs) < frozen
+
+
+def test_an_activation_that_learns():
+    """Its parameters get their gradients: xIELU's."""
+    config = Config()
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    layer = built(MixtralExperts, config)
+    layer.act_fn = transformers.activations.ACT2FN["xielu"].double()
+    twin = dense(adapted(layer, ["gate_up_proj", "down_proj"]))
+    layer.act_fn.requires_grad_()
+    same(layer, twin, routed(layer))
+    grads = [[p.grad for p in run.act_fn.parameters()] for run in (layer, twin)]
+    assert len(grads[0]) == 2
+    for one, two in zip(*grads):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_biases_that_are_trained(implementation):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    layer = adapted(built(GptOssExperts), ["gate_up_proj", "down_proj"])
+    layer.config._experts_implementation = implementation
+    twin = dense(layer)
+    biases = ["gate_up_proj_bias", "down_proj_bias"]
+    for name in biases:
+        layer.get_parameter(name).requires_grad_()
+    same(layer, twin, routed(layer))
+    for name in biases:
+        torch.testing.assert_close(layer.get_parameter(name).grad, twin.get_parameter(name).grad)

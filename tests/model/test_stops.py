@@ -1,24 +1,21 @@
 """What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
 
 import copy
-import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from stopping import PACKAGE, check_stops, equal, moments, picture, stopped
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import paramlora
-from paramlora.model.attach import updates
-
-PACKAGE = str(Path(paramlora.__file__).parent)
+from paramlora.model.attach import adapter_names, updates
 
 
 class Tied(nn.Module):
@@ -85,6 +82,14 @@ LATER = {
     "experts": HARD,
 }
 KINDS["later"] = (Later, [LATER])
+KINDS["difference"] = (
+    lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
+    [{"re:0|1|0.bias": {"kind": "difference"}}],
+)
+KINDS["presets"] = (
+    lambda: nn.TransformerEncoderLayer(4, 2, 8),
+    [{"attention": HARD, "all-linear": SOFT, "exclude": ["linear2"]}],
+)
 
 
 def made(kind, attached):
@@ -102,94 +107,6 @@ def fill(model):
         for _, _, update in updates(model):
             for p in update.parameters():
                 p.normal_()
-
-
-def picture(model):
-    """Everything that an operation might leave half changed, tensors by their bits."""
-    modules = [
-        (
-            path,
-            type(m),
-            sorted(set(vars(m)) - {"_flat_weights"}),
-            [(n, p.requires_grad) for n, p in m._parameters.items() if p is not None],
-            list(m._buffers),
-            [f.__name__ for f in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())],
-            [n for n, _ in m.named_children()],
-            m.training,
-        )
-        for path, m in model.named_modules()
-    ]
-    bits = {k: v.detach().clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
-    rnns = (m for m in model.modules() if isinstance(m, nn.RNNBase))
-    flat = [[getattr(m, name) for name in m._flat_weights_names] for m in rnns]
-    strengths = [(path, u.adapter, u.strength, u.gain.item()) for path, _, u in updates(model)]
-    flat = [[t.detach().clone() for t in ts] for ts in flat]
-    return modules, bits, flat, strengths, gc.isenabled()
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
-
-
-class Stop(BaseException):
-    pass
-
-
-class At:
-    """Raises at the n-th line that Python runs inside the package, and keeps those before it."""
-
-    def __init__(self, left):
-        self.left, self.lines = left, []
-
-    def __call__(self, frame, event, _):
-        return self.line if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    def line(self, frame, event, _):
-        if event == "line":
-            self.lines.append((frame.f_code, frame.f_lineno))
-            self.left -= 1
-            if self.left < 0:
-                raise Stop
-        return self.line
-
-
-def moments(call):
-    """When to stop a call: the first time that each line runs, and its last."""
-    trace = At(10**9)
-    run(trace, call)
-    times = {}
-    for time, line in enumerate(trace.lines):
-        times.setdefault(line, []).append(time)
-    return sorted({t for found in times.values() for t in (found[0], found[-1])})
-
-
-def stopped(at, call):
-    """Whether `call` was stopped at a line; its warnings are not the matter here."""
-    return run(At(at), call)
-
-
-def run(trace, call):
-    tracer = sys.gettrace()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.disable()  # the collector would run lines of its own, at another moment each time
-        sys.settrace(trace)
-        try:
-            call()
-        except Stop:
-            return True
-        finally:
-            sys.settrace(tracer)
-            gc.enable()
-            # a line at which a block of torch's is left can be stopped here, where a signal cannot
-            torch.set_grad_enabled(True)
-    return False
 
 
 def operation(name, kind, folder):
@@ -224,30 +141,6 @@ def operation(name, kind, folder):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_stopped_at_every_line(name, kind, tmp_path):
     check_stops(name, *operation(name, kind, tmp_path))
-
-
-def check_stops(name, start, act):
-    """Stopped at each line: as before or as after, and the same when it is done again."""
-    before = picture(start)
-    first = copy.deepcopy(start)  # fills the caches, traced as the others are, which run on less
-    moments(lambda: act(first))
-    whole = copy.deepcopy(start)
-    times = moments(lambda: act(whole))
-    after, halves = picture(whole), 0
-    assert not equal(before, after)
-    for index, line in enumerate(times):
-        model = copy.deepcopy(start)
-        assert stopped(line, lambda model=model: act(model))
-        now = picture(model)
-        done = equal(now, after)
-        assert done or equal(now, before), f"line {line} of {name}"
-        halves += done
-        if name.startswith(("merge", "detach")) or not done and index % 10 == 0:  # again
-            act(model)
-            assert equal(picture(model), after), f"repeated after line {line} of {name}"
-    assert len(times) > 20
-    if name.startswith("merge"):
-        assert halves > 10  # what stopped it once it had begun did not keep it from its end
 
 
 def two_adapters(make, config):
@@ -330,7 +223,30 @@ def at_random(model, *_):
     return lambda m: paramlora.merge(m, seed=1)
 
 
+def with_room(*_):
+    def attach(m):
+        torch.manual_seed(2)
+        paramlora.attach(m, {"0": HARD}, "c", max_rank=3)
+
+    return attach
+
+
+def begin(*_):
+    return paramlora.enable_input_grads
+
+
+def end(model, *_):
+    paramlora.enable_input_grads(model)
+    return paramlora.disable_input_grads
+
+
 LATER_OPERATIONS = {
+    "attach with room": with_room,
+    "detach one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.detach(m, "a"),
+    "merge one": lambda *_: lambda m: "a" in adapter_names(m) and paramlora.merge(m, "a"),
+    "rounding": lambda *_: lambda m: paramlora.rounding(m, "as served"),
+    "input grads": begin,
+    "input grads off": end,
     "load into": into,
     "load a state": from_state,
     "merge reported": reported,
@@ -341,7 +257,15 @@ LATER_OPERATIONS = {
 @pytest.mark.parametrize(
     "name, kind",
     [
+        ("attach with room", "two adapters"),
+        ("detach one", "two adapters"),
+        ("merge one", "two adapters"),
+        ("rounding", "two adapters"),
+        ("input grads", "later"),
+        ("input grads off", "later"),
         ("load into", "two adapters"),
+        ("load into", "later"),
+        ("load into", "difference"),
         ("load a state", "whole"),
         ("merge reported", "tied"),
         ("merge at random", "tied"),
@@ -351,6 +275,31 @@ def test_later_operations_stopped_at_every_line(name, kind, tmp_path):
     start, _ = made(kind, True)
     start = start.bfloat16() if name.startswith("merge") and kind != "whole" else start
     check_stops(name, start, LATER_OPERATIONS[name](start, tmp_path, kind))
+
+
+READERS = {
+    "parameter_groups": lambda m, _: paramlora.parameter_groups(m, 1e-3, lr_ratio=16),
+    "trainable_parameters": lambda m, _: paramlora.trainable_parameters(m, "a"),
+    "summary": lambda m, _: str(paramlora.summary(m)),
+    "targets": lambda m, _: paramlora.targets(m, {"all-linear": HARD}),
+    "adapter_of": lambda m, _: paramlora.adapter_of(m, "a"),
+    "adapter_state_dict": lambda m, _: paramlora.adapter_state_dict(m, "a"),
+    "tensors_for": lambda m, _: paramlora.tensors_for(m, "peft", "a"),
+    "save_adapter": lambda m, place: paramlora.save_adapter(m, place / "x.safetensors", "a"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_only_reads_changes_nothing_where_it_is_stopped(name, tmp_path):
+    kind = "linear" if name == "tensors_for" else "later"
+    model, _ = made(kind, True)
+    before = picture(model)
+    moments(lambda: READERS[name](model, tmp_path))  # fills the caches
+    times = moments(lambda: READERS[name](model, tmp_path))
+    assert len(times) > 10
+    for line in times:
+        assert stopped(line, lambda: READERS[name](model, tmp_path))
+        assert equal(picture(model), before), f"line {line} of {name}"
 
 
 SIGNALLED = """

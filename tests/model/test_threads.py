@@ -3,12 +3,15 @@
 import copy
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
+from paramlora import Adapter, AdapterError, Update
 from paramlora.model.attach import updates
 
 STRENGTHS = (0.0, 0.5, 1.0, -2.0)
@@ -107,6 +110,112 @@ def test_each_call_is_that_of_one_strength(kind, often):
     assert all(map(any, which))
     paramlora.set_adapters(model, {"default": 1.0})
     torch.testing.assert_close(call(model, x), wanted[2], rtol=1e-12, atol=1e-12)
+
+
+ROWS = [["a", "b", None], ["b", None, "a"], [None, "a", "b"]]
+
+
+def two(kind):
+    """Two adapters, and what each row of three gives with each of them, formed here."""
+    model = made(kind)
+    paramlora.attach(model, KINDS[kind][1], "b")
+    with torch.no_grad():
+        for _, _, update in updates(model):
+            update.lora_B.normal_()
+    x, found = torch.randn(3, 6, dtype=torch.float64), {}
+    held = {update.adapter: update for _, _, update in updates(model)}
+    lists = model[0]._modules.get("parametrizations")
+    base, bias = (model[0].weight if lists is None else lists.weight.original), model[0].bias
+    for name, update in (("a", held["default"]), ("b", held["b"]), (None, None)):
+        delta = 0 if update is None else update.lora_scale * update.lora_B @ update.lora_A
+        found[name] = nn.functional.linear(x, base + delta, bias).detach()
+    return model, x, found
+
+
+def rowwise(found, rows):
+    return torch.stack([found[name][at] for at, name in enumerate(rows)])
+
+
+def named(rows):
+    return [{"a": "default"}.get(name, name) for name in rows]
+
+
+@pytest.mark.parametrize("kind", ["known forward", "soft"])
+def test_copies_are_routed_at_once(kind, often):
+    model, x, found = two(kind)
+
+    def work(own, rows):
+        for _ in range(60):
+            with torch.no_grad(), paramlora.route(own, named(rows)):
+                y = own(x)
+            torch.testing.assert_close(y, rowwise(found, rows), rtol=1e-12, atol=1e-12)
+
+    copies = [(copy.deepcopy(model), rows) for rows in ROWS]
+    together(*[lambda pair=pair: work(*pair) for pair in copies])
+
+
+@pytest.mark.parametrize("kind", ["known forward", "soft"])
+def test_calls_of_any_thread_inside_of_a_block_take_its_rows(kind, often):
+    model, x, found = two(kind)
+
+    def calls():
+        for _ in range(60):
+            y = model(x.clone().requires_grad_())
+            y.sum().backward()
+            torch.testing.assert_close(y, rowwise(found, ROWS[0]), rtol=1e-12, atol=1e-12)
+
+    with paramlora.route(model, named(ROWS[0])):
+        together(calls, calls, calls)
+
+
+@pytest.mark.parametrize("kind", ["known forward", "soft"])
+def test_blocks_of_route_that_overlap_are_all_left(kind, often):
+    model, x, found = two(kind)
+    done = []
+
+    def calls():
+        for _ in range(100):
+            try:
+                done.append(model(x).detach())
+            except AdapterError as error:  # while a block was opened or left
+                assert "acts on some rows of the batch" in str(error)
+
+    def routes(rows):
+        for _ in range(60):
+            with paramlora.route(model, named(rows)):
+                pass
+
+    together(calls, *[lambda rows=rows: routes(rows) for rows in ROWS])
+    assert done
+    both = found["a"] + found["b"] - found[None]
+    torch.testing.assert_close(model(x), both, rtol=1e-12, atol=1e-12)
+    with paramlora.route(model, named(ROWS[1])):
+        torch.testing.assert_close(model(x), rowwise(found, ROWS[1]), rtol=1e-12, atol=1e-12)
+
+
+def test_files_are_worked_on_at_once(tmp_path, often):
+    state = {"0.weight": torch.randn(5, 6), "0.bias": torch.randn(5)}
+    save_file(state, tmp_path / "base.safetensors")
+    update = Update(torch.randn(2, 6), torch.randn(5, 2), 0.5, (5, 6))
+    want = state["0.weight"].double() + 0.5 * update.lora_B.double() @ update.lora_A.double()
+
+    def work(number):
+        out = tmp_path / f"{number}.safetensors"
+        for _ in range(10):
+            paramlora.files.merge(
+                tmp_path / "base.safetensors", [Adapter({"0": update})], out, force=True
+            )
+            found = load_file(out)["0.weight"]
+            torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-6)
+
+    together(*[lambda number=number: work(number) for number in range(3)])
+
+
+def test_it_is_written_of_every_function_what_threads_may_do():
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    told = page.read_text("utf-8").partition("## Threads and processes")[2]
+    names = {n for n in paramlora.__all__ if not isinstance(getattr(paramlora, n), type)}
+    assert {n for n in names | {"kernels"} if f"`{n}`" not in told} == set()
 
 
 def test_different_models_may_be_changed_at_once(often):

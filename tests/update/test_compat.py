@@ -40,9 +40,11 @@ CHOSEN = {  # what each name of `compat` is without that of torch
     "_sequence_nr": {"current_node": "_nothing_runs", "strength_changes": "_warn_of_strengths"},
     "_current_graph_task_id": {"current_backward": "_task_of_node"},
     "_get_sequence_nr": {"next_number": "_number_of_next_node"},
+    "_top_saved_tensors_default_hooks": {"keeps_saved": "_perhaps_kept"},
     "_cache_enabled": {"cached_by_torch": "_nothing_cached"},
     "_cuda_getDevice": {"cuda_device": "current_device"},
     "_cuda_getCurrentRawStream": {"cuda_stream": "_stream_of"},
+    "_empty_strided_cuda": {"cuda_empty": "_empty"},
 }
 ALL = tuple(CHOSEN)
 

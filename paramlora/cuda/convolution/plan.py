@@ -5,6 +5,7 @@ As in `linear.plan`, all but the tensors is planned once for each kind of operan
 image of one row.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -17,6 +18,7 @@ from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
 from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded
+from paramlora.update.compat import cuda_empty
 
 _Maybe = Optional[Tensor]
 _Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
@@ -26,29 +28,29 @@ _BLOCK = 1024  # elements of a row of A in one program
 
 
 class _Image(NamedTuple):
-    """A tensor ``[batch, channels, ...]`` or a weight; made by its strides, quicker than by its
-    shape and format."""
+    """A tensor ``[batch, channels, ...]``, a weight, or what else is to be made."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
 
-    def new(self, like: Tensor) -> Tensor:
-        return like.new_empty_strided(self.shape, self.stride)
+    def new(self) -> Tensor:
+        return cuda_empty(*self)
 
     def of(self, t: Tensor) -> Tensor:
-        """The same, in this format."""
-        return t if t.stride() == self.stride else self.new(t).copy_(t)
+        """A tensor of this shape, in this format."""
+        return t if t.stride() == self.stride else self.new().copy_(t)
 
 
-def _first(shape: tuple[int, ...]) -> _Image:
-    return _Image(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))))
+def _first(dtype: torch.dtype, *shape: int) -> _Image:
+    return _Image(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
 
 
-def _last(shape: tuple[int, ...]) -> _Image:
+def _last(dtype: torch.dtype, *shape: int) -> _Image:
     """With the channels last in memory."""
     channels, rest = shape[1], shape[2:]
     inward = (channels * math.prod(rest[i + 1 :]) for i in range(len(rest)))
-    return _Image(shape, (channels * math.prod(rest), 1, *inward))
+    return _Image(shape, (channels * math.prod(rest), 1, *inward), dtype)
 
 
 def _format(t: Tensor) -> Optional[bool]:
@@ -138,8 +140,9 @@ class _Forward:
         channels, device = widened(inner, R), x.get_device()
         last, weight_last = bool(_format(x)), bool(_format(weight))
         self.conv, self.where = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
-        self.wide, self.t = _last((batch, channels, *sizes)), _last((batch, R, *outputs))
-        self.joined, self.down = _last((out, channels, *kernel)), _last((R, channels, *kernel))
+        low = functools.partial(_last, x.dtype)
+        self.wide, self.t = low(batch, channels, *sizes), low(batch, R, *outputs)
+        self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
         added, block = channels - inner, _copy_blocks(channels, P, last)
         of_weight = _weight_blocks(channels, positions)
         self.folded = bias is not None and added > r
@@ -157,23 +160,25 @@ class _Forward:
         self.put = Launch(kernels.put, device, grid, numbers, constants, 1, 4)
         self.back: Optional[Launch] = None
         if not (last or weight_last):
-            self.y = _last((batch, out, *outputs))
-            self.result = _first((batch, out, *outputs[len(sizes) + 2 - x.dim() :]))
+            self.y = low(batch, out, *outputs)
+            self.result = _first(x.dtype, batch, out, *outputs[len(sizes) + 2 - x.dim() :])
             self.back = _back(device, (batch, out, PO))
 
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        (x, weight, bias, a, b, scale), (px, pw, _, *others) = of, addresses
-        wide, joined, down = self.wide.new(x), self.joined.new(x), self.down.new(x)
-        folded, left = (bias, None) if self.folded and bias is not None else (weight, bias)
-        made = (wide, joined, down)
-        places = (folded.data_ptr(), *(of.data_ptr() for of in made))
-        self.prepare((x, weight, a, b, scale, folded, *made), (px, pw, *others, *places))
+        (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
+        wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
+        folded, left, pbias = (bias, None, pb) if self.folded else (weight, bias, pw)
+        pwide = wide.data_ptr()
+        self.prepare(
+            (x, weight, a, b, scale, folded, wide, joined, down),
+            (px, pw, *others, pbias, pwide, joined.data_ptr(), down.data_ptr()),
+        )
         t = self.t.of(self.conv(wide, down, None, *self.where))
-        self.put((t, wide), (t.data_ptr(), places[1]))
+        self.put((t, wide), (t.data_ptr(), pwide))
         y = self.conv(wide, joined, left, *self.where)
         if self.back is None:
             return y, t
-        y, result = self.y.of(y), self.result.new(y)
+        y, result = self.y.of(y), self.result.new()
         py, pr = y.data_ptr(), result.data_ptr()
         self.back((y, result, y, y, y, y, y), (py, pr, py, py, py, py, py))
         return result, t
@@ -188,11 +193,8 @@ def _back(
 ) -> Launch:
     """Of an image ``[batch, channels, P]``, of so many rows of A's kernel its channels and
     positions, and of so many groups the sums ``[out, r]``."""
-    (batch, channels, P), (count, inner, positions), (groups, out, r) = (
-        image or (0, 1, 1),
-        rows,
-        sums,
-    )
+    (batch, channels, P), (count, inner, positions) = image or (0, 1, 1), rows
+    groups, out, r = sums
     block, R, many = _copy_blocks(channels, P, False), padded(r), 1 << (groups - 1).bit_length()
     tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
     grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
@@ -272,11 +274,11 @@ class _Backward:
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
         none = [0] * len(sizes)
         self.where = ([0], *geometry[2:], False, none, 1)
-        self.wide, self.tall = _last((batch, channels, *outputs)), _last((channels, inner, *kernel))
-        self.v, self.x, self.down = (
-            _last(t) for t in ((batch, R, *outputs), (batch, inner, *sizes), (R, inner, *kernel))
-        )
-        self.dx, self.da, self.db = (_first(tuple(t)) for t in (x.shape, a.shape, (out, r)))
+        low, wide = functools.partial(_last, x.dtype), torch.float32
+        self.wide, self.tall = low(batch, channels, *outputs), low(channels, inner, *kernel)
+        self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
+        self.x, self.dx = low(batch, inner, *sizes), _first(x.dtype, *x.shape)
+        self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
         BP = _power(P, 128 if batch * -(-P // 128) >= processors else 32)
         GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
@@ -284,7 +286,7 @@ class _Backward:
         groups = max(1, min(-(-units // 4), -(-processors // blocks)))
         each = -(-units // groups)
         groups = -(-units // each)
-        self.parts = groups * out * R
+        self.part = _first(wide, groups, out, R)
         grid = tiles + groups * blocks
         grid += _copies(channels, inner, positions, of_weight) if input_too else 0
         grid += _copies(batch, inner, PX, block) if self.relaid else 0
@@ -303,9 +305,9 @@ class _Backward:
         self, dy: Tensor, of: Operands, t: Tensor, addresses: tuple[int, ...]
     ) -> tuple[_Maybe, _Maybe, Tensor]:
         x, weight, _, a, b, scale = of
-        v, part = self.v.new(x), x.new_empty(self.parts, dtype=torch.float32)
-        wide, tall = (self.wide.new(x), self.tall.new(x)) if self.input_too else (v, v)
-        x_last = self.x.new(x) if self.relaid or x.dim() == 3 else x
+        v, part = self.v.new(), self.part.new()
+        wide, tall = (self.wide.new(), self.tall.new()) if self.input_too else (v, v)
+        x_last = self.x.new() if self.relaid or x.dim() == 3 else x
         made = (wide, tall, x_last, v, part)
         places = map(Tensor.data_ptr, made)
         self.spread((dy, t, weight, a, b, scale, x, *made), (*addresses, *places))
@@ -315,14 +317,14 @@ class _Backward:
         if self.input_too:
             dx, _, _ = _gradients(wide, x_last, tall, *self.where, [True, False, False])
         if self.returned:
-            y, result = self.x.of(dx), self.dx.new(x)
+            y, result = self.x.of(dx), self.dx.new()
             dx = result
         if self.a_too:
-            down = self.down.new(x)  # whose shape alone counts
+            down = self.down.new()  # whose shape alone counts
             _, a_last, _ = _gradients(v, x_last, down, *self.where, [False, True, False])
-            a_last, da = self.down.of(a_last), a.new_empty_strided(*self.da)
+            a_last, da = self.down.of(a_last), self.da.new()
             a_first = da
-        db = x.new_empty_strided(*self.db, dtype=torch.float32)
+        db = self.db.new()
         tensors = (y, result, a_last, a_first, part, db, scale)
         self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
         return dx, da, db
@@ -349,7 +351,7 @@ def backward(
     plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, where), plan_of)
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
-        t = _last(tuple(t.shape)).of(t)
+        t = _last(t.dtype, *t.shape).of(t)
         return backward(dy, of._replace(x=x), t, scaled, wanted, where)  # type: ignore[no-any-return]
     return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
 
@@ -366,6 +368,6 @@ def _plan_backward(
     if not (shapes and types) or len({im.get_device() for im in together}) > 1:
         named = "the gradient, the input, the weight, A, B, A's output and the scale"
         raise changed(named, together)
-    if _format(dy) is None or _format(x) is None or t.stride() != _last(tuple(t.shape)).stride:
+    if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
         return _COPY
     return _Backward(dy, of, geometry, scaled, wanted)

@@ -155,39 +155,40 @@ def _project(
     numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
     M, K, experts, *_strides, r, R, _least = numbers
-    RB = _power(max(r, R, 16))
-    BM, BK = 64, 128 if RB <= 32 else 64
-    constants = (bool(how[0]), K % BK == 0, _power(experts + 1), RB, BM, BK)
-    grid = M // BM + experts
+    BLOCK_R = _power(max(r, R, 16))
+    BLOCK_M, BLOCK_K = 64, 128 if BLOCK_R <= 32 else 64
+    constants = (bool(how[0]), K % BLOCK_K == 0, _power(experts + 1), BLOCK_R, BLOCK_M, BLOCK_K)
+    grid = M // BLOCK_M + experts
     return Launch(kernels.project, device, grid, numbers, constants, 3, 4), ()
 
 
 def _product(
     numbers: tuple[int, ...], even: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
-    M, N, K, experts, x_row, w_expert, w_k, w_n, *_, r, _R, _least = numbers
-    rows_out, (bias, drop) = w_k == 1, map(bool, how)
-    step = w_n if rows_out else w_k
-    whole = experts == 1 or w_expert == step * (N if rows_out else K)
-    whole = whole and 1 in (w_k, w_n)
-    aligned = even and whole and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
-    BM, BN, BK, GROUP, stages, warps, tma = tiling(M // experts, N, K, of.hopper and aligned, drop)
-    E, RB = _power(experts + 1), _power(max(r, 16))
-    constants = (bias, drop, tma, rows_out, K % BK == 0, E, RB, BM, BN, BK, GROUP)
-    grid = (M // BM + experts + 1) * -(-N // BN)
+    M, N, K, experts, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
+    rows_out, (bias, drop) = stride_wk == 1, map(bool, how)
+    step = stride_wn if rows_out else stride_wk
+    whole = experts == 1 or stride_we == step * (N if rows_out else K)
+    whole = whole and 1 in (stride_wk, stride_wn)
+    aligned = even and whole and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
+    tiles = tiling(M // experts, N, K, of.hopper and aligned, drop)
+    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
+    E, BLOCK_R = _power(experts + 1), _power(max(r, 16))
+    constants = (bias, drop, tma, rows_out, K % BLOCK_K == 0, E, BLOCK_R, *tiles[:4])
+    grid = (M // BLOCK_M + experts + 1) * -(-N // BLOCK_N)
     launch = Launch(kernels.product, device, grid, numbers, constants, stages, warps)
-    of_w = ([experts * N, K], [step, 1], [BN, BK]) if rows_out else (
-        [experts * K, N], [step, 1], [BK, BN]
+    of_w = ([experts * N, K], [step, 1], [BLOCK_N, BLOCK_K]) if rows_out else (
+        [experts * K, N], [step, 1], [BLOCK_K, BLOCK_N]
     )  # fmt: skip
-    return launch, (([M, K], [x_row, 1], [BM, BK]), of_w) if tma else ()
+    return launch, (([M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K]), of_w) if tma else ()
 
 
 def _gradients(
     numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
     experts, r, parts, (drop, blocks) = numbers[3], numbers[4], numbers[9], how
-    RB = _power(max(r, 16))
-    constants = (bool(drop), _power(experts + 1), RB, DEEP, 64)
+    BLOCK_R = _power(max(r, 16))
+    constants = (bool(drop), _power(experts + 1), BLOCK_R, DEEP, 64)
     grid = blocks * experts * parts
     return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8), ()
 

@@ -12,6 +12,7 @@ from paramlora.formats.peft.configuration import (
     by_pattern,
     check_config,
     check_magnitudes,
+    check_ranks,
     config_of,
     report_targets,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "check_all_rescaled",
     "check_config",
     "check_magnitudes",
+    "check_ranks",
     "check_writable",
     "config_of",
     "magnitude_of",

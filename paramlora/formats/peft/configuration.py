@@ -87,7 +87,12 @@ def ends_in(path: str, names: Collection[str]) -> bool:
 
 
 def alpha(
-    config: Mapping[str, Any], chosen: Mapping[str, Any], path: str, r: int, options: Options
+    config: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    path: str,
+    r: int,
+    options: Options,
+    source: str,
 ) -> float:
     """The alpha of one layer, by its path in the model that PEFT adapted.
 
@@ -96,10 +101,34 @@ def alpha(
         chosen: of its ``alpha_pattern``, from `by_pattern`.
         path, r: of the layer.
         options: see `Options`.
+        source: the file.
     """
     fallback = r if options.alpha is None else options.alpha
     value = chosen.get(path, config.get("lora_alpha", fallback))
-    return number(value, f"lora_alpha of {path}")
+    return number(value, f"{source}: lora_alpha of {path}")
+
+
+def check_ranks(
+    config: Mapping[str, Any], ranks: Mapping[str, int], source: str, strict: bool
+) -> None:
+    """Refuse tensors of another rank than is told of them, which peft does not load either: by
+    which of the two ``lora_alpha`` is to be divided nobody knows.
+
+    Args:
+        config: ``adapter_config.json``.
+        ranks: of each layer's tensors, by its path in the model that PEFT adapted.
+        source, strict: see `report`.
+    """
+    chosen = by_pattern(config, "rank_pattern", ranks, source)
+    told = {path: chosen.get(path, config.get("r")) for path in ranks}
+    wrong = [
+        f"{path} ({r}, not {spelled(told[path])})"
+        for path, r in ranks.items()
+        if told[path] is not None and told[path] != r
+    ]
+    what = "tensors of another rank than its configuration tells"
+    way = "Mend its r or rank_pattern, or read with strict=False (--loose) to go by the tensors."
+    report(source, what, wrong, strict, way)
 
 
 def by_pattern(

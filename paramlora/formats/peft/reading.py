@@ -35,6 +35,7 @@ from paramlora.formats.peft.configuration import (
     by_pattern,
     check_config,
     check_magnitudes,
+    check_ranks,
     report_targets,
     stem,
 )
@@ -109,6 +110,8 @@ def _read_products(content: Content, options: Options) -> Adapter:
     report_unused(content, set(unused) - whole.keys(), options.strict)
     alphas = by_pattern(config, "alpha_pattern", found, source)
     ranks = by_pattern(config, "rank_pattern", found, source)
+    own = {path: _rank(held) for path, held in found.items()}
+    check_ranks(config, {p: r for p, r in own.items() if r}, source, options.strict)
     others = {}
     for path, held in found.items():
         check_factors(f"{source}: {path}", *held.values())
@@ -120,6 +123,12 @@ def _read_products(content: Content, options: Options) -> Adapter:
         else:
             others[path] = product_of(held, scale, f"{source}: {path}")
     return Adapter({}, whole=dict(whole.values()), others=others)
+
+
+def _rank(held: Mapping[str, Tensor]) -> int:
+    """Of the factors of LoHa or LoKr; 0 where both of LoKr's are whole."""
+    names = ("hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((held[name].shape[0] for name in names if name in held and held[name].dim()), 0)
 
 
 def _misordered(held: Mapping[str, Tensor], scale: float) -> Tensor:
@@ -155,6 +164,12 @@ def read_pairs(
         for path, (key, made) in made_of.items()
     ]
     chosen = by_pattern(config, "alpha_pattern", paths, content.source)
+    ranks = {
+        path: found[own].a.shape[0]
+        for path, (own, (_, made)) in zip(paths, made_of.items())
+        if made is not None and made.layout != "stack" and not experts.parameters.get(owner_of(own))
+    }
+    check_ranks(config, ranks, content.source, options.strict)
     if not config:
         chosen |= _headed(content, paths, options.alpha)
     twice = {k for p, (k, made) in made_of.items() if made and _is_twice(p, config)}
@@ -167,7 +182,9 @@ def read_pairs(
             continue
         pair_ = found[path]
         r = made.r if made.layout == "stack" or pair_.embedding else pair_.a.shape[0]
-        value = alpha(config, chosen, _pattern_path(path, key, made.kind), r, options)
+        value = alpha(
+            config, chosen, _pattern_path(path, key, made.kind), r, options, content.source
+        )
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         update = replace(made, scale=2 * scale if key in twice else scale)

@@ -1,0 +1,1 @@
+"""DoRA's norms and its outputs' lengths: the kernels, and the plan of each launch."""

@@ -1,0 +1,129 @@
+"""Triton kernels for rows that take different low-rank updates of one weight, in one accumulator.
+
+A row here is a position: ``P`` of them, which lie one after the other, take one update. `product`
+computes ``y = x w + p_i q_i + bias`` of rows as they lie: most tiles meet one update, and those
+that meet several add one after the other. `project` computes the thin ``p_i = x f_iᵀ``, and
+`gradients` those of the factors, ``v_iᵀ x`` and ``u_iᵀ dy``, over the rows sorted by their update,
+which nothing is copied for: ``order`` says where each lies. All is read on the device, so nothing
+waits for the host. Each row is multiplied by its own update's numbers, and what is not finite
+reaches no other row.
+
+The updates' factors lie one after the other, of update i from ``starts[i]`` on. Sizes are named as
+in `paramlora.cuda.experts.kernels`, whose ``experts`` are the updates here.
+"""
+
+import triton
+import triton.language as tl
+
+from paramlora.cuda.experts.kernels import _expert, _share, _wide
+from paramlora.cuda.linear.kernels import _place
+
+
+@triton.jit
+def _lying(order, rm, M, P):
+    """Where the rows `rm` of those that are sorted lie, in 64 bits."""
+    row = tl.load(order + rm // P, mask=rm < M, other=0)
+    return row.to(tl.int64) * P + rm % P
+
+
+@triton.jit
+def project(
+    x, f, p, order, ends, starts, M, K, updates, P, x_row, f_rank, f_k, R,
+    WHOLE_K: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Some rows of ``p[M, R] = x[M, K] f_i[r_i, K]ᵀ``, zeros beyond the rank; not those of none."""
+    update, first, end = _expert(ends, tl.program_id(0), M, updates, E, BM)
+    if (update < updates) & (first < end):
+        tl.assume(K > 0)
+        start = tl.load(starts + update)
+        r = tl.load(starts + update + 1) - start
+        rm, rk, rr = first + tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, RB)
+        lying = _lying(order, rm, M, P)
+        acc = tl.zeros((BM, RB), tl.float32)
+        left = x + lying[:, None] * x_row + rk[None, :]
+        thin = f + (start + rr)[None, :].to(tl.int64) * f_rank + rk[:, None].to(tl.int64) * f_k
+        rows, ranks = rm[:, None] < end, rr[None, :] < r
+        for k in range(0, K, BK):
+            if WHOLE_K:
+                tile = tl.load(left, mask=rows, other=0.0)
+                factor = tl.load(thin, mask=ranks, other=0.0)
+            else:
+                inside = rk < K - k
+                tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
+                factor = tl.load(thin, mask=ranks & inside[:, None], other=0.0)
+            acc = tl.dot(tile, factor, acc)
+            left += BK
+            thin += tl.cast(f_k, tl.int64) * BK
+        where = p + lying[:, None] * R + rr[None, :]
+        tl.store(where, acc.to(p.dtype.element_ty), mask=rows & (rr[None, :] < R))
+
+
+@triton.jit
+def product(
+    x, w, p, q, y, index, starts, bias, M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
+    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
+    RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
+    columns = tl.cdiv(N, BN)
+    block, column = _place(tl.program_id(0), tl.cdiv(M, BM), columns, GROUP)
+    rm, rn, rr = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, RB)
+    tl.assume(K > 0)
+    acc = _wide(
+        x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
+        TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
+    )  # fmt: skip
+    own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
+    lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
+    for update in range(lowest, highest + 1):
+        start = tl.load(starts + update)
+        r, mine = tl.load(starts + update + 1) - start, own == update
+        where = p + rm[:, None].to(tl.int64) * R + rr[None, :]
+        left = tl.load(where, mask=mine[:, None] & (rr[None, :] < r), other=0.0)
+        where = q + (start + rr)[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
+        right = tl.load(where, mask=(rr[:, None] < r) & (rn[None, :] < N), other=0.0)
+        # zeros times what is not finite would be no zeros: it comes to its own rows alone
+        finite = tl.abs(right.to(tl.float32)) < float("inf")  # NaN is not
+        acc = tl.dot(left, tl.where(finite, right, 0.0).to(right.dtype), acc)
+        bad = tl.max(tl.where(finite, 0, 1), 0) > 0
+        acc = tl.where(mine[:, None] & bad[None, :], float("nan"), acc)
+    if BIAS:
+        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    where = y + rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(where, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+
+
+@triton.jit
+def gradients(
+    x, v, dy, u, da, db, order, ends, starts, M, fan_in, out, updates, ranks, P, R, x_row, dy_row,
+    inner, parts, E: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
+    ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows."""
+    blocks = tl.num_programs(0) // (updates * parts)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * updates)
+    update = tl.program_id(0) // blocks % updates
+    which, low, high = _share(ends, M, updates, E)
+    first = tl.sum(tl.where(which == update, low, 0), 0)
+    end = tl.sum(tl.where(which == update, high, 0), 0)
+    each = tl.cdiv(tl.maximum(end - first, 0), parts * BM) * BM
+    first += part * each
+    end = tl.minimum(end, first + each)
+    start = tl.load(starts + update)
+    r = tl.load(starts + update + 1) - start
+    is_a = block < inner
+    wide, thin, found = tl.where(is_a, x, dy), tl.where(is_a, v, u), tl.where(is_a, da, db)
+    size, row = tl.where(is_a, fan_in, out), tl.where(is_a, x_row, dy_row)
+    rd = (block - tl.where(is_a, 0, inner)) * DEEP + tl.arange(0, DEEP)
+    rm, rr = tl.arange(0, BM), tl.arange(0, RB)
+    acc = tl.zeros((DEEP, RB), tl.float32)
+    for m in range(first, end, BM):
+        mm = m + rm
+        lying = _lying(order, mm, M, P)
+        where = wide + lying[None, :] * row + rd[:, None]
+        left = tl.load(where, mask=(mm[None, :] < end) & (rd[:, None] < size), other=0.0)
+        where = thin + lying[:, None] * R + rr[None, :]
+        right = tl.load(where, mask=(mm[:, None] < end) & (rr[None, :] < r), other=0.0)
+        acc = tl.dot(left, right, acc)
+    where = found + (tl.cast(part * ranks + start, tl.int64) + rr[None, :]) * size + rd[:, None]
+    tl.store(where, acc, mask=(rd[:, None] < size) & (rr[None, :] < r))

@@ -1,0 +1,157 @@
+"""The products of rows that take different updates on CUDA, in the kernels; imported only there."""
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.cuda.device import Card, card
+from paramlora.cuda.launch import Block, Launch, on_its_device, planned
+from paramlora.cuda.linear.tiles import tiling
+from paramlora.cuda.operands import DEEP
+from paramlora.cuda.routed import kernels
+
+_Maybe = Optional[Tensor]
+_PLANS: dict[Any, Any] = {}
+
+
+class Sorted(NamedTuple):
+    """Which update each row takes, as whole numbers of 32 bits on the device.
+
+    Args:
+        taken: ``[N]``, the update of each row, one beyond them for none.
+        order: ``[N]``, the rows sorted by their update.
+        ends: ``[updates]``, where each one's positions end among the sorted ones.
+        starts: ``[updates + 1]``, where each one's ranks start among those of all.
+        most: the largest rank.
+        positions: of each row.
+    """
+
+    taken: Tensor
+    order: Tensor
+    ends: Tensor
+    starts: Tensor
+    most: int
+    positions: int
+
+
+@on_its_device
+def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
+    """``x f_iᵀ`` ``[M, width]``, in x's type; rows of no update are not written.
+
+    Args:
+        x: ``[M, K]``, contiguous rows.
+        f: ``[ranks, K]``, any strides, of x's type.
+        by: which update each row takes.
+    """
+    p = x.new_empty(len(x), by.most + -by.most % 8)
+    tensors = (x, f, p, by.order, by.ends, by.starts)
+    rest = (by.most, by.positions)
+
+    def made(_: Any) -> Launch:
+        (M, K), updates, RB = x.shape, len(by.ends), _power(max(p.shape[1], 16))
+        BM, BK = 64, 128 if RB <= 32 else 64
+        numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
+        constants = (K % BK == 0, _power(updates + 1), RB, BM, BK)
+        grid = M // BM + updates
+        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4)
+
+    launch, addresses = planned(_PLANS, tensors, ("thin", *rest), made)
+    launch(tensors, addresses)
+    return p
+
+
+@on_its_device
+def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe = None) -> Tensor:
+    """``x w + p_i q_i + bias``, rounded once.
+
+    Args:
+        x: ``[M, K]``, contiguous rows.
+        w: ``[K, N]``, one side contiguous.
+        p: ``[M, width]``, as of `thin`.
+        q: ``[ranks, N]``, any strides, of x's type.
+        by: which update each row takes.
+        bias: ``[N]``, contiguous.
+    """
+    y = x.new_empty(len(x), w.shape[1])
+    tensors = (x, w, p, q, y, by.taken, by.starts, w if bias is None else bias)
+    rest = (by.most, by.positions, bias is not None)
+
+    def made(addresses: tuple[int, ...]) -> Any:
+        even = not any(address & 15 for address in addresses[:2])
+        return _product(x, w, p, q, by, bias is not None, even, card(x.get_device()))
+
+    (launch, layouts), addresses = planned(_PLANS, tensors, ("product", *rest), made)
+    blocks = tuple(map(Block, tensors, layouts))
+    launch(tensors[len(blocks) :], addresses[len(blocks) :], (), blocks)
+    return y
+
+
+def _product(
+    x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: bool, even: bool, of: Card
+) -> tuple[Launch, tuple[Any, ...]]:
+    (M, K), N, (w_k, w_n), x_row = x.shape, w.shape[1], w.stride(), x.stride(0)
+    rows_out = w_k == 1
+    step = w_n if rows_out else w_k
+    aligned = even and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
+    aligned = of.hopper and aligned and step > 0
+    BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
+    numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
+    RB = _power(max(by.most, 16))
+    constants = (bias, tma, rows_out, K % BK == 0, RB, BM, BN, BK, GROUP)
+    grid = -(-M // BM) * -(-N // BN)
+    launch = Launch(kernels.product, x.get_device(), grid, numbers, constants, stages, warps)
+    of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
+    return launch, (([M, K], [x_row, 1], [BM, BK]), of_w) if tma else ()
+
+
+@on_its_device
+def sums(
+    x: Tensor, v: _Maybe, dy: Tensor, u: _Maybe, by: Sorted, ranks: int, wanted: tuple[bool, bool]
+) -> tuple[_Maybe, _Maybe]:
+    """``v_iᵀ x_i`` and ``u_iᵀ dy_i`` where they are wanted, in float32; zeros of no update.
+
+    Args:
+        x: ``[M, in]``; dy: ``[M, out]``; contiguous rows.
+        v, u: ``[M, width]``, as of `thin`; what is not wanted needs none.
+        by: which update each row takes.
+        ranks: of all updates, and of none.
+        wanted: of ``[ranks, in]``, and of ``[ranks, out]``.
+    """
+    (M, fan_in), out, updates = x.shape, dy.shape[1], len(by.ends)
+    inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
+    parts = _parts(M, updates, inner + outer, card(x.get_device()))
+    of_a = x.new_zeros(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
+    of_b = x.new_zeros(parts * wanted[1], ranks, out, dtype=torch.float32)
+    thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
+    written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
+    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts)
+
+    def made(_: Any) -> Launch:
+        numbers = (
+            M, fan_in, out, updates, ranks, by.positions, thins[0].shape[1],
+            x.stride(0), dy.stride(0), inner, parts,
+        )  # fmt: skip
+        constants = (_power(updates + 1), _power(max(by.most, 16)), DEEP, 64)
+        grid = (inner + outer) * updates * parts
+        return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, 3, 8)
+
+    launch, addresses = planned(_PLANS, tensors, ("sums", by.most, by.positions, wanted), made)
+    launch(tensors, addresses)
+    da, db = (_added(t) if want else None for t, want in zip((of_a, of_b), wanted))
+    return da, db
+
+
+def _added(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _parts(M: int, updates: int, blocks: int, of: Card) -> int:
+    """Into how many parts each update's rows go, so that all processors have some."""
+    most = max(1, M // (updates * 512))
+    return min(most, max(1, -(-4 * of.processors // (updates * blocks))))
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below it."""
+    return 1 << (n - 1).bit_length()

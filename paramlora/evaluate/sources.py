@@ -1,0 +1,71 @@
+"""What the rows of a grouped product are made of: kept as it is, and made again for gradients.
+
+The rows of experts are tokens, each as often as it is chosen, or what an activation gives. Both
+are larger than what they come from, or cheaper to compute than to keep. Tensors only.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+_Maybe = Optional[Tensor]
+Again = tuple[Tensor, Callable[[Tensor], Tensor]]  # the rows, and the gradient of what made them
+
+
+class Chosen(NamedTuple):
+    """Rows that are tokens ``[tokens, in]``, sorted by who chose them.
+
+    Args:
+        order: ``[rows]``, the choice that each row is, as ``token * top + place``.
+        back: ``[rows]``, where each choice's row lies.
+        top: choices of each token.
+        partial: whether some rows, the last, may be nobody's, and without a gradient.
+    """
+
+    order: Tensor
+    back: Tensor
+    top: int
+    partial: bool
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """``[rows, in]``."""
+        return flat[self.order // self.top]
+
+    def pulled(self, dx: Tensor, ends: Tensor) -> Tensor:
+        """The gradient of the tokens: sums in the order of the choices, nothing scattered."""
+        if self.partial:
+            dx = dx.masked_fill((torch.arange(len(dx), device=dx.device) >= ends[-1])[:, None], 0)
+        tokens = len(self.back) // self.top
+        return dx[self.back].view(tokens, self.top, dx.shape[1]).sum(1)
+
+    def again(self, flat: Tensor, ends: Tensor) -> Again:
+        return self.rows(flat), lambda dx: self.pulled(dx, ends)
+
+
+class Computed(NamedTuple):
+    """Rows that a function without parameters gives, each of the row at its place."""
+
+    rows: Callable[[Tensor], Tensor]
+
+    def again(self, y: Tensor, _: Tensor) -> Again:
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            x = self.rows(y)
+        return x.detach(), lambda dx: torch.autograd.grad(x, y, dx.to(x.dtype))[0]
+
+
+Source = Union[Chosen, Computed]
+
+
+def taken_apart(source: Optional[Source]) -> tuple[_Maybe, _Maybe, Any]:
+    """Both tensors of a source, and the rest, as an autograd function takes it."""
+    if isinstance(source, Chosen):
+        return source.order, source.back, (source.top, source.partial)
+    return None, None, source
+
+
+def put_together(order: _Maybe, back: _Maybe, rest: Any) -> Optional[Source]:
+    """What `taken_apart` was given."""
+    return rest if order is None or back is None else Chosen(order, back, *rest)

@@ -1,0 +1,68 @@
+"""Compiles the kernels of rows that take different updates, and DoRA's, for a device that need not
+be there, and prints the bytes of shared memory that each takes; see `compiled`.
+`test_routed_kernels` starts it."""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile as compile_for
+
+from paramlora.cuda.device import Card
+from paramlora.cuda.launch import Launch
+from paramlora.cuda.rescaled import plan as rescaled
+from paramlora.cuda.routed import plan as routed
+from paramlora.update.choice import Choice
+from tests.cuda import compiled, interpreted
+
+LAYERS = [  # rows, positions, updates, in, out, rank
+    (8, 1024, 8, 4096, 4096, 16),
+    (64, 1, 64, 4096, 4096, 16),
+    (9, 37, 4, 317, 211, 100),
+]
+
+
+def main(capability):
+    shared = {}
+
+    def compile_one(self, pointers, addresses, values=(), blocks=()):
+        arguments = (*blocks, *pointers, *values, *self.tail)
+        ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
+        key = str((self.kernel.__name__, self.constants, ones, *self.options.items()))
+        if key not in shared:
+            source = compiled.source(self.kernel, arguments)
+            target = GPUTarget("cuda", capability, 32)
+            done = compile_for(source, target=target, options=dict(self.options))
+            shared[key] = done.metadata.shared
+
+    interpreted.stand_in_for_the_device()
+    routed.card = rescaled.card = lambda device: Card(divmod(capability, 10), 132)
+    Launch.__call__ = compile_one
+    for layer in LAYERS:
+        step(*layer)
+    json.dump(shared, sys.stdout)
+
+
+def step(count, positions, updates, fan_in, out, r):
+    """All that a forward and a backward launch; nothing is computed."""
+    new = torch.empty((), dtype=torch.bfloat16)
+    names, index = tuple(map(str, range(updates))), torch.arange(count) % updates
+    rows = Choice(names, (r,) * updates, index, 0)
+    by = routed.Sorted(*rows.sorted_by(positions), rows.starts, r, positions)
+    M, ranks = count * positions, updates * r + 1
+    x, dy, weight = new.new_empty(M, fan_in), new.new_empty(M, out), new.new_empty(out, fan_in)
+    down, up, bias = new.new_empty(ranks, fan_in), new.new_empty(out, ranks).t(), new.new_empty(out)
+    u = routed.thin(x, down, by)
+    routed.product(x, weight.t(), u, up, by, bias)
+    v = routed.thin(dy, up, by)
+    routed.product(dy, weight, v, down, by)
+    routed.sums(x, v, dy, u, by, ranks, (True, True))
+    a, b, m = (torch.empty(shape) for shape in ((r, fan_in), (out, r), (out,)))
+    norm = rescaled.lengths(weight, a, b, torch.ones(()))
+    rescaled.rescale(dy, m, norm, bias)
+    rescaled.rescale_backward(dy, dy, m, norm)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

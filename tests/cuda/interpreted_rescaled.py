@@ -1,0 +1,75 @@
+"""Runs DoRA's kernels in Triton's interpreter and prints their errors against float64.
+
+`test_rescaled_kernels` starts it in a process of its own; see `interpreted`. As there, of
+float16 alone.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from paramlora.cuda.rescaled import plan
+from paramlora.evaluate import rescaled
+from tests.cuda import interpreted
+from tests.cuda.interpreted import error, launched
+
+NORMS = {  # out, in, rank, weight
+    "even": (64, 256, 16, lambda w: w),
+    "odd": (37, 45, 3, lambda w: w),
+    "transposed": (50, 130, 5, lambda w: w.t().contiguous().t()),
+    "a high rank": (40, 96, 100, lambda w: w),
+    "one": (1, 1, 1, lambda w: w),
+}
+LAYERS = {"rows": (70, 48), "a batch": (2, 33, 300), "one": (1, 1), "many": (600, 64)}
+
+
+def norms(case):
+    out, fan_in, r, laid = NORMS[case]
+    weight = laid(torch.randn(out, fan_in).half())
+    a, b, scale = torch.randn(r, fan_in), torch.randn(r, out).t(), torch.tensor(0.3)
+    got = rescaled.norms_of(weight, a, b, scale)
+    want = (weight.double() + 0.3 * b.double() @ a.double()).norm(dim=1)
+    return {"norm": error(got, want)}
+
+
+def layer(case, with_bias):
+    """Errors of the output and of both gradients, of a batch whose first norm is zero."""
+    shape = LAYERS[case]
+    z, out = torch.randn(shape).half().requires_grad_(), shape[-1]
+    m, norm = torch.randn(out).requires_grad_(), torch.rand(out) + 0.5
+    norm[0] = 0
+    bias = torch.randn(out).half().requires_grad_() if with_bias else None
+    y = rescaled.rescaled(z, m, norm, bias)
+    dy = torch.randn(*shape[:-1], 2 * out).half()[..., :out]
+    leaves = [t for t in (z, m, bias) if t is not None]
+    got = torch.autograd.grad(y, leaves, dy)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    length = torch.where(norm == 0, 1, norm).double()
+    true = wide[0] * (wide[1] / length) + (wide[2] if with_bias else 0)
+    want = torch.autograd.grad(true, wide, dy.double())
+    names = ("z", "m", "bias")
+    return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(names, got, want)}
+
+
+def main():
+    interpreted.stand_in_for_the_device()
+    rescaled.served = lambda x: x.dtype == torch.float16
+    plan.card = lambda device: interpreted.Card((9, 0), 132)
+    warnings.simplefilter("error")
+    results = {}
+    for name in NORMS:
+        torch.manual_seed(0)
+        launched.clear()
+        results[f"norms, {name}"] = norms(name), launched[:]
+    for name in LAYERS:
+        for with_bias in (False, True):
+            torch.manual_seed(0)
+            launched.clear()
+            results[f"layer, {name}, {with_bias}"] = layer(name, with_bias), launched[:]
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Runs the kernels of rows that take different updates in Triton's interpreter and prints their
+errors against float64.
+
+`test_routed_kernels` starts it in a process of its own; see `interpreted`. As there, of
+float16 alone.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from paramlora.cuda.routed import plan
+from paramlora.update.choice import Choice
+from tests.cuda import interpreted
+from tests.cuda.interpreted import error, launched
+
+# the update of each row (the last is none), positions of each, ranks, in, out
+CASES = {
+    "sorted": ([0] * 3 + [1] * 2 + [2], 40, (4, 16, 3), 64, 48),
+    "mixed": ([1, 0, 2, 1, 2, 0, 1], 33, (5, 3), 64, 80),
+    "one position": ([k * 7 % 4 for k in range(150)], 1, (2, 9, 1), 128, 272),
+    "one update": ([0, 0], 70, (16,), 45, 37),
+    "none's rows": ([2, 2, 0, 2], 20, (4, 4), 64, 64),
+    "a high rank": ([0, 1, 1, 0], 17, (100, 7), 64, 96),
+    "long": ([0, 1] * 3, 400, (8, 8), 64, 32),
+}
+LAYOUTS = [lambda w: w, lambda w: w.t().contiguous().t()]
+
+
+def computed(case, laid):
+    """Errors of all that the kernels compute of one case."""
+    taken, P, ranks, fan_in, out = CASES[case]
+    rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
+    by = plan.Sorted(*rows.sorted_by(P), rows.starts, max(ranks), P)
+    M, total = len(taken) * P, sum(ranks) + 1
+    x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
+    weight, bias = laid((torch.randn(out, fan_in) / fan_in**0.5).half()), torch.randn(out).half()
+    down = (torch.randn(total, fan_in) / fan_in**0.5).half()
+    up = torch.randn(out, total).half().t() / 4
+    launched.clear()
+    u = plan.thin(x, down, by)
+    y = plan.product(x, weight.t(), u, up, by, bias)
+    v = plan.thin(dy, up, by)
+    dx = plan.product(dy, weight, v, down, by)
+    da, db = plan.sums(x, v, dy, u, by, total, (True, True))
+    assert torch.equal(da, plan.sums(x, v, dy, None, by, total, (True, False))[0])
+    assert torch.equal(db, plan.sums(x, None, dy, u, by, total, (False, True))[1])
+    masks = torch.zeros(M, total).double()  # whose each rank is
+    for row, which in enumerate(taken):
+        start = sum(ranks[:which])
+        if which < len(ranks):
+            masks[row * P : row * P + P, start : start + ranks[which]] = 1
+    X, DY, W, A, B = (t.double() for t in (x, dy, weight, down, up))
+    U, V = masks * (X @ A.t()), masks * (DY @ B.t())
+    pairs = {
+        "y": (y, X @ W.t() + U @ B + bias.double()), "x": (dx, DY @ W + V @ A),
+        "A": (da, V.t() @ X), "B": (db, U.t() @ DY),
+    }  # fmt: skip
+    return {name: error(*pair) for name, pair in pairs.items()}
+
+
+def spoiled():
+    """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
+    taken, P, ranks, fan_in, out = CASES["mixed"]
+    rows = Choice(("0", "1"), ranks, torch.tensor(taken), 0)
+    by = plan.Sorted(*rows.sorted_by(P), rows.starts, max(ranks), P)
+    x = torch.randn(len(taken) * P, fan_in).half()
+    down, up = torch.randn(9, fan_in).half(), torch.randn(9, out).half()
+    up[6, 3], up[7, 5] = float("nan"), float("inf")
+    y = plan.product(x, torch.randn(fan_in, out).half(), plan.thin(x, down, by), up, by)
+    own = torch.tensor(taken).repeat_interleave(P) == 1
+    return [int((~y[~own].isfinite()).sum()), bool(y[own][:, [3, 5]].isfinite().any())]
+
+
+def main():
+    interpreted.stand_in_for_the_device()
+    warnings.simplefilter("error")
+    results = {}
+    for number, case in enumerate(CASES):
+        of = [(9, 0), (8, 6)][number % 2]
+        plan.card = lambda device, of=of: interpreted.Card(of, 132)
+        torch.manual_seed(0)
+        results[case] = computed(case, LAYOUTS[number % 4 // 2]), launched[:]
+    results["spoiled"] = spoiled()
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

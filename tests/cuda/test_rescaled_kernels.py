@@ -1,0 +1,72 @@
+"""DoRA's kernels: in Triton's interpreter, and on CUDA against float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import paramlora
+
+pytest.importorskip("triton")
+EPS = 2**-10  # of float16
+
+
+@pytest.fixture(scope="module")
+def results():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.interpreted_rescaled"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_norms_are_right_in_one_launch(results):
+    norms = {name: result for name, result in results.items() if name.startswith("norms")}
+    assert len(norms) == 5
+    assert all(errors["norm"] < 1e-3 and ran == ["lengths"] for errors, ran in norms.values())
+
+
+def test_outputs_and_gradients_are_right_to_one_rounding(results):
+    layers = {name: result for name, result in results.items() if name.startswith("layer")}
+    assert len(layers) == 8
+    wrong = {name: errors for name, (errors, _) in layers.items() if max(errors.values()) > EPS}
+    assert not wrong
+    assert all(errors["m"] < 1e-5 for errors, _ in layers.values())
+    assert all(ran == ["rescale", "rescale_backward"] for _, ran in layers.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(512, 1024, 768), (64, 317, 211), (3, 33, 320, 320)])
+def test_a_layer_on_cuda(shape, dtype):
+    torch.manual_seed(0)
+    *rows, fan_in, out = shape
+    layer = nn.Linear(fan_in, out, device="cuda", dtype=dtype)
+    weight, bias = layer.weight.double(), layer.bias.double()
+    paramlora.attach(layer, {"weight": {"r": 8, "scale": 0.5, "kind": "dora"}})
+    update = layer.parametrizations.weight[0]
+    update.lora_B.data.normal_(std=0.05)
+    update.lora_magnitude.data.mul_(1.25)
+    x = torch.randn(*rows, fan_in, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn(*rows, out, device="cuda", dtype=dtype)
+    named = {"x": x, "A": update.lora_A, "B": update.lora_B, "m": update.lora_magnitude}
+    y = layer(x)
+    got = torch.autograd.grad(y, named.values(), dy)
+    leaves = [t.detach().double().requires_grad_() for t in named.values()]
+    total = weight + 0.5 * leaves[2] @ leaves[1]
+    total = leaves[3] * total / total.detach().norm(dim=1, keepdim=True)
+    true = leaves[0] @ total.T + bias
+    want = torch.autograd.grad(true, leaves, dy.double())
+    eps = torch.finfo(dtype).eps
+    for name, mine, real in zip(("y", *named), (y, *got), (true, *want)):
+        assert (mine.double() - real).norm() < 4 * eps * real.norm(), name

@@ -1,0 +1,131 @@
+"""Stops a call at every line of the package that it runs, and compares what is left of a model."""
+
+import copy
+import gc
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import paramlora
+from paramlora.model.attach import updates
+
+PACKAGE = str(Path(paramlora.__file__).parent)
+PLAIN = (int, float, str, bool, type(None))
+
+
+def picture(model):
+    """Everything that an operation might leave half changed, tensors by their bits."""
+    modules = [
+        (
+            path,
+            type(m),
+            sorted(set(vars(m)) - {"_flat_weights"}),
+            [(n, p.requires_grad) for n, p in m._parameters.items() if p is not None],
+            list(m._buffers),
+            [f.__name__ for f in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())],
+            [n for n, _ in m.named_children()],
+            {k: v for k, v in vars(m).items() if isinstance(v, PLAIN)},
+            m.config.to_dict() if hasattr(getattr(m, "config", None), "to_dict") else None,
+        )
+        for path, m in model.named_modules()
+    ]
+    bits = {k: v.detach().clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    rnns = (m for m in model.modules() if isinstance(m, nn.RNNBase))
+    flat = [[getattr(m, name) for name in m._flat_weights_names] for m in rnns]
+    strengths = [(path, u.adapter, u.strength, u.gain.item()) for path, _, u in updates(model)]
+    flat = [[t.detach().clone() for t in ts] for ts in flat]
+    first = {}
+    tied = [first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)]
+    return modules, bits, flat, strengths, tied, gc.isenabled()
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+class Stop(BaseException):
+    pass
+
+
+class At:
+    """Raises at the n-th line that Python runs inside of some folders, and keeps those before."""
+
+    def __init__(self, left, within):
+        self.left, self.within, self.lines = left, within, []
+
+    def __call__(self, frame, event, _):
+        return self.line if frame.f_code.co_filename.startswith(self.within) else None
+
+    def line(self, frame, event, _):
+        if event == "line":
+            self.lines.append((frame.f_code, frame.f_lineno))
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+        return self.line
+
+
+def moments(call, within=PACKAGE):
+    """When to stop a call: the first time that each line runs, and its last."""
+    trace = At(10**9, within)
+    run(trace, call)
+    times = {}
+    for time, line in enumerate(trace.lines):
+        times.setdefault(line, []).append(time)
+    return sorted({t for found in times.values() for t in (found[0], found[-1])})
+
+
+def stopped(at, call, within=PACKAGE):
+    """Whether `call` was stopped at a line; its warnings are not the matter here."""
+    return run(At(at, within), call)
+
+
+def run(trace, call):
+    tracer = sys.gettrace()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.disable()  # the collector would run lines of its own, at another moment each time
+        sys.settrace(trace)
+        try:
+            call()
+        except Stop:
+            return True
+        finally:
+            sys.settrace(tracer)
+            gc.enable()
+            # a line at which a block of torch's is left can be stopped here, where a signal cannot
+            torch.set_grad_enabled(True)
+    return False
+
+
+def check_stops(name, start, act, within=PACKAGE):
+    """Stopped at each line: as before or as after, and the same when it is done again."""
+    before = picture(start)
+    first = copy.deepcopy(start)  # fills the caches, traced as the others are, which run on less
+    moments(lambda: act(first), within)
+    whole = copy.deepcopy(start)
+    times = moments(lambda: act(whole), within)
+    after, halves = picture(whole), 0
+    assert not equal(before, after)
+    for index, line in enumerate(times):
+        model = copy.deepcopy(start)
+        assert stopped(line, lambda model=model: act(model), within)
+        now = picture(model)
+        done = equal(now, after)
+        assert done or equal(now, before), f"line {line} of {name}"
+        halves += done
+        if name.startswith(("merge", "detach")) or not done and index % 10 == 0:  # again
+            act(model)
+            assert equal(picture(model), after), f"repeated after line {line} of {name}"
+    assert len(times) > 20
+    if name.startswith("merge"):
+        assert halves > 10  # what stopped it once it had begun did not keep it from its end
