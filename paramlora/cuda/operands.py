@@ -222,12 +222,15 @@ def _is_depthwise(
     return small and prod(x) > 0 and min(outputs) > 0
 
 
-def kept_size(M: int, N: int, K: int, r: int) -> int:
+def kept_size(M: int, N: int, K: int, r: int, drop: bool = False) -> int:
     """Elements of `kept` (see `linear.kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
-    r."""
+    r, and where inputs are dropped with the numbers of their rows and columns."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)
-    return R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+    numbers = 2 * (M + K + (M + K) % 2) if drop else 0
+    return (
+        numbers + R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+    )
 
 
 def packs(N: int, K: int, R: int) -> int:

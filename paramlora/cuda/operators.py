@@ -254,7 +254,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
     more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `forward`
-    return x.new_empty(M, N), x.new_empty(kept_size(M, N, K, len(a)) + more)
+    size = kept_size(M, N, K, len(a), seed is not None)
+    return x.new_empty(M, N), x.new_empty(size + more)
 
 
 @torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")

@@ -17,7 +17,7 @@ from paramlora.cuda.linear.kernels import (
 @triton.jit
 def _looked_up(kept, M, dim, R: tl.constexpr):
     """Of `look_up`: the thin rows, the counts of the gradients' blocks, their number, the scale."""
-    counts, blocks, _ = _counts(kept, M, 0, dim, R)
+    counts, blocks, _ = _counts(kept, M, 0, dim, dim, R, False)
     scaled = (counts + blocks).to(tl.pointer_type(tl.float32), bitcast=True)
     return _after(kept, dim, R), counts, blocks, scaled
 
@@ -135,7 +135,7 @@ def look_up_backward(
         wide = Matrix(dy, 0, dim, 1)
         _gradients(
             wide, wide, thin, thin, part, db, db, scaled, 1.0, Signals(counts, 0, 0), counts,
-            pid - strips, M, 0, dim, r, M, groups, each, Drop(kept, 0, False),
+            pid - strips, M, 0, dim, r, M, groups, each, Drop(kept, kept, kept, 0, False),
             LOCAL=False, EARLY=False, SCALED=SCALED, EVEN=True, R=R, HEIGHT=SPAN,
             BLOCK_M=BLOCK_ROWS,
         )  # fmt: skip

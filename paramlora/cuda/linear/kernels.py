@@ -24,7 +24,8 @@ Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`
 is the padded rank. Row m of a wide matrix lies ``m // P`` batches and ``m % P`` rows from its
 start, so that the positions of an image are rows without a copy, whatever its memory format.
 `kept` goes from a forward to its backwards: ``A[R, in]``, ``scale · B.T[R, out]``, ``u[M, R]``,
-the count of each block of gradients, and the forward's signals. `tiles` chooses the
+of a mask the numbers of its columns and rows, the count of each block of gradients, and the
+forward's signals. `tiles` chooses the
 tiles.
 
 Where an update drops inputs, its mask is drawn where x is read, in ``u = (mask ∘ x) @ A.T`` and in
@@ -71,9 +72,12 @@ class Signals(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A mask, if `ON`: a pointer to its seed, and below which number an element is dropped."""
+    """A mask, if `ON`: pointers to its seed, which only a forward needs, and to the numbers of its
+    columns and rows in `kept`; and below which number an element is dropped."""
 
     seed: Any
+    columns: Any
+    rows: Any
     threshold: Any
     ON: Any
 
@@ -128,9 +132,19 @@ def _after(matrix, rows, R: tl.constexpr):
 
 
 @triton.jit
-def _counts(kept, M, N, K, R: tl.constexpr):
+def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
+    """Those of a mask's columns, written by `_pack`, and of its rows, by `_project`: they take as
+    long as the mask itself where each step of a loop finds them anew."""
+    columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
+    return columns, columns + fan_in
+
+
+@triton.jit
+def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
     """The blocks' counts, and the signals behind them."""
     counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
+    if DROP:
+        counts += M + fan_in + (M + fan_in) % 2
     blocks = tl.cdiv(K, DEEP) + tl.cdiv(N, DEEP)
     signals = counts + (blocks + blocks % 2)
     return counts, blocks, signals.to(tl.pointer_type(tl.int64), bitcast=True)
@@ -168,8 +182,9 @@ def _project(x, f, p, row, of, drop, how):
     thin = f + offs_r[None, :] * of.K + offs_k[:, None]
     step = tl.cast(x.column, tl.int64) * how.BLOCK_K
     if drop.ON:
-        of_rows, of_columns = keys(drop.seed)
-        rows = numbers(offs_m, of_rows)[:, None]
+        of_rows, _ = keys(drop.seed)
+        rows = numbers(offs_m, of_rows)
+        tl.store(drop.rows + offs_m, rows, mask=offs_m < of.M)
     for k in range(0, of.K, how.BLOCK_K):
         if how.WHOLE_K:
             tile = tl.load(left, mask=offs_m[:, None] < of.M, other=0.0)
@@ -179,7 +194,11 @@ def _project(x, f, p, row, of, drop, how):
             tile = tl.load(left, mask=(offs_m[:, None] < of.M) & inside[None, :], other=0.0)
             factor = tl.load(thin, mask=inside[:, None], other=0.0)
         if drop.ON:
-            gone = below(rows, numbers(k + offs_k, of_columns)[None, :], drop.threshold)
+            if how.WHOLE_K:
+                columns = tl.load(drop.columns + k + offs_k)
+            else:
+                columns = tl.load(drop.columns + k + offs_k, mask=offs_k < of.K - k, other=0)
+            gone = below(rows[:, None], columns[None, :], drop.threshold)
             tile = tl.where(gone, 0.0, tile).to(tile.dtype)
         acc = tl.dot(tile, factor, acc)
         left += step
@@ -237,8 +256,8 @@ def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
         where = q + offs_r[:, None] * of.N + offs_n[None, :]
         low = tl.dot(left, tl.load(where, mask=offs_n[None, :] < of.N, other=0.0), low)
     if drop.ON:
-        of_rows, of_columns = keys(drop.seed)
-        rows, columns = numbers(offs_m, of_rows)[:, None], numbers(offs_n, of_columns)[None, :]
+        rows = tl.load(drop.rows + offs_m, mask=offs_m < of.M, other=0)[:, None]
+        columns = tl.load(drop.columns + offs_n, mask=offs_n < of.N, other=0)[None, :]
         low = tl.where(below(rows, columns, drop.threshold), acc, acc + low)
     return low
 
@@ -318,8 +337,7 @@ def _thin_sum(
     offs_d = block * DEEP + tl.arange(0, DEEP)
     offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, R)
     if drop.ON:
-        of_rows, of_columns = keys(drop.seed)
-        columns = numbers(offs_d, of_columns)[:, None]
+        columns = tl.load(drop.columns + offs_d, mask=offs_d < size, other=0)[:, None]
     acc = tl.zeros((DEEP, R), tl.float32)
     for m in range(low, high, BLOCK_M):
         mm = m + offs_m
@@ -327,7 +345,8 @@ def _thin_sum(
         where += offs_d[:, None].to(tl.int64) * wide.column
         left = tl.load(where, mask=(mm[None, :] < M) & (offs_d[:, None] < size), other=0.0)
         if drop.ON:
-            gone = below(numbers(mm, of_rows)[None, :], columns, drop.threshold)
+            rows = tl.load(drop.rows + mm, mask=mm < M, other=0)[None, :]
+            gone = below(rows, columns, drop.threshold)
             left = tl.where(gone, 0.0, left).to(left.dtype)
         where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
         right = tl.load(where, mask=mm[:, None] < M, other=0.0)
@@ -358,11 +377,12 @@ def _gradients(
     if EARLY:
         gdc_wait()
     if drop.ON:  # by a branch, so that what is not masked takes no time for it
+        tl.assume(low < high)  # else ptxas makes every tensor core instruction of the kernel wait
         if inner:
             acc = _thin_sum(x, v, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
         else:
             acc = _thin_sum(
-                dy, u, block, size, low, high, M, P, Drop(v, 0, False), EVEN, R, BLOCK_M
+                dy, u, block, size, low, high, M, P, Drop(v, v, v, 0, False), EVEN, R, BLOCK_M
             )
     else:
         # a select, not a branch, keeps what the compiler knows of the pointers' alignment
@@ -392,10 +412,12 @@ def _gradients(
 
 @triton.jit
 def _pack(
-    a, b, scale, kept, strength, pid,
-    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    a, b, scale, kept, seed, strength, pid,
+    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
+    DROP: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's."""
+    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's. And
+    the numbers of a mask's columns."""
     offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
     inner, outer = tl.cdiv(K, BLOCK_D), tl.cdiv(N, BLOCK_D)
     if pid < inner:
@@ -405,6 +427,10 @@ def _pack(
         value = tl.load(where, mask=valid, other=0.0)
         where = kept + offs_r[:, None] * K + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < K)
+        if DROP:
+            columns, _ = _numbers(kept, M, N, K, K, R)
+            _, of_columns = keys(seed)
+            tl.store(columns + offs_d, numbers(offs_d, of_columns), mask=offs_d < K)
     elif pid < inner + outer:
         offs_d += (pid - inner) * BLOCK_D
         valid = (offs_r[:, None] < r) & (offs_d[None, :] < N)
@@ -414,7 +440,7 @@ def _pack(
         where = kept + R * K + offs_r[:, None] * N + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < N)
     else:
-        counts, blocks, _ = _counts(kept, M, N, K, R)
+        counts, blocks, _ = _counts(kept, M, N, K, K, R, DROP)
         none = tl.zeros((BLOCK_D,), tl.int32)
         for start in range(0, blocks, BLOCK_D):
             tl.store(counts + start + offs_d, none, mask=start + offs_d < blocks)
@@ -422,21 +448,21 @@ def _pack(
 
 @triton.jit(do_not_specialize=["r"])
 def pack(
-    a, b, scale, kept, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
-    EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    a, b, scale, kept, seed, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
+    DROP: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The factors cast, and the counts cleared, where `forward` does not."""
     if EARLY:
         gdc_launch_dependents()
     _pack(
-        a, b, scale, kept, strength, tl.program_id(0), M, N, K, r,
-        stride_ar, stride_ak, stride_bn, stride_br, R, BLOCK_D,
+        a, b, scale, kept, seed, strength, tl.program_id(0), M, N, K, r,
+        stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def project(
-    x, f, p, seed, M, K, P, stride_xb, stride_xm, stride_xk, threshold,
+    x, f, p, kept, seed, M, N, K, P, stride_xb, stride_xm, stride_xk, threshold,
     DROP: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -444,16 +470,17 @@ def project(
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
+    columns, rows = _numbers(kept, M, N, K, K, R)
     _project(
         Matrix(x, stride_xb, stride_xm, stride_xk), f, p, tl.program_id(0), Sizes(M, 0, K, P),
-        Drop(seed, threshold, DROP),
+        Drop(seed, columns, rows, threshold, DROP),
         How(False, False, EVEN, WHOLE_K, R, BLOCK_M, 0, BLOCK_K, 0),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def product(
-    x, w, y, q, p, bias, seed,
+    x, w, y, q, p, bias,
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
     stride_yn, threshold,
     DROP: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
@@ -461,12 +488,13 @@ def product(
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``y = x @ w + mask ∘ (p @ q) + bias``."""
+    """``y = x @ w + mask ∘ (p @ q) + bias``; q is the start of `kept` where there is a mask."""
+    columns, rows = _numbers(q, M, N, K, N, R)
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
         Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn, Sizes(M, N, K, P),
-        Drop(seed, 0, False), Drop(seed, threshold, DROP),
+        Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
         How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
         PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
     )  # fmt: skip
@@ -484,11 +512,12 @@ def forward(
 ):  # fmt: skip
     """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
     pid = _drawn(tickets)
-    _, _, signals = _counts(kept, M, N, K, R)
+    _, _, signals = _counts(kept, M, N, K, K, R, DROP)
+    columns, rows = _numbers(kept, M, N, K, K, R)
     if pid < packs:
         _pack(
-            a, b, scale, kept, strength, pid, M, N, K, r,
-            stride_ar, stride_ak, stride_bn, stride_br, R, BLOCK_D,
+            a, b, scale, kept, seed, strength, pid, M, N, K, r,
+            stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
         )  # fmt: skip
         tl.debug_barrier()  # all of the program's part is stored
         tl.atomic_xchg(signals + pid, number, sem="release", scope="gpu")
@@ -499,7 +528,7 @@ def forward(
             Matrix(wide, stride_xb, stride_xm, stride_xk), kept, kept + R * K,
             _after(kept, K + N, R), bias, Signals(signals, number, packs), pid - packs,
             stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(seed, threshold, DROP), Drop(seed, 0, False),
+            Drop(seed, columns, rows, threshold, DROP), Drop(seed, columns, rows, 0, False),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
             PACKS=True, LOCAL=True, EARLY=False, BIAS=BIAS,
         )  # fmt: skip
@@ -507,7 +536,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each", "threshold"])
 def backward(
-    dy, w, dx, wide, kept, scratch, x, da, db, scale, seed, tickets, strength, number,
+    dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
     tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
     stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each, threshold,
     DROP: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr,
@@ -520,7 +549,8 @@ def backward(
 
     `scratch` holds ``v[M, R]``, the signals, and the groups' sums.
     """
-    counts, _, _ = _counts(kept, M, N, K, R)
+    counts, _, _ = _counts(kept, M, N, K, N, R, DROP)
+    columns, of_rows = _numbers(kept, M, N, K, N, R)
     signals = _after(scratch, M, R).to(tl.pointer_type(tl.int64), bitcast=True)
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
@@ -532,7 +562,8 @@ def backward(
             Matrix(dy, stride_dyb, stride_dym, stride_dyk), w,
             Matrix(dx, stride_dxb, stride_dxm, stride_dxn), pointed, kept + R * N, kept, scratch,
             kept, Signals(signals, number, 0), pid, stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(seed, 0, False), Drop(seed, threshold, DROP),
+            Drop(kept, columns, of_rows, 0, False),
+            Drop(kept, columns, of_rows, threshold, DROP),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
             PACKS=False, LOCAL=LOCAL, EARLY=EARLY, BIAS=False,
         )  # fmt: skip
@@ -540,6 +571,6 @@ def backward(
         _gradients(
             pointed, Matrix(x, stride_xb, stride_xm, stride_xk), scratch, _after(kept, N + K, R),
             part, da, db, scale, strength, Signals(signals, number, 0), counts, pid - tiles,
-            M, N, K, r, P, groups, each, Drop(seed, threshold, DROP),
+            M, N, K, r, P, groups, each, Drop(kept, columns, of_rows, threshold, DROP),
             LOCAL, EARLY, SCALED, EVEN, R, BLOCK_M, BLOCK_ROWS,
         )  # fmt: skip

@@ -51,12 +51,12 @@ def _mask(drop: Optional[Drop]) -> tuple[int, bool]:
 
 
 def _projection(
-    device: int, left: Rows, K: int, R: int, after_pack: bool, drop: Optional[Drop]
+    device: int, left: Rows, N: int, K: int, R: int, after_pack: bool, drop: Optional[Drop]
 ) -> Launch:
-    """``(mask ∘ left[M, K]) @ f[R, K].T``."""
-    M, hopper, (BM, BK, stages, warps) = left.M, card(device).hopper, projection(left.M, R)
-    least, on = _mask(drop)
-    numbers = (M, K, left.period, *left.places(left.period), least)
+    """``(mask ∘ left[M, K]) @ f[R, K].T``, of a layer that has N outputs."""
+    M, hopper, (least, on) = left.M, card(device).hopper, _mask(drop)
+    BM, BK, stages, warps = projection(M, R, on)
+    numbers = (M, N, K, left.period, *left.places(left.period), least)
     constants = (on, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
     early = hopper and after_pack
     return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
@@ -109,7 +109,7 @@ class _Forward:
         R, card_of = self.R, card(device)
         hopper = card_of.hopper
         how = launches(self.sizes, R, captured, hopper, drop=drop is not None)
-        self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
+        self.size, self.row_bytes = kept_size(M, N, K, r, drop is not None), x.element_size() * R
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
@@ -126,10 +126,11 @@ class _Forward:
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
-        self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
+        constants = (drop is not None, hopper, R, width)
+        self.pack = Launch(kernels.pack, device, first, numbers, constants, 1, 4)
         self.project = None
         if how is Launches.APART:
-            self.project = _projection(device, rows, K, R, True, drop)
+            self.project = _projection(device, rows, N, K, R, True, drop)
 
     def __call__(
         self, of: Operands, strength: float, seed: _Maybe, addresses: tuple[int, ...]
@@ -152,14 +153,15 @@ class _Forward:
             return y, kept
         (M, N, K), R = self.sizes, self.R
         pu = pk + self.row_bytes * (K + N)
-        self.pack((a, b, scale, kept), (pa, pb, ps, pk), (float(strength),))
+        pseed = seed.data_ptr()
+        self.pack((a, b, scale, kept, seed), (pa, pb, ps, pk, pseed), (float(strength),))
         if self.project is None:
             _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
         else:
-            self.project((x, kept, kept, seed), (px, pk, pu, seed.data_ptr()))
+            self.project((x, kept, kept, kept, seed), (px, pk, pu, pk, pseed))
         self.product(
-            (*first, kept, kept, more, kept),
-            (*places, pk + self.row_bytes * K, pu, pmore, pk),
+            (*first, kept, kept, more),
+            (*places, pk + self.row_bytes * K, pu, pmore),
             (),
             blocks,
         )
@@ -234,9 +236,10 @@ def _plan_forward(
     return _Forward(of, rows, drop, captured, misaligned)
 
 
-def _of_no_rows(of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
+def _of_no_rows(of: Operands, _: float, seed: _Maybe, *__: Any) -> tuple[Tensor, Tensor]:
     (N, K), x = of.weight.shape, of.x
-    return x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(of.a)))
+    size = kept_size(0, N, K, len(of.a), seed is not None)
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty(size)
 
 
 class _Backward:
@@ -270,16 +273,17 @@ class _Backward:
         )
         self.project = None
         if how is Launches.APART:
-            self.project = _projection(device, rows[0], K, R, False, None)
+            self.project = _projection(device, rows[0], N, K, R, False, None)
         self.size = M * R
         if self.separate:
             self.launch = _product(device, tiles, False, drop)
             return
         deep, stages, warps = gradients(tiles.tiling, R)
         blocks = -(-N // DEEP) + -(-K // DEEP)
-        # columns of an image that lie apart take longer to load, so twice as many programs do
         together = rows[0].column == rows[1].column == 1
-        programs = on.processors if together else 2 * on.processors
+        # columns of an image that lie apart take longer to load, and a masked block longer than
+        # one that is not, so twice as many programs do
+        programs = on.processors if together and not masked else 2 * on.processors
         groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
         groups = -(-M // each)
@@ -298,7 +302,6 @@ class _Backward:
         of: Operands,
         kept: Tensor,
         strength: float,
-        seed: _Maybe,
         addresses: tuple[int, ...],
     ) -> tuple[_Maybe, _Maybe, _Maybe]:
         x, weight, scale = of.x, of.weight, of.scale
@@ -308,12 +311,11 @@ class _Backward:
         if pk & 15:  # a hook on saved tensors may have laid it anywhere
             kept = kept.clone()
             pk = kept.data_ptr()
-        seed = kept if seed is None else seed
         if self.project is not None:
-            places = (py, pk + self.row_bytes * self.sizes[1], pv, pk)
-            self.project((dy, kept, scratch, kept), places)
+            places = (py, pk + self.row_bytes * self.sizes[1], pv, pk, pk)
+            self.project((dy, kept, scratch, kept, kept), places)
         if self.separate:
-            return self._separately(dy, of, kept, strength, dx, scratch, seed)
+            return self._separately(dy, of, kept, strength, dx, scratch)
         (_, N, K), r, wide = self.sizes, self.r, torch.float32
         da = x.new_empty_strided((r, N), (N, 1), dtype=wide)
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
@@ -321,10 +323,10 @@ class _Backward:
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
         first, starts = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
-        of_scale, last = ps[0] if ps else pa, (seed.data_ptr(), drawn.data_ptr())
+        of_scale = ps[0] if ps else pa
         self.launch(
-            (*first, dy, kept, scratch, x, da, db, factor, seed, drawn),
-            (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, *last),
+            (*first, dy, kept, scratch, x, da, db, factor, drawn),
+            (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
             (float(strength), next(_NUMBERS)),
             blocks,
         )
@@ -338,7 +340,6 @@ class _Backward:
         strength: float,
         dx: _Maybe,
         scratch: Tensor,
-        seed: Tensor,
     ) -> tuple[_Maybe, _Maybe, _Maybe]:
         """The input's gradient by itself, and those of wide factors by cuBLAS."""
         (M, N, K), R, r = self.sizes, self.R, self.r
@@ -348,7 +349,7 @@ class _Backward:
         if dx is not None:
             blocks = self.tiles.blocks(dy, of.weight, dx)
             first = () if blocks else (dy, of.weight, dx)
-            pointers = (*first, kept, scratch, kept, seed)
+            pointers = (*first, kept, scratch, kept)
             self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
         if not self.factors_too:
             return dx, None, None
@@ -395,8 +396,7 @@ def backward(
         of = of._replace(x=of.x.contiguous()) if plan.right else of
         same = (kept, strength, scaled, wanted, image, drop)
         return backward(dy, of, *same)  # type: ignore[no-any-return]
-    seed = None if drop is None else drop.seed
-    return plan(dy, of, kept, strength, seed, addresses)  # type: ignore[no-any-return]
+    return plan(dy, of, kept, strength, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
