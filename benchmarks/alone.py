@@ -6,8 +6,8 @@ the eager step, the device's time of the step in a CUDA graph, and how much long
 it is each takes (``eager_more`` and ``device_more``, medians of the same round's ratios). A piece
 is kept where it wins 3 % of a step, or keeps an update that would be lost. The parts:
 
-- ``linear``: programs that wait for programs against `prepare` + `product`, and `prepare` against
-  `pack` + `project`. A CUDA graph never waits, so the first shows in the eager step alone;
+- ``linear``: programs that wait for programs against `pack`, `project` and `product`. A CUDA graph
+  never waits, so this shows in the eager step alone;
 - ``depthwise``: the kernels of single channels against the sum in float32 by cuDNN, and against
   the layer's convolution and another of the update alone, which rounds twice;
 - ``embedding``: the kernel of a look-up against torch's operations.
@@ -133,15 +133,8 @@ def linear_ways() -> dict[str, Replaced]:
         from paramlora.cuda.linear import plan
     except ImportError:
         return {}
-    never, always = lambda *_: False, lambda sizes, R, hopper: hopper and R <= 32
-    alone, not_prepared = (launches, "_is_together", never), (launches, "_is_prepared", never)
-    ways: dict[str, Replaced] = {
-        AS_IT_IS: (),
-        "no waiting": (alone,),
-        "no waiting, prepare always": (alone, (launches, "_is_prepared", always)),
-        "no prepare": (not_prepared,),
-        "no waiting, no prepare": (alone, not_prepared),
-    }
+    alone = (launches, "_is_together", lambda *_: False)
+    ways: dict[str, Replaced] = {AS_IT_IS: (), "no waiting": (alone,)}
     return {
         way: (*of, (plan, "_FORWARDS", {}), (plan, "_BACKWARDS", {})) for way, of in ways.items()
     }

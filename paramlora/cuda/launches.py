@@ -6,14 +6,12 @@ from enum import Enum
 from typing import Optional
 
 WIDEST = 64  # rank whose thin products the kernels compute on every device, and in a CUDA graph
-LONG = 16384  # rows of which a block of the thin product takes 128
 
 
 class Launches(Enum):
     """How a product and its thin product share launches."""
 
     TOGETHER = "one grid, whose programs wait for each other"
-    PREPARED = "the thin product, which casts its factor itself; then the rest"
     APART = "the factors cast; the thin product; then the rest"
     CUBLAS = "as apart, but the thin products by cuBLAS"
 
@@ -24,6 +22,7 @@ def launches(
     captured: bool,
     hopper: bool,
     wanted: Optional[tuple[bool, bool]] = None,
+    drop: bool = False,
 ) -> Launches:
     """How a forward, or the backward of which some gradients are wanted, is launched.
 
@@ -34,13 +33,12 @@ def launches(
             and where launches cost no Python.
         hopper: see `device.Card.hopper`.
         wanted: of a backward, the gradients of the input and of the factors.
+        drop: whether the update drops inputs, by a mask that cuBLAS knows nothing of.
     """
-    if not _is_ours(sizes, R, captured, hopper):
+    if not drop and not _is_ours(sizes, R, captured, hopper):
         return Launches.CUBLAS
     if _is_together(sizes, R, captured, hopper) and (wanted is None or all(wanted)):
         return Launches.TOGETHER
-    if wanted is None and _is_prepared(sizes, R, hopper):
-        return Launches.PREPARED
     return Launches.APART
 
 
@@ -61,10 +59,3 @@ def _is_together(sizes: tuple[int, int, int], R: int, captured: bool, hopper: bo
     if captured or R > (128 if hopper else WIDEST):
         return False
     return math.prod(sizes) <= (2**35 if R <= WIDEST else 2**32)
-
-
-def _is_prepared(sizes: tuple[int, int, int], R: int, hopper: bool) -> bool:
-    """Whether the thin product casts its factor itself, so that one launch does what else waits for
-    another: where few programs read the factor, or a short one."""
-    M, _, K = sizes
-    return hopper and R <= 32 and (M >= LONG or (M <= 1024 and K <= 1280))

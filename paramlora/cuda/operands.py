@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import serves
+from paramlora.cuda.launches import WIDEST
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
@@ -47,6 +48,23 @@ class Operands(NamedTuple):
         """All of them in this order, the scale in place of a bias that is not there."""
         x, weight, bias, a, b, scale = self
         return x, weight, scale if bias is None else bias, a, b, scale
+
+
+class Drop(NamedTuple):
+    """A mask: the chance that an element is dropped, and the seed ``[]`` that it is drawn from."""
+
+    rate: float
+    seed: Tensor
+
+    @property
+    def threshold(self) -> int:
+        """The number below which an element's own has it dropped, see `masks.kernels`."""
+        return threshold(self.rate)
+
+
+def threshold(rate: float) -> int:
+    """Such a number, in 32 bits with a sign."""
+    return round(rate * 2**32) - 2**31
 
 
 class Wanted(NamedTuple):
@@ -133,6 +151,15 @@ def fits(of: Operands) -> bool:
     return factors_fit(weight, a, b, scale)
 
 
+def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
+    """Whether the kernels draw a linear layer's mask: of a rank whose thin products they compute on
+    every device, by a seed on the layer's."""
+    if drop is None:
+        return True
+    near = drop.seed.get_device() == of.x.get_device() and drop.seed.dtype == torch.int64
+    return near and padded(len(of.a)) <= WIDEST
+
+
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
     """The same of an update's own operands, for a weight ``[out, ...]`` that is not empty."""
     out, size, device = weight.shape[0], weight.numel(), weight.get_device()
@@ -195,12 +222,15 @@ def _is_depthwise(
     return small and prod(x) > 0 and min(outputs) > 0
 
 
-def kept_size(M: int, N: int, K: int, r: int) -> int:
+def kept_size(M: int, N: int, K: int, r: int, drop: bool = False) -> int:
     """Elements of `kept` (see `linear.kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
-    r."""
+    r, and where inputs are dropped with the numbers of their rows and columns."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)
-    return R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+    numbers = 2 * (M + K + (M + K) % 2) if drop else 0
+    return (
+        numbers + R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
+    )
 
 
 def packs(N: int, K: int, R: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.operands import Operands, Wanted, kept_size, padded, served
+from paramlora.cuda.operands import Drop, Operands, Wanted, kept_size, padded, served
 from paramlora.update import narrow
 
 _Maybe = Optional[Tensor]
@@ -14,20 +14,21 @@ Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def forward(
-    of: Operands, strength: float = 1.0, image: bool = False
+    of: Operands, strength: float = 1.0, image: bool = False, drop: Optional[Drop] = None
 ) -> Optional[tuple[Tensor, Tensor]]:
     """``y`` and what `backward` takes of it, or None where the kernels do not serve the operands.
 
-    `image`: x is ``[batch, P, in]``, y lies in memory as it does.
+    `image`: x is ``[batch, P, in]``, y lies in memory as it does. `drop`: the mask of the x that
+    the factors get.
     """
     if not served(of.x):
         return None
     from paramlora.cuda.linear import plan
 
     if of.x.dtype != torch.float16:
-        return plan.forward(of, strength, image)  # type: ignore[no-any-return]
+        return plan.forward(of, strength, image, drop)  # type: ignore[no-any-return]
     inside, g = _in_range(of.x, of, strength, of.weight.shape[1])
-    return _with_power(plan.forward(inside, 1.0, image), g)  # type: ignore[no-any-return]
+    return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
 
 def _in_range(x: _Maybe, of: Operands, strength: float, terms: int) -> tuple[Operands, Tensor]:
@@ -58,7 +59,13 @@ Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
 
 
 def backward(
-    dy: Tensor, of: Operands, strength: float, kept: Tensor, wanted: Wanted, image: bool = False
+    dy: Tensor,
+    of: Operands,
+    strength: float,
+    kept: Tensor,
+    wanted: Wanted,
+    image: bool = False,
+    drop: Optional[Drop] = None,
 ) -> Gradients:
     """The gradients of x, A, B and the scale; of the factors both or none."""
     if not (wanted.x or wanted.factors):
@@ -66,9 +73,9 @@ def backward(
     from paramlora.cuda.linear import plan
 
     if of.x.dtype == torch.float16:
-        return _backward_in_range(dy, of, strength, kept, wanted, image)
+        return _backward_in_range(dy, of, strength, kept, wanted, image, drop)
     pair, scaled = (wanted.x, wanted.factors), not wanted.scale
-    dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image)
+    dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image, drop)
     if da is None or db is None:
         return dx, None, None, None
     return dx, _typed(da, of.a), *_second(db, of, strength, scaled, wanted)
@@ -89,7 +96,13 @@ def _typed(gradient: Tensor, of: Tensor) -> Tensor:
 
 
 def _backward_in_range(
-    dy: Tensor, of: Operands, strength: float, kept: Tensor, wanted: Wanted, image: bool
+    dy: Tensor,
+    of: Operands,
+    strength: float,
+    kept: Tensor,
+    wanted: Wanted,
+    image: bool,
+    drop: Optional[Drop],
 ) -> Gradients:
     """`backward` of float16: the gradient has a range of its own, so the factors are cast anew."""
     from paramlora.cuda.linear import plan
@@ -99,7 +112,8 @@ def _backward_in_range(
     g, kept = _power_of(kept), kept.clone()
     kept[: R * fan_in].view(R, fan_in)[:r] = down
     kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
-    dx, da, db = plan.backward(dy, of, kept, 1.0, False, (wanted.x, wanted.factors), image)
+    pair = (wanted.x, wanted.factors)
+    dx, da, db = plan.backward(dy, of, kept, 1.0, False, pair, image, drop)
     if da is None or db is None:
         return dx, None, None, None
     return dx, (da / h).to(of.a.dtype), *_second(db / g, of, strength, False, wanted)
@@ -208,21 +222,40 @@ def gradient_of_second(
 
 @torch.library.custom_op("paramlora::linear", mutates_args=(), device_types="cuda")
 def _linear_op(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float = 0.0,
+    seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    result = forward(Operands(x, weight, bias, a, b, scale))
+    result = forward(Operands(x, weight, bias, a, b, scale), drop=_drop(rate, seed))
     if result is None:
         raise ValueError("paramlora::linear: the operands differ in size, type or device")
     return result
 
 
+def _drop(rate: float, seed: _Maybe) -> Optional[Drop]:
+    return None if seed is None else Drop(rate, seed)
+
+
 @_linear_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rate: float = 0.0,
+    seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
     more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `forward`
-    return x.new_empty(M, N), x.new_empty(kept_size(M, N, K, len(a)) + more)
+    size = kept_size(M, N, K, len(a), seed is not None)
+    return x.new_empty(M, N), x.new_empty(size + more)
 
 
 @torch.library.custom_op("paramlora::linear_backward", mutates_args=(), device_types="cuda")
@@ -234,12 +267,14 @@ def _linear_backward_op(
     b: Tensor,
     scale: Tensor,
     kept: Tensor,
-    input_too: bool,
-    factors_too: bool,
-    scale_too: bool,
+    wanted: list[bool],
+    rate: float = 0.0,
+    seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
-    grads = backward(dy, Operands(x, weight, None, a, b, scale), 1.0, kept, wanted)
+    input_too, factors_too, scale_too = wanted
+    asked = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
+    of = Operands(x, weight, None, a, b, scale)
+    grads = backward(dy, of, 1.0, kept, asked, drop=_drop(rate, seed))
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
@@ -253,32 +288,34 @@ def _(
     b: Tensor,
     scale: Tensor,
     kept: Tensor,
-    input_too: bool,
-    factors_too: bool,
-    scale_too: bool,
+    wanted: list[bool],
+    rate: float = 0.0,
+    seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input_too, factors_too, scale_too = wanted
     factors = factors_too or scale_too
-    wanted = ((x, input_too), (a, factors), (b, factors), (scale, scale_too))
+    pairs = ((x, input_too), (a, factors), (b, factors), (scale, scale_too))
     # each its own, also those that are left out: none may be the other's alias
-    dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in wanted)
+    dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in pairs)
     return dx, da, db, dscale
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale = inputs
-    ctx.save_for_backward(x, weight, a, b, scale, output[1])
+    x, weight, _, a, b, scale, ctx.rate, seed = inputs
+    ctx.save_for_backward(x, weight, a, b, scale, output[1], seed)
 
 
 def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-    x, weight, a, b, scale, kept = ctx.saved_tensors
+    x, weight, a, b, scale, kept, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wanted = needs[0], needs[3] or needs[4], needs[5]
-    grads = torch.ops.paramlora.linear_backward(dy, x, weight, a, b, scale, kept, *wanted)
+    wanted = [needs[0], needs[3] or needs[4], needs[5]]
+    op: Any = torch.ops.paramlora.linear_backward
+    grads = op(dy, x, weight, a, b, scale, kept, wanted, ctx.rate, seed)
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
     )
     dweight = dy.t() @ x if needs[1] else None
-    return dx, dweight, dy.sum(0) if needs[2] else None, da, db, dscale
+    return dx, dweight, dy.sum(0) if needs[2] else None, da, db, dscale, None, None
 
 
 _linear_op.register_autograd(_linear_op_backward, setup_context=_keep)

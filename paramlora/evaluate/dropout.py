@@ -7,7 +7,7 @@ give the same mask as the whole. The seed is drawn from torch's own generator, s
 leaves it, so that each replay of a CUDA graph has a mask of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.cuda import dropped as kernels
-from paramlora.cuda.operands import has_kernel, switched_on
+from paramlora.cuda import operators
+from paramlora.cuda.operands import (
+    Drop,
+    Operands,
+    Wanted,
+    fits,
+    has_kernel,
+    masks_fit,
+    switched_on,
+    threshold,
+)
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
@@ -36,7 +45,6 @@ from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
 _BLOCK, _BLOCK_OF_A_DEVICE = 1 << 17, 1 << 24  # elements of an input that are masked at a time
-_HIGHEST = 128  # rank whose thin products the kernels hold in registers
 
 
 class Drops(NamedTuple):
@@ -64,28 +72,30 @@ def drops_for(x: Tensor, rates: tuple[float, ...], ranks: tuple[int, ...]) -> Dr
 def dropped(drops: Drops, which: int, start: int, rows: int, columns: int) -> Tensor:
     """Which elements of some rows of its input an update does not get.
 
-    The numbers of rows and of columns are mixed by SplitMix64 (Steele et al. 2014), and both by
-    lowbias32 (Wellons 2018) for each element.
+    Rows and columns have odd numbers of 32 bits, mixed as in lowbias32 (Wellons 2018). Of an
+    element the product of its row's and its column's is compared (multiplicative hashing,
+    Dietzfelbinger et al. 1997): of two elements, and of any four in two rows and two columns, no
+    small multiples of the products add up to zero but by chance, so they fall independently.
     """
-    seed = _mixed(drops.seed + which * 0x632BE5AB)
-    steps = torch.arange(max(rows, columns), device=seed.device)
-    row = _mixed((steps[:rows] + start) * _GOLDEN + seed)
-    column = _mixed(steps[:columns] * _GOLDEN + _mixed(seed))
-    h = row.to(torch.int32)[:, None] ^ column.to(torch.int32)
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    h *= 0x7FEB352D
-    h ^= (h >> 15).bitwise_and_(0x1FFFF)
-    h *= 0x846CA68B - 2**32
-    return h < round(drops.rates[which] * 2**32) - 2**31
+    of_rows, of_columns = _keys(drops.seed + which * 0x632BE5AB)
+    steps = torch.arange(max(rows, columns), dtype=torch.int32, device=drops.seed.device)
+    row, column = _numbers(steps[:rows] + start, of_rows), _numbers(steps[:columns], of_columns)
+    return row[:, None] * column < threshold(drops.rates[which])
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+def _keys(seed: Tensor) -> tuple[Tensor, Tensor]:
+    """What numbers of rows, and of columns, are drawn from."""
+    n = seed * (0x9E3779B97F4A7C15 - 2**64)
+    n = (n ^ (n >> 32 & 2**32 - 1)) * (0xD1342543DE82EF95 - 2**64)
+    n = n ^ (n >> 32 & 2**32 - 1)
+    return n.to(torch.int32), (n >> 32).to(torch.int32)
 
 
-def _mixed(n: Tensor) -> Tensor:
-    n = (n ^ (n >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    n = (n ^ (n >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return n ^ (n >> 31 & 2**33 - 1)
+def _numbers(places: Tensor, key: Tensor) -> Tensor:
+    """The odd numbers that stand for rows or for columns."""
+    n = places * (0x9E3779B1 - 2**32) + key
+    n = (n ^ (n >> 15 & 2**17 - 1)) * (0x846CA68B - 2**32)
+    return (n ^ (n >> 16 & 2**16 - 1)) | 1
 
 
 def masked(x: Tensor, drops: Drops, which: int, start: int = 0) -> Tensor:
@@ -226,13 +236,13 @@ def dropped_linear(
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
     compiling, ours = untold() or recorded(), None
     if is_compiling() or not compiling:
-        ours = _served(x, weight, bias, lora_A, drops)
+        ours = _served(Operands(x, weight, bias, lora_A, lora_B, scale), drops)
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
     way = choose.way(Asked("linear", *about, ours, compiling, dropout=True))
     if way is Way.OPERATOR:
-        flat, scale, seed = x.reshape(-1, x.shape[-1]), scale * strength, drops.seed
-        op: Any = torch.ops.paramlora.dropped_linear
-        y, _ = op(flat, weight, bias, lora_A, lora_B, scale, drops.rates[0], seed)
+        flat, mask = x.reshape(-1, x.shape[-1]), (drops.rates[0], drops.seed)
+        op: Any = torch.ops.paramlora.linear
+        y, _ = op(flat, weight, bias, lora_A, lora_B, scale * strength, *mask)
         return y.reshape(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
     if way is Way.PLAIN:
         scale = scale * strength
@@ -258,18 +268,16 @@ def dropped_by_definition(
     return y
 
 
-def _served(x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, drops: Drops) -> Optional[Way]:
+def _served(of: Operands, drops: Drops) -> Optional[Way]:
     """Our kernels where they serve, of one mask that drops anything, and were found the faster."""
-    fits = len(drops.rates) == 1 and drops.rates[0] > 0 and 0 < len(a) <= _HIGHEST
-    fits = fits and x.numel() > 0 and weight.numel() > 0 and x.shape[-1] == weight.shape[1]
-    near = all(t is None or t.device == x.device for t in (weight, bias, a))
-    typed = bias is None or bias.dtype == x.dtype
-    ours = fits and near and typed and has_kernel(x, weight)
+    x = of.x
+    ours = len(drops.rates) == 1 and drops.rates[0] > 0 and has_kernel(x, of.weight)
+    ours = ours and fits(of) and masks_fit(of, Drop(drops.rates[0], drops.seed))
     return Way.KERNELS if ours and choose.measured(x.get_device(), "dropout") else None
 
 
 class _Dropped(torch.autograd.Function):
-    """Keeps x by reference, the seed, and the thin product."""
+    """Keeps x by reference, the seed, and the thin product; of the kernels with both factors."""
 
     @staticmethod
     def forward(
@@ -286,16 +294,19 @@ class _Dropped(torch.autograd.Function):
         seed: Tensor,
         way: Way,
     ) -> Tensor:
-        ctx.strength, ctx.way, ctx.drops = strength, way, (rates, ranks)
+        ctx.strength, ctx.drops, result = strength, (rates, ranks), None
+        if way is Way.KERNELS:
+            of = Operands(x, weight, bias, a, b, scale)
+            result = operators.forward(of, strength, drop=Drop(rates[0], seed))
+        ctx.kernel, held = result is not None, kept_input(ctx, x)
+        if result is not None:
+            ctx.save_for_backward(held, weight, a, b, scale, seed, result[1])
+            return result[0]
         flat, drops = x.reshape(-1, x.shape[-1]), Drops(rates, ranks, seed)
         down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
-        if way is Way.KERNELS:
-            y, u = kernels.forward(flat, weight, bias, down, up, rates[0], seed)
-        else:
-            u = thin(flat, down, drops)
-            y = _base_and(torch.mm(u, up.t()), u, up.t(), flat, weight.t())
-            y = y if bias is None else y.add_(bias)
-        held = kept_input(ctx, x)
+        u = thin(flat, down, drops)
+        y = _base_and(torch.mm(u, up.t()), u, up.t(), flat, weight.t())
+        y = y if bias is None else y.add_(bias)
         ctx.save_for_backward(held, weight, a, b, scale, seed, None if held is None else u)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -305,7 +316,7 @@ class _Dropped(torch.autograd.Function):
         held, weight, a, b, scale, seed, u = ctx.saved_tensors
         needs, x, drops = ctx.needs_input_grad, input_of(ctx, held, weight), (*ctx.drops, seed)
         dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled() or is_batched(dy) or (ctx.kernel and not switched_on()):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 values = (x, weight, None, a, b, scale * ctx.strength)
@@ -313,12 +324,15 @@ class _Dropped(torch.autograd.Function):
 
             wanted = (*needs[:2], *needs[3:6])
             dx, dweight, *others = differentiable(again, (x, weight, a, b, scale), wanted, dy)
+            return dx, dweight, dbias, *others, *(None,) * 5
+        of, mask = Operands(x, weight, None, a, b, scale), Drops(*drops)
+        if ctx.kernel:
+            drop, asked = Drop(mask.rates[0], seed), Wanted(*needs[:6])
+            grads = operators.backward(dy, of, ctx.strength, u, asked, drop=drop)
         else:
-            how = _in_kernels if ctx.way is Way.KERNELS and switched_on() else _gradients
-            dx, *others = how(ctx, dy, x, weight, a, b, scale, Drops(*drops), u)
-            dweight = None
-            if needs[1]:
-                dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2)
+            grads = _gradients(ctx, dy, of, mask, u)
+        dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if needs[1] else None
+        dx, *others = grads
         return dx, dweight, dbias, *others, *(None,) * 5
 
 
@@ -340,18 +354,9 @@ def _base_and(update: Tensor, u: Tensor, second: Tensor, x: Tensor, w: Tensor) -
     return update.addmm_(x, w)
 
 
-def _gradients(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    drops: Drops,
-    u: _Maybe,
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> operators.Gradients:
     """Those of x, A, B and the scale that are wanted."""
+    x, weight, _, a, b, scale = of
     needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
@@ -364,150 +369,12 @@ def _gradients(
             da = thin_sums(v, flat, drops)
             da = cast(da if h is None else da / h, a.dtype)
     if u is not None and (needs[4] or needs[5]):
-        u = u[:, : len(a)]  # the kernels pad it
         if ctx.power is None:
             product = (u.t() @ dy).t()
         else:
             product = narrow.outer(u, dy).t() / ctx.power
         db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[5])
     return dx, da, db, dscale
-
-
-def _in_kernels(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    drops: Drops,
-    u: _Maybe,
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The same by the kernels."""
-    needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    wanted = (needs[0], needs[3], needs[4], needs[5])
-    mask = drops.rates[0], drops.seed
-    dx, *others = _kernels_backward(
-        dy, flat, weight, a, b, scale, ctx.strength, ctx.power, *mask, u, wanted
-    )
-    return None if dx is None else dx.view(x.shape), *others  # type: ignore[return-value]
-
-
-def _kernels_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    power: _Maybe,
-    rate: float,
-    seed: Tensor,
-    u: _Maybe,
-    wanted: Sequence[bool],
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    one = torch.ones((), dtype=narrow.wide(b).dtype, device=b.device)
-    scaled = (narrow.wide(b) * scale * strength).t()
-    up, down, h = _narrowed(dy, scaled, a.t(), one, 1.0)
-    also = wanted[2] or wanted[3]
-    too = wanted[0], wanted[1], also
-    dx, da, db = kernels.backward(dy, x, weight, down.t(), up.t(), u, rate, seed, too)
-    if da is not None:
-        da = cast(da if h is None else da / h, a.dtype)
-    if db is None:
-        return dx, da, None, None
-    db = db if power is None else db / power
-    db, dscale = gradient_of_second(db, b, scale, strength, wanted[3])
-    return dx, da, db if wanted[2] else None, dscale
-
-
-@torch.library.custom_op("paramlora::dropped_linear", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    rate: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    down, up, _ = _narrowed(x, a, b, scale, 1.0)
-    return kernels.forward(x, weight, bias, down, up, rate, seed)
-
-
-@_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    rate: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), kernels.width(len(a)))
-
-
-@torch.library.custom_op("paramlora::dropped_linear_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    rate: float,
-    seed: Tensor,
-    u: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    power = None
-    if x.dtype == torch.float16:
-        power = narrow.balance(x, a, b.float() * scale.float(), x.shape[1])
-    values = (dy, x, weight, a, b, scale, 1.0, power, rate, seed, u, wanted)
-    dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in _kernels_backward(*values))
-    return dx, da, db, dscale
-
-
-@_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    rate: float,
-    seed: Tensor,
-    u: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = zip((x, a, b, scale), wanted)
-    dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in found)
-    return dx, da, db, dscale
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale, ctx.rate, seed = inputs
-    ctx.save_for_backward(x, weight, a, b, scale, seed, output[1])
-
-
-def _op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-    x, weight, a, b, scale, seed, u = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[3], needs[4], needs[5]]
-    op: Any = torch.ops.paramlora.dropped_linear_backward
-    grads = op(dy, x, weight, a, b, scale, ctx.rate, seed, u, wanted)
-    dx, *others = (g if want else None for g, want in zip(grads, wanted))
-    dweight = dy.t() @ x if needs[1] else None
-    return dx, dweight, dy.sum(0) if needs[2] else None, *others, None, None
-
-
-_op.register_autograd(_op_backward, setup_context=_keep)
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, v: Tensor, down: Tensor, drops: Drops) -> Tensor:

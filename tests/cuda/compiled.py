@@ -23,7 +23,7 @@ from paramlora.cuda.device import Card
 from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
-from paramlora.cuda.operands import Operands
+from paramlora.cuda.operands import Drop, Operands
 from tests.cuda import interpreted
 
 NAMES = {
@@ -98,6 +98,8 @@ def main(capability, few=False):
         wide = WIDE if hopper and not interpreted.captured else []
         for shape in LAYERS + (HOPPER if hopper else []) + wide:
             linear(*shape)
+        for shape in LAYERS + (HOPPER if hopper else []):
+            linear(*shape, Drop(0.1, torch.zeros((), dtype=torch.int64)))
     convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
     convolution((3, 40, 17, 9), (24, 40, 3, 3), 64)
     for shape, kernel, r in (((8, 320, 64, 64), (3, 3), 8), ((2, 96, 56, 56), (7, 7), 64)):
@@ -111,11 +113,11 @@ def factors(r, fan_in, out):
     return torch.empty(r, fan_in), torch.empty(out, r), torch.ones(())
 
 
-def linear(rows, fan_in, out, r):
+def linear(rows, fan_in, out, r, drop=None):
     x, weight, bias = (torch.empty(s).half() for s in ((rows, fan_in), (out, fan_in), (out,)))
     of = Operands(x, weight, bias, *factors(r, fan_in, out))
-    y, kept = fused.forward(of)
-    fused.backward(torch.empty_like(y), of, kept, 1.0, True, (True, True))
+    y, kept = fused.forward(of, drop=drop)
+    fused.backward(torch.empty_like(y), of, kept, 1.0, True, (True, True), drop=drop)
 
 
 def convolution(shape, weight, r):

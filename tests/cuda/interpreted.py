@@ -25,8 +25,9 @@ from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import kernels as linear_kernels
 from paramlora.cuda.linear import plan as fused
-from paramlora.cuda.operands import Operands, Wanted
+from paramlora.cuda.operands import Drop, Operands, Wanted
 from paramlora.evaluate.convolution import convolution as convolved
+from paramlora.evaluate.dropout import Drops, masked
 
 captured = False
 last_first = False  # programs start in the opposite order to their index
@@ -138,8 +139,12 @@ def error(got, want):
     return ((got.double() - want).norm() / (want.norm() or 1)).item()
 
 
-def layer(name, fan_in, out, r, transposed, wanted):
-    """Errors of everything that one layer computes, and the kernels that ran."""
+DROPPED = [case for case in LAYERS if case[3] <= 64]  # ranks whose masks the kernels draw
+
+
+def layer(name, fan_in, out, r, transposed, wanted, rate=0.0):
+    """Errors of everything that one layer computes, and the kernels that ran. The mask at a
+    rate is the one that torch's operations draw."""
     x, image = INPUTS[name](fan_in), name.startswith("N")
     weight = (torch.randn(out, fan_in) / fan_in**0.5).half()
     weight = weight.t().contiguous().t() if transposed else weight
@@ -148,15 +153,20 @@ def layer(name, fan_in, out, r, transposed, wanted):
     dy = torch.randn(*x.shape[:-1], out).half()
     dy = dy[:, :1].expand_as(dy) if name == "NCHW, pooled" else dy
     launched.clear()
-    of = Operands(x, weight, bias, a, b, scale)
-    y, kept = fused.forward(of, 1.5, image)
-    got = [y, *fused.backward(dy, of, kept, 1.5, True, wanted, image)]
+    of, drop = Operands(x, weight, bias, a, b, scale), None
+    if rate:
+        drop = Drop(rate, torch.randint(2**62, ()))
+    y, kept = fused.forward(of, 1.5, image, drop)
+    got = [y, *fused.backward(dy, of, kept, 1.5, True, wanted, image, drop)]
     moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
-    again = fused.backward(dy, of, moved, 1.5, True, wanted, image)
+    again = fused.backward(dy, of, moved, 1.5, True, wanted, image, drop)
     assert all(p is q or torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
     leaves = [t.double().requires_grad_() for t in (x, a, b)]
-    total = weight.double() + 1.5 * scale.double() * leaves[2] @ leaves[1]
-    want_y = leaves[0] @ total.T + bias.double()
+    seen = leaves[0]
+    if rate:
+        seen = seen * masked(torch.ones(x.shape), Drops((rate,), (r,), drop.seed), 0)
+    want_y = leaves[0] @ weight.double().T + bias.double()
+    want_y = want_y + 1.5 * scale.double() * seen @ leaves[1].T @ leaves[2].T
     want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
     if image:
         assert y[0].stride(0) == x.stride(1) == 1 or y.is_contiguous() and x.is_contiguous()
@@ -387,6 +397,10 @@ def main():
             torch.manual_seed(0)
             errors = layer(*case)
             results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
+        for case in DROPPED:
+            torch.manual_seed(0)
+            errors = layer(*case, 0.3)
+            results[f"dropped {case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
     captured, last_first = False, True
     for case in LAYERS[3:6]:
         torch.manual_seed(0)

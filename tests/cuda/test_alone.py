@@ -38,10 +38,7 @@ def test_each_way_launches_what_it_says(rows):
     rest = {"project": 1, "backward": 1}  # the input's gradient is not wanted
     assert linear == {
         "as it is": {"forward": 1, **rest},
-        "no waiting": {"prepare": 1, "product": 1, **rest},
-        "no waiting, prepare always": {"prepare": 1, "product": 1, **rest},
-        "no prepare": {"forward": 1, **rest},
-        "no waiting, no prepare": {"pack": 1, "product": 1, **rest, "project": 2},
+        "no waiting": {"pack": 1, "product": 1, **rest, "project": 2},
     }
     own = {"add", "divide"}
     assert own < rows["depthwise"]["as it is"]["launches"].keys()

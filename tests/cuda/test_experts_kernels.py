@@ -55,12 +55,12 @@ def test_a_layer_and_the_compilers_operator_are_right_with_and_without_dropout(r
         assert sorted(ran) == sorted(["project", "product"] * 4 + ["gradients"] * 2), name
 
 
-def test_a_linear_layer_under_dropout_is_the_case_of_one_expert(results):
+def test_a_linear_layer_under_dropout(results):
     layers = {name: result for name, result in results.items() if name.startswith("linear")}
     assert len(layers) == 3
     for name, (errors, ran) in layers.items():
         assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
-        assert {*ran} == {"project", "product", "gradients"}
+        assert ran == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("capability, limit", ((86, 101376), (90, 232448)))
@@ -243,6 +243,9 @@ def test_a_linear_layer_under_dropout_on_a_device(dtype, way, measured):
         drops = Drops((0.3,), (r,), seed)
         return dropped_linear(x, weight, bias, a, b, scale, 1.0, drops)
 
+    from paramlora.cuda.linear import plan
+
+    plan._BACKWARDS.clear()
     run = torch.compile(step, fullgraph=True) if way == "compiled" else step
     seed = torch.tensor(5, device="cuda")
 
@@ -267,4 +270,4 @@ def test_a_linear_layer_under_dropout_on_a_device(dtype, way, measured):
     want = [want, *torch.autograd.grad(want, wide, dy.double())]
     for one, two in zip(found, want):
         assert relative(one, two) < 2 * torch.finfo(dtype).eps
-    assert len(measured) >= 5
+    assert plan._BACKWARDS and not measured, "not by the linear layers' kernels"

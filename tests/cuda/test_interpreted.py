@@ -45,12 +45,23 @@ def test_the_layers_ran_every_way(results):
         ("forward", "project", "backward", "project", "backward"),
         ("forward", "project", "product", "project", "product"),
         ("pack", "project", "product", "project", "backward", "project", "backward"),
-        ("prepare", "product", "project", "backward", "project", "backward"),
-        ("prepare", "product", "project", "product", "project", "product"),
+        ("pack", "project", "product", "project", "product", "project", "product"),
         ("pack", "product", "product", "product"),
         ("prepare", "put", "back", "spread", "back", "spread", "back", "spread", "back"),
         ("prepare", "put", "spread", "back", "spread", "back", "spread", "back"),
     }
+
+
+def test_layers_that_drop_inputs_have_the_mask_of_torchs_operations(results):
+    layers = {name: errors for name, (errors, _) in chosen(results, "dropped").items()}
+    assert len(layers) == 2 * 16
+    wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
+    assert not wrong
+
+
+def test_dropout_takes_the_same_launches(results):
+    for name, (_, ran) in chosen(results, "dropped").items():
+        assert ran == results[name.removeprefix("dropped ")][1]
 
 
 def test_programs_may_start_in_any_order(results):

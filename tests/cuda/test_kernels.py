@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from paramlora.cuda import operands as served
+from paramlora.cuda.operands import Drop, Operands
 from paramlora.evaluate import functional
 from paramlora.evaluate.convolution import convolution
+from paramlora.evaluate.dropout import Drops, masked
 from tests.evaluate.test_functional import dense, gradients, tensors
 
 pytestmark = [
@@ -62,6 +64,36 @@ def test_ragged_shapes_and_every_rank(shape, dtype):
         near = 2 * eps * want[i].norm() + (eps * shape[0] ** 0.5 if i in (2, 5) else 0)
         assert (got[i].double() - want[i]).norm() <= near * (4 if i == 5 else 1), i
     assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("shape", [s for s in SMALL + LARGE if s[3] <= 64], ids=str)
+@pytest.mark.parametrize("way", ("eager", "captured", "input", "factors"))
+def test_dropout_has_torchs_own_mask_in_every_shape(shape, way):
+    """The output and all gradients under it, twice the same."""
+    (x, weight, bias, a, b, scale), dy = case(shape)
+    of, drop = Operands(x, weight, bias, a, b, scale), Drop(0.3, torch.tensor(5, device="cuda"))
+    wanted = (way != "factors", way != "input")
+
+    def step():
+        y, kept = fused.forward(of, 1.5, False, drop)
+        return y, *fused.backward(dy, of, kept, 1.5, True, wanted, False, drop)
+
+    got, again = step(), step()
+    if way == "captured":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        graph.replay(), graph.replay()
+    else:
+        assert all(p is q or torch.equal(p, q) for p, q in zip(got, again)), "not deterministic"
+    wide = [t.double().requires_grad_() for t in (x, a, b)]
+    seen = masked(torch.ones_like(x), Drops((0.3,), (len(a),), drop.seed), 0) * wide[0]
+    want = wide[0] @ weight.double().T + bias.double()
+    want = want + 1.5 * scale.double() * seen @ wide[1].T @ wide[2].T
+    want = (want.detach(), *torch.autograd.grad(want, wide, dy.double()))
+    for one, two in zip(got, want):
+        assert one is None or (one.double() - two).norm() <= 2 * 2**-8 * two.norm()
 
 
 @pytest.mark.parametrize(

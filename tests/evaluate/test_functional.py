@@ -464,13 +464,16 @@ def test_the_operators_pass_torchs_own_checks(transposed):
     arguments = (leaves[0], weight, bias, *leaves[1:])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
+    mask = (0.1, torch.tensor(7, device="cuda"))
+    operator = torch.ops.paramlora.linear.default
+    torch.library.opcheck(operator, (*arguments, *mask), test_utils=tests)
     none = (x[:0].detach(), *arguments[1:])
     torch.library.opcheck(torch.ops.paramlora.linear.default, none, test_utils=tests[:2])
     y, kept = torch.ops.paramlora.linear(*arguments)
     values = [t.detach() for t in (torch.randn_like(y), x, weight, a, b, scale, kept)]
-    for wanted in ((True, True, True), (True, False, False), (False, True, False)):
+    for wanted in ([True, True, True], [True, False, False], [False, True, False]):
         torch.library.opcheck(
-            torch.ops.paramlora.linear_backward.default, (*values, *wanted), test_utils=tests[:2]
+            torch.ops.paramlora.linear_backward.default, (*values, wanted), test_utils=tests[:2]
         )
 
 

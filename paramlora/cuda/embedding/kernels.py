@@ -3,13 +3,21 @@
 import triton
 import triton.language as tl
 
-from paramlora.cuda.linear.kernels import SPAN, _after, _counts, _gradients
+from paramlora.cuda.linear.kernels import (
+    SPAN,
+    Drop,
+    Matrix,
+    Signals,
+    _after,
+    _counts,
+    _gradients,
+)
 
 
 @triton.jit
 def _looked_up(kept, M, dim, R: tl.constexpr):
     """Of `look_up`: the thin rows, the counts of the gradients' blocks, their number, the scale."""
-    counts, blocks, _ = _counts(kept, M, 0, dim, R)
+    counts, blocks, _ = _counts(kept, M, 0, dim, dim, R, False)
     scaled = (counts + blocks).to(tl.pointer_type(tl.float32), bitcast=True)
     return _after(kept, dim, R), counts, blocks, scaled
 
@@ -124,38 +132,10 @@ def look_up_backward(
         )
     else:
         thin, counts, _, scaled = _looked_up(kept, M, dim, R)
+        wide = Matrix(dy, 0, dim, 1)
         _gradients(
-            dy=dy,
-            x=dy,
-            v=thin,
-            u=thin,
-            part=part,
-            da=db,
-            db=db,
-            scale=scaled,
-            strength=1.0,
-            signals=counts,
-            number=0,
-            counts=counts,
-            pid=pid - strips,
-            M=M,
-            fan_in=0,
-            out=dim,
-            r=r,
-            P=M,
-            stride_dyb=0,
-            stride_dym=dim,
-            stride_dyk=1,
-            stride_xb=0,
-            stride_xm=dim,
-            stride_xk=1,
-            groups=groups,
-            each=each,
-            LOCAL=False,
-            EARLY=False,
-            SCALED=SCALED,
-            EVEN=True,
-            R=R,
-            HEIGHT=SPAN,
+            wide, wide, thin, thin, part, db, db, scaled, 1.0, Signals(counts, 0, 0), counts,
+            pid - strips, M, 0, dim, r, M, groups, each, Drop(kept, kept, kept, 0, False),
+            LOCAL=False, EARLY=False, SCALED=SCALED, EVEN=True, R=R, HEIGHT=SPAN,
             BLOCK_M=BLOCK_ROWS,
-        )
+        )  # fmt: skip

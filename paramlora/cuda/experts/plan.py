@@ -1,6 +1,6 @@
 """The grouped products of experts on CUDA, in the kernels; imported only there."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -9,19 +9,12 @@ from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
 from paramlora.cuda.launch import Block, Launch, planned
 from paramlora.cuda.linear.tiles import Tiling
-from paramlora.cuda.masks.kernels import threshold
 from paramlora.cuda.operands import DEEP
+from paramlora.cuda.operands import Drop as Drop
 from paramlora.update.compat import cuda_device
 
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
-
-
-class Drop(NamedTuple):
-    """A mask: the chance that an element is dropped, and the seed ``[]`` that it is drawn from."""
-
-    rate: float
-    seed: Tensor
 
 
 def tiling(rows: int, N: int, K: int, hopper: bool, drop: bool) -> Tiling:
@@ -53,7 +46,7 @@ def thin(x: Tensor, f: Tensor, ends: Tensor, width: int, drop: Optional[Drop]) -
         drop: the mask of x, if any.
     """
     p = x.new_empty(len(x), width)
-    seed, least = (ends, 0) if drop is None else (drop.seed, threshold(drop.rate))
+    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
     numbers = (*x.shape, len(f), x.stride(0), *f.stride(), f.shape[1], width, least)
     _launched(_project, numbers, (x, f, p, ends, seed), (drop is not None,))
     return p
@@ -80,7 +73,7 @@ def product(
         bias: ``[experts, N]``, contiguous rows.
     """
     y = x.new_empty(len(x), w.shape[2])
-    seed, least = (ends, 0) if drop is None else (drop.seed, threshold(drop.rate))
+    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
     (M, K), (experts, _, N), b = x.shape, w.shape, w if bias is None else bias
     numbers = (
         M, N, K, experts, x.stride(0), *w.stride(), *q.stride(),
@@ -116,7 +109,7 @@ def sums(
     parts = _parts(M, experts, inner + outer, card(x.get_device()))
     of_a = x.new_empty(parts * wanted[0], experts, r, fan_in, dtype=torch.float32)
     of_b = x.new_empty(parts * wanted[1], experts, out, r, dtype=torch.float32)
-    seed, least = (ends, 0) if drop is None else (drop.seed, threshold(drop.rate))
+    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
     numbers = (
         M, fan_in, out, experts, r, thins[0].shape[1], x.stride(0), dy.stride(0), inner, parts,

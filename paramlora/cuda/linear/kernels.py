@@ -12,8 +12,8 @@ runs beside what waits for arithmetic, and so that a layer takes one launch each
 2. where `LOCAL`, the first column of tiles computes ``p``, the thin product that all others of
    the same rows await before their last step. A program's work is the ticket that it draws when it
    starts, not its index, and all that is awaited has a lower ticket: it runs already, in whatever
-   order a device starts programs. Else `pack` and `project`, or `prepare` alone, prepare both, and
-   the tiles start before they end (Hopper's programmatic dependent launch);
+   order a device starts programs. Else `pack` and `project` prepare both, and the tiles start
+   before they end (Hopper's programmatic dependent launch);
 3. the tiles of ``x @ w + p @ q``;
 4. in `backward`, blocks of the factors' gradients, which fill the last wave of tiles.
 
@@ -24,17 +24,77 @@ Sizes are named as in a matrix product, ``M`` rows (tokens), ``N`` columns, ``K`
 is the padded rank. Row m of a wide matrix lies ``m // P`` batches and ``m % P`` rows from its
 start, so that the positions of an image are rows without a copy, whatever its memory format.
 `kept` goes from a forward to its backwards: ``A[R, in]``, ``scale · B.T[R, out]``, ``u[M, R]``,
-the count of each block of gradients, and the forward's signals. `tiles` chooses the
+of a mask the numbers of its columns and rows, the count of each block of gradients, and the
+forward's signals. `tiles` chooses the
 tiles.
+
+Where an update drops inputs, its mask is drawn where x is read, in ``u = (mask ∘ x) @ A.T`` and in
+``v.T @ (mask ∘ x)``, and where the low-rank term of x's gradient is added, ``mask ∘ (v @ A)``.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paramlora.cuda import operands
+from paramlora.cuda.masks.kernels import below, keys, numbers
 
 SPAN, DEEP = tl.constexpr(operands.SPAN), tl.constexpr(operands.DEEP)
+
+
+class Matrix(NamedTuple):
+    """A wide matrix: its start, a pointer or a descriptor for the tensor memory engine, and the
+    distances of a batch, a row and a column."""
+
+    at: Any
+    batch: Any
+    row: Any
+    column: Any
+
+
+class Sizes(NamedTuple):
+    """Of a product, and the rows `P` of a batch."""
+
+    M: Any
+    N: Any
+    K: Any
+    P: Any
+
+
+class Signals(NamedTuple):
+    """Those of the `packs` programs that cast the factors, then those of rows of tiles."""
+
+    at: Any
+    number: Any
+    packs: Any
+
+
+class Drop(NamedTuple):
+    """A mask, if `ON`: pointers to its seed, which only a forward needs, and to the numbers of its
+    columns and rows in `kept`; and below which number an element is dropped."""
+
+    seed: Any
+    columns: Any
+    rows: Any
+    threshold: Any
+    ON: Any
+
+
+class How(NamedTuple):
+    """What a kernel is compiled for, see `tiles.Tiles`. Handed on in the call that makes it:
+    Triton would take a name's value for a number that is known but on the device."""
+
+    TMA: Any
+    ROWS_OUT: Any
+    EVEN: Any
+    WHOLE_K: Any
+    R: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_K: Any
+    GROUP_M: Any
 
 
 @triton.jit
@@ -72,9 +132,19 @@ def _after(matrix, rows, R: tl.constexpr):
 
 
 @triton.jit
-def _counts(kept, M, N, K, R: tl.constexpr):
+def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
+    """Those of a mask's columns, written by `_pack`, and of its rows, by `_project`: they take as
+    long as the mask itself where each step of a loop finds them anew."""
+    columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
+    return columns, columns + fan_in
+
+
+@triton.jit
+def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
     """The blocks' counts, and the signals behind them."""
     counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
+    if DROP:
+        counts += M + fan_in + (M + fan_in) % 2
     blocks = tl.cdiv(K, DEEP) + tl.cdiv(N, DEEP)
     signals = counts + (blocks + blocks % 2)
     return counts, blocks, signals.to(tl.pointer_type(tl.int64), bitcast=True)
@@ -101,195 +171,145 @@ def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _project(
-    x, f, p, row, M, K, P, stride_xb, stride_xm, stride_xk, r, stride_fr, stride_fk,
-    CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows `row` of ``p[M, R] = x[M, K] @ f[R, K].T``: one read of x. `CAST`: f is of another type,
-    and has but r ranks."""
-    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, R)
-    acc = tl.zeros((BLOCK_M, R), tl.float32)
-    where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_xb, stride_xm, EVEN)
-    left = x + where[:, None] + offs_k[None, :].to(tl.int64) * stride_xk
-    thin = f + offs_r[None, :] * stride_fr + offs_k[:, None] * stride_fk
-    step = tl.cast(stride_xk, tl.int64) * BLOCK_K
-    for k in range(0, K, BLOCK_K):
-        if CAST:
-            inside = offs_k < K - k
-            tile = tl.load(left, mask=(offs_m[:, None] < M) & inside[None, :], other=0.0)
-            factor = tl.load(thin, mask=inside[:, None] & (offs_r[None, :] < r), other=0.0)
-            acc = tl.dot(tile, factor.to(tile.dtype), acc)
-        elif WHOLE_K:
-            tile = tl.load(left, mask=offs_m[:, None] < M, other=0.0)
-            acc = tl.dot(tile, tl.load(thin), acc)
+def _project(x, f, p, row, of, drop, how):
+    """Rows `row` of ``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``: one read of x."""
+    offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
+    offs_k, offs_r = tl.arange(0, how.BLOCK_K), tl.arange(0, how.R)
+    acc = tl.zeros((how.BLOCK_M, how.R), tl.float32)
+    inside_m = tl.arange(0, how.BLOCK_M)
+    where = _rows(row * how.BLOCK_M, inside_m, of.P, x.batch, x.row, how.EVEN)
+    left = x.at + where[:, None] + offs_k[None, :].to(tl.int64) * x.column
+    thin = f + offs_r[None, :] * of.K + offs_k[:, None]
+    step = tl.cast(x.column, tl.int64) * how.BLOCK_K
+    if drop.ON:
+        of_rows, _ = keys(drop.seed)
+        rows = numbers(offs_m, of_rows)
+        tl.store(drop.rows + offs_m, rows, mask=offs_m < of.M)
+    for k in range(0, of.K, how.BLOCK_K):
+        if how.WHOLE_K:
+            tile = tl.load(left, mask=offs_m[:, None] < of.M, other=0.0)
+            factor = tl.load(thin)
         else:
-            inside = offs_k < K - k
-            tile = tl.load(left, mask=(offs_m[:, None] < M) & inside[None, :], other=0.0)
-            acc = tl.dot(tile, tl.load(thin, mask=inside[:, None], other=0.0), acc)
+            inside = offs_k < of.K - k
+            tile = tl.load(left, mask=(offs_m[:, None] < of.M) & inside[None, :], other=0.0)
+            factor = tl.load(thin, mask=inside[:, None], other=0.0)
+        if drop.ON:
+            if how.WHOLE_K:
+                columns = tl.load(drop.columns + k + offs_k)
+            else:
+                columns = tl.load(drop.columns + k + offs_k, mask=offs_k < of.K - k, other=0)
+            gone = below(rows[:, None], columns[None, :], drop.threshold)
+            tile = tl.where(gone, 0.0, tile).to(tile.dtype)
+        acc = tl.dot(tile, factor, acc)
         left += step
-        thin += BLOCK_K * stride_fk
-    tl.store(
-        p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :],
-        acc.to(p.dtype.element_ty),
-        mask=offs_m[:, None] < M,
-    )
+        thin += how.BLOCK_K
+    where = p + offs_m[:, None].to(tl.int64) * how.R + offs_r[None, :]
+    tl.store(where, acc.to(p.dtype.element_ty), mask=offs_m[:, None] < of.M)
 
 
 @triton.jit
-def _product(
-    x, w, row, column, M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _product(x, w, row, column, stride_wk, stride_wn, of, how):
     """One tile of ``x[M, K] @ w[K, N]`` in float32.
 
     Where `TMA`, x and w are descriptors (w of ``[N, K]`` where ROWS_OUT), loaded by the tensor
     memory engine; else pointers, with any strides and a cheaper launch.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if TMA:
-        for k in range(0, K, BLOCK_K):
-            left = x.load([row * BLOCK_M, k])
-            if ROWS_OUT:
-                acc = tl.dot(left, w.load([column * BLOCK_N, k]).T, acc)
+    acc = tl.zeros((how.BLOCK_M, how.BLOCK_N), tl.float32)
+    if how.TMA:
+        for k in range(0, of.K, how.BLOCK_K):
+            left = x.at.load([row * how.BLOCK_M, k])
+            if how.ROWS_OUT:
+                acc = tl.dot(left, w.load([column * how.BLOCK_N, k]).T, acc)
             else:
-                acc = tl.dot(left, w.load([k, column * BLOCK_N]), acc)
+                acc = tl.dot(left, w.load([k, column * how.BLOCK_N]), acc)
     else:
-        offs_m, offs_n, offs_k = (
-            row * BLOCK_M + tl.arange(0, BLOCK_M),
-            column * BLOCK_N + tl.arange(0, BLOCK_N),
-            tl.arange(0, BLOCK_K),
-        )
-        where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_xb, stride_xm, EVEN)
-        left = x + where[:, None] + offs_k[None, :].to(tl.int64) * stride_xk
-        step = tl.cast(stride_xk, tl.int64) * BLOCK_K
-        rows = offs_m[:, None] < M
-        right = (
-            w
-            + offs_k[:, None].to(tl.int64) * stride_wk
-            + (offs_n % N)[None, :].to(tl.int64) * stride_wn
-        )
-        for k in range(0, K, BLOCK_K):
-            if WHOLE_K:
+        inside_m, offs_k = tl.arange(0, how.BLOCK_M), tl.arange(0, how.BLOCK_K)
+        offs_m = row * how.BLOCK_M + inside_m
+        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
+        where = _rows(row * how.BLOCK_M, inside_m, of.P, x.batch, x.row, how.EVEN)
+        left = x.at + where[:, None] + offs_k[None, :].to(tl.int64) * x.column
+        step = tl.cast(x.column, tl.int64) * how.BLOCK_K
+        rows = offs_m[:, None] < of.M
+        right = w + offs_k[:, None].to(tl.int64) * stride_wk
+        right += (offs_n % of.N)[None, :].to(tl.int64) * stride_wn
+        for k in range(0, of.K, how.BLOCK_K):
+            if how.WHOLE_K:
                 acc = tl.dot(tl.load(left, mask=rows, other=0.0), tl.load(right), acc)
             else:
-                inside = offs_k < K - k
+                inside = offs_k < of.K - k
                 tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
             left += step
-            right += BLOCK_K * stride_wk
+            right += how.BLOCK_K * stride_wk
     return acc
 
 
 @triton.jit
-def _low_rank(acc, p, q, offs_m, offs_n, M, N, R: tl.constexpr):
-    """``acc + p @ q`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
+def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
+    """``acc + mask ∘ (p @ q)`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
     STEP: tl.constexpr = min(R, 32)
+    low = tl.zeros_like(acc) if drop.ON else acc
     for start in tl.static_range(0, R, STEP):
         offs_r = start + tl.arange(0, STEP)
-        left = tl.load(
-            p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :],
-            mask=offs_m[:, None] < M,
-            other=0.0,
-        )
-        right = tl.load(
-            q + offs_r[:, None] * N + offs_n[None, :], mask=offs_n[None, :] < N, other=0.0
-        )
-        acc = tl.dot(left, right, acc)
-    return acc
+        where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+        left = tl.load(where, mask=offs_m[:, None] < of.M, other=0.0)
+        where = q + offs_r[:, None] * of.N + offs_n[None, :]
+        low = tl.dot(left, tl.load(where, mask=offs_n[None, :] < of.N, other=0.0), low)
+    if drop.ON:
+        rows = tl.load(drop.rows + offs_m, mask=offs_m < of.M, other=0)[:, None]
+        columns = tl.load(drop.columns + offs_n, mask=offs_n < of.N, other=0)[None, :]
+        low = tl.where(below(rows, columns, drop.threshold), acc, acc + low)
+    return low
 
 
 @triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, signals, number, packs, pid,
-    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
-    stride_yn,
+    x, w, y, wide, f, q, p, bias, signals, pid, stride_wk, stride_wn, of, drop_in, drop, how,
     PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``y = x @ w + p @ q + bias``, or where `LOCAL` of p.
-
-    `signals`: of the `packs` programs that cast the factors, where `PACKS`; then of rows.
-    """
-    tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
-    columns = tl.cdiv(N, BLOCK_N) + (1 if LOCAL else 0)
-    row, column = _place(pid, tl.cdiv(M, BLOCK_M), columns, GROUP_M)
+    """One tile of ``y = x @ w + mask ∘ (p @ q) + bias``, or where `LOCAL` of p, by the mask
+    `drop_in` of x. `wide` is x, always as a pointer."""
+    tl.assume(of.K > 0)  # else ptxas makes every tensor core instruction wait for the last
+    columns = tl.cdiv(of.N, how.BLOCK_N) + (1 if LOCAL else 0)
+    row, column = _place(pid, tl.cdiv(of.M, how.BLOCK_M), columns, how.GROUP_M)
     if LOCAL and column == 0:
         if PACKS:
-            _await_all(signals, packs, number)
-        _project(
-            x=wide,
-            f=f,
-            p=p,
-            row=row,
-            M=M,
-            K=K,
-            P=P,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            r=R,
-            stride_fr=K,
-            stride_fk=1,
-            CAST=False,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_K=BLOCK_K,
-        )
+            _await_all(signals.at, signals.packs, signals.number)
+        _project(wide, f, p, row, of, drop_in, how)
         tl.debug_barrier()  # all of the program's rows are stored
-        tl.atomic_xchg(signals + packs + row, number, sem="release", scope="gpu")
+        own = signals.at + signals.packs + row
+        tl.atomic_xchg(own, signals.number, sem="release", scope="gpu")
     else:
         column -= 1 if LOCAL else 0
-        acc = _product(
-            x=x,
-            w=w,
-            row=row,
-            column=column,
-            M=M,
-            N=N,
-            K=K,
-            P=P,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            stride_wk=stride_wk,
-            stride_wn=stride_wn,
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-        )
+        acc = _product(x, w, row, column, stride_wk, stride_wn, of, how)
         if LOCAL:
-            _await(signals + packs + row, number)
+            _await(signals.at + signals.packs + row, signals.number)
         if EARLY:
             gdc_wait()
-        offs_m, offs_n = (
-            row * BLOCK_M + tl.arange(0, BLOCK_M),
-            column * BLOCK_N + tl.arange(0, BLOCK_N),
-        )
-        acc = _low_rank(acc, p, q, offs_m, offs_n, M, N, R)
+        inside_m = tl.arange(0, how.BLOCK_M)
+        offs_m = row * how.BLOCK_M + inside_m
+        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
+        if not (how.TMA and drop.ON):
+            acc = _low_rank(acc, p, q, offs_m, offs_n, of, drop, how.R)
         if BIAS:
-            acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        if TMA:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]
+        if how.TMA:
+            HALF: tl.constexpr = how.BLOCK_N // 2
+            halves = tl.permute(tl.reshape(acc, (how.BLOCK_M, 2, HALF)), (0, 2, 1))
             lower, upper = tl.split(halves)  # one store of half the width leaves room for a stage
-            y.store([row * BLOCK_M, column * BLOCK_N], lower.to(y.dtype))
-            y.store([row * BLOCK_M, column * BLOCK_N + BLOCK_N // 2], upper.to(y.dtype))
+            if drop.ON:  # and a masked term of its own for half of the registers
+                offs_n = column * how.BLOCK_N + tl.arange(0, HALF)
+                lower = _low_rank(lower, p, q, offs_m, offs_n, of, drop, how.R)
+                y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
+                upper = _low_rank(upper, p, q, offs_m, offs_n + HALF, of, drop, how.R)
+            else:
+                y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
+            y.at.store([row * how.BLOCK_M, column * how.BLOCK_N + HALF], upper.to(y.at.dtype))
         else:
-            where = _rows(row * BLOCK_M, tl.arange(0, BLOCK_M), P, stride_yb, stride_ym, EVEN)
-            out = y + where[:, None] + offs_n[None, :].to(tl.int64) * stride_yn
-            tl.store(
-                out, acc.to(y.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
-            )
+            where = _rows(row * how.BLOCK_M, inside_m, of.P, y.batch, y.row, how.EVEN)
+            out = y.at + where[:, None] + offs_n[None, :].to(tl.int64) * y.column
+            inside = (offs_m[:, None] < of.M) & (offs_n[None, :] < of.N)
+            tl.store(out, acc.to(y.at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -309,65 +329,74 @@ def _store_gradients(
 
 
 @triton.jit
+def _thin_sum(
+    wide, thin, block, size, low, high, M, P, drop,
+    EVEN: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A block of ``(mask ∘ wide).T @ thin`` over the rows from `low` to `high`."""
+    offs_d = block * DEEP + tl.arange(0, DEEP)
+    offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    if drop.ON:
+        columns = tl.load(drop.columns + offs_d, mask=offs_d < size, other=0)[:, None]
+    acc = tl.zeros((DEEP, R), tl.float32)
+    for m in range(low, high, BLOCK_M):
+        mm = m + offs_m
+        where = wide.at + _rows(m, offs_m, P, wide.batch, wide.row, EVEN)[None, :]
+        where += offs_d[:, None].to(tl.int64) * wide.column
+        left = tl.load(where, mask=(mm[None, :] < M) & (offs_d[:, None] < size), other=0.0)
+        if drop.ON:
+            rows = tl.load(drop.rows + mm, mask=mm < M, other=0)[None, :]
+            gone = below(rows, columns, drop.threshold)
+            left = tl.where(gone, 0.0, left).to(left.dtype)
+        where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
+        right = tl.load(where, mask=mm[:, None] < M, other=0.0)
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
 def _gradients(
-    dy, x, v, u, part, da, db, scale, strength, signals, number, counts, pid,
-    M, fan_in, out, r, P, stride_dyb, stride_dym, stride_dyk, stride_xb, stride_xm, stride_xk,
-    groups, each,
+    dy, x, v, u, part, da, db, scale, strength, signals, counts, pid,
+    M, fan_in, out, r, P, groups, each, drop,
     LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``x.T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the last group
-    to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
+    """A block of ``(mask ∘ x).T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the
+    last group to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
     block, group = pid // groups, pid % groups
     count = counts + block
     blocks = tl.cdiv(fan_in, DEEP)
     inner = block < blocks
-    # a select, not a branch, keeps what the compiler knows of the pointers' alignment
-    wide, thin = tl.where(inner, x, dy), tl.where(inner, v, u)
-    size, batch = tl.where(inner, fan_in, out), tl.where(inner, stride_xb, stride_dyb)
-    row, step = tl.where(inner, stride_xm, stride_dym), tl.where(inner, stride_xk, stride_dyk)
+    size = tl.where(inner, fan_in, out)
     block -= tl.where(inner, 0, blocks)
-    offs_d, offs_m, offs_r = (
-        block * DEEP + tl.arange(0, DEEP),
-        tl.arange(0, BLOCK_M),
-        tl.arange(0, R),
-    )
     low, high = group * each, min(M, group * each + each)
     if LOCAL:
         if inner:
             for tile in range(low // HEIGHT, tl.cdiv(high, HEIGHT)):
-                _await(signals + tile, number)
+                _await(signals.at + tile, signals.number)
     if EARLY:
         gdc_wait()
-    acc = tl.zeros((DEEP, R), tl.float32)
-    for m in range(low, high, BLOCK_M):
-        mm = m + offs_m
-        left = tl.load(
-            wide
-            + _rows(m, offs_m, P, batch, row, EVEN)[None, :]
-            + offs_d[:, None].to(tl.int64) * step,
-            mask=(mm[None, :] < M) & (offs_d[:, None] < size),
-            other=0.0,
-        )
-        where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
-        right = tl.load(where, mask=mm[:, None] < M, other=0.0)
-        acc = tl.dot(left, right, acc)
-    offs_d += tl.where(inner, 0, fan_in)
+    if drop.ON:  # by a branch, so that what is not masked takes no time for it
+        tl.assume(low < high)  # else ptxas makes every tensor core instruction of the kernel wait
+        if inner:
+            acc = _thin_sum(x, v, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
+        else:
+            acc = _thin_sum(
+                dy, u, block, size, low, high, M, P, Drop(v, v, v, 0, False), EVEN, R, BLOCK_M
+            )
+    else:
+        # a select, not a branch, keeps what the compiler knows of the pointers' alignment
+        wide = Matrix(
+            tl.where(inner, x.at, dy.at), tl.where(inner, x.batch, dy.batch),
+            tl.where(inner, x.row, dy.row), tl.where(inner, x.column, dy.column),
+        )  # fmt: skip
+        thin = tl.where(inner, v, u)
+        acc = _thin_sum(wide, thin, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
+    offs_r = tl.arange(0, R)
+    offs_d = block * DEEP + tl.arange(0, DEEP) + tl.where(inner, 0, fan_in)
     valid = offs_d < tl.where(inner, fan_in, fan_in + out)
     if groups == 1:
-        _store_gradients(
-            acc=acc,
-            offs_d=offs_d,
-            valid=valid,
-            da=da,
-            db=db,
-            scale=scale,
-            strength=strength,
-            fan_in=fan_in,
-            r=r,
-            SCALED=SCALED,
-            R=R,
-        )
+        _store_gradients(acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED, R)
     else:
         where = part + offs_d[:, None].to(tl.int64) * R + offs_r[None, :]
         whole = tl.cast(fan_in + out, tl.int64) * R
@@ -378,398 +407,170 @@ def _gradients(
             acc = tl.zeros((DEEP, R), tl.float32)
             for other in range(groups):
                 acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
-            _store_gradients(
-                acc=acc,
-                offs_d=offs_d,
-                valid=valid,
-                da=da,
-                db=db,
-                scale=scale,
-                strength=strength,
-                fan_in=fan_in,
-                r=r,
-                SCALED=SCALED,
-                R=R,
-            )
+            _store_gradients(acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED, R)
 
 
 @triton.jit
 def _pack(
-    a, b, scale, kept, strength, pid,
-    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    a, b, scale, kept, seed, strength, pid,
+    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
+    DROP: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's."""
+    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's. And
+    the numbers of a mask's columns."""
     offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
     inner, outer = tl.cdiv(K, BLOCK_D), tl.cdiv(N, BLOCK_D)
     if pid < inner:
         offs_d += pid * BLOCK_D
         valid = (offs_r[:, None] < r) & (offs_d[None, :] < K)
-        value = tl.load(
-            a + offs_r[:, None] * stride_ar + offs_d[None, :] * stride_ak, mask=valid, other=0.0
-        )
+        where = a + offs_r[:, None] * stride_ar + offs_d[None, :] * stride_ak
+        value = tl.load(where, mask=valid, other=0.0)
         where = kept + offs_r[:, None] * K + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < K)
+        if DROP:
+            columns, _ = _numbers(kept, M, N, K, K, R)
+            _, of_columns = keys(seed)
+            tl.store(columns + offs_d, numbers(offs_d, of_columns), mask=offs_d < K)
     elif pid < inner + outer:
         offs_d += (pid - inner) * BLOCK_D
         valid = (offs_r[:, None] < r) & (offs_d[None, :] < N)
-        value = tl.load(
-            b + offs_r[:, None] * stride_br + offs_d[None, :] * stride_bn, mask=valid, other=0.0
-        )
+        where = b + offs_r[:, None] * stride_br + offs_d[None, :] * stride_bn
+        value = tl.load(where, mask=valid, other=0.0)
         value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
         where = kept + R * K + offs_r[:, None] * N + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < N)
     else:
-        counts, blocks, _ = _counts(kept, M, N, K, R)
+        counts, blocks, _ = _counts(kept, M, N, K, K, R, DROP)
+        none = tl.zeros((BLOCK_D,), tl.int32)
         for start in range(0, blocks, BLOCK_D):
-            tl.store(
-                counts + start + offs_d,
-                tl.zeros((BLOCK_D,), tl.int32),
-                mask=start + offs_d < blocks,
-            )
+            tl.store(counts + start + offs_d, none, mask=start + offs_d < blocks)
 
 
 @triton.jit(do_not_specialize=["r"])
 def pack(
-    a, b, scale, kept, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
-    EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    a, b, scale, kept, seed, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
+    DROP: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The factors cast, and the counts cleared, where `forward` does not."""
     if EARLY:
         gdc_launch_dependents()
-    pid = tl.program_id(0)
     _pack(
-        a=a,
-        b=b,
-        scale=scale,
-        kept=kept,
-        strength=strength,
-        pid=pid,
-        M=M,
-        N=N,
-        K=K,
-        r=r,
-        stride_ar=stride_ar,
-        stride_ak=stride_ak,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        R=R,
-        BLOCK_D=BLOCK_D,
-    )
+        a, b, scale, kept, seed, strength, tl.program_id(0), M, N, K, r,
+        stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def project(
-    x, f, p, M, K, P, stride_xb, stride_xm, stride_xk,
-    EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, f, p, kept, seed, M, N, K, P, stride_xb, stride_xm, stride_xk, threshold,
+    DROP: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``p[M, R] = x[M, K] @ f[R, K].T``."""
+    """``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``."""
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0)
+    columns, rows = _numbers(kept, M, N, K, K, R)
     _project(
-        x=x,
-        f=f,
-        p=p,
-        row=row,
-        M=M,
-        K=K,
-        P=P,
-        stride_xb=stride_xb,
-        stride_xm=stride_xm,
-        stride_xk=stride_xk,
-        r=R,
-        stride_fr=K,
-        stride_fk=1,
-        CAST=False,
-        EVEN=EVEN,
-        WHOLE_K=WHOLE_K,
-        R=R,
-        BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
-    )
+        Matrix(x, stride_xb, stride_xm, stride_xk), f, p, tl.program_id(0), Sizes(M, 0, K, P),
+        Drop(seed, columns, rows, threshold, DROP),
+        How(False, False, EVEN, WHOLE_K, R, BLOCK_M, 0, BLOCK_K, 0),
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["r"])
-def prepare(
-    x, a, b, scale, kept, strength,
-    M, N, K, P, stride_xb, stride_xm, stride_xk, r, stride_ar, stride_ak, stride_bn, stride_br,
-    EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """What `pack` and `project` compute, in one grid: the factors are small enough to be cast by
-    every program that reads them."""
-    if EARLY:
-        gdc_launch_dependents()
-    pid, rows = tl.program_id(0), tl.cdiv(M, BLOCK_M)
-    if pid < rows:
-        _project(
-            x=x,
-            f=a,
-            p=_after(kept, K + N, R),
-            row=pid,
-            M=M,
-            K=K,
-            P=P,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            r=r,
-            stride_fr=stride_ar,
-            stride_fk=stride_ak,
-            CAST=True,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_K=BLOCK_K,
-        )
-    else:
-        pid -= rows
-        _pack(
-            a=a,
-            b=b,
-            scale=scale,
-            kept=kept,
-            strength=strength,
-            pid=pid,
-            M=M,
-            N=N,
-            K=K,
-            r=r,
-            stride_ar=stride_ar,
-            stride_ak=stride_ak,
-            stride_bn=stride_bn,
-            stride_br=stride_br,
-            R=R,
-            BLOCK_D=BLOCK_D,
-        )
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def product(
     x, w, y, q, p, bias,
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
-    stride_yn,
-    EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    stride_yn, threshold,
+    DROP: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``y = x @ w + p @ q + bias``."""
+    """``y = x @ w + mask ∘ (p @ q) + bias``; q is the start of `kept` where there is a mask."""
+    columns, rows = _numbers(q, M, N, K, N, R)
+    left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
-        x=x,
-        w=w,
-        y=y,
-        wide=x,
-        f=q,
-        q=q,
-        p=p,
-        bias=bias,
-        signals=p,
-        number=0,
-        packs=0,
-        pid=tl.program_id(0),
-        M=M,
-        N=N,
-        K=K,
-        P=P,
-        stride_xb=stride_xb,
-        stride_xm=stride_xm,
-        stride_xk=stride_xk,
-        stride_wk=stride_wk,
-        stride_wn=stride_wn,
-        stride_yb=stride_yb,
-        stride_ym=stride_ym,
-        stride_yn=stride_yn,
-        PACKS=False,
-        LOCAL=False,
-        EARLY=EARLY,
-        BIAS=BIAS,
-        TMA=TMA,
-        ROWS_OUT=ROWS_OUT,
-        EVEN=EVEN,
-        WHOLE_K=WHOLE_K,
-        R=R,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        GROUP_M=GROUP_M,
-    )
+        left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
+        Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn, Sizes(M, N, K, P),
+        Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
+        How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
+        PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["number", "packs", "r"])
+@triton.jit(do_not_specialize=["number", "packs", "r", "threshold"])
 def forward(
-    x, w, y, wide, a, b, scale, kept, bias, tickets, strength, number,
+    x, w, y, wide, a, b, scale, kept, bias, seed, tickets, strength, number,
     packs, M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
-    stride_yn,
-    r, stride_ar, stride_ak, stride_bn, stride_br,
-    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_yn, r, stride_ar, stride_ak, stride_bn, stride_br, threshold,
+    DROP: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
     pid = _drawn(tickets)
-    _, _, signals = _counts(kept, M, N, K, R)
+    _, _, signals = _counts(kept, M, N, K, K, R, DROP)
+    columns, rows = _numbers(kept, M, N, K, K, R)
     if pid < packs:
         _pack(
-            a=a,
-            b=b,
-            scale=scale,
-            kept=kept,
-            strength=strength,
-            pid=pid,
-            M=M,
-            N=N,
-            K=K,
-            r=r,
-            stride_ar=stride_ar,
-            stride_ak=stride_ak,
-            stride_bn=stride_bn,
-            stride_br=stride_br,
-            R=R,
-            BLOCK_D=BLOCK_D,
-        )
+            a, b, scale, kept, seed, strength, pid, M, N, K, r,
+            stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
+        )  # fmt: skip
         tl.debug_barrier()  # all of the program's part is stored
         tl.atomic_xchg(signals + pid, number, sem="release", scope="gpu")
     else:
         _tile(
-            x=x,
-            w=w,
-            y=y,
-            wide=wide,
-            f=kept,
-            q=kept + R * K,
-            p=_after(kept, K + N, R),
-            bias=bias,
-            signals=signals,
-            number=number,
-            packs=packs,
-            pid=pid - packs,
-            M=M,
-            N=N,
-            K=K,
-            P=P,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            stride_wk=stride_wk,
-            stride_wn=stride_wn,
-            stride_yb=stride_yb,
-            stride_ym=stride_ym,
-            stride_yn=stride_yn,
-            PACKS=True,
-            LOCAL=True,
-            EARLY=False,
-            BIAS=BIAS,
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            GROUP_M=GROUP_M,
-        )
+            Matrix(x, stride_xb, stride_xm, stride_xk), w,
+            Matrix(y, stride_yb, stride_ym, stride_yn),
+            Matrix(wide, stride_xb, stride_xm, stride_xk), kept, kept + R * K,
+            _after(kept, K + N, R), bias, Signals(signals, number, packs), pid - packs,
+            stride_wk, stride_wn, Sizes(M, N, K, P),
+            Drop(seed, columns, rows, threshold, DROP), Drop(seed, columns, rows, 0, False),
+            How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
+            PACKS=True, LOCAL=True, EARLY=False, BIAS=BIAS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each"])
+@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each", "threshold"])
 def backward(
     dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
     tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
-    stride_dxm, stride_dxn,
-    stride_xb, stride_xm, stride_xk, r, groups, each,
-    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each, threshold,
+    DROP: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the input, in `tiles` programs that may be none, and of the factors. Of
     ``dx = dy @ w`` K are the layer's outputs and N its inputs.
 
     `scratch` holds ``v[M, R]``, the signals, and the groups' sums.
     """
-    counts, _, _ = _counts(kept, M, N, K, R)
+    counts, _, _ = _counts(kept, M, N, K, N, R, DROP)
+    columns, of_rows = _numbers(kept, M, N, K, N, R)
     signals = _after(scratch, M, R).to(tl.pointer_type(tl.int64), bitcast=True)
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
     pid = _drawn(tickets) if LOCAL else tl.program_id(0)
+    pointed = Matrix(wide, stride_dyb, stride_dym, stride_dyk)
     if pid < tiles:
         _tile(
-            x=dy,
-            w=w,
-            y=dx,
-            wide=wide,
-            f=kept + R * N,
-            q=kept,
-            p=scratch,
-            bias=kept,
-            signals=signals,
-            number=number,
-            packs=0,
-            pid=pid,
-            M=M,
-            N=N,
-            K=K,
-            P=P,
-            stride_xb=stride_dyb,
-            stride_xm=stride_dym,
-            stride_xk=stride_dyk,
-            stride_wk=stride_wk,
-            stride_wn=stride_wn,
-            stride_yb=stride_dxb,
-            stride_ym=stride_dxm,
-            stride_yn=stride_dxn,
-            PACKS=False,
-            LOCAL=LOCAL,
-            EARLY=EARLY,
-            BIAS=False,
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN=EVEN,
-            WHOLE_K=WHOLE_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            GROUP_M=GROUP_M,
-        )
+            Matrix(dy, stride_dyb, stride_dym, stride_dyk), w,
+            Matrix(dx, stride_dxb, stride_dxm, stride_dxn), pointed, kept + R * N, kept, scratch,
+            kept, Signals(signals, number, 0), pid, stride_wk, stride_wn, Sizes(M, N, K, P),
+            Drop(kept, columns, of_rows, 0, False),
+            Drop(kept, columns, of_rows, threshold, DROP),
+            How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
+            PACKS=False, LOCAL=LOCAL, EARLY=EARLY, BIAS=False,
+        )  # fmt: skip
     else:
         _gradients(
-            dy=wide,
-            x=x,
-            v=scratch,
-            u=_after(kept, N + K, R),
-            part=part,
-            da=da,
-            db=db,
-            scale=scale,
-            strength=strength,
-            signals=signals,
-            number=number,
-            counts=counts,
-            pid=pid - tiles,
-            M=M,
-            fan_in=N,
-            out=K,
-            r=r,
-            P=P,
-            stride_dyb=stride_dyb,
-            stride_dym=stride_dym,
-            stride_dyk=stride_dyk,
-            stride_xb=stride_xb,
-            stride_xm=stride_xm,
-            stride_xk=stride_xk,
-            groups=groups,
-            each=each,
-            LOCAL=LOCAL,
-            EARLY=EARLY,
-            SCALED=SCALED,
-            EVEN=EVEN,
-            R=R,
-            HEIGHT=BLOCK_M,
-            BLOCK_M=BLOCK_ROWS,
-        )
+            pointed, Matrix(x, stride_xb, stride_xm, stride_xk), scratch, _after(kept, N + K, R),
+            part, da, db, scale, strength, Signals(signals, number, 0), counts, pid - tiles,
+            M, N, K, r, P, groups, each, Drop(kept, columns, of_rows, threshold, DROP),
+            LOCAL, EARLY, SCALED, EVEN, R, BLOCK_M, BLOCK_ROWS,
+        )  # fmt: skip

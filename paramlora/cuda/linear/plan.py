@@ -29,10 +29,12 @@ from paramlora.cuda.linear.tiles import (
 from paramlora.cuda.operands import (
     DEEP,
     SPAN,
+    Drop,
     Operands,
     fits,
     has_kernel,
     kept_size,
+    masks_fit,
     pack_width,
     packs,
     padded,
@@ -43,21 +45,28 @@ _Maybe = Optional[Tensor]
 _NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 
-def _projection(device: int, left: Rows, K: int, R: int, after_pack: bool) -> Launch:
-    """``left[M, K] @ f[R, K].T``."""
-    M, hopper, (BM, BK, stages, warps) = left.M, card(device).hopper, projection(left.M, R)
-    numbers = (M, K, left.period, *left.places(left.period))
-    constants = (hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
+def _mask(drop: Optional[Drop]) -> tuple[int, bool]:
+    """What a plan must know of a mask: its threshold, and whether there is one."""
+    return (0, False) if drop is None else (drop.threshold, True)
+
+
+def _projection(
+    device: int, left: Rows, N: int, K: int, R: int, after_pack: bool, drop: Optional[Drop]
+) -> Launch:
+    """``(mask ∘ left[M, K]) @ f[R, K].T``, of a layer that has N outputs."""
+    M, hopper, (least, on) = left.M, card(device).hopper, _mask(drop)
+    BM, BK, stages, warps = projection(M, R, on)
+    numbers = (M, N, K, left.period, *left.places(left.period), least)
+    constants = (on, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
     early = hopper and after_pack
     return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
 
 
-def _product(device: int, tiles: Tiles, bias: bool) -> Launch:
-    """``left @ w + p @ q + bias``, of a p that `_projection` computed."""
-    constants, (stages, warps) = (tiles.early, bias, *tiles.constants), tiles.tiling[4:6]
-    return Launch(
-        kernels.product, device, tiles.grid, tiles.numbers, constants, stages, warps, tiles.early
-    )
+def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Launch:
+    """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
+    (least, on), (stages, warps), early = _mask(drop), tiles.tiling[4:6], tiles.early
+    numbers, constants = (*tiles.numbers, least), (on, early, bias, *tiles.constants)
+    return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
 
 
 class _Result(NamedTuple):
@@ -91,69 +100,65 @@ def _part(kept: Tensor, start: int, rows: int, columns: int) -> Tensor:
 class _Forward:
     """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
 
-    def __init__(self, of: Operands, rows: Rows, captured: bool, misaligned: bool) -> None:
+    def __init__(
+        self, of: Operands, rows: Rows, drop: Optional[Drop], captured: bool, misaligned: bool
+    ) -> None:
         x, weight, bias, a, b, _ = of
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
         self.sizes, self.R = (M, N, K), padded(r)
-        R, on = self.R, card(device)
-        hopper = on.hopper
-        how = launches(self.sizes, R, captured, hopper)
-        self.size, self.row_bytes = kept_size(M, N, K, r), x.element_size() * R  # of R numbers
+        R, card_of = self.R, card(device)
+        hopper = card_of.hopper
+        how = launches(self.sizes, R, captured, hopper, drop=drop is not None)
+        self.size, self.row_bytes = kept_size(M, N, K, r, drop is not None), x.element_size() * R
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
         period = min(rows.period, out.period)
-        self.tiles = tiles = Tiles(rows, out, period, w, self.sizes, R, on, misaligned, how, True)
+        shared = (period, w, self.sizes, R, card_of, misaligned, how)
+        self.tiles = tiles = Tiles(rows, out, *shared, True)
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.whole: Optional[Launch] = None
         if how is Launches.TOGETHER:
-            grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors)
-            constants = (bias is not None, *tiles.constants, width)
+            least, on = _mask(drop)
+            grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
+            constants = (on, bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
             self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
             return
-        self.prepare: Optional[Launch] = None
-        self.product = _product(device, tiles, bias is not None)
-        if how is Launches.PREPARED:
-            BM, BK, stages, warps = projection(M, R)
-            numbers = (*self.sizes, rows.period, *rows.places(rows.period), *factors)
-            blocks = (hopper, is_even(rows.period, M), K % BK == 0, R, BM, BK, width)
-            grid = -(-M // BM) + first
-            self.prepare = Launch(kernels.prepare, device, grid, numbers, blocks, stages, warps)
-            return
+        self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
-        self.pack = Launch(kernels.pack, device, first, numbers, (hopper, R, width), 1, 4)
+        constants = (drop is not None, hopper, R, width)
+        self.pack = Launch(kernels.pack, device, first, numbers, constants, 1, 4)
         self.project = None
         if how is Launches.APART:
-            self.project = _projection(device, rows, K, R, True)
+            self.project = _projection(device, rows, N, K, R, True, drop)
 
     def __call__(
-        self, of: Operands, strength: float, addresses: tuple[int, ...]
+        self, of: Operands, strength: float, seed: _Maybe, addresses: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         (x, weight, bias, a, b, scale), (px, pw, pbias, pa, pb, ps) = of, addresses
         y, kept = self.result.new(x), x.new_empty(self.size)
         pk = kept.data_ptr()
         more, pmore = (kept, pk) if bias is None else (bias, pbias)
+        seed = kept if seed is None else seed
         blocks = self.tiles.blocks(x, weight, y)
         first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.whole is not None:
             drawn = tickets(kept)
             self.whole(
-                (*first, x, a, b, scale, kept, more, drawn),
-                (*places, px, pa, pb, ps, pk, pmore, drawn.data_ptr()),
+                (*first, x, a, b, scale, kept, more, seed, drawn),
+                (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(_NUMBERS)),
                 blocks,
             )
             return y, kept
         (M, N, K), R = self.sizes, self.R
         pu = pk + self.row_bytes * (K + N)
-        if self.prepare is not None:
-            self.prepare((x, a, b, scale, kept), (px, pa, pb, ps, pk), (float(strength),))
+        pseed = seed.data_ptr()
+        self.pack((a, b, scale, kept, seed), (pa, pb, ps, pk, pseed), (float(strength),))
+        if self.project is None:
+            _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
         else:
-            self.pack((a, b, scale, kept), (pa, pb, ps, pk), (float(strength),))
-            if self.project is None:
-                _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
-            else:
-                self.project((x, kept, kept), (px, pk, pu))
+            self.project((x, kept, kept, kept, seed), (px, pk, pu, pk, pseed))
         self.product(
             (*first, kept, kept, more),
             (*places, pk + self.row_bytes * K, pu, pmore),
@@ -182,7 +187,7 @@ class _Copy(NamedTuple):
 
 @on_its_device
 def forward(
-    of: Operands, strength: float = 1.0, image: bool = False
+    of: Operands, strength: float = 1.0, image: bool = False, drop: Optional[Drop] = None
 ) -> Optional[tuple[Tensor, Tensor]]:
     """``x (W + strength · scale · B A)ᵀ + bias`` with one rounding, and what `backward` takes.
 
@@ -191,6 +196,8 @@ def forward(
             ``[out, in]`` of its type.
         strength: a number on top of the scale.
         image: x's columns may lie apart, and the result lies in memory as x does.
+        drop: the mask of the x that the factors get, of a rank up to `WIDEST`; what makes up for
+            what is dropped is in the strength.
 
     Returns:
         ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
@@ -198,22 +205,27 @@ def forward(
     captured = torch.cuda.is_current_stream_capturing()
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
-        return _plan_forward(of, image, captured, bool((addresses[0] | addresses[1]) & 15))
+        misaligned = bool((addresses[0] | addresses[1]) & 15)
+        return _plan_forward(of, image, drop, captured, misaligned)
 
-    rest = (of.bias is None, image, captured)
+    rest = (of.bias is None, image, _mask(drop), captured)
     plan, addresses = planned(_FORWARDS, of.tensors, rest, plan_of)
     if plan is None:
         return None
     if type(plan) is _Copy:
         x = of.x.contiguous() if plan.left else of.x
         bias = of.bias.contiguous() if plan.right and of.bias is not None else of.bias
-        return forward(of._replace(x=x, bias=bias), strength, image)  # type: ignore[no-any-return]
-    return plan(of, strength, addresses)  # type: ignore[no-any-return]
+        of = of._replace(x=x, bias=bias)
+        return forward(of, strength, image, drop)  # type: ignore[no-any-return]
+    seed = None if drop is None else drop.seed
+    return plan(of, strength, seed, addresses)  # type: ignore[no-any-return]
 
 
-def _plan_forward(of: Operands, image: bool, captured: bool, misaligned: bool) -> Any:
+def _plan_forward(
+    of: Operands, image: bool, drop: Optional[Drop], captured: bool, misaligned: bool
+) -> Any:
     x, bias = of.x, of.bias
-    if not (has_kernel(x, of.weight) and fits(of)):
+    if not (has_kernel(x, of.weight) and fits(of)) or not masks_fit(of, drop):
         return None
     if not x.numel():
         return _of_no_rows
@@ -221,12 +233,13 @@ def _plan_forward(of: Operands, image: bool, captured: bool, misaligned: bool) -
     spread = bias is not None and not bias.is_contiguous()
     if rows is None or spread:
         return _Copy(rows is None, spread)
-    return _Forward(of, rows, captured, misaligned)
+    return _Forward(of, rows, drop, captured, misaligned)
 
 
-def _of_no_rows(of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
+def _of_no_rows(of: Operands, _: float, seed: _Maybe, *__: Any) -> tuple[Tensor, Tensor]:
     (N, K), x = of.weight.shape, of.x
-    return x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(of.a)))
+    size = kept_size(0, N, K, len(of.a), seed is not None)
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty(size)
 
 
 class _Backward:
@@ -238,6 +251,7 @@ class _Backward:
         rows: tuple[Rows, Rows],
         scaled: bool,
         wanted: tuple[bool, bool],
+        drop: Optional[Drop],
         captured: bool,
         misaligned: bool,
     ) -> None:
@@ -246,9 +260,8 @@ class _Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         (self.input_too, self.factors_too), self.scaled = wanted, scaled
-        on, w = card(device), weight.stride()
-        hopper = on.hopper
-        how = launches(self.sizes, R, captured, hopper, wanted)
+        on, w, (least, masked) = card(device), weight.stride(), _mask(drop)
+        how = launches(self.sizes, R, captured, on.hopper, wanted, drop is not None)
         self.together = how is Launches.TOGETHER
         self.separate = how is Launches.CUBLAS or not self.factors_too
         self.result = _result(x.shape, N, rows[1])
@@ -260,24 +273,25 @@ class _Backward:
         )
         self.project = None
         if how is Launches.APART:
-            self.project = _projection(device, rows[0], K, R, False)
+            self.project = _projection(device, rows[0], N, K, R, False, None)
         self.size = M * R
         if self.separate:
-            self.launch = _product(device, tiles, False)
+            self.launch = _product(device, tiles, False, drop)
             return
         deep, stages, warps = gradients(tiles.tiling, R)
         blocks = -(-N // DEEP) + -(-K // DEEP)
-        # columns of an image that lie apart take longer to load, so twice as many programs do
         together = rows[0].column == rows[1].column == 1
-        programs = on.processors if together else 2 * on.processors
+        # columns of an image that lie apart take longer to load, and a masked block longer than
+        # one that is not, so twice as many programs do
+        programs = on.processors if together and not masked else 2 * on.processors
         groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
         groups = -(-M // each)
         strips = -(-M // SPAN)
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
-        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each)
-        constants = (self.together, tiles.early, scaled, *tiles.constants, deep)
+        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each, least)
+        constants = (masked, self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
             kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
         )
@@ -298,7 +312,8 @@ class _Backward:
             kept = kept.clone()
             pk = kept.data_ptr()
         if self.project is not None:
-            self.project((dy, kept, scratch), (py, pk + self.row_bytes * self.sizes[1], pv))
+            places = (py, pk + self.row_bytes * self.sizes[1], pv, pk, pk)
+            self.project((dy, kept, scratch, kept, kept), places)
         if self.separate:
             return self._separately(dy, of, kept, strength, dx, scratch)
         (_, N, K), r, wide = self.sizes, self.r, torch.float32
@@ -306,11 +321,12 @@ class _Backward:
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
         out, factor = da if dx is None else dx, scale if self.scaled else da
         pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
-        first, places = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        first, starts = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
+        of_scale = ps[0] if ps else pa
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
-            (*places, py, pk, pv, px, pa, db.data_ptr(), ps[0] if ps else pa, drawn.data_ptr()),
+            (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
             (float(strength), next(_NUMBERS)),
             blocks,
         )
@@ -352,6 +368,7 @@ def backward(
     scaled: bool,
     wanted: tuple[bool, bool],
     image: bool = False,
+    drop: Optional[Drop] = None,
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     """The gradients of `forward` that are wanted: the input's ``dy @ W + v @ A``, and of the
     factors in float32 ``(v.T @ x)[r, in]`` and ``strength · scale · (dy.T @ u)[out, r]``, where
@@ -359,7 +376,7 @@ def backward(
 
     Args:
         dy: ``[..., out]``.
-        of, strength, image: of the forward.
+        of, strength, image, drop: of the forward.
         kept: of the forward.
         scaled: whether the scale and the strength are in the last gradient.
         wanted: of the input, of the factors.
@@ -370,14 +387,15 @@ def backward(
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
         misaligned = bool((addresses[0] | addresses[2]) & 15)
-        return _plan_backward(tensors, of, scaled, wanted, image, captured, misaligned)
+        return _plan_backward(tensors, of, scaled, wanted, image, drop, captured, misaligned)
 
-    rest = (len(of.a), scaled, wanted, image, captured)
+    rest = (len(of.a), scaled, wanted, image, _mask(drop), captured)
     plan, addresses = planned(_BACKWARDS, tensors, rest, plan_of)
     if type(plan) is _Copy:
         dy = dy.contiguous() if plan.left else dy
         of = of._replace(x=of.x.contiguous()) if plan.right else of
-        return backward(dy, of, kept, strength, scaled, wanted, image)  # type: ignore[no-any-return]
+        same = (kept, strength, scaled, wanted, image, drop)
+        return backward(dy, of, *same)  # type: ignore[no-any-return]
     return plan(dy, of, kept, strength, addresses)  # type: ignore[no-any-return]
 
 
@@ -387,6 +405,7 @@ def _plan_backward(
     scaled: bool,
     wanted: tuple[bool, bool],
     image: bool,
+    drop: Optional[Drop],
     captured: bool,
     misaligned: bool,
 ) -> Any:
@@ -400,7 +419,7 @@ def _plan_backward(
     left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
     if left is None or right is None:
         return _Copy(left is None, right is None)
-    return _Backward(of, (left, right), scaled, wanted, captured, misaligned)
+    return _Backward(of, (left, right), scaled, wanted, drop, captured, misaligned)
 
 
 def _gradients_of_no_rows(

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block
-from paramlora.cuda.launches import LONG, WIDEST, Launches
+from paramlora.cuda.launches import WIDEST, Launches
+
+LONG = 16384  # rows of which a block of the thin product takes 128
 
 
 class Tiling(NamedTuple):
@@ -55,11 +57,14 @@ def tiling(
 NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
 
 
-def projection(M: int, R: int) -> tuple[int, int, int, int]:
-    """Rows, depth, stages and warps of a block of the thin product in a grid of its own."""
+def projection(M: int, R: int, drop: bool = False) -> tuple[int, int, int, int]:
+    """Rows, depth, stages and warps of a block of the thin product in a grid of its own. A mask is
+    drawn ahead of each step's product, so that it takes more blocks to fill that time."""
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
+    if drop and M > 512:
+        return (16 if M <= 4096 else 32, deep, 4, 4)
     return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
 
 
@@ -141,7 +146,7 @@ class Tiles:
         strides = (K | N | left.row | out.row | step) & 7 or not step
         hopper, local = card.hopper, how is Launches.TOGETHER
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
-        self.early = hopper and how in (Launches.APART, Launches.PREPARED)
+        self.early = hopper and how is Launches.APART
         self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0

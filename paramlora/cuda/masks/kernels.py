@@ -1,39 +1,43 @@
 """Dropout's masks in a Triton kernel: those of `paramlora.evaluate.dropout`, element by element.
 
 An element is dropped by a function of the seed and of its place, so no mask is stored, and torch's
-operations draw the same one.
+operations draw the same one: where the product of its row's and its column's number, both odd, is
+below a threshold in 32 bits. A kernel finds the number of a row or of a column once, and then takes
+one multiplication, one comparison and one selection an element.
 """
 
 import triton
 import triton.language as tl
 
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-_FIRST, _SECOND = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64), tl.constexpr(0x94D049BB133111EB - 2**64)
-_LAST = tl.constexpr(0x846CA68B - 2**32)
-
-
-def threshold(rate: float) -> int:
-    """The number below which an element's own number has it dropped; of all by the same rate."""
-    return round(rate * 2**32) - 2**31
+_GOLDEN, _SECOND = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xD1342543DE82EF95)
+_STEP, _FACTOR = tl.constexpr(0x9E3779B1), tl.constexpr(0x846CA68B)
 
 
 @triton.jit
-def _mixed(n):
-    """SplitMix64 (Steele et al. 2014) of 64-bit numbers."""
-    n = (n ^ ((n >> 30) & 0x3FFFFFFFF)) * _FIRST
-    n = (n ^ ((n >> 27) & 0x1FFFFFFFFF)) * _SECOND
-    return n ^ ((n >> 31) & 0x1FFFFFFFF)
+def keys(seed):
+    """What numbers of rows, and of columns, are drawn from; `seed`: a pointer to it."""
+    n = tl.load(seed).to(tl.uint64) * _GOLDEN
+    n = (n ^ (n >> 32)) * _SECOND
+    n ^= n >> 32
+    return n.to(tl.uint32), (n >> 32).to(tl.uint32)
+
+
+@triton.jit
+def numbers(places, key):
+    """The odd numbers that stand for rows or for columns."""
+    n = places.to(tl.uint32) * _STEP + key
+    n = (n ^ (n >> 15)) * _FACTOR
+    return (n ^ (n >> 16)) | 1
+
+
+@triton.jit
+def below(rows, columns, threshold):
+    """Where an element is dropped, of numbers that broadcast against each other."""
+    return (rows * columns).to(tl.int32, bitcast=True) < threshold
 
 
 @triton.jit
 def dropped(seed, rows, columns, threshold):
     """Which of ``[rows, columns]`` the first update does not get; `seed`: a pointer to it."""
-    own = _mixed(tl.load(seed).to(tl.int64))
-    row = _mixed(rows.to(tl.int64) * _GOLDEN + own).to(tl.int32)
-    column = _mixed(columns.to(tl.int64) * _GOLDEN + _mixed(own)).to(tl.int32)
-    h = row[:, None] ^ column[None, :]
-    h ^= (h >> 16) & 0xFFFF
-    h *= 0x7FEB352D
-    h ^= (h >> 15) & 0x1FFFF
-    h *= _LAST
-    return h < threshold
+    of_rows, of_columns = keys(seed)
+    return below(numbers(rows, of_rows)[:, None], numbers(columns, of_columns)[None, :], threshold)
