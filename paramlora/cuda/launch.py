@@ -264,6 +264,7 @@ def planned(
     if plan is plans:
         if len(plans) >= 4096:
             plans.clear()
+        _ready_for_capture()
         plan = plans[key] = plan_of(places)
     return plan, places
 
