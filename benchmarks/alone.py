@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.machine import device
 from benchmarks.models import DTYPES, Trained, _emptied, _inputs, _made
-from benchmarks.results import markdown, save
+from benchmarks.results import alone_table, save
 from benchmarks.update_kept import share
 from benchmarks.zoo import ZOO, Zoo, llama
 from paramlora.cuda import launches
@@ -280,31 +280,6 @@ def kept(dtype: torch.dtype, channels: int = 320, side: int = 32) -> dict[str, f
     return shares
 
 
-def table(content: dict[str, Any]) -> str:
-    lines = []
-    for row in content["rows"]:
-        cells = [row["case"], row["part"], row["way"]]
-        for mode in ("eager", "device"):
-            there = f"{mode}_ms" in row
-            cells += (
-                [f"{row[f'{mode}_ms']:.2f}", f"{row[f'{mode}_more']:+.2%}"] if there else ["", ""]
-            )
-        launched = ", ".join(f"{n} {name}" for name, n in row.get("launches", {}).items())
-        lines.append([*cells, f"{row['distance']:.1e}" if "distance" in row else "", launched])
-    header = [
-        "model",
-        "part",
-        "way",
-        "eager ms",
-        "more",
-        "device ms",
-        "more",
-        "distance",
-        "launches",
-    ]
-    return markdown(header, lines)
-
-
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     tiny, started = options.tiny or device().type == "cpu", time.monotonic()
@@ -322,7 +297,7 @@ def main(arguments: list[str]) -> int:
         content["taken_s"] = time.monotonic() - started
         path = save(options.out, "alone", content)
         print(f"{part}, {name}: {content['taken_s']:.0f} s, {path}", flush=True)
-    print(table(content))
+    print(alone_table(content))
     print(f"kept by single channels: {content['kept']}; left out: {content['left_out']}")
     return 0
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.experts import Kernels
 from benchmarks.machine import device
-from benchmarks.results import markdown, save
+from benchmarks.results import dropout_table, save
 from paramlora.evaluate import functional
 from paramlora.evaluate.dropout import Drops, dropped_linear, masked
 
@@ -106,9 +106,7 @@ def main(arguments: list[str]) -> int:
     for shape in SHAPES if device().type == "cuda" else TINY:
         rows += measure(shape, options.rounds)
         save(options.out, "dropout", {"rows": rows})
-    kinds = ("device_ms", "device_R", "eager_ms", "eager_R", "kept")
-    lines = [[r["case"], r["way"], *(f"{r[k]:.3f}" if k in r else "" for k in kinds)] for r in rows]
-    print(markdown(["shape", "way", *kinds], lines))
+    print(dropout_table({"rows": rows}))
     return 0
 
 

@@ -126,6 +126,51 @@ def experts_table(content: dict[str, Any]) -> str:
     return markdown([*header, "output error", "gradient error", "outcome"], lines)
 
 
+def dropout_table(content: dict[str, Any]) -> str:
+    """One line for each way of each linear layer under dropout."""
+    kinds = {"device_ms": 3, "device_R": 2, "eager_ms": 3, "eager_R": 2, "kept": 3}
+    lines = []
+    for row in content["rows"]:
+        numbers = [f"{row[k]:.{p}f}" if k in row else "" for k, p in kinds.items()]
+        lines.append([row["case"], row["way"], *numbers])
+    header = [
+        "tokens × in × out × r",
+        "way",
+        "device ms",
+        "R device",
+        "eager ms",
+        "R eager",
+        "kept",
+    ]
+    return markdown(header, lines)
+
+
+def alone_table(content: dict[str, Any]) -> str:
+    """One line for each model without one piece of the kernels."""
+    lines = []
+    for row in content["rows"]:
+        cells = [row["case"], row["part"], row["way"]]
+        for mode in ("eager", "device"):
+            there = f"{mode}_ms" in row
+            cells += (
+                [f"{row[f'{mode}_ms']:.2f}", f"{row[f'{mode}_more']:+.2%}"] if there else ["", ""]
+            )
+        launched = ", ".join(f"{n} {name}" for name, n in row.get("launches", {}).items())
+        lines.append([*cells, f"{row['distance']:.1e}" if "distance" in row else "", launched])
+    header = [
+        "model",
+        "part",
+        "way",
+        "eager ms",
+        "more",
+        "device ms",
+        "more",
+        "distance",
+        "launches",
+    ]
+    return markdown(header, lines)
+
+
 def kinds_table(content: dict[str, Any]) -> str:
     """One line for each kind of update at each shape."""
     lines = []
