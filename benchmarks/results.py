@@ -133,16 +133,8 @@ def dropout_table(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         numbers = [f"{row[k]:.{p}f}" if k in row else "" for k, p in kinds.items()]
         lines.append([row["case"], row["way"], *numbers])
-    header = [
-        "tokens × in × out × r",
-        "way",
-        "device ms",
-        "R device",
-        "eager ms",
-        "R eager",
-        "kept",
-    ]
-    return markdown(header, lines)
+    header = ["tokens × in × out × r", "way", "device ms", "R device", "eager ms", "R eager"]
+    return markdown([*header, "kept"], lines)
 
 
 def alone_table(content: dict[str, Any]) -> str:
