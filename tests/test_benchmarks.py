@@ -129,7 +129,7 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
     assert [row["way"] for row in rows] == 2 * list(experts.WAYS)
     assert not [row for row in rows if "refused" in row or not row["eager_R"] > 0]
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
-    assert set(kept) == {"paramlora", "kernels", "peft", "unfused", "definition"}
+    assert set(kept) == {"paramlora", "operations", "kernels", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
 
 

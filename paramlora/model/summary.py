@@ -114,7 +114,7 @@ def summary(model: nn.Module) -> Summary:
         tensor  adapter  r  scale  kind  parameters  update/weight
         0       default  2  1      hard  14          idle
         14 of 29 parameters train (48.28 %)
-        idle: 1 of 1 updates, which change nothing, as before the first step
+        idle: 1 of 1 update, which change nothing, as before the first step
         >>> print(summary(nn.Linear(4, 3)))
         no adapter is attached; 15 of 15 parameters train (100.00 %)
     """

@@ -30,7 +30,11 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds anything that is not finite: a thousand are asked at once."""
     held = [t.detach() for t in tensors if t.numel()]
-    if any(t.dtype not in _FLOATS or t.device.type not in ("cpu", "cuda") for t in held):
+    # torch takes no mixture of plain and sharded ones
+    if any(
+        type(t) is not Tensor or t.dtype not in _FLOATS or t.device.type not in ("cpu", "cuda")
+        for t in held
+    ):
         return all(bool(torch.isfinite(t).all()) for t in held)
     # of nothing the norm is no tensor in older versions
     largest = nn.utils.get_total_norm(held, math.inf, foreach=True) if held else 0.0

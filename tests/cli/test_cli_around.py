@@ -390,7 +390,8 @@ def test_a_configuration_from_a_windows_editor_is_read(folder, capsys):
 def test_a_number_of_too_many_digits_is_refused_without_python_s_words(folder, capsys):
     (folder / "c.json").write_text(f'{{"0": {{"r": {"9" * 5000}}}}}')
     code, _, err = run(capsys, "targets", "c.json", "--model", f"{__name__}:net")
-    told = "error: c.json: cannot be read as JSON: a number has more digits than any real one.\n"
+    told = "error: c.json: cannot be read as JSON: a number has more digits than any real one. "
+    told += "Mend it there.\n"
     assert (code, err) == (2, told)
 
 

@@ -124,7 +124,8 @@ def test_a_truncated_file(tmp_path, keep):
     path = tmp_path / "a.safetensors"
     paramlora.save_adapter(trained(), path, "style")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(paramlora.FileError, match="not a whole safetensors file"):
+    told = "not a whole safetensors file" if keep else "an empty file"
+    with pytest.raises(paramlora.FileError, match=told):
         paramlora.load_adapter(net(), path)
 
 

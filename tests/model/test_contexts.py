@@ -217,7 +217,7 @@ def test_where_nothing_is_recorded(context):
         want = outcome(model, x)
         with context():
             got = model(x)
-        if case == "attention":  # which torch then computes by another kernel
+        if case in ("attention", "recurrent"):  # which torch then computes by another kernel
             torch.testing.assert_close(got, want[0])
         else:
             assert torch.equal(got, want[0]), case
@@ -506,7 +506,11 @@ def test_autocast_entered_before_and_after_attaching(narrow, when):
             several = 4
         plain, x = model_of(case), input_of(case)
         with torch.autocast("cpu", narrow):
-            dtype = plain(x).dtype
+            try:
+                dtype = plain(x).dtype
+            except RuntimeError:
+                assert case == "recurrent"  # of which some processors have none in 16 bits
+                continue
         model = plain
         if when == "after":
             adapt(model, case)

@@ -546,7 +546,7 @@ def test_refusals_of_what_was_asked():
         ),
         "index 2 is beyond the 1 adapter named": (torch.tensor([2]), {"names": ["a"]}),
         "dim must be a whole number of at least 0, got -1": (["a"], {"dim": -1}),
-        "cu_seqlens of 1 sequences must be 2 numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
+        "cu_seqlens of 1 sequence must be 2 numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
     }
     for text, (rows, more) in cases.items():
         with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, rows, **more):
