@@ -21,6 +21,7 @@ DEVICES = [
         ],
     ),
 ]
+NARROW = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {  # channels in, out, and each size: tiny, and beyond what autograd is left with
     2: ((8, 8, 9), (32, 36, 24)),
@@ -53,6 +54,8 @@ def outcome(model, x):
 @pytest.mark.parametrize("n", (2, 3))
 @pytest.mark.parametrize("entry", ({}, {"hard": 0}, {"dropout": 0.5}), ids=str)
 def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
+    if device == "cpu" and dtype.itemsize == 2 and n == 3 and "dropout" in entry and not NARROW:
+        pytest.skip("this processor has no products of 16 bits, so torch lays volumes otherwise")
     kind, differ = {2: nn.Conv2d, 3: nn.Conv3d}[n], []
     shapes = SHAPES[n] if dtype == torch.float32 else SHAPES[n][:1]  # which alone divides by size
     cases = itertools.product(
@@ -68,9 +71,6 @@ def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
         layer.requires_grad_(trained)
         model = adapted(layer, entry, {"trainable_model": 1} if trained else {})
         want, got = outcome(layer, x), outcome(model, x)
-        if (n, device, bool(entry.get("dropout"))) == (3, "cpu", True) and dtype != torch.float32:
-            # a processor without such products lays the gradient that is handed on as it likes
-            want, got = want[::2], got[::2]
         if got != want:
             differ.append((inner, kernel, groups, weight_last, x_last, trained, got, want))
     assert not differ, differ
