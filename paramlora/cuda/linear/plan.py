@@ -126,8 +126,8 @@ class _Forward:
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
-        constants = (drop is not None, hopper, R, width)
-        self.pack = Launch(kernels.pack, device, first, numbers, constants, 1, 4)
+        cast = (drop is not None, hopper, R, width)
+        self.pack = Launch(kernels.pack, device, first, numbers, cast, 1, 4)
         self.project = None
         if how is Launches.APART:
             self.project = _projection(device, rows, N, K, R, True, drop)
