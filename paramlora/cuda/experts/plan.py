@@ -106,7 +106,7 @@ def sums(
     """
     (M, fan_in), out, experts = x.shape, dy.shape[1], len(ends)
     inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
-    parts = _parts(M, experts, inner + outer, card(x.get_device()))
+    parts = parts_of(M, experts, inner + outer, card(x.get_device()))
     of_a = x.new_empty(parts * wanted[0], experts, r, fan_in, dtype=torch.float32)
     of_b = x.new_empty(parts * wanted[1], experts, out, r, dtype=torch.float32)
     seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
@@ -118,16 +118,18 @@ def sums(
     written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
     tensors = (x, thins[0], dy, thins[1], *written, ends, seed)
     _launched(_gradients, numbers, tensors, (drop is not None, inner + outer))
-    da, db = (_added(t) if want else None for t, want in zip((of_a, of_b), wanted))
+    da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
     return da, db
 
 
-def _added(parts: Tensor) -> Tensor:
+def added(parts: Tensor) -> Tensor:
+    """``[parts, ...]`` added in order; of a single one no copy."""
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def _parts(M: int, experts: int, blocks: int, of: Card) -> int:
-    """Into how many parts each expert's rows go, so that all processors have some."""
+def parts_of(M: int, experts: int, blocks: int, of: Card) -> int:
+    """Into how many parts the rows of each expert, or of each update that rows choose, go, so that
+    all processors have some: of M rows, and of `blocks` in the grid."""
     most = max(1, M // (experts * 512))
     return min(most, max(1, -(-4 * of.processors // (experts * blocks))))
 
@@ -155,9 +157,9 @@ def _project(
     numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
     M, K, experts, *_strides, r, R, _least = numbers
-    BLOCK_R = _power(max(r, R, 16))
+    BLOCK_R = power(max(r, R, 16))
     BLOCK_M, BLOCK_K = 64, 128 if BLOCK_R <= 32 else 64
-    constants = (bool(how[0]), K % BLOCK_K == 0, _power(experts + 1), BLOCK_R, BLOCK_M, BLOCK_K)
+    constants = (bool(how[0]), K % BLOCK_K == 0, power(experts + 1), BLOCK_R, BLOCK_M, BLOCK_K)
     grid = M // BLOCK_M + experts
     return Launch(kernels.project, device, grid, numbers, constants, 3, 4), ()
 
@@ -173,7 +175,7 @@ def _product(
     aligned = even and whole and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
     tiles = tiling(M // experts, N, K, of.hopper and aligned, drop)
     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
-    E, BLOCK_R = _power(experts + 1), _power(max(r, 16))
+    E, BLOCK_R = power(experts + 1), power(max(r, 16))
     constants = (bias, drop, tma, rows_out, K % BLOCK_K == 0, E, BLOCK_R, *tiles[:4])
     grid = (M // BLOCK_M + experts + 1) * -(-N // BLOCK_N)
     launch = Launch(kernels.product, device, grid, numbers, constants, stages, warps)
@@ -187,12 +189,12 @@ def _gradients(
     numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
     experts, r, parts, (drop, blocks) = numbers[3], numbers[4], numbers[9], how
-    BLOCK_R = _power(max(r, 16))
-    constants = (bool(drop), _power(experts + 1), BLOCK_R, DEEP, 64)
+    BLOCK_R = power(max(r, 16))
+    constants = (bool(drop), power(experts + 1), BLOCK_R, DEEP, 64)
     grid = blocks * experts * parts
     return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8), ()
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     """The least power of two that is not below it."""
     return 1 << (n - 1).bit_length()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import Card, card
+from paramlora.cuda.experts.plan import added, parts_of, power
 from paramlora.cuda.launch import Block, Launch, on_its_device, planned
 from paramlora.cuda.linear.tiles import tiling
 from paramlora.cuda.operands import DEEP
@@ -49,10 +50,10 @@ def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
     rest = (by.most, by.positions)
 
     def made(_: Any) -> Launch:
-        (M, K), updates, RB = x.shape, len(by.ends), _power(max(p.shape[1], 16))
+        (M, K), updates, RB = x.shape, len(by.ends), power(max(p.shape[1], 16))
         BM, BK = 64, 128 if RB <= 32 else 64
         numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
-        constants = (K % BK == 0, _power(updates + 1), RB, BM, BK)
+        constants = (K % BK == 0, power(updates + 1), RB, BM, BK)
         grid = M // BM + updates
         return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4)
 
@@ -97,7 +98,7 @@ def _product(
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
     numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
-    RB = _power(max(by.most, 16))
+    RB = power(max(by.most, 16))
     constants = (bias, tma, rows_out, K % BK == 0, RB, BM, BN, BK, GROUP)
     grid = -(-M // BM) * -(-N // BN)
     launch = Launch(kernels.product, x.get_device(), grid, numbers, constants, stages, warps)
@@ -120,7 +121,7 @@ def sums(
     """
     (M, fan_in), out, updates = x.shape, dy.shape[1], len(by.ends)
     inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
-    parts = _parts(M, updates, inner + outer, card(x.get_device()))
+    parts = parts_of(M, updates, inner + outer, card(x.get_device()))
     of_a = x.new_zeros(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
     of_b = x.new_zeros(parts * wanted[1], ranks, out, dtype=torch.float32)
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
@@ -132,26 +133,11 @@ def sums(
             M, fan_in, out, updates, ranks, by.positions, thins[0].shape[1],
             x.stride(0), dy.stride(0), inner, parts,
         )  # fmt: skip
-        constants = (_power(updates + 1), _power(max(by.most, 16)), DEEP, 64)
+        constants = (power(updates + 1), power(max(by.most, 16)), DEEP, 64)
         grid = (inner + outer) * updates * parts
         return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, 3, 8)
 
     launch, addresses = planned(_PLANS, tensors, ("sums", by.most, by.positions, wanted), made)
     launch(tensors, addresses)
-    da, db = (_added(t) if want else None for t, want in zip((of_a, of_b), wanted))
+    da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
     return da, db
-
-
-def _added(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
-
-
-def _parts(M: int, updates: int, blocks: int, of: Card) -> int:
-    """Into how many parts each update's rows go, so that all processors have some."""
-    most = max(1, M // (updates * 512))
-    return min(most, max(1, -(-4 * of.processors // (updates * blocks))))
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not below it."""
-    return 1 << (n - 1).bit_length()
