@@ -211,15 +211,19 @@ def tickets(like: Tensor) -> Tensor:
     device = like.get_device()
     place = device, cuda_stream(device)
     if place not in _TICKETS:
-        with ThreadPoolExecutor(1) as thread:
-            _TICKETS[place] = thread.submit(_zero, like.device).result()
+        _TICKETS[place] = outside_of_pools(lambda: _zero(like.device))
     return _TICKETS[place]
 
 
+def outside_of_pools(make: Callable[[], Tensor]) -> Tensor:
+    """What `make` allocates, in a thread of its own: steps that warm up for a CUDA graph have all
+    that their thread allocates in the graph's pool, where nothing may outlive them."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 def _zero(device: torch.device) -> Tensor:
-    """A count that is zero before any stream's kernel draws from it. Made in a thread of its own:
-    steps that warm up for a CUDA graph have all that their thread allocates in the graph's pool,
-    where nothing may outlive them."""
+    """A count that is zero before any stream's kernel draws from it."""
     count = torch.zeros(1, dtype=torch.int32, device=device)
     count.item()  # waits for the memory to be cleared
     return count

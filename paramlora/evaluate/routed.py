@@ -29,6 +29,7 @@ _Maybe = Optional[Tensor]
 Where = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _HIGHEST = 32  # rank whose factors fit the shared memory beside a tile of the frozen product
 _LONG = 16  # positions of a row from which it is a block of its own
+_FEW = 128  # rows up to which reading takes longer than arithmetic
 
 
 def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
@@ -222,6 +223,36 @@ def _has_kernel(
     plain = fits and weight.numel() > 0 and (bias is None or bias.is_contiguous())
     near = plain and {t.get_device() for t in (weight, down, up)} == {x.get_device()}
     return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
+
+
+_Given = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def of_few_rows(
+    x: Tensor, weight: Tensor, bias: _Maybe, updates: Sequence[_Given], rows: Choice
+) -> _Maybe:
+    """`linear` without gradients, of so few rows that to read all factors is what takes the time, as
+    in decoding: each is read once where it lies, and none is joined, cast or scaled before. None
+    where no kernels serve that.
+
+    Args:
+        x, weight, bias, rows: as of `linear`.
+        updates: of each adapter A ``[r, in]``, B ``[out, r]``, its scale and its strength.
+    """
+    positions = x.numel() // max(1, len(x) * x.shape[-1])
+    few = 0 < len(x) * positions <= _FEW and not torch.is_grad_enabled() and not untold()
+    if not few or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
+        return None
+    if weight.stride(1) != 1 or (bias is not None and bias.get_device() != x.get_device()):
+        return None
+    from paramlora.cuda.decoding import plan
+
+    table = plan.table_of([plan.Part(*one) for one in updates], weight)
+    if table is None:
+        return None
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.starts, table, positions)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _sorted(rows: Choice, positions: int) -> Any:

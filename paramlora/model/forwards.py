@@ -602,14 +602,37 @@ def beside_rows(
     """A linear layer of `base`, its weight and bias, with each row's update; without it the
     updates' part alone."""
     x = rows_first(layer, x, rows.dim, rows, 1)
+    apart = base is not None and updates[0].served
+    if base is not None and not apart and not torch.is_grad_enabled():
+        few = _of_few_rows(layer, x, updates, rows, layout, *base)
+        if few is not None:
+            return few.movedim(0, rows.dim)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
-    apart = base is not None and updates[0].served
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
         y = F.linear(x, *base) + y
     return y.movedim(0, rows.dim)
+
+
+def _of_few_rows(
+    layer: nn.Module,
+    x: Tensor,
+    updates: list[LowRank],
+    rows: Choice,
+    layout: Layout,
+    weight: Tensor,
+    bias: Optional[Tensor],
+) -> Optional[Tensor]:
+    """`beside_rows` of few rows without gradients, where kernels serve it."""
+    held = of_rows(updates, rows)
+    there = [one for one in held if one is not None]
+    drops = layer.training and any(one.dropout for one in there)
+    if len(there) < len(held) or not x.is_cuda or drops:
+        return None
+    given = [(*_factors(u, layout), u.stored_scale(), u.current().gain) for u in there]
+    return routed.of_few_rows(x, weight, bias, given, rows)
 
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:

@@ -40,12 +40,13 @@ class Choice:
         block_picks: ``[blocks, r]``, as `picks` of each block.
         block: how many rows a block has.
         starts: ``[updates + 1]``, where each one's ranks start, as whole numbers of 32 bits.
+        taken: the index, as such numbers.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
         "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
-        "starts", "_sorted",
+        "starts", "taken", "_sorted",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +57,7 @@ class Choice:
         self.block_picks: Optional[Tensor] = None
         table, self.owner, self.starts = _ranks(ranks, index)
         self._sorted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.taken = index.int()
         self.picks = table[index]
         count, adapters = len(index), len(names) + 1
         self.block = _MANY if count > 2 * _MANY * adapters else _FEW
@@ -73,7 +75,7 @@ class Choice:
             ordered, order = torch.sort(self.index, stable=True)
             every = torch.arange(len(self.names), device=order.device)
             ends = torch.searchsorted(ordered, every, right=True) * positions
-            found = self.index.int(), order.int(), ends.int()
+            found = self.taken, order.int(), ends.int()
             # what a CUDA graph computes has its values, and its memory, in that graph alone
             if not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._sorted[positions] = found

@@ -9,6 +9,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_for
 
+from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Launch
 from paramlora.cuda.rescaled import plan as rescaled
@@ -37,7 +38,7 @@ def main(capability):
             shared[key] = done.metadata.shared
 
     interpreted.stand_in_for_the_device()
-    routed.card = rescaled.card = lambda device: Card(divmod(capability, 10), 132)
+    routed.card = rescaled.card = decoding.card = lambda device: Card(divmod(capability, 10), 132)
     Launch.__call__ = compile_one
     for layer in LAYERS:
         step(*layer)
@@ -58,6 +59,16 @@ def step(count, positions, updates, fan_in, out, r):
     v = routed.thin(dy, up, by)
     routed.product(dy, weight, v, down, by)
     routed.sums(x, v, dy, u, by, ranks, (True, True))
+    if M <= 128 and r <= 64:
+        for kind in (torch.bfloat16, torch.float32):
+            parts = decoding.Part(
+                torch.empty(r, fan_in, dtype=kind), torch.empty(out, r, dtype=kind),
+                torch.ones((), dtype=kind), torch.ones(()),
+            )  # fmt: skip
+            table = decoding.table_of([parts] * updates, weight)
+            decoding.product(x, weight, None, rows.taken, rows.starts, table, positions)
+            mixed = table._replace(rank=0)
+            decoding.product(x, weight, bias, rows.taken, rows.starts, mixed, positions)
     a, b, m = (torch.empty(shape) for shape in ((r, fan_in), (out, r), (out,)))
     norm = rescaled.lengths(weight, a, b, torch.ones(()))
     rescaled.rescale(dy, m, norm, bias)

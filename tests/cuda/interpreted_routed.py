@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from paramlora.cuda.decoding import kernels as decoding_kernels
+from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.routed import plan
 from paramlora.update.choice import Choice
 from tests.cuda import interpreted
@@ -61,6 +63,46 @@ def computed(case, laid):
     return {name: error(*pair) for name, pair in pairs.items()}
 
 
+FEW = {  # the update of each row (the last is none), positions of each, ranks, in, out, factors
+    "each its own": (list(range(9)) + [3], 1, (4,) * 9, 300, 130, torch.half),
+    "some": ([1, 0, 2, 1, 2], 3, (5, 17), 256, 80, torch.float32),
+    "none's": ([1, 1], 1, (16,), 128, 64, torch.half),
+    "many": ([k % 3 for k in range(40)], 2, (16, 16, 16), 700, 48, torch.float32),
+}
+
+
+def few(case, spoil=False):
+    """The error of few rows, which read the factors where they lie; of what another row's update
+    spoils, how many numbers it reaches."""
+    taken, P, ranks, fan_in, out, kind = FEW[case]
+    rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
+    x, weight = torch.randn(len(taken) * P, fan_in).half(), torch.randn(out, fan_in).half()
+    bias = torch.randn(out).half() if P > 1 else None
+    parts = [
+        decoding.Part(
+            torch.randn(r, fan_in, dtype=kind) / 8, torch.randn(out, r, dtype=kind),
+            torch.tensor(0.5 + which, dtype=kind), torch.tensor(1 / (1 + which)),
+        )
+        for which, r in enumerate(ranks)
+    ]  # fmt: skip
+    if spoil:
+        parts[0].a[0, 0], parts[0].b[1, 0] = float("nan"), float("inf")
+    launched.clear()
+    table = decoding.table_of(parts, weight)
+    assert table.at is decoding.table_of(parts, weight).at
+    y = decoding.product(x, weight, bias, rows.taken, rows.starts, table, P).double()
+    want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    for row, which in enumerate(taken):
+        if which < len(ranks) and not (spoil and which == 0):
+            a, b, scale, gain = (t.double() for t in parts[which])
+            own = slice(row * P, row * P + P)
+            want[own] += scale * gain * x[own].double() @ a.t() @ b.t()
+    if not spoil:
+        return error(y, want), launched[:]
+    other = torch.tensor(taken).repeat_interleave(P) != 0
+    return error(y[other], want[other]), bool(y[~other].isnan().all())
+
+
 def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
@@ -77,12 +119,20 @@ def spoiled():
 def main():
     interpreted.stand_in_for_the_device()
     warnings.simplefilter("error")
+    nothing = interpreted.nothing
+    decoding_kernels.gdc_wait = decoding_kernels.gdc_launch_dependents = nothing
     results = {}
     for number, case in enumerate(CASES):
         of = [(9, 0), (8, 6)][number % 2]
         plan.card = lambda device, of=of: interpreted.Card(of, 132)
         torch.manual_seed(0)
         results[case] = computed(case, LAYOUTS[number % 4 // 2]), launched[:]
+    results["few"] = {}
+    for number, case in enumerate(FEW):
+        of = [(9, 0), (8, 6)][number % 2]
+        decoding.card = lambda device, of=of: interpreted.Card(of, 4)
+        results["few"][case] = few(case)
+    results["few, spoiled"] = few("some", True)
     results["spoiled"] = spoiled()
     json.dump(results, sys.stdout)
 

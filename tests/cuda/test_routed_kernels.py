@@ -35,6 +35,10 @@ def run(module, *arguments, **more):
 def test_rows_are_right_to_one_rounding():
     results = run("interpreted_routed", TRITON_INTERPRET="1")
     assert results.pop("spoiled") == [0, False]
+    few, (off, reached) = results.pop("few"), results.pop("few, spoiled")
+    assert off < EPS and reached
+    assert len(few) == 4 and all(ran == ["partial", "finish"] for _, ran in few.values())
+    assert not {name: off for name, (off, _) in few.items() if off > EPS}
     assert len(results) == 7
     for name, (errors, ran) in results.items():
         assert max(errors.values()) < EPS, name

@@ -1,0 +1,1 @@
+"""16-bit products of few rows that take different updates, as in decoding: bound by memory alone."""
