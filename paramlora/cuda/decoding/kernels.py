@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _held(table, which, like):
     """The address of one update's tensor, which lies as `like` does in type and alignment."""
-    return tl.multiple_of(tl.load(table + which), 16).to(like.dtype)
+    return tl.multiple_of(tl.load(table + which).to(like.dtype), 16)
 
 
 @triton.jit
