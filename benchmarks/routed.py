@@ -79,7 +79,9 @@ def layers(size: Row, rounds: int) -> Iterator[Row]:
     all_ = adapted(_like(frozen), many, lambda: {"weight": entry})
     x = torch.randn(size["n"], size["width"], device=device(), dtype=dtype).requires_grad_()
     dy, steps = torch.randn_like(x), {}
-    sequences = x.view(size["count"], -1, size["width"])
+    # detached: a view that autograd knows keeps what x was first used for, on the stream of then,
+    # and no capture on another stream is allowed that
+    sequences = x.detach().view(size["count"], -1, size["width"])
     picks = torch.randint(size["count"], (size["n"],), generator=torch.Generator().manual_seed(0))
     tokens = [many[i] for i in picks.tolist()]
 
