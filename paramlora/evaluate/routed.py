@@ -228,29 +228,137 @@ def _has_kernel(
 _Given = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def of_few_rows(
+def in_place(
     x: Tensor, weight: Tensor, bias: _Maybe, updates: Sequence[_Given], rows: Choice
 ) -> _Maybe:
-    """`linear` without gradients, of so few rows that to read all factors is what takes the time, as
-    in decoding: each is read once where it lies, and none is joined, cast or scaled before. None
-    where no kernels serve that.
+    """`linear` of factors where they lie, which no operation of torch joins, casts, scales or takes
+    apart again: a step of many adapters would start dozens of them for each layer. None where no
+    kernels serve that.
 
     Args:
         x, weight, bias, rows: as of `linear`.
-        updates: of each adapter A ``[r, in]``, B ``[out, r]``, its scale and its strength.
+        updates: of each adapter A ``[r, in]``, B ``[out, r]``, its scale, which gets no gradient,
+            and its strength.
     """
-    positions = x.numel() // max(1, len(x) * x.shape[-1])
-    few = 0 < len(x) * positions <= _FEW and not torch.is_grad_enabled() and not untold()
-    if not few or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
+    if untold() or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
         return None
-    if weight.stride(1) != 1 or (bias is not None and bias.get_device() != x.get_device()):
+    if any(scale.requires_grad for _, _, scale, _ in updates):
         return None
     from paramlora.cuda.decoding import plan
 
     table = plan.table_of([plan.Part(*one) for one in updates], weight)
     if table is None:
         return None
+    few = x.numel() <= _FEW * x.shape[-1] and weight.stride(1) == 1
+    if few and not torch.is_grad_enabled():
+        return _of_few(x, weight, bias, table, rows)
+    factors = [factor for a, b, *_ in updates for factor in (a, b)]
+    numbers = [(scale, gain) for *_, scale, gain in updates]
+    return applied(_InPlace, x, weight, bias, rows, table, numbers, *factors)
+
+
+class _InPlace(torch.autograd.Function):
+    """`in_place`. Keeps x by reference, the factors of all updates cast, and ``x·A_iᵀ``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        rows: Choice,
+        table: Any,
+        numbers: Any,
+        *factors: Tensor,
+    ) -> Tensor:
+        from paramlora.cuda.routed import plan
+
+        # an optimizer may step one update's factors before another's backward reads its own: of
+        # all of them that reads what was cast here
+        ctx.rows, ctx.table, ctx.numbers = rows, table, numbers
+        ctx.factors = [(factor, factor._version) for factor in factors]
+        flat = x.flatten(0, -2).contiguous()
+        by = _sorted(rows, len(flat) // len(rows.index))
+        kept = plan.packed(table, by, sum(rows.ranks), x, weight.shape[::-1])
+        down, up = _unpacked(kept, rows, weight)
+        u = plan.thin(flat, down, by)
+        ctx.save_for_backward(x, weight, kept, u, *(scale for scale, _ in numbers))
+        y: Tensor = plan.product(flat, weight.t(), u, up, by, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, weight, kept, u, *_), needs = ctx.saved_tensors, ctx.needs_input_grad
+        factors = [factor for factor, _ in ctx.factors]
+        rows, few, flat = ctx.rows, needs[6:], dy.flatten(0, -2)
+        dbias = flat.sum(0) if needs[2] else None
+        if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(True, dy):
+            if any(factor._version != version for factor, version in ctx.factors):
+                raise RuntimeError(
+                    "a gradient of a gradient reads factors that changed after the forward. Call "
+                    "backward before the optimizer's step"
+                )
+            again, inputs = _joining(rows, ctx.numbers), (x, weight, *factors)
+            dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *few), dy)
+            return dx, dweight, dbias, None, None, None, *others
+        from paramlora.cuda.routed import plan
+
+        flat, own = flat.contiguous(), x.flatten(0, -2).contiguous()
+        by, (down, up), dx = _sorted(rows, len(own) // len(rows.index)), _unpacked(kept, rows, weight), None
+        wanted = any(few[::2]), any(few[1::2])
+        v = plan.thin(flat, up, by) if needs[0] or wanted[0] else None
+        if needs[0]:
+            dx = plan.product(flat, weight, v, down, by).view(x.shape)
+        dweight = flat.t() @ own if needs[1] else None
+        others = [None] * len(factors)
+        if any(wanted):
+            found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table)
+            others = _each(found, factors, few)
+        return dx, dweight, dbias, None, None, None, *others
+
+
+def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[ranks, in]`` and ``[ranks, out]`` of all updates."""
+    (out, fan_in), ranks = weight.shape, sum(rows.ranks)
+    return kept[: ranks * fan_in].view(ranks, fan_in), kept[ranks * fan_in :].view(ranks, out)
+
+
+def _each(
+    found: tuple[_Maybe, _Maybe], factors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[_Maybe]:
+    """The gradients of all A's and B's as those of each, in memory one behind the other."""
+    out: list[_Maybe] = []
+    at = [0, 0]
+    flat = [None if t is None else t.view(-1) for t in found]
+    for which, (factor, want) in enumerate(zip(factors, wanted)):
+        side, size = which % 2, factor.numel()
+        whole = flat[side] if want else None
+        own = None if whole is None else whole[at[side] : at[side] + size].view(factor.shape)
+        out.append(None if own is None else cast(own, factor.dtype))
+        at[side] += size
+    return out
+
+
+def _joining(rows: Choice, numbers: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """`in_place` in torch's operations, of x, the weight and all factors."""
+
+    def again(x: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+        scaled = [narrow.wide(b) * (s * g) for b, (s, g) in zip(factors[1::2], numbers)]
+        down, up = joined(factors[::2], rows.ranks, 0), joined(scaled, rows.ranks, 1).t()
+        thin = grouped(_positions(x), rows, down, up)
+        return F.linear(x, weight) + thin.view(*x.shape[:-1], up.shape[-1])
+
+    return again
+
+
+def _of_few(x: Tensor, weight: Tensor, bias: _Maybe, table: Any, rows: Choice) -> Tensor:
+    """`in_place` without gradients, of so few rows that to read all factors once is what takes the
+    time, as in decoding: none is joined, cast or scaled before."""
+    from paramlora.cuda.decoding import plan
+
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    positions = len(flat) // len(rows.index)
     y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.starts, table, positions)
     return y.view(*x.shape[:-1], y.shape[1])
 

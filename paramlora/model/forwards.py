@@ -603,10 +603,10 @@ def beside_rows(
     updates' part alone."""
     x = rows_first(layer, x, rows.dim, rows, 1)
     apart = base is not None and updates[0].served
-    if base is not None and not apart and not torch.is_grad_enabled():
-        few = _of_few_rows(layer, x, updates, rows, layout, *base)
-        if few is not None:
-            return few.movedim(0, rows.dim)
+    if base is not None and not apart:
+        found = _in_place(layer, x, updates, rows, layout, *base)
+        if found is not None:
+            return found.movedim(0, rows.dim)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
     weight, bias = base if base is not None and not apart else (None, None)
@@ -616,7 +616,7 @@ def beside_rows(
     return y.movedim(0, rows.dim)
 
 
-def _of_few_rows(
+def _in_place(
     layer: nn.Module,
     x: Tensor,
     updates: list[LowRank],
@@ -625,14 +625,18 @@ def _of_few_rows(
     weight: Tensor,
     bias: Optional[Tensor],
 ) -> Optional[Tensor]:
-    """`beside_rows` of few rows without gradients, where kernels serve it."""
+    """`beside_rows` of factors where they lie, where kernels serve it."""
+    if not x.is_cuda:
+        return None
     held = of_rows(updates, rows)
     there = [one for one in held if one is not None]
     drops = layer.training and any(one.dropout for one in there)
-    if len(there) < len(held) or not x.is_cuda or drops:
+    if len(there) < len(held) or drops:
         return None
     given = [(*_factors(u, layout), u.stored_scale(), u.current().gain) for u in there]
-    return routed.of_few_rows(x, weight, bias, given, rows)
+    if any(type(factor) is not nn.Parameter for a, b, *_ in given for factor in (a, b)):
+        return None  # made for this call, or on several devices
+    return routed.in_place(x, weight, bias, given, rows)
 
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:

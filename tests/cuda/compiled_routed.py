@@ -30,12 +30,16 @@ def main(capability):
     def compile_one(self, pointers, addresses, values=(), blocks=()):
         arguments = (*blocks, *pointers, *values, *self.tail)
         ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
-        key = str((self.kernel.__name__, self.constants, ones, *self.options.items()))
+        types = tuple(t.dtype for t in pointers)
+        key = str((self.kernel.__name__, self.constants, ones, types, *self.options.items()))
         if key not in shared:
             source = compiled.source(self.kernel, arguments)
             target = GPUTarget("cuda", capability, 32)
             done = compile_for(source, target=target, options=dict(self.options))
             shared[key] = done.metadata.shared
+            if len(sys.argv) > 2:  # for a person
+                told = compiled.registers(done), done.metadata.shared
+                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
 
     interpreted.stand_in_for_the_device()
     routed.card = rescaled.card = decoding.card = lambda device: Card(divmod(capability, 10), 132)
@@ -69,6 +73,8 @@ def step(count, positions, updates, fan_in, out, r):
             decoding.product(x, weight, None, rows.taken, rows.starts, table, positions)
             mixed = table._replace(rank=0)
             decoding.product(x, weight, bias, rows.taken, rows.starts, mixed, positions)
+            routed.packed(table, by, ranks - 1, x, (fan_in, out))
+            routed.sums(x, v, dy, u, by, ranks - 1, (True, True), table)
     a, b, m = (torch.empty(shape) for shape in ((r, fan_in), (out, r), (out,)))
     norm = rescaled.lengths(weight, a, b, torch.ones(()))
     rescaled.rescale(dy, m, norm, bias)

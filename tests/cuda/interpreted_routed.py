@@ -14,6 +14,7 @@ import torch
 from paramlora.cuda.decoding import kernels as decoding_kernels
 from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.routed import plan
+from paramlora.evaluate import routed
 from paramlora.update.choice import Choice
 from tests.cuda import interpreted
 from tests.cuda.interpreted import error, launched
@@ -103,6 +104,36 @@ def few(case, spoil=False):
     return error(y[other], want[other]), bool(y[~other].isnan().all())
 
 
+def in_place(case):
+    """Errors of a layer of factors where they lie, through autograd, and what it launched."""
+    taken, P, ranks, fan_in, out = CASES[case]
+    rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
+    x = torch.randn(len(taken), P, fan_in).half().requires_grad_()
+    dy, weight = torch.randn(len(taken), P, out).half(), torch.randn(out, fan_in).half() / 8
+    bias, updates = torch.randn(out).half(), []
+    for which, r in enumerate(ranks):
+        factors = torch.randn(r, fan_in) / fan_in**0.5, torch.randn(out, r)
+        numbers = torch.tensor(0.5 + which), torch.tensor(1 / (1 + which))
+        updates.append((*(f.requires_grad_() for f in factors), *numbers))
+    leaves = [x, *(f for a, b, *_ in updates for f in (a, b))]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    true = wide[0] @ weight.double().t() + bias.double()
+    own = [
+        s.double() * g.double() * wide[0] @ wide[1 + 2 * i].t() @ wide[2 + 2 * i].t()
+        for i, (_, _, s, g) in enumerate(updates)
+    ]
+    own.append(torch.zeros_like(true))
+    true = true + torch.stack([own[which][row] for row, which in enumerate(taken)])
+    want = torch.autograd.grad(true, wide, dy.double(), materialize_grads=True)
+    launched.clear()
+    y = routed.in_place(x, weight, bias, updates, rows)
+    updates[0][1].data.zero_()  # as an optimizer may, before another's backward
+    got = torch.autograd.grad(y, leaves, dy)
+    assert all(g.is_contiguous() for g in got) and got[1].dtype == torch.float32
+    pairs = zip((y, *got), (true.detach(), *want))
+    return max(error(mine, real) for mine, real in pairs), launched[:]
+
+
 def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
@@ -127,6 +158,8 @@ def main():
         plan.card = lambda device, of=of: interpreted.Card(of, 132)
         torch.manual_seed(0)
         results[case] = computed(case, LAYOUTS[number % 4 // 2]), launched[:]
+    routed._has_kernel = lambda *_: True
+    results["in place"] = {name: in_place(name) for name in ("mixed", "none's rows", "one update")}
     results["few"] = {}
     for number, case in enumerate(FEW):
         of = [(9, 0), (8, 6)][number % 2]

@@ -35,6 +35,9 @@ def run(module, *arguments, **more):
 def test_rows_are_right_to_one_rounding():
     results = run("interpreted_routed", TRITON_INTERPRET="1")
     assert results.pop("spoiled") == [0, False]
+    steps = {name: ran for name, (off, ran) in results.pop("in place").items() if off < EPS}
+    every = ["pack", "project", "product", "project", "product", "gradients"]
+    assert list(steps.values()) == [every] * 3
     few, (off, reached) = results.pop("few"), results.pop("few, spoiled")
     assert off < EPS and reached
     assert len(few) == 4 and all(ran == ["partial", "finish"] for _, ran in few.values())

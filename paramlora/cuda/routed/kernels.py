@@ -15,6 +15,7 @@ in `paramlora.cuda.experts.kernels`, whose ``experts`` are the updates here.
 import triton
 import triton.language as tl
 
+from paramlora.cuda.decoding.kernels import _held, _rank
 from paramlora.cuda.experts.kernels import _expert, _share, _wide
 from paramlora.cuda.linear.kernels import _place
 
@@ -24,6 +25,41 @@ def _lying(order, rm, M, P):
     """Where the rows `rm` of those that are sorted lie, in 64 bits."""
     row = tl.load(order + rm // P, mask=rm < M, other=0)
     return row.to(tl.int64) * P + rm % P
+
+
+@triton.jit
+def _scaling(table, which, updates, scale, gain):
+    """An update's scale times its strength."""
+    s = tl.load(_held(table, 2 * updates + which, scale)).to(tl.float32)
+    return s * tl.load(_held(table, 3 * updates + which, gain)).to(tl.float32)
+
+
+@triton.jit
+def pack(
+    table, starts, down, up, factor, scale, gain, updates, fan_in, out, inner,
+    RANK: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """The updates' factors cast, one after the other: a block of ``down[ranks, in]``, the first
+    `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``; ``table`` as in
+    `paramlora.cuda.decoding.kernels`."""
+    blocks = tl.num_programs(0) // updates
+    block, update = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    start = tl.load(starts + update)
+    r, rr = _rank(starts, update, RANK), tl.arange(0, RB)
+    if block < inner:
+        rk = block * DEEP + tl.arange(0, DEEP)
+        fits = (rr[:, None] < r) & (rk[None, :] < fan_in)
+        a = _held(table, update, factor) + rr[:, None] * fan_in + rk[None, :]
+        at = down + (start + rr)[:, None].to(tl.int64) * fan_in + rk[None, :]
+        tl.store(at, tl.load(a, mask=fits, other=0.0).to(down.dtype.element_ty), mask=fits)
+    else:
+        rn = (block - inner) * DEEP + tl.arange(0, DEEP)
+        inside = (rn[:, None] < out) & (rr[None, :] < r)
+        b = _held(table, updates + update, factor) + rn[:, None] * r + rr[None, :]
+        value = tl.load(b, mask=inside, other=0.0).to(tl.float32)
+        value = tl.trans(value * _scaling(table, update, updates, scale, gain))
+        where = up + (start + rr)[:, None].to(tl.int64) * out + rn[None, :]
+        tl.store(where, value.to(up.dtype.element_ty), mask=tl.trans(inside))
 
 
 @triton.jit
@@ -95,11 +131,13 @@ def product(
 
 @triton.jit
 def gradients(
-    x, v, dy, u, da, db, order, ends, starts, M, fan_in, out, updates, ranks, P, R, x_row, dy_row,
-    inner, parts, E: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr,
+    x, v, dy, u, da, db, order, ends, starts, table, scale, gain,
+    M, fan_in, out, updates, ranks, P, R, x_row, dy_row, inner, parts,
+    APART: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
-    ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows."""
+    ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows. Where `APART`,
+    db are ``s_i [out, r_i]`` of each, one after the other, as their own gradients."""
     blocks = tl.num_programs(0) // (updates * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * updates)
     update = tl.program_id(0) // blocks % updates
@@ -126,4 +164,9 @@ def gradients(
         right = tl.load(where, mask=(mm[:, None] < end) & (rr[None, :] < r), other=0.0)
         acc = tl.dot(left, right, acc)
     where = found + (tl.cast(part * ranks + start, tl.int64) + rr[None, :]) * size + rd[:, None]
+    if APART:
+        if not is_a:
+            acc *= _scaling(table, update, updates, scale, gain)
+            where = found + tl.cast(part * ranks + start, tl.int64) * size
+            where = where + rd[:, None].to(tl.int64) * r + rr[None, :]
     tl.store(where, acc, mask=(rd[:, None] < size) & (rr[None, :] < r))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from paramlora.cuda.decoding.plan import Table
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts.plan import added, parts_of, power
 from paramlora.cuda.launch import Block, Launch, on_its_device, planned
@@ -34,6 +35,40 @@ class Sorted(NamedTuple):
     starts: Tensor
     most: int
     positions: int
+
+
+@on_its_device
+def packed(table: Table, by: Sorted, ranks: int, like: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """All updates' factors in the type of `like`, ``[ranks, in]`` and behind them ``s_i B_iᵀ``,
+    ``[ranks, out]``.
+
+    Args:
+        table: the updates.
+        by: which update each row takes.
+        ranks: of all of them.
+        like: a tensor of the type, on the device.
+        sizes: in, out.
+    """
+    (fan_in, out), kept = sizes, like.new_empty(ranks * sum(sizes))
+    place, (a, _, scale, gain) = kept.data_ptr(), table.like
+    tensors = (table.at, by.starts, kept, a, scale, gain)
+
+    def made(_: Any) -> Launch:
+        RB, updates = power(max(by.most, 16)), table.at.shape[1]
+        deep = 4096 // RB
+        inner, outer = -(-fan_in // deep), -(-out // deep)
+        numbers, constants = (updates, fan_in, out, inner), (table.rank, RB, deep)
+        grid = (inner + outer) * updates
+        return Launch(kernels.pack, like.get_device(), grid, numbers, constants, 1, 4)
+
+    rest = ("pack", by.most, table.rank, ranks, sizes)
+    launch, (at, starts, _, first, *numbers) = planned(_PLANS, tensors, rest, made)
+    behind = place + ranks * fan_in * kept.element_size()
+    launch(
+        (table.at, by.starts, kept, kept[ranks * fan_in :], a, scale, gain),
+        (at, starts, place, behind, first, *numbers),
+    )
+    return kept
 
 
 @on_its_device
@@ -108,9 +143,19 @@ def _product(
 
 @on_its_device
 def sums(
-    x: Tensor, v: _Maybe, dy: Tensor, u: _Maybe, by: Sorted, ranks: int, wanted: tuple[bool, bool]
+    x: Tensor,
+    v: _Maybe,
+    dy: Tensor,
+    u: _Maybe,
+    by: Sorted,
+    ranks: int,
+    wanted: tuple[bool, bool],
+    table: Optional[Table] = None,
 ) -> tuple[_Maybe, _Maybe]:
     """``v_iᵀ x_i`` and ``u_iᵀ dy_i`` where they are wanted, in float32; zeros of no update.
+
+    Of a `table` the second are ``s_i dy_iᵀ u_i [out, r_i]``, one after the other in a flat tensor,
+    and the first are ``[ranks, in]`` as ever; `ranks` are then those of the updates alone.
 
     Args:
         x: ``[M, in]``; dy: ``[M, out]``; contiguous rows.
@@ -122,22 +167,26 @@ def sums(
     (M, fan_in), out, updates = x.shape, dy.shape[1], len(by.ends)
     inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
     parts = parts_of(M, updates, inner + outer, card(x.get_device()))
-    of_a = x.new_zeros(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
-    of_b = x.new_zeros(parts * wanted[1], ranks, out, dtype=torch.float32)
+    new: Any = x.new_zeros if table is None else x.new_empty  # then all of it is written
+    of_a = new(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
+    of_b = new(parts * wanted[1], ranks, out, dtype=torch.float32)
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
     written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
-    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts)
+    more = (by.starts,) * 3 if table is None else (table.at, table.like.scale, table.like.gain)
+    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts, *more)
 
     def made(_: Any) -> Launch:
         numbers = (
             M, fan_in, out, updates, ranks, by.positions, thins[0].shape[1],
             x.stride(0), dy.stride(0), inner, parts,
         )  # fmt: skip
-        constants = (power(updates + 1), power(max(by.most, 16)), DEEP, 64)
+        apart = table is not None
+        constants = (apart, power(updates + 1), power(max(by.most, 16)), DEEP, 64)
         grid = (inner + outer) * updates * parts
         return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, 3, 8)
 
-    launch, addresses = planned(_PLANS, tensors, ("sums", by.most, by.positions, wanted), made)
+    rest = ("sums", by.most, by.positions, wanted, table is None)
+    launch, addresses = planned(_PLANS, tensors, rest, made)
     launch(tensors, addresses)
     da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
     return da, db
