@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _Maybe = Optional[Tensor]
+_BLOCK = 64 << 20  # bytes of rows whose gradient is computed at a time
 Again = tuple[Tensor, Callable[[Tensor], Tensor]]  # the rows, and the gradient of what made them
 
 
@@ -50,10 +51,21 @@ class Computed(NamedTuple):
     rows: Callable[[Tensor], Tensor]
 
     def again(self, y: Tensor, _: Tensor) -> Again:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            x = self.rows(y)
-        return x.detach(), lambda dx: torch.autograd.grad(x, y, dx.to(x.dtype))[0]
+        with torch.no_grad():
+            return self.rows(y), lambda dx: self.pulled(dx, y)
+
+    def pulled(self, dx: Tensor, y: Tensor) -> Tensor:
+        """The gradient of y, some rows at a time: of all of them at once what lies between y and x
+        takes more memory than all else that a layer of experts has alive then."""
+        out = torch.empty_like(y)
+        count = max(1, _BLOCK // max(1, y[:1].nbytes))
+        for start in range(0, len(y), count):
+            some = slice(start, start + count)
+            with torch.enable_grad():
+                given = y[some].detach().requires_grad_()
+                x = self.rows(given)
+            (out[some],) = torch.autograd.grad(x, given, dx[some].to(x.dtype))
+        return out
 
 
 Source = Union[Chosen, Computed]

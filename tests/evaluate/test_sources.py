@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from paramlora.evaluate import experts as grouped
+from paramlora.evaluate import sources
 from paramlora.evaluate.dropout import drops_for, masked
 from paramlora.evaluate.sources import Chosen, Computed
 
@@ -145,3 +146,20 @@ def test_rows_of_nobody_give_no_gradient_where_a_device_leaves_them(monkeypatch)
     (want,) = torch.autograd.grad(right.square().sum(), wide)
     assert torch.isnan(y[-1]).all()
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_gradient_of_many_rows_takes_some_at_a_time(monkeypatch):
+    seen, y = [], torch.randn(50, 2 * FAN_IN).double()
+
+    def rows(y):
+        seen.append(len(y))
+        return gated(y)
+
+    dx, leaf = torch.randn(50, FAN_IN).double(), y.clone().requires_grad_()
+    (want,) = torch.autograd.grad(gated(leaf), leaf, dx)
+    monkeypatch.setattr(sources, "_BLOCK", 16 * y[0].nbytes)
+    made, pulled = Computed(rows).again(y, dx)
+    assert torch.equal(made, gated(y)) and not made.requires_grad
+    torch.testing.assert_close(pulled(dx), want, rtol=0, atol=0)
+    assert seen == [50, 16, 16, 16, 2]
+    assert Computed(rows).again(y[:0], dx)[1](dx[:0]).shape == (0, 2 * FAN_IN)
