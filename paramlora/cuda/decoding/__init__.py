@@ -1,1 +1,1 @@
-"""16-bit products of few rows that take different updates, as in decoding: bound by memory alone."""
+"""16-bit products of few rows, as in decoding, whose time is that of reading weight and factors."""

@@ -125,13 +125,14 @@ def product(
 def _launches(
     x: Tensor, weight: Tensor, bias: bool, table: Table, positions: int, of: Card
 ) -> tuple[tuple[Launch, Launch], tuple[int, int]]:
-    """Both launches, and the numbers of what the first leaves for the second, and of its first part,
-    which is a multiple of four."""
+    """Both launches; how many numbers the first leaves for the second, and how many of them are of
+    the wide product, a multiple of four."""
     (M, K), N, updates, device = x.shape, len(weight), table.at.shape[1], x.get_device()
-    RB, BM, BN, BK = power(max(table.most, 16)), max(16, power(M)), 64, 128
+    RB, BM, BN = power(max(table.most, 16)), max(16, power(M)), 64
+    BK = 128 if BM <= 64 else 64  # fits the shared memory of every device
     tiles = -(-N // BN)
     splits = max(1, min(8, 2 * of.processors // tiles, -(-K // BK)))
-    each = -(-(-(-K // splits)) // BK) * BK
+    each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
     whole, early = K % each == 0, of.hopper
     numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each, tiles)
