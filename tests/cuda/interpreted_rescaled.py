@@ -56,13 +56,14 @@ def layer(case, with_bias):
 def main():
     interpreted.stand_in_for_the_device()
     rescaled.served = lambda x: x.dtype == torch.float16
-    plan.card = lambda device: interpreted.Card((9, 0), 132)
     warnings.simplefilter("error")
     results = {}
-    for name in NORMS:
+    for number, name in enumerate(NORMS):
         torch.manual_seed(0)
+        plan.card = lambda device, of=[1, 132][number % 2]: interpreted.Card((9, 0), of)
         launched.clear()
         results[f"norms, {name}"] = norms(name), launched[:]
+    plan.card = lambda device: interpreted.Card((9, 0), 132)
     for name in LAYERS:
         for with_bias in (False, True):
             torch.manual_seed(0)

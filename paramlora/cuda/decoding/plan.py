@@ -135,15 +135,14 @@ def _launches(
     each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
     whole, early = K % each == 0, of.hopper
+    shape = (splits, whole, early, table.rank, RB, 8192 // RB, BM, BN, BK)
     numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each, tiles)
-    constants = (splits, whole, early, table.rank, RB, 8192 // RB, BM, BN, BK)
     grid = (tiles + M) * splits
-    first = Launch(kernels.partial, device, grid, numbers, constants, 3, 4)
-    BN = 4096 // RB
-    numbers = (M, N, updates, positions)
-    constants = (bias, splits, early, table.rank, RB, BN)
-    grid = M * -(-N // BN)
-    second = Launch(kernels.finish, device, grid, numbers, constants, 1, 4, early)
+    first = Launch(kernels.partial, device, grid, numbers, shape, 3, 4)
+    columns = 4096 // RB
+    grid, shape_too = M * -(-N // columns), (bias, splits, early, table.rank, RB, columns)
+    few = (M, N, updates, positions)
+    second = Launch(kernels.finish, device, grid, few, shape_too, 1, 4, early)
     parts = splits * M * N
     parts += -parts % 4
     return (first, second), (parts + splits * M * RB, parts)
