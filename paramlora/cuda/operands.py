@@ -13,9 +13,7 @@ from paramlora.cuda.device import serves
 from paramlora.cuda.launches import WIDEST
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
-_INDICES = (torch.int64, torch.int32)
 TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
-HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
 _OFF = ("0", "false", "off", "no")
@@ -25,13 +23,13 @@ _on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it c
 
 
 class Operands(NamedTuple):
-    """What a layer with an update is computed from, or of an embedding its rows in place of x.
+    """What a layer with an update is computed from.
 
     Args:
         x: ``[..., in]``, or of a convolution ``[N, C_in, ...]``.
-        weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, or a table ``[num, dim]``.
+        weight: ``[out, in]`` or ``[C_out, C_in / groups, *kernel]``.
         bias: ``[out]`` or None.
-        a: ``[r, in]``, as many numbers as a row of the weight has; of a table ``[r, num]``.
+        a: ``[r, in]``, as many numbers as a row of the weight has.
         b: ``[out, r]``.
         scale: ``[]``.
     """
@@ -173,21 +171,6 @@ def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
 def _is_near(t: Tensor) -> bool:
     """Whether 32 bits reach every element of a factor from its first."""
     return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
-
-
-def looks_up(of: Operands, padding_idx: Optional[int]) -> bool:
-    """Whether the kernels serve this look-up of an embedding and its update, see
-    `functional.embedding`. What is wrong with other operands, torch says."""
-    rows, weight, _, a, b, scale = of
-    if not served(weight) or rows.dtype not in _INDICES or weight.dim() != 2 or a.dim() != 2:
-        return False
-    (num, dim), r, device = weight.shape, len(a), weight.get_device()
-    if a.shape[1] != num or b.shape != (dim, r) or scale.numel() != 1 or not 0 < r <= HIGHEST:
-        return False
-    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num and _is_near(b)):
-        return False
-    devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
-    return devices == (device, device, device, device)
 
 
 def outputs_of(

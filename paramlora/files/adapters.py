@@ -190,7 +190,7 @@ def convert(
 def write_adapter(
     adapter: Adapter,
     out: PathLike,
-    to: str = "native",
+    to: str = formats.OWN,
     base: Optional[Base] = None,
     *,
     force: bool = False,
@@ -309,7 +309,7 @@ def _check_names_itself(path: PathLike) -> None:
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
             "model, and here are several. Give the pipeline's folder (--base), or convert it "
-            "alone to native first, with its model (--model), and give that file."
+            f"alone to {formats.OWN} first, with its model (--model), and give that file."
         )
 
 

@@ -29,10 +29,9 @@ from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, entries_
 from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
-from paramlora.formats import Base, Options, base_of_shapes, fit
+from paramlora.formats import OWN, Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
 from paramlora.formats.content import DEFAULTS, check_finite
-from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
 from paramlora.update.geometry import NARROW, factor_dtype
@@ -113,7 +112,7 @@ def embed(
 def extract(
     embedded: PathLike,
     out: PathLike,
-    to: str = NATIVE,
+    to: str = OWN,
     *,
     key: Optional[str] = None,
     known: Optional[Base] = None,
@@ -251,7 +250,7 @@ def _adapter(
         return adapter
     shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
-    if format_of(adapter) != NATIVE:
+    if format_of(adapter) != OWN:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
         found = read_native(adapter)

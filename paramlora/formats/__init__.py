@@ -58,6 +58,7 @@ __all__ = [
     "Content",
     "Format",
     "Mark",
+    "OWN",
     "Options",
     "Prefix",
     "Slot",
@@ -83,6 +84,9 @@ for _file in iter_modules(__path__):  # so that a new format's file is all that 
     _form = getattr(import_module(f"{__name__}.{_file.name}"), "FORMAT", None)
     if _form is not None:
         register(_form)
+
+
+OWN = next(name for name, form in FORMATS.items() if form.complete)  # the package's own format
 
 
 def form_of(content: Content) -> Format:

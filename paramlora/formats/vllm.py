@@ -129,4 +129,6 @@ FORMAT = Format(
     passed_over=of_peft,
     weights=("adapter_model.safetensors",),
     config="adapter_config.json",
+    servers={"vllm": "vLLM", "sglang": "SGLang"},
+    unserved=unserved,
 )

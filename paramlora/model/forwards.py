@@ -103,6 +103,12 @@ def honours_dropout(base: type) -> bool:
 Known = tuple[Tensor, list[LowRank], bool]
 
 
+def is_known(update: Any) -> bool:
+    """Whether the known forwards compute an update, beside others and row by row: a low-rank sum,
+    and nothing that inherits from it, which may compute anything."""
+    return type(update) is LowRank
+
+
 def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
@@ -115,7 +121,7 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
         return None
     updates, dropping = [], False
     for update in plist._modules.values():
-        if type(update) is not LowRank:
+        if type(update) is not LowRank:  # `is_known`, without the call
             return None
         switch = update.current()
         if switch.rows is not None:  # see `parts_of_rows`
@@ -337,7 +343,7 @@ def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tenso
 
 def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
     """New masks for updates whose factors lie one after the other."""
-    ranks = tuple(update.factors()[0].shape[-2] for update in updates)
+    ranks = tuple(update.rank_of_sum() for update in updates)
     return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
@@ -526,7 +532,7 @@ def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_R
     weight = None if plist is None else plist._parameters.get("original")
     if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
-    found = [(u, u.current()) for u in plist._modules.values() if type(u) is LowRank]
+    found = [(u, u.current()) for u in plist._modules.values() if is_known(u)]
     if len(found) < len(plist) or found[0][1].rows is None:
         return None
     return weight, [u for u, switch in found if switch.acts], found[0][1].rows

@@ -23,13 +23,12 @@ from paramlora.model.quantised import is_quantised, make_dense, tell_transformer
 from paramlora.model.targets import stem
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
-from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, told
-from paramlora.update.whole import Whole, summed
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -277,7 +276,9 @@ def _sum(
     """A new tensor with the sum of a base and those of its updates that act."""
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
-        return _folded_together(base, acting).to(base.dtype)
+        # each process forms its own part of the sum, whose blocks the others could not follow
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        return applied(acting, wide).to(base.dtype)
     return folded(base, [answer(update, "term") for update in acting], rounding)
 
 
@@ -313,17 +314,6 @@ def _full(model: nn.Module, module: nn.Module, name: str) -> str:
     """The name of a tensor in messages; looked for then, as it takes going through the model."""
     path = next(path for path, one in model.named_modules() if one is module)
     return f"{path}.{name}" if path else name
-
-
-def _folded_together(base: Tensor, acting: list[AttachedUpdate]) -> Tensor:
-    """Each process forms its own part of the sum, whose blocks the others could not follow."""
-    total = base.to(torch.promote_types(base.dtype, torch.float32))
-    wholes = [update for update in acting if isinstance(update, Whole)]
-    if len(wholes) > 1:
-        return summed(wholes, base)
-    for update in acting:
-        total = update(total)
-    return total
 
 
 def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Values:

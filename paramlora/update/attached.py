@@ -1,7 +1,7 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -23,6 +23,7 @@ from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
@@ -193,7 +194,7 @@ class AttachedUpdate(nn.Module):
         device, dtype: of its tensors. The gain is in float32 at least, which holds any strength.
     """
 
-    alone: ClassVar[bool] = False  # whether its tensor can have no other update
+    alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
@@ -332,6 +333,30 @@ class AttachedUpdate(nn.Module):
 
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
+
+    @staticmethod
+    def together(updates: "Sequence[Any]", weight: Tensor) -> Tensor:
+        """What several of a kind that stands alone make of their tensor."""
+        for update in updates:
+            weight = update(weight)
+        return weight
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold what its layer puts in the place of a buffer, and say whether it did."""
+        return False
+
+    def shares_its_sum(self) -> bool:
+        """Whether its weight takes a product to form, which all readers of one call are to share,
+        and a change of what it is formed of would be seen."""
+        return False
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of such a sum; None where only autograd knows it."""
+        return None
+
+    def rank_of_sum(self) -> int:
+        """The rank of what it adds, `r` or more; 0 where it adds no product of two factors."""
+        return 0
 
     def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
         """Take tensors up to `rank`, or to the rank of a weight of that shape; a kind without ranks
@@ -560,6 +585,21 @@ def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
     out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
     return out
+
+
+def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
+    """What a tensor's parametrizations make of it: one after the other, but for those of a kind
+    that stands alone, which come first, and together."""
+    alone: list[nn.Module] = []
+    for one in updates:  # a loop, since torch 2.11 compiles no takewhile
+        if not (isinstance(one, AttachedUpdate) and one.alone):
+            break
+        alone.append(one)
+    if alone:
+        weight = alone[0].together(alone, weight)  # type: ignore[operator]
+    for one in updates[len(alone) :]:
+        weight = one(weight)
+    return weight
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

@@ -29,6 +29,7 @@ from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import LowRankTerm, Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import Update, Value, check_types
 
 
@@ -136,6 +137,19 @@ class LowRank(AttachedUpdate):
     def rank_dim(self, name: str) -> int:
         """The dimension of a factor in which its ranks lie."""
         return -2 if name.endswith("A") else -1
+
+    def shares_its_sum(self) -> bool:
+        """Whether it holds its factors itself: a change of those that a flat shard holds shows
+        nowhere."""
+        return {"lora_A", "lora_B"} <= self._parameters.keys()
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of a sum; another kind's sum has another gradient."""
+        return Summand(self) if type(self) is LowRank else None
+
+    def rank_of_sum(self) -> int:
+        """The rank of its `factors`."""
+        return self.factors()[0].shape[-2]
 
     @property
     def scaling(self) -> Tensor:
