@@ -228,4 +228,9 @@ def pack_width(R: int) -> int:
 
 def padded(r: int) -> int:
     """The rank that tensor cores take: a power of two of at least 16."""
-    return max(16, 1 << (r - 1).bit_length())
+    return max(16, power(r))
+
+
+def power(n: int) -> int:
+    """The least power of two that is not below a number."""
+    return 1 << (n - 1).bit_length()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.cuda.operands import served
+from paramlora.cuda.operands import Drop, served
 from paramlora.cuda.operators import gradient_of_second, scaled_down
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
@@ -156,10 +156,8 @@ def _width(x: Tensor, r: int) -> int:
     return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
 
 
-def _drop(drops: Optional[Drops]) -> Any:
+def _drop(drops: Optional[Drops]) -> Optional[Drop]:
     """The one mask, as the kernels take it."""
-    from paramlora.cuda.experts.plan import Drop
-
     return None if drops is None or not drops.rates[0] else Drop(drops.rates[0], drops.seed)
 
 

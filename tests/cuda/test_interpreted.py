@@ -1,12 +1,8 @@
 """The 16-bit CUDA kernels without CUDA, in Triton's interpreter; see `interpreted`."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.cuda.started import printed
 
 pytest.importorskip("triton")
 EPS = 2**-10  # of float16
@@ -14,15 +10,7 @@ EPS = 2**-10  # of float16
 
 @pytest.fixture(scope="module")
 def results():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.interpreted"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed("interpreted", TRITON_INTERPRET="1")
 
 
 def chosen(results, kind):

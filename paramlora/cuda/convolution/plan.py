@@ -17,7 +17,7 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
-from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded
+from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded, power
 from paramlora.update.compat import cuda_empty
 
 _Maybe = Optional[Tensor]
@@ -109,20 +109,20 @@ def _geometry(x: Tensor, weight: Tensor, where: _Where) -> _Geometry:
     return _Geometry(sizes, kernel, stride, padding, dilation)
 
 
-def _power(n: int, most: int) -> int:
+def _block(n: int, most: int) -> int:
     """Of a block: a power of two, of at least the 16 that tensor cores take."""
-    return max(16, min(most, 1 << (n - 1).bit_length()))
+    return max(16, min(most, power(n)))
 
 
 def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
     """Channels and positions of a block that is copied; `last`: they stay the last in memory."""
-    return _power(channels, 128 if last else 64), _power(P, 32 if last else 64)
+    return _block(channels, 128 if last else 64), _block(P, 32 if last else 64)
 
 
 def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
     """The same of a weight."""
-    most = min(64, 1 << (positions - 1).bit_length())
-    return _power(channels, 1024 // most), most
+    most = min(64, power(positions))
+    return _block(channels, 1024 // most), most
 
 
 def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
@@ -151,7 +151,7 @@ class _Forward:
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
         self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
-        flat, BP = (1,) * (3 - len(sizes)), _power(P, 64)
+        flat, BP = (1,) * (3 - len(sizes)), _block(P, 64)
         axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
         numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
@@ -198,7 +198,7 @@ def _back(
     positions, and of so many groups the sums ``[out, r]``."""
     (batch, channels, P), (count, inner, positions) = image or (0, 1, 1), rows
     groups, out, r = sums
-    block, R, many = _copy_blocks(channels, P, False), padded(r), 1 << (groups - 1).bit_length()
+    block, R, many = _copy_blocks(channels, P, False), padded(r), power(groups)
     tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
     grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
     numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
@@ -282,8 +282,8 @@ class _Backward:
         self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
         self.x, self.dx = low(batch, inner, *sizes), _first(x.dtype, *x.shape)
         self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
-        BP = _power(P, 128 if batch * -(-P // 128) >= processors else 32)
-        GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
+        BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
+        GP, block = _block(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
         tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
         groups = max(1, min(-(-units // 4), -(-processors // blocks)))

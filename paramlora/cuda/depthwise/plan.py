@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
 from paramlora.cuda.launch import Launch, changed, on_its_device
-from paramlora.cuda.operands import Operands, factors_fit, outputs_of
+from paramlora.cuda.operands import Operands, factors_fit, outputs_of, power
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
@@ -133,17 +133,13 @@ def _axes(where: _Where) -> _Sizes:
     return (*_three(stride), *_three(padding, 0), *_three(dilation))
 
 
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 class _Tiles:
     """Blocks of rows and columns of the planes ``[N, C, ...]``."""
 
     def __init__(self, shape: _Sizes, most: int) -> None:
         self.sizes = depth, height, width = _three(shape[2:])
-        self.columns = min(_power(width), most)
-        self.rows = min(_power(height), most // self.columns)
+        self.columns = min(power(width), most)
+        self.rows = min(power(height), most // self.columns)
         self.blocks = depth * -(-height // self.rows) * -(-width // self.columns)
         self.grid = shape[0] * shape[1] * self.blocks
 
@@ -171,7 +167,7 @@ def _plan_forward(
     result = (*shape[:2], *outputs_of(shape[2:], weight[2:], where))
     channels, taps = shape[1], math.prod(weight[2:])
     numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
-    constants: _Sizes = (_CHANNELS, max(16, _power(taps)), _RANKS)
+    constants: _Sizes = (_CHANNELS, max(16, power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
     add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
@@ -210,9 +206,9 @@ def _plan_backward(
     numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(where))
     constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
     launch = Launch(kernels.backward, device, first + grid, numbers, constants, 1, 1)
-    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, _power(r)))
+    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, power(r)))
     numbers = (programs, channels, taps, r, *a_stride, *b_stride)
-    constants = (scaled, _CHANNELS, _SUMMED, max(16, _power(taps)), ranks)
+    constants = (scaled, _CHANNELS, _SUMMED, max(16, power(taps)), ranks)
     grid = programs + -(-r // ranks)
     divide = Launch(kernels.divide, device, grid, numbers, constants, 1, 4)
     return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

@@ -9,8 +9,7 @@ from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
 from paramlora.cuda.launch import Block, Launch, planned
 from paramlora.cuda.linear.tiles import Tiling
-from paramlora.cuda.operands import DEEP
-from paramlora.cuda.operands import Drop as Drop
+from paramlora.cuda.operands import DEEP, Drop, power
 from paramlora.update.compat import cuda_device
 
 _Maybe = Optional[Tensor]
@@ -193,8 +192,3 @@ def _gradients(
     constants = (bool(drop), power(experts + 1), BLOCK_R, DEEP, 64)
     grid = blocks * experts * parts
     return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8), ()
-
-
-def power(n: int) -> int:
-    """The least power of two that is not below it."""
-    return 1 << (n - 1).bit_length()
