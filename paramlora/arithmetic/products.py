@@ -64,7 +64,7 @@ class Decomposed:
         return 1 + (int(enough[0]) if enough.numel() else squares.shape[-1] - 1)
 
     def share(self) -> float:
-        """Of ``‖·‖²``, what all values together have."""
+        """The share of ``‖·‖²`` that all values together have."""
         return float(self.values.double().square().sum()) / self.total if self.total else 1.0
 
     def error(self, rank: int) -> float:

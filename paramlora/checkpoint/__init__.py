@@ -86,7 +86,7 @@ def merge(base: State, *adapters: Weighted) -> dict[str, Any]:
 
 
 def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
-    """As `extract`, from keys with shapes and a function that reads a tensor."""
+    """`extract`, from keys with shapes and a function that reads a tensor."""
     inside = contents.inside(read)
     if not inside:
         raise AdapterError(

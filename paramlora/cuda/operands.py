@@ -61,7 +61,7 @@ class Drop(NamedTuple):
 
 
 def threshold(rate: float) -> int:
-    """Such a number, in 32 bits with a sign."""
+    """The number in 32 bits with a sign below which a share `rate` of all such numbers lies."""
     return round(rate * 2**32) - 2**31
 
 
@@ -159,7 +159,7 @@ def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
 
 
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """The same of an update's own operands, for a weight ``[out, ...]`` that is not empty."""
+    """Whether an update's own operands fit a weight ``[out, ...]`` and lie on its device."""
     out, size, device = weight.shape[0], weight.numel(), weight.get_device()
     if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
         return False

@@ -279,7 +279,8 @@ def laid_as(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _has_channels_last(t: Tensor) -> bool:
-    """As torch judges, by strides alone: a kernel of 1×1 lies the same in either format."""
+    """Whether channels come last, as torch judges by strides alone: a kernel of 1×1 lies the same
+    in either format."""
     least, shape, stride = 0, t.shape, t.stride()
     for axis in (1, *range(t.dim() - 1, 1, -1), 0):
         if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
@@ -417,7 +418,7 @@ def _gradients_in_range(
 def _gradients(
     kernel: bool, dy: Tensor, of: Operands, t: Tensor, wanted: Wanted, where: tuple[Any, ...]
 ) -> Gradients:
-    """Those of x, A, B and the scale that are wanted, as the forward was computed."""
+    """The gradients of x, A, B and the scale that are wanted, as the forward was computed."""
     if kernel:
         return convolved_backward(dy, of, t, wanted, where)
     x, weight, _, a, b, scale = of

@@ -260,7 +260,7 @@ def dropped_by_definition(
     scale: Tensor,
     drops: Drops,
 ) -> Tensor:
-    """The same in plain operations: for compilers, and for gradients of gradients."""
+    """`dropped_linear` in plain operations: for compilers, and for gradients of gradients."""
     y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
     for which, ranks in ranks_of(drops):
         own = masked(x, drops, which)
@@ -355,7 +355,7 @@ def _base_and(update: Tensor, u: Tensor, second: Tensor, x: Tensor, w: Tensor) -
 
 
 def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> operators.Gradients:
-    """Those of x, A, B and the scale that are wanted."""
+    """The gradients of x, A, B and the scale that are wanted."""
     x, weight, _, a, b, scale = of
     needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None

@@ -112,7 +112,7 @@ def grouped_by_definition(
     scale: Tensor,
     drops: Optional[Drops] = None,
 ) -> Tensor:
-    """The same in plain operations, for gradients of gradients: a loop over the experts."""
+    """`grouped_linear` in plain operations, for gradients of gradients: a loop over the experts."""
     up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
     parts = [x.new_zeros(0, weight.shape[1])]
     for e, rows in runs(ends):

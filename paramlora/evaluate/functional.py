@@ -134,7 +134,7 @@ def without_autocast(backward: _Gradients) -> _Gradients:
 def linear_by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
-    """The same in plain operations: for compilers, and for gradients of gradients."""
+    """`linear` in plain operations: for compilers, and for gradients of gradients."""
     y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
     return y + in_a_row(x, lora_A, up, narrow.LINEAR, narrow.LINEAR)
 
@@ -293,7 +293,7 @@ def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
 
 
 def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
-    """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    """The gradients of x, A, B and the scale that are wanted, in torch's operations."""
     x, weight, _, a, b, scale = of
     if x.dtype == torch.float16:
         return _gradients_in_range(ctx, dy, of, u)

@@ -112,7 +112,7 @@ def read_adapter(
 
 
 def _read(path: PathLike, base: Callable[[Format], Optional[Base]], options: Options) -> Adapter:
-    """As `read_adapter`, of a base that the format asks for."""
+    """The adapter in a file, fitted to a base that the format asks for."""
     content = checked(path)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
@@ -341,7 +341,7 @@ def opened(path: PathLike) -> Content:
 
 
 def checked(path: PathLike) -> Content:
-    """As `opened`, once the format has found its outline sound: before any tensor is read.
+    """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
     Raises:
         FileError: as there, or by the format.
@@ -361,7 +361,7 @@ def checked(path: PathLike) -> Content:
 
 
 def outlined(path: PathLike) -> Content:
-    """As `opened`, and the tensors of a safetensors file have no content: it was not read.
+    """What `opened` gives, but the tensors of a safetensors file have no content: it was not read.
 
     Raises:
         FileError: as there.

@@ -540,7 +540,7 @@ def _merged_runs(
 def _rounding(
     before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Of a run in 8 bits ``<Δ, Δ>`` and ``<Δ, Δ'>``: what was to be added, and what was."""
+    """``<Δ, Δ>`` and ``<Δ, Δ'>`` of a run in 8 bits: what was to be added, and what was."""
     wide = before.float()
     wanted, added = summed(wide) - wide, after.float() - wide
     return float(wanted.dot(wanted)), float(wanted.dot(added))

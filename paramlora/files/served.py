@@ -101,7 +101,7 @@ def _takers() -> dict[str, Format]:
 
 
 def _servers() -> dict[str, Format]:
-    """The same of those that load less than the format holds."""
+    """The format of each program that loads less than the format holds, by the program's name."""
     return {server: form for server, form in _takers().items() if form.unserved is not None}
 
 

@@ -104,7 +104,7 @@ def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
-    """The same out of a checkpoint's keys and shapes, where layers' kinds are unknown."""
+    """A model's names and shapes out of a checkpoint's keys, where layers' kinds are unknown."""
     slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
     matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
     return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
@@ -167,7 +167,7 @@ def _place(path: str, places: Places, where: str) -> Optional[Found]:
 
 
 def original_of(base: Base) -> Base:
-    """The same weights under their original names, fused as there: for `fit`, and so for writing.
+    """A base's weights under their original names, fused as there: for `fit`, and so for writing.
 
     ComfyUI's and kohya's files of a transformer have these names, where diffusers' model has its
     own. Weights of one name alone keep it, and so do all of a model that has the original names.
@@ -436,7 +436,7 @@ def _turned(update: Update) -> Update:
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
-    """Of a checkpoint's weight: the file's own layout where it fits, else any that does."""
+    """The layout of a checkpoint's weight: the file's own where it fits, else any that does."""
     have = (tuple(update.lora_A.shape), tuple(update.lora_B.shape))
     order = sorted(get_args(Layout), key=lambda layout: layout != update.layout)
     return next((layout for layout in order if have == _factors(update, shape, layout)), None)

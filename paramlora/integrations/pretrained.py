@@ -342,7 +342,8 @@ def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _configurations(model: nn.Module) -> list[Any]:
-    """Of the model and of models inside of it, with the part that tells the vocabulary's size."""
+    """The configurations of a model and of models inside of it, with the part that tells the
+    vocabulary's size."""
     own: Any = [vars(module).get("config") for module in model.modules()]
     text = [config.get_text_config() for config in own if hasattr(config, "get_text_config")]
     return list({id(one): one for one in (*own, *text) if hasattr(one, "__dict__")}.values())

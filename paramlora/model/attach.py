@@ -363,7 +363,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """As `updates`, those that have two factors."""
+    """The `updates` that have two factors."""
     return (one for one in updates(model) if "lora_A" in one[2].parts)
 
 
@@ -377,7 +377,7 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]
 
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
-    """As `updates`, with an update that tied tensors share once for each holder."""
+    """The `updates`, of which one that tied tensors share comes once for each holder."""
     for path, module in adapted_modules(model):
         for name, plist in updates_of(module):
             for update in plist:

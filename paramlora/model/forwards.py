@@ -463,7 +463,7 @@ def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
 def in_one_sum_of_rows(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    """The same with each row's update."""
+    """What a plain linear layer or convolution gives of rows that each have an update."""
     if isinstance(layer, nn.Linear):
         return linear_of_rows(layer, x, weight, updates, rows, "matrix")
     return _convolution_of_rows(layer, x, weight, updates, rows)

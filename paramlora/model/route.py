@@ -138,7 +138,7 @@ def _check_on(model: nn.Module, names: Names) -> None:
 
 
 def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Tensor:
-    """The same for each position of packed sequences."""
+    """The index of each position of packed sequences, from that of each sequence."""
     bounds = torch.as_tensor(cu_seqlens, device=index.device).long()
     lengths = bounds.diff()
     if bounds.shape != (len(index) + 1,) or int(bounds[0]) or bool((lengths < 0).any()):

@@ -64,7 +64,7 @@ class Added(AttachedUpdate):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Added":
-        """As the entry asks for it; what it adds starts at zero."""
+        """A new update as the entry asks for it; what it adds starts at zero."""
         return cls(site.weight.detach(), entry, site.layout, adapter, gains)
 
     @classmethod
@@ -88,7 +88,7 @@ class Added(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Of all its tensors, but for its scale."""
+        """How many all its tensors have, but for its scale."""
         sizes = cls.sizes(entry, shape, layout).values()
         return sum(torch.Size(size).numel() for size in sizes)
 
@@ -123,7 +123,7 @@ class Added(AttachedUpdate):
 
     @classmethod
     def names(cls, present: Collection[str]) -> tuple[str, ...]:
-        """Those that are there: `fits` tells whether they are enough."""
+        """The tensors that are there: `fits` tells whether they are enough."""
         return tuple(name for name in cls.parts if name in present or name == "lora_scale")
 
     @classmethod

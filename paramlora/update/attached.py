@@ -79,21 +79,21 @@ class Switch:
         return Switch(strength, gain, muted, past, self.rows, self.routes)
 
     def routed(self, routes: "Routes") -> "Switch":
-        """As strong on other rows, which remembers this one."""
+        """A switch as strong on other rows, which remembers this one."""
         strength_changes()
         past = self._remembering()
         return Switch(self.strength, self.gain, self.muted, past, routes=routes)
 
     def born(self) -> "Switch":
-        """As if it had been off until now: what is computed again of an earlier forward is computed
-        without it."""
+        """A switch that was off until now: what is computed again of an earlier forward is computed
+        without the update."""
         return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
 
     def at(self, sequence: int) -> "Switch":
-        """As it was when the forward drew a sequence number of autograd."""
+        """The switch as it was when a forward drew its sequence number of autograd."""
         for until, effective, rows in self.past:
             if sequence < until:
                 if len(self.past) == _REMEMBERED and until == self.past[0][0]:
@@ -102,7 +102,7 @@ class Switch:
         return self
 
     def seen(self, adapter: str) -> "Switch":
-        """As rows of one adapter see it, where a layer is called with those alone."""
+        """The switch as rows of one adapter see it, where a layer is called with those alone."""
         only = ONLY.adapter
         if only == UNSPLIT:
             return self
@@ -111,7 +111,7 @@ class Switch:
         return Switch(0.0, torch.zeros_like(self.gain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
-        """Of a model: nobody will close the blocks of `disable_adapters` that are open for it."""
+        """The switch of a copy: nobody will close the blocks of `disable_adapters` there."""
         gain = torch.full_like(self.gain, self.strength) if self.muted else self.gain.clone()
         return Switch(self.strength, gain)
 
@@ -241,7 +241,7 @@ class AttachedUpdate(nn.Module):
         return own if own.rows is None else own.seen(self.adapter)
 
     def now(self) -> Switch:
-        """The same for who cannot tell the rows of a batch apart.
+        """The switch that holds, for a reader that cannot tell the rows of a batch apart.
 
         Raises:
             AdapterError: it acts on some of them.
@@ -384,7 +384,7 @@ class AttachedUpdate(nn.Module):
         return isinstance(scale, nn.Parameter), value
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
-        """It as a value, free of the model, and whole on every process.
+        """The update as a value, free of the model, and complete on every process.
 
         Args:
             shape, kind, groups: of its layer, see `Target`.

@@ -96,7 +96,7 @@ class LowRank(AttachedUpdate):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "LowRank":
-        """Of the entry's rank, started as it says (see `init`)."""
+        """A new update of the entry's rank, started as it says (see `init`)."""
         options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
         update = cls(site.weight.detach(), *options)
         if entry.init != "default":

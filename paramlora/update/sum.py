@@ -47,7 +47,7 @@ class Term:
     whole_matrix: bool = False  # whether it needs all rows too
 
     def prepared(self, wide: torch.dtype) -> "Term":
-        """The same, ready for blocks in a wide type."""
+        """The term made ready for blocks in a wide type."""
         return self
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
@@ -226,7 +226,7 @@ class Fold:
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
-    """The same, with several tensors to have instead as one term: they stand side by side."""
+    """The terms, several tensors to have instead among them as one: they stand side by side."""
     wholes = tuple(term for term in terms if isinstance(term, WholeTerm))
     if len(wholes) < 2:
         return list(terms)

@@ -23,7 +23,7 @@ class Summand:
         self.versions = [t._version for t in self.watched]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of A, B and the scale, from the sum's own: ``dA = (s·B)ᵀ G``, ``dB = s·G Aᵀ``.
+        """The gradients of A, B and the scale: ``dA = (s·B)ᵀ G``, ``dB = s·G Aᵀ`` of the sum's ``G``.
 
         Raises:
             AdapterError: the update has changed since.

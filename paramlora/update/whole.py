@@ -158,12 +158,12 @@ class Whole(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Those of the tensor."""
+        """How many the tensor has."""
         return math.prod(shape)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
-        """It instead of the weight."""
+        """The tensor, instead of the weight."""
         return WholeTerm(parts["lora_whole"], gain)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

@@ -69,7 +69,7 @@ def widened(channels: int, R: int) -> int:
 
 
 class _Geometry(NamedTuple):
-    """Of a convolution in two or three dimensions: positions along each axis."""
+    """The positions along each axis of a convolution in two or three dimensions."""
 
     sizes: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -110,7 +110,7 @@ def _geometry(x: Tensor, weight: Tensor, where: _Where) -> _Geometry:
 
 
 def _block(n: int, most: int) -> int:
-    """Of a block: a power of two, of at least the 16 that tensor cores take."""
+    """The size of a block: a power of two, of at least the 16 that tensor cores take."""
     return max(16, min(most, power(n)))
 
 
@@ -120,7 +120,7 @@ def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
 
 
 def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
-    """The same of a weight."""
+    """Channels and positions of a block of a weight that is copied."""
     most = min(64, power(positions))
     return _block(channels, 1024 // most), most
 

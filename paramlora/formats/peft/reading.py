@@ -126,7 +126,7 @@ def _read_products(content: Content, options: Options) -> Adapter:
 
 
 def _rank(held: Mapping[str, Tensor]) -> int:
-    """Of the factors of LoHa or LoKr; 0 where both of LoKr's are whole."""
+    """The rank of LoHa's or LoKr's factors; 0 where both of LoKr's are dense."""
     names = ("hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((held[name].shape[0] for name in names if name in held and held[name].dim()), 0)
 
@@ -199,7 +199,7 @@ def read_pairs(
 
 
 def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of DoRA, by the path that the file gives their layer."""
+    """DoRA's magnitudes, by the path that the file gives their layer."""
     matches = {key: _MAGNITUDE.fullmatch(stem(key)) for key in state}
     return {match["path"]: state[key] for key, match in matches.items() if match is not None}
 
@@ -226,7 +226,7 @@ def _whole(
 
 
 def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[str]:
-    """Those that ``modules_to_save`` names, and what is inside them."""
+    """The modules that ``modules_to_save`` names, and what is inside them."""
     names = {str(name) for name in config.get("modules_to_save") or []}
     single = {name for name in names if "." not in name}
     found = {module for module in modules if not single.isdisjoint(module.split("."))}
