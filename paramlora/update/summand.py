@@ -23,7 +23,7 @@ class Summand:
         self.versions = [t._version for t in self.watched]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of A, B and the scale: ``dA = (s·B)ᵀ G``, ``dB = s·G Aᵀ`` of the sum's ``G``.
+        """The gradients of A, B and the scale: ``(s·B)ᵀ G``, ``s·G Aᵀ``, of the sum's ``G``.
 
         Raises:
             AdapterError: the update has changed since.
