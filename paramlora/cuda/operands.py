@@ -12,6 +12,7 @@ from torch import Tensor
 from paramlora.cuda.device import serves
 from paramlora.cuda.launches import WIDEST
 
+Window = tuple[tuple[int, ...], ...]  # of a convolution: stride, padding, dilation
 _SIXTEEN = (torch.bfloat16, torch.float16)
 TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
 SPAN = 64  # rows of the smallest tile: at most one signal for each
@@ -173,16 +174,14 @@ def _is_near(t: Tensor) -> bool:
     return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
 
 
-def outputs_of(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], where: tuple[tuple[int, ...], ...]
-) -> tuple[int, ...]:
-    """The sizes of a convolution's output; `where`: its stride, padding and dilation."""
-    along = zip(sizes, kernel, *where)
+def outputs_of(sizes: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> tuple[int, ...]:
+    """The sizes of a convolution's output; `window`: its stride, padding and dilation."""
+    along = zip(sizes, kernel, *window)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
 
-def is_depthwise(of: Operands, where: tuple[tuple[int, ...], ...], groups: int) -> bool:
-    """Whether the kernels serve this convolution and its update, of single channels; `where`: its
+def is_depthwise(of: Operands, window: Window, groups: int) -> bool:
+    """Whether the kernels serve this convolution and its update, of single channels; `window`: its
     stride, padding and dilation. What is wrong with other operands, torch says."""
     x, weight, bias, a, b, scale = of
     device = x.get_device()
@@ -190,17 +189,15 @@ def is_depthwise(of: Operands, where: tuple[tuple[int, ...], ...], groups: int) 
         return False
     if bias is not None and (bias.shape != x.shape[1:2] or bias.get_device() != device):
         return False
-    fits = _is_depthwise(x.shape, weight.shape, where, groups)
+    fits = _is_depthwise(x.shape, weight.shape, window, groups)
     return fits and factors_fit(weight, a, b, scale)
 
 
 @functools.lru_cache(4096)
-def _is_depthwise(
-    x: tuple[int, ...], weight: tuple[int, ...], where: tuple[tuple[int, ...], ...], groups: int
-) -> bool:
+def _is_depthwise(x: tuple[int, ...], weight: tuple[int, ...], window: Window, groups: int) -> bool:
     if len(x) != len(weight) or weight[:2] != (x[1], 1) or groups != x[1]:
         return False
-    outputs = outputs_of(x[2:], weight[2:], where)
+    outputs = outputs_of(x[2:], weight[2:], window)
     small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
     return small and prod(x) > 0 and min(outputs) > 0
 

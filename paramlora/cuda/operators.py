@@ -6,11 +6,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.operands import Drop, Operands, Wanted, kept_size, padded, served
+from paramlora.cuda.operands import Drop, Operands, Wanted, Window, kept_size, padded, served
 from paramlora.update import narrow
 
 _Maybe = Optional[Tensor]
-Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def forward(
@@ -119,18 +118,18 @@ def _backward_in_range(
     return dx, (da / h).to(of.a.dtype), *_second(db / g, of, strength, False, wanted)
 
 
-def convolved(of: Operands, where: Where) -> Optional[tuple[Tensor, Tensor]]:
-    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `where`: stride,
+def convolved(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
+    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `window`: stride,
     padding and dilation."""
     if not served(of.x):
         return None
     from paramlora.cuda.convolution import plan
 
-    return plan.forward(of, where)  # type: ignore[no-any-return]
+    return plan.forward(of, window)  # type: ignore[no-any-return]
 
 
 def convolved_backward(
-    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, window: Window
 ) -> Gradients:
     """The gradients of x, A, B and the scale that are `wanted`."""
     if not (wanted.x or wanted.factors):
@@ -138,20 +137,20 @@ def convolved_backward(
     from paramlora.cuda.convolution import plan
 
     scaled = not wanted.scale
-    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), where)
+    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
 
 
-def depthwise(of: Operands, where: Where) -> tuple[Tensor, Tensor]:
+def depthwise(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
     """``y`` and what `depthwise_backward` takes of it, where `operands.is_depthwise`; see
     `depthwise.plan.forward`."""
     from paramlora.cuda.depthwise import plan
 
-    return plan.forward(of, where)  # type: ignore[no-any-return]
+    return plan.forward(of, window)  # type: ignore[no-any-return]
 
 
 def depthwise_backward(
-    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, window: Window
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]:
     """The gradients of x, the weight, A, B and the scale that are `wanted`."""
     if not (wanted.x or wanted.weight or wanted.factors):
@@ -159,7 +158,7 @@ def depthwise_backward(
     from paramlora.cuda.depthwise import plan
 
     masks = wanted.x, wanted.weight, wanted.factors
-    dx, kernels, da, db = plan.backward(dy, of, kept, where, not wanted.scale, masks)
+    dx, kernels, da, db = plan.backward(dy, of, kept, window, not wanted.scale, masks)
     dweight = dscale = None
     if kernels is not None and wanted.weight:
         dweight = kernels.to(of.weight.dtype).view_as(of.weight)

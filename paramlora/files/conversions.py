@@ -484,7 +484,7 @@ def _index(stored: Stored, plan: Plan, specs: dict[str, Spec]) -> dict[str, Any]
     }
     told = index.get("metadata", {})
     index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
-    index["weight_map"] = {key: stored.where[recipe.source] for key, recipe in plan.items()}
+    index["weight_map"] = {key: stored.file_of[recipe.source] for key, recipe in plan.items()}
     return index
 
 
@@ -498,7 +498,7 @@ def _fill(
     watch: _Watch,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
-    mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
+    mine = {key: recipe for key, recipe in plan.items() if stored.file_of[recipe.source] in parts}
     if suffix in SAFE:
         metadata = stored.parts[parts[0]].metadata
 

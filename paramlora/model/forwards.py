@@ -261,19 +261,19 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -
 def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
     weight, update, dropping = found
     x, padding = padded_input(layer, input)
-    how = layer.stride, padding, layer.dilation, layer.groups
+    window = layer.stride, padding, layer.dilation, layer.groups
 
     def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         y = layer._conv_forward(input, weight, None)
 
         def low(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
-            return branch(padded_input(layer, x)[0], weight.shape, a, up, *how)
+            return branch(padded_input(layer, x)[0], weight.shape, a, up, *window)
 
         rate = update.dropout if dropping else 0.0
         return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
-        return convolution(x, weight, bias, a, b, scale, *how, 1.0)
+        return convolution(x, weight, bias, a, b, scale, *window, 1.0)
 
     return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
 
@@ -441,9 +441,9 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
     a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
         _, padding = padded_input(self, input[:0])
-        where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
+        window, drops = (stride, padding, dilation, groups), drops_of(input, updates)
         scale = scale if strength == 1 else scale * strength
-        values = (weight, bias, a, b, scale, where, drops)
+        values = (weight, bias, a, b, scale, window, drops)
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
     if updates[0].served:
@@ -623,8 +623,8 @@ def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) 
     x, padding = padded_input(layer, dropped_rows(layer.training, x, updates, rows))
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    where = layer.stride, padding, layer.dilation, layer.groups
-    return routed.convolved(x, shape, down, up, rows, *where)
+    window = layer.stride, padding, layer.dilation, layer.groups
+    return routed.convolved(x, shape, down, up, rows, *window)
 
 
 def linear_of_rows(
@@ -653,9 +653,9 @@ def _convolution_of_rows(
     dropped = dropped_rows(layer.training, x, updates, rows)
     more = None if dropped is x else padded_input(layer, dropped)[0]
     x, padding = padded_input(layer, x)
-    where = (layer.stride, padding, layer.dilation, layer.groups)
+    window = (layer.stride, padding, layer.dilation, layer.groups)
     down, up = factors_of_rows(updates, rows, "matrix")
-    return routed.convolution(x, weight, bias, down, up, rows, where, more)
+    return routed.convolution(x, weight, bias, down, up, rows, window, more)
 
 
 def _embedding_of_rows(

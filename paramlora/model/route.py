@@ -102,8 +102,8 @@ def _index(
             f"got {adapters!r}."
         )
     _check_on(model, adapters)
-    where = {name: at for at, name in enumerate(there)}
-    return torch.tensor([where[n] if n is not None else len(there) for n in adapters])
+    number = {name: at for at, name in enumerate(there)}
+    return torch.tensor([number[n] if n is not None else len(there) for n in adapters])
 
 
 def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optional[Names]) -> Tensor:

@@ -48,12 +48,12 @@ class Added(AttachedUpdate):
         adapter: str = "default",
         gains: Optional[Gains] = None,
     ) -> None:
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where, gains=gains)
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        super().__init__(adapter, **options, gains=gains)
         self.keep(r=entry.r, layout=layout, first_scale=entry.scale)
         for name, shape in self.sizes(entry, tuple(weight.shape), layout).items():
-            setattr(self, name, nn.Parameter(torch.zeros(shape, **where)))
-        value = torch.full((), entry.scale, **where)
+            setattr(self, name, nn.Parameter(torch.zeros(shape, **options)))
+        value = torch.full((), entry.scale, **options)
         if entry.trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:

@@ -58,8 +58,8 @@ class Dora(LowRank):
         shape[outer] = weight.shape[outer]
         if layout == "stack":
             shape[:outer] = weight.shape[:outer]
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        self.lora_magnitude = nn.Parameter(torch.empty(shape, **where))
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        self.lora_magnitude = nn.Parameter(torch.empty(shape, **options))
         self.keep(unset=True, weight_shape=tuple(weight.shape))
 
     @classmethod

@@ -77,12 +77,12 @@ class LowRank(AttachedUpdate):
     ) -> None:
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where, gains=gains)
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        super().__init__(adapter, **options, gains=gains)
         self.keep(r=r, layout=layout, first_scale=scale)
-        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where).div_(r))
-        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
-        value = torch.full((), scale, **where)
+        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **options).div_(r))
+        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **options))
+        value = torch.full((), scale, **options)
         if trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:

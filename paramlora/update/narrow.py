@@ -91,11 +91,11 @@ class Stage(NamedTuple):
     extra: Sequence[int] = (0, 0, 0)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        n, where = weight.dim() - 2, (self.stride, self.padding)
+        n, placed = weight.dim() - 2, (self.stride, self.padding)
         if self.transposed:
             more: tuple[Any, ...] = (self.extra[:n], self.groups, self.dilation)
-            return _TRANSPOSED[n - 1](x, weight, None, *where, *more)
-        return _CONVOLUTIONS[n - 1](x, weight, None, *where, self.dilation, self.groups)
+            return _TRANSPOSED[n - 1](x, weight, None, *placed, *more)
+        return _CONVOLUTIONS[n - 1](x, weight, None, *placed, self.dilation, self.groups)
 
     def reach(self, weight: Tensor) -> tuple[int, int]:
         """How many products an output sums at most, and how many the gradient of an input."""

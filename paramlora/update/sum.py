@@ -265,13 +265,13 @@ def bound_of(terms: Sequence[Term]) -> Number:
 def told(numbers: Sequence[Number]) -> list[float]:
     """Numbers of devices, each of which is waited for once."""
     out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
-    where: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and type(number) is Tensor:
-            where.setdefault(number.device, []).append(i)
+            by_device.setdefault(number.device, []).append(i)
         elif isinstance(number, Tensor):
             out[i] = float(number)
-    for places in where.values():
+    for places in by_device.values():
         together = torch.stack([numbers[i].detach().double() for i in places])  # type: ignore[union-attr]
         for i, value in zip(places, together.tolist()):
             out[i] = value

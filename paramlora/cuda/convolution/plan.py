@@ -17,11 +17,10 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
-from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded, power
+from paramlora.cuda.operands import DEEP, Operands, Window, factors_fit, outputs_of, padded, power
 from paramlora.update.compat import cuda_empty
 
 _Maybe = Optional[Tensor]
-_Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 _gradients = torch.ops.aten.convolution_backward.default
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BLOCK = 1024  # elements of a row of A in one program
@@ -102,8 +101,8 @@ class _Geometry(NamedTuple):
         return middle
 
 
-def _geometry(x: Tensor, weight: Tensor, where: _Where) -> _Geometry:
-    sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), where
+def _geometry(x: Tensor, weight: Tensor, window: Window) -> _Geometry:
+    sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), window
     if len(sizes) == 1:
         return _Geometry((1, *sizes), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
     return _Geometry(sizes, kernel, stride, padding, dilation)
@@ -139,7 +138,7 @@ class _Forward:
         P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(inner, R), x.get_device()
         last, weight_last = bool(_format(x)), bool(_format(weight))
-        self.conv, self.where = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
+        self.conv, self.window = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
         low = functools.partial(_last, x.dtype)
         self.wide, self.t = low(batch, channels, *sizes), low(batch, R, *outputs)
         self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
@@ -176,9 +175,9 @@ class _Forward:
             (x, weight, a, b, scale, folded, wide, joined, down),
             (px, pw, *others, pbias, pwide, joined.data_ptr(), down.data_ptr()),
         )
-        t = self.t.of(self.conv(wide, down, None, *self.where))
+        t = self.t.of(self.conv(wide, down, None, *self.window))
         self.put((t, wide), (t.data_ptr(), pwide))
-        y = self.conv(wide, joined, left, *self.where)
+        y = self.conv(wide, joined, left, *self.window)
         if self.back is None:
             return y, t
         y, result = self.y.of(y), self.result.new()
@@ -212,27 +211,27 @@ _COPY = object()  # instead of a plan: the input must first be laid out anew
 
 
 @on_its_device
-def forward(of: Operands, where: _Where) -> Optional[tuple[Tensor, Tensor]]:
+def forward(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
 
     Args:
         of: x ``[N, C_in, ...]``, 16-bit; a weight ``[C_out, C_in, *kernel]`` and bias of its type.
-        where: stride, padding and dilation, a number for each axis.
+        window: stride, padding and dilation, a number for each axis.
 
     Returns:
         ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
         operands.
     """
-    rest = (of.bias is None, where)
-    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, where))
+    rest = (of.bias is None, window)
+    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window))
     if plan is None:
         return None
     if plan is _COPY:
-        return forward(of._replace(x=of.x.contiguous()), where)  # type: ignore[no-any-return]
+        return forward(of._replace(x=of.x.contiguous()), window)  # type: ignore[no-any-return]
     return plan(of, addresses)  # type: ignore[no-any-return]
 
 
-def _plan_forward(of: Operands, where: _Where) -> Any:
+def _plan_forward(of: Operands, window: Window) -> Any:
     x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
@@ -244,7 +243,7 @@ def _plan_forward(of: Operands, where: _Where) -> Any:
         like = (torch.Size(weight.shape[:1]), (1,), x.dtype, x.get_device())
         if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
             return None
-    geometry = _geometry(x, weight, where)
+    geometry = _geometry(x, weight, window)
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
     positions = max(
@@ -276,7 +275,7 @@ class _Backward:
         self.input_too, self.a_too = input_too, a_too
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
         none = [0] * len(sizes)
-        self.where = ([0], *geometry[2:], False, none, 1)
+        self.window = ([0], *geometry[2:], False, none, 1)
         low, wide = functools.partial(_last, x.dtype), torch.float32
         self.wide, self.tall = low(batch, channels, *outputs), low(channels, inner, *kernel)
         self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
@@ -318,13 +317,13 @@ class _Backward:
         da: _Maybe = None
         y, result, a_last, a_first = v, v, v, v
         if self.input_too:
-            dx, _, _ = _gradients(wide, x_last, tall, *self.where, [True, False, False])
+            dx, _, _ = _gradients(wide, x_last, tall, *self.window, [True, False, False])
         if self.returned:
             y, result = self.x.of(dx), self.dx.new()
             dx = result
         if self.a_too:
             down = self.down.new()  # whose shape alone counts
-            _, a_last, _ = _gradients(v, x_last, down, *self.where, [False, True, False])
+            _, a_last, _ = _gradients(v, x_last, down, *self.window, [False, True, False])
             a_last, da = self.down.of(a_last), self.da.new()
             a_first = da
         db = self.db.new()
@@ -335,13 +334,13 @@ class _Backward:
 
 @on_its_device
 def backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
 ) -> tuple[_Maybe, _Maybe, Tensor]:
     """The gradients of `forward`: of x, and of A, if wanted, and in float32 of B.
 
     Args:
         dy: ``[N, C_out, ...]``.
-        of, where: of the forward.
+        of, window: of the forward.
         t: of the forward.
         scaled: whether the scale is in the last gradient.
         wanted: of x, of A.
@@ -349,21 +348,21 @@ def backward(
     tensors = (dy, t, of.weight, of.a, of.b, of.scale, of.x)
 
     def plan_of(_: tuple[int, ...]) -> Any:
-        return _plan_backward(dy, of, t, scaled, wanted, where)
+        return _plan_backward(dy, of, t, scaled, wanted, window)
 
-    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, where), plan_of)
+    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, window), plan_of)
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
         t = _last(t.dtype, *t.shape).of(t)
-        return backward(dy, of._replace(x=x), t, scaled, wanted, where)  # type: ignore[no-any-return]
+        return backward(dy, of._replace(x=x), t, scaled, wanted, window)  # type: ignore[no-any-return]
     return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
 ) -> Any:
     x, weight, _, a, b, scale = of
-    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, where)
+    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, window)
     outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
     shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
