@@ -114,8 +114,8 @@ class Stored:
             for key in part.specs:
                 if key in file_of:
                     raise FileError(
-                        f"{self.path}: {key} is both in {where[key]} and in {name}. Remove the one "
-                        "of another copy, or download all again."
+                        f"{self.path}: {key} is both in {file_of[key]} and in {name}. Remove the "
+                        "one of another copy, or download all again."
                     )
                 file_of[key] = name
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
