@@ -507,11 +507,11 @@ class _Convolution(torch.autograd.Function):
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         wanted = needs[3], needs[4] or needs[5]
-        whole = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
+        dense_too = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
         dx = kernel = dbias = None
-        if needs[0] or whole or needs[2]:
+        if needs[0] or dense_too or needs[2]:
             dense = _kernel(weight, up, down) if needs[0] else weight
-            dx, kernel, dbias = _backward(dy, x, dense, window, (needs[0], whole, needs[2]))
+            dx, kernel, dbias = _backward(dy, x, dense, window, (needs[0], dense_too, needs[2]))
         if kernel is not None:
             da, product = _from_kernel(kernel.reshape(len(kernel), -1), down, up, wanted)
         else:

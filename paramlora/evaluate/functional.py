@@ -302,8 +302,8 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradi
     dx = da = db = dscale = None
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
-        whole = _sum(weight, up, down) if ctx.dense else None
-        dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
+        total = _sum(weight, up, down) if ctx.dense else None
+        dx = dy @ total if total is not None else _both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
         da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]

@@ -555,11 +555,11 @@ def _fill_pickled(
         _watch_made(stored, plan, state, watch)
         for key in part.state.keys() - part.specs.keys():
             state[key] = part.state[key]
-        whole = part.around(state)
+        content = part.around(state)
     else:
-        whole = {key: recipe.make(stored.read) for key, recipe in plan.items()}
-        _watch_made(stored, plan, whole, watch)
-    torch_save.save(whole, file, watch.wrote)
+        content = {key: recipe.make(stored.read) for key, recipe in plan.items()}
+        _watch_made(stored, plan, content, watch)
+    torch_save.save(content, file, watch.wrote)
 
 
 def _watch_made(stored: Stored, plan: Plan, state: Mapping[str, Any], watch: _Watch) -> None:

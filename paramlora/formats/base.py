@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import folded, whole
+from paramlora.formats.factors import folded, from_dense
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
@@ -271,7 +271,7 @@ def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
     if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
-        return whole(update.held["lora_diff"], None)
+        return from_dense(update.held["lora_diff"], None)
     raise FileError(
         f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
         f"{update.method} is of its whole weight alone. Give a model of the file's own names."

@@ -188,13 +188,13 @@ def _moved(
 
     A file of one fused weight often holds its parts apart, as blocks of zeros in ``lora_B``.
     """
-    whole = b.new_zeros(out, b.shape[1])
+    placed = b.new_zeros(out, b.shape[1])
     for here, there in rows:
-        whole[there] = b[here]
-    used = whole.count_nonzero(0) > 0
+        placed[there] = b[here]
+    used = placed.count_nonzero(0) > 0
     if used.all() or not used.any():
-        return a, whole
-    return a[used], whole[:, used]
+        return a, placed
+    return a[used], placed[:, used]
 
 
 def _nothing(made: "Sequence[Optional[tuple[Tensor, Tensor]]]", out: int) -> tuple[Tensor, Tensor]:

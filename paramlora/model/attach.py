@@ -441,12 +441,12 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
     out = []
     for key, group in claims.items():
         entries = {target.entry for _, target in group}
-        whole = len(group) == count[key] and len(entries) == 1
-        if count[key] > 1 and not whole:
+        every = len(group) == count[key] and len(entries) == 1
+        if count[key] > 1 and not every:
             _warn_tied(model, key, [target for _, target in group])
         first = _new(*group[0], adapter, gains)
         for module, target in group:
-            same = target is group[0][1] or (whole and target.entry.hard)
+            same = target is group[0][1] or (every and target.entry.hard)
             out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
 

@@ -237,8 +237,8 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
         return False
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
-    whole = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
-    if not (first and whole) or any(update.kernel or update.served for update in updates):
+    dims = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
+    if not (first and dims) or any(update.kernel or update.served for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)
 

@@ -176,12 +176,12 @@ def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -
     return named
 
 
-def _step(group: _Group, whole: bool, shares: bool, rounding: _Round) -> _Step:
+def _step(group: _Group, alone: bool, shares: bool, rounding: _Round) -> _Step:
     """The step of one tensor: form its sum, write it, erase the updates.
 
     Args:
         group: the holders that share the tensor with the same updates.
-        whole: whether no layer else holds it.
+        alone: whether no layer else holds it.
         shares: whether another tensor lies in the same memory, which must not move.
         rounding: gives how the sum is rounded.
     """
@@ -192,7 +192,7 @@ def _step(group: _Group, whole: bool, shares: bool, rounding: _Round) -> _Step:
             formed.append(_total(group, rounding()))
         touched = [one for (module, _, _), _ in group for one in with_lists(module)]
         with unchanged_on_error(touched):
-            _write(group, formed[0], whole, shares)
+            _write(group, formed[0], alone, shares)
             for (module, name, ours), _ in group:
                 _erase(module, name, ours)
 
@@ -217,7 +217,7 @@ def _among(update: nn.Module, updates: list[AttachedUpdate]) -> bool:
     return any(update is one for one in updates)
 
 
-def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) -> None:
+def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) -> None:
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
@@ -226,7 +226,7 @@ def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) ->
         return
     plain = _plain(group)
     base: Any = getattr(*plain[0])
-    if not whole:  # tied to a holder without these updates, which must not move
+    if not alone:  # tied to a holder without these updates, which must not move
         own = nn.Parameter(_laid_out(total, base), base.requires_grad)
         for owner, attribute in plain:
             setattr(owner, attribute, own)

@@ -50,7 +50,7 @@ def test_ragged_shapes_and_every_rank(shape, dtype):
     fused._FORWARDS.clear()
     y, got = run(values, seed)
     (plan,) = fused._FORWARDS.values()
-    assert (plan.whole is not None, plan.tiles.early) == (shape in SMALL, shape in LARGE)
+    assert (plan.single is not None, plan.tiles.early) == (shape in SMALL, shape in LARGE)
     again, twice = run(values, seed)
     want_y, want = gradients(dense, [v.double() for v in values], WANTED, seed.double())
     eps = torch.finfo(dtype).eps

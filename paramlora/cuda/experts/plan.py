@@ -169,9 +169,9 @@ def _product(
     M, N, K, experts, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
     rows_out, (bias, drop) = stride_wk == 1, map(bool, how)
     step = stride_wn if rows_out else stride_wk
-    whole = experts == 1 or stride_we == step * (N if rows_out else K)
-    whole = whole and 1 in (stride_wk, stride_wn)
-    aligned = even and whole and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
+    dense = experts == 1 or stride_we == step * (N if rows_out else K)
+    dense = dense and 1 in (stride_wk, stride_wn)
+    aligned = even and dense and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
     tiles = tiling(M // experts, N, K, of.hopper and aligned, drop)
     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
     E, BLOCK_R = power(experts + 1), power(max(r, 16))
