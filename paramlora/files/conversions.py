@@ -453,9 +453,9 @@ def _beside(folder: Path) -> list[Path]:
     return _every(folder, lambda path: not _is_weights(path))
 
 
-def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
+def _every(folder: Path, chosen: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
     """The files of a folder itself, without links to elsewhere."""
-    there = [path for path in entries_of(folder) if os.path.isfile(path) and wanted(path)]
+    there = [path for path in entries_of(folder) if os.path.isfile(path) and chosen(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -542,8 +542,8 @@ def _rounding(
 ) -> tuple[float, float]:
     """``<Δ, Δ>`` and ``<Δ, Δ'>`` of a run in 8 bits: what was to be added, and what was."""
     wide = before.float()
-    wanted, added = summed(wide) - wide, after.float() - wide
-    return float(wanted.dot(wanted)), float(wanted.dot(added))
+    meant, added = summed(wide) - wide, after.float() - wide
+    return float(meant.dot(meant)), float(meant.dot(added))
 
 
 def _fill_pickled(

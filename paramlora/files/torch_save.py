@@ -202,8 +202,8 @@ def _place(path: Path, content: Any, key: Optional[str]) -> tuple[str, ...]:
             level = level.get(name) if isinstance(level, Mapping) else None
         if _is_state(level):
             return place
-    wanted = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
-    raise FileError(f"{path}: no state dict {wanted}. {_way_out(content)}.")
+    asked = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
+    raise FileError(f"{path}: no state dict {asked}. {_way_out(content)}.")
 
 
 def _way_out(content: Any) -> str:

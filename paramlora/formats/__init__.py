@@ -33,7 +33,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import apart_from, factored, folded
+from paramlora.formats.factors import apart_from, factored, with_scale_in_B
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -231,7 +231,7 @@ def write(
     check_finite(adapter, "adapter")
     told = apart(adapter, base)
     if fold_scale:
-        told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
+        told = replace(told, updates={p: with_scale_in_B(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import folded, from_dense
+from paramlora.formats.factors import from_dense, with_scale_in_B
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
@@ -233,7 +233,7 @@ def _added(path: str, one: Value, second: Update, source: str) -> Update:
         )
     first = one
     if first.scale != second.scale:
-        first, second = folded(first), folded(second)
+        first, second = with_scale_in_B(first), with_scale_in_B(second)
     a = torch.cat([first.lora_A, second.lora_A], dim=-2)
     return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
 

@@ -215,7 +215,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
         )
 
 
-def folded(update: Update) -> Update:
+def with_scale_in_B(update: Update) -> Update:
     """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError, counted
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import with_scale_in_B
 from paramlora.formats.parts import Part, Rows
 from paramlora.update.value import Update
 
@@ -97,7 +97,7 @@ def gathered(
         FileError: the rows do not fit.
     """
     if len({source.update.scale for source in sources}) > 1:
-        sources = [replace(source, update=folded(source.update)) for source in sources]
+        sources = [replace(source, update=with_scale_in_B(source.update)) for source in sources]
     scale = sources[0].update.scale
     matrices = _by_part(sources)
     made = [_block(block, out, matrices, size, where) for block in rows]

@@ -246,12 +246,12 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     if not isinstance(strengths, Mapping):
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
-    wanted = {name: _strength(name, value) for name, value in strengths.items()}
+    checked = {name: _strength(name, value) for name, value in strengths.items()}
     with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
         put(
             [
-                (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
+                (u, u.switch.changed(checked.get(u.adapter, 0.0), u.switch.muted, gains))
                 for u in found
             ]
         )

@@ -340,23 +340,23 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
         for i, p in enumerate(plist)
         if i in others or _among(p, ours)
     ]
-    wanted = _through(chain, wide)
+    aim = _through(chain, wide)
     if soft:
-        wanted = folded(wanted, [answer(update, "term") for update in soft])
-    exact = _back(module, name, wide_rules, wanted)
+        aim = folded(aim, [answer(update, "term") for update in soft])
+    exact = _back(module, name, wide_rules, aim)
     new = [value.to(t.dtype) for value, t in zip(exact, stored)]
     held = _through(wide_rules, exact), _through(rules, new)
-    if not (_is(held[0], wanted, 64) and _is(held[1], wanted.to(held[1].dtype), 4)):
+    if not (_is(held[0], aim, 64) and _is(held[1], aim.to(held[1].dtype), 4)):
         raise AdapterError(_cannot_hold(module, name, rules))
     return list(zip(stored, new))
 
 
-def _is(value: Tensor, wanted: Tensor, units: int) -> bool:
+def _is(value: Tensor, aim: Tensor, units: int) -> bool:
     """Whether a value is the one that was wanted, but for some units in the last place of each
     element: a small update of a large weight would hide behind any absolute tolerance."""
-    eps = torch.finfo(wanted.dtype).eps
-    near = units * eps * wanted.abs() + torch.finfo(wanted.dtype).tiny
-    return bool(((value - wanted).abs() <= near).all())
+    eps = torch.finfo(aim.dtype).eps
+    near = units * eps * aim.abs() + torch.finfo(aim.dtype).tiny
+    return bool(((value - aim).abs() <= near).all())
 
 
 def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
@@ -366,8 +366,8 @@ def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
     return value
 
 
-def _back(module: nn.Module, name: str, rules: list[Any], wanted: Tensor) -> list[Tensor]:
-    value: Any = wanted
+def _back(module: nn.Module, name: str, rules: list[Any], aim: Tensor) -> list[Tensor]:
+    value: Any = aim
     try:
         for rule in reversed(rules):
             value = rule.right_inverse(value)

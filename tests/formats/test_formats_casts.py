@@ -75,7 +75,7 @@ def test_the_row_that_was_found(tmp_path):
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_scales_beyond_float32_are_kept_too(scale, tmp_path):
     value = adapter(torch.float32, scale)
-    close(product(formats.factors.folded(value.updates["blocks.0.q"])) / scale,
+    close(product(formats.factors.with_scale_in_B(value.updates["blocks.0.q"])) / scale,
           product(value.updates["blocks.0.q"]) / scale)  # fmt: skip
 
 

@@ -144,9 +144,9 @@ class _Forward:
         self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
         added, block = channels - inner, _copy_blocks(channels, P, last)
         of_weight = _weight_blocks(channels, positions)
-        self.folded = bias is not None and added > r
+        self.bias_inside = bias is not None and added > r
         numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
-        constants: tuple[Any, ...] = (self.folded, last, weight_last, R, *of_weight, *block)
+        constants: tuple[Any, ...] = (self.bias_inside, last, weight_last, R, *of_weight, *block)
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
         self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
@@ -155,7 +155,7 @@ class _Forward:
         numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
         grid = batch * -(-P // BP)
-        constants = (self.folded, same, R, BP)
+        constants = (self.bias_inside, same, R, BP)
         self.put = Launch(kernels.put, device, grid, numbers, constants, 1, 4)
         self.back: Optional[Launch] = None
         if not (last or weight_last):
@@ -166,13 +166,13 @@ class _Forward:
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
-        folded: Tensor = weight
+        channel: Tensor = weight
         left, pbias = bias, pw
-        if self.folded and bias is not None:
-            folded, left, pbias = bias, None, pb
+        if self.bias_inside and bias is not None:
+            channel, left, pbias = bias, None, pb
         pwide = wide.data_ptr()
         self.prepare(
-            (x, weight, a, b, scale, folded, wide, joined, down),
+            (x, weight, a, b, scale, channel, wide, joined, down),
             (px, pw, *others, pbias, pwide, joined.data_ptr(), down.data_ptr()),
         )
         t = self.t.of(self.conv(wide, down, None, *self.window))
