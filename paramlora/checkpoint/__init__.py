@@ -105,7 +105,7 @@ def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
 
 
 def apply(recipes: Recipes, state: State) -> dict[str, Any]:
-    """Carry a recipes out on a state dict; tensors that were one stay one."""
+    """Carry recipes out on a state dict; tensors that were one stay one."""
     out: Any = OrderedDict()
     made: dict[object, Any] = {}
     for key, recipe in recipes.items():
