@@ -222,12 +222,12 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = _flat(x)
-        down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
+        down, up, ctx.power = narrowed(flat, a, b, scale, strength)
         if ctx.dense:
             y, u = F.linear(flat, _sum(weight, up, down), bias), None
         else:
             u = flat @ down.t()
-            y = _both(flat, weight.t(), u, up.t(), bias)
+            y = both(flat, weight.t(), u, up.t(), bias)
         held = kept_input(ctx, x)
         ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
         # no view, which nobody could change in place
@@ -266,10 +266,17 @@ def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
     return (kernel or dy.dtype == torch.float16) and is_batched(dy)
 
 
-def _narrowed(
+def narrowed(
     x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, _Maybe]:
-    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
+    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`.
+
+    Args:
+        x: ``[..., in]``, what A is multiplied by.
+        a: ``[*stack, r, in]``.
+        b: ``[*stack, out, r]``.
+        scale: ``[]``, and `strength` on top of it.
+    """
     if x.dtype != torch.float16:
         return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
     b = b.float() * (scale.float() * strength)
@@ -303,7 +310,7 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradi
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
         total = _sum(weight, up, down) if ctx.dense else None
-        dx = dy @ total if total is not None else _both(dy, weight, v, down)
+        dx = dy @ total if total is not None else both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
         da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
@@ -323,7 +330,7 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
         up, down, h = narrow.in_range(dy, scaled, a, dy.shape[1])
         v = dy @ up.half()
         if needs[0]:
-            dx = _both(dy, weight, v, down.half())
+            dx = both(dy, weight, v, down.half())
             dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
         da = (narrow.outer(v, flat) / h).to(a.dtype) if needs[3] else None
     if u is not None and (needs[4] or needs[5]):
@@ -336,7 +343,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
+def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
     """``x @ w + u @ v + bias``; in 16 bits the smaller product comes first, so that one float32
     accumulator takes both, and the bias last, so that a large one does not drown it."""
     if x.dtype.itemsize > 2:

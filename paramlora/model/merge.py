@@ -346,12 +346,12 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
     exact = _back(module, name, wide_rules, aim)
     new = [value.to(t.dtype) for value, t in zip(exact, stored)]
     held = _through(wide_rules, exact), _through(rules, new)
-    if not (_is(held[0], aim, 64) and _is(held[1], aim.to(held[1].dtype), 4)):
+    if not (_equals(held[0], aim, 64) and _equals(held[1], aim.to(held[1].dtype), 4)):
         raise AdapterError(_cannot_hold(module, name, rules))
     return list(zip(stored, new))
 
 
-def _is(value: Tensor, aim: Tensor, units: int) -> bool:
+def _equals(value: Tensor, aim: Tensor, units: int) -> bool:
     """Whether a value is the one that was wanted, but for some units in the last place of each
     element: a small update of a large weight would hide behind any absolute tolerance."""
     eps = torch.finfo(aim.dtype).eps
