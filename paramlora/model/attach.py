@@ -351,7 +351,7 @@ def rounding(model: Model, how: str) -> Model:
 
     def each() -> None:
         for update in found:
-            update.keep(served=how == "as served")
+            update.keep(rounds_twice=how == "as served")
 
     to_the_end(each)
     return model

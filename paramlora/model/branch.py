@@ -238,7 +238,7 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
     dims = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
-    if not (first and dims) or any(update.kernel or update.served for update in updates):
+    if not (first and dims) or any(update.kernel or update.rounds_twice for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)
 

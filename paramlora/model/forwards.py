@@ -334,7 +334,7 @@ def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tenso
     factors = together(updates, layout, dropping)
     if dropping:
         return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
-    if updates[0].served:
+    if updates[0].rounds_twice:
         a, b, scale, strength = factors
         pair = functional.thin_pair(x, a, wide(b) * scale * strength, LINEAR, LINEAR)
         return F.linear(x, weight, bias) + pair
@@ -446,7 +446,7 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
         values = (weight, bias, a, b, scale, window, drops)
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
-    if updates[0].served:
+    if updates[0].rounds_twice:
         up = wide(b) * scale * strength
         y = self._conv_forward(input, weight, bias)
         return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
@@ -610,7 +610,7 @@ def beside_rows(
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
-    apart = base is not None and updates[0].served
+    apart = base is not None and updates[0].rounds_twice
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
@@ -646,7 +646,7 @@ def _convolution_of_rows(
 ) -> Tensor:
     x, bias = rows_first(layer, x, 0, rows), _bias(layer)
     y: Tensor
-    if not updates or updates[0].served:
+    if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)
         return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
     x = laid_as(x, weight)

@@ -28,7 +28,7 @@ from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
-from paramlora.update.sum import bound_of, folded, overflows, told
+from paramlora.update.sum import bound_of, folded, overflows, waited_for
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -294,7 +294,7 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
                 "or round at random (seed=0), or count what is lost (report=True)."
             )
     unknown = [is_sharded(base) or base.is_meta for base in bases]
-    added = told([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
+    added = waited_for([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
     for (module, name, ours), base, of, bound in zip(jobs, bases, terms, added):
         if not is_sharded(base):
             over = overflows(base, of, bound)
@@ -399,7 +399,7 @@ def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> None:
         for name, tensor in update.state_dict().items()
         if not tensor.is_meta
     ]
-    sound = told([torch.isfinite(tensor).all() for _, _, tensor in named])
+    sound = waited_for([torch.isfinite(tensor).all() for _, _, tensor in named])
     for (adapter, place, _), finite in zip(named, sound):
         if not finite:
             raise AdapterError(

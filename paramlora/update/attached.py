@@ -212,7 +212,7 @@ class AttachedUpdate(nn.Module):
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
-    served: bool = False  # whether its layer rounds twice, see `rounding`
+    rounds_twice: bool = False  # whether its layer does, as servers do, see `rounding`
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
     _hf_hook = NotOffloaded()
 

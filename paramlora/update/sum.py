@@ -262,7 +262,7 @@ def bound_of(terms: Sequence[Term]) -> Number:
     return sum(term.bound() for term in terms)
 
 
-def told(numbers: Sequence[Number]) -> list[float]:
+def waited_for(numbers: Sequence[Number]) -> list[float]:
     """Numbers of devices, each of which is waited for once."""
     out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
     by_device: dict[torch.device, list[int]] = {}
