@@ -288,7 +288,10 @@ def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     for adapter, weight in pairs:
         if not math.isfinite(weight):
-            raise AdapterError(f'adapter "{adapter.name}": its weight {weight} is not finite.')
+            raise AdapterError(
+                f'adapter "{adapter.name}": its weight {weight} is not finite. Give a finite '
+                "number."
+            )
     acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
     if not acting:
         raise AdapterError("nothing to add. Give an adapter whose weight is not 0.")
@@ -344,7 +347,7 @@ def _check_same(path: str, first: Any, other: Any) -> None:
     sizes = [list(u.shape or (u.lora_B.shape[-2], u.lora_A.shape[-1])) for u in (first, other)]
     raise AdapterError(
         f"{path}: one adapter updates a weight of {sizes[0]} ({first.layout}) and another one of "
-        f"{sizes[1]} ({other.layout}). Only adapters of one model add."
+        f"{sizes[1]} ({other.layout}). Only adapters of one model add. Leave one out."
     )
 
 
@@ -357,7 +360,7 @@ def _check_dense(path: str, first: Any, other: Any) -> None:
     if shapes[0] != shapes[1]:
         raise AdapterError(
             f"{path}: one adapter updates a weight of {shapes[0]} and another one of {shapes[1]}. "
-            "Only adapters of one model add."
+            "Only adapters of one model add. Leave one out."
         )
 
 

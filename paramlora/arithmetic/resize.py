@@ -123,11 +123,11 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
         try:
             mine = known.matching(as_pattern(name))
         except ValueError as error:
-            raise AdapterError(f'"{name}": {error}.') from error
+            raise AdapterError(f'"{name}": {error}. Give a plain name.') from error
         if not mine:
             near = closest(name, paths)
             hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4)}"
-            raise AdapterError(f'"{name}" names no layer. {hint}.')
+            raise AdapterError(f'"{name}" names no layer. {hint}. Give one of those.')
         for other in found.values():
             other -= mine
         found[name] = mine

@@ -274,7 +274,10 @@ def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) 
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
         if not math.isfinite(strength):
-            raise AdapterError(f'adapter "{adapter.name}": its weight {strength} is not finite.')
+            raise AdapterError(
+                f'adapter "{adapter.name}": its weight {strength} is not finite. Give a finite '
+                "number."
+            )
         for weight, change in contents.found(adapter, narrow=True).items():
             folds.setdefault(weight, []).append((change, float(strength)))
     for weight, strong in folds.items():

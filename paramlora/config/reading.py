@@ -62,7 +62,9 @@ def read_text(path: Union[str, "os.PathLike[str]"]) -> str:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MOST_TEXT:
-            raise FileError(f"{path}: {size:,} bytes, more than any real file of its kind has.")
+            raise FileError(
+                f"{path}: {size:,} bytes, more than any real file of its kind has. Give another."
+            )
         content = _read(path, file, size)
     try:
         return content.decode("utf-8-sig")  # some editors put a mark in front

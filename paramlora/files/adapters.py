@@ -435,7 +435,10 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
         for key, value in levels[-1]:
             places, characters = places + 1, characters + len(key)
             if places > _MOST_PLACES or characters > MOST_TEXT or len(levels) > _MOST_LEVELS:
-                raise FileError(f"{path}: its containers hold more, or deeper, than any real file.")
+                raise FileError(
+                    f"{path}: its containers hold more, or deeper, than any real file. Save its "
+                    "tensors alone."
+                )
             if isinstance(value, Tensor):
                 torch_save.checked_spec(path, key, value)
                 out[key], size = value.detach(), size + value.nbytes

@@ -94,7 +94,9 @@ def save(content: Any, file: BinaryIO, progress: Count) -> None:
         if watched.error is not None:  # torch hides it behind its own
             raise watched.error from None
         reason = str(error) or type(error).__name__
-        raise FileError(f"what was read cannot be written with torch.save: {reason}.") from error
+        raise FileError(
+            f"what was read cannot be written with torch.save: {reason}. Write a .safetensors file."
+        ) from error
 
 
 class _Watched:
@@ -146,7 +148,8 @@ def _check_zip(path: Path) -> None:
         if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
             raise FileError(
                 f"{path}: its records are compressed, doubled or larger than the file, which "
-                "torch.save never writes. It may be made to fill the memory; it is not read."
+                "torch.save never writes. It may be made to fill the memory, so it is not read. "
+                "Save it again with torch.save."
             )
         for name, record in records.items():
             if name.endswith("/data.pkl") and record.file_size <= MOST_TEXT:

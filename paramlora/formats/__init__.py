@@ -130,7 +130,7 @@ def read(
 def none_of(component: Optional[str]) -> str:
     """What is wrong with a file in which no update was found."""
     if component is None:
-        return "no update in it"
+        return "no update in it. Give the file that training wrote"
     return f"it has no part {component}. Give another component (--component), or leave it out"
 
 
@@ -220,13 +220,15 @@ def write(
     if form.complete:
         return form.write(adapter, base, **how)
     if not (adapter.updates or adapter.others):
-        raise FileError("the adapter has no updates.")
+        raise FileError(
+            "the adapter has no updates, so a file would hold nothing. Give one that has some."
+        )
     adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)
     if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
-            "format and peft's hold."
+            "format and peft's hold. Keep one of those."
         )
     check_finite(adapter, "adapter")
     told = apart(adapter, base)

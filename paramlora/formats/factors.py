@@ -33,7 +33,7 @@ def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     if any(k != 1 for k in up.shape[2:]):
         raise FileError(
             f"{where}: factors of {list(down.shape)} and {list(up.shape)} are not [r, in, ...] "
-            "and [out, r, 1, ...]."
+            "and [out, r, 1, ...]. Save it again."
         )
     if up.flatten(1).shape[1] != down.shape[0]:
         return ungrouped(down, up.flatten(1), scale, where)
@@ -52,7 +52,8 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     whole_groups = groups > 0 and not down.shape[1] % groups and not up.shape[0] % groups
     if down.dim() < 3 or down.shape[0] % up.shape[1] or not whole_groups:
         raise FileError(
-            f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other."
+            f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other. "
+            "Save it again."
         )
     kernel = tuple(down.shape[2:])
     blocks = rearrange(down.flatten(2), "(g r) (h i) k -> g h r (i k)", g=groups, h=groups)
@@ -138,7 +139,10 @@ def product_of(
     method = "loha" if "hada_w1_a" in held else "lokr"
     strange = held.keys() - KINDS[method].parts.keys()
     if strange:
-        raise FileError(f"{where}: {', '.join(sorted(strange))}: no form that can be read.")
+        raise FileError(
+            f"{where}: {', '.join(sorted(strange))}: no form that can be read. Merge it with the "
+            "tool that trained it."
+        )
     try:
         options = KINDS[method].options_of(held)
         KINDS[method].rank_of(held)
@@ -158,7 +162,9 @@ def difference_of(value: Tensor, where: str) -> KindUpdate:
     """
     if not value.is_floating_point() or not value.numel() or not value.dim():
         kind = str(value.dtype).removeprefix("torch.")
-        raise FileError(f"{where}: no change of a tensor: {list(value.shape)} {kind}.")
+        raise FileError(
+            f"{where}: no change of a tensor: {list(value.shape)} {kind}. Save it again."
+        )
     layer = "convolution" if value.dim() > 2 else None
     shape = tuple(value.shape)
     return KindUpdate("difference", {"lora_diff": value}, 1.0, shape, kind=layer)
@@ -203,11 +209,14 @@ def with_low_ranks(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
 def check_told(path: str, update: Update, tool: str) -> None:
     """Refuse what no file of named layers can hold, and what is not known well enough."""
     if not path:
-        raise FileError(f"(model): {tool} names layers inside a model, and has none for itself.")
+        raise FileError(
+            f"(model): {tool} names layers inside a model, and has none for itself. Keep the "
+            "native format."
+        )
     if update.up_kernel == "same":
         raise FileError(
             f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
-            "native format holds."
+            "native format holds. Keep that."
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
         raise FileError(

@@ -108,7 +108,9 @@ class Format:
 
     def __post_init__(self) -> None:
         if not self.marks and not self.like:
-            raise FileError(f'the format "{self.name}" has no marks, so no file is told to be one.')
+            raise FileError(
+                f'the format "{self.name}" has no marks, so no file is told to be one. Give it one.'
+            )
         if self.config and not (self.weights and self.config.endswith((".json", ".yaml"))):
             raise FileError(
                 f'the format "{self.name}": beside its weights ({", ".join(self.weights) or "none"}'

@@ -37,7 +37,7 @@ def fused_linear(
     if a.shape[0] != r * len(trained) or b.shape[0] != sum(trained) or len(rows) != len(on):
         raise FileError(
             f"{where}: factors of {list(a.shape)} and {list(b.shape)} do not fit parts of "
-            f"{list(rows)} rows of which {list(on)} were trained."
+            f"{list(rows)} rows of which {list(on)} were trained. Was it made for another model?"
         )
     placed = b.new_zeros(sum(rows), a.shape[0])
     column, start, taken = 0, 0, 0

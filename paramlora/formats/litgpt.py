@@ -93,11 +93,11 @@ def _rows(
     else:
         raise FileError(
             f"{where}: only queries were trained; give the model, which tells the size "
-            "of keys and values."
+            "of keys and values (--model)."
         )
     if extra or kv < 1:
         rows = counted(b.shape[0], "row")
-        raise FileError(f"{where}: {rows} for queries of {q}. Give the model.")
+        raise FileError(f"{where}: {rows} for queries of {q}. Give the model (--model).")
     return [q, kv, kv]
 
 
@@ -150,7 +150,9 @@ def _sizes(path: str, update: Update, adapter: Adapter, base: Optional[Base]) ->
     out = update.lora_B.shape[0]
     kv, extra = divmod(out - q, 2)
     if extra or kv < 1:
-        raise FileError(f"{path}: {counted(out, 'row')} for queries of {q}. Give the model.")
+        raise FileError(
+            f"{path}: {counted(out, 'row')} for queries of {q}. Give the model (--model)."
+        )
     return [q, kv, kv]
 
 

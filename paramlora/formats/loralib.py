@@ -58,7 +58,7 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
         if a.shape[0] != b.shape[1] or b.shape[0] * a.shape[1] != math.prod(slot.shape):
             raise FileError(
                 f"{where}: factors of {list(a.shape)} and {list(b.shape)} do not fit the weight of "
-                f"{list(slot.shape)}."
+                f"{list(slot.shape)}. Was it made for another model?"
             )
         # [r·k, in·k] and [out·k, r·k], reshaped to the weight: of low rank in no order of its axes
         return from_dense((wide(b) @ wide(a)).reshape(slot.shape), options.rank, scale)
@@ -98,7 +98,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         if not path or not flat or not held or update.kind not in (None, "linear", "embedding"):
             raise FileError(
                 f"{path or '(model)'}: a {update.kind or update.layout}; loralib's "
-                "files hold Linear and Embedding layers only."
+                "files hold Linear and Embedding layers only. Keep the native format."
             )
         if update.scale != 1:
             raise FileError(

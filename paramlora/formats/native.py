@@ -137,7 +137,10 @@ def _check_readable(
         raise FileError(f"{path}: {name} is no text that a file can hold. Rename it.") from error
     again = native_of(path, metadata, state)
     if again.values().keys() != values.keys():
-        raise FileError(f"{path}: the names of its tensors could not be read back.")
+        raise FileError(
+            f"{path}: the names of its tensors could not be read back. Rename its layers, and "
+            "report this."
+        )
 
 
 def checked_entries(

@@ -96,7 +96,10 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         start = f"{path}." if path else ""
         if update.kind not in (None, "linear") or update.layout != "matrix" or _is_conv(update):
             kind = update.kind or update.layout
-            raise FileError(f"{path}: a {kind}; the original wrapper's files hold Linear only.")
+            raise FileError(
+                f"{path}: a {kind}; the original wrapper's files hold Linear only. Keep the "
+                "native format."
+            )
         a, b = kernels(update) if update.shape is not None else (update.lora_A, update.lora_B)
         state[f"{start}lora_A"], state[f"{start}lora_B"] = a.contiguous(), b.contiguous()
         state[f"{start}lora_scale"] = _exact(update.scale)

@@ -116,7 +116,7 @@ def _check_size(rows: int, rank: int, where: str) -> None:
     """Refuse a rank that takes a file a few bytes, and beside all of a weight's rows the memory."""
     if rows * rank > _MOST:
         told = f"rank {rank:,} for {counted(rows, 'row')}"
-        raise FileError(f"{where}: {told} is more than any model has.")
+        raise FileError(f"{where}: {told} is more than any model has. Save it again.")
 
 
 _Matrix = tuple[Source, int]  # of a stack, which one

@@ -63,7 +63,9 @@ def recorded(content: Content) -> Mapping[str, Any]:
         return parsed(content.metadata[KEY], content.source)
     found = content.config.get(KEY, {})
     if not isinstance(found, Mapping):
-        raise FileError(f"{content.source}: {KEY} is {spelled(found)}, not an object.")
+        raise FileError(
+            f"{content.source}: {KEY} is {spelled(found)}, not an object. Save it again."
+        )
     return found
 
 

@@ -37,7 +37,7 @@ from paramlora.model.targets import (
     unwrapped,
 )
 from paramlora.model.ties import holders, overlapping
-from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
+from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error, undisturbed
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
@@ -257,12 +257,17 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
         )
 
 
-def one_by_one() -> AbstractContextManager[None]:
+@contextmanager
+def one_by_one() -> Iterator[None]:
     """Threads that switch do so one after the other: each reads what the others left."""
-    return surely_left(
-        lambda kept: kept.append(_LOCK.acquire()),
-        lambda kept: _LOCK.release() if kept and kept.pop() else None,
-    )
+    with (
+        undisturbed(),  # no signal leaves the lock held, and no handler waits for it
+        surely_left(
+            lambda kept: kept.append(_LOCK.acquire()),
+            lambda kept: _LOCK.release() if kept and kept.pop() else None,
+        ),
+    ):
+        yield
 
 
 def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
@@ -344,7 +349,7 @@ def rounding(model: Model, how: str) -> Model:
     """
     words = ("once", "as served")
     if how not in words:
-        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}.")
+        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}. Give one.")
     found = [update for _, _, update in updates(model)]
     if not found:
         raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")

@@ -108,7 +108,9 @@ def _index(
 
 def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optional[Names]) -> Tensor:
     if names is None or isinstance(names, str):
-        raise AdapterError(f"indices need the list of adapters that they mean, got {names!r}.")
+        raise AdapterError(
+            f"indices need the list of adapters that they mean, got {names!r}. Give names."
+        )
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise AdapterError(
             "expected the adapters of rows as integers of one dimension, got shape "
@@ -117,7 +119,7 @@ def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optiona
     _check_on(model, names)
     if index.is_cpu and len(index) and int(index.max()) >= len(names):
         most, there_are = int(index.max()), counted(len(names), "adapter")
-        raise AdapterError(f"index {most} is beyond the {there_are} named.")
+        raise AdapterError(f"index {most} is beyond the {there_are} named. Name more.")
     out = torch.full_like(index, len(there), dtype=torch.long)
     for at, name in enumerate(names):
         if name is not None:

@@ -651,5 +651,6 @@ def _check_soft(target: Target, module: nn.Module) -> None:
         )
     if target.entry.up_kernel == "same" and not convolution:
         raise TargetError(
-            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same".'
+            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same". '
+            "Leave it out."
         )

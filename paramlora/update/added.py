@@ -144,7 +144,7 @@ class Added(AttachedUpdate):
         """The value of an update in a native file."""
         check_types(where, *parts.values())
         if any(one.dim() < 2 or not one.numel() for n, one in parts.items() if n != "lora_scale"):
-            raise FileError(f"{where} is no update: its factors are no matrices.")
+            raise FileError(f"{where} is no update: its factors are no matrices. Save it again.")
         return super().read_file(where, parts, entry, told)
 
     @classmethod

@@ -467,7 +467,7 @@ class AttachedUpdate(nn.Module):
         """
         scale = parts.get("lora_scale")
         if scale is not None and scale.numel() != 1:
-            raise FileError(f"{where} is no update: its scale is no number.")
+            raise FileError(f"{where} is no update: its scale is no number. Save it again.")
         value = KindUpdate(
             entry.kind,
             {name: tensor for name, tensor in parts.items() if name != "lora_scale"},

@@ -216,7 +216,7 @@ class LowRank(AttachedUpdate):
         a, b, scale = (parts[name] for name in LOW_RANK)
         check_types(where, a, b, scale)
         if min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1:
-            raise FileError(f"{where} is no update: its factors are no matrices.")
+            raise FileError(f"{where} is no update: its factors are no matrices. Save it again.")
         if not _is_plain(cls):
             return super().read_file(where, parts, entry, told)
         update = Update(
@@ -244,7 +244,9 @@ class LowRank(AttachedUpdate):
         scale = parts["lora_scale"]
         check_types(where, scale)
         if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
-            raise FileError(f"{where}: the update inside it has factors of impossible shape.")
+            raise FileError(
+                f"{where}: the update inside it has factors of impossible shape. Save it again."
+            )
         named = None if a.dtype == factor_dtype(dtype) else str(a.dtype).removeprefix("torch.")
         if not _is_plain(cls):
             value: Any = super().read_state(where, {**parts, "lora_A": a, "lora_B": b}, dtype)

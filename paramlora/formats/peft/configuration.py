@@ -143,7 +143,7 @@ def by_pattern(
     try:
         found = Names(paths).first(config.get(name) or {})
     except ValueError as error:
-        raise FileError(f"{source}: {name}: {error}.") from error
+        raise FileError(f"{source}: {name}: {error}. Mend it there.") from error
     return {path: values[number] for path, number in found.items()}
 
 
@@ -161,7 +161,7 @@ def report_targets(
         report(content.source, what, [str(error)], False, "Its updates are read.")
         return
     except ValueError as error:
-        raise FileError(f"{content.source}: target_modules: {error}.") from error
+        raise FileError(f"{content.source}: target_modules: {error}. Mend it there.") from error
     places = places_of(base)
     found = [places.find(path, content.source) for path in adapter.values()]
     if any(there is not None and there.held for there in found):

@@ -140,7 +140,8 @@ def expert_of(
     depth = path.count(INNER, len(owner))
     if depth >= len(parameters):
         raise FileError(
-            f"{where}: more wrapped parameters than the model has: {listed(parameters)}."
+            f"{where}: more wrapped parameters than the model has: {listed(parameters)}. Was it "
+            "made for another model?"
         )
     name = parameters[len(parameters) - 1 - depth]
     r = int(number(experts.ranks[name], f"{where}, r"))
@@ -148,14 +149,14 @@ def expert_of(
     if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
         raise FileError(
             f"{where}: factors of {list(pair_.a.shape)} and {list(pair_.b.shape)} for "
-            f"experts of rank {r}."
+            f"experts of rank {r}. Save it again."
         )
     if count == 1 and (base is None or len(base[name].shape) == 2):
         return name, replace(pair(pair_.a, pair_.b, 1.0, where), kind="parameter")
     if base is None:
         raise FileError(
             f"{where}: {count} experts, stored as [out, in] or [in, out]; give the "
-            "model, which knows."
+            "model (--model), which knows."
         )
     a = rearrange(pair_.a, "(e r) i -> e r i", e=count)
     b = rearrange(pair_.b, "o (r e) -> e o r", e=count)

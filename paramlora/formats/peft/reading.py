@@ -265,7 +265,7 @@ def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[st
         for name in sorted(names - single):
             found |= known.matching(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?")
     except ValueError as error:
-        raise FileError(f"{source}: modules_to_save: {error}.") from error
+        raise FileError(f"{source}: modules_to_save: {error}. Mend it there.") from error
     return found
 
 
@@ -287,7 +287,8 @@ def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, Pai
             embeddings.add(match["path"])
     if len(names) > 1:
         raise FileError(
-            f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}."
+            f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}. "
+            "Save one of them alone."
         )
     check_whole(content, halves)
     single = sorted(set(magnitudes) - halves.keys())
