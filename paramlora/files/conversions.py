@@ -35,6 +35,7 @@ from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
+from paramlora.update.contexts import own_context
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
@@ -71,6 +72,7 @@ class Report:
     kept: Optional[float] = None
 
 
+@own_context()
 def embed(
     base: PathLike,
     adapter: AdapterLike,
@@ -110,6 +112,7 @@ def embed(
     return replace(done, updates=len(found.values()), largest=None)
 
 
+@own_context()
 def extract(
     embedded: PathLike,
     out: PathLike,
@@ -151,6 +154,7 @@ def extract(
     return Report(Path(out), len(held), len(held), size, count)
 
 
+@own_context()
 def merge(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
@@ -199,6 +203,7 @@ def merge(
         return _write(stored, plan, Path(out), dry_run, progress)
 
 
+@own_context()
 def kept(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],

@@ -280,7 +280,12 @@ class AttachedUpdate(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedUpdate":
         lazy = any(t.is_meta for t in self._tensors())
+        number = getattr(self, "lora_scale", None)
+        before = None if number is None else number.detach()
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.lora_scale.dtype.itemsize < before.dtype.itemsize:
+            # 16 bits would round it, or lose it
+            self.lora_scale.data = before.to(self.lora_scale.device, _wide(self.lora_scale.dtype))
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))

@@ -11,6 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
+from paramlora.update.narrow import wide
 
 _Pair = tuple[int, int]
 
@@ -98,12 +99,14 @@ class Lokr(Added):
 
     def product(self, x: Tensor) -> Tensor:
         """``x (w_1 ⊗ w_2)ᵀ`` times the scale and the strength, without the Kronecker product."""
-        first, second = (one.to(x.dtype) for one in factors(self.plain()))
+        dtype, x = x.dtype, wide(x)
+        own = factors({name: wide(tensor) for name, tensor in self.plain().items()})
+        first, second = (one.to(x.dtype) for one in own)
         split_x = rearrange(x, "... (b d) -> ... b d", b=first.shape[1])
         inner = torch.matmul(split_x, second.t())  # [..., b, c]
         y = einsum(first, inner, "a b, ... b c -> ... a c").flatten(-2)
         scale = self.lora_scale * self.gain.to(self.lora_scale.device)
-        return (y * scale).to(x.dtype)
+        return (y * scale).to(dtype)
 
     @classmethod
     def rank_of(cls, held: Any) -> int:
