@@ -495,7 +495,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
     if is_sharded(base) and not entry.whole:
         shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
-        update.to(getattr(torch, entry.adapter_dtype))
+        update.cast(getattr(torch, entry.adapter_dtype))
     update.keep(entry=entry, stored=is_storage(base.dtype), dropout=entry.dropout)
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)

@@ -280,18 +280,30 @@ class AttachedUpdate(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedUpdate":
         lazy = any(t.is_meta for t in self._tensors())
-        number = getattr(self, "lora_scale", None)
-        before = None if number is None else number.detach()
+        before = self._number()
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.lora_scale.dtype.itemsize < before.dtype.itemsize:
-            # 16 bits would round it, or lose it
-            self.lora_scale.data = before.to(self.lora_scale.device, _wide(self.lora_scale.dtype))
+        after: Any = getattr(self, "lora_scale", None)
+        if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
+            after.data = before.to(after.device, torch.float32)
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have its tensors in a type, but for its factor where that has 16 bits."""
+        before = self._number()
+        self.to(dtype)
+        if before is not None and dtype.itemsize == 2:
+            after: Any = getattr(self, "lora_scale", None)
+            after.data = before
+
+    def _number(self) -> Optional[Tensor]:
+        """The factor as it is now, whatever the tensor that holds it is cast to."""
+        held: Any = getattr(self, "lora_scale", None)
+        return None if held is None else held.detach()
 
     def _tensors(self) -> Any:
         return (

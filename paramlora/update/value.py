@@ -216,7 +216,7 @@ class Update(Value):
     def attached(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Both factors and the scale, in the type of an attached update's, and its mark."""
         kind = _dtype(self.adapter_dtype, dtype)
-        scale = torch.tensor(self.scale, dtype=_wide(kind))
+        scale = torch.tensor(self.scale, dtype=_of_number(kind, dtype))
         out = dict(zip(LOW_RANK, (self.lora_A.to(kind), self.lora_B.to(kind), scale)))
         return {**out, **_mark(self.layout, self.shape)}
 
@@ -224,7 +224,7 @@ class Update(Value):
         """``strength · scale · B·A``, to be added."""
         kind = _dtype(self.adapter_dtype, dtype)
         a, b = (factor.to(device, kind) for factor in (self.lora_A, self.lora_B))
-        scale = torch.tensor(self.scale, dtype=_wide(kind), device=device)
+        scale = torch.tensor(self.scale, dtype=_of_number(kind, dtype), device=device)
         return LowRankTerm(a, b, scale * _gain(strength, kind, device), self.layout)
 
     def fitted(self, shape: tuple[int, ...]) -> Optional["Update"]:
@@ -323,7 +323,7 @@ class KindUpdate(Value):
             for name, tensor in self.held.items()
         }
         if self._scaled:
-            out["lora_scale"] = torch.tensor(self.scale, dtype=_wide(kind))
+            out["lora_scale"] = torch.tensor(self.scale, dtype=_of_number(kind, dtype))
         marked = "lora_transposed" in KINDS[self.method].hidden
         return {**out, **(_mark(self.layout, self.shape) if marked else {})}
 
@@ -422,12 +422,14 @@ def _dtype(named: Optional[str], dtype: torch.dtype) -> torch.dtype:
 
 def _gain(strength: float, kind: torch.dtype, device: _Device) -> Tensor:
     """A strength, in the type in which a live update holds it."""
-    return torch.tensor(strength, dtype=_wide(kind), device=device)
+    wide = torch.promote_types(kind, torch.float32)
+    return torch.tensor(strength, dtype=wide, device=device)
 
 
-def _wide(kind: torch.dtype) -> torch.dtype:
-    """The type of a number before tensors of a type, which 16 bits would round or lose."""
-    return torch.promote_types(kind, torch.float32)
+def _of_number(kind: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type of the factor of an update whose tensors are of one type on a tensor of another: 16
+    bits would round it, or lose it."""
+    return factor_dtype(dtype) if kind.itemsize == 2 else kind
 
 
 def _stored_scale(scale: float, like: Tensor) -> Tensor:
