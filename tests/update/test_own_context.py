@@ -214,7 +214,9 @@ def embed_files(folder):
     base, inside = on_disk(folder, "base.safetensors", bits(net())), folder / "in.safetensors"
     paramlora.files.embed(base, paramlora.adapter_of(attached()), inside)
     paramlora.files.extract(inside, folder / "out.safetensors")
-    return load_file(inside) | {f"{k} out": v for k, v in load_file(folder / "out.safetensors").items()}
+    return load_file(inside) | {
+        f"{k} out": v for k, v in load_file(folder / "out.safetensors").items()
+    }
 
 
 OPERATIONS = [attach, merge, merge_narrow, merge_nothing, merge_by_torch, detach, switch]
