@@ -394,13 +394,8 @@ class WholeValue(Value):
         return TargetConfig(name, 0, whole=True)
 
     def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
-<<<<<<< HEAD
-        """It instead of the weight, or some of the way there."""
-        gain = _gain(strength, self.value.dtype, device)
-=======
         """The tensor instead of the weight, or some of the way there."""
-        gain = torch.tensor(strength, dtype=self.value.dtype, device=device)
->>>>>>> main
+        gain = _gain(strength, self.value.dtype, device)
         return WholeTerm(self.value.to(device), gain)
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
