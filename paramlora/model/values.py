@@ -27,6 +27,7 @@ from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite
 from paramlora.update.sharded import check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
@@ -45,6 +46,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
 
 
+@own_context()
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default"
 ) -> nn.Module:
@@ -120,6 +122,7 @@ def _check_finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
     )
 
 
+@own_context()
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     """An attached adapter as a value: its tensors detached, and shared where they are plain.
 
@@ -142,6 +145,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     return Adapter(name=adapter, base=told, holders=tied, **apart_by_kind(made))
 
 
+@own_context()
 def attach_adapter(
     model: Model,
     adapter: Adapter,
@@ -186,6 +190,7 @@ def attach_adapter(
     return model
 
 
+@own_context()
 def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
 
