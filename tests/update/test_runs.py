@@ -1,0 +1,60 @@
+"""Many tensors as few: checked at once, and copied to another device by a constant number of copies."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from paramlora.update.memory import all_finite, moved, runs_of
+
+
+class Moves(TorchFunctionMode):
+    """How often a tensor is asked to be on a device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.Tensor.to
+        return func(*args, **(kwargs or {}))
+
+
+def of_a_file(count):
+    """Tensors one behind the other, two types of them, and some with memory of their own."""
+    wide, low = torch.randn(count * 6), torch.randn(count * 4).bfloat16()
+    parts = [wide[6 * i : 6 * i + 6].view(2, 3) for i in range(count)]
+    parts += [low[4 * i : 4 * i + 4] for i in range(count)]
+    parts += [torch.tensor(float(i)) for i in range(count)]
+    return parts + [torch.randn(4, 2).t(), torch.zeros(0, 3), parts[1]]
+
+
+def test_what_lies_together_is_one_run():
+    parts = of_a_file(5)
+    places = runs_of(parts)
+    for part in parts:
+        run, at = places[id(part)]
+        assert torch.equal(run[at : at + part.numel()].view(part.shape), part)
+    assert len({id(run) for run, _ in places.values() if run.numel() in (30, 20)}) == 2
+    # no copy
+    assert parts[0].untyped_storage().data_ptr() == places[id(parts[0])][0].data_ptr()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_that_is_not_finite_is_found_wherever_it_lies(bad):
+    for which in (0, 4, 7, 12, 15):
+        parts = of_a_file(5)
+        assert all_finite(parts)
+        parts[which][..., -1:].fill_(bad) if parts[which].dim() else parts[which].fill_(bad)
+        assert not all_finite(parts)
+    beside = torch.randn(9)
+    beside[4] = bad  # between two parts, and of none
+    assert all_finite([beside[:4], beside[5:]])
+
+
+def test_copies_to_a_device_are_as_many_for_any_number_of_tensors():
+    counts = []
+    for count in (3, 30):
+        parts = of_a_file(count)
+        with Moves() as moves:
+            found = moved(parts, torch.device("cpu"))
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, parts))
+        counts.append(moves.count)
+    assert counts == [3, 3]  # of two types, and of what lies alone
