@@ -33,6 +33,8 @@ def test_what_lies_together_is_one_run():
         run, at = places[id(part)]
         assert torch.equal(run[at : at + part.numel()].view(part.shape), part)
     assert len({id(run) for run, _ in places.values() if run.numel() in (30, 20)}) == 2
+    a, b = torch.randn(40).split([20, 20])  # with a number between them that is neither's
+    assert runs_of([b[1:], a])[id(a)][0].numel() == 40
     # no copy
     assert parts[0].untyped_storage().data_ptr() == places[id(parts[0])][0].data_ptr()
 
@@ -44,9 +46,15 @@ def test_one_that_is_not_finite_is_found_wherever_it_lies(bad):
         assert all_finite(parts)
         parts[which][..., -1:].fill_(bad) if parts[which].dim() else parts[which].fill_(bad)
         assert not all_finite(parts)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for at in (0, 1, 500, 996, 999):  # in a vector of the processor, and behind the last
+            long = torch.randn(1000).to(dtype)
+            long[at] = bad
+            assert not all_finite([long])
+    assert all_finite([torch.full((9,), torch.finfo(torch.float16).max).half()] * 2)
     beside = torch.randn(9)
     beside[4] = bad  # between two parts, and of none
-    assert all_finite([beside[:4], beside[5:]])
+    assert all_finite([beside[:4], beside[5:]]) and not all_finite([beside[:4], beside[4:]])
 
 
 def test_copies_to_a_device_are_as_many_for_any_number_of_tensors():
