@@ -29,9 +29,9 @@ _DEVICES = ("cpu", "cuda")
 
 
 def runs_of(tensors: Iterable[Tensor]) -> dict[int, tuple[Tensor, int]]:
-    """By a tensor's `id` the run that it lies in, and where: tensors that lie near each other in one
-    memory, as those that were read of one file, are one flat run with what is between them. Others
-    are their own.
+    """By a tensor's `id` the run that it lies in, and where: tensors that lie near each other in
+    one memory, as those that were read of one file, are one flat run with what is between them.
+    Others are their own.
 
     Args:
         tensors: plain ones, on whichever devices; one that is given twice is taken once.
@@ -74,7 +74,7 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         rest = [run for run in runs if run is not longest]
         out[id(longest)] = longest.to(device)
         if rest:
-            parts = torch.cat(rest).to(device).split([run.numel() for run in rest])
+            parts = torch.split(torch.cat(rest).to(device), [run.numel() for run in rest])  # type: ignore[no-untyped-call]
             out.update((id(run), part) for run, part in zip(rest, parts))
     taken = ((t, out[id(run)], at) for t in tensors for run, at in [places[id(t)]])
     return [whole[at : at + t.numel()].view(t.shape) for t, whole, at in taken]

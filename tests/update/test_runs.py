@@ -1,4 +1,4 @@
-"""Many tensors as few: checked at once, and copied to another device by a constant number of copies."""
+"""Many tensors as few: checked at once, and copied to a device by a few copies."""
 
 import pytest
 import torch
