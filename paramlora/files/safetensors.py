@@ -96,7 +96,8 @@ class SafeFile:
             out = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise FileError(
-                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold."
+                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold. Give a "
+                "smaller file, or use a machine with more."
             ) from error
         if size:
             self._fill(self._begin[key], bytes_of(out))
@@ -113,7 +114,7 @@ class SafeFile:
         if size > memory:
             raise FileError(
                 f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
-                "memory."
+                "memory. Give a smaller file, or use a machine with more."
             )
         return self._as_one(size) if together else {key: self.read(key) for key in self.specs}
 
@@ -189,8 +190,8 @@ class SafeFile:
             key.encode()
         except (TypeError, KeyError, ValueError) as error:
             raise self._damaged(f'"{key}" is not a tensor') from error
-        whole = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
-        if not whole or not possible(shape):
+        sizes = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
+        if not sizes or not possible(shape):
             raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
         if dtype is None:
             raise FileError(
@@ -267,6 +268,8 @@ def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, s
     try:
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise FileError(f"{spelled(error.object[error.start :])} is not Unicode text.") from error
+        raise FileError(
+            f"{spelled(error.object[error.start :])} is not Unicode text. Rename it."
+        ) from error
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -116,9 +116,9 @@ def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: Atta
 
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
-        raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs.")
+        raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs. Save it again.")
     if not value.is_floating_point() and value.dtype != dtype:
-        raise FileError(f"{key}: of type {value.dtype}, where real numbers belong.")
+        raise FileError(f"{key}: of type {value.dtype}, where real numbers belong. Save it again.")
 
 
 def _finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +128,9 @@ def _finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str
     if all_finite(real.values()):
         return cast
     key = next(key for key, value in real.items() if not torch.isfinite(value).all())
-    raise FileError(f"{key}: not finite in {live[key].dtype}. Nothing was loaded.")
+    raise FileError(
+        f"{key}: not finite in {live[key].dtype}. Nothing was loaded; give a sound one."
+    )
 
 
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
@@ -236,7 +238,7 @@ _ASKED = 8  # tensors whose base a swap compares: all would take longer than the
 
 
 def _warn_if_other(model: nn.Module, adapter: Adapter, into: str) -> None:
-    """As `attach_adapter` does, by some of the tensors."""
+    """Warn where some of the tensors tell that the adapter was trained on another base."""
     paths = sorted(adapter.base)
     some = {path: adapter.base[path] for path in paths[:: max(1, len(paths) // _ASKED)]}
     if some:
@@ -252,7 +254,10 @@ def _filled(
 ) -> Tensor:
     """A value of a file in the shape that an update has, with ranks of zeros where it has less."""
     if key not in values:
-        raise FileError(f"{key}: not in the file, whose update of that tensor is of another kind.")
+        raise FileError(
+            f"{key}: not in the file, whose update of that tensor is of another kind. Load it "
+            "under a name of its own."
+        )
     value = values[key]
     dim = update.rank_dim(name)
     if dim is None or value.shape == shape or value.dim() != len(shape):
