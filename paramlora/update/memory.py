@@ -40,11 +40,11 @@ def runs_of(tensors: Iterable[Tensor]) -> dict[int, tuple[Tensor, int]]:
     same = {id(t): t for t in tensors}
     by_place = sorted(same.values(), key=lambda t: (str(t.dtype), str(t.device), t.data_ptr()))
     for some in _near_each_other(by_place):
-        start, last = some[0].storage_offset(), some[-1]
+        start, last = int(some[0].storage_offset()), some[-1]
         flat = last.reshape(-1)
         if len(some) > 1:
             flat = last.as_strided((last.storage_offset() + last.numel() - start,), (1,), start)
-        found.update((id(t), (flat, t.storage_offset() - start)) for t in some)
+        found.update((id(t), (flat, int(t.storage_offset()) - start)) for t in some)
     return found
 
 
@@ -58,7 +58,7 @@ def _near_each_other(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             yield some
             some = []
         some.append(t)
-        before, end = memory, t.storage_offset() + t.numel()
+        before, end = memory, int(t.storage_offset()) + t.numel()
     if some:
         yield some
 
@@ -74,7 +74,7 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         rest = [run for run in runs if run is not longest]
         out[id(longest)] = longest.to(device)
         if rest:
-            parts = torch.split(torch.cat(rest).to(device), [run.numel() for run in rest])  # type: ignore[no-untyped-call]
+            parts = torch.split(torch.cat(rest).to(device), [run.numel() for run in rest])
             out.update((id(run), part) for run, part in zip(rest, parts))
     taken = ((t, out[id(run)], at) for t in tensors for run, at in [places[id(t)]])
     return [whole[at : at + t.numel()].view(t.shape) for t, whole, at in taken]
