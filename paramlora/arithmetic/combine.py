@@ -209,7 +209,7 @@ def _joined(terms: list[_Term], rank: Optional[int]) -> tuple[Tensor, Tensor, fl
 
 
 def _without_repeats(terms: list[_Term]) -> list[_Term]:
-    """Those of one A as one term, which has no higher rank."""
+    """The terms, those with the same A as one, which has no higher rank."""
     groups: list[list[_Term]] = []
     for term in terms:
         same = (g for g in groups if torch.equal(g[0].a, term.a))
@@ -245,7 +245,7 @@ def _linear(path: str, terms: list[_Term]) -> tuple[Tensor, Tensor]:
 def _thinned(
     path: str, terms: list[_Term], numbers: list[int], way: _Way, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Of ways that choose entries: their dense sum, one layer of it, and its nearest of a rank."""
+    """The sum by a way that chooses entries: dense, one layer of it, and its nearest of a rank."""
     wide = torch.promote_types(dtype, torch.float32)
     dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
     if way.how == "ties":
@@ -352,7 +352,7 @@ def _check_same(path: str, first: Any, other: Any) -> None:
 
 
 def _check_dense(path: str, first: Any, other: Any) -> None:
-    """The same where one is a whole difference, whose shape is the weight's."""
+    """Refuse two values of one path, of which one is a dense difference, of other shapes."""
     shapes = []
     for one in (first, other):
         own = one.held["lora_diff"].shape if is_difference(one) else one.shape

@@ -247,7 +247,7 @@ class LoRAConfig:
 
 
 def parsed(data: Any, source: str) -> LoRAConfig:
-    """As `LoRAConfig.from_dict`, and nothing is made of the patterns, which may be a file's.
+    """The configuration in plain data; nothing is made of its patterns, which may be a file's.
 
     Raises:
         ConfigError: as there.

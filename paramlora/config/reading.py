@@ -37,8 +37,8 @@ def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
     try:
         _check_regular(path, os.stat(path).st_mode)  # before the opening: that may act
         # without waiting: what is at a name may have changed since
-        wanted = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        file = open(os.open(path, wanted), "rb")
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = open(os.open(path, flags), "rb")
     except OSError as error:
         raise unread(path, error) from error
     except ValueError as error:

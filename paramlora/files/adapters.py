@@ -112,7 +112,7 @@ def read_adapter(
 
 
 def _read(path: PathLike, base: Callable[[Format], Optional[Base]], options: Options) -> Adapter:
-    """As `read_adapter`, of a base that the format asks for."""
+    """The adapter in a file, fitted to a base that the format asks for."""
     content = checked(path)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
@@ -190,7 +190,7 @@ def convert(
 def write_adapter(
     adapter: Adapter,
     out: PathLike,
-    to: str = "native",
+    to: str = formats.OWN,
     base: Optional[Base] = None,
     *,
     force: bool = False,
@@ -309,7 +309,7 @@ def _check_names_itself(path: PathLike) -> None:
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
             "model, and here are several. Give the pipeline's folder (--base), or convert it "
-            "alone to native first, with its model (--model), and give that file."
+            f"alone to {formats.OWN} first, with its model (--model), and give that file."
         )
 
 
@@ -331,8 +331,8 @@ def opened(path: PathLike) -> Content:
     """
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
-        whole = torch_save.load(weights)
-        return _content(weights, _inside(whole, _flat(weights, whole)), {})
+        content = torch_save.load(weights)
+        return _content(weights, _inside(content, _flat(weights, content)), {})
     file = SafeFile(weights)
     try:
         return _content(weights, file.every(), file.metadata)
@@ -341,7 +341,7 @@ def opened(path: PathLike) -> Content:
 
 
 def checked(path: PathLike) -> Content:
-    """As `opened`, once the format has found its outline sound: before any tensor is read.
+    """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
     Raises:
         FileError: as there, or by the format.
@@ -361,7 +361,7 @@ def checked(path: PathLike) -> Content:
 
 
 def outlined(path: PathLike) -> Content:
-    """As `opened`, and the tensors of a safetensors file have no content: it was not read.
+    """What `opened` gives, but the tensors of a safetensors file have no content: it was not read.
 
     Raises:
         FileError: as there.
@@ -422,14 +422,14 @@ def _is_weights(path: Path) -> bool:
     return is_pickled(head) or head[8:] == b"{"
 
 
-def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
+def _flat(path: Path, content: Any) -> dict[str, Tensor]:
     """The tensors in nested containers, their keys joined by dots.
 
     One container may stand in many places, and so may what is inside it: both the places and the
     bytes that they stand for are counted, and no real file has so many.
     """
     out: dict[str, Tensor] = {}
-    levels = [iter([("", whole)])]
+    levels = [iter([("", content)])]
     places = characters = size = 0
     while levels:
         for key, value in levels[-1]:
@@ -451,12 +451,12 @@ def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
     return out
 
 
-def _inside(whole: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+def _inside(content: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
 
     A module of that name is no dictionary: its layers keep it.
     """
-    inner = whole.get("model") if isinstance(whole, Mapping) else None
+    inner = content.get("model") if isinstance(content, Mapping) else None
     if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
         return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
     return flat
@@ -565,8 +565,8 @@ def _save(content: Content, out: Path, form: Format, check: Callable[[Content], 
 def _fill(content: Content, form: Format, file: BinaryIO) -> None:
     if form.pickled:
         state: Any = _apart(content.state)
-        whole = {form.wrap: state} if form.wrap else state
-        torch_save.save(whole, file, lambda count: None)
+        wrapped = {form.wrap: state} if form.wrap else state
+        torch_save.save(wrapped, file, lambda count: None)
     else:
         specs = {key: spec_of(tensor) for key, tensor in content.state.items()}
         # not the library, which writes metadata in another order each time

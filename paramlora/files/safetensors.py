@@ -171,8 +171,8 @@ class SafeFile:
             key.encode()
         except (TypeError, KeyError, ValueError) as error:
             raise self._damaged(f'"{key}" is not a tensor') from error
-        whole = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
-        if not whole or not possible(shape):
+        sizes = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
+        if not sizes or not possible(shape):
             raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
         if dtype is None:
             raise FileError(

@@ -33,7 +33,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import apart_from, factored, folded
+from paramlora.formats.factors import apart_from, factored, with_scale_in_B
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -58,6 +58,7 @@ __all__ = [
     "Content",
     "Format",
     "Mark",
+    "OWN",
     "Options",
     "Prefix",
     "Slot",
@@ -83,6 +84,9 @@ for _file in iter_modules(__path__):  # so that a new format's file is all that 
     _form = getattr(import_module(f"{__name__}.{_file.name}"), "FORMAT", None)
     if _form is not None:
         register(_form)
+
+
+OWN = next(name for name, form in FORMATS.items() if form.complete)  # the package's own format
 
 
 def form_of(content: Content) -> Format:
@@ -232,7 +236,7 @@ def write(
     check_finite(adapter, "adapter")
     told = apart(adapter, base)
     if fold_scale:
-        told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
+        told = replace(told, updates={p: with_scale_in_B(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
 

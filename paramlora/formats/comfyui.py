@@ -106,7 +106,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
 
 
 def names_of(base: Base, prefix: Optional[str] = None) -> Base:
-    """The same weights under the names that ComfyUI has for them.
+    """A base's weights under the names that ComfyUI has for them.
 
     Raises:
         FileError: a text encoder of a name that nothing tells.

@@ -314,4 +314,5 @@ FORMAT = Format(
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,
     prefix=Prefix("component", "diffusers' keys (unet)"),
+    beside={"diffusers": {"component": ""}},  # the model's own file, which is in no pipeline
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramlora.errors import FileError
 from paramlora.formats.content import check_factors
-from paramlora.formats.merged import merged_linear
+from paramlora.formats.fused import fused_linear
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, KindUpdate, Update
 
@@ -66,7 +66,7 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
         )
     a = rearrange(own, "g r i -> (g r) i")
     rows = [up.shape[0] // groups] * groups
-    update = merged_linear(a, up, scale, rows, [True] * groups, where)
+    update = fused_linear(a, up, scale, rows, [True] * groups, where)
     shape = (up.shape[0], down.shape[1] // groups, *kernel)
     return replace(update, shape=shape, kind="convolution", groups=groups)
 
@@ -175,7 +175,7 @@ def factored(value: KindUpdate) -> Optional[Update]:
     own = value.held["lora_diff"]
     if own.dim() < 2 or value.layout == "stack":
         return None
-    update = replace(whole(own, None, value.scale), groups=value.groups).turned(value.layout)
+    update = replace(from_dense(own, None, value.scale), groups=value.groups).turned(value.layout)
     return update if value.kind is None else replace(update, kind=value.kind)
 
 
@@ -224,7 +224,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
         )
 
 
-def folded(update: Update) -> Update:
+def with_scale_in_B(update: Update) -> Update:
     """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
@@ -257,7 +257,7 @@ def ones(matrix: Tensor, count: int) -> Tensor:
     return matrix.reshape(*matrix.shape, *[1] * count)
 
 
-def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
+def from_dense(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
     """A dense change of a weight ``[out, in, *kernel]`` as an update.
 
     Without a `rank` it is kept to the last bit: the smaller side's identity is one factor. With
@@ -265,7 +265,7 @@ def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
 
     Example:
         >>> delta = torch.randn(3, 4)
-        >>> assert torch.equal(whole(delta, None).delta(), delta)
+        >>> assert torch.equal(from_dense(delta, None).delta(), delta)
     """
     matrix = delta.flatten(1)
     out, fan_in = matrix.shape

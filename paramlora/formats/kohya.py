@@ -30,11 +30,11 @@ from paramlora.formats.factors import (
     apart_from,
     check_told,
     difference_of,
+    from_dense,
     kernels,
     pair,
     product_of,
     rescaled,
-    whole,
     wide,
     with_low_ranks,
 )
@@ -175,7 +175,7 @@ def _update(
             "again, with all parts."
         )
     scale = _scale(alpha, r, exact, where) if r else 1.0
-    return whole(delta.contiguous(), options.rank, scale)
+    return from_dense(delta.contiguous(), options.rank, scale)
 
 
 def _lora(parts: Mapping[str, Tensor], where: str) -> Update:

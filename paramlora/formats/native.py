@@ -157,12 +157,12 @@ def _checked(
     about, config = _about(path, told)
     entries = _entries(path, config, state, told="shapes" in about)
     there = _names_there(state)
-    wanted = {
+    needed = {
         _key(stem, name)
         for stem, entry in entries.items()
         for name in kind_of(entry).names(there.get(stem, ()))
     }
-    missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    missing, unexpected = sorted(needed - set(state)), sorted(set(state) - needed)
     if missing or unexpected:
         raise FileError(
             f"{path}: its tensors do not match its metadata: missing: {listed(missing) or 'none'}; "

@@ -246,12 +246,12 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     if not isinstance(strengths, Mapping):
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
-    wanted = {name: _strength(name, value) for name, value in strengths.items()}
+    checked = {name: _strength(name, value) for name, value in strengths.items()}
     with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
         put(
             [
-                (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
+                (u, u.switch.changed(checked.get(u.adapter, 0.0), u.switch.muted, gains))
                 for u in found
             ]
         )
@@ -356,7 +356,7 @@ def rounding(model: Model, how: str) -> Model:
 
     def each() -> None:
         for update in found:
-            update.keep(served=how == "as served")
+            update.keep(rounds_twice=how == "as served")
 
     to_the_end(each)
     return model
@@ -368,7 +368,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """As `updates`, those that have two factors."""
+    """The `updates` that have two factors."""
     return (one for one in updates(model) if "lora_A" in one[2].parts)
 
 
@@ -382,7 +382,7 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]
 
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
-    """As `updates`, with an update that tied tensors share once for each holder."""
+    """The `updates`, of which one that tied tensors share comes once for each holder."""
     for path, module in adapted_modules(model):
         for name, plist in updates_of(module):
             for update in plist:
@@ -446,12 +446,12 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
     out = []
     for key, group in claims.items():
         entries = {target.entry for _, target in group}
-        whole = len(group) == count[key] and len(entries) == 1
-        if count[key] > 1 and not whole:
+        every = len(group) == count[key] and len(entries) == 1
+        if count[key] > 1 and not every:
             _warn_tied(model, key, [target for _, target in group])
         first = _new(*group[0], adapter, gains)
         for module, target in group:
-            same = target is group[0][1] or (whole and target.entry.hard)
+            same = target is group[0][1] or (every and target.entry.hard)
             out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
 

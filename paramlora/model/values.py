@@ -225,7 +225,7 @@ _ASKED = 8  # tensors whose base a swap compares: all would take longer than the
 
 
 def _warn_if_other(model: nn.Module, adapter: Adapter, into: str) -> None:
-    """As `attach_adapter` does, by some of the tensors."""
+    """Warn where some of the tensors tell that the adapter was trained on another base."""
     paths = sorted(adapter.base)
     some = {path: adapter.base[path] for path in paths[:: max(1, len(paths) // _ASKED)]}
     if some:

@@ -1,7 +1,7 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -23,6 +23,7 @@ from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
@@ -78,21 +79,21 @@ class Switch:
         return Switch(strength, gain, muted, past, self.rows, self.routes)
 
     def routed(self, routes: "Routes") -> "Switch":
-        """As strong on other rows, which remembers this one."""
+        """A switch as strong on other rows, which remembers this one."""
         strength_changes()
         past = self._remembering()
         return Switch(self.strength, self.gain, self.muted, past, routes=routes)
 
     def born(self) -> "Switch":
-        """As if it had been off until now: what is computed again of an earlier forward is computed
-        without it."""
+        """A switch that was off until now: what is computed again of an earlier forward is computed
+        without the update."""
         return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
 
     def at(self, sequence: int) -> "Switch":
-        """As it was when the forward drew a sequence number of autograd."""
+        """The switch as it was when a forward drew its sequence number of autograd."""
         for until, effective, rows in self.past:
             if sequence < until:
                 if len(self.past) == _REMEMBERED and until == self.past[0][0]:
@@ -101,7 +102,7 @@ class Switch:
         return self
 
     def seen(self, adapter: str) -> "Switch":
-        """As rows of one adapter see it, where a layer is called with those alone."""
+        """The switch as rows of one adapter see it, where a layer is called with those alone."""
         only = ONLY.adapter
         if only == UNSPLIT:
             return self
@@ -110,7 +111,7 @@ class Switch:
         return Switch(0.0, torch.zeros_like(self.gain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
-        """Of a model: nobody will close the blocks of `disable_adapters` that are open for it."""
+        """The switch of a copy: nobody will close the blocks of `disable_adapters` there."""
         gain = torch.full_like(self.gain, self.strength) if self.muted else self.gain.clone()
         return Switch(self.strength, gain)
 
@@ -193,7 +194,7 @@ class AttachedUpdate(nn.Module):
         device, dtype: of its tensors. The gain is in float32 at least, which holds any strength.
     """
 
-    alone: ClassVar[bool] = False  # whether its tensor can have no other update
+    alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
@@ -211,7 +212,7 @@ class AttachedUpdate(nn.Module):
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
-    served: bool = False  # whether its layer rounds twice, see `rounding`
+    rounds_twice: bool = False  # whether its layer does, as servers do, see `rounding`
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
     _hf_hook = NotOffloaded()
 
@@ -240,7 +241,7 @@ class AttachedUpdate(nn.Module):
         return own if own.rows is None else own.seen(self.adapter)
 
     def now(self) -> Switch:
-        """The same for who cannot tell the rows of a batch apart.
+        """The switch that holds, for a reader that cannot tell the rows of a batch apart.
 
         Raises:
             AdapterError: it acts on some of them.
@@ -333,6 +334,30 @@ class AttachedUpdate(nn.Module):
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
 
+    @staticmethod
+    def together(updates: "Sequence[Any]", weight: Tensor) -> Tensor:
+        """What several of a kind that stands alone make of their tensor."""
+        for update in updates:
+            weight = update(weight)
+        return weight
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold what its layer puts in the place of a buffer, and say whether it did."""
+        return False
+
+    def shares_its_sum(self) -> bool:
+        """Whether its weight takes a product to form, which all readers of one call are to share,
+        and a change of what it is formed of would be seen."""
+        return False
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of such a sum; None where only autograd knows it."""
+        return None
+
+    def rank_of_sum(self) -> int:
+        """The rank of what it adds, `r` or more; 0 where it adds no product of two factors."""
+        return 0
+
     def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
         """Take tensors up to `rank`, or to the rank of a weight of that shape; a kind without ranks
         does not change."""
@@ -359,7 +384,7 @@ class AttachedUpdate(nn.Module):
         return isinstance(scale, nn.Parameter), value
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
-        """It as a value, free of the model, and whole on every process.
+        """The update as a value, free of the model, and complete on every process.
 
         Args:
             shape, kind, groups: of its layer, see `Target`.
@@ -560,6 +585,21 @@ def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
     out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
     return out
+
+
+def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
+    """What a tensor's parametrizations make of it: one after the other, but for those of a kind
+    that stands alone, which come first, and together."""
+    alone: list[nn.Module] = []
+    for one in updates:  # a loop, since torch 2.11 compiles no takewhile
+        if not (isinstance(one, AttachedUpdate) and one.alone):
+            break
+        alone.append(one)
+    if alone:
+        weight = alone[0].together(alone, weight)  # type: ignore[operator]
+    for one in updates[len(alone) :]:
+        weight = one(weight)
+    return weight
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

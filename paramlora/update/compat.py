@@ -141,16 +141,8 @@ def _recorded_publicly() -> bool:
 recorded: Callable[[], bool] = _recorded if _dispatch_mode and _PROXY else _recorded_publicly
 
 
-def _perhaps() -> int:
-    """One mode at least: where torch does not tell, every operation is shown to whoever follows."""
-    return 1
-
-
 # whether `torch.jit.trace` is at work; the public name asks whether it is a script first
 traced: Callable[[], bool] = _private("_C._is_tracing") or torch.jit.is_tracing  # type: ignore[attr-defined]
-
-# how many modes follow torch's operations
-modes_following: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or _perhaps
 
 
 def _is_wrapper(tensor: object) -> bool:

@@ -59,7 +59,7 @@ class Difference(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Those of the tensor."""
+        """How many the tensor has."""
         return math.prod(shape)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class Lokr(Added):
     def sizes(
         cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout
     ) -> dict[str, tuple[int, ...]]:
-        """As LyCORIS has them."""
+        """The shapes that LyCORIS gives its tensors."""
         options, r = dict(entry.options), entry.r
         _, out, fan_in = matrix_shape(shape, layout)
         kernel = shape[2:] if layout == "matrix" else ()
@@ -107,7 +107,7 @@ class Lokr(Added):
 
     @classmethod
     def rank_of(cls, held: Any) -> int:
-        """Of what is of low rank; 1 where nothing is, for which any number stands."""
+        """The rank of the factor that has a low one; 1, which is any number, where none has."""
         thin = (held[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in held)
         return next(thin, 1)
 

@@ -29,6 +29,7 @@ from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import LowRankTerm, Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import Update, Value, check_types
 
 
@@ -76,12 +77,12 @@ class LowRank(AttachedUpdate):
     ) -> None:
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where, gains=gains)
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        super().__init__(adapter, **options, gains=gains)
         self.keep(r=r, layout=layout, first_scale=scale)
-        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where).div_(r))
-        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
-        value = torch.full((), scale, **where)
+        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **options).div_(r))
+        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **options))
+        value = torch.full((), scale, **options)
         if trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:
@@ -95,7 +96,7 @@ class LowRank(AttachedUpdate):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "LowRank":
-        """Of the entry's rank, started as it says (see `init`)."""
+        """A new update of the entry's rank, started as it says (see `init`)."""
         options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
         update = cls(site.weight.detach(), *options)
         if entry.init != "default":
@@ -136,6 +137,19 @@ class LowRank(AttachedUpdate):
     def rank_dim(self, name: str) -> int:
         """The dimension of a factor in which its ranks lie."""
         return -2 if name.endswith("A") else -1
+
+    def shares_its_sum(self) -> bool:
+        """Whether it holds its factors itself: a change of those that a flat shard holds shows
+        nowhere."""
+        return {"lora_A", "lora_B"} <= self._parameters.keys()
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of a sum; another kind's sum has another gradient."""
+        return Summand(self) if type(self) is LowRank else None
+
+    def rank_of_sum(self) -> int:
+        """The rank of its `factors`."""
+        return self.factors()[0].shape[-2]
 
     @property
     def scaling(self) -> Tensor:

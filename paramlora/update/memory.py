@@ -19,9 +19,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of any tensor, in pieces."""
     held = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    whole = bytes_of(held) if held.nbytes else memoryview(b"")
-    for at in range(0, len(whole), _CHUNK):
-        yield whole[at : at + _CHUNK]
+    content = bytes_of(held) if held.nbytes else memoryview(b"")
+    for at in range(0, len(content), _CHUNK):
+        yield content[at : at + _CHUNK]
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -78,7 +78,7 @@ class Rows(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Those of the rows."""
+        """How many the rows have."""
         return len(dict(entry.options)["rows"]) * torch.Size(shape[1:]).numel()
 
     def forward(self, weight: Tensor) -> Tensor:

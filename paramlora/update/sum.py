@@ -47,7 +47,7 @@ class Term:
     whole_matrix: bool = False  # whether it needs all rows too
 
     def prepared(self, wide: torch.dtype) -> "Term":
-        """The same, ready for blocks in a wide type."""
+        """The term made ready for blocks in a wide type."""
         return self
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
@@ -226,7 +226,7 @@ class Fold:
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
-    """The same, with several tensors to have instead as one term: they stand side by side."""
+    """The terms, several tensors to have instead among them as one: they stand side by side."""
     wholes = tuple(term for term in terms if isinstance(term, WholeTerm))
     if len(wholes) < 2:
         return list(terms)
@@ -262,16 +262,16 @@ def bound_of(terms: Sequence[Term]) -> Number:
     return sum(term.bound() for term in terms)
 
 
-def told(numbers: Sequence[Number]) -> list[float]:
+def waited_for(numbers: Sequence[Number]) -> list[float]:
     """Numbers of devices, each of which is waited for once."""
     out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
-    where: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and type(number) is Tensor:
-            where.setdefault(number.device, []).append(i)
+            by_device.setdefault(number.device, []).append(i)
         elif isinstance(number, Tensor):
             out[i] = float(number)
-    for places in where.values():
+    for places in by_device.values():
         together = torch.stack([numbers[i].detach().double() for i in places])  # type: ignore[union-attr]
         for i, value in zip(places, together.tolist()):
             out[i] = value

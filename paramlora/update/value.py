@@ -44,7 +44,7 @@ class Value:
 
         @property
         def shape(self) -> Optional[tuple[int, ...]]:
-            """Of the tensor, where it is known."""
+            """The shape of the tensor, where it is known."""
 
         @property
         def hard(self) -> bool:
@@ -254,7 +254,7 @@ class Update(Value):
         return self.r, self.scale
 
     def norm(self) -> float:
-        """Of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
+        """The Frobenius norm of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
         if self.up_kernel != 1:
             return math.nan
         a, b = self.lora_A.double(), self.lora_B.double()
@@ -392,17 +392,17 @@ class WholeValue(Value):
         return TargetConfig(name, 0, whole=True)
 
     def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
-        """It instead of the weight, or some of the way there."""
+        """The tensor instead of the weight, or some of the way there."""
         gain = torch.tensor(strength, dtype=self.value.dtype, device=device)
         return WholeTerm(self.value.to(device), gain)
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
-        """As of any update, but for a buffer that counts, such as BatchNorm's batches."""
+        """Refuse another type, but that of a buffer that counts, such as BatchNorm's batches."""
         if not self.value.dtype == dtype == torch.int64:
             check_types(where, self.value)
 
     def norm(self) -> float:
-        """Of the tensor."""
+        """The Frobenius norm of the tensor."""
         return float(self.value.double().norm())
 
     def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:

@@ -88,15 +88,40 @@ class Whole(AttachedUpdate):
         return self._gain_for(own) * (own - start)
 
     def assigned(self, value: Tensor) -> bool:
-        """Hold another tensor, with the graph that made it, where it fits; while the update does
-        not act as it was trained it is let go, as what is written into a copy is."""
+        """Hold another tensor, with the graph that made it, where it is a buffer that it fits;
+        while the update does not act as it was trained it is let go, as what is written into a copy
+        is."""
         own = self.lora_whole
-        if isinstance(value, nn.Parameter) or (value.shape, value.dtype) != (own.shape, own.dtype):
+        if isinstance(own, nn.Parameter) or isinstance(value, nn.Parameter):
+            return False
+        if (value.shape, value.dtype) != (own.shape, own.dtype):
             return False
         if self.fully or not value.is_floating_point():
             self.lora_whole = value
             self.keep(unset=False)
         return True
+
+    @staticmethod
+    def together(updates: Sequence["Whole"], weight: Tensor) -> Tensor:
+        r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
+
+        Args:
+            updates: at least one.
+            weight: the base.
+
+        Returns:
+            The one of them that acts, if it is only one and acts as it was trained; otherwise a
+            tensor of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
+        """
+        acting = [one for one in updates if one.acts]
+        if len(acting) < 2 or not weight.is_floating_point():
+            return cast(Tensor, (acting or updates)[-1](weight))
+        start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
+        with in_own_types(weight):
+            total = start
+            for one in acting:
+                total = total + one.change(start)
+        return total.to(weight.dtype)
 
     def _gain_for(self, own: Tensor) -> Tensor:
         return self.gain.to(own.device, own.dtype)
@@ -133,12 +158,12 @@ class Whole(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Those of the tensor."""
+        """How many the tensor has."""
         return math.prod(shape)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
-        """It instead of the weight."""
+        """The tensor, instead of the weight."""
         return WholeTerm(parts["lora_whole"], gain)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -183,30 +208,3 @@ class Whole(AttachedUpdate):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"
-
-
-def together(wholes: Sequence[Whole], weight: Tensor) -> Tensor:
-    r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
-
-    Args:
-        wholes: at least one.
-        weight: the base.
-
-    Returns:
-        The one of them that acts, if it is only one and acts as it was trained; otherwise a tensor
-        of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
-    """
-    acting = [one for one in wholes if one.acts]
-    if len(acting) < 2 or not weight.is_floating_point():
-        return cast(Tensor, (acting or wholes)[-1](weight))
-    return summed(acting, weight).to(weight.dtype)
-
-
-def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
-    """The sum of `together` before it is rounded to `weight`'s type."""
-    start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
-    with in_own_types(weight):
-        total = start
-        for one in acting:
-            total = total + one.change(start)
-    return total

@@ -151,11 +151,11 @@ def report_targets(
     content: Content, config: Mapping[str, Any], base: Base, adapter: Adapter, options: Options
 ) -> None:
     """What ``target_modules`` names in the model, and the file has no tensors for."""
-    wanted = config.get("target_modules")
-    if not wanted or wanted == "all-linear" or config.get("layers_to_transform") is not None:
+    modules = config.get("target_modules")
+    if not modules or modules == "all-linear" or config.get("layers_to_transform") is not None:
         return
     try:
-        named = _targeted(wanted, base) - _targeted(config.get("exclude_modules") or [], base)
+        named = _targeted(modules, base) - _targeted(config.get("exclude_modules") or [], base)
     except Unbounded as error:
         what = "target_modules was not compared with the file"
         report(content.source, what, [str(error)], False, "Its updates are read.")

@@ -64,23 +64,23 @@ class Experts:
 def experts_of(
     found: Mapping[str, Pair], config: Mapping[str, Any], base: Optional[Base], source: str
 ) -> Experts:
-    wanted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    asked = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
     owners = {owner_of(p) for p, q in found.items() if not (q.embedding or is_attention(p, found))}
-    if not wanted:
+    if not asked:
         return Experts({}, {})
     if base is None:
-        parameters = _named_parameters(owners, wanted, source)
+        parameters = _named_parameters(owners, asked, source)
     else:
-        parameters = _held_parameters(owners, wanted, base)
+        parameters = _held_parameters(owners, asked, base)
     told = {name: parameter_path(at, name) for at, own in parameters.items() for name in own}
     chosen = by_pattern(config, "rank_pattern", told.values(), source)
     ranks = {name: chosen.get(path, config.get("r")) for name, path in told.items()}
     return Experts(parameters, ranks)
 
 
-def _named_parameters(owners: set[str], wanted: list[str], source: str) -> dict[str, list[str]]:
+def _named_parameters(owners: set[str], asked: list[str], source: str) -> dict[str, list[str]]:
     by_module: dict[str, list[str]] = {}
-    for name in wanted:
+    for name in asked:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
     out = {}
     for owner in owners:
@@ -95,13 +95,13 @@ def _named_parameters(owners: set[str], wanted: list[str], source: str) -> dict[
     return out
 
 
-def _held_parameters(owners: set[str], wanted: list[str], base: Base) -> dict[str, list[str]]:
+def _held_parameters(owners: set[str], asked: list[str], base: Base) -> dict[str, list[str]]:
     """The parameters of each, innermost wrapper first: PEFT wraps them in the order in which the
     module holds them, which only a model tells."""
     held: dict[str, list[str]] = {}
     for key in base:
         held.setdefault(key.rpartition(".")[0], []).append(key)
-    known, names, out = sorted(base), set(wanted), {}
+    known, names, out = sorted(base), set(asked), {}
     for owner in owners:
         there = _place_of_owner(owner, known)
         own = [there] if there in base and ends_in(f"{owner}.weight", names) else []
