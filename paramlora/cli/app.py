@@ -130,7 +130,7 @@ def _exit_code(error: BaseException, given: list[str]) -> int:
     if isinstance(error, paramlora.ParamloraError):
         _tell("error", "red", str(error))
         return WRONG
-    if hasattr(error, "show"):  # wrong use, as click reports it
+    if hasattr(error, "show") and hasattr(error, "format_message"):  # wrong use, as click tells it
         text = error.format_message()
         error.show() if "\n" in text else _tell("error", "red", _misuse(error, text, given))
         return WRONG
