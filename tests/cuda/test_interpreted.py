@@ -20,7 +20,7 @@ def chosen(results, kind):
 
 def test_every_layer_is_right_to_one_rounding(results):
     layers = {name: errors for name, (errors, _) in chosen(results, "(").items()}
-    assert len(layers) == 44 + 24
+    assert len(layers) == 44 + 26
     wrong = {name: errors for name, errors in layers.items() if max(errors.values()) > EPS}
     assert not wrong
     assert all({"y"} < errors.keys() for errors in layers.values())
