@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks import arch_checks, dense, tiny, tiny_inputs
+from benchmarks.arch_variants import VARIANTS
 from benchmarks.machine import commit
 from benchmarks.results import markdown
 
@@ -89,13 +90,14 @@ def ordered(found: dict[str, type[nn.Module]]) -> tuple[list[str], list[str]]:
     return [n[0] for n in sorted_groups], [x for n in sorted_groups for x in n[1:]]
 
 
-def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
+def able(name: str) -> "tuple[str, nn.Module, dict[str, Any]]":
     """The first way in which the model can be built and called, in double precision if it can."""
+    cls, own = class_of(name), VARIANTS.get(name, {})
     reasons: list[str] = []
     for way in tiny.WAYS:
         for dtype in (torch.float64, torch.float32):
             try:
-                model = tiny.built(cls, way, dtype)
+                model = tiny.built(cls, way, dtype, own)
             except Exception as error:
                 reasons.append(f"{way}: {arch_checks.told(error)}")
                 break
@@ -150,12 +152,12 @@ def steady(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) and a.isfinite().any() for a, b in zip(first, again))
 
 
-def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
+def examined(name: str, cost: bool = True) -> Row:
     """The row of one class; `cost`: also its time and memory."""
-    library = cls.__module__.split(".")[0]
+    library = class_of(name).__module__.split(".")[0]
     row: Row = {"class": name, "library": library}
     try:
-        way, model, inputs = able(cls)
+        way, model, inputs = able(name)
         row |= {
             "built": way,
             "inputs": {k: list(getattr(v, "shape", ())) for k, v in inputs.items()},
@@ -166,6 +168,7 @@ def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
             raise NotBuilt("the plain model does not give the same twice")
         found = dense.places(model)
         row |= {"tensors": len(found), "kinds": dict(Counter(p.layer for p in found))}
+        row |= {"layers": sorted({dense.described(model, place) for place in found})}
         if not found:
             raise NotBuilt("nothing to adapt")
     except NotBuilt as reason:
@@ -202,7 +205,7 @@ def work(name: str, longest: float = LONGEST) -> Row:
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            row = examined(name, classes_by_name(name))
+            row = examined(name)
     except TooLong:
         row = {"class": name, "not built": f"takes over {longest:g} s"}
     except Exception as error:
@@ -214,17 +217,21 @@ def work(name: str, longest: float = LONGEST) -> Row:
     return {**row, "seconds": round(time.process_time() - started, 2), "commit": commit()}
 
 
-def classes_by_name(name: str) -> type[nn.Module]:
+def class_of(name: str) -> type[nn.Module]:
+    """The class of a name, which a variant's begins with."""
     import diffusers
     import transformers
 
+    name = name.split(",")[0]
     library = transformers if name in transformers._class_to_module else diffusers
     return getattr(library, name)
 
 
 def quiet() -> None:
-    """One thread, double precision by default, and no word of the other libraries."""
+    """One thread, double precision by default, and no word of the other libraries; which are there
+    before processes are forked, as importing them takes longer than a class."""
     import diffusers
+    import peft  # noqa: F401
     import transformers
 
     torch.set_num_threads(1)

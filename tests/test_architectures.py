@@ -51,13 +51,7 @@ def _quiet():
 
 
 def of(name):
-    return architectures.examined(name, architectures.classes_by_name(name), cost=False)
-
-
-# peft 0.21.2 makes a convolution of single channels an update whose second convolution cannot run
-PEFTS_OWN = dict.fromkeys(
-    ("Inkling2ForCausalLM", "InklingForCausalLM", "MuseSparkForConditionalGeneration"), {"peft"}
-)
+    return architectures.examined(name, cost=False)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -71,11 +65,11 @@ def test_everything_in_a_model_is_exact(name):
         and not told.startswith("own:")  # the plain model cannot, or peft's own layers
         and not (check == "peft" and told.startswith("FileError:"))  # refused in one sentence
     }
-    assert wrong.keys() <= PEFTS_OWN.get(name, set()), wrong
+    assert not wrong
 
 
 def subject(name):
-    _, model, inputs = architectures.able(architectures.classes_by_name(name))
+    _, model, inputs = architectures.able(name)
     return arch_checks.subject(model, inputs)
 
 
