@@ -543,14 +543,20 @@ def judged(check: Callable[[], float], own: Optional[Callable[[], float]] = None
 CHECKPOINTING = ("supports_gradient_checkpointing", "_supports_gradient_checkpointing")
 
 
-def checks(s: Subject) -> Row:
-    """All of them: an error's size where it holds, else a sentence."""
+def checks(s: Subject, files: bool = True) -> Row:
+    """An error's size where it holds, else a sentence; without `files` none of other libraries' and
+    no checkpointing, which a class has as another of its configuration, that differs in its head.
+    """
     row: Row = {
         "eval": judged(lambda: in_mode(s, False), lambda: own_steps(s, False)),
         "train": judged(lambda: in_mode(s, True), lambda: own_steps(s, True)),
         "off": judged(lambda: base_again(s)),
         "file": judged(lambda: saved_and_loaded(s)),
         "detached": judged(lambda: detached(s)),
+    }
+    if not files:
+        return row
+    row |= {
         "merged": judged(lambda: merged(s), lambda: own_files(s)),
         "peft": judged(lambda: read_by_peft(s)),
     }

@@ -1,7 +1,7 @@
-"""Configurations of `benchmarks.architectures` beside each class's own: groups, odd sizes, other ties.
+"""Configurations beside each class's own, for `benchmarks.architectures`: groups, odd sizes, ties.
 
-A name begins with its class; what follows says what is other. Values are those of the small model,
-set after it was made small.
+A name begins with its class; what follows says what is other. Values are those of the small
+model, set after it was made small.
 """
 
 from typing import Any

@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,6 +38,7 @@ from benchmarks.results import markdown
 
 Row = dict[str, Any]
 LONGEST = 30  # seconds of computing for one class
+SEARCHED = 6  # seconds of them at most until it is built and called
 TRIED = 60  # inputs for one model
 RESIZED = 5  # how often inputs take other sizes by what errors say
 
@@ -92,7 +93,7 @@ def ordered(found: dict[str, type[nn.Module]]) -> tuple[list[str], list[str]]:
 
 def able(name: str) -> "tuple[str, nn.Module, dict[str, Any]]":
     """The first way in which the model can be built and called, in double precision if it can."""
-    cls, own = class_of(name), VARIANTS.get(name, {})
+    cls, own, started = class_of(name), VARIANTS.get(name, {}), time.process_time()
     reasons: list[str] = []
     for way in tiny.WAYS:
         for dtype in (torch.float64, torch.float32):
@@ -104,6 +105,8 @@ def able(name: str) -> "tuple[str, nn.Module, dict[str, Any]]":
             inputs = callable_with(model, dtype, way, reasons)
             if inputs is not None:
                 return way, model, inputs
+            if time.process_time() - started > SEARCHED:
+                raise NotBuilt(f"not called within {SEARCHED} s: {reasons[-1]}")
     raise NotBuilt(" ... ".join(dict.fromkeys((reasons or ["no inputs"])[:1] + reasons[-1:])))
 
 
@@ -152,8 +155,8 @@ def steady(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) and a.isfinite().any() for a, b in zip(first, again))
 
 
-def examined(name: str, cost: bool = True) -> Row:
-    """The row of one class; `cost`: also its time and memory."""
+def examined(name: str, cost: bool = True, files: bool = True) -> Row:
+    """The row of one class; `cost`: also its time and memory; `files`: all checks."""
     library = class_of(name).__module__.split(".")[0]
     row: Row = {"class": name, "library": library}
     try:
@@ -179,7 +182,7 @@ def examined(name: str, cost: bool = True) -> Row:
         return {**row, "attach": arch_checks.told(error)}
     if not arch_checks.shows(subject):
         return {**row, "not built": "no update shows in what the model gives for these inputs"}
-    row["checks"] = arch_checks.checks(subject)
+    row["checks"] = arch_checks.checks(subject, files)
     grads = dense.gradients(subject.reference, found, subject.factors)
     row["reached"] = sum(bool(g.any()) for n, g in grads.items() if n.endswith("lora_B"))
     try:
@@ -197,15 +200,15 @@ def _stop(number: int, frame: Any) -> None:
     raise TooLong
 
 
-def work(name: str, longest: float = LONGEST) -> Row:
-    """One class in a worker process."""
+def work(name: str, longest: float = LONGEST, whole: Container[str] = ()) -> Row:
+    """One class in a worker process; all of it where it is among the `whole` ones."""
     quiet()
     signal.signal(signal.SIGPROF, _stop)
     signal.setitimer(signal.ITIMER_PROF, longest)
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            row = examined(name)
+            row = examined(name, cost=name in whole, files=name in whole)
     except TooLong:
         row = {"class": name, "not built": f"takes over {longest:g} s"}
     except Exception as error:
@@ -260,9 +263,10 @@ def main(arguments: list[str]) -> int:
             n: row for n, row in before.items() if "checks" in row and options.again == "missing"
         }
     first, others = ordered(classes(options.pattern))
-    names = first if options.one else first + others
+    variants = [name for name in VARIANTS if re.search(options.pattern, name)]
+    names = [*first, *variants, *([] if options.one else others)]
     left = [n for n in names if n not in before][options.slice[0] :: options.slice[1]]
-    one = functools.partial(work, longest=options.longest)
+    one = functools.partial(work, longest=options.longest, whole={*first, *VARIANTS})
     fill(path, left[: options.count], one, options.workers, options.limit)
     rows = [row for name, row in done(path).items() if name in set(names)]
     print(counts(rows))
