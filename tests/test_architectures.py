@@ -23,8 +23,9 @@ Ideogram4PromptEnhancerHead; InklingAudioModel; JambaForCausalLM; JetMoeForCausa
 LayoutLMv3ForSequenceClassification; Llama4ForCausalLM; LwDetrViTBackbone;
 M2M100ForConditionalGeneration; MambaForCausalLM; MarianForCausalLM;
 MiniMaxM3SparseForConditionalGeneration; MiniMaxM3VLVisionModel;
-MistralLarge4ForConditionalGeneration; MuseSparkForConditionalGeneration; MvpForConditionalGeneration;
-Nemotron3_5TranscribeWordTimestampModel; NemotronAsrStreamingForRNNT; NemotronHForCausalLM;
+MistralLarge4ForConditionalGeneration; MuseSparkForConditionalGeneration;
+MvpForConditionalGeneration; Nemotron3_5TranscribeWordTimestampModel; NemotronAsrStreamingForRNNT;
+NemotronHForCausalLM;
 NeoMMEForMaskedLM; OPTForCausalLM; ParakeetForCTC; Phi4MultimodalVisionModel;
 PvtV2ForImageClassification; RegNetForImageClassification, groups of three;
 SwinForImageClassification, windows that do not fit; T5ForConditionalGeneration, gated;
