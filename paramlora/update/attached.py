@@ -302,9 +302,9 @@ class AttachedUpdate(nn.Module):
             after.data = before
 
     def _number(self) -> Optional[Tensor]:
-        """The factor as it is now, whatever the tensor that holds it is cast to."""
-        held: Any = getattr(self, "lora_scale", None)
-        return None if held is None else held.detach()
+        """The factor as it is now, whatever the tensor that holds it is cast to. One that is
+        trained is cast as every parameter: optimizers and sharding want one type."""
+        return self._buffers.get("lora_scale")
 
     def _tensors(self) -> Any:
         return (
