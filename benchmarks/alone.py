@@ -9,8 +9,7 @@ is kept where it wins 3 % of a step, or keeps an update that would be lost. The 
 - ``linear``: programs that wait for programs against `pack`, `project` and `product`. A CUDA graph
   never waits, so this shows in the eager step alone;
 - ``depthwise``: the kernels of single channels against the sum in float32 by cuDNN, and against
-  the layer's convolution and another of the update alone, which rounds twice;
-- ``embedding``: the kernel of a look-up against torch's operations.
+  the layer's convolution and another of the update alone, which rounds twice.
 
 Each row counts the launches of our kernels in a step, which shows that the piece was replaced, and
 how far the output and the gradients are from those of the code as it is.
@@ -35,24 +34,24 @@ from benchmarks.machine import device
 from benchmarks.models import DTYPES, Trained, _emptied, _inputs, _made
 from benchmarks.results import alone_table, save
 from benchmarks.update_kept import share
-from benchmarks.zoo import ZOO, Zoo, llama
+from benchmarks.zoo import ZOO, Zoo
 from paramlora.cuda import launches
 from paramlora.cuda.operands import Operands, Wanted
-from paramlora.evaluate import convolution, functional
+from paramlora.evaluate import convolution
 
 AS_IT_IS = "as it is"
 Replaced = tuple[tuple[Any, str, Any], ...]  # a module, a name in it, what it holds meanwhile
 
 
 class Everything(Zoo):
-    """A model whose convolutions of single channels and embeddings are adapted, too."""
+    """A model whose convolutions of single channels are adapted, too."""
 
     def entries(self, model: nn.Module) -> list[str]:
         """Paths of the layers to adapt."""
         return [
             path
             for path, m in model.named_modules()
-            if isinstance(m, (nn.Linear, nn.Embedding))
+            if isinstance(m, nn.Linear)
             or (isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels)
         ]
 
@@ -65,18 +64,8 @@ def convnext(tiny: bool) -> nn.Module:
     return ConvNextModel(ConvNextConfig(**(small if tiny else {})))
 
 
-def with_table(tiny: bool) -> nn.Module:
-    """Four blocks of Llama 3 8B behind its embedding."""
-    words, width = (50, 16) if tiny else (128256, 4096)
-    return nn.Sequential(nn.Embedding(words, width), *llama(tiny))
-
-
 def images(batch: int, tiny: bool) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 3, *((16, 16) if tiny else (224, 224))),)
-
-
-def words(batch: int, tiny: bool) -> tuple[Tensor, ...]:
-    return (torch.randint(50, (batch, 6)) if tiny else torch.randint(128256, (batch, 2048)),)
 
 
 MODELS = {
@@ -88,9 +77,6 @@ MODELS = {
         lambda path: True,
         r=8,
         batch=64,
-    ),
-    "llama with its embedding": Everything(
-        with_table, words, lambda model, args: model(*args), lambda path: True, r=16, batch=4
     ),
 }
 
@@ -151,13 +137,6 @@ PARTS = {
                 (convolution, "depthwise_backward", float32_sum_backward),
             ),
             "two convolutions": ((convolution, "is_depthwise", lambda *_: False),),
-        },
-    ),
-    "embedding": Part(
-        ("llama with its embedding",),
-        lambda: {
-            AS_IT_IS: (),
-            "torch's operations": ((functional, "looks_up", lambda *_: False),),
         },
     ),
 }

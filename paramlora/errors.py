@@ -81,7 +81,7 @@ def counted(count: int, one: str) -> str:
 
 
 class _Spelling(reprlib.Repr):
-    """Of a container the first items, of a string both ends, and no very long number."""
+    """Shows a container's first items, a string's both ends, and no very long number."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ NOT_FORMATS = {
     "factors",
     "format",
     "loaders",
-    "merged",
+    "fused",
     "metadata",
     "originals",
     "parts",

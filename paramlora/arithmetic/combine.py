@@ -209,7 +209,7 @@ def _joined(terms: list[_Term], rank: Optional[int]) -> tuple[Tensor, Tensor, fl
 
 
 def _without_repeats(terms: list[_Term]) -> list[_Term]:
-    """Those of one A as one term, which has no higher rank."""
+    """The terms, those with the same A as one, which has no higher rank."""
     groups: list[list[_Term]] = []
     for term in terms:
         same = (g for g in groups if torch.equal(g[0].a, term.a))
@@ -245,7 +245,7 @@ def _linear(path: str, terms: list[_Term]) -> tuple[Tensor, Tensor]:
 def _thinned(
     path: str, terms: list[_Term], numbers: list[int], way: _Way, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Of ways that choose entries: their dense sum, one layer of it, and its nearest of a rank."""
+    """The sum by a way that chooses entries: dense, one layer of it, and its nearest of a rank."""
     wide = torch.promote_types(dtype, torch.float32)
     dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
     if way.how == "ties":
@@ -288,7 +288,10 @@ def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     for adapter, weight in pairs:
         if not math.isfinite(weight):
-            raise AdapterError(f'adapter "{adapter.name}": its weight {weight} is not finite.')
+            raise AdapterError(
+                f'adapter "{adapter.name}": its weight {weight} is not finite. Give a finite '
+                "number."
+            )
     acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
     if not acting:
         raise AdapterError("nothing to add. Give an adapter whose weight is not 0.")
@@ -344,12 +347,12 @@ def _check_same(path: str, first: Any, other: Any) -> None:
     sizes = [list(u.shape or (u.lora_B.shape[-2], u.lora_A.shape[-1])) for u in (first, other)]
     raise AdapterError(
         f"{path}: one adapter updates a weight of {sizes[0]} ({first.layout}) and another one of "
-        f"{sizes[1]} ({other.layout}). Only adapters of one model add."
+        f"{sizes[1]} ({other.layout}). Only adapters of one model add. Leave one out."
     )
 
 
 def _check_dense(path: str, first: Any, other: Any) -> None:
-    """The same where one is a whole difference, whose shape is the weight's."""
+    """Refuse two values of one path, of which one is a dense difference, of other shapes."""
     shapes = []
     for one in (first, other):
         own = one.held["lora_diff"].shape if is_difference(one) else one.shape
@@ -357,7 +360,7 @@ def _check_dense(path: str, first: Any, other: Any) -> None:
     if shapes[0] != shapes[1]:
         raise AdapterError(
             f"{path}: one adapter updates a weight of {shapes[0]} and another one of {shapes[1]}. "
-            "Only adapters of one model add."
+            "Only adapters of one model add. Leave one out."
         )
 
 

@@ -64,7 +64,7 @@ class Decomposed:
         return 1 + (int(enough[0]) if enough.numel() else squares.shape[-1] - 1)
 
     def share(self) -> float:
-        """Of ``‖·‖²``, what all values together have."""
+        """The share of ``‖·‖²`` that all values together have."""
         return float(self.values.double().square().sum()) / self.total if self.total else 1.0
 
     def error(self, rank: int) -> float:
@@ -141,10 +141,10 @@ def _sketched(matrix: Tensor, size: int) -> Decomposed:
 
 def distance(matrix: Tensor, a: Tensor, b: Tensor) -> float:
     """``‖matrix - B·A‖ / ‖matrix‖``, of a matrix that may be overwritten."""
-    whole = _squared(matrix)
+    total = _squared(matrix)
     rest = matrix.view(-1, *matrix.shape[-2:])
     rest.baddbmm_(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), alpha=-1)
-    return (_squared(matrix) / whole) ** 0.5 if whole else 0.0
+    return (_squared(matrix) / total) ** 0.5 if total else 0.0
 
 
 def with_factors(like: Update, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Update:

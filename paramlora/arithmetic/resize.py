@@ -56,15 +56,15 @@ def resize(
             f"{len(adapter.others)} whole differences, which have no rank, stay as they are: "
             f"{listed(adapter.others)}."
         )
-    wanted = _ranks(adapter, rank)
+    ranks = _ranks(adapter, rank)
     made: dict[tuple[int, Optional[int]], tuple[Update, float]] = {}  # tied tensors share one
     updates, errors = dict(adapter.updates), {}
     for path, update in adapter.updates.items():
-        if rank is not None and path not in wanted:
+        if rank is not None and path not in ranks:
             continue
-        key = (id(update), wanted.get(path))
+        key = (id(update), ranks.get(path))
         if key not in made:
-            made[key] = _resized(update, wanted.get(path), energy)
+            made[key] = _resized(update, ranks.get(path), energy)
         updates[path], errors[path] = made[key]
     return Approximation(_with(adapter, updates), errors)
 
@@ -98,7 +98,7 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
                 f"{path}. Cutting adds no rank; give at most that."
             )
         return dict.fromkeys(own, rank)
-    wanted: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for name, paths in named(own, rank).items():
         check_choice(rank[name], None)
         for path in paths:
@@ -107,8 +107,8 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
                     f'"{name}": rank (--rank) {rank[name]} is above what there is: {path} has '
                     f"{own[path]}. Give at most that."
                 )
-            wanted[path] = rank[name]
-    return wanted
+            ranks[path] = rank[name]
+    return ranks
 
 
 def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
@@ -123,11 +123,11 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
         try:
             mine = known.matching(as_pattern(name))
         except ValueError as error:
-            raise AdapterError(f'"{name}": {error}.') from error
+            raise AdapterError(f'"{name}": {error}. Give a plain name.') from error
         if not mine:
             near = closest(name, paths)
             hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4)}"
-            raise AdapterError(f'"{name}" names no layer. {hint}.')
+            raise AdapterError(f'"{name}" names no layer. {hint}. Give one of those.')
         for other in found.values():
             other -= mine
         found[name] = mine

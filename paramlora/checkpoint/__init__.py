@@ -7,11 +7,11 @@ from typing import Any
 from paramlora.checkpoint.keys import Key, without_updates
 from paramlora.checkpoint.recipes import (
     Contents,
-    Plan,
     Recipe,
+    Recipes,
     Weighted,
-    embed_plan,
-    merge_plan,
+    embed_recipes,
+    merge_recipes,
 )
 from paramlora.errors import AdapterError
 from paramlora.update.contexts import own_context
@@ -40,7 +40,7 @@ def embed(base: State, adapter: Adapter) -> dict[str, Any]:
         >>> embedded = paramlora.checkpoint.embed(base, paramlora.adapter_of(model))
         >>> assert embedded.keys() == model.state_dict().keys()
     """
-    return apply(embed_plan(Contents(base), adapter), base)
+    return apply(embed_recipes(Contents(base), adapter), base)
 
 
 @own_context()
@@ -82,11 +82,11 @@ def merge(base: State, *adapters: Weighted) -> dict[str, Any]:
         >>> style = Adapter({"proj": Update(torch.ones(1, 3), torch.ones(2, 1), scale=0.5)})
         >>> assert torch.equal(merge(base, (style, 3))["proj.weight"], torch.full((2, 3), 1.5))
     """
-    return apply(merge_plan(Contents(base), adapters, base.__getitem__), base)
+    return apply(merge_recipes(Contents(base), adapters, base.__getitem__), base)
 
 
 def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
-    """As `extract`, from keys with shapes and a function that reads a tensor."""
+    """`extract`, from keys with shapes and a function that reads a tensor."""
     inside = contents.inside(read)
     if not inside:
         raise AdapterError(
@@ -104,11 +104,11 @@ def extracted(contents: Contents, read: Callable[[str], Any]) -> Adapter:
     return Adapter(**apart_by_kind(changes))
 
 
-def apply(plan: Plan, state: State) -> dict[str, Any]:
-    """Carry a plan out on a state dict; tensors that were one stay one."""
+def apply(recipes: Recipes, state: State) -> dict[str, Any]:
+    """Carry recipes out on a state dict; tensors that were one stay one."""
     out: Any = OrderedDict()
     made: dict[object, Any] = {}
-    for key, recipe in plan.items():
+    for key, recipe in recipes.items():
         same = _identity(recipe, state)
         if same not in made:
             made[same] = recipe.make(state.__getitem__)

@@ -90,7 +90,7 @@ class Recipe:
         return [ScaledTerm(scale), *terms, ScaledTerm(1 / scale, torch.finfo(dtype).max)]
 
 
-Plan = dict[str, Recipe]
+Recipes = dict[str, Recipe]
 
 
 class Contents:
@@ -235,10 +235,10 @@ def _kind_of(weight: str, parts: set[str], hard: bool) -> type[AttachedUpdate]:
         ) from error
 
 
-def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
-    """The plan of `paramlora.checkpoint.embed`."""
+def embed_recipes(contents: Contents, adapter: Adapter) -> Recipes:
+    """The recipes of `paramlora.checkpoint.embed`."""
     renamed: dict[str, str] = {}
-    beside: dict[str, Plan] = {}
+    beside: dict[str, Recipes] = {}
     for weight, change in contents.found(adapter).items():
         _check_free(contents, weight, change)
         source = contents.stored[weight]
@@ -253,15 +253,15 @@ def embed_plan(contents: Contents, adapter: Adapter) -> Plan:
             str(Key(weight, name, index, hard)): Recipe(source, value=value)
             for name, value in made.items()
         }
-    plan: Plan = {}
+    recipes: Recipes = {}
     for text in contents.there:
-        plan[renamed.get(text, text)] = Recipe(text)
-        plan.update(beside.get(text, {}))
-    return plan
+        recipes[renamed.get(text, text)] = Recipe(text)
+        recipes.update(beside.get(text, {}))
+    return recipes
 
 
-def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> Plan:
-    """The plan of `paramlora.checkpoint.merge`; only what is inside is read."""
+def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) -> Recipes:
+    """The recipes of `paramlora.checkpoint.merge`; only what is inside is read."""
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     inside = contents.inside(read)
     if inside and pairs:
@@ -274,7 +274,10 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
         if not math.isfinite(strength):
-            raise AdapterError(f'adapter "{adapter.name}": its weight {strength} is not finite.')
+            raise AdapterError(
+                f'adapter "{adapter.name}": its weight {strength} is not finite. Give a finite '
+                "number."
+            )
         for weight, change in contents.found(adapter, narrow=True).items():
             folds.setdefault(weight, []).append((change, float(strength)))
     for weight, strong in folds.items():
@@ -282,8 +285,8 @@ def merge_plan(contents: Contents, adapters: Iterable[Weighted], read: Read) -> 
     return _merged(contents, folds, read)
 
 
-def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -> Plan:
-    plan: Plan = {}
+def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -> Recipes:
+    recipes: Recipes = {}
     attached = {key.weight for key in contents.keys.values() if key.hard and key.of_update}
     for text, key in contents.keys.items():
         if key.of_update:
@@ -292,10 +295,10 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -
         # a live model folds its parametrizations before its branches
         ordered = sorted(strong, key=lambda pair: not pair[0].hard)
         erased = key.part == "original" and key.weight in attached
-        plan[key.weight if erased else text] = Recipe(
+        recipes[key.weight if erased else text] = Recipe(
             text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
         )
-    return plan
+    return recipes
 
 
 def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:

@@ -32,7 +32,7 @@ from paramlora.cli.options import (
 )
 from paramlora.files import adapters as interchange
 from paramlora.files.inspection import inspect as inspected
-from paramlora.files.served import SERVERS, unserved_in
+from paramlora.files.served import servers, unserved_in
 from paramlora.formats import Options
 
 Rank = Annotated[
@@ -133,7 +133,7 @@ def inspect(
     file: File,
     server: Annotated[
         Optional[str],
-        typer.Option("--for", help=f"Say what {' or '.join(SERVERS)} does not load of it."),
+        typer.Option("--for", help=f"Say what {' or '.join(servers())} does not load of it."),
     ] = None,
     model: Model = None,
     base: Checkpoint = None,
@@ -155,5 +155,5 @@ def inspect(
         return
     print(found)  # a table, which must not be wrapped
     if server is not None:
-        name = SERVERS[server]
+        name = servers()[server]
         print("\n".join(f"{name}: {text}" for text in lost or ["loads all of it"]))

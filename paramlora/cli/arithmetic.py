@@ -35,6 +35,7 @@ from paramlora.cli.options import (
 from paramlora.errors import counted
 from paramlora.files import arithmetic
 from paramlora.files.adapters import check_place, write_adapter
+from paramlora.formats import OWN
 
 Energy = Annotated[
     Optional[float],
@@ -166,7 +167,7 @@ def difference(
     whole: Annotated[
         bool, typer.Option("--whole", help="Keep biases, norms and other vectors as they are.")
     ] = False,
-    to: Annotated[str, typer.Option("--to")] = "native",
+    to: Annotated[str, typer.Option("--to")] = OWN,
     prefix: PrefixOf = None,
     fold_scale: FoldScale = False,
     model: Model = None,

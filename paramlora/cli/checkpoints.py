@@ -32,6 +32,7 @@ from paramlora.cli.options import (
     weighted,
 )
 from paramlora.errors import counted
+from paramlora.formats import OWN
 
 Base = Annotated[
     Path,
@@ -91,7 +92,7 @@ def embed(
 def extract(
     embedded: Embedded,
     out: Out,
-    to: Annotated[str, typer.Option("--to")] = "native",
+    to: Annotated[str, typer.Option("--to")] = OWN,
     prefix: PrefixOf = None,
     fold_scale: FoldScale = False,
     key: Key = None,

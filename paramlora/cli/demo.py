@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import paramlora
 from paramlora.errors import FileError
 from paramlora.files.atomic import new_file
+from paramlora.model.undo import to_the_end
 
 FILES = ("lora.json", "base.pt", "adapter.safetensors", "merged.pt", "samples.png")
 ROWS, COLUMNS = 5, 7  # of each panel of the picture
@@ -314,11 +315,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     near = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     with _told(out), tempfile.TemporaryDirectory(prefix=".paramlora-demo-", dir=near) as temporary:
         yield Path(temporary)
-        try:
-            _move(Path(temporary), out)
-        except KeyboardInterrupt:
-            _move(Path(temporary), out)  # the rest: no mixture of two runs
-            raise
+        to_the_end(lambda: _move(Path(temporary), out))  # no mixture of two runs
 
 
 def _move(folder: Path, out: Path) -> None:

@@ -12,7 +12,7 @@ from paramlora.cli.app import fail
 from paramlora.cli.training import build
 from paramlora.errors import counted
 from paramlora.files import adapters as interchange
-from paramlora.formats import FORMATS, Base, Options, Prefix, base_of
+from paramlora.formats import FORMATS, OWN, Base, Options, Prefix, base_of
 
 
 def unweighted(given: Optional[Path]) -> Optional[Path]:
@@ -138,7 +138,7 @@ def prefixes() -> dict[str, Prefix]:
 def target(to: Optional[str], file: Path, names: Optional[Base]) -> str:
     """The format to write: the one asked for, else the file's own where that can be written."""
     own = interchange.format_of(file)
-    chosen = to or (own if FORMATS[own].write is not None else "native")
+    chosen = to or (own if FORMATS[own].write is not None else OWN)
     interchange.check_named(file, own, chosen, names)
     return chosen
 

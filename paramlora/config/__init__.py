@@ -247,7 +247,7 @@ class LoRAConfig:
 
 
 def parsed(data: Any, source: str) -> LoRAConfig:
-    """As `LoRAConfig.from_dict`, and nothing is made of the patterns, which may be a file's.
+    """The configuration in plain data; nothing is made of its patterns, which may be a file's.
 
     Raises:
         ConfigError: as there.
@@ -367,7 +367,7 @@ def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:
             f"{', '.join((*keys.own, *only))}."
         )
     if keys.implied_by and keys.implied_by not in entry:
-        raise ConfigError(f'{where}: the kind "{kind}" needs "{keys.implied_by}".')
+        raise ConfigError(f'{where}: the kind "{kind}" needs "{keys.implied_by}". Add it.')
 
 
 def _options(entry: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[str, Any], ...]:
@@ -384,9 +384,13 @@ def _check_pattern(name: str, source: str, place: str) -> None:
     try:
         re.compile(name[3:])
     except re.error as error:
-        raise ConfigError(f"{source}, {place}: not a regular expression: {error}.") from error
+        raise ConfigError(
+            f"{source}, {place}: not a regular expression: {error}. Mend it."
+        ) from error
     except (RecursionError, OverflowError) as error:
-        raise ConfigError(f"{source}, {place}: nested or repeated too deeply.") from error
+        raise ConfigError(
+            f"{source}, {place}: nested or repeated too deeply. Write a simpler one."
+        ) from error
 
 
 def _check_class(name: str, source: str) -> None:
@@ -424,7 +428,7 @@ def _init(entry: Mapping[str, Any], scale: float, where: str) -> str:
     init = _choice(entry, "init", INITS, where) or "default"
     if init in FROM_WEIGHT:
         if scale == 0:
-            raise ConfigError(f'{where}: "init": "{init}" needs a scale other than 0.')
+            raise ConfigError(f'{where}: "init": "{init}" needs a scale other than 0. Give one.')
         for key, plain in (("trainable_scale", False), ("up_kernel", 1)):
             if entry.get(key, plain) != plain:
                 raise ConfigError(
@@ -450,7 +454,9 @@ def _rank(entry: Mapping[str, Any], where: str) -> int:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ConfigError(f'{where}: "r" must be a whole number of at least 1, got {spelled(r)}.')
     if r > _MOST:
-        raise ConfigError(f'{where}: "r" is more than {_MOST}, which no matrix holds.')
+        raise ConfigError(
+            f'{where}: "r" is more than {_MOST}, which no matrix holds. Give a smaller one.'
+        )
     return r
 
 

@@ -37,8 +37,8 @@ def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
     try:
         _check_regular(path, os.stat(path).st_mode)  # before the opening: that may act
         # without waiting: what is at a name may have changed since
-        wanted = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        file = open(os.open(path, wanted), "rb")
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = open(os.open(path, flags), "rb")
     except OSError as error:
         raise unread(path, error) from error
     except ValueError as error:
@@ -62,7 +62,9 @@ def read_text(path: Union[str, "os.PathLike[str]"]) -> str:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MOST_TEXT:
-            raise FileError(f"{path}: {size:,} bytes, more than any real file of its kind has.")
+            raise FileError(
+                f"{path}: {size:,} bytes, more than any real file of its kind has. Give another."
+            )
         content = _read(path, file, size)
     try:
         return content.decode("utf-8-sig")  # some editors put a mark in front

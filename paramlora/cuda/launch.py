@@ -53,15 +53,12 @@ class Launch:
         stages: int,
         warps: int,
         early: bool = False,
-        checked: bool = False,
     ) -> None:
         self.kernel, self.device, self.grid = kernel, device, grid
         self.numbers, self.constants, self.tail = numbers, constants, (*numbers, *constants)
         self.options: dict[str, Any] = {"num_stages": stages, "num_warps": warps}
         if early:  # may start before the kernel ahead ends (programmatic dependent launch)
             self.options["launch_pdl"] = True
-        if checked:  # compiled with its own assertions, but not Triton's of every integer
-            self.options.update(debug=True, sanitize_overflow=False)
         self.run: Any = None
         self.head: tuple[Any, ...] = ()
 

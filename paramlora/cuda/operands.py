@@ -12,10 +12,9 @@ from torch import Tensor
 from paramlora.cuda.device import serves
 from paramlora.cuda.launches import WIDEST
 
+Window = tuple[tuple[int, ...], ...]  # of a convolution: stride, padding, dilation
 _SIXTEEN = (torch.bfloat16, torch.float16)
-_INDICES = (torch.int64, torch.int32)
 TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
-HIGHEST = 256  # rank of an embedding's update: a block of rows holds all of its ranks
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
 _OFF = ("0", "false", "off", "no")
@@ -25,13 +24,13 @@ _on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it c
 
 
 class Operands(NamedTuple):
-    """What a layer with an update is computed from, or of an embedding its rows in place of x.
+    """What a layer with an update is computed from.
 
     Args:
         x: ``[..., in]``, or of a convolution ``[N, C_in, ...]``.
-        weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, or a table ``[num, dim]``.
+        weight: ``[out, in]`` or ``[C_out, C_in / groups, *kernel]``.
         bias: ``[out]`` or None.
-        a: ``[r, in]``, as many numbers as a row of the weight has; of a table ``[r, num]``.
+        a: ``[r, in]``, as many numbers as a row of the weight has.
         b: ``[out, r]``.
         scale: ``[]``.
     """
@@ -63,7 +62,7 @@ class Drop(NamedTuple):
 
 
 def threshold(rate: float) -> int:
-    """Such a number, in 32 bits with a sign."""
+    """The number in 32 bits with a sign below which a share `rate` of all such numbers lies."""
     return round(rate * 2**32) - 2**31
 
 
@@ -161,7 +160,7 @@ def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
 
 
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """The same of an update's own operands, for a weight ``[out, ...]`` that is not empty."""
+    """Whether an update's own operands fit a weight ``[out, ...]`` and lie on its device."""
     out, size, device = weight.shape[0], weight.numel(), weight.get_device()
     if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
         return False
@@ -175,31 +174,14 @@ def _is_near(t: Tensor) -> bool:
     return sum((size - 1) * step for size, step in zip(t.shape, t.stride())) < 2**31
 
 
-def looks_up(of: Operands, padding_idx: Optional[int]) -> bool:
-    """Whether the kernels serve this look-up of an embedding and its update, see
-    `functional.embedding`. What is wrong with other operands, torch says."""
-    rows, weight, _, a, b, scale = of
-    if not served(weight) or rows.dtype not in _INDICES or weight.dim() != 2 or a.dim() != 2:
-        return False
-    (num, dim), r, device = weight.shape, len(a), weight.get_device()
-    if a.shape[1] != num or b.shape != (dim, r) or scale.numel() != 1 or not 0 < r <= HIGHEST:
-        return False
-    if not (rows.numel() and dim and 0 <= (padding_idx or 0) < num and _is_near(b)):
-        return False
-    devices = rows.get_device(), a.get_device(), b.get_device(), scale.get_device()
-    return devices == (device, device, device, device)
-
-
-def outputs_of(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], where: tuple[tuple[int, ...], ...]
-) -> tuple[int, ...]:
-    """The sizes of a convolution's output; `where`: its stride, padding and dilation."""
-    along = zip(sizes, kernel, *where)
+def outputs_of(sizes: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> tuple[int, ...]:
+    """The sizes of a convolution's output; `window`: its stride, padding and dilation."""
+    along = zip(sizes, kernel, *window)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
 
-def is_depthwise(of: Operands, where: tuple[tuple[int, ...], ...], groups: int) -> bool:
-    """Whether the kernels serve this convolution and its update, of single channels; `where`: its
+def is_depthwise(of: Operands, window: Window, groups: int) -> bool:
+    """Whether the kernels serve this convolution and its update, of single channels; `window`: its
     stride, padding and dilation. What is wrong with other operands, torch says."""
     x, weight, bias, a, b, scale = of
     device = x.get_device()
@@ -207,17 +189,15 @@ def is_depthwise(of: Operands, where: tuple[tuple[int, ...], ...], groups: int) 
         return False
     if bias is not None and (bias.shape != x.shape[1:2] or bias.get_device() != device):
         return False
-    fits = _is_depthwise(x.shape, weight.shape, where, groups)
+    fits = _is_depthwise(x.shape, weight.shape, window, groups)
     return fits and factors_fit(weight, a, b, scale)
 
 
 @functools.lru_cache(4096)
-def _is_depthwise(
-    x: tuple[int, ...], weight: tuple[int, ...], where: tuple[tuple[int, ...], ...], groups: int
-) -> bool:
+def _is_depthwise(x: tuple[int, ...], weight: tuple[int, ...], window: Window, groups: int) -> bool:
     if len(x) != len(weight) or weight[:2] != (x[1], 1) or groups != x[1]:
         return False
-    outputs = outputs_of(x[2:], weight[2:], where)
+    outputs = outputs_of(x[2:], weight[2:], window)
     small = prod(weight[2:]) <= TAPS and max(prod(x[2:]), prod(outputs)) < 2**31
     return small and prod(x) > 0 and min(outputs) > 0
 
@@ -245,4 +225,9 @@ def pack_width(R: int) -> int:
 
 def padded(r: int) -> int:
     """The rank that tensor cores take: a power of two of at least 16."""
-    return max(16, 1 << (r - 1).bit_length())
+    return max(16, power(r))
+
+
+def power(n: int) -> int:
+    """The least power of two that is not below a number."""
+    return 1 << (n - 1).bit_length()

@@ -6,11 +6,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.operands import Drop, Operands, Wanted, kept_size, padded, served
+from paramlora.cuda.operands import Drop, Operands, Wanted, Window, kept_size, padded, served
 from paramlora.update import narrow
 
 _Maybe = Optional[Tensor]
-Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def forward(
@@ -27,14 +26,14 @@ def forward(
 
     if of.x.dtype != torch.float16:
         return plan.forward(of, strength, image, drop)  # type: ignore[no-any-return]
-    inside, g = _in_range(of.x, of, strength, of.weight.shape[1])
+    inside, g = _in_range(of, strength)
     return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
 
-def _in_range(x: _Maybe, of: Operands, strength: float, terms: int) -> tuple[Operands, Tensor]:
+def _in_range(of: Operands, strength: float) -> tuple[Operands, Tensor]:
     """Operands whose factors float16 holds, with the scale and the strength in B; and their power
     of two, see `narrow.in_range`."""
-    a, b, g = narrow.in_range(x, of.a, _scaled(of, strength), terms)
+    a, b, g = narrow.in_range(of.x, of.a, _scaled(of, strength), of.weight.shape[1])
     return of._replace(a=a, b=b, scale=torch.ones_like(g)), g
 
 
@@ -119,18 +118,18 @@ def _backward_in_range(
     return dx, (da / h).to(of.a.dtype), *_second(db / g, of, strength, False, wanted)
 
 
-def convolved(of: Operands, where: Where) -> Optional[tuple[Tensor, Tensor]]:
-    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `where`: stride,
+def convolved(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
+    """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `window`: stride,
     padding and dilation."""
     if not served(of.x):
         return None
     from paramlora.cuda.convolution import plan
 
-    return plan.forward(of, where)  # type: ignore[no-any-return]
+    return plan.forward(of, window)  # type: ignore[no-any-return]
 
 
 def convolved_backward(
-    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, window: Window
 ) -> Gradients:
     """The gradients of x, A, B and the scale that are `wanted`."""
     if not (wanted.x or wanted.factors):
@@ -138,20 +137,20 @@ def convolved_backward(
     from paramlora.cuda.convolution import plan
 
     scaled = not wanted.scale
-    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), where)
+    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
 
 
-def depthwise(of: Operands, where: Where) -> tuple[Tensor, Tensor]:
+def depthwise(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
     """``y`` and what `depthwise_backward` takes of it, where `operands.is_depthwise`; see
     `depthwise.plan.forward`."""
     from paramlora.cuda.depthwise import plan
 
-    return plan.forward(of, where)  # type: ignore[no-any-return]
+    return plan.forward(of, window)  # type: ignore[no-any-return]
 
 
 def depthwise_backward(
-    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, where: Where
+    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, window: Window
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]:
     """The gradients of x, the weight, A, B and the scale that are `wanted`."""
     if not (wanted.x or wanted.weight or wanted.factors):
@@ -159,50 +158,13 @@ def depthwise_backward(
     from paramlora.cuda.depthwise import plan
 
     masks = wanted.x, wanted.weight, wanted.factors
-    dx, kernels, da, db = plan.backward(dy, of, kept, where, not wanted.scale, masks)
+    dx, kernels, da, db = plan.backward(dy, of, kept, window, not wanted.scale, masks)
     dweight = dscale = None
     if kernels is not None and wanted.weight:
         dweight = kernels.to(of.weight.dtype).view_as(of.weight)
     if db is not None and wanted.scale:
         db, dscale = gradient_of_second(db, of.b, of.scale, 1.0, True)
     return dx, dweight, da, db, dscale
-
-
-def look_up(of: Operands, padding: int, strength: float) -> tuple[Tensor, Tensor]:
-    """``y`` and what `look_up_backward` takes of it, where `operands.looks_up`; see
-    `embedding.plan.forward`."""
-    from paramlora.cuda.embedding import plan
-
-    if of.weight.dtype != torch.float16:
-        return plan.forward(of, padding, strength)  # type: ignore[no-any-return]
-    inside, g = _in_range(None, of, strength, 1)
-    return _with_power(plan.forward(inside, padding, 1.0), g)  # type: ignore[no-any-return]
-
-
-def look_up_backward(
-    dy: Tensor, of: Operands, padding: int, strength: float, kept: Tensor, wanted: Wanted
-) -> tuple[_Maybe, _Maybe, _Maybe]:
-    """The gradients of A, B and the scale that are `wanted`."""
-    if not wanted.factors:
-        return None, None, None
-    from paramlora.cuda.embedding import plan
-
-    (r, num), low = of.a.shape, dy.dtype == torch.float16
-    g, kept = (_power_of(kept), kept[:-2]) if low else (None, kept)
-    scaled = not (wanted.scale or low)
-    v, db = plan.backward(dy, kept, r, scaled, wanted.a, wanted.b or wanted.scale)
-    da = dscale = None
-    if g is not None:  # the range of their factors, see `look_up`
-        v, db = v if v is None else v * g, db if db is None else db / g
-    if v is not None:
-        da = _typed(sum_by_row(v, of.x, num, padding, False).t(), of.a)
-    if db is not None:
-        db, dscale = _second(db, of, strength, scaled, wanted)
-    return da, db, dscale
-
-
-# for every index the sum of the gradients that it got, in a fixed order
-sum_by_row = torch.ops.aten.embedding_dense_backward.default
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

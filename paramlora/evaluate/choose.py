@@ -1,7 +1,7 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
-The ways give the same number. Linear layers, convolutions, embeddings and experts ask `way`, with
-dropout or without, and do what they are told; what no kernel serves after all
+The ways give the same number. Linear layers, convolutions and experts ask `way`, with dropout or
+without, and do what they are told; what no kernel serves after all
 (`paramlora.cuda.operands`) falls back to torch's operations, by the way that each names.
 """
 
@@ -21,7 +21,7 @@ from paramlora.update.compat import constant_result
 
 
 class Way(Enum):
-    """A way of computing ``x (W + scale·B·A)ᵀ``, or the same of a convolution or a look-up."""
+    """A way of computing ``x (W + scale·B·A)ᵀ``, or the same of a convolution."""
 
     KERNELS = "our kernels: one accumulator, one launch; else as FACTORED"
     OPERATOR = "our kernels as one operator, which a compiler sees whole"
@@ -116,11 +116,11 @@ class Asked(NamedTuple):
     """All that the choice depends on.
 
     Args:
-        layer: "linear", "convolution", "embedding" or "experts".
+        layer: "linear", "convolution" or "experts".
         device: what was measured of x's, see `thresholds_of`.
-        dtype: of x, after autocast; of an embedding's table.
+        dtype: of x, after autocast.
         numbers: elements of x.
-        shape: of the weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``, ``[num, dim]``.
+        shape: of the weight: ``[out, in]``, ``[C_out, C_in / groups, *kernel]``.
         rank: of all updates together.
         kernels: the way in which ours serve these operands, if any; of experts and of dropout where
             they are also the faster, see `measured`.
@@ -151,11 +151,7 @@ def way(asked: Asked) -> Way:
         return Way.OPERATOR if asked.compiling else Way.KERNELS
     if asked.dropout:
         return Way.PLAIN if asked.compiling else Way.DROPPED
-    if asked.layer == "linear":
-        return _linear(asked)
-    if asked.layer == "convolution":
-        return _convolution(asked)
-    return Way.KERNELS if asked.kernels and not asked.compiling else Way.PLAIN
+    return _linear(asked) if asked.layer == "linear" else _convolution(asked)
 
 
 def _linear(asked: Asked) -> Way:

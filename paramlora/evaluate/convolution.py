@@ -91,36 +91,36 @@ def convolution(
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-    where, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
+    window, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
     values = Operands(x, weight, bias, lora_A, lora_B, scale)
-    ours = _kernels_way(values, where) if x.dtype.itemsize == 2 and not compiling else None
+    ours = _kernels_way(values, window) if x.dtype.itemsize == 2 and not compiling else None
     about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, lora_A.shape[0])
     asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
     way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:
         up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
-        return conv(x, _kernel(weight, up, down), bias, *where)
+        return conv(x, _kernel(weight, up, down), bias, *window)
     if way is Way.POINTWISE:
         return pointwise(x, weight.flatten(1), bias, lora_A, lora_B, scale)
     if way is Way.JOINED:
-        return applied(_Joined, *values, *where[:3])
+        return applied(_Joined, *values, *window[:3])
     if way is Way.DEPTHWISE:
-        return applied(_Depthwise, *values, *where[:3])
+        return applied(_Depthwise, *values, *window[:3])
     if way is Way.DENSE:
-        return applied(_Convolution, *values, *where)
-    y = conv(x, weight, bias, *where)
+        return applied(_Convolution, *values, *window)
+    y = conv(x, weight, bias, *window)
     if way is Way.OWN_KERNEL:  # which keeps as much of the update as a branch
         delta = _update(lora_A, lora_B, scale).reshape(shape)
-        return y + one_kernel(x, delta, narrow.Stage(*where))
-    return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *where)
+        return y + one_kernel(x, delta, narrow.Stage(*window))
+    return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *window)
 
 
-def _kernels_way(of: Operands, where: tuple[Any, ...]) -> Optional[Way]:
+def _kernels_way(of: Operands, window: tuple[Any, ...]) -> Optional[Way]:
     """How our kernels serve a convolution in 16 bits; those that are joined see for themselves."""
-    if _is_pointwise(of.x, of.weight, where):
+    if _is_pointwise(of.x, of.weight, window):
         return Way.POINTWISE
-    if where[3] > 1 and not recorded():
-        if is_depthwise(of, where[:3], where[3]):
+    if window[3] > 1 and not recorded():
+        if is_depthwise(of, window[:3], window[3]):
             return Way.DEPTHWISE
     return None
 
@@ -133,17 +133,17 @@ def dropped_convolution(
     lora_A: Tensor,
     lora_B: Tensor,
     scale: Tensor,
-    where: tuple[Any, ...],
+    window: tuple[Any, ...],
     drops: Drops,
 ) -> Tensor:
     """`convolution` with dropout on the branch's input, before it is padded.
 
     Args:
         x: not padded yet.
-        pad: gives it the padding that `where` does not say.
+        pad: gives it the padding that `window` does not say.
         weight, bias, lora_A, lora_B, scale: as of `convolution`; `scale` and B hold what makes up
             for what is dropped.
-        where: stride, padding, dilation and groups.
+        window: stride, padding, dilation and groups.
         drops: the masks.
     """
     x, device = laid_as(x, weight), autocast_of(x)
@@ -151,16 +151,16 @@ def dropped_convolution(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             values = (x, pad, weight, bias, lora_A, lora_B, scale)
-            return dropped_convolution(*values, where, drops)
+            return dropped_convolution(*values, window, drops)
     up, about = narrow.wide(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
     asked = Asked(
         "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
-        dropout=True, stride=where[0], groups=where[3],
+        dropout=True, stride=window[0], groups=window[3],
     )  # fmt: skip
     if choose.way(asked) is Way.PLAIN:
-        y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *where)
-        return y + _dropped_branches(x, lora_A, up, pad, weight.shape, where, drops)
-    rest = (pad, where, drops.rates, drops.ranks, drops.seed)
+        y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *window)
+        return y + _dropped_branches(x, lora_A, up, pad, weight.shape, window, drops)
+    rest = (pad, window, drops.rates, drops.ranks, drops.seed)
     return applied(_DroppedConvolution, x, weight, bias, lora_A, up, *rest)
 
 
@@ -170,11 +170,11 @@ def _dropped_branches(
     up: Tensor,
     pad: Callable[[Tensor], Tensor],
     shape: Sequence[int],
-    where: tuple[Any, ...],
+    window: tuple[Any, ...],
     drops: Drops,
 ) -> Tensor:
     parts = [
-        branch(pad(masked(x, drops, which)), shape, a[ranks], up[:, ranks], *where)
+        branch(pad(masked(x, drops, which)), shape, a[ranks], up[:, ranks], *window)
         for which, ranks in ranks_of(drops)
     ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -193,15 +193,15 @@ class _DroppedConvolution(torch.autograd.Function):
         a: Tensor,
         up: Tensor,
         pad: Callable[[Tensor], Tensor],
-        where: tuple[Any, ...],
+        window: tuple[Any, ...],
         rates: tuple[float, ...],
         ranks: tuple[int, ...],
         seed: Tensor,
     ) -> Tensor:
-        ctx.rest, drops = (pad, where, rates, ranks), Drops(rates, ranks, seed)
+        ctx.rest, drops = (pad, window, rates, ranks), Drops(rates, ranks, seed)
         ctx.save_for_backward(x, weight, a, up, seed)
         conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
-        if x.dtype == torch.bfloat16 and where[3] == 1:
+        if x.dtype == torch.bfloat16 and window[3] == 1:
             one = torch.ones((), dtype=up.dtype, device=up.device)
             both, down, _ = _kernels(weight, a, up, one)
             last = len(drops.ranks) - 1  # whose kernel also has the zeros that pad the rank
@@ -210,39 +210,39 @@ class _DroppedConvolution(torch.autograd.Function):
                     pad(masked(x, drops, i)),
                     down[own.start : own.stop if i < last else None],
                     None,
-                    *where,
+                    *window,
                 )
                 for i, own in ranks_of(drops)
             ]
             t = parts[0] if last == 0 else torch.cat(parts, 1)
-            more = _at_the_middle(t, padded, weight.shape[2:], *where[:3])
+            more = _at_the_middle(t, padded, weight.shape[2:], *window[:3])
             if more is not None:
-                return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *where)
+                return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *window)
         values = _wide_on_cpu(x, weight, bias)
-        y = conv(pad(values[0]), *values[1:], *where)
-        y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, where, drops))
+        y = conv(pad(values[0]), *values[1:], *window)
+        y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, window, drops))
         return _rounded(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, a, up, seed = ctx.saved_tensors
-        (pad, where, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
+        (pad, window, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
         drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
         x, weight, dy = _wide_on_cpu(x, weight, dy)
 
         def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
-            return _dropped_branches(x, a, up, pad, shape, where, drops)
+            return _dropped_branches(x, a, up, pad, shape, window, drops)
 
         def base(x: Tensor, weight: Tensor) -> Tensor:
-            return CONVOLUTIONS[weight.dim() - 3](pad(x), weight, None, *where)
+            return CONVOLUTIONS[weight.dim() - 3](pad(x), weight, None, *window)
 
         dbias = _bias_gradient(dy) if needs[2] else None
         first, da, dup = differentiable(update, (x, a, up), (needs[0], *needs[3:5]), dy)
         if torch.is_grad_enabled() or pad(x) is not x:
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
-            dx, dweight, _ = _backward(dy, x, weight, where, (*needs[:2], False))
+            dx, dweight, _ = _backward(dy, x, weight, window, (*needs[:2], False))
         dx = None if dx is None or first is None else _rounded(dx + first, given)
         dweight = None if dweight is None else dweight.to(given.dtype)
         return dx, dweight, dbias, da, dup, *(None,) * 5
@@ -279,7 +279,8 @@ def laid_as(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _has_channels_last(t: Tensor) -> bool:
-    """As torch judges, by strides alone: a kernel of 1×1 lies the same in either format."""
+    """Whether channels come last, as torch judges by strides alone: a kernel of 1×1 lies the same
+    in either format."""
     least, shape, stride = 0, t.shape, t.stride()
     for axis in (1, *range(t.dim() - 1, 1, -1), 0):
         if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
@@ -288,9 +289,9 @@ def _has_channels_last(t: Tensor) -> bool:
     return True
 
 
-def _is_pointwise(x: Tensor, weight: Tensor, where: tuple[Any, ...]) -> bool:
+def _is_pointwise(x: Tensor, weight: Tensor, window: tuple[Any, ...]) -> bool:
     """Whether it is a linear layer of every position, and has a kernel as such."""
-    stride, padding, _, groups = where
+    stride, padding, _, groups = window
     plain = prod(weight.shape[2:]) == groups == 1 and {*stride} == {1} and {*padding} == {0}
     return plain and has_kernel(x, weight.flatten(1))
 
@@ -348,37 +349,37 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        of, where = Operands(*inputs[:6]), inputs[6:]
+        of, window = Operands(*inputs[:6]), inputs[6:]
         x, weight, bias, a, b, scale = of
-        ctx.where, g, kept = where, None, (kept_input(ctx, x), weight, a, b, scale)
+        ctx.window, g, kept = window, None, (kept_input(ctx, x), weight, a, b, scale)
         if x.dtype == torch.float16:
             a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
             scale = torch.ones_like(g)
             of = of._replace(a=a, b=b, scale=scale)
-        result = None if recorded() else convolved(of, where)
+        result = None if recorded() else convolved(of, window)
         ctx.kernel = result is not None
         if result is not None:
             ctx.save_for_backward(*kept, result[1], g)
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
-        t = conv(x, down, None, *where)
+        t = conv(x, down, None, *window)
         ctx.save_for_backward(*kept, t, g)
-        more = _at_the_middle(t, x, weight.shape[2:], *where)
+        more = _at_the_middle(t, x, weight.shape[2:], *window)
         if more is None:
-            return conv(x, weight, bias, *where) + conv(t, up)
-        return conv(torch.cat([x, more], 1), both, bias, *where)
+            return conv(x, weight, bias, *window) + conv(t, up)
+        return conv(torch.cat([x, more], 1), both, bias, *window)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, a, b, scale, t, g = ctx.saved_tensors
-        needs, where, x = ctx.needs_input_grad, (*ctx.where, 1), input_of(ctx, held, weight)
-        none = (None,) * len(ctx.where)
+        needs, window, x = ctx.needs_input_grad, (*ctx.window, 1), input_of(ctx, held, weight)
+        none = (None,) * len(ctx.window)
         if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-                y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *where)
-                return y + branch(x, weight.shape, a, b * scale, *where)
+                y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *window)
+                return y + branch(x, weight.shape, a, b * scale, *window)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         of, wanted, dweight, dbias = (
@@ -387,10 +388,10 @@ class _Joined(torch.autograd.Function):
             None,
             None,
         )
-        values = (ctx.kernel, dy, of, t, wanted, ctx.where)
+        values = (ctx.kernel, dy, of, t, wanted, ctx.window)
         grads = _gradients(*values) if g is None else _gradients_in_range(g, *values)
         if needs[1] or needs[2]:
-            _, dweight, dbias = _backward(dy, x, weight, where, (False, needs[1], needs[2]))
+            _, dweight, dbias = _backward(dy, x, weight, window, (False, needs[1], needs[2]))
         return (grads[0], dweight, dbias, *grads[1:], *none)
 
 
@@ -401,27 +402,27 @@ def _gradients_in_range(
     of: Operands,
     t: Tensor,
     wanted: Wanted,
-    where: tuple[Any, ...],
+    window: tuple[Any, ...],
 ) -> Gradients:
     """`_gradients` of float16, whose forward had the power of two g, see `narrow`."""
     scaled, ones = of.b.float() * of.scale.float(), torch.ones_like(g)
     up, down, h = narrow.in_range(dy, scaled, of.a, len(of.b))
     masks = wanted._replace(b=wanted.b or wanted.scale, scale=False)
     inside = of._replace(a=down, b=up, scale=ones)
-    dx, da, db, dscale = _gradients(kernel, dy, inside, t, masks, where)
+    dx, da, db, dscale = _gradients(kernel, dy, inside, t, masks, window)
     if db is not None:
         db, dscale = gradient_of_second(db / g, of.b, of.scale, 1.0, wanted.scale)
     return dx, None if da is None else (da / h).to(of.a.dtype), db, dscale
 
 
 def _gradients(
-    kernel: bool, dy: Tensor, of: Operands, t: Tensor, wanted: Wanted, where: tuple[Any, ...]
+    kernel: bool, dy: Tensor, of: Operands, t: Tensor, wanted: Wanted, window: tuple[Any, ...]
 ) -> Gradients:
-    """Those of x, A, B and the scale that are wanted, as the forward was computed."""
+    """The gradients of x, A, B and the scale that are wanted, as the forward was computed."""
     if kernel:
-        return convolved_backward(dy, of, t, wanted, where)
+        return convolved_backward(dy, of, t, wanted, window)
     x, weight, _, a, b, scale = of
-    stride, padding, dilation = where
+    stride, padding, dilation = window
     one, two = narrow.Stage(stride, padding, dilation, 1), pointwise_of(weight.dim() - 2, 1)
     dx = da = db = dscale = None
     down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted.x or wanted.a
@@ -483,38 +484,38 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        of, where = Operands(*inputs[:6]), inputs[6:]
+        of, window = Operands(*inputs[:6]), inputs[6:]
         x, weight, bias, a, b, scale = of
-        ctx.where = where
+        ctx.window = window
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale)
         conv = CONVOLUTIONS[weight.dim() - 3]
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
-        return conv(x, _kernel(weight, up, down), bias, *where)
+        return conv(x, _kernel(weight, up, down), bias, *window)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, a, b, scale = ctx.saved_tensors
-        needs, where, x = ctx.needs_input_grad, ctx.where, input_of(ctx, held, weight)
-        none = (None,) * len(where)
+        needs, window, x = ctx.needs_input_grad, ctx.window, input_of(ctx, held, weight)
+        none = (None,) * len(window)
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 dense = _kernel(weight, scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype))
-                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *window)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         wanted = needs[3], needs[4] or needs[5]
-        whole = needs[1] or any(wanted) and (x.is_cpu or where[3] > 1)
+        dense_too = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
         dx = kernel = dbias = None
-        if needs[0] or whole or needs[2]:
+        if needs[0] or dense_too or needs[2]:
             dense = _kernel(weight, up, down) if needs[0] else weight
-            dx, kernel, dbias = _backward(dy, x, dense, where, (needs[0], whole, needs[2]))
+            dx, kernel, dbias = _backward(dy, x, dense, window, (needs[0], dense_too, needs[2]))
         if kernel is not None:
             da, product = _from_kernel(kernel.reshape(len(kernel), -1), down, up, wanted)
         else:
-            da, product = _from_thin(dy, x, down, up, weight.shape, where, wanted)
+            da, product = _from_thin(dy, x, down, up, weight.shape, window, wanted)
         db = dscale = None
         if product is not None:
             db, dscale = gradient_of_second(product, b, scale, 1.0, needs[5])
@@ -528,10 +529,10 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        of, where = Operands(*inputs[:6]), inputs[6:]
+        of, window = Operands(*inputs[:6]), inputs[6:]
         x, weight, bias, a, b, scale = of
-        ctx.where = where
-        y, total = depthwise(of, where)
+        ctx.window = window
+        y, total = depthwise(of, window)
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
         return y
 
@@ -539,18 +540,18 @@ class _Depthwise(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, a, b, scale, total = ctx.saved_tensors
-        needs, where = ctx.needs_input_grad, (*ctx.where, len(weight))
+        needs, window = ctx.needs_input_grad, (*ctx.window, len(weight))
         x = input_of(ctx, held, weight)
-        none = (None,) * len(ctx.where)
+        none = (None,) * len(ctx.window)
         if torch.is_grad_enabled() or in_plain_operations(True, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 dense = weight + _update(a, b, scale).to(weight.dtype).view_as(weight)
-                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *where)
+                return CONVOLUTIONS[weight.dim() - 3](x, dense, None, *window)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         of = Operands(x, weight, None, a, b, scale)
-        grads = depthwise_backward(dy, of, total, Wanted(*needs[:6]), ctx.where)
+        grads = depthwise_backward(dy, of, total, Wanted(*needs[:6]), ctx.window)
         dbias = _bias_gradient(dy) if needs[2] else None
         return (*grads[:2], dbias, *grads[2:], *none)
 
@@ -585,7 +586,7 @@ def _from_thin(
     down: Tensor,
     up: Tensor,
     shape: Sequence[int],
-    where: tuple[Any, ...],
+    window: tuple[Any, ...],
     wanted: tuple[bool, bool],
 ) -> tuple[_Maybe, _Maybe]:
     """The same without the dense kernel's gradient; for one group."""
@@ -594,12 +595,12 @@ def _from_thin(
     inner, outer = kernels_of(down, up, shape[2:], 1)
     if wanted[0]:
         v = conv(dy, outer.transpose(0, 1))
-        _, first, _ = _backward(v, x, inner, where, (False, True, False))
+        _, first, _ = _backward(v, x, inner, window, (False, True, False))
         da = None if first is None else first.reshape(down.shape)
     if not wanted[1]:
         return da, None
     one = ((1,) * n, (0,) * n, (1,) * n, 1)
-    _, second, _ = _backward(dy, conv(x, inner, None, *where), outer, one, (False, True, False))
+    _, second, _ = _backward(dy, conv(x, inner, None, *window), outer, one, (False, True, False))
     return da, None if second is None else second.reshape(up.shape)
 
 
@@ -609,9 +610,9 @@ def _kernel(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, where: tuple[Any, ...], masks: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, window: tuple[Any, ...], masks: Sequence[bool]
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
-    stride, padding, dilation, groups = where
+    stride, padding, dilation, groups = window
     none, sizes = [0] * len(stride), [weight.shape[0]]
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         dy, x, weight, sizes, stride, padding, dilation, False, none, groups, list(masks)

@@ -26,16 +26,18 @@ from paramlora.cuda.operands import (
     switched_on,
     threshold,
 )
-from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.cuda.operators import gradient_of_second
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.functional import (
+    both,
     cast,
     cast_for_autocast,
     differentiable,
     in_a_row,
     input_of,
     kept_input,
+    narrowed,
     untold,
     without_autocast,
 )
@@ -260,7 +262,7 @@ def dropped_by_definition(
     scale: Tensor,
     drops: Drops,
 ) -> Tensor:
-    """The same in plain operations: for compilers, and for gradients of gradients."""
+    """`dropped_linear` in plain operations: for compilers, and for gradients of gradients."""
     y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
     for which, ranks in ranks_of(drops):
         own = masked(x, drops, which)
@@ -303,10 +305,9 @@ class _Dropped(torch.autograd.Function):
             ctx.save_for_backward(held, weight, a, b, scale, seed, result[1])
             return result[0]
         flat, drops = x.reshape(-1, x.shape[-1]), Drops(rates, ranks, seed)
-        down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
+        down, up, ctx.power = narrowed(flat, a, b, scale, strength)
         u = thin(flat, down, drops)
-        y = _base_and(torch.mm(u, up.t()), u, up.t(), flat, weight.t())
-        y = y if bias is None else y.add_(bias)
+        y = both(flat, weight.t(), u, up.t(), bias)
         ctx.save_for_backward(held, weight, a, b, scale, seed, None if held is None else u)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -336,32 +337,14 @@ class _Dropped(torch.autograd.Function):
         return dx, dweight, dbias, *others, *(None,) * 5
 
 
-def _narrowed(
-    x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
-) -> tuple[Tensor, Tensor, _Maybe]:
-    """Both factors in x's type; in float16 with a power of two, see `narrow`."""
-    if x.dtype != torch.float16:
-        return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
-    down, up, g = narrow.in_range(x, a, b.float() * (scale.float() * strength), x.shape[-1])
-    return down.half(), up.half(), g
-
-
-def _base_and(update: Tensor, u: Tensor, second: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w + update``, written into the update; rounded once."""
-    if x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None:  # cuBLAS rounds between
-        y = torch.mm(x, w, out_dtype=torch.float32)
-        return y.addmm_(u.float(), second.float()).to(x.dtype)
-    return update.addmm_(x, w)
-
-
 def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> operators.Gradients:
-    """Those of x, A, B and the scale that are wanted."""
+    """The gradients of x, A, B and the scale that are wanted."""
     x, weight, _, a, b, scale = of
     needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
         one = torch.ones((), dtype=narrow.wide(b).dtype, device=b.device)
-        up, down, h = _narrowed(dy, (narrow.wide(b) * scale * ctx.strength).t(), a.t(), one, 1.0)
+        up, down, h = narrowed(dy, (narrow.wide(b) * scale * ctx.strength).t(), a.t(), one, 1.0)
         v = dy @ up.t()  # [rows, r]
         if needs[0]:
             dx = _input_gradient(dy, weight, v, down.t(), drops).view(x.shape)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.cuda.operands import served
-from paramlora.cuda.operators import gradient_of_second, scaled_down
+from paramlora.cuda.operands import Drop, served
+from paramlora.cuda.operators import gradient_of_second
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
@@ -23,6 +23,7 @@ from paramlora.evaluate.functional import (
     in_a_row,
     input_of,
     kept_input,
+    narrowed,
     without_autocast,
 )
 from paramlora.evaluate.sources import Again, Chosen, Source, put_together, taken_apart
@@ -112,7 +113,7 @@ def grouped_by_definition(
     scale: Tensor,
     drops: Optional[Drops] = None,
 ) -> Tensor:
-    """The same in plain operations, for gradients of gradients: a loop over the experts."""
+    """`grouped_linear` in plain operations, for gradients of gradients: a loop over the experts."""
     up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
     parts = [x.new_zeros(0, weight.shape[1])]
     for e, rows in runs(ends):
@@ -156,10 +157,8 @@ def _width(x: Tensor, r: int) -> int:
     return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
 
 
-def _drop(drops: Optional[Drops]) -> Any:
+def _drop(drops: Optional[Drops]) -> Optional[Drop]:
     """The one mask, as the kernels take it."""
-    from paramlora.cuda.experts.plan import Drop
-
     return None if drops is None or not drops.rates[0] else Drop(drops.rates[0], drops.seed)
 
 
@@ -264,23 +263,13 @@ def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return total
 
 
-def _narrowed(
-    x: Tensor, a: Tensor, b: Tensor, reach: int, scale: Tensor, strength: float
-) -> tuple[Tensor, Tensor, _Maybe]:
-    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
-    if x.dtype != torch.float16:
-        return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
-    down, up, g = narrow.in_range(x, a, b.float() * (scale.float() * strength), reach)
-    return down.half(), up.half(), g
-
-
 def _narrowed_back(
     dy: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, _Maybe]:
     """B with its scale, and A, in the type of dy, whose range in float16 is another than x's."""
     scaled = narrow.wide(b) * (scale if strength == 1 else scale * strength)
     one = torch.ones((), dtype=scaled.dtype, device=b.device)
-    return _narrowed(dy, scaled, a, dy.shape[1], one, 1.0)
+    return narrowed(dy, scaled, a, one, 1.0)
 
 
 def _in_range_again(
@@ -304,7 +293,7 @@ def _forward(
     bias: _Maybe,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the thin product that `_backward` takes."""
-    down, up, _ = _narrowed(x, a, b, x.shape[1], scale, strength)
+    down, up, _ = narrowed(x, a, b, scale, strength)
     if _way(x, weight, a, drops) is Way.KERNELS:
         from paramlora.cuda.experts import plan
 

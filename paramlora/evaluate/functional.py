@@ -1,4 +1,4 @@
-"""Low-rank linear and embedding, and the choice between evaluations.
+"""Low-rank linear and embedding.
 
 ``W + scale·B·A`` (Hu et al. 2021, arXiv:2106.09685, equation 3) applied to an input, without the
 gradient of the dense weight. Tensors only.
@@ -19,7 +19,6 @@ from paramlora.cuda.operands import (
     Wanted,
     fits,
     has_kernel,
-    looks_up,
     served,
     switched_on,
 )
@@ -30,12 +29,11 @@ from paramlora.update import narrow
 from paramlora.update.compat import (
     applied,
     is_batched,
-    modes_following,
     recorded,
     traced,
     transformed,
 )
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, in_own_types
 
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
@@ -136,7 +134,7 @@ def without_autocast(backward: _Gradients) -> _Gradients:
 def linear_by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
-    """The same in plain operations: for compilers, and for gradients of gradients."""
+    """`linear` in plain operations: for compilers, and for gradients of gradients."""
     y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
     return y + in_a_row(x, lora_A, up, narrow.LINEAR, narrow.LINEAR)
 
@@ -224,12 +222,12 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = _flat(x)
-        down, up, ctx.power = _narrowed(flat, a, b, scale, strength)
+        down, up, ctx.power = narrowed(flat, a, b, scale, strength)
         if ctx.dense:
             y, u = F.linear(flat, _sum(weight, up, down), bias), None
         else:
             u = flat @ down.t()
-            y = _both(flat, weight.t(), u, up.t(), bias)
+            y = both(flat, weight.t(), u, up.t(), bias)
         held = kept_input(ctx, x)
         ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
         # no view, which nobody could change in place
@@ -268,10 +266,17 @@ def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
     return (kernel or dy.dtype == torch.float16) and is_batched(dy)
 
 
-def _narrowed(
+def narrowed(
     x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, _Maybe]:
-    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`."""
+    """A, and B with its scale, in x's type; in float16 with a power of two, see `narrow`.
+
+    Args:
+        x: ``[..., in]``, what A is multiplied by.
+        a: ``[*stack, r, in]``.
+        b: ``[*stack, out, r]``.
+        scale: ``[]``, and `strength` on top of it.
+    """
     if x.dtype != torch.float16:
         return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
     b = b.float() * (scale.float() * strength)
@@ -295,7 +300,7 @@ def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
 
 
 def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
-    """Those of x, A, B and the scale that are wanted, in torch's operations."""
+    """The gradients of x, A, B and the scale that are wanted, in torch's operations."""
     x, weight, _, a, b, scale = of
     if x.dtype == torch.float16:
         return _gradients_in_range(ctx, dy, of, u)
@@ -304,8 +309,8 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradi
     dx = da = db = dscale = None
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
-        whole = _sum(weight, up, down) if ctx.dense else None
-        dx = dy @ whole if whole is not None else _both(dy, weight, v, down)
+        total = _sum(weight, up, down) if ctx.dense else None
+        dx = dy @ total if total is not None else both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
         da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
@@ -325,7 +330,7 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
         up, down, h = narrow.in_range(dy, scaled, a, dy.shape[1])
         v = dy @ up.half()
         if needs[0]:
-            dx = _both(dy, weight, v, down.half())
+            dx = both(dy, weight, v, down.half())
             dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
         da = (narrow.outer(v, flat) / h).to(a.dtype) if needs[3] else None
     if u is not None and (needs[4] or needs[5]):
@@ -338,7 +343,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
+def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
     """``x @ w + u @ v + bias``; in 16 bits the smaller product comes first, so that one float32
     accumulator takes both, and the bias last, so that a large one does not drown it."""
     if x.dtype.itemsize > 2:
@@ -402,8 +407,7 @@ def embedding(
     padding_idx: Optional[int] = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """``(W + scale · (B A)ᵀ)[rows]``: two look-ups and one thin product, in 16 bits on CUDA
-    in one launch where `operands.looks_up`. There too an index out of range stops the device.
+    """``(W + strength · scale · (B A)ᵀ)[rows]``: two look-ups and one thin product.
 
     Args:
         rows: indices of any shape.
@@ -414,6 +418,10 @@ def embedding(
         padding_idx: the row that gets no gradient, from the end where negative.
         strength: a number on top of `scale`.
 
+    Returns:
+        ``[*rows.shape, dim]``, of the weight's type, also under autocast. A row of the table is
+        exact, so a sum that is rounded once keeps all of an update that its type can hold.
+
     Example:
         >>> W, A, B = (torch.randn(*s).double() for s in ((9, 4), (2, 9), (4, 2)))
         >>> rows, scale = torch.tensor([[0, 8], [3, 3]]), torch.tensor(0.5).double()
@@ -422,92 +430,22 @@ def embedding(
     """
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
-    values = (rows, weight, lora_A, lora_B, scale, padding_idx)
-    ours = None
-    if served(weight) and not _followed():
-        of = Operands(rows, weight, None, lora_A, lora_B, scale)
-        ours = Way.KERNELS if looks_up(of, padding_idx) else None
-    device, sizes = choose.thresholds_of(weight), (rows.numel(), weight.shape, lora_A.shape[0])
-    if choose.way(Asked("embedding", device, weight.dtype, *sizes, ours)) is Way.KERNELS:
-        return applied(_Embedding, rows, weight, lora_A, lora_B, scale, padding_idx, strength)
-    autocast = autocast_of(weight)
-    if autocast is not None:  # which leaves a look-up in the table's own type
-        with torch.autocast(autocast, enabled=False):
-            return embedding_by_definition(*values, strength)
-    return embedding_by_definition(*values, strength)
+    with in_own_types(weight):  # autocast leaves a look-up in the table's own type
+        base = narrow.wide(F.embedding(rows, weight, padding_idx))  # thin products need its range
+        up = scaled_down(lora_B, scale, strength, base.dtype).t()
+        y = _added(base, cast(_columns(lora_A, rows, padding_idx), base.dtype), up)
+        if padding_idx is not None:  # nor does that row give B or the scale a gradient
+            y = torch.where((rows == padding_idx)[..., None], y.detach(), y)
+        return cast(y, weight.dtype)
+
+
+def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor:
+    """``[..., r]``: the columns of A that belong to such rows."""
+    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
+        return lora_A.index_select(1, rows.reshape(-1)).t()
+    return F.embedding(rows, lora_A.t(), padding_idx)
 
 
 def untold() -> bool:
     """Whether a compiler, a transform or a trace is at work, which knows no autograd function."""
     return is_compiling() or transformed() or traced()
-
-
-def _followed() -> bool:
-    """Whether something follows torch's operations, and so must be shown them."""
-    return untold() or modes_following() > 0
-
-
-def embedding_by_definition(
-    rows: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: Tensor,
-    padding_idx: Optional[int],
-    strength: float,
-) -> Tensor:
-    """The same in plain operations; float16, whose thin products know no range, in float32."""
-    base = narrow.wide(F.embedding(rows, weight, padding_idx))
-    up = scaled_down(lora_B, scale, strength, base.dtype).t()
-    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
-        thin = cast(lora_A.index_select(1, rows.reshape(-1)), base.dtype).t()
-    else:
-        thin = cast(F.embedding(rows, lora_A.t(), padding_idx), base.dtype)  # [..., r]
-    if padding_idx is not None:  # nor does that row give B or the scale a gradient
-        update = thin @ up
-        y = base + torch.where((rows == padding_idx)[..., None], update.detach(), update)
-        return cast(y, weight.dtype)
-    y = _added(base, thin, up)  # a row of the table is exact, so this rounds the sum once
-    return cast(y, weight.dtype)
-
-
-class _Embedding(torch.autograd.Function):
-    """The kernels' way of `embedding`, where `operands.looks_up`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        padding_idx: Optional[int],
-        strength: float,
-    ) -> Tensor:
-        ctx.strength, ctx.padding = strength, -1 if padding_idx is None else padding_idx
-        of = Operands(rows, weight, None, a, b, scale)
-        y, kept = operators.look_up(of, ctx.padding, strength)
-        ctx.save_for_backward(rows, weight, a, b, scale, kept)
-        return y
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        rows, weight, a, b, scale, kept = ctx.saved_tensors
-        needs, padding, strength = ctx.needs_input_grad, ctx.padding, ctx.strength
-        if torch.is_grad_enabled() or in_plain_operations(True, dy):
-            padding_idx = None if padding < 0 else padding
-
-            def again(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-                return embedding_by_definition(rows, weight, a, b, scale, padding_idx, strength)
-
-            found = differentiable(again, (weight, a, b, scale), needs[1:5], dy)
-            return None, *found, None, None
-        of = Operands(rows, weight, None, a, b, scale)
-        asked = Wanted(False, needs[1], False, needs[2], needs[3], needs[4])
-        grads = operators.look_up_backward(dy, of, padding, strength, kept, asked)
-        dweight = None
-        if needs[1]:
-            dweight = operators.sum_by_row(dy, rows, len(weight), padding, False)
-        return None, dweight, *grads, None, None

@@ -26,7 +26,7 @@ from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
-Where = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _HIGHEST = 32  # rank whose factors fit the shared memory beside a tile of the frozen product
 _LONG = 16  # positions of a row from which it is a block of its own
 
@@ -324,7 +324,7 @@ def convolution(
     down: Tensor,
     up: Tensor,
     rows: Choice,
-    where: Where,
+    window: Window,
     dropped: _Maybe = None,
 ) -> Tensor:
     """``conv(x, W + B_i A_i) + bias`` where ``i`` is each row's.
@@ -334,25 +334,25 @@ def convolution(
     half of a small one. But for what is compiled.
 
     Args:
-        x: ``[N, C_in, ...]``, padded but for what `where` says.
+        x: ``[N, C_in, ...]``, padded but for what `window` says.
         weight: ``[C_out, C_in / groups, *kernel]``.
         bias: ``[C_out]`` or None.
         down, up, rows: as of `convolved`.
-        where: stride, padding, dilation and groups.
+        window: stride, padding, dilation and groups.
         dropped: what the updates get instead of x.
     """
     device = autocast_of(x)
     if device is not None:
         x, weight, bias, dropped = cast_for_autocast(device, x, weight, bias, dropped)
         with torch.autocast(device, enabled=False):
-            return convolution(x, weight, bias, down, up, rows, where, dropped)
+            return convolution(x, weight, bias, down, up, rows, window, dropped)
     own = x if dropped is None else dropped
     if x.dtype.itemsize == 2 and not untold():
         more = None if dropped is None else own
-        return applied(_Convolution, x, weight, bias, down, up, more, rows, where)
-    y = narrow.Stage(*where)(x, weight)
+        return applied(_Convolution, x, weight, bias, down, up, more, rows, window)
+    y = narrow.Stage(*window)(x, weight)
     y = y if bias is None else y + bias.reshape(-1, *[1] * (y.dim() - 2))
-    return y + convolved(own, weight.shape, down, up, rows, *where)
+    return y + convolved(own, weight.shape, down, up, rows, *window)
 
 
 class _Convolution(torch.autograd.Function):
@@ -369,13 +369,13 @@ class _Convolution(torch.autograd.Function):
         up: Tensor,
         dropped: _Maybe,
         rows: Choice,
-        where: Where,
+        window: Window,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up, dropped)
-        ctx.rows, ctx.where = rows, where
+        ctx.rows, ctx.window = rows, window
         wide, own = x.float(), None if dropped is None else dropped.float()
-        y = narrow.Stage(*where)(wide, weight.float())
-        y += convolved(wide if own is None else own, weight.shape, down, up, rows, *where)
+        y = narrow.Stage(*window)(wide, weight.float())
+        y += convolved(wide if own is None else own, weight.shape, down, up, rows, *window)
         if bias is not None:
             y += bias.reshape(-1, *[1] * (y.dim() - 2))
         return y.to(x.dtype)
@@ -384,13 +384,13 @@ class _Convolution(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weight, down, up, dropped), needs = ctx.saved_tensors, ctx.needs_input_grad
-        rows, where, shape, apart = ctx.rows, ctx.where, weight.shape, dropped is not None
+        rows, window, shape, apart = ctx.rows, ctx.window, weight.shape, dropped is not None
 
         def update(own: Tensor, down: Tensor, up: Tensor) -> Tensor:
-            return convolved(own, shape, down, up, rows, *where)
+            return convolved(own, shape, down, up, rows, *window)
 
         def base(x: Tensor, weight: Tensor) -> Tensor:
-            return narrow.Stage(*where)(x, weight)
+            return narrow.Stage(*window)(x, weight)
 
         wide, wanted = dy.float(), (needs[5] if apart else needs[0], *needs[3:5])
         given = (dropped if apart else x).float()

@@ -86,7 +86,7 @@ def load_adapter(
         return None if needless else base_of(model)
 
     with uncollected():
-        found = _read(path, base, options)
+        found = _read(path, base, options, together=True)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -111,9 +111,14 @@ def read_adapter(
     return _read(path, lambda form: base, options)
 
 
-def _read(path: PathLike, base: Callable[[Format], Optional[Base]], options: Options) -> Adapter:
-    """As `read_adapter`, of a base that the format asks for."""
-    content = checked(path)
+def _read(
+    path: PathLike,
+    base: Callable[[Format], Optional[Base]],
+    options: Options,
+    together: bool = False,
+) -> Adapter:
+    """The adapter in a file, fitted to a base that its format wants; `together` as of `checked`."""
+    content = checked(path, together)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -190,7 +195,7 @@ def convert(
 def write_adapter(
     adapter: Adapter,
     out: PathLike,
-    to: str = "native",
+    to: str = formats.OWN,
     base: Optional[Base] = None,
     *,
     force: bool = False,
@@ -309,7 +314,7 @@ def _check_names_itself(path: PathLike) -> None:
         raise FileError(
             f"{Path(path).name}: {source}'s names of layers cannot be read back without the "
             "model, and here are several. Give the pipeline's folder (--base), or convert it "
-            "alone to native first, with its model (--model), and give that file."
+            f"alone to {formats.OWN} first, with its model (--model), and give that file."
         )
 
 
@@ -331,8 +336,8 @@ def opened(path: PathLike) -> Content:
     """
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
-        whole = torch_save.load(weights)
-        return _content(weights, _inside(whole, _flat(weights, whole)), {})
+        content = torch_save.load(weights)
+        return _content(weights, _inside(content, _flat(weights, content)), {})
     file = SafeFile(weights)
     try:
         return _content(weights, file.every(), file.metadata)
@@ -340,8 +345,12 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
-def checked(path: PathLike) -> Content:
-    """As `opened`, once the format has found its outline sound: before any tensor is read.
+def checked(path: PathLike, together: bool = False) -> Content:
+    """What `opened` gives, once the format has found its outline sound: before any tensor is read.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        together: its tensors in one memory, for who drops them all soon (see `SafeFile.every`).
 
     Raises:
         FileError: as there, or by the format.
@@ -355,13 +364,13 @@ def checked(path: PathLike) -> Content:
     try:
         outline = _outline(weights, file)
         formats.form_of(outline).check(outline)
-        return _content(weights, file.every(), file.metadata)
+        return _content(weights, file.every(together), file.metadata)
     finally:
         file.close()
 
 
 def outlined(path: PathLike) -> Content:
-    """As `opened`, and the tensors of a safetensors file have no content: it was not read.
+    """What `opened` gives, but the tensors of a safetensors file have no content: it was not read.
 
     Raises:
         FileError: as there.
@@ -422,20 +431,23 @@ def _is_weights(path: Path) -> bool:
     return is_pickled(head) or head[8:] == b"{"
 
 
-def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
+def _flat(path: Path, content: Any) -> dict[str, Tensor]:
     """The tensors in nested containers, their keys joined by dots.
 
     One container may stand in many places, and so may what is inside it: both the places and the
     bytes that they stand for are counted, and no real file has so many.
     """
     out: dict[str, Tensor] = {}
-    levels = [iter([("", whole)])]
+    levels = [iter([("", content)])]
     places = characters = size = 0
     while levels:
         for key, value in levels[-1]:
             places, characters = places + 1, characters + len(key)
             if places > _MOST_PLACES or characters > MOST_TEXT or len(levels) > _MOST_LEVELS:
-                raise FileError(f"{path}: its containers hold more, or deeper, than any real file.")
+                raise FileError(
+                    f"{path}: its containers hold more, or deeper, than any real file. Save its "
+                    "tensors alone."
+                )
             if isinstance(value, Tensor):
                 torch_save.checked_spec(path, key, value)
                 out[key], size = value.detach(), size + value.nbytes
@@ -448,12 +460,12 @@ def _flat(path: Path, whole: Any) -> dict[str, Tensor]:
     return out
 
 
-def _inside(whole: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+def _inside(content: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
 
     A module of that name is no dictionary: its layers keep it.
     """
-    inner = whole.get("model") if isinstance(whole, Mapping) else None
+    inner = content.get("model") if isinstance(content, Mapping) else None
     if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
         return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
     return flat
@@ -562,8 +574,8 @@ def _save(content: Content, out: Path, form: Format, check: Callable[[Content], 
 def _fill(content: Content, form: Format, file: BinaryIO) -> None:
     if form.pickled:
         state: Any = _apart(content.state)
-        whole = {form.wrap: state} if form.wrap else state
-        torch_save.save(whole, file, lambda count: None)
+        wrapped = {form.wrap: state} if form.wrap else state
+        torch_save.save(wrapped, file, lambda count: None)
     else:
         specs = {key: spec_of(tensor) for key, tensor in content.state.items()}
         # not the library, which writes metadata in another order each time

@@ -88,7 +88,7 @@ def combined(
     base: Optional[Base] = None,
     options: Options = DEFAULTS,
 ) -> Approximation:
-    """As `combine`, with the error of each layer where the result is only near to the sum."""
+    """`combine`, and the error of each layer where the result is only near to the sum."""
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     if base is None:
         _check_names([one for one, _ in pairs])

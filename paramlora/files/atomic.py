@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Union
 
 from paramlora.errors import FileError, listed, unwritten
+from paramlora.model.undo import undisturbed
 
 PathLike = Union[str, "os.PathLike[str]"]
 _STRIDE = 32 << 20
@@ -83,7 +84,8 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
         _keep_access(target, temporary)
         _sync(temporary)
         if target.exists():
-            _exchange(temporary, target)
+            with undisturbed():  # between its renames nothing would be at `path`
+                _exchange(temporary, target)
         else:
             os.rename(temporary, target)
         _sync(target.parent)

@@ -51,11 +51,11 @@ class Stored:
         self.folder = self.path
         try:
             self._open(key)
-            self.where = self._places()
+            self.file_of = self._places()
         except BaseException:
             self.close()
             raise
-        self.specs: dict[str, Spec] = {k: self.parts[n].specs[k] for k, n in self.where.items()}
+        self.specs: dict[str, Spec] = {k: self.parts[n].specs[k] for k, n in self.file_of.items()}
 
     def __enter__(self) -> "Stored":
         return self
@@ -75,15 +75,15 @@ class Stored:
 
     def read(self, key: str) -> Tensor:
         """One tensor; not to be written to."""
-        return self.parts[self.where[key]].read(key)
+        return self.parts[self.file_of[key]].read(key)
 
     def raw(self, key: str) -> Iterator[memoryview]:
         """One tensor's bytes in pieces."""
-        return self.parts[self.where[key]].raw(key)
+        return self.parts[self.file_of[key]].raw(key)
 
     def run(self, key: str, elements: slice) -> Tensor:
         """Some of one tensor's elements; not to be written to."""
-        return self.parts[self.where[key]].run(key, elements)
+        return self.parts[self.file_of[key]].run(key, elements)
 
     def _open(self, key: Optional[str]) -> None:
         if not os.path.isdir(self.path) and not self.path.name.endswith(_INDEX):
@@ -109,22 +109,22 @@ class Stored:
             )
 
     def _places(self) -> dict[str, str]:
-        where: dict[str, str] = {}
+        file_of: dict[str, str] = {}
         for name, part in self.parts.items():
             for key in part.specs:
-                if key in where:
+                if key in file_of:
                     raise FileError(
-                        f"{self.path}: {key} is both in {where[key]} and in {name}. Remove the one "
-                        "of another copy, or download all again."
+                        f"{self.path}: {key} is both in {file_of[key]} and in {name}. Remove the "
+                        "one of another copy, or download all again."
                     )
-                where[key] = name
+                file_of[key] = name
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
-            if where.get(key) != name:
+            if file_of.get(key) != name:
                 raise FileError(
                     f"{self.path}: {name} lacks {key}, which the index places there. Download "
                     "the index and all of its files again."
                 )
-        return where
+        return file_of
 
 
 class Pipeline:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paramlora.checkpoint import apply, extracted
 from paramlora.checkpoint.keys import weights_at
-from paramlora.checkpoint.recipes import Contents, Plan, Recipe, embed_plan, merge_plan
+from paramlora.checkpoint.recipes import Contents, Recipe, Recipes, embed_recipes, merge_recipes
 from paramlora.errors import FileError, ParamloraError, listed, unwritten, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
@@ -29,12 +29,12 @@ from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, entries_
 from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
-from paramlora.formats import Base, Options, base_of_shapes, fit
+from paramlora.formats import OWN, Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
 from paramlora.formats.content import DEFAULTS, check_finite
-from paramlora.formats.native import NATIVE
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
+from paramlora.update.contexts import own_context
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
@@ -71,6 +71,7 @@ class Report:
     kept: Optional[float] = None
 
 
+@own_context()
 def embed(
     base: PathLike,
     adapter: AdapterLike,
@@ -104,16 +105,17 @@ def embed(
     with opened(base, key) as stored:
         found, contents = _adapter(adapter, stored, options, known), Contents(stored.specs)
         with _said_of(base):
-            plan = embed_plan(contents, found)
+            recipes = embed_recipes(contents, found)
         _warn_inside(contents, base)
-        done = _write(stored, plan, Path(out), dry_run, progress)
+        done = _write(stored, recipes, Path(out), dry_run, progress)
     return replace(done, updates=len(found.values()), largest=None)
 
 
+@own_context()
 def extract(
     embedded: PathLike,
     out: PathLike,
-    to: str = NATIVE,
+    to: str = OWN,
     *,
     key: Optional[str] = None,
     known: Optional[Base] = None,
@@ -151,6 +153,7 @@ def extract(
     return Report(Path(out), len(held), len(held), size, count)
 
 
+@own_context()
 def merge(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
@@ -188,17 +191,18 @@ def merge(
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
         with _said_of(base):
-            plan = merge_plan(contents, loaded, stored.read)
+            recipes = merge_recipes(contents, loaded, stored.read)
         if seed is not None:
-            plan = {
+            recipes = {
                 name: replace(recipe, rounding=Rounding(seed, name, counts=False))
-                for name, recipe in plan.items()
+                for name, recipe in recipes.items()
             }
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
-        return _write(stored, plan, Path(out), dry_run, progress)
+        return _write(stored, recipes, Path(out), dry_run, progress)
 
 
+@own_context()
 def kept(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
@@ -221,8 +225,8 @@ def kept(
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         with _said_of(base):
-            plan = merge_plan(Contents(stored.specs), loaded, stored.read)
-        for name, recipe in plan.items():
+            recipes = merge_recipes(Contents(stored.specs), loaded, stored.read)
+        for name, recipe in recipes.items():
             if recipe.changes:
                 rounding.start(name)
                 spec = stored.specs[recipe.source]
@@ -251,7 +255,7 @@ def _adapter(
         return adapter
     shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
-    if format_of(adapter) != NATIVE:
+    if format_of(adapter) != OWN:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
         found = read_native(adapter)
@@ -282,28 +286,28 @@ def _warn_other(adapter: Adapter, contents: Contents, stored: Checkpoint) -> Non
 
 
 def _write(
-    stored: Checkpoint, plan: Plan, out: Path, dry_run: bool, progress: Optional[Progress]
+    stored: Checkpoint, recipes: Recipes, out: Path, dry_run: bool, progress: Optional[Progress]
 ) -> Report:
-    specs = {k: _spec(stored, recipe) for k, recipe in plan.items()}
+    specs = {k: _spec(stored, recipe) for k, recipe in recipes.items()}
     size = sum(spec.nbytes for spec in specs.values())
-    changed = sum(1 for r in plan.values() if r.changes or r.value is not None)
+    changed = sum(1 for r in recipes.values() if r.changes or r.value is not None)
     _check_kind(stored, out)
     watch = _Watch(progress, size)
     if isinstance(stored, Pipeline):
         if not dry_run:
             _check_space(out, size)
-            _write_pipeline(stored, plan, specs, out, watch)
+            _write_pipeline(stored, recipes, specs, out, watch)
     elif not dry_run:
         beside = _beside(stored.folder) if _is_folder(out) else []
         _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
 
         if _is_folder(out):
-            _write_folder(stored, plan, specs, beside, out, watch)
+            _write_folder(stored, recipes, specs, beside, out, watch)
         else:
             with new_file(out) as file:
-                _fill(stored, plan, specs, list(stored.parts), out.suffix, file, watch)
-    return Report(out, len(plan), changed, size, largest=watch.largest, kept=watch.kept)
+                _fill(stored, recipes, specs, list(stored.parts), out.suffix, file, watch)
+    return Report(out, len(recipes), changed, size, largest=watch.largest, kept=watch.kept)
 
 
 class _Watch:
@@ -378,7 +382,7 @@ def _check_space(out: Path, size: int) -> None:
 
 def _write_folder(
     stored: Stored,
-    plan: Plan,
+    recipes: Recipes,
     specs: dict[str, Spec],
     beside: list[Path],
     out: Path,
@@ -386,11 +390,11 @@ def _write_folder(
 ) -> None:
     index = [stored.index_name] if stored.index is not None else []
     with new_folder(out, [*stored.parts, *index, *(p.name for p in beside)]) as folder:
-        _fill_folder(stored, plan, specs, beside, folder, watch)
+        _fill_folder(stored, recipes, specs, beside, folder, watch)
 
 
 def _write_pipeline(
-    stored: Pipeline, plan: Plan, specs: dict[str, Spec], out: Path, watch: _Watch
+    stored: Pipeline, recipes: Recipes, specs: dict[str, Spec], out: Path, watch: _Watch
 ) -> None:
     """Write each model in its folder, and copy what stands beside them."""
     beside = {Path("."): _beside(stored.folder)}
@@ -406,17 +410,17 @@ def _write_pipeline(
                 for path in files:
                     shutil.copyfile(path, folder / place / path.name)
         for name, component in stored.components.items():
-            own, types = _part_of_plan(plan, specs, name)
+            own, types = _part_of_recipes(recipes, specs, name)
             _fill_folder(component, own, types, beside[Path(name)], folder / name, watch)
 
 
-def _part_of_plan(
-    plan: Plan, specs: dict[str, Spec], component: str
-) -> tuple[Plan, dict[str, Spec]]:
+def _part_of_recipes(
+    recipes: Recipes, specs: dict[str, Spec], component: str
+) -> tuple[Recipes, dict[str, Spec]]:
     """What is to be written of one model, under its own names."""
     start = len(component) + 1
-    keys = [key for key in plan if key.startswith(f"{component}.")]
-    own = {key[start:]: replace(plan[key], source=plan[key].source[start:]) for key in keys}
+    keys = [key for key in recipes if key.startswith(f"{component}.")]
+    own = {key[start:]: replace(recipes[key], source=recipes[key].source[start:]) for key in keys}
     return own, {key[start:]: specs[key] for key in keys}
 
 
@@ -433,7 +437,7 @@ def _check_lost_inside(stored: Pipeline, beside: Mapping[Path, list[Path]], out:
 
 def _fill_folder(
     stored: Stored,
-    plan: Plan,
+    recipes: Recipes,
     specs: dict[str, Spec],
     beside: list[Path],
     folder: Path,
@@ -441,11 +445,11 @@ def _fill_folder(
 ) -> None:
     for name in stored.parts:
         with open(folder / name, "wb") as file:
-            _fill(stored, plan, specs, [name], Path(name).suffix, file, watch)
+            _fill(stored, recipes, specs, [name], Path(name).suffix, file, watch)
     for path in beside:
         shutil.copyfile(path, folder / path.name)
     if stored.index is not None:
-        text = json.dumps(_index(stored, plan, specs), indent=2) + "\n"
+        text = json.dumps(_index(stored, recipes, specs), indent=2) + "\n"
         (folder / stored.index_name).write_text(text, encoding="utf-8")
 
 
@@ -454,9 +458,9 @@ def _beside(folder: Path) -> list[Path]:
     return _every(folder, lambda path: not _is_weights(path))
 
 
-def _every(folder: Path, wanted: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
+def _every(folder: Path, chosen: Callable[[Path], bool] = os.path.isfile) -> list[Path]:
     """The files of a folder itself, without links to elsewhere."""
-    there = [path for path in entries_of(folder) if os.path.isfile(path) and wanted(path)]
+    there = [path for path in entries_of(folder) if os.path.isfile(path) and chosen(path)]
     away = [path.name for path in there if not _is_inside(path, folder.resolve())]
     if away:
         text = f"{folder}: not copied, since they are links to elsewhere: {listed(away)}."
@@ -477,7 +481,7 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in (*SAFE, *PICKLED) or path.name.endswith(".index.json")
 
 
-def _index(stored: Stored, plan: Plan, specs: dict[str, Spec]) -> dict[str, Any]:
+def _index(stored: Stored, recipes: Recipes, specs: dict[str, Spec]) -> dict[str, Any]:
     index = dict(stored.index or {})
     totals = {
         "total_size": sum(spec.nbytes for spec in specs.values()),
@@ -485,13 +489,13 @@ def _index(stored: Stored, plan: Plan, specs: dict[str, Spec]) -> dict[str, Any]
     }
     told = index.get("metadata", {})
     index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
-    index["weight_map"] = {key: stored.where[recipe.source] for key, recipe in plan.items()}
+    index["weight_map"] = {key: stored.file_of[recipe.source] for key, recipe in recipes.items()}
     return index
 
 
 def _fill(
     stored: Stored,
-    plan: Plan,
+    recipes: Recipes,
     specs: dict[str, Spec],
     parts: list[str],
     suffix: str,
@@ -499,7 +503,9 @@ def _fill(
     watch: _Watch,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
-    mine = {key: recipe for key, recipe in plan.items() if stored.where[recipe.source] in parts}
+    mine = {
+        key: recipe for key, recipe in recipes.items() if stored.file_of[recipe.source] in parts
+    }
     if suffix in SAFE:
         metadata = stored.parts[parts[0]].metadata
 
@@ -541,31 +547,31 @@ def _merged_runs(
 def _rounding(
     before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Of a run in 8 bits ``<Δ, Δ>`` and ``<Δ, Δ'>``: what was to be added, and what was."""
+    """``<Δ, Δ>`` and ``<Δ, Δ'>`` of a run in 8 bits: what was to be added, and what was."""
     wide = before.float()
-    wanted, added = summed(wide) - wide, after.float() - wide
-    return float(wanted.dot(wanted)), float(wanted.dot(added))
+    meant, added = summed(wide) - wide, after.float() - wide
+    return float(meant.dot(meant)), float(meant.dot(added))
 
 
 def _fill_pickled(
-    stored: Stored, plan: Plan, parts: list[str], file: BinaryIO, watch: _Watch
+    stored: Stored, recipes: Recipes, parts: list[str], file: BinaryIO, watch: _Watch
 ) -> None:
     part = stored.parts[parts[0]]
     if isinstance(part, PickledFile) and len(parts) == 1:
-        state = apply(plan, part.state)
-        _watch_made(stored, plan, state, watch)
+        state = apply(recipes, part.state)
+        _watch_made(stored, recipes, state, watch)
         for key in part.state.keys() - part.specs.keys():
             state[key] = part.state[key]
-        whole = part.around(state)
+        content = part.around(state)
     else:
-        whole = {key: recipe.make(stored.read) for key, recipe in plan.items()}
-        _watch_made(stored, plan, whole, watch)
-    torch_save.save(whole, file, watch.wrote)
+        content = {key: recipe.make(stored.read) for key, recipe in recipes.items()}
+        _watch_made(stored, recipes, content, watch)
+    torch_save.save(content, file, watch.wrote)
 
 
-def _watch_made(stored: Stored, plan: Plan, state: Mapping[str, Any], watch: _Watch) -> None:
+def _watch_made(stored: Stored, recipes: Recipes, state: Mapping[str, Any], watch: _Watch) -> None:
     """What tensors that were merged all at once were changed by."""
-    for key, recipe in plan.items():
+    for key, recipe in recipes.items():
         if recipe.changes:
             for _ in watch.saw([(stored.read(recipe.source).detach(), state[key].detach())]):
                 pass

@@ -63,7 +63,7 @@ def _kind(path: Path, head: bytes) -> Optional[str]:
 
 
 def _archive(path: Path) -> Optional[str]:
-    """Of a zip file: torch.save's holds ``data.pkl``, and is none to be unpacked."""
+    """What a zip file is: torch.save's holds ``data.pkl``, and is none to be unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

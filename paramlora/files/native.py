@@ -1,8 +1,6 @@
 """The native adapter file: one safetensors file that describes itself."""
 
-import re
 from pathlib import Path
-from typing import Optional
 
 from torch import nn
 
@@ -14,16 +12,9 @@ from paramlora.formats.native import checked_entries, described, native_of
 from paramlora.model.statistics import warn_moved
 from paramlora.model.values import adapter_of, adapter_state_dict
 from paramlora.update.contexts import own_context
-from paramlora.update.geometry import Layout
 from paramlora.update.memory import pieces_of
 from paramlora.update.sharded import is_sharded, wait, writes
-from paramlora.update.value import Adapter, Holder
-
-NATIVE, FORMAT = "native", 1  # its name, and the version of what is written
-_WHOLE, _ROOT = "lora_whole", "weight"  # _ROOT names the empty path in a configuration
-_PLAIN = re.compile(r"(?!re:)[^*]+")  # a path that means itself as a name of a configuration
-_Holders = dict[str, Holder]
-_Shapes = dict[str, tuple[Optional[tuple[int, ...]], Layout, int, Optional[str]]]
+from paramlora.update.value import Adapter
 
 
 @own_context()

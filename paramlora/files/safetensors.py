@@ -96,21 +96,41 @@ class SafeFile:
             out = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise FileError(
-                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold."
+                f"{self.path}: {key} takes {size:,} bytes, which memory does not hold. Give a "
+                "smaller file, or use a machine with more."
             ) from error
         if size:
             self._fill(self._begin[key], bytes_of(out))
         return out.view(spec.dtype).reshape(spec.shape)
 
-    def every(self) -> dict[str, Tensor]:
-        """All tensors, where memory can hold them: a file with holes may claim any size."""
+    def every(self, together: bool = False) -> dict[str, Tensor]:
+        """All tensors, where memory can hold them: a file with holes may claim any size.
+
+        Args:
+            together: in one memory, which each of them keeps alive, for who drops them all soon:
+                read at once, checked at once, and copied to a device at once.
+        """
         size, memory = sum(spec.nbytes for spec in self.specs.values()), _memory()
         if size > memory:
             raise FileError(
                 f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
-                "memory."
+                "memory. Give a smaller file, or use a machine with more."
             )
-        return {key: self.read(key) for key in self.specs}
+        return self._as_one(size) if together else {key: self.read(key) for key in self.specs}
+
+    def _as_one(self, size: int) -> dict[str, Tensor]:
+        """All tensors as parts of one: in the file they lie so, see `_check_whole`."""
+        whole = torch.empty(size, dtype=torch.uint8)
+        start = min(self._begin.values(), default=0)
+        if size:
+            self._fill(start, bytes_of(whole))
+        found = {}
+        for key, spec in self.specs.items():
+            at = self._begin[key] - start
+            part = whole[at : at + spec.nbytes]
+            part = part.clone() if at % spec.dtype.itemsize else part  # no view of such a place
+            found[key] = part.view(spec.dtype).reshape(spec.shape)
+        return found
 
     def raw(self, key: str) -> Iterator[memoryview]:
         """A tensor's bytes in pieces, each valid until the next one."""
@@ -170,8 +190,8 @@ class SafeFile:
             key.encode()
         except (TypeError, KeyError, ValueError) as error:
             raise self._damaged(f'"{key}" is not a tensor') from error
-        whole = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
-        if not whole or not possible(shape):
+        sizes = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
+        if not sizes or not possible(shape):
             raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
         if dtype is None:
             raise FileError(
@@ -248,6 +268,8 @@ def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, s
     try:
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise FileError(f"{spelled(error.object[error.start :])} is not Unicode text.") from error
+        raise FileError(
+            f"{spelled(error.object[error.start :])} is not Unicode text. Rename it."
+        ) from error
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

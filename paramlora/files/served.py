@@ -1,6 +1,6 @@
 """An adapter as a server's loader takes it, and what of it no such loader takes.
 
-What the loaders take, and where that was read, is in formats/vllm.py.
+What the loaders take, and where that was read, stands in the formats (`Format.servers`).
 """
 
 from typing import Any, NamedTuple, Optional
@@ -12,13 +12,11 @@ from paramlora import formats
 from paramlora.errors import AdapterError
 from paramlora.files.adapters import read_adapter
 from paramlora.files.atomic import PathLike
-from paramlora.formats import Options, base_of, vllm
+from paramlora.formats import FORMATS, Format, Options, base_of
 from paramlora.model.targets import adaptable
 from paramlora.model.values import adapter_of
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter
-
-SERVERS = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 class Served(NamedTuple):
@@ -66,14 +64,14 @@ def tensors_for(
         >>> [tuple(tensor.shape) for key, tensor in sorted(tensors.items()) if "lora_A" in key]
         [(2, 4), (2, 3)]
     """
-    _check_server(server, "peft")
-    base, found = base_of(model), adapter_of(model, adapter)
-    if server != "peft":
-        lost = unserved(found, server)
+    form, found = _form_for(server, _takers()), adapter_of(model, adapter)
+    if form.unserved is not None:
+        name = form.servers[server]
+        lost = list(form.unserved(found, name))
         if lost:
-            raise AdapterError(f'adapter "{adapter}" for {SERVERS[server]}: {" ".join(lost)}')
-        found, dtype = vllm.of_one_rank(found), dtype or _narrow(model, found)
-    content = formats.write(found, "peft", base)
+            raise AdapterError(f'adapter "{adapter}" for {name}: {" ".join(lost)}')
+        dtype = dtype or _narrow(model, found)
+    content = formats.write(found, form.name, base_of(model))
     tensors = {key: _own(tensor, dtype) for key, tensor in content.state.items()}
     return Served(tensors, dict(content.config))
 
@@ -86,13 +84,25 @@ def unserved_in(path: PathLike, server: str) -> list[str]:
         AdapterError: no such server.
         FileError: it cannot be read.
     """
-    _check_server(server)
-    return unserved(read_adapter(path, options=Options(strict=False)), server)
+    form = _form_for(server, _servers())
+    assert form.unserved is not None
+    adapter = read_adapter(path, options=Options(strict=False))
+    return list(form.unserved(adapter, form.servers[server]))
 
 
-def unserved(adapter: Adapter, server: str) -> list[str]:
-    """The same of an adapter as a value."""
-    return list(vllm.unserved(adapter, SERVERS[server]))
+def servers() -> dict[str, str]:
+    """What messages call the servers, by the names that `unserved_in` knows."""
+    return {server: form.servers[server] for server, form in _servers().items()}
+
+
+def _takers() -> dict[str, Format]:
+    """The format that each program takes from memory, by the program's name."""
+    return {server: form for form in FORMATS.values() for server in form.servers}
+
+
+def _servers() -> dict[str, Format]:
+    """The format of each program that loads less than the format holds, by the program's name."""
+    return {server: form for server, form in _takers().items() if form.unserved is not None}
 
 
 def _narrow(model: nn.Module, adapter: Adapter) -> Optional[torch.dtype]:
@@ -105,7 +115,7 @@ def _own(tensor: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
     return tensor.detach().to(dtype or tensor.dtype, copy=True).contiguous()
 
 
-def _check_server(server: str, *others: str) -> None:
-    if server not in (*SERVERS, *others):
-        known = ", ".join((*SERVERS, *others))
-        raise AdapterError(f'no server "{server}" is known. Known: {known}.')
+def _form_for(server: str, known: dict[str, Format]) -> Format:
+    if server not in known:
+        raise AdapterError(f'no server "{server}" is known. Known: {", ".join(sorted(known))}.')
+    return known[server]

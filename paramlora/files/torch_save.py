@@ -39,9 +39,9 @@ class PickledFile:
 
     def __init__(self, path: Path, key: Optional[str] = None) -> None:
         self.path = path
-        self.whole = load(path)
-        self.place = _place(path, self.whole, key)
-        self.state: Mapping[str, Any] = self.whole
+        self.content = load(path)
+        self.place = _place(path, self.content, key)
+        self.state: Mapping[str, Any] = self.content
         for name in self.place:
             self.state = self.state[name]
         self.specs = {
@@ -69,7 +69,7 @@ class PickledFile:
     def beside(self) -> list[str]:
         """What the file holds beside the tensors of its state dict."""
         rest = [key for key in self.state if key not in self.specs]
-        level = self.whole
+        level = self.content
         for name in self.place:
             rest += [key for key in level if key != name]
             level = level[name]
@@ -77,7 +77,7 @@ class PickledFile:
 
     def around(self, state: Mapping[str, Any]) -> Any:
         """The whole content with `state` in the place of the state dict."""
-        return _around(self.whole, self.place, state)
+        return _around(self.content, self.place, state)
 
 
 def save(content: Any, file: BinaryIO, progress: Count) -> None:
@@ -94,7 +94,9 @@ def save(content: Any, file: BinaryIO, progress: Count) -> None:
         if watched.error is not None:  # torch hides it behind its own
             raise watched.error from None
         reason = str(error) or type(error).__name__
-        raise FileError(f"what was read cannot be written with torch.save: {reason}.") from error
+        raise FileError(
+            f"what was read cannot be written with torch.save: {reason}. Write a .safetensors file."
+        ) from error
 
 
 class _Watched:
@@ -146,7 +148,8 @@ def _check_zip(path: Path) -> None:
         if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
             raise FileError(
                 f"{path}: its records are compressed, doubled or larger than the file, which "
-                "torch.save never writes. It may be made to fill the memory; it is not read."
+                "torch.save never writes. It may be made to fill the memory, so it is not read. "
+                "Save it again with torch.save."
             )
         for name, record in records.items():
             if name.endswith("/data.pkl") and record.file_size <= MOST_TEXT:
@@ -160,7 +163,10 @@ def _check_zip(path: Path) -> None:
 
 def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipInfo]) -> None:
     for key, storage in found.storages.items():
-        if storage.nbytes > records[f"{folder}data/{key}"].file_size:
+        record = records.get(f"{folder}data/{key}")
+        if record is None:
+            raise ValueError(f"the record of storage {key} is missing")
+        if storage.nbytes > record.file_size:
             raise ValueError(f"storage {key} is larger than its record")
 
 
@@ -194,31 +200,31 @@ def _refused(path: Path, error: Exception) -> FileError:
     )
 
 
-def _place(path: Path, whole: Any, key: Optional[str]) -> tuple[str, ...]:
+def _place(path: Path, content: Any, key: Optional[str]) -> tuple[str, ...]:
     places = [tuple(key.split("."))] if key else [*((name,) for name in _NESTS), ()]
     for place in places:
-        level = whole
+        level = content
         for name in place:
             level = level.get(name) if isinstance(level, Mapping) else None
         if _is_state(level):
             return place
-    wanted = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
-    raise FileError(f"{path}: no state dict {wanted}. {_way_out(whole)}.")
+    asked = f'under "{key}"' if key else f"at the top, nor under {', '.join(_NESTS)}"
+    raise FileError(f"{path}: no state dict {asked}. {_way_out(content)}.")
 
 
-def _way_out(whole: Any) -> str:
-    if _is_state(whole):  # a key was given
+def _way_out(content: Any) -> str:
+    if _is_state(content):  # a key was given
         return "It is at the top: leave out key (--key)"
-    there = list(islice(_states(whole), _MOST_TOLD))
+    there = list(islice(_states(content), _MOST_TOLD))
     if there:
         return f"Name its place with key (--key), of: {listed(there)}"
     return "Give a checkpoint, or name the place with key (--key)"
 
 
-def _states(whole: Any) -> Iterator[str]:
+def _states(content: Any) -> Iterator[str]:
     """The places of state dicts, one below the other; not deep, and never two ways to one."""
-    levels: deque[tuple[tuple[str, ...], Any]] = deque([((), whole)])
-    seen = {id(whole)}
+    levels: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen = {id(content)}
     while levels:
         place, level = levels.popleft()
         if place and _is_state(level):

@@ -33,7 +33,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import apart_from, factored, folded
+from paramlora.formats.factors import apart_from, factored, with_scale_in_B
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -58,6 +58,7 @@ __all__ = [
     "Content",
     "Format",
     "Mark",
+    "OWN",
     "Options",
     "Prefix",
     "Slot",
@@ -83,6 +84,9 @@ for _file in iter_modules(__path__):  # so that a new format's file is all that 
     _form = getattr(import_module(f"{__name__}.{_file.name}"), "FORMAT", None)
     if _form is not None:
         register(_form)
+
+
+OWN = next(name for name, form in FORMATS.items() if form.complete)  # the package's own format
 
 
 def form_of(content: Content) -> Format:
@@ -126,7 +130,7 @@ def read(
 def none_of(component: Optional[str]) -> str:
     """What is wrong with a file in which no update was found."""
     if component is None:
-        return "no update in it"
+        return "no update in it. Give the file that training wrote"
     return f"it has no part {component}. Give another component (--component), or leave it out"
 
 
@@ -181,8 +185,11 @@ def _read_complete(
 
 def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """The updates of what the model has; others are reported."""
-    there = {**adapter.updates, **adapter.others}
     known = {**base, **vectors_of(base)}
+    if options.component is not None:
+        within_pipeline = any(path.startswith(f"{options.component}.") for path in known)
+        adapter = part_of(adapter, options.component, source, within_pipeline)
+    there = {**adapter.updates, **adapter.others}
     check_known(there.keys() - known.keys(), base, options, source)
     return replace(
         adapter,
@@ -216,18 +223,20 @@ def write(
     if form.complete:
         return form.write(adapter, base, **how)
     if not (adapter.updates or adapter.others):
-        raise FileError("the adapter has no updates.")
+        raise FileError(
+            "the adapter has no updates, so a file would hold nothing. Give one that has some."
+        )
     adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)
     if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
-            "format and peft's hold."
+            "format and peft's hold. Keep one of those."
         )
     check_finite(adapter, "adapter")
     told = apart(adapter, base)
     if fold_scale:
-        told = replace(told, updates={p: folded(u) for p, u in told.updates.items()})
+        told = replace(told, updates={p: with_scale_in_B(u) for p, u in told.updates.items()})
     _check_scales(told, to)
     return placed(form.write(told, base, **how), adapter.metadata, form)
 

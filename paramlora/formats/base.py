@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import folded, whole
+from paramlora.formats.factors import from_dense, with_scale_in_B
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
@@ -104,7 +104,7 @@ def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base:
-    """The same out of a checkpoint's keys and shapes, where layers' kinds are unknown."""
+    """A model's names and shapes out of a checkpoint's keys, where layers' kinds are unknown."""
     slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
     matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
     return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
@@ -167,7 +167,7 @@ def _place(path: str, places: Places, where: str) -> Optional[Found]:
 
 
 def original_of(base: Base) -> Base:
-    """The same weights under their original names, fused as there: for `fit`, and so for writing.
+    """A base's weights under their original names, fused as there: for `fit`, and so for writing.
 
     ComfyUI's and kohya's files of a transformer have these names, where diffusers' model has its
     own. Weights of one name alone keep it, and so do all of a model that has the original names.
@@ -233,7 +233,7 @@ def _added(path: str, one: Value, second: Update, source: str) -> Update:
         )
     first = one
     if first.scale != second.scale:
-        first, second = folded(first), folded(second)
+        first, second = with_scale_in_B(first), with_scale_in_B(second)
     a = torch.cat([first.lora_A, second.lora_A], dim=-2)
     return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
 
@@ -271,7 +271,7 @@ def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
     if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
-        return whole(update.held["lora_diff"], None)
+        return from_dense(update.held["lora_diff"], None)
     raise FileError(
         f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
         f"{update.method} is of its whole weight alone. Give a model of the file's own names."
@@ -360,27 +360,29 @@ def place(path: str, base: Base) -> Optional[str]:
     return None
 
 
-def part_of(adapter: Adapter, component: str, source: str) -> Adapter:
-    """One part of a pipeline, under the names that its own model has.
+def part_of(
+    adapter: Adapter, component: str, source: str, within_pipeline: bool = False
+) -> Adapter:
+    """One part of a pipeline, under the names that its own model has, or the pipeline.
 
     Raises:
         FileError: there is none of it.
     """
     found = apart_by_kind(component_of(adapter, component, source))
+
+    def inside(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        start = "" if within_pipeline else f"{component}."
+        own = {path: value for path, value in values.items() if belongs(path, component)}
+        return {path.removeprefix(start): value for path, value in own.items()}
+
     return replace(
         adapter,
-        updates=_inside(found["updates"], component),
-        others=_inside(found["others"], component),
-        whole=_inside(adapter.whole, component),
-        base=_inside(adapter.base, component),
-        holders=_inside(adapter.holders, component),
+        updates=inside(found["updates"]),
+        others=inside(found["others"]),
+        whole=inside(adapter.whole),
+        base=inside(adapter.base),
+        holders=inside(adapter.holders),
     )
-
-
-def _inside(values: Mapping[str, _Value], component: str) -> dict[str, _Value]:
-    start = f"{component}."
-    own = {path: value for path, value in values.items() if belongs(path, component)}
-    return {path.removeprefix(start): value for path, value in own.items()}
 
 
 def component_of(adapter: Adapter, component: str, source: str) -> dict[str, _Any]:
@@ -436,7 +438,7 @@ def _turned(update: Update) -> Update:
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
-    """Of a checkpoint's weight: the file's own layout where it fits, else any that does."""
+    """The layout of a checkpoint's weight: the file's own where it fits, else any that does."""
     have = (tuple(update.lora_A.shape), tuple(update.lora_B.shape))
     order = sorted(get_args(Layout), key=lambda layout: layout != update.layout)
     return next((layout for layout in order if have == _factors(update, shape, layout)), None)

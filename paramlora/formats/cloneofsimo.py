@@ -94,7 +94,10 @@ def _ordered(content: Content, model: str, base: Base, count: int) -> list[str]:
             return paths
         tried[", ".join(sorted(classes))] = len(paths)
     found = "; ".join(f"{n} inside {names}" for names, n in tried.items())
-    raise FileError(f"{content.source}: {counted(count, 'update')}, and the model has {found}.")
+    raise FileError(
+        f"{content.source}: {counted(count, 'update')}, and the model has {found}. Give the model "
+        "that it was made for (--model)."
+    )
 
 
 def _is_list(content: Content) -> bool:

@@ -106,7 +106,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
 
 
 def names_of(base: Base, prefix: Optional[str] = None) -> Base:
-    """The same weights under the names that ComfyUI has for them.
+    """A base's weights under the names that ComfyUI has for them.
 
     Raises:
         FileError: a text encoder of a name that nothing tells.
@@ -253,7 +253,7 @@ def _check(name: str, update: Update, magnitude: Optional[Tensor]) -> None:
     if not flat or update.up_kernel != 1 or update.kind not in (None, "linear", "convolution"):
         raise FileError(
             f"{name}: a {update.kind or update.layout} of shape {list(update.shape)}; ComfyUI's "
-            "format holds Linear and convolutions only."
+            "format holds Linear and convolutions only. Keep the native format."
         )
     if magnitude is not None and magnitude.shape[0] == update.shape[0]:
         raise FileError(

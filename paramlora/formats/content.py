@@ -142,11 +142,12 @@ def check_factors(where: str, *tensors: Tensor) -> None:
     shapes = " and ".join(f"{list(t.shape)} {str(t.dtype).split('.')[1]}" for t in tensors)
     if any(not t.numel() for t in tensors):
         raise FileError(
-            f"{where}: an empty factor ({shapes}). A sharded one was not gathered before saving."
+            f"{where}: an empty factor ({shapes}). A sharded one was not gathered before saving. "
+            "Gather it, and save again."
         )
     kinds = {t.dtype for t in tensors}
     if any(t.dim() < 2 or not t.is_floating_point() for t in tensors) or len(kinds) > 1:
-        raise FileError(f"{where}: no factors of an update: {shapes}.")
+        raise FileError(f"{where}: no factors of an update: {shapes}. Save it again.")
 
 
 def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:

@@ -133,7 +133,10 @@ def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     halves: dict[str, dict[str, Tensor]] = {}
     unused = []
     if "lora_controlnet" in content.state:
-        raise FileError(f"{content.source}: a Control-LoRA, which is more than W + scale·B·A.")
+        raise FileError(
+            f"{content.source}: a Control-LoRA, which is more than W + scale·B·A. Use it with the "
+            "tool that it was made for."
+        )
     for key, tensor in content.state.items():
         match = next((m for s in _SPELLINGS if (m := s.fullmatch(key))), None)
         if match is None:
@@ -288,7 +291,10 @@ def _check(path: str, update: Update) -> None:
     peft.check_writable(path, update)
     if update.kind in ("embedding", "parameter", "weight") or update.layout != "matrix":
         what = "transformers Conv1D" if update.kind == "linear" else update.kind or update.layout
-        raise FileError(f"{path}: a {what}; diffusers' files hold Linear and convolutions only.")
+        raise FileError(
+            f"{path}: a {what}; diffusers' files hold Linear and convolutions only. Keep the "
+            "native format."
+        )
 
 
 FORMAT = Format(
@@ -308,4 +314,5 @@ FORMAT = Format(
     weights=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
     weights_rank=30,
     prefix=Prefix("component", "diffusers' keys (unet)"),
+    beside={"diffusers": {"component": ""}},  # the model's own file, which is in no pipeline
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramlora.errors import FileError
 from paramlora.formats.content import check_factors
-from paramlora.formats.merged import merged_linear
+from paramlora.formats.fused import fused_linear
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, KindUpdate, Update
 
@@ -33,7 +33,7 @@ def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     if any(k != 1 for k in up.shape[2:]):
         raise FileError(
             f"{where}: factors of {list(down.shape)} and {list(up.shape)} are not [r, in, ...] "
-            "and [out, r, 1, ...]."
+            "and [out, r, 1, ...]. Save it again."
         )
     if up.flatten(1).shape[1] != down.shape[0]:
         return ungrouped(down, up.flatten(1), scale, where)
@@ -52,7 +52,8 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
     whole_groups = groups > 0 and not down.shape[1] % groups and not up.shape[0] % groups
     if down.dim() < 3 or down.shape[0] % up.shape[1] or not whole_groups:
         raise FileError(
-            f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other."
+            f"{where}: factors of {list(down.shape)} and {list(up.shape)} do not fit each other. "
+            "Save it again."
         )
     kernel = tuple(down.shape[2:])
     blocks = rearrange(down.flatten(2), "(g r) (h i) k -> g h r (i k)", g=groups, h=groups)
@@ -65,7 +66,7 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
         )
     a = rearrange(own, "g r i -> (g r) i")
     rows = [up.shape[0] // groups] * groups
-    update = merged_linear(a, up, scale, rows, [True] * groups, where)
+    update = fused_linear(a, up, scale, rows, [True] * groups, where)
     shape = (up.shape[0], down.shape[1] // groups, *kernel)
     return replace(update, shape=shape, kind="convolution", groups=groups)
 
@@ -138,7 +139,10 @@ def product_of(
     method = "loha" if "hada_w1_a" in held else "lokr"
     strange = held.keys() - KINDS[method].parts.keys()
     if strange:
-        raise FileError(f"{where}: {', '.join(sorted(strange))}: no form that can be read.")
+        raise FileError(
+            f"{where}: {', '.join(sorted(strange))}: no form that can be read. Merge it with the "
+            "tool that trained it."
+        )
     try:
         options = KINDS[method].options_of(held)
         KINDS[method].rank_of(held)
@@ -158,7 +162,9 @@ def difference_of(value: Tensor, where: str) -> KindUpdate:
     """
     if not value.is_floating_point() or not value.numel() or not value.dim():
         kind = str(value.dtype).removeprefix("torch.")
-        raise FileError(f"{where}: no change of a tensor: {list(value.shape)} {kind}.")
+        raise FileError(
+            f"{where}: no change of a tensor: {list(value.shape)} {kind}. Save it again."
+        )
     layer = "convolution" if value.dim() > 2 else None
     shape = tuple(value.shape)
     return KindUpdate("difference", {"lora_diff": value}, 1.0, shape, kind=layer)
@@ -169,7 +175,7 @@ def factored(value: KindUpdate) -> Optional[Update]:
     own = value.held["lora_diff"]
     if own.dim() < 2 or value.layout == "stack":
         return None
-    update = replace(whole(own, None, value.scale), groups=value.groups).turned(value.layout)
+    update = replace(from_dense(own, None, value.scale), groups=value.groups).turned(value.layout)
     return update if value.kind is None else replace(update, kind=value.kind)
 
 
@@ -203,11 +209,14 @@ def with_low_ranks(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
 def check_told(path: str, update: Update, tool: str) -> None:
     """Refuse what no file of named layers can hold, and what is not known well enough."""
     if not path:
-        raise FileError(f"(model): {tool} names layers inside a model, and has none for itself.")
+        raise FileError(
+            f"(model): {tool} names layers inside a model, and has none for itself. Keep the "
+            "native format."
+        )
     if update.up_kernel == "same":
         raise FileError(
             f'{path}: "up_kernel": "same" is two convolutions in a row, which only the '
-            "native format holds."
+            "native format holds. Keep that."
         )
     if update.shape is None or (update.kind is None and update.layout == "transposed"):
         raise FileError(
@@ -215,7 +224,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
         )
 
 
-def folded(update: Update) -> Update:
+def with_scale_in_B(update: Update) -> Update:
     """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
@@ -248,7 +257,7 @@ def ones(matrix: Tensor, count: int) -> Tensor:
     return matrix.reshape(*matrix.shape, *[1] * count)
 
 
-def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
+def from_dense(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
     """A dense change of a weight ``[out, in, *kernel]`` as an update.
 
     Without a `rank` it is kept to the last bit: the smaller side's identity is one factor. With
@@ -256,7 +265,7 @@ def whole(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update:
 
     Example:
         >>> delta = torch.randn(3, 4)
-        >>> assert torch.equal(whole(delta, None).delta(), delta)
+        >>> assert torch.equal(from_dense(delta, None).delta(), delta)
     """
     matrix = delta.flatten(1)
     out, fan_in = matrix.shape

@@ -1,9 +1,9 @@
 """A format as one value, and the list of those that are known."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Optional
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 from paramlora.errors import FileError
 from paramlora.formats.base import Base
@@ -77,6 +77,12 @@ class Format:
             written, since it is another tool's choice of the same names.
         passed_over: of a file to be written and the model's layers, the keys that the tool's loader
             would match to nothing, by its own rule of names (see `paramlora.formats.loaders`).
+        servers: the programs that take its tensors from memory, by the names that `tensors_for`
+            knows, and how a message calls each.
+        unserved: of an adapter and a server's name, what that does not load of it, a sentence for
+            each kind of part; None where `write` refuses all that is not loaded.
+        beside: the libraries whose ``from_pretrained`` reads such a file beside a base, each with
+            what is said to `write` for that.
     """
 
     name: str
@@ -96,10 +102,15 @@ class Format:
     check: Callable[[Content], None] = _accepts
     like: str = ""
     passed_over: Callable[[Content, Base], list[str]] = _takes_all
+    servers: Mapping[str, str] = field(default_factory=dict)
+    unserved: Optional[Callable[[Adapter, str], Iterable[str]]] = None
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.marks and not self.like:
-            raise FileError(f'the format "{self.name}" has no marks, so no file is told to be one.')
+            raise FileError(
+                f'the format "{self.name}" has no marks, so no file is told to be one. Give it one.'
+            )
         if self.config and not (self.weights and self.config.endswith((".json", ".yaml"))):
             raise FileError(
                 f'the format "{self.name}": beside its weights ({", ".join(self.weights) or "none"}'

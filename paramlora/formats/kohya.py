@@ -30,11 +30,11 @@ from paramlora.formats.factors import (
     apart_from,
     check_told,
     difference_of,
+    from_dense,
     kernels,
     pair,
     product_of,
     rescaled,
-    whole,
     wide,
     with_low_ranks,
 )
@@ -148,7 +148,10 @@ def _update(
         rest = {leaf: tensor for leaf, tensor in parts.items() if leaf != "dora_scale"}
         inner = _update(rest, exact, options, most, where) if _LORA <= set(rest) else None
         if not isinstance(inner, Update):
-            raise FileError(f"{where}: dora_scale of another form than LoRA, which is not read.")
+            raise FileError(
+                f"{where}: dora_scale of another form than LoRA, which is not read. Merge it with "
+                "the tool that trained it."
+            )
         return rescaled(inner, parts["dora_scale"], where)
     leaves = set(parts) - {"alpha"}
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
@@ -172,7 +175,7 @@ def _update(
             "again, with all parts."
         )
     scale = _scale(alpha, r, exact, where) if r else 1.0
-    return whole(delta.contiguous(), options.rank, scale)
+    return from_dense(delta.contiguous(), options.rank, scale)
 
 
 def _lora(parts: Mapping[str, Tensor], where: str) -> Update:
@@ -183,7 +186,9 @@ def _lora(parts: Mapping[str, Tensor], where: str) -> Update:
     mid = parts["lora_mid.weight"]
     check_factors(where, down, up, mid)
     if mid.shape[:2] != (up.shape[1], down.shape[0]):
-        raise FileError(f"{where}: lora_mid of {list(mid.shape)} does not fit its factors.")
+        raise FileError(
+            f"{where}: lora_mid of {list(mid.shape)} does not fit its factors. Save it again."
+        )
     _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), _MOST, where)
     down = einsum(wide(mid), wide(down.flatten(1)), "m n ..., n i -> m i ...")
     return pair(down, wide(up), 1.0, where)
@@ -192,7 +197,10 @@ def _lora(parts: Mapping[str, Tensor], where: str) -> Update:
 def _part(update: Update, split: int, where: str) -> int:
     """The rank of one of the parts that training kept apart."""
     if update.r % split:
-        raise FileError(f"{where}: rank {update.r} is not {split} equal parts (split={split}).")
+        raise FileError(
+            f"{where}: rank {update.r} is not {split} equal parts (split={split}). Give the "
+            "number of parts that it was trained with."
+        )
     return update.r // split
 
 
@@ -372,7 +380,8 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
         if not path or not known:
             raise FileError(
                 f"{path or '(model)'}: {value.method} of a {value.kind or value.layout}; kohya's "
-                "format holds Linear and convolutions inside of a model only."
+                "format holds Linear and convolutions inside of a model only. Keep the native "
+                "format."
             )
         if {"lokr_w1", "lokr_w2"} <= value.held.keys() and value.scale != 1:
             raise FileError(
@@ -384,7 +393,8 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
 
 def _taken(path: str, name: str) -> FileError:
     return FileError(
-        f"{path}: a second layer of the name {name}, which kohya's format cannot tell apart."
+        f"{path}: a second layer of the name {name}, which kohya's format cannot tell apart. Keep "
+        "the native format."
     )
 
 
@@ -439,7 +449,7 @@ def _check(path: str, update: Update) -> None:
         kind = update.kind or update.layout
         raise FileError(
             f"{path}: a {kind} of shape {list(update.shape)}; kohya's format holds "
-            "Linear and Conv2d only."
+            "Linear and Conv2d only. Keep the native format."
         )
 
 

@@ -14,8 +14,8 @@ from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, number
 from paramlora.formats.factors import pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.fused import fused_linear, parted
 from paramlora.formats.loaders import of_state_dict
-from paramlora.formats.merged import merged_linear, parted
 from paramlora.formats.scale import KEY, alpha_of, recorded, scale_of, unreachable
 from paramlora.formats.torchtune import check_uniform
 from paramlora.update.value import Adapter, Update
@@ -68,7 +68,7 @@ def _update(
     on = [bool(content.config.get(name, True)) for name in _PARTS]
     proj = found.get(f"{path.rpartition('.')[0]}.proj")
     q = None if proj is None else proj["A"].shape[1]
-    return merged_linear(a, b, scale, _rows(path, a, b, on, q, base, where), on, where)
+    return fused_linear(a, b, scale, _rows(path, a, b, on, q, base, where), on, where)
 
 
 def _rows(
@@ -93,11 +93,11 @@ def _rows(
     else:
         raise FileError(
             f"{where}: only queries were trained; give the model, which tells the size "
-            "of keys and values."
+            "of keys and values (--model)."
         )
     if extra or kv < 1:
         rows = counted(b.shape[0], "row")
-        raise FileError(f"{where}: {rows} for queries of {q}. Give the model.")
+        raise FileError(f"{where}: {rows} for queries of {q}. Give the model (--model).")
     return [q, kv, kv]
 
 
@@ -109,12 +109,12 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     Raises:
         FileError: another kind of layer, or another rank or scale than the first, named.
     """
-    merged = {p: u for p, u in adapter.updates.items() if p.endswith(".qkv")}
+    fused = {p: u for p, u in adapter.updates.items() if p.endswith(".qkv")}
     state: dict[str, Tensor] = {}
     plain: dict[str, Update] = {}
     for path, update in adapter.updates.items():
         a, b = update.lora_A, update.lora_B
-        if path in merged:
+        if path in fused:
             a, b = parted(update, _sizes(path, update, adapter, base))
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = a.contiguous(), b.contiguous()
         plain[path] = Update(
@@ -131,9 +131,9 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     config: dict[str, Any] = {
         "lora_r": first.r,
         "lora_alpha": alpha_of(first.scale, first.r),
-        "lora_query": bool(merged),
-        "lora_key": bool(merged),
-        "lora_value": bool(merged),
+        "lora_query": bool(fused),
+        "lora_key": bool(fused),
+        "lora_value": bool(fused),
     }
     rest = unreachable({path: (u.scale, u.r) for path, u in plain.items()})
     return Content(state, {}, {**config, KEY: rest} if rest else config)
@@ -150,7 +150,9 @@ def _sizes(path: str, update: Update, adapter: Adapter, base: Optional[Base]) ->
     out = update.lora_B.shape[0]
     kv, extra = divmod(out - q, 2)
     if extra or kv < 1:
-        raise FileError(f"{path}: {counted(out, 'row')} for queries of {q}. Give the model.")
+        raise FileError(
+            f"{path}: {counted(out, 'row')} for queries of {q}. Give the model (--model)."
+        )
     return [q, kv, kv]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from paramlora.errors import FileError
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
-from paramlora.formats.factors import pair, whole, wide
+from paramlora.formats.factors import from_dense, pair, wide
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.fused import fused_linear
 from paramlora.formats.loaders import of_state_dict
-from paramlora.formats.merged import merged_linear
 from paramlora.update.value import Adapter, Update
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])", re.DOTALL)
@@ -58,18 +58,18 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
         if a.shape[0] != b.shape[1] or b.shape[0] * a.shape[1] != math.prod(slot.shape):
             raise FileError(
                 f"{where}: factors of {list(a.shape)} and {list(b.shape)} do not fit the weight of "
-                f"{list(slot.shape)}."
+                f"{list(slot.shape)}. Was it made for another model?"
             )
         # [r·k, in·k] and [out·k, r·k], reshaped to the weight: of low rank in no order of its axes
-        return whole((wide(b) @ wide(a)).reshape(slot.shape), options.rank, scale)
+        return from_dense((wide(b) @ wide(a)).reshape(slot.shape), options.rank, scale)
     if slot is not None and slot.kind == "embedding":
         return Update(a, b, scale, slot.shape, "transposed", kind="embedding")
     if a.shape[0] != b.shape[1]:
-        return _merged(a, b, scale, slot, options, where)
+        return _fused(a, b, scale, slot, options, where)
     return pair(a, b, scale, where)
 
 
-def _merged(
+def _fused(
     a: Tensor, b: Tensor, scale: float, slot: Optional[Slot], options: Options, where: str
 ) -> Update:
     count = a.shape[0] // b.shape[1]
@@ -81,7 +81,7 @@ def _merged(
             f"{where}: {count} of {parts} parts of a merged projection were trained. Which is not "
             "in the file: load it with load_adapter(enable=...), such as (True, False, True)."
         )
-    return merged_linear(a, b, scale, [size] * parts, on, where)
+    return fused_linear(a, b, scale, [size] * parts, on, where)
 
 
 def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
@@ -98,7 +98,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         if not path or not flat or not held or update.kind not in (None, "linear", "embedding"):
             raise FileError(
                 f"{path or '(model)'}: a {update.kind or update.layout}; loralib's "
-                "files hold Linear and Embedding layers only."
+                "files hold Linear and Embedding layers only. Keep the native format."
             )
         if update.scale != 1:
             raise FileError(

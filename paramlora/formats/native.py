@@ -137,7 +137,10 @@ def _check_readable(
         raise FileError(f"{path}: {name} is no text that a file can hold. Rename it.") from error
     again = native_of(path, metadata, state)
     if again.values().keys() != values.keys():
-        raise FileError(f"{path}: the names of its tensors could not be read back.")
+        raise FileError(
+            f"{path}: the names of its tensors could not be read back. Rename its layers, and "
+            "report this."
+        )
 
 
 def checked_entries(
@@ -154,12 +157,12 @@ def _checked(
     about, config = _about(path, told)
     entries = _entries(path, config, state, told="shapes" in about)
     there = _names_there(state)
-    wanted = {
+    needed = {
         _key(stem, name)
         for stem, entry in entries.items()
         for name in kind_of(entry).names(there.get(stem, ()))
     }
-    missing, unexpected = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    missing, unexpected = sorted(needed - set(state)), sorted(set(state) - needed)
     if missing or unexpected:
         raise FileError(
             f"{path}: its tensors do not match its metadata: missing: {listed(missing) or 'none'}; "

@@ -24,8 +24,8 @@ from paramlora.formats.content import (
 )
 from paramlora.formats.factors import kernels, pair
 from paramlora.formats.format import Format, Mark, any_key
+from paramlora.formats.fused import fused_linear
 from paramlora.formats.loaders import of_state_dict
-from paramlora.formats.merged import merged_linear
 from paramlora.update.value import Adapter, Update
 
 _PART = re.compile(r"(?:(?P<path>.+)\.)?(?P<part>lora_[AB](?:\.weight)?|lora_scale)", re.DOTALL)
@@ -80,7 +80,7 @@ def _update(path: str, parts: Mapping[str, Tensor], content: Content) -> Update:
         return pair(down, up, scale, where)
     # each group of both layers has factors of its own: [r, in/g, 1, 1] and [out, r/g, 1, 1]
     rows = [up.shape[0] // groups] * groups
-    update = merged_linear(down.flatten(1), up.flatten(1), scale, rows, [True] * groups, where)
+    update = fused_linear(down.flatten(1), up.flatten(1), scale, rows, [True] * groups, where)
     shape = (up.shape[0], *down.shape[1:])
     return replace(update, shape=shape, kind="convolution", groups=groups)
 
@@ -96,7 +96,10 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         start = f"{path}." if path else ""
         if update.kind not in (None, "linear") or update.layout != "matrix" or _is_conv(update):
             kind = update.kind or update.layout
-            raise FileError(f"{path}: a {kind}; the original wrapper's files hold Linear only.")
+            raise FileError(
+                f"{path}: a {kind}; the original wrapper's files hold Linear only. Keep the "
+                "native format."
+            )
         a, b = kernels(update) if update.shape is not None else (update.lora_A, update.lora_B)
         state[f"{start}lora_A"], state[f"{start}lora_B"] = a.contiguous(), b.contiguous()
         state[f"{start}lora_scale"] = _exact(update.scale)

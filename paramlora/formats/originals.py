@@ -58,7 +58,7 @@ def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
 
 
 def _ranks(table: Table, names: Iterable[str]) -> dict[str, int]:
-    """Of names that the table spells, the place in it."""
+    """The place in a table of each name that it spells."""
     known = set(names)
     ranks = dict.fromkeys(table.pairs(known) if table.pairs else (), 0)
     spellings: dict[str, list[tuple[int, Name]]] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError, counted
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import with_scale_in_B
 from paramlora.formats.parts import Part, Rows
 from paramlora.update.value import Update
 
@@ -97,7 +97,7 @@ def gathered(
         FileError: the rows do not fit.
     """
     if len({source.update.scale for source in sources}) > 1:
-        sources = [replace(source, update=folded(source.update)) for source in sources]
+        sources = [replace(source, update=with_scale_in_B(source.update)) for source in sources]
     scale = sources[0].update.scale
     matrices = _by_part(sources)
     made = [_block(block, out, matrices, size, where) for block in rows]
@@ -116,7 +116,7 @@ def _check_size(rows: int, rank: int, where: str) -> None:
     """Refuse a rank that takes a file a few bytes, and beside all of a weight's rows the memory."""
     if rows * rank > _MOST:
         told = f"rank {rank:,} for {counted(rows, 'row')}"
-        raise FileError(f"{where}: {told} is more than any model has.")
+        raise FileError(f"{where}: {told} is more than any model has. Save it again.")
 
 
 _Matrix = tuple[Source, int]  # of a stack, which one
@@ -188,13 +188,13 @@ def _moved(
 
     A file of one fused weight often holds its parts apart, as blocks of zeros in ``lora_B``.
     """
-    whole = b.new_zeros(out, b.shape[1])
+    placed = b.new_zeros(out, b.shape[1])
     for here, there in rows:
-        whole[there] = b[here]
-    used = whole.count_nonzero(0) > 0
+        placed[there] = b[here]
+    used = placed.count_nonzero(0) > 0
     if used.all() or not used.any():
-        return a, whole
-    return a[used], whole[:, used]
+        return a, placed
+    return a[used], placed[:, used]
 
 
 def _nothing(made: "Sequence[Optional[tuple[Tensor, Tensor]]]", out: int) -> tuple[Tensor, Tensor]:

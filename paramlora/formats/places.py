@@ -125,7 +125,9 @@ def _nearest(known: Iterable[_Known], components: tuple[str, ...], where: str) -
         nearest.setdefault(() if exact else one.components, one)
     meant = {", ".join(k.found.paths): k.found for k in fits if k.far == _far(k, nearest, exact)}
     if len(meant) > 1:
-        raise FileError(f"{where}: means {' or '.join(meant)}, which its name does not tell apart.")
+        raise FileError(
+            f"{where}: means {' or '.join(meant)}, which its name does not tell apart. Rename one."
+        )
     return next(iter(meant.values()), None)
 
 

@@ -47,7 +47,7 @@ def alpha_of(scale: float, r: int) -> float:
 
 
 def unreachable(scales: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Of ``{path: (scale, rank in the file)}`` the scales that no alpha gives exactly."""
+    """The scales that no alpha gives exactly, of ``{path: (scale, rank in the file)}``."""
     return {path: scale for path, (scale, r) in scales.items() if alpha_of(scale, r) / r != scale}
 
 
@@ -63,7 +63,9 @@ def recorded(content: Content) -> Mapping[str, Any]:
         return parsed(content.metadata[KEY], content.source)
     found = content.config.get(KEY, {})
     if not isinstance(found, Mapping):
-        raise FileError(f"{content.source}: {KEY} is {spelled(found)}, not an object.")
+        raise FileError(
+            f"{content.source}: {KEY} is {spelled(found)}, not an object. Save it again."
+        )
     return found
 
 

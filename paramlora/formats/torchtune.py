@@ -93,15 +93,15 @@ def check_uniform(adapter: Adapter, tool: str) -> None:
         if not path or not flat or update.kind not in (None, "linear") or update.up_kernel != 1:
             raise FileError(
                 f"{path or '(model)'}: a {update.kind or update.layout}; {tool}'s "
-                "files hold Linear layers inside a model only."
+                "files hold Linear layers inside a model only. Keep the native format."
             )
     head, first = next(iter(adapter.updates.items()))
     for path, update in adapter.updates.items():
         if (update.r, update.scale) != (first.r, first.scale):
             raise FileError(
                 f"{path}: r = {update.r} and scale {update.scale:g}, while {head} has {first.r} "
-                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Scales can "
-                "be folded into lora_B (fold_scale, --fold-scale)."
+                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Fold "
+                "scales into lora_B (fold_scale, --fold-scale), or keep the native format."
             )
 
 

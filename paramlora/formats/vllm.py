@@ -20,7 +20,7 @@ from paramlora.errors import FileError, listed
 from paramlora.formats import peft
 from paramlora.formats.base import Base
 from paramlora.formats.content import Content
-from paramlora.formats.factors import folded
+from paramlora.formats.factors import with_scale_in_B
 from paramlora.formats.format import Format
 from paramlora.formats.loaders import of_peft
 from paramlora.update.value import Adapter, Update
@@ -104,7 +104,7 @@ def of_one_rank(adapter: Adapter) -> Adapter:
     r = max(update.r for update in adapter.updates.values())
     same = len({update.scale for update in adapter.updates.values()}) == 1
     made = {
-        path: _filled(update if same else folded(update), r)
+        path: _filled(update if same else with_scale_in_B(update), r)
         for path, update in adapter.updates.items()
     }
     return replace(adapter, updates=made)
@@ -129,4 +129,6 @@ FORMAT = Format(
     passed_over=of_peft,
     weights=("adapter_model.safetensors",),
     config="adapter_config.json",
+    servers={"vllm": "vLLM", "sglang": "SGLang"},
+    unserved=unserved,
 )

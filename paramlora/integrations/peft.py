@@ -65,4 +65,4 @@ def set_peft_model_state_dict(
     """
     content = Content(dict(peft_model_state_dict), source="the state dict of peft's")
     read = formats.read(content, base_of(model), source="diffusers")
-    load_adapter_state_dict(model, formats.write(read, "native").state, adapter_name)
+    load_adapter_state_dict(model, formats.write(read, formats.OWN).state, adapter_name)

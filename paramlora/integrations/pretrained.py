@@ -39,12 +39,6 @@ from paramlora.update.sharded import is_sharded, writes
 _Own = Callable[..., Any]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer of transformers names its folders
 _MARK = "paramlora_beside"  # in the metadata of the adapters that we write beside a base
-# the library's format, its file of tensors, its configuration, and what is said to its writer
-_FORMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "transformers": ("peft", "adapter_model.safetensors", "adapter_config.json", {}),
-    # the model's own file, which stands beside the model and not in a pipeline
-    "diffusers": ("diffusers", "pytorch_lora_weights.safetensors", "", {"component": ""}),
-}
 
 
 def save_pretrained(model: nn.Module, own: _Own, *args: Any, **kwargs: Any) -> Any:
@@ -126,16 +120,22 @@ def _beside(model: nn.Module) -> list[_Beside]:
     names = adapter_names(model)
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
-    if len(names) == 1 and strength[names[0]] == 1 and _reads(model) in _FORMS:
-        form, file, config, how = _FORMS[_reads(model)]
+    reader, read = _reads(model), _read_beside()
+    if len(names) == 1 and strength[names[0]] == 1 and reader in read:
+        form, adapter = read[reader], adapters[names[0]]
         try:
-            content = formats.write(adapters[names[0]], form, base_of(model), **how)
+            content = formats.write(adapter, form.name, base_of(model), **form.beside[reader])
         except FileError:  # something that only the native file holds
             pass
         else:
-            return [_Beside(adapters[names[0]], 1.0, file, config, content)]
+            return [_Beside(adapter, 1.0, form.weights[0], form.config, content)]
     files = {name: _file_name(name, index) for index, name in enumerate(names)}
     return [_Beside(adapters[name], strength[name], files[name]) for name in names]
+
+
+def _read_beside() -> dict[str, formats.Format]:
+    """The format that a library reads beside a base, by the library's name."""
+    return {library: form for form in formats.FORMATS.values() for library in form.beside}
 
 
 def _reads(model: Any) -> str:
@@ -159,8 +159,8 @@ def _clear(folder: Path, beside: list[_Beside]) -> None:
     Raises:
         FileError: one that somebody else put there, which would be loaded onto this base.
     """
-    weights = [file for _, file, _, _ in _FORMS.values()]
-    old = [folder / file for file in weights if (folder / file).is_file()]
+    configs = {form.weights[0]: form.config for form in _read_beside().values()}
+    old = [folder / file for file in configs if (folder / file).is_file()]
     for path in [*old, *folder.glob("adapter.safetensors"), *folder.glob("adapter-*.safetensors")]:
         if not _is_ours(path):
             if path in old:
@@ -169,8 +169,8 @@ def _clear(folder: Path, beside: list[_Beside]) -> None:
                     "onto it. Save to another folder, or move it away."
                 )
             continue
-        if path.name == "adapter_model.safetensors":
-            path.with_name("adapter_config.json").unlink(missing_ok=True)
+        if configs.get(path.name):
+            path.with_name(configs[path.name]).unlink(missing_ok=True)
         path.unlink()
 
 
@@ -342,7 +342,8 @@ def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _configurations(model: nn.Module) -> list[Any]:
-    """Of the model and of models inside of it, with the part that tells the vocabulary's size."""
+    """The configurations of a model and of models inside of it, with the part that tells the
+    vocabulary's size."""
     own: Any = [vars(module).get("config") for module in model.modules()]
     text = [config.get_text_config() for config in own if hasattr(config, "get_text_config")]
     return list({id(one): one for one in (*own, *text) if hasattr(one, "__dict__")}.values())

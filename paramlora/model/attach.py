@@ -37,10 +37,11 @@ from paramlora.model.targets import (
     unwrapped,
 )
 from paramlora.model.ties import holders, overlapping
-from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error
+from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error, undisturbed
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
+from paramlora.update.contexts import own_context
 from paramlora.update.kinds import kind_of
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
@@ -131,6 +132,7 @@ def make_room(fresh: Fresh, max_rank: Optional[int]) -> None:
             update.make_room(max_rank, target.shape, target.layout)
 
 
+@own_context()
 def attach_targets(
     model: nn.Module,
     chosen: list[Target],
@@ -190,6 +192,7 @@ def attach_targets(
     warn_moving(model)
 
 
+@own_context()
 def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     """Take updates off without merging; the base comes back bit for bit.
 
@@ -232,6 +235,7 @@ def tidy(model: nn.Module) -> None:
         forget(model)
 
 
+@own_context()
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     """Which adapters act, and how strongly; those not named are switched off.
 
@@ -246,23 +250,28 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     if not isinstance(strengths, Mapping):
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
-    wanted = {name: _strength(name, value) for name, value in strengths.items()}
+    checked = {name: _strength(name, value) for name, value in strengths.items()}
     with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
         put(
             [
-                (u, u.switch.changed(wanted.get(u.adapter, 0.0), u.switch.muted, gains))
+                (u, u.switch.changed(checked.get(u.adapter, 0.0), u.switch.muted, gains))
                 for u in found
             ]
         )
 
 
-def one_by_one() -> AbstractContextManager[None]:
+@contextmanager
+def one_by_one() -> Iterator[None]:
     """Threads that switch do so one after the other: each reads what the others left."""
-    return surely_left(
-        lambda kept: kept.append(_LOCK.acquire()),
-        lambda kept: _LOCK.release() if kept and kept.pop() else None,
-    )
+    with (
+        undisturbed(),  # no signal leaves the lock held, and no handler waits for it
+        surely_left(
+            lambda kept: kept.append(_LOCK.acquire()),
+            lambda kept: _LOCK.release() if kept and kept.pop() else None,
+        ),
+    ):
+        yield
 
 
 def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
@@ -315,6 +324,7 @@ def disable_adapters(model: Model) -> Iterator[Model]:
         yield model
 
 
+@own_context()
 def _mute(
     found: list[AttachedUpdate], to: Callable[[frozenset[object]], frozenset[object]]
 ) -> None:
@@ -344,14 +354,14 @@ def rounding(model: Model, how: str) -> Model:
     """
     words = ("once", "as served")
     if how not in words:
-        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}.")
+        raise AdapterError(f"rounding is {' or '.join(map(repr, words))}, got {how!r}. Give one.")
     found = [update for _, _, update in updates(model)]
     if not found:
         raise AdapterError("no adapter is attached, so there is nothing to round. Attach one.")
 
     def each() -> None:
         for update in found:
-            update.keep(served=how == "as served")
+            update.keep(rounds_twice=how == "as served")
 
     to_the_end(each)
     return model
@@ -363,7 +373,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """As `updates`, those that have two factors."""
+    """The `updates` that have two factors."""
     return (one for one in updates(model) if "lora_A" in one[2].parts)
 
 
@@ -377,7 +387,7 @@ def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]
 
 
 def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
-    """As `updates`, with an update that tied tensors share once for each holder."""
+    """The `updates`, of which one that tied tensors share comes once for each holder."""
     for path, module in adapted_modules(model):
         for name, plist in updates_of(module):
             for update in plist:
@@ -441,12 +451,12 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
     out = []
     for key, group in claims.items():
         entries = {target.entry for _, target in group}
-        whole = len(group) == count[key] and len(entries) == 1
-        if count[key] > 1 and not whole:
+        every = len(group) == count[key] and len(entries) == 1
+        if count[key] > 1 and not every:
             _warn_tied(model, key, [target for _, target in group])
         first = _new(*group[0], adapter, gains)
         for module, target in group:
-            same = target is group[0][1] or (whole and target.entry.hard)
+            same = target is group[0][1] or (every and target.entry.hard)
             out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
 
@@ -490,7 +500,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
     if is_sharded(base) and not entry.whole:
         shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
-        update.to(getattr(torch, entry.adapter_dtype))
+        update.cast(getattr(torch, entry.adapter_dtype))
     update.keep(entry=entry, stored=is_storage(base.dtype), dropout=entry.dropout)
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)

@@ -90,7 +90,7 @@ class Branch(LowRank):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Branch":
-        """Of the entry's rank, with the kernel that it asks for."""
+        """A new branch of the entry's rank, with the kernel that it asks for."""
         options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
         kernel = kernel_of(site.layer, entry.up_kernel)
         update = cls(site.weight.detach(), *options, kernel=kernel)
@@ -99,7 +99,7 @@ class Branch(LowRank):
         return update
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
-        """As of a hard update, and which kernel ``up`` has."""
+        """The value of a low-rank update, which also tells the kernel of ``up``."""
         update: Any = super().value(shape, kind, groups)
         return replace(update, up_kernel="same" if self.kernel else 1)  # type: ignore[no-any-return]
 
@@ -237,8 +237,8 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
         return False
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
-    whole = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
-    if not (first and whole) or any(update.kernel or update.served for update in updates):
+    dims = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
+    if not (first and dims) or any(update.kernel or update.rounds_twice for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)
 

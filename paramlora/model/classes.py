@@ -35,8 +35,8 @@ def is_of(name: str, module: nn.Module) -> bool:
         (True, True, False)
     """
     if "." in name:
-        wanted = _imported(name)
-        return wanted is not None and isinstance(module, wanted)
+        asked = _imported(name)
+        return asked is not None and isinstance(module, asked)
     return any(c.__name__ == name for c in type(module).__mro__ if c is not nn.Module)
 
 

@@ -234,7 +234,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
     if stack.weight.dim() != 3:
         raise AdapterError(
             f"{name!r} of {type(layer).__name__} is of shape {list(stack.weight.shape)}, where a "
-            "stack of matrices, [experts, out, in], is needed."
+            "stack of matrices, [experts, out, in], is needed. Name such a one."
         )
     return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)
 

@@ -103,6 +103,12 @@ def honours_dropout(base: type) -> bool:
 Known = tuple[Tensor, list[LowRank], bool]
 
 
+def is_known(update: Any) -> bool:
+    """Whether the known forwards compute an update, beside others and row by row: a low-rank sum,
+    and nothing that inherits from it, which may compute anything."""
+    return type(update) is LowRank
+
+
 def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Known]:
     """(base weight, updates that act, whether one drops inputs now), or None where only the
     definition is right."""
@@ -115,7 +121,7 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
         return None
     updates, dropping = [], False
     for update in plist._modules.values():
-        if type(update) is not LowRank:
+        if type(update) is not LowRank:  # `is_known`, without the call
             return None
         switch = update.current()
         if switch.rows is not None:  # see `parts_of_rows`
@@ -255,19 +261,19 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -
 def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
     weight, update, dropping = found
     x, padding = padded_input(layer, input)
-    how = layer.stride, padding, layer.dilation, layer.groups
+    window = layer.stride, padding, layer.dilation, layer.groups
 
     def apart(a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         y = layer._conv_forward(input, weight, None)
 
         def low(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
-            return branch(padded_input(layer, x)[0], weight.shape, a, up, *how)
+            return branch(padded_input(layer, x)[0], weight.shape, a, up, *window)
 
         rate = update.dropout if dropping else 0.0
         return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
-        return convolution(x, weight, bias, a, b, scale, *how, 1.0)
+        return convolution(x, weight, bias, a, b, scale, *window, 1.0)
 
     return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
 
@@ -328,7 +334,7 @@ def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tenso
     factors = together(updates, layout, dropping)
     if dropping:
         return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
-    if updates[0].served:
+    if updates[0].rounds_twice:
         a, b, scale, strength = factors
         pair = functional.thin_pair(x, a, wide(b) * scale * strength, LINEAR, LINEAR)
         return F.linear(x, weight, bias) + pair
@@ -337,7 +343,7 @@ def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tenso
 
 def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
     """New masks for updates whose factors lie one after the other."""
-    ranks = tuple(update.factors()[0].shape[-2] for update in updates)
+    ranks = tuple(update.rank_of_sum() for update in updates)
     return dropout.drops_for(x, tuple(update.dropout for update in updates), ranks)
 
 
@@ -435,12 +441,12 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
     a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
         _, padding = padded_input(self, input[:0])
-        where, drops = (stride, padding, dilation, groups), drops_of(input, updates)
+        window, drops = (stride, padding, dilation, groups), drops_of(input, updates)
         scale = scale if strength == 1 else scale * strength
-        values = (weight, bias, a, b, scale, where, drops)
+        values = (weight, bias, a, b, scale, window, drops)
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
-    if updates[0].served:
+    if updates[0].rounds_twice:
         up = wide(b) * scale * strength
         y = self._conv_forward(input, weight, bias)
         return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
@@ -457,7 +463,7 @@ def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
 def in_one_sum_of_rows(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    """The same with each row's update."""
+    """What a plain linear layer or convolution gives of rows that each have an update."""
     if isinstance(layer, nn.Linear):
         return linear_of_rows(layer, x, weight, updates, rows, "matrix")
     return _convolution_of_rows(layer, x, weight, updates, rows)
@@ -526,7 +532,7 @@ def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_R
     weight = None if plist is None else plist._parameters.get("original")
     if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
-    found = [(u, u.current()) for u in plist._modules.values() if type(u) is LowRank]
+    found = [(u, u.current()) for u in plist._modules.values() if is_known(u)]
     if len(found) < len(plist) or found[0][1].rows is None:
         return None
     return weight, [u for u, switch in found if switch.acts], found[0][1].rows
@@ -604,7 +610,7 @@ def beside_rows(
     x = rows_first(layer, x, rows.dim, rows, 1)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
-    apart = base is not None and updates[0].served
+    apart = base is not None and updates[0].rounds_twice
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
@@ -617,8 +623,8 @@ def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) 
     x, padding = padded_input(layer, dropped_rows(layer.training, x, updates, rows))
     down, up = factors_of_rows(updates, rows, "matrix")
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    where = layer.stride, padding, layer.dilation, layer.groups
-    return routed.convolved(x, shape, down, up, rows, *where)
+    window = layer.stride, padding, layer.dilation, layer.groups
+    return routed.convolved(x, shape, down, up, rows, *window)
 
 
 def linear_of_rows(
@@ -640,16 +646,16 @@ def _convolution_of_rows(
 ) -> Tensor:
     x, bias = rows_first(layer, x, 0, rows), _bias(layer)
     y: Tensor
-    if not updates or updates[0].served:
+    if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)
         return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
     x = laid_as(x, weight)
     dropped = dropped_rows(layer.training, x, updates, rows)
     more = None if dropped is x else padded_input(layer, dropped)[0]
     x, padding = padded_input(layer, x)
-    where = (layer.stride, padding, layer.dilation, layer.groups)
+    window = (layer.stride, padding, layer.dilation, layer.groups)
     down, up = factors_of_rows(updates, rows, "matrix")
-    return routed.convolution(x, weight, bias, down, up, rows, where, more)
+    return routed.convolution(x, weight, bias, down, up, rows, window, more)
 
 
 def _embedding_of_rows(

@@ -5,7 +5,7 @@ import sys
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -17,10 +17,9 @@ from paramlora.model.experts import expert_forward_of
 from paramlora.model.forwards import ending_in, forward_of
 from paramlora.model.recomputed import AGAIN, counted
 from paramlora.model.sums import read
-from paramlora.update.attached import AttachedUpdate
+from paramlora.update.attached import AttachedUpdate, applied
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
-from paramlora.update.whole import Whole, together
 
 
 def parametrized(module: nn.Module) -> Any:
@@ -57,18 +56,9 @@ class Updates(ParametrizationList):
 
     def forward(self) -> Tensor:
         """As torch's, and of several adapters that train the tensor whole their sum."""
-        held = list(self._modules.values()) if len(self) > 1 else []
-        wholes: list[Whole] = []
-        for one in held:  # a loop, since torch 2.11 compiles no takewhile
-            if not isinstance(one, Whole):
-                break
-            wholes.append(one)
-        if len(wholes) < 2:
+        if len(self) < 2 or not self.is_tensor:
             return super().forward()
-        value = together(wholes, self.original)
-        for other in held[len(wholes) :]:
-            value = cast(Any, other)(value)
-        return value
+        return applied(list(self), self.original)
 
     def append(self, module: nn.Module) -> "Updates":
         taken = signature(module.forward).parameters.values()
@@ -188,7 +178,7 @@ def _put_whole(layer: nn.Module, name: str, value: Any) -> bool:
     # a replica of DataParallel is given its attributes after it is made
     lists = parametrized(layer) if "_modules" in vars(layer) else {}
     plist: Any = lists[name] if name in lists else ()
-    if len(plist) != 1 or not isinstance(plist[0], Whole) or "original" not in plist._buffers:
+    if len(plist) != 1 or not isinstance(plist[0], AttachedUpdate):
         return False
     return isinstance(value, Tensor) and plist[0].assigned(value)
 

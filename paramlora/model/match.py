@@ -79,9 +79,9 @@ class Names:
             places = self._places
             return self._at(self._followed(rf"(.*\.)?({pattern})$", places.ends | places.inside))
         text = fixed.removeprefix("^")
-        whole = len(fixed) > len(text)
+        anchored = len(fixed) > len(text)
         tails = self._by_tail(len(text), tuple(i for i, c in enumerate(text) if c == _ANY))
-        return [name for name in tails.get(text, []) if not whole or len(name) == len(text)]
+        return [name for name in tails.get(text, []) if not anchored or len(name) == len(text)]
 
     def _by_tail(self, length: int, free: tuple[int, ...]) -> dict[str, list[str]]:
         """The names by an end of that length after a dot, with some of its characters left out."""
@@ -194,10 +194,10 @@ class _Places:
             bits[character][place >> 3] |= 1 << (place & 7)
         self._bits = {c: int.from_bytes(held, "little") for c, held in bits.items()}
         self._known: dict[tuple[str, str], int] = {}
-        whole = (1 << len(text)) - 1
+        every = (1 << len(text)) - 1
         self.ends = self._bits.pop("\n", 0)
-        self.inside = whole & ~self.ends
-        self.starts = (self.ends << 1 | 1) & whole
+        self.inside = every & ~self.ends
+        self.starts = (self.ends << 1 | 1) & every
 
     def of(self, kind: str, argument: Any) -> int:
         """Where a character stands that a part of a pattern means."""

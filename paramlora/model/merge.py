@@ -23,13 +23,12 @@ from paramlora.model.quantised import is_quantised, make_dense, tell_transformer
 from paramlora.model.targets import stem
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
-from paramlora.update.attached import AttachedUpdate, answer
+from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import gathered, is_sharded
-from paramlora.update.sum import bound_of, folded, overflows, told
-from paramlora.update.whole import Whole, summed
+from paramlora.update.sum import bound_of, folded, overflows, waited_for
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -177,12 +176,12 @@ def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -
     return named
 
 
-def _step(group: _Group, whole: bool, shares: bool, rounding: _Round) -> _Step:
+def _step(group: _Group, alone: bool, shares: bool, rounding: _Round) -> _Step:
     """The step of one tensor: form its sum, write it, erase the updates.
 
     Args:
         group: the holders that share the tensor with the same updates.
-        whole: whether no layer else holds it.
+        alone: whether no layer else holds it.
         shares: whether another tensor lies in the same memory, which must not move.
         rounding: gives how the sum is rounded.
     """
@@ -193,7 +192,7 @@ def _step(group: _Group, whole: bool, shares: bool, rounding: _Round) -> _Step:
             formed.append(_total(group, rounding()))
         touched = [one for (module, _, _), _ in group for one in with_lists(module)]
         with unchanged_on_error(touched):
-            _write(group, formed[0], whole, shares)
+            _write(group, formed[0], alone, shares)
             for (module, name, ours), _ in group:
                 _erase(module, name, ours)
 
@@ -218,7 +217,7 @@ def _among(update: nn.Module, updates: list[AttachedUpdate]) -> bool:
     return any(update is one for one in updates)
 
 
-def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) -> None:
+def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) -> None:
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
@@ -227,7 +226,7 @@ def _write(group: _Group, total: Optional[Tensor], whole: bool, shares: bool) ->
         return
     plain = _plain(group)
     base: Any = getattr(*plain[0])
-    if not whole:  # tied to a holder without these updates, which must not move
+    if not alone:  # tied to a holder without these updates, which must not move
         own = nn.Parameter(_laid_out(total, base), base.requires_grad)
         for owner, attribute in plain:
             setattr(owner, attribute, own)
@@ -277,7 +276,9 @@ def _sum(
     """A new tensor with the sum of a base and those of its updates that act."""
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
-        return _folded_together(base, acting).to(base.dtype)
+        # each process forms its own part of the sum, whose blocks the others could not follow
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        return applied(acting, wide).to(base.dtype)
     return folded(base, [answer(update, "term") for update in acting], rounding)
 
 
@@ -293,7 +294,7 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
                 "or round at random (seed=0), or count what is lost (report=True)."
             )
     unknown = [is_sharded(base) or base.is_meta for base in bases]
-    added = told([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
+    added = waited_for([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
     for (module, name, ours), base, of, bound in zip(jobs, bases, terms, added):
         if not is_sharded(base):
             over = overflows(base, of, bound)
@@ -313,17 +314,6 @@ def _full(model: nn.Module, module: nn.Module, name: str) -> str:
     """The name of a tensor in messages; looked for then, as it takes going through the model."""
     path = next(path for path, one in model.named_modules() if one is module)
     return f"{path}.{name}" if path else name
-
-
-def _folded_together(base: Tensor, acting: list[AttachedUpdate]) -> Tensor:
-    """Each process forms its own part of the sum, whose blocks the others could not follow."""
-    total = base.to(torch.promote_types(base.dtype, torch.float32))
-    wholes = [update for update in acting if isinstance(update, Whole)]
-    if len(wholes) > 1:
-        return summed(wholes, base)
-    for update in acting:
-        total = update(total)
-    return total
 
 
 def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Values:
@@ -350,23 +340,23 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
         for i, p in enumerate(plist)
         if i in others or _among(p, ours)
     ]
-    wanted = _through(chain, wide)
+    aim = _through(chain, wide)
     if soft:
-        wanted = folded(wanted, [answer(update, "term") for update in soft])
-    exact = _back(module, name, wide_rules, wanted)
+        aim = folded(aim, [answer(update, "term") for update in soft])
+    exact = _back(module, name, wide_rules, aim)
     new = [value.to(t.dtype) for value, t in zip(exact, stored)]
     held = _through(wide_rules, exact), _through(rules, new)
-    if not (_is(held[0], wanted, 64) and _is(held[1], wanted.to(held[1].dtype), 4)):
+    if not (_equals(held[0], aim, 64) and _equals(held[1], aim.to(held[1].dtype), 4)):
         raise AdapterError(_cannot_hold(module, name, rules))
     return list(zip(stored, new))
 
 
-def _is(value: Tensor, wanted: Tensor, units: int) -> bool:
+def _equals(value: Tensor, aim: Tensor, units: int) -> bool:
     """Whether a value is the one that was wanted, but for some units in the last place of each
     element: a small update of a large weight would hide behind any absolute tolerance."""
-    eps = torch.finfo(wanted.dtype).eps
-    near = units * eps * wanted.abs() + torch.finfo(wanted.dtype).tiny
-    return bool(((value - wanted).abs() <= near).all())
+    eps = torch.finfo(aim.dtype).eps
+    near = units * eps * aim.abs() + torch.finfo(aim.dtype).tiny
+    return bool(((value - aim).abs() <= near).all())
 
 
 def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
@@ -376,8 +366,8 @@ def _through(chain: list[Any], stored: list[Tensor]) -> Tensor:
     return value
 
 
-def _back(module: nn.Module, name: str, rules: list[Any], wanted: Tensor) -> list[Tensor]:
-    value: Any = wanted
+def _back(module: nn.Module, name: str, rules: list[Any], aim: Tensor) -> list[Tensor]:
+    value: Any = aim
     try:
         for rule in reversed(rules):
             value = rule.right_inverse(value)
@@ -409,7 +399,7 @@ def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> None:
         for name, tensor in update.state_dict().items()
         if not tensor.is_meta
     ]
-    sound = told([torch.isfinite(tensor).all() for _, _, tensor in named])
+    sound = waited_for([torch.isfinite(tensor).all() for _, _, tensor in named])
     for (adapter, place, _), finite in zip(named, sound):
         if not finite:
             raise AdapterError(

@@ -178,7 +178,7 @@ class _Rates:
         return top[0] if top else ""
 
     def rate(self, pattern: str) -> float:
-        """That of a pattern, or of what has none."""
+        """The learning rate of a pattern, or of what has none."""
         return self._rates[pattern] if pattern else self._lr
 
     def check_used(self) -> None:

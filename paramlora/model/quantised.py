@@ -44,8 +44,8 @@ def dense(module: nn.Module, tensor: Any) -> Tensor:
     if hasattr(tensor, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        whole: Tensor = dequantize_4bit(*_in_order(tensor))
-        return whole.reshape(shape_of(module, tensor))
+        values: Tensor = dequantize_4bit(*_in_order(tensor))
+        return values.reshape(shape_of(module, tensor))
     if hasattr(tensor, "SCB"):
         state: Any = module.state  # which takes the scales at the first call
         rows = tensor.SCB if tensor.SCB is not None else state.SCB

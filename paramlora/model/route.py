@@ -18,14 +18,13 @@ from paramlora.model.attach import (
     updates_of,
 )
 from paramlora.model.experts import takes_rows
-from paramlora.model.forwards import forward_of
+from paramlora.model.forwards import forward_of, is_known
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import by_rows, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import surely_left
 from paramlora.update.attached import AttachedUpdate, Routes
 from paramlora.update.choice import Choice
-from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 
 Names = Sequence[Optional[str]]
@@ -103,13 +102,15 @@ def _index(
             f"got {adapters!r}."
         )
     _check_on(model, adapters)
-    where = {name: at for at, name in enumerate(there)}
-    return torch.tensor([where[n] if n is not None else len(there) for n in adapters])
+    number = {name: at for at, name in enumerate(there)}
+    return torch.tensor([number[n] if n is not None else len(there) for n in adapters])
 
 
 def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optional[Names]) -> Tensor:
     if names is None or isinstance(names, str):
-        raise AdapterError(f"indices need the list of adapters that they mean, got {names!r}.")
+        raise AdapterError(
+            f"indices need the list of adapters that they mean, got {names!r}. Give names."
+        )
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise AdapterError(
             "expected the adapters of rows as integers of one dimension, got shape "
@@ -118,7 +119,7 @@ def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optiona
     _check_on(model, names)
     if index.is_cpu and len(index) and int(index.max()) >= len(names):
         most, there_are = int(index.max()), counted(len(names), "adapter")
-        raise AdapterError(f"index {most} is beyond the {there_are} named.")
+        raise AdapterError(f"index {most} is beyond the {there_are} named. Name more.")
     out = torch.full_like(index, len(there), dtype=torch.long)
     for at, name in enumerate(names):
         if name is not None:
@@ -139,7 +140,7 @@ def _check_on(model: nn.Module, names: Names) -> None:
 
 
 def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Tensor:
-    """The same for each position of packed sequences."""
+    """The index of each position of packed sequences, from that of each sequence."""
     bounds = torch.as_tensor(cu_seqlens, device=index.device).long()
     lengths = bounds.diff()
     if bounds.shape != (len(index) + 1,) or int(bounds[0]) or bool((lengths < 0).any()):
@@ -190,7 +191,7 @@ def _rows(
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
     names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
-    ranks = tuple(one.factors()[0].shape[-2] if isinstance(one, LowRank) else 0 for one in ours)
+    ranks = tuple(one.rank_of_sum() for one in ours)
     key = (names, ranks, device)
     if key not in made:
         own = torch.full_like(index, len(names))
@@ -208,7 +209,7 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
     """
     base = type(layer).__bases__[0] if parametrized(layer) else type(layer)
     lists = parametrized(module)
-    if takes_rows(base, name) and name in lists and all(type(u) is LowRank for u in lists[name]):
+    if takes_rows(base, name) and name in lists and all(map(is_known, lists[name])):
         return False
     soft = BRANCHES in module._modules and name not in lists
     if packed and not takes_positions(base):
@@ -231,7 +232,7 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
 def _is_grouped(module: Any, base: type) -> bool:
     """Whether one forward serves all rows: see `forwards`."""
     lists = parametrized(module)
-    plain = set(lists) == {"weight"} and all(type(one) is LowRank for one in lists["weight"])
+    plain = set(lists) == {"weight"} and all(map(is_known, lists["weight"]))
     odd = isinstance(module, nn.Embedding) and (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     )

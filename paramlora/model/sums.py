@@ -14,14 +14,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from paramlora.errors import AdapterError
 from paramlora.model.recomputed import read_again
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import matrix_shape
-from paramlora.update.lowrank import LowRank, value_of
-from paramlora.update.narrow import wide
+from paramlora.update.lowrank import value_of
+from paramlora.update.summand import Summand
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CALL = nn.Module.__call__.__code__
@@ -57,9 +55,7 @@ def _acting(plist: Any) -> Optional[list[Any]]:
     do not show, or gives what its reader writes to."""
     updates = list(plist._modules.values())
     for update in updates:
-        ours = (
-            isinstance(update, AttachedUpdate) and {"lora_A", "lora_B"} <= update._parameters.keys()
-        )
+        ours = isinstance(update, AttachedUpdate) and update.shares_its_sum()
         if not ours or update.written_by_reader:
             return None
     return [update for update in updates if update.acts]
@@ -126,46 +122,19 @@ class _Found:
     def shown(self, updates: list[Any]) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in self.state.tensors):
             return self.value.detach()
-        if self.graphed is None and not all(type(update) is LowRank for update in updates):
-            known = [
-                self.value
-            ]  # what was computed already is not computed again, but for backward
-            self.graphed = read_again(self.plist, lambda p: known.pop() if known else value_of(p))
         if self.graphed is None:
-            parts = [_Part(update) for update in updates]
-            factors = [t for part in parts for t in (part.a, part.b, part.scale)]
-            apply: Any = _Sum.apply
-            self.graphed = apply(self.value, parts, self.state.tensors[0], *factors)
+            self.graphed = self._with_gradient([update.summand() for update in updates])
         return self.graphed
 
-
-class _Part:
-    """One update of a sum, as it was when the sum was computed."""
-
-    def __init__(self, update: LowRank) -> None:
-        (self.a, self.b), self.scale = update.factors(), update.stored_scale()
-        self.layout, self.gain = update.layout, update.gain.to(self.scale.device)
-        self.watched = [t for t in update._parameters.values() if t is not None]
-        self.versions = [t._version for t in self.watched]
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of A, B and the scale, from the sum's own: ``dA = (s·B)ᵀ G``, ``dB = s·G Aᵀ``."""
-        if [t._version for t in self.watched] != self.versions:
-            raise AdapterError(
-                "an adapted tensor, or the strength of its adapter, changed between forward and "
-                "backward. Call backward first, then step or set_adapters."
-            )
-        a, b, scale = wide(self.a), wide(self.b), wide(self.scale) * self.gain
-        stack, out, fan_in = matrix_shape(grad.shape, self.layout)
-        if self.layout == "transposed":
-            g = grad.reshape(fan_in, out).t()
-        else:  # no flatten, which many gradients at once do not know
-            g = grad.reshape((stack, out, fan_in) if self.layout == "stack" else (out, fan_in))
-        g = g.to(b.dtype)
-        scale, product = scale.to(b.dtype), g @ a.mT
-        da, db = (b * scale).mT @ g, product * scale
-        dscale = (product * b).sum() * self.gain
-        return da.to(self.a.dtype), db.to(self.b.dtype), dscale.to(self.scale.dtype)
+    def _with_gradient(self, summands: list[Optional[Summand]]) -> Tensor:
+        parts = [part for part in summands if part is not None]
+        if len(parts) < len(summands):
+            known = [self.value]  # what was computed is not computed again, but for a backward
+            return read_again(self.plist, lambda p: known.pop() if known else value_of(p))
+        factors = [t for part in parts for t in (part.a, part.b, part.scale)]
+        apply: Any = _Sum.apply
+        graphed: Tensor = apply(self.value, parts, self.state.tensors[0], *factors)
+        return graphed
 
 
 class _Sum(torch.autograd.Function):
@@ -174,7 +143,7 @@ class _Sum(torch.autograd.Function):
     saves no tensors for autograd, which would free them at the first time."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, parts: list[_Part], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, parts: list[Summand], *tensors: Tensor) -> Tensor:
         ctx.parts = parts
         return value.detach()
 

@@ -87,7 +87,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 
 
 def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
-    """As `targets`, of a model that is unwrapped and checked."""
+    """The `targets` of a model that is unwrapped and checked already."""
     places = Places(model, parsed.exclude)
     found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
     _report_empty(places, parsed, found, strict)
@@ -285,7 +285,7 @@ class Places:
         return {path for path in self._paths() if path and fits(pattern, path)}
 
     def meant(self, pattern: str) -> set[str]:
-        """As `named`, in bounded time, and what a preset means.
+        """What a pattern names, found in bounded time, and what a preset means.
 
         Raises:
             ValueError: a regular expression that could take for ever, or is none.
@@ -305,7 +305,7 @@ class Places:
             raise ConfigError(f'"exclude": {error}. Give a plain name, or several.') from error
 
     def _left(self, places: list[Place]) -> list[Place]:
-        """Those that are not excluded, nor lie in what is."""
+        """The places that are not excluded, nor lie in what is."""
         out = set().union(*self._out.values())
         return [
             one for one in places if not out or out.isdisjoint(holders_of(_full(one[0], one[2])))
@@ -330,7 +330,7 @@ class Places:
 
 
 def _bounded(pattern: str, paths: list[str]) -> set[str]:
-    """Those of the paths that a regular expression matches, in bounded time."""
+    """The paths that a regular expression matches, found in bounded time."""
     names: dict[str, list[str]] = {}
     for path in filter(None, paths):
         names.setdefault(own_path(path), []).append(path)
@@ -651,5 +651,6 @@ def _check_soft(target: Target, module: nn.Module) -> None:
         )
     if target.entry.up_kernel == "same" and not convolution:
         raise TargetError(
-            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same".'
+            f'{where}, a {type(module).__name__}, which has no kernel for "up_kernel": "same". '
+            "Leave it out."
         )

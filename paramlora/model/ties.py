@@ -26,8 +26,8 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
     }
     stores: dict[tuple[torch.device, int], list[int]] = {}
     for key, (_, tensor) in named.items():
-        where = tensor.device, tensor.untyped_storage().data_ptr()
-        stores.setdefault(where, []).append(key)
+        memory = tensor.device, tensor.untyped_storage().data_ptr()
+        stores.setdefault(memory, []).append(key)
     out: dict[int, list[str]] = {}
     for keys in stores.values():
         if len(keys) > 1:

@@ -1,7 +1,10 @@
 """Changing a model all or nothing: what stops a change half-way leaves the model as it was."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional
 
 from torch import nn
@@ -10,6 +13,59 @@ _Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its co
 _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
+_SIGNALS = [int(number) for number in signal.valid_signals()]
+
+
+class _Waiting:
+    """The signals that came while a block was open, by number, and what answers each."""
+
+    is_open = False  # of any such block: one inside of another leaves all to the outer one
+
+    def __init__(self) -> None:
+        self.came: dict[int, Callable[[], object]] = {}
+
+    def answer(self, handler: Callable[..., object], number: int, frame: Any) -> None:
+        """What is called when a signal comes."""
+        if _Waiting.is_open:
+            self.came[number] = partial(handler, number, frame)
+        else:
+            handler(number, frame)
+
+    def end(self) -> None:
+        """Answer those that came, each of which may raise."""
+        if self.came:
+            _, answer = self.came.popitem()
+            try:
+                answer()
+            finally:
+                self.end()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Have signals, such as Ctrl-C, wait until the block has ended, however often they come.
+
+    What handles an exception can be stopped itself, between its lines and before its first one; so
+    nothing but waiting lets a change end that has begun. Python answers signals in its main thread
+    alone, and those that have no handler of Python's, such as SIGKILL, are none of it.
+    """
+    if _Waiting.is_open or threading.get_ident() != threading.main_thread().ident:
+        yield
+        return
+    handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
+    waiting = _Waiting()
+    try:
+        for number, own in handlers.items():
+            signal.signal(number, partial(waiting.answer, own))
+        _Waiting.is_open = True
+        yield
+    finally:
+        try:
+            for number, own in handlers.items():
+                signal.signal(number, own)
+        finally:
+            _Waiting.is_open = False
+            waiting.end()
 
 
 @contextmanager
@@ -25,16 +81,22 @@ def unchanged_on_error(
     """
     flags = [(p, p.requires_grad) for p in flags_of]
     saved = [_saved(module) for module in dict.fromkeys(modules)]
-    try:
-        yield
-    except BaseException:
-        to_the_end(lambda: _put_back(saved, flags))
-        raise
+    with undisturbed():
+        try:
+            yield
+        except BaseException:
+            to_the_end(lambda: _put_back(saved, flags))
+            raise
 
 
 def to_the_end(act: Callable[[], None]) -> None:
-    """Do what does the same when done again: again after each stop, which is raised at the end. So
-    whoever is impatient stops it once more in vain; an error that comes again ends it."""
+    """Do what does the same when done again: again after each stop, which is raised at the end; an
+    error that comes again ends it."""
+    with undisturbed():
+        _again(act)
+
+
+def _again(act: Callable[[], None]) -> None:
     stop: Optional[BaseException] = None
     while True:
         try:
@@ -91,7 +153,8 @@ def surely_left(
     """
     kept: list[Any] = []
     with _left(kept, leave), _left(kept, leave):
-        enter(kept)
+        with undisturbed():
+            enter(kept)
         yield
 
 
@@ -100,4 +163,5 @@ def _left(kept: list[Any], leave: Callable[[list[Any]], None]) -> Iterator[None]
     try:
         yield
     finally:
-        leave(kept)
+        with undisturbed():
+            leave(kept)

@@ -3,6 +3,8 @@
 A file with a class that is registered (see `kinds`) is a kind of update: no other names it.
 """
 
-from paramlora.update import difference, dora, loha, lokr, lowrank, rows, whole
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["difference", "dora", "loha", "lokr", "lowrank", "rows", "whole"]
+for _file in iter_modules(__path__):  # so that a new kind's file is all that makes it known
+    import_module(f"{__name__}.{_file.name}")

@@ -12,7 +12,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import FileError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.geometry import Layout, factor_dtype, matrix_shape, summed_in
 from paramlora.update.lowrank import wide
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value, check_types
@@ -48,12 +48,12 @@ class Added(AttachedUpdate):
         adapter: str = "default",
         gains: Optional[Gains] = None,
     ) -> None:
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where, gains=gains)
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        super().__init__(adapter, **options, gains=gains)
         self.keep(r=entry.r, layout=layout, first_scale=entry.scale)
         for name, shape in self.sizes(entry, tuple(weight.shape), layout).items():
-            setattr(self, name, nn.Parameter(torch.zeros(shape, **where)))
-        value = torch.full((), entry.scale, **where)
+            setattr(self, name, nn.Parameter(torch.zeros(shape, **options)))
+        value = torch.full((), entry.scale, **options)
         if entry.trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:
@@ -64,7 +64,7 @@ class Added(AttachedUpdate):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Added":
-        """As the entry asks for it; what it adds starts at zero."""
+        """A new update as the entry asks for it; what it adds starts at zero."""
         return cls(site.weight.detach(), entry, site.layout, adapter, gains)
 
     @classmethod
@@ -88,7 +88,7 @@ class Added(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Of all its tensors, but for its scale."""
+        """How many all its tensors have, but for its scale."""
         sizes = cls.sizes(entry, shape, layout).values()
         return sum(torch.Size(size).numel() for size in sizes)
 
@@ -111,8 +111,9 @@ class Added(AttachedUpdate):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
+        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
         with in_own_types(weight):
-            delta = laid_out(self.change(self.plain()), tuple(weight.shape), self.layout)
+            delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
             delta = delta * (self.lora_scale * self.gain.to(self.lora_scale.device))
         return (wide(weight, delta) + delta).to(weight.dtype)
 
@@ -123,7 +124,7 @@ class Added(AttachedUpdate):
 
     @classmethod
     def names(cls, present: Collection[str]) -> tuple[str, ...]:
-        """Those that are there: `fits` tells whether they are enough."""
+        """The tensors that are there: `fits` tells whether they are enough."""
         return tuple(name for name in cls.parts if name in present or name == "lora_scale")
 
     @classmethod
@@ -144,7 +145,7 @@ class Added(AttachedUpdate):
         """The value of an update in a native file."""
         check_types(where, *parts.values())
         if any(one.dim() < 2 or not one.numel() for n, one in parts.items() if n != "lora_scale"):
-            raise FileError(f"{where} is no update: its factors are no matrices.")
+            raise FileError(f"{where} is no update: its factors are no matrices. Save it again.")
         return super().read_file(where, parts, entry, told)
 
     @classmethod

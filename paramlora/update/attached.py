@@ -1,7 +1,7 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -23,6 +23,7 @@ from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
 
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
@@ -78,21 +79,21 @@ class Switch:
         return Switch(strength, gain, muted, past, self.rows, self.routes)
 
     def routed(self, routes: "Routes") -> "Switch":
-        """As strong on other rows, which remembers this one."""
+        """A switch as strong on other rows, which remembers this one."""
         strength_changes()
         past = self._remembering()
         return Switch(self.strength, self.gain, self.muted, past, routes=routes)
 
     def born(self) -> "Switch":
-        """As if it had been off until now: what is computed again of an earlier forward is computed
-        without it."""
+        """A switch that was off until now: what is computed again of an earlier forward is computed
+        without the update."""
         return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
 
     def at(self, sequence: int) -> "Switch":
-        """As it was when the forward drew a sequence number of autograd."""
+        """The switch as it was when a forward drew its sequence number of autograd."""
         for until, effective, rows in self.past:
             if sequence < until:
                 if len(self.past) == _REMEMBERED and until == self.past[0][0]:
@@ -101,7 +102,7 @@ class Switch:
         return self
 
     def seen(self, adapter: str) -> "Switch":
-        """As rows of one adapter see it, where a layer is called with those alone."""
+        """The switch as rows of one adapter see it, where a layer is called with those alone."""
         only = ONLY.adapter
         if only == UNSPLIT:
             return self
@@ -110,7 +111,7 @@ class Switch:
         return Switch(0.0, torch.zeros_like(self.gain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
-        """Of a model: nobody will close the blocks of `disable_adapters` that are open for it."""
+        """The switch of a copy: nobody will close the blocks of `disable_adapters` there."""
         gain = torch.full_like(self.gain, self.strength) if self.muted else self.gain.clone()
         return Switch(self.strength, gain)
 
@@ -193,7 +194,7 @@ class AttachedUpdate(nn.Module):
         device, dtype: of its tensors. The gain is in float32 at least, which holds any strength.
     """
 
-    alone: ClassVar[bool] = False  # whether its tensor can have no other update
+    alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
@@ -211,7 +212,7 @@ class AttachedUpdate(nn.Module):
     switch: Switch
     stored: bool = False  # whether the weight is in a type that only stores it (see `casts`)
     written_by_reader: bool = False  # such as an embedding with max_norm, set by attach
-    served: bool = False  # whether its layer rounds twice, see `rounding`
+    rounds_twice: bool = False  # whether its layer does, as servers do, see `rounding`
     entry: Optional[TargetConfig] = None  # what asked for it, set by attach
     _hf_hook = NotOffloaded()
 
@@ -240,7 +241,7 @@ class AttachedUpdate(nn.Module):
         return own if own.rows is None else own.seen(self.adapter)
 
     def now(self) -> Switch:
-        """The same for who cannot tell the rows of a batch apart.
+        """The switch that holds, for a reader that cannot tell the rows of a batch apart.
 
         Raises:
             AdapterError: it acts on some of them.
@@ -280,13 +281,30 @@ class AttachedUpdate(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedUpdate":
         lazy = any(t.is_meta for t in self._tensors())
+        before = self._number()
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
+        after: Any = getattr(self, "lora_scale", None)
+        if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
+            after.data = before.to(after.device, torch.float32)
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have its tensors in a type, but for its factor where that has 16 bits."""
+        before = self._number()
+        self.to(dtype)
+        if before is not None and dtype.itemsize == 2:
+            after: Any = getattr(self, "lora_scale", None)
+            after.data = before
+
+    def _number(self) -> Optional[Tensor]:
+        """The factor as it is now, whatever the tensor that holds it is cast to."""
+        held: Any = getattr(self, "lora_scale", None)
+        return None if held is None else held.detach()
 
     def _tensors(self) -> Any:
         return (
@@ -333,6 +351,30 @@ class AttachedUpdate(nn.Module):
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
 
+    @staticmethod
+    def together(updates: "Sequence[Any]", weight: Tensor) -> Tensor:
+        """What several of a kind that stands alone make of their tensor."""
+        for update in updates:
+            weight = update(weight)
+        return weight
+
+    def assigned(self, value: Tensor) -> bool:
+        """Hold what its layer puts in the place of a buffer, and say whether it did."""
+        return False
+
+    def shares_its_sum(self) -> bool:
+        """Whether its weight takes a product to form, which all readers of one call are to share,
+        and a change of what it is formed of would be seen."""
+        return False
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of such a sum; None where only autograd knows it."""
+        return None
+
+    def rank_of_sum(self) -> int:
+        """The rank of what it adds, `r` or more; 0 where it adds no product of two factors."""
+        return 0
+
     def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
         """Take tensors up to `rank`, or to the rank of a weight of that shape; a kind without ranks
         does not change."""
@@ -359,7 +401,7 @@ class AttachedUpdate(nn.Module):
         return isinstance(scale, nn.Parameter), value
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
-        """It as a value, free of the model, and whole on every process.
+        """The update as a value, free of the model, and complete on every process.
 
         Args:
             shape, kind, groups: of its layer, see `Target`.
@@ -424,6 +466,13 @@ class AttachedUpdate(nn.Module):
         return ()
 
     @classmethod
+    def completed(
+        cls, options: tuple[tuple[str, Any], ...], held: Mapping[str, Tensor]
+    ) -> tuple[tuple[str, Any], ...]:
+        """The kind's own keys with what its tensors tell and no rank does."""
+        return options
+
+    @classmethod
     def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:
         """Whether tensors are those of an update of a weight of a shape: each by its `Part`."""
         return len(shape) >= 2 and all(
@@ -442,7 +491,7 @@ class AttachedUpdate(nn.Module):
         """
         scale = parts.get("lora_scale")
         if scale is not None and scale.numel() != 1:
-            raise FileError(f"{where} is no update: its scale is no number.")
+            raise FileError(f"{where} is no update: its scale is no number. Save it again.")
         value = KindUpdate(
             entry.kind,
             {name: tensor for name, tensor in parts.items() if name != "lora_scale"},
@@ -560,6 +609,21 @@ def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     out, kept = tensor.new_zeros(shape), min(size, tensor.shape[dim])
     out.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
     return out
+
+
+def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
+    """What a tensor's parametrizations make of it: one after the other, but for those of a kind
+    that stands alone, which come first, and together."""
+    alone: list[nn.Module] = []
+    for one in updates:  # a loop, since torch 2.11 compiles no takewhile
+        if not (isinstance(one, AttachedUpdate) and one.alone):
+            break
+        alone.append(one)
+    if alone:
+        weight = alone[0].together(alone, weight)  # type: ignore[operator]
+    for one in updates[len(alone) :]:
+        weight = one(weight)
+    return weight
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

@@ -110,7 +110,7 @@ def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor,
 
 
 def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
-    """That an input of a layer has not the rows that `route` was given."""
+    """The error of an input that has not the rows that `route` was given."""
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "

@@ -10,6 +10,7 @@ in turn.
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -79,6 +80,11 @@ transformed: Callable[[], bool] = (
     else _transformed_by_trial
 )
 
+# leaves all transforms for a while; a torch without it refuses there what would change a model
+outside_transforms: Callable[[], AbstractContextManager[Any]] = (
+    _private("_functorch.pyfunctorch.temporarily_clear_interpreter_stack") or nullcontext
+)
+
 # a tensor of a transform that has ended, whose memory nobody can read
 _left_over: Any = _private("_C._functorch.is_functorch_wrapped_tensor")
 
@@ -141,16 +147,8 @@ def _recorded_publicly() -> bool:
 recorded: Callable[[], bool] = _recorded if _dispatch_mode and _PROXY else _recorded_publicly
 
 
-def _perhaps() -> int:
-    """One mode at least: where torch does not tell, every operation is shown to whoever follows."""
-    return 1
-
-
 # whether `torch.jit.trace` is at work; the public name asks whether it is a script first
 traced: Callable[[], bool] = _private("_C._is_tracing") or torch.jit.is_tracing  # type: ignore[attr-defined]
-
-# how many modes follow torch's operations
-modes_following: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or _perhaps
 
 
 def _is_wrapper(tensor: object) -> bool:

@@ -58,15 +58,15 @@ class Dora(LowRank):
         shape[outer] = weight.shape[outer]
         if layout == "stack":
             shape[:outer] = weight.shape[:outer]
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        self.lora_magnitude = nn.Parameter(torch.empty(shape, **where))
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        self.lora_magnitude = nn.Parameter(torch.empty(shape, **options))
         self.keep(unset=True, weight_shape=tuple(weight.shape))
 
     @classmethod
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Dora":
-        """Of the entry's rank; the magnitude starts at the weight's norm."""
+        """A new update of the entry's rank; the magnitude starts at the weight's norm."""
         update: Any = super().attached_to(site, entry, adapter, gains)
         if not site.weight.is_meta:
             update.start(site.read())
@@ -74,13 +74,13 @@ class Dora(LowRank):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Of both factors and the magnitude."""
+        """How many both factors and the magnitude have."""
         outer = _outer(len(shape), layout)
         stack = matrix_shape(shape, layout)[0]
         return super().elements(entry, shape, layout) + stack * shape[outer]
 
     def reset_parameters(self) -> None:
-        """As a low-rank update; the magnitude starts once the base has its values."""
+        """Start the factors anew; the magnitude starts once the base has its values."""
         super().reset_parameters()
         self.keep(unset=True)
 
@@ -91,7 +91,7 @@ class Dora(LowRank):
         self.keep(unset=False)
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
-        """As any, and a magnitude of the norm over the other side."""
+        """Whether a tensor fits; a magnitude may also be of the norm over the other side."""
         if name != "lora_magnitude" or self.layout == "stack":
             return super().takes(name, own, shape)
         return len(shape) == len(self.weight_shape) and all(
@@ -131,7 +131,7 @@ class Dora(LowRank):
             return weight.clone() if self.written_by_reader else weight
         if self.unset:
             self.start(weight)
-        delta = self.delta(weight.shape)
+        delta = self.delta(weight.shape, weight.dtype)
         with in_own_types(delta):
             base = wide(weight, delta)
             total = base + delta

@@ -119,4 +119,7 @@ def _check_values(weight: Tensor, init: str) -> None:
             'gives it memory starts the factors by "default". Load the model first.'
         )
     if init in _FROM_WEIGHT and not torch.isfinite(weight).all():
-        raise TargetError(f'"init": "{init}" reads the weight, which is not finite.')
+        raise TargetError(
+            f'"init": "{init}" reads the weight, which is not finite. Load a sound model, or '
+            "leave it out."
+        )

@@ -40,7 +40,7 @@ class Loha(Added):
     def sizes(
         cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout
     ) -> dict[str, tuple[int, ...]]:
-        """As LyCORIS has them."""
+        """The shapes that LyCORIS gives its tensors."""
         r, kernel = entry.r, shape[2:]
         if dict(entry.options).get("tucker") and layout == "matrix" and set(kernel) - {1}:
             sides = {"a": (r, shape[0]), "b": (r, shape[1])}
@@ -62,7 +62,7 @@ class Loha(Added):
 
     @classmethod
     def rank_of(cls, held: Any) -> int:
-        """Of each of the two matrices."""
+        """The rank of each of the two matrices."""
         return int(held["hada_w1_b"].shape[0])
 
     @classmethod

@@ -23,12 +23,20 @@ from paramlora.update.attached import (
 )
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, ambiguous, factor_dtype, fits_shape, matrix_shape
+from paramlora.update.geometry import (
+    Layout,
+    ambiguous,
+    factor_dtype,
+    fits_shape,
+    matrix_shape,
+    summed_in,
+)
 from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import LowRankTerm, Term
+from paramlora.update.summand import Summand
 from paramlora.update.value import Update, Value, check_types
 
 
@@ -76,12 +84,12 @@ class LowRank(AttachedUpdate):
     ) -> None:
         stack, out, fan_in = matrix_shape(weight.shape, layout)
         lead = (stack,) if layout == "stack" else ()
-        where: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        super().__init__(adapter, **where, gains=gains)
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        super().__init__(adapter, **options, gains=gains)
         self.keep(r=r, layout=layout, first_scale=scale)
-        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **where).div_(r))
-        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **where))
-        value = torch.full((), scale, **where)
+        self.lora_A = nn.Parameter(torch.randn(*lead, r, fan_in, **options).div_(r))
+        self.lora_B = nn.Parameter(torch.zeros(*lead, out, r, **options))
+        value = torch.full((), scale, **options)
         if trainable_scale:
             self.lora_scale = nn.Parameter(value)
         else:
@@ -95,7 +103,7 @@ class LowRank(AttachedUpdate):
     def attached_to(
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "LowRank":
-        """Of the entry's rank, started as it says (see `init`)."""
+        """A new update of the entry's rank, started as it says (see `init`)."""
         options = (entry.r, entry.scale, site.layout, entry.trainable_scale, adapter, gains)
         update = cls(site.weight.detach(), *options)
         if entry.init != "default":
@@ -136,6 +144,19 @@ class LowRank(AttachedUpdate):
     def rank_dim(self, name: str) -> int:
         """The dimension of a factor in which its ranks lie."""
         return -2 if name.endswith("A") else -1
+
+    def shares_its_sum(self) -> bool:
+        """Whether it holds its factors itself: a change of those that a flat shard holds shows
+        nowhere."""
+        return {"lora_A", "lora_B"} <= self._parameters.keys()
+
+    def summand(self) -> Optional[Summand]:
+        """Its own part of the gradient of a sum; another kind's sum has another gradient."""
+        return Summand(self) if type(self) is LowRank else None
+
+    def rank_of_sum(self) -> int:
+        """The rank of its `factors`."""
+        return self.factors()[0].shape[-2]
 
     @property
     def scaling(self) -> Tensor:
@@ -202,7 +223,7 @@ class LowRank(AttachedUpdate):
         a, b, scale = (parts[name] for name in LOW_RANK)
         check_types(where, a, b, scale)
         if min(a.dim(), b.dim()) < 2 or 0 in (a.numel(), b.numel()) or scale.numel() != 1:
-            raise FileError(f"{where} is no update: its factors are no matrices.")
+            raise FileError(f"{where} is no update: its factors are no matrices. Save it again.")
         if not _is_plain(cls):
             return super().read_file(where, parts, entry, told)
         update = Update(
@@ -230,7 +251,9 @@ class LowRank(AttachedUpdate):
         scale = parts["lora_scale"]
         check_types(where, scale)
         if scale.numel() != 1 or a.dim() < 2 or b.dim() < 2:
-            raise FileError(f"{where}: the update inside it has factors of impossible shape.")
+            raise FileError(
+                f"{where}: the update inside it has factors of impossible shape. Save it again."
+            )
         named = None if a.dtype == factor_dtype(dtype) else str(a.dtype).removeprefix("torch.")
         if not _is_plain(cls):
             value: Any = super().read_state(where, {**parts, "lora_A": a, "lora_B": b}, dtype)
@@ -272,11 +295,9 @@ class LowRank(AttachedUpdate):
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
     ) -> Tensor:
-        """``strength · scale · B·A`` in `shape`, of `dtype` or the factors' own type; of float32
-        instead of float16, in which the scaled B alone might be too large."""
-        a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
-        if b.dtype == torch.float16:
-            a, b = a.float(), b.float()
+        """``strength · scale · B·A`` in `shape`, for a weight of `dtype`: in a type that rounds
+        neither it nor the factors, and in which the scaled B alone is not too large."""
+        a, b = (factor.to(summed_in(dtype or factor.dtype, factor)) for factor in self.factors())
         with in_own_types(b):  # a weight is what it is, wherever it is read
             product = (b * self.scaling.to(b.dtype)) @ a
         if self.layout == "transposed":
@@ -287,7 +308,7 @@ class LowRank(AttachedUpdate):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
-        delta = self.delta(weight.shape)
+        delta = self.delta(weight.shape, weight.dtype)
         total = (wide(weight, delta) + delta).to(weight.dtype)
         if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
             # channels last of a kernel of 1: its strides alone tell a convolution its format
@@ -339,7 +360,7 @@ def value_of(plist: Any) -> Tensor:
         return plist()  # type: ignore[no-any-return]
     total = weight
     for update in acting:
-        delta = update.delta(weight.shape)
+        delta = update.delta(weight.shape, weight.dtype)
         total = wide(total, delta) + delta
     return total.to(weight.dtype)
 

@@ -27,12 +27,13 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def wide(t: Tensor) -> Tensor:
-    """The same in float32, if it is of float16: what is multiplied by a scale must not overflow."""
+    """A tensor of float16 in float32, any other as it is: times a scale it must not overflow."""
     return t.float() if t.dtype == torch.float16 else t
 
 
 def _logarithms(*tensors: Tensor) -> list[Tensor]:
-    """Those of the largest numbers in each; one that is none, or infinite, counts as large."""
+    """The binary logarithm of the largest number in each; one that is none, or infinite, counts as
+    large."""
     device = autocast_of(tensors[0])
     if device is not None:  # which would have all of them cast
         with torch.autocast(device, enabled=False):
@@ -90,11 +91,11 @@ class Stage(NamedTuple):
     extra: Sequence[int] = (0, 0, 0)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        n, where = weight.dim() - 2, (self.stride, self.padding)
+        n, placed = weight.dim() - 2, (self.stride, self.padding)
         if self.transposed:
             more: tuple[Any, ...] = (self.extra[:n], self.groups, self.dilation)
-            return _TRANSPOSED[n - 1](x, weight, None, *where, *more)
-        return _CONVOLUTIONS[n - 1](x, weight, None, *where, self.dilation, self.groups)
+            return _TRANSPOSED[n - 1](x, weight, None, *placed, *more)
+        return _CONVOLUTIONS[n - 1](x, weight, None, *placed, self.dilation, self.groups)
 
     def reach(self, weight: Tensor) -> tuple[int, int]:
         """How many products an output sums at most, and how many the gradient of an input."""
@@ -104,8 +105,8 @@ class Stage(NamedTuple):
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor, masks: tuple[bool, bool]
     ) -> tuple[_Maybe, _Maybe]:
-        """Those of the input and of the weight that are wanted; the weight's, whose sums are long,
-        in float32 where all are of float16."""
+        """The gradients of input and weight that are wanted; the weight's, whose sums are long, in
+        float32 where all are of float16."""
         if not (masks[1] and weight.dtype == torch.float16):
             return self._gradients(dy, x, weight, masks)
         dx = self._gradients(dy, x, weight, (True, False))[0] if masks[0] else None

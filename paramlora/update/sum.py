@@ -47,7 +47,7 @@ class Term:
     whole_matrix: bool = False  # whether it needs all rows too
 
     def prepared(self, wide: torch.dtype) -> "Term":
-        """The same, ready for blocks in a wide type."""
+        """The term made ready for blocks in a wide type."""
         return self
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
@@ -117,11 +117,15 @@ class WholeTerm(Term):
     def applied(self, total: Tensor, block: Block) -> Tensor:
         own = self.value[block.run].view(total.shape)
         if self.strength != 1 and own.is_floating_point():
-            own = torch.lerp(total.to(own.dtype), own, self.strength.to(own.dtype))
+            wide = torch.promote_types(own.dtype, total.dtype)  # a narrow one would round the base
+            own = torch.lerp(total.to(wide), own.to(wide), self.strength.to(wide))
         return own.to(total.dtype)
 
     def bound(self) -> Number:
-        return 2 * self.value.detach().abs().max().double() * self.strength.abs().double()
+        """Of a part of the way; beyond it the weight itself grows, which a term does not know."""
+        strength = self.strength.detach().double()
+        most = self.value.detach().abs().max().double() * strength
+        return torch.where((strength >= 0) & (strength <= 1), most, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ class Fold:
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
-    """The same, with several tensors to have instead as one term: they stand side by side."""
+    """The terms, several tensors to have instead among them as one: they stand side by side."""
     wholes = tuple(term for term in terms if isinstance(term, WholeTerm))
     if len(wholes) < 2:
         return list(terms)
@@ -259,19 +263,19 @@ def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = N
 
 def bound_of(terms: Sequence[Term]) -> Number:
     """What no element is changed by more than by terms together, see `Term.bound`."""
-    return sum(term.bound() for term in terms)
+    return sum(term.bound() for term in _joined(terms))
 
 
-def told(numbers: Sequence[Number]) -> list[float]:
+def waited_for(numbers: Sequence[Number]) -> list[float]:
     """Numbers of devices, each of which is waited for once."""
     out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
-    where: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and type(number) is Tensor:
-            where.setdefault(number.device, []).append(i)
+            by_device.setdefault(number.device, []).append(i)
         elif isinstance(number, Tensor):
             out[i] = float(number)
-    for places in where.values():
+    for places in by_device.values():
         together = torch.stack([numbers[i].detach().double() for i in places])  # type: ignore[union-attr]
         for i, value in zip(places, together.tolist()):
             out[i] = value

@@ -11,7 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout
+from paramlora.update.geometry import Layout, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term, WholeTerm
@@ -76,8 +76,9 @@ class Whole(AttachedUpdate):
             self._start(weight)
         own = self.lora_whole
         if not self.fully and not counts:
+            dtype = summed_in(weight.dtype, own)
             with in_own_types(weight):
-                own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
+                own = torch.lerp(weight.to(dtype), own.to(dtype), self._gain_for(own, dtype))
         return own.to(weight.dtype)
 
     def change(self, start: Tensor) -> Tensor:
@@ -85,21 +86,46 @@ class Whole(AttachedUpdate):
         if self.unset:
             self._start(start)
         own = self.lora_whole.to(start.dtype)
-        return self._gain_for(own) * (own - start)
+        return self._gain_for(own, own.dtype) * (own - start)
 
     def assigned(self, value: Tensor) -> bool:
-        """Hold another tensor, with the graph that made it, where it fits; while the update does
-        not act as it was trained it is let go, as what is written into a copy is."""
+        """Hold another tensor, with the graph that made it, where it is a buffer that it fits;
+        while the update does not act as it was trained it is let go, as what is written into a copy
+        is."""
         own = self.lora_whole
-        if isinstance(value, nn.Parameter) or (value.shape, value.dtype) != (own.shape, own.dtype):
+        if isinstance(own, nn.Parameter) or isinstance(value, nn.Parameter):
+            return False
+        if (value.shape, value.dtype) != (own.shape, own.dtype):
             return False
         if self.fully or not value.is_floating_point():
             self.lora_whole = value
             self.keep(unset=False)
         return True
 
-    def _gain_for(self, own: Tensor) -> Tensor:
-        return self.gain.to(own.device, own.dtype)
+    @staticmethod
+    def together(updates: Sequence["Whole"], weight: Tensor) -> Tensor:
+        r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
+
+        Args:
+            updates: at least one.
+            weight: the base.
+
+        Returns:
+            The one of them that acts, if it is only one and acts as it was trained; otherwise a
+            tensor of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
+        """
+        acting = [one for one in updates if one.acts]
+        if len(acting) < 2 or not weight.is_floating_point():
+            return cast(Tensor, (acting or updates)[-1](weight))
+        start = weight.to(summed_in(weight.dtype, acting[0].lora_whole))
+        with in_own_types(weight):
+            total = start
+            for one in acting:
+                total = total + one.change(start)
+        return total.to(weight.dtype)
+
+    def _gain_for(self, own: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.gain.to(own.device, dtype)
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
@@ -133,12 +159,12 @@ class Whole(AttachedUpdate):
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
-        """Those of the tensor."""
+        """How many the tensor has."""
         return math.prod(shape)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
-        """It instead of the weight."""
+        """The tensor, instead of the weight."""
         return WholeTerm(parts["lora_whole"], gain)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -183,30 +209,3 @@ class Whole(AttachedUpdate):
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, whole, strength={self.strength}"
-
-
-def together(wholes: Sequence[Whole], weight: Tensor) -> Tensor:
-    r"""What the tensors of several adapters make of one: :math:`W + Σᵢ sᵢ · (Vᵢ - W)`.
-
-    Args:
-        wholes: at least one.
-        weight: the base.
-
-    Returns:
-        The one of them that acts, if it is only one and acts as it was trained; otherwise a tensor
-        of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
-    """
-    acting = [one for one in wholes if one.acts]
-    if len(acting) < 2 or not weight.is_floating_point():
-        return cast(Tensor, (acting or wholes)[-1](weight))
-    return summed(acting, weight).to(weight.dtype)
-
-
-def summed(acting: Sequence[Whole], weight: Tensor) -> Tensor:
-    """The sum of `together` before it is rounded to `weight`'s type."""
-    start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
-    with in_own_types(weight):
-        total = start
-        for one in acting:
-            total = total + one.change(start)
-    return total

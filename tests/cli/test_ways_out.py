@@ -91,3 +91,51 @@ def test_messages_are_found():
 def test_merge_embed_extract_convert_and_inspect_share_how_an_adapter_is_read():
     for command in ("merge", "embed", "extract", "convert", "inspect"):
         assert SHARED <= COMMANDS[command], command
+
+
+RAISED = ("FileError", "ConfigError", "TargetError", "AdapterError", "ParamloraError", "fail")
+WAY_OUT = re.compile(
+    r"(?:^|[.;:,)\"}] |\bor |\band |\bso )"
+    r"(?:Add|Adapt|Ask|Attach|Build|Call|Cast|Change|Choose|Convert|Copy|Detach|Download|Exclude|"
+    r"Export|Fold|Gather|Give|Have|Import|Keep|Leave|Load|Make|Mark|Mend|Merge|Move|Name|Pass|Put|"
+    r"Read|Register|Remove|Rename|Report|Resize|Run|Save|Set|Shard|Switch|Take|Train|Unpack|"
+    r"Unregister|Untie|Upgrade|Use|Wrap|Write)\b"
+    # what is right is said, what there is, or what is asked
+    r"|must be|Where you trust it|Are both of one model"
+    r"|such as|expected|Known:|Allowed|Prefixes:|Parts:|There are:|Attached:|pip install|\?$",
+    re.IGNORECASE,
+)
+# sentences whose end is another one, which the place that makes it says
+MADE_ELSEWHERE = {
+    ("errors", "{}: cannot be read: {}. {}."),
+    ("errors", "{}: cannot be written: {}. {}. Nothing was written."),
+    ("files/inspection", "{}: {}."),
+    ("files/mistaken", "{}: {}."),
+    ("files/served", 'adapter "{}" for {}: {}'),
+    ("files/torch_save", "{}: no state dict {}. {}."),
+    ("formats/__init__", "{}: {}."),
+    ("formats/detect", "{}: {}."),
+    ("model/targets", "the adapter does not fit {}: {}"),
+    ("model/targets", '"{}" matches {}, {}'),
+    ("model/targets", "nothing to adapt in {}: {}"),
+    ("model/targets", '"{}" matches {}, a {} with no weight of its own to adapt{}'),
+}
+
+
+def raised():
+    """(file, text) of every error that says something of its own."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = str(path.relative_to(PACKAGE).with_suffix(""))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if isinstance(call, ast.Call) and call.args:
+                text = spelled(call.args[0])
+                if ast.unparse(call.func).rpartition(".")[2] in RAISED and text.strip("{}"):
+                    yield name, text
+
+
+def test_every_error_says_the_way_out():
+    found = set(raised())
+    assert len(found) > 300
+    assert MADE_ELSEWHERE <= found
+    assert {one for one in found - MADE_ELSEWHERE if not WAY_OUT.search(one[1])} == set()

@@ -29,7 +29,6 @@ def zoo(build, x):
 MODELS = {
     "linear": zoo(lambda tiny: nn.Sequential(nn.Linear(16, 24)), torch.randn(9, 16)),
     "depthwise": zoo(single_channels, torch.randn(2, 2, 4, 4)),
-    "embedding": zoo(lambda tiny: nn.Sequential(nn.Embedding(20, 16)), torch.randint(20, (9,))),
 }
 
 

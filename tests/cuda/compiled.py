@@ -20,7 +20,6 @@ from triton.compiler import compile as compile_for
 from paramlora.cuda.convolution import plan as joined
 from paramlora.cuda.depthwise import plan as depthwise
 from paramlora.cuda.device import Card
-from paramlora.cuda.embedding import plan as lookup
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
 from paramlora.cuda.operands import Drop, Operands
@@ -85,27 +84,24 @@ def main(capability, few=False):
     interpreted.stand_in_for_the_device()
     Launch.__call__ = compiled
     hopper = 90 <= capability < 120
-    for planned in (fused, joined, lookup):
+    for planned in (fused, joined):
         planned.card = lambda device: Card(divmod(capability, 10), 132)
     if few:
         linear(64, 4096, 4096, 16)
         linear(*LAYERS[0])
         single_channels((8, 320, 64, 64), (1, 3), 8)
-        embedding(1000, 50000, 1024, 16)
         json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
         wide = WIDE if hopper and not interpreted.captured else []
         for shape in LAYERS + (HOPPER if hopper else []) + wide:
             linear(*shape)
-        for shape in LAYERS + (HOPPER if hopper else []):
+        for shape in LAYERS[:1] + (HOPPER[1:] if hopper else []):
             linear(*shape, Drop(0.1, torch.zeros((), dtype=torch.int64)))
     convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
     convolution((3, 40, 17, 9), (24, 40, 3, 3), 64)
     for shape, kernel, r in (((8, 320, 64, 64), (3, 3), 8), ((2, 96, 56, 56), (7, 7), 64)):
         single_channels(shape, kernel, r)
-    for r in (16, 256):
-        embedding(1000, 50000, 1024, r)
     json.dump(taken, sys.stdout)
 
 
@@ -134,13 +130,6 @@ def single_channels(shape, kernel, r):
     of = Operands(x, weight, None, *factors(r, weight[0].numel(), len(weight)))
     y, total = depthwise.forward(of, where)
     depthwise.backward(y, of, total, where, True, (True, True, True))
-
-
-def embedding(rows, num, dim, r):
-    indices, table = torch.zeros(rows, dtype=torch.int64), torch.empty(num, dim).half()
-    of = Operands(indices, table, None, *factors(r, num, dim))
-    y, kept = lookup.forward(of, -1, 1.0)
-    lookup.backward(y, kept, r, True, True, True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from triton.compiler import compile as compile_for
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.experts import plan
-from paramlora.cuda.experts.plan import Drop
 from paramlora.cuda.launch import Launch
+from paramlora.cuda.operands import Drop
 from tests.cuda import compiled, interpreted
 
 LOW, LOWEST = torch.bfloat16, torch.float16

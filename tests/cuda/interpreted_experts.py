@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from paramlora.cuda.experts import plan
-from paramlora.cuda.experts.plan import Drop
+from paramlora.cuda.operands import Drop
 from paramlora.evaluate import choose, dropout, experts
 from paramlora.evaluate.dropout import Drops, masked
 from paramlora.evaluate.sources import Chosen

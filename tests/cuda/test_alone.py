@@ -1,12 +1,8 @@
 """`benchmarks.alone` replaces what it says, and nothing else; in Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.cuda.started import printed
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
@@ -15,15 +11,7 @@ EPS = 2**-10  # of float16
 
 @pytest.fixture(scope="module")
 def rows():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.alone"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed("alone", TRITON_INTERPRET="1")
 
 
 def test_each_way_computes_the_same(rows):
@@ -44,5 +32,3 @@ def test_each_way_launches_what_it_says(rows):
     assert own < rows["depthwise"]["as it is"]["launches"].keys()
     for way in ("float32 sum", "two convolutions"):
         assert not own & rows["depthwise"][way]["launches"].keys()
-    assert {*rows["embedding"]["as it is"]["launches"]} == {"look_up", "look_up_backward"}
-    assert rows["embedding"]["torch's operations"]["launches"] == {}

@@ -1,11 +1,6 @@
 """The kernels of experts in the interpreter, compiled for devices that are not here, and on one."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,26 +10,15 @@ from paramlora.evaluate import choose
 from paramlora.evaluate import experts as grouped
 from paramlora.evaluate.choose import Asked, Thresholds, Way
 from paramlora.evaluate.dropout import Drops, dropped_linear, masked
+from tests.cuda.started import printed
 
 triton = pytest.importorskip("triton")
 EPS = 2**-10  # of float16
 
 
-def run(module, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.cuda.{module}", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def results():
-    return run("interpreted_experts", TRITON_INTERPRET="1")
+    return printed("interpreted_experts", TRITON_INTERPRET="1")
 
 
 def test_every_division_is_right_to_one_rounding(results):
@@ -65,7 +49,7 @@ def test_a_linear_layer_under_dropout(results):
 
 @pytest.mark.parametrize("capability, limit", ((86, 101376), (90, 232448)))
 def test_every_kernel_compiles_and_fits(capability, limit, tmp_path):
-    shared = run("compiled_experts", str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    shared = printed("compiled_experts", str(capability), TRITON_CACHE_DIR=str(tmp_path))
     assert {name[2:9] for name in shared} == {"project", "product", "gradien"}
     assert len(shared) >= (15 if capability >= 90 else 8)
     assert not {name: size for name, size in shared.items() if size > limit}

@@ -1,16 +1,11 @@
 """DoRA's kernels: in Triton's interpreter, and on CUDA against float64."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import paramlora
+from tests.cuda.started import printed
 
 pytest.importorskip("triton")
 EPS = 2**-10  # of float16
@@ -18,15 +13,7 @@ EPS = 2**-10  # of float16
 
 @pytest.fixture(scope="module")
 def results():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.interpreted_rescaled"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed("interpreted_rescaled", TRITON_INTERPRET="1")
 
 
 def test_norms_are_right_in_one_launch(results):

@@ -1,18 +1,13 @@
 """The kernels of rows that take different updates: in Triton's interpreter, compiled, and on CUDA
 against float64."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.cuda.started import printed
 
 pytest.importorskip("triton")
 EPS = 2**-10  # of float16
@@ -20,20 +15,8 @@ SHARED = {"86": 101376, "90": 232448}  # bytes of shared memory
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def run(module, *arguments, **more):
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.cuda.{module}", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, **more},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_rows_are_right_to_one_rounding():
-    results = run("interpreted_routed", TRITON_INTERPRET="1")
+    results = printed("interpreted_routed", TRITON_INTERPRET="1")
     assert results.pop("spoiled") == [0, False]
     assert len(results) == 7
     for name, (errors, ran) in results.items():
@@ -43,7 +26,7 @@ def test_rows_are_right_to_one_rounding():
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_kernel_compiles_and_fits(capability, tmp_path):
-    shared = run("compiled_routed", capability, TRITON_CACHE_DIR=str(tmp_path))
+    shared = printed("compiled_routed", capability, TRITON_CACHE_DIR=str(tmp_path))
     assert len(shared) > 12
     assert not {name: size for name, size in shared.items() if size > SHARED[capability]}
 

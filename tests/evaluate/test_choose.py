@@ -62,13 +62,6 @@ def test_the_way_of_a_convolution(card, dtype, side, shape, groups, kernels, com
     assert choose.way(asked._replace(dropout=True)) is dropped
 
 
-@pytest.mark.parametrize("compiling", (False, True))
-@pytest.mark.parametrize("ours", (None, Way.KERNELS))
-def test_the_way_of_an_embedding(ours, compiling):
-    way = choose.way(Asked("embedding", H100, BF16, 64, (5000, 512), 16, ours, compiling))
-    assert way is (Way.KERNELS if ours and not compiling else Way.PLAIN)
-
-
 LAUNCHES = [
     ((8192, 512, 1024), 16, False, True, None, Launches.TOGETHER),
     ((8192, 512, 1024), 16, False, False, (True, True), Launches.TOGETHER),

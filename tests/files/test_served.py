@@ -121,7 +121,7 @@ def test_pefts_form_keeps_its_patterns_and_types(tmp_path):
 
 def test_an_adapter_of_its_own_name_and_no_such_server():
     model = attached({"q_proj": {"r": 2}})
-    with pytest.raises(paramlora.AdapterError, match='no server "tgi" is known. Known: vllm, sgl'):
+    with pytest.raises(paramlora.AdapterError, match='no server "tgi" is known. Known: peft, sgl'):
         paramlora.tensors_for(model, "tgi")
     with pytest.raises(paramlora.AdapterError, match='no adapter "x" is attached'):
         paramlora.tensors_for(model, "vllm", "x")
@@ -173,7 +173,7 @@ def test_the_command_line_says_so_of_a_file(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["server"] == "vllm" and len(told["unserved"]) == 2
     assert run("inspect", bad, "--for", "tgi") != 0
-    assert 'no server "tgi" is known. Known: vllm, sglang.' in capsys.readouterr().err
+    assert 'no server "tgi" is known. Known: sglang, vllm.' in capsys.readouterr().err
 
 
 def test_magnitudes_are_told(tmp_path, capsys):

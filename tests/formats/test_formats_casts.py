@@ -1,6 +1,5 @@
 """No conversion loses an update in a narrower type: the product in float64, before and after."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import paramlora
 from paramlora import Adapter, FileError, Update, formats
 from paramlora.files.adapters import convert, read_adapter
 from paramlora.files.native import write_native
-from paramlora.formats.factors import held, whole, within
+from paramlora.formats.factors import from_dense, held, within
 
 SCALES = [1e-8, 1e-4, 1 / 16, 0.3, 1 / 3, 1.0, 7.0, 1e3, 1e5]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -46,11 +45,12 @@ def written(to, value, folder, **how):
     return next(iter(read_adapter(out, base, options).updates.values()))
 
 
-@pytest.mark.parametrize("size", [4e-7, 1e-3, 1.0, 3e3])
+@pytest.mark.parametrize("place, size", enumerate([4e-7, 1e-3, 1.0, 3e3]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("to", sorted(formats.WRITERS))
-def test_every_writer_keeps_the_product(to, dtype, size, tmp_path):
-    for number, (scale, fold) in enumerate(itertools.product(SCALES, (False, True))):
+def test_every_writer_keeps_the_product(to, dtype, place, size, tmp_path):
+    for number, scale in enumerate(SCALES):
+        fold = (number + place) % 2 == 0  # each scale at two of the sizes
         if to == "loralib" and not fold and scale != 1:
             continue  # which has no place for a scale, and says so
         value = adapter(dtype, scale, size)
@@ -75,7 +75,7 @@ def test_the_row_that_was_found(tmp_path):
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_scales_beyond_float32_are_kept_too(scale, tmp_path):
     value = adapter(torch.float32, scale)
-    close(product(formats.factors.folded(value.updates["blocks.0.q"])) / scale,
+    close(product(formats.factors.with_scale_in_B(value.updates["blocks.0.q"])) / scale,
           product(value.updates["blocks.0.q"]) / scale)  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_the_nearest_of_a_rank_is_not_rounded_to_16_bits(size):
     torch.manual_seed(0)
     delta = (size * torch.outer(torch.rand(5), torch.rand(6))).half()
     u, s, v = torch.linalg.svd(delta.double())
-    close(product(whole(delta, 1)), s[0] * torch.outer(u[:, 0], v[0]))
+    close(product(from_dense(delta, 1)), s[0] * torch.outer(u[:, 0], v[0]))
 
 
 @pytest.mark.parametrize("size", [1e-4, 300.0])

@@ -1,10 +1,12 @@
 """A format of somebody else's: one value, and everything knows it, with no edit of the package."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import paramlora
 from paramlora import FileError, files, formats
 from paramlora.files import adapters as interchange
 from paramlora.files.inspection import inspect
+from paramlora.files.served import unserved_in
 from paramlora.update.value import Adapter, Update
 
 PACKAGE = Path(paramlora.__file__).parent
@@ -122,6 +125,34 @@ def test_a_registered_format_is_written_told_read_and_inspected(tmp_path, native
         interchange.convert(out, again, to, formats.base_of(net()))
         model = paramlora.load_adapter(net(), again)
         torch.testing.assert_close(model(x), reference(native, x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_format_says_who_loads_it_from_memory_and_what_is_lost(native):
+    def unserved(adapter, name):
+        return [
+            f"{path}: too deep for {name}." for path, one in adapter.updates.items() if one.r > 2
+        ]
+
+    formats.register(replace(value(), servers={"mine": "Mine"}, unserved=unserved))
+    try:
+        assert unserved_in(native, "mine") == ["2: too deep for Mine."]
+        model = paramlora.load_adapter(net(), native)
+        with pytest.raises(paramlora.AdapterError, match='"default" for Mine: 2: too deep'):
+            paramlora.tensors_for(model, "mine")
+        small = paramlora.attach(net(), {"0": {"r": 2}})
+        tensors, config = paramlora.tensors_for(small, "mine")
+        assert tensors.keys() == {"top/0@d", "top/0@u"} and config == {"gain": 1.0}
+    finally:
+        formats.unregister("mine")
+
+
+@pytest.mark.parametrize("path", [p for f in ("files", "cli") for p in (PACKAGE / f).rglob("*.py")],
+                         ids=lambda p: f"{p.parent.name}/{p.name}")  # fmt: skip
+def test_files_and_the_command_line_know_no_format_by_name(path):
+    if path.name == "demo.py":  # which is written about one
+        return
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assert not {n.value for n in tree if isinstance(n, ast.Constant)} & formats.FORMATS.keys()
 
 
 def test_what_is_checked_for_every_format_is_checked_for_it(tmp_path, native, mine):

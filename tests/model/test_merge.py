@@ -1,7 +1,7 @@
 """Merging where memory, devices, other holders or Ctrl-C stand in the way."""
 
 import copy
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 import paramlora
 from paramlora.model.attach import lowranks
 
-merge_module = sys.modules["paramlora.model.merge"]  # the function of that name hides it
+merge_module = import_module("paramlora.model.merge")  # the function of that name hides it
 
 
 def fill(model):

@@ -378,11 +378,7 @@ SIGNALLED = """
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize(
-    "name, presses",
-    [
-        *((name, presses) for name in ("merge", "detach") for presses in (1, 3)),
-        *((name, 3) for name in ("attach", "load_into")),
-    ],
+    "name, presses", [("merge", 1), *((n, 3) for n in ("merge", "detach", "attach", "load_into"))]
 )
 def test_signals_at_random_times(name, presses, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent)}

@@ -17,11 +17,10 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
-from paramlora.cuda.operands import DEEP, Operands, factors_fit, outputs_of, padded
+from paramlora.cuda.operands import DEEP, Operands, Window, factors_fit, outputs_of, padded, power
 from paramlora.update.compat import cuda_empty
 
 _Maybe = Optional[Tensor]
-_Where = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 _gradients = torch.ops.aten.convolution_backward.default
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BLOCK = 1024  # elements of a row of A in one program
@@ -69,7 +68,7 @@ def widened(channels: int, R: int) -> int:
 
 
 class _Geometry(NamedTuple):
-    """Of a convolution in two or three dimensions: positions along each axis."""
+    """The positions along each axis of a convolution in two or three dimensions."""
 
     sizes: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -102,27 +101,27 @@ class _Geometry(NamedTuple):
         return middle
 
 
-def _geometry(x: Tensor, weight: Tensor, where: _Where) -> _Geometry:
-    sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), where
+def _geometry(x: Tensor, weight: Tensor, window: Window) -> _Geometry:
+    sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), window
     if len(sizes) == 1:
         return _Geometry((1, *sizes), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
     return _Geometry(sizes, kernel, stride, padding, dilation)
 
 
-def _power(n: int, most: int) -> int:
-    """Of a block: a power of two, of at least the 16 that tensor cores take."""
-    return max(16, min(most, 1 << (n - 1).bit_length()))
+def _block(n: int, most: int) -> int:
+    """The size of a block: a power of two, of at least the 16 that tensor cores take."""
+    return max(16, min(most, power(n)))
 
 
 def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
     """Channels and positions of a block that is copied; `last`: they stay the last in memory."""
-    return _power(channels, 128 if last else 64), _power(P, 32 if last else 64)
+    return _block(channels, 128 if last else 64), _block(P, 32 if last else 64)
 
 
 def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
-    """The same of a weight."""
-    most = min(64, 1 << (positions - 1).bit_length())
-    return _power(channels, 1024 // most), most
+    """Channels and positions of a block of a weight that is copied."""
+    most = min(64, power(positions))
+    return _block(channels, 1024 // most), most
 
 
 def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
@@ -139,24 +138,24 @@ class _Forward:
         P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
         channels, device = widened(inner, R), x.get_device()
         last, weight_last = bool(_format(x)), bool(_format(weight))
-        self.conv, self.where = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
+        self.conv, self.window = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
         low = functools.partial(_last, x.dtype)
         self.wide, self.t = low(batch, channels, *sizes), low(batch, R, *outputs)
         self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
         added, block = channels - inner, _copy_blocks(channels, P, last)
         of_weight = _weight_blocks(channels, positions)
-        self.folded = bias is not None and added > r
+        self.bias_inside = bias is not None and added > r
         numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
-        constants: tuple[Any, ...] = (self.folded, last, weight_last, R, *of_weight, *block)
+        constants: tuple[Any, ...] = (self.bias_inside, last, weight_last, R, *of_weight, *block)
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
         self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
-        flat, BP = (1,) * (3 - len(sizes)), _power(P, 64)
+        flat, BP = (1,) * (3 - len(sizes)), _block(P, 64)
         axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
         numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
         grid = batch * -(-P // BP)
-        constants = (self.folded, same, R, BP)
+        constants = (self.bias_inside, same, R, BP)
         self.put = Launch(kernels.put, device, grid, numbers, constants, 1, 4)
         self.back: Optional[Launch] = None
         if not (last or weight_last):
@@ -167,18 +166,18 @@ class _Forward:
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
-        folded: Tensor = weight
+        channel: Tensor = weight
         left, pbias = bias, pw
-        if self.folded and bias is not None:
-            folded, left, pbias = bias, None, pb
+        if self.bias_inside and bias is not None:
+            channel, left, pbias = bias, None, pb
         pwide = wide.data_ptr()
         self.prepare(
-            (x, weight, a, b, scale, folded, wide, joined, down),
+            (x, weight, a, b, scale, channel, wide, joined, down),
             (px, pw, *others, pbias, pwide, joined.data_ptr(), down.data_ptr()),
         )
-        t = self.t.of(self.conv(wide, down, None, *self.where))
+        t = self.t.of(self.conv(wide, down, None, *self.window))
         self.put((t, wide), (t.data_ptr(), pwide))
-        y = self.conv(wide, joined, left, *self.where)
+        y = self.conv(wide, joined, left, *self.window)
         if self.back is None:
             return y, t
         y, result = self.y.of(y), self.result.new()
@@ -198,7 +197,7 @@ def _back(
     positions, and of so many groups the sums ``[out, r]``."""
     (batch, channels, P), (count, inner, positions) = image or (0, 1, 1), rows
     groups, out, r = sums
-    block, R, many = _copy_blocks(channels, P, False), padded(r), 1 << (groups - 1).bit_length()
+    block, R, many = _copy_blocks(channels, P, False), padded(r), power(groups)
     tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
     grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
     numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
@@ -212,27 +211,27 @@ _COPY = object()  # instead of a plan: the input must first be laid out anew
 
 
 @on_its_device
-def forward(of: Operands, where: _Where) -> Optional[tuple[Tensor, Tensor]]:
+def forward(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
 
     Args:
         of: x ``[N, C_in, ...]``, 16-bit; a weight ``[C_out, C_in, *kernel]`` and bias of its type.
-        where: stride, padding and dilation, a number for each axis.
+        window: stride, padding and dilation, a number for each axis.
 
     Returns:
         ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
         operands.
     """
-    rest = (of.bias is None, where)
-    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, where))
+    rest = (of.bias is None, window)
+    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window))
     if plan is None:
         return None
     if plan is _COPY:
-        return forward(of._replace(x=of.x.contiguous()), where)  # type: ignore[no-any-return]
+        return forward(of._replace(x=of.x.contiguous()), window)  # type: ignore[no-any-return]
     return plan(of, addresses)  # type: ignore[no-any-return]
 
 
-def _plan_forward(of: Operands, where: _Where) -> Any:
+def _plan_forward(of: Operands, window: Window) -> Any:
     x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
@@ -244,7 +243,7 @@ def _plan_forward(of: Operands, where: _Where) -> Any:
         like = (torch.Size(weight.shape[:1]), (1,), x.dtype, x.get_device())
         if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
             return None
-    geometry = _geometry(x, weight, where)
+    geometry = _geometry(x, weight, window)
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
     positions = max(
@@ -276,14 +275,14 @@ class _Backward:
         self.input_too, self.a_too = input_too, a_too
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
         none = [0] * len(sizes)
-        self.where = ([0], *geometry[2:], False, none, 1)
+        self.window = ([0], *geometry[2:], False, none, 1)
         low, wide = functools.partial(_last, x.dtype), torch.float32
         self.wide, self.tall = low(batch, channels, *outputs), low(channels, inner, *kernel)
         self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
         self.x, self.dx = low(batch, inner, *sizes), _first(x.dtype, *x.shape)
         self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
-        BP = _power(P, 128 if batch * -(-P // 128) >= processors else 32)
-        GP, block = _power(P, 64), _copy_blocks(inner, PX, False)
+        BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
+        GP, block = _block(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
         tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
         groups = max(1, min(-(-units // 4), -(-processors // blocks)))
@@ -318,13 +317,13 @@ class _Backward:
         da: _Maybe = None
         y, result, a_last, a_first = v, v, v, v
         if self.input_too:
-            dx, _, _ = _gradients(wide, x_last, tall, *self.where, [True, False, False])
+            dx, _, _ = _gradients(wide, x_last, tall, *self.window, [True, False, False])
         if self.returned:
             y, result = self.x.of(dx), self.dx.new()
             dx = result
         if self.a_too:
             down = self.down.new()  # whose shape alone counts
-            _, a_last, _ = _gradients(v, x_last, down, *self.where, [False, True, False])
+            _, a_last, _ = _gradients(v, x_last, down, *self.window, [False, True, False])
             a_last, da = self.down.of(a_last), self.da.new()
             a_first = da
         db = self.db.new()
@@ -335,13 +334,13 @@ class _Backward:
 
 @on_its_device
 def backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
 ) -> tuple[_Maybe, _Maybe, Tensor]:
     """The gradients of `forward`: of x, and of A, if wanted, and in float32 of B.
 
     Args:
         dy: ``[N, C_out, ...]``.
-        of, where: of the forward.
+        of, window: of the forward.
         t: of the forward.
         scaled: whether the scale is in the last gradient.
         wanted: of x, of A.
@@ -349,21 +348,21 @@ def backward(
     tensors = (dy, t, of.weight, of.a, of.b, of.scale, of.x)
 
     def plan_of(_: tuple[int, ...]) -> Any:
-        return _plan_backward(dy, of, t, scaled, wanted, where)
+        return _plan_backward(dy, of, t, scaled, wanted, window)
 
-    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, where), plan_of)
+    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, window), plan_of)
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
         t = _last(t.dtype, *t.shape).of(t)
-        return backward(dy, of._replace(x=x), t, scaled, wanted, where)  # type: ignore[no-any-return]
+        return backward(dy, of._replace(x=x), t, scaled, wanted, window)  # type: ignore[no-any-return]
     return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
 
 
 def _plan_backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], where: _Where
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
 ) -> Any:
     x, weight, _, a, b, scale = of
-    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, where)
+    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, window)
     outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
     shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)

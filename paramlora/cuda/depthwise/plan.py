@@ -10,11 +10,10 @@ from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
 from paramlora.cuda.launch import Launch, changed, on_its_device
-from paramlora.cuda.operands import Operands, factors_fit, outputs_of
+from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
-_Where = tuple[_Sizes, ...]  # stride, padding, dilation
 TILE = 256  # positions of one program that convolves
 BLOCK = 512  # and of one that sums a part of the kernels' gradients,
 MANY = 16  # of so many taps at most, else of a row of them
@@ -24,25 +23,25 @@ _FLOAT = torch.float32
 
 
 @on_its_device
-def forward(of: Operands, where: _Where) -> tuple[Tensor, Tensor]:
+def forward(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and the kernels that `backward` takes,
     where `operands.is_depthwise`.
 
     Args:
         of: x ``[N, C, ...]``, 16-bit; and a weight ``[C, 1, *kernel]`` of its type.
-        where: stride, padding and dilation, a number for each axis.
+        window: stride, padding and dilation, a number for each axis.
 
     Returns:
         ``[N, C, ...]`` in x's memory format, and ``[C, prod(kernel)]`` in float32.
     """
     x, weight, bias, a, b, scale = of
     if not x.is_contiguous():
-        y, total = forward(of._replace(x=x.contiguous()), where)
+        y, total = forward(of._replace(x=x.contiguous()), window)
         return _as_it_lies(y, x), total
     flat, more = weight.flatten(1), None if bias is None else bias.contiguous()
     inputs = (x, flat, a, b, scale) if more is None else (x, flat, a, b, scale, more)
     plan = _plan_forward(
-        x.get_device(), x.shape, weight.shape, len(a), where, more is None,
+        x.get_device(), x.shape, weight.shape, len(a), window, more is None,
         flat.stride(), a.stride(), b.stride(), _kinds(inputs),
     )  # fmt: skip
     total = x.new_empty(flat.shape, dtype=_FLOAT)
@@ -60,7 +59,7 @@ def backward(
     dy: Tensor,
     of: Operands,
     total: Tensor,
-    where: _Where,
+    window: Window,
     scaled: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
@@ -69,13 +68,13 @@ def backward(
 
     Args:
         dy: ``[N, C, ...]``.
-        of, where: of the forward.
+        of, window: of the forward.
         total: of the forward.
         scaled: whether the scale is in the last gradient.
         wanted: of x, of the kernels, of the factors.
     """
     x, weight, _, a, b, scale = of
-    result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], where))
+    result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], window))
     together = (dy, x, weight, a, b, total, scale)
     sizes = dy.shape == result and total.numel() == weight.numel()
     if not (sizes and factors_fit(weight, a, b, scale)) or len(set(map(_device, together))) > 1:
@@ -83,11 +82,11 @@ def backward(
         raise changed(named, together)
     if not (dy.is_contiguous() and x.is_contiguous()):
         dense = dy.contiguous(), of._replace(x=x.contiguous())
-        dx, *others = backward(*dense, total, where, scaled, wanted)
+        dx, *others = backward(*dense, total, window, scaled, wanted)
         return dx if dx is None else _as_it_lies(dx, x), *others
     inputs, input_too, kernels_too = (dy, x, a, b, scale, total), wanted[0], any(wanted[1:])
     plan = _plan_backward(
-        x.get_device(), x.shape, dy.shape, weight.shape, len(a), where, scaled, input_too,
+        x.get_device(), x.shape, dy.shape, weight.shape, len(a), window, scaled, input_too,
         kernels_too, a.stride(), b.stride(), _kinds(inputs),
     )  # fmt: skip
     py, px, pa, pb, ps, pt = (t.data_ptr() for t in inputs)
@@ -128,13 +127,9 @@ def _three(sizes: _Sizes, fill: int = 1) -> _Sizes:
     return (*(fill for _ in range(3 - len(sizes))), *sizes)
 
 
-def _axes(where: _Where) -> _Sizes:
-    stride, padding, dilation = where
+def _axes(window: Window) -> _Sizes:
+    stride, padding, dilation = window
     return (*_three(stride), *_three(padding, 0), *_three(dilation))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 class _Tiles:
@@ -142,8 +137,8 @@ class _Tiles:
 
     def __init__(self, shape: _Sizes, most: int) -> None:
         self.sizes = depth, height, width = _three(shape[2:])
-        self.columns = min(_power(width), most)
-        self.rows = min(_power(height), most // self.columns)
+        self.columns = min(power(width), most)
+        self.rows = min(power(height), most // self.columns)
         self.blocks = depth * -(-height // self.rows) * -(-width // self.columns)
         self.grid = shape[0] * shape[1] * self.blocks
 
@@ -161,21 +156,21 @@ def _plan_forward(
     shape: _Sizes,
     weight: _Sizes,
     r: int,
-    where: _Where,
+    window: Window,
     plain: bool,
     w_stride: _Sizes,
     a_stride: _Sizes,
     b_stride: _Sizes,
     kinds: tuple[object, ...],
 ) -> _Forward:
-    result = (*shape[:2], *outputs_of(shape[2:], weight[2:], where))
+    result = (*shape[:2], *outputs_of(shape[2:], weight[2:], window))
     channels, taps = shape[1], math.prod(weight[2:])
     numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
-    constants: _Sizes = (_CHANNELS, max(16, _power(taps)), _RANKS)
+    constants: _Sizes = (_CHANNELS, max(16, power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
     add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
-    numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(where))
+    numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(window))
     constants = (not plain, *_three(weight[2:]), tiles.rows, tiles.columns)
     launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
     return _Forward(result, add, launch)
@@ -194,7 +189,7 @@ def _plan_backward(
     gradient: _Sizes,
     weight: _Sizes,
     r: int,
-    where: _Where,
+    window: Window,
     scaled: bool,
     input_too: bool,
     kernels_too: bool,
@@ -207,12 +202,12 @@ def _plan_backward(
     split = taps > MANY and taps > kernel[2]
     first = tiles.grid if input_too else 0
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
-    numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(where))
+    numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(window))
     constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
     launch = Launch(kernels.backward, device, first + grid, numbers, constants, 1, 1)
-    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, _power(r)))
+    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, power(r)))
     numbers = (programs, channels, taps, r, *a_stride, *b_stride)
-    constants = (scaled, _CHANNELS, _SUMMED, max(16, _power(taps)), ranks)
+    constants = (scaled, _CHANNELS, _SUMMED, max(16, power(taps)), ranks)
     grid = programs + -(-r // ranks)
     divide = Launch(kernels.divide, device, grid, numbers, constants, 1, 4)
     return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

@@ -9,8 +9,7 @@ from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
 from paramlora.cuda.launch import Block, Launch, planned
 from paramlora.cuda.linear.tiles import Tiling
-from paramlora.cuda.operands import DEEP
-from paramlora.cuda.operands import Drop as Drop
+from paramlora.cuda.operands import DEEP, Drop, power
 from paramlora.update.compat import cuda_device
 
 _Maybe = Optional[Tensor]
@@ -170,9 +169,9 @@ def _product(
     M, N, K, experts, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
     rows_out, (bias, drop) = stride_wk == 1, map(bool, how)
     step = stride_wn if rows_out else stride_wk
-    whole = experts == 1 or stride_we == step * (N if rows_out else K)
-    whole = whole and 1 in (stride_wk, stride_wn)
-    aligned = even and whole and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
+    dense = experts == 1 or stride_we == step * (N if rows_out else K)
+    dense = dense and 1 in (stride_wk, stride_wn)
+    aligned = even and dense and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
     tiles = tiling(M // experts, N, K, of.hopper and aligned, drop)
     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
     E, BLOCK_R = power(experts + 1), power(max(r, 16))
@@ -193,8 +192,3 @@ def _gradients(
     constants = (bool(drop), power(experts + 1), BLOCK_R, DEEP, 64)
     grid = blocks * experts * parts
     return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8), ()
-
-
-def power(n: int) -> int:
-    """The least power of two that is not below it."""
-    return 1 << (n - 1).bit_length()

@@ -55,7 +55,7 @@ class Matrix(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a product, and the rows `P` of a batch."""
+    """The sizes of a product, and the rows `P` of a batch."""
 
     M: Any
     N: Any
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """Those of the `packs` programs that cast the factors, then those of rows of tiles."""
+    """The signals of the `packs` programs that cast the factors, then those of rows of tiles."""
 
     at: Any
     number: Any
@@ -133,8 +133,8 @@ def _after(matrix, rows, R: tl.constexpr):
 
 @triton.jit
 def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
-    """Those of a mask's columns, written by `_pack`, and of its rows, by `_project`: they take as
-    long as the mask itself where each step of a loop finds them anew."""
+    """The numbers of a mask's columns, written by `_pack`, and of its rows, by `_project`: they
+    take as long as the mask itself where each step of a loop finds them anew."""
     columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
     return columns, columns + fan_in
 

@@ -116,13 +116,13 @@ class _Forward:
         shared = (period, w, self.sizes, R, card_of, misaligned, how)
         self.tiles = tiles = Tiles(rows, out, *shared, True)
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
-        self.whole: Optional[Launch] = None
+        self.single: Optional[Launch] = None
         if how is Launches.TOGETHER:
             least, on = _mask(drop)
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
             constants = (on, bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
-            self.whole = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
+            self.single = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
@@ -142,9 +142,9 @@ class _Forward:
         seed = kept if seed is None else seed
         blocks = self.tiles.blocks(x, weight, y)
         first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
-        if self.whole is not None:
+        if self.single is not None:
             drawn = tickets(kept)
-            self.whole(
+            self.single(
                 (*first, x, a, b, scale, kept, more, seed, drawn),
                 (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(_NUMBERS)),

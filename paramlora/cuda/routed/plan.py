@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import Card, card
-from paramlora.cuda.experts.plan import added, parts_of, power
+from paramlora.cuda.experts.plan import added, parts_of
 from paramlora.cuda.launch import Block, Launch, on_its_device, planned
 from paramlora.cuda.linear.tiles import tiling
-from paramlora.cuda.operands import DEEP
+from paramlora.cuda.operands import DEEP, power
 from paramlora.cuda.routed import kernels
 
 _Maybe = Optional[Tensor]

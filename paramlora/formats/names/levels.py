@@ -94,7 +94,7 @@ def shorter(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def flat(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The same of a path that is mangled, wholly or in part.
+    """What `shorter` gives, of a path that is mangled, wholly or in part.
 
     Example:
         >>> list(flat("lora_te2_text_model_layers_0.q"))[1:]

@@ -60,4 +60,6 @@ FORMAT = Format(
     weights=("adapter_model.safetensors", "adapter_model.bin"),
     weights_rank=10,  # before torchtune's, which writes this form beside its own
     config="adapter_config.json",
+    servers={"peft": "PEFT"},
+    beside={"transformers": {}},
 )

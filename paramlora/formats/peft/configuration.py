@@ -143,7 +143,7 @@ def by_pattern(
     try:
         found = Names(paths).first(config.get(name) or {})
     except ValueError as error:
-        raise FileError(f"{source}: {name}: {error}.") from error
+        raise FileError(f"{source}: {name}: {error}. Mend it there.") from error
     return {path: values[number] for path, number in found.items()}
 
 
@@ -151,17 +151,17 @@ def report_targets(
     content: Content, config: Mapping[str, Any], base: Base, adapter: Adapter, options: Options
 ) -> None:
     """What ``target_modules`` names in the model, and the file has no tensors for."""
-    wanted = config.get("target_modules")
-    if not wanted or wanted == "all-linear" or config.get("layers_to_transform") is not None:
+    modules = config.get("target_modules")
+    if not modules or modules == "all-linear" or config.get("layers_to_transform") is not None:
         return
     try:
-        named = _targeted(wanted, base) - _targeted(config.get("exclude_modules") or [], base)
+        named = _targeted(modules, base) - _targeted(config.get("exclude_modules") or [], base)
     except Unbounded as error:
         what = "target_modules was not compared with the file"
         report(content.source, what, [str(error)], False, "Its updates are read.")
         return
     except ValueError as error:
-        raise FileError(f"{content.source}: target_modules: {error}.") from error
+        raise FileError(f"{content.source}: target_modules: {error}. Mend it there.") from error
     places = places_of(base)
     found = [places.find(path, content.source) for path in adapter.values()]
     if any(there is not None and there.held for there in found):

@@ -64,23 +64,23 @@ class Experts:
 def experts_of(
     found: Mapping[str, Pair], config: Mapping[str, Any], base: Optional[Base], source: str
 ) -> Experts:
-    wanted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    asked = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
     owners = {owner_of(p) for p, q in found.items() if not (q.embedding or is_attention(p, found))}
-    if not wanted:
+    if not asked:
         return Experts({}, {})
     if base is None:
-        parameters = _named_parameters(owners, wanted, source)
+        parameters = _named_parameters(owners, asked, source)
     else:
-        parameters = _held_parameters(owners, wanted, base)
+        parameters = _held_parameters(owners, asked, base)
     told = {name: parameter_path(at, name) for at, own in parameters.items() for name in own}
     chosen = by_pattern(config, "rank_pattern", told.values(), source)
     ranks = {name: chosen.get(path, config.get("r")) for name, path in told.items()}
     return Experts(parameters, ranks)
 
 
-def _named_parameters(owners: set[str], wanted: list[str], source: str) -> dict[str, list[str]]:
+def _named_parameters(owners: set[str], asked: list[str], source: str) -> dict[str, list[str]]:
     by_module: dict[str, list[str]] = {}
-    for name in wanted:
+    for name in asked:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
     out = {}
     for owner in owners:
@@ -95,13 +95,13 @@ def _named_parameters(owners: set[str], wanted: list[str], source: str) -> dict[
     return out
 
 
-def _held_parameters(owners: set[str], wanted: list[str], base: Base) -> dict[str, list[str]]:
+def _held_parameters(owners: set[str], asked: list[str], base: Base) -> dict[str, list[str]]:
     """The parameters of each, innermost wrapper first: PEFT wraps them in the order in which the
     module holds them, which only a model tells."""
     held: dict[str, list[str]] = {}
     for key in base:
         held.setdefault(key.rpartition(".")[0], []).append(key)
-    known, names, out = sorted(base), set(wanted), {}
+    known, names, out = sorted(base), set(asked), {}
     for owner in owners:
         there = _place_of_owner(owner, known)
         own = [there] if there in base and ends_in(f"{owner}.weight", names) else []
@@ -140,7 +140,8 @@ def expert_of(
     depth = path.count(INNER, len(owner))
     if depth >= len(parameters):
         raise FileError(
-            f"{where}: more wrapped parameters than the model has: {listed(parameters)}."
+            f"{where}: more wrapped parameters than the model has: {listed(parameters)}. Was it "
+            "made for another model?"
         )
     name = parameters[len(parameters) - 1 - depth]
     r = int(number(experts.ranks[name], f"{where}, r"))
@@ -148,14 +149,14 @@ def expert_of(
     if extra or pair_.a.dim() != 2 or pair_.b.dim() != 2 or pair_.b.shape[1] != r * count:
         raise FileError(
             f"{where}: factors of {list(pair_.a.shape)} and {list(pair_.b.shape)} for "
-            f"experts of rank {r}."
+            f"experts of rank {r}. Save it again."
         )
     if count == 1 and (base is None or len(base[name].shape) == 2):
         return name, replace(pair(pair_.a, pair_.b, 1.0, where), kind="parameter")
     if base is None:
         raise FileError(
             f"{where}: {count} experts, stored as [out, in] or [in, out]; give the "
-            "model, which knows."
+            "model (--model), which knows."
         )
     a = rearrange(pair_.a, "(e r) i -> e r i", e=count)
     b = rearrange(pair_.b, "o (r e) -> e o r", e=count)

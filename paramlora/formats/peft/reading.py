@@ -126,7 +126,7 @@ def _read_products(content: Content, options: Options) -> Adapter:
 
 
 def _rank(held: Mapping[str, Tensor]) -> int:
-    """Of the factors of LoHa or LoKr; 0 where both of LoKr's are whole."""
+    """The rank of LoHa's or LoKr's factors; 0 where both of LoKr's are dense."""
     names = ("hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((held[name].shape[0] for name in names if name in held and held[name].dim()), 0)
 
@@ -141,6 +141,9 @@ def _misordered(held: Mapping[str, Tensor], scale: float) -> Tensor:
     return change.reshape(out, fan_in, second.shape[2])
 
 
+_Made = dict[str, tuple[str, Optional[Update]]]
+
+
 def read_pairs(
     content: Content, config: Mapping[str, Any], base: Optional[Base], options: Options
 ) -> Adapter:
@@ -151,43 +154,11 @@ def read_pairs(
     whole = _whole(rest, content.state, config, content.source)
     copies = copies_in(rest - whole.keys(), found)
     report_unused(content, rest - whole.keys() - copies.keys(), options.strict)
-    exact = recorded(content)
     if base is not None and config.get("target_parameters"):
         base = {**base, **stacks_of(base)}
-    experts = experts_of(found, config, base, content.source)
-    made_of = {
-        path: _update(path, pair_, found, experts, config, base, content.source)
-        for path, pair_ in found.items()
-    }
-    paths = [
-        _pattern_path(path, key, None if made is None else made.kind)
-        for path, (key, made) in made_of.items()
-    ]
-    chosen = by_pattern(config, "alpha_pattern", paths, content.source)
-    ranks = {
-        path: found[own].a.shape[0]
-        for path, (own, (_, made)) in zip(paths, made_of.items())
-        if made is not None and made.layout != "stack" and not experts.parameters.get(owner_of(own))
-    }
-    check_ranks(config, ranks, content.source, options.strict)
-    if not config:
-        chosen |= _headed(content, paths, options.alpha)
-    twice = {k for p, (k, made) in made_of.items() if made and _is_twice(p, config)}
-    what = "the output projection of a MultiheadAttention, which peft (0.21 and before) adds twice"
-    report(content.source, what, twice, False, "It is read with twice its scale, as trained.")
     updates: dict[str, Update] = {}
     others: dict[str, KindUpdate] = {**tokens}
-    for path, (key, made) in made_of.items():
-        if made is None:
-            continue
-        pair_ = found[path]
-        r = made.r if made.layout == "stack" or pair_.embedding else pair_.a.shape[0]
-        value = alpha(
-            config, chosen, _pattern_path(path, key, made.kind), r, options, content.source
-        )
-        root = math.sqrt(r) if config.get("use_rslora") else None
-        scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
-        update = replace(made, scale=2 * scale if key in twice else scale)
+    for path, (key, update) in _updates(content, config, base, options, found).items():
         if path in magnitudes:
             others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
         else:
@@ -198,8 +169,67 @@ def read_pairs(
     return with_copies(adapter, saved, base, content.source)
 
 
+def _updates(
+    content: Content,
+    config: Mapping[str, Any],
+    base: Optional[Base],
+    options: Options,
+    found: Mapping[str, Pair],
+) -> dict[str, tuple[str, Update]]:
+    """By the file's path of each pair of factors its weight's path, and its update."""
+    experts = experts_of(found, config, base, content.source)
+    made_of = {
+        path: _update(path, pair_, found, experts, config, base, content.source)
+        for path, pair_ in found.items()
+    }
+    alphas = _alphas(content, config, made_of, options)
+    ranks = {
+        path: found[own].a.shape[0]
+        for path, (own, (key, made)) in zip(_pattern_paths(made_of), made_of.items())
+        if made is not None and made.layout != "stack" and not experts.parameters.get(owner_of(own))
+    }
+    check_ranks(config, ranks, content.source, options.strict)
+    twice, exact = _twice(content, config, made_of), recorded(content)
+    out = {}
+    for path, (key, made) in made_of.items():
+        if made is None:
+            continue
+        r = made.r if made.layout == "stack" or found[path].embedding else len(found[path].a)
+        at = _pattern_path(path, key, made.kind)
+        value = alpha(config, alphas, at, r, options, content.source)
+        root = math.sqrt(r) if config.get("use_rslora") else None
+        scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
+        out[path] = key, replace(made, scale=2 * scale if key in twice else scale)
+    return out
+
+
+def _pattern_paths(made_of: _Made) -> list[str]:
+    """The path at which PEFT looks each pair's rank and alpha up."""
+    return [
+        _pattern_path(path, key, None if made is None else made.kind)
+        for path, (key, made) in made_of.items()
+    ]
+
+
+def _alphas(
+    content: Content, config: Mapping[str, Any], made_of: _Made, options: Options
+) -> dict[str, float]:
+    """The alphas that the configuration tells of single layers, or without one the file's head."""
+    paths = _pattern_paths(made_of)
+    found = by_pattern(config, "alpha_pattern", paths, content.source)
+    return found if config else found | _headed(content, paths, options.alpha)
+
+
+def _twice(content: Content, config: Mapping[str, Any], made_of: _Made) -> set[str]:
+    """The weights whose update acts twice in the peft that wrote it, with a warning."""
+    twice = {key for path, (key, made) in made_of.items() if made and _is_twice(path, config)}
+    what = "the output projection of a MultiheadAttention, which peft (0.21 and before) adds twice"
+    report(content.source, what, twice, False, "It is read with twice its scale, as trained.")
+    return twice
+
+
 def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of DoRA, by the path that the file gives their layer."""
+    """DoRA's magnitudes, by the path that the file gives their layer."""
     matches = {key: _MAGNITUDE.fullmatch(stem(key)) for key in state}
     return {match["path"]: state[key] for key, match in matches.items() if match is not None}
 
@@ -226,7 +256,7 @@ def _whole(
 
 
 def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[str]:
-    """Those that ``modules_to_save`` names, and what is inside them."""
+    """The modules that ``modules_to_save`` names, and what is inside them."""
     names = {str(name) for name in config.get("modules_to_save") or []}
     single = {name for name in names if "." not in name}
     found = {module for module in modules if not single.isdisjoint(module.split("."))}
@@ -235,7 +265,7 @@ def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[st
         for name in sorted(names - single):
             found |= known.matching(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?")
     except ValueError as error:
-        raise FileError(f"{source}: modules_to_save: {error}.") from error
+        raise FileError(f"{source}: modules_to_save: {error}. Mend it there.") from error
     return found
 
 
@@ -257,7 +287,8 @@ def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, Pai
             embeddings.add(match["path"])
     if len(names) > 1:
         raise FileError(
-            f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}."
+            f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}. "
+            "Save one of them alone."
         )
     check_whole(content, halves)
     single = sorted(set(magnitudes) - halves.keys())

@@ -28,7 +28,8 @@ def tokens_of(content: Content, config: Mapping[str, Any]) -> dict[str, KindUpda
             ids = _token_ids(path, config, content.source)
             if rows.dim() < 2 or len(ids) != len(rows):
                 raise FileError(
-                    f"{content.source}: {path}: {list(rows.shape)} for {len(ids)} trained tokens."
+                    f"{content.source}: {path}: {list(rows.shape)} for {len(ids)} trained tokens. "
+                    "Save it again."
                 )
             made = _rows(ids, rows)
             same = (one for one in found.values() if _is_same(one, made))

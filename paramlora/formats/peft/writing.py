@@ -78,7 +78,10 @@ def _products(
     kinds = sorted({value.method for value in found.values()})
     _check_beside({**rest.updates, **rest.others, **tokens}, f"a folder of {kinds[0]}")
     if len(kinds) > 1:
-        raise FileError(f"{listed(sorted(found))}: loha and lokr, and PEFT has one kind in each.")
+        raise FileError(
+            f"{listed(sorted(found))}: loha and lokr, and PEFT has one kind in each. Save two "
+            "adapters."
+        )
     state, config = products(found)
     whole, told = saved_whole(replace(rest, others=found), base, lambda path: path)
     _check_beside([path for path in rest.whole if "bias" in told], f"a folder of {kinds[0]}")
@@ -159,7 +162,9 @@ def _check_rescaled(
     if wrapped or update.kind in ("parameter", "weight") or _attention(path, adapter, base):
         what = f"a {update.kind}" if update.kind in ("parameter", "weight") else "a parameter"
         what = "attention" if _attention(path, adapter, base) else what
-        raise FileError(f'{path}: "dora" of {what}, which PEFT does not have.')
+        raise FileError(
+            f'{path}: "dora" of {what}, which PEFT does not have. Keep the native format.'
+        )
 
 
 def _wrapped(adapter: Adapter, base: Optional[Base]) -> dict[str, str]:
@@ -183,7 +188,9 @@ def check_writable(path: str, update: Update) -> None:
     check_told(path, update, "PEFT")
     known = (None, "linear", "convolution", "embedding", "parameter", "weight")
     if update.kind not in known:
-        raise FileError(f"{path}: a {update.kind}, which PEFT cannot adapt.")
+        raise FileError(
+            f"{path}: a {update.kind}, which PEFT cannot adapt. Keep the native format."
+        )
 
 
 def _tensors(
@@ -255,7 +262,10 @@ def _stem(path: str, wrapped: Mapping[str, str], adapter: Adapter, base: Optiona
     name = wrapped.get(path, path)
     layer = name.rpartition(".")[0] if path in wrapped or _attention(path, adapter, base) else name
     if not layer:
-        raise FileError(f"{path}: a parameter of the model itself, which PEFT cannot adapt.")
+        raise FileError(
+            f"{path}: a parameter of the model itself, which PEFT cannot adapt. Keep the native "
+            "format."
+        )
     owners = Counter(one.rpartition(".")[0] for one in wrapped.values())
     found = layer
     for at in (at for at, letter in reversed(list(enumerate(layer))) if letter == "."):

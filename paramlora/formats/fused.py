@@ -12,7 +12,7 @@ from paramlora.errors import FileError
 from paramlora.update.value import Update
 
 
-def merged_linear(
+def fused_linear(
     a: Tensor, b: Tensor, scale: float, rows: Sequence[int], on: Sequence[bool], where: str
 ) -> Update:
     """One update of the whole weight: part ``i`` of its rows gets ``B_i · A_i``.
@@ -29,7 +29,7 @@ def merged_linear(
         FileError: the factors do not fit these parts.
 
     Example:
-        >>> update = merged_linear(torch.eye(2), torch.ones(4, 1), 1.0, [2, 2], [True, True], "")
+        >>> update = fused_linear(torch.eye(2), torch.ones(4, 1), 1.0, [2, 2], [True, True], "")
         >>> assert update.delta().tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
     """
     r = b.shape[1]
@@ -37,20 +37,20 @@ def merged_linear(
     if a.shape[0] != r * len(trained) or b.shape[0] != sum(trained) or len(rows) != len(on):
         raise FileError(
             f"{where}: factors of {list(a.shape)} and {list(b.shape)} do not fit parts of "
-            f"{list(rows)} rows of which {list(on)} were trained."
+            f"{list(rows)} rows of which {list(on)} were trained. Was it made for another model?"
         )
-    whole = b.new_zeros(sum(rows), a.shape[0])
+    placed = b.new_zeros(sum(rows), a.shape[0])
     column, start, taken = 0, 0, 0
     for size, here in zip(rows, on):
         if here:
-            whole[start : start + size, column : column + r] = b[taken : taken + size]
+            placed[start : start + size, column : column + r] = b[taken : taken + size]
             column, taken = column + r, taken + size
         start += size
-    return Update(a, whole, scale, (sum(rows), a.shape[1]), kind="linear")
+    return Update(a, placed, scale, (sum(rows), a.shape[1]), kind="linear")
 
 
 def parted(update: Update, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The reverse of `merged_linear` with all parts trained.
+    """The reverse of `fused_linear` with all parts trained.
 
     Where lora_B is no row of blocks, each part gets all of lora_A: the same sum.
     """

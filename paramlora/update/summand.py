@@ -1,0 +1,46 @@
+"""The gradient of a dense sum that many readers share, for each of its low-rank updates."""
+
+from typing import Any
+
+from torch import Tensor
+
+from paramlora.errors import AdapterError
+from paramlora.update.geometry import matrix_shape
+from paramlora.update.narrow import wide
+
+
+class Summand:
+    """A low-rank update, as it was when a sum with it was computed.
+
+    Args:
+        update: a `LowRank`.
+    """
+
+    def __init__(self, update: Any) -> None:
+        (self.a, self.b), self.scale = update.factors(), update.stored_scale()
+        self.layout, self.gain = update.layout, update.gain.to(self.scale.device)
+        self.watched = [t for t in update._parameters.values() if t is not None]
+        self.versions = [t._version for t in self.watched]
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of A, B and the scale: ``(s·B)ᵀ G``, ``s·G Aᵀ``, of the sum's ``G``.
+
+        Raises:
+            AdapterError: the update has changed since.
+        """
+        if [t._version for t in self.watched] != self.versions:
+            raise AdapterError(
+                "an adapted tensor, or the strength of its adapter, changed between forward and "
+                "backward. Call backward first, then step or set_adapters."
+            )
+        a, b, scale = wide(self.a), wide(self.b), wide(self.scale) * self.gain
+        stack, out, fan_in = matrix_shape(grad.shape, self.layout)
+        if self.layout == "transposed":
+            g = grad.reshape(fan_in, out).t()
+        else:  # no flatten, which many gradients at once do not know
+            g = grad.reshape((stack, out, fan_in) if self.layout == "stack" else (out, fan_in))
+        g = g.to(b.dtype)
+        scale, product = scale.to(b.dtype), g @ a.mT
+        da, db = (b * scale).mT @ g, product * scale
+        dscale = (product * b).sum() * self.gain
+        return da.to(self.a.dtype), db.to(self.b.dtype), dscale.to(self.scale.dtype)
