@@ -50,11 +50,14 @@ class Lines:
 
 
 def ways(row: Row) -> set[str]:
-    """Each kind of layer with what became of each check: exact, or the first words of why not."""
+    """Each kind of layer of either library with each check that is exact or refused; what the plain
+    model or peft cannot do reaches nothing of ours."""
     found = {f"{row['library']}, {row['dtype']}"}
     for check, told in row["checks"].items():
-        outcome = "exact" if isinstance(told, float) else " ".join(re.findall(r"\w+", told)[:2])
-        found |= {f"{kind}: {check}: {outcome}" for kind in row["layers"]}
+        refused = str(told).startswith("FileError:")
+        if isinstance(told, float) or refused:
+            outcome = "refused" if refused else "exact"
+            found |= {f"{row['library']}: {kind}: {check}: {outcome}" for kind in row["layers"]}
     return found
 
 
