@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Optional
 
@@ -32,11 +32,13 @@ import torch
 from torch import nn
 
 from benchmarks import arch_checks, dense, tiny, tiny_inputs
+from benchmarks.arch_variants import VARIANTS
 from benchmarks.machine import commit
 from benchmarks.results import markdown
 
 Row = dict[str, Any]
 LONGEST = 30  # seconds of computing for one class
+SEARCHED = 6  # seconds of them at most until it is built and called
 TRIED = 60  # inputs for one model
 RESIZED = 5  # how often inputs take other sizes by what errors say
 
@@ -89,19 +91,22 @@ def ordered(found: dict[str, type[nn.Module]]) -> tuple[list[str], list[str]]:
     return [n[0] for n in sorted_groups], [x for n in sorted_groups for x in n[1:]]
 
 
-def able(cls: type[nn.Module]) -> "tuple[str, nn.Module, dict[str, Any]]":
+def able(name: str) -> "tuple[str, nn.Module, dict[str, Any]]":
     """The first way in which the model can be built and called, in double precision if it can."""
+    cls, own, started = class_of(name), VARIANTS.get(name, {}), time.process_time()
     reasons: list[str] = []
     for way in tiny.WAYS:
         for dtype in (torch.float64, torch.float32):
             try:
-                model = tiny.built(cls, way, dtype)
+                model = tiny.built(cls, way, dtype, own)
             except Exception as error:
                 reasons.append(f"{way}: {arch_checks.told(error)}")
                 break
             inputs = callable_with(model, dtype, way, reasons)
             if inputs is not None:
                 return way, model, inputs
+            if time.process_time() - started > SEARCHED:
+                raise NotBuilt(f"not called within {SEARCHED} s: {reasons[-1]}")
     raise NotBuilt(" ... ".join(dict.fromkeys((reasons or ["no inputs"])[:1] + reasons[-1:])))
 
 
@@ -150,12 +155,12 @@ def steady(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) and a.isfinite().any() for a, b in zip(first, again))
 
 
-def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
-    """The row of one class; `cost`: also its time and memory."""
-    library = cls.__module__.split(".")[0]
+def examined(name: str, cost: bool = True, files: bool = True) -> Row:
+    """The row of one class; `cost`: also its time and memory; `files`: all checks."""
+    library = class_of(name).__module__.split(".")[0]
     row: Row = {"class": name, "library": library}
     try:
-        way, model, inputs = able(cls)
+        way, model, inputs = able(name)
         row |= {
             "built": way,
             "inputs": {k: list(getattr(v, "shape", ())) for k, v in inputs.items()},
@@ -166,6 +171,7 @@ def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
             raise NotBuilt("the plain model does not give the same twice")
         found = dense.places(model)
         row |= {"tensors": len(found), "kinds": dict(Counter(p.layer for p in found))}
+        row |= {"layers": sorted({dense.described(model, place) for place in found})}
         if not found:
             raise NotBuilt("nothing to adapt")
     except NotBuilt as reason:
@@ -176,7 +182,7 @@ def examined(name: str, cls: type[nn.Module], cost: bool = True) -> Row:
         return {**row, "attach": arch_checks.told(error)}
     if not arch_checks.shows(subject):
         return {**row, "not built": "no update shows in what the model gives for these inputs"}
-    row["checks"] = arch_checks.checks(subject)
+    row["checks"] = arch_checks.checks(subject, files)
     grads = dense.gradients(subject.reference, found, subject.factors)
     row["reached"] = sum(bool(g.any()) for n, g in grads.items() if n.endswith("lora_B"))
     try:
@@ -194,15 +200,15 @@ def _stop(number: int, frame: Any) -> None:
     raise TooLong
 
 
-def work(name: str, longest: float = LONGEST) -> Row:
-    """One class in a worker process."""
+def work(name: str, longest: float = LONGEST, whole: Container[str] = ()) -> Row:
+    """One class in a worker process; all of it where it is among the `whole` ones."""
     quiet()
     signal.signal(signal.SIGPROF, _stop)
     signal.setitimer(signal.ITIMER_PROF, longest)
     started = time.process_time()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            row = examined(name, classes_by_name(name))
+            row = examined(name, cost=name in whole, files=name in whole)
     except TooLong:
         row = {"class": name, "not built": f"takes over {longest:g} s"}
     except Exception as error:
@@ -214,17 +220,21 @@ def work(name: str, longest: float = LONGEST) -> Row:
     return {**row, "seconds": round(time.process_time() - started, 2), "commit": commit()}
 
 
-def classes_by_name(name: str) -> type[nn.Module]:
+def class_of(name: str) -> type[nn.Module]:
+    """The class of a name, which a variant's begins with."""
     import diffusers
     import transformers
 
+    name = name.split(",")[0]
     library = transformers if name in transformers._class_to_module else diffusers
     return getattr(library, name)
 
 
 def quiet() -> None:
-    """One thread, double precision by default, and no word of the other libraries."""
+    """One thread, double precision by default, and no word of the other libraries; which are there
+    before processes are forked, as importing them takes longer than a class."""
     import diffusers
+    import peft  # noqa: F401
     import transformers
 
     torch.set_num_threads(1)
@@ -253,9 +263,10 @@ def main(arguments: list[str]) -> int:
             n: row for n, row in before.items() if "checks" in row and options.again == "missing"
         }
     first, others = ordered(classes(options.pattern))
-    names = first if options.one else first + others
+    variants = [name for name in VARIANTS if re.search(options.pattern, name)]
+    names = [*first, *variants, *([] if options.one else others)]
     left = [n for n in names if n not in before][options.slice[0] :: options.slice[1]]
-    one = functools.partial(work, longest=options.longest)
+    one = functools.partial(work, longest=options.longest, whole={*first, *VARIANTS})
     fill(path, left[: options.count], one, options.workers, options.limit)
     rows = [row for name, row in done(path).items() if name in set(names)]
     print(counts(rows))

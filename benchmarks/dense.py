@@ -63,9 +63,11 @@ class Place:
 def places(model: nn.Module) -> list[Place]:
     """Every Linear, convolution, embedding, ``Conv1D`` and stack of experts, ties as one."""
     found: dict[int, Place] = {}
+    alive = []  # what weight norm computes is nobody's, and its number would be another's next
     for path, module in model.named_modules():
         for name, lies in _tensors(module):
             tensor = getattr(module, name)
+            alive.append(tensor)
             if id(tensor) in found:
                 old = found[id(tensor)]
                 found[id(tensor)] = Place((*old.paths, path), name, old.layer, old.lies, old.shape)
@@ -73,6 +75,29 @@ def places(model: nn.Module) -> list[Place]:
                 kind = type(module).__name__
                 found[id(tensor)] = Place((path,), name, kind, lies, tensor.shape)
     return list(found.values())
+
+
+def described(model: nn.Module, place: Place) -> str:
+    """What kind of layer holds a tensor, whatever its class is called."""
+    layer, *others = (model.get_submodule(path) for path in place.paths)
+    told = [_family(layer)] if place.lies != "stack" else ["stack"]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        single = layer.groups in (layer.in_channels, layer.out_channels)
+        told += ["single channels" if single else "groups"] if layer.groups > 1 else []
+        told += ["a kernel of 1"] if set(layer.kernel_size) == {1} else []
+        told += ["padded"] if layer.padding_mode != "zeros" or layer.padding == "same" else []
+    if parametrize.is_parametrized(layer, place.tensor):
+        told.append("parametrized")
+    return ", ".join([*told, *sorted({f"tied to {_family(one)}" for one in others})])
+
+
+def _family(layer: nn.Module) -> str:
+    """The class of torch's that a layer is, and whether it is called another way."""
+    kinds = (c for c in type(layer).__mro__ if c.__module__.startswith("torch.nn"))
+    known: Any = next(c for c in kinds if not c.__name__.startswith("Parametrized"))
+    name = type(layer).__name__ if known is nn.Module else known.__name__
+    same = known is nn.Module or type(layer).forward is known.forward
+    return name if same else f"{name} called another way"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:

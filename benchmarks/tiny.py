@@ -6,6 +6,7 @@ can be called (see `benchmarks.tiny_inputs`).
 """
 
 import copy
+import functools
 import inspect
 import linecache
 import re
@@ -61,6 +62,7 @@ _SHAPES: list[tuple[str, Callable[[int], int]]] = [
 ]
 SIZES: list[tuple[str, Callable[[int], int]]] = [
     (_FIXED, int),
+    (r"first_k_dense_replace|num_dense_layers", _most(1)),  # layers before the first with experts
     (r".*vocab(ulary)?_size.*|codebook_size|num_embeddings|n_vocab|vq_.*_size", _most(VOCABULARY)),
     (_IMAGES, _most(IMAGE)),
     (_LAYERS, _most(2)),
@@ -304,13 +306,19 @@ def size_of(cls: type[nn.Module], arguments: dict[str, Any]) -> int:
     raise ValueError("a configuration that lacks more than can be guessed")
 
 
-def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
+def built(
+    cls: type[nn.Module], way: str, dtype: torch.dtype, own: Optional[dict[str, Any]] = None
+) -> nn.Module:
     """A model of a class, seeded, of `dtype` and in eval mode.
+
+    Args:
+        cls, way, dtype: what is built.
+        own: what its configuration says otherwise than the way makes it, dots leading inside.
 
     Raises:
         ValueError: it has more than `MOST` parameters.
     """
-    arguments = _arguments(cls, way)
+    arguments = _arguments(cls, way, own or {})
     size = size_of(cls, arguments)
     if size > MOST:
         raise ValueError(f"{size:,} parameters")
@@ -318,10 +326,14 @@ def built(cls: type[nn.Module], way: str, dtype: torch.dtype) -> nn.Module:
     return cls(**arguments).to(dtype).eval()
 
 
-def _arguments(cls: type[nn.Module], way: str) -> dict[str, Any]:
+def _arguments(cls: type[nn.Module], way: str, own: dict[str, Any]) -> dict[str, Any]:
     """What the class is called with: a configuration, or in diffusers its numbers."""
     if getattr(cls, "config_class", None) is not None:
-        return {"config": shrink(cls.config_class(), way)}
+        config = shrink(cls.config_class(), way)
+        for name, value in own.items():
+            *inside, last = name.split(".")
+            setattr(functools.reduce(getattr, inside, config), last, value)
+        return {"config": config}
     found = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         value = parameter.default
@@ -333,4 +345,4 @@ def _arguments(cls: type[nn.Module], way: str) -> dict[str, Any]:
             found[name] = NEEDED_ARGUMENTS[name]
         elif isinstance(value, (list, tuple)) and value and all(map(_is_int, value)):
             found[name] = type(value)(shrunk_list(name, list(value), way))
-    return found
+    return found | own

@@ -259,6 +259,9 @@ def _series(config: Any) -> Pool:
 def _features(config: Any) -> Pool:
     """Hidden states of transformers, and what diffusers' models call so."""
     width, channels = _width(config), _first(of(config, "in_channels", default=4))
+    if getattr(config, "backbone_config", None) is not None:
+        # an image, of which 32nds are left: a batch norm of two numbers multiplies every rounding
+        return [noise(BATCH, 3, 128, 128)]
     if not hasattr(config, "sample_size") and not hasattr(config, "in_channels"):
         shapes: list[tuple[int, ...]] = [(WORDS, width), (width, WORDS), (width, 8, 8)]
         return [*(noise(BATCH, *shape) for shape in shapes), noise(BATCH * WORDS, width)]

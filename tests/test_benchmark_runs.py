@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the other libraries' own ad
 ROOT = Path(__file__).parents[1]
 PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPTS = {
-    "stable_diffusion": ["benchmarks.stable_diffusion", "--seconds", "0"],
     "stable_diffusion_fsdp": ["benchmarks.stable_diffusion", "--seconds", "0", "--fsdp"],
     "sharded_llama": ["benchmarks.sharded_llama", "--steps", "2"],
 }

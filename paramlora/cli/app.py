@@ -118,20 +118,21 @@ def run(arguments: Optional[list[str]] = None) -> NoReturn:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
             traceback.print_exception(error)
-        code = _exit_code(error)
+        code = _exit_code(error, given)
     if code == STOPPED:
         print("stopped", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else DONE)
 
 
-def _exit_code(error: BaseException) -> int:
+def _exit_code(error: BaseException, given: list[str]) -> int:
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return STOPPED
     if isinstance(error, paramlora.ParamloraError):
         _tell("error", "red", str(error))
         return WRONG
-    if hasattr(error, "show"):  # wrong use, as click reports it
-        error.show()
+    if hasattr(error, "show") and hasattr(error, "format_message"):  # wrong use, as click tells it
+        text = error.format_message()
+        error.show() if "\n" in text else _tell("error", "red", _misuse(error, text, given))
         return WRONG
     if isinstance(error, OSError) and error.filename is None:  # of a stream, not of a file
         _tell("error", "red", f"cannot be written: {error.strerror or error}.")
@@ -139,6 +140,18 @@ def _exit_code(error: BaseException) -> int:
     fault = f"{type(error).__name__}: {error}. This is a fault of paramlora: --debug shows where."
     _tell("error", "red", fault)
     return FAULT
+
+
+def _misuse(error: Any, text: str, given: list[str]) -> str:
+    """What click says of wrong use, with the value that it leaves out, and where to read more."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    pairs = [one.partition("=")[::2] for one in given]
+    pairs += [(one, after) for one, after in zip(given, given[1:]) if "=" not in one]
+    value = next((value for name, value in pairs if name in options and value), None)
+    got = "" if value is None or value in text else f", got {value!r}"
+    command = getattr(error, "ctx", None)
+    name = command.info_name if command is not None and command.parent is not None else ""
+    return f"{shown(text).rstrip('.')}{shown(got)}. See {f'paramlora {name}'.strip()} --help."
 
 
 def _tell(kind: str, style: str, message: str) -> None:

@@ -86,7 +86,7 @@ def load_adapter(
         return None if needless else base_of(model)
 
     with uncollected():
-        found = _read(path, base, options)
+        found = _read(path, base, options, together=True)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -111,9 +111,14 @@ def read_adapter(
     return _read(path, lambda form: base, options)
 
 
-def _read(path: PathLike, base: Callable[[Format], Optional[Base]], options: Options) -> Adapter:
-    """The adapter in a file, fitted to a base that the format asks for."""
-    content = checked(path)
+def _read(
+    path: PathLike,
+    base: Callable[[Format], Optional[Base]],
+    options: Options,
+    together: bool = False,
+) -> Adapter:
+    """The adapter in a file, fitted to a base that its format wants; `together` as of `checked`."""
+    content = checked(path, together)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -340,8 +345,12 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
-def checked(path: PathLike) -> Content:
+def checked(path: PathLike, together: bool = False) -> Content:
     """What `opened` gives, once the format has found its outline sound: before any tensor is read.
+
+    Args:
+        path: the file, or a folder such as PEFT's.
+        together: its tensors in one memory, for who drops them all soon (see `SafeFile.every`).
 
     Raises:
         FileError: as there, or by the format.
@@ -355,7 +364,7 @@ def checked(path: PathLike) -> Content:
     try:
         outline = _outline(weights, file)
         formats.form_of(outline).check(outline)
-        return _content(weights, file.every(), file.metadata)
+        return _content(weights, file.every(together), file.metadata)
     finally:
         file.close()
 

@@ -34,6 +34,7 @@ from paramlora.formats.base import part_of
 from paramlora.formats.content import DEFAULTS, check_finite
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
+from paramlora.update.contexts import own_context
 from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
@@ -70,6 +71,7 @@ class Report:
     kept: Optional[float] = None
 
 
+@own_context()
 def embed(
     base: PathLike,
     adapter: AdapterLike,
@@ -109,6 +111,7 @@ def embed(
     return replace(done, updates=len(found.values()), largest=None)
 
 
+@own_context()
 def extract(
     embedded: PathLike,
     out: PathLike,
@@ -150,6 +153,7 @@ def extract(
     return Report(Path(out), len(held), len(held), size, count)
 
 
+@own_context()
 def merge(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],
@@ -198,6 +202,7 @@ def merge(
         return _write(stored, recipes, Path(out), dry_run, progress)
 
 
+@own_context()
 def kept(
     base: PathLike,
     adapters: Sequence[Union[AdapterLike, tuple[AdapterLike, float]]],

@@ -103,15 +103,34 @@ class SafeFile:
             self._fill(self._begin[key], bytes_of(out))
         return out.view(spec.dtype).reshape(spec.shape)
 
-    def every(self) -> dict[str, Tensor]:
-        """All tensors, where memory can hold them: a file with holes may claim any size."""
+    def every(self, together: bool = False) -> dict[str, Tensor]:
+        """All tensors, where memory can hold them: a file with holes may claim any size.
+
+        Args:
+            together: in one memory, which each of them keeps alive, for who drops them all soon:
+                read at once, checked at once, and copied to a device at once.
+        """
         size, memory = sum(spec.nbytes for spec in self.specs.values()), _memory()
         if size > memory:
             raise FileError(
                 f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
                 "memory. Give a smaller file, or use a machine with more."
             )
-        return {key: self.read(key) for key in self.specs}
+        return self._as_one(size) if together else {key: self.read(key) for key in self.specs}
+
+    def _as_one(self, size: int) -> dict[str, Tensor]:
+        """All tensors as parts of one: in the file they lie so, see `_check_whole`."""
+        whole = torch.empty(size, dtype=torch.uint8)
+        start = min(self._begin.values(), default=0)
+        if size:
+            self._fill(start, bytes_of(whole))
+        found = {}
+        for key, spec in self.specs.items():
+            at = self._begin[key] - start
+            part = whole[at : at + spec.nbytes]
+            part = part.clone() if at % spec.dtype.itemsize else part  # no view of such a place
+            found[key] = part.view(spec.dtype).reshape(spec.shape)
+        return found
 
     def raw(self, key: str) -> Iterator[memoryview]:
         """A tensor's bytes in pieces, each valid until the next one."""

@@ -163,7 +163,10 @@ def _check_zip(path: Path) -> None:
 
 def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipInfo]) -> None:
     for key, storage in found.storages.items():
-        if storage.nbytes > records[f"{folder}data/{key}"].file_size:
+        record = records.get(f"{folder}data/{key}")
+        if record is None:
+            raise ValueError(f"the record of storage {key} is missing")
+        if storage.nbytes > record.file_size:
             raise ValueError(f"storage {key} is larger than its record")
 
 

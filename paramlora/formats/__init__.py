@@ -185,8 +185,11 @@ def _read_complete(
 
 def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     """The updates of what the model has; others are reported."""
-    there = {**adapter.updates, **adapter.others}
     known = {**base, **vectors_of(base)}
+    if options.component is not None:
+        within_pipeline = any(path.startswith(f"{options.component}.") for path in known)
+        adapter = part_of(adapter, options.component, source, within_pipeline)
+    there = {**adapter.updates, **adapter.others}
     check_known(there.keys() - known.keys(), base, options, source)
     return replace(
         adapter,

@@ -360,27 +360,29 @@ def place(path: str, base: Base) -> Optional[str]:
     return None
 
 
-def part_of(adapter: Adapter, component: str, source: str) -> Adapter:
-    """One part of a pipeline, under the names that its own model has.
+def part_of(
+    adapter: Adapter, component: str, source: str, within_pipeline: bool = False
+) -> Adapter:
+    """One part of a pipeline, under the names that its own model has, or the pipeline.
 
     Raises:
         FileError: there is none of it.
     """
     found = apart_by_kind(component_of(adapter, component, source))
+
+    def inside(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        start = "" if within_pipeline else f"{component}."
+        own = {path: value for path, value in values.items() if belongs(path, component)}
+        return {path.removeprefix(start): value for path, value in own.items()}
+
     return replace(
         adapter,
-        updates=_inside(found["updates"], component),
-        others=_inside(found["others"], component),
-        whole=_inside(adapter.whole, component),
-        base=_inside(adapter.base, component),
-        holders=_inside(adapter.holders, component),
+        updates=inside(found["updates"]),
+        others=inside(found["others"]),
+        whole=inside(adapter.whole),
+        base=inside(adapter.base),
+        holders=inside(adapter.holders),
     )
-
-
-def _inside(values: Mapping[str, _Value], component: str) -> dict[str, _Value]:
-    start = f"{component}."
-    own = {path: value for path, value in values.items() if belongs(path, component)}
-    return {path.removeprefix(start): value for path, value in own.items()}
 
 
 def component_of(adapter: Adapter, component: str, source: str) -> dict[str, _Any]:

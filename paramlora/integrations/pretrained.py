@@ -30,7 +30,7 @@ from paramlora.model.attach import adapter_names, updates
 from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.layer_class import holds_updates, parametrized, shared
 from paramlora.model.methods import library
-from paramlora.model.undo import to_the_end, unchanged_on_error
+from paramlora.model.undo import unchanged_on_error
 from paramlora.model.values import adapter_of
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.names import BRANCHES
@@ -310,7 +310,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
     updates come back to what is there then. What stops the block leaves the model as it was.
     """
     held = [_Held.of(path, module) for path, module in model.named_modules() if _is_adapted(module)]
-    with _sizes_unchanged_on_error(model), unchanged_on_error(model.modules(), model.parameters()):
+    with unchanged_on_error(model.modules(), model.parameters(), _sizes(model)):
         for one in held:
             one.take_off()
         yield
@@ -319,10 +319,9 @@ def _bare(model: nn.Module) -> Iterator[None]:
             one.put_back(model.get_submodule(one.path))
 
 
-@contextmanager
-def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back what a resize changes outside of the modules: the memory behind a tensor, such as
-    the bias of a head, and the sizes that configurations tell."""
+def _sizes(model: nn.Module) -> Callable[[], None]:
+    """What puts back what a resize changes outside of the modules: the memory behind a tensor, such
+    as the bias of a head, and the sizes that configurations tell."""
     memory = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     told = [(vars(config), dict(vars(config))) for config in _configurations(model)]
 
@@ -334,11 +333,7 @@ def _sizes_unchanged_on_error(model: nn.Module) -> Iterator[None]:
             now.clear()
             now.update(before)
 
-    try:
-        yield
-    except BaseException:
-        to_the_end(put_back)
-        raise
+    return put_back
 
 
 def _configurations(model: nn.Module) -> list[Any]:

@@ -41,6 +41,7 @@ from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error, un
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
+from paramlora.update.contexts import own_context
 from paramlora.update.kinds import kind_of
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
@@ -131,6 +132,7 @@ def make_room(fresh: Fresh, max_rank: Optional[int]) -> None:
             update.make_room(max_rank, target.shape, target.layout)
 
 
+@own_context()
 def attach_targets(
     model: nn.Module,
     chosen: list[Target],
@@ -190,6 +192,7 @@ def attach_targets(
     warn_moving(model)
 
 
+@own_context()
 def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     """Take updates off without merging; the base comes back bit for bit.
 
@@ -232,6 +235,7 @@ def tidy(model: nn.Module) -> None:
         forget(model)
 
 
+@own_context()
 def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     """Which adapters act, and how strongly; those not named are switched off.
 
@@ -320,6 +324,7 @@ def disable_adapters(model: Model) -> Iterator[Model]:
         yield model
 
 
+@own_context()
 def _mute(
     found: list[AttachedUpdate], to: Callable[[frozenset[object]], frozenset[object]]
 ) -> None:
@@ -495,7 +500,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
     if is_sharded(base) and not entry.whole:
         shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
-        update.to(getattr(torch, entry.adapter_dtype))
+        update.cast(getattr(torch, entry.adapter_dtype))
     update.keep(entry=entry, stored=is_storage(base.dtype), dropout=entry.dropout)
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)

@@ -70,7 +70,9 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def unchanged_on_error(
-    modules: Iterable[nn.Module], flags_of: Iterable[nn.Parameter] = ()
+    modules: Iterable[nn.Module],
+    flags_of: Iterable[nn.Parameter] = (),
+    besides: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Put everything back when anything stops the block, Ctrl-C included.
 
@@ -78,14 +80,21 @@ def unchanged_on_error(
         modules: whose class, attributes, tensors, modules and hooks the block may change; those
             inside of them, such as lists of parametrizations, are to be named too.
         flags_of: parameters whose ``requires_grad`` the block may change.
+        besides: puts back what the block changes elsewhere, and does the same when done again. A
+            block of its own around this one could be left by another stop than this one is.
     """
     flags = [(p, p.requires_grad) for p in flags_of]
     saved = [_saved(module) for module in dict.fromkeys(modules)]
+
+    def back() -> None:
+        _put_back(saved, flags)
+        besides()
+
     with undisturbed():
         try:
             yield
         except BaseException:
-            to_the_end(lambda: _put_back(saved, flags))
+            to_the_end(back)
             raise
 
 

@@ -27,7 +27,8 @@ from paramlora.model.digest import digest, others
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.memory import all_finite
+from paramlora.update.contexts import own_context
+from paramlora.update.memory import all_finite, moved
 from paramlora.update.sharded import check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
@@ -45,6 +46,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
 
 
+@own_context()
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default"
 ) -> nn.Module:
@@ -74,16 +76,29 @@ def _load(
     for path, tensors in own.items():
         for name, tensor in tensors.items():
             _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
-    _check_finite(live, state)
+    cast = _finite(live, state)
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
+    ready = _beside(live, cast)  # all that can fail or wait, before anything changes
     held = {
-        path: {name: state[_key(path, name)] for name in tensors} for path, tensors in own.items()
+        path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
     }
     to_the_end(lambda: _take(stems, held))
+
+
+def _beside(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values from the host's memory on the devices of the tensors that take them."""
+    ready, keys = dict(state), dict[torch.device, list[str]]()
+    for key, value in state.items():
+        device = live[key].device
+        if value.is_cpu and type(value) is Tensor and not live[key].is_cpu:
+            keys.setdefault(device, []).append(key)
+    for device, some in keys.items():
+        ready.update(zip(some, moved([state[key] for key in some], device)))
+    return ready
 
 
 def _take(stems: Mapping[str, AttachedUpdate], held: Mapping[str, dict[str, Tensor]]) -> None:
@@ -108,18 +123,19 @@ def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
         raise FileError(f"{key}: of type {value.dtype}, where real numbers belong. Save it again.")
 
 
-def _check_finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse values that are not finite in the types that take them."""
-    real = {key: state[key] for key in live if not state[key].is_meta}
-    cast = {key: value.detach().to(live[key].dtype) for key, value in real.items()}
-    if all_finite(cast.values()):
-        return
-    key = next(key for key, value in cast.items() if not torch.isfinite(value).all())
+def _finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values in the types that take them, in which all must be finite."""
+    cast = {key: state[key].detach().to(tensor.dtype) for key, tensor in live.items()}
+    real = {key: value for key, value in cast.items() if not value.is_meta}
+    if all_finite(real.values()):
+        return cast
+    key = next(key for key, value in real.items() if not torch.isfinite(value).all())
     raise FileError(
         f"{key}: not finite in {live[key].dtype}. Nothing was loaded; give a sound one."
     )
 
 
+@own_context()
 def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     """An attached adapter as a value: its tensors detached, and shared where they are plain.
 
@@ -142,6 +158,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     return Adapter(name=adapter, base=told, holders=tied, **apart_by_kind(made))
 
 
+@own_context()
 def attach_adapter(
     model: Model,
     adapter: Adapter,
@@ -186,6 +203,7 @@ def attach_adapter(
     return model
 
 
+@own_context()
 def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
 

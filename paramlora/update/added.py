@@ -12,7 +12,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import FileError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.geometry import Layout, factor_dtype, matrix_shape, summed_in
 from paramlora.update.lowrank import wide
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value, check_types
@@ -111,8 +111,9 @@ class Added(AttachedUpdate):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
+        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
         with in_own_types(weight):
-            delta = laid_out(self.change(self.plain()), tuple(weight.shape), self.layout)
+            delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
             delta = delta * (self.lora_scale * self.gain.to(self.lora_scale.device))
         return (wide(weight, delta) + delta).to(weight.dtype)
 

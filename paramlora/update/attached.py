@@ -281,13 +281,30 @@ class AttachedUpdate(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedUpdate":
         lazy = any(t.is_meta for t in self._tensors())
+        before = self._number()
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
+        after: Any = getattr(self, "lora_scale", None)
+        if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
+            after.data = before.to(after.device, torch.float32)
         first, old = next(self._tensors()), self.switch
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have its tensors in a type, but for its factor where that has 16 bits."""
+        before = self._number()
+        self.to(dtype)
+        if before is not None and dtype.itemsize == 2:
+            after: Any = getattr(self, "lora_scale", None)
+            after.data = before
+
+    def _number(self) -> Optional[Tensor]:
+        """The factor as it is now, whatever the tensor that holds it is cast to. One that is
+        trained is cast as every parameter: optimizers and sharding want one type."""
+        return self._buffers.get("lora_scale")
 
     def _tensors(self) -> Any:
         return (
@@ -447,6 +464,13 @@ class AttachedUpdate(nn.Module):
     def options_of(cls, held: Mapping[str, Tensor]) -> tuple[tuple[str, Any], ...]:
         """The kind's own keys of an entry that makes such tensors."""
         return ()
+
+    @classmethod
+    def completed(
+        cls, options: tuple[tuple[str, Any], ...], held: Mapping[str, Tensor]
+    ) -> tuple[tuple[str, Any], ...]:
+        """The kind's own keys with what its tensors tell and no rank does."""
+        return options
 
     @classmethod
     def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:

@@ -10,6 +10,7 @@ in turn.
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -77,6 +78,11 @@ transformed: Callable[[], bool] = (
     _transformed
     if _private("autograd.forward_ad._current_level") is not None
     else _transformed_by_trial
+)
+
+# leaves all transforms for a while; a torch without it refuses there what would change a model
+outside_transforms: Callable[[], AbstractContextManager[Any]] = (
+    _private("_functorch.pyfunctorch.temporarily_clear_interpreter_stack") or nullcontext
 )
 
 # a tensor of a transform that has ended, whose memory nobody can read

@@ -7,6 +7,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from paramlora.update.compat import outside_transforms, transforms_active
+
 
 def autocast_of(x: Tensor) -> Optional[str]:
     """The kind of x's device where autocast is on there, else None. Not every kind has one: the
@@ -26,12 +28,15 @@ def in_own_types(x: Tensor) -> AbstractContextManager[Any]:
 
 @contextmanager
 def own_context() -> Iterator[None]:
-    """Around what reads, writes or merges: no autocast, and no other default device than the CPU.
+    """Around what reads, writes, merges or changes a model: no autocast, no other default device
+    than the CPU, and no transform of torch.func, whose tensors nobody can read after it.
 
     A merge in an evaluation's block, or a file that is read where a model is built on the meta
     device, then gives what it gives elsewhere.
     """
     with ExitStack() as stack:
+        if transforms_active():
+            stack.enter_context(outside_transforms())
         for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

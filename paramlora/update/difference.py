@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paramlora.config import TargetConfig
 from paramlora.update.attached import AttachedUpdate, Gains, Site, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype
+from paramlora.update.geometry import Layout, factor_dtype, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import wide
 from paramlora.update.sum import Block, Number, Term
@@ -72,7 +72,8 @@ class Difference(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         with in_own_types(weight):
-            delta = self.lora_diff * self.gain.to(self.lora_diff)
+            own = self.lora_diff.to(summed_in(weight.dtype, self.lora_diff))
+            delta = own * self.gain.to(own)
         return (wide(weight, delta) + delta).to(weight.dtype)
 
     @staticmethod

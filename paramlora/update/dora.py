@@ -131,7 +131,7 @@ class Dora(LowRank):
             return weight.clone() if self.written_by_reader else weight
         if self.unset:
             self.start(weight)
-        delta = self.delta(weight.shape)
+        delta = self.delta(weight.shape, weight.dtype)
         with in_own_types(delta):
             base = wide(weight, delta)
             total = base + delta

@@ -30,6 +30,12 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize <= 2 else dtype
 
 
+def summed_in(dtype: torch.dtype, own: torch.Tensor) -> torch.dtype:
+    """The type of a sum of a weight of a type and of what its update makes of a tensor of its own:
+    it rounds neither of them."""
+    return torch.promote_types(factor_dtype(dtype), own.dtype)
+
+
 def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
     """Whether the factors' shapes do not tell which side of the weight is the input."""
     return layout != "stack" and shape[0] ** 2 == math.prod(shape)

@@ -11,6 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
+from paramlora.update.narrow import wide
 
 _Pair = tuple[int, int]
 
@@ -98,18 +99,27 @@ class Lokr(Added):
 
     def product(self, x: Tensor) -> Tensor:
         """``x (w_1 ⊗ w_2)ᵀ`` times the scale and the strength, without the Kronecker product."""
-        first, second = (one.to(x.dtype) for one in factors(self.plain()))
+        dtype, x = x.dtype, wide(x)
+        own = factors({name: wide(tensor) for name, tensor in self.plain().items()})
+        first, second = (one.to(x.dtype) for one in own)
         split_x = rearrange(x, "... (b d) -> ... b d", b=first.shape[1])
         inner = torch.matmul(split_x, second.t())  # [..., b, c]
         y = einsum(first, inner, "a b, ... b c -> ... a c").flatten(-2)
         scale = self.lora_scale * self.gain.to(self.lora_scale.device)
-        return (y * scale).to(x.dtype)
+        return (y * scale).to(dtype)
 
     @classmethod
     def rank_of(cls, held: Any) -> int:
         """The rank of the factor that has a low one; 1, which is any number, where none has."""
         thin = (held[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in held)
         return next(thin, 1)
+
+    @classmethod
+    def completed(cls, options: tuple[tuple[str, Any], ...], held: Parts) -> Any:
+        """With ``"full_matrix"`` where both are whole: then no tensor tells the rank, which had
+        decided that."""
+        whole = "lokr_w1" in held and "lokr_w2" in held
+        return tuple(sorted({**dict(options), "full_matrix": True}.items())) if whole else options
 
     @classmethod
     def options_of(cls, held: Parts) -> tuple[tuple[str, Any], ...]:

@@ -23,7 +23,14 @@ from paramlora.update.attached import (
 )
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, ambiguous, factor_dtype, fits_shape, matrix_shape
+from paramlora.update.geometry import (
+    Layout,
+    ambiguous,
+    factor_dtype,
+    fits_shape,
+    matrix_shape,
+    summed_in,
+)
 from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
@@ -288,11 +295,9 @@ class LowRank(AttachedUpdate):
     def delta(
         self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
     ) -> Tensor:
-        """``strength · scale · B·A`` in `shape`, of `dtype` or the factors' own type; of float32
-        instead of float16, in which the scaled B alone might be too large."""
-        a, b = (factor.to(dtype or factor.dtype) for factor in self.factors())
-        if b.dtype == torch.float16:
-            a, b = a.float(), b.float()
+        """``strength · scale · B·A`` in `shape`, for a weight of `dtype`: in a type that rounds
+        neither it nor the factors, and in which the scaled B alone is not too large."""
+        a, b = (factor.to(summed_in(dtype or factor.dtype, factor)) for factor in self.factors())
         with in_own_types(b):  # a weight is what it is, wherever it is read
             product = (b * self.scaling.to(b.dtype)) @ a
         if self.layout == "transposed":
@@ -303,7 +308,7 @@ class LowRank(AttachedUpdate):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
-        delta = self.delta(weight.shape)
+        delta = self.delta(weight.shape, weight.dtype)
         total = (wide(weight, delta) + delta).to(weight.dtype)
         if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
             # channels last of a kernel of 1: its strides alone tell a convolution its format
@@ -355,7 +360,7 @@ def value_of(plist: Any) -> Tensor:
         return plist()  # type: ignore[no-any-return]
     total = weight
     for update in acting:
-        delta = update.delta(weight.shape)
+        delta = update.delta(weight.shape, weight.dtype)
         total = wide(total, delta) + delta
     return total.to(weight.dtype)
 

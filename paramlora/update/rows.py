@@ -12,7 +12,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError, FileError, TargetError, counted
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype
+from paramlora.update.geometry import Layout, factor_dtype, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value
@@ -88,12 +88,15 @@ class Rows(AttachedUpdate):
         return weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        """What the rows are now, in their own type: between the weight's and the trained ones."""
+        """What the rows are now: between the weight's and the trained ones, in a type that rounds
+        neither."""
         own: Tensor = self.lora_rows
         if self.fully:
             return own
+        dtype = summed_in(weight.dtype, own)
+        before, gain = weight[self.lora_ids].to(dtype), self.gain.to(own.device, dtype)
         with in_own_types(weight):
-            return torch.lerp(weight[self.lora_ids].to(own.dtype), own, self.gain.to(own))
+            return torch.lerp(before, own.to(dtype), gain)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:

@@ -117,11 +117,15 @@ class WholeTerm(Term):
     def applied(self, total: Tensor, block: Block) -> Tensor:
         own = self.value[block.run].view(total.shape)
         if self.strength != 1 and own.is_floating_point():
-            own = torch.lerp(total.to(own.dtype), own, self.strength.to(own.dtype))
+            wide = torch.promote_types(own.dtype, total.dtype)  # a narrow one would round the base
+            own = torch.lerp(total.to(wide), own.to(wide), self.strength.to(wide))
         return own.to(total.dtype)
 
     def bound(self) -> Number:
-        return 2 * self.value.detach().abs().max().double() * self.strength.abs().double()
+        """Of a part of the way; beyond it the weight itself grows, which a term does not know."""
+        strength = self.strength.detach().double()
+        most = self.value.detach().abs().max().double() * strength
+        return torch.where((strength >= 0) & (strength <= 1), most, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = N
 
 def bound_of(terms: Sequence[Term]) -> Number:
     """What no element is changed by more than by terms together, see `Term.bound`."""
-    return sum(term.bound() for term in terms)
+    return sum(term.bound() for term in _joined(terms))
 
 
 def waited_for(numbers: Sequence[Number]) -> list[float]:

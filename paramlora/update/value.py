@@ -216,7 +216,7 @@ class Update(Value):
     def attached(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Both factors and the scale, in the type of an attached update's, and its mark."""
         kind = _dtype(self.adapter_dtype, dtype)
-        scale = torch.tensor(self.scale, dtype=kind)
+        scale = torch.tensor(self.scale, dtype=_of_number(kind, dtype))
         out = dict(zip(LOW_RANK, (self.lora_A.to(kind), self.lora_B.to(kind), scale)))
         return {**out, **_mark(self.layout, self.shape)}
 
@@ -224,7 +224,7 @@ class Update(Value):
         """``strength · scale · B·A``, to be added."""
         kind = _dtype(self.adapter_dtype, dtype)
         a, b = (factor.to(device, kind) for factor in (self.lora_A, self.lora_B))
-        scale = torch.tensor(self.scale, dtype=kind, device=device)
+        scale = torch.tensor(self.scale, dtype=_of_number(kind, dtype), device=device)
         return LowRankTerm(a, b, scale * _gain(strength, kind, device), self.layout)
 
     def fitted(self, shape: tuple[int, ...]) -> Optional["Update"]:
@@ -320,8 +320,10 @@ class KindUpdate(Value):
         kind = _dtype(self.adapter_dtype, dtype)
         out = {
             name: tensor.to(kind) if tensor.is_floating_point() else tensor
-            for name, tensor in self.parts().items()
+            for name, tensor in self.held.items()
         }
+        if self._scaled:
+            out["lora_scale"] = torch.tensor(self.scale, dtype=_of_number(kind, dtype))
         marked = "lora_transposed" in KINDS[self.method].hidden
         return {**out, **(_mark(self.layout, self.shape) if marked else {})}
 
@@ -335,7 +337,7 @@ class KindUpdate(Value):
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,
             kind=self.method,
-            options=self.options,
+            options=KINDS[self.method].completed(self.options, self.held),
         )
 
     def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
@@ -393,7 +395,7 @@ class WholeValue(Value):
 
     def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
         """The tensor instead of the weight, or some of the way there."""
-        gain = torch.tensor(strength, dtype=self.value.dtype, device=device)
+        gain = _gain(strength, self.value.dtype, device)
         return WholeTerm(self.value.to(device), gain)
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
@@ -422,6 +424,12 @@ def _gain(strength: float, kind: torch.dtype, device: _Device) -> Tensor:
     """A strength, in the type in which a live update holds it."""
     wide = torch.promote_types(kind, torch.float32)
     return torch.tensor(strength, dtype=wide, device=device)
+
+
+def _of_number(kind: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type of the factor of an update whose tensors are of one type on a tensor of another: 16
+    bits would round it, or lose it."""
+    return factor_dtype(dtype) if kind.itemsize == 2 else kind
 
 
 def _stored_scale(scale: float, like: Tensor) -> Tensor:

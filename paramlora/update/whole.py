@@ -11,7 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout
+from paramlora.update.geometry import Layout, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term, WholeTerm
@@ -76,8 +76,9 @@ class Whole(AttachedUpdate):
             self._start(weight)
         own = self.lora_whole
         if not self.fully and not counts:
+            dtype = summed_in(weight.dtype, own)
             with in_own_types(weight):
-                own = torch.lerp(weight.to(own.dtype), own, self._gain_for(own))
+                own = torch.lerp(weight.to(dtype), own.to(dtype), self._gain_for(own, dtype))
         return own.to(weight.dtype)
 
     def change(self, start: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class Whole(AttachedUpdate):
         if self.unset:
             self._start(start)
         own = self.lora_whole.to(start.dtype)
-        return self._gain_for(own) * (own - start)
+        return self._gain_for(own, own.dtype) * (own - start)
 
     def assigned(self, value: Tensor) -> bool:
         """Hold another tensor, with the graph that made it, where it is a buffer that it fits;
@@ -116,15 +117,15 @@ class Whole(AttachedUpdate):
         acting = [one for one in updates if one.acts]
         if len(acting) < 2 or not weight.is_floating_point():
             return cast(Tensor, (acting or updates)[-1](weight))
-        start = weight.to(torch.promote_types(weight.dtype, acting[0].lora_whole.dtype))
+        start = weight.to(summed_in(weight.dtype, acting[0].lora_whole))
         with in_own_types(weight):
             total = start
             for one in acting:
                 total = total + one.change(start)
         return total.to(weight.dtype)
 
-    def _gain_for(self, own: Tensor) -> Tensor:
-        return self.gain.to(own.device, own.dtype)
+    def _gain_for(self, own: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.gain.to(own.device, dtype)
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:

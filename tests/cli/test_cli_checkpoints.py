@@ -261,6 +261,9 @@ def test_warnings_come_before_the_error(folder, capsys):
          "here BASE does. Leave it out"),
         (("merge", "in.safetensors", "--loose"), "--loose is for an adapter's file, and none is"),
         (("merge", "in.safetensors", "--component", "unet"), "--component is for an adapter's"),
+        (("merge", "base.safetensors", "a.safetensors", "--component", "unet"),
+         "a.safetensors: it has no part unet. Its names begin with 0, 1; give one of those as"),
+        (("embed", "base.safetensors", "a.safetensors", "--component", "unet"), "no part unet"),
         (("merge", "base.safetensors", "a.safetensors", "--alpha", "3"),
          "a.safetensors: alpha = 3 says nothing to it, since it tells its own scales. Leave alpha"),
         (("convert", "a.safetensors", "--to", "native", "--alpha", "3"), "tells its own scales"),
@@ -345,3 +348,28 @@ def test_ctrl_c_in_the_real_process(folder):
         os.unlink("out.safetensors")  # it was done before the signal came: try again
     assert (code, err) == (130, "stopped\n")
     assert sorted(os.listdir()) == there
+
+
+@pytest.mark.parametrize("form", ["native", "peft"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_part_of_a_file_is_merged_alone(form, whole, folder, capsys):
+    """Into its own model, and into the pipeline, where the other part stays as it is."""
+    base = {k: v for k, v in net().state_dict().items() if k.endswith("weight")}
+    found = read_native("a.safetensors")
+    parts = [(part, *one) for part in ("unet", "vae") for one in found.updates.items()]
+    both = {f"{part}.{path}": replace(update) for part, path, update in parts}  # tied to none
+    write_adapter(replace(found, updates=both, base={}), "both", form)
+    start = "unet." if whole else ""
+    state = (
+        {f"{part}.{k}": v for part in ("unet", "vae") for k, v in base.items()} if whole else base
+    )
+    safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "of.safetensors")
+    command = ("merge", "of.safetensors", "both", "--component", "unet", "-o", "m.safetensors")
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    merged = loaded("m.safetensors")
+    for path, u in found.updates.items():
+        want = base[f"{path}.weight"].double() + u.scale * u.lora_B.double() @ u.lora_A.double()
+        close = (merged[f"{start}{path}.weight"].double() - want).abs().max()
+        assert close < 1e-5 * want.abs().max()
+    assert all(torch.equal(merged[k], v) for k, v in state.items() if k.startswith("vae."))

@@ -102,6 +102,20 @@ REFUSED = {
     f"difference base.safetensors base.pt {OUT} --rank 9": ("(--rank) 9", "the most is 3"),
     f"difference base.safetensors base.pt {OUT} --rank 1 --exclude 0 --exclude 2": ("--exclude",),
     f"difference base.safetensors base.pt {OUT} --rank 1": ("from after training.",),
+    # wrong use, in the words of the parser
+    f"convert a.safetensors {OUT} --to kohya --alpha x": (
+        "'--alpha'",
+        "got 'x'",
+        "See paramlora convert --help.",
+    ),
+    f"convert a.safetensors {OUT} --to kohya --rank=0": ("'--rank'", "got '0'", "See paramlora"),
+    f"merge base.safetensors a.safetensors {OUT} --seed -1": ("'--seed'", "got '-1'", "merge --h"),
+    f"merge base.safetensors a.safetensors {OUT} --alpha": ("'--alpha'", "See paramlora"),
+    f"convert a.safetensors {OUT} --to kohya --forec": ("--forec", "--force", "convert --help"),
+    f"convert a.safetensors b.safetensors {OUT} --to kohya": ("b.safetensors", "See paramlora"),
+    "inspect": ("Missing argument", "See paramlora inspect --help."),
+    "targets c.json": ("Missing option '--model'", "See paramlora targets --help."),
+    "frob": ("'frob'", "See paramlora --help."),
     # what is not there
     "inspect gone.safetensors": ("gone.safetensors: cannot be read: No such file", THERE),
     f"merge base.safetensors gone.safetensors:0.5 {OUT}": ("gone.safetensors: cannot", THERE),

@@ -21,7 +21,7 @@ SEVERAL = {
     ("files/adapters", "bytes"),
     ("model/route", "numbers"),
     ("model/targets", "tensors"),
-    ("formats/merged", "rows"),
+    ("formats/fused", "rows"),
     ("formats/scale", "alphas"),
     ("formats/peft/experts", "experts"),
     ("update/lokr", "outputs"),

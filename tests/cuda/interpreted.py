@@ -95,7 +95,7 @@ def lead(*shape):
 INPUTS = {
     "rows": lead(70),
     "one row": lead(1),
-    "many rows": lead(640),
+    "many rows": lead(300),
     "a batch": lead(2, 3, 20),
     "padded rows": lambda k: lead(2, 33)(2 * k)[..., :k],
     "every other batch": lambda k: lead(4, 33)(k)[::2],
@@ -112,8 +112,8 @@ LAYERS = [  # input, in, out, rank, transposed weight, wanted gradients: input, 
     ("rows", 64, 48, 4, False, BOTH),
     ("one row", 1, 1, 1, False, BOTH),
     ("a batch", 40, 136, 17, False, BOTH),
-    ("many rows", 256, 272, 16, False, BOTH),
-    ("rows", 317, 211, 5, True, BOTH),
+    ("many rows", 128, 272, 16, False, BOTH),
+    ("rows", 145, 83, 5, True, BOTH),
     ("a batch", 64, 64, 64, False, BOTH),
     ("rows", 96, 64, 100, False, BOTH),
     ("rows", 96, 64, 200, False, BOTH),
@@ -178,10 +178,10 @@ def layer(name, fan_in, out, r, transposed, wanted, rate=0.0):
 
 CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation
     ((2, 9, 9), (20, 33, 3, 3), 4, 1, 1, 1),
-    ((2, 16, 16), (130, 64, 3, 3), 8, 1, 1, 1),
+    ((2, 9, 16), (130, 24, 3, 3), 8, 1, 1, 1),
     ((1, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1),
     ((3, 7, 5), (6, 5, 5, 3), 17, 1, (2, 2), (1, 2)),
-    ((2, 8, 8), (7, 300, 2, 2), 40, 2, 0, 1),
+    ((2, 8, 8), (7, 80, 2, 2), 40, 2, 0, 1),
     ((1, 4, 4), (1, 1, 1, 1), 1, 2, 0, 1),
     ((2, 6, 7), (9, 16, 3, 3), 16, 1, 1, 1),  # no channel is left for the bias
     ((3, 40), (7, 4, 5), 3, 2, 2, 1),
@@ -329,7 +329,7 @@ def main():
             torch.manual_seed(0)
             errors = layer(*case)
             results[f"{case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
-        for case in DROPPED:
+        for case in DROPPED[2:5] if captured else DROPPED:  # the kernels that draw are the same
             torch.manual_seed(0)
             errors = layer(*case, 0.3)
             results[f"dropped {case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
@@ -341,22 +341,21 @@ def main():
     captured, last_first = True, False
     for one in CONVOLUTIONS:
         formats = ("", "x", "w", "y", "xwy") if one[2] == 4 else ("", "xwy", "e")
-        for last in formats[: 2 if one[1][0] > 128 else None]:  # "e" is "" of a copy, and this slow
+        for last in formats[: 1 if one[1][0] > 128 else None]:  # this one is slow
             if len(one[1]) > 3 or not {*last} & {*"xwy"}:
                 torch.manual_seed(0)
                 errors = convolution(*one, last)
                 results[f"{one}, last: {last}"] = errors, launched[:]
     for case in DEPTHWISE:
-        for last in (False, True) if len(case[0]) > 3 else (False,):
+        for last in (False, True) if case in DEPTHWISE[:2] else (len(case[0]) == 5,):
             torch.manual_seed(0)
             errors = depth(*case, last)
             results[f"depthwise {case}, last: {last}"] = errors, launched[:]
     for numbers in EXTREMES:
-        for kind in ("linear", "convolution"):
-            for scale_too in (False, True):
-                torch.manual_seed(0)
-                errors = in_range(numbers, kind, scale_too)
-                results[f"range: {numbers}, {kind}, {scale_too}"] = errors, launched[:]
+        for kind, scale_too in (("linear", False), ("linear", True), ("convolution", True)):
+            torch.manual_seed(0)
+            errors = in_range(numbers, kind, scale_too)
+            results[f"range: {numbers}, {kind}, {scale_too}"] = errors, launched[:]
     json.dump(results, sys.stdout)
 
 

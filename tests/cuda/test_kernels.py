@@ -9,6 +9,7 @@ from paramlora.cuda.operands import Drop, Operands
 from paramlora.evaluate import functional
 from paramlora.evaluate.convolution import convolution
 from paramlora.evaluate.dropout import Drops, masked
+from tests.cuda.graphs import recorded
 from tests.evaluate.test_functional import dense, gradients, tensors
 
 pytestmark = [
@@ -76,10 +77,7 @@ def test_dropout_has_torchs_own_mask_in_every_shape(shape, way):
 
     got, again = step(), step()
     if way == "captured":
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = step()
+        graph, got = recorded(step)
         graph.replay(), graph.replay()
     else:
         assert all(p is q or torch.equal(p, q) for p, q in zip(got, again)), "not deterministic"
@@ -132,10 +130,7 @@ def test_a_cuda_graph_holds_the_step_and_replays_it(shape):
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()  # after which what only a graph leaves to cuBLAS must find it started
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = step()
+    graph, held = recorded(step)
     for factor in (1.0, 0.5, -3.0):
         with torch.no_grad():
             leaves[0].copy_(x * factor), leaves[2].copy_(b * factor)
@@ -264,10 +259,7 @@ def test_a_backward_outside_the_graph_that_holds_its_forward():
 
     with torch.cuda.stream(torch.cuda.Stream()):
         want = torch.autograd.grad(forward(), leaves, seed)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = forward()
+    graph, y = recorded(forward)
     graph.replay()
     got = torch.autograd.grad(y, leaves, seed)
     torch.cuda.synchronize()

@@ -34,7 +34,7 @@ def test_rows_are_right_to_one_rounding():
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_kernel_compiles_and_fits(capability, tmp_path):
     shared = printed("compiled_routed", capability, TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) > 12
+    assert len(shared) > (12 if capability == "90" else 6)
     assert not {name: size for name, size in shared.items() if size > SHARED[capability]}
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from paramlora.evaluate import functional
+from tests.cuda.graphs import recorded
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu])
 DEVICES, LOW = ("cpu", CUDA), (torch.bfloat16, torch.float16)
@@ -132,10 +133,7 @@ def test_a_cuda_graph_holds_an_embeddings_step_and_replays_it(padding):
 
     with torch.cuda.stream(torch.cuda.Stream()):
         step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = step()
+    graph, held = recorded(step)
     for factor in (1.0, 0.5, -3.0):
         with torch.no_grad():
             rows.copy_(rows.flip(0)), leaves[1].mul_(factor)

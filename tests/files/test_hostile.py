@@ -257,6 +257,17 @@ def test_a_zip_bomb_is_refused(tmp_path):
         refused(path, "records are compressed, doubled or larger than the file")
 
 
+def test_a_record_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "base.pt"
+
+    def without(new, name, content):
+        if not name.endswith("data/1"):
+            new.writestr(name, content)
+
+    path.write_bytes(rezipped(without))
+    refused(path, r"not a whole file of torch.save \(the record of storage 1 is missing\)")
+
+
 def test_a_size_that_the_zip_only_claims(tmp_path):
     path = tmp_path / "base.pt"
     with zipfile.ZipFile(io.BytesIO(ZIPPED)) as archive:

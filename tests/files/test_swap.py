@@ -1,11 +1,16 @@
 """New values into an attached adapter, in place."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
+from paramlora.files.adapters import read_adapter
 from paramlora.model.attach import updates
+from paramlora.model.values import swap_adapter
 
 
 def base():
@@ -129,3 +134,51 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(paramlora.AdapterError, match="max_rank must be a whole number, got 2.5"):
         paramlora.attach(base(), CONFIG, max_rank=2.5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Read(TorchDispatchMode):
+    """How often a number is read out of a tensor, for which a device's host would wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def stack(count):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+
+
+def test_no_number_is_read_for_each_layer(tmp_path):
+    counts = []
+    for count in (10, 40):
+        paramlora.save_adapter(
+            paramlora.attach(stack(count), {"*": {"r": 2}}), tmp_path / f"{count}.safetensors"
+        )
+        model = paramlora.attach(stack(count), {"*": {"r": 3}}, "style")
+        adapter = read_adapter(tmp_path / f"{count}.safetensors")
+        with Read() as read:
+            swap_adapter(model, adapter, "style")
+        counts.append(read.count)
+    assert counts[0] == counts[1] < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_device_is_waited_for_as_often_for_any_number_of_layers(tmp_path):
+    counts = []
+    for count in (10, 40):
+        model = paramlora.attach(stack(count).cuda(), {"*": {"r": 2}}, "style")
+        path = tmp_path / f"{count}.safetensors"
+        paramlora.save_adapter(model, path, "style")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                paramlora.load_adapter(model, path, into="style")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len(told))
+    assert counts[0] == counts[1] <= 24

@@ -1,6 +1,5 @@
 """No conversion loses an update in a narrower type: the product in float64, before and after."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -46,11 +45,12 @@ def written(to, value, folder, **how):
     return next(iter(read_adapter(out, base, options).updates.values()))
 
 
-@pytest.mark.parametrize("size", [4e-7, 1e-3, 1.0, 3e3])
+@pytest.mark.parametrize("place, size", enumerate([4e-7, 1e-3, 1.0, 3e3]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("to", sorted(formats.WRITERS))
-def test_every_writer_keeps_the_product(to, dtype, size, tmp_path):
-    for number, (scale, fold) in enumerate(itertools.product(SCALES, (False, True))):
+def test_every_writer_keeps_the_product(to, dtype, place, size, tmp_path):
+    for number, scale in enumerate(SCALES):
+        fold = (number + place) % 2 == 0  # each scale at two of the sizes
         if to == "loralib" and not fold and scale != 1:
             continue  # which has no place for a scale, and says so
         value = adapter(dtype, scale, size)

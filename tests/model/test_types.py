@@ -1,4 +1,4 @@
-"""Merging in every type: the sum in float64, rounded once, within units in the last place."""
+"""Sums in every type: those in float64, rounded once, within units in the last place."""
 
 import copy
 
@@ -198,3 +198,106 @@ def test_a_quantised_weight_made_dense_takes_the_sum_in_every_type(dtype):
     paramlora.merge(model, dequantize=True)
     got = model[0].weight.detach()
     assert units(got, want, dense) <= MOST[got.dtype] and not torch.equal(got.double(), dense)
+
+
+NARROW = ("bfloat16", "float16")
+THIRD = 2459 / 8192  # 12 bits, which types of 16 do not hold, and the square of which float32 does
+READ = {  # layers that read their weight, or rows of it, with an entry
+    "recurrent": (lambda: nn.LSTM(6, 5), "weight_ih_l0", {"r": 2, "scale": THIRD}),
+    "dora": (lambda: nn.ConvTranspose1d(6, 5, 3), "weight", {"r": 2, "kind": "dora"}),
+    "loha": (lambda: nn.Linear(6, 5), "weight", {"r": 2, "kind": "loha", "scale": THIRD}),
+    "lokr": (lambda: nn.Bilinear(6, 4, 5), "weight", {"r": 1, "kind": "lokr"}),
+    "whole": (lambda: nn.Linear(6, 5), "weight", {"whole": 1}),
+    "rows": (lambda: nn.Embedding(6, 5), "weight", {"rows": [1, 4]}),
+}
+
+
+def told(update, base, scale):
+    """What an update makes of a base, in float64, from its tensors."""
+    part = {name: tensor.detach().double() for name, tensor in update.plain().items()}
+    if "lora_whole" in part:
+        return part["lora_whole"]
+    if "lora_rows" in part:
+        return base.index_copy(0, part["lora_ids"].long(), part["lora_rows"])
+    if "lora_A" in part:
+        change = part["lora_B"] @ part["lora_A"]
+    elif "hada_w1_a" in part:
+        left, right = (part[f"hada_w{i}_a"] @ part[f"hada_w{i}_b"] for i in (1, 2))
+        change = left * right
+    else:
+        second = part.get("lokr_w2")
+        second = part["lokr_w2_a"] @ part["lokr_w2_b"] if second is None else second.flatten(1)
+        change = torch.kron(part["lokr_w1"], second)
+    change = scale * (change.T if update.layout == "transposed" else change)
+    total = base + change.reshape(base.shape)
+    if "lora_magnitude" in part:
+        total = part["lora_magnitude"] * total / total.norm(dim=(0, 2), keepdim=True)
+    return total
+
+
+@pytest.mark.parametrize("strength", (1.0, THIRD))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("narrow", NARROW)
+@pytest.mark.parametrize("kind", READ)
+def test_narrow_tensors_of_an_update_round_nothing_else(kind, narrow, dtype, strength):
+    """What is read is what is merged, live and of states: only the update's own tensors are
+    narrow, neither its sum with the base, nor its strength and its factor."""
+    torch.manual_seed(0)
+    make, name, entry = READ[kind]
+    layer = make().to(dtype)
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    paramlora.attach(layer, {name: {**entry, "adapter_dtype": narrow}})
+    ((_, _, update),) = updates(layer)
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    paramlora.set_adapters(layer, {"default": strength})
+    read, value = getattr(layer, name).detach(), paramlora.adapter_of(layer)
+    merged = paramlora.checkpoint.merge(state, (value, strength))[name]
+    base = state[name].double()
+    want = base + strength * (told(update, base, entry.get("scale", 1.0)) - base)
+    paramlora.merge(layer)
+    for got in (read, merged, getattr(layer, name).detach()):
+        assert units(got, want, base) <= 8
+
+
+@pytest.mark.parametrize("strength", (-1.0, 2.0))
+@pytest.mark.parametrize("adapters", (1, 3))
+def test_a_tensor_trained_whole_beyond_its_base_overflows_no_merge(strength, adapters):
+    """Beyond the whole way there the base itself grows: 2·40000 is none of float16."""
+    layer = nn.Linear(2, 2).half()
+    nn.init.constant_(layer.weight, 40000.0)
+    for i in range(adapters):
+        paramlora.attach(layer, {"weight": {"whole": 1}}, f"a{i}")
+    with torch.no_grad():
+        for _, _, update in updates(layer):
+            update.lora_whole.fill_(0.0 if strength < 0 else 50000.0)
+    if adapters == 1:
+        paramlora.set_adapters(layer, {"a0": strength})
+    elif strength < 0:  # three of the whole way: W + 3·(0 - W)
+        paramlora.set_adapters(layer, dict.fromkeys(("a0", "a1", "a2"), 1.0))
+    if adapters == 1 and strength == 2.0:  # 40000 + 2·10000
+        paramlora.merge(layer)
+        assert (layer.weight == 60000).all()
+        return
+    with pytest.raises(paramlora.AdapterError, match="the sum is beyond 65504"):
+        paramlora.merge(layer)
+
+
+@pytest.mark.parametrize("kind", ("lora", "soft", "dora", "loha", "lokr"))
+@pytest.mark.parametrize("scale", (1e5, 1e-8, 0.3))
+def test_a_factor_keeps_its_digits_in_narrow_updates(kind, scale, tmp_path):
+    entry = {"r": 1, "scale": scale, "adapter_dtype": "float16"}
+    entry |= {"hard": 0} if kind == "soft" else {} if kind == "lora" else {"kind": kind}
+    for cast in (False, True):
+        model = nn.Sequential(nn.Linear(6, 5))
+        plain = copy.deepcopy(model)
+        config = {key: value for key, value in entry.items() if key != "adapter_dtype" or not cast}
+        paramlora.attach(model, {"0": config})
+        ((_, _, update),) = updates(model.half() if cast else model)
+        assert update.lora_scale == torch.tensor(scale)
+        x = torch.randn(2, 6).to(model[0].bias.dtype)
+        assert model(x).isfinite().all()
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    ((_, _, update),) = updates(paramlora.load_adapter(plain, tmp_path / "a.safetensors"))
+    assert update.lora_scale == torch.tensor(scale)

@@ -24,6 +24,7 @@ SOURCES = [p for p in FOLDER.rglob("*.py") if p.name != "compat.py"]
 CHOSEN = {  # what each name of `compat` is without that of torch
     "_are_functorch_transforms_active": {"transforms_active": "_refuses"},
     "_current_level": {"transformed": "_transformed_by_trial"},
+    "temporarily_clear_interpreter_stack": {"outside_transforms": "nullcontext"},
     "is_functorch_wrapped_tensor": {"applied": "_applied_as_ever"},
     "_FunctionBase": {"applied": "_applied_as_ever"},
     "is_legacy_batchedtensor": {"is_batched": "_has_no_memory"},

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
@@ -187,8 +188,40 @@ def loaded(folder):
     return bits(model)
 
 
+def values(folder):
+    return bits(paramlora.attach_adapter(net(), paramlora.adapter_of(attached())))
+
+
+def swap(folder):
+    model = attached()
+    paramlora.save_adapter(model, folder / "a.safetensors")
+    return bits(paramlora.load_adapter(model, folder / "a.safetensors", into="default"))
+
+
+def on_disk(folder, name, content):
+    path = folder / name
+    save_file({k: v.contiguous() for k, v in content.items()}, path)
+    return path
+
+
+def merge_files(folder):
+    base = on_disk(folder, "base.safetensors", bits(net()))
+    paramlora.files.merge(base, [paramlora.adapter_of(attached())], folder / "merged.safetensors")
+    return load_file(folder / "merged.safetensors")
+
+
+def embed_files(folder):
+    base, inside = on_disk(folder, "base.safetensors", bits(net())), folder / "in.safetensors"
+    paramlora.files.embed(base, paramlora.adapter_of(attached()), inside)
+    paramlora.files.extract(inside, folder / "out.safetensors")
+    return load_file(inside) | {
+        f"{k} out": v for k, v in load_file(folder / "out.safetensors").items()
+    }
+
+
 OPERATIONS = [attach, merge, merge_narrow, merge_nothing, merge_by_torch, detach, switch]
 OPERATIONS += [save_and_load, tensors, embed, extract, merge_states, copied, loaded]
+OPERATIONS += [values, swap, merge_files, embed_files]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -222,3 +255,74 @@ def test_a_read_inside_of_autocast_is_the_sum_in_the_weights_type(layout, dtype)
     want = model.weight.detach().clone()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.weight, want)
+
+
+INSIDE = {  # what is done to an attached model, a plain one and a state dict; what comes of it
+    "attach": lambda model, plain, state, path: paramlora.attach(plain, CONFIG),
+    "another": lambda model, plain, state, path: paramlora.attach(model, {"0": {"r": 1}}, "b"),
+    "detach": lambda model, plain, state, path: paramlora.detach(model),
+    "merge": lambda model, plain, state, path: paramlora.merge(model),
+    "strengths": lambda model, plain, state, path: strengths(model),
+    "disabled": lambda model, plain, state, path: disabled(model),
+    "save": lambda model, plain, state, path: saved(model, path),
+    "load": lambda model, plain, state, path: paramlora.load_adapter(plain, saved(model, path)),
+    "load tensors": lambda model, plain, state, path: paramlora.load_adapter_state_dict(
+        model, {k: v for k, v in paramlora.adapter_state_dict(model).items()}
+    ),
+    "values": lambda model, plain, state, path: paramlora.attach_adapter(
+        plain, paramlora.adapter_of(model)
+    ),
+    "embed": lambda model, plain, state, path: paramlora.checkpoint.embed(
+        state, paramlora.adapter_of(model)
+    ),
+    "merge states": lambda model, plain, state, path: paramlora.checkpoint.merge(
+        state, (paramlora.adapter_of(model), 0.5)
+    ),
+}
+
+
+def strengths(model):
+    paramlora.set_adapters(model, {"default": 0.3})
+    return model
+
+
+def disabled(model):
+    paramlora.disable_adapters(model).__enter__()
+    return model
+
+
+def saved(model, folder):
+    paramlora.save_adapter(model, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def in_grad(act):
+    torch.func.grad(lambda x: act(x) or x.sum())(torch.ones(2))
+
+
+def in_vmap(act):
+    torch.func.vmap(lambda x: act(x) or x.sum())(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("transform", (in_grad, in_vmap))
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_of_a_transform_as_outside(name, transform, tmp_path):
+    """The model was made outside, and is used outside afterwards."""
+    found, act = [], INSIDE[name]
+    for inside in (False, True):
+        model, plain = attached(), net()
+        state = bits(net())
+
+        def run(_=None, model=model, plain=plain, state=state):
+            torch.manual_seed(5)
+            found.append(act(model, plain, state, tmp_path))
+
+        transform(run) if inside else run()
+    want, got = (load_file(one) if name == "save" else one for one in found)
+    if isinstance(want, nn.Module):
+        weights = [one[0].weight.detach() for one in (want, got)]
+        assert torch.equal(*weights)
+        got[0](torch.ones(1, 8)).sum().backward() if name != "merge" and name != "detach" else None
+        want, got = bits(want), bits(got)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], value) for key, value in want.items())

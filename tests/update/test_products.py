@@ -25,6 +25,7 @@ ENTRIES = {
     "lokr": {"kind": "lokr", "r": 1, "scale": 0.7},
     "lokr both": {"kind": "lokr", "r": 1, "factor": 4, "decompose_both": 1},
     "lokr whole": {"kind": "lokr", "r": 1, "factor": 2, "full_matrix": 1, "scale": 1.5},
+    "lokr, a rank that needs no factors": {"kind": "lokr", "r": 8},
     "lokr tucker": {"kind": "lokr", "r": 1, "tucker": 1, "trainable_scale": 1},
     "lokr sizes": {"kind": "lokr", "r": 2, "sizes": [[4, 2], [2, 6]]},
 }
