@@ -305,21 +305,17 @@ class _InPlace(torch.autograd.Function):
         from paramlora.cuda.routed import plan
 
         flat, own = flat.contiguous(), x.flatten(0, -2).contiguous()
-        by, (down, up), dx = (
-            _sorted(rows, len(own) // len(rows.index)),
-            _unpacked(kept, rows, weight),
-            None,
-        )
-        wanted = any(few[::2]), any(few[1::2])
+        by, (down, up) = _sorted(rows, len(own) // len(rows.index)), _unpacked(kept, rows, weight)
+        dx, wanted = None, (any(few[::2]), any(few[1::2]))
         v = plan.thin(flat, up, by) if needs[0] or wanted[0] else None
         if needs[0]:
             dx = plan.product(flat, weight, v, down, by).view(x.shape)
         dweight = flat.t() @ own if needs[1] else None
-        others: list[_Maybe] = [None] * len(factors)
+        gradients: list[_Maybe] = [None] * len(factors)
         if any(wanted):
             found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table)
-            others = _each(found, factors, few)
-        return dx, dweight, dbias, None, None, None, *others
+            gradients = _each(found, factors, few)
+        return dx, dweight, dbias, None, None, None, *gradients
 
 
 def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _Maybe = Optional[Tensor]
-_BLOCK = 64 << 20  # bytes of rows whose gradient is computed at a time
+_BLOCK = 128 << 20  # bytes of rows whose gradient is computed at a time: smaller ones take time
 Again = tuple[Tensor, Callable[[Tensor], Tensor]]  # the rows, and the gradient of what made them
 
 

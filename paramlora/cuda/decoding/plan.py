@@ -8,8 +8,8 @@ from torch import Tensor
 
 from paramlora.cuda.decoding import kernels
 from paramlora.cuda.device import Card, card
-from paramlora.cuda.experts.plan import power
 from paramlora.cuda.launch import Launch, on_its_device, outside_of_pools, planned
+from paramlora.cuda.operands import power
 
 _Maybe = Optional[Tensor]
 HIGHEST = 64  # rank
