@@ -366,7 +366,7 @@ def _of_few(x: Tensor, weight: Tensor, bias: _Maybe, table: Any, rows: Choice) -
 def _sorted(rows: Choice, positions: int) -> Any:
     from paramlora.cuda.routed.plan import Sorted
 
-    return Sorted(*rows.sorted_by(positions), rows.starts, max(rows.ranks), positions)
+    return Sorted(*rows.sorted_by(positions), rows.starts, rows.owner, max(rows.ranks), positions)
 
 
 def _by_kernels(

@@ -54,7 +54,7 @@ def step(count, positions, updates, fan_in, out, r):
     new = torch.empty((), dtype=torch.bfloat16)
     names, index = tuple(map(str, range(updates))), torch.arange(count) % updates
     rows = Choice(names, (r,) * updates, index, 0)
-    by = routed.Sorted(*rows.sorted_by(positions), rows.starts, r, positions)
+    by = routed.Sorted(*rows.sorted_by(positions), rows.starts, rows.owner, r, positions)
     M, ranks = count * positions, updates * r + 1
     x, dy, weight = new.new_empty(M, fan_in), new.new_empty(M, out), new.new_empty(out, fan_in)
     down, up, bias = new.new_empty(ranks, fan_in), new.new_empty(out, ranks).t(), new.new_empty(out)

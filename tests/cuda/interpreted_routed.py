@@ -36,7 +36,7 @@ def computed(case, laid):
     """Errors of all that the kernels compute of one case."""
     taken, P, ranks, fan_in, out = CASES[case]
     rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
-    by = plan.Sorted(*rows.sorted_by(P), rows.starts, max(ranks), P)
+    by = plan.Sorted(*rows.sorted_by(P), rows.starts, rows.owner, max(ranks), P)
     M, total = len(taken) * P, sum(ranks) + 1
     x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
     weight, bias = laid((torch.randn(out, fan_in) / fan_in**0.5).half()), torch.randn(out).half()
@@ -138,7 +138,7 @@ def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
     rows = Choice(("0", "1"), ranks, torch.tensor(taken), 0)
-    by = plan.Sorted(*rows.sorted_by(P), rows.starts, max(ranks), P)
+    by = plan.Sorted(*rows.sorted_by(P), rows.starts, rows.owner, max(ranks), P)
     x = torch.randn(len(taken) * P, fan_in).half()
     down, up = torch.randn(9, fan_in).half(), torch.randn(9, out).half()
     up[6, 3], up[7, 5] = float("nan"), float("inf")

@@ -59,21 +59,16 @@ def _wide(
 
 @triton.jit
 def partial(
-    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, x_row, w_row, each, tiles,
+    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, x_row, w_row, each,
     SPLITS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
     RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``part[SPLITS, M, N]`` of ``x w`` in `tiles` programs a part, and ``thin[SPLITS, M, RB]`` of
-    ``A_i x`` in one for each row; rows of no update have none."""
+    """``thin[SPLITS, M, RB]`` of ``A_i x``, a program a part for each row, none of no update, and
+    then ``part[SPLITS, M, N]`` of ``x w``, one for each tile."""
     if EARLY:
         gdc_launch_dependents()
-    split, work = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    if work < tiles:
-        _wide(
-            x, w, part, work, split, M, N, K, x_row, w_row, each, WHOLE, BM, BN, BK,
-        )  # fmt: skip
-    else:
-        row = work - tiles
+    split, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    if row < M:  # first: a program of theirs ends long before a tile's, which takes its place
         own = tl.load(taken + row // P)
         if own < updates:
             a, r = _held(table, own, factor), _rank(starts, own, RANK)
@@ -88,6 +83,11 @@ def partial(
                 down = tl.load(where, mask=(rr[:, None] < r) & inside[None, :], other=0.0)
                 acc += down.to(tl.float32) * given.to(tl.float32)[None, :]
             tl.store(thin + (split * M + row) * RB + rr, tl.sum(acc, 1))
+    else:
+        tile = row - M
+        _wide(
+            x, w, part, tile, split, M, N, K, x_row, w_row, each, WHOLE, BM, BN, BK,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -13,6 +13,9 @@ from paramlora.cuda.operands import power
 
 _Maybe = Optional[Tensor]
 HIGHEST = 64  # rank
+# columns and depth of a tile of the weight, programs of them for each processor, numbers of A and
+# of B that a program holds, stages and warps
+_DIVISION = (64, 128, 2, 8192, 4096, 3, 4)
 _PLANS: dict[Any, Any] = {}
 _TABLES: dict[Any, Tensor] = {}
 _CAPTURED: dict[Any, Tensor] = {}  # read by CUDA graphs, which do not keep them alive
@@ -128,18 +131,19 @@ def _launches(
     """Both launches; how many numbers the first leaves for the second, and how many of them are of
     the wide product, a multiple of four."""
     (M, K), N, updates, device = x.shape, len(weight), table.at.shape[1], x.get_device()
-    RB, BM, BN = power(max(table.most, 16)), max(16, power(M)), 64
-    BK = 128 if BM <= 64 else 64  # fits the shared memory of every device
+    RB, BM = power(max(table.most, 16)), max(16, power(M))
+    BN, BK, waves, deep, columns, stages, warps = _DIVISION
+    BK = BK if BM <= 64 else 64  # fits the shared memory of every device
     tiles = -(-N // BN)
-    splits = max(1, min(8, 2 * of.processors // tiles, -(-K // BK)))
+    splits = max(1, min(8, waves * of.processors // tiles, -(-K // BK)))
     each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
     whole, early = K % each == 0, of.hopper
-    shape = (splits, whole, early, table.rank, RB, 8192 // RB, BM, BN, BK)
-    numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each, tiles)
+    shape = (splits, whole, early, table.rank, RB, max(16, deep // RB), BM, BN, BK)
+    numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each)
     grid = (tiles + M) * splits
-    first = Launch(kernels.partial, device, grid, numbers, shape, 3, 4)
-    columns = 4096 // RB
+    first = Launch(kernels.partial, device, grid, numbers, shape, stages, warps)
+    columns = max(16, columns // RB)
     grid, shape_too = M * -(-N // columns), (bias, splits, early, table.rank, RB, columns)
     few = (M, N, updates, positions)
     second = Launch(kernels.finish, device, grid, few, shape_too, 1, 4, early)

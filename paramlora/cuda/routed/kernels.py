@@ -95,22 +95,39 @@ def project(
 
 
 @triton.jit
-def product(
-    x, w, p, q, y, index, starts, bias, M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
-    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
-    RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
-    columns = tl.cdiv(N, BN)
-    block, column = _place(tl.program_id(0), tl.cdiv(M, BM), columns, GROUP)
-    rm, rn, rr = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, RB)
-    tl.assume(K > 0)
-    acc = _wide(
-        x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
-        TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
-    )  # fmt: skip
-    own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
-    lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
+def _factor(q, owner, start, end, rn, N, q_rank, q_n, CH: tl.constexpr):
+    """Some ranks among those of all updates: where they lie, whose each is, and ``q`` of them."""
+    lying = start + tl.arange(0, CH)
+    whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
+    where = q + lying[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
+    return lying, whose, tl.load(where, mask=(lying < end)[:, None] & (rn < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _finite(tile):
+    return tl.abs(tile.to(tl.float32)) < float("inf")  # NaN is not
+
+
+@triton.jit
+def _at_once(
+    acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH: tl.constexpr
+):
+    """``acc + p_i q_i`` of ranks that lie one after the other, whosever they are: each row's part
+    of p is zero in those of others."""
+    for start in range(first, end, CH):
+        lying, whose, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+        within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
+        where = p + rm[:, None].to(tl.int64) * R + within[None, :]
+        left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
+def _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB):
+    """`_at_once` of numbers that are not finite: zeros times them would be no zeros, so that they
+    come to their own rows alone."""
+    rr = tl.arange(0, RB)
     for update in range(lowest, highest + 1):
         start = tl.load(starts + update)
         r, mine = tl.load(starts + update + 1) - start, own == update
@@ -118,15 +135,51 @@ def product(
         left = tl.load(where, mask=mine[:, None] & (rr[None, :] < r), other=0.0)
         where = q + (start + rr)[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
         right = tl.load(where, mask=(rr[:, None] < r) & (rn[None, :] < N), other=0.0)
-        # zeros times what is not finite would be no zeros: it comes to its own rows alone
-        finite = tl.abs(right.to(tl.float32)) < float("inf")  # NaN is not
-        acc = tl.dot(left, tl.where(finite, right, 0.0).to(right.dtype), acc)
-        bad = tl.max(tl.where(finite, 0, 1), 0) > 0
+        acc = tl.dot(left, tl.where(_finite(right), right, 0.0).to(right.dtype), acc)
+        bad = tl.max(tl.where(_finite(right), 0, 1), 0) > 0
         acc = tl.where(mine[:, None] & bad[None, :], float("nan"), acc)
+    return acc
+
+
+@triton.jit
+def product(
+    x, w, y, p, q, index, starts, owner, bias,
+    M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
+    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
+    RB: tl.constexpr, CH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
+    columns = tl.cdiv(N, BN)
+    block, column = _place(tl.program_id(0), tl.cdiv(M, BM), columns, GROUP)
+    rm, rn = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
+    lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
+    first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
+    bad = 0
+    if lowest < tl.max(own, 0):  # rows of several
+        for start in range(first, end, CH):
+            _, _, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+            bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
+    tl.assume(K > 0)
+    acc = _wide(
+        x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
+        TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
+    )  # fmt: skip
+    if bad > 0:
+        acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
+    else:
+        acc = _at_once(acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH)
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    where = y + rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(where, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+    if TMA:
+        HALF: tl.constexpr = BN // 2
+        lower, upper = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
+        y.store([block * BM, column * BN], lower.to(y.dtype))
+        y.store([block * BM, column * BN + HALF], upper.to(y.dtype))
+    else:
+        where = y + rm[:, None].to(tl.int64) * N + rn[None, :]
+        tl.store(where, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from paramlora.cuda.routed import kernels
 
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
+_TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
+_SUMS = (DEEP, 128, 3, 8)  # dimensions and rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
@@ -25,6 +27,7 @@ class Sorted(NamedTuple):
         order: ``[N]``, the rows sorted by their update.
         ends: ``[updates]``, where each one's positions end among the sorted ones.
         starts: ``[updates + 1]``, where each one's ranks start among those of all.
+        owner: ``[ranks]``, whose each of these is.
         most: the largest rank.
         positions: of each row.
     """
@@ -33,6 +36,7 @@ class Sorted(NamedTuple):
     order: Tensor
     ends: Tensor
     starts: Tensor
+    owner: Tensor
     most: int
     positions: int
 
@@ -110,7 +114,7 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         bias: ``[N]``, contiguous.
     """
     y = x.new_empty(len(x), w.shape[1])
-    tensors = (x, w, p, q, y, by.taken, by.starts, w if bias is None else bias)
+    tensors = (x, w, y, p, q, by.taken, by.starts, by.owner, w if bias is None else bias)
     rest = (by.most, by.positions, bias is not None)
 
     def made(addresses: tuple[int, ...]) -> Any:
@@ -129,16 +133,17 @@ def _product(
     (M, K), N, (w_k, w_n), x_row = x.shape, w.shape[1], w.stride(), x.stride(0)
     rows_out = w_k == 1
     step = w_n if rows_out else w_k
-    aligned = even and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
+    aligned = even and not (x_row | step | N) & 7 and (rows_out or K % 64 == 0)
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
     numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
     RB = power(max(by.most, 16))
-    constants = (bias, tma, rows_out, K % BK == 0, RB, BM, BN, BK, GROUP)
+    constants = (bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
     grid = -(-M // BM) * -(-N // BN)
     launch = Launch(kernels.product, x.get_device(), grid, numbers, constants, stages, warps)
     of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
-    return launch, (([M, K], [x_row, 1], [BM, BK]), of_w) if tma else ()
+    of_y = ([M, N], [N, 1], [BM, BN // 2])
+    return launch, (([M, K], [x_row, 1], [BM, BK]), of_w, of_y) if tma else ()
 
 
 @on_its_device
@@ -181,9 +186,11 @@ def sums(
             x.stride(0), dy.stride(0), inner, parts,
         )  # fmt: skip
         apart = table is not None
-        constants = (apart, power(updates + 1), power(max(by.most, 16)), DEEP, 64)
+        RB = power(max(by.most, 16))
+        _, rows, stages, warps = _SUMS
+        constants = (apart, power(updates + 1), RB, DEEP, rows if RB <= 32 else 64)
         grid = (inner + outer) * updates * parts
-        return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, 3, 8)
+        return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, stages, warps)
 
     rest = ("sums", by.most, by.positions, wanted, table is None)
     launch, addresses = planned(_PLANS, tensors, rest, made)
