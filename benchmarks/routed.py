@@ -154,7 +154,9 @@ class Run:
         config = dict.fromkeys(PROJECTIONS, {"r": size["r"], "scale": 1.0})
         adapted(self.model, many, lambda: config)
         self.optimizers = [
-            torch.optim.AdamW(paramlora.parameter_groups(self.model, 1e-4, adapter=name))
+            torch.optim.AdamW(
+                paramlora.parameter_groups(self.model, 1e-4, adapter=name), fused=True
+            )
             for name in many
         ]
         words, shape = self.model.config.vocab_size, (rows, size["tokens"] + 1)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError, counted
 from paramlora.model.attach import (
-    adapter_names,
     check_adapters,
     one_by_one,
     put,
@@ -72,17 +71,20 @@ def route(
         >>> with paramlora.disable_adapters(model):
         ...     assert torch.equal(y[1], model(x)[1]) and not torch.equal(y[0], y[1])
     """
-    there = adapter_names(model)
+    there: dict[str, bool] = {}  # each adapter, and whether one of its updates acts
+    for _, _, update in updates(model):
+        acts = update.switch.strength != 0
+        there[update.adapter] = there.get(update.adapter, False) or acts
     index = _index(model, there, adapters, names)
     if cu_seqlens is not None:
         index = _of_positions(index, cu_seqlens)
     if not isinstance(dim, int) or dim < 0:
         raise AdapterError(f"dim must be a whole number of at least 0, got {dim!r}.")
-    rows, split = _checked(model, there, index, dim, cu_seqlens is not None)
+    rows, split = _checked(model, list(there), index, dim, cu_seqlens is not None)
 
     def enter(undo: list[_Undo]) -> None:
         _enter(model, rows, undo)
-        groups = _groups(there, index) if split else {}
+        groups = _groups(list(there), index) if split else {}
         for layer in split:
             _replace(layer, by_rows(layer, dim, groups), undo)
 
@@ -91,22 +93,27 @@ def route(
 
 
 def _index(
-    model: nn.Module, there: list[str], adapters: Union[Names, Tensor], names: Optional[Names]
+    model: nn.Module,
+    there: dict[str, bool],
+    adapters: Union[Names, Tensor],
+    names: Optional[Names],
 ) -> Tensor:
     """``[N]``: for each row an index into `there`, or one beyond it for the base."""
     if isinstance(adapters, Tensor):
         return _of_tensor(model, there, adapters, names)
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
         raise AdapterError(
-            f"expected the adapter of each row, such as [{', '.join(map(repr, there[:1]))}, None], "
+            f"expected the adapter of each row, such as [{', '.join(map(repr, [*there][:1]))}, None], "
             f"got {adapters!r}."
         )
-    _check_on(model, adapters)
+    _check_on(model, there, adapters)
     number = {name: at for at, name in enumerate(there)}
     return torch.tensor([number[n] if n is not None else len(there) for n in adapters])
 
 
-def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optional[Names]) -> Tensor:
+def _of_tensor(
+    model: nn.Module, there: dict[str, bool], index: Tensor, names: Optional[Names]
+) -> Tensor:
     if names is None or isinstance(names, str):
         raise AdapterError(
             f"indices need the list of adapters that they mean, got {names!r}. Give names."
@@ -116,23 +123,22 @@ def _of_tensor(model: nn.Module, there: list[str], index: Tensor, names: Optiona
             "expected the adapters of rows as integers of one dimension, got shape "
             f"{list(index.shape)} of {index.dtype}."
         )
-    _check_on(model, names)
+    _check_on(model, there, names)
     if index.is_cpu and len(index) and int(index.max()) >= len(names):
         most, there_are = int(index.max()), counted(len(names), "adapter")
         raise AdapterError(f"index {most} is beyond the {there_are} named. Name more.")
     out = torch.full_like(index, len(there), dtype=torch.long)
     for at, name in enumerate(names):
         if name is not None:
-            out = out.masked_fill(index == at, there.index(name))
+            out = out.masked_fill(index == at, list(there).index(name))
     return out
 
 
-def _check_on(model: nn.Module, names: Names) -> None:
-    used = list(dict.fromkeys(name for name in names if name is not None))
-    check_adapters(model, used)
-    on = {update.adapter for _, _, update in updates(model) if update.switch.strength != 0}
-    for name in used:
-        if name not in on:
+def _check_on(model: nn.Module, there: dict[str, bool], names: Names) -> None:
+    for name in dict.fromkeys(name for name in names if name is not None):
+        if name not in there:
+            check_adapters(model, [name])
+        if not there[name]:
             raise AdapterError(
                 f'adapter "{name}" is switched off, so its rows would be the base\'s. Give None '
                 "for them, or switch it on with set_adapters first."

@@ -130,7 +130,7 @@ def parts_of(M: int, experts: int, blocks: int, of: Card) -> int:
     """Into how many parts the rows of each expert, or of each update that rows choose, go, so that
     all processors have some: of M rows, and of `blocks` in the grid."""
     most = max(1, M // (experts * 512))
-    return min(most, max(1, -(-4 * of.processors // (experts * blocks))))
+    return min(most, max(1, 4 * of.processors // (experts * blocks)))
 
 
 def _launched(

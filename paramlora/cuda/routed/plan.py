@@ -16,7 +16,7 @@ from paramlora.cuda.routed import kernels
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
-_SUMS = (DEEP, 128, 3, 8)  # dimensions and rows of a step of the gradients, stages, warps
+_SUMS = (64, 4, 4)  # rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
@@ -187,8 +187,8 @@ def sums(
         )  # fmt: skip
         apart = table is not None
         RB = power(max(by.most, 16))
-        _, rows, stages, warps = _SUMS
-        constants = (apart, power(updates + 1), RB, DEEP, rows if RB <= 32 else 64)
+        BM, stages, warps = _SUMS
+        constants = (apart, power(updates + 1), RB, DEEP, BM)
         grid = (inner + outer) * updates * parts
         return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, stages, warps)
 
