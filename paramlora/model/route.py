@@ -103,7 +103,8 @@ def _index(
         return _of_tensor(model, there, adapters, names)
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
         raise AdapterError(
-            f"expected the adapter of each row, such as [{', '.join(map(repr, [*there][:1]))}, None], "
+            "expected the adapter of each row, such as "
+            f"[{', '.join(map(repr, [*there][:1]))}, None], "
             f"got {adapters!r}."
         )
     _check_on(model, there, adapters)
