@@ -33,8 +33,10 @@ from paramlora.model.attach import updates
 
 Row = dict[str, Any]
 SIZES = {  # positions, in, out, rank, adapters, decoded rows; of Llama: width, inner, layers, words
-    "cuda": dict(n=8192, width=4096, r=16, count=8, rows=64, tokens=512, model=1, layers=32),
-    "tiny": dict(n=64, width=32, r=2, count=4, rows=8, tokens=8, model=0, layers=2),
+    "cuda": dict(
+        n=8192, width=4096, r=16, count=8, rows=64, deep=8, tokens=512, model=1, layers=32
+    ),
+    "tiny": dict(n=64, width=32, r=2, count=4, rows=8, deep=2, tokens=8, model=0, layers=2),
 }
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -104,27 +106,30 @@ def layers(size: Row, rounds: int) -> Iterator[Row]:
 
 
 def decoded(size: Row, rounds: int) -> Iterator[Row]:
-    """Forward alone, each row with an adapter of its own, of 16 bits as a server's."""
-    count, dtype = size["rows"], torch.bfloat16
+    """Forward alone, each row with an adapter of its own, of 16 bits as a server's: of layers one
+    after the other, so that each reads its weight from memory, as in a model, and not from a cache
+    that holds the only one."""
+    count, dtype, deep = size["rows"], torch.bfloat16, size["deep"]
     entry = {"r": size["r"], "scale": 1.0, "adapter_dtype": "bfloat16"}
-    frozen = nn.Linear(size["width"], size["width"], bias=False, device=device(), dtype=dtype)
-    frozen.requires_grad_(False)
-    many = names(count)
-    layer = adapted(_like(frozen), many, lambda: {"weight": entry})
-    x = torch.randn(count, size["width"], device=device(), dtype=dtype)
-    with torch.no_grad(), paramlora.route(layer, many):
-        check(layer, x, layer(x), many)
+    many, width = names(count), size["width"]
+    frozen = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(deep)))
+    frozen = frozen.to(device(), dtype).requires_grad_(False)
+    layers = nn.Sequential(*map(_like, frozen))
+    adapted(layers, many, lambda: dict.fromkeys(map(str, range(deep)), entry))
+    x = torch.randn(count, width, device=device(), dtype=dtype)
+    with torch.no_grad(), paramlora.route(layers, many):
+        check(layers[0], x, layers[0](x), many)
 
         def by_torch() -> Any:
             with kernels(False):
-                return layer(x)
+                return layers(x)
 
         steps: dict[str, Callable[[], Any]] = {
             "frozen": lambda: frozen(x),
-            f"{count} adapters": lambda: layer(x),
+            f"{count} adapters": lambda: layers(x),
             f"{count} adapters, torch's operations": by_torch,
         }
-        case = f"decode {count}×{size['width']}×{size['width']} r{size['r']}"
+        case = f"decode {count}×{width}×{width} r{size['r']}, {deep} layers"
         found = {way: {"case": case, "way": way} for way in steps}
         store(found, "eager", timing.eager(steps, device(), rounds))
         if device().type == "cuda":

@@ -313,7 +313,8 @@ class _InPlace(torch.autograd.Function):
         dweight = flat.t() @ own if needs[1] else None
         gradients: list[_Maybe] = [None] * len(factors)
         if any(wanted):
-            found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table)
+            ahead = needs[0] and not needs[1]
+            found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table, ahead)
             gradients = _each(found, factors, few)
         return dx, dweight, dbias, None, None, None, *gradients
 

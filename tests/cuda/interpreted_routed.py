@@ -13,7 +13,7 @@ import torch
 
 from paramlora.cuda.decoding import kernels as decoding_kernels
 from paramlora.cuda.decoding import plan as decoding
-from paramlora.cuda.routed import plan
+from paramlora.cuda.routed import kernels, plan
 from paramlora.evaluate import routed
 from paramlora.update.choice import Choice
 from tests.cuda import interpreted
@@ -151,7 +151,8 @@ def main():
     interpreted.stand_in_for_the_device()
     warnings.simplefilter("error")
     nothing = interpreted.nothing
-    decoding_kernels.gdc_wait = decoding_kernels.gdc_launch_dependents = nothing
+    for module in (decoding_kernels, kernels):
+        module.gdc_wait = module.gdc_launch_dependents = nothing
     results = {}
     for number, case in enumerate(CASES):
         of = [(9, 0), (8, 6)][number % 2]

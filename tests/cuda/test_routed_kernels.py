@@ -23,7 +23,7 @@ def test_rows_are_right_to_one_rounding():
     assert list(steps.values()) == [every] * 3
     few, (off, reached) = results.pop("few"), results.pop("few, spoiled")
     assert off < EPS and reached
-    assert len(few) == 4 and all(ran == ["thin", "wide", "finish"] for _, ran in few.values())
+    assert len(few) == 4 and all(ran == ["partial", "finish"] for _, ran in few.values())
     assert not {name: off for name, (off, _) in few.items() if off > EPS}
     assert len(results) == 7
     for name, (errors, ran) in results.items():

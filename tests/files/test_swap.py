@@ -169,7 +169,7 @@ def test_no_number_is_read_for_each_layer(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_device_is_waited_for_as_often_for_any_number_of_layers(tmp_path):
     counts = []
-    for count in (10, 10, 40):  # the first waits for what a process loads once
+    for count in (40, 80):  # whose bases are told by as many of them
         model = paramlora.attach(stack(count).cuda(), {"*": {"r": 2}}, "style")
         path = tmp_path / f"{count}.safetensors"
         paramlora.save_adapter(model, path, "style")
@@ -181,4 +181,4 @@ def test_a_device_is_waited_for_as_often_for_any_number_of_layers(tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         counts.append(len(told))
-    assert counts[1] == counts[2] < 30, counts
+    assert counts[0] == counts[1] < 30

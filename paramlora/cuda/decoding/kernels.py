@@ -1,12 +1,11 @@
 """Triton kernels for few rows, each with an update of its own: what takes the time is to read the
 weight and the factors, each of them once.
 
-`thin` computes ``u = A_i x`` of single rows and `wide` tiles of ``x w``, both over parts of what
-is summed; `finish` adds the parts in order, and ``s·B_i u`` in float32, and rounds once. On Hopper
-they run beside each other: `wide` starts while `thin` reads the A's, and `finish` has loaded its
-part of ``B_i`` before `wide` ends (programmatic dependent launch). Nothing is copied for it:
-``table[4, updates]`` holds the addresses of the updates' A, Bᵀ's transpose B, scales and strengths.
-Each row is multiplied by its own update alone.
+`partial` divides one grid between tiles of ``x w`` and the thin products ``u = A_i x`` of single
+rows, all over a part of what is summed. `finish` adds the parts in order, and ``s·B_i u`` in
+float32, and rounds once; it has loaded its part of ``B_i`` before `partial` ends (programmatic
+dependent launch). Nothing is copied for it: ``table[4, updates]`` holds the addresses of the
+updates' A, Bᵀ's transpose B, scales and strengths. Each row is multiplied by its own update alone.
 
 Sizes: ``M`` rows, ``P`` of which lie one behind the other and take one update; ``N`` columns, ``K``
 summed, ``RB`` a power of two that holds the ranks, ``RANK`` the rank where all have the same, or 0.
@@ -32,39 +31,11 @@ def _rank(starts, own, RANK: tl.constexpr):
 
 
 @triton.jit
-def thin(
-    x, u, taken, starts, table, factor, M, K, updates, P, x_row,
-    PARTS: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr,
-    DEEP: tl.constexpr,
+def _wide(
+    x, w, part, tile, split, M, N, K, x_row, w_row, each,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``u[PARTS, M, RB]`` of ``A_i x``, each over a part of K; rows of no update have none."""
-    if EARLY:
-        gdc_launch_dependents()
-    part, row = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
-    own = tl.load(taken + row // P)
-    if own < updates:
-        a, r = _held(table, own, factor), _rank(starts, own, RANK)
-        rr, rk = tl.arange(0, RB), tl.arange(0, DEEP)
-        acc = tl.zeros((RB, DEEP), tl.float32)
-        for k in range(part * DEEP, K, PARTS * DEEP):
-            inside = k + rk < K
-            given = tl.load(x + tl.cast(row, tl.int64) * x_row + k + rk, mask=inside, other=0.0)
-            where = a + rr[:, None] * K + (k + rk)[None, :]
-            down = tl.load(where, mask=(rr[:, None] < r) & inside[None, :], other=0.0)
-            acc += down.to(tl.float32) * given.to(tl.float32)[None, :]
-        tl.store(u + (part * M + row) * RB + rr, tl.sum(acc, 1))
-
-
-@triton.jit
-def wide(
-    x, w, part, M, N, K, x_row, w_row, each,
-    SPLITS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """A tile of ``part[SPLITS, M, N]`` of ``x[M, K] w[N, K]ᵀ``, over a part of K."""
-    if EARLY:
-        gdc_launch_dependents()
-    split, tile = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    """A tile of ``x[M, K] w[N, K]ᵀ`` over one part of K."""
     rm, rn, rk = tl.arange(0, BM), tile * BN + tl.arange(0, BN), tl.arange(0, BK)
     low = split * each
     high = tl.minimum(K, low + each)
@@ -84,15 +55,46 @@ def wide(
         right += BK
     where = part + (split * M + rm)[:, None].to(tl.int64) * N + rn[None, :]
     tl.store(where, acc, mask=(rm[:, None] < M) & (rn[None, :] < N))
+
+
+@triton.jit
+def partial(
+    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, x_row, w_row, each,
+    SPLITS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
+    RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``thin[SPLITS, M, RB]`` of ``A_i x``, a program a part for each row, none of no update, and
+    then ``part[SPLITS, M, N]`` of ``x w``, one for each tile."""
     if EARLY:
-        gdc_wait()  # so that what waits for this grid has the thin products too
+        gdc_launch_dependents()
+    split, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    if row < M:  # first: a program of theirs ends long before a tile's, which takes its place
+        own = tl.load(taken + row // P)
+        if own < updates:
+            a, r = _held(table, own, factor), _rank(starts, own, RANK)
+            rr, rk = tl.arange(0, RB), tl.arange(0, DEEP)
+            acc = tl.zeros((RB, DEEP), tl.float32)
+            low = split * each
+            high = tl.minimum(K, low + each)
+            for k in range(low, high, DEEP):
+                inside = k + rk < high
+                given = tl.load(x + tl.cast(row, tl.int64) * x_row + k + rk, mask=inside, other=0.0)
+                where = a + rr[:, None] * K + (k + rk)[None, :]
+                down = tl.load(where, mask=(rr[:, None] < r) & inside[None, :], other=0.0)
+                acc += down.to(tl.float32) * given.to(tl.float32)[None, :]
+            tl.store(thin + (split * M + row) * RB + rr, tl.sum(acc, 1))
+    else:
+        tile = row - M
+        _wide(
+            x, w, part, tile, split, M, N, K, x_row, w_row, each, WHOLE, BM, BN, BK,
+        )  # fmt: skip
 
 
 @triton.jit
 def finish(
     part, thin, y, bias, taken, starts, table, factor, scale, gain, M, N, updates, P,
-    BIAS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
-    RANK: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr,
+    BIAS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
+    RB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a row of ``y[M, N] = Σ part + s_i B_i Σ thin + bias``."""
     columns = tl.cdiv(N, BN)
@@ -109,7 +111,7 @@ def finish(
     if EARLY:
         gdc_wait()
     u = tl.zeros((RB,), tl.float32)
-    for split in tl.static_range(PARTS):
+    for split in tl.static_range(SPLITS):
         u += tl.load(thin + (split * M + row) * RB + rr, mask=(rr < r) & mine, other=0.0)
     acc = tl.sum(up.to(tl.float32) * (s * u)[None, :], 1)
     for split in tl.static_range(SPLITS):

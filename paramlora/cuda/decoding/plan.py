@@ -13,8 +13,9 @@ from paramlora.cuda.operands import power
 
 _Maybe = Optional[Tensor]
 HIGHEST = 64  # rank
-_TILES = (64, 128, 2, 3, 4)  # columns, depth, programs for each processor, stages, warps
-_HELD, _COLUMNS = 16384, 16384  # numbers of an A and of a B that a program holds
+# columns and depth of a tile of the weight, programs of them for each processor, numbers of A and
+# of B that a program holds, stages and warps
+_DIVISION = (32, 128, 2, 8192, 16384, 3, 4)
 _PLANS: dict[Any, Any] = {}
 _TABLES: dict[Any, Tensor] = {}
 _CAPTURED: dict[Any, Tensor] = {}  # read by CUDA graphs, which do not keep them alive
@@ -108,50 +109,44 @@ def product(
     def made(_: Any) -> Any:
         return _launches(x, weight, bias is not None, table, positions, card(x.get_device()))
 
-    (launches, (size, parts)), addresses = planned(_PLANS, tensors, rest, made)
+    plan, addresses = planned(_PLANS, tensors, rest, made)
+    (first, second), (size, parts) = plan
     (px, pw, pt, ps, pa, pf, _, pscale, pgain, pbias) = addresses
     scratch, y = x.new_empty(size, dtype=torch.float32), x.new_empty(len(x), len(weight))
     pp = scratch.data_ptr()
-    pu, (a, _, scale, gain) = pp + 4 * parts, table.like
+    thin = pp + 4 * parts
+    a, scale, gain = table.like.a, table.like.scale, table.like.gain
     shared, places = (taken, starts, table.at, a), (pt, ps, pa, pf)
-    launches[0]((x, scratch, *shared), (px, pu, *places))
-    launches[1]((x, weight, scratch), (px, pw, pp))
-    launches[2](
+    first((x, weight, scratch, scratch, *shared), (px, pw, pp, thin, *places))
+    second(
         (scratch, scratch, y, tensors[-1], *shared, scale, gain),
-        (pp, pu, y.data_ptr(), pbias, *places, pscale, pgain),
+        (pp, thin, y.data_ptr(), pbias, *places, pscale, pgain),
     )
     return y
 
 
 def _launches(
     x: Tensor, weight: Tensor, bias: bool, table: Table, positions: int, of: Card
-) -> tuple[tuple[Launch, Launch, Launch], tuple[int, int]]:
-    """The launches; how many numbers the first two leave for the third, and how many of them are of
+) -> tuple[tuple[Launch, Launch], tuple[int, int]]:
+    """Both launches; how many numbers the first leaves for the second, and how many of them are of
     the wide product, a multiple of four."""
     (M, K), N, updates, device = x.shape, len(weight), table.at.shape[1], x.get_device()
-    RB, BM, early = power(max(table.most, 16)), max(16, power(M)), of.hopper
-    deep = max(16, _HELD // RB)
-    thin = max(1, min(4, -(-K // deep)))
-    BN, BK, waves, stages, warps = _TILES
+    RB, BM = power(max(table.most, 16)), max(16, power(M))
+    BN, BK, waves, deep, columns, stages, warps = _DIVISION
     BK = BK if BM <= 64 else 64  # fits the shared memory of every device
     tiles = -(-N // BN)
     splits = max(1, min(8, waves * of.processors // tiles, -(-K // BK)))
     each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
-    columns = max(16, _COLUMNS // RB)
-    own = ((thin, early, table.rank, RB, deep), (splits, K % each == 0, early, BM, BN, BK))
-    numbers = (
-        (M, K, updates, positions, x.stride(0)),
-        (M, N, K, x.stride(0), weight.stride(0), each),
-        (M, N, updates, positions),
-    )
-    last = (bias, thin, splits, early, table.rank, RB, columns)
-    grids = (M * thin, tiles * splits, M * -(-N // columns))
-    made = (
-        Launch(kernels.thin, device, grids[0], numbers[0], own[0], 1, 4),
-        Launch(kernels.wide, device, grids[1], numbers[1], own[1], stages, warps, early),
-        Launch(kernels.finish, device, grids[2], numbers[2], last, 1, 4, early),
-    )
+    whole, early = K % each == 0, of.hopper
+    shape = (splits, whole, early, table.rank, RB, max(16, deep // RB), BM, BN, BK)
+    numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each)
+    grid = (tiles + M) * splits
+    first = Launch(kernels.partial, device, grid, numbers, shape, stages, warps)
+    columns = max(16, columns // RB)
+    grid, shape_too = M * -(-N // columns), (bias, splits, early, table.rank, RB, columns)
+    few = (M, N, updates, positions)
+    second = Launch(kernels.finish, device, grid, few, shape_too, 1, 4, early)
     parts = splits * M * N
     parts += -parts % 4
-    return made, (parts + thin * M * RB, parts)
+    return (first, second), (parts + splits * M * RB, parts)

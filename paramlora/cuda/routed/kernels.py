@@ -8,12 +8,17 @@ which nothing is copied for: ``order`` says where each lies. All is read on the 
 waits for the host. Each row is multiplied by its own update's numbers, and what is not finite
 reaches no other row.
 
+On Hopper each starts before the one ahead of it ends (programmatic dependent launch): a product
+awaits the thin ones before its last step, and the gradients, which read no product, begin once all
+of its programs have.
+
 The updates' factors lie one after the other, of update i from ``starts[i]`` on. Sizes are named as
 in `paramlora.cuda.experts.kernels`, whose ``experts`` are the updates here.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paramlora.cuda.decoding.kernels import _held, _rank
 from paramlora.cuda.experts.kernels import _expert, _share, _wide
@@ -37,11 +42,13 @@ def _scaling(table, which, updates, scale, gain):
 @triton.jit
 def pack(
     table, starts, down, up, factor, scale, gain, updates, fan_in, out, inner,
-    RANK: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr,
+    EARLY: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """The updates' factors cast, one after the other: a block of ``down[ranks, in]``, the first
     `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``; ``table`` as in
     `paramlora.cuda.decoding.kernels`."""
+    if EARLY:
+        gdc_launch_dependents()
     blocks = tl.num_programs(0) // updates
     block, update = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     start = tl.load(starts + update)
@@ -65,9 +72,13 @@ def pack(
 @triton.jit
 def project(
     x, f, p, order, ends, starts, M, K, updates, P, x_row, f_rank, f_k, R,
-    WHOLE_K: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, E: tl.constexpr, RB: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Some rows of ``p[M, R] = x[M, K] f_i[r_i, K]ᵀ``, zeros beyond the rank; not those of none."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     update, first, end = _expert(ends, tl.program_id(0), M, updates, E, BM)
     if (update < updates) & (first < end):
         tl.assume(K > 0)
@@ -145,9 +156,9 @@ def _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q
 def product(
     x, w, y, p, q, index, starts, owner, bias,
     M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
-    BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
-    RB: tl.constexpr, CH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
+    WHOLE_K: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
     columns = tl.cdiv(N, BN)
@@ -166,6 +177,9 @@ def product(
         x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
         TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
     )  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     if bad > 0:
         acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
     else:
@@ -186,7 +200,8 @@ def product(
 def gradients(
     x, v, dy, u, da, db, order, ends, starts, table, scale, gain,
     M, fan_in, out, updates, ranks, P, R, x_row, dy_row, inner, parts,
-    APART: tl.constexpr, E: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr,
+    EARLY: tl.constexpr, APART: tl.constexpr, E: tl.constexpr, RB: tl.constexpr,
+    DEEP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
     ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows. Where `APART`,
@@ -217,6 +232,8 @@ def gradients(
         right = tl.load(where, mask=(mm[:, None] < end) & (rr[None, :] < r), other=0.0)
         acc = tl.dot(left, right, acc)
     where = found + (tl.cast(part * ranks + start, tl.int64) + rr[None, :]) * size + rd[:, None]
+    if EARLY:  # a product whose programs have all awaited the thin ones runs ahead, and ends first
+        gdc_wait()
     if APART:
         if not is_a:
             acc *= _scaling(table, update, updates, scale, gain)

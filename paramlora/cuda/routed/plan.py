@@ -16,7 +16,7 @@ from paramlora.cuda.routed import kernels
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
-_SUMS = (64, 4, 4)  # rows of a step of the gradients, stages, warps
+_SUMS = (64, 4, 8)  # rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
@@ -61,7 +61,8 @@ def packed(table: Table, by: Sorted, ranks: int, like: Tensor, sizes: tuple[int,
         RB, updates = power(max(by.most, 16)), table.at.shape[1]
         deep = 4096 // RB
         inner, outer = -(-fan_in // deep), -(-out // deep)
-        numbers, constants = (updates, fan_in, out, inner), (table.rank, RB, deep)
+        early = card(kept.get_device()).hopper
+        numbers, constants = (updates, fan_in, out, inner), (early, table.rank, RB, deep)
         grid = (inner + outer) * updates
         return Launch(kernels.pack, like.get_device(), grid, numbers, constants, 1, 4)
 
@@ -92,9 +93,10 @@ def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
         (M, K), updates, RB = x.shape, len(by.ends), power(max(p.shape[1], 16))
         BM, BK = 64, 128 if RB <= 32 else 64
         numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
-        constants = (K % BK == 0, power(updates + 1), RB, BM, BK)
+        early = card(x.get_device()).hopper
+        constants = (early, K % BK == 0, power(updates + 1), RB, BM, BK)
         grid = M // BM + updates
-        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4)
+        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4, early)
 
     launch, addresses = planned(_PLANS, tensors, ("thin", *rest), made)
     launch(tensors, addresses)
@@ -138,9 +140,11 @@ def _product(
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
     numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
     RB = power(max(by.most, 16))
-    constants = (bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
+    constants = (of.hopper, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
     grid = -(-M // BM) * -(-N // BN)
-    launch = Launch(kernels.product, x.get_device(), grid, numbers, constants, stages, warps)
+    launch = Launch(
+        kernels.product, x.get_device(), grid, numbers, constants, stages, warps, of.hopper
+    )
     of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
     of_y = ([M, N], [N, 1], [BM, BN // 2])
     return launch, (([M, K], [x_row, 1], [BM, BK]), of_w, of_y) if tma else ()
@@ -156,6 +160,7 @@ def sums(
     ranks: int,
     wanted: tuple[bool, bool],
     table: Optional[Table] = None,
+    beside: bool = False,
 ) -> tuple[_Maybe, _Maybe]:
     """``v_iᵀ x_i`` and ``u_iᵀ dy_i`` where they are wanted, in float32; zeros of no update.
 
@@ -168,6 +173,7 @@ def sums(
         by: which update each row takes.
         ranks: of all updates, and of none.
         wanted: of ``[ranks, in]``, and of ``[ranks, out]``.
+        beside: the launch right ahead is a `product` of v, which it may run beside.
     """
     (M, fan_in), out, updates = x.shape, dy.shape[1], len(by.ends)
     inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
@@ -188,11 +194,13 @@ def sums(
         apart = table is not None
         RB = power(max(by.most, 16))
         BM, stages, warps = _SUMS
-        constants = (apart, power(updates + 1), RB, DEEP, BM)
+        early = beside and card(x.get_device()).hopper
+        constants = (early, apart, power(updates + 1), RB, DEEP, BM)
         grid = (inner + outer) * updates * parts
-        return Launch(kernels.gradients, x.get_device(), grid, numbers, constants, stages, warps)
+        device = x.get_device()
+        return Launch(kernels.gradients, device, grid, numbers, constants, stages, warps, early)
 
-    rest = ("sums", by.most, by.positions, wanted, table is None)
+    rest = ("sums", by.most, by.positions, wanted, table is None, beside)
     launch, addresses = planned(_PLANS, tensors, rest, made)
     launch(tensors, addresses)
     da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
