@@ -16,7 +16,7 @@ from paramlora.cuda.routed import kernels
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
-_SUMS = (64, 4, 8)  # rows of a step of the gradients, stages, warps
+_SUMS = (128, 3, 8)  # rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
