@@ -428,6 +428,20 @@ def embedding(
         >>> y = embedding(rows, W, A, B, scale)
         >>> assert torch.allclose(y, (W + 0.5 * (B @ A).T)[rows])
     """
+    y = embedding_in_range(rows, weight, lora_A, lora_B, scale, padding_idx, strength)
+    return cast(y, weight.dtype)
+
+
+def embedding_in_range(
+    rows: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    padding_idx: Optional[int],
+    strength: float,
+) -> Tensor:
+    """`embedding`, that of a float16 table in float32."""
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
     with in_own_types(weight):  # autocast leaves a look-up in the table's own type
@@ -436,7 +450,7 @@ def embedding(
         y = _added(base, cast(_columns(lora_A, rows, padding_idx), base.dtype), up)
         if padding_idx is not None:  # nor does that row give B or the scale a gradient
             y = torch.where((rows == padding_idx)[..., None], y.detach(), y)
-        return cast(y, weight.dtype)
+        return y
 
 
 def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor:

@@ -6,7 +6,7 @@ tensor is a plain one; else the layer's own forward reads ``weight``, the dense 
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Optional
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from paramlora.cuda.operands import served
 from paramlora.evaluate import dropout, functional, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.evaluate.rescaled import norms_of, rescaled
@@ -235,13 +236,36 @@ def _as_rescaled(
         z = fused(a, b, scale, bias if inside else None)
         shaped = None if bias is None else bias.reshape(size)
         return rescaled(z, update.lora_magnitude.reshape(size), norm, shaped, inside)
-    base, low = apart(a, wide(b) * scale)
     factor = update.rescale(norm)
-    total = torch.lerp(base.to(factor.dtype), (base + low) * factor, update.gain.to(factor))
+    # the branch is rescaled in its thin factor: before that it may be beyond float16's range
+    base, low = apart(a, wide(b) * scale * factor.reshape(-1, 1))
+    own = base.to(factor.dtype)
+    total = torch.lerp(own, own * factor + low, update.gain.to(factor))
     return (total if bias is None else total + bias.reshape(size)).to(base.dtype)
 
 
-def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
+def _with_room(
+    compute: Callable[[Any, Tensor, _Rescaled, Any], Tensor],
+    layer: Any,
+    x: Tensor,
+    found: _Rescaled,
+) -> Tensor:
+    """``compute(layer, x, found, bias)``; of float16 in float32, but for our kernels: a sum that is
+    finite when it is rescaled may be beyond float16's range before."""
+    device, (weight, *rest), bias = autocast_of(x), found, _bias(layer)
+    if (x.dtype if device is None else torch.get_autocast_dtype(device)) != torch.float16:
+        return compute(layer, x, found, bias)
+    narrow = x, weight, bias
+    if device is not None:
+        narrow = tuple(functional.cast_for_autocast(device, *narrow))
+    if narrow[0].dtype != torch.float16 or served(narrow[0]):
+        return compute(layer, x, found, bias)
+    with in_own_types(x):
+        x, weight, bias = (None if t is None else t.float() for t in narrow)
+        return compute(layer, x, (weight, *rest), bias).half()
+
+
+def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, bias: Any, layout: Layout) -> Tensor:
     weight, update, dropping = found
     own = weight if layout == "matrix" else weight.t()
 
@@ -255,10 +279,10 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
         return functional.linear(x, own, bias, a, b, scale, 1.0)
 
-    return _as_rescaled(found, layout, fused, apart, _bias(layer))
+    return _as_rescaled(found, layout, fused, apart, bias)
 
 
-def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor:
+def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled, bias: Any) -> Tensor:
     weight, update, dropping = found
     x, padding = padded_input(layer, input)
     window = layer.stride, padding, layer.dilation, layer.groups
@@ -275,7 +299,7 @@ def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled) -> Tensor
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
         return convolution(x, weight, bias, a, b, scale, *window, 1.0)
 
-    return _as_rescaled(found, "matrix", fused, apart, _bias(layer), len(layer.kernel_size))
+    return _as_rescaled(found, "matrix", fused, apart, bias, len(layer.kernel_size))
 
 
 def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
@@ -286,9 +310,9 @@ def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
         return F.embedding(ids, weight, padding), low
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
-        return functional.embedding(ids, weight, a, b, scale, padding, 1.0)
+        return functional.embedding_in_range(ids, weight, a, b, scale, padding, 1.0)
 
-    y = _as_rescaled(found, "transposed", fused, apart, None)
+    y = _as_rescaled(found, "transposed", fused, apart, None).to(weight.dtype)
     if padding is None:
         return y
     # no gradient from where padding stands, of the magnitude neither
@@ -351,7 +375,7 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
     """A linear layer under updates of another kind than the low-rank one."""
     rescaled = _rescaled(layer, x, 0)
     if rescaled is not None:
-        return _rescaled_product(layer, x, rescaled, "matrix")
+        return _with_room(partial(_rescaled_product, layout="matrix"), layer, x, rescaled)
     weight, update = _alone(layer, x) or (None, None)
     if type(update) is Lokr and update.layout == "matrix":
         return F.linear(x, weight, _bias(layer)) + _kronecker(x, update)  # type: ignore[arg-type]
@@ -405,7 +429,7 @@ def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
         return linear_of_rows(self, x, routes[0].t(), *routes[1:], "transposed")
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
-        return _rescaled_product(self, x, found, "transposed")
+        return _with_room(partial(_rescaled_product, layout="transposed"), self, x, found)
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y
@@ -426,7 +450,9 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
         found = _rescaled(self, input, 0) if known is None else None
     if known is None:
         y: Tensor
-        y = plain(self, input) if found is None else _rescaled_convolution(self, input, found)
+        if found is not None:
+            return _with_room(_rescaled_convolution, self, input, found)
+        y = plain(self, input)
         return y
     return _convolved(self, input, known)
 

@@ -207,8 +207,9 @@ def output_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     with in_own_types(weight), torch.no_grad():
         dtype = factor_dtype(weight.dtype)
         own = weight.float() if weight.dtype == torch.float16 else weight  # whose sums overflow
+        size = a.abs().amax().to(dtype).clamp_min(torch.finfo(dtype).tiny) if a.numel() else 1
+        a, b = a.to(dtype) / size, b.to(dtype) * scale.to(dtype) * size  # whose squares are finite
         crossed = (own @ a.to(own.dtype).t()).to(dtype)  # [out, r]
-        a, b = a.to(dtype), b.to(dtype) * scale.to(dtype)
         squared = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
         squared = squared + 2 * (crossed * b).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
         found: Tensor = squared.clamp_min(0).sqrt()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import lowranks, updates
 
 EPS = 2**-10
 NEEDS_CUDA = [
@@ -269,3 +269,81 @@ def test_a_row_does_not_see_what_the_others_hold():
         got = model(bad)
         assert error(got[:-1], y[:-1].detach().double()) < EPS
         assert not got[-1].isfinite().any()
+
+
+RESCALED = {  # of A, B, the scale, the input and the output's gradient; DoRA has every sum's length
+    "a sum beyond the range": (1.0, 1.0, 1e5, 1000.0, 1.0),
+    "a large gradient": (1e-6, 1.0, 1e5, 0.1, 2000.0),
+    "beyond both ends": (1e-30, 1e28, 1.0, 1.0, 1.0),
+}
+OF_DORA = ("linear", "transformers' Conv1D", "convolution in groups", "embedding with padding")
+
+
+def rescaled_reference(model, update, base, x, dy, strength):
+    """DoRA's output and gradients in float64, by its definition (a norm gets no gradient)."""
+    leaves = [t.detach().double().requires_grad_() for t in update.plain().values()]
+    magnitude, a, b, scale = (
+        dict(zip(update.plain(), leaves))[f"lora_{name}"]
+        for name in ("magnitude", "A", "B", "scale")
+    )
+    delta = (scale * b @ a).t() if update.layout == "transposed" else scale * b @ a
+    base = base.double()
+    total = base + delta.reshape(base.shape)
+    dims = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
+    norm = torch.linalg.vector_norm(total.detach(), dim=dims, keepdim=True)
+    weights = {"weight": torch.lerp(base, magnitude * total / norm, strength)}
+    if getattr(model[0], "bias", None) is not None:
+        weights["bias"] = model[0].bias.detach().double()
+    wide = x.detach().double().requires_grad_() if x.is_floating_point() else x
+    y = functional_call(model[1], weights, (wide,))
+    inputs = [wide] * wide.is_floating_point() + [a, b, magnitude]
+    return y.detach(), torch.autograd.grad(y, inputs, dy.double())
+
+
+def check_rescaled(kind, numbers, entry, strength, autocast):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    a, b, scale, size, gradient = RESCALED[numbers]
+    layer, plain = make(), make().double()
+    with torch.no_grad():
+        layer.weight.div_(layer.weight.std()).mul_(0.1 / max(size, 1.0))
+    model = nn.ModuleList([layer.half(), plain])
+    paramlora.attach(model, {"0": {"r": 2, "kind": "dora", "scale": scale, **entry}})
+    ((_, _, update),) = updates(model)
+    with torch.no_grad():
+        update.lora_A.normal_().mul_(a)
+        update.lora_B.normal_().mul_(b)
+    paramlora.set_adapters(model, {"default": strength})
+    base = model[0].parametrizations.weight.original.detach()
+    if autocast:
+        model.float()
+    x = torch.randint(30, (2, 5)) if shape is None else (torch.randn(shape) * size).half()
+    if shape is not None:
+        x = (x.float() if autocast else x).requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        y = model[0](x)
+    assert y.dtype == (torch.float32 if autocast and shape is None else torch.float16)
+    dy = (torch.randn(y.shape) * gradient).half()
+    want_y, want = rescaled_reference(model, update, base, x, dy, strength)
+    leaves = [x] * x.is_floating_point() + [update.lora_A, update.lora_B, update.lora_magnitude]
+    got = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    assert want_y.abs().max() < 65504, "the case asks for more than float16 has"
+    assert error(y, want_y) < 4 * EPS
+    for name, mine, true in zip(("magnitude", "B", "A", "x"), got[::-1], want[::-1]):
+        assert error(mine, true) < 4 * EPS, name
+
+
+@pytest.mark.parametrize("way", ("alone", "dropping", "weaker", "autocast"))
+def test_a_rescaled_sum_need_not_be_in_range_itself(way):
+    failed = {}
+    entry = {"dropout": 1e-9} if way == "dropping" else {}
+    for kind in OF_DORA:
+        if kind.startswith("embedding") and way == "dropping":
+            continue
+        for numbers in RESCALED:
+            try:
+                strength = 0.5 if way == "weaker" else 1.0
+                check_rescaled(kind, numbers, entry, strength, way == "autocast")
+            except AssertionError as wrong:
+                failed[kind, numbers] = str(wrong).splitlines()[:2]
+    assert not failed, "\n".join(map(str, failed.items()))
