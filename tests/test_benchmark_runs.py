@@ -30,7 +30,7 @@ def pair(*arguments):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     whole = [sys.executable, *PAIR, *arguments]
-    done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

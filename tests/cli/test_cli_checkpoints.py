@@ -187,7 +187,7 @@ def signalled(command):
         while process.poll() is None and not any(n.startswith(".out") for n in os.listdir()):
             pass
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     return process.returncode, err
 
 

@@ -97,7 +97,7 @@ def test_fsdp2_saves_its_state_and_goes_on(tmp_path):
     script = Path(__file__).with_name("accelerate_fsdp2.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("losses")]
     spec = importlib.util.spec_from_file_location("accelerate_fsdp2", script)

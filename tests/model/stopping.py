@@ -56,40 +56,64 @@ class Stop(BaseException):
     pass
 
 
-class At:
-    """Raises at the n-th line that Python runs inside of some folders, and keeps those before."""
+def inside(code, within):
+    # that one has signals wait, raises nothing itself, and is tried by test_stops_pressed.py
+    return code.co_filename.startswith(within) and code.co_name != "undisturbed"
 
-    def __init__(self, left, within):
-        self.left, self.within, self.lines = left, within, []
+
+class Lines:
+    """Keeps the lines that Python runs inside of some folders."""
+
+    def __init__(self, within):
+        self.within, self.lines = within, []
 
     def __call__(self, frame, event, _):
-        code = frame.f_code
-        # it has signals wait, raises nothing itself, and is tried by test_stops_pressed.py
-        inside = code.co_filename.startswith(self.within) and code.co_name != "undisturbed"
-        return self.line if inside else None
+        return self.line if inside(frame.f_code, self.within) else None
 
     def line(self, frame, event, _):
         if event == "line":
             self.lines.append((frame.f_code, frame.f_lineno))
-            self.left -= 1
-            if self.left < 0:
-                raise Stop
         return self.line
+
+
+def at(code, number, visit):
+    """What raises when a line runs for the n-th time; it follows the line's function alone, since
+    to follow each takes as long again as the call."""
+    left = visit
+
+    def called(frame, event, _):
+        return line if frame.f_code is code else None
+
+    def line(frame, event, _):
+        nonlocal left
+        if event == "line" and frame.f_lineno == number:
+            left -= 1
+            if left == 0:
+                raise Stop
+        return line
+
+    return called
 
 
 def moments(call, within=PACKAGE):
     """When to stop a call: the first time that each line runs, and its last."""
-    trace = At(10**9, within)
+    trace = Lines(within)
     run(trace, call)
     times = {}
     for time, line in enumerate(trace.lines):
         times.setdefault(line, []).append(time)
-    return sorted({t for found in times.values() for t in (found[0], found[-1])})
+    ends = {(found[i], *line, n) for line, found in times.items() for i, n in visits(found)}
+    return [moment for _, *moment in sorted(ends, key=lambda end: end[0])]
 
 
-def stopped(at, call, within=PACKAGE):
-    """Whether `call` was stopped at a line; its warnings are not the matter here."""
-    return run(At(at, within), call)
+def visits(found):
+    """Places in a list of times, and which visits they are, from 1."""
+    return ((0, 1), (-1, len(found)))
+
+
+def stopped(moment, call):
+    """Whether `call` was stopped at a moment; its warnings are not the matter here."""
+    return run(at(*moment), call)
 
 
 def run(trace, call):
@@ -121,7 +145,7 @@ def check_stops(name, start, act, within=PACKAGE):
     assert not equal(before, after)
     for index, line in enumerate(times):
         model = copy.deepcopy(start)
-        assert stopped(line, lambda model=model: act(model), within)
+        assert stopped(line, lambda model=model: act(model))
         now = picture(model)
         done = equal(now, after)
         assert done or equal(now, before), f"line {line} of {name}"

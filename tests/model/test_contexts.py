@@ -260,7 +260,7 @@ def test_a_forked_child_with_shared_memory():
     queue = context.Queue()
     child = context.Process(target=_in_a_child, args=(models, cases, queue))
     child.start()
-    found = queue.get(timeout=60)
+    found = queue.get(timeout=600)
     child.join()
     for model, case, got in zip(models, cases, found):
         same([torch.from_numpy(t) for t in got], outcome(model, input_of(case)))
@@ -278,7 +278,7 @@ def test_a_spawned_child_that_attaches():
     child = context.Process(target=_in_a_fresh_child, args=(cases, queue))
     child.start()
     for case in cases:
-        got = [torch.from_numpy(t) for t in queue.get(timeout=100)]
+        got = [torch.from_numpy(t) for t in queue.get(timeout=600)]
         same(got, outcome(made(case), input_of(case)))
     child.join()
 

@@ -20,7 +20,7 @@ def run(command, dump, *options):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     whole = [sys.executable, *command, SCRIPT, *TINY, *options, "--dump", str(dump)]
-    done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [torch.load(file) for file in sorted(dump.parent.glob(f"{dump.name}.*"))]
 

@@ -184,7 +184,7 @@ def test_a_child_of_multiprocessing_does_what_its_parent_does(how):
     for case in cases:
         child = context.Process(target=_trains, args=(case, queue))
         child.start()
-        numbers = queue.get(timeout=120)
+        numbers = queue.get(timeout=600)
         child.join()
         here = in_a_child(made(case), input_of(case))
         assert all((a == b).all() for a, b in zip(here, numbers, strict=True))

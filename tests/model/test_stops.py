@@ -385,7 +385,7 @@ def test_signals_at_random_times(name, presses, tmp_path):
     script = textwrap.dedent(SIGNALLED)
     place = tmp_path / "adapter.safetensors"
     command = [sys.executable, "-c", script, name, "0", str(presses), str(place)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 5
     assert signal.getsignal(signal.SIGINT) is not None
