@@ -172,8 +172,9 @@ def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipIn
 
 def _check_legacy(path: Path) -> None:
     """Files from before torch 1.6: five pickles in a row, then bytes."""
-    with open_regular(path) as file:
-        head, keys = [told(file) for _ in range(4)], told(file)
+    with open_regular(path) as file:  # names alone may claim, or lack, an end far away
+        pickles = io.BytesIO(file.read(MOST_TEXT))
+        head, keys = [told(pickles) for _ in range(4)], told(pickles)
     unread = {key for part in head for key in part.storages} - set(keys.value)
     size = sum(storage.nbytes for part in head for storage in part.storages.values())
     if unread or size > path.stat().st_size:

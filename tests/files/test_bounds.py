@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -360,6 +361,22 @@ def test_a_conversion_writes_the_same_bytes_each_time(to, tmp_path):
         parts = sorted(out.iterdir()) if out.is_dir() else [out]
         written.append([part.read_bytes() for part in parts])
     assert all(one == written[0] for one in written)
+
+
+@pytest.mark.parametrize(
+    "start", [b"c", b"V", b"X\xff\xff\xff\x6f", b"\x8e" + bytes([0, 0, 0, 9] + [0] * 4)]
+)
+def test_a_name_of_an_old_file_of_holes_is_not_read_to_its_end(start, tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"\x80\x02" + start)
+    os.truncate(path, 2**40)
+    tracemalloc.start()
+    try:
+        with no_longer_than(5), pytest.raises(FileError, match="not a whole file of torch.save"):
+            opened(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
 
 
 # what is made by chance, of parts that mean something; a hang ends with the alarm's error
