@@ -364,7 +364,7 @@ def test_a_conversion_writes_the_same_bytes_each_time(to, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "start", [b"c", b"V", b"X\xff\xff\xff\x6f", b"\x8e" + bytes([0, 0, 0, 9] + [0] * 4)]
+    "start", [b"c", b"V", b"X\xff\xff\xff\x6f", b"\x8e" + bytes([0, 0, 0, 64] + [0] * 4)]
 )
 def test_a_name_of_an_old_file_of_holes_is_not_read_to_its_end(start, tmp_path):
     path = tmp_path / "a.pt"
