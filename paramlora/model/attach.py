@@ -45,7 +45,7 @@ from paramlora.update.contexts import own_context
 from paramlora.update.kinds import kind_of
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
-from paramlora.update.sharded import check_order, gathered, is_sharded
+from paramlora.update.sharded import check_not_flat, check_order, gathered, is_sharded
 
 Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
 _MOST = torch.finfo(torch.float32).max
@@ -204,7 +204,7 @@ def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
         adapters: a name or several; all when None.
 
     Raises:
-        AdapterError: an adapter that is not attached.
+        AdapterError: an adapter that is not attached, or a model under FSDP1.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -214,6 +214,7 @@ def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     chosen = check_adapters(model, adapters)
     if not chosen:
         return model
+    check_not_flat(model, "detach")
     with unchanged_on_error(model.modules(), model.parameters()):
         for module in list(model.modules()):
             for name, plist in updates_of(module):

@@ -252,7 +252,7 @@ def _with_room(
 ) -> Tensor:
     """``compute(layer, x, found, bias)``; of float16 in float32, but for our kernels: a sum that is
     finite when it is rescaled may be beyond float16's range before."""
-    device, (weight, *rest), bias = autocast_of(x), found, _bias(layer)
+    device, (weight, update, dropping), bias = autocast_of(x), found, _bias(layer)
     if (x.dtype if device is None else torch.get_autocast_dtype(device)) != torch.float16:
         return compute(layer, x, found, bias)
     narrow = x, weight, bias
@@ -261,8 +261,9 @@ def _with_room(
     if narrow[0].dtype != torch.float16 or served(narrow[0]):
         return compute(layer, x, found, bias)
     with in_own_types(x):
-        x, weight, bias = (None if t is None else t.float() for t in narrow)
-        return compute(layer, x, (weight, *rest), bias).half()
+        x, weight = narrow[0].float(), narrow[1].float()
+        bias = None if bias is None else narrow[2].float()
+        return compute(layer, x, (weight, update, dropping), bias).half()
 
 
 def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, bias: Any, layout: Layout) -> Tensor:

@@ -27,7 +27,7 @@ from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
 from paramlora.update.rounding import KeptReport, Rounding
-from paramlora.update.sharded import gathered, is_sharded
+from paramlora.update.sharded import check_not_flat, gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, waited_for
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
@@ -87,8 +87,8 @@ def merge(
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite or whose sum is
             beyond the weight's type, a soft one with ``"up_kernel": "same"``, one over a
-            parametrization that cannot hold the sum, or one of a quantised weight without
-            `dequantize`.
+            parametrization that cannot hold the sum, one of a quantised weight without
+            `dequantize`, or a model under FSDP1.
 
     Example:
         >>> import paramlora
@@ -97,6 +97,8 @@ def merge(
         >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
     chosen = check_adapters(model, adapters)
+    if chosen:
+        check_not_flat(model, "merge")
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
     _check_finite(acting)
     for path, update in acting:

@@ -29,7 +29,7 @@ from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
-from paramlora.update.sharded import check_order
+from paramlora.update.sharded import check_not_flat, check_order
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
 
@@ -347,6 +347,7 @@ def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
     found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
     if not found:
         check_adapters(model, adapter)
+    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
     return found
 
 

@@ -52,6 +52,37 @@ _TAKERS = {
 }
 
 
+def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
+    """Refuse what needs each tensor where torch's FSDP1 holds them in flat parts: those are of
+    other shapes in each process, and what is taken off a layer stays in the flat parameter.
+
+    Args:
+        what: the function that was called.
+        gathers: whether it is right inside of ``summon_full_params``, where all is there.
+
+    Raises:
+        AdapterError: names the function and the way out.
+    """
+    for module in model.modules():
+        if not any(cls.__name__ == _FSDP1 for cls in type(module).__mro__):
+            continue
+        state: Any = getattr(module, "training_state", None)
+        if gathers and getattr(state, "name", "") == "SUMMON_FULL_PARAMS":
+            continue
+        out = (
+            f"Call it inside `with {_FSDP1}.summon_full_params(model):`, in all processes."
+            if gathers
+            else f"Save the adapter inside `with {_FSDP1}.summon_full_params(model):`, load it "
+            "into a model that is not wrapped, and do it there; or use fully_shard."
+        )
+        raise AdapterError(
+            f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. {out}"
+        )
+
+
+_FSDP1 = "FullyShardedDataParallel"
+
+
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 

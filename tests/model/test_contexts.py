@@ -644,3 +644,33 @@ def outcome_compiled(model, compiled, x):
     y = compiled(x)
     dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("flat", (True, False))
+@pytest.mark.filterwarnings("ignore")  # of FSDP on a CPU
+def test_under_flat_parameters_what_needs_whole_tensors_is_refused(flat, alone, tmp_path):
+    """Or is right, where FSDP1 gathers them; forward and strengths need none."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
+
+    model, path = made("linear").requires_grad_(True), tmp_path / "a.safetensors"
+    want = {k: t.clone() for k, t in paramlora.adapter_state_dict(model).items()}
+    device = torch.device("cpu")
+    sharded = Sharded(copy.deepcopy(model), use_orig_params=not flat, device_id=device)
+    for act in (
+        paramlora.merge,
+        paramlora.detach,
+        paramlora.adapter_state_dict,
+        lambda m: paramlora.load_adapter_state_dict(m, want),
+        lambda m: paramlora.save_adapter(m, path),
+    ):
+        with pytest.raises(paramlora.AdapterError, match="flat parts.*summon_full_params"):
+            act(sharded)
+    assert not path.exists()
+    with Sharded.summon_full_params(sharded):
+        paramlora.save_adapter(sharded, path)
+        with pytest.raises(paramlora.AdapterError, match="^merge under"):
+            paramlora.merge(sharded)
+    x = input_of("linear")
+    torch.testing.assert_close(sharded(x), model(x), rtol=1e-5, atol=1e-5)
+    read = paramlora.adapter_state_dict(paramlora.load_adapter(model_of("linear"), path))
+    assert read.keys() == want.keys() and all(torch.equal(read[k], want[k]) for k in want)
