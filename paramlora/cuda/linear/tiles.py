@@ -65,9 +65,7 @@ def projection(M: int, R: int, drop: bool = False) -> tuple[int, int, int, int]:
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
     if drop and M > 512:
         return (16 if M <= 4096 else 32, deep, 4, 4)
-    if M <= 512:
-        return 16, deep, 4, 4
-    return (64, 128, 3, 4) if M < LONG else (128, 64, 4, 4)
+    return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
 
 
 def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
