@@ -69,14 +69,15 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
         state: Any = getattr(module, "training_state", None)
         if gathers and getattr(state, "name", "") == "SUMMON_FULL_PARAMS":
             continue
-        out = (
-            f"Call it inside `with {_FSDP1}.summon_full_params(model):`, in all processes."
+        inside = f"inside `with {_FSDP1}.summon_full_params(model):`, in all processes"
+        where = (
+            inside
             if gathers
-            else f"Save the adapter inside `with {_FSDP1}.summon_full_params(model):`, load it "
-            "into a model that is not wrapped, and do it there; or use fully_shard."
+            else f"on a model that is not wrapped, with an adapter that was saved {inside}"
         )
         raise AdapterError(
-            f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. {out}"
+            f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. "
+            f"Call it {where}; or use fully_shard."
         )
 
 
