@@ -32,7 +32,8 @@ from paramlora.cuda.operands import kernels
 from paramlora.model.attach import updates
 
 Row = dict[str, Any]
-SIZES = {  # positions, in, out, rank, adapters, decoded rows; of Llama: width, inner, layers, words
+# positions, in, out, rank, adapters, decoded rows and layers; of Llama: width, inner, layers, words
+SIZES = {
     "cuda": dict(
         n=8192, width=4096, r=16, count=8, rows=64, deep=8, tokens=512, model=1, layers=32
     ),
@@ -114,19 +115,19 @@ def decoded(size: Row, rounds: int) -> Iterator[Row]:
     many, width = names(count), size["width"]
     frozen = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(deep)))
     frozen = frozen.to(device(), dtype).requires_grad_(False)
-    layers = nn.Sequential(*map(_like, frozen))
-    adapted(layers, many, lambda: dict.fromkeys(map(str, range(deep)), entry))
+    stack = nn.Sequential(*map(_like, frozen))
+    adapted(stack, many, lambda: dict.fromkeys(map(str, range(deep)), entry))
     x = torch.randn(count, width, device=device(), dtype=dtype)
-    with torch.no_grad(), paramlora.route(layers, many):
-        check(layers[0], x, layers[0](x), many)
+    with torch.no_grad(), paramlora.route(stack, many):
+        check(stack[0], x, stack[0](x), many)
 
         def by_torch() -> Any:
             with kernels(False):
-                return layers(x)
+                return stack(x)
 
         steps: dict[str, Callable[[], Any]] = {
             "frozen": lambda: frozen(x),
-            f"{count} adapters": lambda: layers(x),
+            f"{count} adapters": lambda: stack(x),
             f"{count} adapters, torch's operations": by_torch,
         }
         case = f"decode {count}×{width}×{width} r{size['r']}, {deep} layers"

@@ -45,9 +45,10 @@ def check_order(model: nn.Module) -> None:
                 )
 
 
+_FSDP1 = "FullyShardedDataParallel"
 _TAKERS = {
     "FSDPModule": "fully_shard",
-    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    _FSDP1: _FSDP1,
     "DistributedDataParallel": "DistributedDataParallel",
 }
 
@@ -79,9 +80,6 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
             f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. "
             f"Call it {where}; or use fully_shard."
         )
-
-
-_FSDP1 = "FullyShardedDataParallel"
 
 
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:

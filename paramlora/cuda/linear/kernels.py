@@ -263,6 +263,13 @@ def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
 
 
 @triton.jit
+def _halves(acc):
+    """The left and right columns of a tile: a store of half the width leaves room for a stage."""
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
 def _tile(
     x, w, y, wide, f, q, p, bias, signals, pid, stride_wk, stride_wn, of, drop_in, drop, how,
     PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
@@ -295,8 +302,7 @@ def _tile(
             acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]
         if how.TMA:
             HALF: tl.constexpr = how.BLOCK_N // 2
-            halves = tl.permute(tl.reshape(acc, (how.BLOCK_M, 2, HALF)), (0, 2, 1))
-            lower, upper = tl.split(halves)  # one store of half the width leaves room for a stage
+            lower, upper = _halves(acc)
             if drop.ON:  # and a masked term of its own for half of the registers
                 offs_n = column * how.BLOCK_N + tl.arange(0, HALF)
                 lower = _low_rank(lower, p, q, offs_m, offs_n, of, drop, how.R)

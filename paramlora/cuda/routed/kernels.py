@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paramlora.cuda.decoding.kernels import _held, _rank
 from paramlora.cuda.experts.kernels import _expert, _share, _wide
-from paramlora.cuda.linear.kernels import _place
+from paramlora.cuda.linear.kernels import _halves, _place
 
 
 @triton.jit
@@ -135,7 +135,9 @@ def _at_once(
 
 
 @triton.jit
-def _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB):
+def _one_by_one(
+    acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB: tl.constexpr
+):
     """`_at_once` of numbers that are not finite: zeros times them would be no zeros, so that they
     come to their own rows alone."""
     rr = tl.arange(0, RB)
@@ -167,19 +169,19 @@ def product(
     own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
     lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
     first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
-    bad = 0
-    if lowest < tl.max(own, 0):  # rows of several
-        for start in range(first, end, CH):
-            _, _, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
-            bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     tl.assume(K > 0)
     acc = _wide(
         x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
         TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
     )  # fmt: skip
-    if EARLY:
+    if EARLY:  # p, and q too, which a launch right ahead may have cast
         gdc_wait()
         gdc_launch_dependents()
+    bad = 0
+    if lowest < tl.max(own, 0):  # rows of several
+        for start in range(first, end, CH):
+            _, _, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+            bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     if bad > 0:
         acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
     else:
@@ -187,10 +189,9 @@ def product(
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
-        HALF: tl.constexpr = BN // 2
-        lower, upper = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
+        lower, upper = _halves(acc)
         y.store([block * BM, column * BN], lower.to(y.dtype))
-        y.store([block * BM, column * BN + HALF], upper.to(y.dtype))
+        y.store([block * BM, column * BN + BN // 2], upper.to(y.dtype))
     else:
         where = y + rm[:, None].to(tl.int64) * N + rn[None, :]
         tl.store(where, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
