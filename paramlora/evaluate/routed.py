@@ -329,15 +329,15 @@ def _each(
     found: tuple[_Maybe, _Maybe], factors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[_Maybe]:
     """The gradients of all A's and B's as those of each, in memory one behind the other."""
-    out: list[_Maybe] = []
-    at = [0, 0]
-    flat = [None if t is None else t.view(-1) for t in found]
-    for which, (factor, want) in enumerate(zip(factors, wanted)):
-        side, size = which % 2, factor.numel()
-        whole = flat[side] if want else None
-        own = None if whole is None else whole[at[side] : at[side] + size].view(factor.shape)
-        out.append(None if own is None else cast(own, factor.dtype))
-        at[side] += size
+    out: list[_Maybe] = [None] * len(factors)
+    for side, whole in enumerate(found):
+        if whole is not None:
+            own = factors[side::2]
+            parts = whole.view(-1).split([factor.numel() for factor in own])
+            out[side::2] = [
+                cast(part.view(factor.shape), factor.dtype) if want else None
+                for part, factor, want in zip(parts, own, wanted[side::2])
+            ]
     return out
 
 

@@ -26,6 +26,7 @@ from paramlora.model.undo import to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import own_context
+from paramlora.update.memory import all_finite
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import check_not_flat, gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, waited_for
@@ -401,10 +402,10 @@ def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> None:
         for name, tensor in update.state_dict().items()
         if not tensor.is_meta
     ]
-    sound = waited_for([torch.isfinite(tensor).all() for _, _, tensor in named])
-    for (adapter, place, _), finite in zip(named, sound):
-        if not finite:
-            raise AdapterError(
-                f'adapter "{adapter}", {place}: not finite. Nothing was merged; '
-                "detach the adapter or load a sound one."
-            )
+    if all_finite(tensor for _, _, tensor in named):
+        return
+    adapter, place = next(at for *at, tensor in named if not torch.isfinite(tensor).all())
+    raise AdapterError(
+        f'adapter "{adapter}", {place}: not finite. Nothing was merged; '
+        "detach the adapter or load a sound one."
+    )
