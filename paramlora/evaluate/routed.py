@@ -333,7 +333,7 @@ def _each(
     for side, whole in enumerate(found):
         if whole is not None:
             own = factors[side::2]
-            parts = whole.view(-1).split([factor.numel() for factor in own])
+            parts = torch.split(whole.view(-1), [factor.numel() for factor in own])
             out[side::2] = [
                 cast(part.view(factor.shape), factor.dtype) if want else None
                 for part, factor, want in zip(parts, own, wanted[side::2])

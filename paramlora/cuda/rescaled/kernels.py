@@ -21,7 +21,7 @@ def lengths(
     factor = b + rn[:, None].to(tl.int64) * b_n + rr[None, :].to(tl.int64) * b_r
     up = tl.load(factor, mask=rows[:, None] & ranks[None, :], other=0.0).to(tl.float32)
     up *= tl.load(scale).to(tl.float32)
-    total = tl.zeros((BN,), tl.float32)
+    total = tl.zeros((BN, BK), tl.float32)  # summed at the end: no step waits for another thread
     for k in range(0, K, BK):
         rk = k + tl.arange(0, BK)
         where = a + rr[:, None].to(tl.int64) * a_r + rk[None, :].to(tl.int64) * a_k
@@ -29,8 +29,8 @@ def lengths(
         where = w + rn[:, None].to(tl.int64) * w_n + rk[None, :].to(tl.int64) * w_k
         tile = tl.load(where, mask=rows[:, None] & (rk < K)[None, :], other=0.0).to(tl.float32)
         tile = tl.dot(up, down, tile)
-        total += tl.sum(tile * tile, 1)
-    tl.store(norm + rn, tl.sqrt(total), mask=rows)
+        total += tile * tile
+    tl.store(norm + rn, tl.sqrt(tl.sum(total, 1)), mask=rows)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def rescale_backward(
     group = tl.program_id(0) // columns
     rn = tl.program_id(0) % columns * BN + tl.arange(0, BN)
     factor, length = _factor(m, norm, rn, N)
-    total = tl.zeros((BN,), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)  # summed at the end: no step waits for another thread
     for first in range(group * each, tl.minimum(M, group * each + each), BM):
         rm = first + tl.arange(0, BM)
         inside = (rm < M)[:, None] & (rn < N)[None, :]
@@ -76,7 +76,8 @@ def rescale_backward(
         gradient = tl.load(where, mask=inside, other=0.0).to(tl.float32)
         where = rm[:, None].to(tl.int64) * N + rn[None, :]
         output = tl.load(z + where, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(gradient * output, 0)
+        total += gradient * output
         gradient *= factor[None, :]
         tl.store(dz + where, gradient.to(dz.dtype.element_ty), mask=inside)
-    tl.store(part + tl.cast(group, tl.int64) * N + rn, total / length, mask=rn < N)
+    where = part + tl.cast(group, tl.int64) * N + rn
+    tl.store(where, tl.sum(total, 0) / length, mask=rn < N)

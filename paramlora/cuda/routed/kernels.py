@@ -106,12 +106,10 @@ def project(
 
 
 @triton.jit
-def _factor(q, owner, start, end, rn, N, q_rank, q_n, CH: tl.constexpr):
-    """Some ranks among those of all updates: where they lie, whose each is, and ``q`` of them."""
-    lying = start + tl.arange(0, CH)
-    whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
+def _factor(q, lying, end, rn, N, q_rank, q_n):
+    """``q`` of some ranks among those of all updates."""
     where = q + lying[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
-    return lying, whose, tl.load(where, mask=(lying < end)[:, None] & (rn < N)[None, :], other=0.0)
+    return tl.load(where, mask=(lying < end)[:, None] & (rn < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -121,13 +119,19 @@ def _finite(tile):
 
 @triton.jit
 def _at_once(
-    acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH: tl.constexpr
-):
+    acc, p, q, own, owner, starts, lowest, first, end, several, rm, rn, N, R, q_rank, q_n,
+    CH: tl.constexpr,
+):  # fmt: skip
     """``acc + p_i q_i`` of ranks that lie one after the other, whosever they are: each row's part
     of p is zero in those of others."""
     for start in range(first, end, CH):
-        lying, whose, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
-        within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
+        lying = start + tl.arange(0, CH)
+        if several:
+            whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
+            within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
+        else:  # what is looked up would come a memory's latency later, once and again
+            whose, within = tl.where(lying < end, lowest, -1), lying - first
+        right = _factor(q, lying, end, rn, N, q_rank, q_n)
         where = p + rm[:, None].to(tl.int64) * R + within[None, :]
         left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
         acc = tl.dot(left, right, acc)
@@ -156,8 +160,8 @@ def _one_by_one(
 
 @triton.jit
 def product(
-    x, w, y, p, q, index, starts, owner, bias,
-    M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
+    x, w, y, p, q, index, spans, starts, owner, bias,
+    M, N, K, updates, rows, P, x_row, w_k, w_n, q_rank, q_n, R,
     EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
     WHOLE_K: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -166,9 +170,10 @@ def product(
     columns = tl.cdiv(N, BN)
     block, column = _place(tl.program_id(0), tl.cdiv(M, BM), columns, GROUP)
     rm, rn = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    # asked for now and looked at once the products are there, so that nothing waits for them
     own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
-    lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
-    first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
+    span = spans + block * BM // P
+    first, end = tl.load(span), tl.load(span + rows)
     tl.assume(K > 0)
     acc = _wide(
         x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
@@ -177,15 +182,36 @@ def product(
     if EARLY:  # p, and q too, which a launch right ahead may have cast
         gdc_wait()
         gdc_launch_dependents()
-    bad = 0
-    if lowest < tl.max(own, 0):  # rows of several
+    bad, lowest, highest = 0, tl.min(own, 0), tl.max(own, 0)
+    several = lowest < highest
+    if several:
+        highest = tl.max(tl.where(own < updates, own, -1), 0)
+        first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
         for start in range(first, end, CH):
-            _, _, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+            right = _factor(q, start + tl.arange(0, CH), end, rn, N, q_rank, q_n)
             bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     if bad > 0:
         acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
     else:
-        acc = _at_once(acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH)
+        acc = _at_once(
+            acc,
+            p,
+            q,
+            own,
+            owner,
+            starts,
+            lowest,
+            first,
+            end,
+            several,
+            rm,
+            rn,
+            N,
+            R,
+            q_rank,
+            q_n,
+            CH,
+        )
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if TMA:

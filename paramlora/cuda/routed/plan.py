@@ -26,7 +26,8 @@ class Sorted(NamedTuple):
         taken: ``[N]``, the update of each row, one beyond them for none.
         order: ``[N]``, the rows sorted by their update.
         ends: ``[updates]``, where each one's positions end among the sorted ones.
-        starts: ``[updates + 1]``, where each one's ranks start among those of all.
+        spans: ``[2, N]``, where the ranks of each row's update start and end among those of all.
+        starts: ``[updates + 1]``, where each one's ranks start.
         owner: ``[ranks]``, whose each of these is.
         most: the largest rank.
         positions: of each row.
@@ -35,6 +36,7 @@ class Sorted(NamedTuple):
     taken: Tensor
     order: Tensor
     ends: Tensor
+    spans: Tensor
     starts: Tensor
     owner: Tensor
     most: int
@@ -115,13 +117,13 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         by: which update each row takes.
         bias: ``[N]``, contiguous.
     """
-    y = x.new_empty(len(x), w.shape[1])
-    tensors = (x, w, y, p, q, by.taken, by.starts, by.owner, w if bias is None else bias)
-    rest = (by.most, by.positions, bias is not None)
+    y, given = x.new_empty(len(x), w.shape[1]), bias is not None
+    tensors = (x, w, y, p, q, by.taken, by.spans, by.starts, by.owner, bias if given else w)
+    rest = (by.most, by.positions, given)
 
     def made(addresses: tuple[int, ...]) -> Any:
         even = not any(address & 15 for address in addresses[:2])
-        return _product(x, w, p, q, by, bias is not None, even, card(x.get_device()))
+        return _product(x, w, p, q, by, given, even, card(x.get_device()))
 
     (launch, layouts), addresses = planned(_PLANS, tensors, ("product", *rest), made)
     blocks = tuple(map(Block, tensors, layouts))
@@ -138,7 +140,8 @@ def _product(
     aligned = even and not (x_row | step | N) & 7 and (rows_out or K % 64 == 0)
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
-    numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
+    updates, rows = len(by.ends), len(by.taken)
+    numbers = (M, N, K, updates, rows, by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
     RB = power(max(by.most, 16))
     constants = (of.hopper, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
     grid = -(-M // BM) * -(-N // BN)
