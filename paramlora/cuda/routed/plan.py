@@ -117,13 +117,13 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         by: which update each row takes.
         bias: ``[N]``, contiguous.
     """
-    y, given = x.new_empty(len(x), w.shape[1]), bias is not None
-    tensors = (x, w, y, p, q, by.taken, by.spans, by.starts, by.owner, bias if given else w)
-    rest = (by.most, by.positions, given)
+    y, last = x.new_empty(len(x), w.shape[1]), w if bias is None else bias
+    tensors = (x, w, y, p, q, by.taken, by.spans, by.starts, by.owner, last)
+    rest = (by.most, by.positions, bias is not None)
 
     def made(addresses: tuple[int, ...]) -> Any:
         even = not any(address & 15 for address in addresses[:2])
-        return _product(x, w, p, q, by, given, even, card(x.get_device()))
+        return _product(x, w, p, q, by, bias is not None, even, card(x.get_device()))
 
     (launch, layouts), addresses = planned(_PLANS, tensors, ("product", *rest), made)
     blocks = tuple(map(Block, tensors, layouts))
