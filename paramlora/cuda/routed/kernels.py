@@ -118,23 +118,40 @@ def _finite(tile):
 
 
 @triton.jit
+def _some(
+    acc, p, q, own, owner, starts, lowest, first, start, end, several, rm, rn, N, R, q_rank, q_n,
+    CH: tl.constexpr,
+):  # fmt: skip
+    """``acc + p_i q_i`` of a few ranks, whosever they are: each row's part of p is zero in those of
+    others."""
+    lying = start + tl.arange(0, CH)
+    if several:
+        whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
+        within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
+    else:  # what is looked up would come a memory's latency later, once and again
+        whose, within = tl.where(lying < end, lowest, -1), lying - first
+    right = _factor(q, lying, end, rn, N, q_rank, q_n)
+    where = p + rm[:, None].to(tl.int64) * R + within[None, :]
+    left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
+    return tl.dot(left, right, acc)
+
+
+@triton.jit
 def _at_once(
     acc, p, q, own, owner, starts, lowest, first, end, several, rm, rn, N, R, q_rank, q_n,
     CH: tl.constexpr,
 ):  # fmt: skip
-    """``acc + p_i q_i`` of ranks that lie one after the other, whosever they are: each row's part
-    of p is zero in those of others."""
-    for start in range(first, end, CH):
-        lying = start + tl.arange(0, CH)
-        if several:
-            whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
-            within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
-        else:  # what is looked up would come a memory's latency later, once and again
-            whose, within = tl.where(lying < end, lowest, -1), lying - first
-        right = _factor(q, lying, end, rn, N, q_rank, q_n)
-        where = p + rm[:, None].to(tl.int64) * R + within[None, :]
-        left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
-        acc = tl.dot(left, right, acc)
+    """`_some` of all ranks from `first` up to `end`. The first of them, which are all that most
+    tiles have, are outside of the loop: one that is to be pipelined takes longer to enter."""
+    acc = _some(
+        acc, p, q, own, owner, starts, lowest, first, first, end, several, rm, rn, N, R, q_rank,
+        q_n, CH,
+    )  # fmt: skip
+    for start in tl.range(first + CH, end, CH, num_stages=1):
+        acc = _some(
+            acc, p, q, own, owner, starts, lowest, first, start, end, several, rm, rn, N, R, q_rank,
+            q_n, CH,
+        )  # fmt: skip
     return acc
 
 
@@ -187,31 +204,16 @@ def product(
     if several:
         highest = tl.max(tl.where(own < updates, own, -1), 0)
         first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
-        for start in range(first, end, CH):
+        for start in tl.range(first, end, CH, num_stages=1):
             right = _factor(q, start + tl.arange(0, CH), end, rn, N, q_rank, q_n)
             bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     if bad > 0:
         acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
     else:
         acc = _at_once(
-            acc,
-            p,
-            q,
-            own,
-            owner,
-            starts,
-            lowest,
-            first,
-            end,
-            several,
-            rm,
-            rn,
-            N,
-            R,
-            q_rank,
-            q_n,
+            acc, p, q, own, owner, starts, lowest, first, end, several, rm, rn, N, R, q_rank, q_n,
             CH,
-        )
+        )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
