@@ -16,7 +16,7 @@ from paramlora.cuda.routed import kernels
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
-_SUMS = (128, 3, 8)  # rows of a step of the gradients, stages, warps
+_SUMS = (64, 4, 8)  # rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
@@ -93,12 +93,12 @@ def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
 
     def made(_: Any) -> Launch:
         (M, K), updates, RB = x.shape, len(by.ends), power(max(p.shape[1], 16))
-        BM, BK = 64, 128 if RB <= 32 else 64
+        BM, BK = 64, 64  # leaves shared memory for the product, which starts before it ends
         numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
         early = card(x.get_device()).hopper
         constants = (early, K % BK == 0, power(updates + 1), RB, BM, BK)
         grid = M // BM + updates
-        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4, early)
+        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 4, 4, early)
 
     launch, addresses = planned(_PLANS, tensors, ("thin", *rest), made)
     launch(tensors, addresses)
