@@ -76,13 +76,13 @@ def _load(
     for path, tensors in own.items():
         for name, tensor in tensors.items():
             _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
-    cast = _finite(live, state)
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
-    ready = _beside(live, cast)  # all that can fail or wait, before anything changes
+    # all that can fail or wait, before anything changes; and a device looks at numbers faster
+    ready = _finite(live, _beside(live, state))
     held = {
         path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
     }
