@@ -25,7 +25,7 @@ from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
-from paramlora.update.contexts import own_context
+from paramlora.update.contexts import as_made, own_context
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import check_not_flat, gathered, is_sharded
 from paramlora.update.sum import bound_of, folded, overflows, waited_for
@@ -223,7 +223,8 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
-            tensor.copy_(value)
+            with as_made(tensor):
+                tensor.copy_(value)
     if total is None:
         return
     plain = _plain(group)
@@ -235,7 +236,8 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
     elif shares or 0 in base.stride():  # expanded: its elements share memory, the sum's cannot
         base.data = _laid_out(total, base)
     else:
-        base.copy_(total)
+        with as_made(base):
+            base.copy_(total)
 
 
 def _laid_out(total: Tensor, base: Tensor) -> Tensor:

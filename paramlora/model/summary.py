@@ -103,6 +103,7 @@ def _table(lines: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
+@torch.no_grad()
 def summary(model: nn.Module) -> Summary:
     """What is attached to `model`: a row per update, and totals; prints as a table.
 

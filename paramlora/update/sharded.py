@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.update.contexts import as_made
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -24,7 +25,8 @@ def take(own: Tensor, value: Tensor) -> None:
     """Copy `value`, the same on every process, into `own`, sharded or not."""
     if is_sharded(own) and not is_sharded(value):
         value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
-    own.copy_(value)
+    with as_made(own):
+        own.copy_(value)
 
 
 def check_order(model: nn.Module) -> None:

@@ -231,6 +231,45 @@ def test_where_nothing_is_recorded(context):
         same(outcome(plain, x), want)
 
 
+def test_a_copy_made_in_inference_mode(tmp_path):
+    """Its tensors can be written there alone, by whom it is used."""
+    path = tmp_path / "a.safetensors"
+    for case in CASES:
+        model = nn.Sequential(*model_of(case), nn.BatchNorm1d(3, affine=False)).eval()
+        adapt(model, case)
+        paramlora.save_adapter(model, path)
+        state = {k: t.clone() for k, t in paramlora.adapter_state_dict(model).items()}
+        base = paramlora.detach(copy.deepcopy(model)).state_dict()
+        merged = paramlora.merge(copy.deepcopy(model)).state_dict()
+
+        def copied(model=model):
+            with torch.inference_mode():
+                return copy.deepcopy(model)
+
+        for context in (torch.enable_grad, torch.inference_mode):
+            one, two, three = copied(), copied(), copied()
+            with context():
+                assert str(paramlora.summary(one)) == str(paramlora.summary(model)), case
+                for adapter in (paramlora.load_adapter_state_dict, _load_into):
+                    with torch.inference_mode():
+                        for _, _, update in updates(one):
+                            for parameter in update.parameters():
+                                parameter.zero_()
+                    adapter(one, state if adapter is not _load_into else path)
+                    got = paramlora.adapter_state_dict(one)
+                    assert all(torch.equal(got[k], t) for k, t in state.items()), case
+                same(list(paramlora.merge(one).state_dict().values()), list(merged.values()))
+                paramlora.merge(two, report=True, seed=0)
+                with torch.inference_mode():
+                    three[-1].running_mean.fill_(1)
+                same(list(paramlora.detach(three).state_dict().values()), list(base.values()))
+                assert all(p.requires_grad for p in three.parameters()), case
+
+
+def _load_into(model, path):
+    paramlora.load_adapter(model, path, into="default")
+
+
 def test_another_thread_and_a_backward_hook():
     for case in CASES:
         model, x, found = made(case), input_of(case), []
