@@ -156,7 +156,7 @@ class LowRank(AttachedUpdate):
 
     def rank_of_sum(self) -> int:
         """The rank of its `factors`."""
-        return self.factors()[0].shape[-2]
+        return self.r if self._buffers["start_A"] is None else 2 * self.r
 
     @property
     def scaling(self) -> Tensor:
@@ -187,12 +187,6 @@ class LowRank(AttachedUpdate):
         """``strength · scale · B·A``, to be added."""
         scale = parts["lora_scale"]
         return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Both factors, the scale where it trains, and what else its kind trains."""
-        scale = [self.lora_scale] if isinstance(self.lora_scale, nn.Parameter) else []
-        own = {"lora_A": [self.lora_A], "lora_B": [self.lora_B], "lora_scale": scale}
-        return own if _is_plain(type(self)) else {**super().groups(), **own}
 
     def described(self) -> tuple[int, float, str]:
         """Its rank and scale; no number on the meta device."""

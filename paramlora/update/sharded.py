@@ -1,6 +1,7 @@
 """Weights that lie on several processes (DTensor), and the order of attaching and wrapping."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,9 +67,7 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
     Raises:
         AdapterError: names the function and the way out.
     """
-    for module in model.modules():
-        if not any(cls.__name__ == _FSDP1 for cls in type(module).__mro__):
-            continue
+    for module in _flat(model):
         state: Any = getattr(module, "training_state", None)
         if gathers and getattr(state, "name", "") == "SUMMON_FULL_PARAMS":
             continue
@@ -82,6 +81,26 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
             f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. "
             f"Call it {where}; or use fully_shard."
         )
+
+
+def check_own_parameters(model: nn.Module, groups: Mapping[str, list[nn.Parameter]]) -> None:
+    """Refuse to group the parameters of an update that torch's FSDP1 has put into its flat ones.
+
+    Raises:
+        AdapterError: names the way out.
+    """
+    if not any(groups.values()) and any(True for _ in _flat(model)):
+        raise AdapterError(
+            f"{_FSDP1} holds the adapter's tensors in flat parameters, each of which has one rate. "
+            "Wrap with use_orig_params=True; or use fully_shard."
+        )
+
+
+def _flat(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose tensors FSDP1 holds."""
+    for module in model.modules():
+        if any(cls.__name__ == _FSDP1 for cls in type(module).__mro__):
+            yield module
 
 
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:

@@ -435,6 +435,12 @@ def test_a_parametrization_of_a_factor_itself():
         update.parametrizations.lora_A.original.grad = None
         y.sum().backward()
         assert update.parametrizations.lora_A.original.grad.abs().max() > 0
+        groups = {g["name"]: g["params"] for g in paramlora.parameter_groups(model, lr=1e-3)}
+        assert groups["lora_A"] == [update.parametrizations.lora_A.original]
+        torch.optim.SGD([p for params in groups.values() for p in params])
+        state = paramlora.adapter_state_dict(model)
+        with pytest.raises(paramlora.AdapterError, match="lora_A is computed by .* Take it off"):
+            paramlora.load_adapter_state_dict(model, state)
 
 
 @pytest.fixture
@@ -693,6 +699,8 @@ def test_under_flat_parameters_what_needs_whole_tensors_is_refused(flat, alone, 
 
     model, path = made("linear").requires_grad_(True), tmp_path / "a.safetensors"
     want = {k: t.clone() for k, t in paramlora.adapter_state_dict(model).items()}
+    kept = tmp_path / "kept.safetensors"
+    paramlora.save_adapter(model, kept)
     device = torch.device("cpu")
     sharded = Sharded(copy.deepcopy(model), use_orig_params=not flat, device_id=device)
     for act in (
@@ -701,14 +709,28 @@ def test_under_flat_parameters_what_needs_whole_tensors_is_refused(flat, alone, 
         paramlora.adapter_state_dict,
         lambda m: paramlora.load_adapter_state_dict(m, want),
         lambda m: paramlora.save_adapter(m, path),
+        paramlora.adapter_of,
+        paramlora.summary,
+        lambda m: paramlora.load_adapter(m, kept, into="default"),
     ):
         with pytest.raises(paramlora.AdapterError, match="flat parts.*summon_full_params"):
             act(sharded)
     assert not path.exists()
+    assert not paramlora.summary(Sharded(model_of("linear"), device_id=device)).rows
+    if flat:
+        with pytest.raises(paramlora.AdapterError, match="one rate. Wrap with use_orig_params"):
+            paramlora.parameter_groups(sharded, lr=1e-3, lr_ratio=16)
+        with pytest.raises(paramlora.AdapterError, match="one rate. Wrap with use_orig_params"):
+            paramlora.trainable_parameters(sharded, "default")
+    else:
+        names = [group["name"] for group in paramlora.parameter_groups(sharded, lr=1e-3)]
+        assert names == ["lora_A", "lora_B", "model"]
     with Sharded.summon_full_params(sharded):
         paramlora.save_adapter(sharded, path)
         with pytest.raises(paramlora.AdapterError, match="^merge under"):
             paramlora.merge(sharded)
+        assert paramlora.summary(sharded).rows == paramlora.summary(model).rows
+        paramlora.load_adapter(sharded, kept, into="default")
     x = input_of("linear")
     torch.testing.assert_close(sharded(x), model(x), rtol=1e-5, atol=1e-5)
     read = paramlora.adapter_state_dict(paramlora.load_adapter(model_of("linear"), path))

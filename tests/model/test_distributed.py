@@ -327,6 +327,30 @@ def case_fsdp_of_a_narrow_base(rank, mesh, folder):
     assert len(moved) == 2 * 5, moved
 
 
+def case_flat(rank, mesh, folder):
+    """FSDP1, whose flat parts are of other shapes, or of no memory at all, between its calls."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
+
+    x, _ = batch()
+    plain = adapted(FSDP)
+    a, b = plain(x), net()(x)
+    rows = torch.tensor([[i % 2 == 0] for i in range(len(x))], device=x.device)
+    for flat in (True, False):
+        model = adapted(FSDP).requires_grad_(True)
+        model = Sharded(model, use_orig_params=not flat, device_id=here())
+        for act in (paramlora.adapter_of, paramlora.summary, paramlora.merge, state_of):
+            with pytest.raises(paramlora.AdapterError, match="flat parts.*summon_full_params"):
+                act(model)
+        torch.testing.assert_close(model(x), a, **CLOSE)
+        if not flat:  # else a layer finds its tensors by reading them alone
+            with paramlora.route(model, ["default", None] * (len(x) // 2)):
+                y = model(x)
+            torch.testing.assert_close(y, torch.where(rows, a, b), **CLOSE)
+        with Sharded.summon_full_params(model):
+            assert all(torch.equal(t, state_of(plain)[k]) for k, t in state_of(model).items())
+            assert paramlora.summary(model).rows == paramlora.summary(plain).rows
+
+
 def case_tensors_trained_whole(rank, mesh, folder):
     x, y = batch()
     plain = net().requires_grad_(False)
