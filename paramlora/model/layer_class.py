@@ -72,6 +72,20 @@ class Updates(ParametrizationList):
         return self
 
 
+class Gone(ParametrizationList):
+    """A list that was taken off, for whoever remembers it as the place of the tensor: torch's
+    `fully_shard` puts the gathered tensor there for each call, and the sharded one after it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(*vars(self)["now"]) if name == "original" else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "original":
+            setattr(*vars(self)["now"], value)
+        else:
+            super().__setattr__(name, value)
+
+
 class Shared(type):
     """Lets one class serve many layers: torch deletes the property of the layer that it
     removes, from the class, where the other layers still need it. Anything else that is set on

@@ -27,7 +27,13 @@ from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import as_made, own_context
 from paramlora.update.rounding import KeptReport, Rounding
-from paramlora.update.sharded import check_not_flat, gathered, is_sharded
+from paramlora.update.sharded import (
+    check_not_flat,
+    gathered,
+    is_sharded,
+    reshard,
+    under_fully_shard,
+)
 from paramlora.update.sum import bound_of, folded, overflows, waited_for
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
@@ -99,6 +105,7 @@ def merge(
     chosen = check_adapters(model, adapters)
     if chosen:
         check_not_flat(model, "merge")
+        reshard(model)
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
     _check_finite(acting)
     for path, update in acting:
@@ -158,12 +165,25 @@ def _merging(
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
     count, shared = holders(model), overlapping(model)
+    for (base, *_), group in alike.items():
+        if len(group) != count[base]:
+            _check_untied(model, *group[0][0][:2])
     paths = {} if rounding is None else {id(one): path for path, one in model.named_modules()}
     steps: list[_Step] = [
         _step(group, len(group) == count[base], base in shared, _named(rounding, paths, group))
         for (base, *_), group in alike.items()
     ]
     return [*steps, lambda: tidy(model)]
+
+
+def _check_untied(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Refuse to give one holder of a tied tensor its own, where torch puts one into all of them."""
+    if is_sharded(getattr(*_stored(module, name))) and under_fully_shard(model):
+        raise AdapterError(
+            f"{_full(model, module, name)}: another layer holds the same tensor without this "
+            "update, and fully_shard keeps one for both. Nothing was merged. Merge before "
+            "sharding, or in a model that is not sharded, into which the adapter is loaded."
+        )
 
 
 def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -> _Round:

@@ -30,10 +30,8 @@ from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
-from paramlora.update.sharded import check_not_flat, check_order
+from paramlora.update.sharded import check_not_flat, check_order, reshard
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
-
-_VALUES = "reading or replacing an adapter's values"
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -162,7 +160,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
     if not held:
         check_adapters(model, adapter)
-    check_not_flat(model, _VALUES, gathers=True)
+    _settle(model)
     there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
     made: dict[str, Value] = {}
@@ -232,7 +230,7 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     held = {path: update for path, _, update in placed(model) if update.adapter == into}
     if not held:
         check_adapters(model, into)
-    check_not_flat(model, _VALUES, gathers=True)
+    _settle(model)
     found = adapter.values()
     given = set(found)
     first = {id(update): path for path, update in reversed(held.items())}
@@ -363,8 +361,14 @@ def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
     found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
     if not found:
         check_adapters(model, adapter)
-    check_not_flat(model, _VALUES, gathers=True)
+    _settle(model)
     return found
+
+
+def _settle(model: nn.Module) -> None:
+    """Have an adapter's own tensors in their places, and nothing that torch takes away again."""
+    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
+    reshard(model)
 
 
 def _live(stems: Mapping[str, AttachedUpdate]) -> dict[str, Tensor]:
