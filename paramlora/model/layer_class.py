@@ -167,7 +167,12 @@ def _tensor_property(name: str) -> property:
         else:  # of a layer that has this class for another tensor's sake
             self.__dict__[name] = value
 
-    return _Shown(get, put)
+    def delete(self: nn.Module) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no {name} that can be deleted")
+        del self.__dict__[name]
+
+    return _Shown(get, put, delete)
 
 
 def _set(base: type) -> Any:

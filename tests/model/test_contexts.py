@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import paramlora
@@ -458,6 +459,8 @@ def test_fully_sharded(flat, alone):
     """FSDP1 with one flat parameter, of which the layers hold views."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    # another layer of the same class whose bias is parametrized, which has the views as attributes
+    parametrize.register_parametrization(made("linear")[0], "bias", nn.Identity())
     cases = ("linear", "soft", "convolution", "embedding", "in groups", "bilinear", "Conv1D")
     for case in cases:
         model, x = made(case), input_of(case)
