@@ -77,13 +77,16 @@ class Gone(ParametrizationList):
     `fully_shard` puts the gathered tensor there for each call, and the sharded one after it."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(*vars(self)["now"]) if name == "original" else super().__getattr__(name)
+        if name != "original":
+            return super().__getattr__(name)
+        layer, tensor = vars(self)["now"]
+        return getattr(layer, tensor)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "original":
-            setattr(*vars(self)["now"], value)
-        else:
-            super().__setattr__(name, value)
+        if name != "original":
+            return super().__setattr__(name, value)
+        layer, tensor = vars(self)["now"]
+        setattr(layer, tensor, value)
 
 
 class Shared(type):

@@ -28,6 +28,7 @@ from paramlora.update.geometry import (
     ambiguous,
     factor_dtype,
     fits_shape,
+    laid_as,
     matrix_shape,
     summed_in,
 )
@@ -303,11 +304,7 @@ class LowRank(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape, weight.dtype)
-        total = (wide(weight, delta) + delta).to(weight.dtype)
-        if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
-            # channels last of a kernel of 1: its strides alone tell a convolution its format
-            return total.as_strided(weight.shape, weight.stride())
-        return total
+        return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
@@ -356,7 +353,7 @@ def value_of(plist: Any) -> Tensor:
     for update in acting:
         delta = update.delta(weight.shape, weight.dtype)
         total = wide(total, delta) + delta
-    return total.to(weight.dtype)
+    return laid_as(total.to(weight.dtype), weight)
 
 
 def wide(weight: Tensor, delta: Tensor) -> Tensor:
