@@ -118,9 +118,14 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, _Shown)
 
 
-@cache
 def shared(base: type, names: frozenset[str]) -> type:
-    """One class for all adapted layers of a base type, so that compilation sees one type."""
+    """One class for all adapted layers of a base type, so that compilation sees one type; another
+    while somebody's function stands in the place of the type's forward."""
+    return _shared(base, names, getattr(base, "forward", None))
+
+
+@cache
+def _shared(base: type, names: frozenset[str], forward: Any) -> type:
     body: dict[str, Any] = {name: _tensor_property(name) for name in names}
     body.update(
         __copy__=shallow_copy,
