@@ -9,6 +9,8 @@ from typing import Any, Optional
 
 from torch import nn
 
+from paramlora.update.contexts import as_made
+
 _Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its content
 _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
@@ -124,7 +126,8 @@ def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> No
         _restore(*one)
     for parameter, requires_grad in flags:
         if parameter.requires_grad is not requires_grad:
-            parameter.requires_grad_(requires_grad)
+            with as_made(parameter):
+                parameter.requires_grad_(requires_grad)
 
 
 def _saved(module: nn.Module) -> _Saved:

@@ -76,6 +76,40 @@ def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
     assert not differ, differ
 
 
+KINDS = {
+    "lora": ({"r": 1}, {"r": 1}),
+    "dora": ({"r": 1, "kind": "dora"},),
+    "loha": ({"r": 1, "kind": "loha"},),
+    "lokr": ({"r": 1, "kind": "lokr"},),
+    "loha and lora": ({"r": 1, "kind": "loha"}, {"r": 1}),
+    "whole": ({"whole": 1},),
+    "two whole": ({"whole": 1}, {"whole": 1}),
+}
+
+
+@pytest.mark.parametrize("strength", (1.0, 0.5))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", (2, 3))
+def test_every_kind_lies_as_the_plain_layers(n, kind, strength):
+    makes = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[n]
+    differ = []
+    for make, kernel, groups, weight_last, x_last in itertools.product(
+        makes, (1, 3), (1, 2, 8), (False, True), (False, True)
+    ):
+        layer = make(8, 8, kernel, groups=groups)
+        layer = layer.to(memory_format=LAST[n]) if weight_last else layer
+        x = torch.randn(2, 8, *[5] * n)
+        x = x.to(memory_format=LAST[n]) if x_last else x
+        model = nn.Sequential(copy.deepcopy(layer))
+        for i, entry in enumerate(KINDS[kind]):
+            paramlora.attach(model, {"0": entry}, f"a{i}")
+        paramlora.set_adapters(model, {f"a{i}": strength for i in range(len(KINDS[kind]))})
+        want, got = outcome(layer.requires_grad_(False), x), outcome(model, x)
+        if got != want or model[0].weight.stride() != layer.weight.stride():
+            differ.append((make.__name__, kernel, groups, weight_last, x_last, got, want))
+    assert not differ, differ
+
+
 @pytest.mark.parametrize("kernel", (1, 3))
 def test_the_numbers_are_those_of_channels_first(kernel):
     torch.manual_seed(0)
