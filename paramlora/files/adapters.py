@@ -13,7 +13,14 @@ from torch import Tensor
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents
-from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
+from paramlora.config.reading import (
+    MOST_TEXT,
+    SMALL_TEXT,
+    head_of,
+    is_pickled,
+    parse_json,
+    read_text,
+)
 from paramlora.errors import AdapterError, FileError, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
@@ -491,10 +498,12 @@ def _beside(folder: Path) -> dict[str, Any]:
     """The configurations beside a file as one; those of the format asked first win."""
     config: dict[str, Any] = {}
     for name in dict.fromkeys(form.config for form in reversed(_by_weights()) if form.config):
-        read = _flat_yaml if name.endswith(".yaml") else parse_json
+        # of a line of YAML a value is made each, and real ones take a thousand bytes
+        is_yaml = name.endswith(".yaml")
+        read, most = (_flat_yaml, SMALL_TEXT) if is_yaml else (parse_json, MOST_TEXT)
         if os.path.lexists(folder / name):
             try:
-                found = read(read_text(folder / name))
+                found = read(read_text(folder / name, most))
             except FileError:
                 raise
             except ValueError as error:

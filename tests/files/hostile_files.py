@@ -313,6 +313,11 @@ def huge_hyperparameters(path):
     folder(path, "lora_r: 1\nlora_alpha: 1" + "0" * 400, tensors, "hyperparameters.yaml")
 
 
+def hyperparameters_of_lists(path):
+    tensors = pairs(["transformer.h.0.attn.proj"], ".lora_A", ".lora_B")
+    folder(path, "a: [[[[]]]]\n" * 100_000, tensors, "hyperparameters.yaml")
+
+
 def shapes_that_lie(path):
     shapes = {"a": {"shape": [3, 5, 7, 7], "layout": "matrix", "groups": 3, "kind": "convolution"}}
     path.write_bytes(native({"a": {"r": 1}}, ["a"], shapes=shapes))
@@ -690,6 +695,7 @@ FEW |= dict.fromkeys(
 )
 FEW |= {"our_own_patterns": ("command", "merge of"), "names_that_print": ("command", "merge of")}
 FEW |= {"index_of_values": ("merge of",), "many_updates_of_one_sum": ("extract",)}
+FEW |= {"hyperparameters_of_lists": ("load",)}
 FEW |= {"names_of_every_table": ("load", "kohya")}
 FEW |= dict.fromkeys([name for name in CASES if name.startswith("a_base_of")], ("as base",))
 _ENDING = {"fifo": ".pt", "zero": ".pt", "listening": ".safetensors"}

@@ -68,6 +68,7 @@ REFUSED = {
     "huge_alpha": "lora_alpha of a: a whole number beyond any float is not a number",
     "huge_alpha_pattern": "lora_alpha of a: a whole number beyond any float is not a number",
     "huge_hyperparameters": "a whole number beyond any float is not a number",
+    "hyperparameters_of_lists": "1,200,000 bytes, more than any real file of its kind",
     "shapes_that_lie": r"a.lora_A: shape \[1, 4\] does not fit \[1, 245\], of the weight",
     "groups_without_end": r"do not fit the shape \[3, 4\] in its metadata",
     "dense_of_another_size": "is more than the model's layer has. Not formed",
