@@ -554,6 +554,11 @@ def _within(adapter: Adapter) -> Adapter:
 def _check_ending(out: Path, form: Format) -> None:
     """Refuse a name that says another kind of file than the one written."""
     pickled = form.pickled
+    if form.config and out.suffix in (*SAFE, *PICKLED):
+        raise FileError(
+            f"{out}: {form.name} is a folder of two files, under a name of one. Give a name without "
+            f"{out.suffix}."
+        )
     if not form.config and out.suffix in (SAFE if pickled else PICKLED):
         kinds = "torch.save's", "safetensors"
         own, other = kinds if pickled else kinds[::-1]

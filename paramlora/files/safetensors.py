@@ -170,7 +170,9 @@ class SafeFile:
             raise FileError(
                 f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
             )
-        if size < 8 or length > min(size - 8, MOST_TEXT):
+        if size <= 8:
+            raise self._damaged(f"{counted(size, 'byte')}, and it begins with as many for a length")
+        if length > min(size - 8, MOST_TEXT):
             raise self._damaged(f"a header of {counted(length, 'byte')} in a file of {size:,}")
         try:
             text = self._bytes(8, length).decode()
