@@ -556,8 +556,8 @@ def _check_ending(out: Path, form: Format) -> None:
     pickled = form.pickled
     if form.config and out.suffix in (*SAFE, *PICKLED):
         raise FileError(
-            f"{out}: {form.name} is a folder of two files, under a name of one. Give a name without "
-            f"{out.suffix}."
+            f"{out}: {form.name} is a folder of two files, under a name of one. Give a name "
+            f"without {out.suffix}, or another format (--to)."
         )
     if not form.config and out.suffix in (SAFE if pickled else PICKLED):
         kinds = "torch.save's", "safetensors"

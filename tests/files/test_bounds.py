@@ -72,6 +72,9 @@ REFUSED = {
     "shapes_that_lie": r"a.lora_A: shape \[1, 4\] does not fit \[1, 245\], of the weight",
     "groups_without_end": r"do not fit the shape \[3, 4\] in its metadata",
     "dense_of_another_size": "is more than the model's layer has. Not formed",
+    "product_of_another_layout": "is more than any layer has. Not formed",
+    "halves_of_a_product": "is more than any layer has. Not formed",
+    "a_copy_of_another_size": r"of \[5, 4\] beside an update of \[300000, 300000\]",
     "huge_scale": '"scale" must be finite',
     "shapes_beyond_any": "has an offset or a shape that no tensor has",
     "nested_tensors": "needs torch._utils._rebuild_nested_tensor",
@@ -342,7 +345,7 @@ def test_the_room_for_files_beside_is_checked_first(tmp_path):
 
 
 def test_an_adapter_of_many_holes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramlora.files.safetensors._memory", lambda: 100)
+    monkeypatch.setattr("paramlora.files.safetensors.installed", lambda: 100)
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"a.lora_A": torch.ones(1, 40), "a.lora_B": torch.ones(3, 1)}, path)
     with pytest.raises(FileError, match="its tensors take 172 bytes, and this machine has 100"):
