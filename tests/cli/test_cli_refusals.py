@@ -121,7 +121,7 @@ REFUSED = {
     "inspect file": ("file: not a whole safetensors file (1 byte, and it begins", "Copy or save"),
     # a folder under a name of a file
     f"convert a.safetensors {OUT} --to peft": ("peft is a folder of two files", "name without"),
-    "extract inside-a.safetensors -o x.pt --to litgpt": ("litgpt is a folder", "without .pt."),
+    "extract inside-a.safetensors -o x.pt --to litgpt": ("litgpt is a folder", "without .pt, or"),
     # what is not there
     "inspect gone.safetensors": ("gone.safetensors: cannot be read: No such file", THERE),
     f"merge base.safetensors gone.safetensors:0.5 {OUT}": ("gone.safetensors: cannot", THERE),
