@@ -21,7 +21,7 @@ from paramlora.config.reading import (
     parse_json,
     read_text,
 )
-from paramlora.errors import AdapterError, FileError, listed, spelled
+from paramlora.errors import AdapterError, FileError, kind_of, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
@@ -512,8 +512,7 @@ def _beside(folder: Path) -> dict[str, Any]:
                 ) from error
             if not isinstance(found, dict):
                 raise FileError(
-                    f"{folder / name}: a {type(found).__name__}, not an object. Copy or save it "
-                    "again."
+                    f"{folder / name}: {kind_of(found)}, not an object. Copy or save it again."
                 )
             config |= found
     return config

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO, Optional
 
 import torch
@@ -21,6 +22,7 @@ from paramlora.update.geometry import possible
 from paramlora.update.memory import pieces_of
 
 _NESTS = ("state_dict", "model", "module")
+_PLACE = re.compile(r"^\[enforce fail at [^\]]*\] \. ")  # in torch's own code
 _MOST_TOLD, _MOST_LEVELS = 8, 4  # of the places of state dicts that an error names
 
 
@@ -197,7 +199,10 @@ def _refused(path: Path, error: Exception) -> FileError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return _needs(path, [named[1]])
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    told = _PLACE.sub("", str(error)).splitlines()
+    # what the others say is of the code that they were raised in
+    plain = told and isinstance(error, (ValueError, RuntimeError, EOFError, UnpicklingError))
+    reason = told[0][:200] if plain else "its values are damaged"
     return FileError(
         f"{path}: not a whole file of torch.save ({reason}). Copy it again, or save "
         "its tensors with torch.save."

@@ -55,17 +55,21 @@ def undisturbed() -> Iterator[None]:
     handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
     waiting = _Waiting()
     try:
+        _Waiting.is_open = True  # first: one that answers and does not wait could stop its end
         for number, own in handlers.items():
             signal.signal(number, partial(waiting.answer, own))
-        _Waiting.is_open = True
         yield
     finally:
         try:
-            for number, own in handlers.items():
-                signal.signal(number, own)
+            _again(lambda: _answered_by(handlers))
         finally:
             _Waiting.is_open = False
             waiting.end()
+
+
+def _answered_by(handlers: dict[int, Callable[..., object]]) -> None:
+    for number, own in handlers.items():
+        signal.signal(number, own)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
 
+import _signal
 import contextlib
 import copy
 import dis
@@ -153,3 +154,49 @@ def test_ctrl_c_leaves_a_model_as_before_or_as_after(name, twice):
             sound = equal(picture(model), after)
         harm += [] if sound else [found.line]
     assert two.seen and harm == []
+
+
+class Switches:
+    """Presses when handlers of signals were put in place or back, so often since the begin."""
+
+    def __init__(self, *at):
+        self.left, self.count = list(at), 0
+
+    def __call__(self, frame, event, what):
+        if event == "c_return" and what is _signal.signal:
+            self.count += 1
+            if self.count in self.left:
+                press(frame)
+
+
+def handlers_after(*presses):
+    """Those that are in place after a block in which no signal disturbs, and how many moves."""
+    switches = Switches(*presses)
+    sys.setprofile(switches)
+    try:
+        with undo.undisturbed():
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGUSR1)], switches.count
+
+
+@pytest.mark.skipif(os.name != "posix", reason="presses Ctrl-C as POSIX has it")
+def test_no_press_leaves_a_handler_of_ours():
+    def own(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, own)
+    try:
+        sound, count = handlers_after()
+        assert sound == [signal.default_int_handler, own] and count >= 4
+        for first in range(1, count + 1):
+            for second in range(first + 1, count + 2):
+                assert handlers_after(first, second)[0] == sound, (first, second)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGUSR1, own)
+                assert not undo._Waiting.is_open
+    finally:
+        signal.signal(signal.SIGUSR1, before)
