@@ -57,17 +57,21 @@ def undisturbed() -> Iterator[None]:
     handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
     waiting = _Waiting()
     try:
+        _Waiting.is_open = True  # first: one that answers and does not wait could stop its end
         for number, own in handlers.items():
             signal.signal(number, partial(waiting.answer, own))
-        _Waiting.is_open = True
         yield
     finally:
         try:
-            for number, own in handlers.items():
-                signal.signal(number, own)
+            _again(lambda: _answered_by(handlers))
         finally:
             _Waiting.is_open = False
             waiting.end()
+
+
+def _answered_by(handlers: dict[int, Callable[..., object]]) -> None:
+    for number, own in handlers.items():
+        signal.signal(number, own)
 
 
 @contextmanager
@@ -156,15 +160,15 @@ def surely_left(
 ) -> Iterator[None]:
     """Around the block `enter`, and after it `leave`, also where Ctrl-C comes while it leaves.
 
-    A lock that is held for ever, or a collector that is off for ever, is worse than one call more:
-    `leave` is called twice, so that what stops the one does not stop the other.
+    A lock that is held for ever, or a collector that is off for ever, is worse than a call more:
+    there are three to `leave`, so that two presses of Ctrl-C do not stop all of them.
 
     Args:
         enter, leave: get a list of their own to keep in it what was entered; `leave` does nothing
             where nothing is kept.
     """
     kept: list[Any] = []
-    with _left(kept, leave), _left(kept, leave):
+    with _left(kept, leave), _left(kept, leave), _left(kept, leave):
         with undisturbed():
             enter(kept)
         yield
@@ -175,5 +179,6 @@ def _left(kept: list[Any], leave: Callable[[list[Any]], None]) -> Iterator[None]
     try:
         yield
     finally:
-        with undisturbed():
-            leave(kept)
+        if kept:
+            with undisturbed():
+                leave(kept)

@@ -73,7 +73,8 @@ class Rows(AttachedUpdate):
         return (
             ""
             if most < shape[0]
-            else f"which has {counted(shape[0], 'row')}, and none of number {most}."
+            else f"which has {counted(shape[0], 'row')}, and none of number {most}. Number them "
+            "from 0."
         )
 
     @classmethod

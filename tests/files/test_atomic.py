@@ -190,3 +190,20 @@ def test_a_disk_that_fills_up_meanwhile(paths, tmp_path):
 def content(out):
     paths = sorted(out.iterdir()) if out.is_dir() else [out]
     return [(path.name, path.read_bytes()) for path in paths]
+
+
+def test_what_a_killed_process_left_hinders_nothing(tmp_path):
+    base = write_base("shards", tmp_path, {"0.weight": torch.ones(4, 4)})
+    adapter = Adapter({"0": Update(torch.ones(1, 4), torch.ones(4, 1), shape=(4, 4))})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    write_native(adapter, mine / "a.safetensors")
+    out = tmp_path / "out"
+    files.merge(base, [adapter], out)
+    sound = sorted(path.name for path in out.iterdir())
+    for folder in (base, mine, out):
+        (folder / ".a.safetensors.0123abcd").write_bytes((mine / "a.safetensors").read_bytes())
+        (folder / ".model.0123abcd").mkdir()
+        (folder / ".model.0123abcd" / "model.safetensors").write_bytes(b"half")
+    files.merge(base, [mine], out, force=True)
+    assert sorted(path.name for path in out.iterdir()) == sound
