@@ -14,7 +14,7 @@ _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
 _SIGNALS = [int(number) for number in signal.valid_signals()]
-# CPython's own: the public one looks each of some sixty handlers up in an enumeration, at each change
+# CPython's own: the public one looks each of some sixty handlers up in an enumeration
 _handler = getattr(signal, "_signal", signal).getsignal
 
 

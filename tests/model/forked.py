@@ -1,7 +1,7 @@
 """Two processes, joined as torchrun joins its own, forked from this one, which has imported all.
 
-To start each anew takes ten seconds of imports. torchrun itself starts the example of many processes
-(`tests/test_examples.py`) and the failing script of `tests/test_benchmark_runs.py`.
+To start each anew takes ten seconds of imports. torchrun itself starts the example of many
+processes (`tests/test_examples.py`) and the failing script of `tests/test_benchmark_runs.py`.
 """
 
 import contextlib
