@@ -16,6 +16,8 @@ _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
 _SIGNALS = [int(number) for number in signal.valid_signals()]
+# CPython's own: the public one looks each of some sixty handlers up in an enumeration
+_handler = getattr(signal, "_signal", signal).getsignal
 
 
 class _Waiting:
@@ -54,7 +56,7 @@ def undisturbed() -> Iterator[None]:
     if _Waiting.is_open or threading.get_ident() != threading.main_thread().ident:
         yield
         return
-    handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
+    handlers = {n: own for n in _SIGNALS if callable(own := _handler(n))}
     waiting = _Waiting()
     try:
         _Waiting.is_open = True  # first: one that answers and does not wait could stop its end
