@@ -1,4 +1,4 @@
-"""Two processes, joined as torchrun joins its own, forked from this one, which has imported all.
+"""Processes, joined as torchrun joins its own, forked from this one, which has imported all.
 
 To start each anew takes ten seconds of imports. torchrun itself starts the example of many
 processes (`tests/test_examples.py`) and the failing script of `tests/test_benchmark_runs.py`.
@@ -12,12 +12,20 @@ import traceback
 import torch
 import torch.distributed as dist
 
+# how multiprocessing starts processes that compute: none that is forked can use CUDA
+METHOD = "fork" if hasattr(os, "fork") and not torch.cuda.is_available() else "spawn"
+
 
 def both(main, *arguments):
     """What the first of two processes prints that call `main` with arguments."""
+    return several(2, main, *arguments)
+
+
+def several(count, main, *arguments):
+    """As `both`, of so many."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes = [os.pipe() for _ in range(2)]
-    children = [_forked(rank, store.port, pipes, main, arguments) for rank in range(2)]
+    pipes = [os.pipe() for _ in range(count)]
+    children = [_forked(rank, store.port, pipes, main, arguments) for rank in range(count)]
     for _, end in pipes:
         os.close(end)
     told = []
@@ -25,7 +33,7 @@ def both(main, *arguments):
         with open(pipe, encoding="utf-8") as stream:
             told.append(stream.read())
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], "\n".join(told)
+    assert not any(codes), "\n".join(told)
     return told[0]
 
 
@@ -35,7 +43,7 @@ def _forked(rank, port, pipes, main, arguments):
         return child
     code, said = 1, io.StringIO()
     try:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(pipes), "MASTER_PORT": port}
         told |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ.update({name: str(value) for name, value in told.items()})
         torch.cuda.is_available = lambda: False  # which no forked process can use

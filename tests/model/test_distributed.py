@@ -12,6 +12,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing import connection
 
+import forked
 import pytest
 import test_quantised
 import torch
@@ -22,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paramlora
 from paramlora.model.attach import lowranks
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+]
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 CONFIG = {
     "up": {"r": 3, "scale": 1.5},
@@ -597,7 +599,7 @@ def both(folder, backend, cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(forked.METHOD)
     pair = [
         context.Process(target=run, args=(rank, port, folder, backend, cases)) for rank in range(2)
     ]
