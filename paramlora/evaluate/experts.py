@@ -267,7 +267,10 @@ def _narrowed_back(
     dy: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, _Maybe]:
     """B with its scale, and A, in the type of dy, whose range in float16 is another than x's."""
-    scaled = narrow.wide(b) * (scale if strength == 1 else scale * strength)
+    if dy.dtype != torch.float16:
+        down, up, h = narrowed(dy, a, b, scale, strength)
+        return up, down, h
+    scaled = b.float() * (scale if strength == 1 else scale * strength)
     one = torch.ones((), dtype=scaled.dtype, device=b.device)
     return narrowed(dy, scaled, a, one, 1.0)
 

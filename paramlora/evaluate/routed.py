@@ -322,22 +322,26 @@ class _InPlace(torch.autograd.Function):
 def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``[ranks, in]`` and ``[ranks, out]`` of all updates."""
     (out, fan_in), ranks = weight.shape, sum(rows.ranks)
-    return kept[: ranks * fan_in].view(ranks, fan_in), kept[ranks * fan_in :].view(ranks, out)
+    down, up = torch.split(kept, [ranks * fan_in, ranks * out])
+    return down.view(ranks, fan_in), up.view(ranks, out)
 
 
 def _each(
     found: tuple[_Maybe, _Maybe], factors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[_Maybe]:
     """The gradients of all A's and B's as those of each, in memory one behind the other."""
-    out: list[_Maybe] = []
-    at = [0, 0]
-    flat = [None if t is None else t.view(-1) for t in found]
-    for which, (factor, want) in enumerate(zip(factors, wanted)):
-        side, size = which % 2, factor.numel()
-        whole = flat[side] if want else None
-        own = None if whole is None else whole[at[side] : at[side] + size].view(factor.shape)
-        out.append(None if own is None else cast(own, factor.dtype))
-        at[side] += size
+    out: list[_Maybe] = [None] * len(factors)
+    for side, whole in enumerate(found):
+        if whole is not None:
+            shapes = [factor.shape for factor in factors[side::2]]
+            whole = cast(whole, factors[side].dtype)
+            parts: Sequence[Tensor]
+            if shapes.count(shapes[0]) == len(shapes):  # by one call: a layer has dozens of them
+                parts = whole.view(len(shapes), *shapes[0]).unbind(0)
+            else:
+                flat = torch.split(whole.view(-1), [shape.numel() for shape in shapes])
+                parts = [part.view(shape) for part, shape in zip(flat, shapes)]
+            out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
     return out
 
 

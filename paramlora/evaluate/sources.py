@@ -51,6 +51,9 @@ class Computed(NamedTuple):
     rows: Callable[[Tensor], Tensor]
 
     def again(self, y: Tensor, _: Tensor) -> Again:
+        if y.nbytes <= _BLOCK:  # small enough for what lies between to be kept, not made once more
+            x, given = self._recorded(y)
+            return x.detach(), lambda dx: _through(x, given, dx)
         with torch.no_grad():
             return self.rows(y), lambda dx: self.pulled(dx, y)
 
@@ -61,11 +64,19 @@ class Computed(NamedTuple):
         count = max(1, _BLOCK // max(1, y[:1].nbytes))
         for start in range(0, len(y), count):
             some = slice(start, start + count)
-            with torch.enable_grad():
-                given = y[some].detach().requires_grad_()
-                x = self.rows(given)
-            (out[some],) = torch.autograd.grad(x, given, dx[some].to(x.dtype))
+            out[some] = _through(*self._recorded(y[some]), dx[some])
         return out
+
+    def _recorded(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, and the leaf that they are computed from."""
+        with torch.enable_grad():
+            given = y.detach().requires_grad_()
+            return self.rows(given), given
+
+
+def _through(x: Tensor, given: Tensor, dx: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(x, given, dx.to(x.dtype))
+    return found
 
 
 Source = Union[Chosen, Computed]

@@ -406,16 +406,15 @@ def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _An
     if isinstance(update, Update):
         return _fitted_factors(path, update, slot, source, tied)
     layouts = [slot.layout] if slot.layout else [update.layout, *get_args(Layout)]
-    fits = KINDS[update.method].fits
-    layout = next((one for one in layouts if fits(update.held, slot.shape, one)), None)
-    if layout is None:
+    fitted = update.fitted(slot.shape, layouts)
+    if fitted is None:
         sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
         raise FileError(
             f"{source}: {path}: an update of {sizes} does not fit the weight of "
             f"{list(slot.shape)}. Was it made for another model?"
         )
     kind, groups = slot.kind or update.kind, slot.groups or update.groups
-    return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
+    return replace(fitted, kind=kind, groups=groups)
 
 
 def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:

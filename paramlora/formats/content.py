@@ -218,9 +218,7 @@ def parsed(text: str, where: str) -> dict[str, Any]:
             f"{where}: its metadata is damaged ({error}). Copy or save it again."
         ) from error
     if not isinstance(value, dict):
-        raise FileError(
-            f"{where}: its metadata is {kind_of(value)}, not an object. Save it again."
-        )
+        raise FileError(f"{where}: its metadata is {kind_of(value)}, not an object. Save it again.")
     return value
 
 

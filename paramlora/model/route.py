@@ -1,6 +1,6 @@
 """Several adapters in one batch: each row takes its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional, Union
@@ -13,7 +13,6 @@ from paramlora.model.attach import (
     check_adapters,
     one_by_one,
     put,
-    updates,
     updates_of,
 )
 from paramlora.model.experts import takes_rows
@@ -29,6 +28,7 @@ from paramlora.update.names import BRANCHES
 Names = Sequence[Optional[str]]
 _Inner = nn.modules.linear.NonDynamicallyQuantizableLinear  # read by the attention around it
 _Undo = Callable[[], None]
+_Held = tuple[str, nn.Module, str, Any]  # a layer's path, itself, a tensor's name and its updates
 
 
 @contextmanager
@@ -71,19 +71,24 @@ def route(
         >>> with paramlora.disable_adapters(model):
         ...     assert torch.equal(y[1], model(x)[1]) and not torch.equal(y[0], y[1])
     """
+    modules = dict(unwrapped(model).named_modules())  # gone through once: they are thousands
+    held = [(path, one, *of) for path, one in modules.items() for of in updates_of(one)]
     there: dict[str, bool] = {}  # each adapter, and whether one of its updates acts
-    for _, _, update in updates(model):
-        acts = update.switch.strength != 0
-        there[update.adapter] = there.get(update.adapter, False) or acts
+    for *_, some in held:
+        for update in some:
+            if isinstance(update, AttachedUpdate):
+                acts = update.switch.strength != 0
+                there[update.adapter] = there.get(update.adapter, False) or acts
     index = _index(model, there, adapters, names)
     if cu_seqlens is not None:
         index = _of_positions(index, cu_seqlens)
     if not isinstance(dim, int) or dim < 0:
         raise AdapterError(f"dim must be a whole number of at least 0, got {dim!r}.")
-    rows, split = _checked(model, list(there), index, dim, cu_seqlens is not None)
+    attentions = [one for one in modules.values() if isinstance(one, nn.MultiheadAttention)]
+    rows, split = _checked(held, attentions, list(there), index, dim, cu_seqlens is not None)
 
     def enter(undo: list[_Undo]) -> None:
-        _enter(model, rows, undo)
+        _enter(modules.values(), rows, undo)
         groups = _groups(list(there), index) if split else {}
         for layer in split:
             _replace(layer, by_rows(layer, dim, groups), undo)
@@ -159,7 +164,12 @@ def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Te
 
 
 def _checked(
-    model: nn.Module, there: list[str], index: Tensor, dim: int, packed: bool
+    held: list[_Held],
+    attentions: list[nn.MultiheadAttention],
+    there: list[str],
+    index: Tensor,
+    dim: int,
+    packed: bool,
 ) -> tuple[list[tuple[AttachedUpdate, Choice]], list[nn.Module]]:
     """Each update with the rows of its tensor, and the layers to be called once for each adapter.
 
@@ -169,23 +179,18 @@ def _checked(
     made: dict[tuple[Any, ...], Choice] = {}
     rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
     split: dict[int, nn.Module] = {}
-    inside = {
-        id(attention.out_proj): attention
-        for attention in model.modules()
-        if isinstance(attention, nn.MultiheadAttention)
-    }
-    for path, module in unwrapped(model).named_modules():
-        for name, held in updates_of(module):
-            ours = [one for one in held if isinstance(one, AttachedUpdate)]
-            if not ours:
-                continue
-            layer = inside.get(id(module), module)
-            if _must_split(module, layer, stem(path, name), name, packed):
-                split[id(layer)] = layer
-            own = _rows(made, there, index, dim, ours)
-            for update in ours:
-                if rows.setdefault(id(update), (update, own))[1] is not own:
-                    raise AdapterError(_tied(stem(path, name)))
+    inside = {id(attention.out_proj): attention for attention in attentions}
+    for path, module, name, some in held:
+        ours = [one for one in some if isinstance(one, AttachedUpdate)]
+        if not ours:
+            continue
+        layer = inside.get(id(module), module)
+        if _must_split(module, layer, stem(path, name), name, packed):
+            split[id(layer)] = layer
+        own = _rows(made, there, index, dim, ours)
+        for update in ours:
+            if rows.setdefault(id(update), (update, own))[1] is not own:
+                raise AdapterError(_tied(stem(path, name)))
     return list(rows.values()), list(split.values())
 
 
@@ -260,11 +265,13 @@ def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
     return {name: rows for name, rows in order.items() if len(rows)}
 
 
-def _enter(model: nn.Module, rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]) -> None:
+def _enter(
+    modules: Iterable[nn.Module], rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]
+) -> None:
     block = object()
     undo.append(lambda: _put(rows, lambda open_, _: tuple(o for o in open_ if o[0] is not block)))
     _put(rows, lambda open_, own: (*open_, (block, own)))
-    for layer in model.modules():
+    for layer in modules:
         # torch's fused evaluation reads the layers' weights, where a hook keeps it from that
         if isinstance(layer, nn.TransformerEncoderLayer) and holds_updates(layer):
             hook = partial(_nothing)  # one of its own, by which it is found

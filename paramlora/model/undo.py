@@ -9,11 +9,15 @@ from typing import Any, Optional
 
 from torch import nn
 
+from paramlora.update.contexts import as_made
+
 _Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its content
 _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
 _SIGNALS = [int(number) for number in signal.valid_signals()]
+# CPython's own: the public one looks each of some sixty handlers up in an enumeration
+_handler = getattr(signal, "_signal", signal).getsignal
 
 
 class _Waiting:
@@ -52,7 +56,7 @@ def undisturbed() -> Iterator[None]:
     if _Waiting.is_open or threading.get_ident() != threading.main_thread().ident:
         yield
         return
-    handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
+    handlers = {n: own for n in _SIGNALS if callable(own := _handler(n))}
     waiting = _Waiting()
     try:
         _Waiting.is_open = True  # first: one that answers and does not wait could stop its end
@@ -128,7 +132,8 @@ def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> No
         _restore(*one)
     for parameter, requires_grad in flags:
         if parameter.requires_grad is not requires_grad:
-            parameter.requires_grad_(requires_grad)
+            with as_made(parameter):
+                parameter.requires_grad_(requires_grad)
 
 
 def _saved(module: nn.Module) -> _Saved:

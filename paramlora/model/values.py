@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, counted, listed, warn
+from paramlora.errors import AdapterError, FileError, counted, listed, warn
 from paramlora.model.attach import (
     Fresh,
     adapted_modules,
@@ -24,13 +24,14 @@ from paramlora.model.attach import (
 )
 from paramlora.model.classes import Model
 from paramlora.model.digest import digest, others
+from paramlora.model.layer_class import parametrized
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
-from paramlora.update.sharded import check_not_flat, check_order
-from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
+from paramlora.update.sharded import check_not_flat, check_order, reshard
+from paramlora.update.value import Adapter, Holder, KindUpdate, Value, apart_by_kind
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -76,13 +77,14 @@ def _load(
     for path, tensors in own.items():
         for name, tensor in tensors.items():
             _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
-    cast = _finite(live, state)
+            _check_its_own(_key(path, name), name, stems[path])
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
                 f"{key} lies on the meta device, where values are lost. Load the model first."
             )
-    ready = _beside(live, cast)  # all that can fail or wait, before anything changes
+    # all that can fail or wait, before anything changes; and a device looks at numbers faster
+    ready = _finite(live, _beside(live, state))
     held = {
         path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
     }
@@ -113,6 +115,16 @@ def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: Atta
         raise FileError(
             f"{key}: shape {list(value.shape)} does not fit {list(tensor.shape)}. "
             "Was it made for another model or rank?"
+        )
+
+
+def _check_its_own(key: str, name: str, update: AttachedUpdate) -> None:
+    """Refuse to copy into a tensor that is computed at each read: nothing would keep the values."""
+    if name in parametrized(update):
+        raise AdapterError(
+            f"{key} is computed by a parametrization of its own, which values cannot be copied "
+            "into. Take it off (torch.nn.utils.parametrize.remove_parametrizations), load, and "
+            "register it again."
         )
 
 
@@ -148,6 +160,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
     if not held:
         check_adapters(model, adapter)
+    _settle(model)
     there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
     made: dict[str, Value] = {}
@@ -217,6 +230,7 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     held = {path: update for path, _, update in placed(model) if update.adapter == into}
     if not held:
         check_adapters(model, into)
+    _settle(model)
     found = adapter.values()
     given = set(found)
     first = {id(update): path for path, update in reversed(held.items())}
@@ -332,6 +346,8 @@ def _laid_out(found: Mapping[str, Value], chosen: Iterable[Target]) -> dict[str,
         value = out.get(target.path)
         if value is not None and value.shape == tuple(target.shape):
             out[target.path] = value.turned(target.layout)
+        elif isinstance(value, KindUpdate) and value.shape is None:
+            out[target.path] = value.fitted(tuple(target.shape), [target.layout]) or value
     return out
 
 
@@ -347,8 +363,14 @@ def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
     found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
     if not found:
         check_adapters(model, adapter)
-    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
+    _settle(model)
     return found
+
+
+def _settle(model: nn.Module) -> None:
+    """Have an adapter's own tensors in their places, and nothing that torch takes away again."""
+    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
+    reshard(model)
 
 
 def _live(stems: Mapping[str, AttachedUpdate]) -> dict[str, Tensor]:

@@ -41,12 +41,13 @@ class Choice:
         block: how many rows a block has.
         starts: ``[updates + 1]``, where each one's ranks start, as whole numbers of 32 bits.
         taken: the index, as such numbers.
+        spans: ``[2, N]``, where the ranks of each row's update start and where they end, likewise.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
         "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
-        "starts", "taken", "_sorted",
+        "starts", "taken", "spans", "_sorted",
     )  # fmt: skip
 
     def __init__(
@@ -56,8 +57,10 @@ class Choice:
         self.places: Optional[Tensor] = None
         self.block_picks: Optional[Tensor] = None
         table, self.owner, self.starts = _ranks(ranks, index)
-        self._sorted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._sorted: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.taken = index.int()
+        self.spans = torch.stack([self.starts, torch.cat([self.starts[1:], self.starts[-1:]])])
+        self.spans = self.spans[:, index]
         self.picks = table[index]
         count, adapters = len(index), len(names) + 1
         self.block = _MANY if count > 2 * _MANY * adapters else _FEW
@@ -67,15 +70,15 @@ class Choice:
             self.places, owners = _blocks(index, adapters, blocks, self.block)
             self.block_picks = table[owners]
 
-    def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The index, the rows sorted by it, and where each update's positions end among those, of
-        so many for each row; as whole numbers of 32 bits, found once."""
+    def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The index, the rows sorted by it, where each update's positions end among those, of so
+        many for each row, and `spans`; as whole numbers of 32 bits, found once."""
         found = self._sorted.get(positions)
         if found is None:
             ordered, order = torch.sort(self.index, stable=True)
             every = torch.arange(len(self.names), device=order.device)
             ends = torch.searchsorted(ordered, every, right=True) * positions
-            found = self.taken, order.int(), ends.int()
+            found = self.taken, order.int(), ends.int(), self.spans
             # what a CUDA graph computes has its values, and its memory, in that graph alone
             if not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._sorted[positions] = found

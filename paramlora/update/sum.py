@@ -15,9 +15,9 @@ from paramlora.update.sharded import gathered
 
 Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 
-# elements of a weight that are in a wide type at one time: fit a core's own cache, and on a device
-# are few launches in little memory
-_BLOCK, _BLOCK_OF_A_DEVICE = 1 << 18, 1 << 24
+# a weight's elements in a wide type at one time fit a core's own cache; on a device, where Python
+# takes longer than the sum, their bytes are most layers' whole weight
+_BLOCK, _BYTES_OF_A_DEVICE = 1 << 18, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,14 @@ class Fold:
         self._wide = factor_dtype(dtype)
         if on_device and self._wide == torch.float32 and _rounds_products():
             self._wide = torch.float64
-        self._size = _BLOCK_OF_A_DEVICE if on_device else _BLOCK
+        self._size = _BYTES_OF_A_DEVICE // self._wide.itemsize if on_device else _BLOCK
         self._whole_matrix = any(term.whole_matrix for term in terms)
         self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
         self._terms = [term.prepared(self._wide) for term in _joined(terms)]
 
-    def blocks(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """(a run of elements, function from their old values to the new ones), in order."""
+    def blocks(self) -> Iterator[tuple[slice, Callable[..., Tensor]]]:
+        """(a run of elements, function from their old values to the new ones), in order; the new
+        ones are written into what the function gets besides, if anything."""
         stack, rows, columns = self._shape
         wide = max(1, columns if self._whole_rows else min(columns, self._size))
         high = rows if self._whole_matrix else max(1, self._size // wide)
@@ -218,15 +219,16 @@ class Fold:
                     yield run, partial(self._sum, block)
 
     @torch.no_grad()
-    def _sum(self, block: Block, before: Tensor) -> Tensor:
+    def _sum(self, block: Block, before: Tensor, into: Optional[Tensor] = None) -> Tensor:
         rows = before.view(block.rows.stop - block.rows.start, -1)
         total = rows.to(self._wide, copy=bool(self._terms))
         with in_own_types(before):
             for term in self._terms:
                 total = term.applied(total, block)
         if self._rounding is not None:
-            return self._rounding(total, rows).reshape(-1)
-        return total.to(before.dtype).reshape(-1)
+            total = self._rounding(total, rows)
+        total = total.reshape(-1)
+        return total.to(before.dtype) if into is None else into.copy_(total)
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
@@ -257,7 +259,7 @@ def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = N
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     before, after = base.reshape(-1), out.view(-1)
     for run, summed in Fold(base.shape, base.dtype, terms, base.device, rounding).blocks():
-        after[run] = summed(before[run])
+        summed(before[run], after[run])
     return out
 
 

@@ -1,7 +1,7 @@
 """An adapter as a value: its updates by the path of their tensor, free of any model or file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Optional, Union
 
@@ -346,12 +346,16 @@ class KindUpdate(Value):
         gain = _gain(strength, _dtype(self.adapter_dtype, dtype), device)
         return KINDS[self.method].term_of(own, gain, self.layout)
 
-    def fitted(self, shape: tuple[int, ...]) -> Optional["KindUpdate"]:
-        """With a shape, in the layout in which its tensors fit it."""
-        layouts = [self.layout] if self.shape is not None else [self.layout, *LAYOUTS]
+    def fitted(
+        self, shape: tuple[int, ...], layouts: Sequence[Layout] = ()
+    ) -> Optional["KindUpdate"]:
+        """With a shape, in the first of some layouts (its own, where none are given) in which its
+        tensors fit it."""
+        layouts = layouts or ([self.layout] if self.shape is not None else [self.layout, *LAYOUTS])
+        held = {name: _of_kernel(tensor, len(shape)) for name, tensor in self.held.items()}
         for layout in layouts:
-            if KINDS[self.method].fits(self.held, shape, layout):
-                return replace(self, shape=shape, layout=layout)
+            if KINDS[self.method].fits(held, shape, layout):
+                return replace(self, held=held, shape=shape, layout=layout)
         return None
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
@@ -369,6 +373,12 @@ class KindUpdate(Value):
     def listed(self) -> tuple[int, float]:
         """Its rank and its factor."""
         return self.r, self.scale
+
+
+def _of_kernel(tensor: Tensor, dims: int) -> Tensor:
+    """Without the sizes of 1 by which peft makes two of the kernel of a Conv1d."""
+    padded = tensor.dim() > dims > 2 and set(tensor.shape[dims:]) == {1}
+    return tensor.reshape(tensor.shape[:dims]) if padded else tensor
 
 
 @dataclass(frozen=True)

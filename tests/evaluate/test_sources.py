@@ -163,3 +163,9 @@ def test_a_gradient_of_many_rows_takes_some_at_a_time(monkeypatch):
     torch.testing.assert_close(pulled(dx), want, rtol=0, atol=0)
     assert seen == [50, 16, 16, 16, 2]
     assert Computed(rows).again(y[:0], dx)[1](dx[:0]).shape == (0, 2 * FAN_IN)
+    monkeypatch.undo()
+    seen.clear()
+    made, pulled = Computed(rows).again(y, dx)
+    assert torch.equal(made, gated(y)) and not made.requires_grad
+    torch.testing.assert_close(pulled(dx), want, rtol=0, atol=0)
+    assert seen == [50]  # few enough to be computed once for both

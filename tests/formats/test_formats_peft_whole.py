@@ -161,7 +161,7 @@ PRODUCTS = {
 def test_products_act_in_peft(name, tmp_path):
     entry = PRODUCTS[name]
     config = {"0": entry, "2": entry, "6": {**entry, "r": 3}, "7": {"whole": True}}
-    if name == "loha":
+    if entry["kind"] == "loha":
         config["4"] = entry
     model = trained(config, model=images())
     assert (model(IMAGE) - images()(IMAGE)).abs().max() > 0.05

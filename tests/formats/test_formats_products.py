@@ -5,9 +5,11 @@ import copy
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
+from paramlora.files import convert, merge
 
 CONFIGS = {
     "loha": lambda: peft.LoHaConfig(r=3, alpha=2, target_modules=["0", "3"], init_weights=False),
@@ -44,6 +46,33 @@ def test_a_conv1d_of_lokr_as_peft_multiplies_it(tmp_path):
     ours = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
     assert (theirs(x) - base(x)).abs().max() > 0.01
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("without_model", (False, True))
+@pytest.mark.parametrize("kind", (peft.LoHaConfig, peft.LoKrConfig))
+def test_kernels_of_a_conv1d_apart_as_peft_pads_them(kind, without_model, tmp_path):
+    """``use_effective_conv2d``: peft gives the kernel a second size, of 1."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv1d(16, 32, 3)).double(), torch.randn(2, 16, 6).double()
+    config = kind(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        for p in (p for p in theirs.parameters() if p.requires_grad):
+            p.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = tmp_path / "theirs"
+    if without_model:
+        found = tmp_path / "a.safetensors"
+        convert(tmp_path / "theirs", found, "native")
+    ours = paramlora.load_adapter(copy.deepcopy(base), found)
+    assert (theirs(x) - base(x)).abs().max() > 0.01
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).sum().backward()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", [found], tmp_path / "out.safetensors")
+    merged = paramlora.merge(ours)
+    torch.testing.assert_close(merged(x), theirs(x))
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["0.weight"], merged[0].weight)
 
 
 def net():

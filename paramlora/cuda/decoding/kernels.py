@@ -8,7 +8,8 @@ dependent launch). Nothing is copied for it: ``table[4, updates]`` holds the add
 updates' A, Bᵀ's transpose B, scales and strengths. Each row is multiplied by its own update alone.
 
 Sizes: ``M`` rows, ``P`` of which lie one behind the other and take one update; ``N`` columns, ``K``
-summed, ``RB`` a power of two that holds the ranks, ``RANK`` the rank where all have the same, or 0.
+summed, ``BLOCK_R`` a power of two that holds the ranks, ``RANK`` the rank where all have the same,
+or 0.
 """
 
 import triton
@@ -32,39 +33,44 @@ def _rank(starts, own, RANK: tl.constexpr):
 
 @triton.jit
 def _wide(
-    x, w, part, tile, split, M, N, K, x_row, w_row, each,
-    WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w, part, tile, split, M, N, K, stride_xm, stride_wn, each,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``x[M, K] w[N, K]ᵀ`` over one part of K."""
-    rm, rn, rk = tl.arange(0, BM), tile * BN + tl.arange(0, BN), tl.arange(0, BK)
+    offs_m, offs_n, offs_k = (
+        tl.arange(0, BLOCK_M),
+        tile * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_K),
+    )
     low = split * each
     high = tl.minimum(K, low + each)
     tl.assume(low < high)
-    acc = tl.zeros((BM, BN), tl.float32)
-    left = x + rm[:, None].to(tl.int64) * x_row + (low + rk)[None, :]
-    right = w + (rn % N)[None, :].to(tl.int64) * w_row + (low + rk)[:, None]
-    for k in range(low, high, BK):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    left = x + offs_m[:, None].to(tl.int64) * stride_xm + (low + offs_k)[None, :]
+    right = w + (offs_n % N)[None, :].to(tl.int64) * stride_wn + (low + offs_k)[:, None]
+    for k in range(low, high, BLOCK_K):
         if WHOLE:
-            row = tl.load(left, mask=rm[:, None] < M, other=0.0)
+            row = tl.load(left, mask=offs_m[:, None] < M, other=0.0)
             acc = tl.dot(row, tl.load(right), acc)
         else:
-            inside = rk < high - k
-            row = tl.load(left, mask=(rm[:, None] < M) & inside[None, :], other=0.0)
+            inside = offs_k < high - k
+            row = tl.load(left, mask=(offs_m[:, None] < M) & inside[None, :], other=0.0)
             acc = tl.dot(row, tl.load(right, mask=inside[:, None], other=0.0), acc)
-        left += BK
-        right += BK
-    where = part + (split * M + rm)[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(where, acc, mask=(rm[:, None] < M) & (rn[None, :] < N))
+        left += BLOCK_K
+        right += BLOCK_K
+    where = part + (split * M + offs_m)[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(where, acc, mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
 
 
 @triton.jit
 def partial(
-    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, x_row, w_row, each,
+    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, stride_xm, stride_wn, each,
     SPLITS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
-    RB: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``thin[SPLITS, M, RB]`` of ``A_i x``, a program a part for each row, none of no update, and
-    then ``part[SPLITS, M, N]`` of ``x w``, one for each tile."""
+    """``thin[SPLITS, M, BLOCK_R]`` of ``A_i x``, a program a part for each row, none of no update,
+    and then ``part[SPLITS, M, N]`` of ``x w``, one for each tile."""
     if EARLY:
         gdc_launch_dependents()
     split, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
@@ -72,21 +78,24 @@ def partial(
         own = tl.load(taken + row // P)
         if own < updates:
             a, r = _held(table, own, factor), _rank(starts, own, RANK)
-            rr, rk = tl.arange(0, RB), tl.arange(0, DEEP)
-            acc = tl.zeros((RB, DEEP), tl.float32)
+            offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+            acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             low = split * each
             high = tl.minimum(K, low + each)
-            for k in range(low, high, DEEP):
-                inside = k + rk < high
-                given = tl.load(x + tl.cast(row, tl.int64) * x_row + k + rk, mask=inside, other=0.0)
-                where = a + rr[:, None] * K + (k + rk)[None, :]
-                down = tl.load(where, mask=(rr[:, None] < r) & inside[None, :], other=0.0)
+            for k in range(low, high, BLOCK_D):
+                inside = k + offs_k < high
+                given = tl.load(
+                    x + tl.cast(row, tl.int64) * stride_xm + k + offs_k, mask=inside, other=0.0
+                )
+                where = a + offs_r[:, None] * K + (k + offs_k)[None, :]
+                down = tl.load(where, mask=(offs_r[:, None] < r) & inside[None, :], other=0.0)
                 acc += down.to(tl.float32) * given.to(tl.float32)[None, :]
-            tl.store(thin + (split * M + row) * RB + rr, tl.sum(acc, 1))
+            tl.store(thin + (split * M + row) * BLOCK_R + offs_r, tl.sum(acc, 1))
     else:
         tile = row - M
         _wide(
-            x, w, part, tile, split, M, N, K, x_row, w_row, each, WHOLE, BM, BN, BK,
+            x, w, part, tile, split, M, N, K, stride_xm, stride_wn, each, WHOLE, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
 
 
@@ -94,30 +103,35 @@ def partial(
 def finish(
     part, thin, y, bias, taken, starts, table, factor, scale, gain, M, N, updates, P,
     BIAS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
-    RB: tl.constexpr, BN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a row of ``y[M, N] = Σ part + s_i B_i Σ thin + bias``."""
-    columns = tl.cdiv(N, BN)
+    columns = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // columns
-    rn, rr = tl.program_id(0) % columns * BN + tl.arange(0, BN), tl.arange(0, RB)
+    offs_n, offs_r = (
+        tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_R),
+    )
     own = tl.load(taken + row // P)
     mine = own < updates
     own = tl.minimum(own, updates - 1)
     b, r = _held(table, updates + own, factor), _rank(starts, own, RANK)
-    where = b + rn[:, None] * r + rr[None, :]
-    up = tl.load(where, mask=(rn[:, None] < N) & (rr[None, :] < r) & mine, other=0.0)
+    where = b + offs_n[:, None] * r + offs_r[None, :]
+    up = tl.load(where, mask=(offs_n[:, None] < N) & (offs_r[None, :] < r) & mine, other=0.0)
     s = tl.load(tl.load(table + 2 * updates + own).to(scale.dtype)).to(tl.float32)
     s *= tl.load(tl.load(table + 3 * updates + own).to(gain.dtype)).to(tl.float32)
     if EARLY:
         gdc_wait()
-    u = tl.zeros((RB,), tl.float32)
+    u = tl.zeros((BLOCK_R,), tl.float32)
     for split in tl.static_range(SPLITS):
-        u += tl.load(thin + (split * M + row) * RB + rr, mask=(rr < r) & mine, other=0.0)
+        u += tl.load(
+            thin + (split * M + row) * BLOCK_R + offs_r, mask=(offs_r < r) & mine, other=0.0
+        )
     acc = tl.sum(up.to(tl.float32) * (s * u)[None, :], 1)
     for split in tl.static_range(SPLITS):
-        where = part + tl.cast(split * M + row, tl.int64) * N + rn
-        acc += tl.load(where, mask=rn < N, other=0.0)
+        where = part + tl.cast(split * M + row, tl.int64) * N + offs_n
+        acc += tl.load(where, mask=offs_n < N, other=0.0)
     if BIAS:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)
-    where = y + tl.cast(row, tl.int64) * N + rn
-    tl.store(where, acc.to(y.dtype.element_ty), mask=rn < N)
+        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    where = y + tl.cast(row, tl.int64) * N + offs_n
+    tl.store(where, acc.to(y.dtype.element_ty), mask=offs_n < N)

@@ -1,6 +1,7 @@
 """Few rows, each with an update of its own, on CUDA, in the kernels; imported only there."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -16,6 +17,7 @@ HIGHEST = 64  # rank
 # columns and depth of a tile of the weight, programs of them for each processor, numbers of A and
 # of B that a program holds, stages and warps
 _DIVISION = (32, 128, 2, 8192, 16384, 3, 4)
+_TYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 _PLANS: dict[Any, Any] = {}
 _TABLES: dict[Any, Tensor] = {}
 _CAPTURED: dict[Any, Tensor] = {}  # read by CUDA graphs, which do not keep them alive
@@ -45,9 +47,12 @@ def table_of(parts: Sequence[Part], weight: Tensor) -> Optional[Table]:
     A table is made once for tensors of such addresses and shapes, as a copy to the device waits for
     it; none can be made while a CUDA graph is captured.
     """
-    told = tuple((t.data_ptr(), t.dtype, t.shape) for part in parts for t in part)
-    ranks = {part.a.shape[0] for part in parts}
-    rank, most = (ranks.pop() if len(ranks) == 1 else 0), max(len(part.a) for part in parts)
+    tensors = [t for part in parts for t in part]
+    # by functions of C alone: in Python's a model's layers would take longer than their products
+    told = (*map(Tensor.data_ptr, tensors), *map(_TYPE, tensors), *map(_SHAPE, tensors))
+    ranks = [part.a.shape[0] for part in parts]
+    most = max(ranks)
+    rank = most if most == min(ranks) else 0
     key = (weight.get_device(), weight.shape, told)
     found = _TABLES.get(key)
     captured = torch.cuda.is_current_stream_capturing()

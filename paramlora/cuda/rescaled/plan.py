@@ -27,13 +27,11 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     def made(_: Any) -> Launch:
         (N, K), r = weight.shape, len(a)
         RB = padded(r)
-        # half as many outputs each where a narrow layer would leave processors without any
-        BN = 32 if N >= 32 * card(weight.get_device()).processors else 16
-        BK = 128 if RB <= 32 else 64
+        BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
         stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
         numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
         device = weight.get_device()
-        return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 4)
+        return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 8)
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
     launch(tensors, addresses)

@@ -26,10 +26,10 @@ from paramlora.cuda.linear.kernels import _halves, _place
 
 
 @triton.jit
-def _lying(order, rm, M, P):
-    """Where the rows `rm` of those that are sorted lie, in 64 bits."""
-    row = tl.load(order + rm // P, mask=rm < M, other=0)
-    return row.to(tl.int64) * P + rm % P
+def _lying(order, offs_m, M, P):
+    """Where the rows `offs_m` of those that are sorted lie, in 64 bits."""
+    row = tl.load(order + offs_m // P, mask=offs_m < M, other=0)
+    return row.to(tl.int64) * P + offs_m % P
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _scaling(table, which, updates, scale, gain):
 @triton.jit
 def pack(
     table, starts, down, up, factor, scale, gain, updates, fan_in, out, inner,
-    EARLY: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, DEEP: tl.constexpr,
+    EARLY: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The updates' factors cast, one after the other: a block of ``down[ranks, in]``, the first
     `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``; ``table`` as in
@@ -52,66 +52,72 @@ def pack(
     blocks = tl.num_programs(0) // updates
     block, update = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     start = tl.load(starts + update)
-    r, rr = _rank(starts, update, RANK), tl.arange(0, RB)
+    r, offs_r = _rank(starts, update, RANK), tl.arange(0, BLOCK_R)
     if block < inner:
-        rk = block * DEEP + tl.arange(0, DEEP)
-        fits = (rr[:, None] < r) & (rk[None, :] < fan_in)
-        a = _held(table, update, factor) + rr[:, None] * fan_in + rk[None, :]
-        at = down + (start + rr)[:, None].to(tl.int64) * fan_in + rk[None, :]
+        offs_k = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        fits = (offs_r[:, None] < r) & (offs_k[None, :] < fan_in)
+        a = _held(table, update, factor) + offs_r[:, None] * fan_in + offs_k[None, :]
+        at = down + (start + offs_r)[:, None].to(tl.int64) * fan_in + offs_k[None, :]
         tl.store(at, tl.load(a, mask=fits, other=0.0).to(down.dtype.element_ty), mask=fits)
     else:
-        rn = (block - inner) * DEEP + tl.arange(0, DEEP)
-        inside = (rn[:, None] < out) & (rr[None, :] < r)
-        b = _held(table, updates + update, factor) + rn[:, None] * r + rr[None, :]
+        offs_n = (block - inner) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (offs_n[:, None] < out) & (offs_r[None, :] < r)
+        b = _held(table, updates + update, factor) + offs_n[:, None] * r + offs_r[None, :]
         value = tl.load(b, mask=inside, other=0.0).to(tl.float32)
         value = tl.trans(value * _scaling(table, update, updates, scale, gain))
-        where = up + (start + rr)[:, None].to(tl.int64) * out + rn[None, :]
+        where = up + (start + offs_r)[:, None].to(tl.int64) * out + offs_n[None, :]
         tl.store(where, value.to(up.dtype.element_ty), mask=tl.trans(inside))
 
 
 @triton.jit
 def project(
-    x, f, p, order, ends, starts, M, K, updates, P, x_row, f_rank, f_k, R,
-    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, E: tl.constexpr, RB: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    x, f, p, order, ends, starts, M, K, updates, P, stride_xm, stride_fr, stride_fk, R,
+    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some rows of ``p[M, R] = x[M, K] f_i[r_i, K]ᵀ``, zeros beyond the rank; not those of none."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    update, first, end = _expert(ends, tl.program_id(0), M, updates, E, BM)
+    update, first, end = _expert(ends, tl.program_id(0), M, updates, E, BLOCK_M)
     if (update < updates) & (first < end):
         tl.assume(K > 0)
         start = tl.load(starts + update)
         r = tl.load(starts + update + 1) - start
-        rm, rk, rr = first + tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, RB)
-        lying = _lying(order, rm, M, P)
-        acc = tl.zeros((BM, RB), tl.float32)
-        left = x + lying[:, None] * x_row + rk[None, :]
-        thin = f + (start + rr)[None, :].to(tl.int64) * f_rank + rk[:, None].to(tl.int64) * f_k
-        rows, ranks = rm[:, None] < end, rr[None, :] < r
-        for k in range(0, K, BK):
+        offs_m, offs_k, offs_r = (
+            first + tl.arange(0, BLOCK_M),
+            tl.arange(0, BLOCK_K),
+            tl.arange(0, BLOCK_R),
+        )
+        lying = _lying(order, offs_m, M, P)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        left = x + lying[:, None] * stride_xm + offs_k[None, :]
+        thin = (
+            f
+            + (start + offs_r)[None, :].to(tl.int64) * stride_fr
+            + offs_k[:, None].to(tl.int64) * stride_fk
+        )
+        rows, ranks = offs_m[:, None] < end, offs_r[None, :] < r
+        for k in range(0, K, BLOCK_K):
             if WHOLE_K:
                 tile = tl.load(left, mask=rows, other=0.0)
                 factor = tl.load(thin, mask=ranks, other=0.0)
             else:
-                inside = rk < K - k
+                inside = offs_k < K - k
                 tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 factor = tl.load(thin, mask=ranks & inside[:, None], other=0.0)
             acc = tl.dot(tile, factor, acc)
-            left += BK
-            thin += tl.cast(f_k, tl.int64) * BK
-        where = p + lying[:, None] * R + rr[None, :]
-        tl.store(where, acc.to(p.dtype.element_ty), mask=rows & (rr[None, :] < R))
+            left += BLOCK_K
+            thin += tl.cast(stride_fk, tl.int64) * BLOCK_K
+        where = p + lying[:, None] * R + offs_r[None, :]
+        tl.store(where, acc.to(p.dtype.element_ty), mask=rows & (offs_r[None, :] < R))
 
 
 @triton.jit
-def _factor(q, owner, start, end, rn, N, q_rank, q_n, CH: tl.constexpr):
-    """Some ranks among those of all updates: where they lie, whose each is, and ``q`` of them."""
-    lying = start + tl.arange(0, CH)
-    whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
-    where = q + lying[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
-    return lying, whose, tl.load(where, mask=(lying < end)[:, None] & (rn < N)[None, :], other=0.0)
+def _factor(q, lying, end, offs_n, N, stride_qr, stride_qn):
+    """``q`` of some ranks among those of all updates."""
+    where = q + lying[:, None].to(tl.int64) * stride_qr + offs_n[None, :].to(tl.int64) * stride_qn
+    return tl.load(where, mask=(lying < end)[:, None] & (offs_n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -120,34 +126,62 @@ def _finite(tile):
 
 
 @triton.jit
-def _at_once(
-    acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH: tl.constexpr
-):
-    """``acc + p_i q_i`` of ranks that lie one after the other, whosever they are: each row's part
-    of p is zero in those of others."""
-    for start in range(first, end, CH):
-        lying, whose, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+def _some(
+    acc, p, q, own, owner, starts, lowest, first, start, end, several, offs_m, offs_n, N, R,
+    stride_qr, stride_qn, STEP_R: tl.constexpr,
+):  # fmt: skip
+    """``acc + p_i q_i`` of a few ranks, whosever they are: each row's part of p is zero in those of
+    others."""
+    lying = start + tl.arange(0, STEP_R)
+    if several:
+        whose = tl.load(owner + lying, mask=lying < end, other=-1).to(tl.int32)
         within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
-        where = p + rm[:, None].to(tl.int64) * R + within[None, :]
-        left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
-        acc = tl.dot(left, right, acc)
+    else:  # what is looked up would come a memory's latency later, once and again
+        whose, within = tl.where(lying < end, lowest, -1), lying - first
+    right = _factor(q, lying, end, offs_n, N, stride_qr, stride_qn)
+    where = p + offs_m[:, None].to(tl.int64) * R + within[None, :]
+    left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
+    return tl.dot(left, right, acc)
+
+
+@triton.jit
+def _at_once(
+    acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R, stride_qr,
+    stride_qn, STEP_R: tl.constexpr,
+):  # fmt: skip
+    """`_some` of all ranks from `first` up to `end`. The first of them, which are all that most
+    tiles have, are outside of the loop: one that is to be pipelined takes longer to enter."""
+    acc = _some(
+        acc, p, q, own, owner, starts, lowest, first, first, end, several, offs_m, offs_n, N, R,
+        stride_qr, stride_qn, STEP_R,
+    )  # fmt: skip
+    for start in tl.range(first + STEP_R, end, STEP_R, num_stages=1):
+        acc = _some(
+            acc, p, q, own, owner, starts, lowest, first, start, end, several, offs_m, offs_n, N, R,
+            stride_qr, stride_qn, STEP_R,
+        )  # fmt: skip
     return acc
 
 
 @triton.jit
 def _one_by_one(
-    acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB: tl.constexpr
-):
+    acc, p, q, own, starts, lowest, highest, offs_m, offs_n, N, R, stride_qr, stride_qn,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """`_at_once` of numbers that are not finite: zeros times them would be no zeros, so that they
     come to their own rows alone."""
-    rr = tl.arange(0, RB)
+    offs_r = tl.arange(0, BLOCK_R)
     for update in range(lowest, highest + 1):
         start = tl.load(starts + update)
         r, mine = tl.load(starts + update + 1) - start, own == update
-        where = p + rm[:, None].to(tl.int64) * R + rr[None, :]
-        left = tl.load(where, mask=mine[:, None] & (rr[None, :] < r), other=0.0)
-        where = q + (start + rr)[:, None].to(tl.int64) * q_rank + rn[None, :].to(tl.int64) * q_n
-        right = tl.load(where, mask=(rr[:, None] < r) & (rn[None, :] < N), other=0.0)
+        where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+        left = tl.load(where, mask=mine[:, None] & (offs_r[None, :] < r), other=0.0)
+        where = (
+            q
+            + (start + offs_r)[:, None].to(tl.int64) * stride_qr
+            + offs_n[None, :].to(tl.int64) * stride_qn
+        )
+        right = tl.load(where, mask=(offs_r[:, None] < r) & (offs_n[None, :] < N), other=0.0)
         acc = tl.dot(left, tl.where(_finite(right), right, 0.0).to(right.dtype), acc)
         bad = tl.max(tl.where(_finite(right), 0, 1), 0) > 0
         acc = tl.where(mine[:, None] & bad[None, :], float("nan"), acc)
@@ -156,53 +190,68 @@ def _one_by_one(
 
 @triton.jit
 def product(
-    x, w, y, p, q, index, starts, owner, bias,
-    M, N, K, updates, P, x_row, w_k, w_n, q_rank, q_n, R,
+    x, w, y, p, q, index, spans, starts, owner, bias,
+    M, N, K, updates, rows, P, stride_xm, stride_wk, stride_wn, stride_qr, stride_qn, R,
     EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
-    WHOLE_K: tl.constexpr, RB: tl.constexpr, CH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
-    columns = tl.cdiv(N, BN)
-    block, column = _place(tl.program_id(0), tl.cdiv(M, BM), columns, GROUP)
-    rm, rn = block * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-    own = tl.load(index + rm // P, mask=rm < M, other=updates).to(tl.int32)
-    lowest, highest = tl.min(own, 0), tl.max(tl.where(own < updates, own, -1), 0)
-    first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
+    columns = tl.cdiv(N, BLOCK_N)
+    block, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), columns, GROUP)
+    offs_m, offs_n = (
+        block * BLOCK_M + tl.arange(0, BLOCK_M),
+        column * BLOCK_N + tl.arange(0, BLOCK_N),
+    )
+    # asked for now and looked at once the products are there, so that nothing waits for them
+    own = tl.load(index + offs_m // P, mask=offs_m < M, other=updates).to(tl.int32)
+    span = spans + block * BLOCK_M // P
+    first, end = tl.load(span), tl.load(span + rows)
     tl.assume(K > 0)
     acc = _wide(
-        x, w, 0, block * BM, M, column, N, K, x_row, 0, w_k, w_n,
-        TMA, ROWS_OUT, WHOLE_K, BM, BN, BK,
+        x, w, 0, block * BLOCK_M, M, column, N, K, stride_xm, 0, stride_wk, stride_wn,
+        TMA, ROWS_OUT, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if EARLY:  # p, and q too, which a launch right ahead may have cast
         gdc_wait()
         gdc_launch_dependents()
-    bad = 0
-    if lowest < tl.max(own, 0):  # rows of several
-        for start in range(first, end, CH):
-            _, _, right = _factor(q, owner, start, end, rn, N, q_rank, q_n, CH)
+    bad, lowest, highest = 0, tl.min(own, 0), tl.max(own, 0)
+    several = lowest < highest
+    if several:
+        highest = tl.max(tl.where(own < updates, own, -1), 0)
+        first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
+        for start in tl.range(first, end, STEP_R, num_stages=1):
+            right = _factor(q, start + tl.arange(0, STEP_R), end, offs_n, N, stride_qr, stride_qn)
             bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     if bad > 0:
-        acc = _one_by_one(acc, p, q, own, starts, lowest, highest, rm, rn, N, R, q_rank, q_n, RB)
+        acc = _one_by_one(
+            acc, p, q, own, starts, lowest, highest, offs_m, offs_n, N, R, stride_qr, stride_qn,
+            BLOCK_R,
+        )  # fmt: skip
     else:
-        acc = _at_once(acc, p, q, own, owner, starts, first, end, rm, rn, N, R, q_rank, q_n, CH)
+        acc = _at_once(
+            acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R,
+            stride_qr, stride_qn, STEP_R,
+        )  # fmt: skip
     if BIAS:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
         lower, upper = _halves(acc)
-        y.store([block * BM, column * BN], lower.to(y.dtype))
-        y.store([block * BM, column * BN + BN // 2], upper.to(y.dtype))
+        y.store([block * BLOCK_M, column * BLOCK_N], lower.to(y.dtype))
+        y.store([block * BLOCK_M, column * BLOCK_N + BLOCK_N // 2], upper.to(y.dtype))
     else:
-        where = y + rm[:, None].to(tl.int64) * N + rn[None, :]
-        tl.store(where, acc.to(y.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+        where = y + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(
+            where, acc.to(y.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
+        )
 
 
 @triton.jit
 def gradients(
     x, v, dy, u, da, db, order, ends, starts, table, scale, gain,
-    M, fan_in, out, updates, ranks, P, R, x_row, dy_row, inner, parts,
-    EARLY: tl.constexpr, APART: tl.constexpr, E: tl.constexpr, RB: tl.constexpr,
-    DEEP: tl.constexpr, BM: tl.constexpr,
+    M, fan_in, out, updates, ranks, P, R, stride_xm, stride_dym, inner, parts,
+    EARLY: tl.constexpr, APART: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
     ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows. Where `APART`,
@@ -213,31 +262,33 @@ def gradients(
     which, low, high = _share(ends, M, updates, E)
     first = tl.sum(tl.where(which == update, low, 0), 0)
     end = tl.sum(tl.where(which == update, high, 0), 0)
-    each = tl.cdiv(tl.maximum(end - first, 0), parts * BM) * BM
+    each = tl.cdiv(tl.maximum(end - first, 0), parts * BLOCK_M) * BLOCK_M
     first += part * each
     end = tl.minimum(end, first + each)
     start = tl.load(starts + update)
     r = tl.load(starts + update + 1) - start
     is_a = block < inner
     wide, thin, found = tl.where(is_a, x, dy), tl.where(is_a, v, u), tl.where(is_a, da, db)
-    size, row = tl.where(is_a, fan_in, out), tl.where(is_a, x_row, dy_row)
-    rd = (block - tl.where(is_a, 0, inner)) * DEEP + tl.arange(0, DEEP)
-    rm, rr = tl.arange(0, BM), tl.arange(0, RB)
-    acc = tl.zeros((DEEP, RB), tl.float32)
-    for m in range(first, end, BM):
-        mm = m + rm
+    size, row = tl.where(is_a, fan_in, out), tl.where(is_a, stride_xm, stride_dym)
+    offs_d = (block - tl.where(is_a, 0, inner)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    for m in range(first, end, BLOCK_M):
+        mm = m + offs_m
         lying = _lying(order, mm, M, P)
-        where = wide + lying[None, :] * row + rd[:, None]
-        left = tl.load(where, mask=(mm[None, :] < end) & (rd[:, None] < size), other=0.0)
-        where = thin + lying[:, None] * R + rr[None, :]
-        right = tl.load(where, mask=(mm[:, None] < end) & (rr[None, :] < r), other=0.0)
+        where = wide + lying[None, :] * row + offs_d[:, None]
+        left = tl.load(where, mask=(mm[None, :] < end) & (offs_d[:, None] < size), other=0.0)
+        where = thin + lying[:, None] * R + offs_r[None, :]
+        right = tl.load(where, mask=(mm[:, None] < end) & (offs_r[None, :] < r), other=0.0)
         acc = tl.dot(left, right, acc)
-    where = found + (tl.cast(part * ranks + start, tl.int64) + rr[None, :]) * size + rd[:, None]
+    where = (
+        found + (tl.cast(part * ranks + start, tl.int64) + offs_r[None, :]) * size + offs_d[:, None]
+    )
     if EARLY:  # a product whose programs have all awaited the thin ones runs ahead, and ends first
         gdc_wait()
     if APART:
         if not is_a:
             acc *= _scaling(table, update, updates, scale, gain)
             where = found + tl.cast(part * ranks + start, tl.int64) * size
-            where = where + rd[:, None].to(tl.int64) * r + rr[None, :]
-    tl.store(where, acc, mask=(rd[:, None] < size) & (rr[None, :] < r))
+            where = where + offs_d[:, None].to(tl.int64) * r + offs_r[None, :]
+    tl.store(where, acc, mask=(offs_d[:, None] < size) & (offs_r[None, :] < r))

@@ -16,7 +16,7 @@ from paramlora.cuda.routed import kernels
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
-_SUMS = (128, 3, 8)  # rows of a step of the gradients, stages, warps
+_SUMS = (64, 4, 8)  # rows of a step of the gradients, stages, warps
 
 
 class Sorted(NamedTuple):
@@ -26,7 +26,8 @@ class Sorted(NamedTuple):
         taken: ``[N]``, the update of each row, one beyond them for none.
         order: ``[N]``, the rows sorted by their update.
         ends: ``[updates]``, where each one's positions end among the sorted ones.
-        starts: ``[updates + 1]``, where each one's ranks start among those of all.
+        spans: ``[2, N]``, where the ranks of each row's update start and end among those of all.
+        starts: ``[updates + 1]``, where each one's ranks start.
         owner: ``[ranks]``, whose each of these is.
         most: the largest rank.
         positions: of each row.
@@ -35,6 +36,7 @@ class Sorted(NamedTuple):
     taken: Tensor
     order: Tensor
     ends: Tensor
+    spans: Tensor
     starts: Tensor
     owner: Tensor
     most: int
@@ -91,12 +93,12 @@ def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
 
     def made(_: Any) -> Launch:
         (M, K), updates, RB = x.shape, len(by.ends), power(max(p.shape[1], 16))
-        BM, BK = 64, 128 if RB <= 32 else 64
+        BM, BK = 64, 64  # leaves shared memory for the product, which starts before it ends
         numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
         early = card(x.get_device()).hopper
         constants = (early, K % BK == 0, power(updates + 1), RB, BM, BK)
         grid = M // BM + updates
-        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 3, 4, early)
+        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 4, 4, early)
 
     launch, addresses = planned(_PLANS, tensors, ("thin", *rest), made)
     launch(tensors, addresses)
@@ -115,8 +117,8 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         by: which update each row takes.
         bias: ``[N]``, contiguous.
     """
-    y = x.new_empty(len(x), w.shape[1])
-    tensors = (x, w, y, p, q, by.taken, by.starts, by.owner, w if bias is None else bias)
+    y, last = x.new_empty(len(x), w.shape[1]), w if bias is None else bias
+    tensors = (x, w, y, p, q, by.taken, by.spans, by.starts, by.owner, last)
     rest = (by.most, by.positions, bias is not None)
 
     def made(addresses: tuple[int, ...]) -> Any:
@@ -138,7 +140,8 @@ def _product(
     aligned = even and not (x_row | step | N) & 7 and (rows_out or K % 64 == 0)
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
-    numbers = (M, N, K, len(by.ends), by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
+    updates, rows = len(by.ends), len(by.taken)
+    numbers = (M, N, K, updates, rows, by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
     RB = power(max(by.most, 16))
     constants = (of.hopper, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
     grid = -(-M // BM) * -(-N // BN)
