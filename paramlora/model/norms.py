@@ -1,6 +1,6 @@
 """The size of an update against the weight that it updates."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,12 @@ def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
     if all(isinstance(one, AttachedUpdate) for its, one in held if its == name):
         return dense(module, base_of(module, name).detach())
     # under a weight norm, the weight is what that computes: here, since others may call the model
-    plist = parametrized(module)[name]
+    plist: Any = parametrized(module)[name]
     count = 0 if plist.is_tensor else plist.ntensors
     value = [getattr(plist, f"original{n}") for n in range(count)] or [plist.original]
     for rule in plist:
         value = value if isinstance(rule, AttachedUpdate) else [rule(*value)]
-    return value[0].detach()
+    return value[0].detach()  # type: ignore[no-any-return]
 
 
 def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
