@@ -109,8 +109,8 @@ def targets(
     table = Table("tensor", "shape", "entry", "r", "kind", "parameters")
     for target in found:
         entry, shape = target.entry, "×".join(map(str, target.shape))
-        r = "-" if entry.whole else str(entry.r)
-        kind = "whole" if entry.whole else "hard" if entry.hard else "soft"
+        r, own = str(entry.r or "-"), "hard" if entry.hard else "soft"
+        kind = "whole" if entry.whole else own if entry.kind == "lora" else entry.kind
         cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
         table.add_row(*(Text(shown(cell)) for cell in cells))  # neither markup nor emoji
     rich.print(table)

@@ -1,12 +1,13 @@
 """The size of an update against the weight that it updates."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
-from paramlora.model.attach import base_of, disable_adapters, updates_of
+from paramlora.model.attach import base_of, updates_of
+from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import dense
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.sharded import gathered
@@ -28,12 +29,17 @@ def relative_size(module: nn.Module, update: AttachedUpdate) -> Optional[float]:
 
 def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
     """The weight that an update of this layer acts on, as numbers."""
-    held = {name: list(of) for name, of in updates_of(module)}
-    (name,) = [name for name, of in held.items() if any(one is update for one in of)]
-    if all(isinstance(one, AttachedUpdate) for one in held[name]):
+    held = [(name, one) for name, of in updates_of(module) for one in of]
+    (name,) = [name for name, one in held if one is update]
+    if all(isinstance(one, AttachedUpdate) for its, one in held if its == name):
         return dense(module, base_of(module, name).detach())
-    with disable_adapters(module):  # under a weight norm, the weight is what that computes
-        return getattr(module, name).detach()  # type: ignore[no-any-return]
+    # under a weight norm, the weight is what that computes: here, since others may call the model
+    plist: Any = parametrized(module)[name]
+    count = 0 if plist.is_tensor else plist.ntensors
+    value = [getattr(plist, f"original{n}") for n in range(count)] or [plist.original]
+    for rule in plist:
+        value = value if isinstance(rule, AttachedUpdate) else [rule(*value)]
+    return value[0].detach()  # type: ignore[no-any-return]
 
 
 def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":

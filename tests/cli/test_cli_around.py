@@ -169,6 +169,21 @@ def test_whole_tensors_are_shown_as_such(folder, capsys):
     assert "3 tensors, 20 parameters" in out
 
 
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        ({"r": 2, "kind": "dora"}, ["2", "dora"]),
+        ({"kind": "rows", "rows": [0]}, ["-", "rows"]),
+        ({"r": 2, "hard": 0}, ["2", "soft"]),
+    ],
+)
+def test_targets_names_the_kind_of_an_update(entry, told, folder, capsys):
+    (folder / "c.json").write_text(json.dumps({"0": entry}))
+    _, out, _ = run(capsys, "targets", "c.json", "--model", f"{__name__}:net")
+    lines = [line.replace("│", " ").split() for line in out.splitlines()]
+    assert ["0", "3×4", "0", *told] in [line[:5] for line in lines]
+
+
 def test_a_damaged_whole_tensor_is_flagged(folder):
     with safetensors.safe_open("a.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -28,6 +28,7 @@ from paramlora.config.reading import open_regular, parse_json
 from paramlora.errors import closest, shown, spelled
 from paramlora.files import opcodes, torch_save
 from paramlora.files.adapters import convert, opened
+from paramlora.files.safetensors import SafeFile
 from paramlora.model.match import Names, Unbounded
 
 SCRIPT = Path(hostile_files.__file__)
@@ -626,3 +627,15 @@ def test_any_metadata_is_read_or_refused(about, tmp_path):
     path.write_bytes(hostile_files.safe(tensors, {"paramlora": json.dumps(about)}))
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3)})
     tried(lambda: paramlora.load_adapter(model, path))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1_000_000)}, path)
+    file = SafeFile(path)
+    try:
+        os.truncate(path, 1_000)
+        with pytest.raises(FileError, match="it became shorter while it was read"):
+            file.read("a")
+    finally:
+        file.close()

@@ -128,3 +128,28 @@ def test_names_are_escaped_in_a_notebook():
     text = paramlora.summary(model)._repr_html_()
     assert "&lt;script&gt;" in text and "&amp;&lt;b&gt;" in text
     assert "<script>" not in text and "<b>" not in text
+
+
+def test_two_kinds_of_update_on_one_weight_are_two_lines():
+    model = paramlora.attach(net(), {"0": {"r": 2}}, "a")
+    paramlora.attach(model, {"0": {"r": 1, "hard": 0}}, "b")
+    with torch.no_grad():
+        for parameter in paramlora.trainable_parameters(model):
+            parameter.normal_()
+    weight = net()[0].weight
+    for (_, _, update), row in zip(lowranks(model), paramlora.summary(model).rows, strict=True):
+        size = (update.lora_scale * update.lora_B @ update.lora_A).norm() / weight.norm()
+        assert row.adapter == update.adapter and row.norm == pytest.approx(size.item())
+
+
+def test_the_weight_under_a_norm_is_read_with_every_update_on():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    paramlora.attach(model, {"0": {"r": 2}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B)
+    held, seen = model[0].parametrizations.weight, []
+    norm, plain = held[0], held[0](held.original0, held.original1)
+    size = (low.lora_scale * low.lora_B @ low.lora_A).norm() / plain.norm()
+    norm.register_forward_hook(lambda *_: seen.append(low.strength))  # as another thread's call
+    assert rows(model)["0"].norm == pytest.approx(size.item())
+    assert set(seen) == {1.0}
