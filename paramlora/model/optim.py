@@ -33,7 +33,8 @@ def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> lis
             ``"trainable_model"``.
 
     Raises:
-        AdapterError: nothing is attached, where everything would train, or no `adapter`.
+        AdapterError: nothing is attached, where everything would train, or no `adapter`, or it is
+            in flat parameters of FSDP1, which hold more than that.
     """
     attached = list(updates(model))
     if not attached:
@@ -75,8 +76,9 @@ def parameter_groups(
         such as ``lora_A (down_blocks)``, where that gives the rate.
 
     Raises:
-        AdapterError: nothing is attached, or no `adapter`; a name in `rates` of nothing that
-            trains, two that mean one tensor equally, or a rate that is no number of at least 0.
+        AdapterError: nothing is attached, or no `adapter`, or it is in flat parameters of FSDP1,
+            of one rate each; a name in `rates` of nothing that trains, two that mean one tensor
+            equally, or a rate that is no number of at least 0.
 
     Example:
         >>> import torch, paramlora

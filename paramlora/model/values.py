@@ -42,7 +42,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     factors are new tensors, of twice the rank: a plain adapter for the unchanged base.
 
     Raises:
-        AdapterError: `adapter` is not attached.
+        AdapterError: `adapter` is not attached, or FSDP1 holds it in flat parts.
     """
     return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
 
@@ -54,7 +54,7 @@ def load_adapter_state_dict(
     """Copy `state` into an attached adapter; everything is checked before the first copy.
 
     Raises:
-        AdapterError: `adapter` is not attached.
+        AdapterError: `adapter` is not attached, or FSDP1 holds it in flat parts.
         FileError: missing or unexpected keys, another shape, or no finite real numbers.
     """
     _load(model, _stems(model, adapter), state, adapter)
@@ -155,7 +155,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     Tied tensors that share one update hold the same `Update` under each of their paths.
 
     Raises:
-        AdapterError: `adapter` is not attached.
+        AdapterError: `adapter` is not attached, or FSDP1 holds it in flat parts.
     """
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
     if not held:
@@ -224,7 +224,7 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     rank is filled up with zeros.
 
     Raises:
-        AdapterError: `into` is not attached.
+        AdapterError: `into` is not attached, or FSDP1 holds it in flat parts.
         FileError: other layers, a larger rank, another shape, or no finite real numbers.
     """
     held = {path: update for path, _, update in placed(model) if update.adapter == into}

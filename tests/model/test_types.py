@@ -237,7 +237,8 @@ def made_of(part, base, scale, layout):
     total = base + change.reshape(base.shape)
     if "lora_magnitude" in part:
         # a constant, which has no gradient (arXiv:2402.09353, section 4.3)
-        norm = total.detach().square().sum((0, 2), keepdim=True).sqrt()
+        dims = [i for i, size in enumerate(part["lora_magnitude"].shape) if size == 1]
+        norm = total.detach().square().sum(dims, keepdim=True).sqrt()
         total = part["lora_magnitude"] * total / norm
     return total
 

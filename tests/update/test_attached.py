@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
-from paramlora.model.attach import updates
+from paramlora.model.attach import uncollected, updates
 
 ENTRIES = {
     "hard": {"r": 2},
@@ -224,12 +224,12 @@ def test_a_model_moved_under_inference_mode_is_switched():
         model.to(torch.float32)
     paramlora.set_adapters(model, {"default": 0.5})
     assert model.parametrizations.weight[0].strength == 0.5
-    model, _ = made("linear", ENTRIES["hard"])
+    model = paramlora.attach(nn.Linear(4, 3), {"weight": {"r": 2, "trainable_scale": 1}})
     with torch.inference_mode():
         model.to("cpu")  # which leaves its tensors as they are
-    x = torch.randn(3, 4, requires_grad=True).double()
-    F.linear(x, model.weight).sum().backward()  # which saves the strength
-    assert model.parametrizations.weight[0].lora_B.grad is not None
+    update = model.parametrizations.weight[0]
+    update.scaling.backward()  # for which the strength was saved
+    assert update.lora_scale.grad == 1
 
 
 @pytest.mark.parametrize("name", ("hard", "soft", "whole"))
@@ -244,6 +244,22 @@ def test_a_model_goes_through_the_meta_device(name):
     if name == "whole":
         model.load_state_dict({"parametrizations.weight.0.lora_whole": plain.weight * 2}, False)
         assert torch.equal(model.weight, plain.weight * 2)
+
+
+@pytest.mark.parametrize("on", (True, False))
+def test_overlapping_pauses_of_the_collector_leave_it_as_the_first_found_it(on):
+    """As those of two threads lie, of which the first to begin ends first."""
+    first, second = uncollected(), uncollected()
+    if not on:
+        gc.disable()
+    try:
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert not gc.isenabled()
+        second.__exit__(None, None, None)
+        assert gc.isenabled() is on
+    finally:
+        gc.enable()
 
 
 def test_two_threads_that_attach_leave_the_collector_on():

@@ -19,13 +19,18 @@ CONFIG = {
     "3": {"whole": 1},
     "4": {"r": 2, "init": "pissa"},
     "re:5.in_proj_weight": {"r": 2},
+    "6": {"r": 2, "kind": "dora"},
+    "7": {"r": 2, "kind": "loha", "scale": 1e5},
+    "8": {"r": 2, "kind": "lokr"},
+    "9": {"rows": [1, 3]},
 }
 
 
 def net(dtype=torch.float32):
     torch.manual_seed(0)
     layers = [nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Embedding(9, 8), nn.BatchNorm1d(8)]
-    layers += [nn.Linear(8, 8), nn.MultiheadAttention(8, 2)]
+    layers += [nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.ConvTranspose1d(8, 8, 3)]
+    layers += [nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 8)]
     return nn.Sequential(*layers).to(dtype).eval()
 
 
