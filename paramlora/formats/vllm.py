@@ -25,7 +25,7 @@ from paramlora.formats.format import Format
 from paramlora.formats.loaders import of_peft
 from paramlora.update.value import Adapter, Update
 
-MOST_RANK = 512  # the largest max_lora_rank of vLLM's configuration
+MOST_RANK = 512  # the largest max_lora_rank of vLLM's configuration; SGLang's is any number
 _HEADS = ("lm_head", "score", "classifier", "embed_out")
 _EXPERTS = ("gate_up_proj", "down_proj")
 
@@ -79,7 +79,7 @@ def unserved(adapter: Adapter, name: str) -> Iterator[str]:
             "both."
         )
     most = max((update.r for update in updates.values()), default=0)
-    if most > MOST_RANK:
+    if name == FORMAT.servers["vllm"] and most > MOST_RANK:
         yield f"rank {most} is above the {MOST_RANK} that {name} can be started with. Train less."
 
 

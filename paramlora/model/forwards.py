@@ -443,12 +443,13 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = found = None
-    if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
-        known = known_parts(self, input)
+    if plain in _CONVOLVED and _inner(self) in _INNER:
+        batched = input.dim() == len(self.kernel_size) + 2
+        known = known_parts(self, input) if batched else None
         routes = parts_of_rows(self, input) if known is None else None
         if routes is not None:
             return _convolution_of_rows(self, input, *routes)
-        found = _rescaled(self, input, 0) if known is None else None
+        found = _rescaled(self, input, 0) if batched and known is None else None
     if known is None:
         y: Tensor
         if found is not None:
@@ -575,9 +576,11 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
     Raises:
         AdapterError: it has another number of rows.
     """
-    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else 0
-    if there not in (1, count) or there == 0:
-        raise wrong_rows(type(layer), x, dim, count)
+    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else -1
+    # a whole packed batch is not there once for each of its positions
+    once = there == 1 and not (rows.packed and x.dim() > dim + 1 + after)
+    if there != count and not once:
+        raise wrong_rows(type(layer), x, dim, count, rows.packed)
     x = x.movedim(dim, 0)
     return x if there == count else x.expand(count, *x.shape[1:])
 
@@ -698,7 +701,8 @@ def linear_of_rows(
 def _convolution_of_rows(
     layer: Any, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    x, bias = rows_first(layer, x, 0, rows), _bias(layer)
+    x, bias = rows_first(layer, x, 0, rows, len(layer.kernel_size) + 1), _bias(layer)
+    updates = updates if len(x) else []  # torch has no convolution of no groups
     y: Tensor
     if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)
