@@ -30,7 +30,9 @@ _HEADS = ("lm_head", "score", "classifier", "embed_out")
 _EXPERTS = ("gate_up_proj", "down_proj")
 
 
-def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
+def write(
+    adapter: Adapter, base: Optional[Base] = None, *, server: str = "vLLM", **_: Any
+) -> Content:
     """An adapter as the folder that vLLM's ``--lora-modules`` takes.
 
     All layers get the largest rank, filled up with zeros, and one alpha: where scales differ they
@@ -39,11 +41,12 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     Args:
         adapter: fitted to its model where kinds of layers matter.
         base: as for PEFT's; a checkpoint of single experts tells their names one by one.
+        server: what messages call the one that loads it.
 
     Raises:
-        FileError: a part that vLLM does not load, named.
+        FileError: a part that the server does not load, named.
     """
-    lost = list(unserved(adapter, "vLLM"))
+    lost = list(unserved(adapter, server))
     if lost:
         raise FileError(" ".join(lost))
     return peft.write(of_one_rank(adapter), base)
