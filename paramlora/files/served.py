@@ -65,14 +65,13 @@ def tensors_for(
         [(2, 4), (2, 3)]
     """
     form, found = _form_for(server, _takers()), adapter_of(model, adapter)
-    name, told = form.servers[server], {}
     if form.unserved is not None:
-        told = {"server": name}
+        name = form.servers[server]
         lost = list(form.unserved(found, name))
         if lost:
             raise AdapterError(f'adapter "{adapter}" for {name}: {" ".join(lost)}')
         dtype = dtype or _narrow(model, found)
-    content = formats.write(found, form.name, base_of(model), **told)
+    content = formats.write(found, form.name, base_of(model))
     tensors = {key: _own(tensor, dtype) for key, tensor in content.state.items()}
     return Served(tensors, dict(content.config))
 

@@ -1,16 +1,14 @@
 """vLLM's adapters: PEFT's folder, of one rank and one alpha for all layers, and what it refuses.
 
-Read from the loaders' sources by commit: vLLM's vllm/lora/lora_model.py at 0306474e,
-model_manager.py at 01533aa8, peft_helper.py at 02143692, utils.py at 001e63a8 and config/lora.py at
-01230b40; SGLang's python/sglang/srt/lora/lora_config.py at 0ceb81fe and mem_pool.py at 00639c4d.
-Both read one ``r`` and one ``lora_alpha``, without patterns; SGLang also wants every factor to be
-of that rank. A layer is looked for by the last part of its name, among linear layers, embeddings
-and experts. Experts as one stack are PEFT's: ``experts.base_layer`` is ``gate_up_proj``,
+Read from the loader's sources by commit: vllm/lora/lora_model.py at 0306474e, model_manager.py at
+01533aa8, peft_helper.py at 02143692, utils.py at 001e63a8 and config/lora.py at 01230b40. It reads
+one ``r`` and one ``lora_alpha``, without patterns. A layer is looked for by the last part of its
+name, among linear layers, embeddings and experts. Experts as one stack are PEFT's: ``experts.base_layer`` is ``gate_up_proj``,
 ``experts`` is ``down_proj``, of shapes ``[E·r, in]`` and ``[out, r·E]``; for a model whose
 checkpoint has them one by one, each is a linear layer (``experts.0.gate_proj``).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -25,14 +23,12 @@ from paramlora.formats.format import Format
 from paramlora.formats.loaders import of_peft
 from paramlora.update.value import Adapter, Update
 
-MOST_RANK = 512  # the largest max_lora_rank of vLLM's configuration; SGLang's is any number
+MOST_RANK = 512  # the largest max_lora_rank of vLLM's configuration
 _HEADS = ("lm_head", "score", "classifier", "embed_out")
 _EXPERTS = ("gate_up_proj", "down_proj")
 
 
-def write(
-    adapter: Adapter, base: Optional[Base] = None, *, server: str = "vLLM", **_: Any
-) -> Content:
+def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     """An adapter as the folder that vLLM's ``--lora-modules`` takes.
 
     All layers get the largest rank, filled up with zeros, and one alpha: where scales differ they
@@ -41,19 +37,35 @@ def write(
     Args:
         adapter: fitted to its model where kinds of layers matter.
         base: as for PEFT's; a checkpoint of single experts tells their names one by one.
-        server: what messages call the one that loads it.
 
     Raises:
-        FileError: a part that the server does not load, named.
+        FileError: a part that vLLM does not load, named.
     """
-    lost = list(unserved(adapter, server))
-    if lost:
-        raise FileError(" ".join(lost))
-    return peft.write(of_one_rank(adapter), base)
+    return of_one_rank(adapter, base, unserved(adapter, "vLLM"))
+
+
+def of_one_rank(adapter: Adapter, base: Optional[Base], lost: Iterable[str]) -> Content:
+    """PEFT's form of one rank and one alpha.
+
+    Raises:
+        FileError: something is lost.
+    """
+    told = " ".join(lost)
+    if told:
+        raise FileError(told)
+    return peft.write(_of_one_rank(adapter), base)
 
 
 def unserved(adapter: Adapter, name: str) -> Iterator[str]:
-    """What of an adapter a server of this name does not load, a sentence for each kind of part."""
+    """What of an adapter vLLM does not load, a sentence for each kind of part."""
+    yield from unloaded(adapter, name)
+    most = max((update.r for update in adapter.updates.values()), default=0)
+    if most > MOST_RANK:
+        yield f"rank {most} is above the {MOST_RANK} that {name} can be started with. Train less."
+
+
+def unloaded(adapter: Adapter, name: str) -> Iterator[str]:
+    """What of an adapter a server of this name loads at no rank, likewise."""
     updates = adapter.updates
     if adapter.whole:
         yield (
@@ -81,9 +93,6 @@ def unserved(adapter: Adapter, name: str) -> Iterator[str]:
             f"{listed(alone)}: of experts {name} loads gate_up_proj and down_proj together. Adapt "
             "both."
         )
-    most = max((update.r for update in updates.values()), default=0)
-    if name == FORMAT.servers["vllm"] and most > MOST_RANK:
-        yield f"rank {most} is above the {MOST_RANK} that {name} can be started with. Train less."
 
 
 def _is_served(path: str, update: Update) -> bool:
@@ -102,7 +111,7 @@ def _twin(path: str, updates: Mapping[str, Update]) -> Optional[str]:
     return None if twin in updates else twin
 
 
-def of_one_rank(adapter: Adapter) -> Adapter:
+def _of_one_rank(adapter: Adapter) -> Adapter:
     """All updates of the largest rank; and of one scale, if need be by their factors."""
     r = max(update.r for update in adapter.updates.values())
     same = len({update.scale for update in adapter.updates.values()}) == 1
@@ -132,6 +141,6 @@ FORMAT = Format(
     passed_over=of_peft,
     weights=("adapter_model.safetensors",),
     config="adapter_config.json",
-    servers={"vllm": "vLLM", "sglang": "SGLang"},
+    servers={"vllm": "vLLM"},
     unserved=unserved,
 )
