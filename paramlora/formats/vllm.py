@@ -3,9 +3,10 @@
 Read from the loader's sources by commit: vllm/lora/lora_model.py at 0306474e, model_manager.py at
 01533aa8, peft_helper.py at 02143692, utils.py at 001e63a8 and config/lora.py at 01230b40. It reads
 one ``r`` and one ``lora_alpha``, without patterns. A layer is looked for by the last part of its
-name, among linear layers, embeddings and experts. Experts as one stack are PEFT's: ``experts.base_layer`` is ``gate_up_proj``,
-``experts`` is ``down_proj``, of shapes ``[E·r, in]`` and ``[out, r·E]``; for a model whose
-checkpoint has them one by one, each is a linear layer (``experts.0.gate_proj``).
+name, among linear layers, embeddings and experts. Experts as one stack are PEFT's:
+``experts.base_layer`` is ``gate_up_proj``, ``experts`` is ``down_proj``, of shapes ``[E·r, in]``
+and ``[out, r·E]``; for a model whose checkpoint has them one by one, each is a linear layer
+(``experts.0.gate_proj``).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
