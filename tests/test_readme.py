@@ -22,6 +22,20 @@ def test_the_files_that_it_links_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_what_reaches_the_logits_is_what_the_recipe_computes():
+    recipe = (ROOT / "docs" / "many.md").read_text(encoding="utf-8")
+    ways = (
+        "share(model) <",
+        'share(paramlora.rounding(model, "as served"))',
+        "share(paramlora.merge(",
+    )
+    told = [re.search(re.escape(way) + r".*# 0\.(\d\d)", recipe) for way in ways]
+    exact, served, merged = (found.group(1) for found in told)
+    shown = f"on the logits {exact} % arrives, {served} % as a server computes it"
+    text = " ".join(TEXT.split())
+    assert shown in text and f"and {merged} % once merged" in text
+
+
 def test_the_table_names_every_key_and_every_start():
     table = TEXT[TEXT.index("| key |") : TEXT.index('An entry `{"rows"')]
     keys = {

@@ -98,6 +98,12 @@ def grouped_linear(
     return applied(_Grouped, x, weight, ends, lora_A, lora_B, scale, strength, *parts)
 
 
+def plain_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``x_e W_eᵀ`` alone."""
+    one = torch.ones((), dtype=weight.dtype, device=weight.device)
+    return grouped_linear(x, weight, ends, weight[:, :0], weight[:, :, :0], one)
+
+
 def owners(ends: Tensor, rows: int) -> Tensor:
     """The expert of each row; of one that is nobody's the last."""
     every = torch.arange(rows, device=ends.device, dtype=ends.dtype)

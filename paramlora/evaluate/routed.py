@@ -98,7 +98,7 @@ def linear(
 
 def _positions(x: Tensor) -> Tensor:
     """``[N, positions, side]`` of ``[N, ..., side]``."""
-    return x.reshape(len(x), -1, x.shape[-1])
+    return x.reshape(len(x), x.shape[1:-1].numel(), x.shape[-1])
 
 
 def grouped(x: Tensor, rows: Choice, down: _Maybe, up: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ def _in_rows(y: Tensor, rows: Choice, positions: int) -> Tensor:
 
 def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
     """``[N, r, side]``, the ranks that each row picks among those of all."""
-    return cast(factors, dtype).index_select(0, picks.flatten()).view(*picks.shape, -1)
+    every = cast(factors, dtype).index_select(0, picks.flatten())
+    return every.view(*picks.shape, factors.shape[1])
 
 
 def _sums(thin: Tensor, x: Tensor, picks: Tensor, like: Tensor) -> Tensor:
@@ -451,7 +452,7 @@ def embedding(
         with torch.autocast(device, enabled=False):
             return embedding(tokens, weight, down, up, rows, padding_idx)
     base = narrow.wide(F.embedding(tokens, weight, padding_idx))
-    flat = tokens.reshape(len(tokens), -1)
+    flat = tokens.reshape(len(tokens), tokens.shape[1:].numel())
     # [N, positions, r]: a column of the row's own factor for each token
     thin = cast(down[rows.picks[:, None], flat[..., None]], base.dtype)
     update = grouped(thin, rows, None, cast(up, base.dtype)).view(base.shape)

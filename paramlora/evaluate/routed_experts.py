@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paramlora.evaluate.experts import expert_sums, grouped_linear, runs
+from paramlora.evaluate.experts import expert_sums, plain_product, runs
 from paramlora.evaluate.functional import cast, cast_for_autocast, untold, without_autocast
 from paramlora.update.compat import applied
 from paramlora.update.contexts import autocast_of
@@ -72,6 +72,7 @@ def grouped_linear_of_rows(
     up: Sequence[_Maybe],
     pairs: Pairs,
     dropped: _Maybe = None,
+    twice: bool = False,
 ) -> Tensor:
     """``x (W_e + B_ei A_ei)ᵀ`` where ``e`` and ``i`` are each row's expert and adapter.
 
@@ -83,6 +84,7 @@ def grouped_linear_of_rows(
         up: likewise ``Bᵀ`` with its scale, ``[experts, r_i, out]``.
         pairs: of the rows.
         dropped: what the updates get instead of x.
+        twice: round the base's product first, as servers do.
 
     Returns:
         ``[rows, out]``. In 16 bits on a CPU the update is added before the only rounding, but for
@@ -100,11 +102,11 @@ def grouped_linear_of_rows(
     if device is not None:
         x, weight, dropped = cast_for_autocast(device, x, weight, dropped)
         with torch.autocast(device, enabled=False):
-            return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped)
+            return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice)
     x = cast(x, weight.dtype)
     low = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
-    if x.dtype != torch.bfloat16 or x.is_cuda or untold():
-        return _plain(x, weight, ends) + low
+    if twice or x.dtype != torch.bfloat16 or x.is_cuda or untold():
+        return plain_product(x, weight, ends) + low
     return applied(_Onto, low, x, weight, ends)
 
 
@@ -112,14 +114,8 @@ def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) 
     """The updates' part; float16, of whose range it knows nothing, in float32."""
     if x.dtype == torch.float16:
         return _low(x.float(), down, up, pairs).to(x.dtype)
-    thin = _plain(x[pairs.order], joined(down, x.dtype), pairs.ends)
-    return _plain(thin, joined(up, x.dtype).mT, pairs.ends)[pairs.back]
-
-
-def _plain(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """``x_e W_eᵀ`` alone."""
-    one = torch.ones((), dtype=weight.dtype, device=weight.device)
-    return grouped_linear(x, weight, ends, weight[:, :0], weight[:, :, :0], one)
+    thin = plain_product(x[pairs.order], joined(down, x.dtype), pairs.ends)
+    return plain_product(thin, joined(up, x.dtype).mT, pairs.ends)[pairs.back]
 
 
 class _Onto(torch.autograd.Function):
@@ -138,5 +134,5 @@ class _Onto(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, ends = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx = _plain(dy, weight.mT, ends) if needs[1] else None
+        dx = plain_product(dy, weight.mT, ends) if needs[1] else None
         return dy, dx, expert_sums(dy, x, ends) if needs[2] else None, None

@@ -1,16 +1,15 @@
 """vLLM's adapters: PEFT's folder, of one rank and one alpha for all layers, and what it refuses.
 
-Read from the loaders' sources by commit: vLLM's vllm/lora/lora_model.py at 0306474e,
-model_manager.py at 01533aa8, peft_helper.py at 02143692, utils.py at 001e63a8 and config/lora.py at
-01230b40; SGLang's python/sglang/srt/lora/lora_config.py at 0ceb81fe and mem_pool.py at 00639c4d.
-Both read one ``r`` and one ``lora_alpha``, without patterns; SGLang also wants every factor to be
-of that rank. A layer is looked for by the last part of its name, among linear layers, embeddings
-and experts. Experts as one stack are PEFT's: ``experts.base_layer`` is ``gate_up_proj``,
-``experts`` is ``down_proj``, of shapes ``[E·r, in]`` and ``[out, r·E]``; for a model whose
-checkpoint has them one by one, each is a linear layer (``experts.0.gate_proj``).
+Read from the loader's sources by commit: vllm/lora/lora_model.py at 0306474e, model_manager.py at
+01533aa8, peft_helper.py at 02143692, utils.py at 001e63a8 and config/lora.py at 01230b40. It reads
+one ``r`` and one ``lora_alpha``, without patterns. A layer is looked for by the last part of its
+name, among linear layers, embeddings and experts. Experts as one stack are PEFT's:
+``experts.base_layer`` is ``gate_up_proj``, ``experts`` is ``down_proj``, of shapes ``[E·r, in]``
+and ``[out, r·E]``; for a model whose checkpoint has them one by one, each is a linear layer
+(``experts.0.gate_proj``).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -43,14 +42,31 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     Raises:
         FileError: a part that vLLM does not load, named.
     """
-    lost = list(unserved(adapter, "vLLM"))
-    if lost:
-        raise FileError(" ".join(lost))
-    return peft.write(of_one_rank(adapter), base)
+    return of_one_rank(adapter, base, unserved(adapter, "vLLM"))
+
+
+def of_one_rank(adapter: Adapter, base: Optional[Base], lost: Iterable[str]) -> Content:
+    """PEFT's form of one rank and one alpha.
+
+    Raises:
+        FileError: something is lost.
+    """
+    told = " ".join(lost)
+    if told:
+        raise FileError(told)
+    return peft.write(_of_one_rank(adapter), base)
 
 
 def unserved(adapter: Adapter, name: str) -> Iterator[str]:
-    """What of an adapter a server of this name does not load, a sentence for each kind of part."""
+    """What of an adapter vLLM does not load, a sentence for each kind of part."""
+    yield from unloaded(adapter, name)
+    most = max((update.r for update in adapter.updates.values()), default=0)
+    if most > MOST_RANK:
+        yield f"rank {most} is above the {MOST_RANK} that {name} can be started with. Train less."
+
+
+def unloaded(adapter: Adapter, name: str) -> Iterator[str]:
+    """What of an adapter a server of this name loads at no rank, likewise."""
     updates = adapter.updates
     if adapter.whole:
         yield (
@@ -78,9 +94,6 @@ def unserved(adapter: Adapter, name: str) -> Iterator[str]:
             f"{listed(alone)}: of experts {name} loads gate_up_proj and down_proj together. Adapt "
             "both."
         )
-    most = max((update.r for update in updates.values()), default=0)
-    if most > MOST_RANK:
-        yield f"rank {most} is above the {MOST_RANK} that {name} can be started with. Train less."
 
 
 def _is_served(path: str, update: Update) -> bool:
@@ -99,7 +112,7 @@ def _twin(path: str, updates: Mapping[str, Update]) -> Optional[str]:
     return None if twin in updates else twin
 
 
-def of_one_rank(adapter: Adapter) -> Adapter:
+def _of_one_rank(adapter: Adapter) -> Adapter:
     """All updates of the largest rank; and of one scale, if need be by their factors."""
     r = max(update.r for update in adapter.updates.values())
     same = len({update.scale for update in adapter.updates.values()}) == 1
@@ -129,6 +142,6 @@ FORMAT = Format(
     passed_over=of_peft,
     weights=("adapter_model.safetensors",),
     config="adapter_config.json",
-    servers={"vllm": "vLLM", "sglang": "SGLang"},
+    servers={"vllm": "vLLM"},
     unserved=unserved,
 )

@@ -351,7 +351,8 @@ def rounding(model: Model, how: str) -> Model:
             their only rounding, which keeps small updates. ``"as served"``: the base's product is
             rounded to its type, and then the rounded update is added, as servers do that load an
             adapter beside a base (vLLM's lora_expand, SGLang's sgemm_lora_b), for training what
-            will be served.
+            will be served. Linear layers, convolutions and stacks of experts do; layers of which
+            only a weight is known, embeddings and other kinds of update stay as they are.
 
     Raises:
         AdapterError: no adapter is attached, or another word.

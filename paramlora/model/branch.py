@@ -253,7 +253,9 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ch
     """The term of each row's branch."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return beside_rows(layer, x, updates, rows, updates[0].layout)
-    x = rows_first(layer, x, 0, rows)
+    x = rows_first(layer, x, 0, rows, len(layer.kernel_size) + 1)
+    if not len(x):
+        return torch.zeros_like(output)
     terms = []
     for kernel in dict.fromkeys(update.kernel for update in updates):
         alike = [update for update in updates if update.kernel == kernel]

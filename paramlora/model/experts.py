@@ -17,10 +17,12 @@ from torch.compiler import is_compiling
 
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
-from paramlora.evaluate.experts import grouped_linear, owners
+from paramlora.evaluate.experts import grouped_linear, owners, plain_product
+from paramlora.evaluate.functional import cast
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
+    as_served,
     dropped_rows,
     drops_of,
     known_parts,
@@ -125,6 +127,8 @@ def product(
         y = _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens)
         return y if bias is None else y + bias[owners(ends, len(y))]
     weight, updates, dropping, _ = stack
+    if updates and updates[0].rounds_twice:
+        return _as_served(x, stack, ends, transposed, source, bias)
     if updates:
         a, b, scale, strength = together(updates, "stack", dropping)
     else:
@@ -134,6 +138,24 @@ def product(
     if transposed:
         weight, a, b = weight.mT, b.mT, a.mT
     return grouped_linear(x, weight, ends, a, b, scale, strength, drops, source, bias)
+
+
+def _as_served(
+    x: Tensor,
+    stack: Stack,
+    ends: Tensor,
+    transposed: bool,
+    source: Optional[Source],
+    bias: Optional[Tensor],
+) -> Tensor:
+    """The base's product, rounded, and the updates', which is rounded by itself."""
+    y = product(x, Stack(stack.weight, [], False), ends, transposed, None, source, bias)
+    x = wide(cast(x if source is None else source.rows(x), y.dtype))
+    for own, a, up in as_served(x, stack.updates, "stack", stack.dropping):
+        a, up = (up.mT, a.mT) if transposed else (a, up)
+        thin = plain_product(own, cast(a, x.dtype), ends)
+        y = y + cast(plain_product(thin, cast(up, x.dtype), ends), y.dtype)
+    return y
 
 
 def _is_plain(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
@@ -164,7 +186,8 @@ def _product_of_rows(
     up = [None if own is None else wide(own[1]).mT * s for own, s in zip(sides, scaling)]
     pairs = pairs_of(experts, adapters, len(weight), len(rows.names))
     dropped = dropped_rows(stack.dropping, x, stack.updates, rows, adapters)
-    return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped)
+    twice = stack.updates[0].rounds_twice
+    return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice)
 
 
 _UNTOLD = (

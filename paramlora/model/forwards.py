@@ -351,18 +351,31 @@ def together(
     return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
 
+def as_served(
+    x: Tensor, updates: list[LowRank], layout: Layout, dropping: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What is added to a base's rounded product: an input, A, and B with what is before it; of all
+    updates at once where none drops its input."""
+    if dropping:
+        pairs = [(F.dropout(x, u.dropout), *_factors(u, layout), u.scaling) for u in updates]
+        return [(own, a, wide(b) * scaling) for own, a, b, scaling in pairs]
+    a, b, scale, strength = together(updates, layout)
+    return [(x, a, wide(b) * scale * strength)]
+
+
 def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tensor:
     weight, updates, dropping = known
     bias = _bias(layer)
     if not updates:
         return F.linear(x, weight, bias)
+    if updates[0].rounds_twice:
+        y = F.linear(x, weight, bias)
+        for own, a, up in as_served(x, updates, layout, dropping):
+            y = y + functional.thin_pair(own, a, up, LINEAR, LINEAR)
+        return y
     factors = together(updates, layout, dropping)
     if dropping:
         return dropout.dropped_linear(x, weight, bias, *factors, drops_of(x, updates))
-    if updates[0].rounds_twice:
-        a, b, scale, strength = factors
-        pair = functional.thin_pair(x, a, wide(b) * scale * strength, LINEAR, LINEAR)
-        return F.linear(x, weight, bias) + pair
     return functional.linear(x, weight, bias, *factors)
 
 
@@ -443,12 +456,13 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = found = None
-    if plain in _CONVOLVED and _inner(self) in _INNER and input.dim() == len(self.kernel_size) + 2:
-        known = known_parts(self, input)
+    if plain in _CONVOLVED and _inner(self) in _INNER:
+        batched = input.dim() == len(self.kernel_size) + 2
+        known = known_parts(self, input) if batched else None
         routes = parts_of_rows(self, input) if known is None else None
         if routes is not None:
             return _convolution_of_rows(self, input, *routes)
-        found = _rescaled(self, input, 0) if known is None else None
+        found = _rescaled(self, input, 0) if batched and known is None else None
     if known is None:
         y: Tensor
         if found is not None:
@@ -465,6 +479,12 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
         y = self._conv_forward(input, weight, bias)
         return y
     stride, dilation, groups = self.stride, self.dilation, self.groups
+    if updates[0].rounds_twice:
+        y = self._conv_forward(input, weight, bias)
+        for own, a, up in as_served(input, updates, "matrix", dropping):
+            x, padding = padded_input(self, own)
+            y = y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
+        return y
     a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
         _, padding = padded_input(self, input[:0])
@@ -473,10 +493,6 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
         values = (weight, bias, a, b, scale, window, drops)
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
-    if updates[0].rounds_twice:
-        up = wide(b) * scale * strength
-        y = self._conv_forward(input, weight, bias)
-        return y + branch(x, weight.shape, a, up, stride, padding, dilation, groups)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
@@ -575,9 +591,11 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
     Raises:
         AdapterError: it has another number of rows.
     """
-    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else 0
-    if there not in (1, count) or there == 0:
-        raise wrong_rows(type(layer), x, dim, count)
+    count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else -1
+    # a whole packed batch is not there once for each of its positions
+    once = there == 1 and not (rows.packed and x.dim() > dim + 1 + after)
+    if there != count and not once:
+        raise wrong_rows(type(layer), x, dim, count, rows.packed)
     x = _moved(x, dim, 0)
     return x if there == count else x.expand(count, *x.shape[1:])
 
@@ -624,9 +642,12 @@ def dropped_rows(
     if not training or not any(rates.values()):
         return x
     index = rows.index if index is None else index
-    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0])[index]
+    dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no rate exactly
+    each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0], dtype=dtype)[index]
     each = each.reshape(-1, *[1] * (x.dim() - 1))
-    return torch.where(torch.rand_like(x) < each, 0.0, x / (1 - each))
+    # and of their random numbers one in 256 is zero
+    gone = torch.rand_like(x, dtype=dtype) < each
+    return torch.where(gone, 0.0, x / (1 - each)).to(x.dtype)
 
 
 def beside_rows(
@@ -703,7 +724,8 @@ def linear_of_rows(
 def _convolution_of_rows(
     layer: Any, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    x, bias = rows_first(layer, x, 0, rows), _bias(layer)
+    x, bias = rows_first(layer, x, 0, rows, len(layer.kernel_size) + 1), _bias(layer)
+    updates = updates if len(x) else []  # torch has no convolution of no groups
     y: Tensor
     if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)

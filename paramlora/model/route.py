@@ -18,7 +18,7 @@ from paramlora.model.attach import (
 from paramlora.model.experts import takes_rows
 from paramlora.model.forwards import forward_of, is_known
 from paramlora.model.layer_class import holds_updates, parametrized
-from paramlora.model.split import by_rows, splits, takes_positions
+from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import surely_left
 from paramlora.update.attached import AttachedUpdate, Routes
@@ -90,8 +90,8 @@ def route(
     def enter(undo: list[_Undo]) -> None:
         _enter(modules.values(), rows, undo)
         groups = _groups(list(there), index) if split else {}
-        for layer in split:
-            _replace(layer, by_rows(layer, dim, groups), undo)
+        for layer, update, own in split:
+            _replace(layer, Split(layer, dim, groups, update, own), undo)
 
     with surely_left(enter, _leave):
         yield model
@@ -114,7 +114,8 @@ def _index(
         )
     _check_on(model, there, adapters)
     number = {name: at for at, name in enumerate(there)}
-    return torch.tensor([number[n] if n is not None else len(there) for n in adapters])
+    index = [number[n] if n is not None else len(there) for n in adapters]
+    return torch.tensor(index, dtype=torch.long)
 
 
 def _of_tensor(
@@ -153,14 +154,24 @@ def _check_on(model: nn.Module, there: dict[str, bool], names: Names) -> None:
 
 def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Tensor:
     """The index of each position of packed sequences, from that of each sequence."""
-    bounds = torch.as_tensor(cu_seqlens, device=index.device).long()
-    lengths = bounds.diff()
-    if bounds.shape != (len(index) + 1,) or int(bounds[0]) or bool((lengths < 0).any()):
-        raise AdapterError(
-            f"cu_seqlens of {counted(len(index), 'sequence')} must be {len(index) + 1} numbers "
-            f"that start at 0 and do not fall, got {bounds.tolist()[:20]}."
-        )
+    try:
+        bounds = torch.as_tensor(cu_seqlens, device=index.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise _wrong_bounds(index, cu_seqlens) from None
+    if bounds.shape != (len(index) + 1,) or bounds.is_floating_point():
+        raise _wrong_bounds(index, cu_seqlens)
+    lengths = bounds.long().diff()
+    if int(bounds[0]) or bool((lengths < 0).any()):
+        raise _wrong_bounds(index, cu_seqlens)
     return index.repeat_interleave(lengths)
+
+
+def _wrong_bounds(index: Tensor, got: Any) -> AdapterError:
+    shown = got.tolist() if isinstance(got, Tensor) else got
+    return AdapterError(
+        f"cu_seqlens of {counted(len(index), 'sequence')} must be {len(index) + 1} whole numbers "
+        f"that start at 0 and do not fall, got {repr(shown)[:100]}."
+    )
 
 
 def _checked(
@@ -170,24 +181,25 @@ def _checked(
     index: Tensor,
     dim: int,
     packed: bool,
-) -> tuple[list[tuple[AttachedUpdate, Choice]], list[nn.Module]]:
-    """Each update with the rows of its tensor, and the layers to be called once for each adapter.
+) -> tuple[list[tuple[AttachedUpdate, Choice]], list[tuple[nn.Module, AttachedUpdate, Choice]]]:
+    """Each update with the rows of its tensor, and the layers to be called once for each adapter,
+    with one of their updates and its rows.
 
     Raises:
         AdapterError: one that allows neither.
     """
     made: dict[tuple[Any, ...], Choice] = {}
     rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
-    split: dict[int, nn.Module] = {}
+    split: dict[int, tuple[nn.Module, AttachedUpdate, Choice]] = {}
     inside = {id(attention.out_proj): attention for attention in attentions}
     for path, module, name, some in held:
         ours = [one for one in some if isinstance(one, AttachedUpdate)]
         if not ours:
             continue
         layer = inside.get(id(module), module)
+        own = _rows(made, there, index, dim, packed, ours)
         if _must_split(module, layer, stem(path, name), name, packed):
-            split[id(layer)] = layer
-        own = _rows(made, there, index, dim, ours)
+            split[id(layer)] = layer, ours[0], own
         for update in ours:
             if rows.setdefault(id(update), (update, own))[1] is not own:
                 raise AdapterError(_tied(stem(path, name)))
@@ -199,6 +211,7 @@ def _rows(
     there: list[str],
     index: Tensor,
     dim: int,
+    packed: bool,
     ours: list[AttachedUpdate],
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
@@ -209,7 +222,7 @@ def _rows(
         own = torch.full_like(index, len(names))
         for at, name in enumerate(names):
             own = own.masked_fill(index == there.index(name), at)
-        made[key] = Choice(names, ranks, own.to(device), dim)
+        made[key] = Choice(names, ranks, own.to(device), dim, packed)
     return made[key]
 
 
@@ -262,7 +275,7 @@ def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
     """By adapter the rows that take it, where somebody does."""
     index = index.cpu()
     order = {name: (index == at).nonzero()[:, 0] for at, name in enumerate([*there, None])}
-    return {name: rows for name, rows in order.items() if len(rows)}
+    return {name: rows for name, rows in order.items() if len(rows)} or {None: index}
 
 
 def _enter(
@@ -299,10 +312,9 @@ def _put(
         put([(u, switch.routed(change(switch.routes, own))) for u, switch, own in now])
 
 
-def _replace(layer: nn.Module, forward: Any, undo: list[_Undo]) -> None:
+def _replace(layer: nn.Module, forward: Split, undo: list[_Undo]) -> None:
     """Give one layer another forward of its own, until it is left."""
     own = vars(layer)
-    forward.before, forward.left = own.get("forward"), False
     undo.append(partial(_restore, own, forward))  # first: what stops the next line needs it
     own["forward"] = forward
 

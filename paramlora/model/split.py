@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from paramlora.update.choice import ONLY, UNSPLIT, wrong_rows
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.choice import ONLY, UNSPLIT, Choice, wrong_rows
 
 # position by position: the rows lie where `route` says
 _POSITIONS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -50,54 +53,96 @@ class _Places:
 
     given: Mapping[str, int]
     results: tuple[int, ...]
+    dims: int = 0  # of an input that has rows at all
     heads: int = 0  # that share the first dimension with the rows in a mask of three
 
 
 def _places(layer: Any, dim: int) -> _Places:
     if isinstance(layer, nn.RNNBase):
         batch = 0 if layer.batch_first else 1
-        return _Places({"input": batch, "hx": 1}, (batch, 1))
+        return _Places({"input": batch, "hx": 1}, (batch, 1), 3)
     if isinstance(layer, nn.MultiheadAttention):
         batch = 0 if layer.batch_first else 1
         given = {"query": batch, "key": batch, "value": batch, "key_padding_mask": 0}
-        return _Places(given, (batch, 0), layer.num_heads)
+        return _Places(given, (batch, 0), 3, layer.num_heads)
     first = 0 if isinstance(layer, _FIRST) else dim
-    return _Places({"": first}, (first,))
+    # behind the rows' dimension comes at least one of channels, and those of a kernel
+    after = 0 if isinstance(layer, nn.Embedding) else 1 + len(getattr(layer, "kernel_size", ()))
+    return _Places({"": first}, (first,), first + 1 + after)
 
 
-def by_rows(
-    layer: nn.Module, dim: int, groups: Mapping[Optional[str], Tensor]
-) -> Callable[..., Any]:
-    """A forward that calls the layer's own once for each adapter of the batch.
+class Split:
+    """A forward that calls a layer's own once for each adapter of the batch.
 
     Args:
         layer: one that `splits`.
         dim: of the rows, where the layer does not tell.
         groups: by adapter the indices of its rows, None: the base's.
-    """
-    forward, places = _unsplit(layer), _places(layer, dim)
-    names, count = list(inspect.signature(forward).parameters), sum(map(len, groups.values()))
+        update: one of the layer's.
+        taken: the rows of its tensor in this block.
 
-    def split(*args: Any, **kwargs: Any) -> Any:
+    Attributes:
+        before: the forward of an instance that it took the place of.
+        left: whether its block is.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        dim: int,
+        groups: Mapping[Optional[str], Tensor],
+        update: AttachedUpdate,
+        taken: Choice,
+    ) -> None:
+        self.forward, self.places = _unsplit(layer), _places(layer, dim)
+        self.names = list(inspect.signature(self.forward).parameters)
+        self.layer, self.groups, self.update, self.taken = layer, groups, update, taken
+        self.count = sum(map(len, groups.values()))
+        self.before, self.left = vars(layer).get("forward"), False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if ONLY.adapter != UNSPLIT:
-            return forward(*args, **kwargs)
-        given, parts = dict(zip(names, args)) | kwargs, []
-        for adapter, rows in groups.items():
-            own = {k: _taken(layer, places, k, v, rows, count) for k, v in given.items()}
-            try:  # twice: what stops the line that leaves the one does not stop that of the other
-                try:
-                    ONLY.adapter = adapter
-                    parts.append(forward(**own))
-                finally:
-                    ONLY.adapter = UNSPLIT
+            return self.forward(*args, **kwargs)
+        now = self.taken if torch.compiler.is_compiling() else self.update.current().rows
+        if now is None:  # a forward outside of all blocks, computed again in this one
+            return self.forward(*args, **kwargs)
+        if now is not self.taken:  # or in another one
+            raise self.update.of_some_rows()
+        given = dict(zip(self.names, args)) | kwargs
+        _check_rows(self.layer, self.places, next(iter(given.values()), None), self.count)
+        parts = [self._part(adapter, rows, given) for adapter, rows in self.groups.items()]
+        order = torch.argsort(torch.cat(list(self.groups.values())))
+        if isinstance(parts[0], Tensor):
+            return _joined(parts, self.places.results[0], order)
+        return tuple(_joined(p, d, order) for p, d in zip(zip(*parts), self.places.results))
+
+    def _part(self, adapter: Optional[str], rows: Tensor, given: dict[str, Any]) -> Any:
+        layer, places, count = self.layer, self.places, self.count
+        own = {k: _taken(layer, places, k, v, rows, count) for k, v in given.items()}
+        try:  # twice: what stops the line that leaves the one does not stop that of the other
+            try:
+                ONLY.adapter = adapter
+                return self.forward(**own)
             finally:
                 ONLY.adapter = UNSPLIT
-        order = torch.argsort(torch.cat(list(groups.values())))
-        if isinstance(parts[0], Tensor):
-            return _joined(parts, places.results[0], order)
-        return tuple(_joined(p, d, order) for p, d in zip(zip(*parts), places.results))
+        finally:
+            ONLY.adapter = UNSPLIT
 
-    return split
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The forward of a copy, of which no block is open: its own."""
+        return deepcopy(self.forward, memo)
+
+
+def _check_rows(layer: nn.Module, places: _Places, x: Any, count: int) -> None:
+    """Refuse an input without rows: in it another dimension would be taken for them.
+
+    Raises:
+        AdapterError: it is one, or a packed sequence.
+    """
+    if isinstance(x, PackedSequence):
+        raise wrong_rows(type(layer), x.data, next(iter(places.given.values())), count)
+    if isinstance(x, Tensor) and x.dim() < places.dims:
+        raise wrong_rows(type(layer), x, next(iter(places.given.values())), count)
 
 
 def _unsplit(layer: nn.Module) -> Callable[..., Any]:

@@ -248,9 +248,19 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
         for path, update in stems.items()
         for name, tensor in answer(update, "plain").items()
     }
+    _check_taken(sorted(values.keys() - state.keys()))
     _load(model, stems, state, into)
     _warn_if_other(model, adapter, into)
     return model
+
+
+def _check_taken(left: list[str]) -> None:
+    """Refuse what a file has of an update and the attached one, of another kind, has not."""
+    if left:
+        raise FileError(
+            f"{left[0]}: in the file, and the attached update of that tensor is of another kind. "
+            "Load it under a name of its own."
+        )
 
 
 _ASKED = 8  # tensors whose base a swap compares: all would take longer than the swap itself

@@ -248,12 +248,16 @@ class AttachedUpdate(nn.Module):
         """
         own = self.current()
         if own.rows is not None:
-            raise AdapterError(
-                f'adapter "{self.adapter}" acts on some rows of the batch here, and what read its '
-                "tensor wants one for all of them. Call it outside of paramlora.route, or under "
-                "checkpointing call backward inside of it."
-            )
+            raise self.of_some_rows()
         return own
+
+    def of_some_rows(self) -> AdapterError:
+        """The error of a reader of the tensor that wants one for all rows of a batch."""
+        return AdapterError(
+            f'adapter "{self.adapter}" acts on some rows of the batch here, and what read its '
+            "tensor wants one for all of them. Call it outside of paramlora.route, or under "
+            "checkpointing call backward inside of it."
+        )
 
     @property
     def acts(self) -> bool:

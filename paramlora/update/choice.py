@@ -30,6 +30,7 @@ class Choice:
         ranks: of each.
         index: ``[N]``, which of them each row takes; ``len(names)`` is none, the base.
         dim: where the rows lie in an input that does not tell.
+        packed: each is a position of a packed sequence.
 
     Attributes:
         picks: ``[N, r]`` for the largest rank, where the ranks of each row's update lie among those
@@ -46,14 +47,20 @@ class Choice:
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
-        "names", "ranks", "index", "dim", "picks", "owner", "places", "block_picks", "block",
-        "starts", "taken", "spans", "_sorted",
+        "names", "ranks", "index", "dim", "packed", "picks", "owner", "places", "block_picks",
+        "block", "starts", "taken", "spans", "_sorted",
     )  # fmt: skip
 
     def __init__(
-        self, names: tuple[str, ...], ranks: tuple[int, ...], index: Tensor, dim: int
+        self,
+        names: tuple[str, ...],
+        ranks: tuple[int, ...],
+        index: Tensor,
+        dim: int,
+        packed: bool = False,
     ) -> None:
         self.names, self.ranks, self.index, self.dim = names, ranks, index, dim
+        self.packed = packed
         self.places: Optional[Tensor] = None
         self.block_picks: Optional[Tensor] = None
         table, self.owner, self.starts = _ranks(ranks, index)
@@ -114,11 +121,12 @@ def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor,
     return places, torch.bucketize(every, ends, right=True).clamp_(max=count - 1)
 
 
-def wrong_rows(kind: type, x: Tensor, dim: int, count: int) -> AdapterError:
+def wrong_rows(kind: type, x: Tensor, dim: int, count: int, packed: bool = False) -> AdapterError:
     """The error of an input that has not the rows that `route` was given."""
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
+    rows = counted(count, "position" if packed else "row")
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {counted(count, 'row')} of paramlora.route. Give route the rows of this "
+        f"not the {rows} of paramlora.route. Give route the rows of this "
         "batch, or their dim."
     )

@@ -141,6 +141,8 @@ def stochastic(total: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     other = torch.where(away, bits + 1, bits - 1).view(dtype)
     least = torch.ones_like(bits).view(dtype).to(total.dtype)
     beyond = torch.where(wide == 0, torch.copysign(least, error), other.to(total.dtype))
+    # the bits of a negative zero are NaN in the types of AMD's cards
+    beyond = torch.where((wide.abs() == least) & ~away, torch.zeros_like(wide), beyond)
     step = (beyond - wide).abs()
     chance = torch.rand(total.shape, generator=generator, device=total.device, dtype=total.dtype)
     moves = (error != 0) & torch.isfinite(beyond) & (chance * step < error.abs())

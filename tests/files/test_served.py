@@ -147,10 +147,11 @@ def test_what_no_server_loads_is_told_before_training(text):
 
 
 def test_a_rank_above_the_limit_is_told():
-    model = nn.Linear(600, 600)
-    paramlora.attach(model, {"weight": {"r": 513}})
-    with pytest.raises(paramlora.AdapterError, match="rank 513 is above the 512 that SGLang"):
-        paramlora.tensors_for(model, "sglang")
+    model = nn.Sequential(nn.Linear(600, 600))
+    paramlora.attach(model, {"0": {"r": 513}})
+    with pytest.raises(paramlora.AdapterError, match="rank 513 is above the 512 that vLLM"):
+        paramlora.tensors_for(model, "vllm")
+    assert paramlora.tensors_for(model, "sglang").config["r"] == 513
 
 
 def run(*arguments):

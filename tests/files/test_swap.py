@@ -119,6 +119,23 @@ def test_nothing_compiles_again(tmp_path):
     torch._dynamo.reset()
 
 
+def test_another_kind_of_update_is_refused(tmp_path):
+    """Whichever has a tensor that the other lacks, such as a magnitude, which would be lost."""
+    kinds = {kind: {"0": {"r": 2, "kind": kind}} for kind in ("lora", "dora", "loha", "lokr")}
+    for kind, config in kinds.items():
+        made(tmp_path / f"{kind}.safetensors", 3, config)
+    for have, config in kinds.items():
+        for kind in kinds:
+            model = paramlora.attach(base(), config, "style")
+            before = {k: v.clone() for k, v in model.state_dict().items()}
+            if kind == have:
+                paramlora.load_adapter(model, tmp_path / f"{kind}.safetensors", into="style")
+                continue
+            with pytest.raises(paramlora.FileError, match="another kind. Load it under a name"):
+                paramlora.load_adapter(model, tmp_path / f"{kind}.safetensors", into="style")
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     made(tmp_path / "f.safetensors", 3, {"0": {"r": 2}, "3": {"r": 1}})
     model = paramlora.attach(base(), CONFIG, "style")

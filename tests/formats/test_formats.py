@@ -47,7 +47,7 @@ def read(content, **options):
 
 
 MIXED = "comfyui diffusers kohya peft original".split()
-UNIFORM = [*MIXED, "litgpt", "torchtune", "vllm"]
+UNIFORM = [*MIXED, "litgpt", "sglang", "torchtune", "vllm"]
 # alphas that other tools divide by the rank: most are not exact in floating point
 ODD = st.floats(1e-3, 1e3, allow_nan=False) | st.sampled_from([0.1, 1 / 3, 0.7, 2.0, 1.0])
 
@@ -363,7 +363,7 @@ def test_a_grouped_convolution_of_peft_that_no_weight_equals():
         formats.read(Content(state, {}, config), base)
 
 
-TOOLS = "comfyui diffusers kohya litgpt peft torchtune vllm"
+TOOLS = "comfyui diffusers kohya litgpt peft sglang torchtune vllm"
 
 
 def kinds():
@@ -374,8 +374,8 @@ def kinds():
     yield Update(a, b, 0.7, (4, 3, 2), kind="convolution"), "comfyui diffusers peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1), kind="convolution"), "comfyui diffusers kohya peft"
     yield Update(a, b, 0.7, (4, 6, 1, 1, 1), kind="convolution"), "comfyui diffusers peft"
-    yield Update(a, b, 1.0, (6, 4), "transposed", kind="embedding"), "loralib peft vllm"
-    yield Update(a, b, 0.7, (6, 4), "transposed", kind="linear"), "peft vllm"
+    yield Update(a, b, 1.0, (6, 4), "transposed", kind="embedding"), "loralib peft sglang vllm"
+    yield Update(a, b, 0.7, (6, 4), "transposed", kind="linear"), "peft sglang vllm"
     yield Update(a, b, 0.7, (6, 4, 1, 1), "transposed", kind="ConvTranspose2d"), ""
     yield Update(a, b, 0.7, (4, 6), kind="parameter"), "peft"
     yield Update(e, e.mT, 0.7, (3, 6, 6), "stack", kind="parameter"), "peft"

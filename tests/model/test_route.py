@@ -531,6 +531,25 @@ def test_a_copy_made_inside_acts_on_all_rows():
     assert torch.equal(other(x), before)
 
 
+@pytest.mark.parametrize("layers", [["in_proj_weight", "out_proj"], ["out_proj"]])
+def test_a_copy_of_a_layer_called_once_for_each_adapter_is_one_of_its_own(layers):
+    torch.manual_seed(0)
+    model, x = adapted(Attends(batch_first=True).double(), layers), images(5, 8)
+    before = model(x)
+    with paramlora.route(model, ROWS):
+        other = copy.deepcopy(model)
+    assert torch.equal(other(x), before)
+    other.attention.out_proj.bias.data += 1
+    assert torch.equal(model(x), before)
+    torch.testing.assert_close(other(x), before + 1)
+    with paramlora.route(other, ROWS):
+        routed = other(x)
+    with paramlora.route(model, ROWS):
+        torch.testing.assert_close(routed, model(x) + 1)
+    paramlora.detach(other)
+    assert torch.isfinite(other(x)).all()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -546,7 +565,9 @@ def test_refusals_of_what_was_asked():
         ),
         "index 2 is beyond the 1 adapter named": (torch.tensor([2]), {"names": ["a"]}),
         "dim must be a whole number of at least 0, got -1": (["a"], {"dim": -1}),
-        "cu_seqlens of 1 sequence must be 2 numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
+        "cu_seqlens of 1 sequence must be 2 whole numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
+        "and do not fall, got [0, 1.5]": (["a"], {"cu_seqlens": [0, 1.5]}),
+        "and do not fall, got 'ab'": (["a"], {"cu_seqlens": "ab"}),
     }
     for text, (rows, more) in cases.items():
         with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, rows, **more):
@@ -589,6 +610,90 @@ def test_a_layer_that_cannot_tell_rows_apart_is_refused_before_anything_runs():
         with paramlora.route(conv, ["a"], cu_seqlens=[0, 9]):
             pass
     assert "weight: Conv1d sees more than one position of a sequence at a time" in str(told.value)
+
+
+def test_inputs_without_rows_are_refused():
+    """Whose first dimension, of channels or of time, may be as long as the batch by chance."""
+    bag = adapted(nn.EmbeddingBag(9, 6, mode="sum"), ["weight"])
+    cases = [
+        (bag, (torch.arange(4), torch.tensor([0, 0, 2, 3])), "EmbeddingBag"),
+        (adapted(nn.LSTM(4, 3), ["weight_ih_l0"]), (torch.randn(5, 4),), "LSTM"),
+        (adapted(nn.LSTMCell(4, 3), ["weight_ih"]), (torch.randn(4),), "LSTMCell"),
+        (adapted(nn.MultiheadAttention(4, 2), ["out_proj"]), (torch.randn(5, 4),) * 3, "Multihead"),
+        (adapted(nn.ConvTranspose1d(4, 3, 2), ["weight"]), (torch.randn(4, 6),), "ConvTranspose1d"),
+        (adapted(nn.Conv1d(4, 3, 2), ["weight"]), (torch.randn(4, 6),), "Conv1d"),
+        (adapted(nn.Conv1d(4, 3, 2), ["weight"], hard=False), (torch.randn(4, 6),), "Conv1d"),
+    ]
+    for model, inputs, kind in cases:
+        for rows in (["a", "b", "a", None], ["a"] * 4):
+            with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, rows):
+                model(*inputs)
+            shape = list(inputs[0].shape)
+            assert f"{kind}" in str(told.value) and f"an input of shape {shape}" in str(told.value)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    with pytest.raises(paramlora.AdapterError, match="LSTM was given an input of shape"):
+        with paramlora.route(cases[1][0], ["a", "b"]):
+            cases[1][0](packed)
+
+
+def test_packed_sequences_in_another_dimension_are_refused():
+    """Not taken for an input that is there once, which would be looked up for every position."""
+    model = adapted(linears(), ["0", "2"])
+    table = adapted(nn.Embedding(9, 6), ["weight"])
+    for layer, x in ((model, torch.randn(1, 5, 6)), (table, torch.arange(5)[None])):
+        with paramlora.route(layer, ["a", "b"], cu_seqlens=[0, 3, 5]):
+            with pytest.raises(paramlora.AdapterError, match="dimension 0 is not the 5 positions"):
+                layer(x)
+        with paramlora.route(layer, ["a", "b"], cu_seqlens=[0, 3, 5], dim=1):
+            assert layer(x).shape[:2] == (1, 5)
+    with paramlora.route(model, ["a", "b"], cu_seqlens=[0, 3, 5]):
+        assert model(torch.randn(1, 6)).shape == (5, 4)  # one vector for all positions
+
+
+def test_a_batch_of_no_rows():
+    cases = [
+        (linears, ["0", "2"], torch.randn(0, 6)),
+        (linears, ["0", "2"], torch.randn(0, 3, 6)),
+        (lambda: nn.Embedding(9, 5), ["weight"], torch.zeros(0, 3).long()),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), ["weight"], torch.randn(0, 4, 5, 5)),
+        (lambda: nn.LSTM(4, 3, batch_first=True), ["weight_ih_l0"], torch.randn(0, 5, 4)),
+    ]
+    for make, layers, x in cases:
+        soft = x.is_floating_point() and layers != ["weight_ih_l0"]
+        for hard in [True, False] if soft else [True]:
+            plain = make()
+            model = adapted(copy.deepcopy(plain), layers, hard)
+            for rows, more in (([], {}), (torch.zeros(0).long(), {"names": ["a"]})):
+                with paramlora.route(model, rows, **more):
+                    y = first(model(x))
+                assert y.shape == first(plain(x)).shape
+                assert not y.requires_grad or not any(
+                    grad.any() for grad in gradients(model, y.sum()).values()
+                )
+
+
+def test_a_checkpointed_layer_is_not_computed_again_with_the_rows_of_another_block():
+    torch.manual_seed(0)
+    model = adapted(nn.MultiheadAttention(8, 2, batch_first=True).double(), ["in_proj_weight"])
+    x = images(5, 8)
+    with paramlora.route(model, ROWS):
+        expected = gradients(model, model(x, x, x)[0].square().sum())
+
+    def forward():
+        run = lambda x: model(x, x, x)[0].square().sum()  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+
+    plain = gradients(model, model(x, x, x)[0].square().sum())
+    before = forward()
+    with paramlora.route(model, ROWS):
+        found = gradients(model, forward())
+        later = forward()
+        again = gradients(model, before)
+    assert all(torch.equal(again[name], grad) for name, grad in plain.items())
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+    with paramlora.route(model, ROWS[::-1]):
+        with pytest.raises(paramlora.AdapterError, match="call backward inside of it"):
+            later.backward()
 
 
 def test_who_reads_a_weight_inside_is_told():

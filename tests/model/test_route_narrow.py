@@ -9,6 +9,7 @@ from torch import nn
 
 import paramlora
 from paramlora.model.attach import updates
+from paramlora.model.forwards import dropped_rows
 
 ROWS = ["a", None, "b", "a"]
 RANKS = {"a": 4, "b": 3}
@@ -118,6 +119,24 @@ def test_gradients_are_those_of_each_row(name, dtype):
     for got, true in zip(found, want):
         assert got.dtype == torch.float32
         assert (got.double() - true).norm() < 4 * torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rate", [1e-3, 0.05])
+def test_inputs_are_dropped_at_their_rate(dtype, rate):
+    """Of numbers of 16 bits one in 256 is zero, which is below any rate."""
+    torch.manual_seed(0)
+    layer = paramlora.attach(
+        nn.Linear(4096, 8).to(dtype), {"weight": {"r": 2, "dropout": rate}}, "a"
+    )
+    x = torch.ones(64, 4096, dtype=dtype)
+    with paramlora.route(layer, ["a", None] * 32):
+        update = layer.parametrizations.weight[0]
+        y = dropped_rows(True, x, [update], update.current().rows)
+    gone = (y[::2] == 0).double().mean()
+    assert abs(gone - rate) < 5 * (rate / y[::2].numel()) ** 0.5
+    assert y.dtype == dtype and torch.equal(y[1::2], x[1::2])
+    assert (y[::2][y[::2] != 0] == torch.tensor(1 / (1 - rate), dtype=dtype)).all()
 
 
 def test_gradients_of_gradients_of_16_bits():
