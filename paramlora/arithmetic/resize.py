@@ -6,7 +6,7 @@ from typing import Optional, Union
 
 from paramlora.arithmetic.products import (
     Approximation,
-    check_adds,
+    check_all_add,
     check_choice,
     decomposed,
     with_factors,
@@ -48,9 +48,8 @@ def resize(
         >>> cut.adapter.updates["q"].r, round(cut.errors["q"] ** 2 * 14, 9)
         (2, 1.0)
     """
-    check_choice(rank, energy)
-    for path, value in {**adapter.updates, **adapter.others}.items():
-        check_adds(path, value, adapter.name)
+    check_choice(None if rank is None else 1 if isinstance(rank, Mapping) else rank, energy)
+    check_all_add(adapter, adapter.name)
     if adapter.others:
         warn(
             f"{len(adapter.others)} whole differences, which have no rank, stay as they are: "
@@ -83,7 +82,8 @@ def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tu
     if rank >= update.r:
         return update, 0.0
     a, b = found.factors(rank)
-    return with_factors(update, a, b, update.scale, update.lora_A.dtype), found.error(rank)
+    error = found.error(rank) if update.scale else 0.0  # nothing of nothing is lost
+    return with_factors(update, a, b, update.scale, update.lora_A.dtype), error
 
 
 def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
