@@ -326,7 +326,8 @@ def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
     found: dict[str, list[_Strong]] = {}
     for number, (adapter, weight) in enumerate(pairs):
         check_all_add(adapter, adapter.name)
-        for path, update in {**adapter.updates, **adapter.others}.items():
+        values: dict[str, Any] = {**adapter.updates, **adapter.others}
+        for path, update in values.items():
             if not math.isfinite(update.scale * weight):
                 raise AdapterError(
                     f"{path}: its scale {update.scale:g} times the weight {weight:g} is beyond any "

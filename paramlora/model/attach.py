@@ -659,7 +659,7 @@ def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
     before = _before(module)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
-    base = below(type(module)) if lists else type(module)
+    base: Any = below(type(module)) if lists else type(module)
     if name in lists:
         lists[name].append(update)
         lists[name].unsafe = True

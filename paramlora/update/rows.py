@@ -74,7 +74,8 @@ class Rows(AttachedUpdate):
         return (
             ""
             if most < shape[0]
-            else f"which has {counted(shape[0], 'row')}, and none of number {most}."
+            else f"which has {counted(shape[0], 'row')}, and none of number {most}. Give numbers "
+            f"from 0 to {shape[0] - 1}."
         )
 
     @classmethod

@@ -266,7 +266,7 @@ NAN_WHOLE = Adapter({}, whole={"norm": torch.tensor([float("nan")])})
         ([(one(2, 1), 0)], "exact", {}, "nothing to add"),
         ([(one(2, 1), float("nan"))], "exact", {}, "its weight nan is no finite number. Give one"),
         ([(one(2, 1), "0.7")], "exact", {}, "its weight '0.7' is no finite number"),
-        ([(one(2, 1, scale=1e10), 1e300)], "exact", {}, r"q: its scale 1e\+10 times the weight 1e\+3"),
+        ([(one(2, 1, scale=1e10), 1e300)], "exact", {}, r"q: its scale 1e\+10 times"),
         ([NAN_WHOLE], "exact", {}, 'norm: in "default" it is not finite. Give the adapter from'),
         ([one(2, 1), one(2, 1, shape=(12, 8))], "exact", {}, r"q: .*\[12, 9\].* \[12, 8\]"),
         ([one(2, 1), one(2, 1, shape=(12, 3, 3))], "exact", {}, "Only adapters of one model add"),

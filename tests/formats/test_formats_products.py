@@ -54,9 +54,7 @@ def test_kernels_of_a_conv1d_apart_as_peft_pads_them(kind, without_model, tmp_pa
     """``use_effective_conv2d``: peft gives the kernel a second size, of 1."""
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Conv1d(16, 32, 3)).double(), torch.randn(2, 16, 6).double()
-    config = kind(
-        r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False
-    )
+    config = kind(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         for p in (p for p in theirs.parameters() if p.requires_grad):

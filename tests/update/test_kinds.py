@@ -301,7 +301,9 @@ def test_layers_that_are_sharded_each_by_itself(entry, one_process, tmp_path):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("entry", ({"r": 2, "kind": "loha"}, {"r": 1, "kind": "lokr"}, {"rows": [1]}))
+@pytest.mark.parametrize(
+    "entry", ({"r": 2, "kind": "loha"}, {"r": 1, "kind": "lokr"}, {"rows": [1]})
+)
 def test_what_has_no_parts_is_refused_on_sharded_weights(entry, one_process):
     layer = nn.Linear(4, 6)
     mesh = init_device_mesh("cpu", (1,))
