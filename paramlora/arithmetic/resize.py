@@ -11,7 +11,7 @@ from paramlora.arithmetic.products import (
     decomposed,
     with_factors,
 )
-from paramlora.errors import AdapterError, closest, listed, warn
+from paramlora.errors import AdapterError, closest, counted, listed, warn
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, specificity
 from paramlora.update.contexts import own_context
@@ -52,7 +52,7 @@ def resize(
     check_all_add(adapter, adapter.name)
     if adapter.others:
         warn(
-            f"{len(adapter.others)} whole differences, which have no rank, stay as they are: "
+            f"{counted(len(adapter.others), 'whole difference')} without a rank, kept as before: "
             f"{listed(adapter.others)}."
         )
     ranks = _ranks(adapter, rank)
@@ -126,7 +126,7 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
             raise AdapterError(f'"{name}": {error}. Give a plain name.') from error
         if not mine:
             near = closest(name, paths)
-            hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4)}"
+            hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4) or 'none'}"
             raise AdapterError(f'"{name}" names no layer. {hint}. Give one of those.')
         for other in found.values():
             other -= mine

@@ -355,7 +355,7 @@ def test_differences_are_told_where_they_cannot_be_what_is_asked():
     }.items():  # fmt: skip
         with pytest.raises(AdapterError, match=f'whole differences, which "{how}" does not add'):
             combine([one, one], how, **options)
-    with pytest.warns(paramlora.ParamloraWarning, match="3 whole differences, which have no rank"):
+    with pytest.warns(paramlora.ParamloraWarning, match="3 whole differences without a rank, kept"):
         cut = resize(one, 1)
     assert cut.adapter.updates["conv"].r == 1 and cut.adapter.others == one.others
     other = differences("two", 1)

@@ -102,6 +102,11 @@ def test_what_cannot_be_is_told(rank, energy, told):
         resize(adapter(), rank, energy=energy)
 
 
+def test_where_nothing_has_a_rank_no_name_is_offered():
+    with pytest.raises(AdapterError, match='"q" names no layer. There are: none. Give'):
+        resize(Adapter({}), {"q": 1})
+
+
 @pytest.mark.parametrize("kind", ({"r": 1, "kind": "dora"}, {"rows": [0]}))
 def test_other_kinds_are_refused_and_never_left_out(kind):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3), "b": torch.nn.Linear(4, 3)})
