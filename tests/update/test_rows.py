@@ -87,6 +87,7 @@ def test_they_are_saved_read_and_merged(name, strength, tmp_path):
     assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], merged)
     (row,) = inspect(tmp_path / "a.safetensors").rows
     assert row.kind == "rows" and row.r == 0
+    assert "nan" not in str(inspect(tmp_path / "a.safetensors"))  # which damage alone shows
 
 
 def test_rows_across_the_blocks_of_a_merge():
