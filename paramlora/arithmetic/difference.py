@@ -1,6 +1,6 @@
 """The adapter that leads from one checkpoint to another."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -81,31 +81,30 @@ def between(
     total = sum(_bytes(base.there[key]) for key in keys)
     updates: dict[str, Update] = {}
     errors: dict[str, float] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[str, Optional[Tensor]] = {}
     digests: dict[str, Optional[str]] = {}
-    for key, before, after in _pairs(base, tuned, keys):
+
+    def take(key: str) -> None:  # a function, so that its tensors are gone before the next ones
+        before, after = base.read(key).detach(), tuned.read(key).detach()
+        if before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
+            return
         path = Key(key).path
-        if not _is_matrix(base.there[key]):
-            if whole:
-                _check_finite(key, after)
-            vectors[path] = after
-        else:
+        if _is_matrix(base.there[key]):
             slot = _slot(key, path, tuple(before.shape), known)
             updates[path], errors[path] = _update(key, slot, before, after, rank, energy)
             digests[path] = digest(before)
+            return
+        if whole:
+            _check_finite(key, after)
+        vectors[path] = after if whole else None
+
+    for key in keys:
+        take(key)
         progress(_bytes(base.there[key]), total)
     _report_left(vectors, updates, whole, tuned.name)
     told = {path: digits for path, digits in digests.items() if digits is not None}
-    kept = vectors if whole else {}
+    kept = {path: tensor for path, tensor in vectors.items() if tensor is not None}
     return Approximation(Adapter(updates, whole=kept, base=told), errors)
-
-
-def _pairs(base: Side, tuned: Side, keys: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The tensors that differ, two at a time in memory."""
-    for key in keys:
-        before, after = base.read(key).detach(), tuned.read(key).detach()
-        if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
-            yield key, before, after
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -230,7 +229,7 @@ def _check_rank(rank: Optional[int], slots: list[Slot]) -> None:
 
 
 def _report_left(
-    vectors: Mapping[str, Tensor], updates: Mapping[str, Update], whole: bool, name: str
+    vectors: Collection[str], updates: Mapping[str, Update], whole: bool, name: str
 ) -> None:
     if not updates and not (vectors and whole):
         more = " but vectors, which whole (--whole) keeps" if vectors else ""

@@ -1,5 +1,7 @@
 """From one checkpoint to another, against what was merged and against dense singular values."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -156,6 +158,27 @@ def test_what_is_excluded_is_left_out():
 
 def changed(**tensors):
     return {**{key: tensor.clone() for key, tensor in model().state_dict().items()}, **tensors}
+
+
+def test_two_tensors_are_in_memory_at_a_time():
+    """Of checkpoints of any size."""
+    torch.manual_seed(0)
+    base = {f"{n}.weight": torch.randn(20, 16) for n in range(5)}
+    held, most = [], 0
+
+    def read(state, shift):
+        def one(key):
+            nonlocal most
+            memory = (state[key] + shift).numpy().copy()  # which its tensor keeps alive
+            held.append(weakref.ref(memory))
+            most = max(most, sum(one() is not None for one in held))
+            return torch.from_numpy(memory)
+
+        return one
+
+    sides = (Side(base, read(base, shift), name) for shift, name in ((0, "base"), (1, "tuned")))
+    assert len(between(*sides, 1).adapter.updates) == 5
+    assert most == 2
 
 
 def test_one_name_excludes_what_it_names():
