@@ -16,6 +16,15 @@ if not find_spec("triton"):
 for name in ("lightning", "transformers"):
     if not find_spec(name):
         collect_ignore.append(f"paramlora/integrations/{name}.py")
+# the longest, which are begun first, so that two workers end together; those whose tests share what
+# takes long before those that can be divided
+LONG = ["interpreted", "bounds", "examples", "compiled", "routed_kernels", "experts_kernels"]
+LONG += ["benchmark_runs", "atomic", "distributed", "experts_sharded", "compile", "stops"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -62,21 +62,30 @@ def functions(path: Path) -> Iterator[tuple[str, str]]:
             yield told, code
 
 
-@cache
-def pairs() -> tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str]]]:
-    """Those of the modules that teach, by module, and those of every fourth module, held out."""
+def pairs(held_out: bool) -> dict[str, list[tuple[str, str]]]:
+    """Those of every fourth module, which is held out, or of the others, by module."""
     library = Path(sysconfig.get_path("stdlib"))
-    taught: dict[str, list[tuple[str, str]]] = {}
-    tested: list[tuple[str, str]] = []
+    found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
-        if TESTS & set(parts):
-            continue
         name = parts[0].removesuffix(".py")
-        held_out = hashlib.sha256(name.encode()).digest()[0] % 4 == 0
-        (tested if held_out else taught.setdefault(name, [])).extend(functions(path))
-    random.Random(0).shuffle(tested)
-    return taught, tested[:CANDIDATES]
+        if (hashlib.sha256(name.encode()).digest()[0] % 4 == 0) is held_out and not TESTS & set(
+            parts
+        ):
+            found.setdefault(name, []).extend(functions(path))
+    return found
+
+
+@cache
+def taught() -> list[list[tuple[str, str]]]:
+    return list(pairs(held_out=False).values())
+
+
+@cache
+def tested() -> list[tuple[str, str]]:
+    found = sum(pairs(held_out=True).values(), [])
+    random.Random(0).shuffle(found)
+    return found[:CANDIDATES]
 
 
 @cache
@@ -103,7 +112,7 @@ def batches(steps: int) -> Iterator[list[tuple[str, str]]]:
     """Neighbours of one module stand in one batch, eight at a time: they are the hard ones."""
     draw, groups = random.Random(0), []
     while len(groups) * 8 < steps * BATCH:
-        for module in pairs()[0].values():
+        for module in taught():
             mixed = draw.sample(module, len(module))
             groups += [mixed[i : i + 8] for i in range(0, len(mixed) - 7, 8)]
     draw.shuffle(groups)
@@ -137,7 +146,7 @@ def ranks(model: nn.Module) -> torch.Tensor:
         found = torch.cat([embedded(model, [texts[i] for i in part], kind) for part in parts])
         return found[torch.tensor(order).argsort()]
 
-    questions, answers = zip(*pairs()[1])
+    questions, answers = zip(*tested())
     cosines = all_of(questions, "question") @ all_of(answers, "answer").T
     return (cosines > cosines.diag()[:, None]).sum(1)
 
@@ -157,7 +166,7 @@ def improved(folder: Path, count: int = 5) -> None:
     """Print the questions whose function came nearest by the most."""
     before, after = ranks(base()), ranks(base(str(folder / "merged.safetensors")))
     for i in (before - after).argsort(descending=True)[:count].tolist():
-        question, code = pairs()[1][i]
+        question, code = tested()[i]
         print(f"\n{question}\n  place {before[i] + 1} before, {after[i] + 1} after:")
         print("  " + "\n  ".join(code.splitlines()[:4]))
 

@@ -56,6 +56,19 @@ def spelled(value: object) -> str:
     return _SPELLING.repr(value)
 
 
+def kind_of(value: object) -> str:
+    """What a value of JSON is, in JSON's own words.
+
+    Example:
+        >>> kind_of([1]), kind_of(None), kind_of(0.5)
+        ('a list', 'null', 'a number')
+    """
+    return "null" if value is None else _JSON.get(type(value), "a number")
+
+
+_JSON = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+
+
 def _shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text

@@ -12,15 +12,17 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from benchmarks import report, stable_diffusion
+import forked
+
+from benchmarks import report, sharded_llama, stable_diffusion
 from benchmarks.machine import commit
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the other libraries' own advice
 ROOT = Path(__file__).parents[1]
 PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPTS = {
-    "stable_diffusion_fsdp": ["benchmarks.stable_diffusion", "--seconds", "0", "--fsdp"],
-    "sharded_llama": ["benchmarks.sharded_llama", "--steps", "2"],
+    "stable_diffusion_fsdp": (stable_diffusion.main, ["--seconds", "0", "--fsdp"]),
+    "sharded_llama": (sharded_llama.main, ["--steps", "2"]),
 }
 NUMBERS = ("per_second", "tokens_per_second")
 
@@ -47,9 +49,12 @@ def measured(content):
     }
 
 
+# their time counts from the start of the process, this one's
+TINY = ["--tiny", "--limit", "1e6"]
+
+
 def sd(folder, *options):
-    arguments = ["--tiny", "--seconds", "0", "--ways", "full", "paramlora", "--out", str(folder)]
-    arguments += ["--limit", "1e6"]  # its time counts from the start of the process, this one's
+    arguments = [*TINY, "--seconds", "0", "--ways", "full", "paramlora", "--out", str(folder)]
     return stable_diffusion.main([*arguments, *options])
 
 
@@ -175,13 +180,16 @@ def test_what_tells_most_comes_first():
     assert stable_diffusion.plan(options) == [(w, (512, 4, False)) for w in stable_diffusion.WAYS]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_two_processes_go_on(tmp_path, kind):
-    command = ["-m", *SCRIPTS[kind], "--tiny", "--out", str(tmp_path)]
-    pair(*command, "--count", "1")
+    main, options = SCRIPTS[kind]
+    options = [*TINY, *options, "--out", str(tmp_path)]
+    forked.both(main, [*options, "--count", "1"])
     first = measured(read(tmp_path, kind))
     assert len(first) == 1
-    pair(*command)
+    forked.both(main, options)
     content = read(tmp_path, kind)
     assert len(measured(content)) == len(content["rows"]) == (4 if kind == "sharded_llama" else 8)
     assert first.items() <= measured(content).items()  # to the last digit: not measured again

@@ -23,6 +23,7 @@ from paramlora.arithmetic.products import (
 from paramlora.errors import AdapterError, counted, listed, spelled, warn
 from paramlora.formats.factors import held, within
 from paramlora.update.contexts import own_context
+from paramlora.update.memory import installed
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update
 
 How = Literal["exact", "svd", "ties", "dare", "linear"]
@@ -247,6 +248,7 @@ def _thinned(
     path: str, terms: list[_Term], numbers: list[int], way: _Way, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, float]:
     """The sum by a way that chooses entries: dense, one layer of it, and its nearest of a rank."""
+    _check_size(path, terms, way.how)
     wide = torch.promote_types(dtype, torch.float32)
     dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
     if way.how == "ties":
@@ -258,6 +260,16 @@ def _thinned(
     rank = min(way.rank, *total.shape[-2:])
     a, b = nearest(total, rank).factors(rank)
     return a, b, 1.0, distance(total, a, b)
+
+
+def _check_size(path: str, terms: list[_Term], how: str) -> None:
+    """Refuse factors of a few bytes whose products would fill the memory."""
+    size = 8 * terms[0].b.shape[-2] * terms[0].a[..., 0, :].numel() * (len(terms) + 2)
+    if size > (memory := installed()):
+        raise AdapterError(
+            f'{path}: "{how}" forms the products, which take {size:,} bytes, and this machine has '
+            f'{memory:,} of memory. Use "exact" or "svd" (--how), or a machine with more.'
+        )
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:

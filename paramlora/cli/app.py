@@ -151,7 +151,9 @@ def _misuse(error: Any, text: str, given: list[str]) -> str:
     got = "" if value is None or value in text else f", got {value!r}"
     command = getattr(error, "ctx", None)
     name = command.info_name if command is not None and command.parent is not None else ""
-    return f"{shown(text).rstrip('.')}{shown(got)}. See {f'paramlora {name}'.strip()} --help."
+    said = f"{shown(text).rstrip('.')}{shown(got)}"
+    end = "" if said.endswith("?") else "."
+    return f"{said}{end} See {f'paramlora {name}'.strip()} --help."
 
 
 def _tell(kind: str, style: str, message: str) -> None:

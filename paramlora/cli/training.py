@@ -126,6 +126,8 @@ def targets(
 def build(spec: str) -> nn.Module:
     """The model that ``module:factory`` makes, or an error that says why not."""
     name, _, factory = spec.partition(":")
+    if not factory:
+        fail(f"--model {spec}: names no factory. Give module:factory, such as my_package:build.")
     sys.path.insert(0, os.getcwd())
     try:
         make: Any = getattr(importlib.import_module(name), factory)

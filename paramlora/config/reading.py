@@ -14,7 +14,7 @@ from paramlora.errors import FileError, shown, unread
 # the longest real header, of a checkpoint with a hundred thousand tensors, takes some 15 MB, and
 # the safetensors library takes twice this; one character of four bytes makes all take four
 MOST_TEXT = 50_000_000
-_SMALL = 1 << 20  # bytes of text that cannot become much memory
+SMALL_TEXT = 1 << 20  # bytes that cannot become much memory
 # a tensor's entry has eight; each value takes some hundred bytes of memory
 _MOST_VALUES, _MOST_DEPTH = 2_000_000, 100
 _MOST_ESCAPES = 4_000_000  # as many bytes of memory for each; JSON in a string has one a quote
@@ -53,15 +53,15 @@ def open_regular(path: Union[str, "os.PathLike[str]"]) -> BufferedReader:
     return file
 
 
-def read_text(path: Union[str, "os.PathLike[str]"]) -> str:
-    """The text of a small file.
+def read_text(path: Union[str, "os.PathLike[str]"], most: int = MOST_TEXT) -> str:
+    """The text of a small file, of at most so many bytes.
 
     Raises:
         FileError: as `open_regular`, or it is larger than any real one, or not UTF-8.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MOST_TEXT:
+        if size > most:
             raise FileError(
                 f"{path}: {size:,} bytes, more than any real file of its kind has. Give another."
             )
@@ -94,7 +94,7 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: no JSON, a key twice, or more and deeper than any real file.
     """
-    if len(text) > _SMALL:
+    if len(text) > SMALL_TEXT:
         _check_counts(text)
     try:
         return json.loads(text, object_pairs_hook=_unique)

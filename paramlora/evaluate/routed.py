@@ -322,7 +322,8 @@ class _InPlace(torch.autograd.Function):
 def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``[ranks, in]`` and ``[ranks, out]`` of all updates."""
     (out, fan_in), ranks = weight.shape, sum(rows.ranks)
-    return kept[: ranks * fan_in].view(ranks, fan_in), kept[ranks * fan_in :].view(ranks, out)
+    down, up = torch.split(kept, [ranks * fan_in, ranks * out])
+    return down.view(ranks, fan_in), up.view(ranks, out)
 
 
 def _each(
@@ -332,12 +333,15 @@ def _each(
     out: list[_Maybe] = [None] * len(factors)
     for side, whole in enumerate(found):
         if whole is not None:
-            own = factors[side::2]
-            parts = torch.split(whole.view(-1), [factor.numel() for factor in own])
-            out[side::2] = [
-                cast(part.view(factor.shape), factor.dtype) if want else None
-                for part, factor, want in zip(parts, own, wanted[side::2])
-            ]
+            shapes = [factor.shape for factor in factors[side::2]]
+            whole = cast(whole, factors[side].dtype)
+            parts: Sequence[Tensor]
+            if shapes.count(shapes[0]) == len(shapes):  # by one call: a layer has dozens of them
+                parts = whole.view(len(shapes), *shapes[0]).unbind(0)
+            else:
+                flat = torch.split(whole.view(-1), [shape.numel() for shape in shapes])
+                parts = [part.view(shape) for part, shape in zip(flat, shapes)]
+            out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
     return out
 
 

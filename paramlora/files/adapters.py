@@ -13,8 +13,15 @@ from torch import Tensor
 from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents
-from paramlora.config.reading import MOST_TEXT, head_of, is_pickled, parse_json, read_text
-from paramlora.errors import AdapterError, FileError, listed, spelled
+from paramlora.config.reading import (
+    MOST_TEXT,
+    SMALL_TEXT,
+    head_of,
+    is_pickled,
+    parse_json,
+    read_text,
+)
+from paramlora.errors import AdapterError, FileError, kind_of, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
@@ -491,10 +498,12 @@ def _beside(folder: Path) -> dict[str, Any]:
     """The configurations beside a file as one; those of the format asked first win."""
     config: dict[str, Any] = {}
     for name in dict.fromkeys(form.config for form in reversed(_by_weights()) if form.config):
-        read = _flat_yaml if name.endswith(".yaml") else parse_json
+        # of a line of YAML a value is made each, and real ones take a thousand bytes
+        is_yaml = name.endswith(".yaml")
+        read, most = (_flat_yaml, SMALL_TEXT) if is_yaml else (parse_json, MOST_TEXT)
         if os.path.lexists(folder / name):
             try:
-                found = read(read_text(folder / name))
+                found = read(read_text(folder / name, most))
             except FileError:
                 raise
             except ValueError as error:
@@ -503,8 +512,7 @@ def _beside(folder: Path) -> dict[str, Any]:
                 ) from error
             if not isinstance(found, dict):
                 raise FileError(
-                    f"{folder / name}: a {type(found).__name__}, not an object. Copy or save it "
-                    "again."
+                    f"{folder / name}: {kind_of(found)}, not an object. Copy or save it again."
                 )
             config |= found
     return config
@@ -545,6 +553,11 @@ def _within(adapter: Adapter) -> Adapter:
 def _check_ending(out: Path, form: Format) -> None:
     """Refuse a name that says another kind of file than the one written."""
     pickled = form.pickled
+    if form.config and out.suffix in (*SAFE, *PICKLED):
+        raise FileError(
+            f"{out}: {form.name} is a folder of two files, under a name of one. Give a name "
+            f"without {out.suffix}, or another format (--to)."
+        )
     if not form.config and out.suffix in (SAFE if pickled else PICKLED):
         kinds = "torch.save's", "safetensors"
         own, other = kinds if pickled else kinds[::-1]

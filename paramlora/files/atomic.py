@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,7 @@ from paramlora.model.undo import undisturbed
 
 PathLike = Union[str, "os.PathLike[str]"]
 _STRIDE = 32 << 20
+_LEFT = re.compile(r"\..+\.[0-9a-f]{8}")  # as `_temporary` names them
 _AT_FDCWD, _EXCHANGE = -100, 2  # of Linux's renameat2
 _KINDS: dict[str, Callable[[int], bool]] = {
     "a folder": stat.S_ISDIR,
@@ -123,6 +125,16 @@ def _told(path: PathLike) -> Iterator[None]:
         raise unwritten(path, error) from error
 
 
+def is_left(name: str) -> bool:
+    """Whether a name is one of a temporary file or folder, as a killed process leaves it.
+
+    Example:
+        >>> is_left(".a.safetensors.0123abcd"), is_left(".gitattributes")
+        (True, False)
+    """
+    return _LEFT.fullmatch(name) is not None
+
+
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
     """A name beside `target`, free to be made; what is left at it in the end is removed."""
@@ -189,7 +201,7 @@ def check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
         FileError: names them.
     """
     there = os.listdir(old) if os.path.isdir(old) else [old.name] if old.exists() else []
-    lost = sorted(set(there) - set(names))
+    lost = sorted(name for name in set(there) - set(names) if not is_left(name))
     if lost:
         raise FileError(
             f"{path}: replacing it would lose {listed(lost, 5)}. Give another place, or move what "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramlora.config.reading import head_of, is_pickled, parse_json, read_text
 from paramlora.errors import FileError, ParamloraWarning, listed, spelled, unread
-from paramlora.files.atomic import PathLike
+from paramlora.files.atomic import PathLike, is_left
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, Spec
 from paramlora.files.torch_save import PickledFile
@@ -242,14 +242,14 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """What is in a folder, in order.
+    """What is in a folder, in order, but what a killed process left.
 
     Raises:
         FileError: it cannot be listed, or what is in it cannot be looked at.
     """
     try:
         os.stat(os.path.join(folder, "."))  # which a folder that may only be listed refuses
-        return sorted(folder.iterdir())
+        return sorted(path for path in folder.iterdir() if not is_left(path.name))
     except OSError as error:
         raise unread(folder, error) from error
 

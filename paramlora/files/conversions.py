@@ -21,6 +21,7 @@ from paramlora.files.adapters import (
     check_place,
     format_of,
     read_adapter,
+    weights_in,
     without_strangers,
     write_adapter,
 )
@@ -258,7 +259,7 @@ def _adapter(
     if format_of(adapter) != OWN:
         return read_adapter(adapter, base, options)
     if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        found = read_native(adapter)
+        found = read_native(weights_in(adapter))
         check_finite(found, str(adapter))
         return found
     found = read_adapter(adapter, base, options)

@@ -1,11 +1,12 @@
 """What a file is that was taken for one of tensors: told by its first bytes, with the way out."""
 
 import stat
-import zipfile
 from pathlib import Path
 from typing import Optional
 
+from paramlora.config.reading import open_regular
 from paramlora.errors import FileError
+from paramlora.files.zipped import archive_of
 
 _HEAD = 512  # the mark of tar comes last, at byte 257
 _UNPACK = "Unpack it, and give the file inside"
@@ -65,9 +66,9 @@ def _kind(path: Path, head: bytes) -> Optional[str]:
 def _archive(path: Path) -> Optional[str]:
     """What a zip file is: torch.save's holds ``data.pkl``, and is none to be unpacked."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, archive_of(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+    except Exception:  # whatever a damaged list leads to: its reader says so
         return None
     if any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
         return None

@@ -5,8 +5,10 @@ torch's own unpickler calls only what it knows, and still makes tensors of memor
 """
 
 import pickletools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from itertools import count
+from typing import Any, BinaryIO, Optional
 
 import torch
 
@@ -103,16 +105,20 @@ class Told:
     value: Any = None
 
 
-def told(pickled: BinaryIO) -> Told:
+def told(pickled: BinaryIO, steps: Optional[Iterator[int]] = None) -> Told:
     """Follow one pickle, and check every call and every tensor in it.
+
+    Args:
+        pickled: where it begins.
+        steps: counts them, together with those of the file's other pickles.
 
     Raises:
         Unsafe: it needs what is no part of a tensor.
         Exception: whatever a pickle that torch did not write leads to.
     """
-    machine = _Machine()
-    for steps, (op, argument, _) in enumerate(pickletools.genops(pickled)):
-        if steps > _MOST_STEPS:
+    machine, steps = _Machine(), steps or count()
+    for (op, argument, _), step in zip(pickletools.genops(pickled), steps):
+        if step > _MOST_STEPS:
             raise ValueError("it has more values than any real file")
         machine.step(op.name, argument)
     if machine.unsafe:

@@ -15,7 +15,7 @@ from paramlora.config.reading import MOST_TEXT, open_regular, parse_json
 from paramlora.errors import FileError, counted, spelled, unread
 from paramlora.files.atomic import Ahead
 from paramlora.update.geometry import MOST_SIDE, possible
-from paramlora.update.memory import bytes_of
+from paramlora.update.memory import bytes_of, installed
 
 Count = Callable[[int], None]  # called with the bytes written since the last call
 _CHUNK = 8 << 20
@@ -110,7 +110,7 @@ class SafeFile:
             together: in one memory, which each of them keeps alive, for who drops them all soon:
                 read at once, checked at once, and copied to a device at once.
         """
-        size, memory = sum(spec.nbytes for spec in self.specs.values()), _memory()
+        size, memory = sum(spec.nbytes for spec in self.specs.values()), installed()
         if size > memory:
             raise FileError(
                 f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
@@ -170,7 +170,9 @@ class SafeFile:
             raise FileError(
                 f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
             )
-        if size < 8 or length > min(size - 8, MOST_TEXT):
+        if size <= 8:
+            raise self._damaged(f"{counted(size, 'byte')}, and it begins with as many for a length")
+        if length > min(size - 8, MOST_TEXT):
             raise self._damaged(f"a header of {counted(length, 'byte')} in a file of {size:,}")
         try:
             text = self._bytes(8, length).decode()
@@ -243,14 +245,6 @@ def write_safetensors(
             file.write(piece)
             ahead.wrote(len(piece))
             progress(len(piece))
-
-
-def _memory() -> int:
-    """The bytes of the machine's memory, or the most that there can be where it does not tell."""
-    names = getattr(os, "sysconf_names", {})
-    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():
-        return MOST_SIDE
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, str]) -> bytes:

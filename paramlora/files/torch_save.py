@@ -5,8 +5,9 @@ import re
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO, Optional
 
 import torch
@@ -16,10 +17,12 @@ from paramlora.config.reading import MOST_TEXT, head_of, open_regular
 from paramlora.errors import FileError, listed, unread
 from paramlora.files.opcodes import Told, Unsafe, told
 from paramlora.files.safetensors import Count, Spec, spec_of
+from paramlora.files.zipped import archive_of
 from paramlora.update.geometry import possible
 from paramlora.update.memory import pieces_of
 
 _NESTS = ("state_dict", "model", "module")
+_PLACE = re.compile(r"^\[enforce fail at [^\]]*\] \. ")  # in torch's own code
 _MOST_TOLD, _MOST_LEVELS = 8, 4  # of the places of state dicts that an error names
 
 
@@ -141,8 +144,9 @@ def load(path: Path) -> Any:
 
 def _check_zip(path: Path) -> None:
     """Refuse what ``torch.save`` never writes: compressed, doubled or overlapping records."""
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        records = {record.filename: record for record in archive.infolist()}
+    with open_regular(path) as file, archive_of(file) as archive:
+        # torch finds a record of a name in other letters too: two such would be one to it
+        records = {record.filename.lower(): record for record in archive.infolist()}
         stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
         total = sum(max(record.file_size, record.compress_size) for record in records.values())
         if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
@@ -151,19 +155,19 @@ def _check_zip(path: Path) -> None:
                 "torch.save never writes. It may be made to fill the memory, so it is not read. "
                 "Save it again with torch.save."
             )
-        for name, record in records.items():
-            if name.endswith("/data.pkl") and record.file_size <= MOST_TEXT:
-                found = told(io.BytesIO(archive.read(record)))
-                _check_records(name.removesuffix("data.pkl"), found, records)
-            elif name.endswith("/data.pkl"):
-                raise ValueError(
-                    f"{record.file_size:,} bytes of names, more than any real file has"
-                )
+        pickles = [name for name in records if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"{len(pickles)} records of names and values, and one is to be there")
+        record = records[pickles[0]]
+        if record.file_size > MOST_TEXT:
+            raise ValueError(f"{record.file_size:,} bytes of names, more than any real file has")
+        found = told(io.BytesIO(archive.read(record)))
+        _check_records(pickles[0].removesuffix("data.pkl"), found, records)
 
 
 def _check_records(folder: str, found: Told, records: Mapping[str, zipfile.ZipInfo]) -> None:
     for key, storage in found.storages.items():
-        record = records.get(f"{folder}data/{key}")
+        record = records.get(f"{folder}data/{key.lower()}")
         if record is None:
             raise ValueError(f"the record of storage {key} is missing")
         if storage.nbytes > record.file_size:
@@ -174,7 +178,8 @@ def _check_legacy(path: Path) -> None:
     """Files from before torch 1.6: five pickles in a row, then bytes."""
     with open_regular(path) as file:  # names alone may claim, or lack, an end far away
         pickles = io.BytesIO(file.read(MOST_TEXT))
-        head, keys = [told(pickles) for _ in range(4)], told(pickles)
+        steps = count()
+        head, keys = [told(pickles, steps) for _ in range(4)], told(pickles, steps)
     unread = {key for part in head for key in part.storages} - set(keys.value)
     size = sum(storage.nbytes for part in head for storage in part.storages.values())
     if unread or size > path.stat().st_size:
@@ -194,7 +199,10 @@ def _refused(path: Path, error: Exception) -> FileError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return _needs(path, [named[1]])
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    told = _PLACE.sub("", str(error)).splitlines()
+    # what the others say is of the code that they were raised in
+    plain = told and isinstance(error, (ValueError, RuntimeError, EOFError, UnpicklingError))
+    reason = told[0][:200] if plain else "its values are damaged"
     return FileError(
         f"{path}: not a whole file of torch.save ({reason}). Copy it again, or save "
         "its tensors with torch.save."

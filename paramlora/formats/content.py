@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.config.reading import parse_json
-from paramlora.errors import FileError, listed, spelled, warn
+from paramlora.errors import FileError, kind_of, listed, spelled, warn
 from paramlora.update.memory import all_finite
 from paramlora.update.value import Adapter
 
@@ -201,9 +201,9 @@ def number(value: Any, where: str) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise FileError(
-            f"{where}: {spelled(value)} is not a number ({error}). Mend it, or save it again."
-        ) from error
+        told = f"of shape {list(value.shape)}," if isinstance(value, Tensor) else spelled(value)
+        told = "null" if value is None else told
+        raise FileError(f"{where}: {told} is not a number. Mend it, or save it again.") from error
     if not torch.isfinite(torch.tensor(result)):
         raise FileError(f"{where}: {result} is not finite. Mend it, or save it again.")
     return result
@@ -218,9 +218,7 @@ def parsed(text: str, where: str) -> dict[str, Any]:
             f"{where}: its metadata is damaged ({error}). Copy or save it again."
         ) from error
     if not isinstance(value, dict):
-        raise FileError(
-            f"{where}: its metadata is a {type(value).__name__}, not an object. Save it again."
-        )
+        raise FileError(f"{where}: its metadata is {kind_of(value)}, not an object. Save it again.")
     return value
 
 

@@ -1,7 +1,7 @@
 """The two factors of an update, out of the shapes in which tools store them, and back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Optional
 
@@ -14,6 +14,24 @@ from paramlora.formats.content import check_factors
 from paramlora.formats.fused import fused_linear
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, KindUpdate, Update
+
+MOST_DENSE = 2**29  # elements of a difference that is formed out of factors
+
+
+def check_size(shape: Sequence[int], where: str, most: int = MOST_DENSE) -> None:
+    """Refuse factors of a few bytes that would fill the memory.
+
+    Args:
+        shape: of the difference that they make.
+        where: the file and layer, for messages.
+        most: the elements that it may have.
+    """
+    if math.prod(shape) > most:
+        layer = "any layer" if most == MOST_DENSE else "the model's layer"
+        raise FileError(
+            f"{where}: a dense weight of {list(shape)} is more than {layer} has. Not "
+            "formed; give the model that it was made for."
+        )
 
 
 def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:

@@ -27,7 +27,9 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import (
+    MOST_DENSE,
     apart_from,
+    check_size,
     check_told,
     difference_of,
     from_dense,
@@ -53,7 +55,6 @@ _LEAF = re.compile(
 )
 _ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
-_MOST = 2**29  # elements of a dense difference
 _BIAS = ("diff_b", "b_norm")
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
@@ -120,9 +121,9 @@ def _has_factors(parts: Mapping[str, Tensor]) -> bool:
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
     """The elements that a dense difference may have: those of the weights that the name means."""
     if places is None or _LORA <= set(parts):
-        return _MOST
+        return MOST_DENSE
     found = places.find(name, where)
-    return _MOST if found is None else sum(math.prod(places.shapes[p]) for p in found.paths)
+    return MOST_DENSE if found is None else sum(math.prod(places.shapes[p]) for p in found.paths)
 
 
 def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -189,7 +190,7 @@ def _lora(parts: Mapping[str, Tensor], where: str) -> Update:
         raise FileError(
             f"{where}: lora_mid of {list(mid.shape)} does not fit its factors. Save it again."
         )
-    _check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), _MOST, where)
+    check_size((*mid.shape[:1], *down.shape[1:], *mid.shape[2:]), where)
     down = einsum(wide(mid), wide(down.flatten(1)), "m n ..., n i -> m i ...")
     return pair(down, wide(up), 1.0, where)
 
@@ -216,22 +217,12 @@ def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> 
     made = loha if "hada_w1_a" in parts else lokr
     try:
         found = made({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})
-        _check_size(found[0].shape, most, where)
+        check_size(found[0].shape, where, most)
         return made({leaf: wide(t) for leaf, t in parts.items()}) if form else found
     except (RuntimeError, KeyError, EinopsError) as error:
         raise FileError(
             f"{where}: its parts do not fit each other: {shapes}. Save it again."
         ) from error
-
-
-def _check_size(shape: "tuple[int, ...] | torch.Size", most: int, where: str) -> None:
-    """Refuse factors of a few bytes that would fill the memory."""
-    if math.prod(shape) > most:
-        layer = "any layer" if most == _MOST else "the model's layer"
-        raise FileError(
-            f"{where}: a dense weight of {list(shape)} is more than {layer} has. Not "
-            "formed; give the model that it was made for."
-        )
 
 
 def loha(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:

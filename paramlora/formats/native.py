@@ -311,8 +311,9 @@ def _about(path: PurePath, told: Optional[str]) -> tuple[dict[str, Any], LoRACon
         about: dict[str, Any] = parse_json(told)
         version, _, _ = about["format"], about["adapter"], about["config"]
     except (ValueError, KeyError, TypeError) as error:
+        reason = {KeyError: f"no {error}", TypeError: "no object"}.get(type(error), error)
         raise FileError(
-            f'{path}: its "paramlora" metadata is damaged ({error}). Copy or save it again.'
+            f'{path}: its "paramlora" metadata is damaged ({reason}). Copy or save it again.'
         ) from error
     if version != FORMAT_VERSION:
         raise FileError(

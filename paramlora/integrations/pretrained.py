@@ -407,7 +407,7 @@ class _Held:
         for name in self.order:
             parametrized(layer)._modules[name] = parametrized(layer)._modules.pop(name)
         if layer is not self.layer and self.lists:
-            layer.__class__ = shared(type(layer), frozenset(self.lists))  # type: ignore[arg-type]
+            layer.__class__ = shared(type(layer), frozenset(self.lists))
 
     def _put_branches_back(self, layer: nn.Module) -> None:
         self.layer._modules[BRANCHES] = self.branches

@@ -22,7 +22,7 @@ from paramlora.model.input_grads import (
     disable_input_grads,
     enable_input_grads,
 )
-from paramlora.model.layer_class import Updates, parametrized, refresh, shared
+from paramlora.model.layer_class import Gone, Updates, parametrized, refresh, shared
 from paramlora.model.methods import add_methods, remove_methods
 from paramlora.model.placement import shard_like
 from paramlora.model.quantised import dense
@@ -45,7 +45,13 @@ from paramlora.update.contexts import own_context
 from paramlora.update.kinds import kind_of
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
-from paramlora.update.sharded import check_not_flat, check_order, gathered, is_sharded
+from paramlora.update.sharded import (
+    check_not_flat,
+    check_order,
+    gathered,
+    is_sharded,
+    reshard,
+)
 
 Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
 _MOST = torch.finfo(torch.float32).max
@@ -215,6 +221,7 @@ def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     if not chosen:
         return model
     check_not_flat(model, "detach")
+    reshard(model)
     with unchanged_on_error(model.modules(), model.parameters()):
         for module in list(model.modules()):
             for name, plist in updates_of(module):
@@ -716,7 +723,9 @@ def _take_off(module: nn.Module, name: str, plist: Any, before: _Before) -> None
     """Give a layer back the tensor behind a list that is empty now."""
     held = "_parameters" if "original" in plist._parameters else "_buffers"
     own = getattr(module, held)
-    own[name] = getattr(plist, held)["original"]
+    own[name] = getattr(plist, held).pop("original")
+    vars(plist)["now"] = module, name
+    plist.__class__ = Gone
     for key in before[0] if held == "_parameters" else before[1]:
         if key in own:
             own[key] = own.pop(key)

@@ -585,8 +585,13 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
     count, there = len(rows.index), x.shape[dim] if x.dim() > dim + after else 0
     if there not in (1, count) or there == 0:
         raise wrong_rows(type(layer), x, dim, count)
-    x = x.movedim(dim, 0)
+    x = _moved(x, dim, 0)
     return x if there == count else x.expand(count, *x.shape[1:])
+
+
+def _moved(x: Tensor, dim: int, to: int) -> Tensor:
+    """`movedim`, without a view, and a node of autograd for it, of what lies there already."""
+    return x if dim == to else x.movedim(dim, to)
 
 
 def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -646,14 +651,14 @@ def beside_rows(
     if base is not None and not apart:
         found = _in_place(layer, x, updates, rows, layout, *base)
         if found is not None:
-            return found.movedim(0, rows.dim)
+            return _moved(found, 0, rows.dim)
     down, up = factors_of_rows(updates, rows, layout)
     dropped = dropped_rows(layer.training, x, updates, rows)
     weight, bias = base if base is not None and not apart else (None, None)
     y = routed.linear(x, weight, bias, down, up, rows, None if dropped is x else dropped)
     if base is not None and apart:
         y = F.linear(x, *base) + y
-    return y.movedim(0, rows.dim)
+    return _moved(y, 0, rows.dim)
 
 
 def _in_place(
@@ -727,4 +732,4 @@ def _embedding_of_rows(
     ids = rows_first(layer, ids, rows.dim, rows)
     down, up = factors_of_rows(updates, rows, "transposed")
     y = routed.embedding(ids, weight, down, up, rows, layer.padding_idx)
-    return y.movedim(0, rows.dim)
+    return _moved(y, 0, rows.dim)

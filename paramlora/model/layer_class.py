@@ -72,6 +72,23 @@ class Updates(ParametrizationList):
         return self
 
 
+class Gone(ParametrizationList):
+    """A list that was taken off, for whoever remembers it as the place of the tensor: torch's
+    `fully_shard` puts the gathered tensor there for each call, and the sharded one after it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "original":
+            return super().__getattr__(name)
+        layer, tensor = vars(self)["now"]
+        return getattr(layer, tensor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "original":
+            return super().__setattr__(name, value)
+        layer, tensor = vars(self)["now"]
+        setattr(layer, tensor, value)
+
+
 class Shared(type):
     """Lets one class serve many layers: torch deletes the property of the layer that it
     removes, from the class, where the other layers still need it. Anything else that is set on
@@ -101,9 +118,14 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, _Shown)
 
 
-@cache
 def shared(base: type, names: frozenset[str]) -> type:
-    """One class for all adapted layers of a base type, so that compilation sees one type."""
+    """One class for all adapted layers of a base type, so that compilation sees one type; another
+    while somebody's function stands in the place of the type's forward."""
+    return _shared(base, names, getattr(base, "forward", None))
+
+
+@cache
+def _shared(base: type, names: frozenset[str], forward: Any) -> type:
     body: dict[str, Any] = {name: _tensor_property(name) for name in names}
     body.update(
         __copy__=shallow_copy,
@@ -153,7 +175,12 @@ def _tensor_property(name: str) -> property:
         else:  # of a layer that has this class for another tensor's sake
             self.__dict__[name] = value
 
-    return _Shown(get, put)
+    def delete(self: nn.Module) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no {name} that can be deleted")
+        del self.__dict__[name]
+
+    return _Shown(get, put, delete)
 
 
 def _set(base: type) -> Any:

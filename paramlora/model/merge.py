@@ -25,10 +25,16 @@ from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
 from paramlora.update.attached import AttachedUpdate, answer, applied
 from paramlora.update.casts import is_storage
-from paramlora.update.contexts import own_context
+from paramlora.update.contexts import as_made, own_context
 from paramlora.update.memory import all_finite
 from paramlora.update.rounding import KeptReport, Rounding
-from paramlora.update.sharded import check_not_flat, gathered, is_sharded
+from paramlora.update.sharded import (
+    check_not_flat,
+    gathered,
+    is_sharded,
+    reshard,
+    under_fully_shard,
+)
 from paramlora.update.sum import bound_of, folded, overflows, waited_for
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
@@ -100,6 +106,7 @@ def merge(
     chosen = check_adapters(model, adapters)
     if chosen:
         check_not_flat(model, "merge")
+        reshard(model)
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
     _check_finite(acting)
     for path, update in acting:
@@ -159,12 +166,25 @@ def _merging(
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
     count, shared = holders(model), overlapping(model)
+    for (base, *_), group in alike.items():
+        if len(group) != count[base]:
+            _check_untied(model, *group[0][0][:2])
     paths = {} if rounding is None else {id(one): path for path, one in model.named_modules()}
     steps: list[_Step] = [
         _step(group, len(group) == count[base], base in shared, _named(rounding, paths, group))
         for (base, *_), group in alike.items()
     ]
     return [*steps, lambda: tidy(model)]
+
+
+def _check_untied(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Refuse to give one holder of a tied tensor its own, where torch puts one into all of them."""
+    if is_sharded(getattr(*_stored(module, name))) and under_fully_shard(model):
+        raise AdapterError(
+            f"{_full(model, module, name)}: another layer holds the same tensor without this "
+            "update, and fully_shard keeps one for both. Nothing was merged. Merge before "
+            "sharding, or in a model that is not sharded, into which the adapter is loaded."
+        )
 
 
 def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -> _Round:
@@ -224,7 +244,8 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
-            tensor.copy_(value)
+            with as_made(tensor):
+                tensor.copy_(value)
     if total is None:
         return
     plain = _plain(group)
@@ -236,7 +257,8 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
     elif shares or 0 in base.stride():  # expanded: its elements share memory, the sum's cannot
         base.data = _laid_out(total, base)
     else:
-        base.copy_(total)
+        with as_made(base):
+            base.copy_(total)
 
 
 def _laid_out(total: Tensor, base: Tensor) -> Tensor:

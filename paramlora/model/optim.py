@@ -19,6 +19,7 @@ from paramlora.model.targets import (
     unwrapped,
 )
 from paramlora.update.attached import answer
+from paramlora.update.sharded import check_own_parameters
 
 _BASE = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original\d*$")
 
@@ -44,6 +45,7 @@ def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> lis
         return [p for p in model.parameters() if p.requires_grad]
     check_adapters(model, adapter)
     own = [p for _, _, u in attached if u.adapter == adapter for p in u.parameters()]
+    check_own_parameters(model, {adapter: own})
     return [p for p in own if p.requires_grad]
 
 
@@ -87,7 +89,9 @@ def parameter_groups(
     told = _Rates(model, lr, rates or {}, adapter)
     named: dict[str, dict[str, list[nn.Parameter]]] = {}
     for update, paths in _updates(model, adapter):
-        for name, members in answer(update, "groups").items():
+        groups = answer(update, "groups")
+        check_own_parameters(model, groups)
+        for name, members in groups.items():
             group = named.setdefault(name, {}).setdefault(told.pattern(paths, members), [])
             group.extend(members)
     if not named:

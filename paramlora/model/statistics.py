@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from paramlora.errors import warn
 from paramlora.model.targets import own_path
 from paramlora.update.attached import AttachedUpdate
+from paramlora.update.contexts import as_made
 
 _FROZEN = "_frozen_by_paramlora"  # of the model: the names of the parameters that attach froze
 _BUFFERS = "_buffers_before_paramlora"  # of a module: what its buffers held
@@ -65,11 +66,13 @@ def put_back(model: nn.Module) -> None:
         frozen = vars(owner).get(_FROZEN, ())
         for name, parameter in owner.named_parameters() if frozen else ():
             if own_path(name) in frozen:
-                parameter.requires_grad_(True)
+                with as_made(parameter):
+                    parameter.requires_grad_(True)
     for _, module, name, value in list(_moved(model)):
         now = module._buffers[name]
         if now is not None and now is vars(module)[_BUFFERS].buffers[name][0]:
-            now.resize_(value.shape).copy_(value)
+            with as_made(now):
+                now.resize_(value.shape).copy_(value)
         else:  # what a forward put in its place may be the caller's
             module._buffers[name] = value
 

@@ -12,7 +12,7 @@ from paramlora.errors import counted
 from paramlora.model.attach import base_of, placed, updates_of
 from paramlora.model.norms import relative_size
 from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.sharded import is_sharded
+from paramlora.update.sharded import check_not_flat, is_sharded
 
 _HEAD = ("tensor", "adapter", "r", "scale", "kind", "parameters", "update/weight")
 
@@ -103,10 +103,14 @@ def _table(lines: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
+@torch.no_grad()
 def summary(model: nn.Module) -> Summary:
     """What is attached to `model`: a row per update, and totals; prints as a table.
 
     Each adapted weight is read once, for its norm.
+
+    Raises:
+        AdapterError: something is attached under FSDP1, outside of ``summon_full_params``.
 
     Example:
         >>> import paramlora
@@ -121,6 +125,8 @@ def summary(model: nn.Module) -> Summary:
     found: dict[int, tuple[str, nn.Module, AttachedUpdate]] = {}
     for place in placed(model):
         found.setdefault(id(place[-1]), place)  # one that tied tensors share, once
+    if found:
+        check_not_flat(model, "summary", gathers=True)
     rows = tuple(_row(*place) for place in found.values())
     parameters = list(model.parameters())
     return Summary(

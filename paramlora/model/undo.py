@@ -9,11 +9,15 @@ from typing import Any, Optional
 
 from torch import nn
 
+from paramlora.update.contexts import as_made
+
 _Held = tuple[Any, Any]  # a dict, list or set of a module, and a copy of its content
 _Saved = tuple[nn.Module, type, dict[str, Any], list[_Held]]
 # where torch keeps what registering changes; an RNN also lists its weights
 _CONTAINERS = (*vars(nn.Module()), "_flat_weights")
 _SIGNALS = [int(number) for number in signal.valid_signals()]
+# CPython's own: the public one looks each of some sixty handlers up in an enumeration
+_handler = getattr(signal, "_signal", signal).getsignal
 
 
 class _Waiting:
@@ -52,20 +56,24 @@ def undisturbed() -> Iterator[None]:
     if _Waiting.is_open or threading.get_ident() != threading.main_thread().ident:
         yield
         return
-    handlers = {n: own for n in _SIGNALS if callable(own := signal.getsignal(n))}
+    handlers = {n: own for n in _SIGNALS if callable(own := _handler(n))}
     waiting = _Waiting()
     try:
+        _Waiting.is_open = True  # first: one that answers and does not wait could stop its end
         for number, own in handlers.items():
             signal.signal(number, partial(waiting.answer, own))
-        _Waiting.is_open = True
         yield
     finally:
         try:
-            for number, own in handlers.items():
-                signal.signal(number, own)
+            _again(lambda: _answered_by(handlers))
         finally:
             _Waiting.is_open = False
             waiting.end()
+
+
+def _answered_by(handlers: dict[int, Callable[..., object]]) -> None:
+    for number, own in handlers.items():
+        signal.signal(number, own)
 
 
 @contextmanager
@@ -124,7 +132,8 @@ def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> No
         _restore(*one)
     for parameter, requires_grad in flags:
         if parameter.requires_grad is not requires_grad:
-            parameter.requires_grad_(requires_grad)
+            with as_made(parameter):
+                parameter.requires_grad_(requires_grad)
 
 
 def _saved(module: nn.Module) -> _Saved:
@@ -153,15 +162,15 @@ def surely_left(
 ) -> Iterator[None]:
     """Around the block `enter`, and after it `leave`, also where Ctrl-C comes while it leaves.
 
-    A lock that is held for ever, or a collector that is off for ever, is worse than one call more:
-    `leave` is called twice, so that what stops the one does not stop the other.
+    A lock that is held for ever, or a collector that is off for ever, is worse than a call more:
+    there are three to `leave`, so that two presses of Ctrl-C do not stop all of them.
 
     Args:
         enter, leave: get a list of their own to keep in it what was entered; `leave` does nothing
             where nothing is kept.
     """
     kept: list[Any] = []
-    with _left(kept, leave), _left(kept, leave):
+    with _left(kept, leave), _left(kept, leave), _left(kept, leave):
         with undisturbed():
             enter(kept)
         yield
@@ -172,5 +181,6 @@ def _left(kept: list[Any], leave: Callable[[list[Any]], None]) -> Iterator[None]
     try:
         yield
     finally:
-        with undisturbed():
-            leave(kept)
+        if kept:
+            with undisturbed():
+                leave(kept)

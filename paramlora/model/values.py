@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError, counted, listed, warn
+from paramlora.errors import AdapterError, FileError, counted, listed, warn
 from paramlora.model.attach import (
     Fresh,
     adapted_modules,
@@ -24,12 +24,13 @@ from paramlora.model.attach import (
 )
 from paramlora.model.classes import Model
 from paramlora.model.digest import digest, others
+from paramlora.model.layer_class import parametrized
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
-from paramlora.update.sharded import check_not_flat, check_order
+from paramlora.update.sharded import check_not_flat, check_order, reshard
 from paramlora.update.value import Adapter, Holder, KindUpdate, Value, apart_by_kind
 
 
@@ -76,6 +77,7 @@ def _load(
     for path, tensors in own.items():
         for name, tensor in tensors.items():
             _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
+            _check_its_own(_key(path, name), name, stems[path])
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
@@ -116,6 +118,16 @@ def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: Atta
         )
 
 
+def _check_its_own(key: str, name: str, update: AttachedUpdate) -> None:
+    """Refuse to copy into a tensor that is computed at each read: nothing would keep the values."""
+    if name in parametrized(update):
+        raise AdapterError(
+            f"{key} is computed by a parametrization of its own, which values cannot be copied "
+            "into. Take it off (torch.nn.utils.parametrize.remove_parametrizations), load, and "
+            "register it again."
+        )
+
+
 def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
         raise FileError(f"{key}: a {type(value).__name__}, where a tensor belongs. Save it again.")
@@ -148,6 +160,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     held = {path: update for path, _, update in placed(model) if update.adapter == adapter}
     if not held:
         check_adapters(model, adapter)
+    _settle(model)
     there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
     made: dict[str, Value] = {}
@@ -217,6 +230,7 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     held = {path: update for path, _, update in placed(model) if update.adapter == into}
     if not held:
         check_adapters(model, into)
+    _settle(model)
     found = adapter.values()
     given = set(found)
     first = {id(update): path for path, update in reversed(held.items())}
@@ -349,8 +363,14 @@ def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
     found = {path: update for path, _, update in updates(model) if update.adapter == adapter}
     if not found:
         check_adapters(model, adapter)
-    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
+    _settle(model)
     return found
+
+
+def _settle(model: nn.Module) -> None:
+    """Have an adapter's own tensors in their places, and nothing that torch takes away again."""
+    check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
+    reshard(model)
 
 
 def _live(stems: Mapping[str, AttachedUpdate]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import FileError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, matrix_shape, summed_in
+from paramlora.update.geometry import Layout, factor_dtype, laid_as, matrix_shape, summed_in
 from paramlora.update.lowrank import wide
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value, check_types
@@ -115,7 +115,7 @@ class Added(AttachedUpdate):
         with in_own_types(weight):
             delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
             delta = delta * (self.lora_scale * self.gain.to(self.lora_scale.device))
-        return (wide(weight, delta) + delta).to(weight.dtype)
+        return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
 
     @classmethod
     def term_of(cls, parts: Parts, gain: Tensor, layout: Layout) -> Term:

@@ -386,7 +386,13 @@ class AttachedUpdate(nn.Module):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Its parameters, by the name of their optimizer's group: each its own."""
-        return {name: [one] for name, one in self._parameters.items() if one is not None}
+        held = {name: [one] for name, one in self._parameters.items() if one is not None}
+        return {**held, **self.ruled()}
+
+    def ruled(self) -> dict[str, list[nn.Parameter]]:
+        """Of its tensors that a parametrization of their own computes: the parameters of that."""
+        lists = self._modules.get("parametrizations")
+        return {name: list(one.parameters()) for name, one in lists.items()} if lists else {}  # type: ignore[operator]
 
     def described(self) -> tuple[int, float, str]:
         """Its rank (0 where it has none), its factor and its kind, for `summary`."""

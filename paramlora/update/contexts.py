@@ -26,6 +26,12 @@ def in_own_types(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if device is None else torch.autocast(device, enabled=False)
 
 
+def as_made(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Around a change of a tensor in place, unseen by autograd: one that was made under
+    `torch.inference_mode`, as by a deep copy there, can be changed under it alone."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+
+
 @contextmanager
 def own_context() -> Iterator[None]:
     """Around what reads, writes, merges or changes a model: no autocast, no other default device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paramlora.config import TargetConfig
 from paramlora.update.attached import AttachedUpdate, Gains, Site, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, summed_in
+from paramlora.update.geometry import Layout, factor_dtype, laid_as, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import wide
 from paramlora.update.sum import Block, Number, Term
@@ -74,7 +74,7 @@ class Difference(AttachedUpdate):
         with in_own_types(weight):
             own = self.lora_diff.to(summed_in(weight.dtype, self.lora_diff))
             delta = own * self.gain.to(own)
-        return (wide(weight, delta) + delta).to(weight.dtype)
+        return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:

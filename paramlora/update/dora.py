@@ -11,7 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError
 from paramlora.update.attached import Gains, Site, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.geometry import Layout, factor_dtype, laid_as, matrix_shape
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank, wide
 from paramlora.update.sharded import take
@@ -138,7 +138,7 @@ class Dora(LowRank):
             total = total * self.rescale(norms(total.detach(), self.lora_magnitude))
             if not self.fully:
                 total = torch.lerp(base.to(total.dtype), total, self.gain.to(total))
-        return total.to(weight.dtype)
+        return laid_as(total.to(weight.dtype), weight)
 
     def rescale(self, norm: Tensor) -> Tensor:
         """``m / ‖W + scale·BA‖``, 0 where both are."""

@@ -36,6 +36,17 @@ def summed_in(dtype: torch.dtype, own: torch.Tensor) -> torch.dtype:
     return torch.promote_types(factor_dtype(dtype), own.dtype)
 
 
+def laid_as(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A sum with the strides of its weight, where both are in the order of channels first.
+
+    Of a kernel of 1 they are so in channels last too, where the strides alone tell a convolution
+    its format.
+    """
+    if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
+        return total.as_strided(weight.shape, weight.stride())
+    return total
+
+
 def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
     """Whether the factors' shapes do not tell which side of the weight is the input."""
     return layout != "stack" and shape[0] ** 2 == math.prod(shape)

@@ -94,8 +94,9 @@ class Lokr(Added):
         first, second = factors(parts)
         if second.dim() > 2:  # of a kernel, which the first has not
             product = einsum(first, second, "a b, c d ... -> a c b d ...")
-            return product.flatten(0, 1).flatten(1, 2)
-        return torch.kron(first, second)
+        else:  # not torch.kron, in which autograd does not see that a factor was changed
+            product = first[:, None, :, None] * second[None, :, None, :]
+        return product.flatten(0, 1).flatten(1, 2)
 
     def product(self, x: Tensor) -> Tensor:
         """``x (w_1 ⊗ w_2)ᵀ`` times the scale and the strength, without the Kronecker product."""

@@ -28,6 +28,7 @@ from paramlora.update.geometry import (
     ambiguous,
     factor_dtype,
     fits_shape,
+    laid_as,
     matrix_shape,
     summed_in,
 )
@@ -36,7 +37,7 @@ from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import LowRankTerm, Term
-from paramlora.update.summand import Summand
+from paramlora.update.summand import Summand, joined
 from paramlora.update.value import Update, Value, check_types
 
 
@@ -156,7 +157,7 @@ class LowRank(AttachedUpdate):
 
     def rank_of_sum(self) -> int:
         """The rank of its `factors`."""
-        return self.factors()[0].shape[-2]
+        return self.r if self.start_A is None else 2 * self.r
 
     @property
     def scaling(self) -> Tensor:
@@ -166,15 +167,16 @@ class LowRank(AttachedUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
+        return joined(*self.held())
+
+    def held(self) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+        """A and B, and what `start_from` kept of both."""
         own = self._parameters  # without nn.Module's look-up, which a small layer would feel
-        if self._buffers["start_A"] is None:
-            if "lora_A" in own and "lora_B" in own:
-                return own["lora_A"], own["lora_B"]  # type: ignore[return-value]
-            # a replica, a flat shard and a parametrization of a factor hold it elsewhere
-            return self.lora_A, self.lora_B
-        assert self.start_A is not None and self.start_B is not None
-        a = torch.cat([self.lora_A, self.start_A], dim=-2)  # [2r, in]
-        return a, torch.cat([self.lora_B, -self.start_B], dim=-1)  # [out, 2r]
+        if "lora_A" in own and "lora_B" in own:
+            start = self._buffers["start_A"], self._buffers["start_B"]
+            return own["lora_A"], own["lora_B"], *start  # type: ignore[return-value]
+        # a replica, a flat shard and a parametrization of a factor hold it elsewhere
+        return self.lora_A, self.lora_B, self.start_A, self.start_B
 
     def stored_scale(self) -> Tensor:
         """``lora_scale``, in a fifth of the time."""
@@ -187,12 +189,6 @@ class LowRank(AttachedUpdate):
         """``strength · scale · B·A``, to be added."""
         scale = parts["lora_scale"]
         return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Both factors, the scale where it trains, and what else its kind trains."""
-        scale = [self.lora_scale] if isinstance(self.lora_scale, nn.Parameter) else []
-        own = {"lora_A": [self.lora_A], "lora_B": [self.lora_B], "lora_scale": scale}
-        return own if _is_plain(type(self)) else {**super().groups(), **own}
 
     def described(self) -> tuple[int, float, str]:
         """Its rank and scale; no number on the meta device."""
@@ -309,11 +305,7 @@ class LowRank(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape, weight.dtype)
-        total = (wide(weight, delta) + delta).to(weight.dtype)
-        if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
-            # channels last of a kernel of 1: its strides alone tell a convolution its format
-            return total.as_strided(weight.shape, weight.stride())
-        return total
+        return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
 
     def extra_repr(self) -> str:
         return f"adapter={self.adapter!r}, r={self.r}, strength={self.strength}"
@@ -327,9 +319,7 @@ def _is_plain(kind: type[AttachedUpdate]) -> bool:
 def _started(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``A`` and ``B``, with what a start from the weight takes out again (see `start_from`)."""
     a, b = parts["lora_A"], parts["lora_B"]
-    if "start_A" not in parts or "start_B" not in parts:
-        return a, b
-    return torch.cat([a, parts["start_A"]], -2), torch.cat([b, -parts["start_B"]], -1)
+    return joined(a, b, parts.get("start_A"), parts.get("start_B"))
 
 
 def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
@@ -362,7 +352,7 @@ def value_of(plist: Any) -> Tensor:
     for update in acting:
         delta = update.delta(weight.shape, weight.dtype)
         total = wide(total, delta) + delta
-    return total.to(weight.dtype)
+    return laid_as(total.to(weight.dtype), weight)
 
 
 def wide(weight: Tensor, delta: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 import ctypes
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from paramlora.update.geometry import MOST_SIDE
 
 _CHUNK = 8 << 20
 
@@ -22,6 +25,14 @@ def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
     content = bytes_of(held) if held.nbytes else memoryview(b"")
     for at in range(0, len(content), _CHUNK):
         yield content[at : at + _CHUNK]
+
+
+def installed() -> int:
+    """The bytes of the machine's memory, or the most that there can be where it does not tell."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():
+        return MOST_SIDE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

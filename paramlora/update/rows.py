@@ -74,8 +74,8 @@ class Rows(AttachedUpdate):
         return (
             ""
             if most < shape[0]
-            else f"which has {counted(shape[0], 'row')}, and none of number {most}. Give numbers "
-            f"from 0 to {shape[0] - 1}."
+            else f"which has {counted(shape[0], 'row')}, and none of number {most}. Number them "
+            "from 0."
         )
 
     @classmethod

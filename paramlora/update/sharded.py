@@ -1,12 +1,14 @@
 """Weights that lie on several processes (DTensor), and the order of attaching and wrapping."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.update.contexts import as_made
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -24,7 +26,8 @@ def take(own: Tensor, value: Tensor) -> None:
     """Copy `value`, the same on every process, into `own`, sharded or not."""
     if is_sharded(own) and not is_sharded(value):
         value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
-    own.copy_(value)
+    with as_made(own):
+        own.copy_(value)
 
 
 def check_order(model: nn.Module) -> None:
@@ -45,9 +48,9 @@ def check_order(model: nn.Module) -> None:
                 )
 
 
-_FSDP1 = "FullyShardedDataParallel"
+_FSDP1, _FSDP2 = "FullyShardedDataParallel", "FSDPModule"
 _TAKERS = {
-    "FSDPModule": "fully_shard",
+    _FSDP2: "fully_shard",
     _FSDP1: _FSDP1,
     "DistributedDataParallel": "DistributedDataParallel",
 }
@@ -64,9 +67,7 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
     Raises:
         AdapterError: names the function and the way out.
     """
-    for module in model.modules():
-        if not any(cls.__name__ == _FSDP1 for cls in type(module).__mro__):
-            continue
+    for module in _of_class(model, _FSDP1):
         state: Any = getattr(module, "training_state", None)
         if gathers and getattr(state, "name", "") == "SUMMON_FULL_PARAMS":
             continue
@@ -80,6 +81,37 @@ def check_not_flat(model: nn.Module, what: str, gathers: bool = False) -> None:
             f"{what} under {_FSDP1}: each process holds flat parts of the tensors alone. "
             f"Call it {where}; or use fully_shard."
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Have torch's `fully_shard` put its sharded tensors back, where a call left the whole ones:
+    what is written into those is lost."""
+    for module in _of_class(model, _FSDP2):
+        module.reshard()  # type: ignore[operator]
+
+
+def under_fully_shard(model: nn.Module) -> bool:
+    """Whether torch's `fully_shard` puts the tensors of its layers in their places."""
+    return any(True for _ in _of_class(model, _FSDP2))
+
+
+def check_own_parameters(model: nn.Module, groups: Mapping[str, list[nn.Parameter]]) -> None:
+    """Refuse to group the parameters of an update that torch's FSDP1 has put into its flat ones.
+
+    Raises:
+        AdapterError: names the way out.
+    """
+    if not any(groups.values()) and any(True for _ in _of_class(model, _FSDP1)):
+        raise AdapterError(
+            f"{_FSDP1} holds the adapter's tensors in flat parameters, each of which has one rate. "
+            "Wrap with use_orig_params=True; or use fully_shard."
+        )
+
+
+def _of_class(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if any(cls.__name__ == name for cls in type(module).__mro__):
+            yield module
 
 
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:

@@ -89,13 +89,15 @@ class LowRankTerm(Term):
         return total.addmm_(b[block.rows], a[:, block.columns])
 
     def bound(self) -> Number:
-        """By the norms of B's rows and A's columns (Cauchy and Schwarz)."""
-        a, b = self.lora_A.detach(), self.lora_B.detach()
-        with in_own_types(a):
-            a = torch.linalg.vector_norm(a, dim=-2, dtype=torch.float64).max()
-            b = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).max()
-            most: Tensor = a * b * self.factor.detach().abs().double()
-            return most
+        """By the largest number of each factor, and a little more than their product's roundings:
+        in few launches, as a model has hundreds of updates."""
+        factors = self.lora_A.detach(), self.lora_B.detach()
+        if not all(f.numel() for f in factors):
+            return 0.0
+        wide = torch.promote_types(factors[0].dtype, torch.float32)
+        a, b = (torch.linalg.vector_norm(f, float("inf"), dtype=wide) for f in factors)
+        most: Tensor = a * b * self.factor.detach().abs() * (factors[0].shape[-2] * (1 + 2**-20))
+        return most
 
     def norm(self) -> Tensor:
         """By ``‖B·A‖² = trace(BᵀB · AAᵀ)``, which needs no product of the weight's size."""
@@ -265,21 +267,21 @@ def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = N
 
 def bound_of(terms: Sequence[Term]) -> Number:
     """What no element is changed by more than by terms together, see `Term.bound`."""
-    return sum(term.bound() for term in _joined(terms))
+    first, *others = [term.bound() for term in _joined(terms)] or [0.0]
+    return sum(others, first)
 
 
 def waited_for(numbers: Sequence[Number]) -> list[float]:
     """Numbers of devices, each of which is waited for once."""
     out = [number if isinstance(number, (int, float)) else 0.0 for number in numbers]
-    by_device: dict[torch.device, list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and type(number) is Tensor:
-            by_device.setdefault(number.device, []).append(i)
+            alike.setdefault((number.device, number.dtype), {})[i] = number.detach()
         elif isinstance(number, Tensor):
             out[i] = float(number)
-    for places in by_device.values():
-        together = torch.stack([numbers[i].detach().double() for i in places])  # type: ignore[union-attr]
-        for i, value in zip(places, together.tolist()):
+    for some in alike.values():
+        for i, value in zip(some, torch.stack(list(some.values())).tolist()):
             out[i] = value
     return out
 

@@ -1,12 +1,22 @@
 """The gradient of a dense sum that many readers share, for each of its low-rank updates."""
 
-from typing import Any
+from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from paramlora.errors import AdapterError
 from paramlora.update.geometry import matrix_shape
 from paramlora.update.narrow import wide
+
+
+def joined(
+    a: Tensor, b: Tensor, start_a: Optional[Tensor], start_b: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Two factors, and behind them of rank ``2r`` those that a start takes out again."""
+    if start_a is None or start_b is None:
+        return a, b
+    return torch.cat([a, start_a], dim=-2), torch.cat([b, -start_b], dim=-1)  # [2r, in], [out, 2r]
 
 
 class Summand:
@@ -18,6 +28,7 @@ class Summand:
 
     def __init__(self, update: Any) -> None:
         (self.a, self.b), self.scale = update.factors(), update.stored_scale()
+        self.held = update.held()
         self.layout, self.gain = update.layout, update.gain.to(self.scale.device)
         self.watched = [t for t in update._parameters.values() if t is not None]
         self.versions = [t._version for t in self.watched]
@@ -33,7 +44,9 @@ class Summand:
                 "an adapted tensor, or the strength of its adapter, changed between forward and "
                 "backward. Call backward first, then step or set_adapters."
             )
-        a, b, scale = wide(self.a), wide(self.b), wide(self.scale) * self.gain
+        # joined anew, of what the tensors hold now, as whoever computes the sum again reads them
+        a, b = joined(*self.held)
+        a, b, scale = wide(a), wide(b), wide(self.scale) * self.gain
         stack, out, fan_in = matrix_shape(grad.shape, self.layout)
         if self.layout == "transposed":
             g = grad.reshape(fan_in, out).t()

@@ -11,7 +11,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import TargetError
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told, put_in_place
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, summed_in
+from paramlora.update.geometry import Layout, laid_as, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.sharded import gathered, take
 from paramlora.update.sum import Term, WholeTerm
@@ -79,7 +79,7 @@ class Whole(AttachedUpdate):
             dtype = summed_in(weight.dtype, own)
             with in_own_types(weight):
                 own = torch.lerp(weight.to(dtype), own.to(dtype), self._gain_for(own, dtype))
-        return own.to(weight.dtype)
+        return laid_as(own.to(weight.dtype), weight)
 
     def change(self, start: Tensor) -> Tensor:
         """What it adds to the base, ``strength · (V - W)``, in the type of `start`, the base."""
@@ -122,7 +122,7 @@ class Whole(AttachedUpdate):
             total = start
             for one in acting:
                 total = total + one.change(start)
-        return total.to(weight.dtype)
+        return laid_as(total.to(weight.dtype), weight)
 
     def _gain_for(self, own: Tensor, dtype: torch.dtype) -> Tensor:
         return self.gain.to(own.device, dtype)

@@ -1,5 +1,6 @@
 """Sums of adapters, against float64 and against what peft makes of the same adapters."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -367,3 +368,14 @@ def test_differences_are_told_where_they_cannot_be_what_is_asked():
     other.others["q"].held["lora_diff"] = torch.full((12, 9), float("nan"))
     with pytest.raises(AdapterError, match='q: in "two" it is not finite'):
         combine([one, other])
+
+
+@pytest.mark.parametrize("how", ["ties", "dare"])
+def test_products_that_memory_does_not_hold_are_not_formed(how, monkeypatch):
+    adapter = one(1, 1)
+    module = sys.modules[combine.__module__]  # which the function hides
+    monkeypatch.setattr(module, "installed", lambda: 12 * 9 * 8 * 4 - 1)
+    text = f'q: "{how}" forms the products, which take 3,456 bytes, and this machine has 3,455 of'
+    with pytest.raises(AdapterError, match=f'{text}.*Use "exact"'):
+        combine([adapter, adapter], how, 1, density=0.5)
+    combine([adapter, adapter], "svd", 1)

@@ -115,7 +115,13 @@ REFUSED = {
     f"convert a.safetensors b.safetensors {OUT} --to kohya": ("b.safetensors", "See paramlora"),
     "inspect": ("Missing argument", "See paramlora inspect --help."),
     "targets c.json": ("Missing option '--model'", "See paramlora targets --help."),
+    "inspekt": ("Did you mean 'inspect'? See paramlora --help.",),
     "frob": ("'frob'", "See paramlora --help."),
+    "inspect a.safetensors --model torch": ("--model torch: names no factory", "module:factory"),
+    "inspect file": ("file: not a whole safetensors file (1 byte, and it begins", "Copy or save"),
+    # a folder under a name of a file
+    f"convert a.safetensors {OUT} --to peft": ("peft is a folder of two files", "name without"),
+    "extract inside-a.safetensors -o x.pt --to litgpt": ("litgpt is a folder", "without .pt, or"),
     # what is not there
     "inspect gone.safetensors": ("gone.safetensors: cannot be read: No such file", THERE),
     f"merge base.safetensors gone.safetensors:0.5 {OUT}": ("gone.safetensors: cannot", THERE),

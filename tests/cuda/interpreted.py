@@ -6,10 +6,12 @@ arithmetic, places and masks, but no race; `test_kernels` runs on CUDA. float16 
 interpreter cuts off what bfloat16 would round.
 """
 
+import dataclasses
 import functools
 import json
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +75,22 @@ def start_in_order():
     builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
 
 
+def interpret_quickly():
+    """Spare the interpreter two thirds of its time, which show nothing here: it patches Triton's
+    language anew at each call of a function inside of a kernel, and does all arithmetic of 32 bits
+    in 64 too, to see whether the former hold indices, as small as they are in these tests."""
+    from triton.runtime import interpreter
+
+    language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(language)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 def stand_in_for_the_device():
+    if triton.knobs.runtime.interpret:
+        interpret_quickly()
     launch.cuda_device = lambda: -1
     torch.cuda.is_current_stream_capturing = lambda: captured
     mm = torch.mm  # which has no out_dtype on a CPU

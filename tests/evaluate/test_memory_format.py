@@ -21,7 +21,10 @@ DEVICES = [
         ],
     ),
 ]
-NARROW = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+NARROW = {  # types of 16 bits, and whether this processor has products of theirs
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {  # channels in, out, and each size: tiny, and beyond what autograd is left with
     2: ((8, 8, 9), (32, 36, 24)),
@@ -54,8 +57,8 @@ def outcome(model, x):
 @pytest.mark.parametrize("n", (2, 3))
 @pytest.mark.parametrize("entry", ({}, {"hard": 0}, {"dropout": 0.5}), ids=str)
 def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
-    if device == "cpu" and dtype.itemsize == 2 and n == 3 and "dropout" in entry and not NARROW:
-        pytest.skip("this processor has no products of 16 bits, so torch lays volumes otherwise")
+    if device == "cpu" and n == 3 and "dropout" in entry and not NARROW.get(dtype, True):
+        pytest.skip(f"this processor has no products of {dtype}, so torch lays volumes otherwise")
     kind, differ = {2: nn.Conv2d, 3: nn.Conv3d}[n], []
     shapes = SHAPES[n] if dtype == torch.float32 else SHAPES[n][:1]  # which alone divides by size
     cases = itertools.product(
@@ -73,6 +76,40 @@ def test_it_lies_as_the_plain_layers(entry, n, dtype, device):
         want, got = outcome(layer, x), outcome(model, x)
         if got != want:
             differ.append((inner, kernel, groups, weight_last, x_last, trained, got, want))
+    assert not differ, differ
+
+
+KINDS = {
+    "lora": ({"r": 1}, {"r": 1}),
+    "dora": ({"r": 1, "kind": "dora"},),
+    "loha": ({"r": 1, "kind": "loha"},),
+    "lokr": ({"r": 1, "kind": "lokr"},),
+    "loha and lora": ({"r": 1, "kind": "loha"}, {"r": 1}),
+    "whole": ({"whole": 1},),
+    "two whole": ({"whole": 1}, {"whole": 1}),
+}
+
+
+@pytest.mark.parametrize("strength", (1.0, 0.5))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", (2, 3))
+def test_every_kind_lies_as_the_plain_layers(n, kind, strength):
+    makes = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[n]
+    differ = []
+    for make, kernel, groups, weight_last, x_last in itertools.product(
+        makes, (1, 3), (1, 2, 8), (False, True), (False, True)
+    ):
+        layer = make(8, 8, kernel, groups=groups)
+        layer = layer.to(memory_format=LAST[n]) if weight_last else layer
+        x = torch.randn(2, 8, *[5] * n)
+        x = x.to(memory_format=LAST[n]) if x_last else x
+        model = nn.Sequential(copy.deepcopy(layer))
+        for i, entry in enumerate(KINDS[kind]):
+            paramlora.attach(model, {"0": entry}, f"a{i}")
+        paramlora.set_adapters(model, {f"a{i}": strength for i in range(len(KINDS[kind]))})
+        want, got = outcome(layer.requires_grad_(False), x), outcome(model, x)
+        if got != want or model[0].weight.stride() != layer.weight.stride():
+            differ.append((make.__name__, kernel, groups, weight_last, x_last, got, want))
     assert not differ, differ
 
 

@@ -313,6 +313,11 @@ def huge_hyperparameters(path):
     folder(path, "lora_r: 1\nlora_alpha: 1" + "0" * 400, tensors, "hyperparameters.yaml")
 
 
+def hyperparameters_of_lists(path):
+    tensors = pairs(["transformer.h.0.attn.proj"], ".lora_A", ".lora_B")
+    folder(path, "a: [[[[]]]]\n" * 100_000, tensors, "hyperparameters.yaml")
+
+
 def shapes_that_lie(path):
     shapes = {"a": {"shape": [3, 5, 7, 7], "layout": "matrix", "groups": 3, "kind": "convolution"}}
     path.write_bytes(native({"a": {"r": 1}}, ["a"], shapes=shapes))
@@ -326,6 +331,22 @@ def groups_without_end(path):
 def dense_of_another_size(path):
     parts = {"lokr_w1": (1, 1_500), "lokr_w2": (1_500, 1)}
     path.write_bytes(safe({f"lora_unet_a.{leaf}": shape for leaf, shape in parts.items()}))
+
+
+def product_of_another_layout(path):
+    tensors = {"a.lokr_w1": (1000, 1000), "a.lokr_w2": (100, 100, 1)}
+    folder(path, json.dumps({"peft_type": "LOKR", "r": 1, "alpha": 1}), tensors)
+
+
+def halves_of_a_product(path):
+    tensors = {"a.lokr_w1_a": (LONG, 1), "a.lokr_w1_b": (1, LONG), "a.lokr_w2": (1, 1, 1)}
+    folder(path, json.dumps({"peft_type": "LOKR", "r": 1, "alpha": 1}), tensors)
+
+
+def a_copy_of_another_size(path):
+    names = ("lora_embedding_A", "lora_embedding_B", "base_layer.weight")
+    shapes = ((1, LONG), (LONG, 1), (5, 4))
+    folder(path, peft(), {f"base_model.model.a.{n}": s for n, s in zip(names, shapes)})
 
 
 def huge_scale(path):
@@ -690,6 +711,7 @@ FEW |= dict.fromkeys(
 )
 FEW |= {"our_own_patterns": ("command", "merge of"), "names_that_print": ("command", "merge of")}
 FEW |= {"index_of_values": ("merge of",), "many_updates_of_one_sum": ("extract",)}
+FEW |= {"hyperparameters_of_lists": ("load",), "halves_of_a_product": ("load",)}
 FEW |= {"names_of_every_table": ("load", "kohya")}
 FEW |= dict.fromkeys([name for name in CASES if name.startswith("a_base_of")], ("as base",))
 _ENDING = {"fifo": ".pt", "zero": ".pt", "listening": ".safetensors"}

@@ -290,6 +290,20 @@ def test_options_reach_the_reader(tmp_path):
     assert Options().strict
 
 
+@pytest.mark.parametrize("entry", ({"r": 1}, {"whole": 1}, {"rows": [1]}, {"r": 1, "kind": "lokr"}))
+def test_what_the_model_lacks_is_left_out_of_a_native_file_with_a_warning(entry, tmp_path):
+    layers = {"a": nn.Linear(4, 3), "b": nn.Embedding(4, 3)}
+    model = paramlora.attach(nn.ModuleDict(layers), {"a": {"r": 1}, "b": entry})
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    less = nn.ModuleDict({"a": paramlora.detach(model)["a"]})
+    with pytest.raises(paramlora.ParamloraError, match="b"):
+        paramlora.load_adapter(less, tmp_path / "a.safetensors")
+    assert type(less["a"]) is nn.Linear
+    with pytest.warns(ParamloraWarning, match="of what the model does not have: b"):
+        paramlora.load_adapter(less, tmp_path / "a.safetensors", strict=False)
+    assert [row.path for row in paramlora.summary(less).rows] == ["a"]
+
+
 def test_a_file_of_another_tool_is_merged_into_a_checkpoint(tmp_path):
     net, folder = theirs(tmp_path, KINDS)
     save_file(foreign.model().state_dict(), tmp_path / "base.safetensors")

@@ -110,20 +110,25 @@ def folder(tmp_path):
 
 @pytest.fixture
 def paths(folder, request):
+    return written(folder, request.param, 512)
+
+
+def written(folder, kind, side):
     torch.manual_seed(0)
-    state = {f"{i}.weight": torch.randn(512, 512) for i in range(6)}
-    base = write_base(request.param, folder, state)
+    state = {f"{i}.weight": torch.randn(side, side) for i in range(6)}
+    base = write_base(kind, folder, state)
     adapter = folder / "adapter.safetensors"
     names = [f"{i}" for i in range(6)]
-    update = Update(torch.randn(2, 512), torch.randn(512, 2), shape=(512, 512))
+    update = Update(torch.randn(2, side), torch.randn(side, 2), shape=(side, side))
     write_native(Adapter(dict.fromkeys(names, update)), adapter)
     return base, adapter, folder / f"out{base.suffix}"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
-@pytest.mark.parametrize("paths", KINDS, indirect=True)
-def test_dying_at_any_moment(paths, how):
+@pytest.mark.parametrize("kind", KINDS)
+def test_dying_at_any_moment(folder, kind, how):
+    paths = written(folder, kind, 128)  # hundreds of files, so small ones
     command = [sys.executable, "-c", MOMENTS, *map(str, paths), how]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
@@ -190,3 +195,20 @@ def test_a_disk_that_fills_up_meanwhile(paths, tmp_path):
 def content(out):
     paths = sorted(out.iterdir()) if out.is_dir() else [out]
     return [(path.name, path.read_bytes()) for path in paths]
+
+
+def test_what_a_killed_process_left_hinders_nothing(tmp_path):
+    base = write_base("shards", tmp_path, {"0.weight": torch.ones(4, 4)})
+    adapter = Adapter({"0": Update(torch.ones(1, 4), torch.ones(4, 1), shape=(4, 4))})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    write_native(adapter, mine / "a.safetensors")
+    out = tmp_path / "out"
+    files.merge(base, [adapter], out)
+    sound = sorted(path.name for path in out.iterdir())
+    for folder in (base, mine, out):
+        (folder / ".a.safetensors.0123abcd").write_bytes((mine / "a.safetensors").read_bytes())
+        (folder / ".model.0123abcd").mkdir()
+        (folder / ".model.0123abcd" / "model.safetensors").write_bytes(b"half")
+    files.merge(base, [mine], out, force=True)
+    assert sorted(path.name for path in out.iterdir()) == sound

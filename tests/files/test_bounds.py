@@ -1,6 +1,7 @@
 """What a hostile file can cost: little time, little memory, one sentence, and nothing else."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+import zipfile
 from pathlib import Path
 
 import hostile_files
@@ -24,7 +26,7 @@ import paramlora
 from paramlora import Adapter, ConfigError, FileError, ParamloraWarning, Update, files, formats
 from paramlora.config.reading import open_regular, parse_json
 from paramlora.errors import closest, shown, spelled
-from paramlora.files import opcodes
+from paramlora.files import opcodes, torch_save
 from paramlora.files.adapters import convert, opened
 from paramlora.model.match import Names, Unbounded
 
@@ -66,9 +68,13 @@ REFUSED = {
     "huge_alpha": "lora_alpha of a: a whole number beyond any float is not a number",
     "huge_alpha_pattern": "lora_alpha of a: a whole number beyond any float is not a number",
     "huge_hyperparameters": "a whole number beyond any float is not a number",
+    "hyperparameters_of_lists": "1,200,000 bytes, more than any real file of its kind",
     "shapes_that_lie": r"a.lora_A: shape \[1, 4\] does not fit \[1, 245\], of the weight",
     "groups_without_end": r"do not fit the shape \[3, 4\] in its metadata",
     "dense_of_another_size": "is more than the model's layer has. Not formed",
+    "product_of_another_layout": "is more than any layer has. Not formed",
+    "halves_of_a_product": "is more than any layer has. Not formed",
+    "a_copy_of_another_size": r"of \[5, 4\] beside an update of \[300000, 300000\]",
     "huge_scale": '"scale" must be finite',
     "shapes_beyond_any": "has an offset or a shape that no tensor has",
     "nested_tensors": "needs torch._utils._rebuild_nested_tensor",
@@ -339,7 +345,7 @@ def test_the_room_for_files_beside_is_checked_first(tmp_path):
 
 
 def test_an_adapter_of_many_holes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("paramlora.files.safetensors._memory", lambda: 100)
+    monkeypatch.setattr("paramlora.files.safetensors.installed", lambda: 100)
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"a.lora_A": torch.ones(1, 40), "a.lora_B": torch.ones(3, 1)}, path)
     with pytest.raises(FileError, match="its tensors take 172 bytes, and this machine has 100"):
@@ -377,6 +383,91 @@ def test_a_name_of_an_old_file_of_holes_is_not_read_to_its_end(start, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2**28
     finally:
         tracemalloc.stop()
+
+
+def ends_of_zip(length, start, wide=None, remark=b""):
+    """A zip file's last bytes: what they tell of its list, and where the wide record of it is."""
+    first = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, length, start, len(remark)) + remark
+    if wide is None:
+        return first
+    second = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, length, start)
+    return second + struct.pack("<4sLQL", b"PK\6\7", 0, wide, 1) + first
+
+
+@pytest.mark.parametrize("length, wide", [(17 << 20, False), (17 << 20, True), (2**31, False)])
+def test_a_long_list_of_records_is_not_read(length, wide, tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(hostile_files.zipped(b"")[:100])
+    os.truncate(path, 100 + length)
+    with open(path, "ab") as file:
+        file.write(ends_of_zip(length, 100, 100 + length if wide else None))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match=f"{length:,} bytes of a list of records, more than"):
+            opened(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_list_of_records_that_not_all_readers_find_is_refused(tmp_path):
+    path, whole = tmp_path / "a.pt", io.BytesIO()
+    torch.save({"a.lora_A": torch.ones(1, 4), "a.lora_B": torch.ones(3, 1)}, whole)
+    sound = whole.getvalue()
+    wide, where, end = len(sound) - 98, len(sound) - 42, len(sound) - 22  # torch writes all three
+    (start,) = struct.unpack_from("<Q", sound, wide + 48)
+
+    def changed(kind, at, number, more=b""):
+        content = bytearray(sound)
+        struct.pack_into(kind, content, at, number)
+        return bytes(content) + more
+
+    path.write_bytes(changed("<Q", wide + 48, start))
+    assert opened(path).state.keys() == {"a.lora_A", "a.lora_B"}
+    for content in (
+        changed("<Q", where + 8, wide - 56),
+        changed("<Q", wide + 48, start + 1),
+        changed("<H", end + 20, 1, b"a"),
+        sound + sound[end:],
+        sound[:where] + sound[end:],
+        sound[:40],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="its list of records is not at its end"):
+            opened(path)
+
+
+def test_a_record_of_a_name_in_other_letters_is_the_one_that_torch_reads(tmp_path):
+    path = tmp_path / "a.pt"
+    parts = {"a.lora_A": hostile_files.tensor((4, 4)), "a.lora_B": hostile_files.tensor((4, 4))}
+    bad = {**parts, "a.lora_A": hostile_files.Call("torch.FloatTensor", (6, 6))}
+    good = hostile_files.zipped(hostile_files.pickled(parts))
+    other = hostile_files.zipped(hostile_files.pickled(bad)).replace(b"data.pkl", b"DATA.PKL")
+    path.write_bytes(other)
+    with pytest.raises(FileError, match="needs torch.FloatTensor"):
+        torch_save.load(path)
+    with zipfile.ZipFile(io.BytesIO(other)) as archive, zipfile.ZipFile(path, "w") as both:
+        both.writestr("archive/DATA.PKL", archive.read("archive/DATA.PKL"))
+        with zipfile.ZipFile(io.BytesIO(good)) as sound:
+            for record in sound.infolist():
+                both.writestr(record, sound.read(record))
+    with pytest.raises(FileError, match="compressed, doubled or larger"):
+        opened(path)
+    with zipfile.ZipFile(path, "w") as twice:
+        for name in ("a/data.pkl", "b/data.pkl"):
+            twice.writestr(name, hostile_files.pickled(parts))
+    with pytest.raises(FileError, match="2 records of names and values, and one is to be there"):
+        opened(path)
+
+
+def test_the_pickles_of_an_old_file_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(opcodes, "_MOST_STEPS", 1_000)
+    path = tmp_path / "a.pt"
+    one = b"\x80\x02](" + b"N" * 400 + b"e."
+    for count, text in ((2, "pickle exhausted|whole file"), (3, "more values than any real file")):
+        path.write_bytes(one * count)
+        with pytest.raises(FileError, match=text):
+            opened(path)
 
 
 # what is made by chance, of parts that mean something; a hang ends with the alarm's error

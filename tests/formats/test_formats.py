@@ -345,6 +345,7 @@ def test_values_that_are_not_finite_or_all_zero(name):
         ({"peft_type": "OFT"}, 'peft_type "OFT"; only LORA, '),
         ({"alpha_pattern": {"[": 3}}, '"\\[" is no regular expression'),
         ({"lora_alpha": "much"}, "'much' is not a number"),
+        ({"lora_alpha": None}, "null is not a number"),
     ],
 )
 def test_configurations_of_peft_that_are_refused(change, text):

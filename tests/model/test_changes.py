@@ -11,6 +11,7 @@ import copy
 
 import pytest
 import torch
+from test_types import READ, made_of
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -253,6 +254,111 @@ def test_values_and_flags_are_those_of_torchs_parameters(kind, way):
             ends = FROZEN.get(name, ("nothing",))
             trained = {n: None if n.endswith(ends) else grad for n, grad in want.items()}
             assert refused or alike(got, trained) or alike(got, torchs()), name
+
+
+def embedded(**keys):
+    return lambda: nn.Embedding(6, 5), "weight", {"r": 2, "scale": SCALE, **keys}
+
+
+KINDS = {
+    **READ,
+    "loha embedding": embedded(kind="loha"),
+    "lokr embedding": embedded(kind="lokr", full_matrix=True),
+    "pissa": (lambda: nn.ConvTranspose1d(6, 5, 3), "weight", {"r": 2, "init": "pissa"}),
+}
+
+
+def read_by(kind, way):
+    """A model of one layer, what it is called with, and what gives its gradients by name and the
+    same of the sum written out, as its tensors are now."""
+    torch.manual_seed(0)
+    make, name, entry = KINDS[kind]
+    model = Net(make(), nn.Identity(), WAYS[way]).double()
+    base = getattr(model.first, name).detach().clone()
+    plain = copy.deepcopy(model.first).requires_grad_(False)
+    paramlora.attach(model, {f"first.{name}": entry})
+    ((_, _, update),) = updates(model)
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    x = torch.randn(3, 6, 6, dtype=torch.float64)
+    if isinstance(plain, nn.Embedding):
+        x = torch.arange(6).view(2, 3)
+    elif isinstance(plain, nn.Bilinear):
+        plain, x = Both(plain), torch.randn(3, 4, dtype=torch.float64)
+        model.first, name = Both(model.first), f"layer.{name}"
+    elif isinstance(plain, nn.LSTM):
+        plain, name = First(plain), f"layer.{name}"
+        model.first = First(model.first)
+    return model, plain, name, x, base, update
+
+
+class Both(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(torch.cat([x, x[:, :2]], 1), x)
+
+
+class First(Both):
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def dense(plain, name, x, base, update, entry):
+    """The gradients in float64, by an update's tensors as they are now."""
+    part = {key: tensor.detach().clone() for key, tensor in update.plain().items()}
+    own = {key: part[key].requires_grad_() for key, _ in update.named_parameters()}
+    if getattr(update, "start_A", None) is not None:  # of which a file holds both, as one
+        own = {key: getattr(update, key).detach().clone().requires_grad_() for key in own}
+        part["lora_A"] = torch.cat([own["lora_A"], update.start_A])
+        part["lora_B"] = torch.cat([own["lora_B"], -update.start_B], 1)
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    weight = made_of(part, base, entry.get("scale", 1.0), update.layout)
+    y = torch.tanh(torch.tanh(functional_call(plain, {name: weight}, (leaf,))))
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+    return {"x": leaf.grad, **{key: tensor.grad for key, tensor in own.items()}}
+
+
+def multiplied(update):
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.mul_(1.5)
+
+
+def with_other_data(update):
+    for parameter in update.parameters():
+        parameter.data = 1.5 * parameter.data
+
+
+@pytest.mark.parametrize("way", ("plain", "checkpointed", "reentrant"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_gradient_of_one_state(kind, way):
+    """Of the forward where a strength changes; where values do, of those of before or of those that
+    a checkpoint computes with, or an error, but never half of each."""
+    changes = {**OURS, "values": multiplied, "other data": with_other_data}
+    for name, change in changes.items():
+        model, plain, tensor, x, base, update = read_by(kind, way)
+        if name == "another" or (name == "other data" and way == "plain"):
+            continue
+        if way == "reentrant" and not x.is_floating_point():
+            continue  # whose output has no gradient
+        reference = (plain, tensor, x, base, update, KINDS[kind][2])
+        states = [dense(*reference)]
+        leaf = x.clone().requires_grad_(x.is_floating_point())
+        try:
+            y = model(leaf)
+            change(model if name in OURS else update)
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+        except (RuntimeError, paramlora.AdapterError) as error:
+            assert name not in OURS, (name, error)
+            continue
+        got = {"x": leaf.grad, **{key: p.grad for key, p in update.named_parameters()}}
+        if name not in OURS and way != "plain":
+            states.append(dense(*reference))
+        assert any(alike(got, want) for want in states), name
 
 
 DROPPING = {

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import paramlora
@@ -231,6 +232,45 @@ def test_where_nothing_is_recorded(context):
         same(outcome(plain, x), want)
 
 
+def test_a_copy_made_in_inference_mode(tmp_path):
+    """Its tensors can be written there alone, by whom it is used."""
+    path = tmp_path / "a.safetensors"
+    for case in CASES:
+        model = nn.Sequential(*model_of(case), nn.BatchNorm1d(3, affine=False)).eval()
+        adapt(model, case)
+        paramlora.save_adapter(model, path)
+        state = {k: t.clone() for k, t in paramlora.adapter_state_dict(model).items()}
+        base = paramlora.detach(copy.deepcopy(model)).state_dict()
+        merged = paramlora.merge(copy.deepcopy(model)).state_dict()
+
+        def copied(model=model):
+            with torch.inference_mode():
+                return copy.deepcopy(model)
+
+        for context in (torch.enable_grad, torch.inference_mode):
+            one, two, three = copied(), copied(), copied()
+            with context():
+                assert str(paramlora.summary(one)) == str(paramlora.summary(model)), case
+                for adapter in (paramlora.load_adapter_state_dict, _load_into):
+                    with torch.inference_mode():
+                        for _, _, update in updates(one):
+                            for parameter in update.parameters():
+                                parameter.zero_()
+                    adapter(one, state if adapter is not _load_into else path)
+                    got = paramlora.adapter_state_dict(one)
+                    assert all(torch.equal(got[k], t) for k, t in state.items()), case
+                same(list(paramlora.merge(one).state_dict().values()), list(merged.values()))
+                paramlora.merge(two, report=True, seed=0)
+                with torch.inference_mode():
+                    three[-1].running_mean.fill_(1)
+                same(list(paramlora.detach(three).state_dict().values()), list(base.values()))
+                assert all(p.requires_grad for p in three.parameters()), case
+
+
+def _load_into(model, path):
+    paramlora.load_adapter(model, path, into="default")
+
+
 def test_another_thread_and_a_backward_hook():
     for case in CASES:
         model, x, found = made(case), input_of(case), []
@@ -396,6 +436,12 @@ def test_a_parametrization_of_a_factor_itself():
         update.parametrizations.lora_A.original.grad = None
         y.sum().backward()
         assert update.parametrizations.lora_A.original.grad.abs().max() > 0
+        groups = {g["name"]: g["params"] for g in paramlora.parameter_groups(model, lr=1e-3)}
+        assert groups["lora_A"] == [update.parametrizations.lora_A.original]
+        torch.optim.SGD([p for params in groups.values() for p in params])
+        state = paramlora.adapter_state_dict(model)
+        with pytest.raises(paramlora.AdapterError, match="lora_A is computed by .* Take it off"):
+            paramlora.load_adapter_state_dict(model, state)
 
 
 @pytest.fixture
@@ -413,6 +459,8 @@ def test_fully_sharded(flat, alone):
     """FSDP1 with one flat parameter, of which the layers hold views."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    # another layer of the same class whose bias is parametrized, which has the views as attributes
+    parametrize.register_parametrization(made("linear")[0], "bias", nn.Identity())
     cases = ("linear", "soft", "convolution", "embedding", "in groups", "bilinear", "Conv1D")
     for case in cases:
         model, x = made(case), input_of(case)
@@ -654,6 +702,8 @@ def test_under_flat_parameters_what_needs_whole_tensors_is_refused(flat, alone, 
 
     model, path = made("linear").requires_grad_(True), tmp_path / "a.safetensors"
     want = {k: t.clone() for k, t in paramlora.adapter_state_dict(model).items()}
+    kept = tmp_path / "kept.safetensors"
+    paramlora.save_adapter(model, kept)
     device = torch.device("cpu")
     sharded = Sharded(copy.deepcopy(model), use_orig_params=not flat, device_id=device)
     for act in (
@@ -662,14 +712,28 @@ def test_under_flat_parameters_what_needs_whole_tensors_is_refused(flat, alone, 
         paramlora.adapter_state_dict,
         lambda m: paramlora.load_adapter_state_dict(m, want),
         lambda m: paramlora.save_adapter(m, path),
+        paramlora.adapter_of,
+        paramlora.summary,
+        lambda m: paramlora.load_adapter(m, kept, into="default"),
     ):
         with pytest.raises(paramlora.AdapterError, match="flat parts.*summon_full_params"):
             act(sharded)
     assert not path.exists()
+    assert not paramlora.summary(Sharded(model_of("linear"), device_id=device)).rows
+    if flat:
+        with pytest.raises(paramlora.AdapterError, match="one rate. Wrap with use_orig_params"):
+            paramlora.parameter_groups(sharded, lr=1e-3, lr_ratio=16)
+        with pytest.raises(paramlora.AdapterError, match="one rate. Wrap with use_orig_params"):
+            paramlora.trainable_parameters(sharded, "default")
+    else:
+        names = [group["name"] for group in paramlora.parameter_groups(sharded, lr=1e-3)]
+        assert names == ["lora_A", "lora_B", "model"]
     with Sharded.summon_full_params(sharded):
         paramlora.save_adapter(sharded, path)
         with pytest.raises(paramlora.AdapterError, match="^merge under"):
             paramlora.merge(sharded)
+        assert paramlora.summary(sharded).rows == paramlora.summary(model).rows
+        paramlora.load_adapter(sharded, kept, into="default")
     x = input_of("linear")
     torch.testing.assert_close(sharded(x), model(x), rtol=1e-5, atol=1e-5)
     read = paramlora.adapter_state_dict(paramlora.load_adapter(model_of("linear"), path))

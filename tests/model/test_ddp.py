@@ -1,36 +1,33 @@
 """Two processes under DDP train the same adapter as one process with the joint batch."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks.stable_diffusion"
-TINY = ["--tiny", "--dtype", "float64"]
+import forked
+
+from benchmarks import stable_diffusion
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+]
 
 
-def run(command, dump, *options):
+def dumped(start, dump, *options):
     """The script's tensors, of each process."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    whole = [sys.executable, *command, SCRIPT, *TINY, *options, "--dump", str(dump)]
-    done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    start([*options, "--tiny", "--dtype", "float64", "--dump", str(dump)])
     return [torch.load(file) for file in sorted(dump.parent.glob(f"{dump.name}.*"))]
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-
-
-def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
-    (alone,) = run(["-m"], tmp_path / "one")
-    both = run(TORCHRUN, tmp_path / "two")
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a forked process has none
+    (alone,) = dumped(stable_diffusion.main, tmp_path / "one")
+    both = dumped(partial(forked.both, stable_diffusion.main), tmp_path / "two")
     assert len(both) == 2
     assert alone["reduced"] == 0
     assert both[0]["reduced"] == sum(t.nbytes for t in alone["factors"])

@@ -7,6 +7,7 @@ import socket
 import traceback
 import warnings
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -472,6 +473,7 @@ def train_wrapped(case, hard, mesh, path):
     assert error(alone(x), wrapped(x).detach().double()) < 4 * eps_of(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @HARD
 @DEVICES
 def test_one_process_of_a_group(hard, device, tmp_path):
@@ -480,7 +482,7 @@ def test_one_process_of_a_group(hard, device, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(forked.METHOD)
     process = context.Process(target=run_one, args=(device, hard, port, tmp_path))
     process.start()
     process.join(240)

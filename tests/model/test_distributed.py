@@ -12,6 +12,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing import connection
 
+import forked
 import pytest
 import test_quantised
 import torch
@@ -22,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paramlora
 from paramlora.model.attach import lowranks
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+]
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 CONFIG = {
     "up": {"r": 3, "scale": 1.5},
@@ -272,6 +274,64 @@ def case_fsdp(rank, mesh, folder, checkpoint=False, hard=1):
     merged_equals(model, want)
 
 
+def case_fsdp_after_a_call(rank, mesh, folder):
+    """Where the root's tensors are whole until they are sharded again, and the layers' own places
+    change under torch's feet."""
+    x, y = batch()
+    start = state_of(adapted(FSDP))
+    acts = {
+        "detach": paramlora.detach,
+        "merge": paramlora.merge,
+        "merge one": lambda model: paramlora.merge(model, "default"),
+        "load": lambda model: paramlora.load_adapter_state_dict(model, start),
+    }
+    for name, act in acts.items():
+        model, weights = adapted(FSDP), dict(net().named_parameters())
+        paramlora.attach(model, {"up": {"r": 1}, "head": {"r": 1}}, "other")
+        for path, _, low in lowranks(model) if name != "detach" else ():
+            if low.adapter == "other":
+                nn.init.normal_(low.lora_B, std=0.2)
+            delta = low.lora_scale * low.lora_B @ low.lora_A
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + delta.detach()
+            if name == "load" and low.adapter == "default":
+                low.lora_B.data.zero_()
+        want = torch.func.functional_call(net(), weights, (x,))
+        with torch.no_grad():
+            shard(model, mesh)(x)
+        act(model)
+        for _ in range(2):
+            got = model(x)
+            torch.testing.assert_close(got, want, **CLOSE)
+            if got.requires_grad:
+                nn.functional.mse_loss(got, y).backward()
+
+
+def case_fsdp_of_a_tied_tensor(rank, mesh, folder):
+    """Of which torch keeps one for both layers, so that merging cannot give one its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    for both in (True, False):
+        table = nn.Embedding(6, 8).double().to(here())
+        head = nn.Linear(8, 6, bias=False).double().to(here())
+        head.weight = table.weight
+        model = nn.Sequential(table, head)
+        nn.init.constant_(table.weight, 0.5)
+        paramlora.attach(model, {"re:.*" if both else "1": {"r": 2}})
+        for _, _, low in lowranks(model):
+            nn.init.constant_(low.lora_A, 0.25)
+            nn.init.constant_(low.lora_B, 2.0)
+        ids = torch.arange(6, device=here())
+        want = torch.full((6, 6), 8 * 1.5 * (1.5 if both else 0.5), device=here()).double()
+        fully_shard(model, mesh=mesh)
+        torch.testing.assert_close(model(ids), want, **CLOSE)
+        if both:
+            paramlora.merge(model)
+        else:
+            with pytest.raises(paramlora.AdapterError, match="^1.weight: .*fully_shard.*Merge bef"):
+                paramlora.merge(model)
+        torch.testing.assert_close(model(ids), want, **CLOSE)
+
+
 def case_fsdp_soft(rank, mesh, folder):
     case_fsdp(rank, mesh, folder, hard=0)
 
@@ -325,6 +385,30 @@ def case_fsdp_of_a_narrow_base(rank, mesh, folder):
     after = state_of(model)
     moved = [k for k in after if not torch.equal(after[k], start[k])]
     assert len(moved) == 2 * 5, moved
+
+
+def case_flat(rank, mesh, folder):
+    """FSDP1, whose flat parts are of other shapes, or of no memory at all, between its calls."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
+
+    x, _ = batch()
+    plain = adapted(FSDP)
+    a, b = plain(x), net()(x)
+    rows = torch.tensor([[i % 2 == 0] for i in range(len(x))], device=x.device)
+    for flat in (True, False):
+        model = adapted(FSDP).requires_grad_(True)
+        model = Sharded(model, use_orig_params=not flat, device_id=here())
+        for act in (paramlora.adapter_of, paramlora.summary, paramlora.merge, state_of):
+            with pytest.raises(paramlora.AdapterError, match="flat parts.*summon_full_params"):
+                act(model)
+        torch.testing.assert_close(model(x), a, **CLOSE)
+        if not flat:  # else a layer finds its tensors by reading them alone
+            with paramlora.route(model, ["default", None] * (len(x) // 2)):
+                y = model(x)
+            torch.testing.assert_close(y, torch.where(rows, a, b), **CLOSE)
+        with Sharded.summon_full_params(model):
+            assert all(torch.equal(t, state_of(plain)[k]) for k, t in state_of(model).items())
+            assert paramlora.summary(model).rows == paramlora.summary(plain).rows
 
 
 def case_tensors_trained_whole(rank, mesh, folder):
@@ -515,7 +599,7 @@ def both(folder, backend, cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(forked.METHOD)
     pair = [
         context.Process(target=run, args=(rank, port, folder, backend, cases)) for rank in range(2)
     ]

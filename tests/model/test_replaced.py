@@ -99,6 +99,18 @@ def test_a_function_put_in_a_forwards_place_is_called(kind, where, when, named, 
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_attached_once_it_is_gone_is_computed_as_ever():
+    class Fresh(nn.Linear):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: x)
+        first = adapt(Fresh(4, 4))
+        assert first(torch.ones(1, 4)).sum() == 4
+    usual = type(adapt(nn.Linear(4, 4))[0]).forward
+    assert type(adapt(Fresh(4, 4))[0]).forward is usual is not nn.Linear.forward
+
+
 @pytest.mark.parametrize("when", ("before", "after"))
 @pytest.mark.parametrize("where", ("the class", "its base", "the layer"))
 def test_so_is_one_in_the_place_of_a_convolutions_inner_part(where, when, monkeypatch):

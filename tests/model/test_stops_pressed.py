@@ -1,5 +1,6 @@
 """Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
 
+import _signal
 import contextlib
 import copy
 import dis
@@ -153,3 +154,102 @@ def test_ctrl_c_leaves_a_model_as_before_or_as_after(name, twice):
             sound = equal(picture(model), after)
         harm += [] if sound else [found.line]
     assert two.seen and harm == []
+
+
+class Switches:
+    """Presses when handlers of signals were put in place or back, so often since the begin."""
+
+    def __init__(self, *at):
+        self.left, self.count = list(at), 0
+
+    def __call__(self, frame, event, what):
+        if event == "c_return" and what is _signal.signal:
+            self.count += 1
+            if self.count in self.left:
+                press(frame)
+
+
+def handlers_after(*presses):
+    """Those that are in place after a block in which no signal disturbs, and how many moves."""
+    switches = Switches(*presses)
+    sys.setprofile(switches)
+    try:
+        with undo.undisturbed():
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+    return [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGUSR1)], switches.count
+
+
+@pytest.mark.skipif(os.name != "posix", reason="presses Ctrl-C as POSIX has it")
+def test_no_press_leaves_a_handler_of_ours():
+    def own(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, own)
+    try:
+        sound, count = handlers_after()
+        assert sound == [signal.default_int_handler, own] and count >= 4
+        for first in range(1, count + 1):
+            for second in range(first + 1, count + 2):
+                assert handlers_after(first, second)[0] == sound, (first, second)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGUSR1, own)
+                assert not undo._Waiting.is_open
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class Inside:
+    """Presses at a call in `WITHIN`, or when one of C ends there; counts them from the begin."""
+
+    def __init__(self, at, second):
+        self.at, self.count, self.second = at, 0, second
+
+    def __call__(self, frame, event, _):
+        if event in ("call", "c_return") and frame.f_code.co_filename in WITHIN:
+            self.count += 1
+            if self.count == self.at:
+                self.second.counts = True
+                press(frame)
+
+
+def left_after(first=NEVER, second=NEVER):
+    """How many blocks of `surely_left` are open after two presses, and when they could come."""
+    entered = []
+
+    def leave(kept):
+        if kept:
+            kept.pop()
+            entered.pop()
+
+    def enter(kept):
+        kept.append(1)
+        entered.append(1)
+
+    two = Second(second, False)
+    one, tracer = Inside(first, two), sys.gettrace()
+    sys.settrace(two)
+    sys.setprofile(one)
+    try:
+        with undo.surely_left(enter, leave):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+        sys.settrace(tracer)
+    return len(entered), one.count, len(two.seen)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="presses Ctrl-C as POSIX has it")
+def test_two_presses_leave_no_block_open():
+    still, count, _ = left_after()
+    assert still == 0 and count > 30
+    places = [count * n // 12 for n in range(1, 13)]
+    for first in places:
+        later = left_after(first)[2]
+        seconds = range(0, later, max(1, later // 40))
+        assert [second for second in seconds if left_after(first, second)[0]] == [], first

@@ -215,6 +215,11 @@ READ = {  # layers that read their weight, or rows of it, with an entry
 def told(update, base, scale):
     """What an update makes of a base, in float64, from its tensors."""
     part = {name: tensor.detach().double() for name, tensor in update.plain().items()}
+    return made_of(part, base, scale, update.layout)
+
+
+def made_of(part, base, scale, layout):
+    """The same of an update's tensors by name."""
     if "lora_whole" in part:
         return part["lora_whole"]
     if "lora_rows" in part:
@@ -228,10 +233,12 @@ def told(update, base, scale):
         second = part.get("lokr_w2")
         second = part["lokr_w2_a"] @ part["lokr_w2_b"] if second is None else second.flatten(1)
         change = torch.kron(part["lokr_w1"], second)
-    change = scale * (change.T if update.layout == "transposed" else change)
+    change = scale * (change.T if layout == "transposed" else change)
     total = base + change.reshape(base.shape)
     if "lora_magnitude" in part:
-        total = part["lora_magnitude"] * total / total.norm(dim=(0, 2), keepdim=True)
+        # a constant, which has no gradient (arXiv:2402.09353, section 4.3)
+        norm = total.detach().square().sum((0, 2), keepdim=True).sqrt()
+        total = part["lora_magnitude"] * total / norm
     return total
 
 

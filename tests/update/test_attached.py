@@ -224,6 +224,12 @@ def test_a_model_moved_under_inference_mode_is_switched():
         model.to(torch.float32)
     paramlora.set_adapters(model, {"default": 0.5})
     assert model.parametrizations.weight[0].strength == 0.5
+    model, _ = made("linear", ENTRIES["hard"])
+    with torch.inference_mode():
+        model.to("cpu")  # which leaves its tensors as they are
+    x = torch.randn(3, 4, requires_grad=True).double()
+    F.linear(x, model.weight).sum().backward()  # which saves the strength
+    assert model.parametrizations.weight[0].lora_B.grad is not None
 
 
 @pytest.mark.parametrize("name", ("hard", "soft", "whole"))

@@ -166,7 +166,7 @@ def test_wrong_entries(entry, text):
 
 
 def test_what_cannot_have_such_rows():
-    with pytest.raises(paramlora.TargetError, match="which has 3 rows, .* number 5. Give .* to 2"):
+    with pytest.raises(paramlora.TargetError, match="none of number 5. Number them from 0"):
         paramlora.attach(nn.Linear(4, 3), {"weight": {"rows": [1, 5]}})
     with torch.device("meta"):
         layer = nn.Linear(4, 3)

@@ -56,6 +56,11 @@ def with_copies(
             )
         for own in (path, *(() if slot is None else slot.tied)):
             update, at = updates.pop(own, None), name if own == path else own
+            if update is not None and update.shape != tuple(saved.shape):
+                raise FileError(
+                    f"{source}: {own}: a saved embedding of {list(saved.shape)} beside an update "
+                    f"of {list(update.shape or ())}. Save it again."
+                )
             if at not in whole:  # of two that are tied both are saved
                 whole[at] = saved if update is None else _sum(saved, update.delta())
     return replace(adapter, updates=updates, whole=whole)

@@ -22,6 +22,7 @@ from paramlora.formats.content import (
     report_unused,
 )
 from paramlora.formats.factors import (
+    check_size,
     difference_of,
     pair,
     product_of,
@@ -119,7 +120,7 @@ def _read_products(content: Content, options: Options) -> Adapter:
         r = number(ranks.get(path, config.get("r", 1)), f"{source}: r of {path}")
         scale = alpha_ / max(r, 1.0)
         if "lokr_w2" in held and held["lokr_w2"].dim() == 3:
-            others[path] = difference_of(_misordered(held, scale), f"{source}: {path}")
+            others[path] = _misordered(held, scale, f"{source}: {path}")
         else:
             others[path] = product_of(held, scale, f"{source}: {path}")
     return Adapter({}, whole=dict(whole.values()), others=others)
@@ -131,14 +132,15 @@ def _rank(held: Mapping[str, Tensor]) -> int:
     return next((held[name].shape[0] for name in names if name in held and held[name].dim()), 0)
 
 
-def _misordered(held: Mapping[str, Tensor], scale: float) -> Tensor:
+def _misordered(held: Mapping[str, Tensor], scale: float, where: str) -> KindUpdate:
     """A Conv1d's LoKr as peft 0.21 multiplies it (tuners/lokr/layer.py's ``make_kron``): its second
     factor has a dimension more than its first, and the product is laid out another way."""
-    parts = {name: wide(tensor) for name, tensor in held.items()}
-    first, second = lokr.factors(parts)
+    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in held.items()}
+    first, second = lokr.factors(sizes)
     out, fan_in = (a * b for a, b in zip(first.shape, second.shape))
-    change: Tensor = torch.kron(first, second) * scale
-    return change.reshape(out, fan_in, second.shape[2])
+    check_size((out, fan_in, second.shape[2]), where)
+    change = torch.kron(*lokr.factors({n: wide(tensor) for n, tensor in held.items()})) * scale
+    return difference_of(change.reshape(out, fan_in, second.shape[2]), where)
 
 
 _Made = dict[str, tuple[str, Optional[Update]]]
