@@ -83,6 +83,16 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(_shortened(name, 80) for name in known[:most]) + more
 
 
+def with_article(noun: str) -> str:
+    """With "a" or "an" in front.
+
+    Example:
+        >>> with_article("embedding"), with_article("convolution")
+        ('an embedding', 'a convolution')
+    """
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def counted(count: int, one: str) -> str:
     """A number of things, in the singular where there is one.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paramlora.arithmetic.products import (
     Approximation,
-    check_adds,
+    check_all_add,
     check_choice,
     decomposed,
     distance,
@@ -20,8 +20,8 @@ from paramlora.arithmetic.products import (
     nearest,
     with_factors,
 )
-from paramlora.errors import AdapterError, counted, listed, warn
-from paramlora.formats.factors import within
+from paramlora.errors import AdapterError, counted, listed, spelled, warn
+from paramlora.formats.factors import held, within
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import installed
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update
@@ -164,7 +164,7 @@ def _difference(strong: list[_Strong]) -> KindUpdate:
             total += weight * wide.delta().reshape(shape)
         else:
             total += weight * own.double()
-    return replace(first, held={"lora_diff": total.to(reduce(torch.promote_types, dtypes))})
+    return replace(first, held={"lora_diff": held(total, reduce(torch.promote_types, dtypes))})
 
 
 def _summed(
@@ -206,7 +206,8 @@ def _joined(terms: list[_Term], rank: Optional[int]) -> tuple[Tensor, Tensor, fl
     if rank is None or rank >= a.shape[-2]:
         return a, b, scale, 0.0
     found = decomposed(a, b)
-    return *found.factors(rank), scale, found.error(rank)
+    error = found.error(rank) if scale else 0.0  # nothing of nothing is lost
+    return *found.factors(rank), scale, error
 
 
 def _without_repeats(terms: list[_Term]) -> list[_Term]:
@@ -299,10 +300,10 @@ def _dropped(delta: Tensor, way: _Way, path: str, number: int) -> Tensor:
 def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     for adapter, weight in pairs:
-        if not math.isfinite(weight):
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise AdapterError(
-                f'adapter "{adapter.name}": its weight {weight} is not finite. Give a finite '
-                "number."
+                f'adapter "{adapter.name}": its weight {spelled(weight)} is no finite number. Give '
+                "one, such as 0.7."
             )
     acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
     if not acting:
@@ -336,12 +337,18 @@ def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> N
 def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
     found: dict[str, list[_Strong]] = {}
     for number, (adapter, weight) in enumerate(pairs):
-        for path, update in {**adapter.updates, **adapter.others}.items():
-            check_adds(path, update, adapter.name)
-            held = found.setdefault(path, [])
-            if held:
-                _check_same(path, held[0][1], update)
-            held.append((number, update, weight))
+        check_all_add(adapter, adapter.name)
+        values: dict[str, Any] = {**adapter.updates, **adapter.others}
+        for path, update in values.items():
+            if not math.isfinite(update.scale * weight):
+                raise AdapterError(
+                    f"{path}: its scale {update.scale:g} times the weight {weight:g} is beyond any "
+                    "number. Give a smaller weight."
+                )
+            there = found.setdefault(path, [])
+            if there:
+                _check_same(path, there[0][1], update)
+            there.append((number, update, weight))
     return found
 
 
@@ -390,8 +397,8 @@ def _report_missing(
 
 def _check_rank(rank: int, terms: Mapping[str, list[_Strong]]) -> None:
     most = {
-        path: min(held[0][1].lora_B.shape[-2], held[0][1].lora_A.shape[-1])
-        for path, held in terms.items()
+        path: min(strong[0][1].lora_B.shape[-2], strong[0][1].lora_A.shape[-1])
+        for path, strong in terms.items()
     }
     if most and rank > max(most.values()):
         path = max(most, key=lambda path: most[path])

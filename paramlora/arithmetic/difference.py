@@ -1,6 +1,6 @@
 """The adapter that leads from one checkpoint to another."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -12,6 +12,7 @@ from paramlora.arithmetic.products import (
     Decomposed,
     check_choice,
     distance,
+    is_finite,
     nearest,
 )
 from paramlora.arithmetic.resize import named
@@ -74,34 +75,36 @@ def between(
         AdapterError: nothing differs, or a rank above what there is.
     """
     check_choice(rank, energy)
-    keys = _common(base, tuned, exclude)
-    _check_rank(rank, [base.there[key].shape for key in keys])
+    keys = _common(base, tuned, [exclude] if isinstance(exclude, str) else exclude)
+    matrices = {key: tuple(base.there[key].shape) for key in keys if _is_matrix(base.there[key])}
+    _check_rank(rank, [_slot(key, Key(key).path, matrices[key], known) for key in matrices])
     total = sum(_bytes(base.there[key]) for key in keys)
     updates: dict[str, Update] = {}
     errors: dict[str, float] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[str, Optional[Tensor]] = {}
     digests: dict[str, Optional[str]] = {}
-    for key, before, after in _pairs(base, tuned, keys):
+
+    def take(key: str) -> None:  # a function, so that its tensors are gone before the next ones
+        before, after = base.read(key).detach(), tuned.read(key).detach()
+        if before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
+            return
         path = Key(key).path
-        if not _is_matrix(base.there[key]):
-            vectors[path] = after
-        else:
+        if _is_matrix(base.there[key]):
             slot = _slot(key, path, tuple(before.shape), known)
             updates[path], errors[path] = _update(key, slot, before, after, rank, energy)
             digests[path] = digest(before)
+            return
+        if whole:
+            _check_finite(key, after)
+        vectors[path] = after if whole else None
+
+    for key in keys:
+        take(key)
         progress(_bytes(base.there[key]), total)
     _report_left(vectors, updates, whole, tuned.name)
     told = {path: digits for path, digits in digests.items() if digits is not None}
-    kept = vectors if whole else {}
+    kept = {path: tensor for path, tensor in vectors.items() if tensor is not None}
     return Approximation(Adapter(updates, whole=kept, base=told), errors)
-
-
-def _pairs(base: Side, tuned: Side, keys: list[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The tensors that differ, two at a time in memory."""
-    for key in keys:
-        before, after = base.read(key).detach(), tuned.read(key).detach()
-        if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
-            yield key, before, after
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -123,8 +126,7 @@ def _update(
     stack, out, fan_in = matrix_shape(slot.shape, slot.layout)
     change = after.to(dtype, copy=True)
     change.sub_(before if before.dtype in FLOATS else before.to(dtype))
-    if not torch.isfinite(change).all():
-        raise AdapterError(f"{key}: holds numbers that are not finite. Exclude it (--exclude).")
+    _check_finite(key, change)
     if slot.layout == "transposed":
         change = change.reshape(fan_in, out).mT.contiguous()
     matrix = change.reshape(*([stack] if slot.layout == "stack" else []), out, fan_in)
@@ -135,6 +137,11 @@ def _update(
     shape, layout, kind, groups = slot.shape, slot.layout, slot.kind, slot.groups or 1
     a, b = a.contiguous(), b.contiguous()
     return Update(a, b, 1.0, shape, layout, kind=kind, groups=groups), error
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        raise AdapterError(f"{key}: holds numbers that are not finite. Exclude it (--exclude).")
 
 
 def _rank(found: Decomposed, energy: Optional[float]) -> int:
@@ -211,9 +218,9 @@ def _bytes(spec: Any) -> int:
     return int(torch.Size(spec.shape).numel()) * int(spec.dtype.itemsize)
 
 
-def _check_rank(rank: Optional[int], shapes: list[tuple[int, ...]]) -> None:
-    most = max((min(shape[-2:]) for shape in shapes if len(shape) == 2), default=0)
-    most = max([most, *(min(s[0], torch.Size(s[1:]).numel()) for s in shapes if len(s) > 2)])
+def _check_rank(rank: Optional[int], slots: list[Slot]) -> None:
+    sizes = (matrix_shape(slot.shape, slot.layout or "matrix")[1:] for slot in slots)
+    most = max(map(min, sizes), default=0)
     if rank is not None and rank > most:
         raise AdapterError(
             f"rank (--rank) {rank} is more than any layer holds; the most is {most}. Give at most "
@@ -222,7 +229,7 @@ def _check_rank(rank: Optional[int], shapes: list[tuple[int, ...]]) -> None:
 
 
 def _report_left(
-    vectors: Mapping[str, Tensor], updates: Mapping[str, Update], whole: bool, name: str
+    vectors: Collection[str], updates: Mapping[str, Update], whole: bool, name: str
 ) -> None:
     if not updates and not (vectors and whole):
         more = " but vectors, which whole (--whole) keeps" if vectors else ""

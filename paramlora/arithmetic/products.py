@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, spelled
 from paramlora.formats.factors import held
 from paramlora.update.value import Adapter, KindUpdate, Update
 
@@ -172,8 +172,10 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
             "energy (--energy) is a share of the squared norm, above 0 and up to 1, such as 0.95; "
             f"got {energy}."
         )
-    if isinstance(rank, int) and rank < 1:
-        raise AdapterError(f"rank (--rank) must be at least 1, got {rank}.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise AdapterError(
+            f"rank (--rank) must be a whole number and at least 1, got {spelled(rank)}."
+        )
 
 
 def is_difference(value: object) -> bool:
@@ -204,9 +206,30 @@ def check_adds(path: str, update: object, name: str) -> None:
     _check_sound(path, update, name)
 
 
+def check_all_add(adapter: Adapter, name: str) -> None:
+    """Refuse an adapter of which something does not add (see `check_adds`) or is not finite.
+
+    Raises:
+        AdapterError: names it.
+    """
+    for path, value in {**adapter.updates, **adapter.others}.items():
+        check_adds(path, value, name)
+    for path, tensor in adapter.whole.items():
+        _check_numbers(path, is_finite(tensor), name)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are finite; of 8 bits too, which torch does not look at."""
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
+
+
 def _check_sound(path: str, update: Any, name: str) -> None:
-    sound = all(bool(torch.isfinite(tensor).all()) for tensor in update.tensors().values())
-    if not sound or not abs(update.scale) < float("inf"):
+    sound = all(map(is_finite, update.tensors().values()))
+    _check_numbers(path, sound and abs(update.scale) < float("inf"), name)
+
+
+def _check_numbers(path: str, finite: bool, name: str) -> None:
+    if not finite:
         raise AdapterError(
             f'{path}: in "{name}" it is not finite. Give the adapter from before training diverged.'
         )

@@ -6,12 +6,12 @@ from typing import Optional, Union
 
 from paramlora.arithmetic.products import (
     Approximation,
-    check_adds,
+    check_all_add,
     check_choice,
     decomposed,
     with_factors,
 )
-from paramlora.errors import AdapterError, closest, listed, warn
+from paramlora.errors import AdapterError, closest, counted, listed, warn
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, specificity
 from paramlora.update.contexts import own_context
@@ -48,12 +48,11 @@ def resize(
         >>> cut.adapter.updates["q"].r, round(cut.errors["q"] ** 2 * 14, 9)
         (2, 1.0)
     """
-    check_choice(rank, energy)
-    for path, value in {**adapter.updates, **adapter.others}.items():
-        check_adds(path, value, adapter.name)
+    check_choice(None if rank is None else 1 if isinstance(rank, Mapping) else rank, energy)
+    check_all_add(adapter, adapter.name)
     if adapter.others:
         warn(
-            f"{len(adapter.others)} whole differences, which have no rank, stay as they are: "
+            f"{counted(len(adapter.others), 'whole difference')} without a rank, kept as before: "
             f"{listed(adapter.others)}."
         )
     ranks = _ranks(adapter, rank)
@@ -83,7 +82,8 @@ def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tu
     if rank >= update.r:
         return update, 0.0
     a, b = found.factors(rank)
-    return with_factors(update, a, b, update.scale, update.lora_A.dtype), found.error(rank)
+    error = found.error(rank) if update.scale else 0.0  # nothing of nothing is lost
+    return with_factors(update, a, b, update.scale, update.lora_A.dtype), error
 
 
 def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
@@ -126,7 +126,7 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
             raise AdapterError(f'"{name}": {error}. Give a plain name.') from error
         if not mine:
             near = closest(name, paths)
-            hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4)}"
+            hint = f'Closest: "{near[0]}"' if near else f"There are: {listed(paths, 4) or 'none'}"
             raise AdapterError(f'"{name}" names no layer. {hint}. Give one of those.')
         for other in found.values():
             other -= mine

@@ -224,10 +224,11 @@ def _report(
     quiet: bool,
 ) -> None:
     adapter, errors = done.adapter, done.errors
+    count = len(adapter.updates) + len(adapter.others)
     near = f", largest error {done.error:.2g} of its norm" if done.error else ""
-    text = f"{what} into {out}: {counts(len(adapter.updates), len(adapter.whole))} as {form}{near}"
+    text = f"{what} into {out}: {counts(count, len(adapter.whole))} as {form}{near}"
     if dry_run or as_json:
-        content = {"out": str(out), "format": form, "updates": len(adapter.updates)}
+        content = {"out": str(out), "format": form, "updates": count}
         content |= {"whole": len(adapter.whole)} if adapter.whole else {}
         content |= {"ranks": {path: update.r for path, update in adapter.updates.items()}}
         content |= {"errors": dict(errors), "dry_run": dry_run}

@@ -12,7 +12,7 @@ from paramlora import arithmetic, formats
 from paramlora.arithmetic import Approximation
 from paramlora.arithmetic.combine import How
 from paramlora.arithmetic.difference import Side, Told, between
-from paramlora.arithmetic.products import check_adds
+from paramlora.arithmetic.products import check_all_add
 from paramlora.arithmetic.resize import Ranks
 from paramlora.checkpoint.keys import Key
 from paramlora.config.reading import head_of, is_pickled
@@ -200,22 +200,23 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
         given = given.state_dict()
     if isinstance(given, Mapping):
         tensors = {k: value for k, value in given.items() if isinstance(value, Tensor)}
-        return Side(tensors, tensors.__getitem__, name)
-    stored = stack.enter_context(Stored(given, key))
-    if any(Key.parse(key).of_update for key in stored.specs):
+        side = Side(tensors, tensors.__getitem__, name)
+    else:
+        stored = stack.enter_context(Stored(given, key))
+        side = Side(stored.specs, stored.read, str(stored.path))
+    if any(Key.parse(key).of_update for key in side.there):
         raise FileError(
-            f"{stored.path}: a model with an adapter attached. Take the adapter out with "
+            f"{side.name}: a model with an adapter attached. Take the adapter out with "
             "paramlora extract, or fold it in with paramlora merge."
         )
-    return Side(stored.specs, stored.read, str(stored.path))
+    return side
 
 
 def _adapter(given: AdapterLike, base: Optional[Base], options: Options) -> Adapter:
     if isinstance(given, Adapter):
         return given
     found = read_adapter(given, base, options)
-    for path, value in {**found.updates, **found.others}.items():
-        check_adds(path, value, Path(given).name)  # here, where the file is known
+    check_all_add(found, Path(given).name)  # here, where the file is known
     return found
 
 

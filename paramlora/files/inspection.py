@@ -21,6 +21,11 @@ _LOOSE = Options(strict=False)
 _USUAL = ("low-rank", "whole")  # kinds that the table shows by their columns
 
 
+def _norm(row: "Row") -> str:
+    """As the table shows it: other kinds have none."""
+    return f"{row.norm:.4g}" if row.kind in _USUAL else "-"
+
+
 @dataclass(frozen=True)
 class Row:
     """One update of the file, or one tensor that was trained whole.
@@ -81,7 +86,7 @@ class Inspection:
         body = [
             (shown(row.path) or "(model)", "×".join(map(str, row.shape)))
             + (("whole", "-") if row.kind == "whole" else (str(row.r), f"{row.scale:g}"))
-            + (f"{row.norm:.4g}", row.flag or (row.kind if row.kind not in _USUAL else ""))
+            + (_norm(row), row.flag or (row.kind if row.kind not in _USUAL else ""))
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(head, *body)]

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats import diffusers
 from paramlora.formats.base import Base, Slot, fit, original_of, places_of
 from paramlora.formats.content import Content, Options
@@ -252,8 +252,9 @@ def _check(name: str, update: Update, magnitude: Optional[Tensor]) -> None:
     flat = update.layout == "matrix" and len(update.shape) in (2, 3, 4, 5)
     if not flat or update.up_kernel != 1 or update.kind not in (None, "linear", "convolution"):
         raise FileError(
-            f"{name}: a {update.kind or update.layout} of shape {list(update.shape)}; ComfyUI's "
-            "format holds Linear and convolutions only. Keep the native format."
+            f"{name}: {with_article(update.kind or update.layout)} of shape "
+            f"{list(update.shape)}; ComfyUI's format holds Linear and convolutions only. Keep "
+            "the native format."
         )
     if magnitude is not None and magnitude.shape[0] == update.shape[0]:
         raise FileError(

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats import peft
 from paramlora.formats.base import COMPONENTS, Base
 from paramlora.formats.content import (
@@ -292,8 +292,8 @@ def _check(path: str, update: Update) -> None:
     if update.kind in ("embedding", "parameter", "weight") or update.layout != "matrix":
         what = "transformers Conv1D" if update.kind == "linear" else update.kind or update.layout
         raise FileError(
-            f"{path}: a {what}; diffusers' files hold Linear and convolutions only. Keep the "
-            "native format."
+            f"{path}: {with_article(what)}; diffusers' files hold Linear and convolutions only. "
+            "Keep the native format."
         )
 
 

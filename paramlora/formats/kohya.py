@@ -14,7 +14,7 @@ import torch
 from einops import EinopsError, einsum
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats.base import Base, places_of, vectors_of
 from paramlora.formats.content import (
     DEFAULTS,
@@ -370,9 +370,9 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
         known = value.layout == "matrix" and value.kind in (None, "linear", "convolution")
         if not path or not known:
             raise FileError(
-                f"{path or '(model)'}: {value.method} of a {value.kind or value.layout}; kohya's "
-                "format holds Linear and convolutions inside of a model only. Keep the native "
-                "format."
+                f"{path or '(model)'}: {value.method} of "
+                f"{with_article(value.kind or value.layout)}; kohya's format holds Linear "
+                "and convolutions inside of a model only. Keep the native format."
             )
         if {"lokr_w1", "lokr_w2"} <= value.held.keys() and value.scale != 1:
             raise FileError(
@@ -439,7 +439,7 @@ def _check(path: str, update: Update) -> None:
     if not flat or update.kind not in (None, "linear", "convolution"):
         kind = update.kind or update.layout
         raise FileError(
-            f"{path}: a {kind} of shape {list(update.shape)}; kohya's format holds "
+            f"{path}: {with_article(kind)} of shape {list(update.shape)}; kohya's format holds "
             "Linear and Conv2d only. Keep the native format."
         )
 

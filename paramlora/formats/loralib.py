@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats.base import Base, Slot, place
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, report
 from paramlora.formats.factors import from_dense, pair, wide
@@ -97,7 +97,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         held = update.layout == "matrix" or update.kind == "embedding"
         if not path or not flat or not held or update.kind not in (None, "linear", "embedding"):
             raise FileError(
-                f"{path or '(model)'}: a {update.kind or update.layout}; loralib's "
+                f"{path or '(model)'}: {with_article(update.kind or update.layout)}; loralib's "
                 "files hold Linear and Embedding layers only. Keep the native format."
             )
         if update.scale != 1:

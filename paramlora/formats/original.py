@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats.base import Base
 from paramlora.formats.content import (
     DEFAULTS,
@@ -97,8 +97,8 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
         if update.kind not in (None, "linear") or update.layout != "matrix" or _is_conv(update):
             kind = update.kind or update.layout
             raise FileError(
-                f"{path}: a {kind}; the original wrapper's files hold Linear only. Keep the "
-                "native format."
+                f"{path}: {with_article(kind)}; the original wrapper's files hold Linear only. "
+                "Keep the native format."
             )
         a, b = kernels(update) if update.shape is not None else (update.lora_A, update.lora_B)
         state[f"{start}lora_A"], state[f"{start}lora_B"] = a.contiguous(), b.contiguous()

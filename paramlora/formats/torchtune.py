@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats.base import Base
 from paramlora.formats.content import DEFAULTS, Content, Options, halves, refuse_dora
 from paramlora.formats.factors import pair
@@ -92,7 +92,7 @@ def check_uniform(adapter: Adapter, tool: str) -> None:
         flat = update.layout == "matrix" and (update.shape is None or len(update.shape) == 2)
         if not path or not flat or update.kind not in (None, "linear") or update.up_kernel != 1:
             raise FileError(
-                f"{path or '(model)'}: a {update.kind or update.layout}; {tool}'s "
+                f"{path or '(model)'}: {with_article(update.kind or update.layout)}; {tool}'s "
                 "files hold Linear layers inside a model only. Keep the native format."
             )
     head, first = next(iter(adapter.updates.items()))

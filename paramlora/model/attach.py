@@ -16,7 +16,7 @@ from paramlora.errors import AdapterError, TargetError, warn
 from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
-from paramlora.model.forwards import honours_dropout
+from paramlora.model.forwards import below, honours_dropout
 from paramlora.model.input_grads import (
     checkpoints_reentrantly,
     disable_input_grads,
@@ -567,7 +567,7 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
         return
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
     ours = all(isinstance(p, AttachedUpdate) for p in held)
-    base = type(module).__bases__[0] if held else type(module)
+    base = below(type(module)) if held else type(module)
     known = target.tensor == "weight" and honours_dropout(base)
     if not ours or not (known or drops_in_experts(base, target.tensor)):
         raise TargetError(
@@ -667,7 +667,7 @@ def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
     before = _before(module)
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
-    base = type(module).__bases__[0] if lists else type(module)
+    base: Any = below(type(module)) if lists else type(module)
     if name in lists:
         lists[name].append(update)
         lists[name].unsafe = True
@@ -748,4 +748,4 @@ def _class_of_the_rest(module: nn.Module, former: type) -> type:
     ours = any(_BEFORE in vars(plist) for plist in lists.values())
     if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
         return former
-    return shared(type(module).__bases__[0], frozenset(lists))
+    return shared(below(type(module)), frozenset(lists))

@@ -23,6 +23,7 @@ from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     as_served,
+    below,
     dropped_rows,
     drops_of,
     known_parts,
@@ -292,7 +293,7 @@ def _refuse_dropout(self: nn.Module, how: str) -> None:
     for name, held in () if lists is None else lists._modules.items():
         for update in held._modules.values():
             if getattr(update, "dropout", 0) and update.current().acts:
-                kind = type(self).__bases__[0].__name__
+                kind = below(type(self)).__name__
                 raise AdapterError(
                     f"{name!r} of {kind} is read as a dense sum by {how}, where "
                     f'"dropout": {update.dropout} cannot act. Choose "eager", "grouped_mm" or '

@@ -91,7 +91,14 @@ def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
 def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
     kind: Any = type(layer)
-    return (kind.__bases__[0] if "parametrizations" in layer._modules else kind).forward
+    return (below(kind) if "parametrizations" in layer._modules else kind).forward
+
+
+def below(kind: Any) -> Any:
+    """The class of itself that a parametrized layer has; ``fully_shard`` and ``replicate`` put
+    theirs, which is no layer's, in front of the parametrized one."""
+    base = kind.__bases__[0]
+    return base if issubclass(base, nn.Module) else below(kind.__bases__[1])
 
 
 def honours_dropout(base: type) -> bool:

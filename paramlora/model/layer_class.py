@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from paramlora.errors import AdapterError
 from paramlora.model.asked import asks_the_base
 from paramlora.model.experts import expert_forward_of
-from paramlora.model.forwards import ending_in, forward_of
+from paramlora.model.forwards import below, ending_in, forward_of
 from paramlora.model.recomputed import AGAIN, counted
 from paramlora.model.sums import read
 from paramlora.update.attached import AttachedUpdate, applied
@@ -244,7 +244,8 @@ def _check_free(layer: nn.Module, name: str, what: str) -> None:
 
 def _name(layer: nn.Module) -> str:
     """The name of the class that the layer has without updates."""
-    return type(layer).__bases__[0].__name__
+    name: str = below(type(layer)).__name__
+    return name
 
 
 def shallow_copy(self: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from paramlora.model.attach import (
     updates_of,
 )
 from paramlora.model.experts import takes_rows
-from paramlora.model.forwards import forward_of, is_known
+from paramlora.model.forwards import below, forward_of, is_known
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
@@ -232,7 +232,7 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
     Raises:
         AdapterError: its forward allows neither.
     """
-    base = type(layer).__bases__[0] if parametrized(layer) else type(layer)
+    base = below(type(layer)) if parametrized(layer) else type(layer)
     lists = parametrized(module)
     if takes_rows(base, name) and name in lists and all(map(is_known, lists[name])):
         return False

@@ -388,8 +388,9 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     if entry.hard and getattr(module, "sparse", False) is True:
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
     if entry.hard and is_quantised(tensor):
-        way = 'Use "hard": 0' + (' and no "kind".' if entry.kind != "lora" else ".")
-        return f"which is quantised: no sum can be stored there. {way}"
+        ways = {"lora": "", "rows": ' with "r" and no "rows"'}
+        way = ways.get(entry.kind, ' and no "kind"')
+        return f'which is quantised: no sum can be stored there. Use "hard": 0{way}.'
     reason = None
     if tensor.dim() < 2:
         reason = f"of shape {list(tensor.shape)}: an update needs two or more dimensions"

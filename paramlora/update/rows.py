@@ -14,6 +14,7 @@ from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, summed_in
 from paramlora.update.kinds import register
+from paramlora.update.sharded import is_sharded
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value
 
@@ -103,6 +104,20 @@ class Rows(AttachedUpdate):
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
         """The rows instead of the weight's."""
         return RowsTerm(parts["lora_rows"], tuple(parts["lora_ids"].tolist()), gain)
+
+    def check_mergeable(self, path: str) -> None:
+        """Refuse rows that lie on several processes, of which no one has them and the weight's.
+
+        Raises:
+            AdapterError: they do.
+        """
+        super().check_mergeable(path)
+        if is_sharded(self.lora_rows):
+            raise AdapterError(
+                f'adapter "{self.adapter}": the rows of {path or "weight"} lie on several '
+                "processes, where they cannot be put in place. Save the adapter, and merge it into "
+                "the checkpoint (paramlora merge)."
+            )
 
     @classmethod
     def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:

@@ -257,6 +257,7 @@ def test_whole_tensors_add_where_one_alone_has_its_own():
 
 
 NAN = Adapter({"q": replace(update(2, 1), lora_A=torch.full((2, 9), float("nan")))})
+NAN_WHOLE = Adapter({}, whole={"norm": torch.tensor([float("nan")])})
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,10 @@ NAN = Adapter({"q": replace(update(2, 1), lora_A=torch.full((2, 9), float("nan")
     [
         ([], "exact", {}, "nothing to add. Give an adapter whose weight is not 0"),
         ([(one(2, 1), 0)], "exact", {}, "nothing to add"),
-        ([(one(2, 1), float("nan"))], "exact", {}, "its weight nan is not finite"),
+        ([(one(2, 1), float("nan"))], "exact", {}, "its weight nan is no finite number. Give one"),
+        ([(one(2, 1), "0.7")], "exact", {}, "its weight '0.7' is no finite number"),
+        ([(one(2, 1, scale=1e10), 1e300)], "exact", {}, r"q: its scale 1e\+10 times"),
+        ([NAN_WHOLE], "exact", {}, 'norm: in "default" it is not finite. Give the adapter from'),
         ([one(2, 1), one(2, 1, shape=(12, 8))], "exact", {}, r"q: .*\[12, 9\].* \[12, 8\]"),
         ([one(2, 1), one(2, 1, shape=(12, 3, 3))], "exact", {}, "Only adapters of one model add"),
         ([NAN], "exact", {}, "q: .*not finite. Give the adapter from before"),
@@ -273,7 +277,8 @@ NAN = Adapter({"q": replace(update(2, 1), lora_A=torch.full((2, 9), float("nan")
         ([one(2, 1)], "sum", {}, 'how \\(--how\\) "sum" is not known. Known: exact, svd'),
         ([one(2, 1)], "svd", {}, '"svd" gives a sum of a lower rank: give a rank'),
         ([one(2, 1)], "svd", {"rank": 10}, "10 is more than any layer holds.* 9, of q"),
-        ([one(2, 1)], "svd", {"rank": 0}, "rank \\(--rank\\) must be at least 1, got 0"),
+        ([one(2, 1)], "svd", {"rank": 0}, "\\(--rank\\) must be .* at least 1, got 0"),
+        ([one(2, 1)], "svd", {"rank": 2.0}, "rank .* must be a whole number .* got 2.0"),
         ([one(2, 1)], "exact", {"rank": 1}, 'has the rank that it has.* or use "svd"'),
         ([one(2, 1)], "ties", {"rank": 1}, "give a density"),
         ([one(2, 1)], "dare", {"rank": 1, "density": 0.0}, "\\(--density\\) is a share.* got 0.0"),
@@ -319,6 +324,17 @@ def test_whole_differences_add(how, options):
         assert found.errors[path] == 0
 
 
+def test_a_whole_difference_beyond_float32_is_held_wider():
+    one = differences("one", 0)
+    found = combine([(one, 1e39)]).adapter.others["q"].held["lora_diff"]
+    assert torch.equal(found, 1e39 * one.others["q"].held["lora_diff"].double())
+
+
+def test_a_scale_of_zero_loses_nothing():
+    for done in (combine([one(2, 1, 0.0), one(2, 2, 0.0)], "svd", 1), resize(one(2, 1, 0.0), 1)):
+        assert done.error == 0 and not exact(done.adapter.updates["q"]).any()
+
+
 def test_a_product_adds_to_a_whole_difference():
     net = nn.ModuleDict({"q": nn.Linear(9, 12)})
     paramlora.attach(net, {"q": {"r": 2, "alpha": 3}}, "low")
@@ -340,7 +356,7 @@ def test_differences_are_told_where_they_cannot_be_what_is_asked():
     }.items():  # fmt: skip
         with pytest.raises(AdapterError, match=f'whole differences, which "{how}" does not add'):
             combine([one, one], how, **options)
-    with pytest.warns(paramlora.ParamloraWarning, match="3 whole differences, which have no rank"):
+    with pytest.warns(paramlora.ParamloraWarning, match="3 whole differences without a rank, kept"):
         cut = resize(one, 1)
     assert cut.adapter.updates["conv"].r == 1 and cut.adapter.others == one.others
     other = differences("two", 1)

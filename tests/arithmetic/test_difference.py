@@ -1,5 +1,7 @@
 """From one checkpoint to another, against what was merged and against dense singular values."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -158,6 +160,49 @@ def changed(**tensors):
     return {**{key: tensor.clone() for key, tensor in model().state_dict().items()}, **tensors}
 
 
+def test_two_tensors_are_in_memory_at_a_time():
+    """Of checkpoints of any size."""
+    torch.manual_seed(0)
+    base = {f"{n}.weight": torch.randn(20, 16) for n in range(5)}
+    held, most = [], 0
+
+    def read(state, shift):
+        def one(key):
+            nonlocal most
+            memory = (state[key] + shift).numpy().copy()  # which its tensor keeps alive
+            held.append(weakref.ref(memory))
+            most = max(most, sum(one() is not None for one in held))
+            return torch.from_numpy(memory)
+
+        return one
+
+    sides = (Side(base, read(base, shift), name) for shift, name in ((0, "base"), (1, "tuned")))
+    assert len(between(*sides, 1).adapter.updates) == 5
+    assert most == 2
+
+
+def test_one_name_excludes_what_it_names():
+    base, tuned, _ = trained()
+    assert "conv" not in found(base, tuned, 4, exclude="conv").adapter.updates
+
+
+def test_the_rank_of_a_stack_is_that_of_its_matrices():
+    """Two matrices of rank 6 hold 6, and twenty of them no more."""
+    for count in (2, 20):
+        base = {"w1": torch.zeros(count, 8, 6)}
+        tuned = {"w1": torch.randn(count, 8, 6)}
+        assert found(base, tuned, 6).error < 1e-6
+        with pytest.raises(AdapterError, match="12 is more than any layer holds; the most is 6"):
+            found(base, tuned, 12)
+
+
+def test_a_model_with_an_adapter_is_no_checkpoint():
+    attached = paramlora.attach(model(), {"fc": {"r": 1}})
+    for tuned in (attached, attached.state_dict()):
+        with pytest.raises(FileError, match="^tuned: a model with an adapter attached. Take the"):
+            paramlora.difference(model(), tuned, 1)
+
+
 @pytest.mark.parametrize(
     ("tuned", "options", "error", "told"),
     [
@@ -169,6 +214,8 @@ def changed(**tensors):
         ({"more": torch.zeros(2)}, {"rank": 4}, FileError, r"base: lacks more of tuned.*--exclude"),
         ({"fc.weight": torch.full((200, 300), torch.inf)}, {"rank": 4}, AdapterError,
          "fc.weight: holds numbers that are not finite. Exclude it"),
+        ({"fc.bias": torch.full((200,), torch.nan)}, {"rank": 4, "whole": True}, AdapterError,
+         "fc.bias: holds numbers that are not finite. Exclude it"),
         ({}, {}, AdapterError, "give a rank or an energy"),
         ({}, {"rank": 4, "exclude": ["fcc"]}, AdapterError, '"fcc" names no layer. Closest: "fc"'),
         ({"fc.bias": torch.zeros(200)}, {"rank": 4}, AdapterError,

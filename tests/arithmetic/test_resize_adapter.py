@@ -86,7 +86,9 @@ def test_an_update_of_zeros_has_rank_one():
     [
         (None, None, "give a rank or an energy, and one of them only"),
         (2, 0.5, "one of them only"),
-        (0, None, "rank \\(--rank\\) must be at least 1, got 0"),
+        (0, None, "rank \\(--rank\\) must be a whole number and at least 1, got 0"),
+        (1.5, None, "must be a whole number and at least 1, got 1.5"),
+        ({"to_q": 1.5}, None, "must be a whole number and at least 1, got 1.5"),
         (7, None, "rank \\(--rank\\) 7 is above what there is: the highest is 6, of a.to_q"),
         ({"to_k": 5}, None, '"to_k": rank \\(--rank\\) 5 is above what there is: b.to_k has 4'),
         ({"zz": 1}, None, '"zz" names no layer. There are: '),
@@ -98,6 +100,11 @@ def test_an_update_of_zeros_has_rank_one():
 def test_what_cannot_be_is_told(rank, energy, told):
     with pytest.raises(AdapterError, match=told):
         resize(adapter(), rank, energy=energy)
+
+
+def test_where_nothing_has_a_rank_no_name_is_offered():
+    with pytest.raises(AdapterError, match='"q" names no layer. There are: none. Give'):
+        resize(Adapter({}), {"q": 1})
 
 
 @pytest.mark.parametrize("kind", ({"r": 1, "kind": "dora"}, {"rows": [0]}))

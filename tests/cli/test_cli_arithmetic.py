@@ -12,6 +12,7 @@ import paramlora
 from paramlora.files.adapters import read_adapter, write_adapter
 from paramlora.formats import base_of
 from paramlora.model.attach import lowranks
+from paramlora.update.value import Adapter, KindUpdate
 
 
 def net():
@@ -91,6 +92,18 @@ def test_what_is_only_near_tells_how_near(folder, capsys, options):
     code, out, _ = run(capsys, *command, *options, "--force", "--json")
     told = json.loads(out)
     assert 0 < told["errors"]["0"] < 1 and told["ranks"] == dict.fromkeys("01", int(options[2]))
+
+
+def test_whole_differences_are_counted_among_the_updates(folder, capsys):
+    one = KindUpdate("difference", {"lora_diff": torch.ones(6)}, shape=(6,))
+    write_adapter(Adapter({}, others={"0.bias": one}), "d.safetensors")
+    command = ("combine", "d.safetensors:2", "d.safetensors", "-o", "e.safetensors")
+    told = "combined 2 adapters into e.safetensors: 1 update as native\n"
+    assert run(capsys, *command) == (0, "", told)
+    code, out, _ = run(capsys, *command, "--force", "--json")
+    assert code == 0 and json.loads(out)["updates"] == 1
+    code, _, err = run(capsys, "resize", "d.safetensors", "-o", "r.safetensors", "--rank", "1")
+    assert code == 0 and "1 whole difference without a rank, kept as before: 0.bias" in err
 
 
 def test_ranks_are_cut(folder, capsys):

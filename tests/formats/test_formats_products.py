@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
+from paramlora import formats
 from paramlora.files import convert, merge
 
 CONFIGS = {
@@ -93,3 +94,13 @@ def test_pefts_act_here_and_merge(name, tmp_path):
         assert (want - base(x)).abs().max() > 1e-3
         torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(paramlora.merge(ours)(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ("peft", "kohya", "diffusers", "comfyui", "torchtune"))
+def test_an_embedding_is_called_so_where_it_is_refused(to):
+    """Of all the layers' names it alone begins with a vowel."""
+    model = nn.Sequential(nn.Embedding(10, 8))
+    entry = {"r": 2} if to in ("diffusers", "torchtune") else {"r": 2, "kind": "loha"}
+    adapter = paramlora.adapter_of(paramlora.attach(model, {"0": entry}))
+    with pytest.raises(paramlora.FileError, match="an embedding"):
+        formats.write(adapter, to, formats.base_of(model))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, with_article
 from paramlora.formats.factors import held, wide
 from paramlora.formats.peft.configuration import config_of
 from paramlora.formats.scale import alpha_of
@@ -56,8 +56,9 @@ def _check(path: str, value: KindUpdate) -> None:
         kind = value.kind or value.layout
         has = "Linear, Conv1d and Conv2d" if 3 in sizes else "Linear and Conv2d"
         raise FileError(
-            f"{path or '(model)'}: {value.method} of a {kind} of shape {list(shape)}, which PEFT "
-            f"has of {has} only. If its shape is unknown, give the model (--model)."
+            f"{path or '(model)'}: {value.method} of {with_article(kind)} of shape "
+            f"{list(shape)}, which PEFT has of {has} only. If its shape is unknown, give "
+            "the model (--model)."
         )
 
 

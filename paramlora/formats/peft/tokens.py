@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
 from paramlora.formats.content import (
     Content,
 )
@@ -59,8 +59,8 @@ def _token_ids(path: str, config: Mapping[str, Any], source: str) -> list[int]:
     sound = isinstance(told, list) and all(type(n) is int and 0 <= n < 2**31 for n in told)
     if not sound or not told:
         raise FileError(
-            f"{source}: {path}: trained tokens, and the configuration does not tell which. Is "
-            "adapter_config.json whole?"
+            f"{source}: {path}: trained tokens, and the configuration tells no numbers of them: "
+            f"{spelled(told)}. Is adapter_config.json whole?"
         )
     return told
 

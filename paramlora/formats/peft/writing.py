@@ -8,7 +8,7 @@ from typing import Any, Optional
 from einops import rearrange
 from torch import Tensor
 
-from paramlora.errors import FileError, listed
+from paramlora.errors import FileError, listed, with_article
 from paramlora.formats.base import Base
 from paramlora.formats.content import Content
 from paramlora.formats.factors import (
@@ -189,7 +189,7 @@ def check_writable(path: str, update: Update) -> None:
     known = (None, "linear", "convolution", "embedding", "parameter", "weight")
     if update.kind not in known:
         raise FileError(
-            f"{path}: a {update.kind}, which PEFT cannot adapt. Keep the native format."
+            f"{path}: {with_article(update.kind)}, which PEFT cannot adapt. Keep the native format."
         )
 
 
