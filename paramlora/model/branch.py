@@ -30,6 +30,7 @@ from paramlora.model.forwards import (
     padded_input,
     rows_first,
     scaling_of_rows,
+    sums_beside,
 )
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains, Site
@@ -43,8 +44,6 @@ from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
 from paramlora.update.narrow import LINEAR, Stage, wide
 from paramlora.update.value import Value, refuse_two_kernels
-
-_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @register
@@ -229,7 +228,7 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
     """Whether `output` is a plain layer's on a CPU, rounded to 16 bits: a small update added to it
     would be lost, so that it is computed again, in the accumulator that the update shares."""
     weight, hooks = layer._parameters.get("weight"), layer._forward_hooks
-    if not (output.is_cpu and output.dtype.itemsize == 2) or type(layer) not in _PLAIN_LAYERS:
+    if not (output.is_cpu and output.dtype.itemsize == 2) or not sums_beside(layer):
         return False
     alike = {x.dtype, getattr(weight, "dtype", None)} == {output.dtype}
     kinds = {type(x), type(output)} <= {Tensor, nn.Parameter} and type(weight) is nn.Parameter
@@ -237,7 +236,8 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
         return False
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
-    dims = type(layer) is nn.Linear or x.dim() == output.dim() == len(layer.kernel_size) + 2
+    of_images = isinstance(layer, nn.modules.conv._ConvNd)
+    dims = not of_images or x.dim() == output.dim() == len(layer.kernel_size) + 2
     if not (first and dims) or any(update.kernel or update.rounds_twice for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)

@@ -49,6 +49,7 @@ def _torchs(known: Any, name: str = "forward") -> Any:
 _LINEAR, _EMBEDDING = _torchs(nn.Linear), _torchs(nn.Embedding)
 _CONVOLVED = {_torchs(known) for known in _CONVOLUTIONS} - {None}
 _INNER = {_torchs(known, "_conv_forward") for known in _CONVOLUTIONS} - {None}
+_SUMMED = (nn.Linear, *_CONVOLUTIONS)
 _OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
 
 
@@ -503,20 +504,30 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
 
 
+def sums_beside(layer: nn.Module) -> bool:
+    """Whether `in_one_sum` knows what a layer computes: torch's own class, or what transformers
+    computes with its `Conv1D`."""
+    return type(layer) in _SUMMED or forward_of(type(layer)) is _conv1d_of_transformers
+
+
 def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
-    """What a plain linear layer or convolution gives with such updates, as a hard one does."""
+    """What a layer of `sums_beside` gives with such updates, as with hard ones."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return _convolved(layer, x, known)
     if isinstance(layer, nn.Linear):
         return _product(layer, x, known, "matrix")
-    return _convolved(layer, x, known)
+    return _product(layer, x, (known[0].t(), *known[1:]), "transposed")
 
 
 def in_one_sum_of_rows(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
-    """What a plain linear layer or convolution gives of rows that each have an update."""
+    """`in_one_sum` of rows that each have an update."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return _convolution_of_rows(layer, x, weight, updates, rows)
     if isinstance(layer, nn.Linear):
         return linear_of_rows(layer, x, weight, updates, rows, "matrix")
-    return _convolution_of_rows(layer, x, weight, updates, rows)
+    return linear_of_rows(layer, x, weight.t(), updates, rows, "transposed")
 
 
 def _inner(layer: Any) -> Any:

@@ -193,3 +193,48 @@ def test_hard_and_soft_on_one_tensor_merge_together():
     paramlora.merge(model)
     torch.testing.assert_close(model.layer.weight, weight, rtol=1e-12, atol=1e-12)
     assert type(model.layer) is nn.Linear
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.25))
+@pytest.mark.parametrize("name", ("linear", "Conv1D", "square Conv1D", "conv2d-3-1-1-1-zeros"))
+def test_a_small_update_arrives_in_sixteen_bits(name, dropout):
+    """On a CPU, where a term beside an output that is rounded already would be lost by half."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    plain = make().bfloat16()
+    model = nn.ModuleDict({"layer": copy.deepcopy(plain)})
+    paramlora.attach(model, {"layer": {"r": 2, "hard": 0, "dropout": dropout}})
+    ((_, _, low),) = lowranks(model)
+    nn.init.normal_(low.lora_B)
+    wide = plain.double()
+    size = (dense_weight(wide, low, low.lora_A, low.lora_B, 1.0) - wide.weight).norm()
+    low.lora_B.data *= (1e-3 * wide.weight.norm() / size).float()
+    x = torch.randn(4096 // shape[0] * shape[0], *shape[1:]).bfloat16()
+    weight = dense_weight(wide, low, low.lora_A.double(), low.lora_B.double(), 1.0)
+    want = torch.func.functional_call(wide, {"weight": weight}, (x.double(),)) - wide(x.double())
+    got = model["layer"](x).double() - wide(x.double())
+    share = ((got * want).sum() / want.square().sum()).item()
+    assert share == pytest.approx(1, abs=0.05)  # of 4,096 rows' roundings, and their masks
+
+
+def test_rows_that_choose_beside_a_conv1d_keep_a_small_update():
+    torch.manual_seed(0)
+    layer = conv1d(48, 32)
+    base = copy.deepcopy(layer).bfloat16().double()
+    model = nn.ModuleDict({"layer": layer.bfloat16()})
+    for name in ("a", "b"):
+        paramlora.attach(model, {"layer": {"r": 2, "hard": 0}}, name)
+    x = torch.randn(2, 2048, 32).bfloat16()
+    changes = []
+    for _, _, low in lowranks(model):
+        nn.init.normal_(low.lora_B)
+        change = (low.lora_B.double() @ low.lora_A.double()).T
+        by = (1e-3 * base.weight.norm() / change.norm()).item()
+        low.lora_B.data *= by
+        changes.append(change * by)
+    with paramlora.route(model, ["b", "a"]):
+        got = model["layer"](x).double() - base(x.double())
+    for row, change in enumerate(reversed(changes)):
+        want = x[row].double() @ change
+        share = ((got[row] * want).sum() / want.square().sum()).item()
+        assert share == pytest.approx(1, abs=0.05)
