@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from os import PathLike
 from typing import Any, Literal, Optional, Union, get_args
 
 import torch
@@ -297,8 +298,24 @@ def _dropped(delta: Tensor, way: _Way, path: str, number: int) -> Tensor:
     return delta * kept / way.density
 
 
+def pairs_of(adapters: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each adapter, or what stands for one, with its weight, 1 where it has none."""
+    if isinstance(adapters, (str, PathLike, Adapter)):
+        raise AdapterError(
+            "expected a list of adapters, got one alone. Give [(adapter, weight), ...]."
+        )
+    pairs = [one if isinstance(one, (tuple, list)) else (one, 1.0) for one in adapters]
+    for one in pairs:
+        if len(one) != 2:
+            raise AdapterError(
+                f"expected an adapter and its weight, got {counted(len(one), 'value')}. Give "
+                "(adapter, weight)."
+            )
+    return [(one, weight) for one, weight in pairs]
+
+
 def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs: list[tuple[Adapter, float]] = pairs_of(adapters)
     for adapter, weight in pairs:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise AdapterError(

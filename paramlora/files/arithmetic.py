@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora import arithmetic, formats
 from paramlora.arithmetic import Approximation
-from paramlora.arithmetic.combine import How
+from paramlora.arithmetic.combine import How, pairs_of
 from paramlora.arithmetic.difference import Side, Told, between
 from paramlora.arithmetic.products import check_all_add
 from paramlora.arithmetic.resize import Ranks
@@ -89,7 +89,7 @@ def combined(
     options: Options = DEFAULTS,
 ) -> Approximation:
     """`combine`, and the error of each layer where the result is only near to the sum."""
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs = pairs_of(adapters)
     if base is None:
         _check_names([one for one, _ in pairs])
     read = [(_adapter(one, base, options), weight) for one, weight in pairs]
