@@ -10,6 +10,7 @@ from paramlora import Adapter, FileError, Update, formats
 from paramlora.files.adapters import convert, read_adapter
 from paramlora.files.native import write_native
 from paramlora.formats.factors import from_dense, held, within
+from paramlora.formats.format import FORMATS
 
 SCALES = [1e-8, 1e-4, 1 / 16, 0.3, 1 / 3, 1.0, 7.0, 1e3, 1e5]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -38,8 +39,9 @@ def written(to, value, folder, **how):
     base = {path: formats.Slot((5, 6), "matrix", "linear", 1)}
     convert_from = folder / "in.safetensors"
     write_native(value, convert_from)
-    suffix = {"peft": "", "torchtune": "", "litgpt": "", "loralib": ".pt", "original": ".pt"}
-    out = folder / f"out{suffix.get(to, '.safetensors')}"
+    form = FORMATS[to]  # one with a configuration is a folder of two files
+    suffix = "" if form.config else ".pt" if form.pickled else ".safetensors"
+    out = folder / f"out{suffix}"
     convert(convert_from, out, to, base, **how)
     options = formats.Options(alpha=3.0 if to == "loralib" else None)  # which it has nowhere
     return next(iter(read_adapter(out, base, options).updates.values()))
