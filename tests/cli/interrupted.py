@@ -119,6 +119,8 @@ def harm(command, count, before, log):
         files = left(before)
         hits += code == 130
         sound = (code, said) == (130, "stopped\n") or code == 0 and files == whole
+        # stopped once it had done all, and said so
+        sound |= code == 130 and said.endswith("\nstopped\n") and files == whole != {}
         sound |= code == OUTSIDE  # before the command began, or after it had ended
         outside += code == OUTSIDE
         if not sound or files not in ({}, whole):

@@ -17,6 +17,13 @@ accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
 
+@pytest.fixture(autouse=True)
+def a_state_of_its_own(monkeypatch):
+    """A Trainer of another test leaves its precision in the environment and in accelerate."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
