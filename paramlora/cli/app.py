@@ -125,7 +125,9 @@ def run(arguments: Optional[list[str]] = None) -> NoReturn:
 
 
 def _exit_code(error: BaseException, given: list[str]) -> int:
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    # where Ctrl-C comes while an import makes a class, Python before 3.12 has it as a cause alone
+    stopped = any(isinstance(one, KeyboardInterrupt) for one in (error, error.__cause__))
+    if stopped or type(error).__name__ == "Abort":
         return STOPPED
     if isinstance(error, paramlora.ParamloraError):
         _tell("error", "red", str(error))

@@ -54,3 +54,19 @@ def test_ctrl_c_while_torch_is_imported(start):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_while_a_class_is_made(monkeypatch, capsys):
+    from paramlora.cli import app
+
+    class Late:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    def command(*_, **__):
+        type("Made", (), {"late": Late()})
+
+    monkeypatch.setattr(app, "app", command)
+    with pytest.raises(SystemExit) as done:
+        app.run(["inspect", "a.safetensors"])
+    assert done.value.code == 130 and capsys.readouterr().err == "stopped\n"
