@@ -1,6 +1,8 @@
 """Every operation gives in any context what it gives outside of it, to the last bit."""
 
 import copy
+import os
+import tempfile
 import threading
 from contextlib import contextmanager, nullcontext
 
@@ -70,6 +72,22 @@ def in_a_thread(act):
     return found[0]
 
 
+def in_a_child(act):
+    """What `act` gives in a process that is forked from this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = os.path.join(folder, "found")
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                torch.save(act(), place)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        return torch.load(place)
+
+
 def under(context):
     def run(act):
         with context():
@@ -89,6 +107,7 @@ CONTEXTS = {
     "deterministic": under(deterministic),
     "a thread": in_a_thread,
     "a backward hook": in_a_hook,
+    **({"a child process": in_a_child} if hasattr(os, "fork") else {}),
     "as it is": under(nullcontext),
 }
 if torch.cuda.is_available():
