@@ -165,7 +165,7 @@ def test_every_kind_is_measured_and_right(tmp_path, capsys):
     assert all("eager_R" in row for row in rows)
     assert "| paramlora rows |" in capsys.readouterr().out
     assert report.main([str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
-    assert (tmp_path / f"{tmp_path.name}-ratio.png").exists()
+    assert (tmp_path / f"{tmp_path.name}-kinds.png").exists()
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter", encoding="utf-8")
     for _ in range(2):
