@@ -106,7 +106,8 @@ def able(name: str) -> "tuple[str, nn.Module, dict[str, Any]]":
             if inputs is not None:
                 return way, model, inputs
             if time.process_time() - started > SEARCHED:
-                raise NotBuilt(f"not called within {SEARCHED} s: {reasons[-1]}")
+                why = (reasons or ["no inputs"])[-1]
+                raise NotBuilt(f"not called within {SEARCHED} s: {why}")
     raise NotBuilt(" ... ".join(dict.fromkeys((reasons or ["no inputs"])[:1] + reasons[-1:])))
 
 
