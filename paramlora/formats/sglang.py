@@ -5,13 +5,12 @@ mem_pool.py at 00639c4d. It reads one ``r`` and one ``lora_alpha``, wants every 
 rank, and its ``max_lora_rank`` may be any number.
 """
 
+from dataclasses import replace
 from typing import Any, Optional
 
-from paramlora.formats import peft
+from paramlora.formats import vllm
 from paramlora.formats.base import Base
 from paramlora.formats.content import Content
-from paramlora.formats.format import Format
-from paramlora.formats.loaders import of_peft
 from paramlora.formats.vllm import of_one_rank, unloaded
 from paramlora.update.value import Adapter
 
@@ -28,15 +27,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
     return of_one_rank(adapter, base, unloaded(adapter, "SGLang"))
 
 
-FORMAT = Format(
-    "sglang",
-    marks=(),
-    like="peft",
-    read=peft.read,
-    write=write,
-    passed_over=of_peft,
-    weights=("adapter_model.safetensors",),
-    config="adapter_config.json",
-    servers={"sglang": "SGLang"},
-    unserved=unloaded,
+# in the same files as vLLM's
+FORMAT = replace(
+    vllm.FORMAT, name="sglang", write=write, servers={"sglang": "SGLang"}, unserved=unloaded
 )
