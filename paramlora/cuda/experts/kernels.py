@@ -199,29 +199,35 @@ def product(
 
 
 @triton.jit
+def _part(ends, M, experts, expert, part, parts, E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first row of one of the parts of an expert's rows, whole blocks each, and its end."""
+    which, low, high = _share(ends, M, experts, E)
+    first = tl.sum(tl.where(which == expert, low, 0), 0)
+    end = tl.sum(tl.where(which == expert, high, 0), 0)
+    each = tl.cdiv(tl.maximum(end - first, 0), parts * BLOCK_M) * BLOCK_M
+    first += part * each
+    return first, tl.minimum(end, first + each)
+
+
+@triton.jit
 def gradients(
     x, v, dy, u, da, db, ends, seed, M, fan_in, out, experts, r, R, stride_xm, stride_dym, inner,
     parts, threshold, DROP: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    DEEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of ``da[part, e, r, in] = v_eᵀ (mask ∘ x_e)``, the first `inner` of them, or of
     ``db[part, e, out, r] = dy_eᵀ u_e``, over one of the parts of an expert's rows."""
     blocks = tl.num_programs(0) // (experts * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * experts)
     expert = tl.program_id(0) // blocks % experts
-    which, low, high = _share(ends, M, experts, E)
-    first = tl.sum(tl.where(which == expert, low, 0), 0)
-    end = tl.sum(tl.where(which == expert, high, 0), 0)
-    each = tl.cdiv(tl.maximum(end - first, 0), parts * BLOCK_M) * BLOCK_M
-    first += part * each
-    end = tl.minimum(end, first + each)
+    first, end = _part(ends, M, experts, expert, part, parts, E, BLOCK_M)
     is_a = block < inner
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
     wide, thin = tl.where(is_a, x, dy), tl.where(is_a, v, u)
     size, row = tl.where(is_a, fan_in, out), tl.where(is_a, stride_xm, stride_dym)
-    offs_d = (block - tl.where(is_a, 0, inner)) * DEEP + tl.arange(0, DEEP)
+    offs_d = (block - tl.where(is_a, 0, inner)) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    acc = tl.zeros((DEEP, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     for m in range(first, end, BLOCK_M):
         mm = m + offs_m
         where = wide + mm[None, :].to(tl.int64) * row + offs_d[:, None]

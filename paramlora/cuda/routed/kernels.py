@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from paramlora.cuda.decoding.kernels import _held, _rank
-from paramlora.cuda.experts.kernels import _expert, _share, _wide
+from paramlora.cuda.experts.kernels import _expert, _part, _wide
 from paramlora.cuda.linear.kernels import _halves, _place
 
 
@@ -259,12 +259,7 @@ def gradients(
     blocks = tl.num_programs(0) // (updates * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * updates)
     update = tl.program_id(0) // blocks % updates
-    which, low, high = _share(ends, M, updates, E)
-    first = tl.sum(tl.where(which == update, low, 0), 0)
-    end = tl.sum(tl.where(which == update, high, 0), 0)
-    each = tl.cdiv(tl.maximum(end - first, 0), parts * BLOCK_M) * BLOCK_M
-    first += part * each
-    end = tl.minimum(end, first + each)
+    first, end = _part(ends, M, updates, update, part, parts, E, BLOCK_M)
     start = tl.load(starts + update)
     r = tl.load(starts + update + 1) - start
     is_a = block < inner
