@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
+from typing import Optional
 
 _MOST_WORD, _MOST_MESSAGE = 200, 980  # characters
 _LONG = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
@@ -28,6 +29,14 @@ _LONG = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 _MOST_COMPARED, _MOST_KNOWN = 100, 5_000
 _HERE = os.path.join(os.path.dirname(__file__), "")
 _DECORATORS = ("contextlib.py", "_contextlib.py")  # Python's, and torch's of `torch.no_grad`
+
+
+def is_stop(error: Optional[BaseException]) -> bool:
+    """Whether Ctrl-C is behind an error: before Python 3.12 one that comes while an import makes a
+    class is the cause of another error alone."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def shown(text: str) -> str:

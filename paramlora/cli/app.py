@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 import paramlora
-from paramlora.errors import shown
+from paramlora.errors import is_stop, shown
 from paramlora.files.conversions import Progress as Told
 
 DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
@@ -125,9 +125,7 @@ def run(arguments: Optional[list[str]] = None) -> NoReturn:
 
 
 def _exit_code(error: BaseException, given: list[str]) -> int:
-    # where Ctrl-C comes while an import makes a class, Python before 3.12 has it as a cause alone
-    stopped = any(isinstance(one, KeyboardInterrupt) for one in (error, error.__cause__))
-    if stopped or type(error).__name__ == "Abort":
+    if is_stop(error) or type(error).__name__ == "Abort":
         return STOPPED
     if isinstance(error, paramlora.ParamloraError):
         _tell("error", "red", str(error))

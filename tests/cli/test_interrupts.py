@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,17 +57,43 @@ def test_ctrl_c_while_torch_is_imported(start):
     assert (process.returncode, out, err) == (130, "", "stopped\n")
 
 
+class Late:
+    def __set_name__(self, owner, name):
+        raise KeyboardInterrupt
+
+
+def making(*_, **__):
+    """What an import does where Ctrl-C comes while it makes a class."""
+    type("Made", (), {"late": Late()})
+
+
 def test_ctrl_c_while_a_class_is_made(monkeypatch, capsys):
     from paramlora.cli import app
 
-    class Late:
-        def __set_name__(self, owner, name):
-            raise KeyboardInterrupt
-
-    def command(*_, **__):
-        type("Made", (), {"late": Late()})
-
-    monkeypatch.setattr(app, "app", command)
+    monkeypatch.setattr(app, "app", making)
     with pytest.raises(SystemExit) as done:
         app.run(["inspect", "a.safetensors"])
+    assert done.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_ctrl_c_while_the_commands_or_a_model_make_a_class(monkeypatch, capsys, tmp_path):
+    from paramlora import cli
+    from paramlora.cli.commands import run
+
+    (tmp_path / "c.json").write_text('{"*": {"r": 4}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "late_model", SimpleNamespace(build=making))
+    with pytest.raises(SystemExit) as done:
+        run(["targets", "c.json", "--model", "late_model:build"])
+    assert done.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "paramlora.cli.commands":
+                making()
+
+    monkeypatch.delitem(sys.modules, "paramlora.cli.commands")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
     assert done.value.code == 130 and capsys.readouterr().err == "stopped\n"
