@@ -9,6 +9,7 @@ file that it finds in FOLDER, which it writes after every way.
 """
 
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -35,6 +36,17 @@ TINY = dict(layers=2, batch=2, tokens=6, r=2, chunks=3, compile=False)
 SCALE = 2.0  # alpha 32 over r 16
 
 
+def _summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ head.t()).float(), labels, reduction="sum")
+
+
+@functools.cache
+def _compiled_loss() -> Any:
+    """`_summed_loss`, whose logits are read and written once each way: their casts and the softmax
+    take a fifth of its time in eager mode."""
+    return torch.compile(_summed_loss, dynamic=False)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Cross entropy of ``hidden · headᵀ``, of some tokens at a time: each chunk's gradient is taken
     at once, so that the logits of one chunk are there at a time, and computed once."""
@@ -42,11 +54,11 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunks: int) -> Tensor:
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
+        summed = _compiled_loss() if hidden.is_cuda else _summed_loss
         for own, wanted in zip(hidden.chunk(chunks), labels.chunk(chunks)):
             with torch.enable_grad():
                 own = own.detach().requires_grad_()
-                loss = F.cross_entropy((own @ head.t()).float(), wanted, reduction="sum")
-                loss = loss / len(hidden)
+                loss = summed(own, head, wanted) / len(hidden)
             grads += torch.autograd.grad(loss, own)
             total += loss.detach()
         ctx.save_for_backward(torch.cat(grads))
