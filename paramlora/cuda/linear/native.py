@@ -80,9 +80,7 @@ def of_forward(
     return _told(found, found.single, (Slot.INPUT, Slot.WEIGHT, Slot.OUT), places)
 
 
-def of_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor
-) -> Any:
+def of_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Any:
     """The plan of a backward that finds the gradients of the input and of the factors."""
     if not served(x):
         return None
