@@ -15,8 +15,10 @@ import warnings
 from types import SimpleNamespace
 
 import torch
+import triton.language as tl
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from triton.runtime import interpreter
 
 from paramlora import kernels
 from paramlora.cuda import operators
@@ -64,7 +66,22 @@ def launched_from_python(self, pointers, addresses, values=(), blocks=()):
     self.types = [t.dtype for t in pointers]
 
 
+def multiply_bfloat16():
+    """Have the interpreter multiply numbers of 16 bits, not the whole numbers that it keeps them
+    as."""
+    builder = interpreter.interpreter_builder
+    dot = builder.create_dot
+
+    def wide(t):
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        return interpreter.TensorHandle((t.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    builder.create_dot = lambda a, b, *others: dot(wide(a), wide(b), *others)
+
+
 def stand_in():
+    multiply_bfloat16()
     mm = torch.mm
     interpreted.stand_in_for_the_device()
     torch.mm = mm  # these ranks take it without a wider output
@@ -129,9 +146,7 @@ STRENGTHS = (1.0, 1, 0.25)
 
 
 def leaves_of(of, wanted=(0, 3, 4)):
-    return [
-        None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(of)
-    ]
+    return [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(of)]
 
 
 def step(of, dy, strength=1.0, wanted=(0, 3, 4)):
