@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
 from paramlora import kernels
-from paramlora.cuda import operators
+from paramlora.cuda import launch, operators
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import native, plan, tiles
 from paramlora.cuda.native import library
@@ -34,22 +34,22 @@ numbers = set()
 one_at_a_time = threading.Lock()  # the interpreter knows no threads
 
 
-def launched_from_cpp(launch, *given):
+def launched_from_cpp(single, *given):
     """A compiled kernel's launcher: checks what stays the same, and interprets the kernel."""
-    launches.append(launch.kernel.fn.__name__)
-    grid, *rest = given[: 4 + len(launch.head)]
-    assert (grid, *rest) == (launch.grid, 1, 1, 0, *launch.head)
-    given = given[4 + len(launch.head) :]
+    launches.append(single.kernel.fn.__name__)
+    grid, *rest = given[: 4 + len(single.head)]
+    assert (grid, *rest) == (single.grid, 1, 1, 0, *single.head)
+    given = given[4 + len(single.head) :]
     blocks = tuple(one for one in given if type(one) is Block)
-    count = len(launch.types)
+    count = len(single.types)
     addresses, values = given[len(blocks) :][:count], given[len(blocks) + count :][:2]
-    assert given[len(blocks) + count + 2 :] == launch.tail
+    assert given[len(blocks) + count + 2 :] == single.tail
     assert values[1] not in numbers
     numbers.add(values[1])
     described = {block.base.data_ptr(): block.base for block in blocks}
-    pointers = [described.get(a, _at(a, kind)) for a, kind in zip(addresses, launch.types)]
+    pointers = [described.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
     with one_at_a_time:
-        interpreted.interpret(launch, pointers, addresses, values, blocks)
+        interpreted.interpret(single, pointers, addresses, values, blocks)
 
 
 def _at(address, dtype):
@@ -85,6 +85,7 @@ def stand_in():
     mm = torch.mm
     interpreted.stand_in_for_the_device()
     torch.mm = mm  # these ranks take it without a wider output
+    native.cuda_device, native.cuda_stream = launch.cuda_device, launch.cuda_stream
     Launch.__call__ = launched_from_python
 
     def served(x):

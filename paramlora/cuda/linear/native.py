@@ -12,6 +12,7 @@ from paramlora.cuda.launch import Launch, tickets
 from paramlora.cuda.linear import plan
 from paramlora.cuda.native import library
 from paramlora.cuda.operands import Operands, served, switched_on
+from paramlora.update.compat import cuda_device, cuda_stream
 
 
 class Slot(IntEnum):
@@ -53,8 +54,8 @@ def start(backward: Any) -> Any:
         backward=backward,
         tickets=tickets,
         numbers=plan.NUMBERS,
-        device=launch.cuda_device,
-        stream=launch.cuda_stream,
+        device=cuda_device,
+        stream=cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
         switched_on=switched_on,
     )
