@@ -23,7 +23,7 @@ CUT = 2**-6
 @pytest.fixture(scope="module")
 def results():
     library.build()
-    return printed("interpreted_native", TRITON_INTERPRET="1")
+    return printed("interpreted_native", TRITON_INTERPRET="1", PARAMLORA_NATIVE="1")
 
 
 @compiled

@@ -19,13 +19,14 @@ native = pytest.importorskip("paramlora.cuda.linear.native", reason="needs Trito
 
 
 @pytest.fixture
-def both():
+def both(monkeypatch):
     """Calls of a step with C++ and without, on a card."""
+    monkeypatch.setenv("PARAMLORA_NATIVE", "1")
     library.build()
-    functional._started, functional._native = True, native.start(functional._gradients_of_native)
-    ours = functional._native
-    yield lambda call: _both(call, ours)
-    functional._started, functional._native = False, None
+    ours = native.start(functional._gradients_of_native)
+    monkeypatch.setattr(functional, "_started", True)
+    monkeypatch.setattr(functional, "_native", ours)
+    return lambda call: _both(call, ours)
 
 
 def _both(call, ours):
