@@ -273,6 +273,10 @@ def under_autocast(of, dy):
         return step(of, dy)
 
 
+def under_autocast_with_a_wide_bias(of, dy):
+    return under_autocast([*of[:2], of[2].float(), *of[3:]], dy)
+
+
 def shown_to_make_fx(of, dy):
     graph = make_fx(lambda x: functional.linear(x, *of[1:]))(of[0])
     assert len(graph.graph.nodes) > 3, graph.code
@@ -299,7 +303,8 @@ EVENTS = {
     "the weight too": (functools.partial(step, wanted=(0, 1, 3, 4)), [], 0),
     "the scale too": (functools.partial(step, wanted=(0, 3, 4, 5)), [], 0),
     "the bias too": (functools.partial(step, wanted=(0, 2, 3, 4)), [], 0),
-    "autocast": (under_autocast, [], 0),
+    "autocast": (under_autocast, ["forward", "backward"], 0),
+    "autocast, a wide bias": (under_autocast_with_a_wide_bias, [], 0),
     "make_fx": (shown_to_make_fx, [], 0),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def test_every_layer_has_pythons_numbers_and_float64s(results):
 def test_whatever_comes_between_gives_pythons_numbers(results):
     """Hooks, threads, checkpoints, gradients of gradients, contexts: served, or left to Python, as
     each is told beside it."""
-    assert len(results["events"]) == 19
+    assert len(results["events"]) == 20
     for name, told in results["events"].items():
         launches, left = told["as planned"]
         assert told["same"], name

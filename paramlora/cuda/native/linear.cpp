@@ -330,7 +330,11 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Tensor &a = THPVariable_Unpack(given[3]), &b = THPVariable_Unpack(given[4]);
   const Tensor& scale = THPVariable_Unpack(given[5]);
   if (x.scalar_type() != at::kBFloat16 || x.device().type() != state->kind) Py_RETURN_NONE;
-  if (at::autocast::is_autocast_enabled(state->kind)) Py_RETURN_NONE;
+  if (at::autocast::is_autocast_enabled(state->kind)) {  // which then has nothing to cast
+    const auto type = at::autocast::get_autocast_dtype(state->kind);
+    if (type != at::kBFloat16 || weight.scalar_type() != type) Py_RETURN_NONE;
+    if (biased && bias.scalar_type() != type) Py_RETURN_NONE;
+  }
   c10::SmallVector<const Tensor*, 6> tensors{&x, &weight, &a, &b, &scale};
   if (biased) tensors.push_back(&bias);
   for (const Tensor* t : tensors)
