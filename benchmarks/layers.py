@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import cases, timing
 from benchmarks.machine import device
-from benchmarks.opponents import WAYS, Way, switches
+from benchmarks.opponents import ON_REQUEST, WAYS, Way, switches, take_steps
 from benchmarks.reference import Result, bound, check, definition
 from benchmarks.results import layers_table, load, save
 from benchmarks.saved import saved_bytes
@@ -30,13 +30,18 @@ COMPILED = ("peft compiled", "paramlora compiled")
 def step(way: Way, tensors: cases.Tensors, context: AbstractContextManager[Any]) -> Result:
     """Forward and backward: exactly what is timed; the frozen layer has only ``dx``."""
     with context:
-        y = way.call(tensors.x)
+        y = called(way, tensors.x)
     wanted = [t for t in (tensors.x, way.A, way.B) if t is not None and t.is_floating_point()]
     if not y.requires_grad:  # a frozen embedding
         return Result(y, None, y, y)
     grads = list(torch.autograd.grad(y, wanted, tensors.dy))
     dx = grads.pop(0) if tensors.x.is_floating_point() else None
     return Result(y, dx, *(grads or (y, y)))
+
+
+def called(way: Way, x: torch.Tensor) -> torch.Tensor:
+    take_steps(way.native)
+    return way.call(x)
 
 
 def context_of(kind: str) -> AbstractContextManager[Any]:
@@ -57,7 +62,7 @@ def prepare(
     for name in names:
         rows[name] = {"case": case.name, "dtype": kind, "way": name}
         try:
-            way = WAYS[name](tensors.layer, tensors.A, tensors.B)
+            way = (WAYS | ON_REQUEST)[name](tensors.layer, tensors.A, tensors.B)
             if name != "frozen":
                 result = step(way, tensors, context_of(kind))
                 rows[name]["errors"] = check(Result(*map(_copy, result)), want, limit)
@@ -128,7 +133,7 @@ def launches(kind: str, names: list[str]) -> list[dict[str, Any]]:
         name: lambda way=way: step(way, tensors, context_of(kind)) for name, way in ways.items()
     }
     forward: dict[str, timing.Step] = {
-        name: lambda way=way: way.call(tensors.x) for name, way in ways.items()
+        name: lambda way=way: called(way, tensors.x) for name, way in ways.items()
     }
     both, alone = timing.enqueued(steps), timing.enqueued(forward)
     return [
@@ -189,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", nargs="+", default=["linear", "small", "other"])
     parser.add_argument("--match", default="", help="only cases with this in their names")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--ways", nargs="+", choices=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *ON_REQUEST])
     parser.add_argument("--size", choices=["cuda", "cpu", "tiny"])
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-inference", dest="inference", action="store_false")

@@ -24,7 +24,15 @@ from torch.func import functional_call
 
 from benchmarks import timing
 from benchmarks.machine import device
-from benchmarks.opponents import LYCORIS, UNSLOTH, adapt, factors, switches
+from benchmarks.opponents import (
+    LYCORIS,
+    NATIVE,
+    UNSLOTH,
+    adapt,
+    factors,
+    switches,
+    take_steps,
+)
 from benchmarks.reference import SCALE
 from benchmarks.results import models_table, save
 from benchmarks.zoo import ZOO, Zoo
@@ -108,7 +116,7 @@ class Trained:
 
     def __init__(self, base: nn.Module, zoo: Zoo, way: str, r: int, args: Any, dy: Tensor) -> None:
         twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        self.zoo, self.args, self.dy = zoo, args, dy
+        self.zoo, self.args, self.dy, self.native = zoo, args, dy, way == NATIVE
         self.model = adapt(way, twin, zoo.entries(base), r)
         self.parameters: list[nn.Parameter] = []
         self.optimizer = None
@@ -124,6 +132,7 @@ class Trained:
         )
 
     def forward(self) -> Tensor:
+        take_steps(self.native)
         return self.zoo.call(self.model, self.args)
 
     def step(self) -> None:
@@ -258,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="benchmark-results", help="folder of models.json")
     parser.add_argument("--models", nargs="+", default=list(ZOO), choices=ZOO)
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS[1:]), choices=(*WAYS, *UNSLOTH))
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS[1:]), choices=(*WAYS, *UNSLOTH, NATIVE)
+    )
     parser.add_argument("--tiny", action="store_true", help="the small sizes, as without CUDA")
     parser.add_argument("--rounds", type=int, default=15)
     return parser

@@ -10,8 +10,8 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import NamedTuple, Optional
+from functools import cache, partial
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,37 @@ from benchmarks.machine import device, version
 from benchmarks.reference import SCALE
 from benchmarks.runlora import BestOrder
 from benchmarks.zoo import Block
+from paramlora.evaluate import functional
 
 Formula = Callable[["Adapted", Tensor], Tensor]
 
 
 class Way(NamedTuple):
-    """A layer under test: what to call, and the factors whose gradients are wanted."""
+    """A layer under test: what to call, the factors whose gradients are wanted, and whether C++
+    takes its steps."""
 
     call: nn.Module
     A: Optional[nn.Parameter] = None
     B: Optional[nn.Parameter] = None
+    native: bool = False
+
+
+NATIVE = "paramlora native"  # where `paramlora build` was run
+
+
+@cache
+def _library() -> Any:
+    from paramlora.cuda.linear import native
+
+    found = native.start(functional._gradients_of_native)
+    if found is None:
+        raise RuntimeError("no library in C++ here: run `paramlora build`")
+    return found
+
+
+def take_steps(native: bool) -> None:
+    """From now on have C++ take the steps of paramlora's linear layers, or Python alone."""
+    functional._started, functional._native = True, _library() if native else None
 
 
 class Bound(torch.autograd.Function):
@@ -180,6 +201,11 @@ def paramlora_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
     return Way(model[0], a, b)
 
 
+def native_way(layer: nn.Module, A: Tensor, B: Tensor) -> Way:
+    take_steps(True)  # refused here where it cannot be
+    return paramlora_way(layer, A, B)._replace(native=True)
+
+
 def lycoris_way(how: "Lycoris") -> Callable[..., Way]:
     """LyCORIS's own module on the layer: the weight rebuilt, or (bypass) a branch beside it."""
 
@@ -266,6 +292,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], Way]] = {
     "peft compiled": compiled(peft_way()),
     "paramlora compiled": compiled(paramlora_way),
 }
+ON_REQUEST = {NATIVE: native_way}
 
 
 def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
@@ -273,11 +300,12 @@ def adapt(way: str, model: nn.Module, entries: list[str], r: int) -> nn.Module:
 
     Args:
         way: ``frozen``, ``dense``, ``original``, ``loralib``, ``peft``, ``peft bf16``,
-            one of `LYCORIS` or `UNSLOTH`, ``paramlora``, or ``bound``, which none can be below.
+            one of `LYCORIS` or `UNSLOTH`, ``paramlora``, `NATIVE`, or ``bound``, which none can
+            be below.
         entries: paths of the layers to adapt, or their last components.
         r: rank.
     """
-    if way == "paramlora":
+    if way in ("paramlora", NATIVE):
         return paramlora.attach(model, {entry: {"r": r, "scale": SCALE} for entry in entries})
     if way.startswith("peft"):
         return adapt_peft(model, entries, r, masters=way == "peft")

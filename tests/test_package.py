@@ -75,6 +75,14 @@ def test_the_metadata_is_todays():
     assert "Typing :: Typed" in project["classifiers"] and len(project["keywords"]) > 3
 
 
+def test_every_file_of_the_package_is_shipped():
+    shipped = pyproject()["tool"]["setuptools"]["package-data"]["paramlora"]
+    package = ROOT / "paramlora"
+    files = [p.relative_to(package) for p in package.rglob("*") if p.is_file()]
+    others = {str(p) for p in files if p.suffix not in (".py", ".pyc")}
+    assert others == set(shipped)
+
+
 def for_an_index(*addresses):
     spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)

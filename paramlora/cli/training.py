@@ -1,4 +1,4 @@
-"""The commands around training: `demo`, `targets`."""
+"""The commands around training: `build`, `demo`, `targets`."""
 
 import importlib
 import os
@@ -16,6 +16,7 @@ from torch import nn
 import paramlora
 from paramlora import ParamloraError
 from paramlora.cli.app import app, fail, warnings_told
+from paramlora.cuda.native import library
 from paramlora.errors import counted, shown
 from paramlora.model.presets import PRESETS, grouped
 
@@ -69,6 +70,12 @@ def demo(
         )
     print(f"Look at {shown(str(out / 'samples.png'))}, then try:\n")
     print("\n".join(f"  {line}" for line in job.commands(out)))
+
+
+@app.command("build", epilog="Example: paramlora build")
+def build_library() -> None:
+    """Compile what spares eager training on CUDA most of its Python, once for each torch."""
+    print(shown(str(library.build())))
 
 
 def _ask_to_replace(out: Path, taken: list[str], force: bool) -> None:

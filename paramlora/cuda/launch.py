@@ -199,6 +199,11 @@ def _warn() -> None:
         )
 
 
+def distrusted() -> bool:
+    """Whether this Triton launches otherwise than `Launch` knows."""
+    return _warned
+
+
 def tickets(like: Tensor) -> Tensor:
     """The count of programs that have started of the grid that now runs on the current stream; zero
     between grids, so kernels of one stream, which never run beside each other, share it.

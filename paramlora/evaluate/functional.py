@@ -6,7 +6,7 @@ gradient of the dense weight. Tensors only.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,9 @@ from paramlora.update.contexts import autocast_of, in_own_types
 _Maybe = Optional[Tensor]
 _Gradients = Callable[[Any, Tensor], Any]
 _unsafe_view = torch.ops.aten._unsafe_view.default
+# `linear` of the commonest operands in C++, where that was built: None of others; see `_start`
+_native: Any = None
+_started = False
 
 
 def linear(
@@ -69,6 +72,10 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
+    if not is_compiling() and _native is not None:
+        y = _native(x, weight, bias, lora_A, lora_B, scale, strength)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -219,6 +226,8 @@ class _Linear(torch.autograd.Function):
             result = operators.forward(of, strength, image)
         ctx.kernel = result is not None
         if result is not None:
+            if not _started:
+                _start()
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = _flat(x)
@@ -256,6 +265,43 @@ class _Linear(torch.autograd.Function):
         dx, da, db, dscale = grads
         dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, None, None, None
+
+
+def _start() -> None:
+    """Take what was built in C++, the first time that the kernels computed a layer."""
+    global _native, _started
+    from paramlora.cuda.linear import native
+
+    _native, _started = native.start(_gradients_of_native), True
+
+
+class _Kept(NamedTuple):
+    """What `_Linear.backward` reads of its context, of a forward in C++."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    strength: float
+    kernel: bool = True
+    image: bool = False
+    dense: bool = False
+
+
+def _gradients_of_native(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    kept: Tensor,
+    strength: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A and B after a forward in C++, where C++ does not find them."""
+    wanted = (needs[0], False, False, *needs[1:], False)
+    ctx = _Kept((x, weight, a, b, scale, kept), wanted, strength)
+    dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)
+    return dx, da, db
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:

@@ -422,6 +422,22 @@ def test_a_scale_that_is_not_finite_is_flagged(folder, capsys):
     assert "nan" in run(capsys, "inspect", "a.safetensors")[1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_build_compiles_once_and_prints_the_file(folder, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "built"))
+    compiler = folder / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo made > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    code, out, err = run(capsys, "build")
+    assert (code, err) == (0, "") and Path(out.strip()).read_text() == "made\n"
+    monkeypatch.setenv("CXX", "false")
+    assert run(capsys, "build") == (0, out, "")
+    Path(out.strip()).unlink()
+    code, out, err = run(capsys, "build")
+    assert (code, out) == (2, "") and "false ended with 1" in err and "CXX names another" in err
+
+
 def piped(folder, *command, stdout=subprocess.PIPE, encoding="utf-8"):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cli")])

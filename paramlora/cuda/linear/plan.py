@@ -42,7 +42,7 @@ from paramlora.cuda.operands import (
 
 _Maybe = Optional[Tensor]
 # a signal's number: no other launch has it, nor by chance what the memory held before
-_NUMBERS = itertools.count(2**62 + secrets.randbits(61))
+NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 
 def _mask(drop: Optional[Drop]) -> tuple[int, bool]:
@@ -97,7 +97,7 @@ def _part(kept: Tensor, start: int, rows: int, columns: int) -> Tensor:
     return kept[start : start + rows * columns].view(rows, columns)
 
 
-class _Forward:
+class Forward:
     """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Forward:
             self.single(
                 (*first, x, a, b, scale, kept, more, seed, drawn),
                 (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
-                (float(strength), next(_NUMBERS)),
+                (float(strength), next(NUMBERS)),
                 blocks,
             )
             return y, kept
@@ -203,13 +203,7 @@ def forward(
         ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
     """
     captured = torch.cuda.is_current_stream_capturing()
-
-    def plan_of(addresses: tuple[int, ...]) -> Any:
-        misaligned = bool((addresses[0] | addresses[1]) & 15)
-        return _plan_forward(of, image, drop, captured, misaligned)
-
-    rest = (of.bias is None, image, _mask(drop), captured)
-    plan, addresses = planned(_FORWARDS, of.tensors, rest, plan_of)
+    plan, addresses = planned_forward(of, image, drop, captured)
     if plan is None:
         return None
     if type(plan) is _Copy:
@@ -219,6 +213,19 @@ def forward(
         return forward(of, strength, image, drop)  # type: ignore[no-any-return]
     seed = None if drop is None else drop.seed
     return plan(of, strength, seed, addresses)  # type: ignore[no-any-return]
+
+
+def planned_forward(
+    of: Operands, image: bool, drop: Optional[Drop], captured: bool
+) -> tuple[Any, tuple[int, ...]]:
+    """The plan of a forward, None where the kernels do not serve it; and the addresses."""
+
+    def plan_of(addresses: tuple[int, ...]) -> Any:
+        misaligned = bool((addresses[0] | addresses[1]) & 15)
+        return _plan_forward(of, image, drop, captured, misaligned)
+
+    rest = (of.bias is None, image, _mask(drop), captured)
+    return planned(_FORWARDS, of.tensors, rest, plan_of)
 
 
 def _plan_forward(
@@ -233,7 +240,7 @@ def _plan_forward(
     spread = bias is not None and not bias.is_contiguous()
     if rows is None or spread:
         return _Copy(rows is None, spread)
-    return _Forward(of, rows, drop, captured, misaligned)
+    return Forward(of, rows, drop, captured, misaligned)
 
 
 def _of_no_rows(of: Operands, _: float, seed: _Maybe, *__: Any) -> tuple[Tensor, Tensor]:
@@ -242,7 +249,7 @@ def _of_no_rows(of: Operands, _: float, seed: _Maybe, *__: Any) -> tuple[Tensor,
     return x.new_empty((*x.shape[:-1], N)), x.new_empty(size)
 
 
-class _Backward:
+class Backward:
     """The plan of a backward: one launch, or two of large products and in a CUDA graph."""
 
     def __init__(
@@ -327,7 +334,7 @@ class _Backward:
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
             (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
-            (float(strength), next(_NUMBERS)),
+            (float(strength), next(NUMBERS)),
             blocks,
         )
         return dx, da, db
@@ -382,6 +389,26 @@ def backward(
         wanted: of the input, of the factors.
     """
     captured = torch.cuda.is_current_stream_capturing()
+    plan, addresses = planned_backward(dy, of, scaled, wanted, image, drop, captured)
+    if type(plan) is _Copy:
+        dy = dy.contiguous() if plan.left else dy
+        of = of._replace(x=of.x.contiguous()) if plan.right else of
+        same = (kept, strength, scaled, wanted, image, drop)
+        return backward(dy, of, *same)  # type: ignore[no-any-return]
+    return plan(dy, of, kept, strength, addresses)  # type: ignore[no-any-return]
+
+
+def planned_backward(
+    dy: Tensor,
+    of: Operands,
+    scaled: bool,
+    wanted: tuple[bool, bool],
+    image: bool,
+    drop: Optional[Drop],
+    captured: bool,
+) -> tuple[Any, tuple[int, ...]]:
+    """The plan of a `backward`, and the addresses of dy, x, the weight and, where `scaled`, the
+    scale."""
     tensors: tuple[Tensor, ...] = (dy, of.x, of.weight)
     tensors = (*tensors, of.scale) if scaled else tensors
 
@@ -390,13 +417,7 @@ def backward(
         return _plan_backward(tensors, of, scaled, wanted, image, drop, captured, misaligned)
 
     rest = (len(of.a), scaled, wanted, image, _mask(drop), captured)
-    plan, addresses = planned(_BACKWARDS, tensors, rest, plan_of)
-    if type(plan) is _Copy:
-        dy = dy.contiguous() if plan.left else dy
-        of = of._replace(x=of.x.contiguous()) if plan.right else of
-        same = (kept, strength, scaled, wanted, image, drop)
-        return backward(dy, of, *same)  # type: ignore[no-any-return]
-    return plan(dy, of, kept, strength, addresses)  # type: ignore[no-any-return]
+    return planned(_BACKWARDS, tensors, rest, plan_of)
 
 
 def _plan_backward(
@@ -419,7 +440,7 @@ def _plan_backward(
     left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
     if left is None or right is None:
         return _Copy(left is None, right is None)
-    return _Backward(of, (left, right), scaled, wanted, drop, captured, misaligned)
+    return Backward(of, (left, right), scaled, wanted, drop, captured, misaligned)
 
 
 def _gradients_of_no_rows(

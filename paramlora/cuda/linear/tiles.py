@@ -153,15 +153,15 @@ class Tiles:
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
         even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
         self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
-        self._layouts: tuple[Any, ...] = ()
+        self.layouts: tuple[Any, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
-            self._layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
+            self.layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
 
     def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
         """left, w and the output for the tensor memory engine, where that loads them."""
-        return tuple(map(Block, matrices, self._layouts)) if self._layouts else ()
+        return tuple(map(Block, matrices, self.layouts)) if self.layouts else ()
 
 
 def is_even(period: int, M: int) -> bool:

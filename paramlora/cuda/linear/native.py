@@ -1,0 +1,107 @@
+"""What the C++ of a linear layer (`native/linear.cpp`) asks of Python: plans, told as what each
+launch is handed over."""
+
+from enum import IntEnum
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from paramlora.cuda import launch
+from paramlora.cuda.launch import Launch, tickets
+from paramlora.cuda.linear import plan
+from paramlora.cuda.native import library
+from paramlora.cuda.operands import Operands, served, switched_on
+from paramlora.update.compat import cuda_device, cuda_stream
+
+
+class Slot(IntEnum):
+    """What changes from launch to launch, as `linear.cpp` numbers it; the first are addresses."""
+
+    INPUT = 0
+    WEIGHT = 1
+    BIAS = 2
+    A = 3
+    B = 4
+    SCALE = 5
+    OUT = 6
+    KEPT = 7
+    DY = 8
+    SCRATCH = 9
+    DA = 10
+    DB = 11
+    TICKETS = 12
+    STREAM = 13
+    STRENGTH = 14
+    NUMBER = 15
+    BLOCK = 16
+    BLOCK_1 = 17
+    BLOCK_2 = 18
+
+
+def start(backward: Any) -> Any:
+    """The library's `linear`, or None where there is no library.
+
+    Args:
+        backward: finds the gradients that the library does not, see `functional`.
+    """
+    module = library.loaded()
+    if module is None:
+        return None
+    module.configure(
+        plan_forward=of_forward,
+        plan_backward=of_backward,
+        backward=backward,
+        tickets=tickets,
+        numbers=plan.NUMBERS,
+        device=cuda_device,
+        stream=cuda_stream,
+        capturing=torch.cuda.is_current_stream_capturing,
+        switched_on=switched_on,
+    )
+    return module.linear
+
+
+# Both return sizes, strides, numbers to reserve, and a launch; None where the library never serves
+# such operands; False where it does not yet, for the first launches of a kernel are Triton's own.
+
+
+def of_forward(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], a: Tensor, b: Tensor, scale: Tensor
+) -> Any:
+    """The forward's plan."""
+    if not served(x):
+        return None
+    of = Operands(x, weight, bias, a, b, scale)
+    found, _ = plan.planned_forward(of, False, None, False)
+    if type(found) is not plan.Forward or found.single is None:
+        return None
+    more = Slot.KEPT if bias is None else Slot.BIAS
+    places = (Slot.INPUT, Slot.A, Slot.B, Slot.SCALE, Slot.KEPT, more, Slot.KEPT, Slot.TICKETS)
+    return _told(found, found.single, (Slot.INPUT, Slot.WEIGHT, Slot.OUT), places)
+
+
+def of_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Any:
+    """The plan of a backward that finds the gradients of the input and of the factors."""
+    if not served(x):
+        return None
+    of = Operands(x, weight, None, a, b, scale)
+    found, _ = plan.planned_backward(dy, of, True, (True, True), False, None, False)
+    if type(found) is not plan.Backward or not found.together or found.separate:
+        return None
+    places = (Slot.DY, Slot.KEPT, Slot.SCRATCH, Slot.INPUT, Slot.DA, Slot.DB, Slot.SCALE)
+    return _told(found, found.launch, (Slot.DY, Slot.WEIGHT, Slot.OUT), (*places, Slot.TICKETS))
+
+
+def _told(found: Any, single: Launch, matrices: Any, places: Any) -> Any:
+    if single.run is None:
+        return None if launch.distrusted() else False
+    described = bool(found.tiles.layouts)
+    matrices = (Slot.BLOCK, Slot.BLOCK_1, Slot.BLOCK_2) if described else matrices
+    given = (single.grid, 1, 1, Slot.STREAM, *single.head, *matrices, *places)
+    given = (*given, Slot.STRENGTH, Slot.NUMBER, *single.tail)
+    slots = tuple(one if type(one) is Slot else None for one in given)
+    arguments = tuple(None if type(one) is Slot else one for one in given)
+    sizes, strides = found.result.shape, found.result.stride
+    blocks = found.tiles.blocks if described else None
+    return sizes, strides, found.size, single.run, arguments, slots, blocks

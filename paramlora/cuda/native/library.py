@@ -1,0 +1,101 @@
+"""The compiled `linear.cpp`: where it lies, how it is built, and loading what was built.
+
+No step waits for a compiler: `build` is called by whoever wants it, once for each torch and Python.
+"""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paramlora.errors import ParamloraError, warn
+
+_SOURCE = Path(__file__).with_name("linear.cpp")
+_NAME = "paramlora_linear"
+_OFF = ("0", "false", "off", "no")
+
+
+def place() -> Path:
+    """Where the library of this source, torch and Python lies once it is built: in torch's folder
+    of extensions, ``TORCH_EXTENSIONS_DIR`` or that of the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions"
+    about = f"{torch.__version__} {torch.version.cuda} {sys.version} {' '.join(_options())}"
+    told = hashlib.sha256(_SOURCE.read_bytes() + about.encode()).hexdigest()[:16]
+    return Path(root) / _NAME / f"{told}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _options() -> list[str]:
+    return [
+        *("-O2", "-std=c++20", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={_NAME}"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+
+
+def build() -> Path:
+    """Compile the library, which takes about half a minute, unless it is there.
+
+    Returns:
+        The file.
+
+    Raises:
+        ParamloraError: the compiler, ``CXX`` or ``c++``, is not there or failed; what it says goes
+            to stderr.
+    """
+    target = place()
+    if target.is_file():
+        return target
+    own = Path(torch.__file__).parent
+    folders = (own / "include", own / "include/torch/csrc/api/include")
+    headers = [f"-I{path}" for path in (*folders, sysconfig.get_paths()["include"])]
+    libraries = [f"-L{own / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        command = [*compiler, *_options(), *headers, str(_SOURCE), "-o", str(made), *libraries]
+        try:
+            code = subprocess.run(command).returncode
+        except OSError as reason:
+            raise ParamloraError(
+                f"no C++ compiler: {compiler[0]}: {reason.strerror}. Install g++ or clang++, or "
+                "name one by the environment variable CXX"
+            ) from reason
+        if code:
+            raise ParamloraError(
+                f"{compiler[0]} ended with {code} on {_SOURCE}: what it said stands above. It must "
+                "know C++20 and find Python's headers; CXX names another"
+            )
+        made.replace(target)  # whole or not at all
+    return target
+
+
+def loaded() -> Any:
+    """The library, or None where it was not built, ``PARAMLORA_NATIVE=0`` turns it off, or it
+    cannot be loaded, which a warning says."""
+    if os.environ.get("PARAMLORA_NATIVE", "1").lower() in _OFF:
+        return None
+    target = place()
+    if not target.is_file():
+        return None
+    try:
+        loader = importlib.machinery.ExtensionFileLoader(_NAME, str(target))
+        spec = importlib.util.spec_from_file_location(_NAME, target, loader=loader)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+        return module
+    except ImportError as reason:
+        warn(
+            f"{target} cannot be loaded ({reason}), so linear layers take the host longer. The "
+            "numbers are the same. Delete it, then run `paramlora build`"
+        )
+        return None

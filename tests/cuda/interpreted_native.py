@@ -1,0 +1,381 @@
+"""Runs a linear layer's step in C++ with its launches in Triton's interpreter, and prints how it
+compares with Python's own step, to the bit, and with float64.
+
+`test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; what it
+is given in place of a compiled launcher is a function that has the interpreter run the kernel on
+the addresses that C++ hands over. bfloat16, whose roundings the interpreter cuts off.
+"""
+
+import ctypes
+import functools
+import json
+import sys
+import threading
+import warnings
+from types import SimpleNamespace
+
+import torch
+import triton.language as tl
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from triton.runtime import interpreter
+
+from paramlora import kernels
+from paramlora.cuda import launch, operators
+from paramlora.cuda.launch import Block, Launch
+from paramlora.cuda.linear import native, plan, tiles
+from paramlora.cuda.native import library
+from paramlora.evaluate import functional
+from tests.cuda import interpreted
+
+launches = []  # what C++ launched
+left = []  # backwards that C++ left to Python
+numbers = set()
+one_at_a_time = threading.Lock()  # the interpreter knows no threads
+
+
+def launched_from_cpp(single, *given):
+    """A compiled kernel's launcher: checks what stays the same, and interprets the kernel."""
+    launches.append(single.kernel.fn.__name__)
+    grid, *rest = given[: 4 + len(single.head)]
+    assert (grid, *rest) == (single.grid, 1, 1, 0, *single.head)
+    given = given[4 + len(single.head) :]
+    blocks = tuple(one for one in given if type(one) is Block)
+    count = len(single.types)
+    addresses, values = given[len(blocks) :][:count], given[len(blocks) + count :][:2]
+    assert given[len(blocks) + count + 2 :] == single.tail
+    assert values[1] not in numbers
+    numbers.add(values[1])
+    described = {block.base.data_ptr(): block.base for block in blocks}
+    pointers = [described.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
+    with one_at_a_time:
+        interpreted.interpret(single, pointers, addresses, values, blocks)
+
+
+def _at(address, dtype):
+    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def launched_from_python(self, pointers, addresses, values=(), blocks=()):
+    """`Launch.__call__`, which has a launcher from its second launch on."""
+    with one_at_a_time:
+        interpreted.interpret(self, pointers, addresses, values, blocks)
+    if hasattr(self, "types"):
+        self.run, self.head = functools.partial(launched_from_cpp, self), (7, (4, 1, 0), None)
+    self.types = [t.dtype for t in pointers]
+
+
+def multiply_bfloat16():
+    """Have the interpreter multiply numbers of 16 bits, not the whole numbers that it keeps them
+    as."""
+    builder = interpreter.interpreter_builder
+    dot = builder.create_dot
+
+    def wide(t):
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        return interpreter.TensorHandle((t.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    builder.create_dot = lambda a, b, *others: dot(wide(a), wide(b), *others)
+
+
+def stand_in():
+    multiply_bfloat16()
+    mm = torch.mm
+    interpreted.stand_in_for_the_device()
+    torch.mm = mm  # these ranks take it without a wider output
+    native.cuda_device, native.cuda_stream = launch.cuda_device, launch.cuda_stream
+    Launch.__call__ = launched_from_python
+
+    def served(x):
+        return functional.switched_on() and x.dtype == torch.bfloat16 and type(x) is torch.Tensor
+
+    operators.served = functional.served = native.served = served
+    module, in_python = library.loaded(), functional._gradients_of_native
+
+    def backward(*given):
+        left.append(given)
+        return in_python(*given)
+
+    functional._gradients_of_native = backward
+    configure = functools.partial(module.configure, cpu=True)
+    library.loaded = lambda: SimpleNamespace(configure=configure, linear=module.linear)
+
+
+def layer(rows=(70,), fan_in=64, out=48, r=4, bias=True):
+    """x, weight, bias, A, B, scale, and y's gradient."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(*rows, fan_in), torch.randn(out, fan_in) / fan_in**0.5
+    a, b = torch.randn(r, fan_in) / fan_in**0.5, torch.randn(out, r) / r**0.5
+    dy, scale = torch.randn(*rows, out).bfloat16(), torch.tensor(0.7)
+    of = [x.bfloat16(), weight.bfloat16(), torch.randn(out).bfloat16(), a, b, scale]
+    of[2] = of[2] if bias else None
+    return of, dy
+
+
+def changed(index, change, **sizes):
+    """A layer with one operand that lies otherwise."""
+    of, dy = layer(**sizes)
+    of[index] = change(of[index])
+    return of, dy
+
+
+def oddly(t):
+    """A copy at an address that is no multiple of 16."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+LAYERS = {
+    "rows": layer,
+    "no bias": lambda: layer(bias=False),
+    "a batch": lambda: layer((2, 3, 20), 40, 136, 17),
+    "one row": lambda: layer((1,), 8, 8, 1),
+    "rank 16": lambda: layer((130,), 128, 72, 16),
+    "rank 64": lambda: layer((70,), 64, 64, 64),
+    "a vector": lambda: layer((), 64, 48),
+    "transposed weight": lambda: changed(1, lambda w: w.t().contiguous().t()),
+    "16-bit A": lambda: changed(3, torch.Tensor.bfloat16),
+    "16-bit B": lambda: changed(4, torch.Tensor.bfloat16),
+    "transposed B": lambda: changed(4, lambda b: b.t().contiguous().t()),
+    "padded rows": lambda: changed(0, lambda x: x.repeat(1, 2)[:, :64]),
+    "every other batch": lambda: changed(0, lambda x: x.repeat(2, 1, 1)[::2], rows=(4, 33)),
+    "odd addresses": lambda: changed(0, oddly),
+    "by blocks": lambda: layer((130,), 64, 128, 8),
+}  # fmt: skip
+STRENGTHS = (1.0, 1, 0.25)
+
+
+def leaves_of(of, wanted=(0, 3, 4)):
+    return [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(of)]
+
+
+def step(of, dy, strength=1.0, wanted=(0, 3, 4)):
+    """y and the gradients, of `functional.linear`."""
+    own = leaves_of(of, wanted)
+    y = functional.linear(*own, strength)
+    grads = torch.autograd.grad(y, [own[i] for i in wanted], dy) if wanted else ()
+    return y.detach(), *grads
+
+
+def in_python(call, *given):
+    """A call without C++."""
+    held, functional._native = functional._native, None
+    try:
+        return call(*given)
+    finally:
+        functional._native = held
+
+
+def compared(name, call, *given):
+    """Whether C++ and Python give the same, and which of the launches were C++'s."""
+    for _ in range(3):  # the first of a kernel are Triton's own
+        call(*given)
+    launches.clear(), left.clear()
+    got = call(*given)
+    ours, fell = launches[:], len(left)
+    want = in_python(call, *given)
+    same = len(got) == len(want) and all(
+        p.dtype == q.dtype and p.shape == q.shape and p.stride() == q.stride() and torch.equal(p, q)
+        for p, q in zip(got, want)
+    )
+    return {"same": same, "launches": ours, "left to Python": fell}, got
+
+
+def in_float64(of, dy, strength):
+    x, weight, bias, a, b, scale = (None if t is None else t.detach().double() for t in of)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    y = x @ (weight + strength * scale * b @ a).T
+    y = y if bias is None else y + bias
+    return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
+
+
+# --- what else can happen between a forward and its backward -------------------------------------
+
+
+def saved_elsewhere(of, dy):
+    """Hooks on saved tensors that lay what they keep at odd addresses."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), oddly):
+        return step(of, dy)
+
+
+def saved_twice(of, dy):
+    """Hooks on saved tensors that give copies as good."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), torch.clone):
+        return step(of, dy)
+
+
+def twice(of, dy):
+    own = leaves_of(of)
+    y = functional.linear(*own)
+    wanted = [own[i] for i in (0, 3, 4)]
+    first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    return *first, *torch.autograd.grad(y, wanted, dy)
+
+
+def second_order(of, dy):
+    own, dy = leaves_of(of), dy.clone().requires_grad_()
+    wanted = [own[i] for i in (0, 3, 4)]
+    grads = torch.autograd.grad(functional.linear(*own), wanted, dy, create_graph=True)
+    return torch.autograd.grad(sum(g.float().square().sum() for g in grads), [*wanted, dy])
+
+
+def many_gradients(of, dy):
+    own = leaves_of(of)
+    wanted = [own[i] for i in (0, 3, 4)]
+    y = functional.linear(*own)
+    return torch.autograd.grad(y, wanted, torch.stack([dy, -dy]), is_grads_batched=True)
+
+
+def off_in_between(of, dy):
+    own = leaves_of(of)
+    y = functional.linear(*own)
+    with kernels(False):
+        return torch.autograd.grad(y, [own[i] for i in (0, 3, 4)], dy)
+
+
+def checkpointed(of, dy, reentrant=False):
+    own = leaves_of(of)
+    y = checkpoint(functional.linear, *own, use_reentrant=reentrant)
+    y.backward(dy)
+    return y.detach(), own[0].grad, own[3].grad, own[4].grad
+
+
+def in_threads(of, dy):
+    results = [None] * 4
+
+    def run(i):
+        results[i] = step(of, dy)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert all(torch.equal(*pair) for one in results for pair in zip(one, results[0]))
+    return results[0]
+
+
+def without_graph(of, dy):
+    with torch.no_grad():
+        y = functional.linear(*leaves_of(of))
+    with torch.inference_mode():
+        z = functional.linear(*leaves_of(of)).clone()
+    assert y.grad_fn is None and not y.requires_grad
+    return y, z
+
+
+def spread_gradient(of, dy):
+    own = leaves_of(of)
+    functional.linear(*own).sum().backward()
+    return own[0].grad, own[3].grad, own[4].grad
+
+
+def under_autocast(of, dy):
+    with torch.autocast("cpu", torch.bfloat16):
+        return step(of, dy)
+
+
+def under_autocast_with_a_wide_bias(of, dy):
+    return under_autocast([*of[:2], of[2].float(), *of[3:]], dy)
+
+
+def shown_to_make_fx(of, dy):
+    graph = make_fx(lambda x: functional.linear(x, *of[1:]))(of[0])
+    assert len(graph.graph.nodes) > 3, graph.code
+    return (graph(of[0]),)
+
+
+EVENTS = {
+    "hooks": (saved_twice, ["forward", "backward"], 0),
+    "hooks, odd": (saved_elsewhere, ["forward"], 1),
+    "twice": (twice, ["forward", "backward", "backward"], 0),
+    "second order": (second_order, ["forward"], 1),
+    "many gradients": (many_gradients, ["forward"], 1),
+    "off in between": (off_in_between, ["forward"], 1),
+    "checkpoint": (checkpointed, ["forward", "forward", "backward"], 0),
+    "reentrant checkpoint": (
+        functools.partial(checkpointed, reentrant=True), ["forward", "forward", "backward"], 0
+    ),
+    "threads": (in_threads, 4 * ["forward"] + 4 * ["backward"], 0),
+    "no graph": (without_graph, ["forward", "forward"], 0),
+    "a spread gradient": (spread_gradient, ["forward"], 1),
+    "input alone": (functools.partial(step, wanted=(0,)), [], 0),
+    "factors alone": (functools.partial(step, wanted=(3, 4)), ["forward"], 1),
+    "one factor": (functools.partial(step, wanted=(0, 4)), ["forward", "backward"], 0),
+    "the weight too": (functools.partial(step, wanted=(0, 1, 3, 4)), [], 0),
+    "the scale too": (functools.partial(step, wanted=(0, 3, 4, 5)), [], 0),
+    "the bias too": (functools.partial(step, wanted=(0, 2, 3, 4)), [], 0),
+    "autocast": (under_autocast, ["forward", "backward"], 0),
+    "autocast, a wide bias": (under_autocast_with_a_wide_bias, [], 0),
+    "make_fx": (shown_to_make_fx, [], 0),
+}  # fmt: skip
+
+
+def said(call):
+    """What is raised, by its kind and first words."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def errors_of(of, dy):
+    """What is said of operands that changed since their forward, and of a second backward."""
+
+    def with_graph(change):
+        own = leaves_of([None if t is None else t.clone() for t in of])
+        y = functional.linear(*own)
+        return said(lambda: change(y, own))
+
+    def backward(y, own):
+        torch.autograd.grad(y, [own[i] for i in (0, 3, 4)], dy)
+
+    def in_place(y, own):
+        with torch.no_grad():
+            own[3].mul_(2)
+        backward(y, own)
+
+    def smaller(y, own):
+        own[1].data = own[1].data[:, :32]
+        backward(y, own)
+
+    def again(y, own):
+        backward(y, own)
+        backward(y, own)
+
+    def in_transform(y, own):
+        torch.func.grad(lambda x: functional.linear(x, *own[1:]).float().sum())(own[0].detach())
+
+    return [with_graph(one) for one in (in_place, smaller, again, in_transform)]
+
+
+def main():
+    stand_in()
+    warnings.simplefilter("error")
+    by_blocks = tiles.tiling
+
+    def tiling(M, N, K, processors, aligned, local, alone):
+        if aligned and M == 130 and {N, K} == {64, 128}:
+            return tiles.Tiling(64, 64, 64, 8, 3, 4, True)
+        return by_blocks(M, N, K, processors, aligned, local, alone)
+
+    tiles.tiling = tiling
+    results = {}
+    for name, made in LAYERS.items():
+        for strength in STRENGTHS if name == "rows" else STRENGTHS[-1:]:
+            of, dy = made()
+            told, got = compared(name, step, of, dy, strength)
+            want = in_float64(of, dy, strength)
+            told["errors"] = [interpreted.error(*pair) for pair in zip(got, want)]
+            results[f"{name}, {strength}"] = told
+    assert any(p.tiles.layouts for p in plan._FORWARDS.values()), "no block was described"
+    of, dy = layer()
+    events = {}
+    for name, (call, launched, fell) in EVENTS.items():
+        told, _ = compared(name, call, of, dy)
+        events[name] = told | {"as planned": [launched, fell]}
+    errors = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
+    json.dump({"layers": results, "events": events, "errors": errors}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
