@@ -50,6 +50,14 @@ def test_a_rank_is_the_nearest_of_it_and_its_error_is_told():
     assert done.adapter.whole is before.whole
 
 
+def test_a_name_of_one_holder_cuts_what_tied_tensors_share():
+    before = adapter()
+    for name in ("b.to_q", "b.to_k"):
+        found = resize(before, {name: 2}).adapter.updates
+        assert found["b.to_q"] is found["b.to_k"] and found["b.to_k"].r == 2
+        assert found["a.to_q"] is before.updates["a.to_q"]
+
+
 def test_a_share_of_energy_is_kept_by_the_smallest_rank_that_does():
     before = adapter()
     done = resize(before, energy=0.9)
