@@ -79,8 +79,8 @@ def test_all_of_it_loses_nothing():
 def test_layers_have_ranks_of_their_own():
     done = resize(adapter(), {"to_q": 2, "a.to_q": 3, "experts": 1})
     ranks = {path: update.r for path, update in done.adapter.updates.items()}
-    assert ranks == {"a.to_q": 3, "b.to_q": 2, "b.to_k": 4, "conv": 2, "experts": 1}
-    assert done.errors.keys() == {"a.to_q", "b.to_q", "experts"}
+    assert ranks == {"a.to_q": 3, "b.to_q": 2, "b.to_k": 2, "conv": 2, "experts": 1}
+    assert done.errors.keys() == {"a.to_q", "b.to_q", "b.to_k", "experts"}  # these two are tied
 
 
 def test_an_update_of_zeros_has_rank_one():
