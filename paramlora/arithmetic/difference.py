@@ -251,7 +251,7 @@ def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str
     alike: dict[tuple[object, ...], list[str]] = {}
     for key in near:
         alike.setdefault(_mark(side.read(key)), []).append(key)
-    found = {}
+    found: dict[str, str] = {}
     for key in missing if near else ():
         own = side.read(key).detach()
         some = [] if _is_constant(own) else alike.get(_mark(own), [])
