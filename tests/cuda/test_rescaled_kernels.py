@@ -36,7 +36,7 @@ def test_a_whole_layer_is_right_and_starts_what_it_needs(results):
     assert len(layers) == 8
     for name, (errors, ran) in layers.items():
         assert errors.pop("scale") < 4 * EPS, name  # a sum of all, whose terms cancel
-        assert max(errors.values()) < EPS, name
+        assert max(errors.values()) < 2 * EPS, name  # four roundings, of one number at worst
         assert ran.count("rescale") == ran.count("rescale_backward") == 1, name
         assert ran.count("lengths") == ("a high rank" not in name), name
 
