@@ -31,6 +31,16 @@ def test_outputs_and_gradients_are_right_to_one_rounding(results):
     assert all(ran == ["rescale", "rescale_backward"] for _, ran in layers.values())
 
 
+def test_a_whole_layer_is_right_and_starts_what_it_needs(results):
+    layers = {name: result for name, result in results.items() if name.startswith("whole")}
+    assert len(layers) == 8
+    for name, (errors, ran) in layers.items():
+        assert errors.pop("scale") < 4 * EPS, name  # a sum of all, whose terms cancel
+        assert max(errors.values()) < 2 * EPS, name  # four roundings, of one number at worst
+        assert ran.count("rescale") == ran.count("rescale_backward") == 1, name
+        assert ran.count("lengths") == ("a high rank" not in name), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
