@@ -108,23 +108,18 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.strength, ctx.dense, ctx.inside = 1.0, way is Way.DENSE, False
         result, u, factor = None, None, None
-        if way is Way.KERNELS:
-            result = operators.forward(Operands(x, weight, None, a, b, scale))
+        if way is Way.KERNELS and _is_typed(magnitude, bias):
+            norm = norms_of(weight, a, b, scale)
+            result = operators.rescaled(Operands(x, weight, bias, a, b, scale), magnitude, norm)
         ctx.kernel = result is not None
         if result is not None:
-            (z, u), norm = result, norms_of(weight, a, b, scale)
+            y, z, u = (as_rows(result[0]), as_rows(result[1]), result[2])
         else:
             z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
-        rows = z if z.dim() == 2 else z.view(-1, z.shape[-1])
-        if ctx.kernel and _is_typed(magnitude, bias):
-            from paramlora.cuda.rescaled import plan
-
-            y = plan.rescale(rows, magnitude, norm, bias)
-        else:
             factor = _factor(magnitude, norm)
-            y = _times(rows, factor, bias, ctx.inside)
+            y = _times(z, factor, bias, ctx.inside)
         held = functional.kept_input(ctx, x)
-        more = u if held is not None else None, rows if ctx.needs_input_grad[6] else None
+        more = u if held is not None else None, z if ctx.needs_input_grad[6] else None
         inner = bias if ctx.inside else None
         ctx.save_for_backward(held, weight, a, b, scale, *more, magnitude, norm, factor, inner)
         return y if x.dim() == 2 else functional.unflattened(y, x)

@@ -58,6 +58,7 @@ WHOLE = {
     "a batch": (2, 33, 40, 136),
     "one": (1, 1, 1),
     "a high rank": (33, 96, 64),
+    "aligned": (192, 128, 256),
 }
 
 
@@ -99,11 +100,13 @@ def main():
             launched.clear()
             results[f"layer, {name}, {with_bias}"] = layer(name, with_bias), launched[:]
     functional.served = rescaled.served
-    for name in WHOLE:
-        for with_bias in (False, True):
-            torch.manual_seed(0)
-            launched.clear()
-            results[f"whole, {name}, {with_bias}"] = whole(name, with_bias), launched[:]
+    for interpreted.captured in (False, True):
+        for name in WHOLE:
+            for with_bias in (False, True):
+                torch.manual_seed(0)
+                launched.clear()
+                case = f"whole, {name}, {with_bias}, {interpreted.captured}"
+                results[case] = whole(name, with_bias), launched[:]
     json.dump(results, sys.stdout)
 
 
