@@ -1,5 +1,6 @@
 """The adapter that leads from one checkpoint to another."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -19,10 +20,10 @@ from paramlora.arithmetic.resize import named
 from paramlora.checkpoint.keys import Key
 from paramlora.errors import AdapterError, FileError, counted, listed, warn
 from paramlora.formats.base import Base, Slot
-from paramlora.model.digest import digest
+from paramlora.model.digest import digest, middle
 from paramlora.update.contexts import own_context
 from paramlora.update.geometry import FLOATS, matrix_shape
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, Holder, Update
 
 Read = Callable[[str], Tensor]
 Told = Callable[[int, int], None]
@@ -58,7 +59,9 @@ def between(
     """The adapter of ``tuned - base``, a tensor at a time, each of the nearest of a rank.
 
     Matrices, convolutions and stacks become updates by `nearest`; the error of each is measured
-    on the difference itself, ``‖Δ - B·A‖ / ‖Δ‖``. Tensors that are equal are left out.
+    on the difference itself, ``‖Δ - B·A‖ / ‖Δ‖``. Tensors that are equal are left out. What is one
+    tensor under several keys, alike in both, has one update, also where a checkpoint stores it
+    under one of them alone, as safetensors does.
 
     Args:
         base, tuned: the two checkpoints, of the same keys and shapes.
@@ -75,7 +78,7 @@ def between(
         AdapterError: nothing differs, or a rank above what there is.
     """
     check_choice(rank, energy)
-    keys = _common(base, tuned, [exclude] if isinstance(exclude, str) else exclude)
+    keys, lacked = _common(base, tuned, [exclude] if isinstance(exclude, str) else exclude)
     matrices = {key: tuple(base.there[key].shape) for key in keys if _is_matrix(base.there[key])}
     _check_rank(rank, [_slot(key, Key(key).path, matrices[key], known) for key in matrices])
     total = sum(_bytes(base.there[key]) for key in keys)
@@ -83,11 +86,28 @@ def between(
     errors: dict[str, float] = {}
     vectors: dict[str, Optional[Tensor]] = {}
     digests: dict[str, Optional[str]] = {}
+    seen: dict[tuple[object, ...], list[str]] = {}  # the keys of tensors that may be alike
+    made: tuple[dict[str, Any], ...] = (updates, errors, vectors, digests)
+
+    def share(key: str, head: str) -> None:
+        path, first = Key(key).path, Key(head).path
+        for of in made:
+            of |= {path: of[first]} if first in of else {}
 
     def take(key: str) -> None:  # a function, so that its tensors are gone before the next ones
         before, after = base.read(key).detach(), tuned.read(key).detach()
         if before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             return
+        alike = seen.setdefault((*_mark(before), *_mark(after)), [])
+        if alike:
+            del before, after
+            head = next(
+                (one for one in alike if _same(base, key, one) and _same(tuned, key, one)), None
+            )
+            if head is not None:
+                return share(key, head)
+            before, after = base.read(key).detach(), tuned.read(key).detach()
+        alike.append(key)
         path = Key(key).path
         if _is_matrix(base.there[key]):
             slot = _slot(key, path, tuple(before.shape), known)
@@ -101,15 +121,45 @@ def between(
     for key in keys:
         take(key)
         progress(_bytes(base.there[key]), total)
+    for key, head in lacked.items():
+        share(key, head)
     _report_left(vectors, updates, whole, tuned.name)
     told = {path: digits for path, digits in digests.items() if digits is not None}
     kept = {path: tensor for path, tensor in vectors.items() if tensor is not None}
-    return Approximation(Adapter(updates, whole=kept, base=told), errors)
+    adapter = Adapter(updates, whole=kept, base=told, holders=_holders(updates, known))
+    return Approximation(adapter, errors)
 
 
 def _bits(tensor: Tensor) -> Tensor:
     """Its bytes: torch compares no 8-bit floats."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _mark(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for equal tensors: the shape, the type, and some bytes."""
+    some = _bits(tensor.detach().reshape(-1)[middle(tensor.numel())])
+    return tuple(tensor.shape), tensor.dtype, bytes(some.tolist())
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    bits = _bits(tensor).view(-1, tensor.element_size())
+    return bool((bits == bits[0]).all())
+
+
+def _same(side: Side, key: str, other: str) -> bool:
+    """Whether two tensors of one checkpoint are the same numbers."""
+    return torch.equal(_bits(side.read(key).detach()), _bits(side.read(other).detach()))
+
+
+def _holders(updates: Mapping[str, Update], known: Optional[Base]) -> dict[str, Holder]:
+    """The layers of tied tensors, where the model tells their kinds."""
+    count = Counter(map(id, updates.values()))
+    slots = {path: (known or {}).get(path) for path, one in updates.items() if count[id(one)] > 1}
+    return {
+        path: Holder(slot.kind, slot.layout, slot.groups or 1)
+        for path, slot in slots.items()
+        if slot is not None and slot.kind is not None and slot.layout is not None
+    }
 
 
 def _update(
@@ -163,16 +213,22 @@ def _slot(key: str, path: str, shape: tuple[int, ...], known: Optional[Base]) ->
     return Slot(shape, "stack" if path == key and len(shape) > 2 else "matrix")
 
 
-def _common(base: Side, tuned: Side, exclude: Collection[str]) -> list[str]:
+def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The keys of both, and what only one of them has, by the key of the same tensor in both."""
     left = _excluded([*base.there, *tuned.there], exclude)
+    both = [key for key in base.there if key in tuned.there]
+    lacked: dict[str, str] = {}
     for one, other in ((base, tuned), (tuned, base)):
-        lost = [key for key in one.there if key not in other.there and key not in left]
+        missing = [key for key in one.there if key not in other.there and key not in left]
+        heads = _stored_as(one, missing, both) if missing else {}
+        lost = [key for key in missing if key not in heads]
         if lost:
             raise FileError(
                 f"{other.name}: lacks {listed(lost, 4)} of {one.name}. Are both of one model? What "
                 "is of no account can be left out by exclude (--exclude)."
             )
-    keys = [key for key in base.there if key not in left]
+        lacked |= heads
+    keys = [key for key in both if key not in left]
     if not keys:
         raise AdapterError("exclude (--exclude) leaves no tensor. Exclude less.")
     for key in keys:
@@ -183,7 +239,26 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> list[str]:
                 f"{key}: {list(had)} in {base.name}, and {list(has)} in {tuned.name}. Leave it out "
                 "by exclude (--exclude), or give two checkpoints of one shape."
             )
-    return keys
+    return keys, lacked
+
+
+def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str]:
+    """Those keys that are one tensor with another key, by that: a tied head that the other
+    checkpoint does not store. Only matrices of several numbers tell that: norms start alike."""
+    missing = [key for key in missing if _is_matrix(side.there[key])]
+    sizes = {key: (tuple(side.there[key].shape), side.there[key].dtype) for key in missing}
+    near = [k for k in both if (tuple(side.there[k].shape), side.there[k].dtype) in sizes.values()]
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for key in near:
+        alike.setdefault(_mark(side.read(key)), []).append(key)
+    found: dict[str, str] = {}
+    for key in missing if near else ():
+        own = side.read(key).detach()
+        some = [] if _is_constant(own) else alike.get(_mark(own), [])
+        del own
+        head = next((one for one in some if _same(side, key, one)), None)
+        found |= {key: head} if head is not None else {}
+    return found
 
 
 def _check_types(key: str, base: Side, tuned: Side) -> None:

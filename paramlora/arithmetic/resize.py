@@ -108,7 +108,10 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
                     f"{own[path]}. Give at most that."
                 )
             ranks[path] = rank[name]
-    return ranks
+    # what one holder of a tied tensor gets, all get that are not named themselves
+    shared = {id(adapter.updates[path]): count for path, count in ranks.items()}
+    tied = {path: shared[id(u)] for path, u in adapter.updates.items() if id(u) in shared}
+    return {**tied, **ranks}
 
 
 def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:

@@ -30,6 +30,22 @@ def forward(
     return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
 
+def rescaled(
+    of: Operands, magnitude: Tensor, norm: Tensor
+) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+    """`forward`'s y of no bias, rescaled to ``y · m/‖·‖ + bias``, from before that, and what
+    `backward` takes; or None where the kernels do not serve the operands."""
+    if not served(of.x):
+        return None
+    from paramlora.cuda.rescaled import plan
+
+    if of.x.dtype != torch.float16:
+        return plan.forward(of, magnitude, norm)  # type: ignore[no-any-return]
+    inside, g = _in_range(of, 1.0)
+    result = plan.forward(inside, magnitude, norm)
+    return None if result is None else (*result[:2], _with_power(result[1:], g)[1])
+
+
 def _in_range(of: Operands, strength: float) -> tuple[Operands, Tensor]:
     """Operands whose factors float16 holds, with the scale and the strength in B; and their power
     of two, see `narrow.in_range`."""

@@ -89,24 +89,32 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> Tensor:
-    ours, compiling = served(x), is_compiling()
-    if compiling and ours:
-        ours = has_kernel(x, weight) and fits(Operands(x, weight, bias, a, b, scale))
-    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[0])
-    way = choose.way(Asked("linear", *about, Way.KERNELS if ours else None, compiling))
+    compiling = is_compiling()
+    way = way_of(x, weight, bias, a, b, scale, compiling)
     if way is Way.OPERATOR:
         flat = x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
         return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
     if way is Way.SUM:
         up = scaled_down(b, scale, strength, x.dtype)
-        return F.linear(x, _sum(weight, up, cast(a, x.dtype)), bias)
+        return F.linear(x, summed(weight, up, cast(a, x.dtype)), bias)
     if way is Way.PLAIN and not compiling:
         up, thin = scaled_down(b, scale, strength, x.dtype), F.linear(x, cast(a, x.dtype))
         return _added(F.linear(x, weight, bias), thin, up.t())
     if way is Way.PLAIN:
         return linear_by_definition(x, weight, bias, a, b, scale * strength)
     return applied(_Linear, x, weight, bias, a, b, scale, strength, False, way)
+
+
+def way_of(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, compiling: bool
+) -> Way:
+    """The way of `linear`, of operands in the types in which it computes."""
+    ours = served(x)
+    if compiling and ours:
+        ours = has_kernel(x, weight) and fits(Operands(x, weight, bias, a, b, scale))
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[0])
+    return choose.way(Asked("linear", *about, Way.KERNELS if ours else None, compiling))
 
 
 def pointwise(
@@ -230,24 +238,23 @@ class _Linear(torch.autograd.Function):
                 _start()
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
-        flat = _flat(x)
+        flat = as_rows(x)
         down, up, ctx.power = narrowed(flat, a, b, scale, strength)
         if ctx.dense:
-            y, u = F.linear(flat, _sum(weight, up, down), bias), None
+            y, u = F.linear(flat, summed(weight, up, down), bias), None
         else:
             u = flat @ down.t()
             y = both(flat, weight.t(), u, up.t(), bias)
         held = kept_input(ctx, x)
         ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
-        # no view, which nobody could change in place
-        return y if x.dim() == y.dim() else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return y if x.dim() == y.dim() else unflattened(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         held, weight, a, b, scale, u = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
-        dbias = _flat(dy).sum(0) if needs[2] else None
+        dbias = as_rows(dy).sum(0) if needs[2] else None
         if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -261,9 +268,9 @@ class _Linear(torch.autograd.Function):
             asked = Wanted(*needs[:6])
             grads = operators.backward(dy, of, ctx.strength, u, asked, ctx.image)
         else:
-            grads = _gradients(ctx, dy, of, u)
+            grads = gradients(ctx, dy, of, u)
         dx, da, db, dscale = grads
-        dweight = _flat(dy).t() @ _flat(x) if needs[1] else None
+        dweight = as_rows(dy).t() @ as_rows(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, None, None, None
 
 
@@ -345,17 +352,17 @@ def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
     return weight.new_empty_strided(*ctx.sizes) if held is None else held
 
 
-def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
+def gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
     """The gradients of x, A, B and the scale that are wanted, in torch's operations."""
     x, weight, _, a, b, scale = of
     if x.dtype == torch.float16:
         return _gradients_in_range(ctx, dy, of, u)
-    needs, flat = ctx.needs_input_grad, _flat(x)
-    dy, down, up = _flat(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
+    needs, flat = ctx.needs_input_grad, as_rows(x)
+    dy, down, up = as_rows(dy), cast(a, x.dtype), scaled_down(b, scale, ctx.strength, x.dtype)
     dx = da = db = dscale = None
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
-        total = _sum(weight, up, down) if ctx.dense else None
+        total = summed(weight, up, down) if ctx.dense else None
         dx = dy @ total if total is not None else both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
@@ -369,7 +376,7 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradi
 def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
     """`_gradients` of float16, whose forward had the power of two `ctx.power`, see `narrow`."""
     x, weight, _, a, b, scale = of
-    needs, flat, dy = ctx.needs_input_grad, _flat(x), _flat(dy)
+    needs, flat, dy = ctx.needs_input_grad, as_rows(x), as_rows(dy)
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
         scaled = b.float() * (scale.float() * ctx.strength)
@@ -385,7 +392,12 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
     return dx, da, db, dscale
 
 
-def _flat(x: Tensor) -> Tensor:
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """``[rows, out]`` in an input's dimensions; no view, which nobody could change in place."""
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+
+
+def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -403,7 +415,7 @@ def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor
     return y if bias is None else y.add_(bias)
 
 
-def _sum(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def summed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``weight + up @ down``, in memory as the weight: by another layout some processors round a
     product otherwise than the layer's own forward does."""
     if weight.stride(0) == 1 and len(weight) > 1:

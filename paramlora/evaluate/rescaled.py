@@ -1,14 +1,20 @@
-"""DoRA beside a known layer: the low-rank layer's output, rescaled by outputs (Liu et al. 2024,
+"""DoRA of a known layer: the low-rank layer's output, rescaled by outputs (Liu et al. 2024,
 arXiv:2402.09353, equation 5). Tensors only."""
 
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from paramlora.cuda.operands import padded, served
-from paramlora.evaluate.functional import differentiable, untold, without_autocast
+from paramlora.cuda import operators
+from paramlora.cuda.operands import Operands, Wanted, has_kernel, padded, served
+from paramlora.evaluate import functional
+from paramlora.evaluate.choose import Way
+from paramlora.evaluate.functional import as_rows, differentiable, untold, without_autocast
 from paramlora.update.compat import applied, is_batched, recorded
+from paramlora.update.contexts import autocast_of
 from paramlora.update.dora import output_norms
 
 _Maybe = Optional[Tensor]
@@ -23,8 +29,172 @@ def norms_of(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         return output_norms(weight, a, b, scale)
     from paramlora.cuda.rescaled import plan
 
-    found: Tensor = plan.lengths(*(t.detach() for t in (weight, a, b, scale)))
+    found: Tensor = plan.lengths(weight, a, b, scale)
     return found
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, magnitude: Tensor
+) -> Tensor:
+    r"""``x (m · V/‖V‖)ᵀ + bias`` with ``V = W + scale · B A``; the norm gets no gradient.
+
+    Args:
+        x: ``[..., in]``, of the weight's type, or of any under autocast.
+        weight: ``[out, in]``, any strides.
+        bias: ``[out]`` or None.
+        a, b: ``[r, in]`` and ``[out, r]``; cast down to the input's type.
+        scale: ``[]``.
+        magnitude: ``out`` numbers.
+
+    Returns:
+        ``[..., out]``; 0 where a magnitude and its norm both are.
+
+    Example:
+        >>> x, w, a, b, m = (torch.rand(s).double() for s in ((5, 4), (3, 4), (2, 4), (3, 2), (3,)))
+        >>> total = w + 0.5 * b @ a
+        >>> y = linear(x, w, None, a, b, torch.tensor(0.5).double(), m)
+        >>> assert torch.allclose(y, x @ (m[:, None] * total / total.norm(dim=1, keepdim=True)).T)
+    """
+    device = autocast_of(x)
+    if device is not None:
+        x, weight, bias = functional.cast_for_autocast(device, x, weight, bias)
+        if not has_kernel(x, weight):  # which autocast has no part in
+            with torch.autocast(device, enabled=False):
+                return linear(x, weight, bias, a, b, scale, magnitude)
+    if x.dtype == torch.float16 and not served(x):  # beyond its range a sum may be, before it is
+        x, weight = x.float(), weight.float()  # rescaled
+        bias = None if bias is None else bias.float()
+        return linear(x, weight, bias, a, b, scale, magnitude).half()
+    way = functional.way_of(x, weight, bias, a, b, scale, is_compiling())
+    if way in (Way.PLAIN, Way.OPERATOR) or untold() or recorded():
+        inside = weight.dtype.itemsize > 2  # in 16 bits a large bias drowns what is rounded
+        z = functional.linear(x, weight, bias if inside else None, a, b, scale)
+        norm = norms_of(weight, a, b, scale)
+        return rescaled(z, magnitude.reshape(-1), norm, bias, inside)
+    if way is Way.SUM:
+        up = operators.scaled_down(b, scale, 1.0, x.dtype)
+        total = functional.summed(weight, up, functional.cast(a, x.dtype))
+        norm = torch.linalg.vector_norm(total.detach(), dim=1, keepdim=True)
+        return F.linear(x, total * _factor(magnitude, norm), bias)
+    return applied(_Linear, x, weight, bias, a, b, scale, magnitude, way)
+
+
+def _factor(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """What each output is multiplied by; a norm of 0 counts as 1.
+
+    Args:
+        norm: of the magnitude's numbers; written to.
+    """
+    own = functional.cast(magnitude, norm.dtype)
+    own = own if own.shape == norm.shape else own.reshape(norm.shape)
+    return own / norm.masked_fill_(norm == 0, 1)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` in one node of autograd; keeps what a low-rank layer keeps, and its output from
+    before the rescaling for the magnitude."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        magnitude: Tensor,
+        way: Way,
+    ) -> Tensor:
+        ctx.strength, ctx.dense, ctx.inside = 1.0, way is Way.DENSE, False
+        result, u, factor = None, None, None
+        if way is Way.KERNELS and _is_typed(magnitude, bias):
+            norm = norms_of(weight, a, b, scale)
+            result = operators.rescaled(Operands(x, weight, bias, a, b, scale), magnitude, norm)
+        ctx.kernel = result is not None
+        if result is not None:
+            y, z, u = (as_rows(result[0]), as_rows(result[1]), result[2])
+        else:
+            z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
+            factor = _factor(magnitude, norm)
+            y = _times(z, factor, bias, ctx.inside)
+        held = functional.kept_input(ctx, x)
+        more = u if held is not None else None, z if ctx.needs_input_grad[6] else None
+        inner = bias if ctx.inside else None
+        ctx.save_for_backward(held, weight, a, b, scale, *more, magnitude, norm, factor, inner)
+        return y if x.dim() == 2 else functional.unflattened(y, x)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        held, weight, a, b, scale, u, z, magnitude, norm, factor, inner = ctx.saved_tensors
+        needs, x = ctx.needs_input_grad, functional.input_of(ctx, held, weight)
+        dbias = as_rows(dy).sum(0) if needs[2] else None
+        if torch.is_grad_enabled() or functional.in_plain_operations(ctx.kernel, dy):
+
+            def again(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+                y = functional.linear_by_definition(x, weight, None, *rest[:-1])
+                return _by_definition(y, rest[-1].reshape(-1), norm, None)
+
+            inputs, wanted = (x, weight, a, b, scale, magnitude), (*needs[:2], *needs[3:7])
+            dx, dweight, *others = differentiable(again, inputs, wanted, dy)
+            return dx, dweight, dbias, *others, None
+        dz, dm = _unscaled(as_rows(dy), z, magnitude, norm, factor, inner)
+        of = Operands(x, weight, None, a, b, scale)
+        if ctx.kernel:
+            shaped = dz if dy.dim() == 2 else dz.view(dy.shape)
+            dx, da, db, dscale = operators.backward(shaped, of, 1.0, u, Wanted(*needs[:6]))
+        else:
+            dx, da, db, dscale = functional.gradients(ctx, dz, of, u)
+        dweight = dz.t() @ as_rows(x) if needs[1] else None
+        return dx, dweight, dbias, da, db, dscale, dm, None
+
+
+def _product(
+    ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor
+) -> tuple[Tensor, _Maybe, Tensor]:
+    """The low-rank layer's output of rows in torch's operations, its thin product, and the norms;
+    `ctx.inside` tells whether the bias is in it."""
+    ctx.inside = bias is not None and weight.dtype.itemsize > 2
+    down, up, ctx.power = functional.narrowed(x, a, b, scale, 1.0)
+    inner = bias if ctx.inside else None
+    if ctx.dense:
+        total = functional.summed(weight, up, down)
+        return F.linear(x, total, inner), None, torch.linalg.vector_norm(total, dim=1)
+    u = x @ down.t()
+    return functional.both(x, weight.t(), u, up.t(), inner), u, output_norms(weight, a, b, scale)
+
+
+def _unscaled(
+    dy: Tensor, z: _Maybe, magnitude: Tensor, norm: Tensor, factor: _Maybe, inner: _Maybe
+) -> tuple[Tensor, _Maybe]:
+    """The gradients of what was rescaled, and of the magnitude where z was kept for it.
+
+    Args:
+        dy: ``[rows, out]``.
+        z: as many, or None.
+        factor: what torch's operations rescaled by; None of the kernels.
+        inner: the bias that is in z.
+    """
+    if factor is None and z is not None:
+        from paramlora.cuda.rescaled import plan
+
+        dz, dm = plan.rescale_backward(dy, z, magnitude, norm)
+        return dz, functional.cast(dm, magnitude.dtype).view(magnitude.shape)
+    if factor is None:
+        factor = _factor(magnitude, norm.clone())
+    dz = functional.cast(dy * factor, dy.dtype)
+    if z is None:
+        return dz, None
+    wide = functional.cast(dy, norm.dtype)
+    dm = (wide * z).sum(0)
+    dm = dm if inner is None else dm - inner * dy.sum(0)
+    return dz, functional.cast(dm / norm, magnitude.dtype).view(magnitude.shape)
+
+
+def _is_typed(magnitude: Tensor, bias: _Maybe) -> bool:
+    """Whether the kernels can be given these by their addresses."""
+    return magnitude.is_contiguous() and (bias is None or bias.is_contiguous())
 
 
 def rescaled(
@@ -61,11 +231,17 @@ def rescaled(
 def _by_definition(
     z: Tensor, magnitude: Tensor, norm: Tensor, bias: _Maybe, inside: bool = False
 ) -> Tensor:
-    factor = magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm)
+    return _times(z, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm), bias, inside)
+
+
+def _times(z: Tensor, factor: Tensor, bias: _Maybe, inside: bool) -> Tensor:
+    """``z · factor + bias``; of a z that has the bias, so that a factor of 1 leaves all bits."""
+    if bias is not None and inside and z.dtype == factor.dtype == bias.dtype:
+        return torch.lerp(bias, z, factor)
     if bias is not None and inside:
         bias = bias * (1 - factor)
     y = z * factor
-    return (y if bias is None else y + bias).to(z.dtype)
+    return functional.cast(y if bias is None else y + bias, z.dtype)
 
 
 class _Rescaled(torch.autograd.Function):

@@ -248,6 +248,16 @@ def with_scale_in_B(update: Update) -> Update:
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
 
 
+def with_scale_in(value: KindUpdate, name: str) -> KindUpdate:
+    """The same update with its scale multiplied into one of its tensors; all in a type that holds
+    the product."""
+    if value.scale == 1:
+        return value
+    own = held(value.held[name].double() * value.scale, value.held[name].dtype)
+    parts = {**{n: one.to(own.dtype) for n, one in value.held.items()}, name: own}
+    return replace(value, held=parts, scale=1.0)
+
+
 def held(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of doubles in `dtype`, or in a wider type where that would lose more than a
     rounding to float32 does.

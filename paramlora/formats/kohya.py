@@ -39,6 +39,7 @@ from paramlora.formats.factors import (
     rescaled,
     wide,
     with_low_ranks,
+    with_scale_in,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.loaders import of_kohya
@@ -363,7 +364,7 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
     """An adapter without its LoHa and LoKr updates, and those.
 
     Raises:
-        FileError: one of a layer that LyCORIS does not know, or whose scale it does not read.
+        FileError: one of a layer that LyCORIS does not know.
     """
     rest, products = apart_from(adapter, "loha", "lokr")
     for path, value in products.items():
@@ -374,11 +375,8 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
                 f"{with_article(value.kind or value.layout)}; kohya's format holds Linear "
                 "and convolutions inside of a model only. Keep the native format."
             )
-        if {"lokr_w1", "lokr_w2"} <= value.held.keys() and value.scale != 1:
-            raise FileError(
-                f"{path}: both factors are whole, for which LyCORIS reads no scale, and this one "
-                f"has {value.scale:g}. Keep the native format."
-            )
+        if {"lokr_w1", "lokr_w2"} <= value.held.keys():  # for which LyCORIS reads no scale
+            products[path] = with_scale_in(value, "lokr_w1")
     return rest, products
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.cuda.operands import served
-from paramlora.evaluate import dropout, functional, routed
+from paramlora.evaluate import dropout, functional, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
-from paramlora.evaluate.rescaled import norms_of, rescaled
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
 from paramlora.update.contexts import autocast_of, in_own_types
@@ -229,27 +228,50 @@ def _as_rescaled(
     Args:
         layout: of the layer.
         fused: gives the layer's output of A, B, the scale and a bias, or none.
-        apart: gives the base's output and the branch's, of A and the scaled B.
+        apart: as `_partly` takes it.
         bias: of the layer, or None.
         rest: how many dimensions of an output come after that of the outputs.
     """
     weight, update, dropping = found
-    a, b = _factors(update, layout)
+    if dropping or not update.fully:
+        return _partly(found, layout, apart, bias, rest)
+    (a, b), scale, size = _factors(update, layout), update.stored_scale(), (-1, *[1] * rest)
+    norm = _norms(found, layout, a, b).reshape(size)
+    # in 16 bits a large bias would drown what is rounded
+    inside = weight.dtype.itemsize > 2 and autocast_of(weight) is None
+    z = fused(a, b, scale, bias if inside else None)
+    shaped = None if bias is None else bias.reshape(size)
+    return rescaled.rescaled(z, update.lora_magnitude.reshape(size), norm, shaped, inside)
+
+
+def _norms(found: _Rescaled, layout: Layout, a: Tensor, b: Tensor) -> Tensor:
+    weight, update, _ = found
     matrix = weight.flatten(1) if layout == "matrix" else weight.t()
-    scale, size = update.stored_scale(), (-1, *[1] * rest)
-    norm = norms_of(matrix, a, b, scale).reshape(size)
-    if update.fully and not dropping:
-        # in 16 bits a large bias would drown what is rounded
-        inside = weight.dtype.itemsize > 2 and autocast_of(weight) is None
-        z = fused(a, b, scale, bias if inside else None)
-        shaped = None if bias is None else bias.reshape(size)
-        return rescaled(z, update.lora_magnitude.reshape(size), norm, shaped, inside)
-    factor = update.rescale(norm)
+    return rescaled.norms_of(matrix, a, b, update.stored_scale())
+
+
+def _partly(
+    found: _Rescaled,
+    layout: Layout,
+    apart: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    bias: Any,
+    rest: int = 0,
+) -> Tensor:
+    """A layer's output where its DoRA drops inputs, or acts some of the way.
+
+    Args:
+        layout, bias, rest: as of `_as_rescaled`.
+        apart: gives the base's output and the branch's, of A and the scaled B.
+    """
+    update = found[1]
+    a, b = _factors(update, layout)
+    factor = update.rescale(_norms(found, layout, a, b).reshape(-1, *[1] * rest))
     # the branch is rescaled in its thin factor: before that it may be beyond float16's range
-    base, low = apart(a, wide(b) * scale * factor.reshape(-1, 1))
+    base, low = apart(a, wide(b) * update.stored_scale() * factor.reshape(-1, 1))
     own = base.to(factor.dtype)
     total = torch.lerp(own, own * factor + low, update.gain.to(factor))
-    return (total if bias is None else total + bias.reshape(size)).to(base.dtype)
+    total = total if bias is None else total + bias.reshape(-1, *[1] * rest)
+    return total.to(base.dtype)
 
 
 def _with_room(
@@ -274,6 +296,15 @@ def _with_room(
         return compute(layer, x, (weight, update, dropping), bias).half()
 
 
+def _rescaled_linear(layer: Any, x: Tensor, found: _Rescaled, layout: Layout) -> Tensor:
+    weight, update, dropping = found
+    if dropping or not update.fully:
+        return _with_room(partial(_rescaled_product, layout=layout), layer, x, found)
+    (a, b), scale = _factors(update, layout), update.stored_scale()
+    own = weight if layout == "matrix" else weight.t()
+    return rescaled.linear(x, own, _bias(layer), a, b, scale, update.magnitude())
+
+
 def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, bias: Any, layout: Layout) -> Tensor:
     weight, update, dropping = found
     own = weight if layout == "matrix" else weight.t()
@@ -285,10 +316,7 @@ def _rescaled_product(layer: Any, x: Tensor, found: _Rescaled, bias: Any, layout
         rate = update.dropout if dropping else 0.0
         return F.linear(x, own), dropout.dropped_branch(x, a, up, rate, low)
 
-    def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
-        return functional.linear(x, own, bias, a, b, scale, 1.0)
-
-    return _as_rescaled(found, layout, fused, apart, bias)
+    return _partly(found, layout, apart, bias)
 
 
 def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled, bias: Any) -> Tensor:
@@ -395,9 +423,9 @@ def drops_of(x: Tensor, updates: list[LowRank]) -> dropout.Drops:
 
 def _other_linear(layer: Any, x: Tensor) -> Tensor:
     """A linear layer under updates of another kind than the low-rank one."""
-    rescaled = _rescaled(layer, x, 0)
-    if rescaled is not None:
-        return _with_room(partial(_rescaled_product, layout="matrix"), layer, x, rescaled)
+    found = _rescaled(layer, x, 0)
+    if found is not None:
+        return _rescaled_linear(layer, x, found, "matrix")
     weight, update = _alone(layer, x) or (None, None)
     if type(update) is Lokr and update.layout == "matrix":
         return F.linear(x, weight, _bias(layer)) + _kronecker(x, update)  # type: ignore[arg-type]
@@ -417,9 +445,9 @@ def _kronecker(x: Tensor, update: Lokr) -> Tensor:
 
 def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
     """An embedding under updates of another kind than the low-rank one."""
-    rescaled = _rescaled(layer, ids, 1)
-    if rescaled is not None:
-        return _rescaled_embedding(layer, ids, rescaled)
+    found = _rescaled(layer, ids, 1)
+    if found is not None:
+        return _rescaled_embedding(layer, ids, found)
     rows = _by_rows(layer, ids)
     y: Tensor = _EMBEDDING(layer, ids) if rows is None else _rows_embedding(layer, ids, rows)
     return y
@@ -451,7 +479,7 @@ def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
         return linear_of_rows(self, x, routes[0].t(), *routes[1:], "transposed")
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
-        return _with_room(partial(_rescaled_product, layout="transposed"), self, x, found)
+        return _rescaled_linear(self, x, found, "transposed")
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y

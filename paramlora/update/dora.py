@@ -1,5 +1,6 @@
 """DoRA: the low-rank sum gives each output's direction, and a trained magnitude its length."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -147,7 +148,13 @@ class Dora(LowRank):
 
     def is_of_outputs(self, outer: int) -> bool:
         """Whether the norm is that of each output, which lie along a dimension of the weight."""
-        return self.lora_magnitude.shape[outer] == self.lora_magnitude.numel()
+        own = self.magnitude()
+        return own.shape[outer] == own.numel()
+
+    def magnitude(self) -> Tensor:
+        """``lora_magnitude``, in a fifth of the time."""
+        own = self._parameters.get("lora_magnitude")  # a replica holds it elsewhere
+        return self.lora_magnitude if own is None else own
 
     def term(self) -> Term:
         """The rescaled sum, instead of the weight."""
@@ -207,12 +214,15 @@ def output_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     with in_own_types(weight), torch.no_grad():
         dtype = factor_dtype(weight.dtype)
         own = weight.float() if weight.dtype == torch.float16 else weight  # whose sums overflow
-        size = a.abs().amax().to(dtype).clamp_min(torch.finfo(dtype).tiny) if a.numel() else 1
-        a, b = a.to(dtype) / size, b.to(dtype) * scale.to(dtype) * size  # whose squares are finite
+        a, b, scale = a.to(dtype), b.to(dtype), scale.to(dtype)
+        if a.numel():  # divided by its largest number, so that its squares are finite
+            size = torch.linalg.vector_norm(a, math.inf).clamp_min_(torch.finfo(dtype).tiny)
+            a, scale = a / size, scale * size
+        b = b * scale
         crossed = (own @ a.to(own.dtype).t()).to(dtype)  # [out, r]
-        squared = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-        squared = squared + 2 * (crossed * b).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
-        found: Tensor = squared.clamp_min(0).sqrt()
+        cross = torch.addmm(crossed, b, a @ a.t(), beta=2).mul_(b).sum(1)
+        squared = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
+        found: Tensor = squared.add_(cross).clamp_min_(0).sqrt_()
         return found
 
 

@@ -1,9 +1,11 @@
 """From one checkpoint to another, against what was merged and against dense singular values."""
 
+import itertools
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import paramlora
@@ -179,6 +181,84 @@ def test_two_tensors_are_in_memory_at_a_time():
     sides = (Side(base, read(base, shift), name) for shift, name in ((0, "base"), (1, "tuned")))
     assert len(between(*sides, 1).adapter.updates) == 5
     assert most == 2
+
+
+class Tied(nn.Module):
+    """An embedding with its head, and two vectors that are one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.fc = nn.Embedding(30, 12), nn.Linear(12, 12)
+        self.norm, self.last = nn.LayerNorm(12), nn.LayerNorm(12)
+        self.lm_head = nn.Linear(12, 30, bias=False)
+        self.lm_head.weight, self.last.weight = self.wte.weight, self.norm.weight
+
+
+def stored(net, how, path):
+    """A model's checkpoint as others have it: with both names of a tensor, or with one."""
+    state = net.state_dict()
+    without = {"wte": "wte.weight", "lm_head": "lm_head.weight"}.get(how)
+    if how == "model":
+        return net
+    if how == "torch.save":
+        torch.save(state, path.with_suffix(".pt"))
+        return path.with_suffix(".pt")
+    if how == "safetensors":  # each tensor by itself
+        save_file({k: t.clone() for k, t in state.items()}, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    return {key: tensor.clone() for key, tensor in state.items() if key != without}
+
+
+WAYS = ("model", "torch.save", "safetensors", "wte", "lm_head")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("one", "other"), [*itertools.product(WAYS, WAYS)])
+def test_tied_tensors_have_one_update(one, other, told, dtype, tmp_path):
+    if {one, other} <= {"wte", "lm_head"}:
+        return  # nothing tells that there are two
+    net, trained = Tied().to(dtype), Tied().to(dtype)
+    config = {"re:wte|lm_head": {"r": 3}, "fc": {"r": 2}, "re:norm|last": {"whole": True}}
+    paramlora.attach(trained, config)
+    with torch.no_grad():
+        for p in paramlora.trainable_parameters(trained):
+            p.normal_()
+    paramlora.merge(trained)
+    base, tuned = stored(net, one, tmp_path / "base"), stored(trained, other, tmp_path / "tuned")
+    known = base_of(Tied()) if told else None
+    done = paramlora.difference(base, tuned, energy=1 - 1e-9, whole=True, known=known)
+    updates = done.adapter.updates
+    assert updates.keys() == {"wte", "lm_head", "fc"} and updates["wte"] is updates["lm_head"]
+    assert done.adapter.whole["norm"] is done.adapter.whole["last"]
+    fresh = paramlora.attach_adapter(Tied().to(dtype), done.adapter)
+    assert fresh.wte.parametrizations.weight[0] is fresh.lm_head.parametrizations.weight[0]
+    paramlora.merge(fresh)
+    assert fresh.wte.weight is fresh.lm_head.weight
+    want = trained.state_dict()
+    for key, tensor in fresh.state_dict().items():
+        torch.testing.assert_close(tensor, want[key], rtol=1e-5, atol=1e-5)
+
+
+def test_what_began_as_one_tensor_and_is_two_has_two_updates():
+    net = Tied().state_dict()
+    tuned = {**net, "wte.weight": net["wte.weight"] + 1, "lm_head.weight": net["wte.weight"] + 2}
+    done = paramlora.difference(dict(net), tuned, 1)
+    one, other = (done.adapter.updates[name].delta() for name in ("wte", "lm_head"))
+    torch.testing.assert_close(one, torch.ones(30, 12))
+    torch.testing.assert_close(other, 2 * torch.ones(30, 12))
+
+
+@pytest.mark.parametrize("value", [torch.ones(12), torch.zeros(5, 5), torch.randn(5, 5)])
+def test_what_a_checkpoint_lacks_is_no_tie_where_it_only_starts_alike(value):
+    base = {"a": value.clone(), "b": value.clone() if value.unique().numel() < 9 else value + 1}
+    for first, second, name in (
+        (base, {"a": base["a"]}, "tuned"),
+        ({"a": base["a"]}, base, "base"),
+    ):
+        with pytest.raises(FileError, match=f"^{name}: lacks b of"):
+            paramlora.difference(first, second, 1)
 
 
 def test_one_name_excludes_what_it_names():

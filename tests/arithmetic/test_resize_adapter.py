@@ -50,6 +50,14 @@ def test_a_rank_is_the_nearest_of_it_and_its_error_is_told():
     assert done.adapter.whole is before.whole
 
 
+def test_a_name_of_one_holder_cuts_what_tied_tensors_share():
+    before = adapter()
+    for name in ("b.to_q", "b.to_k"):
+        found = resize(before, {name: 2}).adapter.updates
+        assert found["b.to_q"] is found["b.to_k"] and found["b.to_k"].r == 2
+        assert found["a.to_q"] is before.updates["a.to_q"]
+
+
 def test_a_share_of_energy_is_kept_by_the_smallest_rank_that_does():
     before = adapter()
     done = resize(before, energy=0.9)
@@ -71,8 +79,8 @@ def test_all_of_it_loses_nothing():
 def test_layers_have_ranks_of_their_own():
     done = resize(adapter(), {"to_q": 2, "a.to_q": 3, "experts": 1})
     ranks = {path: update.r for path, update in done.adapter.updates.items()}
-    assert ranks == {"a.to_q": 3, "b.to_q": 2, "b.to_k": 4, "conv": 2, "experts": 1}
-    assert done.errors.keys() == {"a.to_q", "b.to_q", "experts"}
+    assert ranks == {"a.to_q": 3, "b.to_q": 2, "b.to_k": 2, "conv": 2, "experts": 1}
+    assert done.errors.keys() == {"a.to_q", "b.to_q", "b.to_k", "experts"}  # these two are tied
 
 
 def test_an_update_of_zeros_has_rank_one():

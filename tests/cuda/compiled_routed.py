@@ -12,6 +12,8 @@ from triton.compiler import compile as compile_for
 from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Launch
+from paramlora.cuda.linear import plan as linear
+from paramlora.cuda.operands import Operands
 from paramlora.cuda.rescaled import plan as rescaled
 from paramlora.cuda.routed import plan as routed
 from paramlora.update.choice import Choice
@@ -42,7 +44,8 @@ def main(capability):
                 print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
 
     interpreted.stand_in_for_the_device()
-    routed.card = rescaled.card = decoding.card = lambda device: Card(divmod(capability, 10), 132)
+    for planned in (linear, routed, rescaled, decoding):
+        planned.card = lambda device: Card(divmod(capability, 10), 132)
     Launch.__call__ = compile_one
     for layer in LAYERS if capability >= 90 else LAYERS[:1]:
         step(*layer)
@@ -79,6 +82,9 @@ def step(count, positions, updates, fan_in, out, r):
     norm = rescaled.lengths(weight, a, b, torch.ones(()))
     rescaled.rescale(dy, m, norm, bias)
     rescaled.rescale_backward(dy, dy, m, norm)
+    interpreted.captured = True  # whose product rescales its sum itself
+    rescaled.forward(Operands(x, weight, bias, a, b, torch.ones(())), m, norm)
+    interpreted.captured = False
 
 
 if __name__ == "__main__":

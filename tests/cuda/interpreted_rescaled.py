@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from paramlora.cuda.rescaled import plan
-from paramlora.evaluate import rescaled
+from paramlora.evaluate import functional, rescaled
 from tests.cuda import interpreted
 from tests.cuda.interpreted import error, launched
 
@@ -53,6 +53,36 @@ def layer(case, with_bias):
     return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(names, got, want)}
 
 
+WHOLE = {
+    "rows": (70, 64, 48),
+    "a batch": (2, 33, 40, 136),
+    "one": (1, 1, 1),
+    "a high rank": (33, 96, 64),
+    "aligned": (192, 128, 256),
+}
+
+
+def whole(case, with_bias):
+    """Errors of the whole layer in one node of autograd, and which kernels ran."""
+    *rows, fan_in, out = WHOLE[case]
+    r = 200 if case == "a high rank" else 3  # whose norms no kernel forms
+    x, weight = torch.randn(*rows, fan_in).half(), torch.randn(out, fan_in).half()
+    bias = torch.randn(out).half() if with_bias else None
+    a, b, m = torch.randn(r, fan_in) / r, torch.randn(out, r), torch.rand(out, 1) + 0.5
+    leaves = [x, a, b, torch.tensor(0.3), m, *([bias] if with_bias else [])]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = rescaled.linear(x, weight, bias, *leaves[1:5])
+    dy = torch.randn(*rows, out).half()
+    got = torch.autograd.grad(y, leaves, dy)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    total = weight.double() + wide[3] * wide[2] @ wide[1]
+    total = wide[4] * total / total.detach().norm(dim=1, keepdim=True)
+    true = torch.nn.functional.linear(wide[0], total, wide[5] if with_bias else None)
+    want = torch.autograd.grad(true, wide, dy.double())
+    names = ("x", "a", "b", "scale", "m", "bias")
+    return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(names, got, want)}
+
+
 def main():
     interpreted.stand_in_for_the_device()
     rescaled.served = lambda x: x.dtype == torch.float16
@@ -69,6 +99,14 @@ def main():
             torch.manual_seed(0)
             launched.clear()
             results[f"layer, {name}, {with_bias}"] = layer(name, with_bias), launched[:]
+    functional.served = rescaled.served
+    for interpreted.captured in (False, True):
+        for name in WHOLE:
+            for with_bias in (False, True):
+                torch.manual_seed(0)
+                launched.clear()
+                case = f"whole, {name}, {with_bias}, {interpreted.captured}"
+                results[case] = whole(name, with_bias), launched[:]
     json.dump(results, sys.stdout)
 
 

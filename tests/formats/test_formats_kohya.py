@@ -13,7 +13,7 @@ from paramlora import formats
 from paramlora.errors import FileError
 from paramlora.formats.names import stable_diffusion
 from paramlora.update.kinds import KINDS as UPDATES
-from paramlora.update.value import Adapter, Update
+from paramlora.update.value import Adapter, KindUpdate, Update
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -97,6 +97,31 @@ def test_what_was_read_is_trained_on_and_written_back(name, tmp_path):
     read.apply_to()
     read.double()
     torch.testing.assert_close(theirs(IMAGE), ours(IMAGE), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [-1.7, 0.6, 4.0])
+def test_the_scale_of_two_whole_factors_acts_in_lycoris(scale, dtype):
+    """LyCORIS reads none of them (modules/lokr.py: "use scale = 1")."""
+    lycoris = pytest.importorskip("lycoris")
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    torch.manual_seed(1)
+    held = {"lokr_w1": torch.randn(4, 4).to(dtype), "lokr_w2": torch.randn(10, 16).to(dtype)}
+    value = KindUpdate("lokr", held, scale, (40, 64), kind="linear")
+    content = formats.write(Adapter({}, others={"3": value}), "kohya", prefix="lycoris")
+    want = layers()
+    change = torch.kron(held["lokr_w1"].double(), held["lokr_w2"].double())
+    want[3].weight.data += scale * change
+    theirs, state = layers(), {key: one.clone() for key, one in content.state.items()}
+    made, _ = lycoris.create_lycoris_from_weights(1.0, "", theirs, state)
+    made.apply_to()
+    made.double()
+    tight = {"rtol": 1e-6, "atol": 1e-6 * abs(scale) * float(change.abs().max())}
+    torch.testing.assert_close(theirs(IMAGE), want(IMAGE), **tight)
+    back = formats.read(content, formats.base_of(layers()))
+    torch.testing.assert_close(
+        paramlora.attach_adapter(layers(), back)(IMAGE), want(IMAGE), **tight
+    )
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr"])

@@ -155,13 +155,20 @@ PRODUCTS = {
     "lokr both": {"kind": "lokr", "r": 1, "decompose_both": True, "factor": 2},
     "lokr tucker": {"kind": "lokr", "r": 1, "tucker": True},
 }
+# of a Conv1d of 24 inputs and 6 outputs: peft multiplies a whole second factor in another order
+CONV1D = {
+    **{name: entry for name, entry in PRODUCTS.items() if name != "lokr whole"},
+    "lokr": {"kind": "lokr", "r": 2, "scale": 0.6},  # 2 < 6 / 2
+    "lokr long": {"kind": "lokr", "r": 3, "factor": 2, "full_matrix": True, "scale": 1.5},
+    "lokr long both": {"kind": "lokr", "r": 2, "factor": 2, "decompose_both": True, "scale": 0.3},
+}
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_act_in_peft(name, tmp_path):
     entry = PRODUCTS[name]
     config = {"0": entry, "2": entry, "6": {**entry, "r": 3}, "7": {"whole": True}}
-    if entry["kind"] == "loha":
+    if name in CONV1D:
         config["4"] = entry
     model = trained(config, model=images())
     assert (model(IMAGE) - images()(IMAGE)).abs().max() > 0.05
@@ -169,6 +176,25 @@ def test_products_act_in_peft(name, tmp_path):
     folder = saved(tmp_path / "a", formats.write(paramlora.adapter_of(model), "peft", base))
     close(in_peft(images(), folder)(IMAGE), model(IMAGE))
     close(paramlora.load_adapter(images(), folder)(IMAGE), model(IMAGE))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("name", CONV1D)
+def test_products_of_a_conv1d_act_in_peft(name, kernel, tmp_path):
+    def lines():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv1d(24, 6, kernel), nn.Conv1d(6, 40, kernel))
+        return net.double().requires_grad_(False)
+
+    x = torch.randn(2, 24, 9, generator=torch.Generator().manual_seed(1)).double()
+    model = trained({"0": CONV1D[name], "1": CONV1D[name]}, model=lines())
+    assert (model(x) - lines()(x)).abs().max() > 0.02
+    written = formats.write(paramlora.adapter_of(model), "peft", formats.base_of(lines()))
+    folder = saved(tmp_path / "a", written)
+    close(in_peft(lines(), folder)(x), model(x))
+    back = paramlora.load_adapter(lines(), folder)
+    close(back(x), model(x))
+    assert {row.kind for row in paramlora.summary(back).rows} == {CONV1D[name]["kind"]}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +210,7 @@ def test_products_act_in_peft(name, tmp_path):
             {"6": {**PRODUCTS["lokr"], "factor": 2}, "7": {**PRODUCTS["lokr"], "factor": 5}},
             r"7: its factors are of \(\(1, 5\), .* no decompose_factor of PEFT gives together with",
         ),
-        ({"4": PRODUCTS["lokr"]}, "4: lokr of a convolution .* of Linear and Conv2d only"),
+        ({"4": PRODUCTS["lokr whole"]}, r"4: lokr of a Conv1d whose second .*\[3, 6, 3\], PEFT"),
     ],
 )
 def test_products_that_peft_does_not_hold_are_refused(config, text):

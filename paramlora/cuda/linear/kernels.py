@@ -82,6 +82,16 @@ class Drop(NamedTuple):
     ON: Any
 
 
+class Rescale(NamedTuple):
+    """By what outputs are multiplied, if `ON`: ``m / norm`` of each column, and where the product
+    itself goes, laid out as y."""
+
+    z: Any
+    m: Any
+    norm: Any
+    ON: Any
+
+
 class How(NamedTuple):
     """What a kernel is compiled for, see `tiles.Tiles`. Handed on in the call that makes it:
     Triton would take a name's value for a number that is known but on the device."""
@@ -270,12 +280,39 @@ def _halves(acc):
 
 
 @triton.jit
+def _store(y, acc, row, column, of, how):
+    """A tile's place in y, by the tensor memory engine in two halves, or by pointers."""
+    if how.TMA:
+        lower, upper = _halves(acc)
+        y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
+        half = column * how.BLOCK_N + how.BLOCK_N // 2
+        y.at.store([row * how.BLOCK_M, half], upper.to(y.at.dtype))
+    else:
+        inside_m = tl.arange(0, how.BLOCK_M)
+        offs_m = row * how.BLOCK_M + inside_m
+        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
+        where = _rows(row * how.BLOCK_M, inside_m, of.P, y.batch, y.row, how.EVEN)
+        out = y.at + where[:, None] + offs_n[None, :].to(tl.int64) * y.column
+        inside = (offs_m[:, None] < of.M) & (offs_n[None, :] < of.N)
+        tl.store(out, acc.to(y.at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def factor(m, norm, offs_n, N):
+    """``m / ‖·‖``, 0 where both are, and what a gradient of m is divided by."""
+    length = tl.load(norm + offs_n, mask=offs_n < N, other=1.0)
+    length = tl.where(length == 0.0, 1.0, length)
+    return tl.load(m + offs_n, mask=offs_n < N, other=0.0).to(tl.float32) / length, length
+
+
+@triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, signals, pid, stride_wk, stride_wn, of, drop_in, drop, how,
-    PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
+    x, w, y, wide, f, q, p, bias, rescale, signals, pid, stride_wk, stride_wn, of, drop_in, drop,
+    how, PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``y = x @ w + mask ∘ (p @ q) + bias``, or where `LOCAL` of p, by the mask
-    `drop_in` of x. `wide` is x, always as a pointer."""
+    `drop_in` of x; where `rescale` says so, of ``z = x @ w + p @ q`` and ``z · m/norm + bias``.
+    `wide` is x, always as a pointer."""
     tl.assume(of.K > 0)  # else ptxas makes every tensor core instruction wait for the last
     columns = tl.cdiv(of.N, how.BLOCK_N) + (1 if LOCAL else 0)
     row, column = _place(pid, tl.cdiv(of.M, how.BLOCK_M), columns, how.GROUP_M)
@@ -293,29 +330,26 @@ def _tile(
             _await(signals.at + signals.packs + row, signals.number)
         if EARLY:
             gdc_wait()
-        inside_m = tl.arange(0, how.BLOCK_M)
-        offs_m = row * how.BLOCK_M + inside_m
+        offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
         offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
         if not (how.TMA and drop.ON):
             acc = _low_rank(acc, p, q, offs_m, offs_n, of, drop, how.R)
+        if rescale.ON:
+            _store(Matrix(rescale.z, y.batch, y.row, y.column), acc, row, column, of, how)
+            times, _ = factor(rescale.m, rescale.norm, offs_n, of.N)
+            acc *= times[None, :]
         if BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]
-        if how.TMA:
+        if how.TMA and drop.ON:  # a masked term of its own for half of the registers
             HALF: tl.constexpr = how.BLOCK_N // 2
             lower, upper = _halves(acc)
-            if drop.ON:  # and a masked term of its own for half of the registers
-                offs_n = column * how.BLOCK_N + tl.arange(0, HALF)
-                lower = _low_rank(lower, p, q, offs_m, offs_n, of, drop, how.R)
-                y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
-                upper = _low_rank(upper, p, q, offs_m, offs_n + HALF, of, drop, how.R)
-            else:
-                y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
+            offs_n = column * how.BLOCK_N + tl.arange(0, HALF)
+            lower = _low_rank(lower, p, q, offs_m, offs_n, of, drop, how.R)
+            y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
+            upper = _low_rank(upper, p, q, offs_m, offs_n + HALF, of, drop, how.R)
             y.at.store([row * how.BLOCK_M, column * how.BLOCK_N + HALF], upper.to(y.at.dtype))
         else:
-            where = _rows(row * how.BLOCK_M, inside_m, of.P, y.batch, y.row, how.EVEN)
-            out = y.at + where[:, None] + offs_n[None, :].to(tl.int64) * y.column
-            inside = (offs_m[:, None] < of.M) & (offs_n[None, :] < of.N)
-            tl.store(out, acc.to(y.at.dtype.element_ty), mask=inside)
+            _store(y, acc, row, column, of, how)
 
 
 @triton.jit
@@ -499,8 +533,8 @@ def product(
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
-        Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn, Sizes(M, N, K, P),
-        Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
+        Rescale(q, q, q, False), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
+        Sizes(M, N, K, P), Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
         How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
         PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
     )  # fmt: skip
@@ -532,7 +566,8 @@ def forward(
             Matrix(x, stride_xb, stride_xm, stride_xk), w,
             Matrix(y, stride_yb, stride_ym, stride_yn),
             Matrix(wide, stride_xb, stride_xm, stride_xk), kept, kept + R * K,
-            _after(kept, K + N, R), bias, Signals(signals, number, packs), pid - packs,
+            _after(kept, K + N, R), bias, Rescale(kept, kept, kept, False),
+            Signals(signals, number, packs), pid - packs,
             stride_wk, stride_wn, Sizes(M, N, K, P),
             Drop(seed, columns, rows, threshold, DROP), Drop(seed, columns, rows, 0, False),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
@@ -567,7 +602,8 @@ def backward(
         _tile(
             Matrix(dy, stride_dyb, stride_dym, stride_dyk), w,
             Matrix(dx, stride_dxb, stride_dxm, stride_dxn), pointed, kept + R * N, kept, scratch,
-            kept, Signals(signals, number, 0), pid, stride_wk, stride_wn, Sizes(M, N, K, P),
+            kept, Rescale(kept, kept, kept, False), Signals(signals, number, 0), pid,
+            stride_wk, stride_wn, Sizes(M, N, K, P),
             Drop(kept, columns, of_rows, 0, False),
             Drop(kept, columns, of_rows, threshold, DROP),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),

@@ -151,21 +151,24 @@ class Forward:
                 blocks,
             )
             return y, kept
-        (M, N, K), R = self.sizes, self.R
+        pu, pq = self.thin(of, strength, seed, kept, addresses)
+        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), blocks)
+        return y, kept
+
+    def thin(
+        self, of: Operands, strength: float, seed: Tensor, kept: Tensor, addresses: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """The factors cast and the thin product, in launches of their own: where that and B's part
+        lie in `kept`."""
+        (x, _, _, a, b, scale), (px, _, _, pa, pb, ps) = of, addresses
+        (M, N, K), R, pk, pseed = self.sizes, self.R, kept.data_ptr(), seed.data_ptr()
         pu = pk + self.row_bytes * (K + N)
-        pseed = seed.data_ptr()
         self.pack((a, b, scale, kept, seed), (pa, pb, ps, pk, pseed), (float(strength),))
         if self.project is None:
             _multiply(x, _part(kept, 0, R, K), _part(kept, R * (K + N), M, R))
         else:
             self.project((x, kept, kept, kept, seed), (px, pk, pu, pk, pseed))
-        self.product(
-            (*first, kept, kept, more),
-            (*places, pk + self.row_bytes * K, pu, pmore),
-            (),
-            blocks,
-        )
-        return y, kept
+        return pu, pk + self.row_bytes * K
 
 
 def _multiply(left: Tensor, f: Tensor, p: Tensor) -> None:

@@ -1,12 +1,24 @@
 """Triton kernels for DoRA beside a linear layer: what plain LoRA's kernels do not compute.
 
 `lengths` computes ``‖W + scale·BA‖`` of each output, `rescale` ``y = z · m/‖·‖ + bias`` of the
-low-rank layer's output ``z``, and `rescale_backward` both gradients of that in one pass. Sizes:
+low-rank layer's output ``z``, `product` both where that layer takes launches of its own, and
+`rescale_backward` both gradients of it in one pass. Sizes:
 ``M`` rows, ``N`` outputs, ``K`` inputs, ``r`` the rank, ``BLOCK_R`` a power of two that holds it.
 """
 
 import triton
 import triton.language as tl
+
+from paramlora.cuda.linear.kernels import (
+    Drop,
+    How,
+    Matrix,
+    Rescale,
+    Signals,
+    Sizes,
+    _tile,
+    factor,
+)
 
 
 @triton.jit
@@ -40,11 +52,24 @@ def lengths(
 
 
 @triton.jit
-def _factor(m, norm, offs_n, N):
-    """``m / ‖·‖``, 0 where both are, and what a gradient of m is divided by."""
-    length = tl.load(norm + offs_n, mask=offs_n < N, other=1.0)
-    length = tl.where(length == 0.0, 1.0, length)
-    return tl.load(m + offs_n, mask=offs_n < N, other=0.0).to(tl.float32) / length, length
+def product(
+    x, w, y, z, q, p, bias, m, norm,
+    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
+    stride_yn,
+    EARLY: tl.constexpr, BIAS: tl.constexpr,
+    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
+    left = Matrix(x, stride_xb, stride_xm, stride_xk)
+    _tile(
+        left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
+        Rescale(z, m, norm, True), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
+        Sizes(M, N, K, P), Drop(q, q, q, 0, False), Drop(q, q, q, 0, False),
+        How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
+        PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -55,10 +80,10 @@ def rescale(
     columns = tl.cdiv(N, BLOCK_N)
     offs_m = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    factor, _ = _factor(m, norm, offs_n, N)
+    times, _ = factor(m, norm, offs_n, N)
     where = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    tile = tl.load(z + where, mask=inside, other=0.0).to(tl.float32) * factor[None, :]
+    tile = tl.load(z + where, mask=inside, other=0.0).to(tl.float32) * times[None, :]
     if BIAS:
         tile += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(y + where, tile.to(y.dtype.element_ty), mask=inside)
@@ -73,7 +98,7 @@ def rescale_backward(
     columns = tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // columns
     offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    factor, length = _factor(m, norm, offs_n, N)
+    times, length = factor(m, norm, offs_n, N)
     total = tl.zeros(
         (BLOCK_M, BLOCK_N), tl.float32
     )  # summed at the end: no step waits for another thread
@@ -85,7 +110,7 @@ def rescale_backward(
         where = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         output = tl.load(z + where, mask=inside, other=0.0).to(tl.float32)
         total += gradient * output
-        gradient *= factor[None, :]
+        gradient *= times[None, :]
         tl.store(dz + where, gradient.to(dz.dtype.element_ty), mask=inside)
     where = part + tl.cast(group, tl.int64) * N + offs_n
     tl.store(where, tl.sum(total, 0) / length, mask=offs_n < N)

@@ -2,14 +2,64 @@
 
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, float32
 
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, on_its_device, planned
-from paramlora.cuda.operands import padded
+from paramlora.cuda.linear import plan as linear
+from paramlora.cuda.operands import Operands, padded
 from paramlora.cuda.rescaled import kernels
 
 _PLANS: dict[Any, Any] = {}
+
+
+@on_its_device
+def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+    """``y = z · m/‖·‖ + bias`` of ``z = x (W + scale · B A)ᵀ``, rounded once, and z.
+
+    Args:
+        of: as of `linear.plan.forward`, with a contiguous bias or none.
+        m: ``[out]``; norm: ``[out]`` in float32; contiguous.
+
+    Returns:
+        y, z and what `linear.plan.backward` takes of its forward; or None where the kernels do not
+        serve these operands.
+    """
+    bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
+    found, addresses = linear.planned_forward(bare, False, None, captured)
+    if type(found) is linear.Forward and found.single is None:
+        return _together(found, of, addresses, m, norm)
+    result = linear.forward(bare)
+    if result is None:
+        return None
+    z, kept = result
+    return rescale(z.view(-1, z.shape[-1]), m, norm, of.bias).view(z.shape), z, kept
+
+
+def _together(
+    found: linear.Forward, of: Operands, addresses: tuple[int, ...], m: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` where the low-rank layer's product has a launch of its own: it stores z and y."""
+    (x, weight, bias, *_), tiles = of, found.tiles
+    y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
+    pu, pq = found.thin(of, 1.0, kept, kept, addresses)
+    blocks = tiles.blocks(x, weight, y)
+    blocks = (*blocks, *tiles.blocks(x, weight, z)[2:])
+    matrices = () if blocks else (x, weight, y, z)
+    tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
+
+    def made(_: Any) -> Launch:
+        (stages, warps), early = tiles.tiling[4:6], tiles.early
+        constants = (early, bias is not None, *tiles.constants)
+        numbers, device = tiles.numbers, x.get_device()
+        return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
+
+    rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
+    launch, places = planned(_PLANS, tensors, rest, made)
+    at = len(matrices)
+    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), blocks)
+    return y, z, kept
 
 
 @on_its_device
@@ -69,7 +119,7 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     (M, N), BM, BN = z.shape, 32, 128
     # whole blocks of rows for each program, and some programs for each processor
-    groups = max(1, min(-(-M // BM), -(-8 * card(z.get_device()).processors // -(-N // BN))))
+    groups = max(1, min(-(-M // BM), -(-4 * card(z.get_device()).processors // -(-N // BN))))
     each = -(-M // (groups * BM)) * BM
     groups = -(-M // each)
     dz, part = z.new_empty(z.shape), z.new_empty((groups, N), dtype=float32)

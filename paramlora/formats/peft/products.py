@@ -1,10 +1,12 @@
 """PEFT's LoHa and LoKr folders, written: LyCORIS's tensors in the sizes that peft makes."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from paramlora.errors import FileError, with_article
@@ -51,14 +53,12 @@ def products(values: Mapping[str, KindUpdate]) -> tuple[dict[str, Tensor], dict[
 def _check(path: str, value: KindUpdate) -> None:
     shape = value.shape or ()
     known = value.layout == "matrix" and value.kind in (None, "linear", "convolution")
-    sizes = (2, 3, 4) if value.method == "loha" else (2, 4)  # peft 0.21 misorders a Conv1d's LoKr
-    if not path or not known or len(shape) not in sizes:
+    if not path or not known or len(shape) not in (2, 3, 4):
         kind = value.kind or value.layout
-        has = "Linear, Conv1d and Conv2d" if 3 in sizes else "Linear and Conv2d"
         raise FileError(
             f"{path or '(model)'}: {value.method} of {with_article(kind)} of shape "
-            f"{list(shape)}, which PEFT has of {has} only. If its shape is unknown, give "
-            "the model (--model)."
+            f"{list(shape)}, which PEFT has of Linear, Conv1d and Conv2d only. If its shape is "
+            "unknown, give the model (--model)."
         )
 
 
@@ -94,25 +94,50 @@ def _loha(values: Mapping[str, KindUpdate]) -> Iterator[tuple[str, int, dict[str
 def _lokr(
     values: Mapping[str, KindUpdate],
 ) -> tuple[Iterator[tuple[str, int, dict[str, Tensor]]], dict[str, Any]]:
-    """Both factors whole: peft keeps one so where its rank is at least half of its larger side."""
+    """The first factor whole, the second of its own rank where peft keeps one so."""
     sizes = {path: _sizes(value) for path, value in values.items()}
     factor = _factor(sizes)
     more = {"decompose_both": False, "decompose_factor": factor}
-    return (_whole(path, value, sizes[path]) for path, value in values.items()), more
+    return (_factors(path, value, sizes[path]) for path, value in values.items()), more
 
 
-def _whole(
+def _factors(
     path: str, value: KindUpdate, sizes: tuple[_Pair, _Pair]
 ) -> tuple[str, int, dict[str, Tensor]]:
-    r = -(-max(sizes[0][1], sizes[1][1]) // 2)
-    like = next(iter(value.held.values()))
+    """(path, rank, tensors): peft's second factor is whole where its rank is at least half of its
+    larger side, and two factors below that."""
+    most = -(-max(sizes[0][1], sizes[1][1]) // 2)
     exact = {name: wide(tensor).double() for name, tensor in value.held.items()}
     first, second = lokr.factors(exact)
     kernel = (value.shape or ())[2:]
-    second = second.reshape(sizes[0][1], sizes[1][1], *kernel)
-    both = {"lokr_w1": held(first, like.dtype), "lokr_w2": held(second, like.dtype)}
-    widest = torch.promote_types(both["lokr_w1"].dtype, both["lokr_w2"].dtype)
-    return path, r, {name: tensor.to(widest) for name, tensor in both.items()}
+    whole = "lokr_w2" in exact and len(kernel) != 1
+    a, b = _second(exact, second.reshape(sizes[0][1], -1))
+    if not whole and a.shape[1] < most:
+        r, made = a.shape[1], {"lokr_w2_a": a, "lokr_w2_b": b}
+    elif len(kernel) == 1 and sizes[0][0] * sizes[1][0] > 1:
+        raise FileError(
+            f"{path}: lokr of a Conv1d whose second factor, {list(second.shape)}, PEFT 0.21 would "
+            "keep whole, and then multiplies in another order. Keep the native format, or kohya's."
+        )
+    else:
+        r, made = most, {"lokr_w2": second.reshape(sizes[0][1], sizes[1][1], *kernel)}
+    like = next(iter(value.held.values()))
+    own = {name: held(one, like.dtype) for name, one in {"lokr_w1": first, **made}.items()}
+    widest = functools.reduce(torch.promote_types, (one.dtype for one in own.values()))
+    return path, r, {name: tensor.to(widest) for name, tensor in own.items()}
+
+
+def _second(exact: Mapping[str, Tensor], whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of the second one ``[c, d·kernel]``: its own, or where it is whole an identity on
+    the smaller side; of Tucker's form (``t ×₁ a ×₂ b``) the first is ``aᵀ``."""
+    if "lokr_w2" in exact:
+        c, d = whole.shape
+        eye = torch.eye(min(c, d), dtype=whole.dtype)
+        return (eye, whole) if c <= d else (whole, eye)
+    a, b = exact["lokr_w2_a"], exact["lokr_w2_b"]
+    if "lokr_t2" not in exact:
+        return a, b
+    return a.t(), einsum(exact["lokr_t2"], b, "i j ..., j d -> i d ...").flatten(1)
 
 
 def _sizes(value: KindUpdate) -> tuple[_Pair, _Pair]:
