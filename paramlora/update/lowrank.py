@@ -190,6 +190,10 @@ class LowRank(AttachedUpdate):
         scale = parts["lora_scale"]
         return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
 
+    def at_most(self, largest: float) -> float:
+        """By the largest of each factor and of the scale, and twice the rank for roundings."""
+        return largest * largest * largest * abs(self.strength) * 2 * self.rank_of_sum()
+
     def described(self) -> tuple[int, float, str]:
         """Its rank and scale; no number on the meta device."""
         usual = {"lora": "hard"}
