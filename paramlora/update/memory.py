@@ -93,8 +93,14 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds anything that is not finite: a thousand are asked at once."""
-    return largest(tensors) is not None
+    """Whether no tensor holds anything that is not finite: a thousand are asked at once, and those
+    of one file as one."""
+    held = [t.detach() for t in tensors if t.numel()]
+    if any(type(t) is not Tensor or t.device.type not in _DEVICES for t in held):
+        return largest(held) is not None
+    runs = list({id(run): run for run, _ in runs_of(held).values()}.values())
+    # what is between them may be anything
+    return largest(runs) is not None or len(runs) < len(held) and largest(held) is not None
 
 
 def largest(tensors: Iterable[Tensor]) -> Optional[float]:
@@ -107,17 +113,9 @@ def largest(tensors: Iterable[Tensor]) -> Optional[float]:
         for t in held
     ):
         return math.inf if all(bool(torch.isfinite(t).all()) for t in held) else None
-    runs = list({id(run): run for run, _ in runs_of(held).values()}.values())
-    most = _largest_in_few(runs)
-    if not math.isfinite(most) and len(runs) < len(held):
-        most = _largest_in_few(held)  # what is between them may be anything
-    return most if math.isfinite(most) else None
-
-
-def _largest_in_few(tensors: list[Tensor]) -> float:
-    host, device = ([t for t in tensors if t.is_cpu is here] for here in (True, False))
+    host, device = ([t for t in held if t.is_cpu is here] for here in (True, False))
     numbers = [*_largest_on_host(host), _largest_on_device(device)]
-    return max(numbers) if all(map(math.isfinite, numbers)) else math.inf
+    return max(numbers) if all(map(math.isfinite, numbers)) else None
 
 
 def _largest_on_host(tensors: Iterable[Tensor]) -> list[float]:

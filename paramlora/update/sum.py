@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 _BLOCK, _BYTES_OF_A_DEVICE = 1 << 18, 1 << 28
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some of a weight's elements.
 
     Args:
@@ -270,7 +269,6 @@ class Fold:
             summed(before[run], after[run])
         return out
 
-    @torch.no_grad()
     def to_copy(self, base: Tensor) -> Tensor:
         """A new tensor that is `of` a weight once it is copied into that: in the wide type, which
         the copy rounds, where one block is all of it, as on a device that of most layers is."""
@@ -380,4 +378,4 @@ def _of_eight_bits(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _stacked(factor: Tensor) -> Tensor:
     """``[stack, ...]``, also where there is no stack."""
-    return factor.reshape(-1, *factor.shape[-2:])
+    return factor[None] if factor.dim() == 2 else factor

@@ -12,7 +12,8 @@ def paths_of(model: nn.Module) -> dict[nn.Module, str]:
         path, module = waiting.pop()
         if module not in out:
             out[module] = path
-            stem = path and path + "."
-            inside = list(module._modules.items())
-            waiting += [(stem + name, one) for name, one in reversed(inside) if one is not None]
+            inside = module._modules
+            if inside:  # most have none
+                stem, last_first = path and path + ".", reversed([*inside.items()])
+                waiting += [(stem + name, one) for name, one in last_first if one is not None]
     return out
