@@ -110,8 +110,8 @@ class Kernels:
     def _tiling(self, table: Callable[..., Any]) -> Callable[..., Any]:
         from paramlora.cuda.linear.tiles import Tiling
 
-        def chosen(rows: int, N: int, K: int, hopper: bool, drop: bool) -> Any:
-            return Tiling(*self.tile) if self.tile and hopper else table(rows, N, K, hopper, drop)
+        def chosen(rows: int, N: int, hopper: bool, drop: bool) -> Any:
+            return Tiling(*self.tile) if self.tile and hopper else table(rows, N, hopper, drop)
 
         return chosen
 

@@ -93,6 +93,37 @@ def test_no_circle_inside_of_a_folder():
     assert not left
 
 
+# who may ask which kind an update is: the known forwards, which fall back to the definition; the
+# formats, each of which holds some kinds; and sums of adapters, which add products and differences
+_ASKS = ("model/forwards.py", "arithmetic/products.py", "formats/")
+
+
+def kinds():
+    from paramlora.update import value
+    from paramlora.update.attached import AttachedUpdate
+    from paramlora.update.kinds import KINDS
+
+    values = [c for c in vars(value).values() if isinstance(c, type) and issubclass(c, value.Value)]
+    known = {c for kind in KINDS.values() for c in kind.__mro__ if issubclass(c, AttachedUpdate)}
+    return {c.__name__ for c in [*values, *known]} - {"AttachedUpdate", "Value"}
+
+
+@pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] != "update"], ids=str)
+def test_nobody_asks_which_kind_an_update_is(path):
+    if path.as_posix().startswith(_ASKS):
+        return
+    for node in ast.walk(ast.parse((FOLDER / path).read_text(encoding="utf-8"))):
+        asked = []
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "isinstance",
+            "issubclass",
+        ):
+            asked = [n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.Compare):
+            asked = [n.id for n in node.comparators if isinstance(n, ast.Name)]
+        assert not kinds() & {*asked}, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] == "checkpoint"], ids=str)
 def test_checkpoints_know_no_model(path):
     assert not {used for used in ours(path) if used.split(".")[0] not in ("errors", "update")} - {

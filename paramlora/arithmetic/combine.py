@@ -47,7 +47,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Way:
-    """How to add.
+    """How `combine` is asked to add.
 
     Args:
         how, rank, density, seed: as in `combine`.

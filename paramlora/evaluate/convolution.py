@@ -589,7 +589,7 @@ def _from_thin(
     window: tuple[Any, ...],
     wanted: tuple[bool, bool],
 ) -> tuple[_Maybe, _Maybe]:
-    """The same without the dense kernel's gradient; for one group."""
+    """The gradients of A and of B before its scale by thin convolutions, of a single group."""
     conv, n = CONVOLUTIONS[len(shape) - 3], len(shape) - 2
     da: _Maybe = None
     inner, outer = kernels_of(down, up, shape[2:], 1)

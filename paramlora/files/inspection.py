@@ -22,7 +22,7 @@ _USUAL = ("low-rank", "whole")  # kinds that the table shows by their columns
 
 
 def _norm(row: "Row") -> str:
-    """As the table shows it: other kinds have none."""
+    """The norm as the table shows it; kinds whose change depends on the weight have none."""
     return f"{row.norm:.4g}" if row.kind in _USUAL else "-"
 
 

@@ -52,6 +52,7 @@ from paramlora.update.sharded import (
     is_sharded,
     reshard,
 )
+from paramlora.update.walk import paths_of
 
 Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
 _MOST = torch.finfo(torch.float32).max
@@ -406,7 +407,7 @@ def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of those that hold parametrizations or branches."""
-    for path, module in unwrapped(model).named_modules():
+    for module, path in paths_of(unwrapped(model)).items():
         if "parametrizations" in module._modules or BRANCHES in module._modules:
             yield path, module
 
@@ -658,9 +659,10 @@ def uncollected() -> AbstractContextManager[None]:
 
 
 def with_lists(module: nn.Module) -> list[nn.Module]:
-    """A layer, and the modules inside of it that hold its updates."""
-    lists = [module._modules.get(BRANCHES), module._modules.get("parametrizations")]
-    return [module, *(m for held in lists if held is not None for m in held.modules())]
+    """A layer, and the lists inside of it that hold its updates."""
+    branches, lists = module._modules.get(BRANCHES), parametrized(module)
+    there = [] if branches is None else [branches]
+    return [module, *there, *([lists, *lists._modules.values()] if lists else [])]
 
 
 def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:

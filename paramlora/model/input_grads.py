@@ -9,6 +9,7 @@ from paramlora.errors import AdapterError
 from paramlora.model.classes import Model
 from paramlora.model.recomputed import AGAIN
 from paramlora.model.undo import to_the_end, unchanged_on_error
+from paramlora.update.walk import paths_of
 
 _TOLD = "gradient_checkpointing"
 
@@ -60,7 +61,7 @@ def disable_input_grads(model: nn.Module) -> None:
 
 
 def _disable(model: nn.Module) -> None:
-    for module in model.modules():
+    for module in paths_of(model):
         # found by the function, because a deep copy shares no handle with its original
         for key in [k for k, hook in module._forward_pre_hooks.items() if hook in _BEFORE]:
             del module._forward_pre_hooks[key]

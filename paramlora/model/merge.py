@@ -1,6 +1,7 @@
 """Folding the updates into the base weights: the one writer of base weights."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Optional, Union, overload
 
@@ -13,6 +14,7 @@ from paramlora.model.attach import (
     replace,
     stored,
     tidy,
+    uncollected,
     updates,
     updates_of,
     with_lists,
@@ -23,10 +25,10 @@ from paramlora.model.quantised import is_quantised, make_dense, tell_transformer
 from paramlora.model.targets import stem
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
-from paramlora.update.attached import AttachedUpdate, answer, applied
+from paramlora.update.attached import AttachedUpdate, answer, applied, most
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import as_made, own_context
-from paramlora.update.memory import all_finite
+from paramlora.update.memory import largest
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import (
     check_not_flat,
@@ -35,7 +37,8 @@ from paramlora.update.sharded import (
     reshard,
     under_fully_shard,
 )
-from paramlora.update.sum import bound_of, folded, overflows, waited_for
+from paramlora.update.sum import Fold, bound_of, folded, near_overflow, overflows, waited_for
+from paramlora.update.walk import paths_of
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -103,17 +106,28 @@ def merge(
         >>> x, y = torch.ones(1, 4), layer(torch.ones(1, 4))
         >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
+    with uncollected():
+        return _merged(model, adapters, dequantize, report, seed)
+
+
+def _merged(
+    model: Model,
+    adapters: "str | list[str] | None",
+    dequantize: bool,
+    report: bool,
+    seed: Optional[int],
+) -> Union[Model, KeptReport]:
     chosen = check_adapters(model, adapters)
     if chosen:
         check_not_flat(model, "merge")
         reshard(model)
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
-    _check_finite(acting)
+    largest = _check_finite(acting)
     for path, update in acting:
         update.check_mergeable(path)
     jobs = [
         (module, name, ours)
-        for module in list(model.modules())
+        for module in paths_of(model)
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
@@ -129,7 +143,8 @@ def merge(
     _check_held(
         model,
         [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],
-        counted=rounding is not None,
+        rounding is not None,
+        largest,
     )
     steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted, rounding)]
     to_the_end(lambda: _take_all(steps))
@@ -272,6 +287,7 @@ def _plain(group: _Group) -> list[tuple[Any, str]]:
 
 
 def _total(group: _Group, rounding: Optional[Rounding]) -> Optional[Tensor]:
+    """What is to be copied into a base; nothing where the sum goes back another way."""
     plain = _plain(group)
     return _sum(getattr(*plain[0]), group[0][0][2], rounding) if plain else None
 
@@ -298,26 +314,34 @@ def _stored(module: nn.Module, name: str) -> tuple[Any, str]:
 def _sum(
     base: Tensor, updates: list[AttachedUpdate], rounding: Optional[Rounding] = None
 ) -> Tensor:
-    """A new tensor with the sum of a base and those of its updates that act."""
+    """A new tensor that is the sum of a base and those of its updates that act once it is copied
+    into that base."""
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         # each process forms its own part of the sum, whose blocks the others could not follow
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
         return applied(acting, wide).to(base.dtype)
-    return folded(base, [answer(update, "term") for update in acting], rounding)
+    terms = [answer(update, "term") for update in acting]
+    return Fold(base.shape, base.dtype, terms, base.device, rounding).to_copy(base)
 
 
-def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
-    """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep."""
-    terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
-    bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
-    for (module, name, _), base in zip(jobs, bases):
+def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, largest: float) -> None:
+    """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep.
+
+    Args:
+        largest: what no number of the updates is above.
+    """
+    for module, name, _ in jobs:
+        base = getattr(*_stored(module, name))
         if is_storage(base.dtype) and not counted:
             raise AdapterError(
                 f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
                 "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16)), "
                 "or round at random (seed=0), or count what is lost (report=True)."
             )
+    jobs = [job for job in jobs if _may_overflow(job, largest)]
+    bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
+    terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
     unknown = [is_sharded(base) or base.is_meta for base in bases]
     added = waited_for([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
     for (module, name, ours), base, of, bound in zip(jobs, bases, terms, added):
@@ -333,6 +357,14 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool) -> None:
                 "merged; make the model wider (model.bfloat16() or model.float()) or the adapter "
                 "weaker (set_adapters) first."
             )
+
+
+def _may_overflow(job: _Job, largest: float) -> bool:
+    """Whether a sum may be too large by what its updates tell of themselves, without a term."""
+    module, name, ours = job
+    added = sum(most(update, largest) for update in ours if update.acts)
+    base: Tensor = getattr(*_stored(module, name))
+    return not math.isfinite(added) or near_overflow(base.dtype, added)
 
 
 def _full(model: nn.Module, module: nn.Module, name: str) -> str:
@@ -417,15 +449,17 @@ def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
     )
 
 
-def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> None:
+def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> float:
+    """What no number of the updates is above; refuses one that is not finite."""
+    found = largest(t for _, update in acting for t in update.every_tensor() if not t.is_meta)
+    if found is not None:
+        return found
     named = [
         (update.adapter, f"{path}.{name}", tensor)
         for path, update in acting
         for name, tensor in update.state_dict().items()
         if not tensor.is_meta
     ]
-    if all_finite(tensor for _, _, tensor in named):
-        return
     adapter, place = next(at for *at, tensor in named if not torch.isfinite(tensor).all())
     raise AdapterError(
         f'adapter "{adapter}", {place}: not finite. Nothing was merged; '

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from paramlora.model.layer_class import holds_updates
+from paramlora.update.walk import paths_of
 
 _METHODS = (
     "save_pretrained",
@@ -41,7 +42,7 @@ def add_methods(model: nn.Module) -> None:
 
 def remove_methods(model: nn.Module) -> None:
     """Take them off again; nothing where there are none."""
-    for module in model.modules():
+    for module in paths_of(model):
         for name in _METHODS:
             if _is_ours(module.__dict__.get(name)):
                 del module.__dict__[name]

@@ -21,6 +21,7 @@ from paramlora.errors import warn
 from paramlora.model.targets import own_path
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.contexts import as_made
+from paramlora.update.walk import paths_of
 
 _FROZEN = "_frozen_by_paramlora"  # of the model: the names of the parameters that attach froze
 _BUFFERS = "_buffers_before_paramlora"  # of a module: what its buffers held
@@ -79,7 +80,7 @@ def put_back(model: nn.Module) -> None:
 
 def forget(model: nn.Module) -> None:
     """Leave no record on the model."""
-    for module in model.modules():
+    for module in paths_of(model):
         vars(module).pop(_FROZEN, None)
         if vars(module).pop(_BUFFERS, None) is not None:
             hooks = module._load_state_dict_pre_hooks

@@ -85,7 +85,7 @@ class Summary:
         ]
 
     def _repr_html_(self) -> str:
-        """The same table, as a notebook shows it."""
+        """What ``str()`` gives, as a notebook shows it."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from paramlora.update.walk import paths_of
+
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def holders(model: nn.Module) -> "Counter[int]":
     """How many layers hold each parameter or buffer, by ``id``; a shared layer counts once."""
-    return Counter(id(t) for module in model.modules() for _, t in _held(module))
+    return Counter(id(t) for module in paths_of(model) for _, t in _held(module))
 
 
 def overlapping(model: nn.Module) -> dict[int, list[str]]:
@@ -19,7 +21,7 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
     ``b.data = a.data`` has them do; tensors that share none are left out."""
     named = {
         id(tensor): (f"{path}.{name}" if path else name, tensor)
-        for path, module in model.named_modules()
+        for module, path in paths_of(model).items()
         for name, tensor in _held(module)
         if type(tensor) in _PLAIN and not tensor.is_meta and tensor.numel()
         if tensor.layout is torch.strided  # others have no memory of one piece

@@ -138,8 +138,11 @@ def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> No
 
 def _saved(module: nn.Module) -> _Saved:
     attributes = vars(module)
-    containers = (attributes[name] for name in _CONTAINERS if name in attributes)
-    held = [(one, one.copy()) for one in containers if isinstance(one, (dict, list, set))]
+    held = [
+        (one, one.copy() if one else ())  # most are empty, and torch's take long to copy
+        for name in _CONTAINERS
+        if isinstance(one := attributes.get(name), (dict, list, set))
+    ]
     return module, type(module), attributes.copy(), held
 
 

@@ -31,7 +31,7 @@ from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
 from paramlora.update.sharded import check_not_flat, check_order, reshard
-from paramlora.update.value import Adapter, Holder, KindUpdate, Value, apart_by_kind
+from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -353,11 +353,12 @@ def _laid_out(found: Mapping[str, Value], chosen: Iterable[Target]) -> dict[str,
     """With factors on the sides where the layers have them; of what has a shape of its own."""
     out = dict(found)
     for target in chosen:
-        value = out.get(target.path)
-        if value is not None and value.shape == tuple(target.shape):
-            out[target.path] = value.turned(target.layout)
-        elif isinstance(value, KindUpdate) and value.shape is None:
-            out[target.path] = value.fitted(tuple(target.shape), [target.layout]) or value
+        value, shape = out.get(target.path), tuple(target.shape)
+        if value is not None:
+            same = value.shape == shape
+            out[target.path] = (
+                value.turned(target.layout) if same else value.placed(shape, target.layout)
+            )
     return out
 
 

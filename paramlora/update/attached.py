@@ -1,8 +1,9 @@
 """What every update is: named, switched on and off, and moved to and from a file."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -315,6 +316,12 @@ class AttachedUpdate(nn.Module):
             t for held in (self._parameters, self._buffers) for t in held.values() if t is not None
         )
 
+    def every_tensor(self) -> Iterator[Tensor]:
+        """Its parameters and buffers, and those that a parametrization of its own holds."""
+        for one in self.modules() if self._modules else (self,):
+            for held in (one._parameters, one._buffers):
+                yield from (t for t in held.values() if t is not None)
+
     def reset_parameters(self) -> None:
         """Start anew, where a model from the meta device has been given its memory."""
         raise NotImplementedError
@@ -351,6 +358,14 @@ class AttachedUpdate(nn.Module):
     def term(self) -> Term:
         """What it does to a weight now."""
         return self.term_of(self.plain(), self.gain, self.layout)
+
+    def at_most(self, largest: float) -> float:
+        """What no element of a weight is changed by more than; infinite where that is not known.
+
+        Args:
+            largest: what no number of its tensors is above.
+        """
+        return math.inf
 
     def check_mergeable(self, path: str) -> None:
         """Refuse what no weight of the layer's shape could do."""
@@ -636,6 +651,23 @@ def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
     return weight
 
 
+@cache
+def _unsaid(kind: Any, question: str) -> tuple[type, ...]:
+    """Where a class inherits an answer from one that computes another weight than it does: the
+    classes down from the one that computes its own; none of them where it answers itself."""
+    told, computed = (
+        next(index for index, cls in enumerate(kind.__mro__) if name in vars(cls))
+        for name in (question, "forward")
+    )
+    return kind.__mro__[: computed + 1] if told > computed else ()
+
+
+def most(update: AttachedUpdate, largest: float) -> float:
+    """What an update tells as `at_most`, where it is of the weight that its class computes."""
+    kind: Any = type(update)
+    return math.inf if _unsaid(kind, "at_most") else update.at_most(largest)
+
+
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:
     """What an update tells, where its kind says it of the weight that it computes.
 
@@ -646,12 +678,9 @@ def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:
     Raises:
         AdapterError: it does not say so.
     """
-    order = type(update).__mro__
-    told, computed = (
-        next(index for index, cls in enumerate(order) if name in vars(cls))
-        for name in (question, "forward")
-    )
-    if told > computed and not any(cls in KINDS.values() for cls in order[: computed + 1]):
+    kind: Any = type(update)
+    unsaid = _unsaid(kind, question)
+    if unsaid and not any(cls in KINDS.values() for cls in unsaid):
         raise AdapterError(
             f'adapter "{update.adapter}": an update of the kind {type(update).__name__} computes a '
             f'weight of its own and does not say its "{question}", so it cannot be merged, saved, '

@@ -190,6 +190,17 @@ class LowRank(AttachedUpdate):
         scale = parts["lora_scale"]
         return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
 
+    def at_most(self, largest: float) -> float:
+        """By the largest of each factor and of the scale, and twice the rank for roundings."""
+        return largest * largest * largest * abs(self.strength) * 2 * self.rank_of_sum()
+
+    def term(self) -> Term:
+        """What it does now: as it was trained without its strength, which would take a launch."""
+        if type(self).term_of is not LowRank.term_of or not self.fully:
+            return super().term()
+        parts = self.plain()
+        return LowRankTerm(parts["lora_A"], parts["lora_B"], parts["lora_scale"], self.layout)
+
     def described(self) -> tuple[int, float, str]:
         """Its rank and scale; no number on the meta device."""
         usual = {"lora": "hard"}

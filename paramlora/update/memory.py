@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -92,37 +93,41 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds anything that is not finite: a thousand are asked at once."""
+    """Whether no tensor holds anything that is not finite: a thousand are asked at once, and those
+    of one file as one."""
     held = [t.detach() for t in tensors if t.numel()]
+    if any(type(t) is not Tensor or t.device.type not in _DEVICES for t in held):
+        return largest(held) is not None
+    runs = list({id(run): run for run, _ in runs_of(held).values()}.values())
+    # what is between them may be anything
+    return largest(runs) is not None or len(runs) < len(held) and largest(held) is not None
+
+
+def largest(tensors: Iterable[Tensor]) -> Optional[float]:
+    """What no size of an element of their floats is above; infinite where it is only known that
+    they are finite, and None where they are not. A device is waited for once for a thousand."""
+    held = [t.detach() for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
     # torch takes no mixture of plain and sharded ones
     if any(
         type(t) is not Tensor or t.dtype not in _FLOATS or t.device.type not in _DEVICES
         for t in held
     ):
-        return all(bool(torch.isfinite(t).all()) for t in held)
-    runs = list({id(run): run for run, _ in runs_of(held).values()}.values())
-    if _finite_in_few(runs):
-        return True
-    # what is between them may be anything
-    return len(runs) < len(held) and _finite_in_few(held)
+        return math.inf if all(bool(torch.isfinite(t).all()) for t in held) else None
+    host, device = ([t for t in held if t.is_cpu is here] for here in (True, False))
+    numbers = [*_largest_on_host(host), _largest_on_device(device)]
+    return max(numbers) if all(map(math.isfinite, numbers)) else None
 
 
-def _finite_in_few(tensors: list[Tensor]) -> bool:
-    host, device = ([t for t in tensors if t.is_cpu is here] for here in (True, False))
-    return _finite_on_host(host) and _finite_on_device(device)
-
-
-def _finite_on_host(tensors: Iterable[Tensor]) -> bool:
+def _largest_on_host(tensors: Iterable[Tensor]) -> list[float]:
     """By their least and largest numbers, a sixth of the time that a norm takes there: NaN is both
     of those with any in them."""
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         extremes.setdefault(t.dtype, []).extend(torch.aminmax(t))
-    return all(bool(torch.isfinite(torch.stack(some)).all()) for some in extremes.values())
+    return [float(torch.stack(some).abs().max()) for some in extremes.values()]
 
 
-def _finite_on_device(tensors: list[Tensor]) -> bool:
+def _largest_on_device(tensors: list[Tensor]) -> float:
     """By a norm, for which a few kernels read a thousand tensors."""
     # of nothing the norm is no tensor in older versions
-    largest = nn.utils.get_total_norm(tensors, math.inf, foreach=True) if tensors else 0.0
-    return math.isfinite(largest)
+    return float(nn.utils.get_total_norm(tensors, math.inf, foreach=True)) if tensors else 0.0

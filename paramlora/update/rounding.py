@@ -50,7 +50,7 @@ class KeptReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """The same table, as a notebook shows it."""
+        """What ``str()`` gives, as a notebook shows it."""
         return f"<pre>{html.escape(str(self))}</pre>"
 
 

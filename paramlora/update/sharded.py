@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.update.contexts import as_made
+from paramlora.update.walk import paths_of
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -109,9 +111,15 @@ def check_own_parameters(model: nn.Module, groups: Mapping[str, list[nn.Paramete
 
 
 def _of_class(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if any(cls.__name__ == name for cls in type(module).__mro__):
+    for module in paths_of(model):
+        kind: Any = type(module)
+        if _descends(kind, name):
             yield module
+
+
+@cache
+def _descends(kind: type, name: str) -> bool:
+    return any(cls.__name__ == name for cls in kind.__mro__)
 
 
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ Number = Union[float, Tensor]  # one of a device is a tensor without dimensions
 _BLOCK, _BYTES_OF_A_DEVICE = 1 << 18, 1 << 28
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some of a weight's elements.
 
     Args:
@@ -49,6 +48,11 @@ class Term:
     def prepared(self, wide: torch.dtype) -> "Term":
         """The term made ready for blocks in a wide type."""
         return self
+
+    def split(self) -> "Optional[Term]":
+        """The term prepared in float32 with no product whose factors may be rounded; None where it
+        is not known how, and the sum is then in float64."""
+        return None
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
         """What the update makes of the sum so far; it may write into `total`.
@@ -80,7 +84,16 @@ class LowRankTerm(Term):
 
     def prepared(self, wide: torch.dtype) -> "LowRankTerm":
         a, b = (_stacked(factor.detach().to(wide)) for factor in (self.lora_A, self.lora_B))
-        return replace(self, lora_A=a, lora_B=b * self.factor.detach().to(wide))
+        return LowRankTerm(a, b * self.factor.detach().to(wide), self.factor, self.layout)
+
+    def split(self) -> "LowRankTerm":
+        """With each number as three of eight bits, which neither TF32 nor bfloat16 rounds: their
+        products are exact, and what is left to round are float32's additions."""
+        whole = self.prepared(torch.float32)
+        parts = _of_eight_bits(whole.lora_A, whole.lora_B)
+        pairs = [(a, b) for a, _ in parts for _, b in parts]
+        a, b = torch.cat([a for a, _ in pairs], -2), torch.cat([b for _, b in pairs], -1)
+        return LowRankTerm(a, b, self.factor, self.layout)
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
         a, b = self.lora_A[block.which], self.lora_B[block.which]
@@ -175,7 +188,8 @@ class Fold:
 
     A block is a run of the weight's elements, as they lie in memory and in a file; the same blocks
     for a live model and for a file give the same bits. The sum is in float32, or in float64 for a
-    float64 weight, and on a device that is allowed to round float32 products to TF32.
+    float64 weight. Where a product of float32 may be rounded to TF32 or bfloat16, its factors are
+    split so that nothing of them is, and the sum of terms that cannot be is in float64.
 
     Args:
         shape, dtype: of the weight.
@@ -195,14 +209,24 @@ class Fold:
         self._rounding = rounding
         stacked = any(term.layout == "stack" for term in terms)
         self._shape = matrix_shape(tuple(shape) or (1,), "stack" if stacked else "matrix")
-        on_device = torch.device(device).type != "cpu"
+        device = torch.device(device)
         self._wide = factor_dtype(dtype)
-        if on_device and self._wide == torch.float32 and _rounds_products():
-            self._wide = torch.float64
-        self._size = _BYTES_OF_A_DEVICE // self._wide.itemsize if on_device else _BLOCK
+        self._terms = self._prepared(_joined(terms), dtype, device)
+        self._size = _BYTES_OF_A_DEVICE // self._wide.itemsize if device.type != "cpu" else _BLOCK
         self._whole_matrix = any(term.whole_matrix for term in terms)
         self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
-        self._terms = [term.prepared(self._wide) for term in _joined(terms)]
+
+    def _prepared(self, terms: list[Term], dtype: torch.dtype, device: torch.device) -> list[Term]:
+        """The terms made ready for the sum's type, in which no product's factors are rounded."""
+        if self._wide == torch.float32 and rounds_products(device):
+            # a float32 weight would show what float32's additions round, and a core takes longer
+            # for nine products than for one of twice the bytes
+            if dtype.itemsize <= 2 and device.type != "cpu":
+                split = [split for term in terms if (split := term.split()) is not None]
+                if len(split) == len(terms):
+                    return split
+            self._wide = torch.float64
+        return [term.prepared(self._wide) for term in terms]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[..., Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order; the new
@@ -223,14 +247,36 @@ class Fold:
     @torch.no_grad()
     def _sum(self, block: Block, before: Tensor, into: Optional[Tensor] = None) -> Tensor:
         rows = before.view(block.rows.stop - block.rows.start, -1)
-        total = rows.to(self._wide, copy=bool(self._terms))
-        with in_own_types(before):
-            for term in self._terms:
-                total = term.applied(total, block)
+        total = self._wide_sum(block, rows)
         if self._rounding is not None:
             total = self._rounding(total, rows)
         total = total.reshape(-1)
         return total.to(before.dtype) if into is None else into.copy_(total)
+
+    def _wide_sum(self, block: Block, rows: Tensor) -> Tensor:
+        total = rows.to(self._wide, copy=bool(self._terms))
+        with in_own_types(rows):
+            for term in self._terms:
+                total = term.applied(total, block)
+        return total
+
+    @torch.no_grad()
+    def of(self, base: Tensor) -> Tensor:
+        """A new tensor with what the terms make of all of a weight."""
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        before, after = base.reshape(-1), out.view(-1)
+        for run, summed in self.blocks():
+            summed(before[run], after[run])
+        return out
+
+    def to_copy(self, base: Tensor) -> Tensor:
+        """A new tensor that is `of` a weight once it is copied into that: in the wide type, which
+        the copy rounds, where one block is all of it, as on a device that of most layers is."""
+        stack, rows, columns = self._shape
+        if self._rounding is not None or stack > 1 or rows * columns > self._size:
+            return self.of(base)
+        block = Block(slice(0, rows * columns), 0, slice(0, rows), slice(0, columns))
+        return self._wide_sum(block, base.reshape(-1).view(rows, columns)).view(base.shape)
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
@@ -245,8 +291,14 @@ def _joined(terms: Sequence[Term]) -> list[Term]:
     ]
 
 
-def _rounds_products() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+def rounds_products(device: torch.device) -> bool:
+    """Whether torch may round the factors of a float32 product on a device: to TF32, or to bfloat16
+    on a CPU. It is asked of the device's own library, as the question for all of them raises once
+    one of them was set alone."""
+    if device.type not in ("cuda", "cpu", "xpu"):
+        return False
+    library: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return library.matmul.fp32_precision not in ("none", "ieee")
 
 
 @torch.no_grad()
@@ -258,11 +310,7 @@ def folded(base: Tensor, terms: Sequence[Term], rounding: Optional[Rounding] = N
         terms: in the order of summing; none gives a copy.
         rounding: see `Fold`.
     """
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    before, after = base.reshape(-1), out.view(-1)
-    for run, summed in Fold(base.shape, base.dtype, terms, base.device, rounding).blocks():
-        summed(before[run], after[run])
-    return out
+    return Fold(base.shape, base.dtype, terms, base.device, rounding).of(base)
 
 
 def bound_of(terms: Sequence[Term]) -> Number:
@@ -286,6 +334,14 @@ def waited_for(numbers: Sequence[Number]) -> list[float]:
     return out
 
 
+def near_overflow(dtype: torch.dtype, added: float) -> bool:
+    """Whether a weight of a type may be beyond its largest number with what is added to it: one
+    that is near to the end of a float32's range by itself is no weight."""
+    if not dtype.is_floating_point or dtype == torch.float16:
+        return dtype.is_floating_point
+    return not added < torch.finfo(dtype).max * 2**-10
+
+
 @torch.no_grad()
 def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
     """Whether a sum of finite numbers is beyond the largest of the base's type.
@@ -295,11 +351,9 @@ def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
         terms: in the order of summing.
         added: `bound_of` the terms, which answers where it can, without the sum.
     """
-    if base.is_meta or not base.is_floating_point() or not terms:
+    if base.is_meta or not terms or not near_overflow(base.dtype, added):
         return False
     most = torch.finfo(base.dtype).max
-    if base.dtype != torch.float16 and added < most * 2**-10:
-        return False  # a weight that near to the end of a float32's range is no weight
     wide = base.float() if base.dtype.itemsize == 1 else base  # torch takes no norm of 8 bits
     if base.numel() and wide.abs().max().double() + added <= most:
         return False
@@ -313,6 +367,15 @@ def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
     return False
 
 
+def _of_eight_bits(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Three pairs of float32 tensors with eight significant bits a number, whose sum is the pair to
+    the last bit: cut towards zero, as a rounding may end in infinity. Both in the same launches."""
+    both = torch.cat([a.reshape(-1), b.reshape(-1)])
+    of_8, of_16 = ((both.view(torch.int32) & -(1 << cut)).view(both.dtype) for cut in (16, 8))
+    parts = of_8, of_16 - of_8, both - of_16
+    return [(p[: a.numel()].view(a.shape), p[a.numel() :].view(b.shape)) for p in parts]
+
+
 def _stacked(factor: Tensor) -> Tensor:
     """``[stack, ...]``, also where there is no stack."""
-    return factor.reshape(-1, *factor.shape[-2:])
+    return factor[None] if factor.dim() == 2 else factor

@@ -83,6 +83,10 @@ class Value:
         """Itself with the shape of its tensor, None where that is another weight's."""
         return self
 
+    def placed(self, shape: tuple[int, ...], layout: Layout) -> "Value":
+        """Itself for a layer's tensor, in the layer's layout where its own tensors fit several."""
+        return self
+
     def check_types(self, where: str, dtype: torch.dtype) -> None:
         """Refuse tensors in whose type nothing can be computed, beside a base of `dtype`."""
         check_types(where, *self.tensors().values())
@@ -357,6 +361,11 @@ class KindUpdate(Value):
             if KINDS[self.method].fits(held, shape, layout):
                 return replace(self, held=held, shape=shape, layout=layout)
         return None
+
+    def placed(self, shape: tuple[int, ...], layout: Layout) -> "KindUpdate":
+        """With the shape and layout of its layer's tensor, where it knows none and fits them."""
+        found = self.fitted(shape, [layout]) if self.shape is None else None
+        return self if found is None else found
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
         """Refuse tensors in whose type nothing can be computed."""

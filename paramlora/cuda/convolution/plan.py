@@ -193,8 +193,8 @@ def _back(
     sums: tuple[int, int, int] = (1, 0, 1),
     scaled: bool = False,
 ) -> Launch:
-    """Of an image ``[batch, channels, P]``, of so many rows of A's kernel its channels and
-    positions, and of so many groups the sums ``[out, r]``."""
+    """The launch that lays out anew an image ``[batch, channels, P]`` and rows of A's kernel of so
+    many channels and positions, and adds the sums ``[out, r]`` of so many groups."""
     (batch, channels, P), (count, inner, positions) = image or (0, 1, 1), rows
     groups, out, r = sums
     block, R, many = _copy_blocks(channels, P, False), padded(r), power(groups)

@@ -1,15 +1,14 @@
 """Forward and backward of a 16-bit convolution of single channels on CUDA, in the kernels of
 `kernels`; imported only there."""
 
-import functools
 import math
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
-from paramlora.cuda.launch import Launch, changed, on_its_device
+from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
 
 _Maybe = Optional[Tensor]
@@ -20,6 +19,8 @@ MANY = 16  # of so many taps at most, else of a row of them
 _CHANNELS, _RANKS = 16, 32  # of one program of `add` and `divide`, which sums so many at a time:
 _SUMMED = 64
 _FLOAT = torch.float32
+_FORWARDS: dict[Any, Any] = {}
+_BACKWARDS: dict[Any, Any] = {}
 
 
 @on_its_device
@@ -39,18 +40,16 @@ def forward(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
         y, total = forward(of._replace(x=x.contiguous()), window)
         return _as_it_lies(y, x), total
     flat, more = weight.flatten(1), None if bias is None else bias.contiguous()
+    plain = more is None
     inputs = (x, flat, a, b, scale) if more is None else (x, flat, a, b, scale, more)
-    plan = _plan_forward(
-        x.get_device(), x.shape, weight.shape, len(a), window, more is None,
-        flat.stride(), a.stride(), b.stride(), _kinds(inputs),
+    plan, (px, *others) = planned(
+        _FORWARDS, inputs, (weight.shape, window, plain),
+        lambda _: _plan_forward(of, flat, window, plain),
     )  # fmt: skip
-    total = x.new_empty(flat.shape, dtype=_FLOAT)
-    y = x.new_empty(plan.result)
-    places = (x.data_ptr(), total.data_ptr(), y.data_ptr())
-    addresses = (flat.data_ptr(), a.data_ptr(), b.data_ptr(), scale.data_ptr(), places[1])
-    plan.add((flat, a, b, scale, total), addresses)
-    more = total if more is None else more
-    plan.launch((x, total, more, y), (*places[:2], more.data_ptr(), places[2]))
+    total, y = x.new_empty(flat.shape, dtype=_FLOAT), x.new_empty(plan.result)
+    more, pt = total if more is None else more, total.data_ptr()
+    plan.add((flat, a, b, scale, total), (*others[:4], pt))
+    plan.launch((x, total, more, y), (px, pt, more.data_ptr(), y.data_ptr()))
     return y, total
 
 
@@ -85,11 +84,10 @@ def backward(
         dx, *others = backward(*dense, total, window, scaled, wanted)
         return dx if dx is None else _as_it_lies(dx, x), *others
     inputs, input_too, kernels_too = (dy, x, a, b, scale, total), wanted[0], any(wanted[1:])
-    plan = _plan_backward(
-        x.get_device(), x.shape, dy.shape, weight.shape, len(a), window, scaled, input_too,
-        kernels_too, a.stride(), b.stride(), _kinds(inputs),
+    plan, (py, px, pa, pb, ps, pt) = planned(
+        _BACKWARDS, inputs, (weight.shape, window, scaled, input_too, kernels_too),
+        lambda _: _plan_backward(dy, of, window, scaled, input_too, kernels_too),
     )  # fmt: skip
-    py, px, pa, pb, ps, pt = (t.data_ptr() for t in inputs)
     dx = x.new_empty(x.shape) if input_too else None
     part = x.new_empty(plan.part, dtype=_FLOAT) if kernels_too else total
     out = total if dx is None else dx
@@ -107,12 +105,6 @@ def backward(
 
 def _device(t: Tensor) -> int:
     return t.get_device()
-
-
-def _kinds(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """What a launch is compiled for: the types, and which addresses 16 bytes do not divide."""
-    odd = [t.data_ptr() & 15 for t in tensors]
-    return (*(t.dtype for t in tensors), *(odd if any(odd) else ()))
 
 
 def _as_it_lies(t: Tensor, like: Tensor) -> Tensor:
@@ -149,29 +141,17 @@ class _Forward(NamedTuple):
     launch: Launch
 
 
-# A launch keeps to the types and alignments that it was first given, so they tell plans apart.
-@functools.lru_cache(4096)
-def _plan_forward(
-    device: int,
-    shape: _Sizes,
-    weight: _Sizes,
-    r: int,
-    window: Window,
-    plain: bool,
-    w_stride: _Sizes,
-    a_stride: _Sizes,
-    b_stride: _Sizes,
-    kinds: tuple[object, ...],
-) -> _Forward:
-    result = (*shape[:2], *outputs_of(shape[2:], weight[2:], window))
-    channels, taps = shape[1], math.prod(weight[2:])
-    numbers = (channels, taps, r, *w_stride, *a_stride, *b_stride)
+def _plan_forward(of: Operands, flat: Tensor, window: Window, plain: bool) -> _Forward:
+    x, a, b, shape, kernel = of.x, of.a, of.b, of.x.shape, of.weight.shape[2:]
+    result = (*shape[:2], *outputs_of(shape[2:], kernel, window))
+    channels, taps, device = shape[1], math.prod(kernel), x.get_device()
+    numbers = (channels, taps, len(a), *flat.stride(), *a.stride(), *b.stride())
     constants: _Sizes = (_CHANNELS, max(16, power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
     add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
     numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(window))
-    constants = (not plain, *_three(weight[2:]), tiles.rows, tiles.columns)
+    constants = (not plain, *_three(kernel), tiles.rows, tiles.columns)
     launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
     return _Forward(result, add, launch)
 
@@ -182,23 +162,13 @@ class _Backward(NamedTuple):
     divide: Launch
 
 
-@functools.lru_cache(4096)
 def _plan_backward(
-    device: int,
-    shape: _Sizes,
-    gradient: _Sizes,
-    weight: _Sizes,
-    r: int,
-    window: Window,
-    scaled: bool,
-    input_too: bool,
-    kernels_too: bool,
-    a_stride: _Sizes,
-    b_stride: _Sizes,
-    kinds: tuple[object, ...],
+    dy: Tensor, of: Operands, window: Window, scaled: bool, input_too: bool, kernels_too: bool
 ) -> _Backward:
-    channels, kernel, taps = shape[1], _three(weight[2:]), math.prod(weight[2:])
-    tiles, blocks = _Tiles(shape, TILE), _Tiles(gradient, BLOCK)
+    (x, weight, _, a, b, _), r, device = of, len(of.a), of.x.get_device()
+    shape, channels = x.shape, x.shape[1]
+    kernel, taps = _three(weight.shape[2:]), math.prod(weight.shape[2:])
+    tiles, blocks = _Tiles(shape, TILE), _Tiles(dy.shape, BLOCK)
     split = taps > MANY and taps > kernel[2]
     first = tiles.grid if input_too else 0
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
@@ -206,7 +176,7 @@ def _plan_backward(
     constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
     launch = Launch(kernels.backward, device, first + grid, numbers, constants, 1, 1)
     programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, power(r)))
-    numbers = (programs, channels, taps, r, *a_stride, *b_stride)
+    numbers = (programs, channels, taps, r, *a.stride(), *b.stride())
     constants = (scaled, _CHANNELS, _SUMMED, max(16, power(taps)), ranks)
     grid = programs + -(-r // ranks)
     divide = Launch(kernels.divide, device, grid, numbers, constants, 1, 4)

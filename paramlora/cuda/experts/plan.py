@@ -16,12 +16,12 @@ _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
 
 
-def tiling(rows: int, N: int, K: int, hopper: bool, drop: bool) -> Tiling:
+def tiling(rows: int, N: int, hopper: bool, drop: bool) -> Tiling:
     """How a product is divided: a first guess by the linear layers' table, not measured yet.
 
     Args:
         rows: about how many each expert has.
-        N, K: columns, and what is summed.
+        N: columns.
         hopper: whether the tensor memory engine may load the operands.
         drop: whether a mask takes registers beside the accumulator.
     """
@@ -172,7 +172,7 @@ def _product(
     dense = experts == 1 or stride_we == step * (N if rows_out else K)
     dense = dense and 1 in (stride_wk, stride_wn)
     aligned = even and dense and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
-    tiles = tiling(M // experts, N, K, of.hopper and aligned, drop)
+    tiles = tiling(M // experts, N, of.hopper and aligned, drop)
     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
     E, BLOCK_R = power(experts + 1), power(max(r, 16))
     constants = (bias, drop, tma, rows_out, K % BLOCK_K == 0, E, BLOCK_R, *tiles[:4])
