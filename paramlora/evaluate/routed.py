@@ -338,7 +338,7 @@ class _InPlace(torch.autograd.Function):
         if any(wanted):
             ahead = needs[0] and not needs[1]
             found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table, ahead)
-            gradients = _each(found, factors, few)
+            gradients = _each(found, factors, few, rows.ranks)
         return dx, dweight, dbias, None, None, None, *gradients
 
 
@@ -350,20 +350,27 @@ def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def _each(
-    found: tuple[_Maybe, _Maybe], factors: Sequence[Tensor], wanted: Sequence[bool]
+    found: tuple[_Maybe, _Maybe],
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    ranks: Sequence[int],
 ) -> list[_Maybe]:
-    """The gradients of all A's and B's as those of each, in memory one behind the other."""
+    """The gradients of all A's and B's as those of each, from where its ranks start on."""
     out: list[_Maybe] = [None] * len(factors)
     for side, whole in enumerate(found):
         if whole is not None:
             shapes = [factor.shape for factor in factors[side::2]]
             whole = cast(whole, factors[side].dtype)
             parts: Sequence[Tensor]
-            if shapes.count(shapes[0]) == len(shapes):  # by one call: a layer has dozens of them
+            numbers = [shape.numel() for shape in shapes]
+            if numbers.count(whole.numel() // len(shapes)) == len(
+                shapes
+            ):  # by one call: a layer has dozens of them
                 parts = whole.view(len(shapes), *shapes[0]).unbind(0)
             else:
-                flat = torch.split(whole.view(-1), [shape.numel() for shape in shapes])
-                parts = [part.view(shape) for part, shape in zip(flat, shapes)]
+                width = whole.numel() // sum(ranks)
+                flat = torch.split(whole.view(-1), [rank * width for rank in ranks])
+                parts = [part[:n].view(shape) for part, n, shape in zip(flat, numbers, shapes)]
             out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
     return out
 
@@ -387,14 +394,15 @@ def _of_few(x: Tensor, weight: Tensor, bias: _Maybe, table: Any, rows: Choice) -
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     positions = len(flat) // len(rows.index)
-    y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.starts, table, positions)
+    y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.held, table, positions)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _sorted(rows: Choice, positions: int) -> Any:
     from paramlora.cuda.routed.plan import Sorted
 
-    return Sorted(*rows.sorted_by(positions), rows.starts, rows.owner, max(rows.ranks), positions)
+    where = rows.starts, rows.owner, rows.held
+    return Sorted(*rows.sorted_by(positions), *where, max(rows.ranks), positions)
 
 
 def _by_kernels(
