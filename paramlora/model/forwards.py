@@ -618,6 +618,12 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
     return x if there == count else x.expand(count, *x.shape[1:])
 
 
+def is_flattened(layer: nn.Module, x: Tensor, rows: Choice) -> bool:
+    """Whether an input without rows is the batch's positions, see `Flattened`."""
+    known = rows.flattened if rows.dim == 0 and not rows.packed and not is_compiling() else None
+    return known is not None and len(x) != len(rows.index) and known.holds(layer, x, len(rows.index))
+
+
 def _moved(x: Tensor, dim: int, to: int) -> Tensor:
     """`movedim`, without a view, and a node of autograd for it, of what lies there already."""
     return x if dim == to else x.movedim(dim, to)
@@ -678,6 +684,9 @@ def beside_rows(
 ) -> Tensor:
     """A linear layer of `base`, its weight and bias, with each row's update; without it the
     updates' part alone."""
+    if is_flattened(layer, x, rows):
+        x = x.view(len(rows.index), -1, x.shape[-1])
+        return beside_rows(layer, x, updates, rows, layout, base).flatten(0, 1)
     x = rows_first(layer, x, rows.dim, rows, 1)
     apart = base is not None and updates[0].rounds_twice
     if base is not None and not apart:

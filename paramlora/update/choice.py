@@ -32,6 +32,41 @@ def padded(rank: int) -> int:
     return max(_RANKS, 1 << (rank - 1).bit_length()) if rank else 0
 
 
+class Flattened:
+    """Whether positions ``[rows · positions, side]`` are a batch's, one row's after another's.
+
+    A tensor tells it that is a view of one with the rows in front, as ``x.view(-1, side)`` is; and
+    beside a layer that was given such a one, in the same module, another that is given as many
+    positions, as inside of an MLP. A choice among positions, such as a router's, tells neither.
+
+    Args:
+        parents: by the number (`id`) of a layer the path of the module that holds it.
+    """
+
+    __slots__ = ("parents", "seen")
+
+    def __init__(self, parents: dict[int, str]) -> None:
+        self.parents = parents
+        self.seen: dict[str, int] = {}  # by module how many positions it was given
+
+    def holds(self, layer: object, x: Tensor, count: int) -> bool:
+        """Whether a layer's input is such a batch of so many rows."""
+        parent = self.parents.get(id(layer))
+        if x.dim() != 2 or parent is None or not count or len(x) % count:
+            return False
+        base = x._base
+        if base is None or base.shape[0] != count or not _same_memory(x, base):
+            return self.seen.get(parent) == len(x)
+        self.seen[parent] = len(x)
+        return True
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are all of one memory in its own order."""
+    whole = one.is_contiguous() and other.is_contiguous() and one.numel() == other.numel()
+    return whole and one.data_ptr() == other.data_ptr()
+
+
 class Choice:
     """The rows of a batch by the adapters of one tensor; made anew for each batch.
 
@@ -43,6 +78,7 @@ class Choice:
         index: ``[N]``, which of them each row takes; ``len(names)`` is none, the base.
         dim: where the rows lie in an input that does not tell.
         packed: each is a position of a packed sequence.
+        flattened: tells of an input without rows whether it is the batch's positions.
 
     Attributes:
         ranks: of each, `padded`.
@@ -62,7 +98,7 @@ class Choice:
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
-        "names", "ranks", "index", "dim", "packed", "picks", "owner", "places", "block_picks",
+        "names", "ranks", "index", "dim", "packed", "flattened", "picks", "owner", "places", "block_picks",
         "block", "starts", "held", "taken", "spans", "_sorted",
     )  # fmt: skip
 
@@ -73,9 +109,10 @@ class Choice:
         index: Tensor,
         dim: int,
         packed: bool = False,
+        flattened: Optional[Flattened] = None,
     ) -> None:
         self.names, self.index, self.dim, self.packed = names, index, dim, packed
-        self.ranks = tuple(map(padded, ranks))
+        self.flattened, self.ranks = flattened, tuple(map(padded, ranks))
         self.places: Optional[Tensor] = None
         self.block_picks: tuple[Tensor, ...] = ()
         table, self.owner, self.starts, self.held = _ranks(ranks, self.ranks, index)
