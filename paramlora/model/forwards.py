@@ -620,8 +620,10 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
 
 def is_flattened(layer: nn.Module, x: Tensor, rows: Choice) -> bool:
     """Whether an input without rows is the batch's positions, see `Flattened`."""
-    known = rows.flattened if rows.dim == 0 and not rows.packed and not is_compiling() else None
-    return known is not None and len(x) != len(rows.index) and known.holds(layer, x, len(rows.index))
+    known, count = rows.flattened, len(rows.index)
+    if known is None or rows.dim or rows.packed or is_compiling() or len(x) == count:
+        return False
+    return known.holds(layer, x, count)
 
 
 def _moved(x: Tensor, dim: int, to: int) -> Tensor:
@@ -685,8 +687,9 @@ def beside_rows(
     """A linear layer of `base`, its weight and bias, with each row's update; without it the
     updates' part alone."""
     if is_flattened(layer, x, rows):
-        x = x.view(len(rows.index), -1, x.shape[-1])
-        return beside_rows(layer, x, updates, rows, layout, base).flatten(0, 1)
+        in_front = x.reshape(len(rows.index), -1, x.shape[-1])
+        y = beside_rows(layer, in_front, updates, rows, layout, base)
+        return y.view(*x.shape[:-1], y.shape[-1])
     x = rows_first(layer, x, rows.dim, rows, 1)
     apart = base is not None and updates[0].rounds_twice
     if base is not None and not apart:

@@ -32,12 +32,21 @@ def padded(rank: int) -> int:
     return max(_RANKS, 1 << (rank - 1).bit_length()) if rank else 0
 
 
-class Flattened:
-    """Whether positions ``[rows · positions, side]`` are a batch's, one row's after another's.
+def steps(ranks: int) -> list[slice]:
+    """The ranks that are multiplied at once: the first 16, those up to 32, up to 64, and so on."""
+    bounds = [0, _RANKS]
+    while bounds[-1] < ranks:
+        bounds.append(2 * bounds[-1])
+    return list(map(slice, bounds, bounds[1:]))
 
-    A tensor tells it that is a view of one with the rows in front, as ``x.view(-1, side)`` is; and
-    beside a layer that was given such a one, in the same module, another that is given as many
-    positions, as inside of an MLP. A choice among positions, such as a router's, tells neither.
+
+class Flattened:
+    """Whether positions ``[rows · some, ..., side]`` are a batch's, one row's after another's.
+
+    A tensor tells it that is a view of one with the rows in front, as ``x.view(-1, side)`` is, or
+    the windows of images; and beside a layer that was given such a one, in the same module,
+    another that is given as many positions, as inside of an MLP. A choice among positions, such as
+    a router's, tells neither.
 
     Args:
         parents: by the number (`id`) of a layer the path of the module that holds it.
@@ -52,12 +61,12 @@ class Flattened:
     def holds(self, layer: object, x: Tensor, count: int) -> bool:
         """Whether a layer's input is such a batch of so many rows."""
         parent = self.parents.get(id(layer))
-        if x.dim() != 2 or parent is None or not count or len(x) % count:
+        if x.dim() < 2 or parent is None or not count or len(x) % count:
             return False
-        base = x._base
-        if base is None or base.shape[0] != count or not _same_memory(x, base):
-            return self.seen.get(parent) == len(x)
-        self.seen[parent] = len(x)
+        base, positions = x._base, x.shape[:-1].numel()
+        if base is None or base.shape[:1] != (count,) or not _same_memory(x, base):
+            return self.seen.get(parent) == positions
+        self.seen[parent] = positions
         return True
 
 
@@ -83,8 +92,7 @@ class Choice:
     Attributes:
         ranks: of each, `padded`.
         picks: where the ranks of each row's update lie among those of all updates one after the
-            other, and ``sum(ranks)``, a rank of zeros, beyond them: ``[N, 16]`` of the first 16,
-            ``[N, 16]`` of those up to 32, ``[N, 32]`` of those up to 64, and so on.
+            other, and ``sum(ranks)``, a rank of zeros, beyond them: ``[N, r]`` of each of `steps`.
         owner: ``[sum(ranks) + 1]``, whose each of these ranks is.
         places: ``[N]``, where each row lies once all are in blocks of rows of one adapter, or None
             where there are too few for that.
@@ -98,8 +106,8 @@ class Choice:
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
-        "names", "ranks", "index", "dim", "packed", "flattened", "picks", "owner", "places", "block_picks",
-        "block", "starts", "held", "taken", "spans", "_sorted",
+        "names", "ranks", "index", "dim", "packed", "flattened", "picks", "owner",
+        "places", "block_picks", "block", "starts", "held", "taken", "spans", "_sorted",
     )  # fmt: skip
 
     def __init__(
@@ -146,10 +154,7 @@ class Choice:
 
 def _steps(picks: Tensor) -> tuple[Tensor, ...]:
     """``[N, ranks]`` by those that are multiplied at once."""
-    bounds = [0, _RANKS]
-    while bounds[-1] < picks.shape[1]:
-        bounds.append(2 * bounds[-1])
-    return tuple(picks[:, one:other].contiguous() for one, other in zip(bounds, bounds[1:]))
+    return tuple(picks[:, some].contiguous() for some in steps(picks.shape[1]))
 
 
 def _ranks(

@@ -61,6 +61,10 @@ def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
     v = plan.thin(dy, b.mT, ends, width, None)
     plan.product(dy, weight, ends, v, a, drop)
     plan.sums(x, v, dy, u, ends, r, drop, (True, True))
+    # pairs of expert and adapter
+    a, b = a.repeat_interleave(4, 0), b.repeat_interleave(4, 0)
+    plan.product(x, weight.mT, torch.zeros(4 * experts, dtype=torch.int32), u, b.mT, None, bias)
+    plan.product(dy, weight, torch.zeros(4 * experts, dtype=torch.int32), v, a, None)
 
 
 if __name__ == "__main__":

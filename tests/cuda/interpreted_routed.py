@@ -9,10 +9,8 @@ import json
 import sys
 import warnings
 
-import numpy as np
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder
 
 from paramlora.cuda.decoding import kernels as decoding_kernels
 from paramlora.cuda.decoding import plan as decoding
@@ -20,7 +18,7 @@ from paramlora.cuda.routed import kernels, plan
 from paramlora.evaluate import routed
 from paramlora.update.choice import Choice
 from tests.cuda import interpreted
-from tests.cuda.interpreted import error, launched
+from tests.cuda.interpreted import dot_by_16, error, launched
 
 # the update of each row (the last is none), positions of each, ranks, in, out
 CASES = {
@@ -137,16 +135,6 @@ def in_place(case):
     return max(error(mine, real) for mine, real in pairs), launched[:]
 
 
-def dot_by_16(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """A product as tensor cores compute it: each instruction adds 16 products and what was there,
-    and rounds once."""
-    total = d.data.astype(np.float64)
-    for k in range(0, a.data.shape[1], 16):
-        part = a.data[:, k : k + 16].astype(np.float64) @ b.data[k : k + 16].astype(np.float64)
-        total = (total + part).astype(np.float32).astype(np.float64)
-    return TensorHandle(total.astype(d.data.dtype), tl.float32)
-
-
 def beside(others):
     """What rows of one update give, and its gradients, beside others of some ranks."""
     torch.manual_seed(0)
@@ -196,10 +184,10 @@ def main():
     results["in place"] = {name: in_place(name) for name in ("mixed", "none's rows", "one update")}
     plan.card = lambda device: interpreted.Card((9, 0), 132)
     decoding.card = lambda device: interpreted.Card((9, 0), 4)
-    own, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot_by_16
+    own_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot_by_16
     one, *others = (beside(ranks) for ranks in ((5, 5), (13, 20), (15, 7), (32, 1)))
     results["beside"] = [[torch.equal(*pair) for pair in zip(one, other)] for other in others]
-    InterpreterBuilder.create_dot = own
+    InterpreterBuilder.create_dot = own_dot
     results["few"] = {}
     for number, case in enumerate(FEW):
         of = [(9, 0), (8, 6)][number % 2]
