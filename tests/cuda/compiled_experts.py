@@ -36,6 +36,12 @@ def main(capability):
             target = GPUTarget("cuda", capability, 32)
             done = compile_for(source, target=target, options=dict(self.options))
             shared[key] = done.metadata.shared
+            if len(sys.argv) > 2:  # for a person
+                told = compiled.registers(done), done.metadata.shared
+                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
+            if len(sys.argv) > 2:  # for a person
+                told = compiled.registers(done), done.metadata.shared
+                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
 
     interpreted.stand_in_for_the_device()
     plan.cuda_device = lambda: -1

@@ -221,7 +221,7 @@ def test_rows_that_take_different_updates_on_a_device(dtype, small):
         again = run((4, *others))[3]
         assert torch.equal(again[0][mine], got[0][mine])
         assert torch.equal(again[1][mine], got[1][mine])
-        assert torch.equal(again[2], got[2]) and torch.equal(again[5], got[4])
+        assert torch.equal(again[2], got[2]) and torch.equal(again[5], got[5])
 
 
 @pytest.mark.gpu
