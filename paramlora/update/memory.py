@@ -117,7 +117,7 @@ def _finite_on_host(tensors: Iterable[Tensor]) -> bool:
     of those with any in them."""
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
-        extremes.setdefault(t.dtype, []).extend(torch.aminmax(t))
+        extremes.setdefault(t.dtype, []).extend(torch.aminmax(t) if t.dim() else (t,))
     return all(bool(torch.isfinite(torch.stack(some)).all()) for some in extremes.values())
 
 
