@@ -55,7 +55,8 @@ def grouped_linear(
         x: ``[rows, in]``, sorted by expert; or what `source` makes them of.
         weight: ``[experts, out, in]``, any strides.
         ends: ``[experts]``, where each expert's rows end; what lies behind the last is no
-            expert's, and its output has no meaning.
+            expert's, and its output has no meaning. Where `serves_pairs` as many for each matrix
+            as there are updates of it, the factors' first dimension too.
         lora_A: ``[experts, r, in]``; cast down to the input's type.
         lora_B: ``[experts, out, r]``, likewise.
         scale: ``[]``.
@@ -120,6 +121,7 @@ def grouped_by_definition(
     drops: Optional[Drops] = None,
 ) -> Tensor:
     """`grouped_linear` in plain operations, for gradients of gradients: a loop over the experts."""
+    weight = weight.repeat_interleave(len(ends) // len(weight), 0)  # of pairs, whose factors differ
     up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
     parts = [x.new_zeros(0, weight.shape[1])]
     for e, rows in runs(ends):
@@ -148,12 +150,19 @@ def _on_device(x: Tensor, *sizes: int) -> bool:
     return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
 
 
+def serves_pairs(x: Tensor, weight: Tensor, groups: int, r: int) -> bool:
+    """Whether our kernels compute `grouped_linear` of so many groups of rows, of which several may
+    share a matrix: no operation of torch does that without a copy of it for each."""
+    fits = 0 < r <= _HIGHEST and groups <= _MOST and x.numel() and weight.numel()
+    return bool(fits) and weight.dtype == x.dtype and weight.device == x.device and served(x)
+
+
 def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
-    """Our kernels where they serve, of one mask at most, and were found the faster."""
-    fits = 0 < a.shape[1] <= _HIGHEST and len(weight) <= _MOST and x.numel() and weight.numel()
-    fits = fits and weight.dtype == x.dtype and weight.device == x.device
-    ours = fits and (drops is None or len(drops.ranks) == 1) and served(x)
-    best = Way.KERNELS if ours and choose.measured(x.get_device(), "experts") else None
+    """Our kernels where they serve, of one mask at most, and were found the faster, or are the only
+    way, as of pairs."""
+    ours = (drops is None or len(drops.ranks) == 1) and serves_pairs(x, weight, len(a), a.shape[1])
+    alone = len(a) > len(weight)
+    best = Way.KERNELS if ours and (alone or choose.measured(x.get_device(), "experts")) else None
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[1])
     return choose.way(Asked("experts", *about, best, dropout=drops is not None))
 
@@ -445,9 +454,14 @@ class _Grouped(torch.autograd.Function):
         rows, pulled = _again(x, source, held is not None, dy, weight, ends)
         values = (dy, rows, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
         dx, *others = _backward(*values)
-        dweight = expert_sums(dy, rows, ends).to(weight.dtype) if needs[1] else None
+        dweight = _of_matrices(expert_sums(dy, rows, ends), weight) if needs[1] else None
         del rows, values  # before others of their size are made
         return None if dx is None else pulled(dx), dweight, None, *others, *none
+
+
+def _of_matrices(sums: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the weight, from those of all groups."""
+    return sums.unflatten(0, (len(weight), -1)).sum(1).to(weight.dtype)
 
 
 def _rows(x: Tensor, source: Optional[Source], weight: Tensor) -> Tensor:
@@ -541,7 +555,7 @@ def _backward_op(
     read = wanted[0] or any(wanted[2:])
     rows, pulled = _again(x, source, read, dy, weight, ends)
     dx, *others = _backward(dy, rows, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
-    dense = expert_sums(dy, rows, ends).to(weight.dtype) if wanted[0] else None
+    dense = _of_matrices(expert_sums(dy, rows, ends), weight) if wanted[0] else None
     grads = (None if dx is None else pulled(dx), *others)
     found = [x.new_empty(0) if g is None else g.contiguous() for g in (dense, *grads)]
     return found[0], found[1], found[2], found[3], found[4]

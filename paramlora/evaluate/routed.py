@@ -33,19 +33,22 @@ _FEW = 128  # rows up to which reading takes longer than arithmetic
 
 
 def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
-    """The factors of all adapters one after the other, and one rank of zeros.
+    """The factors of all adapters one after the other, filled up with zeros, and one rank of zeros.
 
     Args:
         factors: of each adapter, None where it does not act.
-        ranks: of each.
+        ranks: of each, see `Choice.ranks`.
         dim: in which the ranks lie: 0 of ``[r, in]``, 1 of ``[out, r]``.
     """
     like = next(factor for factor in factors if factor is not None)
-    side, zero = like.shape[1 - dim], like.new_zeros(1, 1)
-    parts = [zero if f is None else f for f in (*factors, None)]
-    sizes = [(r, side) if dim == 0 else (side, r) for r in (*ranks, 1)]
-    every = [one.expand(size) if one is zero else one for one, size in zip(parts, sizes)]
-    return torch.cat(every, dim)
+    side, zero, parts = like.shape[1 - dim], like.new_zeros(1, 1), []
+    for factor, rank in zip((*factors, None), (*ranks, 1)):
+        if factor is not None:
+            parts.append(factor)
+            rank -= factor.shape[dim]
+        if rank:
+            parts.append(zero.expand((rank, side) if dim == 0 else (side, rank)))
+    return torch.cat(parts, dim)
 
 
 def linear(
@@ -101,55 +104,74 @@ def _positions(x: Tensor) -> Tensor:
     return x.reshape(len(x), x.shape[1:-1].numel(), x.shape[-1])
 
 
-def grouped(x: Tensor, rows: Choice, down: _Maybe, up: Tensor) -> Tensor:
-    """Each row times its own ``A_iᵀ``, if `down` is given, and ``B_iᵀ``, in x's type; float16, of
-    whose range it knows nothing, in float32.
+def grouped(x: Tensor, rows: Choice, down: Tensor, up: Tensor) -> Tensor:
+    """Each row times its own ``A_iᵀ`` and ``B_iᵀ``, in x's type; float16, of whose range it knows
+    nothing, in float32.
 
     Args:
-        x: ``[N, positions, in]``, or without `down` ``[N, positions, r]``.
+        x: ``[N, positions, in]``.
         rows: which each row takes.
         down, up: as of `linear`.
     """
     own, picks = _blocks(narrow.wide(x), rows)
-    thin = own if down is None else own @ picked(down, picks, own.dtype).mT
-    return _in_rows(thin @ picked(up, picks, own.dtype), rows, x.shape[1]).to(x.dtype)
+    thin = _thin(own, down, picks)
+    return _in_rows(_spread(thin, up, picks), rows, x.shape[1]).to(x.dtype)
 
 
-def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, Tensor]:
+def _thin(x: Tensor, factor: Tensor, picks: Sequence[Tensor]) -> list[Tensor]:
+    """``x f_iᵀ``, of each of the ranks that are multiplied at once."""
+    return [x @ picked(factor, some, x.dtype).mT for some in picks]
+
+
+def _spread(thin: Sequence[Tensor], factor: Tensor, picks: Sequence[Tensor]) -> Tensor:
+    """The sum of the products of what `_thin` gives, in order; those beyond a row's own ranks are
+    zeros, which change no bit."""
+    y, *others = (u @ picked(factor, some, u.dtype) for u, some in zip(thin, picks))
+    for other in others:
+        y = y + other
+    return y
+
+
+def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows ``[N, positions, side]`` as matrices that each take one update, and what each picks:
     the rows themselves where they are long, else blocks of them, filled up with zeros."""
     places, picks, positions = rows.places, rows.block_picks, x.shape[1]
-    if places is None or picks is None or positions >= _LONG:
+    if places is None or positions >= _LONG:
         return x, rows.picks
-    packed = x.new_zeros(len(picks) * rows.block, *x.shape[1:]).index_copy(0, places, x)
-    return packed.view(len(picks), rows.block * positions, -1), picks
+    packed = x.new_zeros(len(picks[0]) * rows.block, *x.shape[1:]).index_copy(0, places, x)
+    return packed.view(len(picks[0]), rows.block * positions, -1), picks
 
 
 def _in_rows(y: Tensor, rows: Choice, positions: int) -> Tensor:
     """``[N, positions, side]`` of what was computed of `_blocks`."""
-    if rows.places is None or rows.block_picks is None or positions >= _LONG:
+    if rows.places is None or positions >= _LONG:
         return y
     return y.reshape(-1, positions, y.shape[-1]).index_select(0, rows.places)
 
 
 def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
     """``[N, r, side]``, the ranks that each row picks among those of all."""
-    every = cast(factors, dtype).index_select(0, picks.flatten())
-    return every.view(*picks.shape, factors.shape[1])
+    # not index_select, whose gradient CUDA adds up in an order of its own each time
+    return F.embedding(picks, cast(factors, dtype))
 
 
-def _sums(thin: Tensor, x: Tensor, picks: Tensor, like: Tensor) -> Tensor:
+def _sums(thin: Sequence[Tensor], x: Tensor, picks: Sequence[Tensor], like: Tensor) -> Tensor:
     """The gradient of a factor, ``thinᵀ x`` of the matrices of each, of its type.
 
     Args:
-        thin: ``[blocks, rows, r]``.
+        thin: ``[blocks, rows, r]``, of each of the ranks that are multiplied at once.
         x: ``[blocks, rows, side]``.
         picks: of the blocks.
         like: ``[ranks, side]``, the factor.
     """
     total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    parts = (thin.mT @ x).flatten(0, 1)
-    return total.index_add_(0, picks.flatten(), parts.float()).to(like.dtype)
+    for u, some in zip(thin, picks):
+        parts, at = (u.mT @ x).flatten(0, 1).float(), some.flatten()
+        if total.is_cuda:  # in one order each time, as the other is on a CPU
+            total.index_put_((at,), parts, accumulate=True)
+        else:
+            total.index_add_(0, at, parts)
+    return total.to(like.dtype)
 
 
 def _onto(thin: Tensor, x: Tensor, matrix: Tensor, bias: _Maybe = None) -> Tensor:
@@ -177,16 +199,16 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x, weight, down, up, u)
             return y.view(*x.shape[:-1], y.shape[-1])
         own, picks = _blocks(narrow.wide(_positions(x)), rows)
-        u = own @ picked(down, picks, own.dtype).mT
-        thin = _in_rows(u @ picked(up, picks, u.dtype), rows, _positions(x).shape[1]).to(x.dtype)
-        ctx.save_for_backward(x, weight, down, up, u)
+        us = _thin(own, down, picks)
+        thin = _in_rows(_spread(us, up, picks), rows, _positions(x).shape[1]).to(x.dtype)
+        ctx.save_for_backward(x, weight, down, up, *us)
         y = _onto(thin.flatten(0, 1), x.flatten(0, -2), weight.t(), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, weight, down, up, u), needs, rows = ctx.saved_tensors, ctx.needs_input_grad, ctx.rows
+        (x, weight, down, up, *us), needs, rows = ctx.saved_tensors, ctx.needs_input_grad, ctx.rows
         dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
         if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(ctx.kernel, dy):
 
@@ -200,19 +222,19 @@ class _Linear(torch.autograd.Function):
         flat, positions = dy.flatten(0, -2), _positions(dy).shape[1]
         if ctx.kernel:
             dx, *others = _kernels_backward(
-                flat, x.flatten(0, -2), weight, down, up, u, rows, needs
+                flat, x.flatten(0, -2), weight, down, up, us[0], rows, needs
             )
             dx = None if dx is None else dx.view(x.shape)
             return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, *others, None
         own, picks = _blocks(narrow.wide(_positions(dy)), rows)
-        v = own @ picked(up, picks, own.dtype).mT
+        vs = _thin(own, up, picks)
         dx = ddown = None
         if needs[0]:
-            thin = _in_rows(v @ picked(down, picks, v.dtype), rows, positions).to(dy.dtype)
+            thin = _in_rows(_spread(vs, down, picks), rows, positions).to(dy.dtype)
             dx = _onto(thin.flatten(0, 1), flat, weight).view(x.shape)
         if needs[3]:
-            ddown = _sums(v, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
-        dup = _sums(u, own, picks, up) if needs[4] else None
+            ddown = _sums(vs, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
+        dup = _sums(us, own, picks, up) if needs[4] else None
         return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, ddown, dup, None
 
 
@@ -316,7 +338,7 @@ class _InPlace(torch.autograd.Function):
         if any(wanted):
             ahead = needs[0] and not needs[1]
             found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table, ahead)
-            gradients = _each(found, factors, few)
+            gradients = _each(found, factors, few, rows.ranks)
         return dx, dweight, dbias, None, None, None, *gradients
 
 
@@ -328,20 +350,27 @@ def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def _each(
-    found: tuple[_Maybe, _Maybe], factors: Sequence[Tensor], wanted: Sequence[bool]
+    found: tuple[_Maybe, _Maybe],
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    ranks: Sequence[int],
 ) -> list[_Maybe]:
-    """The gradients of all A's and B's as those of each, in memory one behind the other."""
+    """The gradients of all A's and B's as those of each, from where its ranks start on."""
     out: list[_Maybe] = [None] * len(factors)
     for side, whole in enumerate(found):
         if whole is not None:
             shapes = [factor.shape for factor in factors[side::2]]
             whole = cast(whole, factors[side].dtype)
             parts: Sequence[Tensor]
-            if shapes.count(shapes[0]) == len(shapes):  # by one call: a layer has dozens of them
+            numbers = [shape.numel() for shape in shapes]
+            if numbers.count(whole.numel() // len(shapes)) == len(
+                shapes
+            ):  # by one call: a layer has dozens of them
                 parts = whole.view(len(shapes), *shapes[0]).unbind(0)
             else:
-                flat = torch.split(whole.view(-1), [shape.numel() for shape in shapes])
-                parts = [part.view(shape) for part, shape in zip(flat, shapes)]
+                width = whole.numel() // sum(ranks)
+                flat = torch.split(whole.view(-1), [rank * width for rank in ranks])
+                parts = [part[:n].view(shape) for part, n, shape in zip(flat, numbers, shapes)]
             out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
     return out
 
@@ -365,14 +394,15 @@ def _of_few(x: Tensor, weight: Tensor, bias: _Maybe, table: Any, rows: Choice) -
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     positions = len(flat) // len(rows.index)
-    y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.starts, table, positions)
+    y: Tensor = plan.product(flat, weight, bias, rows.taken, rows.held, table, positions)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _sorted(rows: Choice, positions: int) -> Any:
     from paramlora.cuda.routed.plan import Sorted
 
-    return Sorted(*rows.sorted_by(positions), rows.starts, rows.owner, max(rows.ranks), positions)
+    where = rows.starts, rows.owner, rows.held
+    return Sorted(*rows.sorted_by(positions), *where, max(rows.ranks), positions)
 
 
 def _by_kernels(
@@ -454,8 +484,11 @@ def embedding(
     base = narrow.wide(F.embedding(tokens, weight, padding_idx))
     flat = tokens.reshape(len(tokens), tokens.shape[1:].numel())
     # [N, positions, r]: a column of the row's own factor for each token
-    thin = cast(down[rows.picks[:, None], flat[..., None]], base.dtype)
-    update = grouped(thin, rows, None, cast(up, base.dtype)).view(base.shape)
+    thin = [cast(down[some[:, None], flat[..., None]], base.dtype) for some in rows.picks]
+    blocks = [_blocks(one, rows) for one in thin]
+    picks = blocks[0][1]
+    update = _in_rows(_spread([one for one, _ in blocks], up, picks), rows, flat.shape[1])
+    update = update.view(base.shape)
     if padding_idx is not None:
         padded = (tokens == padding_idx % len(weight))[..., None]
         update = torch.where(padded, update.detach(), update)
@@ -578,10 +611,29 @@ def convolved(
     if x.dtype == torch.float16:
         y = convolved(x.float(), shape, down, up, rows, stride, padding, dilation, groups)
         return y.to(x.dtype)
+    values = x, shape, down, up, stride, padding, dilation, groups
+    y, *others = (_convolved(*values, some) for some in rows.picks)
+    for other in others:
+        y = y + other
+    return y
+
+
+def _convolved(
+    x: Tensor,
+    shape: Sequence[int],
+    down: Tensor,
+    up: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    picks: Tensor,
+) -> Tensor:
+    """`convolved` of the ranks that are multiplied at once."""
     n, count, kernel = len(x), len(shape) - 2, shape[2:]
-    first = picked(down, rows.picks, x.dtype)  # [N, r, in]
+    first = picked(down, picks, x.dtype)  # [N, r, in]
     first = first[:, None].expand(-1, groups, -1, -1).reshape(-1, shape[1], *kernel)
-    second = picked(up, rows.picks, x.dtype).mT  # [N, out, r]
+    second = picked(up, picks, x.dtype).mT  # [N, out, r]
     second = second.reshape(-1, second.shape[-1], *[1] * count)
     # [1, (N channels), ...]: a row's channels meet its own kernels alone
     y = narrow.Stage(stride, padding, dilation, n * groups)(x.reshape(1, -1, *x.shape[2:]), first)

@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paramlora.evaluate.experts import expert_sums, plain_product, runs
+from paramlora.evaluate.experts import (
+    expert_sums,
+    grouped_linear,
+    owners,
+    plain_product,
+    runs,
+    serves_pairs,
+)
 from paramlora.evaluate.functional import cast, cast_for_autocast, untold, without_autocast
-from paramlora.update.compat import applied
+from paramlora.update.choice import padded, steps
+from paramlora.update.compat import applied, recorded, transformed
 from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
@@ -48,14 +56,14 @@ def pairs_of(experts: Tensor, adapters: Tensor, count: int, names: int) -> Pairs
 
 
 def joined(factors: Sequence[_Maybe], dtype: torch.dtype) -> Tensor:
-    """The factors of all pairs ``[experts · (adapters + 1), r, side]`` for the largest rank.
+    """The factors of all pairs ``[experts · (adapters + 1), r, side]``, where r is `padded`.
 
     Args:
         factors: of each adapter ``[experts, r_i, side]``, None where it does not act; the base's,
             zeros, come last.
     """
     like = next(factor for factor in factors if factor is not None)
-    most = max(factor.shape[1] for factor in factors if factor is not None)
+    most = padded(max(factor.shape[1] for factor in factors if factor is not None))
     none = like.new_zeros((), dtype=dtype).expand(like.shape[0], most, like.shape[2])
     every = [
         none if factor is None else F.pad(cast(factor, dtype), (0, 0, 0, most - factor.shape[1]))
@@ -73,6 +81,7 @@ def grouped_linear_of_rows(
     pairs: Pairs,
     dropped: _Maybe = None,
     twice: bool = False,
+    bias: _Maybe = None,
 ) -> Tensor:
     """``x (W_e + B_ei A_ei)ᵀ`` where ``e`` and ``i`` are each row's expert and adapter.
 
@@ -85,10 +94,12 @@ def grouped_linear_of_rows(
         pairs: of the rows.
         dropped: what the updates get instead of x.
         twice: round the base's product first, as servers do.
+        bias: ``[experts, out]``, of the weight's type; it gets no gradient.
 
     Returns:
-        ``[rows, out]``. In 16 bits on a CPU the update is added before the only rounding, but for
-        float16 and what is compiled.
+        ``[rows, out]``. In 16 bits the update is added before the only rounding: on CUDA by the
+        kernels of experts, whose groups are the pairs, where nothing is dropped; on a CPU but for
+        float16; and nowhere in what is compiled.
 
     Example:
         >>> x, W = torch.randn(3, 4).double(), torch.randn(2, 5, 4).double()
@@ -102,20 +113,39 @@ def grouped_linear_of_rows(
     if device is not None:
         x, weight, dropped = cast_for_autocast(device, x, weight, dropped)
         with torch.autocast(device, enabled=False):
-            return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice)
+            return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice, bias)
     x = cast(x, weight.dtype)
-    low = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
-    if twice or x.dtype != torch.bfloat16 or x.is_cuda or untold():
-        return plain_product(x, weight, ends) + low
-    return applied(_Onto, low, x, weight, ends)
+    low = x.dtype.itemsize == 2 and not (twice or untold() or recorded() or transformed())
+    if low and dropped is None:
+        rank = padded(max(factor.shape[1] for factor in down if factor is not None))
+        if serves_pairs(x, weight, len(pairs.ends), rank):
+            dtype = torch.promote_types(x.dtype, torch.bfloat16)  # float16 has no range for them
+            a, b = joined(down, dtype), joined(up, dtype).mT.contiguous()
+            scale = torch.ones((), device=x.device)
+            y = grouped_linear(x[pairs.order], weight, pairs.ends, a, b, scale, bias=bias)
+            return y[pairs.back]
+    update = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
+    if not low or x.dtype != torch.bfloat16 or x.is_cuda:
+        y = plain_product(x, weight, ends) + update
+    else:
+        y = applied(_Onto, update, x, weight, ends)
+    return y if bias is None else y + bias[owners(ends, len(y))]
 
 
 def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) -> Tensor:
-    """The updates' part; float16, of whose range it knows nothing, in float32."""
+    """The updates' part, in `steps` of the ranks; float16, of whose range it knows nothing, in
+    float32."""
     if x.dtype == torch.float16:
         return _low(x.float(), down, up, pairs).to(x.dtype)
-    thin = plain_product(x[pairs.order], joined(down, x.dtype), pairs.ends)
-    return plain_product(thin, joined(up, x.dtype).mT, pairs.ends)[pairs.back]
+    own, a, b = x[pairs.order], joined(down, x.dtype), joined(up, x.dtype)
+    parts = [
+        plain_product(plain_product(own, a[:, some], pairs.ends), b[:, some].mT, pairs.ends)
+        for some in steps(a.shape[1])
+    ]
+    y = parts[0]
+    for other in parts[1:]:
+        y = y + other
+    return y[pairs.back]
 
 
 class _Onto(torch.autograd.Function):

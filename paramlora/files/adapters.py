@@ -32,7 +32,7 @@ from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within
 from paramlora.formats.pipeline import PARTS
-from paramlora.model.attach import uncollected
+from paramlora.model.attach import uncollected, updates
 from paramlora.model.classes import Model
 from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, swap_adapter
@@ -93,7 +93,9 @@ def load_adapter(
         return None if needless else base_of(model)
 
     with uncollected():
-        found = _read(path, base, options, together=True)
+        onto = next((u for *_, u in updates(model) if u.adapter == into), None)
+        locked = onto is not None and any(t.is_cuda for t in onto.parameters())
+        found = _read(path, base, options, together=True, locked=locked)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -123,9 +125,10 @@ def _read(
     base: Callable[[Format], Optional[Base]],
     options: Options,
     together: bool = False,
+    locked: bool = False,
 ) -> Adapter:
-    """The adapter in a file, fitted to a base that its format wants; `together` as of `checked`."""
-    content = checked(path, together)
+    """The adapter in a file, fitted to a base that its format wants; the rest as of `checked`."""
+    content = checked(path, together, locked)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -352,12 +355,13 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
-def checked(path: PathLike, together: bool = False) -> Content:
+def checked(path: PathLike, together: bool = False, locked: bool = False) -> Content:
     """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
     Args:
         path: the file, or a folder such as PEFT's.
-        together: its tensors in one memory, for who drops them all soon (see `SafeFile.every`).
+        together, locked: its tensors in one memory, for who drops them all soon, and which (see
+            `SafeFile.every`).
 
     Raises:
         FileError: as there, or by the format.
@@ -371,7 +375,7 @@ def checked(path: PathLike, together: bool = False) -> Content:
     try:
         outline = _outline(weights, file)
         formats.form_of(outline).check(outline)
-        return _content(weights, file.every(together), file.metadata)
+        return _content(weights, file.every(together, locked), file.metadata)
     finally:
         file.close()
 

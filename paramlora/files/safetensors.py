@@ -103,12 +103,13 @@ class SafeFile:
             self._fill(self._begin[key], bytes_of(out))
         return out.view(spec.dtype).reshape(spec.shape)
 
-    def every(self, together: bool = False) -> dict[str, Tensor]:
+    def every(self, together: bool = False, locked: bool = False) -> dict[str, Tensor]:
         """All tensors, where memory can hold them: a file with holes may claim any size.
 
         Args:
             together: in one memory, which each of them keeps alive, for who drops them all soon:
                 read at once, checked at once, and copied to a device at once.
+            locked: that memory page-locked, from which copies to a device are fastest.
         """
         size, memory = sum(spec.nbytes for spec in self.specs.values()), installed()
         if size > memory:
@@ -116,11 +117,16 @@ class SafeFile:
                 f"{self.path}: its tensors take {size:,} bytes, and this machine has {memory:,} of "
                 "memory. Give a smaller file, or use a machine with more."
             )
-        return self._as_one(size) if together else {key: self.read(key) for key in self.specs}
+        if together:
+            return self._as_one(size, locked)
+        return {key: self.read(key) for key in self.specs}
 
-    def _as_one(self, size: int) -> dict[str, Tensor]:
+    def _as_one(self, size: int, locked: bool) -> dict[str, Tensor]:
         """All tensors as parts of one: in the file they lie so, see `_check_whole`."""
-        whole = torch.empty(size, dtype=torch.uint8)
+        try:  # of that memory torch keeps what was given back, so that the next file finds it
+            whole = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
+        except RuntimeError:  # of no device, or of a system that locks less
+            whole = torch.empty(size, dtype=torch.uint8)
         start = min(self._begin.values(), default=0)
         if size:
             self._fill(start, bytes_of(whole))

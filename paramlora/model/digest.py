@@ -16,7 +16,6 @@ _LEAST = 2**-23  # between float16's smallest numbers, and what rounding to bflo
 _MOST = 2.0**16  # float16's largest number in bfloat16; what is beyond it is infinite in the former
 
 
-@torch.no_grad()
 def digest(tensor: Tensor) -> Optional[str]:
     """Sixteen numbers of a tensor in bfloat16, as hexadecimal digits; None where it has none to
     give: on the meta device, over several processes, or quantised or stored in eight bits, which
@@ -24,12 +23,39 @@ def digest(tensor: Tensor) -> Optional[str]:
 
     In bfloat16, because a base may be loaded in another type than it was trained in.
     """
-    if tensor.is_meta or is_sharded(tensor) or is_quantised(tensor) or not tensor.numel():
+    return digests({"": tensor})[""]
+
+
+@torch.no_grad()
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, Optional[str]]:
+    """The `digest` of each; a device is waited for once, however many they are."""
+    there: dict[torch.device, list[Tensor]] = {}
+    taken = {name: _values(tensor) for name, tensor in tensors.items()}
+    some = [values for values in taken.values() if values is not None]
+    for values in some:
+        there.setdefault(values.device, []).append(values)
+    read = {
+        device: iter(torch.cat(held).cpu().split([len(values) for values in held]))
+        for device, held in there.items()
+    }
+    return {
+        name: None if values is None else digits_of(next(read[values.device]))
+        for name, values in taken.items()
+    }
+
+
+def _values(tensor: Tensor) -> Optional[Tensor]:
+    """The numbers of a `digest`, where the tensor lies."""
+    none = tensor.is_meta or is_sharded(tensor) or is_quantised(tensor) or not tensor.numel()
+    if none or tensor.dtype.itemsize == 1:
         return None
     some = middle(tensor.numel())
-    flat = torch.arange(some.start, some.stop, device=tensor.device)
-    values = tensor.detach()[torch.unravel_index(flat, tensor.shape)] if tensor.dim() else tensor
-    return digits_of(values)
+    if tensor.is_contiguous():
+        values = tensor.detach().view(-1)[some]
+    else:
+        flat = torch.arange(some.start, some.stop, device=tensor.device)
+        values = tensor.detach()[torch.unravel_index(flat, tensor.shape)]
+    return values.to(torch.bfloat16)
 
 
 def middle(elements: int) -> slice:

@@ -125,8 +125,7 @@ def product(
         if tokens is None:
             raise AdapterError(_UNTOLD)
         x = x if source is None else source.rows(x)
-        y = _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens)
-        return y if bias is None else y + bias[owners(ends, len(y))]
+        return _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens, bias)
     weight, updates, dropping, _ = stack
     if updates and updates[0].rounds_twice:
         return _as_served(x, stack, ends, transposed, source, bias)
@@ -172,6 +171,7 @@ def _product_of_rows(
     transposed: bool,
     experts: Tensor,
     batch: Tensor,
+    bias: Optional[Tensor],
 ) -> Tensor:
     adapters = rows.index[batch]
     there = of_rows(stack.updates, rows)
@@ -187,8 +187,8 @@ def _product_of_rows(
     up = [None if own is None else wide(own[1]).mT * s for own, s in zip(sides, scaling)]
     pairs = pairs_of(experts, adapters, len(weight), len(rows.names))
     dropped = dropped_rows(stack.dropping, x, stack.updates, rows, adapters)
-    twice = stack.updates[0].rounds_twice
-    return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice)
+    apart, twice = None if dropped is x else dropped, stack.updates[0].rounds_twice
+    return grouped_linear_of_rows(x, weight, ends, down, up, pairs, apart, twice, bias)
 
 
 _UNTOLD = (

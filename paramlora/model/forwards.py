@@ -646,6 +646,14 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
     return x if there == count else x.expand(count, *x.shape[1:])
 
 
+def is_flattened(layer: nn.Module, x: Tensor, rows: Choice) -> bool:
+    """Whether an input without rows is the batch's positions, see `Flattened`."""
+    known, count = rows.flattened, len(rows.index)
+    if known is None or rows.dim or rows.packed or is_compiling() or len(x) == count:
+        return False
+    return known.holds(layer, x, count)
+
+
 def _moved(x: Tensor, dim: int, to: int) -> Tensor:
     """`movedim`, without a view, and a node of autograd for it, of what lies there already."""
     return x if dim == to else x.movedim(dim, to)
@@ -706,6 +714,10 @@ def beside_rows(
 ) -> Tensor:
     """A linear layer of `base`, its weight and bias, with each row's update; without it the
     updates' part alone."""
+    if is_flattened(layer, x, rows):
+        in_front = x.reshape(len(rows.index), -1, x.shape[-1])
+        y = beside_rows(layer, in_front, updates, rows, layout, base)
+        return y.view(*x.shape[:-1], y.shape[-1])
     x = rows_first(layer, x, rows.dim, rows, 1)
     apart = base is not None and updates[0].rounds_twice
     if base is not None and not apart:

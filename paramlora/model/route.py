@@ -22,7 +22,7 @@ from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import surely_left
 from paramlora.update.attached import AttachedUpdate, Routes
-from paramlora.update.choice import Choice
+from paramlora.update.choice import Choice, Flattened
 from paramlora.update.names import BRANCHES
 
 Names = Sequence[Optional[str]]
@@ -191,13 +191,14 @@ def _checked(
     made: dict[tuple[Any, ...], Choice] = {}
     rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
     split: dict[int, tuple[nn.Module, AttachedUpdate, Choice]] = {}
+    flattened = Flattened({id(module): path.rpartition(".")[0] for path, module, *_ in held})
     inside = {id(attention.out_proj): attention for attention in attentions}
     for path, module, name, some in held:
         ours = [one for one in some if isinstance(one, AttachedUpdate)]
         if not ours:
             continue
         layer = inside.get(id(module), module)
-        own = _rows(made, there, index, dim, packed, ours)
+        own = _rows(made, there, index, dim, packed, flattened, ours)
         if _must_split(module, layer, stem(path, name), name, packed):
             split[id(layer)] = layer, ours[0], own
         for update in ours:
@@ -212,6 +213,7 @@ def _rows(
     index: Tensor,
     dim: int,
     packed: bool,
+    flattened: Flattened,
     ours: list[AttachedUpdate],
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
@@ -222,7 +224,7 @@ def _rows(
         own = torch.full_like(index, len(names))
         for at, name in enumerate(names):
             own = own.masked_fill(index == there.index(name), at)
-        made[key] = Choice(names, ranks, own.to(device), dim, packed)
+        made[key] = Choice(names, ranks, own.to(device), dim, packed, flattened)
     return made[key]
 
 

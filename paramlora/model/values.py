@@ -23,14 +23,14 @@ from paramlora.model.attach import (
     updates_of,
 )
 from paramlora.model.classes import Model
-from paramlora.model.digest import digest, others
+from paramlora.model.digest import digests, others
 from paramlora.model.layer_class import parametrized
 from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import all_finite, moved
-from paramlora.update.sharded import check_not_flat, check_order, reshard
+from paramlora.update.sharded import check_not_flat, check_order, reshard, take_all
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
 
@@ -64,7 +64,8 @@ def load_adapter_state_dict(
 def _load(
     model: nn.Module, stems: Mapping[str, AttachedUpdate], state: Mapping[str, Tensor], adapter: str
 ) -> None:
-    live = _live(stems)
+    own = {path: answer(update, "plain") for path, update in stems.items()}
+    live = {_key(path, name): t for path, held in own.items() for name, t in held.items()}
     missing = sorted(live.keys() - state.keys())
     unexpected = sorted(state.keys() - live.keys())
     if missing or unexpected:
@@ -73,11 +74,11 @@ def _load(
             f"missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(unexpected) or 'none'}. Attach its own configuration."
         )
-    own = {path: update.plain() for path, update in stems.items()}
     for path, tensors in own.items():
         for name, tensor in tensors.items():
-            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
-            _check_its_own(_key(path, name), name, stems[path])
+            key = _key(path, name)
+            _check_fits(key, state[key], name, tensor, stems[path])
+            _check_its_own(key, name, stems[path])
     for key, tensor in live.items():
         if tensor.is_meta:
             raise FileError(
@@ -105,8 +106,7 @@ def _beside(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str
 
 def _take(stems: Mapping[str, AttachedUpdate], held: Mapping[str, dict[str, Tensor]]) -> None:
     """Copy all values, which does the same when it is done again."""
-    for path, update in stems.items():
-        update.load_plain(held[path])
+    take_all(pair for path, update in stems.items() for pair in update.taking(held[path]))
 
 
 def _check_fits(key: str, value: Tensor, name: str, tensor: Tensor, update: AttachedUpdate) -> None:
@@ -312,14 +312,14 @@ def _digests(
     model: nn.Module, adapter: str, only: Optional[Mapping[str, str]] = None
 ) -> dict[str, str]:
     """By path, what tells each tensor that an adapter updates, as the base stores it."""
-    found = {}
+    bases = {}
     for path, module in adapted_modules(model):
         for name, held in updates_of(module):
             if only is not None and stem(path, name) not in only:
                 continue
             if any(isinstance(one, AttachedUpdate) and one.adapter == adapter for one in held):
-                found[stem(path, name)] = digest(base_of(module, name))
-    return {path: told for path, told in found.items() if told is not None}
+                bases[stem(path, name)] = base_of(module, name)
+    return {path: told for path, told in digests(bases).items() if told is not None}
 
 
 def warn_other(paths: list[str], count: int) -> None:

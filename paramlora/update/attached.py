@@ -22,7 +22,7 @@ from paramlora.update.compat import (
 )
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part
-from paramlora.update.sharded import gathered, take
+from paramlora.update.sharded import gathered, take_all
 from paramlora.update.sum import Term
 from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
@@ -471,8 +471,11 @@ class AttachedUpdate(nn.Module):
     @torch.no_grad()
     def load_plain(self, state: dict[str, Tensor]) -> None:
         """Take the values of a file, bit for bit those that `plain` gave it."""
-        for name, value in state.items():
-            take(getattr(self, name), value)
+        take_all(self.taking(state))
+
+    def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What is left to be copied of those values, and into which tensors."""
+        return [(getattr(self, name), value) for name, value in state.items()]
 
     @classmethod
     def names(cls, present: Collection[str]) -> tuple[str, ...]:

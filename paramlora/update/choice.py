@@ -9,6 +9,7 @@ from torch import Tensor
 from paramlora.errors import AdapterError, counted
 
 UNSPLIT = ""  # no adapter has such a name
+_RANKS = 16  # that are multiplied at once
 _FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
 
 
@@ -22,8 +23,63 @@ class _Only(threading.local):  # no context variable, which torch.compile does n
 ONLY = _Only()
 
 
+def padded(rank: int) -> int:
+    """The rank as which an update is multiplied: 16 or the next power of two, zeros behind its own.
+
+    So no sum of an update's is ordered by another's rank, and each is, bit for bit, the same
+    whichever adapters are beside it.
+    """
+    return max(_RANKS, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+def steps(ranks: int) -> list[slice]:
+    """The ranks that are multiplied at once: the first 16, those up to 32, up to 64, and so on."""
+    bounds = [0, _RANKS]
+    while bounds[-1] < ranks:
+        bounds.append(2 * bounds[-1])
+    return list(map(slice, bounds, bounds[1:]))
+
+
+class Flattened:
+    """Whether positions ``[rows · some, ..., side]`` are a batch's, one row's after another's.
+
+    A tensor tells it that is a view of one with the rows in front, as ``x.view(-1, side)`` is, or
+    the windows of images; and beside a layer that was given such a one, in the same module,
+    another that is given as many positions, as inside of an MLP. A choice among positions, such as
+    a router's, tells neither.
+
+    Args:
+        parents: by the number (`id`) of a layer the path of the module that holds it.
+    """
+
+    __slots__ = ("parents", "seen")
+
+    def __init__(self, parents: dict[int, str]) -> None:
+        self.parents = parents
+        self.seen: dict[str, int] = {}  # by module how many positions it was given
+
+    def holds(self, layer: object, x: Tensor, count: int) -> bool:
+        """Whether a layer's input is such a batch of so many rows."""
+        parent = self.parents.get(id(layer))
+        if x.dim() < 2 or parent is None or not count or len(x) % count:
+            return False
+        base, positions = x._base, x.shape[:-1].numel()
+        if base is None or base.shape[:1] != (count,) or not _same_memory(x, base):
+            return self.seen.get(parent) == positions
+        self.seen[parent] = positions
+        return True
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are all of one memory in its own order."""
+    whole = one.is_contiguous() and other.is_contiguous() and one.numel() == other.numel()
+    return whole and one.data_ptr() == other.data_ptr()
+
+
 class Choice:
     """The rows of a batch by the adapters of one tensor; made anew for each batch.
+
+    How rows are multiplied depends on how many there are, and on nothing that is of one adapter.
 
     Args:
         names: the adapters with an update of that tensor, in their order there.
@@ -31,24 +87,27 @@ class Choice:
         index: ``[N]``, which of them each row takes; ``len(names)`` is none, the base.
         dim: where the rows lie in an input that does not tell.
         packed: each is a position of a packed sequence.
+        flattened: tells of an input without rows whether it is the batch's positions.
 
     Attributes:
-        picks: ``[N, r]`` for the largest rank, where the ranks of each row's update lie among those
-            of all updates one after the other, and ``sum(ranks)``, a rank of zeros, for the rest.
+        ranks: of each, `padded`.
+        picks: where the ranks of each row's update lie among those of all updates one after the
+            other, and ``sum(ranks)``, a rank of zeros, beyond them: ``[N, r]`` of each of `steps`.
         owner: ``[sum(ranks) + 1]``, whose each of these ranks is.
         places: ``[N]``, where each row lies once all are in blocks of rows of one adapter, or None
             where there are too few for that.
-        block_picks: ``[blocks, r]``, as `picks` of each block.
+        block_picks: as `picks` of each block.
         block: how many rows a block has.
         starts: ``[updates + 1]``, where each one's ranks start, as whole numbers of 32 bits.
+        held: ``[updates]``, the rank of each, not `padded`, likewise.
         taken: the index, as such numbers.
         spans: ``[2, N]``, where the ranks of each row's update start and where they end, likewise.
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads some attributes
     __slots__ = (
-        "names", "ranks", "index", "dim", "packed", "picks", "owner", "places", "block_picks",
-        "block", "starts", "taken", "spans", "_sorted",
+        "names", "ranks", "index", "dim", "packed", "flattened", "picks", "owner",
+        "places", "block_picks", "block", "starts", "held", "taken", "spans", "_sorted",
     )  # fmt: skip
 
     def __init__(
@@ -58,24 +117,25 @@ class Choice:
         index: Tensor,
         dim: int,
         packed: bool = False,
+        flattened: Optional[Flattened] = None,
     ) -> None:
-        self.names, self.ranks, self.index, self.dim = names, ranks, index, dim
-        self.packed = packed
+        self.names, self.index, self.dim, self.packed = names, index, dim, packed
+        self.flattened, self.ranks = flattened, tuple(map(padded, ranks))
         self.places: Optional[Tensor] = None
-        self.block_picks: Optional[Tensor] = None
-        table, self.owner, self.starts = _ranks(ranks, index)
+        self.block_picks: tuple[Tensor, ...] = ()
+        table, self.owner, self.starts, self.held = _ranks(ranks, self.ranks, index)
         self._sorted: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.taken = index.int()
         self.spans = torch.stack([self.starts, torch.cat([self.starts[1:], self.starts[-1:]])])
         self.spans = self.spans[:, index]
-        self.picks = table[index]
+        self.picks = _steps(table[index])
         count, adapters = len(index), len(names) + 1
-        self.block = _MANY if count > 2 * _MANY * adapters else _FEW
-        blocks = count // self.block + adapters  # however the rows are spread
-        # of a rank of 16 or so; else each row having its own copy of its factors is less to move
-        if 16 * count > (16 + self.block) * blocks:
+        self.block = _MANY if count > _MANY * _FEW else _FEW
+        # else each row having its own copy of its factors is less to move
+        if count > 4 * _FEW:
+            blocks = min(count, count // self.block + adapters)  # however the rows are spread
             self.places, owners = _blocks(index, adapters, blocks, self.block)
-            self.block_picks = table[owners]
+            self.block_picks = _steps(table[owners])
 
     def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The index, the rows sorted by it, where each update's positions end among those, of so
@@ -92,19 +152,27 @@ class Choice:
         return found
 
 
-def _ranks(ranks: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Choice.picks` of each adapter and of the base, `Choice.owner` and `Choice.starts`, on the
-    index's device."""
+def _steps(picks: Tensor) -> tuple[Tensor, ...]:
+    """``[N, ranks]`` by those that are multiplied at once."""
+    return tuple(picks[:, some].contiguous() for some in steps(picks.shape[1]))
+
+
+def _ranks(
+    held: tuple[int, ...], ranks: tuple[int, ...], index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Choice.picks` of each adapter and of the base, not yet divided, `Choice.owner`,
+    `Choice.starts` and `Choice.held`, on the index's device."""
     every = sum(ranks)
     table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
     owner, start = index.new_full((every + 1,), len(ranks)), 0
     starts = index.new_zeros(len(ranks) + 1, dtype=torch.int32)
+    own = index.new_zeros(len(ranks), dtype=torch.int32)
     for at, r in enumerate(ranks):  # in slices, which copy nothing from the host
         table[at, :r] = torch.arange(start, start + r, device=index.device)
         owner[start : start + r] = at
         start += r
-        starts[at + 1] = start
-    return table, owner, starts
+        starts[at + 1], own[at] = start, held[at]
+    return table, owner, starts, own
 
 
 def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:

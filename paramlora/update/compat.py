@@ -352,3 +352,15 @@ def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) 
 cuda_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
     _private("_C._dynamo.guards._empty_strided_cuda") or _empty
 )
+
+
+# --- many tensors at once ------------------------------------------------------------------------
+
+
+def _copied_each(owns: list[Tensor], values: list[Tensor]) -> None:
+    for own, value in zip(owns, values):
+        own.copy_(value)
+
+
+# values into tensors of their shapes: on a device a few kernels for thousands of them
+copied: Callable[[list[Tensor], list[Tensor]], Any] = _private("_foreach_copy_") or _copied_each

@@ -100,13 +100,13 @@ class Dora(LowRank):
         )
 
     @torch.no_grad()
-    def load_plain(self, state: dict[str, Tensor]) -> None:
-        """Take the values of a file, whose norm may be over the other side."""
+    def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What is left to be copied of a file's values, whose norm may be over the other side."""
         own, told = self.lora_magnitude, state["lora_magnitude"]
         if own.shape != told.shape:
             put_in_place(own, told.to(own.device, own.dtype, copy=True))
-        super().load_plain(state)
         self.keep(unset=False)
+        return super().taking(state)
 
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:

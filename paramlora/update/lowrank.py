@@ -278,14 +278,14 @@ class LowRank(AttachedUpdate):
         return held if _is_plain(type(self)) else {**super().plain(), **held}
 
     @torch.no_grad()
-    def load_plain(self, state: dict[str, Tensor]) -> None:
-        """Take the values of a file, bit for bit those that `plain` gave it."""
+    def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What is left to be copied of a file's values, and into which tensors."""
+        if self.start_A is None or self.start_B is None:
+            return super().taking(state)
         a, b = state["lora_A"], state["lora_B"]
-        if self.start_A is not None and self.start_B is not None:
-            take(self.start_A, a[..., self.r :, :])
-            take(self.start_B, -b[..., self.r :])
-            a, b = a[..., : self.r, :], b[..., : self.r]
-        super().load_plain({**state, "lora_A": a, "lora_B": b})
+        starts = [(self.start_A, a[..., self.r :, :]), (self.start_B, -b[..., self.r :])]
+        a, b = a[..., : self.r, :], b[..., : self.r]
+        return starts + super().taking({**state, "lora_A": a, "lora_B": b})
 
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:

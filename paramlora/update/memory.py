@@ -123,7 +123,7 @@ def _largest_on_host(tensors: Iterable[Tensor]) -> list[float]:
     of those with any in them."""
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
-        extremes.setdefault(t.dtype, []).extend(torch.aminmax(t))
+        extremes.setdefault(t.dtype, []).extend(torch.aminmax(t) if t.dim() else (t,))
     return [float(torch.stack(some).abs().max()) for some in extremes.values()]
 
 

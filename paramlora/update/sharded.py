@@ -1,7 +1,7 @@
 """Weights that lie on several processes (DTensor), and the order of attaching and wrapping."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
+from paramlora.update.compat import copied
 from paramlora.update.contexts import as_made
 from paramlora.update.walk import paths_of
 
@@ -30,6 +31,19 @@ def take(own: Tensor, value: Tensor) -> None:
         value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
     with as_made(own):
         own.copy_(value)
+
+
+def take_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """`take` of many, all plain ones of them at once."""
+    plain: list[tuple[Tensor, Tensor]] = []
+    for own, value in pairs:
+        if type(own) not in (Tensor, nn.Parameter) or own.is_inference():
+            take(own, value)
+        else:
+            plain.append((own, value))
+    if plain:
+        with torch.no_grad():
+            copied([own for own, _ in plain], [value for _, value in plain])
 
 
 def check_order(model: nn.Module) -> None:
@@ -111,6 +125,8 @@ def check_own_parameters(model: nn.Module, groups: Mapping[str, list[nn.Paramete
 
 
 def _of_class(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    if "torch.distributed.fsdp" not in sys.modules:  # in which all of them are
+        return
     for module in paths_of(model):
         kind: Any = type(module)
         if _descends(kind, name):

@@ -192,11 +192,10 @@ class Whole(AttachedUpdate):
         """The tensor in a state dict."""
         return WholeValue(parts["lora_whole"])
 
-    @torch.no_grad()
-    def load_plain(self, state: dict[str, Tensor]) -> None:
-        """Take the value of a file."""
-        take(self.lora_whole, state["lora_whole"])
+    def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What is left to be copied of a file's value."""
         self.keep(unset=False)
+        return [(self.lora_whole, state["lora_whole"])]
 
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:

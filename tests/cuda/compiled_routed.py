@@ -16,6 +16,7 @@ from paramlora.cuda.linear import plan as linear
 from paramlora.cuda.operands import Operands
 from paramlora.cuda.rescaled import plan as rescaled
 from paramlora.cuda.routed import plan as routed
+from paramlora.evaluate.routed import _sorted
 from paramlora.update.choice import Choice
 from tests.cuda import compiled, interpreted
 
@@ -57,8 +58,8 @@ def step(count, positions, updates, fan_in, out, r):
     new = torch.empty((), dtype=torch.bfloat16)
     names, index = tuple(map(str, range(updates))), torch.arange(count) % updates
     rows = Choice(names, (r,) * updates, index, 0)
-    by = routed.Sorted(*rows.sorted_by(positions), rows.starts, rows.owner, r, positions)
-    M, ranks = count * positions, updates * r + 1
+    by = _sorted(rows, positions)
+    M, ranks = count * positions, sum(rows.ranks) + 1
     x, dy, weight = new.new_empty(M, fan_in), new.new_empty(M, out), new.new_empty(out, fan_in)
     down, up, bias = new.new_empty(ranks, fan_in), new.new_empty(out, ranks).t(), new.new_empty(out)
     u = routed.thin(x, down, by)
@@ -73,9 +74,9 @@ def step(count, positions, updates, fan_in, out, r):
                 torch.ones((), dtype=kind), torch.ones(()),
             )  # fmt: skip
             table = decoding.table_of([parts] * updates, weight)
-            decoding.product(x, weight, None, rows.taken, rows.starts, table, positions)
+            decoding.product(x, weight, None, rows.taken, rows.held, table, positions)
             mixed = table._replace(rank=0)
-            decoding.product(x, weight, bias, rows.taken, rows.starts, mixed, positions)
+            decoding.product(x, weight, bias, rows.taken, rows.held, mixed, positions)
             routed.packed(table, by, ranks - 1, x, (fan_in, out))
             routed.sums(x, v, dy, u, by, ranks - 1, (True, True), table)
     a, b, m = (torch.empty(shape) for shape in ((r, fan_in), (out, r), (out,)))

@@ -13,10 +13,12 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paramlora.cuda import launch, operators
@@ -86,6 +88,16 @@ def interpret_quickly():
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def dot_by_16(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """A product as tensor cores compute it: each instruction adds 16 products and what was there,
+    and rounds once."""
+    total = d.data.astype(np.float64)
+    for k in range(0, a.data.shape[1], 16):
+        part = a.data[:, k : k + 16].astype(np.float64) @ b.data[k : k + 16].astype(np.float64)
+        total = (total + part).astype(np.float32).astype(np.float64)
+    return TensorHandle(total.astype(d.data.dtype), tl.float32)
 
 
 def stand_in_for_the_device():

@@ -9,14 +9,15 @@ import sys
 import warnings
 
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from paramlora.cuda.experts import plan
 from paramlora.cuda.operands import Drop
-from paramlora.evaluate import choose, dropout, experts
+from paramlora.evaluate import choose, dropout, experts, routed_experts
 from paramlora.evaluate.dropout import Drops, masked
 from paramlora.evaluate.sources import Chosen
 from tests.cuda import interpreted
-from tests.cuda.interpreted import error, launched
+from tests.cuda.interpreted import dot_by_16, error, launched
 
 # rows of each expert, rows of none, in, out, rank, numbers in a row of thin products
 CASES = {
@@ -159,6 +160,43 @@ def linear(numbers, shape, transposed, with_bias):
     return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
 
 
+def pairs(small, others=(3, 5)):
+    """Errors of rows that take different updates of each expert's matrix, through autograd, or the
+    share that is kept of small updates; and what ran."""
+    torch.manual_seed(0)
+    per_expert, ranks = [70, 0, 45], (4, *others)
+    M, experts = 115, torch.tensor([0] * 70 + [2] * 45)
+    adapters = torch.arange(M) * 5 % 4  # the last is the base
+    x = torch.randn(M, 48).half().requires_grad_()
+    weight, bias = torch.randn(3, 40, 48).half() / 7, torch.randn(3, 40).half()
+    dy, factors = torch.randn(M, 40).half(), []
+    for rank in ranks:
+        torch.manual_seed(rank)
+        factors.append((torch.randn(3, rank, 48) / 7, torch.randn(3, rank, 40) / rank**0.5))
+    down, up = [a for a, _ in factors], [(1e-3 if small else 1) * b for _, b in factors]
+    leaves = [x, *(t.requires_grad_() for t in (*down, *up))]
+    sorted_by = routed_experts.pairs_of(experts, adapters, 3, 3)
+    ends = torch.tensor(per_expert).cumsum(0)
+    launched.clear()
+    y = routed_experts.grouped_linear_of_rows(x, weight, ends, down, up, sorted_by, bias=bias)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+    if others != (3, 5):  # what those of one adapter are, whatever is beside them
+        return [y[adapters == 0], got[1][adapters == 0], got[2], got[5]]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    base = [wide[0][i] @ weight[e].double().t() + bias[e].double() for i, e in enumerate(experts)]
+    terms = [
+        wide[0][i] @ wide[1 + n][e].t() @ wide[4 + n][e] if n < 3 else 0 * base[0]
+        for i, (e, n) in enumerate(zip(experts.tolist(), adapters.tolist()))
+    ]
+    base, term = torch.stack(base), torch.stack(terms)
+    want = [base + term, *torch.autograd.grad(base + term, wide, dy.double())]
+    if small:
+        mine = adapters < 3
+        gained = ((y.double() - base) * term)[mine].sum() / term[mine].square().sum()
+        return gained.item(), (term[mine].norm() / base[mine].norm()).item()
+    return max(error(*pair) for pair in zip(got, want)), launched[:]
+
+
 def main():
     interpreted.stand_in_for_the_device()
     plan.cuda_device = lambda: -1
@@ -189,6 +227,13 @@ def main():
         torch.manual_seed(0)
         errors = linear(numbers, *case)
         results[f"linear, {numbers}, {case}"] = errors, launched[:]
+    for way, of in (("hopper", (9, 0)), ("others", (8, 6))):
+        plan.card = lambda device, of=of: interpreted.Card(of, 132)
+        plan._PLANS.clear()
+        results[f"pairs, {way}"] = pairs(False), pairs(True)
+    InterpreterBuilder.create_dot = dot_by_16
+    one, *more = (pairs(False, others) for others in ((3, 6), (20, 1), (16, 33)))
+    results["pairs, beside"] = [[torch.equal(*pair) for pair in zip(one, other)] for other in more]
     json.dump(results, sys.stdout)
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from paramlora.cuda.decoding import kernels as decoding_kernels
 from paramlora.cuda.decoding import plan as decoding
@@ -17,7 +18,7 @@ from paramlora.cuda.routed import kernels, plan
 from paramlora.evaluate import routed
 from paramlora.update.choice import Choice
 from tests.cuda import interpreted
-from tests.cuda.interpreted import error, launched
+from tests.cuda.interpreted import dot_by_16, error, launched
 
 # the update of each row (the last is none), positions of each, ranks, in, out
 CASES = {
@@ -36,7 +37,7 @@ def computed(case, laid):
     """Errors of all that the kernels compute of one case."""
     taken, P, ranks, fan_in, out = CASES[case]
     rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
-    by = plan.Sorted(*rows.sorted_by(P), rows.starts, rows.owner, max(ranks), P)
+    by, ranks = routed._sorted(rows, P), rows.ranks
     M, total = len(taken) * P, sum(ranks) + 1
     x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
     weight, bias = laid((torch.randn(out, fan_in) / fan_in**0.5).half()), torch.randn(out).half()
@@ -91,7 +92,7 @@ def few(case, spoil=False):
     launched.clear()
     table = decoding.table_of(parts, weight)
     assert table.at is decoding.table_of(parts, weight).at
-    y = decoding.product(x, weight, bias, rows.taken, rows.starts, table, P).double()
+    y = decoding.product(x, weight, bias, rows.taken, rows.held, table, P).double()
     want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     for row, which in enumerate(taken):
         if which < len(ranks) and not (spoil and which == 0):
@@ -134,14 +135,34 @@ def in_place(case):
     return max(error(mine, real) for mine, real in pairs), launched[:]
 
 
+def beside(others):
+    """What rows of one update give, and its gradients, beside others of some ranks."""
+    torch.manual_seed(0)
+    taken = [1, 0, 2, 1, 2, 0, 1, 0]
+    rows = Choice(tuple("abc"), (others[0], 5, others[1]), torch.tensor(taken), 0)
+    x = torch.randn(8, 33, 64).half().requires_grad_()
+    weight, dy = torch.randn(80, 64).half() / 8, torch.randn(8, 33, 80).half()
+    own = torch.randn(5, 64) / 8, torch.randn(80, 5)
+    updates = []
+    for which, r in enumerate((others[0], 5, others[1])):
+        factors = own if which == 1 else (torch.randn(r, 64) / 8, torch.randn(80, r))
+        updates.append((*(f.requires_grad_() for f in factors), torch.ones(()), torch.ones(())))
+    y = routed.in_place(x, weight, None, updates, rows)
+    mine = torch.tensor(taken) == 1
+    dx, da, db = torch.autograd.grad(y, [x, *updates[1][:2]], dy)
+    with torch.no_grad():
+        few = routed.in_place(x[:, :2], weight, None, updates, rows)
+    return y[mine], dx[mine], da, db, few[mine]
+
+
 def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
     rows = Choice(("0", "1"), ranks, torch.tensor(taken), 0)
-    by = plan.Sorted(*rows.sorted_by(P), rows.starts, rows.owner, max(ranks), P)
+    by = routed._sorted(rows, P)
     x = torch.randn(len(taken) * P, fan_in).half()
-    down, up = torch.randn(9, fan_in).half(), torch.randn(9, out).half()
-    up[6, 3], up[7, 5] = float("nan"), float("inf")
+    down, up = torch.randn(33, fan_in).half(), torch.randn(33, out).half()
+    up[17, 3], up[18, 5] = float("nan"), float("inf")
     y = plan.product(x, torch.randn(fan_in, out).half(), plan.thin(x, down, by), up, by)
     own = torch.tensor(taken).repeat_interleave(P) == 1
     return [int((~y[~own].isfinite()).sum()), bool(y[own][:, [3, 5]].isfinite().any())]
@@ -161,6 +182,12 @@ def main():
         results[case] = computed(case, LAYOUTS[number % 4 // 2]), launched[:]
     routed._has_kernel = lambda *_: True
     results["in place"] = {name: in_place(name) for name in ("mixed", "none's rows", "one update")}
+    plan.card = lambda device: interpreted.Card((9, 0), 132)
+    decoding.card = lambda device: interpreted.Card((9, 0), 4)
+    own_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, dot_by_16
+    one, *others = (beside(ranks) for ranks in ((5, 5), (13, 20), (15, 7), (32, 1)))
+    results["beside"] = [[torch.equal(*pair) for pair in zip(one, other)] for other in others]
+    InterpreterBuilder.create_dot = own_dot
     results["few"] = {}
     for number, case in enumerate(FEW):
         of = [(9, 0), (8, 6)][number % 2]

@@ -22,7 +22,7 @@ def results():
 
 
 def test_every_division_is_right_to_one_rounding(results):
-    other = ("whole", "linear")
+    other = ("whole", "linear", "pairs")
     divisions = {name: e for name, (e, _) in results.items() if not name.startswith(other)}
     assert len(divisions) == 8 * 3
     assert not {name: errors for name, errors in divisions.items() if max(errors.values()) > EPS}
@@ -45,6 +45,15 @@ def test_a_linear_layer_under_dropout(results):
     for name, (errors, ran) in layers.items():
         assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
         assert ran == ["forward", "backward"]
+
+
+def test_rows_that_take_different_updates_of_each_expert(results):
+    """In one accumulator, so that small ones are kept; and the same bits beside any others."""
+    for way in ("hopper", "others"):
+        (off, ran), (kept, size) = results[f"pairs, {way}"]
+        assert off < EPS and ran == ["project", "product"] * 2 + ["gradients"]
+        assert 0.97 < kept < 1.03 and size < 2e-3
+    assert results["pairs, beside"] == [[True] * 4] * 2
 
 
 @pytest.mark.parametrize("capability, limit", ((86, 101376), (90, 232448)))
@@ -166,6 +175,53 @@ def test_a_small_update_is_kept_on_a_device(measured):
                         for e, (i, j) in enumerate(zip(starts, starts[1:]))])  # fmt: skip
     share = ((y.double() - base.double()) * change).sum() / change.square().sum()
     assert 0.99 < share < 1.01 and len(measured) == 4
+
+
+@pytest.mark.gpu
+@device
+@pytest.mark.parametrize("small", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_rows_that_take_different_updates_on_a_device(dtype, small):
+    """Right to one rounding, small ones kept, and one adapter's bits the same beside any others."""
+    from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
+
+    sizes, n = (300, 0, 41, 700), 1041
+    experts = torch.arange(4, device="cuda").repeat_interleave(torch.tensor(sizes, device="cuda"))
+    adapters, ends = torch.arange(n, device="cuda") * 5 % 4, operands(dtype, sizes=sizes)[2]
+
+    def run(ranks):
+        x, weight, *_ = operands(dtype, sizes=sizes)
+        dy, down, up = torch.randn(n, 384, device="cuda").to(dtype), [], []
+        for r in ranks:
+            torch.manual_seed(r)
+            down.append((torch.randn(4, r, 512, device="cuda") / 22).requires_grad_())
+            b = (1e-3 if small else 1) * torch.randn(4, r, 384, device="cuda") / r**0.5
+            up.append(b.requires_grad_())
+        pairs, leaves = pairs_of(experts, adapters, 4, 3), [x, *down, *up]
+        y = grouped_linear_of_rows(x, weight, ends, down, up, pairs)
+        return weight, dy, leaves, [y, *torch.autograd.grad(y, leaves, dy)]
+
+    weight, dy, leaves, got = run((4, 16, 7))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    whole = weight.double()[experts]  # [n, out, in]
+    base = torch.einsum("noi,ni->no", whole, wide[0])
+    term = torch.zeros_like(base)
+    for at in range(3):
+        low = torch.einsum("nri,ni->nr", wide[1 + at][experts], wide[0])
+        own = torch.einsum("nro,nr->no", wide[4 + at][experts], low)
+        term = term + torch.where((adapters == at)[:, None], own, 0)
+    want = [base + term, *torch.autograd.grad(base + term, wide, dy.double())]
+    for one, two in zip(got, want):
+        assert relative(one, two) < 4 * torch.finfo(dtype).eps
+    mine = adapters < 3
+    kept = ((got[0].double() - base) * term)[mine].sum() / term[mine].square().sum()
+    assert 0.97 < kept < 1.03
+    mine = adapters == 0
+    for others in ((16, 8), (33, 1)):
+        again = run((4, *others))[3]
+        assert torch.equal(again[0][mine], got[0][mine])
+        assert torch.equal(again[1][mine], got[1][mine])
+        assert torch.equal(again[2], got[2]) and torch.equal(again[5], got[5])
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_rows_are_right_to_one_rounding():
     results = printed("interpreted_routed", TRITON_INTERPRET="1")
     assert results.pop("spoiled") == [0, False]
+    assert results.pop("beside") == [[True] * 5] * 3
     steps = {name: ran for name, (off, ran) in results.pop("in place").items() if off < EPS}
     every = ["pack", "project", "product", "project", "product", "gradients"]
     assert list(steps.values()) == [every] * 3

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
 from paramlora.files.adapters import read_adapter
+from paramlora.files.safetensors import SafeFile
 from paramlora.model.attach import updates
 from paramlora.model.values import swap_adapter
 
@@ -180,6 +181,14 @@ def test_no_number_is_read_for_each_layer(tmp_path):
             swap_adapter(model, adapter, "style")
         counts.append(read.count)
     assert counts[0] == counts[1] < 5
+
+
+def test_without_a_device_a_file_is_read_into_ordinary_memory(tmp_path):
+    made(tmp_path / "f.safetensors", 3, CONFIG)
+    file = SafeFile(tmp_path / "f.safetensors")
+    plain, locked = file.every(), file.every(together=True, locked=True)
+    file.close()
+    assert [*plain] == [*locked] and all(torch.equal(plain[k], locked[k]) for k in plain)
 
 
 @pytest.mark.gpu

@@ -45,6 +45,7 @@ CHOSEN = {  # what each name of `compat` is without that of torch
     "_cuda_getDevice": {"cuda_device": "current_device"},
     "_cuda_getCurrentRawStream": {"cuda_stream": "_stream_of"},
     "_empty_strided_cuda": {"cuda_empty": "_empty"},
+    "_foreach_copy_": {"copied": "_copied_each"},
 }
 ALL = tuple(CHOSEN)
 

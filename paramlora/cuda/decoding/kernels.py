@@ -24,11 +24,11 @@ def _held(table, which, like):
 
 
 @triton.jit
-def _rank(starts, own, RANK: tl.constexpr):
+def _rank(held, own, RANK: tl.constexpr):
     """The rank of an update."""
     if RANK:
         return RANK
-    return tl.load(starts + own + 1) - tl.load(starts + own)
+    return tl.load(held + own)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _wide(
 
 @triton.jit
 def partial(
-    x, w, part, thin, taken, starts, table, factor, M, N, K, updates, P, stride_xm, stride_wn, each,
+    x, w, part, thin, taken, held, table, factor, M, N, K, updates, P, stride_xm, stride_wn, each,
     SPLITS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,7 +77,7 @@ def partial(
     if row < M:  # first: a program of theirs ends long before a tile's, which takes its place
         own = tl.load(taken + row // P)
         if own < updates:
-            a, r = _held(table, own, factor), _rank(starts, own, RANK)
+            a, r = _held(table, own, factor), _rank(held, own, RANK)
             offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
             acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             low = split * each
@@ -101,7 +101,7 @@ def partial(
 
 @triton.jit
 def finish(
-    part, thin, y, bias, taken, starts, table, factor, scale, gain, M, N, updates, P,
+    part, thin, y, bias, taken, held, table, factor, scale, gain, M, N, updates, P,
     BIAS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def finish(
     own = tl.load(taken + row // P)
     mine = own < updates
     own = tl.minimum(own, updates - 1)
-    b, r = _held(table, updates + own, factor), _rank(starts, own, RANK)
+    b, r = _held(table, updates + own, factor), _rank(held, own, RANK)
     where = b + offs_n[:, None] * r + offs_r[None, :]
     up = tl.load(where, mask=(offs_n[:, None] < N) & (offs_r[None, :] < r) & mine, other=0.0)
     s = tl.load(tl.load(table + 2 * updates + own).to(scale.dtype)).to(tl.float32)

@@ -94,7 +94,7 @@ def product(
     weight: Tensor,
     bias: _Maybe,
     taken: Tensor,
-    starts: Tensor,
+    held: Tensor,
     table: Table,
     positions: int,
 ) -> Tensor:
@@ -104,11 +104,11 @@ def product(
         x: ``[M, in]``, contiguous rows, few enough for one tile.
         weight: ``[out, in]``, contiguous rows.
         bias: ``[out]``, contiguous.
-        taken, starts: as of `paramlora.cuda.routed.plan.Sorted`.
+        taken, held: as of `paramlora.cuda.routed.plan.Sorted`.
         table: the updates.
         positions: rows of each that was asked for.
     """
-    tensors = (x, weight, taken, starts, table.at, *table.like, weight if bias is None else bias)
+    tensors = (x, weight, taken, held, table.at, *table.like, weight if bias is None else bias)
     rest = (bias is not None, table.rank, table.most, positions)
 
     def made(_: Any) -> Any:
@@ -116,12 +116,12 @@ def product(
 
     plan, addresses = planned(_PLANS, tensors, rest, made)
     (first, second), (size, parts) = plan
-    (px, pw, pt, ps, pa, pf, _, pscale, pgain, pbias) = addresses
+    (px, pw, pt, ph, pa, pf, _, pscale, pgain, pbias) = addresses
     scratch, y = x.new_empty(size, dtype=torch.float32), x.new_empty(len(x), len(weight))
     pp = scratch.data_ptr()
     thin = pp + 4 * parts
     a, scale, gain = table.like.a, table.like.scale, table.like.gain
-    shared, places = (taken, starts, table.at, a), (pt, ps, pa, pf)
+    shared, places = (taken, held, table.at, a), (pt, ph, pa, pf)
     first((x, weight, scratch, scratch, *shared), (px, pw, pp, thin, *places))
     second(
         (scratch, scratch, y, tensors[-1], *shared, scale, gain),

@@ -8,9 +8,11 @@ nothing. So nothing waits for the host, and a CUDA graph serves any division.
 
 `project` computes ``p_e = (mask ∘ x_e) f_eᵀ``, `product` the whole, and `gradients` those of the
 factors, ``x_eᵀ v_e`` and ``dy_eᵀ u_e``, each summed in order by one program. A linear layer is the
-case of a single expert. Sizes are named as in `paramlora.cuda.linear.kernels`: ``M`` rows, ``N``
-columns, ``K`` summed, ``r`` the rank, ``R`` how many numbers the rows of thin products have,
-``BLOCK_R`` and ``E`` powers of two that hold the ranks and one more than the experts.
+case of a single expert. Where the rows of each expert take different updates, the groups are the
+pairs of both, sorted: the factors are a group's own, and ``per`` groups share a matrix. Sizes are
+named as in `paramlora.cuda.linear.kernels`: ``M`` rows, ``N`` columns, ``K`` summed, ``r`` the
+rank, ``R`` how many numbers the rows of thin products have, ``BLOCK_R`` and ``E`` powers of two
+that hold the ranks and one more than the experts.
 """
 
 import triton
@@ -137,8 +139,8 @@ def _low_rank(
 
 @triton.jit
 def product(
-    x, w, p, q, y, ends, seed, bias, M, N, K, experts, stride_xm, stride_we, stride_wk, stride_wn,
-    stride_qe, stride_qr, stride_qn, stride_be, r, R, threshold,
+    x, w, p, q, y, ends, seed, bias, M, N, K, experts, per, stride_xm, stride_we, stride_wk,
+    stride_wn, stride_qe, stride_qr, stride_qn, stride_be, r, R, threshold,
     BIAS: tl.constexpr, DROP: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
     WHOLE_K: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -153,10 +155,11 @@ def product(
         inside = (offs_m[:, None] < end) & (offs_n[None, :] < N)
         if expert < experts:
             tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
+            matrix = expert // per
             acc = _wide(
                 x=x,
                 w=w,
-                expert=expert,
+                expert=matrix,
                 first=first,
                 end=end,
                 column=column,
@@ -191,7 +194,7 @@ def product(
                 BLOCK_R=BLOCK_R,
             )
             if BIAS:
-                own = bias + tl.cast(expert, tl.int64) * stride_be + offs_n
+                own = bias + tl.cast(matrix, tl.int64) * stride_be + offs_n
                 acc += tl.load(own, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
             tl.store(where, acc.to(y.dtype.element_ty), mask=inside)
         else:

@@ -64,7 +64,7 @@ def product(
 
     Args:
         x: ``[M, K]``, contiguous rows.
-        w: ``[experts, K, N]``, any strides.
+        w: ``[experts, K, N]``, any strides; or fewer, each for as many groups one after the other.
         ends: as of `thin`.
         p: ``[M, width]``, contiguous.
         q: ``[experts, r, N]``, any strides.
@@ -73,9 +73,9 @@ def product(
     """
     y = x.new_empty(len(x), w.shape[2])
     seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
-    (M, K), (experts, _, N), b = x.shape, w.shape, w if bias is None else bias
+    (M, K), N, experts, b = x.shape, w.shape[2], len(ends), w if bias is None else bias
     numbers = (
-        M, N, K, experts, x.stride(0), *w.stride(), *q.stride(),
+        M, N, K, experts, experts // len(w), x.stride(0), *w.stride(), *q.stride(),
         0 if bias is None else bias.stride(0), q.shape[1], p.shape[1], least,
     )  # fmt: skip
     tensors = (x, w, p, q, y, ends, seed, b)
@@ -166,10 +166,11 @@ def _project(
 def _product(
     numbers: tuple[int, ...], even: bool, of: Card, device: int, how: tuple[int, ...]
 ) -> tuple[Launch, tuple[Any, ...]]:
-    M, N, K, experts, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
+    M, N, K, experts, per, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
+    matrices = experts // per
     rows_out, (bias, drop) = stride_wk == 1, map(bool, how)
     step = stride_wn if rows_out else stride_wk
-    dense = experts == 1 or stride_we == step * (N if rows_out else K)
+    dense = matrices == 1 or stride_we == step * (N if rows_out else K)
     dense = dense and 1 in (stride_wk, stride_wn)
     aligned = even and dense and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
     tiles = tiling(M // experts, N, of.hopper and aligned, drop)
@@ -178,8 +179,8 @@ def _product(
     constants = (bias, drop, tma, rows_out, K % BLOCK_K == 0, E, BLOCK_R, *tiles[:4])
     grid = (M // BLOCK_M + experts + 1) * -(-N // BLOCK_N)
     launch = Launch(kernels.product, device, grid, numbers, constants, stages, warps)
-    of_w = ([experts * N, K], [step, 1], [BLOCK_N, BLOCK_K]) if rows_out else (
-        [experts * K, N], [step, 1], [BLOCK_K, BLOCK_N]
+    of_w = ([matrices * N, K], [step, 1], [BLOCK_N, BLOCK_K]) if rows_out else (
+        [matrices * K, N], [step, 1], [BLOCK_K, BLOCK_N]
     )  # fmt: skip
     return launch, (([M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K]), of_w) if tma else ()
 

@@ -12,8 +12,10 @@ On Hopper each starts before the one ahead of it ends (programmatic dependent la
 awaits the thin ones before its last step, and the gradients, which read no product, begin once all
 of its programs have.
 
-The updates' factors lie one after the other, of update i from ``starts[i]`` on. Sizes are named as
-in `paramlora.cuda.experts.kernels`, whose ``experts`` are the updates here.
+The updates' factors lie one after the other, of update i from ``starts[i]`` on, filled up with
+zeros to the ranks that one instruction multiplies (`paramlora.update.choice.padded`): so no number
+of an update depends on which others a tile meets, or on their ranks. ``held`` are the ranks. Sizes
+are named as in `paramlora.cuda.experts.kernels`, whose ``experts`` are the updates here.
 """
 
 import triton
@@ -41,32 +43,36 @@ def _scaling(table, which, updates, scale, gain):
 
 @triton.jit
 def pack(
-    table, starts, down, up, factor, scale, gain, updates, fan_in, out, inner,
+    table, starts, held, down, up, factor, scale, gain, updates, fan_in, out, inner,
     EARLY: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The updates' factors cast, one after the other: a block of ``down[ranks, in]``, the first
-    `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``; ``table`` as in
-    `paramlora.cuda.decoding.kernels`."""
+    """The updates' factors cast, one after the other, zeros between them: a block of
+    ``down[ranks, in]``, the first `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``;
+    ``table`` as in `paramlora.cuda.decoding.kernels`."""
     if EARLY:
         gdc_launch_dependents()
     blocks = tl.num_programs(0) // updates
     block, update = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    start = tl.load(starts + update)
-    r, offs_r = _rank(starts, update, RANK), tl.arange(0, BLOCK_R)
+    start, end = tl.load(starts + update), tl.load(starts + update + 1)
+    r, offs_r = _rank(held, update, RANK), tl.arange(0, BLOCK_R)
+    mine = start + offs_r < end
     if block < inner:
         offs_k = block * BLOCK_D + tl.arange(0, BLOCK_D)
         fits = (offs_r[:, None] < r) & (offs_k[None, :] < fan_in)
         a = _held(table, update, factor) + offs_r[:, None] * fan_in + offs_k[None, :]
         at = down + (start + offs_r)[:, None].to(tl.int64) * fan_in + offs_k[None, :]
-        tl.store(at, tl.load(a, mask=fits, other=0.0).to(down.dtype.element_ty), mask=fits)
+        value = tl.load(a, mask=fits, other=0.0).to(down.dtype.element_ty)
+        tl.store(at, value, mask=mine[:, None] & (offs_k[None, :] < fan_in))
     else:
         offs_n = (block - inner) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (offs_n[:, None] < out) & (offs_r[None, :] < r)
         b = _held(table, updates + update, factor) + offs_n[:, None] * r + offs_r[None, :]
-        value = tl.load(b, mask=inside, other=0.0).to(tl.float32)
-        value = tl.trans(value * _scaling(table, update, updates, scale, gain))
+        scaled = tl.load(b, mask=inside, other=0.0).to(tl.float32)
+        scaled = tl.trans(scaled * _scaling(table, update, updates, scale, gain))
         where = up + (start + offs_r)[:, None].to(tl.int64) * out + offs_n[None, :]
-        tl.store(where, value.to(up.dtype.element_ty), mask=tl.trans(inside))
+        tl.store(
+            where, scaled.to(up.dtype.element_ty), mask=mine[:, None] & (offs_n[None, :] < out)
+        )
 
 
 @triton.jit
@@ -248,14 +254,14 @@ def product(
 
 @triton.jit
 def gradients(
-    x, v, dy, u, da, db, order, ends, starts, table, scale, gain,
+    x, v, dy, u, da, db, order, ends, starts, held, table, scale, gain,
     M, fan_in, out, updates, ranks, P, R, stride_xm, stride_dym, inner, parts,
     EARLY: tl.constexpr, APART: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
     ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows. Where `APART`,
-    db are ``s_i [out, r_i]`` of each, one after the other, as their own gradients."""
+    db are ``s_i [out, r_i]`` of each, as their own gradients, from where each one's ranks start."""
     blocks = tl.num_programs(0) // (updates * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * updates)
     update = tl.program_id(0) // blocks % updates
@@ -284,6 +290,7 @@ def gradients(
     if APART:
         if not is_a:
             acc *= _scaling(table, update, updates, scale, gain)
+            r = tl.load(held + update)
             where = found + tl.cast(part * ranks + start, tl.int64) * size
             where = where + offs_d[:, None].to(tl.int64) * r + offs_r[None, :]
     tl.store(where, acc, mask=(offs_d[:, None] < size) & (offs_r[None, :] < r))

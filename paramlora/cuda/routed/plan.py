@@ -29,7 +29,8 @@ class Sorted(NamedTuple):
         spans: ``[2, N]``, where the ranks of each row's update start and end among those of all.
         starts: ``[updates + 1]``, where each one's ranks start.
         owner: ``[ranks]``, whose each of these is.
-        most: the largest rank.
+        held: ``[updates]``, the rank of each, which is filled up to that many.
+        most: the largest of these.
         positions: of each row.
     """
 
@@ -39,6 +40,7 @@ class Sorted(NamedTuple):
     spans: Tensor
     starts: Tensor
     owner: Tensor
+    held: Tensor
     most: int
     positions: int
 
@@ -57,7 +59,7 @@ def packed(table: Table, by: Sorted, ranks: int, like: Tensor, sizes: tuple[int,
     """
     (fan_in, out), kept = sizes, like.new_empty(ranks * sum(sizes))
     place, (a, _, scale, gain) = kept.data_ptr(), table.like
-    tensors = (table.at, by.starts, kept, a, scale, gain)
+    tensors = (table.at, by.starts, by.held, kept, a, scale, gain)
 
     def made(_: Any) -> Launch:
         RB, updates = power(max(by.most, 16)), table.at.shape[1]
@@ -69,11 +71,11 @@ def packed(table: Table, by: Sorted, ranks: int, like: Tensor, sizes: tuple[int,
         return Launch(kernels.pack, like.get_device(), grid, numbers, constants, 1, 4)
 
     rest = ("pack", by.most, table.rank, ranks, sizes)
-    launch, (at, starts, _, first, *numbers) = planned(_PLANS, tensors, rest, made)
+    launch, (at, starts, held, _, first, *numbers) = planned(_PLANS, tensors, rest, made)
     behind = place + ranks * fan_in * kept.element_size()
     launch(
-        (table.at, by.starts, kept, kept[ranks * fan_in :], a, scale, gain),
-        (at, starts, place, behind, first, *numbers),
+        (table.at, by.starts, by.held, kept, kept[ranks * fan_in :], a, scale, gain),
+        (at, starts, held, place, behind, first, *numbers),
     )
     return kept
 
@@ -167,8 +169,8 @@ def sums(
 ) -> tuple[_Maybe, _Maybe]:
     """``v_iᵀ x_i`` and ``u_iᵀ dy_i`` where they are wanted, in float32; zeros of no update.
 
-    Of a `table` the second are ``s_i dy_iᵀ u_i [out, r_i]``, one after the other in a flat tensor,
-    and the first are ``[ranks, in]`` as ever; `ranks` are then those of the updates alone.
+    Of a `table` the second are ``s_i dy_iᵀ u_i [out, r_i]``, each from where its ranks start, and
+    no number beyond an update's own ranks is written; `ranks` are then those of the updates alone.
 
     Args:
         x: ``[M, in]``; dy: ``[M, out]``; contiguous rows.
@@ -187,7 +189,7 @@ def sums(
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
     written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
     more = (by.starts,) * 3 if table is None else (table.at, table.like.scale, table.like.gain)
-    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts, *more)
+    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts, by.held, *more)
 
     def made(_: Any) -> Launch:
         numbers = (
