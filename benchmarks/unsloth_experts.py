@@ -1,13 +1,27 @@
-"""unsloth's path through transformers' experts, as a way of `benchmarks.experts`.
+r"""unsloth's path through transformers' experts, as a way of `benchmarks.experts`.
 
 `import unsloth` replaces, for the whole process, the forwards of transformers' experts and of
 peft's layer on a parameter. Here they stand in their places only while a call of this way runs, so
-that the ways beside it in the same process are what they are without unsloth. Installing it:
-docs/opponents.md.
+that the ways beside it in the same process are what they are without unsloth.
+
+unsloth 2026.10.9 needs no more than torch, transformers and peft, and these wheels (6.7 MB with the
+parts of the first that are no library left out; its other requirements are asked for when used):
+
+    pip download --no-deps -d wheels unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 \
+        datasets==4.8.5 dill==0.4.1 multiprocess==0.70.19
+    zip -q -d wheels/unsloth-2026.10.9-py3-none-any.whl 'studio/*' 'unsloth_cli/*'
+    pip install --no-deps --no-index wheels/*.whl
+    python -m benchmarks.experts --ways frozen paramlora peft unsloth unfused --out FOLDER
+    python -m benchmarks.models --models llama --ways paramlora "peft bf16" unsloth "unsloth bf16" \
+        --out FOLDER
+
+(for another Python, ``--python-version 3.12 --only-binary=:all:``). Without a card,
+``UNSLOTH_ALLOW_CPU=1 TRITON_INTERPRET=1`` runs both with ``--tiny``.
 """
 
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +42,7 @@ def patched() -> Iterator[None]:
 @functools.cache
 def _functions() -> dict[tuple[Any, str], tuple[Any, Any]]:
     """By owner and name: what was there before unsloth, and unsloth's."""
+    assert "unsloth" not in sys.modules, "unsloth is imported: what it replaced is not known"
     import peft
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
