@@ -7,9 +7,11 @@ clock or driver moves neither. ``python -m benchmarks.recorded FOLDER`` records 
 """
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -52,12 +54,24 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of one of our ways; `noise` is what the run itself says of its uncertainty."""
+    """One number of one of our ways; `noise` is what the run itself says of its uncertainty.
+
+    A way that was refused or failed has one figure, REFUSED, and its reason as `outcome`.
+    """
 
     what: str
     quantity: str
     value: float
     noise: float = 0.0
+    outcome: str = ""
+
+
+REFUSED = "refused"
+_KEYS = {
+    **{"device_R": "device R", "eager_R": "eager R", "saved_bytes": "bytes kept"},
+    **{"beside_mib": "MiB beside", "kept": "output kept", "peak_mib": "peak MiB"},
+    **{"seconds": "seconds", "tokens_per_second": "tokens a second"},
+}
 
 
 def figures(content: Content) -> Iterator[Figure]:
@@ -68,83 +82,80 @@ def figures(content: Content) -> Iterator[Figure]:
 
 
 def _ours(rows: list[Content]) -> list[Content]:
-    return [row for row in rows if "paramlora" in row["way"] and "refused" not in row]
+    return [row for row in rows if "paramlora" in row["way"]]
+
+
+def _row(what: str, row: Content, keys: dict[str, str]) -> Iterator[Figure]:
+    """By what keys name them, or that there are none because of the way's outcome."""
+    outcome = str(row.get("refused") or row.get("outcome") or "")
+    if outcome:
+        yield Figure(what, REFUSED, math.nan, outcome=outcome)
+        return
+    for key, name in keys.items():
+        if key in row:
+            yield Figure(what, name, row[key])
 
 
 def _layers(content: Content) -> Iterator[Figure]:
     for row in _ours(content["rows"]):
         use = "inference" if row.get("inference") else "training"
-        what = f"{row['case']}, {row['dtype']}, {use}, {row['way']}"
-        for mode in ("device", "eager"):
-            if f"{mode}_R" in row:
-                yield Figure(what, f"{mode} R", row[f"{mode}_R"])
-        if "saved_bytes" in row:
-            yield Figure(what, "bytes kept", row["saved_bytes"])
+        yield from _row(f"{row['case']}, {row['dtype']}, {use}, {row['way']}", row, _KEYS)
     frozen = {r["dtype"]: r for r in content.get("launches", ()) if r["way"] == "frozen"}
     for row in _ours(content.get("launches", [])):
-        what = f"a small layer, {row['dtype']}, {row['way']}"
-        yield Figure(what, "Python R", row["step_us"] / frozen[row["dtype"]]["step_us"])
+        what, base = f"a small layer, {row['dtype']}, {row['way']}", frozen.get(row["dtype"])
+        if base is not None:
+            yield Figure(what, "Python R", row["step_us"] / base["step_us"])
 
 
 def _models(content: Content) -> Iterator[Figure]:
     frozen = {(r["case"], r["dtype"]): r for r in content["rows"] if r["way"] == "frozen"}
     for row in _ours(content["rows"]):
         what = f"{row['case']}, {row['dtype']}, {row['way']}"
-        for mode in ("device", "eager"):
-            if f"{mode}_R" in row:
-                yield Figure(what, f"{mode} R", row[f"{mode}_R"])
-        base = frozen[row["case"], row["dtype"]]
-        if "peak_mib" in row:
+        yield from _row(what, row, {k: v for k, v in _KEYS.items() if k != "peak_mib"})
+        base = frozen.get((row["case"], row["dtype"]), {})
+        if "peak_mib" in row and "peak_mib" in base:
             yield Figure(what, "peak / frozen", row["peak_mib"] / base["peak_mib"])
 
 
 def _kept(content: Content) -> Iterator[Figure]:
     noise = {(r["case"], r["size"]): r for r in content["rows"] if r["way"] == "frozen"}
+    keys = {"output": "output kept", "input_gradient": "gradient kept"}
     for row in _ours(content["rows"]):
+        base = noise.get((row["case"], row["size"]), {})
         what = f"{row['case']}, an update of {row['size']:.0e}, {row['way']}"
-        for key, name in (("output", "output kept"), ("input_gradient", "gradient kept")):
-            spread = abs(noise[row["case"], row["size"]][key])
-            yield Figure(what, name, row[key], spread)
+        for key, figure in zip(keys, _row(what, row, keys)):
+            yield replace(figure, noise=abs(base.get(key, 0.0)))
 
 
 def _quantised(content: Content) -> Iterator[Figure]:
     for row in _ours(content["rows"]):
         saved = "with" if row["checkpointing"] else "without"
         what = f"{row['case']}, {row['way']}, {saved} checkpointing"
-        yield Figure(what, "peak MiB", row["peak_mib"])
-        yield Figure(what, "seconds", row["eager_ms"] / 1e3)
+        yield from _row(what, row, {"peak_mib": "peak MiB"})
+        if "eager_ms" in row:
+            yield Figure(what, "seconds", row["eager_ms"] / 1e3)
 
 
 def _merged(content: Content) -> Iterator[Figure]:
     for row in _ours(content["rows"]):
         what = f"merging, TF32 {'allowed' if row['tf32'] else 'not allowed'}, {row['way']}"
-        yield Figure(what, "seconds", row["seconds"])
-        yield Figure(what, "MiB beside", row["beside_mib"])
-        yield Figure(what, "units in the last place", row["units"])
+        yield from _row(what, row, _KEYS | {"units": "units in the last place"})
 
 
-def _experts(content: Content) -> Iterator[Figure]:
-    quantities = {"device_R": "device R", "eager_R": "eager R", "beside_mib": "MiB beside"}
-    for row in _ours(content["rows"]):
-        what = f"experts, {row['case']}, {row['way']}"
-        for key, name in (quantities | {"kept": "output kept"}).items():
-            if key in row:
-                yield Figure(what, name, row[key])
+# of scripts whose other ways are ours, with what makes them so in their names
+_OTHERS = re.compile("frozen|peft.*|unfused|unsloth|definition")
 
 
-def _kinds(content: Content) -> Iterator[Figure]:
-    quantities = {"device_R": "device R", "eager_R": "eager R", "saved_bytes": "bytes kept"}
-    for row in (r for r in content["rows"] if "refused" not in r):  # all of them are ours
-        for key, name in quantities.items():
-            if key in row:
-                yield Figure(f"kinds, {row['case']}, {row['way']}", name, row[key])
+def _named(content: Content) -> Iterator[Figure]:
+    """Of a script whose rows name their figures."""
+    for row in content["rows"]:
+        if not _OTHERS.fullmatch(row["way"]):
+            yield from _row(f"{content['kind']}, {row['case']}, {row['way']}", row, _KEYS)
 
 
 def _tokens(content: Content) -> Iterator[Figure]:
-    for row in (r for r in _ours(content["rows"]) if "tokens_per_second" in r):
-        what = f"{content['kind']}, {_sizes(content)}, {row['way']}"
-        yield Figure(what, "tokens a second", row["tokens_per_second"])
-        yield Figure(what, "peak MiB", row["peak_mib"])
+    for row in _ours(content["rows"]):
+        yield from _row(f"{content['kind']}, {_sizes(content)}, {row['way']}", row, _KEYS)
 
 
 def _sizes(content: Content) -> str:
@@ -160,8 +171,7 @@ _READERS = {
     "update_kept": _kept,
     "quantised": _quantised,
     "merge_live": _merged,
-    "experts": _experts,
-    "kinds": _kinds,
+    **dict.fromkeys(("experts", "dropout", "kinds", "routed"), _named),
     "llama": _tokens,
     "sharded_llama": _tokens,
 }
@@ -187,23 +197,34 @@ def worse(fresh: Figure, past: list[Figure]) -> Optional[Worse]:
     return Worse(fresh, last.value, limit)
 
 
-def compared(run: list[Content], past: list[Content]) -> tuple[list[Worse], int, list[Figure]]:
-    """What is worse, how many figures were compared, and those that nothing is recorded of."""
+@dataclass
+class Comparison:
+    """What is worse, what is not any more though it was, how many figures were compared, how many
+    have nothing recorded, and the recorded ones of the same scripts that the run lacks."""
+
+    worse: list[Worse]
+    refused: list[Figure]
+    count: int
+    new: int
+    missing: list[Figure]
+
+
+def compared(run: list[Content], past: list[Content]) -> Comparison:
     known: dict[tuple[str, str], list[Figure]] = {}
+    kinds = {content["kind"] for content in run}
     for figure in (f for content in past for f in figures(content)):
         known.setdefault((figure.what, figure.quantity), []).append(figure)
-    found: list[Worse] = []
-    new: list[Figure] = []
-    count = 0
-    for figure in (f for content in run for f in figures(content)):
-        last = known.get((figure.what, figure.quantity))
-        if last is None:
-            new.append(figure)
-            continue
-        count += 1
-        bad = worse(figure, last)
-        found += [bad] if bad else []
-    return found, count, new
+    measured = {what for what, quantity in known if quantity != REFUSED}
+    fresh = [figure for content in run for figure in figures(content)]
+    refused = [f for f in fresh if f.quantity == REFUSED and f.what in measured]
+    numbers = [f for f in fresh if f.quantity != REFUSED]
+    both = [f for f in numbers if (f.what, f.quantity) in known]
+    named = {figure.what for figure in fresh}
+    ours = (f for content in past if content["kind"] in kinds for f in figures(content))
+    missing = [f for f in ours if f.quantity != REFUSED and f.what not in named]
+    found = [worse(figure, known[figure.what, figure.quantity]) for figure in both]
+    bad = [one for one in found if one]
+    return Comparison(bad, refused, len(both), len(numbers) - len(both), missing)
 
 
 def main(arguments: list[str]) -> int:
@@ -229,13 +250,30 @@ def checked(card: str, run: list[Content]) -> int:
             "code's run first with python -m benchmarks.recorded FOLDER"
         )
         return 2
-    found, count, new = compared(run, past)
-    if found:
+    found = compared(run, past)
+    if found.worse or found.refused:
         print(_table(found))
-    told = f"; {len(new)} are not recorded" if new else ""
-    print(f"{card}: {len(found)} of {count} figures worse than noise allows{told}")
+    told = f"; {found.new} are not recorded" if found.new else ""
+    told += f"; {len(found.refused)} refused that were not" if found.refused else ""
+    print(f"{card}: {len(found.worse)} of {found.count} figures worse than noise allows{told}")
+    if found.missing:
+        cases = list(dict.fromkeys(figure.what for figure in found.missing))
+        print(f"not in this run: {'; '.join(cases[:SHOWN])}{_more(len(cases) - SHOWN)}")
     print(f"recorded at {_commits(past)}; this run at {_commits(run)}")
-    return int(bool(found)) if count else 2
+    if found.worse or found.refused:
+        return 1
+    if not found.count:
+        tiny = all(content.get("tiny") for content in run)
+        why = "tiny models are not compared" if tiny else "no figure of the run is recorded"
+        print(f"{card}: nothing was compared: {why}")
+    return 0 if found.count else 2
+
+
+SHOWN = 4  # of what a run lacks, which may have been asked for a part alone
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
 
 
 def _commits(contents: list[Content]) -> str:
@@ -244,11 +282,12 @@ def _commits(contents: list[Content]) -> str:
     return ", ".join(f"commit {one}" if one else "a commit that was not kept" for one in found)
 
 
-def _table(found: list[Worse]) -> str:
+def _table(found: Comparison) -> str:
     lines = [
         [w.fresh.what, w.fresh.quantity, *(f"{v:,.4g}" for v in (w.was, w.limit, w.fresh.value))]
-        for w in sorted(found, key=lambda w: (w.fresh.quantity, w.fresh.what))
+        for w in sorted(found.worse, key=lambda w: (w.fresh.quantity, w.fresh.what))
     ]
+    lines += [[f.what, f.quantity, "", "", f.outcome] for f in found.refused]
     return markdown(["what", "figure", "recorded", "allowed", "now"], lines)
 
 

@@ -12,6 +12,9 @@ the same values, and take turns in one process:
   autograd.
 - ``unfused``: three grouped products for each tensor, base, down and up, whose outputs are added
   after they were rounded.
+- ``unsloth``: peft's model by unsloth's functions, where it is installed and named.
+
+Those of other libraries are first checked, tiny and in float32, against the sums in float64.
 
 The last rows are a whole Qwen3-MoE, see `benchmarks.moe`. The file is written after every row: what
 stops early keeps what it has. ``--quick`` leaves out what does not decide between both ways.
@@ -37,8 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import paramlora
-from benchmarks import moe, timing
-from benchmarks.machine import device
+from benchmarks import moe, timing, unsloth_experts
+from benchmarks.machine import device, version
 from benchmarks.results import experts_table, save
 from paramlora.evaluate import choose
 
@@ -257,7 +260,10 @@ WAYS: dict[str, Callable[[Case, int, float], nn.Module]] = {
     "peft": _peft,
     "unfused": lambda case, r, size: Unfused(plain(case), values(case, r, size)),
     "definition": Definition,
+    "unsloth": lambda case, r, size: unsloth_experts.Within(lambda: _peft(case, r, size)),
 }
+OTHERS = ("peft", "unsloth")
+DEFAULT = [way for way in WAYS if way != "unsloth"]  # which it needs not be installed for
 QUICK = ("frozen", "operations", "kernels", "paramlora dropout", "kernels dropout", "unfused")
 UNCHECKED = ("frozen", "paramlora dropout", "kernels dropout", *(f"kernels {n}" for n in TILES))
 
@@ -278,6 +284,35 @@ def step_of(model: nn.Module, given: Inputs, kernels: Kernels) -> timing.Step:
     return step
 
 
+def check_tiny(way: str) -> None:
+    """Output and every gradient of another library's way, in float32, against float64."""
+    case, r = TINY[0], 8
+    want, (dx, dweights, *grads) = _checked(
+        Definition(replace(case, implementation="eager"), r, 0.1), torch.float64
+    )
+    model = WAYS[way](case, r, 0.1)
+    got, (their_dx, their_dweights, *theirs) = _checked(model, torch.float32)
+    down, gate_up = zip(grads[::2], grads[1::2])  # in the order of their names
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    pairs = [(got, want), (their_dx, dx), (their_dweights, dweights)]
+    for (name, p), grad in zip(trained, theirs, strict=True):
+        pairs.append((grad, _as_peft(p, [gate_up, down], "lora_A" in name)))
+    for ours, right in pairs:
+        error = ((ours - right).norm() / right.norm()).item()
+        assert right.norm() > 0 and error < 1e-5, f"{way}: {error:.1e} from float64"
+
+
+def _checked(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and the gradients of the input, of the routing weights and of the factors."""
+    model = model.to(dtype)
+    x, index, weights = (t.detach() for t in inputs(TINY[0]))
+    given = x.to(dtype).requires_grad_(), index, weights.to(dtype).requires_grad_()
+    y = model(*given)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return y.detach(), torch.autograd.grad(y, (given[0], given[2], *trained), dy)
+
+
 @functools.lru_cache(2)
 def reference(case: Case, r: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output, the input's gradient, and the output without the update, all in float32."""
@@ -296,6 +331,8 @@ def reference(case: Case, r: int, size: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def measured(case: Case, way: str, r: int) -> dict[str, Any]:
     """The row of one way but for its time: memory, errors and the share kept."""
+    if way in OTHERS:
+        check_tiny(way)
     model, given, kernels = WAYS[way](case, r, 0.1), inputs(case), computed(way)
     row: dict[str, Any] = {"case": str(case), "way": way}
     step = step_of(model, given, kernels)
@@ -369,13 +406,21 @@ def compared(rows: list[dict[str, Any]]) -> None:
             row["beside_R"] = row["beside_mib"] / rows[0]["beside_mib"]
 
 
+def switches(ways: list[str]) -> dict[str, str]:
+    """Version and what chooses between its own ways, of each other library."""
+    told = {"peft": lambda: f"{version('peft')}, target_parameters, factors float32"}
+    told["unsloth"] = unsloth_experts.told
+    return {way: tell() for way, tell in told.items() if way in ways}
+
+
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     tiny, done = options.tiny or device().type == "cpu", []
     ways = [way for way in options.ways if not options.quick or way in QUICK]
 
     def saved(rows: list[dict[str, Any]]) -> None:
-        path = save(options.out, "experts", {"tiny": tiny, "rows": done + rows})
+        content = {"tiny": tiny, "rows": done + rows, "switches": switches(ways)}
+        path = save(options.out, "experts", content)
         print(f"{path}: {len(done + rows)} rows, the last {rows[-1]}", flush=True)
 
     for number, case in enumerate(TINY if tiny else CASES):
@@ -384,7 +429,7 @@ def main(arguments: list[str]) -> int:
     if options.cases is None or len(CASES) in options.cases:
         model = [way for way in ways if way in moe.WAYS]
         done += moe.measure(model, options.r, tiny, saved, lambda way: computed(way)())
-    print(experts_table({"rows": done}))
+    print(experts_table({"rows": done, "switches": switches(ways)}))
     return 0
 
 
@@ -395,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", default="benchmark-results", help="folder of experts.json")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=DEFAULT, choices=WAYS)
     parser.add_argument("--cases", nargs="+", type=int, help="their places, from 0; 4: the model")
     parser.add_argument("--quick", action="store_true", help="only what decides between both ways")
     parser.add_argument("--r", type=int, default=16)

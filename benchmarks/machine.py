@@ -16,6 +16,7 @@ PACKAGES = (
     "peft",
     "lycoris-lora",
     "unsloth",
+    "unsloth_zoo",
     "diffusers",
     "transformers",
     "bitsandbytes",

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import paramlora
+from benchmarks import unsloth_experts
 from benchmarks.machine import device
 from benchmarks.timing import synchronise
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 STACKS = ("gate_up_proj", "down_proj")
-WAYS = ("frozen", "paramlora", "kernels", "kernels dropout", "peft")
+WAYS = ("frozen", "paramlora", "kernels", "kernels dropout", "peft", "unsloth")
 Way = Callable[[str], AbstractContextManager[None]]
 
 
@@ -44,6 +45,8 @@ def adapted(way: str, r: int, tiny: bool) -> nn.Module:
     model = plain(tiny)
     if way == "frozen":
         return model
+    if way == "unsloth":
+        return unsloth_experts.Within(lambda: adapted("peft", r, tiny))
     if way == "peft":
         from peft import LoraConfig, get_peft_model
 
@@ -63,7 +66,8 @@ def adapted(way: str, r: int, tiny: bool) -> nn.Module:
 
 def step_of(model: nn.Module, tiny: bool, seen: dict[str, Any]) -> Callable[[], None]:
     rows = torch.randint(64, (2, 8) if tiny else (4, 2048), device=device())
-    x = model.get_input_embeddings()(rows).detach().requires_grad_()  # type: ignore[operator]
+    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    x = embedding(rows).detach().requires_grad_()
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:

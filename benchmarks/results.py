@@ -122,8 +122,8 @@ def experts_table(content: dict[str, Any]) -> str:
         errors = [f"{row[k]:.1e}" if k in row else "" for k in ("output_error", "gradient_error")]
         lines.append([row["case"], row["way"], *numbers, *errors, row.get("refused", "")])
     header = ["layer", "way", "device ms", "R device", "eager ms", "R eager", "tokens a second"]
-    header += ["MiB a step", "of frozen's", "kept"]
-    return markdown([*header, "output error", "gradient error", "outcome"], lines)
+    header += ["MiB a step", "of frozen's", "kept", "output error", "gradient error", "outcome"]
+    return "\n\n".join([markdown(header, lines), *switches_told(content)])
 
 
 def dropout_table(content: dict[str, Any]) -> str:

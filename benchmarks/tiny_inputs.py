@@ -41,7 +41,7 @@ def tries(model: nn.Module, dtype: torch.dtype, asked: list[list[str]]) -> Itera
         seen.append(names)
         for chosen in _combined([candidates(name, model.config, names) for name in names]):
             made = {name: make() for name, make in zip(names, chosen)}
-            yield {n: v.to(dtype) if _is_real(v) else v for n, v in made.items()}
+            yield {n: v.to(dtype) if is_real(v) else v for n, v in made.items()}
         choices = asked + choices
         asked.clear()
 
@@ -104,7 +104,7 @@ def asked_for(model: nn.Module, error: Exception, names: list[str]) -> list[list
     return [[*names, *found]] if found else []
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+import peft
+
 from benchmarks import arch_checks, architectures, tiny, tiny_inputs
 
 # chosen by `python -m benchmarks.arch_cover`
@@ -92,6 +94,48 @@ def test_an_update_that_is_missing_or_wrong_is_caught():
     for check in (arch_checks.saved_and_loaded, arch_checks.merged, arch_checks.read_by_peft):
         with pytest.raises(arch_checks.Differs, match="apart"):
             check(s)
+
+
+class Jumps(torch.nn.Module):
+    """Computes in float32 by name; its gradient jumps where an output of its layer crosses zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 64, dtype=torch.float32)
+
+    def forward(self, x):
+        return torch.relu(self.layer(x.to(torch.float32)))
+
+
+def test_a_gradient_that_jumps_at_a_rounding_is_compared_in_double_precision():
+    torch.manual_seed(0)
+    model, x = Jumps(), torch.randn(2, 5, dtype=torch.float32)
+    with torch.no_grad():  # the first row's outputs are roundings
+        model.layer.bias -= arch_checks.subject(model, {"x": x}).reference.layer(x)[0]
+    s = arch_checks.subject(model, {"x": x})
+    arch_checks.outputs_match(s, s.adapted)
+    with pytest.raises(arch_checks.Differs, match="gradients"):
+        arch_checks.at_a_step(s, False)
+    assert arch_checks.in_mode(s, False) < 1e-12
+    with torch.no_grad():
+        s.adapted.layer.parametrizations.weight[0].lora_B *= 1.0001
+    with pytest.raises(arch_checks.Differs, match="apart"):
+        arch_checks.in_mode(s, False)
+
+
+def test_what_peft_holds_of_a_convolution_is_read_from_its_factors():
+    """Its own function for it raises for a `Conv3d` whose kernel is one."""
+    model = torch.nn.Sequential(torch.nn.Conv3d(4, 6, 1), torch.nn.Conv2d(6, 6, 3))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False, lora_alpha=3)
+    adapted = peft.get_peft_model(model, config).base_model.model
+    for layer, x in (
+        (adapted[0], torch.randn(1, 4, 2, 3, 3)),
+        (adapted[1], torch.randn(1, 6, 5, 5)),
+    ):
+        base = layer.get_base_layer()
+        weight = base.weight + arch_checks._delta(layer).reshape(base.weight.shape)
+        want = torch.func.functional_call(base, {"weight": weight}, (x,))
+        torch.testing.assert_close(layer(x), want)
 
 
 def test_a_base_that_moved_is_caught():

@@ -1,18 +1,15 @@
-"""Compiles the kernels of experts for a device that need not be there, and prints the bytes of
-shared memory that each takes; see `compiled`. `test_experts_kernels` starts it."""
+"""Compiles the kernels of experts for a device that need not be there, and prints what a block of
+each takes; see `compiled`. `test_compiled` starts it."""
 
 import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import compile as compile_for
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.experts import plan
-from paramlora.cuda.launch import Launch
 from paramlora.cuda.operands import Drop
-from tests.cuda import compiled, interpreted
+from tests.cuda import compiled
 
 LOW, LOWEST = torch.bfloat16, torch.float16
 LAYERS = [  # experts, rows, in, out, rank, whether weights are [experts, in, out], type, dropout
@@ -23,33 +20,13 @@ LAYERS = [  # experts, rows, in, out, rank, whether weights are [experts, in, ou
 ]
 
 
-def main(capability):
-    shared = {}
-
-    def compile_one(self, pointers, addresses, values=(), blocks=()):
-        arguments = (*blocks, *pointers, *values, *self.tail)
-        ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
-        types = tuple(str(t.dtype) for t in pointers)
-        key = str((self.kernel.__name__, self.constants, ones, types, *self.options.items()))
-        if key not in shared:
-            source = compiled.source(self.kernel, arguments)
-            target = GPUTarget("cuda", capability, 32)
-            done = compile_for(source, target=target, options=dict(self.options))
-            shared[key] = done.metadata.shared
-            if len(sys.argv) > 2:  # for a person
-                told = compiled.registers(done), done.metadata.shared
-                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
-            if len(sys.argv) > 2:  # for a person
-                told = compiled.registers(done), done.metadata.shared
-                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
-
-    interpreted.stand_in_for_the_device()
+def main(capability, few=False):
+    taken = compiled.launches_compile(capability)
     plan.cuda_device = lambda: -1
     plan.card = lambda device: Card(divmod(capability, 10), 132)
-    Launch.__call__ = compile_one
-    for *layer, rate in LAYERS if capability >= 90 else LAYERS[1:3]:
+    for *layer, rate in LAYERS[1:2] if few else LAYERS:
         step(*layer, Drop(rate, torch.zeros((), dtype=torch.int64)) if rate else None)
-    json.dump(shared, sys.stdout)
+    json.dump(taken, sys.stdout)
 
 
 def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
@@ -74,4 +51,4 @@ def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), len(sys.argv) > 2)

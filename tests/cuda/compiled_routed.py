@@ -1,17 +1,13 @@
 """Compiles the kernels of rows that take different updates, and DoRA's, for a device that need not
-be there, and prints the bytes of shared memory that each takes; see `compiled`.
-`test_routed_kernels` starts it."""
+be there, and prints what a block of each takes; see `compiled`. `test_compiled` starts it."""
 
 import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import compile as compile_for
 
 from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.device import Card
-from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import plan as linear
 from paramlora.cuda.operands import Operands
 from paramlora.cuda.rescaled import plan as rescaled
@@ -27,30 +23,13 @@ LAYERS = [  # rows, positions, updates, in, out, rank
 ]
 
 
-def main(capability):
-    shared = {}
-
-    def compile_one(self, pointers, addresses, values=(), blocks=()):
-        arguments = (*blocks, *pointers, *values, *self.tail)
-        ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
-        types = tuple(t.dtype for t in pointers)
-        key = str((self.kernel.__name__, self.constants, ones, types, *self.options.items()))
-        if key not in shared:
-            source = compiled.source(self.kernel, arguments)
-            target = GPUTarget("cuda", capability, 32)
-            done = compile_for(source, target=target, options=dict(self.options))
-            shared[key] = done.metadata.shared
-            if len(sys.argv) > 2:  # for a person
-                told = compiled.registers(done), done.metadata.shared
-                print(self.kernel.__name__, self.constants, *told, file=sys.stderr)
-
-    interpreted.stand_in_for_the_device()
+def main(capability, few=False):
+    taken = compiled.launches_compile(capability)
     for planned in (linear, routed, rescaled, decoding):
         planned.card = lambda device: Card(divmod(capability, 10), 132)
-    Launch.__call__ = compile_one
-    for layer in LAYERS if capability >= 90 else LAYERS[:1]:
+    for layer in LAYERS[1:2] if few else LAYERS:
         step(*layer)
-    json.dump(shared, sys.stdout)
+    json.dump(taken, sys.stdout)
 
 
 def step(count, positions, updates, fan_in, out, r):
@@ -89,4 +68,4 @@ def step(count, positions, updates, fan_in, out, r):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), len(sys.argv) > 2)

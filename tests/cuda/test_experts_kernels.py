@@ -1,4 +1,4 @@
-"""The kernels of experts in the interpreter, compiled for devices that are not here, and on one."""
+"""The kernels of experts in the interpreter and on a device."""
 
 from dataclasses import replace
 

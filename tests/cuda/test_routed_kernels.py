@@ -11,7 +11,6 @@ from tests.cuda.started import printed
 
 pytest.importorskip("triton")
 EPS = 2**-10  # of float16
-SHARED = {"86": 101376, "90": 232448}  # bytes of shared memory
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -30,13 +29,6 @@ def test_rows_are_right_to_one_rounding():
     for name, (errors, ran) in results.items():
         assert max(errors.values()) < EPS, name
         assert ran[:5] == ["project", "product", "project", "product", "gradients"], name
-
-
-@pytest.mark.parametrize("capability", SHARED)
-def test_every_kernel_compiles_and_fits(capability, tmp_path):
-    shared = printed("compiled_routed", capability, TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) > (12 if capability == "90" else 6)
-    assert not {name: size for name, size in shared.items() if size > SHARED[capability]}
 
 
 ROWS = {  # the adapter of each row, and what comes after the rows

@@ -190,7 +190,8 @@ def _one_by_one(
         right = tl.load(where, mask=(offs_r[:, None] < r) & (offs_n[None, :] < N), other=0.0)
         acc = tl.dot(left, tl.where(_finite(right), right, 0.0).to(right.dtype), acc)
         bad = tl.max(tl.where(_finite(right), 0, 1), 0) > 0
-        acc = tl.where(mine[:, None] & bad[None, :], float("nan"), acc)
+        # added, as Triton 3.7 compiles no choice between two sums for Blackwell's tensor memory
+        acc += tl.where(mine[:, None] & bad[None, :], float("nan"), 0.0)
     return acc
 
 
