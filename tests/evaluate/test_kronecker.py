@@ -94,6 +94,19 @@ def test_values_and_gradients_are_those_of_the_definition(size, parts, wanted, w
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_factors_of_sixteen_bits_beside_a_wider_weight(size):
+    """Only they themselves are rounded, as in the weight that a merge gives."""
+    x, weight, bias, parts, scale = operands(size)
+    narrow = {name: one.bfloat16() for name, one in parts.items()}
+    wide = {name: one.double() for name, one in narrow.items()}
+    got, want = (
+        f(x, weight, bias, own, scale)
+        for f, own in ((kronecker.linear, narrow), (definition, wide))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_gradients_of_gradients_and_many_at_once(size):
     both = []
     for compute in (kronecker.linear, definition):
