@@ -181,7 +181,7 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
 
 def is_share(value: object) -> bool:
     """Whether a value is a number above 0 and up to 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 def is_difference(value: object) -> bool:
