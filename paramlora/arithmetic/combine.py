@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -18,6 +19,7 @@ from paramlora.arithmetic.products import (
     decomposed,
     distance,
     is_difference,
+    is_share,
     nearest,
     with_factors,
 )
@@ -317,7 +319,7 @@ def pairs_of(adapters: Sequence[Any]) -> list[tuple[Any, Any]]:
 def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
     pairs: list[tuple[Adapter, float]] = pairs_of(adapters)
     for adapter, weight in pairs:
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
             raise AdapterError(
                 f'adapter "{adapter.name}": its weight {spelled(weight)} is no finite number. Give '
                 "one, such as 0.7."
@@ -345,9 +347,10 @@ def _check_options(how: str, rank: Optional[int], density: Optional[float]) -> N
         raise AdapterError(f'"{how}" keeps a share of the entries: give a density (--density).')
     if density is not None and how not in _DENSE:
         raise AdapterError(f'"{how}" keeps all entries. Leave out the density (--density).')
-    if density is not None and not 0 < density <= 1:
+    if density is not None and not is_share(density):
         raise AdapterError(
-            f"density (--density) is a share, above 0 and up to 1, such as 0.5; got {density}."
+            "density (--density) is a share, above 0 and up to 1, such as 0.5; got "
+            f"{spelled(density)}."
         )
 
 

@@ -262,7 +262,17 @@ def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str
 
 
 def _check_types(key: str, base: Side, tuned: Side) -> None:
-    """Refuse integers beside floats: those of a quantised weight are not its values."""
+    """Refuse what has no plain numbers, and integers beside floats: those of a quantised weight are
+    not its values."""
+    for side in (base, tuned):
+        own = side.there[key]
+        dense = not isinstance(own, Tensor) or (own.layout is torch.strided and not own.is_meta)
+        if not dense:
+            where = "on the meta device" if own.is_meta else f"of the layout {own.layout}"
+            raise FileError(
+                f"{key}: {where} in {side.name}, without numbers to subtract. Give a checkpoint of "
+                "plain tensors, or leave it out by exclude (--exclude)."
+            )
     types = [side.there[key].dtype for side in (base, tuned)]
     if types[0].is_floating_point != types[1].is_floating_point:
         raise FileError(

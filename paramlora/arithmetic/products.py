@@ -5,6 +5,7 @@ Everything is computed in float64, or in float32 where a dense matrix of that ty
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Optional
 
 import torch
@@ -167,15 +168,20 @@ def check_choice(rank: object, energy: Optional[float]) -> None:
         raise AdapterError(
             "how much to keep: give a rank or an energy, and one of them only (--rank, --energy)."
         )
-    if energy is not None and not 0 < energy <= 1:
+    if energy is not None and not is_share(energy):
         raise AdapterError(
             "energy (--energy) is a share of the squared norm, above 0 and up to 1, such as 0.95; "
-            f"got {energy}."
+            f"got {spelled(energy)}."
         )
     if rank is not None and (type(rank) is not int or rank < 1):
         raise AdapterError(
             f"rank (--rank) must be a whole number and at least 1, got {spelled(rank)}."
         )
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number above 0 and up to 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 def is_difference(value: object) -> bool:

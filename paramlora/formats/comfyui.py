@@ -86,7 +86,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         adapter = _renamed(adapter, prefix)
     else:
         adapter = fit(adapter, names_of(base, prefix), Options(), "adapter")
-    adapter, products = without_products(adapter)
+    adapter, products = without_products(adapter, "ComfyUI's")
     adapter, magnitudes = with_low_ranks(adapter)
     state: dict[str, Tensor] = {}
     for name, update in adapter.updates.items():

@@ -282,7 +282,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
             f"Prefixes: {', '.join(MANGLED)}."
         )
     adapter, differences = apart_from(adapter, "difference")
-    adapter, products = without_products(adapter)
+    adapter, products = without_products(adapter, "kohya's")
     adapter, magnitudes = with_low_ranks(adapter)
     names = _names((*adapter.updates, *products, *differences), prefix)
     scaled: dict[str, Value] = {**adapter.updates, **products}
@@ -329,7 +329,7 @@ def _low_rank(
     path: str, update: Update, name: str, magnitude: Optional[Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of a low-rank update, and of a DoRA."""
-    _check(path, update)
+    _check(path, update, magnitude is not None)
     down, up = kernels(update)
     alpha = alpha_tensor(alpha_of(update.scale, update.r), down.dtype)
     state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
@@ -360,8 +360,8 @@ def _key_of(
     return f"{names[path]}.{leaf}"
 
 
-def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
-    """An adapter without its LoHa and LoKr updates, and those.
+def without_products(adapter: Adapter, tool: str) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """An adapter without its LoHa and LoKr updates, and those as LyCORIS reads them.
 
     Raises:
         FileError: one of a layer that LyCORIS does not know.
@@ -372,7 +372,7 @@ def without_products(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
         if not path or not known:
             raise FileError(
                 f"{path or '(model)'}: {value.method} of "
-                f"{with_article(value.kind or value.layout)}; kohya's format holds Linear "
+                f"{with_article(value.kind or value.layout)}; {tool} format holds Linear "
                 "and convolutions inside of a model only. Keep the native format."
             )
         if {"lokr_w1", "lokr_w2"} <= value.held.keys():  # for which LyCORIS reads no scale
@@ -430,15 +430,17 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(alpha, dtype=torch.float64)
 
 
-def _check(path: str, update: Update) -> None:
+def _check(path: str, update: Update, rescaled: bool) -> None:
+    """Refuse what neither sd-scripts, nor of DoRA LyCORIS, has a layer for."""
     check_told(path, update, "kohya's format")
     assert update.shape is not None
-    flat = update.layout == "matrix" and len(update.shape) in (2, 4)
+    dims, known = ((2, 3, 4, 5), "convolutions") if rescaled else ((2, 4), "Conv2d")
+    flat = update.layout == "matrix" and len(update.shape) in dims
     if not flat or update.kind not in (None, "linear", "convolution"):
         kind = update.kind or update.layout
         raise FileError(
             f"{path}: {with_article(kind)} of shape {list(update.shape)}; kohya's format holds "
-            "Linear and Conv2d only. Keep the native format."
+            f"Linear and {known} only. Keep the native format."
         )
 
 

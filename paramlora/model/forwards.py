@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.cuda.operands import served
-from paramlora.evaluate import dropout, functional, rescaled, routed
+from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
@@ -427,20 +427,11 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
     if found is not None:
         return _rescaled_linear(layer, x, found, "matrix")
     weight, update = _alone(layer, x) or (None, None)
-    if type(update) is Lokr and update.layout == "matrix":
-        return F.linear(x, weight, _bias(layer)) + _kronecker(x, update)  # type: ignore[arg-type]
+    if type(update) is Lokr and update.layout == "matrix" and weight is not None:
+        return kronecker.linear(x, weight, _bias(layer), update.plain(), update.scaling())
     rows = _by_rows(layer, x)
     y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
     return y
-
-
-def _kronecker(x: Tensor, update: Lokr) -> Tensor:
-    """The product with a Kronecker product, in autocast's type under that."""
-    device = autocast_of(x)
-    if device is not None:
-        (x,) = functional.cast_for_autocast(device, x)
-    with in_own_types(x):
-        return update.product(x)
 
 
 def _other_embedding(layer: Any, ids: Tensor) -> Tensor:

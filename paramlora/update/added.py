@@ -114,8 +114,12 @@ class Added(AttachedUpdate):
         own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
         with in_own_types(weight):
             delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
-            delta = delta * (self.lora_scale * self.gain.to(self.lora_scale.device))
+            delta = delta * self.scaling()
         return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
+
+    def scaling(self) -> Tensor:
+        """The number before the change: the scale times the strength."""
+        return self.lora_scale * self.gain.to(self.lora_scale.device)
 
     @classmethod
     def term_of(cls, parts: Parts, gain: Tensor, layout: Layout) -> Term:

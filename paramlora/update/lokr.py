@@ -4,16 +4,16 @@ import math
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
 
 from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
-from paramlora.update.narrow import wide
 
 _Pair = tuple[int, int]
+_Factors = tuple[Tensor, Tensor]
 
 
 @register
@@ -94,20 +94,8 @@ class Lokr(Added):
         first, second = factors(parts)
         if second.dim() > 2:  # of a kernel, which the first has not
             product = einsum(first, second, "a b, c d ... -> a c b d ...")
-        else:  # not torch.kron, in which autograd does not see that a factor was changed
-            product = first[:, None, :, None] * second[None, :, None, :]
-        return product.flatten(0, 1).flatten(1, 2)
-
-    def product(self, x: Tensor) -> Tensor:
-        """``x (w_1 ⊗ w_2)ᵀ`` times the scale and the strength, without the Kronecker product."""
-        dtype, x = x.dtype, wide(x)
-        own = factors({name: wide(tensor) for name, tensor in self.plain().items()})
-        first, second = (one.to(x.dtype) for one in own)
-        split_x = rearrange(x, "... (b d) -> ... b d", b=first.shape[1])
-        inner = torch.matmul(split_x, second.t())  # [..., b, c]
-        y = einsum(first, inner, "a b, ... b c -> ... a c").flatten(-2)
-        scale = self.lora_scale * self.gain.to(self.lora_scale.device)
-        return (y * scale).to(dtype)
+            return product.flatten(0, 1).flatten(1, 2)
+        return kron(first, second)
 
     @classmethod
     def rank_of(cls, held: Any) -> int:
@@ -148,6 +136,44 @@ def factors(parts: Parts) -> tuple[Tensor, Tensor]:
         else:
             second = einsum(middle, a, b, "i j ..., i c, j d -> c d ...")
     return first, second
+
+
+def low_rank(parts: Parts) -> _Factors:
+    """``A`` and ``B`` whose product is ``w_1 ⊗ w_2``, of the product of both ranks: ``(l_1 r_1) ⊗
+    (l_2 r_2)`` is ``(l_1 ⊗ l_2)(r_1 ⊗ r_2)``. One that is whole is an identity and itself.
+
+    Example:
+        >>> parts = {"lokr_w1": torch.randn(2, 3), "lokr_w2": torch.randn(5, 4)}
+        >>> a, b = low_rank(parts)
+        >>> assert torch.allclose(b @ a, torch.kron(*parts.values()), atol=1e-6)
+    """
+    (left_1, right_1), (left_2, right_2) = _halves(parts, 1), _halves(parts, 2)
+    return kron(right_1, right_2), kron(left_1, left_2)
+
+
+def rank_of_product(parts: Parts) -> int:
+    """The rank of `low_rank`."""
+    return math.prod(_rank(parts, n) for n in (1, 2))
+
+
+def _rank(parts: Parts, number: int) -> int:
+    whole = parts.get(f"lokr_w{number}")
+    return len(parts[f"lokr_w{number}_b"]) if whole is None else min(whole.shape)
+
+
+def _halves(parts: Parts, number: int) -> _Factors:
+    whole = parts.get(f"lokr_w{number}")
+    if whole is None:
+        return parts[f"lokr_w{number}_a"], parts[f"lokr_w{number}_b"]
+    eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
+    return (eye, whole) if len(whole) == len(eye) else (whole, eye)
+
+
+def kron(first: Tensor, second: Tensor) -> Tensor:
+    """The Kronecker product; not torch.kron, in which autograd does not see that a factor was
+    changed."""
+    product = first[:, None, :, None] * second[None, :, None, :]
+    return product.flatten(0, 1).flatten(1, 2)
 
 
 def split(size: int, factor: int) -> _Pair:

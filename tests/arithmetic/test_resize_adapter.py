@@ -102,6 +102,8 @@ def test_an_update_of_zeros_has_rank_one():
         ({"zz": 1}, None, '"zz" names no layer. There are: '),
         ({"to_kk": 1}, None, '"to_kk" names no layer. Closest: "b.to_k"'),
         ({"re:(": 1}, None, r'"re:\(": '),
+        (None, "0.5", "energy \\(--energy\\) is a share of the squared norm.* got '0.5'"),
+        (None, float("nan"), "energy .* is a share of the squared norm.* got nan"),
         (None, 1.5, "energy \\(--energy\\) is a share of the squared norm.* got 1.5"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Runs DoRA's kernels in Triton's interpreter and prints their errors against float64.
+"""Runs DoRA's kernels, and LoKr's layer on the low-rank ones, in Triton's interpreter and prints
+their errors against float64.
 
 `test_rescaled_kernels` starts it in a process of its own; see `interpreted`. As there, of
 float16 alone.
@@ -11,7 +12,7 @@ import warnings
 import torch
 
 from paramlora.cuda.rescaled import plan
-from paramlora.evaluate import functional, rescaled
+from paramlora.evaluate import functional, kronecker, rescaled
 from tests.cuda import interpreted
 from tests.cuda.interpreted import error, launched
 
@@ -83,6 +84,32 @@ def whole(case, with_bias):
     return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(names, got, want)}
 
 
+def product(case):
+    """Errors of a LoKr layer whose Kronecker product is of a low rank, and which kernels ran."""
+    rows, (a, b), (c, d), r = {
+        "rank 32": (70, (8, 8), (20, 24), 4),
+        "both": (33, (8, 8), (9, 8), 2),
+    }[case]
+    x, weight, bias = torch.randn(rows, b * d), torch.randn(a * c, b * d), torch.randn(a * c)
+    x, weight, bias = x.half().requires_grad_(), weight.half(), bias.half()
+    held = {"lokr_w1": torch.randn(a, b)}
+    if case == "both":
+        held = {"lokr_w1_a": torch.randn(a, r), "lokr_w1_b": torch.randn(r, b)}
+    held |= {"lokr_w2_a": torch.randn(c, r), "lokr_w2_b": torch.randn(r, d)}
+    leaves = [x, *(t.requires_grad_() for t in held.values())]
+    y = kronecker.linear(x, weight, bias, held, torch.tensor(0.3))
+    dy = torch.randn(rows, a * c).half()
+    got = torch.autograd.grad(y, leaves, dy)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    parts = dict(zip(held, wide[1:]))
+    one = parts.get("lokr_w1")
+    one = parts["lokr_w1_a"] @ parts["lokr_w1_b"] if one is None else one
+    total = weight.double() + 0.3 * torch.kron(one, parts["lokr_w2_a"] @ parts["lokr_w2_b"])
+    true = torch.nn.functional.linear(wide[0], total, bias.double())
+    want = torch.autograd.grad(true, wide, dy.double())
+    return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(("x", *held), got, want)}
+
+
 def main():
     interpreted.stand_in_for_the_device()
     rescaled.served = lambda x: x.dtype == torch.float16
@@ -107,6 +134,12 @@ def main():
                 launched.clear()
                 case = f"whole, {name}, {with_bias}, {interpreted.captured}"
                 results[case] = whole(name, with_bias), launched[:]
+    interpreted.captured = False
+    kronecker.served = rescaled.served
+    for name in ("rank 32", "both"):
+        torch.manual_seed(0)
+        launched.clear()
+        results[f"product, {name}"] = product(name), launched[:]
     json.dump(results, sys.stdout)
 
 

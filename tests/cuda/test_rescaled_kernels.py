@@ -43,6 +43,13 @@ def test_a_whole_layer_is_right_and_starts_what_it_needs(results):
         assert ran.count("lengths") == ("a high rank" not in name), name
 
 
+def test_a_kronecker_product_of_low_rank_is_a_low_rank_layers(results):
+    layers = {name: result for name, result in results.items() if name.startswith("product")}
+    assert len(layers) == 2
+    for name, (errors, ran) in layers.items():
+        assert max(errors.values()) < EPS and ran, name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -158,6 +158,27 @@ def test_lycoris_in_both_conventions(name, on_out, tmp_path):
         convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", base_of(base))
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv1d(6, 8, 3), lambda: nn.Conv3d(6, 8, 2)])
+def test_lycoris_reads_convolutions_of_one_and_three_dimensions(make, tmp_path):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"conv": make()})
+    ours = paramlora.attach(copy.deepcopy(base), {"conv": {"r": 2, "scale": 1.5, "kind": "dora"}})
+    ((_, _, update),) = updates(ours)
+    with torch.no_grad():
+        update.lora_B.normal_()
+        update.lora_magnitude.mul_(1.5)
+    paramlora.save_adapter(ours, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya", base_of(base))
+    written = load_file(tmp_path / "k.safetensors")
+    parts = [written.get(f"lora_unet_conv.{leaf}") for leaf in LEAVES]
+    with torch.no_grad():
+        theirs = LoConModule.make_module_from_state_dict("x", base.conv, *parts)
+        merged = theirs.get_merged_weight(shape=base.conv.weight.shape)[0]
+    torch.testing.assert_close(merged, ours.conv.weight.detach(), rtol=1e-5, atol=1e-5)
+    again = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "k.safetensors")
+    torch.testing.assert_close(again.conv.weight, ours.conv.weight)
+
+
 LEAVES = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale")
 
 
