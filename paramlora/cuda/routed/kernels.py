@@ -151,6 +151,21 @@ def _some(
 
 
 @triton.jit
+def _alone(
+    acc, p, q, first, end, offs_m, offs_n, M, N, R, stride_qr, stride_qn, STEP_R: tl.constexpr
+):
+    """``acc + p_i q_i`` of one update, which all of a tile's rows take, of ranks `first` to `end`:
+    nothing is asked of each row, which would take 4 % of the product."""
+    for start in tl.range(first, end, STEP_R, num_stages=1):
+        lying = start + tl.arange(0, STEP_R)
+        where = p + offs_m[:, None].to(tl.int64) * R + (lying - first)[None, :]
+        left = tl.load(where, mask=(offs_m < M)[:, None] & (lying < end)[None, :], other=0.0)
+        right = _factor(q, lying, end, offs_n, N, stride_qr, stride_qn)
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
 def _at_once(
     acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R, stride_qr,
     stride_qn, STEP_R: tl.constexpr,
@@ -196,32 +211,11 @@ def _one_by_one(
 
 
 @triton.jit
-def product(
-    x, w, y, p, q, index, spans, starts, owner, bias,
-    M, N, K, updates, rows, P, stride_xm, stride_wk, stride_wn, stride_qr, stride_qn, R,
-    EARLY: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
-    WHOLE_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+def _of_several(
+    acc, p, q, own, owner, starts, first, end, updates, offs_m, offs_n, N, R, stride_qr, stride_qn,
+    STEP_R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``y[M, N] = x w + p_i q_i + bias``."""
-    columns = tl.cdiv(N, BLOCK_N)
-    block, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), columns, GROUP)
-    offs_m, offs_n = (
-        block * BLOCK_M + tl.arange(0, BLOCK_M),
-        column * BLOCK_N + tl.arange(0, BLOCK_N),
-    )
-    # asked for now and looked at once the products are there, so that nothing waits for them
-    own = tl.load(index + offs_m // P, mask=offs_m < M, other=updates).to(tl.int32)
-    span = spans + block * BLOCK_M // P
-    first, end = tl.load(span), tl.load(span + rows)
-    tl.assume(K > 0)
-    acc = _wide(
-        x, w, 0, block * BLOCK_M, M, column, N, K, stride_xm, 0, stride_wk, stride_wn,
-        TMA, ROWS_OUT, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if EARLY:  # p, and q too, which a launch right ahead may have cast
-        gdc_wait()
-        gdc_launch_dependents()
+    """``acc + p_i q_i`` of a tile whose rows may take any updates."""
     bad, lowest, highest = 0, tl.min(own, 0), tl.max(own, 0)
     several = lowest < highest
     if several:
@@ -239,6 +233,44 @@ def product(
         acc = _at_once(
             acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R,
             stride_qr, stride_qn, STEP_R,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def product(
+    x, w, y, p, q, index, spans, starts, owner, bias,
+    M, N, K, updates, rows, P, stride_xm, stride_wk, stride_wn, stride_qr, stride_qn, R,
+    EARLY: tl.constexpr, ALONE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``y[M, N] = x w + p_i q_i + bias``; where `ALONE`, its rows take one update."""
+    columns = tl.cdiv(N, BLOCK_N)
+    block, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), columns, GROUP)
+    offs_m, offs_n = (
+        block * BLOCK_M + tl.arange(0, BLOCK_M),
+        column * BLOCK_N + tl.arange(0, BLOCK_N),
+    )
+    # asked for now and looked at once the products are there, so that nothing waits for them
+    span = spans + block * BLOCK_M // P
+    first, end = tl.load(span), tl.load(span + rows)
+    if not ALONE:
+        own = tl.load(index + offs_m // P, mask=offs_m < M, other=updates).to(tl.int32)
+    tl.assume(K > 0)
+    acc = _wide(
+        x, w, 0, block * BLOCK_M, M, column, N, K, stride_xm, 0, stride_wk, stride_wn,
+        TMA, ROWS_OUT, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if EARLY:  # p, and q too, which a launch right ahead may have cast
+        gdc_wait()
+        gdc_launch_dependents()
+    if ALONE:
+        acc = _alone(acc, p, q, first, end, offs_m, offs_n, M, N, R, stride_qr, stride_qn, STEP_R)
+    else:
+        acc = _of_several(
+            acc, p, q, own, owner, starts, first, end, updates, offs_m, offs_n, N, R, stride_qr,
+            stride_qn, STEP_R, BLOCK_R,
         )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]

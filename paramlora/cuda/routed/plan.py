@@ -145,7 +145,10 @@ def _product(
     updates, rows = len(by.ends), len(by.taken)
     numbers = (M, N, K, updates, rows, by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
     RB = power(max(by.most, 16))
-    constants = (of.hopper, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP)
+    alone = by.positions % BM == 0
+    constants = (
+        of.hopper, alone, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP,
+    )  # fmt: skip
     grid = -(-M // BM) * -(-N // BN)
     launch = Launch(
         kernels.product, x.get_device(), grid, numbers, constants, stages, warps, of.hopper
