@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.model.attach import (
+    adapted_modules,
     check_adapters,
     replace,
     stored,
@@ -38,7 +39,6 @@ from paramlora.update.sharded import (
     under_fully_shard,
 )
 from paramlora.update.sum import Fold, bound_of, folded, near_overflow, overflows, waited_for
-from paramlora.update.walk import paths_of
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -127,7 +127,7 @@ def _merged(
         update.check_mergeable(path)
     jobs = [
         (module, name, ours)
-        for module in paths_of(model)
+        for _, module in adapted_modules(model)
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
