@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paramlora.errors import AdapterError
 from paramlora.model.attach import (
+    adapted_modules,
     check_adapters,
     replace,
     stored,
@@ -38,7 +39,6 @@ from paramlora.update.sharded import (
     under_fully_shard,
 )
 from paramlora.update.sum import Fold, bound_of, folded, near_overflow, overflows, waited_for
-from paramlora.update.walk import paths_of
 
 _Job = tuple[nn.Module, str, list[AttachedUpdate]]
 _Values = list[tuple[Tensor, Tensor]]  # (stored tensor, new value)
@@ -122,12 +122,12 @@ def _merged(
         check_not_flat(model, "merge")
         reshard(model)
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
-    largest = _check_finite(acting)
+    most_of_all = _check_finite(acting)
     for path, update in acting:
         update.check_mergeable(path)
     jobs = [
         (module, name, ours)
-        for module in paths_of(model)
+        for _, module in adapted_modules(model)
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
@@ -144,7 +144,7 @@ def _merged(
         model,
         [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],
         rounding is not None,
-        largest,
+        most_of_all,
     )
     steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted, rounding)]
     to_the_end(lambda: _take_all(steps))
@@ -325,21 +325,24 @@ def _sum(
     return Fold(base.shape, base.dtype, terms, base.device, rounding).to_copy(base)
 
 
-def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, largest: float) -> None:
+def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, most_of_all: float) -> None:
     """Refuse a sum that the base's type does not hold, or unless it is `counted` does not keep.
 
     Args:
-        largest: what no number of the updates is above.
+        most_of_all: what no number of the updates is above.
     """
-    for module, name, _ in jobs:
-        base = getattr(*_stored(module, name))
+    every: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
+    for (module, name, _), base in zip(jobs, every):
         if is_storage(base.dtype) and not counted:
             raise AdapterError(
                 f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
                 "update away. Nothing was merged; cast the model first (model.to(torch.bfloat16)), "
                 "or round at random (seed=0), or count what is lost (report=True)."
             )
-    jobs = [job for job in jobs if _may_overflow(job, largest)]
+    # all at once: a device would be waited for as often as there are layers
+    of_half = largest(base for base in every if base.dtype == torch.float16 and not base.is_meta)
+    held = math.inf if of_half is None else of_half
+    jobs = [j for j, base in zip(jobs, every) if _may_overflow(j, base, most_of_all, held)]
     bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
     terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
     unknown = [is_sharded(base) or base.is_meta for base in bases]
@@ -359,12 +362,11 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, largest: floa
             )
 
 
-def _may_overflow(job: _Job, largest: float) -> bool:
-    """Whether a sum may be too large by what its updates tell of themselves, without a term."""
-    module, name, ours = job
-    added = sum(most(update, largest) for update in ours if update.acts)
-    base: Tensor = getattr(*_stored(module, name))
-    return not math.isfinite(added) or near_overflow(base.dtype, added)
+def _may_overflow(job: _Job, base: Tensor, largest: float, held: float) -> bool:
+    """Whether a sum may be too large by what its updates tell of themselves, without a term; `held`
+    is the largest number of the weights in float16."""
+    added = sum(most(update, largest) for update in job[-1] if update.acts)
+    return not math.isfinite(added) or near_overflow(base.dtype, added, held)
 
 
 def _full(model: nn.Module, module: nn.Module, name: str) -> str:

@@ -334,12 +334,17 @@ def waited_for(numbers: Sequence[Number]) -> list[float]:
     return out
 
 
-def near_overflow(dtype: torch.dtype, added: float) -> bool:
+def near_overflow(dtype: torch.dtype, added: float, held: float = float("inf")) -> bool:
     """Whether a weight of a type may be beyond its largest number with what is added to it: one
-    that is near to the end of a float32's range by itself is no weight."""
-    if not dtype.is_floating_point or dtype == torch.float16:
-        return dtype.is_floating_point
-    return not added < torch.finfo(dtype).max * 2**-10
+    that is near to the end of a float32's range by itself is no weight.
+
+    Args:
+        held: what no number of the weight is above, which counts in float16.
+    """
+    if not dtype.is_floating_point:
+        return False
+    most = torch.finfo(dtype).max
+    return not (held + added <= most if dtype == torch.float16 else added < most * 2**-10)
 
 
 @torch.no_grad()
