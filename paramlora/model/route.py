@@ -44,14 +44,15 @@ def route(
     A row's result and gradients are those of the row by itself with its adapter alone, as strong as
     `set_adapters` left it; no gradient of one adapter comes from another's rows. Where only a
     layer's weight is known (attention, recurrent layers, tensors trained whole) that layer is
-    called once for each adapter. Positions that a block flattens, ``x.view(-1, side)``, are known
-    as the batch's by their memory (see `paramlora.update.choice.Flattened`). Under reentrant or any other checkpointing of such a layer the
-    backward belongs inside of the block too.
+    called once for each adapter; under reentrant or any other checkpointing of such a layer the
+    backward belongs inside of the block too. Positions that a block flattens, ``x.view(-1, side)``,
+    are known as the batch's by their memory (see `paramlora.update.choice.Flattened`).
 
     Args:
         model: with adapters attached.
         adapters: the name of each row's adapter, None for the base; or ``[N]`` integers, a tensor
-            or a list, indices into `names`, where a negative one is the base. Those on a device are not checked.
+            or a list, indices into `names`, where a negative one is the base. Those on a device are
+            not checked.
         names: what the integers mean.
         dim: where the rows lie in the input of a layer that does not tell, such as 1 where the
             first dimension is time. Convolutions, attention and recurrent layers tell.
