@@ -265,11 +265,11 @@ def in_place(
     """
     if untold() or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
         return None
-    if any(scale.requires_grad for _, _, scale, _ in updates):
+    if any([scale.requires_grad for _, _, scale, _ in updates]):
         return None
     from paramlora.cuda.decoding import plan
 
-    table = plan.table_of([plan.Part(*one) for one in updates], weight)
+    table = plan.table_of([*map(plan.Part._make, updates)], weight)
     if table is None:
         return None
     few = x.numel() <= _FEW * x.shape[-1] and weight.stride(1) == 1

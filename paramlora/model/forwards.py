@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from paramlora.cuda.operands import served
 from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
+from paramlora.update.attached import switches_of
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import transformed
 from paramlora.update.contexts import autocast_of, in_own_types
@@ -612,10 +613,12 @@ def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_R
     weight = None if plist is None else plist._parameters.get("original")
     if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
-    found = [(u, u.current()) for u in plist._modules.values() if is_known(u)]
-    if len(found) < len(plist) or found[0][1].rows is None:
+    every: list[Any] = [*plist._modules.values()]
+    if {*map(type, every)} != {LowRank}:  # `is_known`, of all
         return None
-    return weight, [u for u, switch in found if switch.acts], found[0][1].rows
+    switches = switches_of(every)
+    rows = switches[0].rows
+    return None if rows is None else (weight, [u for u, s in zip(every, switches) if s.acts], rows)
 
 
 def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int = 0) -> Tensor:
@@ -736,15 +739,15 @@ def _in_place(
     """`beside_rows` of factors where they lie, where kernels serve it."""
     if not x.is_cuda:
         return None
-    held = of_rows(updates, rows)
-    there = [one for one in held if one is not None]
-    drops = layer.training and any(one.dropout for one in there)
-    if len(there) < len(held) or drops:
+    drops = layer.training and any(update.dropout for update in updates)
+    if drops or len(updates) < len(rows.names) or {u.layout for u in updates} != {layout}:
         return None
-    given = [(*_factors(u, layout), u.stored_scale(), u.current().gain) for u in there]
-    if any(type(factor) is not nn.Parameter for a, b, *_ in given for factor in (a, b)):
+    downs, ups, started, _ = zip(*[update.held() for update in updates])
+    if {*map(type, downs + ups)} != {nn.Parameter} or started != (None,) * len(started):
         return None  # made for this call, or on several devices
-    return routed.in_place(x, weight, bias, given, rows)
+    scales = [update.stored_scale() for update in updates]
+    gains = [switch.gain for switch in switches_of(updates)]
+    return routed.in_place(x, weight, bias, [*zip(downs, ups, scales, gains)], rows)
 
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:

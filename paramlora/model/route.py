@@ -44,13 +44,15 @@ def route(
     A row's result and gradients are those of the row by itself with its adapter alone, as strong as
     `set_adapters` left it; no gradient of one adapter comes from another's rows. Where only a
     layer's weight is known (attention, recurrent layers, tensors trained whole) that layer is
-    called once for each adapter. Under reentrant or any other checkpointing of such a layer the
-    backward belongs inside of the block too.
+    called once for each adapter; under reentrant or any other checkpointing of such a layer the
+    backward belongs inside of the block too. Positions that a block flattens, ``x.view(-1, side)``,
+    are known as the batch's by their memory (see `paramlora.update.choice.Flattened`).
 
     Args:
         model: with adapters attached.
-        adapters: the name of each row's adapter, None for the base; or ``[N]`` integers, indices
-            into `names`, where a negative one is the base. Those on a device are not checked.
+        adapters: the name of each row's adapter, None for the base; or ``[N]`` integers, a tensor
+            or a list, indices into `names`, where a negative one is the base. Those on a device are
+            not checked.
         names: what the integers mean.
         dim: where the rows lie in the input of a layer that does not tell, such as 1 where the
             first dimension is time. Convolutions, attention and recurrent layers tell.
@@ -104,6 +106,8 @@ def _index(
     names: Optional[Names],
 ) -> Tensor:
     """``[N]``: for each row an index into `there`, or one beyond it for the base."""
+    if isinstance(adapters, (list, tuple)) and {*map(type, adapters)} == {int}:
+        adapters = torch.tensor(adapters)
     if isinstance(adapters, Tensor):
         return _of_tensor(model, there, adapters, names)
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
@@ -111,6 +115,11 @@ def _index(
             "expected the adapter of each row, such as "
             f"[{', '.join(map(repr, [*there][:1]))}, None], "
             f"got {adapters!r}."
+        )
+    if names is not None:
+        raise AdapterError(
+            f"names tell what integers mean, and the rows have names already: "
+            f"{repr(list(adapters))[:50]}. Leave names out."
         )
     _check_on(model, there, adapters)
     number = {name: at for at, name in enumerate(there)}

@@ -180,6 +180,14 @@ class Told:
     kind: Optional[str] = None
 
 
+def switches_of(updates: "Sequence[AttachedUpdate]") -> "list[Switch]":
+    """`AttachedUpdate.current` of each, asked once where it is that of all: of dozens of adapters
+    the questions take longer than a small product."""
+    if not is_compiling() and ONLY.adapter == UNSPLIT and current_backward() == -1:
+        return [update.switch for update in updates]
+    return [update.current() for update in updates]
+
+
 class AttachedUpdate(nn.Module):
     """An update of one tensor: what every kind of it must tell, and its strength, which changes
     without compiling anything again.

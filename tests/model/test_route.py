@@ -568,6 +568,9 @@ def test_refusals_of_what_was_asked():
         "cu_seqlens of 1 sequence must be 2 whole numbers": (["a"], {"cu_seqlens": [0, 1, 2]}),
         "and do not fall, got [0, 1.5]": (["a"], {"cu_seqlens": [0, 1.5]}),
         "and do not fall, got 'ab'": (["a"], {"cu_seqlens": "ab"}),
+        "indices need the list of adapters that they mean, got None.": ([0, -1], {}),
+        "the rows have names already: ['a', None]. Leave": (["a", None], {"names": ["a"]}),
+        "already: []. Leave names out": ([], {"names": ["a"]}),
     }
     for text, (rows, more) in cases.items():
         with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, rows, **more):
@@ -578,6 +581,15 @@ def test_refusals_of_what_was_asked():
     with pytest.raises(paramlora.AdapterError, match='"b" is switched off, so its rows'):
         with paramlora.route(model, ["b"]):
             pass
+
+
+def test_a_list_of_indices_is_as_a_tensor_of_them():
+    model, x = adapted(linears().double(), ["0", "2"]), torch.randn(3, 6).double()
+    with paramlora.route(model, ["a", None, "b"]):
+        y = model(x)
+    for rows in ([1, -1, 0], (1, -1, 0)):
+        with paramlora.route(model, rows, names=["b", "a"]):
+            assert torch.equal(model(x), y)
 
 
 def test_another_number_of_rows_is_refused():

@@ -1,6 +1,7 @@
 """Few rows, each with an update of its own, on CUDA, in the kernels; imported only there."""
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, Optional
 
@@ -47,10 +48,11 @@ def table_of(parts: Sequence[Part], weight: Tensor) -> Optional[Table]:
     A table is made once for tensors of such addresses and shapes, as a copy to the device waits for
     it; none can be made while a CUDA graph is captured.
     """
-    tensors = [t for part in parts for t in part]
+    tensors = [*chain.from_iterable(parts)]
     # by functions of C alone: in Python's a model's layers would take longer than their products
-    told = (*map(Tensor.data_ptr, tensors), *map(_TYPE, tensors), *map(_SHAPE, tensors))
-    ranks = [part.a.shape[0] for part in parts]
+    shapes = [*map(_SHAPE, tensors)]
+    told = (*map(Tensor.data_ptr, tensors), *map(_TYPE, tensors), *shapes)
+    ranks = [shape[0] for shape in shapes[:: len(Part._fields)]]
     most = max(ranks)
     rank = most if most == min(ranks) else 0
     key = (weight.get_device(), weight.shape, told)
