@@ -75,19 +75,14 @@ def linear(
         up = operators.scaled_down(b, scale, 1.0, x.dtype)
         total = functional.summed(weight, up, functional.cast(a, x.dtype))
         norm = torch.linalg.vector_norm(total.detach(), dim=1, keepdim=True)
-        return F.linear(x, total * _factor(magnitude, norm), bias)
+        return F.linear(x, total * _factor(magnitude, norm)[0], bias)
     return applied(_Linear, x, weight, bias, a, b, scale, magnitude, way)
 
 
-def _factor(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """What each output is multiplied by; a norm of 0 counts as 1.
-
-    Args:
-        norm: of the magnitude's numbers; written to.
-    """
-    own = functional.cast(magnitude, norm.dtype)
-    own = own if own.shape == norm.shape else own.reshape(norm.shape)
-    return own / norm.masked_fill_(norm == 0, 1)
+def _factor(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """What each output is multiplied by, and the norm that it was divided by, 1 in place of 0."""
+    own, length = functional.cast(magnitude, norm.dtype), norm.masked_fill(norm == 0, 1)
+    return (own if own.shape == norm.shape else own.reshape(norm.shape)) / length, length
 
 
 class _Linear(torch.autograd.Function):
@@ -116,7 +111,7 @@ class _Linear(torch.autograd.Function):
             y, z, u = (as_rows(result[0]), as_rows(result[1]), result[2])
         else:
             z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
-            factor = _factor(magnitude, norm)
+            factor, norm = _factor(magnitude, norm)
             y = _times(z, factor, bias, ctx.inside)
         held = functional.kept_input(ctx, x)
         more = u if held is not None else None, z if ctx.needs_input_grad[6] else None
@@ -130,7 +125,8 @@ class _Linear(torch.autograd.Function):
         held, weight, a, b, scale, u, z, magnitude, norm, factor, inner = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, functional.input_of(ctx, held, weight)
         dbias = as_rows(dy).sum(0) if needs[2] else None
-        if torch.is_grad_enabled() or functional.in_plain_operations(ctx.kernel, dy):
+        plain = is_batched(dy) or functional.in_plain_operations(ctx.kernel, dy)
+        if torch.is_grad_enabled() or plain:
 
             def again(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
                 y = functional.linear_by_definition(x, weight, None, *rest[:-1])
@@ -171,7 +167,7 @@ def _unscaled(
     """The gradients of what was rescaled, and of the magnitude where z was kept for it.
 
     Args:
-        dy: ``[rows, out]``.
+        dy: ``[rows, out]``, or with what comes behind the outputs as magnitude and norm have it.
         z: as many, or None.
         factor: what torch's operations rescaled by; None of the kernels.
         inner: the bias that is in z.
@@ -182,13 +178,12 @@ def _unscaled(
         dz, dm = plan.rescale_backward(dy, z, magnitude, norm)
         return dz, functional.cast(dm, magnitude.dtype).view(magnitude.shape)
     if factor is None:
-        factor = _factor(magnitude, norm.clone())
-    dz = functional.cast(dy * factor, dy.dtype)
+        factor, norm = _factor(magnitude, norm)
+    dz = _times(dy, factor, None, False)
     if z is None:
         return dz, None
-    wide = functional.cast(dy, norm.dtype)
-    dm = (wide * z).sum(0)
-    dm = dm if inner is None else dm - inner * dy.sum(0)
+    dm = (functional.cast(dy, norm.dtype) * z).sum_to_size(norm.shape)
+    dm = dm if inner is None else dm - inner * dy.sum_to_size(norm.shape)
     return dz, functional.cast(dm / norm, magnitude.dtype).view(magnitude.shape)
 
 
@@ -214,60 +209,78 @@ def rescaled(
         >>> rescaled(z, m, norm, None)[0].tolist()
         [0.5, 0.0, 3.0]
     """
-    wide = magnitude.dim() == 1 and served(z) and z.is_contiguous() and z.numel() > 0
-    typed = bias is None or bias.is_contiguous()
-    if (
-        wide
-        and typed
-        and not inside
-        and magnitude.is_contiguous()
-        and not untold()
-        and not recorded()
-    ):
-        return applied(_Rescaled, z, magnitude, norm, bias)
-    return _by_definition(z, magnitude, norm, bias, inside)
+    if untold() or recorded():
+        return _by_definition(z, magnitude, norm, bias, inside)
+    return applied(_Rescaled, z, magnitude, norm, bias, inside)
 
 
 def _by_definition(
     z: Tensor, magnitude: Tensor, norm: Tensor, bias: _Maybe, inside: bool = False
 ) -> Tensor:
-    return _times(z, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm), bias, inside)
-
-
-def _times(z: Tensor, factor: Tensor, bias: _Maybe, inside: bool) -> Tensor:
-    """``z · factor + bias``; of a z that has the bias, so that a factor of 1 leaves all bits."""
-    if bias is not None and inside and z.dtype == factor.dtype == bias.dtype:
-        return torch.lerp(bias, z, factor)
+    """`rescaled` in operations that autograd follows."""
+    factor = magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm)
     if bias is not None and inside:
         bias = bias * (1 - factor)
     y = z * factor
     return functional.cast(y if bias is None else y + bias, z.dtype)
 
 
+def _times(z: Tensor, factor: Tensor, bias: _Maybe, inside: bool) -> Tensor:
+    """``z · factor + bias`` in one pass, unseen by autograd; of a z that has the bias, so that a
+    factor of 1 leaves all bits."""
+    if bias is not None and inside and z.dtype == factor.dtype == bias.dtype:
+        return torch.lerp(bias, z, factor)
+    if bias is not None and inside:
+        bias = bias * (1 - factor)
+    y = None if z.dtype == factor.dtype else torch.empty_like(z)
+    if bias is None:
+        return torch.mul(z, factor, out=y)
+    return torch.addcmul(bias, z, factor, out=y)
+
+
 class _Rescaled(torch.autograd.Function):
-    """`rescaled` in the kernels; keeps z."""
+    """`rescaled` in one node of autograd; keeps z."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: _Maybe) -> Tensor:
-        from paramlora.cuda.rescaled import plan
+    def forward(
+        ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: _Maybe, inside: bool
+    ) -> Tensor:
+        ctx.inside, factor = inside and bias is not None, None
+        ours = magnitude.dim() == 1 and served(z) and z.is_contiguous() and z.numel() > 0
+        if ours and not inside and _is_typed(magnitude, bias):
+            from paramlora.cuda.rescaled import plan
 
-        ctx.save_for_backward(z, magnitude, norm)
-        y: Tensor = plan.rescale(z.view(-1, z.shape[-1]), magnitude, norm, bias)
-        return y.view(z.shape)
+            y: Tensor = plan.rescale(z.view(-1, z.shape[-1]), magnitude, norm, bias)
+            y = y.view(z.shape)
+        else:
+            factor, norm = _factor(magnitude, norm)
+            y = _times(z, factor, bias, inside)
+        kept = z if ctx.needs_input_grad[1] or factor is None else None
+        ctx.save_for_backward(kept, magnitude, norm, factor, bias)
+        return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (z, magnitude, norm), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dbias = dy.flatten(0, -2).sum(0) if needs[3] else None
+        z, magnitude, norm, factor, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(dy):
 
-            def again(z: Tensor, magnitude: Tensor) -> Tensor:
-                return _by_definition(z, magnitude, norm, None)
+            def again(z: Tensor, magnitude: Tensor, *inner: Tensor) -> Tensor:
+                return _by_definition(z, magnitude, norm, inner[0] if inner else None, ctx.inside)
 
-            return *differentiable(again, (z, magnitude), needs[:2], dy), None, dbias
-        from paramlora.cuda.rescaled import plan
-
-        flat = z.view(-1, z.shape[-1])
-        dz, dm = plan.rescale_backward(dy.reshape(flat.shape), flat, magnitude, norm)
-        return dz.view(z.shape), dm.to(magnitude.dtype), None, dbias
+            z = torch.empty_like(dy) if z is None else z  # of which only the magnitude's is made
+            inputs = (z, magnitude) if bias is None else (z, magnitude, bias)
+            wanted = needs[:2] if bias is None else (*needs[:2], needs[3])
+            dz, dm, *more = differentiable(again, inputs, wanted, dy)
+            return dz, dm, None, more[0] if more else None, None
+        dbias = None
+        if needs[3]:
+            dbias = dy.sum_to_size(bias.shape)
+            dbias = dbias - dbias * factor if ctx.inside else dbias
+        if factor is None:
+            flat = z.view(-1, z.shape[-1])
+            dz, dm = _unscaled(dy.reshape(flat.shape), flat, magnitude, norm, None, None)
+            return dz.view(z.shape), dm, None, dbias, None
+        dz, dm = _unscaled(dy, z, magnitude, norm, factor, bias if ctx.inside else None)
+        return dz, dm, None, dbias, None

@@ -214,3 +214,69 @@ def test_few_operators_and_one_node_of_autograd(way, most):
         y.backward(torch.ones_like(y))
     assert len(forward.names) <= most[0] and len(backward.names) <= most[1]
     assert way is Way.SUM or y.grad_fn.name() == "_LinearBackward"
+
+
+REST = {"rows": ((5, 6), ()), "rows of rows": ((2, 3, 6), ()), "an image": ((2, 6, 3, 4), (1, 1))}
+
+
+@pytest.mark.parametrize("order", [1, 2, "batched"])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("case", REST)
+def test_what_a_convolution_or_a_look_up_gave_is_rescaled(case, with_bias, inside, order):
+    """And gives its bias a gradient, which the bias that is inside of z gets only a part of."""
+    torch.manual_seed(0)
+    shape, rest = REST[case]
+    z, m, norm = torch.randn(shape), torch.rand(6, *rest) + 0.5, torch.rand(6, *rest) + 0.5
+    norm.view(-1)[1] = 0
+    bias = torch.randn(6, *rest) if with_bias else None
+    leaves = [t.double().requires_grad_() for t in (z, m, bias) if t is not None]
+    norm = norm.double()
+    given = norm.clone()
+    bias = leaves[2] if with_bias else None
+    y = rescaled.rescaled(*leaves[:2], given, bias, inside)
+    factor = leaves[1] / torch.where(norm == 0, 1, norm)
+    want = leaves[0] * factor
+    if with_bias:
+        want = want + bias * (1 - factor if inside else 1)
+    torch.testing.assert_close(y, want)
+    assert torch.equal(given, norm)
+    if order == "batched":
+        dy = torch.randn(3, *shape).double()
+        got = torch.autograd.grad(y, leaves, dy, is_grads_batched=True)
+        each = [torch.autograd.grad(want, leaves, one, retain_graph=True) for one in dy]
+        expected = [torch.stack(one) for one in zip(*each)]
+    elif order == 2:
+        got, expected = (
+            torch.autograd.grad(
+                sum(
+                    g.square().sum()
+                    for g in torch.autograd.grad(t.square().sum(), leaves, create_graph=True)
+                ),
+                leaves,
+            )
+            for t in (y, want)
+        )
+    else:
+        dy = torch.randn(shape).double()
+        got, expected = (torch.autograd.grad(t, leaves, dy) for t in (y, want))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_image_of_sixteen_bits_is_rounded_once(dtype, layout):
+    torch.manual_seed(0)
+    z = torch.randn(2, 6, 5, 4).to(dtype).to(memory_format=layout).requires_grad_()
+    m, norm = torch.rand(6, 1, 1).requires_grad_(), torch.rand(6, 1, 1) + 0.5
+    bias = torch.randn(6, 1, 1).to(dtype)
+    y = rescaled.rescaled(z, m, norm, bias)
+    factor = (m / norm).detach()
+    assert y.stride() == z.stride()
+    assert torch.equal(y, (z.float() * factor + bias.float()).to(dtype))
+    dy = torch.randn_like(y)
+    dz, dm = torch.autograd.grad(y, (z, m), dy)
+    assert torch.equal(dz, (dy.float() * factor).to(dtype)) and dz.stride() == z.stride()
+    want = (dy.double() * z.double()).sum((0, 2, 3))[:, None, None] / norm.double()
+    torch.testing.assert_close(dm, want.float(), rtol=1e-4, atol=1e-4)
