@@ -57,6 +57,57 @@ def test_the_same_run_again_is_no_worse(tmp_path, capsys):
     assert re.fullmatch(r"recorded at .*commit \w+; this run at .*commit \w+", last)
 
 
+SHOWN = {"paramlora": "paramlora", "peft": "peft", "peft, bf16 factors": "peft bf16"}
+SHOWN |= {"dense sum": "dense", "RunLoRA's best order": "RunLoRA"}
+
+
+@pytest.mark.parametrize("page", ("README.md", "docs/speed.md"))
+def test_the_ratios_that_a_page_shows_are_recorded(page):
+    at = {}
+    for content in recorded.recorded(H200):
+        for row in (
+            content["rows"] if content["folder"] == "h200" and "layers" in content["kind"] else ()
+        ):
+            if row["dtype"] == "bf16" and "device_R" in row:
+                at[row["case"], row["way"]] = f"{row['device_R']:.2f}"
+    text = (PLACE.parents[1] / page).read_text(encoding="utf-8")
+    table = re.search(r"(\| tokens × in × out, rank \| paramlora .*?)\n\n", text, re.DOTALL)[1]
+    header, _, *lines = (
+        [c.strip("* ") for c in line.strip("| ").split("|")] for line in table.splitlines()
+    )
+    seen = 0
+    for name, *cells in lines:
+        sizes = re.fullmatch(r"(\d+) × (\d+) × (\d+), (\d+)", name)
+        for way, cell in zip(header[1:], cells) if sizes else ():
+            case = "linear {}×{}×{} r{}".format(*sizes.groups())
+            assert cell == at[case, SHOWN[way]], (case, way)
+            seen += 1
+    assert seen >= 10
+
+
+@pytest.mark.parametrize(
+    "kind, title",
+    (("experts", "experts × hidden"), ("dropout", "tokens × in × out, rank | R without")),
+)
+def test_the_figures_of_experts_and_dropout_are_recorded(kind, title):
+    (content,) = (c for c in recorded.recorded(H200) if (c["folder"], c["kind"]) == ("h200", kind))
+    text = (PLACE.parents[1] / "docs/speed.md").read_text(encoding="utf-8")
+    table = text[text.index(f"| {title}") :].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 3
+    at = {(row["case"], row["way"]): row for row in content["rows"]}
+    for line in table:
+        name, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        if kind == "experts":
+            sizes, tokens, top = name.replace(" × ", "×").split(", ")
+            row = at[f"{sizes}, {tokens} tokens, top {top}, grouped_mm", "paramlora"]
+            want = [row["device_R"], row["beside_R"]]
+        else:
+            case = name.replace(" × ", "×").replace(", ", "×")
+            ways = ("paramlora", "kernels dropout", "peft dropout")
+            want = [at[case, way]["device_R"] for way in ways]
+        assert cells[: len(want)] == [f"{value:.2f}" for value in want], name
+
+
 OURS = {"way": "paramlora", "dtype": "bf16"}
 LAYER = {"case": "linear 8192×4096×4096 r16", **OURS, "inference": False}
 WORSE = {
