@@ -15,10 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 import paramlora
+from paramlora.cli.stops import STOPPED
 from paramlora.errors import is_stop, shown
 from paramlora.files.conversions import Progress as Told
 
-DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
+DONE, FAULT, WRONG = 0, 1, 2
 _PAST = {
     "combine": "combined",
     "convert": "converted",
@@ -28,7 +29,7 @@ _PAST = {
     "resize": "resized",
     "subtract": "subtracted",
 }
-_EXITS = "Exit codes: 0 done, 1 a fault of paramlora, 2 wrong input, 130 stopped."
+_EXITS = "Exit codes: 0 done, 1 a fault of paramlora, 2 wrong input, 128 + N stopped by signal N."
 
 app = typer.Typer(
     add_completion=False,
