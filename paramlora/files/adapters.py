@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents
 from paramlora.config.reading import (
+    LARGE,
     MOST_TEXT,
     SMALL_TEXT,
     head_of,
@@ -21,7 +23,7 @@ from paramlora.config.reading import (
     parse_json,
     read_text,
 )
-from paramlora.errors import AdapterError, FileError, kind_of, listed, spelled
+from paramlora.errors import AdapterError, FileError, ParamloraWarning, kind_of, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
@@ -35,13 +37,13 @@ from paramlora.formats.pipeline import PARTS
 from paramlora.model.attach import uncollected
 from paramlora.model.classes import Model
 from paramlora.model.targets import tensor_paths
-from paramlora.model.values import attach_adapter, swap_adapter
+from paramlora.model.values import attach_adapter, check_fits, check_swap, swap_adapter
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import pieces_of
 from paramlora.update.value import Adapter
 
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
-_MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, and in any
+_MOST_SHARED = 8  # bytes of tensors for each of the file
 
 
 @own_context()
@@ -92,8 +94,14 @@ def load_adapter(
         needless = into is not None and form.complete and strict and component is None
         return None if needless else base_of(model)
 
+    def fits(found: Adapter) -> None:
+        if into is None:
+            check_fits(model, found)
+        else:
+            check_swap(model, found, into)
+
     with uncollected():
-        found = _read(path, base, options, together=True)
+        found = _read(path, base, options, together=True, fits=fits)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -103,7 +111,10 @@ def load_adapter(
 
 @own_context()
 def read_adapter(
-    path: PathLike, base: Optional[Base] = None, options: Options = DEFAULTS
+    path: PathLike,
+    base: Optional[Base] = None,
+    options: Options = DEFAULTS,
+    fits: Callable[[Adapter], object] = lambda adapter: None,
 ) -> Adapter:
     """The adapter in a file of paramlora or of another tool.
 
@@ -111,11 +122,13 @@ def read_adapter(
         path: the file, or a folder such as PEFT's.
         base: the names and shapes of the model, from `base_of` or `base_of_file`.
         options: what some formats do not tell.
+        fits: refuses, by its names, shapes and types, the adapter in a large file before all of it
+            is read; it is given one whose tensors have no values.
 
     Raises:
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
-    return _read(path, lambda form: base, options)
+    return _read(path, lambda form: base, options, fits=fits)
 
 
 def _read(
@@ -123,9 +136,20 @@ def _read(
     base: Callable[[Format], Optional[Base]],
     options: Options,
     together: bool = False,
+    fits: Callable[[Adapter], object] = lambda adapter: None,
 ) -> Adapter:
-    """The adapter in a file, fitted to a base that its format wants; `together` as of `checked`."""
-    content = checked(path, together)
+    """The adapter in a file, fitted to a base that its format wants.
+
+    Args:
+        together: as of `checked`.
+        fits: as of `read_adapter`.
+    """
+
+    def look(outline: Content) -> None:
+        form = formats.form_of(outline)
+        fits(formats.read(outline, base(form), formats.noting(options), form.name))
+
+    content = checked(path, together, look)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -352,28 +376,61 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
-def checked(path: PathLike, together: bool = False) -> Content:
+def checked(
+    path: PathLike,
+    together: bool = False,
+    look: Callable[[Content], object] = lambda outline: None,
+) -> Content:
     """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
     Args:
         path: the file, or a folder such as PEFT's.
         together: its tensors in one memory, for who drops them all soon (see `SafeFile.every`).
+        look: refuses a large file by its outline, all of whose tensors would be read in vain.
 
     Raises:
-        FileError: as there, or by the format.
+        FileError: as there, or by the format, or by `look`.
     """
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
         content = opened(weights)
         formats.form_of(content).check(content)
+        _looked(look, content)
         return content
     file = SafeFile(weights)
     try:
         outline = _outline(weights, file)
         formats.form_of(outline).check(outline)
+        _looked(look, outline, file.read)
         return _content(weights, file.every(together), file.metadata)
     finally:
         file.close()
+
+
+def _looked(
+    look: Callable[[Content], object],
+    content: Content,
+    read: Optional[Callable[[str], Tensor]] = None,
+) -> None:
+    """Let a large file's outline be looked at: its tensors, without values but for single numbers
+    and numbers of rows.
+
+    Whatever asks for such a value ends the look, and finds it where the file is read.
+    """
+    state = content.state
+    if sum(tensor.nbytes for tensor in state.values()) <= LARGE:
+        return
+    few = {key for key, tensor in state.items() if tensor.numel() == 1}
+    whole = {key: tensor.nbytes for key, tensor in state.items() if tensor.dtype == torch.int64}
+    few |= whole.keys() if sum(whole.values()) <= LARGE else set()
+    told = {key: state[key] if read is None else read(key) for key in few}
+    outline = {key: told.get(key, tensor.to("meta")) for key, tensor in state.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)  # they come again
+        try:
+            look(replace(content, state=outline))
+        except (RuntimeError, NotImplementedError):  # torch's, for a value of the meta device
+            return
 
 
 def outlined(path: PathLike) -> Content:
@@ -487,7 +544,7 @@ def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _check_shared(path: Path, size: int) -> None:
     """Refuse many tensors of the same few bytes: each of them would be worked on, and written."""
     there = path.stat().st_size
-    if size > max(_MOST_SHARED * there, _SMALL):
+    if size > max(_MOST_SHARED * there, LARGE):
         raise FileError(
             f"{path}: its tensors take {size:,} bytes, and share the {there:,} of the file. Save "
             "each with bytes of its own."

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Optional
 import torch
 from torch import Tensor
 
-from paramlora.config.reading import MOST_TEXT, head_of, open_regular
+from paramlora.config.reading import MOST_TEXT, check_written, head_of, open_regular
 from paramlora.errors import FileError, listed, unread
 from paramlora.files.opcodes import Told, Unsafe, told
 from paramlora.files.safetensors import Count, Spec, spec_of
@@ -131,6 +131,8 @@ def load(path: Path) -> Any:
     zipped = head_of(path).startswith(b"PK\x03\x04")  # as torch writes since 1.6
     try:
         _check_zip(path) if zipped else _check_legacy(path)
+        with open_regular(path) as file:
+            check_written(path, file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileError:
         raise

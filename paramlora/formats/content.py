@@ -192,7 +192,10 @@ def check_finite(adapter: Adapter, source: str) -> None:
 def check_values(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
     check_finite(adapter, source)
-    empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
+    told = {
+        path: u for path, u in adapter.updates.items() if not (u.lora_A.is_meta or u.lora_B.is_meta)
+    }
+    empty = [path for path, update in told.items() if update.idle()]
     report(source, "all zero, so without effect", empty, False, "Was it saved before training?")
 
 

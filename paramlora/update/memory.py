@@ -92,8 +92,9 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds anything that is not finite: a thousand are asked at once."""
-    held = [t.detach() for t in tensors if t.numel()]
+    """Whether no tensor holds anything that is not finite: a thousand are asked at once. Those on
+    the meta device hold nothing."""
+    held = [t.detach() for t in tensors if t.numel() and not t.is_meta]
     # torch takes no mixture of plain and sharded ones
     if any(
         type(t) is not Tensor or t.dtype not in _FLOATS or t.device.type not in _DEVICES
