@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from paramlora.config.reading import (
     parse_json,
     read_text,
 )
-from paramlora.errors import AdapterError, FileError, ParamloraWarning, kind_of, listed, spelled
+from paramlora.errors import AdapterError, FileError, kind_of, listed, spelled
 from paramlora.files import checkpoint, torch_save
 from paramlora.files.atomic import PathLike, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
@@ -40,6 +39,7 @@ from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, check_fits, check_swap, swap_adapter
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import pieces_of
+from paramlora.update.outline import looked
 from paramlora.update.value import Adapter
 
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
@@ -391,46 +391,22 @@ def checked(
     Raises:
         FileError: as there, or by the format, or by `look`.
     """
+
+    def see(content: Content, read: Callable[[str], Tensor]) -> None:
+        formats.form_of(content).check(content)
+        looked(content.state, read, lambda state: look(replace(content, state=state)))
+
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
         content = opened(weights)
-        formats.form_of(content).check(content)
-        _looked(look, content)
+        see(content, content.state.__getitem__)
         return content
     file = SafeFile(weights)
     try:
-        outline = _outline(weights, file)
-        formats.form_of(outline).check(outline)
-        _looked(look, outline, file.read)
+        see(_outline(weights, file), file.read)
         return _content(weights, file.every(together), file.metadata)
     finally:
         file.close()
-
-
-def _looked(
-    look: Callable[[Content], object],
-    content: Content,
-    read: Optional[Callable[[str], Tensor]] = None,
-) -> None:
-    """Let a large file's outline be looked at: its tensors, without values but for single numbers
-    and numbers of rows.
-
-    Whatever asks for such a value ends the look, and finds it where the file is read.
-    """
-    state = content.state
-    if sum(tensor.nbytes for tensor in state.values()) <= LARGE:
-        return
-    few = {key for key, tensor in state.items() if tensor.numel() == 1}
-    whole = {key: tensor.nbytes for key, tensor in state.items() if tensor.dtype == torch.int64}
-    few |= whole.keys() if sum(whole.values()) <= LARGE else set()
-    told = {key: state[key] if read is None else read(key) for key in few}
-    outline = {key: told.get(key, tensor.to("meta")) for key, tensor in state.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ParamloraWarning)  # they come again
-        try:
-            look(replace(content, state=outline))
-        except (RuntimeError, NotImplementedError):  # torch's, for a value of the meta device
-            return
 
 
 def outlined(path: PathLike) -> Content:

@@ -59,6 +59,16 @@ def pair(path, ends, a=(1, MANY), b=(3, 1), **more):
     return {f"{path}{end}": ("F32", shape) for end, shape in zip(ends, (a, b))} | more
 
 
+def inside(**parts):
+    """A checkpoint of a model with an update of the layer "a" attached."""
+    start, names = "a.parametrizations.weight", {"a": "A", "b": "B"}
+    told = {
+        f"{start}.0.lora_{names.get(n, n)}": ("I64" if n == "ids" else "F32", s)
+        for n, s in parts.items()
+    }
+    return {f"{start}.original": ("F32", (3, 4)), f"{start}.0.lora_scale": ("F32", ())} | told
+
+
 KOHYA, PEFT = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
 ALPHA = {"lora_unet_a.alpha": ("F32", ())}
 LOHA_SIDES = {"w1_a": (3, 1), "w1_b": (1, MANY), "w2_a": (3, 1), "w2_b": (1, MANY)}
@@ -107,6 +117,8 @@ SAFE = {
     "original": (pair("a", (".lora_layer.down.weight", ".lora_layer.up.weight")), None),
     "one of two": ({"a.lora_A.weight": ("F32", (1, MANY))}, None),
     "strangers": (pair("a", PEFT, (1, 4)) | {"x": ("F32", (MANY,))}, None),
+    "inside": (inside(a=(1, MANY), b=(3, 1)), None),
+    "rows inside": (inside(ids=(MANY >> 1,), rows=(MANY >> 1, 4)), None),
     "no adapter": ({"a.weight": ("F32", (3, MANY >> 1))}, None),
 }
 
@@ -164,12 +176,15 @@ def actions(place):
         "combine": lambda path: files.combine([path], base=base),
         "resize": lambda path: files.resize(path, 1, base=base),
         "inspect": lambda path: inspect(path, base=base),
+        "extract": lambda path: files.extract(path, out, force=True),
+        "merge of": lambda path: files.merge(path, [], out, force=True),
     }
 
 
 ALPHAS = {"loralib": 1.0, "zip of loralib": 1.0}
 # no model is asked for how many ranks a sum has, and what belongs to nothing is shown
 ACCEPTED = dict.fromkeys(("a rank", "another rank"), ("load", "into"))
+ACCEPTED |= dict.fromkeys(("inside", "rows inside"), ("extract", "merge of", "inspect"))
 ACCEPTED["strangers"] = ("load", "into", "merge", "embed", "convert", "combine", "resize")
 
 
