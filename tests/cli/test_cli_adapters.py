@@ -7,7 +7,9 @@ import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import paramlora
 from paramlora import formats
 from paramlora.files import adapters as interchange
 
@@ -186,7 +188,7 @@ def test_inspect_tells_what_does_not_fit_the_base(tmp_path, monkeypatch, capsys)
     model = paramlora.attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"*": {"r": 1}})
     paramlora.save_adapter(model, "a.safetensors")
     other = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
-    safetensors.torch.save_file(other.state_dict(), "other.safetensors")
+    save_file(other.state_dict(), "other.safetensors")
     code, out, err = run(capsys, "inspect", "a.safetensors", "--base", "other.safetensors")
     told = "a.safetensors: 1 update of other shapes than the model's: 0 (an update of [3, 4], and"
     assert (code, out) == (2, "") and told in err and "the model's is [3, 5])" in err

@@ -29,6 +29,7 @@ from paramlora.config.reading import open_regular, parse_json
 from paramlora.errors import closest, shown, spelled
 from paramlora.files import opcodes, torch_save
 from paramlora.files.adapters import convert, opened
+from paramlora.files.checkpoint import Stored
 from paramlora.files.safetensors import SafeFile
 from paramlora.model.match import Names, Unbounded
 
@@ -628,6 +629,17 @@ def test_any_metadata_is_read_or_refused(about, tmp_path):
     path.write_bytes(hostile_files.safe(tensors, {"paramlora": json.dumps(about)}))
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3)})
     tried(lambda: paramlora.load_adapter(model, path))
+
+
+def test_a_small_file_of_torch_save_may_become_shorter_once_it_is_open(tmp_path):
+    """Mapped, it would end the process at the first number that is gone."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(1_000_000)}, path)
+    with Stored(path) as stored:
+        os.truncate(path, 1_000)
+        assert torch.equal(stored.read("a"), torch.ones(1_000_000))
+    with pytest.raises(FileError, match="its list of records is not at its end"):
+        Stored(path)
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
