@@ -133,6 +133,8 @@ def _exit_code(error: BaseException, given: list[str]) -> int:
         return WRONG
     if hasattr(error, "show") and hasattr(error, "format_message"):  # wrong use, as click tells it
         text = error.format_message()
+        if not text:  # the help, which was asked for by saying nothing
+            return WRONG
         error.show() if "\n" in text else _tell("error", "red", _misuse(error, text, given))
         return WRONG
     if isinstance(error, OSError) and error.filename is None:  # of a stream, not of a file

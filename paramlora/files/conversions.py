@@ -254,14 +254,29 @@ def _adapter(
         return adapter
     shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
+    fits = _fitting(adapter, stored)
     own = format_of(adapter) == OWN
     if own and options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        contents = Contents(stored.specs)
-        return read_adapter(adapter, fits=lambda found: contents.found(found, narrow=True))
-    found = read_adapter(adapter, base, options)
-    if not own:
-        return found
-    return found if options.strict else without_strangers(found, shapes, str(adapter))
+        found = read_adapter(adapter, fits=fits)
+    else:
+        found = read_adapter(adapter, base, options)
+    if own and not options.strict:
+        found = without_strangers(found, shapes, str(adapter))
+    fits(found)
+    return found
+
+
+def _fitting(file: PathLike, stored: Checkpoint) -> Callable[[Adapter], None]:
+    """What refuses the adapter of a file by its names and shapes, and names both files."""
+    contents = Contents(stored.specs)
+
+    def fits(found: Adapter) -> None:
+        try:
+            contents.found(found, narrow=True)
+        except ParamloraError as error:
+            raise type(error)(f"{file} does not fit {stored.path}: {error}") from error
+
+    return fits
 
 
 def _warn_inside(contents: Contents, base: PathLike) -> None:

@@ -166,7 +166,7 @@ def test_parts_of_a_pipeline_become_one_file(capsys, tmp_path, style):
     assert {key.split(".")[0] for key in load_file(out)} == {"unet", "text_encoder"}
     for wrong, told in (
         ([], "no file to convert. Give one, or --component PART=FILE"),
-        ([parts[0], parts[0]], "one part has two files"),
+        ([parts[0], parts[0]], "--component unet=...: that part has two files"),
         ([style, parts[0]], "gives each part its file. Leave out the other file"),
         ([*parts, "--model", f"{__name__}:net"], "--model tells the names of one model"),
         ([parts[0].replace("unet=", "unit=")], '"unit" is no part of a pipeline'),
