@@ -362,20 +362,21 @@ def _by_path(pairs: list[tuple[Adapter, float]]) -> dict[str, list[_Strong]]:
         for path, update in values.items():
             if not math.isfinite(update.scale * weight):
                 raise AdapterError(
-                    f"{path}: its scale {update.scale:g} times the weight {weight:g} is beyond any "
-                    "number. Give a smaller weight."
+                    f'{path}: its scale {update.scale:g} in "{adapter.name}" times the weight '
+                    f"{weight:g} is beyond any number. Give a smaller weight."
                 )
             there = found.setdefault(path, [])
             if there:
-                _check_same(path, there[0][1], update)
+                names = pairs[there[0][0]][0].name, adapter.name
+                _check_same(path, names, there[0][1], update)
             there.append((number, update, weight))
     return found
 
 
-def _check_same(path: str, first: Any, other: Any) -> None:
+def _check_same(path: str, names: tuple[str, str], first: Any, other: Any) -> None:
     """Refuse updates of two weights; what a file does not tell of is taken to agree."""
     if is_difference(first) or is_difference(other):
-        _check_dense(path, first, other)
+        _check_dense(path, names, first, other)
         return
     shapes = [
         (tuple(u.lora_A.shape[:-2]), u.lora_B.shape[-2], u.lora_A.shape[-1]) for u in (first, other)
@@ -385,12 +386,12 @@ def _check_same(path: str, first: Any, other: Any) -> None:
         return
     sizes = [list(u.shape or (u.lora_B.shape[-2], u.lora_A.shape[-1])) for u in (first, other)]
     raise AdapterError(
-        f"{path}: one adapter updates a weight of {sizes[0]} ({first.layout}) and another one of "
-        f"{sizes[1]} ({other.layout}). Only adapters of one model add. Leave one out."
+        f'{path}: "{names[0]}" updates a weight of {sizes[0]} ({first.layout}) and "{names[1]}" '
+        f"one of {sizes[1]} ({other.layout}). Only adapters of one model add. Leave one out."
     )
 
 
-def _check_dense(path: str, first: Any, other: Any) -> None:
+def _check_dense(path: str, names: tuple[str, str], first: Any, other: Any) -> None:
     """Refuse two values of one path, of which one is a dense difference, of other shapes."""
     shapes = []
     for one in (first, other):
@@ -398,8 +399,8 @@ def _check_dense(path: str, first: Any, other: Any) -> None:
         shapes.append(list(own or (one.lora_B.shape[-2], one.lora_A.shape[-1])))
     if shapes[0] != shapes[1]:
         raise AdapterError(
-            f"{path}: one adapter updates a weight of {shapes[0]} and another one of {shapes[1]}. "
-            "Only adapters of one model add. Leave one out."
+            f'{path}: "{names[0]}" updates a weight of {shapes[0]} and "{names[1]}" one of '
+            f"{shapes[1]}. Only adapters of one model add. Leave one out."
         )
 
 

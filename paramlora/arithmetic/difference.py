@@ -111,11 +111,13 @@ def between(
         path = Key(key).path
         if _is_matrix(base.there[key]):
             slot = _slot(key, path, tuple(before.shape), known)
-            updates[path], errors[path] = _update(key, slot, before, after, rank, energy)
+            change = _change(before, after)
+            _check_finite(key, change, {tuned.name: after, base.name: before})
+            updates[path], errors[path] = _update(slot, change, rank, energy)
             digests[path] = digest(before)
             return
         if whole:
-            _check_finite(key, after)
+            _check_finite(key, after, {tuned.name: after})
         vectors[path] = after if whole else None
 
     for key in keys:
@@ -162,21 +164,22 @@ def _holders(updates: Mapping[str, Update], known: Optional[Base]) -> dict[str, 
     }
 
 
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """``after - before``, in the wider type of the two."""
+    dtype = torch.promote_types(_real(before), _real(after))
+    change = after.to(dtype, copy=True)
+    return change.sub_(before if before.dtype in FLOATS else before.to(dtype))
+
+
 def _update(
-    key: str,
     slot: Slot,
-    before: Tensor,
-    after: Tensor,
+    change: Tensor,
     rank: Optional[int],
     energy: Optional[float],
 ) -> tuple[Update, float]:
     """The nearest update of one tensor, and its relative distance."""
     assert slot.layout is not None
-    dtype = torch.promote_types(_real(before), _real(after))
     stack, out, fan_in = matrix_shape(slot.shape, slot.layout)
-    change = after.to(dtype, copy=True)
-    change.sub_(before if before.dtype in FLOATS else before.to(dtype))
-    _check_finite(key, change)
     if slot.layout == "transposed":
         change = change.reshape(fan_in, out).mT.contiguous()
     matrix = change.reshape(*([stack] if slot.layout == "stack" else []), out, fan_in)
@@ -189,9 +192,14 @@ def _update(
     return Update(a, b, 1.0, shape, layout, kind=kind, groups=groups), error
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
-    if not is_finite(tensor):
-        raise AdapterError(f"{key}: holds numbers that are not finite. Exclude it (--exclude).")
+def _check_finite(key: str, tensor: Tensor, sides: Mapping[str, Tensor]) -> None:
+    """Refuse what is not finite, and name the checkpoint in which it is not."""
+    if is_finite(tensor):
+        return
+    names = [name for name, one in sides.items() if not is_finite(one.to(_real(one)))]
+    where = f"holds numbers that are not finite in {' and in '.join(names)}"
+    told = where if names else "the difference is beyond any number of its type"
+    raise AdapterError(f"{key}: {told}. Exclude it (--exclude).")
 
 
 def _rank(found: Decomposed, energy: Optional[float]) -> int:

@@ -15,6 +15,7 @@ from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
 from paramlora.update.memory import pieces_of
+from paramlora.update.outline import looked
 from paramlora.update.rounding import Rounding
 from paramlora.update.sum import Fold, ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
@@ -172,15 +173,20 @@ class Contents:
 
     def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
+        there = {text: self.there[text] for text, key in self.keys.items() if key.of_update}
+        looked(there, read, self._changes)
+        return _shared(self._changes({text: read(text).detach() for text in there}))
+
+    def _changes(self, state: Mapping[str, Tensor]) -> dict[str, list[Value]]:
         groups: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
-        for text, key in self.keys.items():
-            if key.of_update:
-                group = groups.setdefault((key.weight, not key.hard, key.index), {})
-                group[key.part] = read(text).detach()
+        for text, tensor in state.items():
+            key = self.keys[text]
+            group = groups.setdefault((key.weight, not key.hard, key.index), {})
+            group[key.part] = tensor
         out: dict[str, list[Value]] = {}
         for (weight, soft, _), parts in sorted(groups.items(), key=lambda item: item[0]):
             out.setdefault(weight, []).append(self._attached(weight, soft, parts))
-        return _shared(out)
+        return out
 
     def held(self, weight: str) -> list[type[AttachedUpdate]]:
         """The kinds of the updates that act on a tensor inside."""

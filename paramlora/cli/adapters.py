@@ -122,7 +122,9 @@ def _parts(
     if not given or not all(one.partition("=")[2] for one in given):
         fail("no file to convert. Give one, or --component PART=FILE for each part of a pipeline.")
     if len(files) < len(given):
-        fail("--component: one part has two files. Give each part once.")
+        names = [one.partition("=")[0] for one in given]
+        twice = next(name for name in names if names.count(name) > 1)
+        fail(f"--component {twice}=...: that part has two files. Give each part once.")
     for path in files.values():
         unweighted(path)
     return None, files

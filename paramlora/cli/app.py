@@ -15,10 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 import paramlora
+from paramlora.cli.stops import STOPPED
 from paramlora.errors import is_stop, shown
 from paramlora.files.conversions import Progress as Told
 
-DONE, FAULT, WRONG, STOPPED = 0, 1, 2, 130
+DONE, FAULT, WRONG = 0, 1, 2
 _PAST = {
     "combine": "combined",
     "convert": "converted",
@@ -28,7 +29,7 @@ _PAST = {
     "resize": "resized",
     "subtract": "subtracted",
 }
-_EXITS = "Exit codes: 0 done, 1 a fault of paramlora, 2 wrong input, 130 stopped."
+_EXITS = "Exit codes: 0 done, 1 a fault of paramlora, 2 wrong input, 128 + N stopped by signal N."
 
 app = typer.Typer(
     add_completion=False,
@@ -132,6 +133,8 @@ def _exit_code(error: BaseException, given: list[str]) -> int:
         return WRONG
     if hasattr(error, "show") and hasattr(error, "format_message"):  # wrong use, as click tells it
         text = error.format_message()
+        if not text:  # the help, which was asked for by saying nothing
+            return WRONG
         error.show() if "\n" in text else _tell("error", "red", _misuse(error, text, given))
         return WRONG
     if isinstance(error, OSError) and error.filename is None:  # of a stream, not of a file

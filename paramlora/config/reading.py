@@ -1,5 +1,6 @@
 """Opening files that others made: regular ones only, and JSON within limits."""
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ SMALL_TEXT = 1 << 20  # bytes that cannot become much memory
 # a tensor's entry has eight; each value takes some hundred bytes of memory
 _MOST_VALUES, _MOST_DEPTH = 2_000_000, 100
 _MOST_ESCAPES = 4_000_000  # as many bytes of memory for each; JSON in a string has one a quote
+_MOST_HOLES, LARGE = 8, 256 << 20  # bytes that a file claims for each written one; and at all
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -80,6 +82,32 @@ def head_of(path: Path) -> bytes:
     """
     with open_regular(path) as file:
         return _read(path, file, 9)
+
+
+def check_written(path: Union[str, "os.PathLike[str]"], file: BufferedReader) -> None:
+    """Refuse a large file that is nearly all holes: they take no room on the disk, and time and
+    memory as any bytes do. One made to harm has them, and so has a download that did not end.
+
+    Raises:
+        FileError: less than an eighth of it was ever written, as far as its disk tells.
+    """
+    handle, size = file.fileno(), os.fstat(file.fileno()).st_size
+    if size <= LARGE or not hasattr(os, "SEEK_DATA"):
+        return
+    before, at, written = os.lseek(handle, 0, os.SEEK_CUR), 0, 0
+    try:
+        while _MOST_HOLES * written < size:
+            start = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, start, os.SEEK_HOLE)
+            written += at - start
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing more is written
+            raise FileError(
+                f"{path}: of its {size:,} bytes {written:,} were written, and the rest are holes, "
+                "as a download leaves that has not ended. Download or copy it again."
+            ) from error
+    finally:
+        os.lseek(handle, before, os.SEEK_SET)
 
 
 def is_pickled(head: bytes) -> bool:

@@ -14,6 +14,7 @@ from paramlora import formats
 from paramlora.checkpoint.keys import weights_at
 from paramlora.checkpoint.recipes import Contents
 from paramlora.config.reading import (
+    LARGE,
     MOST_TEXT,
     SMALL_TEXT,
     head_of,
@@ -35,13 +36,14 @@ from paramlora.formats.pipeline import PARTS
 from paramlora.model.attach import uncollected, updates
 from paramlora.model.classes import Model
 from paramlora.model.targets import tensor_paths
-from paramlora.model.values import attach_adapter, swap_adapter
+from paramlora.model.values import attach_adapter, check_fits, check_swap, swap_adapter
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import pieces_of
+from paramlora.update.outline import looked
 from paramlora.update.value import Adapter
 
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
-_MOST_SHARED, _SMALL = 8, 256 << 20  # bytes of tensors for each of the file, and in any
+_MOST_SHARED = 8  # bytes of tensors for each of the file
 
 
 @own_context()
@@ -92,10 +94,16 @@ def load_adapter(
         needless = into is not None and form.complete and strict and component is None
         return None if needless else base_of(model)
 
+    def fits(found: Adapter) -> None:
+        if into is None:
+            check_fits(model, found)
+        else:
+            check_swap(model, found, into)
+
     with uncollected():
         onto = next((u for *_, u in updates(model) if u.adapter == into), None)
         locked = onto is not None and any(t.is_cuda for t in onto.parameters())
-        found = _read(path, base, options, together=True, locked=locked)
+        found = _read(path, base, options, together=True, locked=locked, fits=fits)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
         if into is not None:
@@ -105,7 +113,10 @@ def load_adapter(
 
 @own_context()
 def read_adapter(
-    path: PathLike, base: Optional[Base] = None, options: Options = DEFAULTS
+    path: PathLike,
+    base: Optional[Base] = None,
+    options: Options = DEFAULTS,
+    fits: Callable[[Adapter], object] = lambda adapter: None,
 ) -> Adapter:
     """The adapter in a file of paramlora or of another tool.
 
@@ -113,11 +124,13 @@ def read_adapter(
         path: the file, or a folder such as PEFT's.
         base: the names and shapes of the model, from `base_of` or `base_of_file`.
         options: what some formats do not tell.
+        fits: refuses, by its names, shapes and types, the adapter in a large file before all of it
+            is read; it is given one whose tensors have no values.
 
     Raises:
         FileError: the file is missing, damaged, of no known format, or does not fit `base`.
     """
-    return _read(path, lambda form: base, options)
+    return _read(path, lambda form: base, options, fits=fits)
 
 
 def _read(
@@ -126,9 +139,20 @@ def _read(
     options: Options,
     together: bool = False,
     locked: bool = False,
+    fits: Callable[[Adapter], object] = lambda adapter: None,
 ) -> Adapter:
-    """The adapter in a file, fitted to a base that its format wants; the rest as of `checked`."""
-    content = checked(path, together, locked)
+    """The adapter in a file, fitted to a base that its format wants.
+
+    Args:
+        together, locked: as of `checked`.
+        fits: as of `read_adapter`.
+    """
+
+    def look(outline: Content) -> None:
+        form = formats.form_of(outline)
+        fits(formats.read(outline, base(form), formats.noting(options), form.name))
+
+    content = checked(path, together, locked, look)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -355,26 +379,36 @@ def opened(path: PathLike) -> Content:
         file.close()
 
 
-def checked(path: PathLike, together: bool = False, locked: bool = False) -> Content:
+def checked(
+    path: PathLike,
+    together: bool = False,
+    locked: bool = False,
+    look: Callable[[Content], object] = lambda outline: None,
+) -> Content:
     """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
     Args:
         path: the file, or a folder such as PEFT's.
         together, locked: its tensors in one memory, for who drops them all soon, and which (see
             `SafeFile.every`).
+        look: refuses a large file by its outline, all of whose tensors would be read in vain.
 
     Raises:
-        FileError: as there, or by the format.
+        FileError: as there, or by the format, or by `look`.
     """
+
+    def see(content: Content, read: Callable[[str], Tensor]) -> None:
+        formats.form_of(content).check(content)
+        looked(content.state, read, lambda state: look(replace(content, state=state)))
+
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
         content = opened(weights)
-        formats.form_of(content).check(content)
+        see(content, content.state.__getitem__)
         return content
     file = SafeFile(weights)
     try:
-        outline = _outline(weights, file)
-        formats.form_of(outline).check(outline)
+        see(_outline(weights, file), file.read)
         return _content(weights, file.every(together, locked), file.metadata)
     finally:
         file.close()
@@ -491,7 +525,7 @@ def _items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _check_shared(path: Path, size: int) -> None:
     """Refuse many tensors of the same few bytes: each of them would be worked on, and written."""
     there = path.stat().st_size
-    if size > max(_MOST_SHARED * there, _SMALL):
+    if size > max(_MOST_SHARED * there, LARGE):
         raise FileError(
             f"{path}: its tensors take {size:,} bytes, and share the {there:,} of the file. Save "
             "each with bytes of its own."

@@ -21,18 +21,16 @@ from paramlora.files.adapters import (
     check_place,
     format_of,
     read_adapter,
-    weights_in,
     without_strangers,
     write_adapter,
 )
 from paramlora.files.atomic import PathLike, check_lost, check_new, new_file, new_folder
 from paramlora.files.checkpoint import PICKLED, SAFE, Pipeline, Stored, entries_of, opened
-from paramlora.files.native import read_native
 from paramlora.files.safetensors import Spec, spec_of, write_safetensors
 from paramlora.files.torch_save import PickledFile
 from paramlora.formats import OWN, Base, Options, base_of_shapes, fit
 from paramlora.formats.base import part_of
-from paramlora.formats.content import DEFAULTS, check_finite
+from paramlora.formats.content import DEFAULTS
 from paramlora.model.digest import digits_of, middle, others
 from paramlora.model.values import warn_other
 from paramlora.update.contexts import own_context
@@ -256,14 +254,29 @@ def _adapter(
         return adapter
     shapes = Contents(stored.specs).shapes()
     base = base_of_shapes(shapes) if known is None else known
-    if format_of(adapter) != OWN:
-        return read_adapter(adapter, base, options)
-    if options == DEFAULTS:  # nothing in it is to be interpreted, or left out
-        found = read_native(weights_in(adapter))
-        check_finite(found, str(adapter))
-        return found
-    found = read_adapter(adapter, base, options)
-    return found if options.strict else without_strangers(found, shapes, str(adapter))
+    fits = _fitting(adapter, stored)
+    own = format_of(adapter) == OWN
+    if own and options == DEFAULTS:  # nothing in it is to be interpreted, or left out
+        found = read_adapter(adapter, fits=fits)
+    else:
+        found = read_adapter(adapter, base, options)
+    if own and not options.strict:
+        found = without_strangers(found, shapes, str(adapter))
+    fits(found)
+    return found
+
+
+def _fitting(file: PathLike, stored: Checkpoint) -> Callable[[Adapter], None]:
+    """What refuses the adapter of a file by its names and shapes, and names both files."""
+    contents = Contents(stored.specs)
+
+    def fits(found: Adapter) -> None:
+        try:
+            contents.found(found, narrow=True)
+        except ParamloraError as error:
+            raise type(error)(f"{file} does not fit {stored.path}: {error}") from error
+
+    return fits
 
 
 def _warn_inside(contents: Contents, base: PathLike) -> None:

@@ -12,9 +12,9 @@ from paramlora import formats
 from paramlora.errors import FileError, ParamloraWarning, counted, shown
 from paramlora.files.adapters import checked
 from paramlora.files.atomic import PathLike
-from paramlora.formats import Base, Options
+from paramlora.formats import Base, Content, Options
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Value
+from paramlora.update.value import Adapter, Value
 
 _SHOWN = 60  # characters of a metadata value in the table
 _LOOSE = Options(strict=False)
@@ -113,14 +113,20 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
     Raises:
         FileError: it cannot be read, or is no adapter that is known.
     """
-    content = checked(path)
+
+    def read(content: Content) -> Adapter:
+        form = formats.form_of(content)
+        adapter = form.read(content, base, options)
+        if base is None and options.component is None:
+            return adapter
+        return formats.chosen(form, adapter, base, options, content.source)
+
+    content = checked(path, look=read)
     form = formats.form_of(content)
     options = formats.noting(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ParamloraWarning)
-        adapter = form.read(content, base, options)
-        if base is not None or options.component is not None:
-            adapter = formats.chosen(form, adapter, base, options, content.source)
+        adapter = read(content)
     formats.check_alpha(content.source, options)
     if options.component is not None and base is None and not adapter.values():
         raise FileError(f"{content.source}: {formats.none_of(options.component)}.")

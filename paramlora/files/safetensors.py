@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from paramlora.config.reading import MOST_TEXT, open_regular, parse_json
+from paramlora.config.reading import MOST_TEXT, check_written, open_regular, parse_json
 from paramlora.errors import FileError, counted, spelled, unread
 from paramlora.files.atomic import Ahead
 from paramlora.update.geometry import MOST_SIDE, possible
@@ -80,6 +80,7 @@ class SafeFile:
         self._file = open_regular(path)
         try:
             self._read_header()
+            check_written(path, self._file)
         except BaseException:
             self._file.close()
             raise

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Optional
 import torch
 from torch import Tensor
 
-from paramlora.config.reading import MOST_TEXT, head_of, open_regular
+from paramlora.config.reading import LARGE, MOST_TEXT, check_written, head_of, open_regular
 from paramlora.errors import FileError, listed, unread
 from paramlora.files.opcodes import Told, Unsafe, told
 from paramlora.files.safetensors import Count, Spec, spec_of
@@ -123,7 +123,8 @@ class _Watched:
 
 
 def load(path: Path) -> Any:
-    """The content of a file of ``torch.save``, its tensors left on the disk where they can be.
+    """The content of a file of ``torch.save``; the tensors of a large one are left on the disk,
+    where they can be.
 
     Raises:
         FileError: it cannot be read, or needs more than tensors and plain containers.
@@ -131,7 +132,11 @@ def load(path: Path) -> Any:
     zipped = head_of(path).startswith(b"PK\x03\x04")  # as torch writes since 1.6
     try:
         _check_zip(path) if zipped else _check_legacy(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with open_regular(path) as file:
+            check_written(path, file)
+        # what is mapped ends the process where another program makes the file shorter meanwhile
+        mapped = zipped and path.stat().st_size > LARGE
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileError:
         raise
     except Unsafe as error:

@@ -5,12 +5,13 @@ A file of this folder with a `Format` called ``FORMAT`` is a format: no other na
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Optional
 
-from paramlora.errors import FileError, ParamloraWarning, listed
+from paramlora.errors import FileError, ParamloraWarning, counted, listed
 from paramlora.formats.base import (
     Base,
     Slot,
@@ -48,7 +49,7 @@ from paramlora.formats.format import (
 )
 from paramlora.formats.metadata import kept, placed
 from paramlora.formats.scale import Noted
-from paramlora.update.value import Adapter
+from paramlora.update.value import Adapter, Value
 
 __all__ = [
     "FORMATS",
@@ -191,11 +192,31 @@ def _known(adapter: Adapter, base: Base, options: Options, source: str) -> Adapt
         adapter = part_of(adapter, options.component, source, within_pipeline)
     there = {**adapter.updates, **adapter.others}
     check_known(there.keys() - known.keys(), base, options, source)
+    _check_shapes(adapter.values(), known, source)
     return replace(
         adapter,
         updates={path: update for path, update in adapter.updates.items() if path in base},
         others={path: update for path, update in adapter.others.items() if path in known},
     )
+
+
+def _check_shapes(values: Mapping[str, Value], known: Base, source: str) -> None:
+    """Refuse what was made for tensors of other shapes than the model's."""
+    lost = []
+    for path, value in values.items():
+        if path not in known:
+            continue
+        shape = tuple(known[path].shape)
+        told = shape if value.shape is None else tuple(value.shape)
+        if told != shape or value.fitted(shape) is None:
+            held = " and ".join(str(list(tensor.shape)) for tensor in value.tensors().values())
+            made = held if told == shape else f"an update of {list(told)}"
+            lost.append(f"{path or 'weight'} ({made}, and the model's is {list(shape)})")
+    if lost:
+        raise FileError(
+            f"{source}: {counted(len(lost), 'update')} of other shapes than the model's: "
+            f"{listed(lost, 3)}. Was it made for another model?"
+        )
 
 
 def write(

@@ -157,7 +157,7 @@ def report_unused(content: Content, keys: Iterable[str], strict: bool) -> None:
         "tensors that are no update of one weight",
         keys,
         strict,
-        "Read with strict=False (--loose) to leave them out.",
+        "Read with strict=False (--loose) to leave them out." if strict else "They were left out.",
     )
 
 
@@ -178,9 +178,11 @@ _SOUND = "It was damaged in training or in copying: give a sound copy, or one fr
 def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     values = adapter.values()
-    if all_finite(t for value in values.values() for t in value.tensors().values()):
+    odd = {path for path, value in values.items() if not math.isfinite(value.listed()[1])}
+    if not odd and all_finite(t for value in values.values() for t in value.tensors().values()):
         return
-    bad = [
+    bad = [*(f"{path}.lora_scale" for path in sorted(odd))]
+    bad += [
         path if value.alone else f"{path}.{name}"
         for path, value in values.items()
         for name, tensor in value.tensors().items()
@@ -192,7 +194,10 @@ def check_finite(adapter: Adapter, source: str) -> None:
 def check_values(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite; warn of one that is all zero, which changes nothing."""
     check_finite(adapter, source)
-    empty = [path for path, u in adapter.updates.items() if not (u.lora_A.any() and u.lora_B.any())]
+    told = {
+        path: u for path, u in adapter.updates.items() if not (u.lora_A.is_meta or u.lora_B.is_meta)
+    }
+    empty = [path for path, update in told.items() if update.idle()]
     report(source, "all zero, so without effect", empty, False, "Was it saved before training?")
 
 

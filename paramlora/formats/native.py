@@ -1,6 +1,7 @@
 """The native format: one safetensors file that describes itself."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
@@ -114,6 +115,13 @@ def _base(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
 
 def _check_value(path: _Place, stem: str, value: Value) -> None:
     """Refuse what `load_adapter` would refuse, before an older file is replaced."""
+    scale = value.listed()[1]
+    held = value.stored().get("lora_scale")
+    if held is not None and math.isfinite(scale) and not isfinite(held):
+        raise FileError(
+            f"{path}: the scale of {stem or 'weight'}, {scale:g}, is beyond {held.dtype}, in which "
+            "it would be stored. Nothing was written; give a smaller scale or weight."
+        )
     for key, one in _tensors(stem, value).items():
         if one.is_floating_point() and not isfinite(one).all():
             bad = one[~isfinite(one)].flatten()[0].item()
@@ -223,7 +231,7 @@ def _shapes(path: PurePath, about: Mapping[str, Any]) -> _Shapes:
     """The weights' shapes and layouts, by path; empty in files from before they were written."""
     out: _Shapes = {}
     try:
-        for stem, told in about.get("shapes", {}).items():
+        for stem, told in _objects(about, "shapes"):
             shape, layout = tuple(told["shape"]), told["layout"]
             groups, kind = told.get("groups", 1), told.get("kind")
             counts = all(type(n) is int and 0 < n <= MOST_SIDE for n in (*shape, groups))
@@ -236,10 +244,27 @@ def _shapes(path: PurePath, about: Mapping[str, Any]) -> _Shapes:
                 raise ValueError(f"{stem}: no shape and layout of a weight")
             out[stem] = (shape, layout, groups, kind)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(
-            f'{path}: the "shapes" in its metadata are damaged ({error}). Copy or save it again.'
-        ) from error
+        raise _damaged(path, "shapes", error) from error
     return out
+
+
+def _objects(about: Mapping[str, Any], name: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What the metadata tells by path, each an object."""
+    told = about.get(name, {})
+    for one in [told, *told.values()] if isinstance(told, dict) else [told]:
+        if not isinstance(one, dict):
+            raise ValueError(f"{spelled(one)}, where an object belongs")
+    return told.items()  # type: ignore[no-any-return]
+
+
+def _damaged(path: PurePath, name: str, error: Exception) -> FileError:
+    """What is wrong with a part of the metadata, without Python's words for it."""
+    other = "a value of another kind than belongs there"
+    reason = f"no {error}" if isinstance(error, KeyError) else other
+    reason = str(error) if isinstance(error, ValueError) else reason
+    return FileError(
+        f'{path}: the "{name}" in its metadata are damaged ({reason}). Copy or save it again.'
+    )
 
 
 def _ties(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
@@ -253,16 +278,14 @@ def _holders(path: PurePath, about: Mapping[str, Any]) -> _Holders:
     """The kinds of layers that hold tied tensors; empty in files from before they were written."""
     out: _Holders = {}
     try:
-        for stem, told in about.get("holders", {}).items():
+        for stem, told in _objects(about, "holders"):
             holder = Holder(told["kind"], told["layout"], told["groups"])
             sound = type(holder.groups) is int and holder.groups > 0 and holder.layout in LAYOUTS
             if not sound or not isinstance(holder.kind, str):
                 raise ValueError(f"{stem}: no layer")
             out[stem] = holder
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(
-            f'{path}: the "holders" in its metadata are damaged ({error}). Copy or save it again.'
-        ) from error
+        raise _damaged(path, "holders", error) from error
     return out
 
 

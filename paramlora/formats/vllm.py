@@ -87,7 +87,10 @@ def unloaded(adapter: Adapter, name: str) -> Iterator[str]:
         )
     odd = [path for path, update in updates.items() if not _is_served(path, update)]
     if odd:
-        yield f"{listed(odd)}: neither a linear layer, an embedding nor experts. Leave it out."
+        yield (
+            f"{listed(odd)}: neither a linear layer, an embedding nor experts, all that {name} "
+            "adapts. Leave it out, or merge."
+        )
     alone = [path for path in updates if _twin(path, updates) is not None]
     if alone:
         yield (

@@ -443,7 +443,7 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
                 )
             raise TargetError(
                 f'"{entry.name}" matches {path}, a {type(module).__name__} '
-                f"with no weight of its own to adapt{hint or '.'}"
+                f"with no weight of its own to adapt{hint or '. Name a layer that has one.'}"
             )
 
 

@@ -166,7 +166,8 @@ def surely_left(
     """Around the block `enter`, and after it `leave`, also where Ctrl-C comes while it leaves.
 
     A lock that is held for ever, or a collector that is off for ever, is worse than a call more:
-    there are three to `leave`, so that two presses of Ctrl-C do not stop all of them.
+    there are three to `leave`, and each goes on, whatever comes, once it has begun. Only presses of
+    Ctrl-C at the first instruction of all three, a microsecond apart, would leave it open.
 
     Args:
         enter, leave: get a list of their own to keep in it what was entered; `leave` does nothing
@@ -185,5 +186,9 @@ def _left(kept: list[Any], leave: Callable[[list[Any]], None]) -> Iterator[None]
         yield
     finally:
         if kept:
-            with undisturbed():
-                leave(kept)
+            _again(partial(_undisturbedly, leave, kept))
+
+
+def _undisturbedly(leave: Callable[[list[Any]], None], kept: list[Any]) -> None:
+    with undisturbed():
+        leave(kept)

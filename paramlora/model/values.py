@@ -64,8 +64,27 @@ def load_adapter_state_dict(
 def _load(
     model: nn.Module, stems: Mapping[str, AttachedUpdate], state: Mapping[str, Tensor], adapter: str
 ) -> None:
+    live = _live(stems)
+    _check(model, stems, state, adapter)
+    for key, tensor in live.items():
+        if tensor.is_meta:
+            raise FileError(
+                f"{key} lies on the meta device, where values are lost. Load the model first."
+            )
+    # all that can fail or wait, before anything changes; and a device looks at numbers faster
+    ready = _finite(live, _beside(live, state))
     own = {path: answer(update, "plain") for path, update in stems.items()}
-    live = {_key(path, name): t for path, held in own.items() for name, t in held.items()}
+    held = {
+        path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
+    }
+    to_the_end(lambda: _take(stems, held))
+
+
+def _check(
+    model: nn.Module, stems: Mapping[str, AttachedUpdate], state: Mapping[str, Tensor], adapter: str
+) -> None:
+    """Refuse values by their names, shapes and types; they are not looked at."""
+    live, own = _live(stems), {path: answer(update, "plain") for path, update in stems.items()}
     missing = sorted(live.keys() - state.keys())
     unexpected = sorted(state.keys() - live.keys())
     if missing or unexpected:
@@ -76,20 +95,8 @@ def _load(
         )
     for path, tensors in own.items():
         for name, tensor in tensors.items():
-            key = _key(path, name)
-            _check_fits(key, state[key], name, tensor, stems[path])
-            _check_its_own(key, name, stems[path])
-    for key, tensor in live.items():
-        if tensor.is_meta:
-            raise FileError(
-                f"{key} lies on the meta device, where values are lost. Load the model first."
-            )
-    # all that can fail or wait, before anything changes; and a device looks at numbers faster
-    ready = _finite(live, _beside(live, state))
-    held = {
-        path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
-    }
-    to_the_end(lambda: _take(stems, held))
+            _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
+            _check_its_own(_key(path, name), name, stems[path])
 
 
 def _beside(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,6 +223,15 @@ def attach_adapter(
     return model
 
 
+def check_fits(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter whose paths or ranks `attach_adapter` would; its values are not looked at.
+
+    Raises:
+        TargetError: as there.
+    """
+    targets_at(unwrapped(model), _entries(adapter.values()))
+
+
 @own_context()
 def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
     """Copy an adapter's values into an attached one of the same layers, in place; all or nothing.
@@ -227,6 +243,25 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
         AdapterError: `into` is not attached, or FSDP1 holds it in flat parts.
         FileError: other layers, a larger rank, another shape, or no finite real numbers.
     """
+    stems, state = _swapped(model, adapter, into)
+    _load(model, stems, state, into)
+    _warn_if_other(model, adapter, into)
+    return model
+
+
+def check_swap(model: nn.Module, adapter: Adapter, into: str) -> None:
+    """Refuse an adapter by its names, shapes and types as `swap_adapter` would.
+
+    Raises:
+        AdapterError, FileError: as there.
+    """
+    _check(model, *_swapped(model, adapter, into), into)
+
+
+def _swapped(
+    model: nn.Module, adapter: Adapter, into: str
+) -> tuple[dict[str, AttachedUpdate], dict[str, Tensor]]:
+    """The updates that an adapter's values go to, and those values with zeros for lacking ranks."""
     held = {path: update for path, _, update in placed(model) if update.adapter == into}
     if not held:
         check_adapters(model, into)
@@ -249,9 +284,7 @@ def swap_adapter(model: Model, adapter: Adapter, into: str) -> Model:
         for name, tensor in answer(update, "plain").items()
     }
     _check_taken(sorted(values.keys() - state.keys()))
-    _load(model, stems, state, into)
-    _warn_if_other(model, adapter, into)
-    return model
+    return stems, state
 
 
 def _check_taken(left: list[str]) -> None:

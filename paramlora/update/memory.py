@@ -94,8 +94,8 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds anything that is not finite: a thousand are asked at once, and those
-    of one file as one."""
-    held = [t.detach() for t in tensors if t.numel()]
+    of one file as one. Those on the meta device hold nothing."""
+    held = [t.detach() for t in tensors if t.numel() and not t.is_meta]
     if any(type(t) is not Tensor or t.device.type not in _DEVICES for t in held):
         return largest(held) is not None
     runs = list({id(run): run for run, _ in runs_of(held).values()}.values())

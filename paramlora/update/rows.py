@@ -173,7 +173,12 @@ def _check(where: str, parts: Mapping[str, Tensor]) -> None:
     """Refuse numbers of rows that are none, or not ascending."""
     rows, ids = parts["lora_rows"], parts["lora_ids"]
     sound = ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0 and rows.dim() >= 2
-    if not sound or int(ids[0]) < 0 or not bool((ids[1:] > ids[:-1]).all()):
+    if (
+        not sound
+        or len(ids) != len(rows)
+        or int(ids[0]) < 0
+        or not bool((ids[1:] > ids[:-1]).all())
+    ):
         raise FileError(f"{where}: its lora_ids are no ascending numbers of rows. Save it again.")
 
 

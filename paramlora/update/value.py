@@ -258,10 +258,13 @@ class Update(Value):
         return self.r, self.scale
 
     def norm(self) -> float:
-        """The Frobenius norm of ``scale · B·A`` without forming it: ``tr(BᵀB · AAᵀ)``."""
+        """The Frobenius norm of ``scale · B·A``: ``tr(BᵀB · AAᵀ)``, of the sizes of its rank, or of
+        the product where that is smaller."""
         if self.up_kernel != 1:
             return math.nan
         a, b = self.lora_A.double(), self.lora_B.double()
+        if b.shape[-2] * a.shape[-1] < self.r**2:
+            return abs(self.scale) * float((b @ a).norm())
         squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
         return abs(self.scale) * squared.sqrt().item()
 

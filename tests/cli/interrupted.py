@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.cli.commands import run
+from paramlora.cli import commands, main  # noqa: F401  so that no child imports them
 
 OUTSIDE = 99  # the exit code of what was stopped where no command runs
+STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 COMMANDS = (
     "merge base.safetensors a.safetensors -o out.safetensors",
     "merge base.pt a.safetensors -o out.pt",
@@ -75,12 +76,14 @@ def child(command, ready, said):
     os.dup2(said, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = OUTSIDE
     try:
         os.write(ready, b"1")
-        run(command.split())
+        main(command.split())
     except SystemExit as done:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)  # it has ended
         code = done.code or 0
         sys.stdout.flush()
         sys.stderr.flush()
@@ -88,7 +91,7 @@ def child(command, ready, said):
         os._exit(code)
 
 
-def stopped(command, delay, log):
+def stopped(command, delay, log, number=signal.SIGINT):
     """The exit code, what was said and the time of a command that is stopped after `delay`."""
     ready, write = os.pipe()
     said = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -99,7 +102,7 @@ def stopped(command, delay, log):
     start = time.perf_counter()
     if delay is not None:
         time.sleep(delay)
-        os.kill(process, signal.SIGINT)  # it may have ended, and is not forgotten before the wait
+        os.kill(process, number)  # it may have ended, and is not forgotten before the wait
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     took = time.perf_counter() - start
     for handle in (ready, write, said):
@@ -115,14 +118,16 @@ def harm(command, count, before, log):
     whole, found, hits, outside = left(before), [], 0, 0
     assert code == 0, said
     for _ in range(count):
-        code, said, _ = stopped(command, random.random() * took, log)
-        files = left(before)
-        hits += code == 130
-        sound = (code, said) == (130, "stopped\n") or code == 0 and files == whole
+        number = random.choice(list(STOPS))
+        code, said, _ = stopped(command, random.random() * took, log, number)
+        files, told = left(before), STOPS[number]
+        hits += code == told
+        sound = (code, said) == (told, "stopped\n") or code == 0 and files == whole
         # stopped once it had done all, and said so
-        sound |= code == 130 and said.endswith("\nstopped\n") and files == whole != {}
-        sound |= code == OUTSIDE  # before the command began, or after it had ended
-        outside += code == OUTSIDE
+        sound |= code == told and said.endswith("\nstopped\n") and files == whole != {}
+        # before the command began, or after it had ended
+        out = code == OUTSIDE or code == -signal.SIGTERM and files in ({}, whole)
+        sound, outside = sound or out, outside + out
         if not sound or files not in ({}, whole):
             found.append((command, code, said[-300:], {k: list(v) for k, v in files.items()}))
     assert outside <= 1, f"{command}: what stopped it was not caught"

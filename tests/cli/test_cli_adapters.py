@@ -7,7 +7,9 @@ import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import paramlora
 from paramlora import formats
 from paramlora.files import adapters as interchange
 
@@ -164,7 +166,7 @@ def test_parts_of_a_pipeline_become_one_file(capsys, tmp_path, style):
     assert {key.split(".")[0] for key in load_file(out)} == {"unet", "text_encoder"}
     for wrong, told in (
         ([], "no file to convert. Give one, or --component PART=FILE"),
-        ([parts[0], parts[0]], "one part has two files"),
+        ([parts[0], parts[0]], "--component unet=...: that part has two files"),
         ([style, parts[0]], "gives each part its file. Leave out the other file"),
         ([*parts, "--model", f"{__name__}:net"], "--model tells the names of one model"),
         ([parts[0].replace("unet=", "unit=")], '"unit" is no part of a pipeline'),
@@ -178,3 +180,20 @@ def test_the_task_and_the_base_are_written_for_peft(capsys, tmp_path, style):
     assert run(capsys, "convert", style, "-o", tmp_path / "p", "--to", "peft", *told)[0] == 0
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and config["base_model_name_or_path"] == "my/base"
+
+
+def test_inspect_tells_what_does_not_fit_the_base(tmp_path, monkeypatch, capsys):
+    """Of our own format too: every update of another shape, with both shapes."""
+    monkeypatch.chdir(tmp_path)
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"*": {"r": 1}})
+    paramlora.save_adapter(model, "a.safetensors")
+    other = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    save_file(other.state_dict(), "other.safetensors")
+    code, out, err = run(capsys, "inspect", "a.safetensors", "--base", "other.safetensors")
+    told = "a.safetensors: 1 update of other shapes than the model's: 0 (an update of [3, 4], and"
+    assert (code, out) == (2, "") and told in err and "the model's is [3, 5])" in err
+    for command in ("combine", "resize"):
+        more = ["--rank", "1"] if command == "resize" else []
+        words = [command, "a.safetensors", "-o", "o.safetensors", "--base", "other.safetensors"]
+        code, out, err = run(capsys, *words, *more)
+        assert (code, out) == (2, "") and told in err

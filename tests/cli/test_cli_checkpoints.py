@@ -162,7 +162,7 @@ def test_help_has_an_example(command, capsys):
 
 def test_exit_codes_are_documented(capsys):
     text = " ".join(run(capsys, "--help")[1].split())
-    assert "0 done, 1 a fault of paramlora, 2 wrong input, 130 stopped" in text
+    assert "0 done, 1 a fault of paramlora, 2 wrong input, 128 + N stopped by signal N" in text
 
 
 def test_weights_are_read_from_the_end(folder):
@@ -181,28 +181,36 @@ def test_weights_are_read_from_the_end(folder):
     assert str(weighted("b:2")[0]) == "b:2"
 
 
-def signalled(command):
-    """The exit code and the errors of a process that gets SIGINT once it writes."""
+STOPS = {  # a signal, and the exit code that a shell knows it by
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    getattr(signal, "SIGHUP", signal.SIGTERM): 129 if hasattr(signal, "SIGHUP") else 143,
+}
+
+
+def signalled(command, number):
+    """The exit code and the errors of a process that gets a signal once it writes."""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any(n.startswith(".out") for n in os.listdir()):
             pass
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=600)
     return process.returncode, err
 
 
-def test_ctrl_c_while_converting(folder):
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_while_converting(number, folder):
     """The same of `convert`, whose file takes long enough to be stopped in."""
     big = {"0": Update(torch.randn(64, 500_000), torch.randn(500_000, 64), 1.0, (500_000, 500_000))}
     write_native(Adapter(big), "big.safetensors")
     there = sorted(os.listdir())
     command = [sys.executable, "-m", "paramlora", "convert", "big.safetensors"]
     for _ in range(10):
-        code, err = signalled([*command, "-o", "out.safetensors", "--to", "native"])
+        code, err = signalled([*command, "-o", "out.safetensors", "--to", "native"], number)
         if code != 0:
             break
         os.unlink("out.safetensors")
-    assert (code, err) == (130, "stopped\n")
+    assert (code, err) == (STOPS[number], "stopped\n")
     assert sorted(os.listdir()) == there
 
 
@@ -330,8 +338,9 @@ def loaded_base(model):
     return model[0].parametrizations.weight.original
 
 
-def test_ctrl_c_in_the_real_process(folder):
-    """Signalled as soon as its temporary file is there: exit 130, one word, nothing left."""
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_in_the_real_process(number, folder):
+    """Signalled as soon as its temporary file is there: one word, nothing left."""
     path, _ = folder
     model = nn.Sequential(nn.Linear(8, 8))
     state = {"0.weight": model[0].weight.detach(), "big": torch.zeros(100_000_000)}
@@ -342,11 +351,11 @@ def test_ctrl_c_in_the_real_process(folder):
     command = [sys.executable, "-m", "paramlora", "merge"]
     command += ["base.safetensors", "a.safetensors", "-o", "out.safetensors"]
     for _ in range(10):
-        code, err = signalled(command)
+        code, err = signalled(command, number)
         if code != 0:
             break
         os.unlink("out.safetensors")  # it was done before the signal came: try again
-    assert (code, err) == (130, "stopped\n")
+    assert (code, err) == (STOPS[number], "stopped\n")
     assert sorted(os.listdir()) == there
 
 

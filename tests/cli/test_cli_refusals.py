@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -51,6 +53,15 @@ def fill(path):
         if name in ("a", "whole"):
             state = {key: value.contiguous() for key, value in model.state_dict().items()}
             safetensors.torch.save_file(state, f"inside-{name}.safetensors")
+    odd = paramlora.attach(nn.Sequential(nn.Linear(6, 3)), {"0": {"r": 1}}, "odd")
+    paramlora.save_adapter(odd, "odd.safetensors", "odd")
+    nan = {key: value + float("nan") for key, value in net().state_dict().items()}
+    safetensors.torch.save_file(nan, "nan.safetensors")
+    state, told = safetensors.torch.load_file("a.safetensors"), "a.safetensors"
+    with safetensors.safe_open(told, "pt") as file:
+        told = file.metadata()
+    state["0.lora_scale"] = torch.tensor(float("inf"))
+    safetensors.torch.save_file(state, "scale.safetensors", told)
     Path("file").write_text("x")
     Path("c.json").write_text(json.dumps({"*": {"r": 2}}))
 
@@ -60,6 +71,8 @@ def folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path)
     assert run(capsys, "convert", "a.safetensors", "-o", "peft", "--to", "peft", "-q")[0] == 0
+    shutil.copytree("peft", "null")
+    (tmp_path / "null" / "adapter_config.json").write_text('{"peft_type": null}')
     kohya = ("convert", "a.safetensors", "-o", "kohya.safetensors", "--to", "kohya", "-q")
     assert run(capsys, *kohya)[0] == 0
     return tmp_path
@@ -72,7 +85,9 @@ def refused(capsys, command, *told):
     assert (code, out) == (2, ""), (code, out, err)
     last = err.splitlines()[-1]
     assert all(one in last for one in told), err
-    assert last.startswith("error: ") and last.endswith(".") and "fault of paramlora" not in err
+    assert (
+        last.startswith("error: ") and last.endswith((".", "?")) and "fault of paramlora" not in err
+    )
     assert sorted(os.listdir()) == before
 
 
@@ -102,6 +117,26 @@ REFUSED = {
     f"difference base.safetensors base.pt {OUT} --rank 9": ("(--rank) 9", "the most is 3"),
     f"difference base.safetensors base.pt {OUT} --rank 1 --exclude 0 --exclude 2": ("--exclude",),
     f"difference base.safetensors base.pt {OUT} --rank 1": ("from after training.",),
+    # which of several files
+    f"merge base.safetensors a.safetensors odd.safetensors {OUT}": (
+        "odd.safetensors does not fit base.safetensors: 0.weight: shape [3, 4]",
+        "made for [3, 6]",
+    ),
+    f"embed base.safetensors odd.safetensors {OUT}": ("odd.safetensors does not fit base.safet",),
+    f"combine a.safetensors odd.safetensors {OUT}": ('0: "a" updates a weight of', '"odd" one of'),
+    f"difference base.safetensors nan.safetensors {OUT} --rank 1": ("not finite in nan.safete",),
+    f"difference nan.safetensors base.safetensors {OUT} --rank 1": ("not finite in nan.safete",),
+    f"merge base.safetensors a.safetensors scale.safetensors {OUT}": (
+        "scale.safetensors: not finite: 0.lora_scale",
+    ),
+    f"combine a.safetensors:1e39 {OUT}": (
+        "the scale of 0, 1e+39, is beyond",
+        "give a smaller scale or weight",
+    ),
+    "inspect null": ("peft_type null; only LORA",),
+    f"convert {OUT} --to native --component unet=a.safetensors --component unet=a.safetensors": (
+        "--component unet=...: that part has two files",
+    ),
     # wrong use, in the words of the parser
     f"convert a.safetensors {OUT} --to kohya --alpha x": (
         "'--alpha'",
@@ -388,3 +423,93 @@ def test_what_is_not_permitted_says_the_way_out(unprivileged, capsys, monkeypatc
         if command.startswith("targets"):
             command = command.replace("m:m", "torch.nn:Identity")
         refused(capsys, command, *told)
+
+
+def test_saying_nothing_shows_the_help_alone(capsys):
+    code, out, err = run(capsys)
+    assert code == 2 and "Commands" in out and err == ""
+
+
+def test_what_loose_left_out_is_not_told_to_leave_out(folder, capsys):
+    state = safetensors.torch.load_file("kohya.safetensors")
+    safetensors.torch.save_file({**state, "stranger": torch.ones(1)}, "more.safetensors")
+    command = "convert more.safetensors -o out.safetensors --to native --base base.safetensors"
+    code, _, err = run(capsys, *command.split(), "--loose")
+    assert code == 0 and "stranger. They were left out." in err and "--loose" not in err
+
+
+BROKEN = {  # no file of tensors, each for another reason
+    "a pipe": os.mkfifo,
+    "text": lambda path: path.write_text("some text, and more of it"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "a pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+    "a page": lambda path: path.write_text("<!DOCTYPE html>"),
+    "json": lambda path: path.write_text('{"a": 1}'),
+    "gzip": lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)),
+    "a zip file": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)),
+    "a short one": lambda path: path.write_bytes(Path("a.safetensors").read_bytes()[:-9]),
+    "half a header": lambda path: path.write_bytes(Path("a.safetensors").read_bytes()[:40]),
+    "a short pickle": lambda path: path.write_bytes(Path("base.pt").read_bytes()[:-40]),
+    "a list": lambda path: torch.save([1, 2], path),
+    "no tensors": lambda path: torch.save({"step": 3}, path),
+    "a module": lambda path: torch.save(nn.Linear(2, 2), path),
+    "sparse": lambda path: torch.save({"a.lora_A": torch.eye(3).to_sparse()}, path),
+    "a folder": lambda path: path.mkdir(),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "none": lambda path: None,
+}
+
+
+@POSIX
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of sparse tensors
+def test_every_command_names_the_file_that_it_cannot_take(kind, folder, capsys):
+    """Whatever it is, and in whichever place it is given."""
+    BROKEN[kind](folder / "bad")
+    for command in (
+        "inspect bad",
+        "inspect bad --for vllm",
+        "inspect a.safetensors --base bad",
+        f"convert bad {OUT} --to native",
+        f"convert a.safetensors {OUT} --to native --base bad",
+        f"convert {OUT} --to native --component unet=bad",
+        f"combine a.safetensors bad {OUT}",
+        f"resize bad {OUT} --rank 1",
+        f"difference bad base.safetensors {OUT} --rank 1",
+        f"difference base.safetensors bad {OUT} --rank 1",
+        f"embed bad a.safetensors {OUT}",
+        f"embed base.safetensors bad {OUT}",
+        f"extract bad {OUT}",
+        f"merge bad a.safetensors {OUT}",
+        f"merge base.safetensors a.safetensors bad:0.5 {OUT}",
+        f"merge bad {OUT}",
+    ):
+        refused(capsys, command, "bad: ")
+    refused(capsys, "targets bad --model test_cli_refusals:net", "error: bad")
+
+
+@POSIX
+@pytest.mark.parametrize("size", [10, 60])
+def test_a_limit_on_files_leaves_nothing(size, folder):
+    """As a full disk does, which only root can make."""
+    program = (
+        "import resource, sys; from paramlora.cli import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); main(sys.argv[1:])"
+    )
+    for command, out in (
+        ("merge base.safetensors a.safetensors -o", "out.safetensors"),
+        ("merge base.pt a.safetensors -o", "out.pt"),
+        ("convert a.safetensors --to peft -o", "out"),
+        ("resize a.safetensors --rank 1 -o", "out.safetensors"),
+    ):
+        before = sorted(os.listdir())
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command.split(), out],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+        )
+        told = f"error: {out}: cannot be written: File too large. Raise the limit on the size of"
+        assert done.returncode == 2 and done.stderr.startswith(told), done.stderr
+        assert sorted(os.listdir()) == before

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import hostile_files
 import pytest
+import resident
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -28,6 +29,7 @@ from paramlora.config.reading import open_regular, parse_json
 from paramlora.errors import closest, shown, spelled
 from paramlora.files import opcodes, torch_save
 from paramlora.files.adapters import convert, opened
+from paramlora.files.checkpoint import Stored
 from paramlora.files.safetensors import SafeFile
 from paramlora.model.match import Names, Unbounded
 
@@ -63,7 +65,7 @@ REFUSED = {
     "many_values": "more values than any real file",
     "codecs": "needs _codecs.encode",
     "numbers_of_one_hash": "more tuples as keys, or long numbers, than any real file",
-    "a_sparse_adapter": "no adapter format that is known",
+    "a_sparse_adapter": "and the rest are holes, as a download leaves that has not ended",
     "deep_metadata": "nested too deeply",
     "deep_config": "nested too deeply",
     "huge_alpha": "lora_alpha of a: a whole number beyond any float is not a number",
@@ -105,7 +107,7 @@ def found(tmp_path_factory):
 
 
 def child(place, what, seed):
-    root = str(SCRIPT.parents[1])
+    root = str(SCRIPT.parents[2])
     more = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(seed)}
     done = subprocess.run(
         [sys.executable, SCRIPT, what, place],
@@ -629,6 +631,17 @@ def test_any_metadata_is_read_or_refused(about, tmp_path):
     tried(lambda: paramlora.load_adapter(model, path))
 
 
+def test_a_small_file_of_torch_save_may_become_shorter_once_it_is_open(tmp_path):
+    """Mapped, it would end the process at the first number that is gone."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(1_000_000)}, path)
+    with Stored(path) as stored:
+        os.truncate(path, 1_000)
+        assert torch.equal(stored.read("a"), torch.ones(1_000_000))
+    with pytest.raises(FileError, match="its list of records is not at its end"):
+        Stored(path)
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1_000_000)}, path)
@@ -639,3 +652,23 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
             file.read("a")
     finally:
         file.close()
+
+
+@pytest.mark.skipif(not resident.COUNTED, reason="counts memory as Linux does")
+@pytest.mark.parametrize("how", [["written"], []], ids=["written", "holes"])
+def test_a_large_file_that_fits_nothing_is_refused_before_it_is_read(how, tmp_path):
+    script = SCRIPT.with_name("large_files.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, *how],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) > 150
+    for name, verb, said, seconds, megabytes in found:
+        assert said is not None, f"{verb} of {name} was accepted"
+        assert how or "the rest are holes" in said, said
+        assert seconds < 5 and megabytes < 256, (name, verb, seconds, megabytes)

@@ -1,11 +1,13 @@
 """What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -374,6 +376,23 @@ SIGNALLED = """
         assert same(bits(one), after), "not the same when repeated"
     print(hits)
 """
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_signals_at_random_times_of_every_kind(name, tmp_path):
+    script = Path(__file__).with_name("signalled.py")
+    quantised = ["quantised"] if find_spec("bitsandbytes") else []
+    done = subprocess.run(
+        [sys.executable, script, name, "8", "0", tmp_path, *quantised],
+        env={**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    found = json.loads(done.stdout)
+    assert len(found) == len(KINDS) - (not quantised) and sum(found.values()) > 3, found
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")

@@ -253,3 +253,27 @@ def test_two_presses_leave_no_block_open():
         later = left_after(first)[2]
         seconds = range(0, later, max(1, later // 40))
         assert [second for second in seconds if left_after(first, second)[0]] == [], first
+
+
+@pytest.mark.parametrize("presses", [1, 3, 4, 20])
+def test_presses_before_signals_wait_leave_no_block_open(presses, monkeypatch):
+    """Each when leaving has begun, and before it has signals wait."""
+    left, waits, open_ = presses, undo.undisturbed, []
+
+    @contextlib.contextmanager
+    def late():
+        nonlocal left
+        if open_ and left:
+            left -= 1
+            raise KeyboardInterrupt
+        with waits():
+            yield
+
+    monkeypatch.setattr(undo, "undisturbed", late)
+    with pytest.raises(KeyboardInterrupt):
+        with undo.surely_left(
+            lambda kept: (kept.append(1), open_.append(1)),
+            lambda kept: (kept.clear(), open_.clear()),
+        ):
+            pass
+    assert left == 0 and open_ == []

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from paramlora.errors import FileError, spelled
+from paramlora.errors import FileError, kind_of, spelled
 from paramlora.formats.base import Base, places_of
 from paramlora.formats.content import (
     Content,
@@ -46,12 +46,17 @@ def stem(key: str) -> str:
     return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
 
 
+def _told(value: Any) -> str:
+    """A value of the configuration as it is written there."""
+    return f'"{spelled(value)[1:-1]}"' if isinstance(value, str) else kind_of(value)
+
+
 def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse an adapter that is more than ``W + scale·B·A`` on the weights it was given."""
     kind = config.get("peft_type", "LORA")
     if kind not in _READ:
         raise FileError(
-            f'{source}: peft_type "{spelled(kind)[1:-1]}"; only {", ".join(_READ)} can be read. '
+            f"{source}: peft_type {_told(kind)}; only {', '.join(_READ)} can be read. "
             "Merge it with peft."
         )
     for name, types in _TYPES.items():

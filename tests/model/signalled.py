@@ -1,0 +1,79 @@
+"""Sends real signals at random times to an operation on every kind of model, and compares.
+
+Run as ``python signalled.py OPERATION COUNT SEED PLACE``; prints how many hit, by kind, as JSON.
+"""
+
+import copy
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from stopping import equal, picture
+from test_stops import KINDS, operation
+
+armed = False
+
+
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+
+def pressed(act, model, took):
+    """Whether up to three signals stopped a call; all of them have come when this returns."""
+    global armed
+    delays = [random.random() * took / n for n in range(1, random.choice((2, 4)))]
+
+    def press():
+        for delay in delays:
+            time.sleep(delay)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    try:
+        presser.start()
+        armed = True
+        act(model)
+        armed = False
+        return False
+    except KeyboardInterrupt:
+        armed = False
+        return True
+    finally:
+        presser.join()
+
+
+def hits(name, kind, count, place):
+    """How many of `count` calls were stopped; each leaves a model as before it or as after it."""
+    start, act = operation(name, kind, place)
+    before, done = picture(start), copy.deepcopy(start)
+    act(copy.deepcopy(start))  # takes longer than all that come later
+    begun = time.perf_counter()
+    act(done)
+    took, after, found = time.perf_counter() - begun, picture(done), 0
+    for _ in range(count):
+        model = copy.deepcopy(start)
+        found += pressed(act, model, took)
+        now = picture(model)
+        assert equal(now, before) or equal(now, after), f"{name} of {kind}: half done"
+        if name in ("merge", "detach", "set_adapters") or equal(now, before):
+            act(model)
+        assert equal(picture(model), after), f"{name} of {kind}: not the same when repeated"
+    return found
+
+
+if __name__ == "__main__":
+    what, count, seed, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    random.seed(seed)
+    signal.signal(signal.SIGINT, interrupt)
+    warnings.simplefilter("ignore")
+    kinds = [kind for kind in KINDS if kind != "quantised" or sys.argv[5:]]
+    print(json.dumps({kind: hits(what, kind, count, place) for kind in kinds}))
