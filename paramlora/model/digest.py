@@ -35,7 +35,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, Optional[str]]:
     for values in some:
         there.setdefault(values.device, []).append(values)
     read = {
-        device: iter(torch.cat(held).cpu().split([len(values) for values in held]))
+        device: iter(torch.split(torch.cat(held).cpu(), [len(values) for values in held]))
         for device, held in there.items()
     }
     return {
