@@ -461,7 +461,8 @@ class _Grouped(torch.autograd.Function):
 
 def _of_matrices(sums: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the weight, from those of all groups."""
-    return torch.unflatten(sums, 0, (len(weight), -1)).sum(1).to(weight.dtype)
+    each = len(sums) // len(weight)
+    return sums.view(len(weight), each, *sums.shape[1:]).sum(1).to(weight.dtype)
 
 
 def _rows(x: Tensor, source: Optional[Source], weight: Tensor) -> Tensor:
