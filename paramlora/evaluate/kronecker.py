@@ -50,13 +50,13 @@ def linear(
         x, weight, bias = functional.cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return linear(x, weight, bias, parts, scale)
-    # factors of 16 bits beside a weight of more: their products are of the weight's type
-    wide, low = x.dtype, x.dtype.itemsize
-    parts = {n: t.to(wide) if t.dtype.itemsize < low else t for n, t in parts.items()}
+    # the largest number of float16 is soon reached; and factors of 16 bits beside a weight of more
+    # have products of the weight's type
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    low = dtype.itemsize
+    parts = {n: t.to(dtype) if t.dtype.itemsize < low else t for n, t in parts.items()}
     if served(x) and _FEW * rank_of_product(parts) <= min(weight.shape):
         return functional.linear(x, weight, bias, *low_rank(parts), scale)
-    # the largest number of float16 is soon reached
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     first, second = factors(parts)
     first, second = functional.cast(first * scale, dtype), functional.cast(second, dtype)
     if x.dtype.itemsize > 2 and weight.numel() <= _SMALL:

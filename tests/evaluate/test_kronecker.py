@@ -208,6 +208,18 @@ def test_gradients_in_sixteen_bits(size, dtype):
         assert (one.double() - other).norm() < 3 * torch.finfo(dtype).eps * other.norm()
 
 
+@pytest.mark.parametrize("scale", [1e5, 1e-8])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_scale_beyond_float16s_range_with_factors_of_it(size, scale):
+    x, weight, bias, parts, _ = operands(size, dtype=torch.float16)
+    parts = {name: one / (scale if "w1" in name else 1) ** 0.5 for name, one in parts.items()}
+    parts = {n: one / (scale if n == "lokr_w2_a" else 1) ** 0.5 for n, one in parts.items()}
+    got = kronecker.linear(x, weight, bias, parts, torch.tensor(scale))
+    wide = {name: one.double() for name, one in parts.items()}
+    want = definition(x.double(), weight.double(), bias.double(), wide, scale)
+    assert (got.double() - want).norm() < 2**-10 * want.norm()
+
+
 def test_factors_beyond_float16s_range():
     layer, base, change, update = attached("large", torch.float16)
     with torch.no_grad():
