@@ -184,7 +184,7 @@ def depthwise_backward(
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
-    b = narrow.wide(b) * (scale if strength == 1 else scale * strength)
+    b = narrow.of_factor(b) * (scale if strength == 1 else scale * strength)
     return b if b.dtype == dtype else b.to(dtype)  # which takes as long as a launch to do nothing
 
 

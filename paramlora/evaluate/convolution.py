@@ -112,7 +112,7 @@ def convolution(
     if way is Way.OWN_KERNEL:  # which keeps as much of the update as a branch
         delta = _update(lora_A, lora_B, scale).reshape(shape)
         return y + one_kernel(x, delta, narrow.Stage(*window))
-    return y + branch(x, shape, lora_A, narrow.wide(lora_B) * scale, *window)
+    return y + branch(x, shape, lora_A, narrow.of_factor(lora_B) * scale, *window)
 
 
 def _kernels_way(of: Operands, window: tuple[Any, ...]) -> Optional[Way]:
@@ -152,7 +152,7 @@ def dropped_convolution(
         with torch.autocast(device, enabled=False):
             values = (x, pad, weight, bias, lora_A, lora_B, scale)
             return dropped_convolution(*values, window, drops)
-    up, about = narrow.wide(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
+    up, about = narrow.of_factor(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
     asked = Asked(
         "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
         dropout=True, stride=window[0], groups=window[3],
@@ -266,7 +266,7 @@ def _rounded(t: Tensor, x: Tensor) -> Tensor:
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
     with in_own_types(b):
-        return (narrow.wide(b) * scale) @ narrow.wide(a)
+        return (narrow.of_factor(b) * scale) @ narrow.of_factor(a)
 
 
 def laid_as(x: Tensor, other: Tensor) -> Tensor:

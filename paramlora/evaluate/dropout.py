@@ -263,7 +263,7 @@ def dropped_by_definition(
     drops: Drops,
 ) -> Tensor:
     """`dropped_linear` in plain operations: for compilers, and for gradients of gradients."""
-    y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
+    y, up = F.linear(x, weight, bias), narrow.of_factor(lora_B) * scale
     for which, ranks in ranks_of(drops):
         own = masked(x, drops, which)
         y = y + in_a_row(own, lora_A[ranks], up[:, ranks], narrow.LINEAR, narrow.LINEAR)
@@ -343,8 +343,9 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> o
     needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
-        one = torch.ones((), dtype=narrow.wide(b).dtype, device=b.device)
-        up, down, h = narrowed(dy, (narrow.wide(b) * scale * ctx.strength).t(), a.t(), one, 1.0)
+        wide = narrow.of_factor(b)
+        one = torch.ones((), dtype=wide.dtype, device=b.device)
+        up, down, h = narrowed(dy, (wide * scale * ctx.strength).t(), a.t(), one, 1.0)
         v = dy @ up.t()  # [rows, r]
         if needs[0]:
             dx = _input_gradient(dy, weight, v, down.t(), drops).view(x.shape)

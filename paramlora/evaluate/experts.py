@@ -122,7 +122,7 @@ def grouped_by_definition(
 ) -> Tensor:
     """`grouped_linear` in plain operations, for gradients of gradients: a loop over the experts."""
     weight = weight.repeat_interleave(len(ends) // len(weight), 0)  # of pairs, whose factors differ
-    up, drops = narrow.wide(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
+    up, drops = narrow.of_factor(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
     parts = [x.new_zeros(0, weight.shape[1])]
     for e, rows in runs(ends):
         y = x[rows] @ weight[e].t()

@@ -150,7 +150,7 @@ def linear_by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, lora_A: Tensor, lora_B: Tensor, scale: Tensor
 ) -> Tensor:
     """`linear` in plain operations: for compilers, and for gradients of gradients."""
-    y, up = F.linear(x, weight, bias), narrow.wide(lora_B) * scale
+    y, up = F.linear(x, weight, bias), narrow.of_factor(lora_B) * scale
     return y + in_a_row(x, lora_A, up, narrow.LINEAR, narrow.LINEAR)
 
 

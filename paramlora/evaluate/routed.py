@@ -379,7 +379,7 @@ def _joining(rows: Choice, numbers: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """`in_place` in torch's operations, of x, the weight and all factors."""
 
     def again(x: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
-        scaled = [narrow.wide(b) * (s * g) for b, (s, g) in zip(factors[1::2], numbers)]
+        scaled = [narrow.of_factor(b) * (s * g) for b, (s, g) in zip(factors[1::2], numbers)]
         down, up = joined(factors[::2], rows.ranks, 0), joined(scaled, rows.ranks, 1).t()
         thin = grouped(_positions(x), rows, down, up)
         return F.linear(x, weight) + thin.view(*x.shape[:-1], up.shape[-1])

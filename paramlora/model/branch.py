@@ -42,7 +42,7 @@ from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank
 from paramlora.update.names import BRANCHES
-from paramlora.update.narrow import LINEAR, Stage, wide
+from paramlora.update.narrow import LINEAR, Stage, of_factor, wide
 from paramlora.update.value import Value, refuse_two_kernels
 
 
@@ -127,7 +127,7 @@ class Branch(LowRank):
     def branch(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """The term to add to `output`, the layer's own answer to `x`."""
         a, b = self.factors()
-        up = wide(b) * self.scaling
+        up = of_factor(b) * self.scaling
         if self.dropout and layer.training:
             how = partial(self.computed, layer, output)
             return dropped_branch(x, a, up, self.dropout, how)
@@ -274,7 +274,7 @@ def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: C
     there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else one.factors() for one in there]
     down = _filled([a for a, _ in pairs])  # [adapters + 1, r, in]
-    up = wide(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))
+    up = of_factor(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))
     scaling = scaling_of_rows(there, up)
     up = up * scaling.reshape(-1, *[1] * (up.dim() - 1))  # [adapters + 1, r, out, *kernel]
 

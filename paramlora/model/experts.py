@@ -36,7 +36,7 @@ from paramlora.model.forwards import (
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.contexts import autocast_of
 from paramlora.update.lowrank import LowRank
-from paramlora.update.narrow import wide
+from paramlora.update.narrow import of_factor, wide
 
 _Forward = Callable[..., Any]
 _REGISTRY = "transformers.integrations.moe"  # whose wrapper calls the implementation asked for
@@ -184,7 +184,7 @@ def _product_of_rows(
         )
     scaling = scaling_of_rows(there, wide(x))
     down = [None if own is None else own[0] for own in sides]
-    up = [None if own is None else wide(own[1]).mT * s for own, s in zip(sides, scaling)]
+    up = [None if own is None else of_factor(own[1]).mT * s for own, s in zip(sides, scaling)]
     pairs = pairs_of(experts, adapters, len(weight), len(rows.names))
     dropped = dropped_rows(stack.dropping, x, stack.updates, rows, adapters)
     apart, twice = None if dropped is x else dropped, stack.updates[0].rounds_twice

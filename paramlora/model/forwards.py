@@ -25,7 +25,7 @@ from paramlora.update.dora import Dora
 from paramlora.update.geometry import Layout
 from paramlora.update.lokr import Lokr
 from paramlora.update.lowrank import LowRank
-from paramlora.update.narrow import LINEAR, wide
+from paramlora.update.narrow import LINEAR, of_factor
 from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
@@ -268,7 +268,7 @@ def _partly(
     a, b = _factors(update, layout)
     factor = update.rescale(_norms(found, layout, a, b).reshape(-1, *[1] * rest))
     # the branch is rescaled in its thin factor: before that it may be beyond float16's range
-    base, low = apart(a, wide(b) * update.stored_scale() * factor.reshape(-1, 1))
+    base, low = apart(a, of_factor(b) * update.stored_scale() * factor.reshape(-1, 1))
     own = base.to(factor.dtype)
     total = torch.lerp(own, own * factor + low, update.gain.to(factor))
     total = total if bias is None else total + bias.reshape(-1, *[1] * rest)
@@ -383,7 +383,7 @@ def together(
         return a, b, update.stored_scale(), update.strength * more
     pairs = [_factors(update, layout) for update in updates]
     scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
-    scaled = [wide(b) * scale for (_, b), scale in zip(pairs, scales)]
+    scaled = [of_factor(b) * scale for (_, b), scale in zip(pairs, scales)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
     return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
 
@@ -395,9 +395,9 @@ def as_served(
     updates at once where none drops its input."""
     if dropping:
         pairs = [(F.dropout(x, u.dropout), *_factors(u, layout), u.scaling) for u in updates]
-        return [(own, a, wide(b) * scaling) for own, a, b, scaling in pairs]
+        return [(own, a, of_factor(b) * scaling) for own, a, b, scaling in pairs]
     a, b, scale, strength = together(updates, layout)
-    return [(x, a, wide(b) * scale * strength)]
+    return [(x, a, of_factor(b) * scale * strength)]
 
 
 def _product(layer: nn.Module, x: Tensor, known: Known, layout: Layout) -> Tensor:
@@ -657,7 +657,7 @@ def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tup
     """What `routed.linear` takes: A, and B transposed with its scale, of all adapters."""
     there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
-    up = wide(routed.joined([b for _, b in pairs], rows.ranks, 1))
+    up = of_factor(routed.joined([b for _, b in pairs], rows.ranks, 1))
     scaling = scaling_of_rows(there, up).index_select(0, rows.owner)
     return routed.joined([a for a, _ in pairs], rows.ranks, 0), (up * scaling).t()
 

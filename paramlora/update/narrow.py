@@ -31,6 +31,12 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype == torch.float16 else t
 
 
+def of_factor(t: Tensor) -> Tensor:
+    """A factor of 16 bits in float32, any other as it is: times a scale it must neither overflow
+    nor be rounded, whatever the type that it is then multiplied in."""
+    return t.float() if t.dtype.itemsize == 2 else t
+
+
 def _logarithms(*tensors: Tensor) -> list[Tensor]:
     """The binary logarithm of the largest number in each; one that is none, or infinite, counts as
     large."""
