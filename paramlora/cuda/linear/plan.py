@@ -288,7 +288,7 @@ class Backward:
         if self.separate:
             self.launch = _product(device, tiles, False, drop)
             return
-        deep, stages, warps = gradients(tiles.tiling, R)
+        deep, stages, warps = gradients(tiles.tiling, R, masked)
         blocks = -(-N // DEEP) + -(-K // DEEP)
         together = rows[0].column == rows[1].column == 1
         # columns of an image that lie apart take longer to load, and a masked block longer than

@@ -68,12 +68,14 @@ def projection(M: int, R: int, drop: bool = False) -> tuple[int, int, int, int]:
     return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
 
 
-def gradients(tiling: Tiling, R: int) -> tuple[int, int, int]:
+def gradients(tiling: Tiling, R: int, drop: bool = False) -> tuple[int, int, int]:
     """Depth of a block of the factors' gradients beside such tiles, and the grid's stages and
-    warps."""
+    warps. A masked block goes through shared memory, of which only devices whose tiles the engine
+    loads have enough for the deepest."""
     if R > 128:
         return 32, tiling.stages, 8
-    return 128 if R <= 16 and tiling.stages <= 3 else 64, tiling.stages, tiling.warps
+    deep = R <= 16 and tiling.stages <= 3 and (tiling.tma or not drop)
+    return 128 if deep else 64, tiling.stages, tiling.warps
 
 
 class Rows(NamedTuple):
