@@ -384,7 +384,7 @@ def test_signals_at_random_times_of_every_kind(name, tmp_path):
     script = Path(__file__).with_name("signalled.py")
     quantised = ["quantised"] if find_spec("bitsandbytes") else []
     done = subprocess.run(
-        [sys.executable, script, name, "8", "0", tmp_path, *quantised],
+        [sys.executable, script, name, "5", "0", tmp_path, *quantised],
         env={**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
