@@ -78,7 +78,7 @@ def linear(
     Example:
         >>> x, W, A, B = (torch.randn(*s).double() for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
         >>> rows = Choice(("a",), (2,), torch.tensor([0, 1, 0]), 0)
-        >>> y = linear(x, W, None, joined([A], [2], 0), joined([B], [2], 1).t(), rows)
+        >>> y = linear(x, W, None, joined([A], rows.ranks, 0), joined([B], rows.ranks, 1).t(), rows)
         >>> assert torch.allclose(y[0], x[0] @ (W + B @ A).T) and torch.allclose(y[1], x[1] @ W.T)
     """
     device = autocast_of(x)

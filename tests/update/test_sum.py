@@ -187,14 +187,16 @@ def test_parts_of_eight_bits_are_the_number():
 
 def test_whether_products_are_rounded_is_asked_of_each_device():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert not rounds_products(cuda) and not rounds_products(cpu)
-    with precision(torch.backends.cuda.matmul, "tf32"):
-        with pytest.raises(RuntimeError):
-            torch.get_float32_matmul_precision()  # it raises once one library was set alone
-        assert rounds_products(cuda) and not rounds_products(cpu)
-    with precision(torch.backends.mkldnn.matmul, "bf16"):
-        assert rounds_products(cpu) and not rounds_products(cuda)
-    assert not rounds_products(torch.device("mps"))
+    ours, theirs = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    with precision(ours, "ieee"), precision(theirs, "ieee"):
+        assert not rounds_products(cuda) and not rounds_products(cpu)
+        with precision(ours, "tf32"):
+            with pytest.raises(RuntimeError):
+                torch.get_float32_matmul_precision()  # it raises once one library was set alone
+            assert rounds_products(cuda) and not rounds_products(cpu)
+        with precision(theirs, "bf16"):
+            assert rounds_products(cpu) and not rounds_products(cuda)
+        assert not rounds_products(torch.device("mps"))
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (6, 4, 3, 3), (8,), (), (600, 700)])

@@ -298,7 +298,7 @@ def _store(y, acc, row, column, of, how):
 
 
 @triton.jit
-def factor(m, norm, offs_n, N):
+def _factor(m, norm, offs_n, N):
     """``m / ‖·‖``, 0 where both are, and what a gradient of m is divided by."""
     length = tl.load(norm + offs_n, mask=offs_n < N, other=1.0)
     length = tl.where(length == 0.0, 1.0, length)
@@ -336,7 +336,7 @@ def _tile(
             acc = _low_rank(acc, p, q, offs_m, offs_n, of, drop, how.R)
         if rescale.ON:
             _store(Matrix(rescale.z, y.batch, y.row, y.column), acc, row, column, of, how)
-            times, _ = factor(rescale.m, rescale.norm, offs_n, of.N)
+            times, _ = _factor(rescale.m, rescale.norm, offs_n, of.N)
             acc *= times[None, :]
         if BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]

@@ -72,8 +72,9 @@ def build() -> Path:
             ) from reason
         if code:
             raise ParamloraError(
-                f"{compiler[0]} ended with {code} on {_SOURCE}: what it said stands above. It must "
-                "know C++20 and find Python's headers; CXX names another"
+                f"{compiler[0]} ended with {code} on {_SOURCE}: what it said stands above. Install "
+                "one that knows C++20, with Python's headers, or name it by the environment "
+                "variable CXX"
             )
         made.replace(target)  # whole or not at all
     return target

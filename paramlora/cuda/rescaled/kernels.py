@@ -16,8 +16,8 @@ from paramlora.cuda.linear.kernels import (
     Rescale,
     Signals,
     Sizes,
+    _factor,
     _tile,
-    factor,
 )
 
 
@@ -80,7 +80,7 @@ def rescale(
     columns = tl.cdiv(N, BLOCK_N)
     offs_m = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    times, _ = factor(m, norm, offs_n, N)
+    times, _ = _factor(m, norm, offs_n, N)
     where = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tile = tl.load(z + where, mask=inside, other=0.0).to(tl.float32) * times[None, :]
@@ -98,7 +98,7 @@ def rescale_backward(
     columns = tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // columns
     offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    times, length = factor(m, norm, offs_n, N)
+    times, length = _factor(m, norm, offs_n, N)
     total = tl.zeros(
         (BLOCK_M, BLOCK_N), tl.float32
     )  # summed at the end: no step waits for another thread
