@@ -18,6 +18,7 @@ from paramlora.update.lokr import factors, kron, low_rank, rank_of_product
 _Maybe = Optional[Tensor]
 _SMALL = 2**16  # elements of a weight whose sum costs less than a small product for each row
 _FEW = 4  # of so many ranks of the weight's one may be, for the low-rank kernels to be the faster
+_REPAID = 4  # rows for each rank that repay forming the low-rank factors
 
 
 def linear(
@@ -26,8 +27,8 @@ def linear(
     r"""``x (W + scale · w_1 ⊗ w_2)ᵀ + bias``.
 
     With ``x`` as ``[b, d]`` and the output as ``[a, c]`` the second term is ``w_1 x w_2ᵀ``. Where
-    the kernels serve it and the Kronecker product is of a low rank (see `low_rank`), it is a
-    low-rank layer's.
+    the kernels serve it, the Kronecker product is of a low rank (see `low_rank`) and rows are many,
+    it is a low-rank layer's.
 
     Args:
         x: ``[..., b·d]``, of the weight's type, or of any under autocast.
@@ -55,7 +56,9 @@ def linear(
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     low = dtype.itemsize
     parts = {n: t.to(dtype) if t.dtype.itemsize < low else t for n, t in parts.items()}
-    if served(x) and _FEW * rank_of_product(parts) <= min(weight.shape):
+    rank = rank_of_product(parts) if served(x) else 0
+    few, repaid = _FEW * rank <= min(weight.shape), _REPAID * rank <= x.numel() // x.shape[-1]
+    if rank and few and repaid:
         return functional.linear(x, weight, bias, *low_rank(parts), scale)
     first, second = factors(parts)
     first, second = functional.cast(first * scale, dtype), functional.cast(second, dtype)

@@ -87,7 +87,7 @@ def whole(case, with_bias):
 def product(case):
     """Errors of a LoKr layer whose Kronecker product is of a low rank, and which kernels ran."""
     rows, (a, b), (c, d), r = {
-        "rank 32": (70, (8, 8), (20, 24), 4),
+        "rank 32": (140, (8, 8), (20, 24), 4),
         "both": (33, (8, 8), (9, 8), 2),
     }[case]
     x, weight, bias = torch.randn(rows, b * d), torch.randn(a * c, b * d), torch.randn(a * c)
