@@ -181,7 +181,8 @@ def test_what_a_run_lacks_is_told(tmp_path, capsys):
     """It may have been asked for a part alone; a way that is gone there may also have failed."""
     assert run_of(tmp_path, without("models", "unet")) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[1] == "not in this run: unet, bf16, paramlora" and len(told) == 3
+    lacks = "not in this run: unet, bf16, paramlora; unet, bf16, paramlora native"
+    assert told[1] == lacks and len(told) == 3
     assert run_of(tmp_path, without("kinds", "paramlora dora")) == 0
     assert re.search(
         r"not in this run: (kinds, [^;]+; ){3}[^;]+ and \d more", capsys.readouterr().out
