@@ -435,7 +435,11 @@ def test_build_compiles_once_and_prints_the_file(folder, capsys, monkeypatch):
     assert run(capsys, "build") == (0, out, "")
     Path(out.strip()).unlink()
     code, out, err = run(capsys, "build")
-    assert (code, out) == (2, "") and "false ended with 1" in err and "name it by the environment" in err
+    assert (
+        (code, out) == (2, "")
+        and "false ended with 1" in err
+        and "name it by the environment" in err
+    )
 
 
 def piped(folder, *command, stdout=subprocess.PIPE, encoding="utf-8"):
