@@ -184,7 +184,9 @@ def _bars(axes: Any, cases: list[str], series: dict[str, list[float]]) -> None:
         at = [i + (index - (len(series) - 1) / 2) * width for i in range(len(cases))]
         ours = name.startswith("paramlora")
         hatch = "//" if "compiled" in name else None
-        colour = "black" if ours else f"C{index % 10}"
+        colour = f"C{index % 10}"
+        if ours:
+            colour = "black" if name == "paramlora" or hatch else "dimgrey"
         axes.bar(at, values, width, label=name, color=colour, hatch=hatch)
     axes.set_xticks(range(len(cases)), [_broken(c) for c in cases], fontsize=8)
     axes.legend(fontsize=8, ncols=4)

@@ -108,7 +108,7 @@ class _Linear(torch.autograd.Function):
             result = operators.rescaled(Operands(x, weight, bias, a, b, scale), magnitude, norm)
         ctx.kernel = result is not None
         if result is not None:
-            y, z, u = (as_rows(result[0]), as_rows(result[1]), result[2])
+            y, z, u = as_rows(result[0]), as_rows(result[1]), result[2]
         else:
             z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
             factor, norm = _factor(magnitude, norm)
