@@ -425,7 +425,7 @@ def _check_rank(rank: int, terms: Mapping[str, list[_Strong]]) -> None:
         path = max(most, key=lambda path: most[path])
         raise AdapterError(
             f"rank (--rank) {rank} is more than any layer holds; the most is {most[path]}, of "
-            f"{path}. Give at most that."
+            f'"{path or "weight"}". Give at most that.'
         )
 
 

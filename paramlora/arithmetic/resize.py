@@ -95,7 +95,7 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
             path = max(own, key=lambda path: own[path])
             raise AdapterError(
                 f"rank (--rank) {rank} is above what there is: the highest is {own[path]}, of "
-                f"{path}. Cutting adds no rank; give at most that."
+                f'"{path or "weight"}". Cutting adds no rank; give at most that.'
             )
         return dict.fromkeys(own, rank)
     ranks: dict[str, int] = {}

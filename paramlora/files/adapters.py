@@ -39,7 +39,7 @@ from paramlora.model.targets import tensor_paths
 from paramlora.model.values import attach_adapter, check_fits, check_swap, swap_adapter
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import pieces_of
-from paramlora.update.outline import looked
+from paramlora.update.outline import Pieces, looked
 from paramlora.update.value import Adapter
 
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
@@ -152,7 +152,7 @@ def _read(
         form = formats.form_of(outline)
         fits(formats.read(outline, base(form), formats.noting(options), form.name))
 
-    content = checked(path, together, locked, look)
+    content = checked(path, together, locked, look, finite=True)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     if not adapter.values():  # reading loosely left all of it out
@@ -384,6 +384,7 @@ def checked(
     together: bool = False,
     locked: bool = False,
     look: Callable[[Content], object] = lambda outline: None,
+    finite: bool = False,
 ) -> Content:
     """What `opened` gives, once the format has found its outline sound: before any tensor is read.
 
@@ -392,14 +393,18 @@ def checked(
         together, locked: its tensors in one memory, for who drops them all soon, and which (see
             `SafeFile.every`).
         look: refuses a large file by its outline, all of whose tensors would be read in vain.
+        finite: show `look` which tensors are not finite; a large file is then read twice, the
+            first time piece by piece.
 
     Raises:
         FileError: as there, or by the format, or by `look`.
     """
 
-    def see(content: Content, read: Callable[[str], Tensor]) -> None:
+    def see(
+        content: Content, read: Callable[[str], Tensor], pieces: Optional[Pieces] = None
+    ) -> None:
         formats.form_of(content).check(content)
-        looked(content.state, read, lambda state: look(replace(content, state=state)))
+        looked(content.state, read, lambda state: look(replace(content, state=state)), pieces)
 
     weights = weights_in(path)
     if is_pickled(head_of(weights)):
@@ -408,7 +413,7 @@ def checked(
         return content
     file = SafeFile(weights)
     try:
-        see(_outline(weights, file), file.read)
+        see(_outline(weights, file), file.read, file.raw if finite else None)
         return _content(weights, file.every(together, locked), file.metadata)
     finally:
         file.close()

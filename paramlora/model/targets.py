@@ -369,15 +369,20 @@ def _names(place: Place) -> list[str]:
 def _matches(model: nn.Module, places: Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
         return _whole(places, entry)
-    out = []
+    out, passed = [], []
     for path, module, name, tensor in places.matching(entry.name):
         reason = _unfit(entry, module, tensor)
         if reason is None:
             out.append(_target(path, module, name, tensor, entry))
-        elif not _broad(entry.name, tensor):
-            raise TargetError(f'"{entry.name}" matches {_full(path, name)}, {reason}')
+            continue
+        told = f'"{entry.name}" matches {_full(path, name)}, {reason}'
+        if not _broad(entry.name, tensor):
+            raise TargetError(told)
+        passed.append((tensor.dim(), told))
     if not out and not places.hides(entry.name):
-        _refuse_containers(places.model, entry)
+        # of a weight it tells more than of the biases beside it
+        why = max(passed, key=lambda one: one[0])[1] if passed else None
+        _refuse_containers(places.model, entry, why)
     return out
 
 
@@ -420,7 +425,8 @@ def _whole(places: Places, entry: TargetConfig) -> list[Target]:
     return out
 
 
-def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
+def _refuse_containers(model: nn.Module, entry: TargetConfig, why: Optional[str]) -> None:
+    """Refuse an entry that names modules, and nothing to adapt; `why` is of a tensor in them."""
     for path, module in model.named_modules():
         if path and _means(entry.name, path, module):
             taken = {"parametrizations", BRANCHES} & set(path.split("."))
@@ -429,6 +435,8 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig) -> None:
                     f'"{entry.name}" matches {path}, but updates themselves stand under the name '
                     f'"{taken.pop()}". Rename the layer.'
                 )
+            if why is not None:
+                raise TargetError(why)
             names = (f"{at}.{n}" if at else n for at, _, n, t in _tensors(module) if t.dim() >= 2)
             inside = [f"{path}.{name}" for name in names]
             hint = f". Name what is inside it, for example {inside[0]}" if inside else ""
@@ -555,14 +563,15 @@ def _why_nothing(places: Places, name: str) -> str:
 
 def closest_in(model: nn.Module, name: str) -> str:
     """What of the model's may have been meant by a name, or else what there is."""
-    owners = [(path, one) for path, one, _, t in _tensors(model) if t.dim() >= 2]
+    # the weight of a model that is one layer has no other name
+    owners = [(path or name, one) for path, one, name, t in _tensors(model) if t.dim() >= 2]
     if name.startswith("type:"):
         start, last = "type:", name[5:].split(".")[-1]
-        known = [_class_name(one) for _, one in dict.fromkeys(owners)]
+        known = [_class_name(one) for one in dict.fromkeys(one for _, one in owners)]
     else:
         start, last = "", name.split(".")[-1]
         known = [path.split(".")[-1] for path, _ in owners]
-    best = closest(last, sorted(set(known) - {""}))
+    best = closest(last, sorted(set(known)))
     if not best:
         return _there(known)
     return f' Closest: "{start}{best[0]}" ({_layers(known.count(best[0]))}).'
@@ -581,14 +590,15 @@ def _layers(count: int) -> str:
 def _there(owners: list[str]) -> str:
     """What a model has to name, grouped by how often: ``query, key (2 layers each)``.
 
-    Numbers, which are places in a sequence and no names, are left out.
+    Numbers, which are places in a sequence and no names, are left out where there are names.
     """
     by_count: dict[int, list[str]] = {}
-    for name, count in Counter(name for name in owners if not name.isdigit()).items():
+    names = [name for name in owners if not name.isdigit()]
+    for name, count in Counter(names or owners).items():
         by_count.setdefault(count, []).append(name)
     parts, left = [], _LISTED
     for count, names in by_count.items():
-        shown = [name for name in names if name][: max(left, 0)]
+        shown = names[: max(left, 0)]
         left -= len(names)
         if shown:
             parts.append(spelled_group(shown, count))

@@ -123,8 +123,15 @@ def _largest_on_host(tensors: Iterable[Tensor]) -> list[float]:
     of those with any in them."""
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
-        extremes.setdefault(t.dtype, []).extend(torch.aminmax(t) if t.dim() else (t,))
+        once = t if t.is_contiguous() else _once(t)
+        extremes.setdefault(t.dtype, []).extend(torch.aminmax(once) if t.dim() else (t,))
     return [float(torch.stack(some).abs().max()) for some in extremes.values()]
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Without the numbers that an expanded tensor shows again, of which torch would make copies."""
+    sizes = [size if step else 1 for size, step in zip(tensor.shape, tensor.stride())]
+    return tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
 
 
 def _largest_on_device(tensors: list[Tensor]) -> float:

@@ -97,7 +97,7 @@ def test_an_update_of_zeros_has_rank_one():
         (0, None, "rank \\(--rank\\) must be a whole number and at least 1, got 0"),
         (1.5, None, "must be a whole number and at least 1, got 1.5"),
         ({"to_q": 1.5}, None, "must be a whole number and at least 1, got 1.5"),
-        (7, None, "rank \\(--rank\\) 7 is above what there is: the highest is 6, of a.to_q"),
+        (7, None, 'rank \\(--rank\\) 7 is above what there is: the highest is 6, of "a.to_q"'),
         ({"to_k": 5}, None, '"to_k": rank \\(--rank\\) 5 is above what there is: b.to_k has 4'),
         ({"zz": 1}, None, '"zz" names no layer. There are: '),
         ({"to_kk": 1}, None, '"to_kk" names no layer. Closest: "b.to_k"'),

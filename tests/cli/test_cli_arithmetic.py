@@ -146,7 +146,7 @@ def test_a_difference_gives_the_merged_model_back(folder, capsys):
         (("combine", "a.safetensors", "--how", "svd"), "give a rank (--rank), such as 16"),
         (("combine", "a.safetensors", "--alpha", "2"), "it tells its own scales. Leave alpha"),
         (("resize", "a.safetensors"), "give a rank or an energy, and one of them only"),
-        (("resize", "a.safetensors", "--rank", "4"), "the highest is 3, of 1"),
+        (("resize", "a.safetensors", "--rank", "4"), 'the highest is 3, of "1".'),
         (("resize", "a.safetensors", "--rank", "to_q=x"), "--rank to_q=x: no rank. Give a whole"),
         (("resize", "a.safetensors", "--rank", "1", "--rank", "2"), "--rank 1: no rank"),
         (("difference", "base.safetensors", "base.safetensors", "--rank", "1"),

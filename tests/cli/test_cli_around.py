@@ -355,7 +355,9 @@ def test_a_strict_run_says_which_option_to_leave_out(folder, capsys):
     (folder / "c.json").write_text(json.dumps({"0": {"r": 2}, "gone": {"r": 1}}))
     spec = f"{__name__}:net"
     code, _, err = run(capsys, "targets", "c.json", "--model", spec, "--strict")
-    assert code == 2 and err.endswith('"gone" matches nothing. Remove it, or leave strict out.\n')
+    assert code == 2 and err.endswith(
+        '"gone" matches nothing. There are: 0 (1 layer). Remove it, or leave strict out.\n'
+    )
 
 
 @pytest.mark.parametrize("content", [b"hello there\n" * 5, bytes(1000), bytes(range(255, 0, -1))])

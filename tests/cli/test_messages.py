@@ -92,6 +92,38 @@ def test_swapped_arguments_do_not_print_the_model(call):
         call(nn.Linear(2, 2), None)
 
 
-def test_without_names_there_is_no_list():
-    with pytest.raises(TargetError, match=r'"q_proj" matches nothing\.$'):
-        paramlora.attach(nn.Linear(2, 2), {"q_proj": {"r": 1}})
+@pytest.mark.parametrize(
+    "model, told, name",
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "There are: 0, 1 (1 layer each).", "1"),
+        (nn.Sequential(nn.Sequential(nn.Linear(2, 2))), "There are: 0 (1 layer).", "0"),
+        (nn.Linear(2, 2), "There are: weight (1 layer).", "weight"),
+        (nn.LayerNorm(2), '"q_proj" matches nothing.', None),
+    ],
+    ids=["numbers", "deep", "one layer", "nothing to adapt"],
+)
+def test_what_there_is_is_said_where_layers_have_no_names(model, told, name):
+    with pytest.raises(TargetError, match='"q_proj" matches nothing') as error:
+        paramlora.attach(model, {"q_proj": {"r": 1}})
+    assert str(error.value).endswith(told)
+    if name is not None:  # what it says can be named
+        assert paramlora.targets(model, {name: {"r": 1}})
+
+
+class Whole(nn.Module):
+    """A layer of integers, with a bias beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3))
+        weight = torch.ones(3, 4, dtype=torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+@pytest.mark.parametrize("name", ["*", "re:.*", "deep.*"])
+def test_a_pattern_that_finds_only_what_cannot_be_adapted_says_why(name):
+    model = nn.ModuleDict({"deep": nn.ModuleDict({"norm": nn.LayerNorm(3), "layer": Whole()})})
+    with pytest.raises(TargetError) as told:
+        paramlora.attach(model, {name: {"r": 1}})
+    start = f'"{name}" matches deep.layer.weight, of type torch.int8: a hard update needs one of '
+    assert str(told.value).startswith(start)

@@ -185,7 +185,11 @@ def test_a_layer_of_the_users_own_called_parametrizations_is_left_alone():
             False,
             'nothing to adapt in Sequential (3 modules): "9" matches nothing.',
         ),
-        ({"0": {"r": 1}, "9": {"r": 1}}, True, 'config: "9" matches nothing. Remove it, or leave'),
+        (
+            {"0": {"r": 1}, "9": {"r": 1}},
+            True,
+            'config: "9" matches nothing. There are: 0, 1 (1 layer each). Remove',
+        ),
         ({"re:0": {"r": 1}, "re:.*": {"r": 2}}, False, '0.weight: "re:0" and "re:.*" claim it equ'),
         (
             {"1": {"r": 4}},
