@@ -25,7 +25,15 @@ from paramlora.model.attach import (
 from paramlora.model.classes import Model
 from paramlora.model.digest import digests, others
 from paramlora.model.layer_class import parametrized
-from paramlora.model.targets import Target, adaptable, check_model, stem, targets_at, unwrapped
+from paramlora.model.targets import (
+    Target,
+    adaptable,
+    base_tensor,
+    check_model,
+    stem,
+    targets_at,
+    unwrapped,
+)
 from paramlora.model.undo import to_the_end
 from paramlora.update.attached import AttachedUpdate, answer
 from paramlora.update.contexts import own_context
@@ -66,11 +74,6 @@ def _load(
 ) -> None:
     live = _live(stems)
     _check(model, stems, state, adapter)
-    for key, tensor in live.items():
-        if tensor.is_meta:
-            raise FileError(
-                f"{key} lies on the meta device, where values are lost. Load the model first."
-            )
     # all that can fail or wait, before anything changes; and a device looks at numbers faster
     ready = _finite(live, _beside(live, state))
     own = {path: answer(update, "plain") for path, update in stems.items()}
@@ -97,6 +100,14 @@ def _check(
         for name, tensor in tensors.items():
             _check_fits(_key(path, name), state[_key(path, name)], name, tensor, stems[path])
             _check_its_own(_key(path, name), name, stems[path])
+            _check_is_there(_key(path, name), tensor)
+
+
+def _check_is_there(key: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise FileError(
+            f"{key} lies on the meta device, where values are lost. Load the model first."
+        )
 
 
 def _beside(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,12 +235,16 @@ def attach_adapter(
 
 
 def check_fits(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse an adapter whose paths or ranks `attach_adapter` would; its values are not looked at.
+    """Refuse an adapter whose paths or ranks `attach_adapter` would, or for a model without values;
+    its own are not looked at.
 
     Raises:
-        TargetError: as there.
+        TargetError, FileError: as there.
     """
-    targets_at(unwrapped(model), _entries(adapter.values()))
+    inner = unwrapped(model)
+    for target in targets_at(inner, _entries(adapter.values())):
+        module = inner.get_submodule(target.module)
+        _check_is_there(target.path, base_tensor(module, target.tensor))
 
 
 @own_context()

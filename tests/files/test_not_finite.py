@@ -73,6 +73,23 @@ def test_one_number_is_found_before_all_are_read(case, bad, tmp_path, monkeypatc
     assert not hasattr(model["a"], "parametrizations")
 
 
+@pytest.mark.skipif(not resident.COUNTED, reason="counts memory as Linux does")
+def test_a_model_without_values_takes_none_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("paramlora.update.outline.LARGE", 1 << 20)
+    attached = paramlora.attach(net(), {"a": {"r": ROWS}})
+    path = tmp_path / "a.safetensors"
+    paramlora.save_adapter(attached, path)
+    empty = net().to("meta")
+    holding = paramlora.attach(net().to("meta"), {"a": {"r": ROWS}})
+    for model, into in ((empty, None), (holding, "default")):
+        resident.restart()
+        before = resident.peak()
+        with pytest.raises(FileError, match="^a.* lies on the meta device, where values are lost"):
+            paramlora.load_adapter(model, path, into=into)
+        assert resident.peak() - before < MOST, into
+    assert not hasattr(empty["a"], "parametrizations")
+
+
 def test_a_stranger_that_is_not_finite_is_left_out_all_the_same(tmp_path, monkeypatch):
     """What is looked at first is refused by who takes it, and by nobody else."""
     monkeypatch.setattr("paramlora.update.outline.LARGE", 0)
