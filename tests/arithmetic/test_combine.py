@@ -283,7 +283,7 @@ NAN_WHOLE = Adapter({}, whole={"norm": torch.tensor([float("nan")])})
         ([one(2, 1, up_kernel="same")], "exact", {}, 'of a kind .*"same".*does not add'),
         ([one(2, 1)], "sum", {}, 'how \\(--how\\) "sum" is not known. Known: exact, svd'),
         ([one(2, 1)], "svd", {}, '"svd" gives a sum of a lower rank: give a rank'),
-        ([one(2, 1)], "svd", {"rank": 10}, "10 is more than any layer holds.* 9, of q"),
+        ([one(2, 1)], "svd", {"rank": 10}, "10 is more than any layer holds.* 9, of \"q\""),
         ([one(2, 1)], "svd", {"rank": 0}, "\\(--rank\\) must be .* at least 1, got 0"),
         ([one(2, 1)], "svd", {"rank": 2.0}, "rank .* must be a whole number .* got 2.0"),
         ([one(2, 1)], "exact", {"rank": 1}, 'has the rank that it has.* or use "svd"'),
