@@ -5,6 +5,7 @@ reaches neither another row nor another update's gradient. Tensors only.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Optional
 
 import torch
@@ -126,10 +127,7 @@ def _thin(x: Tensor, factor: Tensor, picks: Sequence[Tensor]) -> list[Tensor]:
 def _spread(thin: Sequence[Tensor], factor: Tensor, picks: Sequence[Tensor]) -> Tensor:
     """The sum of the products of what `_thin` gives, in order; those beyond a row's own ranks are
     zeros, which change no bit."""
-    y, *others = (u @ picked(factor, some, u.dtype) for u, some in zip(thin, picks))
-    for other in others:
-        y = y + other
-    return y
+    return reduce(torch.add, (u @ picked(factor, some, u.dtype) for u, some in zip(thin, picks)))
 
 
 def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -363,9 +361,8 @@ def _each(
             whole = cast(whole, factors[side].dtype)
             parts: Sequence[Tensor]
             numbers = [shape.numel() for shape in shapes]
-            if numbers.count(whole.numel() // len(shapes)) == len(
-                shapes
-            ):  # by one call: a layer has dozens of them
+            each, rest = divmod(whole.numel(), len(shapes))
+            if not rest and {*numbers} == {each}:  # by one call: a layer has dozens of them
                 parts = whole.view(len(shapes), *shapes[0]).unbind(0)
             else:
                 width = whole.numel() // sum(ranks)
@@ -612,10 +609,7 @@ def convolved(
         y = convolved(x.float(), shape, down, up, rows, stride, padding, dilation, groups)
         return y.to(x.dtype)
     values = x, shape, down, up, stride, padding, dilation, groups
-    y, *others = (_convolved(*values, some) for some in rows.picks)
-    for other in others:
-        y = y + other
-    return y
+    return reduce(torch.add, (_convolved(*values, some) for some in rows.picks))
 
 
 def _convolved(

@@ -5,6 +5,7 @@ Each row is multiplied by its own update and by nothing else, as in `routed`. Te
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -138,14 +139,11 @@ def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) 
     if x.dtype == torch.float16:
         return _low(x.float(), down, up, pairs).to(x.dtype)
     own, a, b = x[pairs.order], joined(down, x.dtype), joined(up, x.dtype)
-    parts = [
+    parts = (
         plain_product(plain_product(own, a[:, some], pairs.ends), b[:, some].mT, pairs.ends)
         for some in steps(a.shape[1])
-    ]
-    y = parts[0]
-    for other in parts[1:]:
-        y = y + other
-    return y[pairs.back]
+    )
+    return reduce(torch.add, parts)[pairs.back]
 
 
 class _Onto(torch.autograd.Function):

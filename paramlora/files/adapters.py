@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Optional, Union
 
@@ -101,8 +102,9 @@ def load_adapter(
             check_swap(model, found, into)
 
     with uncollected():
-        onto = next((u for *_, u in updates(model) if u.adapter == into), None)
-        locked = onto is not None and any(t.is_cuda for t in onto.parameters())
+        # of one that is attached: no other asks every module of the model
+        held = () if into is None else (u for *_, u in updates(model) if u.adapter == into)
+        locked = any(t.is_cuda for u in islice(held, 1) for t in u.parameters())
         found = _read(path, base, options, together=True, locked=locked, fits=fits)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)

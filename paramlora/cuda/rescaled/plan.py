@@ -29,7 +29,7 @@ def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Ten
     bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
     found, addresses = linear.planned_forward(bare, False, None, captured)
     if type(found) is linear.Forward and found.single is None:
-        return _together(found, of, addresses, m, norm)
+        return _in_the_product(found, of, addresses, m, norm)
     result = linear.forward(bare)
     if result is None:
         return None
@@ -37,7 +37,7 @@ def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Ten
     return rescale(z.view(-1, z.shape[-1]), m, norm, of.bias).view(z.shape), z, kept
 
 
-def _together(
+def _in_the_product(
     found: linear.Forward, of: Operands, addresses: tuple[int, ...], m: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` where the low-rank layer's product has a launch of its own: it stores z and y."""
