@@ -61,6 +61,7 @@ class Launch:
             self.options["launch_pdl"] = True
         self.run: Any = None
         self.head: tuple[Any, ...] = ()
+        self.compiled: Any = None  # the kernel, from the second launch of its kind on
 
     def __call__(
         self,
@@ -85,7 +86,8 @@ class Launch:
             if _TRUSTED[kind] is None:
                 self._by_triton(pointers, addresses, values, blocks)
                 return
-            self.run, self.head = _TRUSTED[kind]
+            self.compiled, self.head = _TRUSTED[kind]
+            self.run = self.compiled.run
         stream = cuda_stream(self.device)
         self.run(
             self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
@@ -122,7 +124,7 @@ class Launch:
         values: tuple[float, ...],
         blocks: tuple[Block, ...],
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
-        """Launch as Triton does: the compiled kernel's own function and what it takes first, or
+        """Launch as Triton does: the compiled kernel and what its own function takes first, or
         None where Triton hands over something else than `__call__` would."""
         described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
         arguments = (*described, *pointers, *values, *self.tail)
@@ -133,7 +135,7 @@ class Launch:
             head = (compiled.function, compiled.packed_metadata, None, None, None)
             start = (self.grid, 1, 1, cuda_stream(self.device), *head)
             if _same((*start, *blocks, *addresses, *values, *self.tail), calls):
-                return compiled.run, head
+                return compiled, head
         except AttributeError:  # of a Triton that names them otherwise
             pass
         _warn()

@@ -1,16 +1,18 @@
 """Runs a linear layer's step in C++ with its launches in Triton's interpreter, and prints how it
 compares with Python's own step, to the bit, and with float64.
 
-`test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; what it
-is given in place of a compiled launcher is a function that has the interpreter run the kernel on
-the addresses that C++ hands over. bfloat16, whose roundings the interpreter cuts off.
+`test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; in place
+of the driver's functions it is given ones that read the parameters as the driver would, and have
+the interpreter run the kernel on them. bfloat16, whose roundings the interpreter cuts off.
 """
 
 import ctypes
 import functools
 import json
+import struct
 import sys
 import threading
+import traceback
 import warnings
 from types import SimpleNamespace
 
@@ -24,46 +26,124 @@ from paramlora import kernels
 from paramlora.cuda import launch, operators
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import native, plan, tiles
-from paramlora.cuda.native import library
+from paramlora.cuda.native import driver, library
 from paramlora.evaluate import functional
 from tests.cuda import interpreted
 
 launches = []  # what C++ launched
 left = []  # backwards that C++ left to Python
 numbers = set()
+known = []  # launches, by the handle of their kernel less one
+described = {}  # what the driver was told of the matrix at an address
 one_at_a_time = threading.Lock()  # the interpreter knows no threads
+SCALARS = {4: "i", 8: "q"}
 
 
-def launched_from_cpp(single, *given):
-    """A compiled kernel's launcher: checks what stays the same, and interprets the kernel."""
+def kinds_of(single, pointers, blocks):
+    """A kernel's signature as Triton writes it, with the numbers that are 1 compiled in."""
+    memory = ["*bf16" for _ in pointers]
+    whole = ["constexpr" if n == 1 else "i32" if n < 2**31 else "i64" for n in single.numbers]
+    loads = [f"tensordesc<bf16{block.block_shape}>" for block in blocks]
+    return [*loads, *memory, "fp32", "i64", *whole, *("constexpr" for _ in single.constants)]
+
+
+def compiled_kernel(single, pointers, blocks):
+    """What is read of a kernel that Triton compiled."""
+    known.append(single)
+    kinds = kinds_of(single, pointers, blocks)
+    meta = [
+        {"swizzle": 3, "elem_size": 2, "block_size": block.block_shape, "fp4_padded": False}
+        for block in blocks
+    ]
+    nothing = ("launch_pdl", "launch_cooperative_grid")
+    none = ("global_scratch_size", "profile_scratch_size")
+    about = dict(num_warps=4, num_ctas=1, shared=16, tensordesc_meta=meta)
+    about |= dict.fromkeys(nothing, False) | dict.fromkeys(none, 0)
+    source = SimpleNamespace(signature=dict(enumerate(kinds)))
+    return SimpleNamespace(function=len(known), src=source, metadata=SimpleNamespace(**about))
+
+
+def sizes_of(kernel):
+    single = known[kernel - 1]
+    kinds = kinds_of(single, single.types, single.blocks)
+    own = {"i32": [4], "i64": [8], "fp32": [4], "constexpr": [], "*bf16": [8]}
+    return sum((own.get(kind, [128, 4, 4, 8, 8]) for kind in kinds), []) + [8, 8]
+
+
+def told(call):
+    """A function for C++ to call: the driver's result, and what went wrong on stderr."""
+
+    def called(*given):
+        try:
+            call(*given)
+            return 0
+        except BaseException:
+            traceback.print_exc()
+            return 1
+
+    return called
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+@told
+def launched_from_cpp(config, kernel, places, extra):
+    """`cuLaunchKernelEx`: checks what stays the same, and interprets the kernel."""
+    single = known[kernel - 1]
+    grid = struct.unpack("7I", ctypes.string_at(config, 28))
+    assert grid == (single.grid, 1, 1, 128, 1, 1, 16) and extra is None
     launches.append(single.kernel.fn.__name__)
-    grid, *rest = given[: 4 + len(single.head)]
-    assert (grid, *rest) == (single.grid, 1, 1, 0, *single.head)
-    given = given[4 + len(single.head) :]
-    blocks = tuple(one for one in given if type(one) is Block)
-    count = len(single.types)
-    addresses, values = given[len(blocks) :][:count], given[len(blocks) + count :][:2]
-    assert given[len(blocks) + count + 2 :] == single.tail
-    assert values[1] not in numbers
-    numbers.add(values[1])
-    described = {block.base.data_ptr(): block.base for block in blocks}
-    pointers = [described.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
+    sizes = sizes_of(kernel)
+    places = (ctypes.c_void_p * len(sizes)).from_address(places)
+    given = [ctypes.string_at(*pair) for pair in zip(places, sizes)]
+    blocks, addresses = [], []
+    for layout in single.tiles_of_blocks:
+        (address,), rest = struct.unpack("q", given[0][:8]), given[1:5]
+        shape, strides, block = layout
+        assert [struct.unpack(SCALARS[len(one)], one)[0] for one in rest] == [*shape, *strides]
+        assert described[address] == (*shape[::-1], 2 * strides[0], *block[::-1])
+        matrix = _at(address, torch.bfloat16, 1 + (shape[0] - 1) * strides[0] + shape[1] - 1)
+        blocks.append(Block(matrix, layout))
+        given = given[5:]
+    for one in given[: len(single.types)]:
+        addresses += struct.unpack("q", one)
+    strength, number, *rest = given[len(single.types) : -2]
+    rest = [struct.unpack(SCALARS[len(one)], one)[0] for one in rest]
+    assert rest == [n for n in single.numbers if n != 1] and not any(b"".join(given[-2:]))
+    (strength,), (number,) = struct.unpack("f", strength), struct.unpack("q", number)
+    assert number not in numbers
+    numbers.add(number)
+    bases = {block.base.data_ptr(): block.base for block in blocks}  # of one memory, one tensor
+    pointers = [bases.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
     with one_at_a_time:
-        interpreted.interpret(single, pointers, addresses, values, blocks)
+        interpreted.interpret(single, pointers, addresses, (strength, number), tuple(blocks))
 
 
-def _at(address, dtype):
-    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+@ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 12)
+@told
+def described_by_cpp(out, kind, rank, address, shape, strides, block, steps, *modes):
+    """`cuTensorMapEncodeTiled` of a matrix of bfloat16, where a zero pointer reads as None."""
+    assert (kind, rank, modes) == (9, 2, (None, 3, 2, None))
+    assert struct.unpack("2I", ctypes.string_at(steps, 8)) == (1, 1)
+    (step,) = struct.unpack("Q", ctypes.string_at(strides, 8))
+    of_matrix = struct.unpack("2Q", ctypes.string_at(shape, 16))
+    of_block = struct.unpack("2I", ctypes.string_at(block, 8))
+    described[address] = (*of_matrix, step, *of_block)
+    ctypes.memmove(out, struct.pack("q", address), 8)
+
+
+def _at(address, dtype, size=1):
+    memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype)
 
 
 def launched_from_python(self, pointers, addresses, values=(), blocks=()):
-    """`Launch.__call__`, which has a launcher from its second launch on."""
+    """`Launch.__call__`, whose kernel is compiled from its second launch on."""
     with one_at_a_time:
         interpreted.interpret(self, pointers, addresses, values, blocks)
-    if hasattr(self, "types"):
-        self.run, self.head = functools.partial(launched_from_cpp, self), (7, (4, 1, 0), None)
-    self.types = [t.dtype for t in pointers]
+    if hasattr(self, "types") and self.compiled is None:
+        self.compiled = compiled_kernel(self, pointers, blocks)
+    self.types, self.blocks = [t.dtype for t in pointers], blocks
+    self.tiles_of_blocks = [(b.shape, b.strides, b.block_shape) for b in blocks]
 
 
 def multiply_bfloat16():
@@ -99,6 +179,11 @@ def stand_in():
         return in_python(*given)
 
     functional._gradients_of_native = backward
+    calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
+    driver.addresses = lambda: {
+        name: ctypes.cast(call, ctypes.c_void_p).value for name, call in calls.items()
+    }
+    driver.sizes_of = sizes_of
     configure = functools.partial(module.configure, cpu=True)
     library.loaded = lambda: SimpleNamespace(configure=configure, linear=module.linear)
 

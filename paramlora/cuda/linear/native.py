@@ -1,6 +1,7 @@
-"""What the C++ of a linear layer (`native/linear.cpp`) asks of Python: plans, told as what each
-launch is handed over."""
+"""What the C++ of a linear layer (`native/linear.cpp`) asks of Python: plans, each told as a kernel
+and what the driver hands it."""
 
+import secrets
 from enum import IntEnum
 from typing import Any, Optional
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from paramlora.cuda import launch
 from paramlora.cuda.launch import Launch, tickets
 from paramlora.cuda.linear import plan
-from paramlora.cuda.native import library
+from paramlora.cuda.native import driver, library
+from paramlora.cuda.native.driver import Described
 from paramlora.cuda.operands import Operands, served, switched_on
 from paramlora.update.compat import cuda_device, cuda_stream
 
@@ -31,12 +33,11 @@ class Slot(IntEnum):
     DA = 10
     DB = 11
     TICKETS = 12
-    STREAM = 13
-    STRENGTH = 14
-    NUMBER = 15
-    BLOCK = 16
-    BLOCK_1 = 17
-    BLOCK_2 = 18
+    STRENGTH = 13
+    NUMBER = 14
+    BLOCK = 15
+    BLOCK_1 = 16
+    BLOCK_2 = 17
 
 
 def start(backward: Any) -> Any:
@@ -53,17 +54,18 @@ def start(backward: Any) -> Any:
         plan_backward=of_backward,
         backward=backward,
         tickets=tickets,
-        numbers=plan.NUMBERS,
+        number=2**62 + secrets.randbits(61),  # as `plan.NUMBERS`, whose numbers these never meet
         device=cuda_device,
         stream=cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
         switched_on=switched_on,
+        **driver.addresses(),
     )
     return module.linear
 
 
 # Both return sizes, strides, numbers to reserve, and a launch; None where the library never serves
-# such operands; False where it does not yet, for the first launches of a kernel are Triton's own.
+# such operands; False where it does not yet, for the first launch of a kernel is Triton's own.
 
 
 def of_forward(
@@ -94,14 +96,13 @@ def of_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, sca
 
 
 def _told(found: Any, single: Launch, matrices: Any, places: Any) -> Any:
-    if single.run is None:
+    if single.compiled is None:
         return None if launch.distrusted() else False
-    described = bool(found.tiles.layouts)
-    matrices = (Slot.BLOCK, Slot.BLOCK_1, Slot.BLOCK_2) if described else matrices
-    given = (single.grid, 1, 1, Slot.STREAM, *single.head, *matrices, *places)
-    given = (*given, Slot.STRENGTH, Slot.NUMBER, *single.tail)
-    slots = tuple(one if type(one) is Slot else None for one in given)
-    arguments = tuple(None if type(one) is Slot else one for one in given)
+    if found.tiles.layouts:
+        matrices = tuple(map(Described, matrices, found.tiles.layouts))
+    given = (*matrices, *places, Slot.STRENGTH, Slot.NUMBER, *single.tail)
+    handed = driver.handed(single.compiled, given, Slot.BLOCK)
+    if handed is None:
+        return None
     sizes, strides = found.result.shape, found.result.stride
-    blocks = found.tiles.blocks if described else None
-    return sizes, strides, found.size, single.run, arguments, slots, blocks
+    return sizes, strides, found.size, single.grid, *handed

@@ -55,7 +55,7 @@ def build() -> Path:
     if target.is_file():
         return target
     own = Path(torch.__file__).parent
-    folders = (own / "include", own / "include/torch/csrc/api/include")
+    folders = (own / "include", own / "include/torch/csrc/api/include", _cuda())
     headers = [f"-I{path}" for path in (*folders, sysconfig.get_paths()["include"])]
     libraries = [f"-L{own / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,14 @@ def build() -> Path:
             )
         made.replace(target)  # whole or not at all
     return target
+
+
+def _cuda() -> Path:
+    """The headers of CUDA's driver, which come with Triton."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        raise ParamloraError("the library launches Triton's kernels: pip install triton")
+    return Path(triton.origin).parent / "backends/nvidia/include"
 
 
 def loaded() -> Any:

@@ -1,6 +1,6 @@
 // A step of one linear layer as the host sees it, without Python: find the plan of its operands,
-// reserve memory, call the launcher that Triton compiled. It knows no CUDA: `linear/native.py` plans
-// and says what each launch is handed over, and whatever is not served here is left to Python's
+// reserve memory, have the driver launch the kernel that Triton compiled. `linear/native.py` plans
+// and tells each kernel's parameters, and whatever is not served here is left to Python's
 // `functional._Linear`, whose numbers these are to the bit.
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,12 +9,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <cuda.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
+#include <atomic>
+#include <bit>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,9 +33,27 @@ namespace {
 // What changes from launch to launch, in the order of `linear.native.Slot`; the first are addresses.
 enum Slot {
   INPUT, WEIGHT, BIAS, A, B, SCALE, OUT, KEPT, DY, SCRATCH, DA, DB, TICKETS,
-  ADDRESSES,
-  STREAM = ADDRESSES, STRENGTH, NUMBER, BLOCK, BLOCK_1, BLOCK_2,
+  STRENGTH, NUMBER, BLOCK, BLOCK_1, BLOCK_2,
   SLOTS,
+};
+using Values = std::array<uint64_t, SLOTS>;
+
+// A kernel's parameter: what is in a slot, or where that is negative always the same bits. Those of
+// 32 bits are the lower ones, which lie first in memory.
+static_assert(std::endian::native == std::endian::little);
+struct Parameter {
+  int slot;
+  uint64_t bits;
+};
+
+// How the tensor memory engine loads a matrix whose address is in a slot; its rows are contiguous.
+// As the driver wants it, the innermost dimension comes first.
+struct Block {
+  int slot;
+  CUtensorMapSwizzle swizzle;
+  std::array<cuuint32_t, 2> block;
+  std::array<cuuint64_t, 2> shape;
+  cuuint64_t stride;  // bytes
 };
 
 struct Plan {
@@ -40,14 +61,10 @@ struct Plan {
   std::vector<int64_t> sizes, strides;  // of the result
   int64_t size = 0;                     // of what is kept, or of the scratch
   bool tickets = false;
-  py::object run, blocks;
-  py::tuple arguments;                       // of `run`; what changes is None
-  std::vector<std::pair<int, int>> changes;  // (index among the arguments, slot)
-
-  ~Plan() {
-    py::gil_scoped_acquire held;
-    run.release().dec_ref(), blocks.release().dec_ref(), arguments.release().dec_ref();
-  }
+  CUfunction function = nullptr;
+  unsigned grid = 0, threads = 0, shared = 0;
+  std::vector<Parameter> parameters;
+  std::vector<Block> blocks;
 };
 
 using Key = c10::SmallVector<int64_t, 64>;
@@ -80,11 +97,14 @@ struct Plans {
 
 // What Python handed over once; never freed, for a thread may outlive the interpreter's end.
 struct State {
-  py::object plan_forward, plan_backward, backward, tickets, numbers;
+  py::object plan_forward, plan_backward, backward, tickets;
   py::object device, stream, capturing, switched_on;
+  decltype(&cuLaunchKernelEx) launch;  // of the driver, which is not linked: it need not be there
+  decltype(&cuTensorMapEncodeTiled) describe;
+  std::atomic<uint64_t> number;  // of the next launch, see `linear.plan.NUMBERS`
   c10::DeviceType kind = c10::DeviceType::CUDA;
   Plans forwards, backwards;
-  std::map<std::pair<int64_t, uint64_t>, std::pair<py::object, void*>> drawn;  // under the GIL
+  std::map<std::pair<int64_t, uint64_t>, std::pair<py::object, uint64_t>> drawn;  // under the GIL
 };
 State* state = nullptr;
 
@@ -142,21 +162,30 @@ void describe(Key& key, const Tensor& t) {
   key.append(t.strides().begin(), t.strides().end());
 }
 
-using Addresses = std::array<const void*, ADDRESSES>;
+uint64_t address_of(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr());
+}
 
 // What a plan depends on: all of each tensor but its numbers, and its alignment.
 Key key_of(c10::ArrayRef<const Tensor*> tensors) {
   Key key;
-  uintptr_t odd = 0;
+  uint64_t odd = 0;
   key.push_back(tensors[0]->get_device());
   for (const Tensor* t : tensors) {
     describe(key, *t);
-    odd |= reinterpret_cast<uintptr_t>(t->const_data_ptr());
+    odd |= address_of(*t);
   }
   if (odd & 15)
     for (const Tensor* t : tensors)
-      key.push_back(reinterpret_cast<uintptr_t>(t->const_data_ptr()) & 15);
+      key.push_back(address_of(*t) & 15);
   return key;
+}
+
+Block block_of(const py::tuple& of) {
+  auto [rows, columns] = of[2].cast<std::pair<cuuint32_t, cuuint32_t>>();
+  auto [height, width] = of[3].cast<std::pair<cuuint64_t, cuuint64_t>>();
+  auto swizzle = static_cast<CUtensorMapSwizzle>(of[1].cast<int>());
+  return {of[0].cast<int>(), swizzle, {columns, rows}, {width, height}, of[4].cast<cuuint64_t>()};
 }
 
 // The GIL is held. None: never served; False: not yet, so that Python is asked again.
@@ -169,15 +198,15 @@ std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::obje
     plan->sizes = py::cast<std::vector<int64_t>>(of[0]);
     plan->strides = py::cast<std::vector<int64_t>>(of[1]);
     plan->size = of[2].cast<int64_t>();
-    plan->run = of[3];
-    plan->arguments = of[4].cast<py::tuple>();
-    int index = 0;
-    for (py::handle slot : of[5].cast<py::tuple>()) {
-      if (!slot.is_none()) plan->changes.emplace_back(index, slot.cast<int>());
-      plan->tickets |= !slot.is_none() && slot.cast<int>() == TICKETS;
-      ++index;
+    plan->grid = of[3].cast<unsigned>();
+    plan->function = reinterpret_cast<CUfunction>(of[4].cast<uintptr_t>());
+    plan->threads = of[5].cast<unsigned>(), plan->shared = of[6].cast<unsigned>();
+    for (auto [slot, bits] : py::cast<std::vector<std::pair<int, uint64_t>>>(of[7])) {
+      plan->parameters.push_back({slot, bits});
+      plan->tickets |= slot == TICKETS;
     }
-    plan->blocks = of[6];
+    for (py::handle one : of[8]) plan->blocks.push_back(block_of(one.cast<py::tuple>()));
+    TORCH_CHECK(plan->blocks.size() <= SLOTS - BLOCK, "too many blocks are described");
   }
   plans.keep(key, plan);
   return plan;
@@ -187,37 +216,51 @@ Tensor reserved(at::IntArrayRef sizes, at::IntArrayRef strides, const Tensor& li
   return at::empty_strided(sizes, strides, like.options().requires_grad(false));
 }
 
-// The GIL is held. Blocks are of left, the weight and the result.
-void launch(
-    const Plan& plan, Addresses& at, double strength, const Tensor& left, const Tensor& weight,
-    const Tensor& out, const Tensor& like) {
-  std::array<py::object, SLOTS> given;
+// The GIL is held. The current stream, on which the launch will be; it tells where tickets are.
+CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
   auto index = py::int_(like.get_device());
-  given[STREAM] = must(PyObject_CallOneArg(state->stream.ptr(), index.ptr()));
+  auto current = must(PyObject_CallOneArg(state->stream.ptr(), index.ptr()));
+  const uint64_t stream = PyLong_AsUnsignedLongLong(current.ptr());
   if (plan.tickets) {
-    auto place = std::make_pair(
-        int64_t(like.get_device()), uint64_t(PyLong_AsUnsignedLongLong(given[STREAM].ptr())));
-    auto& drawn = state->drawn[place];
-    if (drawn.second == nullptr) {
+    auto& drawn = state->drawn[{like.get_device(), stream}];
+    if (drawn.second == 0) {
       auto made = must(PyObject_CallOneArg(state->tickets.ptr(), wrapped(like).ptr()));
-      drawn = {made, unwrapped(made).data_ptr()};
+      drawn = {made, address_of(unwrapped(made))};
     }
     at[TICKETS] = drawn.second;
   }
-  given[STRENGTH] = py::float_(strength);
-  given[NUMBER] = must(PyIter_Next(state->numbers.ptr()));
-  if (!plan.blocks.is_none()) {
-    auto made = plan.blocks(wrapped(left), wrapped(weight), wrapped(out)).cast<py::tuple>();
-    for (int i = 0; i < 3; ++i) given[BLOCK + i] = made[i];
+  return reinterpret_cast<CUstream>(stream);
+}
+
+void check(CUresult result, const char* call) {
+  TORCH_CHECK(result == CUDA_SUCCESS, call, " ended with the driver's error ", int(result));
+}
+
+// The GIL is not held: the driver may wait for room in the stream.
+void launch(const Plan& plan, Values& at, double strength, CUstream stream) {
+  at[STRENGTH] = std::bit_cast<uint32_t>(static_cast<float>(strength));
+  at[NUMBER] = state->number++;
+  alignas(128) std::array<CUtensorMap, SLOTS - BLOCK> maps;
+  constexpr std::array<cuuint32_t, 2> steps{1, 1};
+  for (size_t i = 0; i < plan.blocks.size(); ++i) {
+    const Block& of = plan.blocks[i];
+    check(state->describe(
+        &maps[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(at[of.slot]),
+        of.shape.data(), &of.stride, of.block.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+        of.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+        "cuTensorMapEncodeTiled");
   }
-  c10::SmallVector<PyObject*, 128> arguments(1, nullptr);  // the first is the callee's to use
-  for (py::handle one : plan.arguments) arguments.push_back(one.ptr());
-  for (auto [place, slot] : plan.changes) {
-    if (!given[slot]) given[slot] = must(PyLong_FromVoidPtr(const_cast<void*>(at[slot])));
-    arguments[place + 1] = given[slot].ptr();
+  c10::SmallVector<void*, 96> places;
+  for (const Parameter& of : plan.parameters) {
+    const void* place = of.slot < 0 ? &of.bits : &at[of.slot];
+    if (of.slot >= BLOCK) place = &maps[of.slot - BLOCK];
+    places.push_back(const_cast<void*>(place));
   }
-  size_t count = (arguments.size() - 1) | PY_VECTORCALL_ARGUMENTS_OFFSET;
-  must(PyObject_Vectorcall(plan.run.ptr(), arguments.data() + 1, count, nullptr));
+  CUlaunchConfig config{};
+  config.gridDimX = plan.grid, config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = plan.threads, config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = plan.shared, config.hStream = stream;
+  check(state->launch(&config, plan.function, places.data(), nullptr), "cuLaunchKernelEx");
 }
 
 struct Step {
@@ -226,20 +269,18 @@ struct Step {
   double strength;
 };
 
-// y and what the backward takes.
+// The GIL is held. y and what the backward takes.
 std::pair<Tensor, Tensor> computed(const Step& of) {
-  Tensor y, kept;
-  {
-    py::gil_scoped_release released;  // the allocator may wait for another thread
-    y = reserved(of.plan.sizes, of.plan.strides, of.x);
-    kept = reserved({of.plan.size}, {1}, of.x);
-  }
-  Addresses at{};
-  at[INPUT] = of.x.const_data_ptr(), at[WEIGHT] = of.weight.const_data_ptr();
-  at[A] = of.a.const_data_ptr(), at[B] = of.b.const_data_ptr(), at[SCALE] = of.scale.const_data_ptr();
-  at[OUT] = y.data_ptr(), at[KEPT] = kept.data_ptr();
-  at[BIAS] = of.bias.defined() ? of.bias.const_data_ptr() : at[KEPT];
-  launch(of.plan, at, of.strength, of.x, of.weight, y, kept);
+  Values at{};
+  auto stream = stream_of(of.plan, at, of.x);
+  py::gil_scoped_release released;  // the allocator may wait for another thread too
+  Tensor y = reserved(of.plan.sizes, of.plan.strides, of.x);
+  Tensor kept = reserved({of.plan.size}, {1}, of.x);
+  at[INPUT] = address_of(of.x), at[WEIGHT] = address_of(of.weight);
+  at[A] = address_of(of.a), at[B] = address_of(of.b), at[SCALE] = address_of(of.scale);
+  at[OUT] = address_of(y), at[KEPT] = address_of(kept);
+  at[BIAS] = of.bias.defined() ? address_of(of.bias) : at[KEPT];
+  launch(of.plan, at, of.strength, stream);
   return {y, kept};
 }
 
@@ -283,7 +324,7 @@ struct Linear : torch::autograd::Function<Linear> {
     if (!dy.defined() || !is_plain(dy) || dy.device() != x.device()) return {};
     for (const Tensor& t : saved)
       if (!is_plain(t) || t.device() != x.device()) return {};
-    if (reinterpret_cast<uintptr_t>(kept.const_data_ptr()) & 15) return {};
+    if (address_of(kept) & 15) return {};
     Key key = key_of({&dy, &x, &weight, &scale});
     key.push_back(a.size(0));
     auto plan = state->backwards.find(key);
@@ -301,16 +342,17 @@ struct Linear : torch::autograd::Function<Linear> {
     Tensor scratch = reserved({plan->size}, {1}, x);
     Tensor da = at::empty_strided({r, in}, {in, 1}, wide);
     Tensor db = at::empty_strided({out, r}, {r, 1}, wide);
-    Addresses at{};
-    at[INPUT] = x.const_data_ptr(), at[WEIGHT] = weight.const_data_ptr();
-    at[SCALE] = scale.const_data_ptr(), at[DY] = dy.const_data_ptr();
-    at[KEPT] = kept.const_data_ptr(), at[OUT] = dx.data_ptr(), at[SCRATCH] = scratch.data_ptr();
-    at[DA] = da.data_ptr(), at[DB] = db.data_ptr();
+    Values at{};
+    CUstream stream;
     {
       py::gil_scoped_acquire held;
       if (!is_launched(x)) return {};
-      launch(*plan, at, strength, dy, weight, dx, kept);
+      stream = stream_of(*plan, at, x);
     }
+    at[INPUT] = address_of(x), at[WEIGHT] = address_of(weight), at[SCALE] = address_of(scale);
+    at[DY] = address_of(dy), at[KEPT] = address_of(kept), at[OUT] = address_of(dx);
+    at[SCRATCH] = address_of(scratch), at[DA] = address_of(da), at[DB] = address_of(db);
+    launch(*plan, at, strength, stream);
     return {dx, da.to(a.scalar_type()), db.to(b.scalar_type()), Tensor()};
   }
 };
@@ -366,7 +408,10 @@ PyMethodDef method = {
 void configure(const py::kwargs& of) {
   auto made = std::make_unique<State>();
   made->plan_forward = of["plan_forward"], made->plan_backward = of["plan_backward"];
-  made->backward = of["backward"], made->tickets = of["tickets"], made->numbers = of["numbers"];
+  made->backward = of["backward"], made->tickets = of["tickets"];
+  made->number = of["number"].cast<uint64_t>();
+  made->launch = reinterpret_cast<decltype(made->launch)>(of["launch"].cast<uintptr_t>());
+  made->describe = reinterpret_cast<decltype(made->describe)>(of["describe"].cast<uintptr_t>());
   made->device = of["device"], made->stream = of["stream"];
   made->capturing = of["capturing"], made->switched_on = of["switched_on"];
   if (of.contains("cpu")) made->kind = c10::DeviceType::CPU;
