@@ -5,11 +5,14 @@ import re
 import shutil
 import sys
 import warnings
+from enum import IntEnum
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from paramlora.cuda.native import library
+from paramlora.cuda.native import driver, library
+from paramlora.cuda.native.driver import Described
 from paramlora.errors import ParamloraError, ParamloraWarning
 from paramlora.evaluate import functional
 from tests.cuda.started import printed
@@ -57,10 +60,9 @@ def test_what_is_wrong_is_said_as_python_says_it(results):
 def test_both_sides_number_what_changes_alike():
     source = library._SOURCE.read_text(encoding="utf-8")
     told = re.search(r"enum Slot \{(.*?)\};", source, re.DOTALL)[1]
-    names = [n for n in re.findall(r"\w+", told.replace("STREAM = ADDRESSES", "STREAM"))]
-    assert [n for n in names if n not in ("ADDRESSES", "SLOTS")] == [s.name for s in native.Slot]
+    names = re.findall(r"\w+", told)
+    assert names == [*(slot.name for slot in native.Slot), "SLOTS"]
     assert [s.value for s in native.Slot] == list(range(len(native.Slot)))
-    assert names.index("ADDRESSES") == native.Slot.STREAM  # after which no address comes
 
 
 @pytest.fixture
@@ -115,3 +117,81 @@ def test_it_is_not_even_looked_for_without_a_kernel():
     assert "paramlora.cuda.linear.native" in sys.modules  # by this file alone
     if not torch.cuda.is_available():
         assert functional._native is None and not functional._started
+
+
+# --- what the driver is handed: `native.driver` ---------------------------------------------------
+
+
+class Place(IntEnum):
+    X = 0
+    STRENGTH = 1
+    BLOCK = 2
+
+
+def kernel_of(changed=None, **about):
+    """A kernel as Triton tells it: a matrix for the memory engine, an address, numbers of 32 and 64
+    bits, one that is 1 and so compiled in, a constant; and the driver's sizes of its parameters."""
+    kinds = ["tensordesc<bf16[8, 16]>", "*bf16", "fp32", "i32", "i64", "constexpr", "constexpr"]
+    load = {"swizzle": 1, "elem_size": 2, "block_size": [8, 16], "fp4_padded": False}
+    plain = dict(num_warps=4, num_ctas=1, shared=96, launch_pdl=False, tensordesc_meta=[load])
+    plain |= dict(launch_cooperative_grid=False, global_scratch_size=0, profile_scratch_size=0)
+    metadata = SimpleNamespace(**{**plain, **about})
+    source = SimpleNamespace(signature=dict(enumerate(changed or kinds)))
+    return SimpleNamespace(function=5, src=source, metadata=metadata), load
+
+
+SIZES = [128, 4, 4, 8, 8, 8, 4, 4, 8, 8, 8]
+MATRIX = Described(Place.X, ([40, 32], [48, 1], [8, 16]))
+GIVEN = (MATRIX, Place.X, Place.STRENGTH, -7, 2**40, 1, 64)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.setattr(driver, "sizes_of", lambda kernel: {5: SIZES}[kernel])
+
+
+def test_a_launch_is_told_as_the_driver_takes_it(counted):
+    told = driver.handed(kernel_of()[0], GIVEN, Place.BLOCK)
+    fixed = [(-1, n) for n in (40, 32, 48, 1)]
+    numbers = [(-1, 2**64 - 7), (-1, 2**40)]
+    assert told.parameters == [
+        *((2, 0), *fixed, (0, 0), (1, 0), *numbers, (-1, 0), (-1, 0))
+    ]  # fmt: skip
+    assert told.blocks == [(0, 1, (8, 16), (40, 32), 96)]
+    assert (told.kernel, told.threads, told.shared) == (5, 128, 96)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"launch_pdl": True},
+        {"launch_cooperative_grid": True},
+        {"num_ctas": 2},
+        {"global_scratch_size": 8},
+        {"profile_scratch_size": 8},
+        {"tensordesc_meta": None},
+    ],
+    ids=str,
+)
+def test_a_launch_that_needs_more_is_left_to_python(more, counted):
+    assert driver.handed(kernel_of(**more)[0], GIVEN, Place.BLOCK) is None
+
+
+def test_another_triton_is_left_to_python(counted, monkeypatch):
+    kernel, load = kernel_of()
+    assert driver.handed(kernel, GIVEN[:-1], Place.BLOCK) is None
+    for kind in ("u8", "fp64", "tensordesc<bf16[8, 16]>"):
+        other, _ = kernel_of(
+            ["tensordesc<bf16[8, 16]>", "*bf16", "fp32", kind, "i64", *2 * ["i32"]]
+        )
+        assert driver.handed(other, GIVEN, Place.BLOCK) is None
+    load["elem_size"] = 4
+    assert driver.handed(kernel, GIVEN, Place.BLOCK) is None
+    del kernel.metadata.num_ctas
+    assert driver.handed(kernel, GIVEN, Place.BLOCK) is None
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:-1], [*SIZES, 8], [64, *SIZES[1:]]], ids=str)
+def test_parameters_that_the_driver_counts_otherwise_are_left_to_python(sizes, monkeypatch):
+    monkeypatch.setattr(driver, "sizes_of", lambda kernel: sizes)
+    assert driver.handed(kernel_of()[0], GIVEN, Place.BLOCK) is None

@@ -57,7 +57,8 @@ def addresses() -> dict[str, int]:
 
 def sizes_of(kernel: int) -> list[int]:
     """Bytes of each of a kernel's parameters, as the driver counts them (since CUDA 12.4)."""
-    size, sizes = ctypes.c_size_t(), []
+    sizes: list[int] = []
+    size = ctypes.c_size_t()
     of = _library().cuFuncGetParamInfo
     offset = ctypes.byref(ctypes.c_size_t())
     while not of(ctypes.c_void_p(kernel), ctypes.c_size_t(len(sizes)), offset, ctypes.byref(size)):
