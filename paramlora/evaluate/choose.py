@@ -84,6 +84,7 @@ CARDS = read_cards()
 def nearest(name: str, capability: tuple[int, int], processors: int) -> Thresholds:
     """A card's measurements, or those of the nearest one that was measured."""
     if name in CARDS:
+        # an unknown card follows the one likest to it; the CPU's entry has no capability
         return CARDS[name]
     measured = [card for card in CARDS.values() if card.capability != (0, 0)]
     return min(measured, key=lambda card: card.far(capability, processors))
@@ -146,7 +147,9 @@ def way(asked: Asked) -> Way:
     """How a hard layer is computed. How many launches `Way.KERNELS` then takes of a linear layer
     also depends on a CUDA graph and on the gradients that are wanted, see `launches`."""
     if asked.layer == "experts":
+        # nothing smaller to choose: no way of experts forms a dense sum
         return asked.kernels or Way.FACTORED
+    # a compiler cannot enter an autograd function with launches; the operator it takes whole
     if asked.dropout and asked.kernels and asked.layer == "linear":
         return Way.OPERATOR if asked.compiling else Way.KERNELS
     if asked.dropout:
@@ -174,12 +177,16 @@ def _convolution(asked: Asked) -> Way:
     device, dtype, shape, groups = asked.device, asked.dtype, asked.shape, asked.groups
     low, size, out, inner = dtype.itemsize == 2, prod(shape), shape[0], shape[1] * groups
     if low and not asked.compiling and (asked.kernels is not None or groups == 1):
+        # other groups have no kernel for 16 bits but those of single channels
         return asked.kernels or Way.JOINED
     if not low:
         if asked.numbers * size < device.small * inner and size < device.light:
             return Way.SUM  # a layer so small feels each line of Python
+        # about as many as outputs: padding and what a kernel cuts off are left out
         tokens = asked.numbers // (inner * prod(asked.stride))
         if groups > 1 or denser(tokens, size // out, out, dtype):
+            # in groups a branch repeats A for each, so the dense kernel is formed whatever the
+            # tokens
             return Way.SUM if asked.compiling or tokens * size < device.small else Way.DENSE
     return Way.PLAIN if groups == 1 else Way.OWN_KERNEL
 

@@ -42,6 +42,7 @@ from paramlora.update.contexts import autocast_of, in_own_types
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
+# only of 2 and 3 dimensions does torch have such a format
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -86,6 +87,7 @@ def convolution(
     """
     if strength != 1:
         scale = scale * strength
+    # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart
     if weight.stride(1) == 1:
         x = laid_as(x, weight)
     device = autocast_of(x)
@@ -93,6 +95,7 @@ def convolution(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
     window, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
     values = Operands(x, weight, bias, lora_A, lora_B, scale)
+    # float32 has no kernels of ours, and a compiler no operator for these
     ours = _kernels_way(values, window) if x.dtype.itemsize == 2 and not compiling else None
     about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, lora_A.shape[0])
     asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
@@ -116,7 +119,8 @@ def convolution(
 
 
 def _kernels_way(of: Operands, window: tuple[Any, ...]) -> Optional[Way]:
-    """How our kernels serve a convolution in 16 bits; those that are joined see for themselves."""
+    """The way in which our kernels serve a 16-bit convolution, or None: joined kernels are asked of
+    later."""
     if _is_pointwise(of.x, of.weight, window):
         return Way.POINTWISE
     if window[3] > 1 and not recorded():
@@ -146,6 +150,7 @@ def dropped_convolution(
         window: stride, padding, dilation and groups.
         drops: the masks.
     """
+    # as torch lays it for the plain layer, whose output's format follows it
     x, device = laid_as(x, weight), autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -154,6 +159,7 @@ def dropped_convolution(
             return dropped_convolution(*values, window, drops)
     up, about = narrow.of_factor(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
     asked = Asked(
+        # whatever knows no autograd function takes the plain operations, a compiler's way
         "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
         dropout=True, stride=window[0], groups=window[3],
     )  # fmt: skip
@@ -177,12 +183,16 @@ def _dropped_branches(
         branch(pad(masked(x, drops, which)), shape, a[ranks], up[:, ranks], *window)
         for which, ranks in ranks_of(drops)
     ]
+    # `sum` of 16 bits adds in float32 and rounds once, where `+` would round each time
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class _DroppedConvolution(torch.autograd.Function):
-    """In bfloat16 of one group by `_Joined`'s one accumulator; else, and for gradients, a CPU adds
-    both terms in float32 before their only rounding. Keeps x by reference, and the seed."""
+    """A convolution with dropout on its branch. Keeps x by reference, and the seed of the masks.
+
+    In bfloat16 and one group base and branch share one accumulator, as in `_Joined`; else, and for
+    gradients, a CPU adds both in float32 before their only rounding.
+    """
 
     @staticmethod
     def forward(
@@ -201,11 +211,13 @@ class _DroppedConvolution(torch.autograd.Function):
         ctx.rest, drops = (pad, window, rates, ranks), Drops(rates, ranks, seed)
         ctx.save_for_backward(x, weight, a, up, seed)
         conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
+        # float16 would need powers of two here, as `_Joined` has them
         if x.dtype == torch.bfloat16 and window[3] == 1:
             one = torch.ones((), dtype=up.dtype, device=up.device)
             both, down, _ = _kernels(weight, a, up, one)
             last = len(drops.ranks) - 1  # whose kernel also has the zeros that pad the rank
             parts = [
+                # each update has a mask of its own, so the first kernels cannot be one convolution
                 conv(
                     pad(masked(x, drops, i)),
                     down[own.start : own.stop if i < last else None],
@@ -231,6 +243,7 @@ class _DroppedConvolution(torch.autograd.Function):
         drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
         x, weight, dy = _wide_on_cpu(x, weight, dy)
 
+        # the branch by autograd: a mask may lie before a padding, whose gradient only `pad` knows
         def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
             return _dropped_branches(x, a, up, pad, shape, window, drops)
 
@@ -239,6 +252,7 @@ class _DroppedConvolution(torch.autograd.Function):
 
         dbias = _bias_gradient(dy) if needs[2] else None
         first, da, dup = differentiable(update, (x, a, up), (needs[0], *needs[3:5]), dy)
+        # torch's convolution_backward gives x's gradient, not that of what was padded into x
         if torch.is_grad_enabled() or pad(x) is not x:
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
@@ -249,15 +263,15 @@ class _DroppedConvolution(torch.autograd.Function):
 
 
 def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """All in float32 where x is of 16 bits on a CPU, whose products gain nothing by 16; a device
-    takes each rounded."""
+    """The tensors in float32 where x is of 16 bits on a CPU, whose products gain nothing by 16; on
+    a device as they are."""
     if not x.is_cpu or x.dtype.itemsize > 2:
         return x, *others
     return tuple(None if t is None else t.float() for t in (x, *others))
 
 
 def _rounded(t: Tensor, x: Tensor) -> Tensor:
-    """What was computed of x `_wide_on_cpu`, in x's type, and in memory as those of 16 bits lie."""
+    """A result of what `_wide_on_cpu` gave, in x's type and in x's memory format."""
     if t.dtype == x.dtype or is_batched(t):  # many gradients at once lie by no format
         return t.to(x.dtype)
     return laid_as(t.to(x.dtype), x)
@@ -281,8 +295,10 @@ def laid_as(x: Tensor, other: Tensor) -> Tensor:
 def _has_channels_last(t: Tensor) -> bool:
     """Whether channels come last, as torch judges by strides alone: a kernel of 1×1 lies the same
     in either format."""
+    # torch's own `is_channels_last_strides`, which has no public name: C, then the rest, then N
     least, shape, stride = 0, t.shape, t.stride()
     for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        # the last: [N, 1, 1, 1] fits every format, and counts as the usual one
         if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
             return False
         least = stride[axis] * shape[axis]
@@ -290,7 +306,7 @@ def _has_channels_last(t: Tensor) -> bool:
 
 
 def _is_pointwise(x: Tensor, weight: Tensor, window: tuple[Any, ...]) -> bool:
-    """Whether it is a linear layer of every position, and has a kernel as such."""
+    """Whether a convolution is a linear layer of every position, and our kernels serve that."""
     stride, padding, _, groups = window
     plain = prod(weight.shape[2:]) == groups == 1 and {*stride} == {1} and {*padding} == {0}
     return plain and has_kernel(x, weight.flatten(1))
@@ -317,6 +333,7 @@ def branch(
     """
     n, (first, second) = len(shape) - 2, kernels_of(down, up, shape[2:], groups)
     one = narrow.Stage(stride, padding, dilation, groups)
+    # `thin_pair` keeps float16 in range between both
     return thin_pair(x, first, second, one, pointwise_of(n, groups))
 
 
@@ -330,6 +347,7 @@ def kernels_of(
 ) -> tuple[Tensor, Tensor]:
     """The factors as kernels: ``[groups · r, C_in / groups, *kernel]`` and ``[C_out, r, 1...]``."""
     first = down.reshape(len(down), -1, *kernel)
+    # [groups·r, ...], group by group as torch counts outputs
     return each_group(first, groups), up.reshape(*up.shape, *[1] * len(kernel))
 
 
@@ -351,11 +369,14 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         of, window = Operands(*inputs[:6]), inputs[6:]
         x, weight, bias, a, b, scale = of
+        # the inputs themselves: below a and b become copies, which nobody can differentiate
         ctx.window, g, kept = window, None, (kept_input(ctx, x), weight, a, b, scale)
         if x.dtype == torch.float16:
+            # the reach of a convolution's output is a row of A
             a, b, g = narrow.in_range(x, a, b.float() * scale.float(), a.shape[1])
             scale = torch.ones_like(g)
             of = of._replace(a=a, b=b, scale=scale)
+        # make_fx sees no launch
         result = None if recorded() else convolved(of, window)
         ctx.kernel = result is not None
         if result is not None:
@@ -365,6 +386,7 @@ class _Joined(torch.autograd.Function):
         t = conv(x, down, None, *window)
         ctx.save_for_backward(*kept, t, g)
         more = _at_the_middle(t, x, weight.shape[2:], *window)
+        # the middle of some output's kernel lies in the padding, where x has no place for t
         if more is None:
             return conv(x, weight, bias, *window) + conv(t, up)
         return conv(torch.cat([x, more], 1), both, bias, *window)
@@ -404,9 +426,10 @@ def _gradients_in_range(
     wanted: Wanted,
     window: tuple[Any, ...],
 ) -> Gradients:
-    """`_gradients` of float16, whose forward had the power of two g, see `narrow`."""
+    """The gradients of a float16 convolution, whose forward had A times the power of two g."""
     scaled, ones = of.b.float() * of.scale.float(), torch.ones_like(g)
     up, down, h = narrow.in_range(dy, scaled, of.a, len(of.b))
+    # B's gradient with g in it must be undone before the scale's is found from it
     masks = wanted._replace(b=wanted.b or wanted.scale, scale=False)
     inside = of._replace(a=down, b=up, scale=ones)
     dx, da, db, dscale = _gradients(kernel, dy, inside, t, masks, window)
@@ -426,8 +449,10 @@ def _gradients(
     one, two = narrow.Stage(stride, padding, dilation, 1), pointwise_of(weight.dim() - 2, 1)
     dx = da = db = dscale = None
     down, up, thin_too = _down(weight, a), _up(weight, b, scale), wanted.x or wanted.a
+    # in float16 t has the forward's power and v another; the caller gives both back
     v, product = two.gradients(dy, t, up, (thin_too, wanted.b or wanted.scale))
     if wanted.x and v is not None:
+        # dy with v as more channels, against W with A below: one accumulator for x's gradient
         tall = torch.cat([weight, down], 0)
         dx, _ = one.gradients(torch.cat([dy, v], 1), x, tall, (True, False))
     if wanted.a and v is not None:
@@ -449,12 +474,14 @@ def _at_the_middle(
 ) -> _Maybe:
     """``t`` at those positions of x that a kernel's middle meets for each output, zeros elsewhere;
     None where it meets the padding."""
+    # where in x the kernel's middle lies for the first output, and below for the last
     firsts = [k // 2 * d - p for k, d, p in zip(kernel, dilation, padding)]
     lasts = [f + (size - 1) * s for f, size, s in zip(firsts, t.shape[2:], stride)]
     if min(firsts) < 0 or any(last >= size for last, size in zip(lasts, x.shape[2:])):
         return None
-    if t.shape[2:] == x.shape[2:]:
+    if t.shape[2:] == x.shape[2:]:  # stride 1 and "same" padding: t is there already
         return t
+    # between them zeros, which the joined kernel's middle adds
     more = laid_as(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
     at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
     more[at] = t
@@ -462,9 +489,10 @@ def _at_the_middle(
 
 
 def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels of both, joined, and those of the update alone, in the weight's type, their rank
-    padded with zeros to a multiple of the 8 channels that tensor cores take."""
+    """The joined kernel ``[W, B]``, and A and B as kernels of their own, all in the weight's type;
+    the rank padded with zeros to a multiple of the 8 channels that tensor cores take."""
     up = _up(weight, b, scale)
+    # B at index k // 2 of each dimension; F.pad counts from the last one
     around = [size for k in reversed(weight.shape[2:]) for size in (k // 2, k - 1 - k // 2)]
     return torch.cat([weight, F.pad(up, around)], 1), _down(weight, a), up
 
@@ -480,7 +508,8 @@ def _down(weight: Tensor, a: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """Forms the dense kernel, twice, and keeps x alone."""
+    """A convolution by the dense kernel, which is formed for the forward and again for the
+    gradients; keeps x alone."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -507,9 +536,11 @@ class _Convolution(torch.autograd.Function):
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         wanted = needs[3], needs[4] or needs[5]
+        # both factors' gradients follow from the dense one, see `_from_kernel`
         dense_too = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
         dx = kernel = dbias = None
         if needs[0] or dense_too or needs[2]:
+            # x's gradient is through the sum; without it any kernel of that size does
             dense = _kernel(weight, up, down) if needs[0] else weight
             dx, kernel, dbias = _backward(dy, x, dense, window, (needs[0], dense_too, needs[2]))
         if kernel is not None:
@@ -524,8 +555,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Depthwise(torch.autograd.Function):
-    """Single channels in 16 bits: the kernels' way, see `depthwise`. Keeps x and the sum of W and
-    the update in float32."""
+    """A 16-bit convolution of single channels in our kernels (see `operators.depthwise`). Keeps x,
+    and in float32 the sum of W and the update."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -533,6 +564,7 @@ class _Depthwise(torch.autograd.Function):
         x, weight, bias, a, b, scale = of
         ctx.window = window
         y, total = depthwise(of, window)
+        # the kernels sum W and the update once, in float32: as small as a row for each channel
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
         return y
 
@@ -559,7 +591,8 @@ class _Depthwise(torch.autograd.Function):
 def _differentiable(
     compute: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
 ) -> tuple[_Maybe, ...]:
-    """`differentiable`, and of a bias behind the weight."""
+    """The gradients that `differentiable` gives, with that of a bias in its place behind the
+    weight's."""
     dbias = _bias_gradient(dy) if needs[2] else None
     dx, dweight, *others = differentiable(compute, inputs, (*needs[:2], *needs[3:6]), dy)
     return dx, dweight, dbias, *others
@@ -594,12 +627,14 @@ def _from_thin(
     da: _Maybe = None
     inner, outer = kernels_of(down, up, shape[2:], 1)
     if wanted[0]:
+        # B as a 1×1 kernel, transposed: its own gradient of its input
         v = conv(dy, outer.transpose(0, 1))
         _, first, _ = _backward(v, x, inner, window, (False, True, False))
         da = None if first is None else first.reshape(down.shape)
     if not wanted[1]:
         return da, None
     one = ((1,) * n, (0,) * n, (1,) * n, 1)
+    # the thin product was not kept: dense ways keep x alone
     _, second, _ = _backward(dy, conv(x, inner, None, *window), outer, one, (False, True, False))
     return da, None if second is None else second.reshape(up.shape)
 
@@ -613,6 +648,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, window: tuple[Any, ...], masks: Sequence[bool]
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     stride, padding, dilation, groups = window
+    # `sizes` is the bias's; below False is for transposed, and `none` its output padding
     none, sizes = [0] * len(stride), [weight.shape[0]]
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         dy, x, weight, sizes, stride, padding, dilation, False, none, groups, list(masks)

@@ -79,24 +79,31 @@ def dropped(drops: Drops, which: int, start: int, rows: int, columns: int) -> Te
     Dietzfelbinger et al. 1997): of two elements, and of any four in two rows and two columns, no
     small multiples of the products add up to zero but by chance, so they fall independently.
     """
+    # an odd step apart, so that updates have masks of their own
     of_rows, of_columns = _keys(drops.seed + which * 0x632BE5AB)
+    # of 32 bits, whose products wrap as the kernels' do
     steps = torch.arange(max(rows, columns), dtype=torch.int32, device=drops.seed.device)
     row, column = _numbers(steps[:rows] + start, of_rows), _numbers(steps[:columns], of_columns)
     return row[:, None] * column < threshold(drops.rates[which])
 
 
 def _keys(seed: Tensor) -> tuple[Tensor, Tensor]:
-    """What numbers of rows, and of columns, are drawn from."""
+    """Two keys of 32 bits, from which `_numbers` makes those of the rows and of the columns."""
+    # int64 holds the bits of an unsigned constant only as the negative number; products wrap alike
     n = seed * (0x9E3779B97F4A7C15 - 2**64)
+    # `>>` of a signed number copies its sign, which the mask cuts off
     n = (n ^ (n >> 32 & 2**32 - 1)) * (0xD1342543DE82EF95 - 2**64)
     n = n ^ (n >> 32 & 2**32 - 1)
+    # the low half for rows, the high one for columns
     return n.to(torch.int32), (n >> 32).to(torch.int32)
 
 
 def _numbers(places: Tensor, key: Tensor) -> Tensor:
-    """The odd numbers that stand for rows or for columns."""
+    """The odd numbers of 32 bits that stand for rows or for columns in a mask."""
+    # the same in int32
     n = places * (0x9E3779B1 - 2**32) + key
     n = (n ^ (n >> 15 & 2**17 - 1)) * (0x846CA68B - 2**32)
+    # odd: a bijection on what it multiplies, so that no bit is lost
     return (n ^ (n >> 16 & 2**16 - 1)) | 1
 
 
@@ -107,10 +114,12 @@ def masked(x: Tensor, drops: Drops, which: int, start: int = 0) -> Tensor:
         x: of any shape; as rows of its last dimension.
         start: how many rows of the whole input lie before it.
     """
+    # also where a row has no columns, by which the line below divides
     if drops.rates[which] == 0 or x.numel() == 0:
         return x
     columns = x.shape[-1]
     mask = dropped(drops, which, start, x.numel() // columns, columns)
+    # filled, not multiplied: what is not finite must not reach through as NaN
     return x.masked_fill(mask.view(x.shape), 0)
 
 
@@ -156,7 +165,7 @@ def dropped_branch(
     """
     if rate == 0:
         return compute(x, first, second)
-    second = second / (1 - rate)
+    second = second / (1 - rate)  # here, where it costs r columns, and not on all of x
     drops = drops_for(x, (rate,), (1,))
     if untold() or recorded():
         return compute(masked(x, drops, 0), first, second)
@@ -166,6 +175,7 @@ def dropped_branch(
 def blocks(x: Tensor) -> Iterator[slice]:
     """Some rows of ``[rows, in]`` at a time."""
     rows, columns = x.shape
+    # what is alive at once: a block's mask and masked input, not those of all of x
     size = _BLOCK if x.is_cpu else _BLOCK_OF_A_DEVICE
     step = max(1, size // max(columns, 1))
     yield from (slice(at, min(at + step, rows)) for at in range(0, rows, step))
@@ -181,6 +191,7 @@ def ranks_of(drops: Drops) -> Iterator[tuple[int, slice]]:
 
 def thin(x: Tensor, down: Tensor, drops: Drops) -> Tensor:
     """``(mask ∘ x) @ downᵀ``: ``[rows, in]``, ``[r, in]``."""
+    # each update masks x its own way, so that A's rows cannot be one product
     u = x.new_empty(len(x), len(down))
     for rows in blocks(x):
         for which, ranks in ranks_of(drops):
@@ -191,10 +202,12 @@ def thin(x: Tensor, down: Tensor, drops: Drops) -> Tensor:
 def thin_sums(v: Tensor, x: Tensor, drops: Drops) -> Tensor:
     """``vᵀ @ (mask ∘ x)``, in float32 where both are of 16 bits: ``[r, in]``."""
     low = x.dtype.itemsize == 2
+    # a sum over blocks: in 16 bits each `+=` would round
     total = x.new_zeros(v.shape[1], x.shape[1], dtype=torch.float32 if low else x.dtype)
     for rows in blocks(x):
         for which, ranks in ranks_of(drops):
             own, some = masked(x[rows], drops, which, rows.start), v[rows, ranks]
+            # a block's sums leave float16's range; bfloat16 has float32's
             if x.dtype == torch.float16:
                 total[ranks] += some.t().float() @ own.float()
             else:
@@ -210,6 +223,7 @@ def spread(v: Tensor, down: Tensor, drops: Drops, dtype: torch.dtype) -> Tensor:
             masked(v[rows, ranks] @ down[ranks], drops, which, rows.start)
             for which, ranks in ranks_of(drops)
         ]
+        # `sum` of 16 bits adds in float32, and rounds once
         total[rows] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return total
 
@@ -237,6 +251,7 @@ def dropped_linear(
         with torch.autocast(device, enabled=False):
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
     compiling, ours = untold() or recorded(), None
+    # the operator draws the mask under a compiler; transforms and make_fx know neither way
     if is_compiling() or not compiling:
         ours = _served(Operands(x, weight, bias, lora_A, lora_B, scale), drops)
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
@@ -271,7 +286,8 @@ def dropped_by_definition(
 
 
 def _served(of: Operands, drops: Drops) -> Optional[Way]:
-    """Our kernels where they serve, of one mask that drops anything, and were found the faster."""
+    """`Way.KERNELS` where they serve the operands with one mask that drops anything, and were found
+    the faster on the device; else None."""
     x = of.x
     ours = len(drops.rates) == 1 and drops.rates[0] > 0 and has_kernel(x, of.weight)
     ours = ours and fits(of) and masks_fit(of, Drop(drops.rates[0], drops.seed))
@@ -279,7 +295,8 @@ def _served(of: Operands, drops: Drops) -> Optional[Way]:
 
 
 class _Dropped(torch.autograd.Function):
-    """Keeps x by reference, the seed, and the thin product; of the kernels with both factors."""
+    """A linear layer with dropout on its update's input. Keeps x by reference, the seed, and the
+    thin product; where the kernels computed it, also both factors in x's type."""
 
     @staticmethod
     def forward(
@@ -317,6 +334,7 @@ class _Dropped(torch.autograd.Function):
         held, weight, a, b, scale, seed, u = ctx.saved_tensors
         needs, x, drops = ctx.needs_input_grad, input_of(ctx, held, weight), (*ctx.drops, seed)
         dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
+        # many gradients have no address, nor a block that can be written into
         if torch.is_grad_enabled() or is_batched(dy) or (ctx.kernel and not switched_on()):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -343,8 +361,10 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> o
     needs, flat, dy = ctx.needs_input_grad, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
+        # the gradient meets B first: B's scale is in it, and A's part is B's in the forward
         wide = narrow.of_factor(b)
         one = torch.ones((), dtype=wide.dtype, device=b.device)
+        # transposed: `narrowed` wants the first as [r, n], the second as [n, r]
         up, down, h = narrowed(dy, (wide * scale * ctx.strength).t(), a.t(), one, 1.0)
         v = dy @ up.t()  # [rows, r]
         if needs[0]:
@@ -352,9 +372,11 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> o
         if needs[3]:
             da = thin_sums(v, flat, drops)
             da = cast(da if h is None else da / h, a.dtype)
+    # u was kept only where x was
     if u is not None and (needs[4] or needs[5]):
         if ctx.power is None:
             product = (u.t() @ dy).t()
+        # of float16 u has the power of two of its forward
         else:
             product = narrow.outer(u, dy).t() / ctx.power
         db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[5])
@@ -363,6 +385,7 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> o
 
 def _input_gradient(dy: Tensor, weight: Tensor, v: Tensor, down: Tensor, drops: Drops) -> Tensor:
     """``dy @ W + mask ∘ (v @ down)``, rounded once."""
+    # cuBLAS rounds between the products; the mask allows no joined one
     if dy.is_cuda and dy.dtype.itemsize == 2 and torch.version.hip is None:
         dx = torch.mm(dy, weight, out_dtype=torch.float32)
         return dx.add_(spread(v, down, drops, dy.dtype)).to(dy.dtype)

@@ -32,6 +32,7 @@ from paramlora.update.compat import applied, grouped_product, is_batched, record
 from paramlora.update.contexts import autocast_of
 
 _Maybe = Optional[Tensor]
+# torch's `grouped_mm` wants every stride a multiple of 16 bytes
 _ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
 _HIGHEST = 128  # rank whose thin products the kernels hold in registers
 _MOST = 1024  # experts among which a block of rows looks for its own
@@ -75,6 +76,8 @@ def grouped_linear(
         >>> assert torch.allclose(y[2:], x[2:] @ (W + 0.5 * B @ A)[1].T)
     """
     device = autocast_of(x)
+    # a custom operator's schema holds no callable, as `Computed` has; and under autocast its rows
+    # must be computed in the caller's context, before that is left below
     untold = is_compiling() or recorded()
     if source is not None and not isinstance(source, Chosen) and (device is not None or untold):
         x, source = source.rows(x), None
@@ -84,17 +87,22 @@ def grouped_linear(
             factors = (lora_A, lora_B, scale, strength)
             return grouped_linear(x, weight, ends, *factors, drops, source, bias)
     x = cast(x, weight.dtype)  # which the plain product does too
+    # an operator's schema takes lists, and no NamedTuple
     masks = ([], [], None) if drops is None else ([*drops.rates], [*drops.ranks], drops.seed)
     if untold:
         op: Any = torch.ops.paramlora.grouped_linear
+        # no seed: nothing is dropped; no order: the last two are read by nobody, but are no
+        # optionals
         order, back, rest = taken_apart(source)
         values = (x, weight, ends, lora_A, lora_B, scale * strength)
         y, _ = op(*values, *masks, bias, order, back, *(rest or (1, False)))
         return y  # type: ignore[no-any-return]
+    # an autograd function without `setup_context` is refused by torch.func's transforms
     if transformed():
         x = x if source is None else cast(source.rows(x), weight.dtype)
         y = grouped_by_definition(x, weight, ends, lora_A, lora_B, scale * strength, drops)
         return y if bias is None else y + bias[owners(ends, len(y))]
+    # apart, as `save_for_backward` and autograd see tensors only where they are inputs of their own
     parts = (*masks, bias, *taken_apart(source))
     return applied(_Grouped, x, weight, ends, lora_A, lora_B, scale, strength, *parts)
 
@@ -108,6 +116,7 @@ def plain_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def owners(ends: Tensor, rows: int) -> Tensor:
     """The expert of each row; of one that is nobody's the last."""
     every = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    # `searchsorted` gives len(ends) behind the last end, where a bias has no row
     return torch.searchsorted(ends, every, right=True).clamp_(max=len(ends) - 1)
 
 
@@ -123,6 +132,7 @@ def grouped_by_definition(
     """`grouped_linear` in plain operations, for gradients of gradients: a loop over the experts."""
     weight = weight.repeat_interleave(len(ends) // len(weight), 0)  # of pairs, whose factors differ
     up, drops = narrow.of_factor(lora_B) * scale, drops or Drops((0.0,), (lora_A.shape[1],), ends)
+    # something to concatenate where no expert has a row
     parts = [x.new_zeros(0, weight.shape[1])]
     for e, rows in runs(ends):
         y = x[rows] @ weight[e].t()
@@ -138,6 +148,7 @@ def grouped_by_definition(
 def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, and these."""
     start = 0
+    # `tolist` waits for a device, which its grouped product does not
     for e, end in enumerate(ends.tolist()):
         if end > start:
             yield e, slice(start, end)
@@ -146,6 +157,7 @@ def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _on_device(x: Tensor, *sizes: int) -> bool:
     """Whether a device's grouped product serves, which then waits for no sizes."""
+    # `grouped_mm` takes bfloat16 alone, and ROCm's is another
     serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
     return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
 
@@ -158,9 +170,10 @@ def serves_pairs(x: Tensor, weight: Tensor, groups: int, r: int) -> bool:
 
 
 def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
-    """Our kernels where they serve, of one mask at most, and were found the faster, or are the only
-    way, as of pairs."""
+    """How a grouped product is computed: by our kernels where they serve it with one mask at most,
+    and were found the faster, or are the only way, as for pairs."""
     ours = (drops is None or len(drops.ranks) == 1) and serves_pairs(x, weight, len(a), a.shape[1])
+    # torch has no operation for pairs but a copy of the matrix for each, so no measurement decides
     alone = len(a) > len(weight)
     best = Way.KERNELS if ours and (alone or choose.measured(x.get_device(), "experts")) else None
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[1])
@@ -168,12 +181,13 @@ def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
 
 
 def _width(x: Tensor, r: int) -> int:
-    """Numbers in a row of a thin product: where a device's grouped product serves, it is padded."""
+    """How many numbers a row of a thin product has: r, padded where a device's grouped product is
+    what reads it."""
     return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
 
 
 def _drop(drops: Optional[Drops]) -> Optional[Drop]:
-    """The one mask, as the kernels take it."""
+    """The mask as the kernels take it, which know of one at most; None where nothing is dropped."""
     return None if drops is None or not drops.rates[0] else Drop(drops.rates[0], drops.seed)
 
 
@@ -191,6 +205,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
         if drops is None:
             return grouped_product(x, _padded(first).mT, offs=ends)  # type: ignore[no-any-return]
         parts = [
+            # without the padding of each part: the ranks of all lie one after the other
             grouped_product(masked(x, drops, i), _padded(first[:, own]).mT, offs=ends)[:, :r]
             for (i, own), r in zip(ranks_of(drops), drops.ranks)
         ]
@@ -220,6 +235,7 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
             x, weight = torch.cat([x, u], 1), _stacked(weight, _padded(second))
         return grouped_product(x, weight, offs=ends)  # type: ignore[no-any-return]
     y = x.new_zeros(len(x), weight.shape[2])
+    # u of the kernels' forward or of a device is padded to `_width`, the factor is not
     second = second if u.shape[1] == second.shape[1] else _padded(second)
     for e, rows in runs(ends):
         _sum_of_products(x[rows], weight[e], u[rows], second[e], y[rows])
@@ -227,7 +243,8 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
 
 
 def _stacked(weight: Tensor, second: Tensor) -> Tensor:
-    """Both below each other, in memory as the weight, which is then copied as it lies."""
+    """``[experts, in + r, out]``, the weight with `second` below it, in the weight's memory order,
+    so that it is copied as it lies."""
     if weight.stride(1) == 1:
         return torch.cat([weight.mT, second.mT], 2).mT
     return torch.cat([weight, second], 1)
@@ -243,11 +260,14 @@ def _spread(
         for which, own in ranks_of(drops):
             thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
             part = grouped_product(thin, _padded(down[:, own]), offs=ends)
+            # a mask falls between the thin product and the sum, so that they cannot be joined in
+            # one product
             dx = dx + masked(part, drops, which)
         return dx
     dx = dy.new_zeros(len(dy), weight.shape[2])
     for e, rows in runs(ends):
         for which, own in ranks_of(drops):
+            # the small part first: `addmm_` then adds the large one in its float32 accumulator
             dx[rows] += masked(v[rows, own] @ down[e, own], drops, which, rows.start)
         dx[rows].addmm_(dy[rows], weight[e])
     return dx
@@ -258,6 +278,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
     if x.dtype.itemsize > 2:
         torch.mm(x, w, out=y).addmm_(u, v)
     elif x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+        # `out_dtype` of torch.mm is CUDA's alone
         y.copy_(torch.mm(x, w, out_dtype=torch.float32).addmm_(u.float(), v.float()))
     else:
         torch.mm(u, v, out=y).addmm_(x, w)
@@ -271,7 +292,7 @@ def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     total = left.new_zeros(len(ends), left.shape[1], right.shape[1])
     for e, rows in runs(ends):
         if left.dtype == torch.float16:  # sums of many products leave its range
-            total = total.float()
+            total = total.float()  # the first time only: it stays in float32 then
             total[e] = narrow.outer(left[rows], right[rows])
         else:
             torch.mm(left[rows].t(), right[rows], out=total[e])
@@ -281,12 +302,15 @@ def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 def _narrowed_back(
     dy: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
 ) -> tuple[Tensor, Tensor, _Maybe]:
-    """B with its scale, and A, in the type of dy, whose range in float16 is another than x's."""
+    """B with its scale, and A, in the type of dy, and in float16 the power of two between them:
+    another than the forward's, as dy has another range than x."""
     if dy.dtype != torch.float16:
         down, up, h = narrowed(dy, a, b, scale, strength)
         return up, down, h
+    # the gradient meets B first, so B has the part that A has in the forward
     scaled = b.float() * (scale if strength == 1 else scale * strength)
     one = torch.ones((), dtype=scaled.dtype, device=b.device)
+    # reads as (first, second, power): both sides have changed places with those above
     return narrowed(dy, scaled, a, one, 1.0)
 
 
@@ -315,7 +339,7 @@ def _forward(
     if _way(x, weight, a, drops) is Way.KERNELS:
         from paramlora.cuda.experts import plan
 
-        x, ends = x.contiguous(), ends.int()
+        x, ends = x.contiguous(), ends.int()  # the kernels read ends of 32 bits
         u = plan.thin(x, down, ends, _width(x, a.shape[1]), _drop(drops))
         return plan.product(x, weight.mT, ends, u, up.mT, bias=bias), u
     u = _thin(x, down, ends, drops)
@@ -371,7 +395,8 @@ def _backward_in_kernels(
     u: _Maybe,
     wanted: "tuple[bool, ...] | list[bool]",
 ) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """`_backward`, in three launches."""
+    """The gradients of x, A, B and the scale that are `wanted`, in three launches of our
+    kernels."""
     from paramlora.cuda.experts import plan
 
     x, ends, drop, r = x.contiguous(), ends.int(), _drop(drops), a.shape[1]
@@ -404,7 +429,8 @@ def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: 
 
 
 class _Grouped(torch.autograd.Function):
-    """Keeps x, or what its rows are made of, by reference, and the thin product."""
+    """`grouped_linear` as one node of autograd. Keeps x, or what its rows are made of, by
+    reference, and the thin product."""
 
     @staticmethod
     def forward(
@@ -424,12 +450,15 @@ class _Grouped(torch.autograd.Function):
         back: _Maybe,
         rest: Any,
     ) -> Tensor:
+        # `rest`: a `Computed`, or what a `Chosen` is but its two tensors
         ctx.strength, ctx.masks, ctx.rest = strength, (rates, ranks), rest
         rows = _rows(x, put_together(order, back, rest), weight)
         drops = _drops(rates, ranks, seed)
         y, u = _forward(rows, weight, ends, a, b, scale, strength, drops, bias)
+        # `kept_input` asks for a bias where the ends are: neither gets a gradient
         held = kept_input(ctx, x)
         thin = None if held is None else u
+        # of a `Computed`, the only source without an order that has a rest
         held = x if order is None and rest is not None else held  # whose gradient reads it
         ctx.save_for_backward(held, weight, ends, a, b, scale, thin, seed, order, back)
         return y
@@ -448,6 +477,7 @@ class _Grouped(torch.autograd.Function):
                 factors = (_rows(x, source, weight), weight, ends, a, b, scale * ctx.strength)
                 return grouped_by_definition(*factors, drops)
 
+            # x itself, with what makes its rows inside of `again`: the gradient is then x's
             inputs = (x, weight, a, b, scale)
             dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *needs[3:6]), dy)
             return dx, dweight, None, *others, *none
@@ -461,6 +491,7 @@ class _Grouped(torch.autograd.Function):
 
 def _of_matrices(sums: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the weight, from those of all groups."""
+    # groups that share a matrix lie one after the other; 1, but for pairs
     each = len(sums) // len(weight)
     return sums.view(len(weight), each, *sums.shape[1:]).sum(1).to(weight.dtype)
 
@@ -477,6 +508,7 @@ def _again(
     if source is None:
         return x, lambda dx: dx
     if isinstance(source, Chosen) and not held:
+        # only the factors' gradients would read the rows; what is left asks for their sizes
         return dy.new_empty(len(dy), weight.shape[2]), lambda dx: source.pulled(dx, ends)
     rows, pulled = source.again(x, ends)
     return cast(rows, weight.dtype), pulled
@@ -526,12 +558,14 @@ def _(
     top: int,
     partial: bool,
 ) -> tuple[Tensor, Tensor]:
+    # as the real one: an operator's fake must give the sizes that the operator gives
     r = a.shape[1]
     padded = r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
     rows = len(x) if order is None else len(order)
     return x.new_empty(rows, weight.shape[1]), x.new_empty(rows, padded)
 
 
+# an operator of its own, so that a compiler sees one call in the backward too
 @torch.library.custom_op("paramlora::grouped_linear_backward", mutates_args=())
 def _backward_op(
     dy: Tensor,
@@ -553,11 +587,13 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     drops = _drops(rates, ranks, seed)
     source = put_together(order, back, (top, partial) if order is not None else None)
+    # rows are read for the weight, A, B or the scale; the second one wanted is x
     read = wanted[0] or any(wanted[2:])
     rows, pulled = _again(x, source, read, dy, weight, ends)
     dx, *others = _backward(dy, rows, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
     dense = _of_matrices(expert_sums(dy, rows, ends), weight) if wanted[0] else None
     grads = (None if dx is None else pulled(dx), *others)
+    # a schema has no optional tensor among what it returns; empty ones stand for those not wanted
     found = [x.new_empty(0) if g is None else g.contiguous() for g in (dense, *grads)]
     return found[0], found[1], found[2], found[3], found[4]
 

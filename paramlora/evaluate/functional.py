@@ -72,6 +72,7 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
+    # under a compiler `_native` would be a call it cannot see into
     if not is_compiling() and _native is not None:
         y = _native(x, weight, bias, lora_A, lora_B, scale, strength)
         if y is not None:
@@ -92,13 +93,16 @@ def _linear(
     compiling = is_compiling()
     way = way_of(x, weight, bias, a, b, scale, compiling)
     if way is Way.OPERATOR:
+        # the operator takes matrices: a schema has no "..."
         flat = x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.paramlora.linear(flat, weight, bias, a, b, scale * strength)
         return y.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
     if way is Way.SUM:
+        # B's side is scaled, so that the sum is one `addmm` of the size of W
         up = scaled_down(b, scale, strength, x.dtype)
         return F.linear(x, summed(weight, up, cast(a, x.dtype)), bias)
     if way is Way.PLAIN and not compiling:
+        # `addmm` onto the output, where autograd saves the thin product and no sum
         up, thin = scaled_down(b, scale, strength, x.dtype), F.linear(x, cast(a, x.dtype))
         return _added(F.linear(x, weight, bias), thin, up.t())
     if way is Way.PLAIN:
@@ -110,7 +114,9 @@ def way_of(
     x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, compiling: bool
 ) -> Way:
     """The way of `linear`, of operands in the types in which it computes."""
+    # eagerly the kernels look at their operands themselves and fall back, see `_Linear.forward`
     ours = served(x)
+    # an operator cannot fall back once it is in the graph: ask all of it here
     if compiling and ours:
         ours = has_kernel(x, weight) and fits(Operands(x, weight, bias, a, b, scale))
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, a.shape[0])
@@ -128,6 +134,7 @@ def pointwise(
         bias, lora_A, lora_B, scale: as of `linear`.
     """
     rows = x.flatten(2).transpose(1, 2)
+    # a transposed view of [N, positions, in], of which the kernels take any strides
     y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True, Way.KERNELS)
     return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
 
@@ -135,6 +142,7 @@ def pointwise(
 def without_autocast(backward: _Gradients) -> _Gradients:
     """A function's backward in its forward's types, whatever the context that it is called in."""
 
+    # autograd runs a backward in the context of whoever calls it, whose autocast would round
     @functools.wraps(backward)
     def called(ctx: Any, dy: Tensor) -> Any:
         device = autocast_of(dy)
@@ -167,11 +175,14 @@ def thin_pair(x: Tensor, first: Tensor, second: Tensor, one: Any, two: Any) -> T
         (x,) = cast_for_autocast(device, x)
         with torch.autocast(device, enabled=False):
             return thin_pair(x, first, second, one, two)
+    # only float16 needs powers of two, and those an autograd function
     if x.dtype != torch.float16 or untold():
         return in_a_row(x, first, second, one, two)
+    # its gradient is aten.convolution_backward's, which takes no image without a batch
     if one is not narrow.LINEAR and x.dim() < first.dim():  # an image without its batch
         return thin_pair(x[None], first, second, one, two)[0]
 
+    # `narrow`, in update/, may not import this module, so it is handed what it calls
     def again(inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor) -> list[_Maybe]:
         return differentiable(lambda x, f, s: in_a_row(x, f, s, one, two), inputs, needs, dy)
 
@@ -204,6 +215,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
     dtype = torch.get_autocast_dtype(device)
+    # autocast leaves float64, and what is no float, as it is
     return [
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
@@ -211,8 +223,11 @@ def cast_for_autocast(device: str, *tensors: _Maybe) -> list[Any]:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x by reference and ``x·Aᵀ``; of the kernels with both factors in x's type; where the
-    dense sum is formed, x alone."""
+    """A linear layer with its update as one node of autograd.
+
+    Keeps x by reference and ``x·Aᵀ``; where the kernels computed it, also both factors in x's type;
+    where the dense sum is formed, x alone.
+    """
 
     @staticmethod
     def forward(
@@ -229,12 +244,14 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.strength, ctx.image, ctx.dense = strength, image, way is Way.DENSE
         result = None
+        # make_fx records torch's operations, and would miss a launch
         if way is Way.KERNELS and not recorded():
             of = Operands(x, weight, bias, a, b, scale)
             result = operators.forward(of, strength, image)
         ctx.kernel = result is not None
         if result is not None:
             if not _started:
+                # after the first success, so that C++ is asked only where the kernels serve
                 _start()
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
@@ -245,6 +262,7 @@ class _Linear(torch.autograd.Function):
         else:
             u = flat @ down.t()
             y = both(flat, weight.t(), u, up.t(), bias)
+        # only for the gradients of A, B and the scale: of a frozen layer x and u are freed at once
         held = kept_input(ctx, x)
         ctx.save_for_backward(held, weight, a, b, scale, None if held is None else u)
         return y if x.dim() == y.dim() else unflattened(y, x)
@@ -255,6 +273,8 @@ class _Linear(torch.autograd.Function):
         held, weight, a, b, scale, u = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, input_of(ctx, held, weight)
         dbias = as_rows(dy).sum(0) if needs[2] else None
+        # a graph is made of the gradient, or dy has no memory of its own: torch's operations alone
+        # serve
         if torch.is_grad_enabled() or in_plain_operations(ctx.kernel, dy):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -270,6 +290,7 @@ class _Linear(torch.autograd.Function):
         else:
             grads = gradients(ctx, dy, of, u)
         dx, da, db, dscale = grads
+        # of a weight trained beside its update; rare, so the kernels do not compute it
         dweight = as_rows(dy).t() @ as_rows(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, None, None, None
 
@@ -283,7 +304,7 @@ def _start() -> None:
 
 
 class _Kept(NamedTuple):
-    """What `_Linear.backward` reads of its context, of a forward in C++."""
+    """Stands in for the context that `_Linear.backward` reads, where the forward was in C++."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -316,6 +337,7 @@ def in_plain_operations(kernel: bool, dy: Tensor) -> bool:
     switched off since then, or dy is many gradients, which have no range of their own either."""
     if kernel and not switched_on():
         return True
+    # of float16 each gradient would need its own power of two, found from its own numbers
     return (kernel or dy.dtype == torch.float16) and is_batched(dy)
 
 
@@ -332,6 +354,7 @@ def narrowed(
     """
     if x.dtype != torch.float16:
         return cast(a, x.dtype), scaled_down(b, scale, strength, x.dtype), None
+    # in float32 before the power of two is found: the scaled B may be beyond the range
     b = b.float() * (scale.float() * strength)
     down, up, g = narrow.in_range(x, a, b, x.shape[-1])
     return down.half(), up.half(), g
@@ -343,12 +366,14 @@ def kept_input(ctx: Any, x: Tensor) -> _Maybe:
     needs = ctx.needs_input_grad
     if needs[1] or needs[3] or needs[4] or needs[5]:
         return x
+    # shape and strides alone: `input_of` makes an empty tensor of these
     ctx.sizes = x.shape, x.stride()
     return None
 
 
 def input_of(ctx: Any, held: _Maybe, weight: Tensor) -> Tensor:
     """The input, or where `kept_input` kept nothing any tensor of its sizes."""
+    # nobody reads its numbers: they only say of what sizes a gradient is
     return weight.new_empty_strided(*ctx.sizes) if held is None else held
 
 
@@ -362,29 +387,34 @@ def gradients(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradie
     dx = da = db = dscale = None
     v = dy @ up if needs[0] or needs[3] else None  # [N, r]
     if needs[0]:
+        # formed again: keeping it would cost a dense matrix for each layer
         total = summed(weight, up, down) if ctx.dense else None
         dx = dy @ total if total is not None else both(dy, weight, v, down)
         dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
     if needs[3]:
         da = cast(v.t() @ flat, a.dtype)  # type: ignore[union-attr]
     if needs[4] or needs[5]:
+        # the dense way kept x alone
         u = flat @ down.t() if u is None else u
         db, dscale = gradient_of_second((u.t() @ dy).t(), b, scale, ctx.strength, needs[5])
     return dx, da, db, dscale
 
 
 def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operators.Gradients:
-    """`_gradients` of float16, whose forward had the power of two `ctx.power`, see `narrow`."""
+    """`gradients` of float16, whose forward had A times the power of two `ctx.power`."""
     x, weight, _, a, b, scale = of
     needs, flat, dy = ctx.needs_input_grad, as_rows(x), as_rows(dy)
     dx = da = db = dscale = None
     if needs[0] or needs[3]:
+        # the loss's scale is in dy: its range is another than x's, so the power is found anew
         scaled = b.float() * (scale.float() * ctx.strength)
         up, down, h = narrow.in_range(dy, scaled, a, dy.shape[1])
         v = dy @ up.half()
         if needs[0]:
+            # float16 is never dense, see `choose.denser`
             dx = both(dy, weight, v, down.half())
             dx = dx if x.dim() == dx.dim() else dx.view(x.shape)
+        # sums over all rows leave the range: `outer` gives float32
         da = (narrow.outer(v, flat) / h).to(a.dtype) if needs[3] else None
     if u is not None and (needs[4] or needs[5]):
         product = narrow.outer(u, dy).t() / ctx.power
@@ -394,6 +424,7 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
 
 def unflattened(y: Tensor, x: Tensor) -> Tensor:
     """``[rows, out]`` in an input's dimensions; no view, which nobody could change in place."""
+    # a custom function's output that is a view raises where it is changed in place
     return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
@@ -404,12 +435,13 @@ def as_rows(x: Tensor) -> Tensor:
 def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor:
     """``x @ w + u @ v + bias``; in 16 bits the smaller product comes first, so that one float32
     accumulator takes both, and the bias last, so that a large one does not drown it."""
+    # from 32 bits on no rounding matters: the large product first, with the bias inside
     if x.dtype.itemsize > 2:
         y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
         return y.addmm_(u, v)
     if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
         y = torch.mm(x, w, out_dtype=torch.float32)
-        y = y.addmm_(u.float(), v.float())
+        y = y.addmm_(u.float(), v.float())  # `addmm_` wants them in y's type
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     y = torch.mm(u, v).addmm_(x, w)
     return y if bias is None else y.add_(bias)
@@ -418,13 +450,14 @@ def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor
 def summed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``weight + up @ down``, in memory as the weight: by another layout some processors round a
     product otherwise than the layer's own forward does."""
+    # a transposed one; [1, n] is both, and takes the plain way
     if weight.stride(0) == 1 and len(weight) > 1:
         return torch.addmm(weight.t(), down.t(), up.t()).t()
     return torch.addmm(weight, up, down)
 
 
 def _added(base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
-    """``base + thin @ up`` of so many dimensions."""
+    """``base + thin @ up``, where base and thin have any dimensions in front: one `addmm`."""
     if base.dim() == 2:
         return torch.addmm(base, thin, up)
     flat = torch.addmm(base.reshape(-1, base.shape[-1]), thin.reshape(-1, thin.shape[-1]), up)
@@ -440,6 +473,7 @@ def differentiable(
     Of aliases: an input may itself come from a layer of the same factors, and what reaches them
     through it is added by whoever asked for the gradients.
     """
+    # whether the caller asked for create_graph: then these gradients have a graph too
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [_alias(t) if need else t for t, need in zip(inputs, needs)]
@@ -500,6 +534,7 @@ def embedding_in_range(
     strength: float,
 ) -> Tensor:
     """`embedding`, that of a float16 table in float32."""
+    # below it is compared with indices, which are not negative
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
     with in_own_types(weight):  # autocast leaves a look-up in the table's own type
@@ -512,9 +547,10 @@ def embedding_in_range(
 
 
 def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor:
-    """``[..., r]``: the columns of A that belong to such rows."""
+    """``[..., r]``: A's columns for some rows of an embedding's table."""
     if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
         return lora_A.index_select(1, rows.reshape(-1)).t()
+    # as an embedding of Aᵀ, whose gradient adds up rows, and leaves out that of `padding_idx`
     return F.embedding(rows, lora_A.t(), padding_idx)
 
 

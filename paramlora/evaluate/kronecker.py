@@ -57,14 +57,18 @@ def linear(
     # have products of the weight's type
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     low = dtype.itemsize
+    # products of factors that are not whole must not be rounded in between
     parts = {n: t.to(dtype) if t.dtype.itemsize < low else t for n, t in parts.items()}
+    # only our kernels make a low-rank layer the faster way; elsewhere two small products are
     rank = rank_of_product(parts) if served(x) else 0
+    # a rank beyond half of the smaller side has more products than the dense sum
     few, repaid = 2 * rank <= min(weight.shape), _REPAID * rank <= x.numel() // x.shape[-1]
     if 0 < rank <= _WIDEST and few and repaid:
         return functional.linear(x, weight, bias, *low_rank(parts), scale)
     first, second = factors(parts)
     first, second = functional.cast(first * scale, dtype), functional.cast(second, dtype)
     if x.dtype.itemsize > 2 and weight.numel() <= _SMALL:
+        # one sum, and a plain product, whose gradient autograd knows
         return F.linear(x, weight + kron(first, second), bias)
     if untold() or recorded():
         return _by_definition(x, weight, bias, first, second)
@@ -75,12 +79,13 @@ def _by_definition(
     x: Tensor, weight: Tensor, bias: _Maybe, first: Tensor, second: Tensor
 ) -> Tensor:
     split = torch.unflatten(functional.cast(x, second.dtype), -1, (first.shape[1], -1))
+    # [..., b, c], then [..., a, c]: first mixes blocks, second acts within each
     y = torch.matmul(first, torch.matmul(split, second.t())).flatten(-2)
     return functional.cast(F.linear(x, weight, bias) + y, x.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` of two whole factors; keeps x and ``x w_2ᵀ``."""
+    """A linear layer with ``w_1 ⊗ w_2`` of two whole factors, scaled; keeps x and ``x w_2ᵀ``."""
 
     @staticmethod
     def forward(
@@ -128,15 +133,17 @@ def _added(x: Tensor, w: Tensor, left: Tensor, right: Tensor, bias: _Maybe = Non
     if x.dtype.itemsize > 2:
         y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
         shaped = y.view(*left.shape[:-1], right.shape[-1])
+        # into y through its view: shaped as left @ right lies
         shaped.baddbmm_(left, right) if batched else shaped.addmm_(left, right)
         return y
     low = (torch.bmm(left, right) if batched else torch.mm(left, right)).view(len(x), -1)
+    # on a CPU one float32 accumulator takes both; float16's low is in float32 already
     if not x.is_cuda and low.dtype == x.dtype:
         y = low.addmm_(x, w)
         return y if bias is None else y.add_(bias)
     if x.is_cuda and torch.version.hip is None:
         y = torch.mm(x, w, out_dtype=torch.float32)
-    else:
+    else:  # ROCm has no `out_dtype`, and a CPU's float16 no range
         y = torch.mm(x.float(), w.float())
     y = y.add_(low)
     return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -24,8 +24,10 @@ _HIGHEST = 128  # rank whose factors the kernel of the norms holds in registers
 def norms_of(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """`output_norms`, in 16 bits on CUDA in one launch, which reads the weight once."""
     ours = served(weight) and 0 < len(a) and padded(len(a)) <= _HIGHEST and weight.numel() > 0
+    # the kernel gets bare addresses: all must lie on one device
     near = {t.get_device() for t in (a, b, scale)} == {weight.get_device()}
     if not (ours and near) or untold() or recorded():
+        # a compiler, a transform or a recorder sees torch's operations only
         return output_norms(weight, a, b, scale)
     from paramlora.cuda.rescaled import plan
 
@@ -63,6 +65,7 @@ def linear(
                 return linear(x, weight, bias, a, b, scale, magnitude)
     if x.dtype == torch.float16 and not served(x):  # beyond its range a sum may be, before it is
         x, weight = x.float(), weight.float()  # rescaled
+        # and back once, behind the rescaling, where the numbers are in range again
         bias = None if bias is None else bias.float()
         return linear(x, weight, bias, a, b, scale, magnitude).half()
     way = functional.way_of(x, weight, bias, a, b, scale, is_compiling())
@@ -74,6 +77,7 @@ def linear(
     if way is Way.SUM:
         up = operators.scaled_down(b, scale, 1.0, x.dtype)
         total = functional.summed(weight, up, functional.cast(a, x.dtype))
+        # no gradient through the norm: section 4.3 of the paper
         norm = torch.linalg.vector_norm(total.detach(), dim=1, keepdim=True)
         return F.linear(x, total * _factor(magnitude, norm)[0], bias)
     return applied(_Linear, x, weight, bias, a, b, scale, magnitude, way)
@@ -81,6 +85,7 @@ def linear(
 
 def _factor(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """What each output is multiplied by, and the norm that it was divided by, 1 in place of 0."""
+    # m and norm are 0 together in a fresh row of zeros, and 0/1 gives the 0 that 0/0 would not
     own, length = functional.cast(magnitude, norm.dtype), norm.masked_fill(norm == 0, 1)
     return (own if own.shape == norm.shape else own.reshape(norm.shape)) / length, length
 
@@ -102,6 +107,7 @@ class _Linear(torch.autograd.Function):
         way: Way,
     ) -> Tensor:
         ctx.strength, ctx.dense, ctx.inside = 1.0, way is Way.DENSE, False
+        # inside: False of the kernels, which add a bias behind; else `_product` settles it
         result, u, factor = None, None, None
         if way is Way.KERNELS and _is_typed(magnitude, bias):
             norm = norms_of(weight, a, b, scale)
@@ -113,6 +119,7 @@ class _Linear(torch.autograd.Function):
             z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
             factor, norm = _factor(magnitude, norm)
             y = _times(z, factor, bias, ctx.inside)
+        # x, bias, A, B and the scale stand where `kept_input` looks; the magnitude is needs[6]
         held = functional.kept_input(ctx, x)
         more = u if held is not None else None, z if ctx.needs_input_grad[6] else None
         inner = bias if ctx.inside else None
@@ -125,6 +132,7 @@ class _Linear(torch.autograd.Function):
         held, weight, a, b, scale, u, z, magnitude, norm, factor, inner = ctx.saved_tensors
         needs, x = ctx.needs_input_grad, functional.input_of(ctx, held, weight)
         dbias = as_rows(dy).sum(0) if needs[2] else None
+        # many gradients at once: `_times` writes into `out`, which a batched tensor does not take
         plain = is_batched(dy) or functional.in_plain_operations(ctx.kernel, dy)
         if torch.is_grad_enabled() or plain:
 
@@ -142,6 +150,7 @@ class _Linear(torch.autograd.Function):
             dx, da, db, dscale = operators.backward(shaped, of, 1.0, u, Wanted(*needs[:6]))
         else:
             dx, da, db, dscale = functional.gradients(ctx, dz, of, u)
+        # the weight's own product lies before the rescaling, so its gradient is dz's
         dweight = dz.t() @ as_rows(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, dm, None
 
@@ -151,11 +160,13 @@ def _product(
 ) -> tuple[Tensor, _Maybe, Tensor]:
     """The low-rank layer's output of rows in torch's operations, its thin product, and the norms;
     `ctx.inside` tells whether the bias is in it."""
+    # in 16 bits a large bias drowns what is rounded; it is added behind
     ctx.inside = bias is not None and weight.dtype.itemsize > 2
     down, up, ctx.power = functional.narrowed(x, a, b, scale, 1.0)
     inner = bias if ctx.inside else None
     if ctx.dense:
         total = functional.summed(weight, up, down)
+        # of the sum that is there already; the other way never forms it, see `output_norms`
         return F.linear(x, total, inner), None, torch.linalg.vector_norm(total, dim=1)
     u = x @ down.t()
     return functional.both(x, weight.t(), u, up.t(), inner), u, output_norms(weight, a, b, scale)
@@ -172,6 +183,7 @@ def _unscaled(
         factor: what torch's operations rescaled by; None of the kernels.
         inner: the bias that is in z.
     """
+    # the kernels computed the forward, and both gradients are one pass over z
     if factor is None and z is not None:
         from paramlora.cuda.rescaled import plan
 
@@ -182,13 +194,15 @@ def _unscaled(
     dz = _times(dy, factor, None, False)
     if z is None:
         return dz, None
+    # in the norm's type: of 16 bits a sum over the rows would lose what it adds
     dm = (functional.cast(dy, norm.dtype) * z).sum_to_size(norm.shape)
+    # dm is of z without its bias; the sum of dy stands for the bias's share
     dm = dm if inner is None else dm - inner * dy.sum_to_size(norm.shape)
     return dz, functional.cast(dm / norm, magnitude.dtype).view(magnitude.shape)
 
 
 def _is_typed(magnitude: Tensor, bias: _Maybe) -> bool:
-    """Whether the kernels can be given these by their addresses."""
+    """Whether magnitude and bias are contiguous: the kernels get their addresses alone."""
     return magnitude.is_contiguous() and (bias is None or bias.is_contiguous())
 
 
@@ -219,6 +233,7 @@ def _by_definition(
 ) -> Tensor:
     """`rescaled` in operations that autograd follows."""
     factor = magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm)
+    # z·f already has bias·f, and bias·(1 - f) makes the bias whole
     if bias is not None and inside:
         bias = bias * (1 - factor)
     y = z * factor
@@ -228,10 +243,12 @@ def _by_definition(
 def _times(z: Tensor, factor: Tensor, bias: _Maybe, inside: bool) -> Tensor:
     """``z · factor + bias`` in one pass, unseen by autograd; of a z that has the bias, so that a
     factor of 1 leaves all bits."""
+    # bias + f·(z - bias), which for f = 1 torch computes as z itself
     if bias is not None and inside and z.dtype == factor.dtype == bias.dtype:
         return torch.lerp(bias, z, factor)
     if bias is not None and inside:
         bias = bias * (1 - factor)
+    # `out` of z's type: torch multiplies in the wider of both and rounds once
     y = None if z.dtype == factor.dtype else torch.empty_like(z)
     if bias is None:
         return torch.mul(z, factor, out=y)
@@ -246,6 +263,8 @@ class _Rescaled(torch.autograd.Function):
         ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: _Maybe, inside: bool
     ) -> Tensor:
         ctx.inside, factor = inside and bias is not None, None
+        # of convolutions and embeddings the norm has dimensions behind, which the kernel does not
+        # know
         ours = magnitude.dim() == 1 and served(z) and z.is_contiguous() and z.numel() > 0
         if ours and not inside and _is_typed(magnitude, bias):
             from paramlora.cuda.rescaled import plan
@@ -255,6 +274,7 @@ class _Rescaled(torch.autograd.Function):
         else:
             factor, norm = _factor(magnitude, norm)
             y = _times(z, factor, bias, inside)
+        # the kernel's backward reads z for both gradients
         kept = z if ctx.needs_input_grad[1] or factor is None else None
         ctx.save_for_backward(kept, magnitude, norm, factor, bias)
         return y
@@ -270,6 +290,7 @@ class _Rescaled(torch.autograd.Function):
                 return _by_definition(z, magnitude, norm, inner[0] if inner else None, ctx.inside)
 
             z = torch.empty_like(dy) if z is None else z  # of which only the magnitude's is made
+            # None is no argument of `differentiable`: the bias comes only where there is one
             inputs = (z, magnitude) if bias is None else (z, magnitude, bias)
             wanted = needs[:2] if bias is None else (*needs[:2], needs[3])
             dz, dm, *more = differentiable(again, inputs, wanted, dy)
@@ -277,6 +298,7 @@ class _Rescaled(torch.autograd.Function):
         dbias = None
         if needs[3]:
             dbias = dy.sum_to_size(bias.shape)
+            # the bias is inside of z too, which has taken f of its gradient
             dbias = dbias - dbias * factor if ctx.inside else dbias
         if factor is None:
             flat = z.view(-1, z.shape[-1])

@@ -42,7 +42,9 @@ def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
         dim: in which the ranks lie: 0 of ``[r, in]``, 1 of ``[out, r]``.
     """
     like = next(factor for factor in factors if factor is not None)
+    # one number for all zeros, expanded: nothing of their size is made
     side, zero, parts = like.shape[1 - dim], like.new_zeros(1, 1), []
+    # behind all the base's one rank of zeros, which rows of the base pick
     for factor, rank in zip((*factors, None), (*ranks, 1)):
         if factor is not None:
             parts.append(factor)
@@ -87,15 +89,18 @@ def linear(
         x, weight, bias, dropped = cast_for_autocast(device, x, weight, bias, dropped)
         with torch.autocast(device, enabled=False):
             return linear(x, weight, bias, down, up, rows, dropped)
+    # only in 16 bits does it matter where the one rounding falls
     low = weight is not None and x.dtype.itemsize == 2 and not untold()
     if low and dropped is None:
         return applied(_Linear, x, weight, bias, down, up, rows)
     own = x if dropped is None else dropped
+    # from 32 bits on, or where an autograd function is not seen: the parts are rounded apart
     thin = grouped(_positions(own), rows, down, up).view(*x.shape[:-1], up.shape[-1])
     if weight is None:
         return thin
     if not low:
         return F.linear(x, weight, bias) + thin
+    # what is dropped is another input than x, so that the joined gradients of `_Linear` do not hold
     flat = applied(_Onto, thin.flatten(0, -2), x.flatten(0, -2), weight, bias)
     return flat.view(thin.shape)
 
@@ -120,7 +125,7 @@ def grouped(x: Tensor, rows: Choice, down: Tensor, up: Tensor) -> Tensor:
 
 
 def _thin(x: Tensor, factor: Tensor, picks: Sequence[Tensor]) -> list[Tensor]:
-    """``x f_iᵀ``, of each of the ranks that are multiplied at once."""
+    """``x f_iᵀ`` of each row's own factor, as one tensor for each of the `steps` of the ranks."""
     return [x @ picked(factor, some, x.dtype).mT for some in picks]
 
 
@@ -134,16 +139,20 @@ def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows ``[N, positions, side]`` as matrices that each take one update, and what each picks:
     the rows themselves where they are long, else blocks of them, filled up with zeros."""
     places, picks, positions = rows.places, rows.block_picks, x.shape[1]
+    # a long row is a block of its own: packing would only move it
     if places is None or positions >= _LONG:
         return x, rows.picks
+    # `index_copy` is differentiable, and writes each row once: nothing is added up
     packed = x.new_zeros(len(picks[0]) * rows.block, *x.shape[1:]).index_copy(0, places, x)
     return packed.view(len(picks[0]), rows.block * positions, -1), picks
 
 
 def _in_rows(y: Tensor, rows: Choice, positions: int) -> Tensor:
-    """``[N, positions, side]`` of what was computed of `_blocks`."""
+    """``[N, positions, side]`` again, from what was computed of the matrices that `_blocks`
+    gave."""
     if rows.places is None or positions >= _LONG:
         return y
+    # a gather by places, each of which is there once: its gradient collides nowhere
     return y.reshape(-1, positions, y.shape[-1]).index_select(0, rows.places)
 
 
@@ -154,7 +163,7 @@ def picked(factors: Tensor, picks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sums(thin: Sequence[Tensor], x: Tensor, picks: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The gradient of a factor, ``thinᵀ x`` of the matrices of each, of its type.
+    """The gradient of all adapters' factor, in its type: each block's ``thinᵀ x``, summed.
 
     Args:
         thin: ``[blocks, rows, r]``, of each of the ranks that are multiplied at once.
@@ -162,9 +171,12 @@ def _sums(thin: Sequence[Tensor], x: Tensor, picks: Sequence[Tensor], like: Tens
         picks: of the blocks.
         like: ``[ranks, side]``, the factor.
     """
+    # in float32: a factor of 16 bits would round at each block that is added
     total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     for u, some in zip(thin, picks):
+        # one gradient for each block's copy of its ranks; blocks of one adapter add up
         parts, at = (u.mT @ x).flatten(0, 1).float(), some.flatten()
+        # `index_add_` is atomic on CUDA, `index_put_` sorts first
         if total.is_cuda:  # in one order each time, as the other is on a CPU
             total.index_put_((at,), parts, accumulate=True)
         else:
@@ -191,6 +203,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
     ) -> Tensor:
+        # whether they serve is decided once: the backward must read what that forward kept
         ctx.rows, ctx.kernel = rows, _has_kernel(x, weight, bias, down, up, rows)
         if ctx.kernel:
             y, u = _by_kernels(x.flatten(0, -2), weight.t(), bias, down, up, rows)
@@ -212,6 +225,7 @@ class _Linear(torch.autograd.Function):
 
             def again(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
                 thin = grouped(_positions(x), rows, down, up)
+                # plain sums in x's type: here a graph matters more than the one rounding
                 return F.linear(x, weight) + thin.view(*x.shape[:-1], up.shape[-1])
 
             wanted = (*needs[:2], *needs[3:5])
@@ -219,6 +233,7 @@ class _Linear(torch.autograd.Function):
             return dx, dweight, dbias, *others, None
         flat, positions = dy.flatten(0, -2), _positions(dy).shape[1]
         if ctx.kernel:
+            # kept by the kernels: one thin product of all ranks
             dx, *others = _kernels_backward(
                 flat, x.flatten(0, -2), weight, down, up, us[0], rows, needs
             )
@@ -231,6 +246,7 @@ class _Linear(torch.autograd.Function):
             thin = _in_rows(_spread(vs, down, picks), rows, positions).to(dy.dtype)
             dx = _onto(thin.flatten(0, 1), flat, weight).view(x.shape)
         if needs[3]:
+            # x's blocks, made again: they are copies, and x is kept anyway
             ddown = _sums(vs, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
         dup = _sums(us, own, picks, up) if needs[4] else None
         return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, ddown, dup, None
@@ -242,6 +258,7 @@ def _has_kernel(
     """Whether the kernels serve these rows: in bfloat16 alone, as float16 has a range."""
     fits = x.dtype == torch.bfloat16 and has_kernel(x, weight) and x.numel() > 0 and not recorded()
     plain = fits and weight.numel() > 0 and (bias is None or bias.is_contiguous())
+    # launches are given addresses, all of one device
     near = plain and {t.get_device() for t in (weight, down, up)} == {x.get_device()}
     return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
 
@@ -261,15 +278,19 @@ def in_place(
         updates: of each adapter A ``[r, in]``, B ``[out, r]``, its scale, which gets no gradient,
             and its strength.
     """
+    # x in place of the factors, of which it asks the device: `table_of` looks at these itself
     if untold() or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
         return None
+    # the kernels read a scale by its address, and give it no gradient
     if any([scale.requires_grad for _, _, scale, _ in updates]):
         return None
     from paramlora.cuda.decoding import plan
 
+    # by address: A, B, scale and gain of each, which a launch reads where they lie
     table = plan.table_of([*map(plan.Part._make, updates)], weight)
     if table is None:
         return None
+    # the decoding kernel reads rows of the weight, so they must be contiguous
     few = x.numel() <= _FEW * x.shape[-1] and weight.stride(1) == 1
     if few and not torch.is_grad_enabled():
         return _of_few(x, weight, bias, table, rows)
@@ -279,7 +300,7 @@ def in_place(
 
 
 class _InPlace(torch.autograd.Function):
-    """`in_place`. Keeps x by reference, the factors of all updates cast, and ``x·A_iᵀ``."""
+    """What `in_place` applies: keeps x by reference, all updates' factors cast, and ``x·A_iᵀ``."""
 
     @staticmethod
     def forward(
@@ -297,12 +318,15 @@ class _InPlace(torch.autograd.Function):
         # an optimizer may step one update's factors before another's backward reads its own: of
         # all of them that reads what was cast here
         ctx.rows, ctx.table, ctx.numbers = rows, table, numbers
+        # the version that autograd counts, as `save_for_backward` would refuse any later change
         ctx.factors = [(factor, factor._version) for factor in factors]
         flat = x.flatten(0, -2).contiguous()
         by = _sorted(rows, len(flat) // len(rows.index))
+        # packed once into one tensor of all factors in x's type; the backward reads it too
         kept = plan.packed(table, by, sum(rows.ranks), x, weight.shape[::-1])
         down, up = _unpacked(kept, rows, weight)
         u = plan.thin(flat, down, by)
+        # scales are saved for autograd's check that nobody has changed them in place since
         ctx.save_for_backward(x, weight, kept, u, *(scale for scale, _ in numbers))
         y: Tensor = plan.product(flat, weight.t(), u, up, by, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -312,9 +336,11 @@ class _InPlace(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weight, kept, u, *_), needs = ctx.saved_tensors, ctx.needs_input_grad
         factors = [factor for factor, _ in ctx.factors]
+        # behind x, weight, bias, rows, table and numbers
         rows, few, flat = ctx.rows, needs[6:], dy.flatten(0, -2)
         dbias = flat.sum(0) if needs[2] else None
         if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(True, dy):
+            # only here: what was packed has no graph, so the factors themselves are read
             if any(factor._version != version for factor, version in ctx.factors):
                 raise RuntimeError(
                     "a gradient of a gradient reads factors that changed after the forward. Call "
@@ -334,6 +360,7 @@ class _InPlace(torch.autograd.Function):
         dweight = flat.t() @ own if needs[1] else None
         gradients: list[_Maybe] = [None] * len(factors)
         if any(wanted):
+            # whether the launch right ahead is the product of v, which the sums may overlap
             ahead = needs[0] and not needs[1]
             found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table, ahead)
             gradients = _each(found, factors, few, rows.ranks)
@@ -353,7 +380,8 @@ def _each(
     wanted: Sequence[bool],
     ranks: Sequence[int],
 ) -> list[_Maybe]:
-    """The gradients of all A's and B's as those of each, from where its ranks start on."""
+    """One gradient for each factor, cut out of those of all A's and of all B's where its ranks
+    lie."""
     out: list[_Maybe] = [None] * len(factors)
     for side, whole in enumerate(found):
         if whole is not None:
@@ -362,20 +390,25 @@ def _each(
             parts: Sequence[Tensor]
             numbers = [shape.numel() for shape in shapes]
             each, rest = divmod(whole.numel(), len(shapes))
+            # of equal shapes all parts are rows of one view
             if not rest and {*numbers} == {each}:  # by one call: a layer has dozens of them
                 parts = whole.view(len(shapes), *shapes[0]).unbind(0)
             else:
                 width = whole.numel() // sum(ranks)
                 flat = torch.split(whole.view(-1), [rank * width for rank in ranks])
+                # a padded rank's part is longer than the factor: only its own numbers are the
+                # gradient
                 parts = [part[:n].view(shape) for part, n, shape in zip(flat, numbers, shapes)]
             out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
     return out
 
 
 def _joining(rows: Choice, numbers: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """`in_place` in torch's operations, of x, the weight and all factors."""
+    """A function of x, the weight and all factors that computes `in_place` in torch's
+    operations."""
 
     def again(x: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+        # in float32: of a 16-bit B, what is scaled would be rounded before it is multiplied
         scaled = [narrow.of_factor(b) * (s * g) for b, (s, g) in zip(factors[1::2], numbers)]
         down, up = joined(factors[::2], rows.ranks, 0), joined(scaled, rows.ranks, 1).t()
         thin = grouped(_positions(x), rows, down, up)
@@ -440,7 +473,7 @@ def _kernels_backward(
 
 
 class _Onto(torch.autograd.Function):
-    """`_onto`, with each operand's own gradient."""
+    """``x @ weightᵀ + thin + bias`` as `_onto` computes it, with each operand's own gradient."""
 
     @staticmethod
     def forward(ctx: Any, thin: Tensor, x: Tensor, weight: Tensor, bias: _Maybe) -> Tensor:
@@ -488,6 +521,7 @@ def embedding(
     update = update.view(base.shape)
     if padding_idx is not None:
         padded = (tokens == padding_idx % len(weight))[..., None]
+        # detached where padding stands: neither B nor the scale learns from it
         update = torch.where(padded, update.detach(), update)
     return cast(base + update, weight.dtype)
 
@@ -522,6 +556,7 @@ def convolution(
         with torch.autocast(device, enabled=False):
             return convolution(x, weight, bias, down, up, rows, window, dropped)
     own = x if dropped is None else dropped
+    # a compiler sees no autograd function, which alone can hold both terms in float32
     if x.dtype.itemsize == 2 and not untold():
         more = None if dropped is None else own
         return applied(_Convolution, x, weight, bias, down, up, more, rows, window)
@@ -550,6 +585,7 @@ class _Convolution(torch.autograd.Function):
         ctx.rows, ctx.window = rows, window
         wide, own = x.float(), None if dropped is None else dropped.float()
         y = narrow.Stage(*window)(wide, weight.float())
+        # in float32 and in place: the only rounding is the last line
         y += convolved(wide if own is None else own, weight.shape, down, up, rows, *window)
         if bias is not None:
             y += bias.reshape(-1, *[1] * (y.dim() - 2))
@@ -559,6 +595,7 @@ class _Convolution(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weight, down, up, dropped), needs = ctx.saved_tensors, ctx.needs_input_grad
+        # apart: the updates' input is not x, and gets a gradient of its own
         rows, window, shape, apart = ctx.rows, ctx.window, weight.shape, dropped is not None
 
         def update(own: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -623,13 +660,15 @@ def _convolved(
     groups: int,
     picks: Tensor,
 ) -> Tensor:
-    """`convolved` of the ranks that are multiplied at once."""
+    """The updates' part of a convolution by one of the `steps` of the ranks, `picks`."""
     n, count, kernel = len(x), len(shape) - 2, shape[2:]
     first = picked(down, picks, x.dtype)  # [N, r, in]
+    # [N·groups·r, C_in/groups, *kernel]: a convolution's outputs are counted group by group
     first = first[:, None].expand(-1, groups, -1, -1).reshape(-1, shape[1], *kernel)
     second = picked(up, picks, x.dtype).mT  # [N, out, r]
     second = second.reshape(-1, second.shape[-1], *[1] * count)
     # [1, (N channels), ...]: a row's channels meet its own kernels alone
+    # a batch of 1 with N times the channels: torch has no convolution of a kernel for each image
     y = narrow.Stage(stride, padding, dilation, n * groups)(x.reshape(1, -1, *x.shape[2:]), first)
     y = narrow.Stage((1,) * count, (0,) * count, (1,) * count, n * groups)(y, second)
     return y.reshape(n, -1, *y.shape[2:])

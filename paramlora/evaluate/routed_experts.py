@@ -49,9 +49,12 @@ def pairs_of(experts: Tensor, adapters: Tensor, count: int, names: int) -> Pairs
         experts: ``[rows]``, ascending; one of `count` or more is nobody's.
         adapters: ``[rows]``, one of `names`, or `names` itself for the base.
     """
+    # one number for a pair, in which the expert weighs more, so that sorting keeps experts together
     key, order = torch.sort(experts * (names + 1) + adapters, stable=True)
+    # an expert of `count` or more sorts behind the last pair, whose end then stops before it
     every = torch.arange(count * (names + 1), device=key.device, dtype=key.dtype)
     ends = torch.searchsorted(key, every, right=True, out_int32=True)
+    # the inverse of a permutation, by a scatter: no second sort
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
     return Pairs(order, back, ends)
 
@@ -64,12 +67,15 @@ def joined(factors: Sequence[_Maybe], dtype: torch.dtype) -> Tensor:
             zeros, come last.
     """
     like = next(factor for factor in factors if factor is not None)
+    # every pair has as many ranks, which a grouped product demands
     most = padded(max(factor.shape[1] for factor in factors if factor is not None))
     none = like.new_zeros((), dtype=dtype).expand(like.shape[0], most, like.shape[2])
     every = [
         none if factor is None else F.pad(cast(factor, dtype), (0, 0, 0, most - factor.shape[1]))
+        # the last is the base's, whose zeros leave x W alone
         for factor in (*factors, None)
     ]
+    # [experts, adapters + 1, ...] flattened counts pairs as `pairs_of` does
     return torch.stack(every, 1).flatten(0, 1)
 
 
@@ -126,6 +132,7 @@ def grouped_linear_of_rows(
             y = grouped_linear(x[pairs.order], weight, pairs.ends, a, b, scale, bias=bias)
             return y[pairs.back]
     update = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
+    # on CUDA torch has no grouped product that adds onto a tensor
     if not low or x.dtype != torch.bfloat16 or x.is_cuda:
         y = plain_product(x, weight, ends) + update
     else:
@@ -138,6 +145,7 @@ def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) 
     float32."""
     if x.dtype == torch.float16:
         return _low(x.float(), down, up, pairs).to(x.dtype)
+    # rows sorted by pairs; put back by `back` at the end
     own, a, b = x[pairs.order], joined(down, x.dtype), joined(up, x.dtype)
     parts = (
         plain_product(plain_product(own, a[:, some], pairs.ends), b[:, some].mT, pairs.ends)
@@ -147,13 +155,14 @@ def _low(x: Tensor, down: Sequence[_Maybe], up: Sequence[_Maybe], pairs: Pairs) 
 
 
 class _Onto(torch.autograd.Function):
-    """``x_e W_eᵀ + low`` in 16 bits with one rounding, as the one of `routed`."""
+    """``x_e W_eᵀ + low`` in 16 bits with one rounding: `low` is what the product is added onto."""
 
     @staticmethod
     def forward(ctx: Any, low: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, ends)
         y = torch.zeros_like(low)
         for e, rows in runs(ends):
+            # `addmm` of low: one float32 accumulator takes both on a CPU
             y[rows] = torch.addmm(low[rows], x[rows], weight[e].t())
         return y
 

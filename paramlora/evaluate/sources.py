@@ -32,13 +32,16 @@ class Chosen(NamedTuple):
 
     def rows(self, flat: Tensor) -> Tensor:
         """``[rows, in]``."""
+        # `order` counts choices, `top` for each token
         return flat[self.order // self.top]
 
     def pulled(self, dx: Tensor, ends: Tensor) -> Tensor:
         """The gradient of the tokens: sums in the order of the choices, nothing scattered."""
         if self.partial:
+            # their dx was never written; 0 · NaN would still be NaN, so they are filled
             dx = dx.masked_fill((torch.arange(len(dx), device=dx.device) >= ends[-1])[:, None], 0)
         tokens = len(self.back) // self.top
+        # a gather and a sum over `top`: `index_add_` on CUDA adds in another order each time
         return dx[self.back].view(tokens, self.top, dx.shape[1]).sum(1)
 
     def again(self, flat: Tensor, ends: Tensor) -> Again:
@@ -52,6 +55,7 @@ class Computed(NamedTuple):
 
     def again(self, y: Tensor, _: Tensor) -> Again:
         if y.nbytes <= _BLOCK:  # small enough for what lies between to be kept, not made once more
+            # the graph that the backward needs is made now and kept in the closure
             x, given = self._recorded(y)
             return x.detach(), lambda dx: _through(x, given, dx)
         with torch.no_grad():
@@ -69,12 +73,14 @@ class Computed(NamedTuple):
 
     def _recorded(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The rows, and the leaf that they are computed from."""
+        # backward runs without gradients, but this small graph is differentiated at once
         with torch.enable_grad():
             given = y.detach().requires_grad_()
             return self.rows(given), given
 
 
 def _through(x: Tensor, given: Tensor, dx: Tensor) -> Tensor:
+    # an activation may compute in another type than the product's gradient has
     (found,) = torch.autograd.grad(x, given, dx.to(x.dtype))
     return found
 

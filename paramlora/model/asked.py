@@ -19,6 +19,7 @@ def asks_the_base(reader: FrameType, name: str) -> bool:
         reader: the frame that reads an attribute now.
         name: of the attribute.
     """
+    # the instruction that the frame is at: the attribute is read by it now
     return _goes_on(reader.f_code, reader.f_lasti, name)
 
 
@@ -27,6 +28,7 @@ def _goes_on(code: CodeType, at: int, name: str) -> bool:
     instructions = dis.get_instructions(code)
     reads = next((one for one in instructions if one.offset == at), None)
     then = next(instructions, None)
+    # `getattr(x, name)` and others tell nothing of what follows
     if reads is None or then is None or reads.opname != "LOAD_ATTR" or reads.argval != name:
         return False
     return then.opname in ("LOAD_ATTR", "LOAD_METHOD") and then.argval in _ALIKE

@@ -55,6 +55,7 @@ from paramlora.update.sharded import (
 from paramlora.update.walk import paths_of
 
 Fresh = list[tuple[nn.Module, Target, AttachedUpdate]]
+# a gain is a tensor in float32: a larger strength would be infinite there
 _MOST = torch.finfo(torch.float32).max
 _LOCK = threading.RLock()
 
@@ -159,40 +160,53 @@ def attach_targets(
     Raises:
         AdapterError: `adapter` is attached already, or another one has a tensor to itself.
     """
+    # asked before the first change: with adapters there, the model's record exists already
     there = adapter_names(model)
     _check_name(adapter, there)
+    # `route` holds a choice for each update, made when its block was entered
     if any(update.switch.rows is not None for _, _, update in updates(model)):
         raise AdapterError(
             f'adapter "{adapter}" cannot be attached inside of paramlora.route, whose rows do not '
             "know it. Leave the block first."
         )
     modules = dict(model.named_modules())
+    # before the checks below, which the other holders must pass too
     chosen = _with_tied(model, chosen, modules)
     owners = [modules[target.module] for target in chosen]
     for module, target in zip(owners, chosen):
         _check_alone(module, target)
         _check_dropout(module, target)
         _check_at_home(module, target)
+    # all that can fail for want of memory happens before the model is touched
     with uncollected():
+        # `fill` loads a file's values: a wrong file leaves no trace
         fresh = _fresh(model, chosen, owners, adapter)
         fill(fresh)
+    # asked before anything is registered: a checkpointed model is told by its own attributes
     carries = checkpoints_reentrantly(model)
+    # with an adapter there, what the model was is on record since its first one
     kept = [] if there else keepers(model)
+    # lists too: an undo restores named modules alone
     touched = [model, *kept, *(one for owner in owners for one in with_lists(owner))]
     if carries:
+        # `enable_input_grads` hooks and marks modules anywhere in the model
         touched += model.modules()
     with uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, kept, froze=not trainable_model)
+        # a module is made in training mode; `eval()` on the model has passed this one by
         for module, target, update in fresh:
             if not module.training:
                 update.eval()
+            # a checkpoint that computes an earlier forward again must compute it without this
+            # update
             if there:
                 update.keep(switch=update.switch.born())
             if update.beside:
                 add_branch(module, update)
             else:
                 _register(module, target.tensor, update)
+        # after the updates: only models that hold some get these methods
         add_methods(model)
         if carries:
             enable_input_grads(model)
@@ -222,6 +236,7 @@ def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
     if not chosen:
         return model
     check_not_flat(model, "detach")
+    # `fully_shard` leaves gathered tensors in place after a call; its own are to be given back
     reshard(model)
     with unchanged_on_error(model.modules(), model.parameters()):
         for module in list(model.modules()):
@@ -230,6 +245,7 @@ def detach(model: Model, adapters: "str | list[str] | None" = None) -> Model:
                     p for p in plist if not (isinstance(p, AttachedUpdate) and p.adapter in chosen)
                 ]
                 replace(module, name, plist, kept)
+        # what the base was comes back with its last adapter, not before
         if not adapter_names(model):
             put_back(model)
         tidy(model)
@@ -259,7 +275,9 @@ def set_adapters(model: nn.Module, strengths: Mapping[str, float]) -> None:
     if not isinstance(strengths, Mapping):
         raise AdapterError(f'expected strengths such as {{"style": 0.7}}, got {strengths!r}.')
     check_adapters(model, list(strengths))
+    # all numbers are looked at before the first one counts
     checked = {name: _strength(name, value) for name, value in strengths.items()}
+    # each switch is made from the one that is there: another thread must not change it in between
     with one_by_one():
         gains, found = Gains(), [update for _, _, update in updates(model)]
         put(
@@ -275,8 +293,9 @@ def one_by_one() -> Iterator[None]:
     """Threads that switch do so one after the other: each reads what the others left."""
     with (
         undisturbed(),  # no signal leaves the lock held, and no handler waits for it
+        # the lock is Python's: a signal between acquiring and noting it would hold it for ever
         surely_left(
-            lambda kept: kept.append(_LOCK.acquire()),
+            lambda kept: kept.append(_LOCK.acquire()),  # kept is not empty once it is held
             lambda kept: _LOCK.release() if kept and kept.pop() else None,
         ),
     ):
@@ -288,6 +307,8 @@ def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
 
     def each() -> None:
         for update, switch in switches:
+            # a whole switch at a time, so that a reader in another thread sees the old or the new
+            # one
             update.keep(switch=switch)
 
     to_the_end(each)
@@ -296,6 +317,7 @@ def put(switches: list[tuple[AttachedUpdate, Switch]]) -> None:
 def _strength(name: str, value: Any) -> float:
     # bool is refused as in the configuration: on and off are what a mapping without a name says
     number = isinstance(value, Real) and not isinstance(value, bool)
+    # written so that NaN, of which every comparison is false, is refused
     if not number or not abs(value) <= _MOST:  # nor what is no number
         raise AdapterError(
             f'adapter "{name}": its strength must be a finite number of at most {_MOST:.3g}, '
@@ -318,14 +340,17 @@ def disable_adapters(model: Model) -> Iterator[Model]:
         >>> with disable_adapters(model):
         ...     assert model.weight is model.parametrizations.weight.original
     """
+    # found once: adapters attached inside of the block are not muted by it
     found = [update for _, _, update in updates(model)]
 
     def enter(kept: list[object]) -> None:
+        # an object of the block's own, so that blocks nest and are left in any order
         kept.append(object())  # first: what stops the next line finds it
         _mute(found, lambda muted: muted | {*kept})
 
     def leave(kept: list[object]) -> None:
         if kept:
+            # `leave` may be called again: `muted` without it is the same
             to_the_end(lambda: _mute(found, lambda muted: muted - {*kept}))
             kept.clear()
 
@@ -339,6 +364,7 @@ def _mute(
 ) -> None:
     """Change the blocks in which updates do not act."""
     with one_by_one():
+        # under the lock, or another block's token could be lost
         gains, now = Gains(), [(update, update.switch) for update in found]
         put([(u, own.changed(own.strength, to(own.muted), gains)) for u, own in now])
 
@@ -408,12 +434,14 @@ def placed(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of those that hold parametrizations or branches."""
     for module, path in paths_of(unwrapped(model)).items():
+        # not by `getattr`, which a wrapper answers for the layer inside of it
         if "parametrizations" in module._modules or BRANCHES in module._modules:
             yield path, module
 
 
 def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     """(tensor name, torch's list of parametrizations or our list of soft branches)."""
+    # a layer has soft branches under its weight's name, beside lists for any tensor
     soft = [("weight", module._modules[BRANCHES])] if BRANCHES in module._modules else []
     return [*parametrized(module).items(), *soft]
 
@@ -421,6 +449,7 @@ def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:
     """The named adapters (all when None), or an AdapterError that lists what is there."""
     there = adapter_names(model)
+    # a single name is an iterable of characters too
     names = there if adapters is None else [adapters] if isinstance(adapters, str) else adapters
     if not isinstance(names, (list, tuple, set, frozenset)):
         raise AdapterError(f"expected the names of adapters, got {names!r}.")
@@ -442,6 +471,7 @@ def _check_name(adapter: Any, there: list[str]) -> None:
 def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
     if not config.trainable_model:
         return
+    # an update's own parameters do not count: the backbone's are asked for
     ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
     if not any(p.requires_grad for p in model.parameters() if id(p) not in ours):
         warn(
@@ -454,6 +484,7 @@ def _warn_frozen(model: nn.Module, config: LoRAConfig) -> None:
 def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adapter: str) -> Fresh:
     """The new updates; one for all holders of a tied tensor that one entry adapts everywhere."""
     claims: dict[int, list[tuple[nn.Module, Target]]] = {}
+    # tied tensors are one object: all who hold it are adapted as one, or warned of
     for module, target in zip(owners, chosen):
         claims.setdefault(id(base_of(module, target.tensor)), []).append((module, target))
     count, gains = holders(model), Gains()
@@ -466,6 +497,7 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
             _warn_tied(model, key, [target for _, target in group])
         first = _new(*group[0], adapter, gains)
         for module, target in group:
+            # a soft branch belongs to its layer's output, so holders share only a parametrization
             same = target is group[0][1] or (every and target.entry.hard)
             out.append((module, target, first if same else _new(module, target, adapter, gains)))
     return out
@@ -474,8 +506,10 @@ def _fresh(model: nn.Module, chosen: list[Target], owners: list[nn.Module], adap
 def _with_tied(
     model: nn.Module, chosen: list[Target], modules: Mapping[str, nn.Module]
 ) -> list[Target]:
-    """With the other layers that hold a tensor whose kind of update moves it in all of them."""
+    """The chosen targets, and the other layers that hold a chosen tensor whose kind moves all of
+    them."""
     heads = {
+        # such as `rows`, whose trained tokens are the embedding's and the head's
         id(base_of(modules[target.module], target.tensor)): target.entry
         for target in chosen
         if kind_of(target.entry).tied
@@ -494,6 +528,7 @@ def _with_tied(
 
 def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> AttachedUpdate:
     entry, base = target.entry, base_of(module, target.tensor)
+    # 4-bit weights are packed in another shape than the one that they stand for
     weight = base if tuple(base.shape) == target.shape else _like(base, target)
 
     def shown_now() -> Tensor:
@@ -508,17 +543,20 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
     site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
     update = kind_of(entry).attached_to(site, entry, adapter, gains)
     if is_sharded(base) and not entry.whole:
+        # before a cast: `shard_like` replaces the tensors
         shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:
         update.cast(getattr(torch, entry.adapter_dtype))
     update.keep(entry=entry, stored=is_storage(base.dtype), dropout=entry.dropout)
+    # an embedding that renormalises the rows that it looks up, in the weight that it is given
     if getattr(module, "max_norm", None) is not None:
         update.keep(written_by_reader=True)
     return update
 
 
 def _like(base: Tensor, target: Target) -> Tensor:
-    """Memory of the target's shape, where the base is stored in another."""
+    """A tensor of the target's shape for an update to be made by; its base is stored in another."""
+    # packed weights are of bytes; factors want the width that they stand for
     dtype = base.dtype if base.is_floating_point() else torch.bfloat16
     memory = torch.empty(target.shape, dtype=dtype, device=base.device)
     return nn.Parameter(memory, False) if isinstance(base, nn.Parameter) else memory
@@ -527,6 +565,7 @@ def _like(base: Tensor, target: Target) -> Tensor:
 def _value(module: nn.Module, target: Target) -> Tensor:
     """What the tensor shows before this update."""
     known = stored(module, target.tensor)
+    # of a list of parametrizations: `shown` copies what reading would step, as spectral norm does
     return shown(module, target.tensor).detach() if known is None else known
 
 
@@ -538,12 +577,14 @@ def _read(module: nn.Module, name: str) -> Tensor:
         return known.detach()
     plist = parametrized(module)[name]
     ours = all(isinstance(one, AttachedUpdate) for one in plist)
+    # of our updates alone the sum is read; foreign rules are not run on the model itself
     return value_of(plist) if ours else shown(module, name)
 
 
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
     kind = kind_of(target.entry)
+    # adapters that train it whole are summed, see `Whole.together`
     if kind.alone and all(type(update) is kind for update in there):
         return  # each adapter has its own
     for update in there:
@@ -559,6 +600,7 @@ def _check_alone(module: nn.Module, target: Target) -> None:
 def _check_dropout(module: nn.Module, target: Target) -> None:
     if target.entry.hard and not target.entry.dropout:
         return
+    # masks on several processes would have to agree on what they drop
     if is_sharded(base_of(module, target.tensor)):
         raise TargetError(
             f'"{target.entry.name}": {target.path or "weight"} lies on several processes, where '
@@ -567,6 +609,7 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
     if not target.entry.hard:
         return
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
+    # over a foreign rule the layer's forward is not ours, and only its weight is read
     ours = all(isinstance(p, AttachedUpdate) for p in held)
     base = below(type(module)) if held else type(module)
     known = target.tensor == "weight" and honours_dropout(base)
@@ -579,6 +622,7 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
 
 
 def _check_at_home(module: nn.Module, target: Target) -> None:
+    # accelerate's hook on the module itself; a sequence of hooks may hold it deeper
     hook = vars(module).get("_hf_hook")
     if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
         raise TargetError(
@@ -599,12 +643,14 @@ def base_of(module: nn.Module, name: str) -> Tensor:
     if held is not None:
         return held
     plist = parametrized(module)[name]
+    # weight norm and others keep several originals; the first stands for them all
     return plist.original if plist.is_tensor else plist.original0  # type: ignore[no-any-return]
 
 
 def _warn_overlapping(
     model: nn.Module, claims: Mapping[int, list[tuple[nn.Module, Target]]]
 ) -> None:
+    # by memory, not by object: tied parameters are one object and are no overlap
     found = overlapping(model)
     for key, ((_, target), *_) in claims.items():
         if key in found:
@@ -630,6 +676,7 @@ _paused: dict[int, list[bool]] = {}  # by block, in any thread: was the collecto
 
 def _pause(kept: list[Any]) -> None:
     """Stop the collector; what it was is told by the first of the blocks that are open at once."""
+    # a block that is entered while the collector is off by another of ours must remember "on"
     block = [gc.isenabled() or any(on for (on,) in list(_paused.values()))]
     kept.append(block)
     _paused[id(block)] = block
@@ -668,10 +715,12 @@ def with_lists(module: nn.Module) -> list[nn.Module]:
 def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:
     """What torch's `register_parametrization` does, with one class for many layers."""
     before = _before(module)
+    # torch's own names and classes, so that its functions work on what is registered here
     lists: Any = module._modules.setdefault("parametrizations", nn.ModuleDict())
     base: Any = below(type(module)) if lists else type(module)
     if name in lists:
         lists[name].append(update)
+        # as every list of ours: of others torch's `right_inverse` compares dtypes and shapes
         lists[name].unsafe = True
     else:
         held = module._parameters if name in module._parameters else module._buffers
@@ -681,12 +730,15 @@ def _register(module: nn.Module, name: str, update: AttachedUpdate) -> None:
         stands_in = (
             nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), False)
             if odd
-            else weight
+            else weight  # torch's list adopts it as its `original`
         )
         lists[name] = Updates([update], stands_in, unsafe=True)
+        # in the place of the stand-in, past torch's registration
         if odd:
             lists[name]._parameters["original"] = weight
+    # in each list of ours, so that any of them tells it
     vars(lists[name])[_BEFORE] = before
+    # after the list is there: the class's property reads it
     module.__class__ = shared(base, frozenset(lists))
 
 
@@ -695,8 +747,10 @@ _Before = tuple[tuple[str, ...], tuple[str, ...], type]
 
 
 def _before(module: nn.Module) -> _Before:
-    """Before our first update of a layer: the order of its parameters and buffers, which a state
-    dict shows, and its class, which is torch's own where somebody else's parametrization was."""
+    """What a layer was before our first update: the order of its parameters and of its buffers,
+    which a state dict shows, and its class, torch's own where somebody had parametrized it
+    already."""
+    # any of our lists knows it; the layer's own order has changed since
     for plist in parametrized(module).values():
         if _BEFORE in vars(plist):
             return vars(plist)[_BEFORE]  # type: ignore[no-any-return]
@@ -715,6 +769,7 @@ def replace(module: nn.Module, name: str, plist: Any, kept: list[nn.Module]) -> 
     before = _before(module)
     if kept:
         _keep(plist, kept)
+        # foreign rules are left: the list is torch's again
         if not any(isinstance(one, AttachedUpdate) for one in kept):
             del vars(plist)[_BEFORE]
     else:
@@ -727,8 +782,10 @@ def _take_off(module: nn.Module, name: str, plist: Any, before: _Before) -> None
     held = "_parameters" if "original" in plist._parameters else "_buffers"
     own = getattr(module, held)
     own[name] = getattr(plist, held).pop("original")
+    # what still holds the list, as `fully_shard` does, is led to the layer
     vars(plist)["now"] = module, name
     plist.__class__ = Gone
+    # taken out and put in again, a tensor comes last: all of them in turn restore the order
     for key in before[0] if held == "_parameters" else before[1]:
         if key in own:
             own[key] = own.pop(key)
@@ -748,6 +805,7 @@ def _class_of_the_rest(module: nn.Module, former: type) -> type:
     """The class for the parametrizations that are left: the former one where none is ours."""
     lists = parametrized(module)
     ours = any(_BEFORE in vars(plist) for plist in lists.values())
+    # properties of the former class show each tensor that is still parametrized
     if not ours and all(isinstance(getattr(former, key, None), property) for key in lists):
         return former
     return shared(below(type(module)), frozenset(lists))

@@ -76,8 +76,10 @@ class Branch(LowRank):
         if kernel:
             size = torch.Size(kernel).numel()
             out, fan_in = self.lora_B.shape[0], self.lora_A.shape[1]
+            # a transposed layer's second kernel lies on A's side: its inputs come first
             if layout == "transposed":
                 self.lora_A = nn.Parameter(self.lora_A.new_empty(r * size, fan_in).normal_() / r)
+                # `lora_B` was made for all of a kernel's outputs
                 out //= size
             self.lora_B = nn.Parameter(self.lora_B.new_zeros(out, r, *kernel))
 
@@ -149,10 +151,13 @@ class Branch(LowRank):
 
     def _transposed(self, layer: Any, x: Tensor, output: Tensor, a: Tensor, up: Tensor) -> Tensor:
         groups, n = layer.groups, len(layer.kernel_size)
+        # a transposed convolution's groups divide its inputs, which A runs along
         first = rearrange(a, "r (g i) -> (g r) i", g=groups)
         first = first.reshape(*first.shape, *[1] * n)
+        # [r, out/groups, *kernel], repeated: each group has the same B
         second = rearrange(up, "(o k) r -> r o k", o=layer.out_channels // groups)
         second = each_group(second.reshape(*second.shape[:2], *layer.kernel_size), groups)
+        # the output size may be the caller's choice, so the output is asked
         two = _stage_of(layer, x, output)
         return thin_pair(x, first, second, pointwise_of(n, groups), two)
 
@@ -160,11 +165,13 @@ class Branch(LowRank):
         """The layer's convolution to `r` channels, then one of its kernel; float16 in float32."""
         device = autocast_of(x)
         if device is not None:
+            # autocast would round between both kernels
             (x,) = cast_for_autocast(device, x)
             with torch.autocast(device, enabled=False):
                 return self._two_kernels(layer, x, output, a, up)
         x, dtype, n = wide(x), x.dtype, len(self.kernel)
         a, up = a.to(x.dtype), up.to(x.dtype)
+        # the kernel lies on A's side: up-sample with it, then a plain convolution of B
         if self.layout == "transposed":
             first = rearrange(a, "(r k) i -> i r k", k=torch.Size(self.kernel).numel())
             first = first.reshape(*first.shape[:2], *self.kernel)
@@ -191,6 +198,7 @@ def add_branch(layer: nn.Module, branch: nn.Module) -> None:
     """Put `branch` on the layer; the first one also registers the hook."""
     if BRANCHES not in layer._modules:
         layer.add_module(BRANCHES, nn.ModuleList())
+        # `with_kwargs`: a layer may be called by keyword
         layer.register_forward_hook(_add_branches, with_kwargs=True)
     layer._modules[BRANCHES].append(branch)  # type: ignore[union-attr, operator]
 
@@ -201,6 +209,7 @@ def remove_branches(layer: nn.Module) -> None:
     # found by the function, because a deep copy shares no handle with its original
     for key in [k for k, hook in layer._forward_hooks.items() if hook is _add_branches]:
         del layer._forward_hooks[key]
+        # torch keeps a second table for hooks that take keywords
         layer._forward_hooks_with_kwargs.pop(key, None)
 
 
@@ -213,6 +222,7 @@ def _add_branches(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return output + _of_rows(layer, x, output, updates, rows) if updates else output
     if updates and _rounds_first(layer, x, output, updates):
         dropping = layer.training and any(update.dropout for update in updates)
+        # the output is thrown away: it is rounded already, see `_rounds_first`
         return in_one_sum(layer, x, (layer.weight, updates, dropping))
     for branch in layer._modules[BRANCHES]:
         if branch.acts:
@@ -232,12 +242,14 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
         return False
     alike = {x.dtype, getattr(weight, "dtype", None)} == {output.dtype}
     kinds = {type(x), type(output)} <= {Tensor, nn.Parameter} and type(weight) is nn.Parameter
+    # an instance's own forward may compute anything
     if not (alike and kinds) or untold() or recorded() or "forward" in layer.__dict__:
         return False
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
     of_images = isinstance(layer, nn.modules.conv._ConvNd)
     dims = not of_images or x.dim() == output.dim() == len(layer.kernel_size) + 2
+    # two kernels are no sum of one, and as served the base is rounded on purpose
     if not (first and dims) or any(update.kernel or update.rounds_twice for update in updates):
         return False
     return all(update.factors()[0].is_cpu for update in updates)
@@ -250,11 +262,11 @@ def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:
 
 
 def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
-    """The term of each row's branch."""
+    """What the branches add to a batch in which each row takes its own adapter's."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return beside_rows(layer, x, updates, rows, updates[0].layout)
     x = rows_first(layer, x, 0, rows, len(layer.kernel_size) + 1)
-    if not len(x):
+    if not len(x):  # no convolution has no groups
         return torch.zeros_like(output)
     terms = []
     for kernel in dict.fromkeys(update.kernel for update in updates):
@@ -274,11 +286,13 @@ def _each_row(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: C
     there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else one.factors() for one in there]
     down = _filled([a for a, _ in pairs])  # [adapters + 1, r, in]
+    # ranks in front, so that `_filled` pads them in both factors
     up = of_factor(_filled([None if b is None else b.movedim(1, 0) for _, b in pairs]))
     scaling = scaling_of_rows(there, up)
     up = up * scaling.reshape(-1, *[1] * (up.dim() - 1))  # [adapters + 1, r, out, *kernel]
 
     def term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # one row's output tells the size that the layer gave, for transposed ones
         alone: Tensor = updates[0].computed(layer, output[:1], x[None], a, b.movedim(0, 1))
         return alone[0]
 
@@ -303,13 +317,14 @@ def _named_input(layer: Any, named: dict[str, Any]) -> Any:
 
 
 def _stage_of(layer: Any, x: Tensor, output: Tensor) -> Stage:
-    """A transposed layer's own convolution, with the size that it gave its output."""
+    """The transposed convolution of a layer, with the output size that it had in this call."""
     extra = _output_padding(layer, x, output, len(layer.kernel_size))
     return Stage(layer.stride, layer.padding, layer.dilation, layer.groups, True, extra)
 
 
 def _same_size(layer: Any, x: Tensor, up: Tensor, n: int) -> Tensor:
     """A convolution with the layer's kernel and dilation, stride 1, that keeps the size."""
+    # what a kernel with its dilation takes off, put back on both sides
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
     pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

@@ -45,14 +45,17 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, Optional[str]]:
 
 
 def _values(tensor: Tensor) -> Optional[Tensor]:
-    """The numbers of a `digest`, where the tensor lies."""
+    """The few numbers that a tensor's `digest` is made of, in bfloat16 on its device; None
+    without."""
     none = tensor.is_meta or is_sharded(tensor) or is_quantised(tensor) or not tensor.numel()
     if none or tensor.dtype.itemsize == 1:
         return None
+    # neighbours: one read of a file, too, whose tensors are not all loaded for it
     some = middle(tensor.numel())
     if tensor.is_contiguous():
         values = tensor.detach().view(-1)[some]
     else:
+        # of other strides the elements that are the same in a contiguous one
         flat = torch.arange(some.start, some.stop, device=tensor.device)
         values = tensor.detach()[torch.unravel_index(flat, tensor.shape)]
     return values.to(torch.bfloat16)
@@ -69,18 +72,22 @@ def digits_of(values: Tensor) -> Optional[str]:
     if values.dtype.itemsize == 1:
         return None
     bits = values.reshape(-1).to("cpu", torch.bfloat16).view(torch.int16)
+    # the bits without a sign: a negative number would have one in its digits
     return "".join(f"{number & 0xFFFF:04x}" for number in bits.tolist())
 
 
 def others(told: Mapping[str, str], found: Mapping[str, Optional[str]]) -> list[str]:
     """The paths whose tensors are not those that were told of."""
+    # what is not found is no proof of another base
     return [path for path, one in told.items() if (own := found.get(path)) and not _near(one, own)]
 
 
 def _near(one: str, other: str) -> bool:
     pairs = list(zip(_numbers(one), _numbers(other)))
     most = max(max(map(abs, pair)) for pair in pairs)
+    # near zero casts are off by more than a share of the number itself
     least = max(_NEAR * most * 2**-6, _LEAST)
+    # NaN is like anything: it says nothing of the base
     return len(one) == len(other) and all(
         math.isclose(a, b, rel_tol=_NEAR, abs_tol=least) or a != a for a, b in pairs
     )
@@ -88,5 +95,6 @@ def _near(one: str, other: str) -> bool:
 
 def _numbers(text: str) -> list[float]:
     bits = [int(text[at : at + 4], 16) for at in range(0, len(text), 4)]
+    # int16 has no numbers from 2**15 on
     signed = torch.tensor([b - (1 << 16) if b >> 15 else b for b in bits], dtype=torch.int16)
     return signed.view(torch.bfloat16).float().clamp(-_MOST, _MOST).tolist()

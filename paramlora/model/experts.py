@@ -53,10 +53,12 @@ def expert_forward_of(base: type) -> Optional[_Forward]:
     own: Any = getattr(base, "forward", None)
     code, name = getattr(own, "__code__", None), getattr(own, "__qualname__", "")
     registry = sys.modules.get(_REGISTRY)
+    # transformers wraps such a forward in its registry's module, whose file the wrapper's code has
     if code is not None and code.co_filename == getattr(registry, "__file__", None):
         return _of_experts(own, implemented=True)
     module = sys.modules.get(getattr(own, "__module__", ""))
     theirs = getattr(module, "__name__", "").startswith("transformers.models.")
+    # known by name: the code must be of the module that it says, not somebody's own of that name
     if not theirs or code is None or code.co_filename != getattr(module, "__file__", None):
         return None
     if name in _LOOPS:
@@ -89,6 +91,7 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     parts = known_parts(layer, x, name)
     if parts is None:
         routes = parts_of_rows(layer, x, name)
+        # dropping: `dropped_rows` tells from each update's rate whether any does
         stack = None if routes is None else Stack(*routes[:2], layer.training, routes[2])
     else:
         stack = Stack(*parts)
@@ -120,10 +123,12 @@ def product(
     """
     if bias is not None and not _is_plain(bias, x, stack.weight):
         y = product(x, stack, ends, transposed, tokens, source)
+        # the bias gets its gradient here, which the product inside does not give it
         return y + bias[owners(ends, len(y))]
     if stack.rows is not None and stack.updates:
         if tokens is None:
             raise AdapterError(_UNTOLD)
+        # made here: the rows are sorted anew by pairs anyway
         x = x if source is None else source.rows(x)
         return _product_of_rows(x, stack, stack.rows, ends, transposed, *tokens, bias)
     weight, updates, dropping, _ = stack
@@ -148,8 +153,10 @@ def _as_served(
     source: Optional[Source],
     bias: Optional[Tensor],
 ) -> Tensor:
-    """The base's product, rounded, and the updates', which is rounded by itself."""
+    """A stack's product as servers compute it: the base's is rounded, then the rounded update
+    added."""
     y = product(x, Stack(stack.weight, [], False), ends, transposed, None, source, bias)
+    # float16 in float32, where the thin product's range does not matter
     x = wide(cast(x if source is None else source.rows(x), y.dtype))
     for own, a, up in as_served(x, stack.updates, "stack", stack.dropping):
         a, up = (up.mT, a.mT) if transposed else (a, up)
@@ -210,6 +217,7 @@ def batch_rows(layer: nn.Module, hidden: Tensor, stacks: tuple[Stack, ...]) -> O
     if rows is None:
         return None
     tokens, count = hidden.shape[:-1].numel(), len(rows.index)
+    # the rows in a third dimension or behind are no longer there once tokens are flattened
     if rows.dim > 1 or not count or tokens % count:
         raise wrong_rows(type(layer), hidden, rows.dim, count)
     every = torch.arange(tokens, device=hidden.device)
@@ -260,6 +268,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
             f"{name!r} of {type(layer).__name__} is of shape {list(stack.weight.shape)}, where a "
             "stack of matrices, [experts, out, in], is needed. Name such a one."
         )
+    # 32 bits, as torch's grouped product and the kernels take them
     return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)
 
 
@@ -272,6 +281,7 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
         plain, given = plain_forward(self), {**dict(zip(names, args)), **kwargs}
         asked = getattr(self.config, "_experts_implementation", None) if implemented else "eager"
         stacks = None
+        # an argument beyond these three means something that is not known here
         if plain is known and given.keys() == {*names} and _is_theirs(asked):
             stacks = _stacks(self, given[names[0]])
         if stacks is None:
@@ -289,6 +299,7 @@ def _refuse_dropout(self: nn.Module, how: str) -> None:
     Raises:
         AdapterError: an update that acts drops its input now.
     """
+    # attached to a layer whose forward is not known, dropout could not act, see `_check_dropout`
     lists: Any = self._modules.get("parametrizations") if self.training else None
     for name, held in () if lists is None else lists._modules.items():
         for update in held._modules.values():
@@ -303,15 +314,18 @@ def _refuse_dropout(self: nn.Module, how: str) -> None:
 
 def _is_theirs(asked: Any) -> bool:
     """Whether an implementation is transformers' own, and one that is the same function."""
+    # a compiler guards each dictionary that is looked into
     if asked not in _SERVED or is_compiling():
         return asked in _SERVED
     module: Any = sys.modules.get(_REGISTRY)
     own = getattr(module, f"{asked}_experts_forward", None)
+    # a user's own function under one of these names is not ours to replace
     return own is None or module.ALL_EXPERTS_FUNCTIONS.get(asked) is own
 
 
 def _stacks(self: nn.Module, x: Any) -> Optional[tuple[Stack, Stack]]:
-    """Both stacks, where one has an update that acts."""
+    """The stacks of an experts' first and second product, where an update acts on one; else
+    None."""
     up = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
     first, second = stack_of(self, up, x), stack_of(self, "down_proj", x)
     if first is None or second is None or not first.updates + second.updates:
@@ -340,6 +354,7 @@ def _experts(
     partial = loop or getattr(self, "_is_expert_parallel", True)  # older transformers do not tell
     chosen, bias = Chosen(order, back, top, partial), _bias(self) if biased else None
     y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
+    # not computed yet: `product` makes it where it is needed, and again for gradients
     activated: Optional[Computed] = Computed(functools.partial(_activated, self))
     act = getattr(self, "act_fn", None)
     if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
@@ -348,12 +363,14 @@ def _experts(
     bias = self.down_proj_bias if biased else None
     y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
     if partial:
+        # of other processes' experts nothing was computed: any number may stand there
         y = y.masked_fill((ids >= len(second.weight))[:, None], 0)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * weights.reshape(-1)[order, None]
     total = y[back].view(len(flat), top, -1).sum(1)
     if hasattr(self, "identity_expert"):
+        # LongCat's identity experts have indices behind the real ones
         own = weights.masked_fill(index < len(second.weight), 0).reshape(len(flat), top)
         total = total + flat * own.sum(1, keepdim=True)
     return total.to(hidden.dtype).view(hidden.shape)

@@ -29,6 +29,7 @@ from paramlora.update.narrow import LINEAR, of_factor
 from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
+# subclasses, such as DTensors and quantised weights, have operations of their own
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -62,6 +63,7 @@ def forward_of(base: type) -> Optional[_Forward]:
         return _linear
     if own is _EMBEDDING:
         return _embedding
+    # torch's convolutions call `_conv_forward`, which a subclass may have changed alone
     if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
         return _convolution
     name = getattr(own, "__qualname__", "")
@@ -76,8 +78,10 @@ def ending_in(base: type) -> Optional[type]:
     """A class to stand behind `base` where its methods say ``super().forward``, as a scaled
     embedding does: of the nearest known class that it inherits from, with the fast forward."""
     for known in base.__mro__[1:]:
+        # the nearest class with a forward of its own is what `super().forward` would reach
         fast = _FAST.get(forward_of(known)) if "forward" in vars(known) else None
         if fast is not None and type(known) is type and forward_of(base) is None:
+            # behind `base` in the order of methods, so that `super().forward` in it finds this one
             return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
     return None
 
@@ -91,6 +95,7 @@ def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
 
 def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
+    # a forward that was kept, by a hook or a trace, may be called after the merge
     kind: Any = type(layer)
     return (below(kind) if "parametrizations" in layer._modules else kind).forward
 
@@ -99,12 +104,14 @@ def below(kind: Any) -> Any:
     """The class of itself that a parametrized layer has; ``fully_shard`` and ``replicate`` put
     theirs, which is no layer's, in front of the parametrized one."""
     base = kind.__bases__[0]
+    # their base in front is a mixin: the layer's class is the one behind it
     return base if issubclass(base, nn.Module) else below(kind.__bases__[1])
 
 
 def honours_dropout(base: type) -> bool:
     """Whether an update of that layer type can drop its own input: its forward is known, it is
     called, and it has a float to drop from."""
+    # attention reads the weight of its `out_proj` past its forward
     unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return forward_of(base) is not None and not issubclass(base, unread)
 
@@ -140,9 +147,11 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
             dropping = dropping or (update.dropout != 0 and layer.training)
     weight = plist._parameters.get("original")
     if weight is None:  # of a replica, and of a flat shard
+        # DataParallel's replicas hold tensors as plain attributes, as does FSDP1
         weight = plist.__dict__.get("original")
     if weight is None:
         return None
+    # under a compiler tensors are of its own classes
     if not is_compiling():
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             return None
@@ -162,6 +171,7 @@ def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
     weight = None if plist is None else plist._parameters.get("original")
     if weight is None:
         return None
+    # a parametrization of somebody else always acts
     acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
     if len(acting) != 1:
         return None
@@ -178,6 +188,7 @@ def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
         outer: the dimension of the weight along which the outputs lie.
     """
     weight, update = _alone(layer, x) or (None, None)
+    # one magnitude for each output, not for each input, as some tools have it
     if weight is None or type(update) is not Dora or not update.is_of_outputs(outer):
         return None
     dropping = update.dropout != 0 and layer.training
@@ -199,8 +210,10 @@ def _rows_product(layer: Any, x: Tensor, found: tuple[Tensor, Rows]) -> Tensor:
     weight, update = found
     bias, ids = _bias(layer), update.lora_ids
     y = F.linear(x, weight, bias)
+    # the trained rows alone are rounded, to the weight's type as the dense sum is
     rows = update.rows_of(weight).to(weight.dtype)
     own = F.linear(x, rows, None if bias is None else bias[ids])
+    # not an assignment, which autograd would not follow
     return y.index_copy(-1, ids, own.to(y.dtype))
 
 
@@ -209,6 +222,7 @@ def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tens
     weight, update = found
     padding = layer.padding_idx
     y = F.embedding(ids, weight, padding)
+    # an id behind the last trained one still needs a place; the comparison below tells them apart
     at = torch.searchsorted(update.lora_ids, ids).clamp_max(len(update.lora_ids) - 1)
     rows = F.embedding(at, update.rows_of(weight).to(weight.dtype))
     if padding is not None:  # which gets no gradient
@@ -284,6 +298,7 @@ def _with_room(
     """``compute(layer, x, found, bias)``; of float16 in float32, but for our kernels: a sum that is
     finite when it is rescaled may be beyond float16's range before."""
     device, (weight, update, dropping), bias = autocast_of(x), found, _bias(layer)
+    # autocast decides the type, and float16 alone lacks range
     if (x.dtype if device is None else torch.get_autocast_dtype(device)) != torch.float16:
         return compute(layer, x, found, bias)
     narrow = x, weight, bias
@@ -332,6 +347,7 @@ def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled, bias: Any
             return branch(padded_input(layer, x)[0], weight.shape, a, up, *window)
 
         rate = update.dropout if dropping else 0.0
+        # in the output's memory format, as torch laid it
         return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
@@ -348,6 +364,7 @@ def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
         return F.embedding(ids, weight, padding), low
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
+        # float32 of a float16 table: it is rescaled before it is rounded
         return functional.embedding_in_range(ids, weight, a, b, scale, padding, 1.0)
 
     y = _as_rescaled(found, "transposed", fused, apart, None).to(weight.dtype)
@@ -378,11 +395,13 @@ def together(
         (update,) = updates
         a, b = _factors(update, layout)
         more = 1 / (1 - update.dropout) if dropping else 1.0
+        # compiled code reads the strength as a tensor: as a number it would be compiled in
         if is_compiling():
             return a, b, update.scaling, more
         return a, b, update.stored_scale(), update.strength * more
     pairs = [_factors(update, layout) for update in updates]
     scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
+    # each B takes its own scale, as one number is left for all of them
     scaled = [of_factor(b) * scale for (_, b), scale in zip(pairs, scales)]
     one = torch.ones((), dtype=scaled[0].dtype, device=scaled[0].device)
     return torch.cat([a for a, _ in pairs], -2), torch.cat(scaled, -1), one, 1.0
@@ -431,6 +450,7 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
     if type(update) is Lokr and update.layout == "matrix" and weight is not None:
         return kronecker.linear(x, weight, _bias(layer), update.plain(), update.scaling())
     rows = _by_rows(layer, x)
+    # torch's own forward reads `weight`, which is the definition
     y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
     return y
 
@@ -450,6 +470,7 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 
 
 def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    # asked at every call: somebody may have put another forward in torch's place since
     known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
         routes = parts_of_rows(self, input) if plain is _LINEAR else None
@@ -484,6 +505,7 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = found = None
+    # also an instance's own `_conv_forward`, as some tools set
     if plain in _CONVOLVED and _inner(self) in _INNER:
         batched = input.dim() == len(self.kernel_size) + 2
         known = known_parts(self, input) if batched else None
@@ -515,10 +537,11 @@ def _convolved(self: Any, input: Tensor, known: Known) -> Tensor:
         return y
     a, b, scale, strength = together(updates, "matrix", dropping)
     if dropping:
-        _, padding = padded_input(self, input[:0])
+        _, padding = padded_input(self, input[:0])  # only the padding is asked for
         window, drops = (stride, padding, dilation, groups), drops_of(input, updates)
         scale = scale if strength == 1 else scale * strength
         values = (weight, bias, a, b, scale, window, drops)
+        # padding comes behind the mask: what is padded in is dropped where its source is
         return dropped_convolution(input, lambda x: padded_input(self, x)[0], *values)
     x, padding = padded_input(self, input)
     return convolution(x, weight, bias, a, b, scale, stride, padding, dilation, groups, strength)
@@ -565,7 +588,8 @@ def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return F.pad(x, pads, mode=layer.padding_mode), none
     if layer.padding == "valid":
         return x, none
-    if pads[::2] == pads[1::2]:
+    if pads[::2] == pads[1::2]:  # "same" with a kernel of odd size
+        # F.pad's pairs, backwards and once each: the first dimension first
         return x, tuple(pads[::-2])
     return F.pad(x, pads), none
 
@@ -575,6 +599,7 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
 
 
 def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
+    # renormalising writes into the table, and the others have gradients of their own
     other = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
     known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
@@ -614,10 +639,13 @@ def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_R
     if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
     every: list[Any] = [*plist._modules.values()]
+    # one that is not ours, or of another kind, has no factors to route
     if {*map(type, every)} != {LowRank}:  # `is_known`, of all
         return None
+    # asked at once: inside of a backward each is the switch of the forward
     switches = switches_of(every)
     rows = switches[0].rows
+    # those that act; which rows they act on is the same for all
     return None if rows is None else (weight, [u for u, s in zip(every, switches) if s.acts], rows)
 
 
@@ -643,13 +671,14 @@ def rows_first(layer: nn.Module, x: Tensor, dim: int, rows: Choice, after: int =
 def is_flattened(layer: nn.Module, x: Tensor, rows: Choice) -> bool:
     """Whether an input without rows is the batch's positions, see `Flattened`."""
     known, count = rows.flattened, len(rows.index)
+    # a compiler shows no memory to compare; rows in front need no such question
     if known is None or rows.dim or rows.packed or is_compiling() or len(x) == count:
         return False
     return known.holds(layer, x, count)
 
 
 def _moved(x: Tensor, dim: int, to: int) -> Tensor:
-    """`movedim`, without a view, and a node of autograd for it, of what lies there already."""
+    """x with a dimension moved; no view, and no node of autograd, of what is there already."""
     return x if dim == to else x.movedim(dim, to)
 
 
@@ -658,6 +687,7 @@ def factors_of_rows(updates: list[LowRank], rows: Choice, layout: Layout) -> tup
     there = of_rows(updates, rows)
     pairs = [(None, None) if one is None else _factors(one, layout) for one in there]
     up = of_factor(routed.joined([b for _, b in pairs], rows.ranks, 1))
+    # [ranks + 1, 1] by each rank's owner: one product scales all adapters' B
     scaling = scaling_of_rows(there, up).index_select(0, rows.owner)
     return routed.joined([a for a, _ in pairs], rows.ranks, 0), (up * scaling).t()
 
@@ -691,10 +721,12 @@ def dropped_rows(
         return x
     index = rows.index if index is None else index
     dtype = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no rate exactly
+    # [N, 1, ...]: each row's own rate, 0 for the base
     each = x.new_tensor([*(rates.get(name, 0.0) for name in rows.names), 0.0], dtype=dtype)[index]
     each = each.reshape(-1, *[1] * (x.dim() - 1))
     # and of their random numbers one in 256 is zero
     gone = torch.rand_like(x, dtype=dtype) < each
+    # divided in float32, and rounded once to x's type
     return torch.where(gone, 0.0, x / (1 - each)).to(x.dtype)
 
 
@@ -713,6 +745,7 @@ def beside_rows(
         y = beside_rows(layer, in_front, updates, rows, layout, base)
         return y.view(*x.shape[:-1], y.shape[-1])
     x = rows_first(layer, x, rows.dim, rows, 1)
+    # as served: the base rounds alone, and the updates' part alone
     apart = base is not None and updates[0].rounds_twice
     if base is not None and not apart:
         found = _in_place(layer, x, updates, rows, layout, *base)
@@ -740,6 +773,7 @@ def _in_place(
     if not x.is_cuda:
         return None
     drops = layer.training and any(update.dropout for update in updates)
+    # kernels read factors of one layout where they lie: nothing may be missing or turned
     if drops or len(updates) < len(rows.names) or {u.layout for u in updates} != {layout}:
         return None
     downs, ups, started, _ = zip(*[update.held() for update in updates])
@@ -781,9 +815,11 @@ def _convolution_of_rows(
     y: Tensor
     if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)
+        # the branch's input in the output's memory format
         return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
     x = laid_as(x, weight)
     dropped = dropped_rows(layer.training, x, updates, rows)
+    # padded after it is dropped, as in `dropped_convolution`
     more = None if dropped is x else padded_input(layer, dropped)[0]
     x, padding = padded_input(layer, x)
     window = (layer.stride, padding, layer.dilation, layer.groups)

@@ -47,8 +47,9 @@ def enable_input_grads(model: Model, *sources: nn.Module) -> Model:
         >>> assert net.layer.parametrizations.weight[0].lora_B.grad is not None
     """
     with unchanged_on_error([*model.modules(), *sources]):
-        _disable(model)
+        _disable(model)  # called twice, it hooks once
         # some models set requires_grad on a view of their input, so they take none that carries one
+        # named sources carry their gradients themselves: then inputs are left as they are
         model.register_forward_pre_hook(_tensors_again if sources else _inputs, with_kwargs=True)
         for source in sources or _embeddings(model):
             source.register_forward_hook(_outputs)
@@ -65,6 +66,7 @@ def _disable(model: nn.Module) -> None:
         # found by the function, because a deep copy shares no handle with its original
         for key in [k for k, hook in module._forward_pre_hooks.items() if hook in _BEFORE]:
             del module._forward_pre_hooks[key]
+            # a module keeps beside its hooks which of them take keywords
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [k for k, hook in module._forward_hooks.items() if hook is _outputs]:
             del module._forward_hooks[key]
@@ -77,6 +79,7 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
         # nn.Module takes long to look for what is not there
         told = vars(module).get(_TOLD, getattr(type(module), _TOLD, False))
         if told is True:
+            # transformers keeps its choice among the arguments of a partial
             how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
             if how is not None and how.get("use_reentrant", True):
                 return True
@@ -128,6 +131,7 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _tensors_again(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Have each adapted tensor that is read give its gradient more than once."""
     if torch.is_grad_enabled():
+        # the flag is the layer's, read where its tensor is, see `layer_class`
         for module in model.modules():  # now, as layers may be adapted after the call of ours
             if "parametrizations" in module._modules:
                 module.__dict__[AGAIN] = True

@@ -56,11 +56,13 @@ class Updates(ParametrizationList):
 
     def forward(self) -> Tensor:
         """As torch's, and of several adapters that train the tensor whole their sum."""
+        # one that comes from several originals is torch's to put together
         if len(self) < 2 or not self.is_tensor:
             return super().forward()
         return applied(list(self), self.original)
 
     def append(self, module: nn.Module) -> "Updates":
+        # what torch calls with one tensor may have further arguments only with defaults
         taken = signature(module.forward).parameters.values()
         needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if not isinstance(module, AttachedUpdate) and len(needed) > 1:
@@ -95,23 +97,26 @@ class Shared(type):
     the class, such as another forward, holds for all layers of it."""
 
     def __delattr__(cls, name: str) -> None:
+        # torch deletes a layer's property from its class, see `remove_parametrizations`
         if not _is_ours(cls.__dict__.get(name)):
             super().__delattr__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if _is_ours(cls.__dict__.get(name)):
+            # as `register_parametrization` injects, when somebody registers over our list
             if isinstance(value, property):  # torch's, which reads the lists of one layer only
                 return
             raise AdapterError(
                 f"{cls.__name__}.{name} is what shows the adapted tensor of each layer of this "
                 "class, and cannot be replaced. Set it on one layer after detach or merge."
             )
+        # torch's property is of one layer; ours reads the instance, as the class serves many
         ours = _tensor_property(name) if isinstance(value, property) else value
         super().__setattr__(name, ours)
 
 
 class _Shown(property):
-    """The property of an adapted tensor."""
+    """The property by which an adapted layer shows a tensor: its type tells ours from torch's."""
 
 
 def _is_ours(value: Any) -> bool:
@@ -121,6 +126,7 @@ def _is_ours(value: Any) -> bool:
 def shared(base: type, names: frozenset[str]) -> type:
     """One class for all adapted layers of a base type, so that compilation sees one type; another
     while somebody's function stands in the place of the type's forward."""
+    # the forward is part of the key: a patched one must not be shadowed by a class made before
     return _shared(base, names, getattr(base, "forward", None))
 
 
@@ -139,6 +145,7 @@ def _shared(base: type, names: frozenset[str], forward: Any) -> type:
     )
     bases: tuple[type, ...] = (base,)
     fast = expert_forward_of(base)
+    # of a layer with other tensors adapted no fast forward is known
     if fast is None and "weight" in names and names <= {"weight", "bias"}:
         fast, behind = forward_of(base), ending_in(base)
         bases = bases if behind is None else (base, behind)
@@ -151,11 +158,13 @@ def _shared(base: type, names: frozenset[str], forward: Any) -> type:
 @cache
 def _meta(of_base: type) -> Any:
     """`Shared`, together with a metaclass that the base brings, such as ``ABCMeta``."""
+    # a class can have but one metaclass, which must descend from all of its bases' own
     return Shared if of_base is type else type("Shared", (Shared, of_base), {})
 
 
 def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Optional[Tensor]:
+        # by the dictionary: `nn.Module.__getattr__` would come back here on an AttributeError
         lists = self.__dict__["_modules"].get("parametrizations")
         if lists is not None and name in lists:
             plist = lists[name]
@@ -163,7 +172,9 @@ def _tensor_property(name: str) -> property:
                 return value_of(plist)
             if asks_the_base(sys._getframe(1), name) and is_ours(plist):
                 return plist.original  # type: ignore[no-any-return]
+            # AGAIN marks a layer under reentrant checkpointing, see `input_grads`
             return counted(plist, read(plist, AGAIN in self.__dict__))
+        # a layer of this class with that tensor unadapted, or a replica, which has plain attributes
         for held in (self._parameters, self._buffers, self.__dict__):
             if name in held:
                 return held[name]
@@ -171,6 +182,7 @@ def _tensor_property(name: str) -> property:
 
     def put(self: nn.Module, value: Tensor) -> None:
         if name in parametrized(self):
+            # torch's own way for an assignment, which refuses what our updates cannot invert
             parametrized(self)[name].right_inverse(value)
         else:  # of a layer that has this class for another tensor's sake
             self.__dict__[name] = value
@@ -187,6 +199,8 @@ def _set(base: type) -> Any:
     """Assigning an attribute, where an adapted tensor is refused."""
 
     def set_(self: nn.Module, name: str, value: Any) -> None:
+        # a buffer that its layer replaces is let through, to the update that is trained in its
+        # stead
         if _put_whole(self, name, value):
             return
         _check_free(self, name, "assigned")
@@ -226,6 +240,7 @@ def _register(base: type, method: str) -> Any:
     @wraps(getattr(base, method))  # torch reads its signature where a buffer is assigned
     def register(self: nn.Module, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         _check_free(self, name, "registered again")
+        # `prune` registers the sum that it read, a plain Tensor, as "weight_orig"
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             _check_free(self, name.removesuffix("_orig"), "pruned")
         getattr(base, method)(self, name, value, *args, **kwargs)
@@ -262,6 +277,7 @@ def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     copy = type(self).__new__(type(self))
     memo[id(self)] = copy
     # an RNN also holds its weights in a list, where the adapted ones are no leaves
+    # weak references cannot be copied deeply; `refresh` makes them anew
     state = {k: v for k, v in self.__dict__.items() if not k.startswith("_flat_weight_refs")}
     flat = state.pop("_flat_weights", None)
     copy.__dict__.update(deepcopy(state, memo))
@@ -300,11 +316,13 @@ def _load(base: type) -> Any:
                 if isinstance(update, AttachedUpdate)
                 for key, value in update.state_dict().items()
             }
+            # something is there of this tensor, but no update: a base checkpoint, by either name
             if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
+                # by its own values torch finds nothing missing under `strict`
                 state.update(own)
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
         # BatchNorm adds a counter that an old state lacks, by the name that it had
         added = {prefix + name for name in parametrized(self)}
-        args[3][:] = [key for key in args[3] if key not in added]
+        args[3][:] = [key for key in args[3] if key not in added]  # torch's unexpected keys
 
     return load

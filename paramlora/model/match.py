@@ -17,11 +17,13 @@ from typing import Any, Optional
 
 from paramlora.errors import shown
 
+# Python's own parser, so that its rules are not written twice
 _PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _MOST_PATTERN = 20_000  # characters; a list of a large model's layers takes some thousand
 _MOST_NAMES = 1 << 24  # characters of all names; those of 140,000 tensors take as many
 _MOST_PLACES = 1 << 27  # bytes of the places of every character
 _MOST_WORK = 1 << 32  # bytes of numbers that are gone through, some seconds
+# no path has this character
 _ANY = "\0"  # for any one character, in a pattern of a fixed length
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
@@ -58,6 +60,7 @@ class Names:
             Unbounded: one that could take for ever.
         """
         with _about(pattern):
+            # bits where names end, moved backwards through the pattern to where they begin
             return set(self._at(self._followed(pattern, self._places.ends)))
 
     def first(self, patterns: Iterable[str]) -> dict[str, int]:
@@ -74,6 +77,7 @@ class Names:
         return found
 
     def _ending(self, pattern: str) -> Iterable[str]:
+        # without repeats or choices the names are looked up by their ends
         fixed = _fixed(_parsed(pattern))
         if fixed is None:  # spelled as PEFT spells it, and as there free at its end
             places = self._places
@@ -81,6 +85,7 @@ class Names:
         text = fixed.removeprefix("^")
         anchored = len(fixed) > len(text)
         tails = self._by_tail(len(text), tuple(i for i, c in enumerate(text) if c == _ANY))
+        # after `^` the whole name, not its end
         return [name for name in tails.get(text, []) if not anchored or len(name) == len(text)]
 
     def _by_tail(self, length: int, free: tuple[int, ...]) -> dict[str, list[str]]:
@@ -89,6 +94,7 @@ class Names:
             tails: dict[str, list[str]] = {}
             for name in self._names:
                 self._spend(100 + 8 * len(free))
+                # the end of a whole component
                 if len(name) == length or name[-length - 1 : -length] == ".":
                     tail = list(name[len(name) - length :])
                     for place in free:
@@ -135,6 +141,7 @@ class Names:
     def _step(self, kind: str, argument: Any, ends: int) -> int:
         places = self._places
         if kind in _ONE:
+            # one character: every bit goes to the place before it, where the character is right
             return ends >> 1 & places.of(kind, argument)
         if kind == "BRANCH":
             return self._either(argument[1], ends)
@@ -143,7 +150,9 @@ class Names:
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
             return self._repeated(argument, ends)
         if kind in ("ASSERT", "ASSERT_NOT"):
+            # from any place to any place: what is ahead may end anywhere in a name
             ahead = self._before(argument[1], places.ends | places.inside)
+            # a negated bit set is infinite; `ends` bounds it
             return ends & (ahead if kind == "ASSERT" else ~ahead)
         return ends & places.at(str(argument))
 
@@ -157,6 +166,7 @@ class Names:
         least, most, parts = argument
         for _ in range(least):
             before = self._before(parts, ends)
+            # the parts may be empty: more turns give nothing new
             if before == ends:
                 break
             ends = before
@@ -164,6 +174,7 @@ class Names:
         if endless and len(parts) == 1 and str(parts[0][0]) in _ONE:
             return self._flooded(self._places.of(str(parts[0][0]), parts[0][1]), ends)
         new, count = ends, least
+        # each turn may only reach new places: at most as many turns as there are places
         while new and (endless or count < most):
             new = self._before(parts, new) & ~ends
             ends, count = ends | new, count + 1
@@ -176,6 +187,7 @@ class Names:
         while through:
             self._spend(4 * self._places.size)
             ends |= ends >> step & through
+            # from here on a bit stands for a run of twice as many places
             through &= through >> step
             step *= 2
         return ends
@@ -190,6 +202,7 @@ class _Places:
         if len(text) > _MOST_NAMES or len(alphabet) * self.size > _MOST_PLACES:
             raise Unbounded("too much work for names of so many characters")
         bits = {character: bytearray(self.size) for character in alphabet}
+        # bytes, as setting a bit of a whole number would copy all of it
         for place, character in enumerate(text):
             bits[character][place >> 3] |= 1 << (place & 7)
         self._bits = {c: int.from_bytes(held, "little") for c, held in bits.items()}
@@ -216,6 +229,7 @@ class _Places:
         if kind in ("AT_END", "AT_END_STRING"):
             return self.ends
         word = self.of("IN", [("CATEGORY", "CATEGORY_WORD")])
+        # a place is a boundary where it and the one before it differ
         boundary = word ^ word << 1
         return boundary if kind == "AT_BOUNDARY" else ~boundary
 
@@ -232,6 +246,7 @@ def _means(kind: str, argument: Any, character: str) -> bool:
         name = str(argument).replace("_NOT_", "_")
         return _CATEGORIES[name](character) == (name == str(argument))
     negated = str(argument[0][0]) == "NEGATE"
+    # "[^...]" has a mark in front, which is skipped
     return negated != any(_means(str(k), a, character) for k, a in argument[negated:])
 
 
@@ -253,6 +268,7 @@ def _parsed(pattern: str) -> Any:
         raise ValueError(f"no regular expression: {error}") from error
     except (RecursionError, OverflowError):
         raise Unbounded("nested too deeply, or repeated too often") from None
+    # a flag in the pattern would change what every part means
     if parsed.state.flags != re.UNICODE:
         raise Unbounded("more than is followed in bounded time (flags)")
     _check(parsed)
@@ -267,8 +283,10 @@ def _check(parts: Any) -> None:
             inside = argument[1]
         elif str(kind) in ("MAX_REPEAT", "MIN_REPEAT"):
             inside = argument[2:]
+        # [1] and [2]: flags that the group switches on or off
         elif str(kind) == "SUBPATTERN" and not argument[1] and not argument[2]:
             inside = argument[3:]
+        # 1: looks ahead; behind would need places that are not reached yet
         elif str(kind) in ("ASSERT", "ASSERT_NOT") and argument[0] == 1:
             inside = argument[1:]
         elif str(kind) not in (*_ONE, "AT"):
@@ -285,6 +303,7 @@ def _fixed(parts: Any) -> Optional[str]:
     if any(kind not in ("LITERAL", "ANY") for kind, _ in rest):
         return None
     text = "".join(_ANY if kind == "ANY" else chr(argument) for kind, argument in rest)
+    # a literal "^" would be taken for the anchor, and a literal NUL for any character
     return (
         None
         if "^" in text or text.count(_ANY) != sum(k == "ANY" for k, _ in rest)

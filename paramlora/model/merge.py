@@ -64,7 +64,9 @@ def merge(
     report: Literal[True],
     seed: Optional[int] = None,
 ) -> KeptReport: ...
+# one context for both: a merge gives the same bits wherever it is called
 @own_context()
+# a weight that is made under inference mode could never train again
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(
@@ -106,6 +108,7 @@ def merge(
         >>> x, y = torch.ones(1, 4), layer(torch.ones(1, 4))
         >>> assert type(merge(layer)) is nn.Linear and torch.equal(layer(x), y)
     """
+    # a step for each tensor makes thousands of short-lived containers
     with uncollected():
         return _merged(model, adapters, dequantize, report, seed)
 
@@ -120,8 +123,10 @@ def _merged(
     chosen = check_adapters(model, adapters)
     if chosen:
         check_not_flat(model, "merge")
+        # gathered tensors that a call left would take the sums, and be thrown away
         reshard(model)
     acting = [(path, one) for path, _, one in updates(model) if one.adapter in chosen]
+    # one look at all numbers, which the bounds below use again
     most_of_all = _check_finite(acting)
     for path, update in acting:
         update.check_mergeable(path)
@@ -134,6 +139,7 @@ def _merged(
     packed = [
         (module, name)
         for module, name, _ in jobs
+        # only branches act on packed weights, whose layer holds the tensor itself
         if (held := module._parameters.get(name)) is not None and is_quantised(held)
     ]
     if packed and not dequantize:
@@ -142,11 +148,14 @@ def _merged(
     rounding = Rounding(seed, counts=report) if report or seed is not None else None
     _check_held(
         model,
+        # what goes back through an inverse has been compared already; packed weights are dense in
+        # no type yet
         [job for job, values in zip(jobs, inverted) if not values and job[:2] not in packed],
         rounding is not None,
         most_of_all,
     )
     steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted, rounding)]
+    # from here on nothing is undone, see `_take_all`
     to_the_end(lambda: _take_all(steps))
     return rounding.report() if report and rounding is not None else model
 
@@ -154,6 +163,7 @@ def _merged(
 def _take_all(steps: list[_Step]) -> None:
     """A step leaves a model that is whole and, taken again, does the same, so that a merge that has
     begun can always be ended."""
+    # the step is taken off the list only behind its end: a stop in it has it done again
     while steps:
         steps[0]()
         del steps[0]
@@ -166,9 +176,11 @@ def _unpacking(model: nn.Module, packed: list[tuple[nn.Module, str]]) -> list[_S
     usual = _usual_type(model)
 
     def unpack(module: nn.Module, name: str) -> None:
+        # of a step that is stopped half-way the layer is as it was, so that it can be taken again
         with unchanged_on_error([module]):
             make_dense(module, name, usual)
 
+    # `at=at`: a closure would see the last place alone
     steps: list[_Step] = [lambda at=at: unpack(*at) for at in packed]  # type: ignore[misc]
     return [*steps, lambda: tell_transformers(model, [module for module, _ in packed])]
 
@@ -180,8 +192,10 @@ def _merging(
     alike: dict[tuple[int, ...], _Group] = {}
     for job, values in zip(jobs, inverted):
         alike.setdefault(_identity(*job), []).append((job, values))
+    # before the first write: both are told by identities, which a merge changes
     count, shared = holders(model), overlapping(model)
     for (base, *_), group in alike.items():
+        # some holders without these updates: the sum is of the others only
         if len(group) != count[base]:
             _check_untied(model, *group[0][0][:2])
     paths = {} if rounding is None else {id(one): path for path, one in model.named_modules()}
@@ -208,6 +222,7 @@ def _named(rounding: Optional[Rounding], paths: dict[int, str], group: _Group) -
     def named() -> Optional[Rounding]:
         if rounding is not None:
             module, name, _ = group[0][0]
+            # a step that is taken again counts its tensor from the start
             rounding.start(stem(paths[id(module)], name) or name)
         return rounding
 
@@ -226,9 +241,11 @@ def _step(group: _Group, alone: bool, shares: bool, rounding: _Round) -> _Step:
     formed: list[Optional[Tensor]] = []  # the sum, formed once, from the base as it was
 
     def step() -> None:
+        # kept from the first try: a step that is done again must not add to what it has written
         if not formed:
             formed.append(_total(group, rounding()))
         touched = [one for (module, _, _), _ in group for one in with_lists(module)]
+        # values are written below, which doing again repeats; the structure is what is undone
         with unchanged_on_error(touched):
             _write(group, formed[0], alone, shares)
             for (module, name, ours), _ in group:
@@ -246,6 +263,7 @@ def _ours(module: nn.Module, name: str, chosen: list[str]) -> list[AttachedUpdat
 
 def _usual_type(model: nn.Module) -> "torch.dtype | None":
     """The type of the first parameter that is neither packed nor an update's."""
+    # packed weights are whole numbers, and an update's type is its own
     ours = {id(p) for _, _, update in updates(model) for p in update.parameters()}
     there = (p.dtype for p in model.parameters() if id(p) not in ours and p.is_floating_point())
     return next(there, None)
@@ -259,17 +277,19 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
     """Write a base once for the holders that share it with the same updates."""
     for _, values in group:
         for tensor, value in values:
-            with as_made(tensor):
+            with as_made(tensor):  # it may have been made under inference mode
                 tensor.copy_(value)
     if total is None:
         return
     plain = _plain(group)
     base: Any = getattr(*plain[0])
     if not alone:  # tied to a holder without these updates, which must not move
+        # a tensor of its own, in the same layout, that trains as it did
         own = nn.Parameter(_laid_out(total, base), base.requires_grad)
         for owner, attribute in plain:
             setattr(owner, attribute, own)
     elif shares or 0 in base.stride():  # expanded: its elements share memory, the sum's cannot
+        # `.data`, so that the Parameter and what an optimizer holds of it stay
         base.data = _laid_out(total, base)
     else:
         with as_made(base):
@@ -278,11 +298,12 @@ def _write(group: _Group, total: Optional[Tensor], alone: bool, shares: bool) ->
 
 def _laid_out(total: Tensor, base: Tensor) -> Tensor:
     """The sum in memory of its own, with the strides of its base."""
+    # `empty_like` keeps strides, but for those of 0
     return torch.empty_like(base).copy_(total)
 
 
 def _plain(group: _Group) -> list[tuple[Any, str]]:
-    """Where the tensor is stored, of the holders in which the sum is written as it is."""
+    """(owner, attribute) of the base tensor in each holder whose sum is written as it is."""
     return [_stored(module, name) for (module, name, _), values in group if not values]
 
 
@@ -316,6 +337,7 @@ def _sum(
 ) -> Tensor:
     """A new tensor that is the sum of a base and those of its updates that act once it is copied
     into that base."""
+    # one that is off is erased with the others, and adds nothing
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
         # each process forms its own part of the sum, whose blocks the others could not follow
@@ -333,6 +355,7 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, most_of_all: 
     """
     every: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
     for (module, name, _), base in zip(jobs, every):
+        # a merge into 8 bits is meant where its loss is counted, or rounding is at random
         if is_storage(base.dtype) and not counted:
             raise AdapterError(
                 f"{_full(model, module, name)} is stored in {base.dtype}, which would round the "
@@ -342,9 +365,11 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, most_of_all: 
     # all at once: a device would be waited for as often as there are layers
     of_half = largest(base for base in every if base.dtype == torch.float16 and not base.is_meta)
     held = math.inf if of_half is None else of_half
+    # most are cleared by numbers that are known already, without a term
     jobs = [j for j, base in zip(jobs, every) if _may_overflow(j, base, most_of_all, held)]
     bases: list[Tensor] = [getattr(*_stored(module, name)) for module, name, _ in jobs]
     terms = [[answer(update, "term") for update in ours if update.acts] for _, _, ours in jobs]
+    # bounds of sharded tensors would be each process's own
     unknown = [is_sharded(base) or base.is_meta for base in bases]
     added = waited_for([0.0 if skip else bound_of(of) for skip, of in zip(unknown, terms)])
     for (module, name, ours), base, of, bound in zip(jobs, bases, terms, added):
@@ -352,6 +377,7 @@ def _check_held(model: nn.Module, jobs: list[_Job], counted: bool, most_of_all: 
             over = overflows(base, of, bound)
         else:
             narrow = base.dtype == torch.float16
+            # all processes must come to one decision, or some would merge
             over = narrow and not bool(gathered(torch.isfinite(_sum(base, ours))).all())
         if over:
             raise AdapterError(
@@ -380,7 +406,7 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
 
     Empty where the updates come first: they then add to the stored tensor itself.
     """
-    if name in module._parameters:
+    if name in module._parameters:  # a plain parameter: its updates are branches
         return []
     plist: Any = parametrized(module)[name]
     others = [i for i, p in enumerate(plist) if not isinstance(p, AttachedUpdate)]
@@ -393,6 +419,7 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stored]
     # a copy in eval mode: spectral norm steps its power iteration whenever it is read
     rules = [copy.deepcopy(plist[i]).eval() for i in others]
+    # the same rules in float32 to compute with; the model's own type to compare with
     wide_rules = [copy.deepcopy(rule).to(wide[0].dtype) for rule in rules]
     chain = [
         wide_rules[others.index(i)] if i in others else p
@@ -404,6 +431,7 @@ def _inverted(module: nn.Module, name: str, ours: list[AttachedUpdate]) -> _Valu
         aim = folded(aim, [answer(update, "term") for update in soft])
     exact = _back(module, name, wide_rules, aim)
     new = [value.to(t.dtype) for value, t in zip(exact, stored)]
+    # in float32 nearly exactly, and in the stored type to a few last places
     held = _through(wide_rules, exact), _through(rules, new)
     if not (_equals(held[0], aim, 64) and _equals(held[1], aim.to(held[1].dtype), 4)):
         raise AdapterError(_cannot_hold(module, name, rules))
@@ -453,6 +481,7 @@ def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
 
 def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> float:
     """What no number of the updates is above; refuses one that is not finite."""
+    # one number for all of it: a model has thousands of tensors, and a device is waited for once
     found = largest(t for _, update in acting for t in update.every_tensor() if not t.is_meta)
     if found is not None:
         return found

@@ -32,9 +32,11 @@ def add_methods(model: nn.Module) -> None:
     They stand in the instance's dictionary, so that the class stays as it is, and are bound, so
     that a deep copy has its own.
     """
+    # every model inside: a pipeline's parts save themselves
     for module in model.modules():
         if library(module) and holds_updates(module):
             for name in _METHODS:
+                # of the class: an instance's own is somebody's, and stays
                 own = getattr(type(module), name, None)
                 if callable(own) and name not in module.__dict__:
                     module.__dict__[name] = MethodType(_ours(own, name), module)
@@ -64,6 +66,7 @@ def _ours(own: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(own)  # pipelines of diffusers look for the names of its arguments
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # merged or detached since, while something kept the method
         if not holds_updates(self):
             return own(self, *args, **kwargs)
         handlers = import_module("paramlora.integrations.pretrained")

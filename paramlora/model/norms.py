@@ -31,12 +31,14 @@ def _base(module: nn.Module, update: AttachedUpdate) -> Tensor:
     """The weight that an update of this layer acts on, as numbers."""
     held = [(name, one) for name, of in updates_of(module) for one in of]
     (name,) = [name for name, one in held if one is update]
+    # ours alone: the stored weight, unpacked where it is quantised
     if all(isinstance(one, AttachedUpdate) for its, one in held if its == name):
         return dense(module, base_of(module, name).detach())
     # under a weight norm, the weight is what that computes: here, since others may call the model
     plist: Any = parametrized(module)[name]
     count = 0 if plist.is_tensor else plist.ntensors
     value = [getattr(plist, f"original{n}") for n in range(count)] or [plist.original]
+    # our updates are passed over: the norm is against the weight without them
     for rule in plist:
         value = value if isinstance(rule, AttachedUpdate) else [rule(*value)]
     return value[0].detach()  # type: ignore[no-any-return]
@@ -54,6 +56,7 @@ def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
     known: "Tensor | None" = term.norm()
     if known is not None:
         return known
+    # in a wide type: a small update beside a large weight is a difference of near numbers
     before = base.to(_wide(base))
     return _norm(update(before) - before)
 

@@ -21,6 +21,7 @@ from paramlora.model.targets import (
 from paramlora.update.attached import answer
 from paramlora.update.sharded import check_own_parameters
 
+# what torch puts into the path of a parametrized tensor
 _BASE = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original\d*$")
 
 
@@ -46,6 +47,7 @@ def trainable_parameters(model: nn.Module, adapter: Optional[str] = None) -> lis
         return [p for p in model.parameters() if p.requires_grad]
     check_adapters(model, adapter)
     own = [p for _, _, u in attached if u.adapter == adapter for p in u.parameters()]
+    # in a flat parameter the adapter has none of its own
     check_own_parameters(model, {adapter: own})
     return [p for p in own if p.requires_grad]
 
@@ -100,9 +102,11 @@ def parameter_groups(
         check_adapters(model, adapter)
         raise AdapterError("no adapter is attached, so there is nothing to group. Attach one.")
     if adapter is None:
+        # by identity: a tied tensor has several paths and is one parameter
         known = {id(p) for held in named.values() for group in held.values() for p in group}
         for path, p in unwrapped(model).named_parameters():
             if id(p) not in known:
+                # as files spell it, so that patterns mean the same for bases and updates
                 paths = [own_path(_BASE.sub(r"\1", path))]
                 named.setdefault("model", {}).setdefault(told.pattern(paths, [p]), []).append(p)
     told.check_used()
@@ -132,9 +136,11 @@ def _group(
     lr_ratio: float,
     weight_decay: Optional[float],
 ) -> dict[str, Any]:
+    # LoRA+ has but one ratio, of B
     rate = told.rate(pattern) * lr_ratio if name == "lora_B" else told.rate(pattern)
     spelled_out = f"{name} ({pattern})" if pattern else name
     group = {"name": spelled_out, "params": params, "lr": rate}
+    # a scale of 0 means no update at all, to which decay would draw it
     decay = 0.0 if name == "lora_scale" else weight_decay
     return group if decay is None else {**group, "weight_decay": decay}
 
@@ -168,11 +174,13 @@ class _Rates:
         """
         if not self._at:
             return ""
+        # a path in files leaves "weight" out; a pattern may name it
         within = {
             one for path in paths for one in holders_of(f"{path}.weight" if path else "weight")
         }
         found = [name for name, at in self._at.items() if not at.isdisjoint(within)]
         if any(p.requires_grad for p in members):
+            # frozen tensors use no rate: a pattern that names only these is told of
             self._unused -= set(found)
         best = max(map(specificity, found), default=0)
         top = [name for name in found if specificity(name) == best]

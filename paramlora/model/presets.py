@@ -38,6 +38,7 @@ def attention(model: nn.Module, places: Iterable[Place]) -> list[Place]:
 def all_linear(model: nn.Module, places: Iterable[Place]) -> list[Place]:
     """The weights of all linear layers but the head, as peft's "all-linear" chooses them
     (peft.tuners.tuners_utils._maybe_include_all_linear_layers)."""
+    # by identity, as a head may be tied, and have any name
     head = _head(model)
     return [
         one for one in places if one[2] == "weight" and is_linear(one[1]) and one[1] is not head
@@ -78,9 +79,11 @@ def _last_name(path: str) -> str:
 
 def _projects(place: Place, modules: dict[str, nn.Module]) -> bool:
     path, module, name, _ = place
+    # torch's attention has its projections as parameters, without layers
     if isinstance(module, nn.MultiheadAttention):
         return name in _OF_TORCH
     parts = path.split(".")
+    # also the end of two parts, as "to_out.0" of diffusers
     known = bool(_PROJECTIONS & {parts[-1], ".".join(parts[-2:])})
     return name == "weight" and known and _mixes(module) and _in_attention(parts, modules)
 
@@ -110,6 +113,7 @@ def _head(model: nn.Module) -> object:
     if not callable(told):
         return None
     head = told()
+    # a base model without a head has the method too, and gives None
     if head is not None:
         return head
     return next((model._modules[name] for name in _HEADS if name in model._modules), None)

@@ -18,8 +18,10 @@ from paramlora.update.sharded import is_sharded
 def is_quantised(tensor: Tensor) -> bool:
     """Whether the tensor only stands for a weight."""
     if is_wrapper(tensor):
+        # a DTensor is such a subclass too
         packed = _dequantises(tensor) or hasattr(tensor, "qdata")  # as torchao names what it holds
         return packed and not is_sharded(tensor)
+    # bitsandbytes: 4 bits have a state, 8 bits the scales of their rows
     return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
 
 
@@ -29,7 +31,7 @@ def _dequantises(tensor: Tensor) -> bool:
 
 def shape_of(module: nn.Module, tensor: Tensor) -> tuple[int, ...]:
     """The weight's shape, also where four bits are packed in another."""
-    if hasattr(tensor, "quant_state"):
+    if hasattr(tensor, "quant_state"):  # bytes, two numbers in each, in a flat tensor
         return module.out_features, module.in_features  # type: ignore[return-value]
     return tuple(tensor.shape)
 
@@ -49,9 +51,11 @@ def dense(module: nn.Module, tensor: Any) -> Tensor:
     if hasattr(tensor, "SCB"):
         state: Any = module.state  # which takes the scales at the first call
         rows = tensor.SCB if tensor.SCB is not None else state.SCB
+        # CUDA layouts keep the numbers there instead
         values = tensor.data if tensor.data.dtype == torch.int8 else state.CB
         bias: Any = module.bias
         dtype = torch.get_default_dtype() if bias is None else bias.dtype
+        # int8 is ±127 by rows, with one scale each
         wide: Tensor = values.float() * rows.float()[:, None] / 127
         return wide.to(dtype)
     if not _dequantises(tensor):  # laid out for torch's int4 product, which is all it can do
@@ -64,10 +68,12 @@ def _in_order(tensor: Any) -> tuple[Tensor, Any]:
     """Four-bit data and scales as they were quantised: a layer that was evaluated on a CPU with
     16-bit instructions holds them in that CPU's order, its scales no longer quantised."""
     state = tensor.quant_state
+    # the first evaluation repacked it in place
     if not getattr(state, "packing_format_for_cpu", False):
         return tensor.data, state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
+    # the state's own flags are read by the inverse; the layer's state must stay
     own = copy.copy(state)
     own.original_nested = False  # else the scales would be quantised once more
     data, own = _convert_weight_packed_for_cpu_inverse(tensor.data, own)

@@ -25,12 +25,14 @@ def read_again(plist: Any, read: Callable[[Any], Tensor]) -> Tensor:
     parameters = [p for p in plist.parameters() if p.requires_grad]
     if not parameters or not all(isinstance(update, AttachedUpdate) for update in plist):
         return read(plist)
+    # the closures are no tensors: what they read is told apart by `_told`
     again: Any = _Again.apply
     return again(lambda: read(plist), lambda: _told(plist), *parameters)  # type: ignore[no-any-return]
 
 
 def _told(plist: Any) -> tuple[Any, ...]:
     """What the value depends on: the updates' strengths and the versions of the tensors."""
+    # an inference tensor counts no versions
     versions = (0 if p.is_inference() else p._version for p in plist.parameters())
     return (*(update.strength for update in plist), *versions)
 
@@ -43,7 +45,9 @@ def counted(plist: Any, value: Tensor) -> Tensor:
     the gradients would be of the one and half of the other, without a word. What its reader writes
     to is a copy, which is made of tensors that are saved.
     """
+    # `keeps_saved`: only checkpointing, or whoever else has hooks on saved tensors, counts them
     counts = value.requires_grad and torch.is_grad_enabled() and keeps_saved()
+    # a compiler and a transform know no such function
     if not counts or torch.compiler.is_compiling() or transformed():
         return value
     if any(getattr(update, "written_by_reader", False) for update in plist):
@@ -76,6 +80,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        # what is computed again would be another sum than the one that was used
         if ctx.told() != ctx.before:
             raise AdapterError(
                 "an adapted tensor, or the strength of its adapter, changed between forward and "
@@ -84,6 +89,7 @@ class _Again(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # whether a gradient of this gradient is wanted
         with torch.enable_grad():
             value = ctx.read()
+        # an update that is off reaches none of its parameters
         how = {"allow_unused": True, "create_graph": twice}
         grads = torch.autograd.grad(value, ctx.parameters, grad, **how)
         return None, None, *grads

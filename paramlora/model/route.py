@@ -79,8 +79,10 @@ def route(
     for *_, some in held:
         for update in some:
             if isinstance(update, AttachedUpdate):
+                # by its strength: a block of `disable_adapters` may be left inside of this one
                 acts = update.switch.strength != 0
                 there[update.adapter] = there.get(update.adapter, False) or acts
+    # everything is looked at before the first layer changes
     index = _index(model, there, adapters, names)
     if cu_seqlens is not None:
         index = _of_positions(index, cu_seqlens)
@@ -91,7 +93,9 @@ def route(
 
     def enter(undo: list[_Undo]) -> None:
         _enter(modules.values(), rows, undo)
+        # only where a layer is called once for each adapter: the groups wait for a device
         groups = _groups(list(there), index) if split else {}
+        # a forward of the instance's own: the class serves other layers too
         for layer, update, own in split:
             _replace(layer, Split(layer, dim, groups, update, own), undo)
 
@@ -143,9 +147,11 @@ def _of_tensor(
     if index.is_cpu and len(index) and int(index.max()) >= len(names):
         most, there_are = int(index.max()), counted(len(names), "adapter")
         raise AdapterError(f"index {most} is beyond the {there_are} named. Name more.")
+    # what is not named, a negative index among them, is the base
     out = torch.full_like(index, len(there), dtype=torch.long)
     for at, name in enumerate(names):
         if name is not None:
+            # filled name by name: `names` may have an adapter twice
             out = out.masked_fill(index == at, list(there).index(name))
     return out
 
@@ -164,6 +170,7 @@ def _check_on(model: nn.Module, there: dict[str, bool], names: Names) -> None:
 def _of_positions(index: Tensor, cu_seqlens: Union[Tensor, Sequence[int]]) -> Tensor:
     """The index of each position of packed sequences, from that of each sequence."""
     try:
+        # on the index's device, so that positions are repeated where they lie
         bounds = torch.as_tensor(cu_seqlens, device=index.device)
     except (TypeError, ValueError, RuntimeError):
         raise _wrong_bounds(index, cu_seqlens) from None
@@ -197,19 +204,23 @@ def _checked(
     Raises:
         AdapterError: one that allows neither.
     """
+    # one `Choice` for all tensors with the same adapters: there are hundreds of tensors
     made: dict[tuple[Any, ...], Choice] = {}
     rows: dict[int, tuple[AttachedUpdate, Choice]] = {}
     split: dict[int, tuple[nn.Module, AttachedUpdate, Choice]] = {}
     flattened = Flattened({id(module): path.rpartition(".")[0] for path, module, *_ in held})
+    # attention reads the weights of `out_proj`: it is the layer to be called for each adapter
     inside = {id(attention.out_proj): attention for attention in attentions}
     for path, module, name, some in held:
         ours = [one for one in some if isinstance(one, AttachedUpdate)]
         if not ours:
             continue
+        # rows lie in the attention's input; the inner layer is called by nobody
         layer = inside.get(id(module), module)
         own = _rows(made, there, index, dim, packed, flattened, ours)
         if _must_split(module, layer, stem(path, name), name, packed):
             split[id(layer)] = layer, ours[0], own
+        # one update of tied tensors has one switch, and so one choice
         for update in ours:
             if rows.setdefault(id(update), (update, own))[1] is not own:
                 raise AdapterError(_tied(stem(path, name)))
@@ -226,11 +237,13 @@ def _rows(
     ours: list[AttachedUpdate],
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
+    # where the factors lie: a device map spreads a model over several
     names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
     ranks = tuple(one.rank_of_sum() for one in ours)
     key = (names, ranks, device)
     if key not in made:
         own = torch.full_like(index, len(names))
+        # the index counts the model's adapters, a tensor's choice its own
         for at, name in enumerate(names):
             own = own.masked_fill(index == there.index(name), at)
         made[key] = Choice(names, ranks, own.to(device), dim, packed, flattened)
@@ -245,8 +258,10 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
     """
     base = below(type(layer)) if parametrized(layer) else type(layer)
     lists = parametrized(module)
+    # experts tell which token each row is of, so one call serves all
     if takes_rows(base, name) and name in lists and all(map(is_known, lists[name])):
         return False
+    # a branch is added by a hook, which has the layer's own input
     soft = BRANCHES in module._modules and name not in lists
     if packed and not takes_positions(base):
         raise AdapterError(
@@ -254,6 +269,7 @@ def _must_split(module: nn.Module, layer: nn.Module, path: str, name: str, packe
             "so packed sequences cannot take different adapters there. Give each its own row "
             "(without cu_seqlens), or detach the adapters from that layer."
         )
+    # of an attention's inner layer the attention is what is called
     if soft or (layer is module and _is_grouped(module, base)):
         return False
     if splits(layer, base):
@@ -286,12 +302,14 @@ def _groups(there: list[str], index: Tensor) -> dict[Optional[str], Tensor]:
     """By adapter the rows that take it, where somebody does."""
     index = index.cpu()
     order = {name: (index == at).nonzero()[:, 0] for at, name in enumerate([*there, None])}
+    # of an empty batch one call with no rows, which gives the shapes
     return {name: rows for name, rows in order.items() if len(rows)} or {None: index}
 
 
 def _enter(
     modules: Iterable[nn.Module], rows: list[tuple[AttachedUpdate, Choice]], undo: list[_Undo]
 ) -> None:
+    # by its own object: blocks are left in any order, and each takes its own rows out
     block = object()
     undo.append(lambda: _put(rows, lambda open_, _: tuple(o for o in open_ if o[0] is not block)))
     _put(rows, lambda open_, own: (*open_, (block, own)))
@@ -335,6 +353,7 @@ def _restore(own: dict[str, Any], forward: Any) -> None:
     forward.left = True
     if own.get("forward") is not forward:
         return
+    # blocks that are left and still below another one are passed over
     while forward is not None and getattr(forward, "left", False):
         forward = forward.before
     if forward is None:
@@ -345,5 +364,6 @@ def _restore(own: dict[str, Any], forward: Any) -> None:
 
 def _leave(undo: list[_Undo]) -> None:
     while undo:
+        # taken off behind its end: a stop in it has it done again
         undo[-1]()
         undo.pop()

@@ -38,6 +38,7 @@ def splits(layer: nn.Module, base: type) -> bool:
     known = next((kind for kind in base.__mro__ if kind.__module__.startswith("torch.nn.")), object)
     if not issubclass(base, (*_POSITIONS, *_FIRST, *_OWN)):
         return _is_conv1d(base)
+    # BatchNorm-like statistics would be of each adapter's rows alone
     return getattr(base, "forward", None) is getattr(known, "forward", 0) and not getattr(
         layer, "track_running_stats", False
     )
@@ -60,9 +61,11 @@ class _Places:
 def _places(layer: Any, dim: int) -> _Places:
     if isinstance(layer, nn.RNNBase):
         batch = 0 if layer.batch_first else 1
+        # a state has its layers in front, whatever `batch_first` says
         return _Places({"input": batch, "hx": 1}, (batch, 1), 3)
     if isinstance(layer, nn.MultiheadAttention):
         batch = 0 if layer.batch_first else 1
+        # masks of padding have the batch first always, and its attention weights too
         given = {"query": batch, "key": batch, "value": batch, "key_padding_mask": 0}
         return _Places(given, (batch, 0), 3, layer.num_heads)
     first = 0 if isinstance(layer, _FIRST) else dim
@@ -98,19 +101,24 @@ class Split:
         self.names = list(inspect.signature(self.forward).parameters)
         self.layer, self.groups, self.update, self.taken = layer, groups, update, taken
         self.count = sum(map(len, groups.values()))
+        # of an instance, which is put back; the class's needs no place
         self.before, self.left = vars(layer).get("forward"), False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # this layer inside of a part of another: its rows are one adapter's already
         if ONLY.adapter != UNSPLIT:
             return self.forward(*args, **kwargs)
+        # compiled code cannot ask which backward runs; its block is open
         now = self.taken if torch.compiler.is_compiling() else self.update.current().rows
         if now is None:  # a forward outside of all blocks, computed again in this one
             return self.forward(*args, **kwargs)
         if now is not self.taken:  # or in another one
             raise self.update.of_some_rows()
         given = dict(zip(self.names, args)) | kwargs
+        # the first input tells whether it has rows at all
         _check_rows(self.layer, self.places, next(iter(given.values()), None), self.count)
         parts = [self._part(adapter, rows, given) for adapter, rows in self.groups.items()]
+        # the adapters' results come one after the other: where each row then lies
         order = torch.argsort(torch.cat(list(self.groups.values())))
         if isinstance(parts[0], Tensor):
             return _joined(parts, self.places.results[0], order)
@@ -155,8 +163,10 @@ def _unsplit(layer: nn.Module) -> Callable[..., Any]:
 
 def _taken(layer: Any, places: _Places, name: str, value: Any, rows: Tensor, count: int) -> Any:
     """Some rows of what a layer is given."""
+    # torch.Size is a tuple, and none of tensors
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return tuple(_taken(layer, places, name, one, rows, count) for one in value)
+    # [rows · heads, ...]: a row's heads lie together
     if name == "attn_mask" and places.heads and value is not None and value.dim() == 3:
         by_row = value.unflatten(0, (-1, places.heads))
         return by_row.index_select(0, rows.to(value.device)).flatten(0, 1)

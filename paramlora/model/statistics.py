@@ -50,11 +50,14 @@ def keepers(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def remember(model: nn.Module, kept: list[nn.Module], froze: bool) -> None:
     """Record what the model is and what `kept`, its `keepers`, hold; freeze it where asked to."""
+    # only what trains: what the user froze must stay so after the last adapter
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and froze]
     vars(model)[_FROZEN] = frozenset(own_path(name) for name, _ in trained)
     for module in kept:
+        # the tensor itself too: whether it was replaced tells how to put it back
         held = {name: (one, one.clone()) for name, one in _buffers(module)}
         vars(module)[_BUFFERS] = _Record(_plain(module), held)
+        # a base checkpoint that is loaded later is the new "before"
         module.register_load_state_dict_pre_hook(_loaded)  # type: ignore[no-untyped-call]
     for _, parameter in trained:
         parameter.requires_grad_(False)
@@ -63,16 +66,21 @@ def remember(model: nn.Module, kept: list[nn.Module], froze: bool) -> None:
 @torch.no_grad()
 def put_back(model: nn.Module) -> None:
     """What `remember` froze trains again, and what moved holds its earlier values."""
+    # every module: a model that was attached to may lie in another now
     for owner in model.modules():
+        # by name, as a deep copy has parameters of its own
         frozen = vars(owner).get(_FROZEN, ())
         for name, parameter in owner.named_parameters() if frozen else ():
             if own_path(name) in frozen:
                 with as_made(parameter):
                     parameter.requires_grad_(True)
+    # a list: what is put back would change what is compared
     for _, module, name, value in list(_moved(model)):
         now = module._buffers[name]
+        # the very buffer: written in place, so that whoever holds it sees it
         if now is not None and now is vars(module)[_BUFFERS].buffers[name][0]:
             with as_made(now):
+                # one that was resized is given its earlier shape first
                 now.resize_(value.shape).copy_(value)
         else:  # what a forward put in its place may be the caller's
             module._buffers[name] = value
@@ -106,7 +114,7 @@ def warn_moved(model: nn.Module) -> None:
 
 
 def _averages(module: nn.Module) -> bool:
-    """Whether it keeps running statistics of its own."""
+    """Whether a module itself keeps running statistics, as BatchNorm does."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return module._buffers.get("running_mean") is not None
@@ -122,6 +130,7 @@ def _loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     buffers = vars(module)[_BUFFERS].buffers if _BUFFERS in vars(module) else {}
     for name, (held, before) in list(buffers.items()):
         value = state.get(prefix + name) if _is_saved(module, name) else None
+        # another shape is an error of torch's, a moment later
         if isinstance(value, Tensor) and value.shape == before.shape and not value.is_meta:
             new = value.detach().to(before.device, before.dtype, copy=True)
             buffers[name] = held, new
@@ -133,18 +142,22 @@ def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
         record = vars(module).get(_BUFFERS)
         if record is None:
             continue
+        # a cache belongs to the attributes that it was computed from
         alike = _plain(module) == record.plain
         for name, now in _buffers(module):
+            # a buffer that came later has itself for its earlier value
             held, value = record.buffers.get(name, (now, now))
+            # resized by somebody: its values are none of ours
             fits = now is held or now.shape == value.shape
             if fits and (alike or _is_saved(module, name)):
                 value = value.to(now.device, now.dtype)
+                # by bytes: NaN is not equal to itself
                 if now.shape != value.shape or not torch.equal(_bits(now), _bits(value)):
                     yield own_path(path), module, name, value
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes, of which each is like itself also where the numbers are none."""
+    """The bytes of a tensor: compared by them, NaN is like itself."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

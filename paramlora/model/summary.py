@@ -126,6 +126,7 @@ def summary(model: nn.Module) -> Summary:
     for place in placed(model):
         found.setdefault(id(place[-1]), place)  # one that tied tensors share, once
     if found:
+        # flat parts would be counted as other numbers
         check_not_flat(model, "summary", gathers=True)
     rows = tuple(_row(*place) for place in found.values())
     parameters = list(model.parameters())

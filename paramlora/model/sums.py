@@ -22,6 +22,7 @@ from paramlora.update.lowrank import value_of
 from paramlora.update.summand import Summand
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+# the frame of every call of a module runs this code
 _CALL = nn.Module.__call__.__code__
 _HELD = "_paramlora_sums"  # what the sums of a call are called among the locals of its frame
 
@@ -33,16 +34,21 @@ def read(plist: Any, again: bool) -> Tensor:
         plist: torch's list.
         again: whether gradients are asked of it more than once, see `recomputed`.
     """
+    # a sum under a transform is of the transform's tensors, and must not outlive it
     if transformed():
         return value_of(plist)
     updates = _acting(plist)
+    # a trace or a recording must see the operations, each time
     held = _held() if updates and not traced() and not recorded() else None
+    # nothing to share: no call holds sums, and nobody asks for more gradients
     state = None if not updates or held is None and not again else _State.of(plist, updates)
     if state is None or not updates:
         return read_again(plist, value_of) if again else value_of(plist)
+    # by identity: the list lives as long as its layer, and a key of torch's own block is another
     key = ("paramlora", id(plist))
     found = None if held is None else held.get(key)
     if found is None or not found.serves(state):
+        # without a graph: each reader's gradient is `_Sum`'s
         with torch.no_grad():
             found = _Found(plist, state, value_of(plist))
         if held is not None:
@@ -67,6 +73,7 @@ def _held() -> Optional[dict[Any, Any]]:
     cached = cached_by_torch()
     if cached is not None:
         return cached
+    # of the caller of `read`; this frame is none of a module
     frame, outermost = sys._getframe(1).f_back, None
     while frame is not None:
         if frame.f_code is _CALL:
@@ -74,6 +81,7 @@ def _held() -> Optional[dict[Any, Any]]:
         frame = frame.f_back
     if outermost is None:
         return None
+    # a dictionary beside the frame's own variables, freed with it
     there: Any = outermost.f_locals
     if _HELD not in there:
         there[_HELD] = {}
@@ -94,10 +102,13 @@ class _State:
         for update in updates:
             held = (*update._parameters.values(), *update._buffers.values())
             tensors += [t for t in held if t is not None]
+        # an inference tensor counts no versions
         if any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
             return None
+        # a sum that was made under inference mode cannot serve autograd
         rest: list[Any] = [torch.is_inference_mode_enabled(), updates]
         rest += [update.strength for update in updates]
+        # `_version` shows what is written in place, `data_ptr` what `.data` was given
         rest += [(t._version, t.data_ptr(), t.requires_grad, t.dtype) for t in tensors]
         return cls(tensors, rest)
 
@@ -117,10 +128,12 @@ class _Found:
     def serves(self, state: _State) -> bool:
         """Whether nothing that it was computed from has changed, nor has a reader written to it."""
         unwritten = self.value.is_inference() or self.value._version == self.version
+        # what a reader wrote to is no sum any more: the next one gets a new one
         return unwritten and self.state.same(state)
 
     def shown(self, updates: list[Any]) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in self.state.tensors):
+            # an alias: a reader may set `requires_grad` on it
             return self.value.detach()
         if self.graphed is None:
             self.graphed = self._with_gradient([update.summand() for update in updates])
@@ -128,10 +141,12 @@ class _Found:
 
     def _with_gradient(self, summands: list[Optional[Summand]]) -> Tensor:
         parts = [part for part in summands if part is not None]
+        # another kind knows no gradient of its own: autograd must run its formula
         if len(parts) < len(summands):
             known = [self.value]  # what was computed is not computed again, but for a backward
             return read_again(self.plist, lambda p: known.pop() if known else value_of(p))
         factors = [t for part in parts for t in (part.a, part.b, part.scale)]
+        # `apply` directly: transforms were asked for above
         apply: Any = _Sum.apply
         graphed: Tensor = apply(self.value, parts, self.state.tensors[0], *factors)
         return graphed
@@ -150,8 +165,10 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs, grads = ctx.needs_input_grad, []
+        # autocast would round the products of the gradient
         with in_own_types(grad):
             for index, part in enumerate(ctx.parts):
+                # behind value, parts and the base: A, B and scale of each update
                 wanted = needs[3 + 3 * index : 6 + 3 * index]
                 found = part.gradients(grad) if any(wanted) else (None, None, None)
                 grads += [g if want else None for g, want in zip(found, wanted)]

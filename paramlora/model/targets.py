@@ -27,9 +27,11 @@ _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 # compiled, checkpointed and sharded layers have the user's layer under one of these names
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPER = re.compile("|".join(_WRAPPED))
+# their weights have more than two dimensions, and are one matrix all the same
 _FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 _LISTED = 12  # names in a message
+# any other name, or expression, is narrower
 _BROADEST = {"all-linear": -3, "attention": -1}  # and between them "type:"
 
 
@@ -108,6 +110,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
         for target in (*_all(model, _tensors), *_all(model, buffers_of))
         if target.path in entries
     ]
+    # what no update of the entry's kind can have counts as missing
     found = {t.path for t in chosen if len(t.shape) >= 2 or kind_of(t.entry).vectors}
     missing = sorted(entries.keys() - found)
     if missing:
@@ -163,6 +166,7 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
     for name, parameter in model.named_parameters():
+        # a lazy layer's weight gets its shape at the first call
         if is_lazy(parameter):
             raise TargetError(
                 f"{name} has no shape yet. Call the model once on an example, and then attach."
@@ -191,6 +195,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
         "_orig_mod" in model._modules
     ):
+        # both wrappers hold the model as their only child
         model = next(iter(model.children()))
     return model
 
@@ -198,6 +203,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """(module path, module, tensor name, base tensor) of every parameter, each owner once."""
     for path, module in model.named_modules():
+        # an update's own tensors are no targets
         if not {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
             continue
         first: dict[int, str] = {}
@@ -216,6 +222,7 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Te
     for path, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule)
         if not scripted and {"parametrizations", BRANCHES}.isdisjoint(path.split(".")):
+            # a buffer outside of state dicts is a cache, and no file could hold it
             for name, tensor in module._buffers.items():
                 if tensor is not None and name not in module._non_persistent_buffers_set:
                     yield path, module, name, tensor
@@ -223,9 +230,11 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Te
 
 def shown(module: nn.Module, name: str) -> torch.Tensor:
     """A tensor of the shape that a parametrized one has; reading spectral norm would step it."""
+    # not by attribute: that would compute the sum
     plist: Any = module._modules["parametrizations"][name]  # type: ignore[index]
     if all(isinstance(p, AttachedUpdate) for p in plist):
         return plist.original  # type: ignore[no-any-return]
+    # a copy, whose power iteration may step
     return _computed(copy.deepcopy(plist))
 
 
@@ -258,6 +267,7 @@ class Places:
         self.model = model
         tensors, buffers = list(_tensors(model)), list(buffers_of(model))
         self.every = [*tensors, *buffers]
+        # of all tensors: an exclusion may name what another one leaves out
         self._out = {pattern: self._excluded(pattern) for pattern in exclude}
         self.all, self.buffers = self._left(tensors), self._left(buffers)
         self._by_end: dict[str, list[Place]] = {}
@@ -275,6 +285,7 @@ class Places:
         if pattern.startswith("re:") or "*" in pattern.split("."):
             return [one for one in self.all if any(fits(pattern, name) for name in _names(one))]
         named = self._by_end.get(pattern, [])
+        # a layer that is really called "attention" goes before the preset
         preset = PRESETS.get(pattern, _none) if not named else _none
         return named or preset(self.model, self.all)
 
@@ -290,11 +301,13 @@ class Places:
         Raises:
             ValueError: a regular expression that could take for ever, or is none.
         """
+        # `re:` here may come from a file, unlike `fits`, which follows the user's own
         if pattern.startswith("re:"):
             return _bounded(pattern, self._paths())
         at = self.named(pattern)
         if at or pattern not in PRESETS:
             return at
+        # of every tensor, not of those that earlier exclusions left
         meant = PRESETS[pattern](self.model, self.every)
         return {_full(path, name) for path, _, name, _ in meant}
 
@@ -352,7 +365,7 @@ def _full(path: str, name: str) -> str:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """The path, and what is left of it after each dot."""
+    """A path, and each end of it that begins after a dot."""
     yield path
     while (dot := path.find(".")) >= 0:
         path = path[dot + 1 :]
@@ -390,8 +403,10 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     """Why a tensor cannot be adapted, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "which torch.jit compiled. Attach to the module that it was made from."
+    # torch gives sparse gradients to the look-up table itself, not to a sum
     if entry.hard and getattr(module, "sparse", False) is True:
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
+    # of a branch the layer's own forward computes the base
     if entry.hard and is_quantised(tensor):
         ways = {"lora": "", "rows": ' with "r" and no "rows"'}
         way = ways.get(entry.kind, ' and no "kind"')
@@ -415,6 +430,7 @@ def _whole(places: Places, entry: TargetConfig) -> list[Target]:
     for path, module, name, tensor in places.all + places.buffers:
         if named.isdisjoint(holders_of(_full(path, name))):
             continue
+        # BatchNorm's `num_batches_tracked`
         counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
         if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
             raise TargetError(
@@ -444,6 +460,7 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig, why: Optional[str]
             if any(fits(every, one) for one in inside):
                 hint += f', or all of it: "{every}"'
             hint += "." if hint else ""
+            # old-style hooks leave a plain tensor where the parameter was
             if isinstance(module.__dict__.get("weight"), torch.Tensor):
                 hint = (
                     ", because a hook computes it anew before each call (torch.nn.utils."
@@ -480,14 +497,17 @@ def _broad(pattern: str, tensor: torch.Tensor) -> bool:
     """Whether a pattern sweeps up a tensor that it does not name, such as a bias."""
     if pattern.startswith("type:"):
         return tensor.dim() < 2
+    # a name's last component tells what it is after: "*" takes biases along
     return pattern.startswith("re:") or pattern.split(".")[-1] == "*"
 
 
 def _layout(module: nn.Module, name: str, tensor: torch.Tensor) -> Layout:
+    # of a class that flattens: a kernel's inputs lie behind its outputs
     if name == "weight" and isinstance(module, _FLAT) and not isinstance(module, _TRANSPOSED):
         return "matrix"
     if name == "weight" and (isinstance(module, _TRANSPOSED) or is_hf_conv1d(module)):
         return "transposed"
+    # an unknown class with three dimensions or more holds matrices, as experts do
     return "stack" if tensor.dim() > 2 else "matrix"
 
 
@@ -500,6 +520,7 @@ def _kind(module: nn.Module, name: str) -> str:
         return "convolution"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    # the nearest class of torch's own, below whatever inherits from it
     known = (
         c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
     )
@@ -511,6 +532,7 @@ def _most_specific(config: LoRAConfig, found: dict[str, list[Target]]) -> list[T
     claims: dict[tuple[str, str], list[Target]] = {}
     for entry in config.entries:
         for target in found[entry.name]:
+            # by place, not by object: two layers may hold one tensor and take different entries
             claims.setdefault((target.module, target.tensor), []).append(target)
     return [_winner(group) for group in claims.values()]
 
@@ -546,6 +568,7 @@ def _report_empty(
         return
     told = {name: _why_nothing(places, name) for name in empty}
     text = " ".join(f'"{name}" matches nothing{why}' for name, why in told.items())
+    # nothing at all: no entry is right, so that a warning would leave a plain model
     if len(empty) == len(found):
         count, model = sum(1 for _ in places.model.modules()), places.model
         inside = f"{type(model).__name__} ({counted(count, 'module')})"
@@ -606,6 +629,7 @@ def _there(owners: list[str]) -> str:
 
 
 def _check_scale(target: Target) -> None:
+    # a scale is a tensor in the factors' type, which is float32 at the narrowest
     most = torch.finfo(target.dtype if target.dtype == torch.float64 else torch.float32).max
     if abs(target.entry.scale) > most:
         raise TargetError(
@@ -616,6 +640,7 @@ def _check_scale(target: Target) -> None:
 
 def _most_rank(target: Target) -> int:
     _, out, fan_in = matrix_shape(target.shape, target.layout)
+    # what is saved of it has both factors and those that they started from
     return min(out, fan_in) // 2 if target.entry.init in FROM_WEIGHT else min(out, fan_in)
 
 
@@ -649,6 +674,7 @@ def _check_rank(target: Target) -> None:
 
 def _check_soft(target: Target, module: nn.Module) -> None:
     where = f'"{target.entry.name}" ("hard": 0) matches {target.path or "the model"}'
+    # its forward reads out_proj's weight, and a hook on it is never run
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TargetError(
             f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'

@@ -33,6 +33,7 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
     out: dict[int, list[str]] = {}
     for keys in stores.values():
         if len(keys) > 1:
+            # by their starts, so that neighbours are enough to compare
             spans = sorted((*_span(named[key][1]), key) for key in keys)
             for key, others in _crossing(spans):
                 out[key] = [named[other][0] for other in others]
@@ -48,14 +49,15 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor and the one after its last, in its storage."""
+    # by strides: what an expanded or a transposed tensor really reaches
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
     start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + (last + 1) * tensor.itemsize
 
 
 def _crossing(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, list[int]]]:
-    """What overlaps, of spans in the order of their starts, each with the one before it that
-    reaches furthest and the one after it where they do: of a thousand views not every pair."""
+    """(key, keys of what it overlaps) of spans in the order of their starts, where there is any:
+    the one before that reaches furthest, and the next one; of a thousand views not every pair."""
     furthest = spans[0]
     for index, (start, end, key) in enumerate(spans):
         others = [furthest[-1]] if index and start < furthest[1] else []

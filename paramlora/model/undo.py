@@ -30,7 +30,9 @@ class _Waiting:
 
     def answer(self, handler: Callable[..., object], number: int, frame: Any) -> None:
         """What is called when a signal comes."""
+        # asked when the signal comes: a block may have been left by then
         if _Waiting.is_open:
+            # the last of each number: as often as it came, it is answered once
             self.came[number] = partial(handler, number, frame)
         else:
             handler(number, frame)
@@ -53,9 +55,11 @@ def undisturbed() -> Iterator[None]:
     nothing but waiting lets a change end that has begun. Python answers signals in its main thread
     alone, and those that have no handler of Python's, such as SIGKILL, are none of it.
     """
+    # only the main thread may set handlers, and only it runs them
     if _Waiting.is_open or threading.get_ident() != threading.main_thread().ident:
         yield
         return
+    # a signal that is ignored, or has the system's own answer, stays as it is
     handlers = {n: own for n in _SIGNALS if callable(own := _handler(n))}
     waiting = _Waiting()
     try:
@@ -65,6 +69,7 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         try:
+            # again until all are back: a stop may come before the first is
             _again(lambda: _answered_by(handlers))
         finally:
             _Waiting.is_open = False
@@ -91,6 +96,7 @@ def unchanged_on_error(
         besides: puts back what the block changes elsewhere, and does the same when done again. A
             block of its own around this one could be left by another stop than this one is.
     """
+    # flags are of parameters, in no dictionary of a module
     flags = [(p, p.requires_grad) for p in flags_of]
     saved = [_saved(module) for module in dict.fromkeys(modules)]
 
@@ -120,6 +126,7 @@ def _again(act: Callable[[], None]) -> None:
             act()
             break
         except BaseException as error:
+            # twice an error is one that repeats itself; a stop may come any number of times
             if isinstance(error, Exception) and isinstance(stop, Exception):
                 raise
             stop = error
@@ -138,6 +145,7 @@ def _put_back(saved: list[_Saved], flags: list[tuple[nn.Parameter, bool]]) -> No
 
 def _saved(module: nn.Module) -> _Saved:
     attributes = vars(module)
+    # the dictionaries are emptied and filled, not replaced: torch and others hold them
     held = [
         (one, one.copy() if one else ())  # most are empty, and torch's take long to copy
         for name in _CONTAINERS
@@ -177,6 +185,7 @@ def surely_left(
     with _left(kept, leave), _left(kept, leave), _left(kept, leave):
         with undisturbed():
             enter(kept)
+        # outside of what is undisturbed: the block itself can be stopped
         yield
 
 

@@ -73,9 +73,11 @@ def _load(
     model: nn.Module, stems: Mapping[str, AttachedUpdate], state: Mapping[str, Tensor], adapter: str
 ) -> None:
     live = _live(stems)
+    # names and shapes before numbers: these may be on a device, or large
     _check(model, stems, state, adapter)
     # all that can fail or wait, before anything changes; and a device looks at numbers faster
     ready = _finite(live, _beside(live, state))
+    # once for each update: `plain` may compute factors anew
     own = {path: answer(update, "plain") for path, update in stems.items()}
     held = {
         path: {name: ready[_key(path, name)] for name in tensors} for path, tensors in own.items()
@@ -115,6 +117,7 @@ def _beside(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str
     ready, keys = dict(state), dict[torch.device, list[str]]()
     for key, value in state.items():
         device = live[key].device
+        # plain tensors alone: a subclass knows by itself how it moves
         if value.is_cpu and type(value) is Tensor and not live[key].is_cpu:
             keys.setdefault(device, []).append(key)
     for device, some in keys.items():
@@ -155,6 +158,7 @@ def _check_values(key: str, value: object, dtype: torch.dtype) -> None:
 
 def _finite(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values in the types that take them, in which all must be finite."""
+    # in the type that takes it: what is finite in float32 may not be in float16
     cast = {key: state[key].detach().to(tensor.dtype) for key, tensor in live.items()}
     real = {key: value for key, value in cast.items() if not value.is_meta}
     if all_finite(real.values()):
@@ -179,6 +183,7 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
     if not held:
         check_adapters(model, adapter)
     _settle(model)
+    # the model tells kind and groups of a layer, which an update does not know
     there = {target.path: target for target in adaptable(model)}
     first: dict[int, str] = {}
     made: dict[str, Value] = {}
@@ -222,13 +227,16 @@ def attach_adapter(
         stems: dict[str, AttachedUpdate] = {}
         seen: set[int] = set()
         for _, target, update in fresh:  # of tied tensors only the first one's
+            # one update of tied tensors is filled once; its value stands under the first path
             if id(update) not in seen:
                 stems[target.path] = update
                 seen.add(id(update))
         _load(model, stems, {key: values[key] for key in _live(stems)}, name)
+        # after the values, which have their own rank
         make_room(fresh, max_rank)
 
     attach_targets(inside, chosen, name, fill=fill)
+    # behind the attaching: digests are of the base, which nothing above changed
     if adapter.base:
         warn_other(others(adapter.base, _digests(model, name)), len(adapter.base))
     return model
@@ -283,8 +291,10 @@ def _swapped(
     _settle(model)
     found = adapter.values()
     given = set(found)
+    # reversed, so that the first path of a shared update is the one that stays
     first = {id(update): path for path, update in reversed(held.items())}
     stems = {path: update for path, update in held.items() if first[id(update)] == path}
+    # other holders of a tied tensor may be in the file, and need not be
     missing, unexpected = sorted(stems.keys() - given), sorted(given - held.keys())
     if missing or unexpected:
         raise FileError(
@@ -292,6 +302,7 @@ def _swapped(
             f"missing: {listed(missing) or 'none'}; unexpected: {listed(unexpected) or 'none'}. "
             "Load it under a name of its own, without into."
         )
+    # a file may have a tied tensor's factors by the other layer's sides
     values = _values({p: found[p].turned(getattr(u, "layout", "matrix")) for p, u in stems.items()})
     state = {
         _key(path, name): _filled(_key(path, name), name, values, update, tensor.shape)
@@ -386,19 +397,20 @@ def _value(update: AttachedUpdate, target: Optional[Target]) -> Value:
 
 
 def _entries(found: Mapping[str, Value]) -> dict[str, TargetConfig]:
-    """An entry for each path; paths that share one value share one entry."""
+    """A configuration's entry for each path; paths that share one value share one entry."""
     first: dict[int, str] = {}
+    # `attach_targets` gives tensors of one entry one update
     return {path: one.entry(first.setdefault(id(one), path)) for path, one in found.items()}
 
 
 def _typed(target: Target, value: Value) -> Target:
-    """With what the value itself says of its type."""
+    """The target with an entry that also asks for the type that its value is of."""
     entry = value.typed(target.entry, target.dtype)
     return target if entry is target.entry else replace(target, entry=entry)
 
 
 def _laid_out(found: Mapping[str, Value], chosen: Iterable[Target]) -> dict[str, Value]:
-    """With factors on the sides where the layers have them; of what has a shape of its own."""
+    """The values by path, with factors on the sides where each layer of `chosen` has them."""
     out = dict(found)
     for target in chosen:
         value, shape = out.get(target.path), tuple(target.shape)
@@ -428,6 +440,7 @@ def _stems(model: nn.Module, adapter: str) -> dict[str, AttachedUpdate]:
 
 def _settle(model: nn.Module) -> None:
     """Have an adapter's own tensors in their places, and nothing that torch takes away again."""
+    # inside of `summon_full_params` all of them are there
     check_not_flat(model, "reading or replacing an adapter's values", gathers=True)
     reshard(model)
 

@@ -111,6 +111,7 @@ class Added(AttachedUpdate):
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
+        # in the sum's type, so that factors of 16 bits lose nothing in products
         own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
         with in_own_types(weight):
             delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
@@ -137,6 +138,7 @@ class Added(AttachedUpdate):
         if layout == "stack" or len(shape) < 2:
             return False
         try:
+            # the meta device computes shapes alone, of tensors that may be from any file
             found = cls.change({name: one.to("meta") for name, one in held.items()}).shape
         except (RuntimeError, KeyError, EinopsError, IndexError):
             return False
@@ -148,6 +150,7 @@ class Added(AttachedUpdate):
     def read_file(cls, where: str, parts: Parts, entry: TargetConfig, told: Told) -> Value:
         """The value of an update in a native file."""
         check_types(where, *parts.values())
+        # a file's tensors with nothing in them would be of any shape
         if any(one.dim() < 2 or not one.numel() for n, one in parts.items() if n != "lora_scale"):
             raise FileError(f"{where} is no update: its factors are no matrices. Save it again.")
         return super().read_file(where, parts, entry, told)
@@ -179,6 +182,7 @@ class AddedTerm(Term):
     def prepared(self, wide: torch.dtype) -> "AddedTerm":
         own = {name: one.detach().to(wide) for name, one in self.parts.items()}
         with in_own_types(self.factor):
+            # formed whole: no kind says which of its factors' numbers are in a block
             change = self.kind.change(own).flatten(1) * self.factor.detach().to(wide)
         change = change.t() if self.laid == "transposed" else change
         return replace(self, formed=change.reshape(-1))

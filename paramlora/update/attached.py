@@ -59,8 +59,10 @@ class Switch:
         routes: "Routes" = (),
     ) -> None:
         self.strength, self.gain, self.muted, self.past = strength, gain, muted, past
+        # the innermost open block of `route` decides
         self.rows, self.routes = routes[-1][1] if routes else rows, routes
         # the only branches in compiled code
+        # a bool of Python: compiled code has a branch for each, and none for the strengths between
         self.acts = strength != 0 and not muted
         self.fully = strength == 1 and not muted
 
@@ -73,6 +75,7 @@ class Switch:
         """Another value in its place, which remembers this one."""
         new = 0.0 if muted else strength
         past = self.past
+        # a change that leaves the same gain, as of a muted one, is no other forward's
         if new != self.effective:
             strength_changes()
             past = self._remembering()
@@ -91,12 +94,15 @@ class Switch:
         return Switch(self.strength, self.gain, self.muted, ((next_number(), 0.0, None),))
 
     def _remembering(self) -> "tuple[_Past, ...]":
+        # the oldest one falls out; `at` refuses what lies before the rest
         return (*self.past[1 - _REMEMBERED :], (next_number(), self.effective, self.rows))
 
     def at(self, sequence: int) -> "Switch":
         """The switch as it was when a forward drew its sequence number of autograd."""
         for until, effective, rows in self.past:
+            # the first entry whose forward had not seen the change that ended it
             if sequence < until:
+                # entries before the oldest one fell out: what that forward had is not known
                 if len(self.past) == _REMEMBERED and until == self.past[0][0]:
                     raise AdapterError(_FORGOTTEN)
                 return Switch(effective, torch.full_like(self.gain, effective), rows=rows)
@@ -107,12 +113,14 @@ class Switch:
         only = ONLY.adapter
         if only == UNSPLIT:
             return self
+        # rows of its own: as if it were alone
         if only == adapter:
             return Switch(self.strength, self.gain, self.muted)
         return Switch(0.0, torch.zeros_like(self.gain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
         """The switch of a copy: nobody will close the blocks of `disable_adapters` there."""
+        # muted, the tensor is zero, and the copy's must be the strength's
         gain = torch.full_like(self.gain, self.strength) if self.muted else self.gain.clone()
         return Switch(self.strength, gain)
 
@@ -139,6 +147,7 @@ class Gains:
         return self._made[key]
 
 
+# without this a strength that is set under inference mode could not be used in training
 @torch.inference_mode(False)
 def _number(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A single number that autograd may read, wherever it is made."""
@@ -183,6 +192,7 @@ class Told:
 def switches_of(updates: "Sequence[AttachedUpdate]") -> "list[Switch]":
     """`AttachedUpdate.current` of each, asked once where it is that of all: of dozens of adapters
     the questions take longer than a small product."""
+    # inside of a backward each update may have another past
     if not is_compiling() and ONLY.adapter == UNSPLIT and current_backward() == -1:
         return [update.switch for update in updates]
     return [update.current() for update in updates]
@@ -245,6 +255,7 @@ class AttachedUpdate(nn.Module):
         """The switch that holds: inside of a backward, which computes a checkpointed forward
         again, that of the forward."""
         own = self.switch
+        # cheapest first: outside of a backward `current_backward` is one call into C
         if not (is_compiling() or not own.past or (task := current_backward()) == -1):
             own = own.at(number_of_forward(task))
         return own if own.rows is None else own.seen(self.adapter)
@@ -293,6 +304,7 @@ class AttachedUpdate(nn.Module):
         self.keep(switch=self.switch.changed(value, self.switch.muted, Gains()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedUpdate":
+        # `to_empty` gives memory without values
         lazy = any(t.is_meta for t in self._tensors())
         before = self._number()
         super()._apply(without_storage(self, fn), recurse)  # type: ignore[no-untyped-call]
@@ -300,6 +312,7 @@ class AttachedUpdate(nn.Module):
         if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
             after.data = before.to(after.device, torch.float32)
         first, old = next(self._tensors()), self.switch
+        # a strength is no buffer, so nobody else moves it
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
         self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
         if lazy and not first.is_meta:
@@ -326,6 +339,7 @@ class AttachedUpdate(nn.Module):
 
     def every_tensor(self) -> Iterator[Tensor]:
         """Its parameters and buffers, and those that a parametrization of its own holds."""
+        # most updates hold no modules
         for one in self.modules() if self._modules else (self,):
             for held in (one._parameters, one._buffers):
                 yield from (t for t in held.values() if t is not None)
@@ -419,6 +433,7 @@ class AttachedUpdate(nn.Module):
     def ruled(self) -> dict[str, list[nn.Parameter]]:
         """Of its tensors that a parametrization of their own computes: the parameters of that."""
         lists = self._modules.get("parametrizations")
+        # parameters of the rule, as what it computes is none
         return {name: list(one.parameters()) for name, one in lists.items()} if lists else {}  # type: ignore[operator]
 
     def described(self) -> tuple[int, float, str]:
@@ -460,11 +475,13 @@ class AttachedUpdate(nn.Module):
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""
         self._check_told()
+        # a rule's tensors are computed; what a file holds is what it shows
         held = {name: getattr(self, name, None) for name in self.parts}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def _check_told(self) -> None:
         """Refuse a parameter that the kind's `parts` do not tell: it would be lost in a file."""
+        # buffers may be caches; a parameter that nobody saves is a loss
         untold = [name for name in self._parameters if name not in self.parts]
         if untold:
             raise AdapterError(
@@ -571,6 +588,7 @@ class AttachedUpdate(nn.Module):
         """The layout that its tensors tell."""
         if "lora_transposed" in parts:
             return "transposed"
+        # a stack's input side has three dimensions, a matrix's two
         stacked = any(
             tensor.dim() == 3 and cls.parts.get(name) == "input" for name, tensor in parts.items()
         )
@@ -590,6 +608,8 @@ class AttachedUpdate(nn.Module):
             if own is not None and part in ("input", "output"):
                 dim, size = (-1, fan_in) if part == "input" else (-2, out)
                 put_in_place(own, sized(own, dim, size))
+            # along its outputs it may be of size 1 or the weight's: anything else must be told how
+            # to grow
             elif own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0]):
                 raise AdapterError(
                     f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
@@ -621,12 +641,14 @@ def lacking(where: str, missing: Collection[str]) -> str:
 
 def as_asked(scale: Tensor, asked: float) -> float:
     """The configuration's own number where it was not trained: 0.3, not float32's nearest."""
+    # as the configuration spells it: a number that was cast compares equal to its cast
     same = scale.dtype.itemsize > 2 and torch.equal(scale, torch.full_like(scale, asked))
     return asked if same else scale.item()
 
 
 def as_told(scale: Tensor, told: float) -> float:
     """A file's configuration's number where its tensor is the nearest to that."""
+    # in the tensor's own type: 0.3 is told back as 0.3
     exact = float(torch.tensor(told, dtype=scale.dtype)) == float(scale)
     return told if exact else float(scale)
 
@@ -666,10 +688,12 @@ def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
 def _unsaid(kind: Any, question: str) -> tuple[type, ...]:
     """Where a class inherits an answer from one that computes another weight than it does: the
     classes down from the one that computes its own; none of them where it answers itself."""
+    # where in the order of methods each is first said
     told, computed = (
         next(index for index, cls in enumerate(kind.__mro__) if name in vars(cls))
         for name in (question, "forward")
     )
+    # `told` further up than `computed`: the answer was given of another weight
     return kind.__mro__[: computed + 1] if told > computed else ()
 
 
@@ -691,6 +715,7 @@ def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:
     """
     kind: Any = type(update)
     unsaid = _unsaid(kind, question)
+    # registered kinds say by parts and `term_of` what the inherited answers are made from
     if unsaid and not any(cls in KINDS.values() for cls in unsaid):
         raise AdapterError(
             f'adapter "{update.adapter}": an update of the kind {type(update).__name__} computes a '

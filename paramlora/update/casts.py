@@ -24,11 +24,13 @@ def without_storage(update: Any, fn: _Fn) -> _Fn:
     first cast what no other brings back. They are moved along and keep their type.
     """
     gain: Tensor = update.gain
+    # an empty tensor asks `fn` for its type: a cast, a move or both
     after = fn(torch.empty(0, dtype=gain.dtype, device=gain.device))
+    # once `stored`, the cast out of the storing type is passed by too
     if after.dtype == gain.dtype or not (update.stored or is_storage(after.dtype)):
         return fn
     update.keep(stored=is_storage(after.dtype))
-    return lambda tensor: tensor.to(after.device)
+    return lambda tensor: tensor.to(after.device)  # moved, and not cast
 
 
 class NotOffloaded:
@@ -41,12 +43,14 @@ class NotOffloaded:
     def __get__(self, update: Any, cls: type) -> Any:
         if update is None:
             return self
+        # as an attribute that is not there: accelerate asks by `hasattr`
         try:
             return update.__dict__["_hf_hook"]
         except KeyError:
             raise AttributeError("_hf_hook") from None
 
     def __set__(self, update: Any, hook: Any) -> None:
+        # its hooks are one, or several in a sequence
         if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
             hook.detach_hook(update)  # it has taken the tensors already
             raise AdapterError(

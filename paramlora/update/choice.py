@@ -8,6 +8,7 @@ from torch import Tensor
 
 from paramlora.errors import AdapterError, counted
 
+# not None, which stands for the base's rows
 UNSPLIT = ""  # no adapter has such a name
 _RANKS = 16  # that are multiplied at once
 _FEW, _MANY = 16, 64  # rows of one adapter that are multiplied at once, where each row is short
@@ -29,11 +30,13 @@ def padded(rank: int) -> int:
     So no sum of an update's is ordered by another's rank, and each is, bit for bit, the same
     whichever adapters are beside it.
     """
+    # a rank of 0 is an update that adds no product, and takes no ranks
     return max(_RANKS, 1 << (rank - 1).bit_length()) if rank else 0
 
 
 def steps(ranks: int) -> list[slice]:
     """The ranks that are multiplied at once: the first 16, those up to 32, up to 64, and so on."""
+    # a rank of 64 has the steps 16, 16 and 32: the first ones are those of a smaller rank
     bounds = [0, _RANKS]
     while bounds[-1] < ranks:
         bounds.append(2 * bounds[-1])
@@ -63,8 +66,10 @@ class Flattened:
         parent = self.parents.get(id(layer))
         if x.dim() < 2 or parent is None or not count or len(x) % count:
             return False
+        # `_base` is what a view was made of
         base, positions = x._base, x.shape[:-1].numel()
         if base is None or base.shape[:1] != (count,) or not _same_memory(x, base):
+            # no view of the batch: as many positions as one beside it was given
             return self.seen.get(parent) == positions
         self.seen[parent] = positions
         return True
@@ -72,6 +77,7 @@ class Flattened:
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether both are all of one memory in its own order."""
+    # contiguous, as large and at the same address: one order of the numbers
     whole = one.is_contiguous() and other.is_contiguous() and one.numel() == other.numel()
     return whole and one.data_ptr() == other.data_ptr()
 
@@ -124,8 +130,10 @@ class Choice:
         self.places: Optional[Tensor] = None
         self.block_picks: tuple[Tensor, ...] = ()
         table, self.owner, self.starts, self.held = _ranks(ranks, self.ranks, index)
+        # by the positions of a row: a layer is called with the same number again and again
         self._sorted: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.taken = index.int()
+        # the last of `starts` is the end of all, where the base's rank of zeros is
         self.spans = torch.stack([self.starts, torch.cat([self.starts[1:], self.starts[-1:]])])
         self.spans = self.spans[:, index]
         self.picks = _steps(table[index])
@@ -142,8 +150,10 @@ class Choice:
         many for each row, and `spans`; as whole numbers of 32 bits, found once."""
         found = self._sorted.get(positions)
         if found is None:
+            # stable: rows of one adapter stay in order, and so do their sums
             ordered, order = torch.sort(self.index, stable=True)
             every = torch.arange(len(self.names), device=order.device)
+            # in positions, of which each row has as many
             ends = torch.searchsorted(ordered, every, right=True) * positions
             found = self.taken, order.int(), ends.int(), self.spans
             # what a CUDA graph computes has its values, and its memory, in that graph alone
@@ -153,21 +163,23 @@ class Choice:
 
 
 def _steps(picks: Tensor) -> tuple[Tensor, ...]:
-    """``[N, ranks]`` by those that are multiplied at once."""
+    """Picks ``[N, ranks]``, cut into one tensor for each of the `steps` of the ranks."""
     return tuple(picks[:, some].contiguous() for some in steps(picks.shape[1]))
 
 
 def _ranks(
     held: tuple[int, ...], ranks: tuple[int, ...], index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`Choice.picks` of each adapter and of the base, not yet divided, `Choice.owner`,
-    `Choice.starts` and `Choice.held`, on the index's device."""
+    """The tables of a `Choice`, on the index's device: the picks of each adapter and of the base,
+    not yet cut into `steps`, and its `owner`, `starts` and `held`."""
     every = sum(ranks)
+    # filled with the rank of zeros, which rows of a smaller rank and the base pick
     table = index.new_full((len(ranks) + 1, max(ranks, default=0)), every)
     owner, start = index.new_full((every + 1,), len(ranks)), 0
     starts = index.new_zeros(len(ranks) + 1, dtype=torch.int32)
     own = index.new_zeros(len(ranks), dtype=torch.int32)
     for at, r in enumerate(ranks):  # in slices, which copy nothing from the host
+        # `arange` and slices are made on the device: a list would be copied to it, and waited for
         table[at, :r] = torch.arange(start, start + r, device=index.device)
         owner[start : start + r] = at
         start += r
@@ -176,21 +188,25 @@ def _ranks(
 
 
 def _blocks(index: Tensor, count: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """`Choice.places` and whose each block is, with nothing that waits for a device."""
+    """Where each row lies once rows are in blocks (`Choice.places`), and which adapter's each block
+    is; with nothing that waits for a device."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     sizes = index.new_zeros(count).scatter_add(0, index, torch.ones_like(index))
     needed = (sizes + block - 1) // block
     ends = needed.cumsum(0)
     start = (ends - needed) * block  # [count], of each adapter's first block
+    # which of its adapter's rows each one is
     within = torch.arange(len(index), device=index.device) - (sizes.cumsum(0) - sizes)[ordered]
     places = torch.empty_like(index).scatter_(0, order, start[ordered] + within)
     every = torch.arange(blocks, device=index.device)
+    # blocks behind the last are of nobody, and hold zeros
     return places, torch.bucketize(every, ends, right=True).clamp_(max=count - 1)
 
 
 def wrong_rows(kind: type, x: Tensor, dim: int, count: int, packed: bool = False) -> AdapterError:
     """The error of an input that has not the rows that `route` was given."""
+    # by the name of the user's class
     plain = kind.__bases__[0] if kind.__name__.startswith("Parametrized") else kind
     rows = counted(count, "position" if packed else "row")
     return AdapterError(

@@ -45,6 +45,7 @@ def _refuses() -> bool:
     """Whether torch refuses such an autograd function here."""
     try:
         _Refused.apply(0)  # type: ignore[no-untyped-call]
+    # an autograd function without `setup_context` raises under a transform
     except RuntimeError:
         return True
     return False
@@ -95,8 +96,10 @@ def _applied(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> 
     if transforms_active():
         return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
     try:
+        # past `Function.apply`, to what it calls in the end
         return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc,no-any-return]
     except RuntimeError:  # the address of one left over cannot be read
+        # only a RuntimeError of such a tensor means what is handled here
         if not any(isinstance(t, Tensor) and _left_over(t) for t in (x, *rest)):
             raise
         return function.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
@@ -115,6 +118,7 @@ applied: Callable[..., Tensor] = (
 def _has_no_memory(t: Tensor) -> bool:
     """Whether a tensor only wraps others, as one of many gradients does."""
     try:
+        # a batched tensor has no storage of its own
         t.data_ptr()
     except RuntimeError:
         return True
@@ -168,6 +172,7 @@ is_wrapper: Callable[[object], bool] = (
 
 def _reads(file: str, name: str) -> bool:
     """Whether a file of torch mentions a name; one that is there without its source does not."""
+    # a torch of compiled files alone has no source to look into
     path = Path(torch.__file__).parent / file
     return path.is_file() and name in path.read_text(encoding="utf-8")
 
@@ -213,6 +218,7 @@ current_backward: Callable[[], int] = _private("_C._current_graph_task_id") or _
 
 def _number_of_next_node() -> int:
     """The number after that of a node which is made for it."""
+    # a node needs gradients to be on, and no inference mode, whatever the caller's
     with torch.inference_mode(False), torch.enable_grad():
         node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
     return number_of(node) + 1 if _tells else 0
@@ -228,6 +234,7 @@ def number_of(node: Any) -> int:
     return number
 
 
+# the code that every backward of a Python function is run by
 _RUNS_ONE = torch.autograd.function.BackwardCFunction.apply.__code__
 _enclosing = threading.local()  # its `told`: (the backward last asked for, the number found)
 
@@ -248,6 +255,7 @@ def number_of_forward(task: int) -> int:
     told: tuple[int, Optional[int]] = getattr(_enclosing, "told", (0, None))
     if told[0] != task or task == 0:  # which may be several, where torch does not number them
         outer = _outermost()
+        # the same node: no reentrant one is around it
         inside = outer is not None and number_of(outer) != number_of(node)
         told = _enclosing.told = task, number_of(outer) if inside else None
     return number_of(node) if told[1] is None else told[1]
@@ -255,6 +263,7 @@ def number_of_forward(task: int) -> int:
 
 def _outermost() -> Any:
     """The first node written in Python whose backward runs in this thread, None outside of any."""
+    # frames from here out: the last one found is the outermost
     frame, found = sys._getframe(), None
     while frame is not None:
         if frame.f_code is _RUNS_ONE:
@@ -301,6 +310,7 @@ keeps_saved: Callable[[], bool] = _keeps_saved if _top_hooks else _perhaps_kept
 
 def _cached_by_torch() -> Optional[dict[Any, Any]]:
     """What ``parametrize.cached()`` holds, None outside of such a block."""
+    # a module's variable that torch replaces: read anew each time
     return parametrize._cache if parametrize._cache_enabled else None
 
 

@@ -41,11 +41,13 @@ def own_context() -> Iterator[None]:
     device, then gives what it gives elsewhere.
     """
     with ExitStack() as stack:
+        # a merge writes into tensors that outlive the transform
         if transforms_active():
             stack.enter_context(outside_transforms())
         for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        # a default device takes factory calls elsewhere, as `torch.device("meta")` in a block does
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield

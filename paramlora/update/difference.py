@@ -72,6 +72,7 @@ class Difference(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         with in_own_types(weight):
+            # a small change and its strength in a wide type
             own = self.lora_diff.to(summed_in(weight.dtype, self.lora_diff))
             delta = own * self.gain.to(own)
         return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
@@ -113,4 +114,5 @@ class DifferenceTerm(Term):
         return total.add_(self.value[block.run].view(total.shape))
 
     def bound(self) -> Number:
+        # in double: a product of two large float32 numbers would be infinite
         return self.value.detach().abs().max().double() * self.strength.detach().abs().double()

@@ -60,6 +60,7 @@ class Dora(LowRank):
         if layout == "stack":
             shape[:outer] = weight.shape[:outer]
         options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
+        # no values yet: a norm needs the weight's, see `start`
         self.lora_magnitude = nn.Parameter(torch.empty(shape, **options))
         self.keep(unset=True, weight_shape=tuple(weight.shape))
 
@@ -69,7 +70,9 @@ class Dora(LowRank):
     ) -> "Dora":
         """A new update of the entry's rank; the magnitude starts at the weight's norm."""
         update: Any = super().attached_to(site, entry, adapter, gains)
+        # of the meta device the norm is taken at the first read
         if not site.weight.is_meta:
+            # of what earlier updates make of the weight now, so that the function starts unchanged
             update.start(site.read())
         return update  # type: ignore[no-any-return]
 
@@ -88,11 +91,13 @@ class Dora(LowRank):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Set the magnitude to the norm of the weight, which then stays as it is."""
+        # in the magnitude's type: norms of 16-bit weights would be rounded
         take(self.lora_magnitude, norms(weight.to(self.lora_magnitude.dtype), self.lora_magnitude))
         self.keep(unset=False)
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
         """Whether a tensor fits; a magnitude may also be of the norm over the other side."""
+        # a stack has no other side over which a norm could be
         if name != "lora_magnitude" or self.layout == "stack":
             return super().takes(name, own, shape)
         return len(shape) == len(self.weight_shape) and all(
@@ -103,6 +108,7 @@ class Dora(LowRank):
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is left to be copied of a file's values, whose norm may be over the other side."""
         own, told = self.lora_magnitude, state["lora_magnitude"]
+        # another tool's is of another shape: room first, and the values with all others
         if own.shape != told.shape:
             put_in_place(own, told.to(own.device, own.dtype, copy=True))
         self.keep(unset=False)
@@ -112,6 +118,7 @@ class Dora(LowRank):
     def resize(self, base: Tensor) -> None:
         """Take the size of its resized base; the magnitude of what is new is its norm."""
         own = self.lora_magnitude
+        # norms of the base stand for new rows, old rows keep theirs
         fresh = norms(base.to(own.dtype), own)
         if fresh.shape != own.shape:
             dim = next(i for i, (a, b) in enumerate(zip(own.shape, fresh.shape)) if a != b)
@@ -136,6 +143,7 @@ class Dora(LowRank):
         with in_own_types(delta):
             base = wide(weight, delta)
             total = base + delta
+            # detached: section 4.3 treats the norm as a constant
             total = total * self.rescale(norms(total.detach(), self.lora_magnitude))
             if not self.fully:
                 total = torch.lerp(base.to(total.dtype), total, self.gain.to(total))
@@ -176,6 +184,7 @@ class Dora(LowRank):
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
         """The rescaled sum, instead of the weight."""
+        # inside at full strength: the gain goes the way from W to W' instead
         one = torch.ones_like(gain)
         inner: Any = LowRank.term_of(parts, one, layout)
         return DoraTerm(inner, parts["lora_magnitude"], gain, layout)
@@ -218,10 +227,13 @@ def output_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         if a.numel():  # divided by its largest number, so that its squares are finite
             size = torch.linalg.vector_norm(a, math.inf).clamp_min_(torch.finfo(dtype).tiny)
             a, scale = a / size, scale * size
+        # scale² ⟨BAAᵀ, B⟩ and the crossed term both take B with its scale
         b = b * scale
         crossed = (own @ a.to(own.dtype).t()).to(dtype)  # [out, r]
+        # (2·crossed + B·AAᵀ) ∘ B, summed over the rank: [out]
         cross = torch.addmm(crossed, b, a @ a.t(), beta=2).mul_(b).sum(1)
         squared = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
+        # rounding may leave less than nothing where W and the update cancel
         found: Tensor = squared.add_(cross).clamp_min_(0).sqrt_()
         return found
 
@@ -255,6 +267,7 @@ class DoraTerm(Term):
         return replace(self, inner=self.inner.prepared(wide), magnitude=magnitude)
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
+        # the sum is written into `total`, and the way begins at the base
         base = total if self.gain == 1 else total.clone()
         total = self.inner.applied(total, block)
         own = self.magnitude[block.which] if self.layout == "stack" else self.magnitude
@@ -262,8 +275,10 @@ class DoraTerm(Term):
             matrix = total.view(len(total), own.shape[1], -1)  # of a kernel: the rest
             own = own.reshape(1, -1, 1)
         else:
+            # [rows, 1, columns]: norms over the last dimension alone
             matrix, own = total[:, None], own.reshape(-1, 1, 1)[block.rows]
         norm = norms(matrix, own)
+        # m and its norm are 0 together, which leaves 0
         matrix = matrix * (own / torch.where(norm == 0, 1, norm))
         new = matrix.reshape(total.shape)
         return new if self.gain == 1 else torch.lerp(base, new, self.gain.to(new.dtype))

@@ -22,6 +22,8 @@ def matrix_shape(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> tuple
     if layout == "stack":
         return math.prod(shape[:-2]), shape[-2], shape[-1]
     first, rest = shape[0], math.prod(shape[1:])
+    # a kernel behind the first dimension belongs to the inputs, or of a transposed weight to the
+    # outputs
     return (1, rest, first) if layout == "transposed" else (1, first, rest)
 
 
@@ -43,6 +45,7 @@ def laid_as(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     its format.
     """
     if total.stride() != weight.stride() and total.is_contiguous() and weight.is_contiguous():
+        # both are contiguous, and strides of dimensions of size 1 may be anything
         return total.as_strided(weight.shape, weight.stride())
     return total
 
@@ -54,6 +57,7 @@ def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
 
 def possible(shape: Sequence[int]) -> bool:
     """Whether a tensor can have a shape: an empty one, too, has strides that must be numbers."""
+    # strides are counted in elements, and an element takes up to 16 bytes
     return len(shape) <= MOST_SIDES and math.prod(max(n, 1) for n in shape) <= MOST_SIDE // 16
 
 

@@ -37,7 +37,9 @@ def initialise(lowrank: "LowRank", weight: Tensor, init: str) -> None:
     if init in _RANDOM:
         _RANDOM[init](lowrank.lora_A)
     else:
+        # as one matrix, in the factors' type: SVD takes no 16 bits
         matrix = _matrix(weight, lowrank).to(lowrank.lora_A.dtype)
+        # with the scale: pissa shares it out, so that scale·B·A is the principal part
         b, a = _FROM_WEIGHT[init](matrix, lowrank.r, lowrank.lora_scale)
         lowrank.start_from(a.reshape(lowrank.lora_A.shape), b.reshape(lowrank.lora_B.shape))
 
@@ -78,6 +80,7 @@ def pissa(weight: Tensor, r: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     root = (s[..., :r] / scale.abs()).sqrt()
+    # the sign of a negative scale on one side
     return scale.sign() * u[..., :r] * root[..., None, :], root[..., None] * v[..., :r, :]
 
 
@@ -90,6 +93,7 @@ def olora(weight: Tensor, r: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``B`` ``[*, out, r]`` with ``BᵀB = I``, and ``A`` ``[*, r, in]``, upper triangular.
     """
+    # the reduced decomposition: Q is [out, min]
     q, upper = torch.linalg.qr(weight)
     return q[..., :r], upper[..., :r, :]
 

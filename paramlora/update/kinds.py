@@ -30,6 +30,7 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             say all of itself.
     """
     own = vars(kind)
+    # without a `forward` it computes what it inherits, and so do parts and term
     needed = _SAYS if "forward" in own else _SAYS[:1]
     missing = [name for name in needed if name not in own]
     if missing:
@@ -50,6 +51,7 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
         )
     KINDS[kind.method] = kind
     if not kind.internal:
+        # allowed in configurations from now on, with no keys of its own
         CONFIGURED.setdefault(kind.method, KindKeys())
     return kind
 
@@ -98,4 +100,5 @@ def kind_with(names: "set[str]", hard: bool) -> "type[AttachedUpdate]":
         for kind in KINDS.values()
         if names <= {*kind.parts, *kind.hidden} and kind.beside is not hard
     ]
+    # of several the one with the fewest tensors, as another would show more
     return min(fitting, key=lambda kind: len(kind.parts))

@@ -11,6 +11,7 @@ from paramlora.update.added import Added, Parts
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
 
+# LyCORIS's; what is not named starts at zero
 _STARTS = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0, "hada_t1": 0.1, "hada_t2": 0.1}
 
 
@@ -43,6 +44,7 @@ class Loha(Added):
         """The shapes that LyCORIS gives its tensors."""
         r, kernel = entry.r, shape[2:]
         if dict(entry.options).get("tucker") and layout == "matrix" and set(kernel) - {1}:
+            # [r, side], as the middle has both ranks in front
             sides = {"a": (r, shape[0]), "b": (r, shape[1])}
             middle = {"hada_t1": (r, r, *kernel), "hada_t2": (r, r, *kernel)}
         else:

@@ -49,6 +49,7 @@ class Lokr(Added):
         options, r = dict(entry.options), entry.r
         _, out, fan_in = matrix_shape(shape, layout)
         kernel = shape[2:] if layout == "matrix" else ()
+        # a convolution's channels alone: the kernel is w_2's
         inner = shape[1] if kernel else fan_in
         told: Any = options.get("sizes")
         if told and inner != fan_in == math.prod(told[1]):  # the kernel is among the inputs
@@ -56,12 +57,14 @@ class Lokr(Added):
         factor = options.get("factor", -1)
         (a, c), (b, d) = told or (split(out, factor), split(inner, factor))
         full, both = options.get("full_matrix", False), options.get("decompose_both", False)
+        # r of half of the smaller matrix saves nothing, as LyCORIS decides
         whole_1 = not both or (told is None and (full or r >= max(a, b) / 2))
         whole_2 = full or (told is None and r >= max(c, d) / 2)
         first: dict[str, tuple[int, ...]] = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, b)}
         first = {"lokr_w1": (a, b)} if whole_1 else first
         if whole_2:
             return {**first, "lokr_w2": (c, d, *kernel)}
+        # a kernel of ones has no middle to decompose
         if options.get("tucker") and set(kernel) - {1}:
             middle = {"lokr_t2": (r, r, *kernel)}
             return {**first, "lokr_w2_a": (r, c), "lokr_w2_b": (r, d), **middle}
@@ -82,9 +85,11 @@ class Lokr(Added):
     @classmethod
     def start(cls, name: str, own: Tensor) -> None:
         """Uniform as torch's own Linear, and one factor of ``w_2`` zero."""
+        # w_2's last factor at zero: the change starts at zero, and its gradient does not
         if name in ("lokr_w2", "lokr_w2_b"):
             own.zero_()
         else:
+            # as nn.Linear's default: the square root of what a row sums
             bound = 1 / math.sqrt(own[0].numel())
             own.uniform_(-bound, bound)
 
@@ -113,10 +118,12 @@ class Lokr(Added):
     @classmethod
     def options_of(cls, held: Parts) -> tuple[tuple[str, Any], ...]:
         """What makes tensors of these very sizes."""
+        # shapes alone are wanted, and the meta device computes them
         first, second = factors({name: one.to("meta") for name, one in held.items()})
         kernel = held["lokr_t2"].shape[2:] if "lokr_t2" in held else ()
         sizes = tuple(zip(first.shape[:2], second.shape[:2]))
         told: dict[str, Any] = {
+            # what is false is the default, and is left out so that options compare
             "decompose_both": "lokr_w1_a" in held,
             "full_matrix": "lokr_w2" in held,
             "tucker": bool(kernel),
@@ -165,6 +172,7 @@ def _halves(parts: Parts, number: int) -> _Factors:
     whole = parts.get(f"lokr_w{number}")
     if whole is None:
         return parts[f"lokr_w{number}_a"], parts[f"lokr_w{number}_b"]
+    # the identity on the smaller side: a whole matrix is of no higher rank
     eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
     return (eye, whole) if len(whole) == len(eye) else (whole, eye)
 
@@ -190,6 +198,7 @@ def split(size: int, factor: int) -> _Pair:
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
+    # LyCORIS takes the largest divisor up to the bound
     most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
     small = max(n for n in range(1, most + 1) if size % n == 0)
     return small, size // small

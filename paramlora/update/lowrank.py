@@ -96,8 +96,10 @@ class LowRank(AttachedUpdate):
         else:
             self.register_buffer("lora_scale", value)
         if layout == "transposed" and ambiguous(weight.shape, layout):
+            # a byte, which a state dict keeps and no cast to a float changes
             mark = torch.ones((), dtype=torch.uint8, device=weight.device)
             self.register_buffer("lora_transposed", mark)
+        # None of both in the state dict, as long as there is no start
         self._buffers.update(start_A=None, start_B=None)
 
     @classmethod
@@ -114,6 +116,7 @@ class LowRank(AttachedUpdate):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """``A`` normal with standard deviation ``1/r``, ``B`` zero, and the scale as given."""
+        # `take`: they may be sharded, where a draw would differ between processes
         take(self.lora_A, torch.randn(self.lora_A.shape, device=self.lora_A.device) / self.r)
         self.lora_B.zero_()
         self.lora_scale.fill_(self.first_scale)
@@ -125,11 +128,13 @@ class LowRank(AttachedUpdate):
         """
         for name, value in (("A", a), ("B", b)):
             getattr(self, f"lora_{name}").data.copy_(value)
+            # clones: training must not move what is taken out again
             setattr(self, f"start_{name}", getattr(self, f"lora_{name}").detach().clone())
 
     def make_room(self, rank: int, shape: tuple[int, ...], layout: Layout) -> None:
         """Add ranks of zeros up to `rank`, or to the rank of a weight of that shape."""
         if self.r < rank:
+            # no more than the matrix holds, nor less than there is
             self.extend(max(self.r, min(rank, *matrix_shape(shape, layout)[1:])))
 
     def extend(self, rank: int) -> None:
@@ -138,7 +143,9 @@ class LowRank(AttachedUpdate):
             held, dim = getattr(self, name), self.rank_dim(name)
             if held is not None:
                 size = list(held.shape)
+                # a second kernel's A has several numbers for each rank
                 size[dim] = size[dim] // self.r * (rank - self.r)
+                # `.data`: the Parameter stays, as holders of it do
                 held.data = torch.cat([held.data, held.data.new_zeros(size)], dim)
         self.keep(r=rank)
 
@@ -149,10 +156,12 @@ class LowRank(AttachedUpdate):
     def shares_its_sum(self) -> bool:
         """Whether it holds its factors itself: a change of those that a flat shard holds shows
         nowhere."""
+        # FSDP1 leaves views of its flat parameter, which are new at each call
         return {"lora_A", "lora_B"} <= self._parameters.keys()
 
     def summand(self) -> Optional[Summand]:
         """Its own part of the gradient of a sum; another kind's sum has another gradient."""
+        # a kind that inherits computes another sum
         return Summand(self) if type(self) is LowRank else None
 
     def rank_of_sum(self) -> int:
@@ -163,6 +172,7 @@ class LowRank(AttachedUpdate):
     def scaling(self) -> Tensor:
         """The number before ``B·A``: the scale times the strength."""
         scale, gain = self.stored_scale(), self.gain
+        # a strength may lie elsewhere in a model that is spread over devices
         return scale * (gain if gain.device == scale.device else gain.to(scale.device))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -188,6 +198,7 @@ class LowRank(AttachedUpdate):
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
         """``strength · scale · B·A``, to be added."""
         scale = parts["lora_scale"]
+        # scale and gain may lie on two devices
         return LowRankTerm(parts["lora_A"], parts["lora_B"], scale * gain.to(scale.device), layout)
 
     def at_most(self, largest: float) -> float:
@@ -196,6 +207,7 @@ class LowRank(AttachedUpdate):
 
     def term(self) -> Term:
         """What it does now: as it was trained without its strength, which would take a launch."""
+        # a kind with a term of its own, or a strength other than 1
         if type(self).term_of is not LowRank.term_of or not self.fully:
             return super().term()
         parts = self.plain()
@@ -267,6 +279,7 @@ class LowRank(AttachedUpdate):
             other: Value = replace(value, adapter_dtype=named)
             return other
         layout = cls.layout_of({**parts, "lora_A": a, "lora_B": a})
+        # of a branch three dimensions and more are a kernel, of a parametrization a stack
         kernel = "same" if cls.beside and b.dim() > 2 else 1
         update = Update(a, b, float(scale), None, layout, False, not cls.beside, kernel)
         return replace(update, adapter_dtype=named)
@@ -283,7 +296,9 @@ class LowRank(AttachedUpdate):
         if self.start_A is None or self.start_B is None:
             return super().taking(state)
         a, b = state["lora_A"], state["lora_B"]
+        # the file's second half is what was taken out, with its sign on B
         starts = [(self.start_A, a[..., self.r :, :]), (self.start_B, -b[..., self.r :])]
+        # the first half is what trains
         a, b = a[..., : self.r, :], b[..., : self.r]
         return starts + super().taking({**state, "lora_A": a, "lora_B": b})
 
@@ -295,6 +310,7 @@ class LowRank(AttachedUpdate):
             _, out, fan_in = matrix_shape(base.shape, self.layout)
             put_in_place(self.start_A, sized(self.start_A, -1, fan_in))
             put_in_place(self.start_B, sized(self.start_B, -2, out))
+        # of a size that is square now the shapes no longer tell the sides
         if self.layout == "transposed" and ambiguous(base.shape, self.layout):
             mark = torch.ones((), dtype=torch.uint8, device=base.device)
             self.register_buffer("lora_transposed", mark)
@@ -306,6 +322,7 @@ class LowRank(AttachedUpdate):
         neither it nor the factors, and in which the scaled B alone is not too large."""
         a, b = (factor.to(summed_in(dtype or factor.dtype, factor)) for factor in self.factors())
         with in_own_types(b):  # a weight is what it is, wherever it is read
+            # B with its scale first: a rank's columns are fewer numbers than the product
             product = (b * self.scaling.to(b.dtype)) @ a
         if self.layout == "transposed":
             product = rearrange(product, "out fan_in -> fan_in out")
@@ -316,6 +333,7 @@ class LowRank(AttachedUpdate):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         delta = self.delta(weight.shape, weight.dtype)
+        # one rounding of the sum, and the base's strides
         return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
 
     def extra_repr(self) -> str:
@@ -337,6 +355,7 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
     """Refuse factors of another weight than the metadata tells of, which anything may be."""
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     fits = fits_shape(a, b, update.r, update.up_kernel, shape, update.layout)
+    # a shape of a file's metadata is any text that somebody wrote
     if fits and shape[0] % update.groups == 0:
         return
     if len(shape) >= 2 and a[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
@@ -353,15 +372,18 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
 def value_of(plist: Any) -> Tensor:
     """What torch's list of parametrizations computes; the sum of several updates rounds once."""
     updates = list(plist)
+    # kinds that compute another weight do it one after the other
     if len(updates) < 2 or not all(type(update) is LowRank for update in updates):
         return plist()  # type: ignore[no-any-return]
     weight: Tensor = plist.original
     acting = [update for update in updates if update.acts]
+    # of one that acts torch's list does the same
     if len(acting) < 2:
         return plist()  # type: ignore[no-any-return]
     total = weight
     for update in acting:
         delta = update.delta(weight.shape, weight.dtype)
+        # the wide sum grows by each, and is rounded once behind all of them
         total = wide(total, delta) + delta
     return laid_as(total.to(weight.dtype), weight)
 
@@ -369,4 +391,5 @@ def value_of(plist: Any) -> Tensor:
 def wide(weight: Tensor, delta: Tensor) -> Tensor:
     """The weight in the wider type of both, in which torch adds; or where that only stores its
     numbers (see `casts`) in the update's."""
+    # of eight bits torch adds nothing
     return weight.to(delta.dtype) if is_storage(weight.dtype) else weight

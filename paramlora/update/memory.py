@@ -16,12 +16,14 @@ _CHUNK = 8 << 20
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied nor kept alive by this."""
+    # by the address: numpy has no bfloat16
     place = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(place).cast("B")
 
 
 def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of any tensor, in pieces."""
+    # what only shows another's conjugate or negative is made real
     held = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     content = bytes_of(held) if held.nbytes else memoryview(b"")
     for at in range(0, len(content), _CHUNK):
@@ -50,11 +52,13 @@ def runs_of(tensors: Iterable[Tensor]) -> dict[int, tuple[Tensor, int]]:
     """
     found: dict[int, tuple[Tensor, int]] = {}
     same = {id(t): t for t in tensors}
+    # by type and device first, then by address: neighbours of one storage come together
     by_place = sorted(same.values(), key=lambda t: (str(t.dtype), str(t.device), t.data_ptr()))
     for some in _near_each_other(by_place):
         start, last = int(some[0].storage_offset()), some[-1]
         flat = last.reshape(-1)
         if len(some) > 1:
+            # from the first to the last, with the gaps of a file's padding in between
             flat = last.as_strided((last.storage_offset() + last.numel() - start,), (1,), start)
         found.update((id(t), (flat, int(t.storage_offset()) - start)) for t in some)
     return found
@@ -65,7 +69,9 @@ def _near_each_other(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     some: list[Tensor] = []
     before, end = None, 0
     for t in tensors:
+        # strided ones are in no flat run
         memory = (t.dtype, t.untyped_storage().data_ptr()) if t.is_contiguous() else None
+        # a gap of padding, and no tensor that is left out
         if some and (memory is None or memory != before or not 0 <= t.storage_offset() - end < 64):
             yield some
             some = []
@@ -96,6 +102,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds anything that is not finite: a thousand are asked at once, and those
     of one file as one. Those on the meta device hold nothing."""
     held = [t.detach() for t in tensors if t.numel() and not t.is_meta]
+    # other devices and classes have no such functions
     if any(type(t) is not Tensor or t.device.type not in _DEVICES for t in held):
         return largest(held) is not None
     runs = list({id(run): run for run, _ in runs_of(held).values()}.values())
@@ -112,6 +119,7 @@ def largest(tensors: Iterable[Tensor]) -> Optional[float]:
         type(t) is not Tensor or t.dtype not in _FLOATS or t.device.type not in _DEVICES
         for t in held
     ):
+        # infinite: only that all are finite is known
         return math.inf if all(bool(torch.isfinite(t).all()) for t in held) else None
     host, device = ([t for t in held if t.is_cpu is here] for here in (True, False))
     numbers = [*_largest_on_host(host), _largest_on_device(device)]
@@ -119,22 +127,24 @@ def largest(tensors: Iterable[Tensor]) -> Optional[float]:
 
 
 def _largest_on_host(tensors: Iterable[Tensor]) -> list[float]:
-    """By their least and largest numbers, a sixth of the time that a norm takes there: NaN is both
-    of those with any in them."""
+    """For each type the largest size of a number in tensors of the host: by their least and largest
+    numbers, in a sixth of a norm's time; NaN where there is one."""
     extremes: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         once = t if t.is_contiguous() else _once(t)
+        # 0-dimensional ones are their own least and largest
         extremes.setdefault(t.dtype, []).extend(torch.aminmax(once) if t.dim() else (t,))
     return [float(torch.stack(some).abs().max()) for some in extremes.values()]
 
 
 def _once(tensor: Tensor) -> Tensor:
-    """Without the numbers that an expanded tensor shows again, of which torch would make copies."""
+    """A view of an expanded tensor without the numbers that it repeats, which torch would copy."""
     sizes = [size if step else 1 for size, step in zip(tensor.shape, tensor.stride())]
     return tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
 
 
 def _largest_on_device(tensors: list[Tensor]) -> float:
-    """By a norm, for which a few kernels read a thousand tensors."""
+    """The largest size of a number in tensors of a device: by a norm, for which a few kernels read
+    a thousand of them."""
     # of nothing the norm is no tensor in older versions
     return float(nn.utils.get_total_norm(tensors, math.inf, foreach=True)) if tensors else 0.0

@@ -34,9 +34,12 @@ def looked(
         pieces: gives a tensor's bytes in pieces, each valid until the next one.
     """
     sizes = {key: math.prod(one.shape) * one.dtype.itemsize for key, one in there.items()}
+    # small ones are read at once: a look would cost more than it saves
     if sum(sizes.values()) <= LARGE:
         return
+    # ids of rows are numbers of which a check needs the values
     numbers = [key for key, one in there.items() if one.dtype == torch.int64]
+    # a scale is one number, and decides whether an update is any good
     told = {key for key, one in there.items() if math.prod(one.shape) == 1}
     told |= set(numbers) if sum(sizes[key] for key in numbers) <= LARGE else set()
     outline = {
@@ -58,4 +61,5 @@ def _without_values(one: Any, pieces: Optional[Iterable[memoryview]]) -> Tensor:
     held = (torch.frombuffer(piece, dtype=one.dtype) for piece in pieces or () if wide and piece)
     if all(all_finite([part]) for part in held):
         return torch.empty(one.shape, dtype=one.dtype, device="meta")
+    # expanded: one number in memory, of any shape
     return torch.full((), math.nan, dtype=one.dtype).expand(one.shape)

@@ -71,8 +71,10 @@ class Rounding:
 
     def start(self, path: str) -> None:
         """Say whose blocks come now, from the first one on: also where they came half before."""
+        # the same numbers when a merge takes a tensor again
         self.path = path
         self._generators.clear()
+        # what was counted of its blocks is of a try that was stopped
         self._sums = {key: sums for key, sums in self._sums.items() if key[0] != path}
 
     def __call__(self, total: Tensor, before: Tensor) -> Tensor:
@@ -88,12 +90,14 @@ class Rounding:
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             generator = torch.Generator(device)
+            # by the tensor's name, so that the order of tensors does not matter
             digits = hashlib.sha256(f"{self.seed}\0{self.path}".encode()).digest()
+            # seven bytes fit what `manual_seed` takes
             self._generators[device] = generator.manual_seed(int.from_bytes(digits[:7], "little"))
         return self._generators[device]
 
     def _count(self, total: Tensor, before: Tensor, after: Tensor) -> None:
-        """The products that make the report, in double precision."""
+        """Add the four sums of a block that make the report, in double precision."""
         old = before.to(total.dtype).double()
         update, got = total.double() - old, after.to(total.dtype).double() - old
         values = [(got * update).sum(), (update * update).sum(), ((got - update) ** 2).sum()]
@@ -134,16 +138,21 @@ def stochastic(total: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     if dtype.itemsize not in _BITS:
         return near
     wide = near.to(total.dtype)
+    # exact: both are near each other (Sterbenz)
     error = total - wide
     # of floats of one sign the order is that of their bits; from zero it goes on by a sign
+    # away from zero: the size grows
     away = (error > 0) == (wide > 0)
     bits = near.view(_BITS[dtype.itemsize])
+    # the next number of a sign is the next whole number of its bits
     other = torch.where(away, bits + 1, bits - 1).view(dtype)
     least = torch.ones_like(bits).view(dtype).to(total.dtype)
+    # from zero the other neighbour has the error's sign
     beyond = torch.where(wide == 0, torch.copysign(least, error), other.to(total.dtype))
     # the bits of a negative zero are NaN in the types of AMD's cards
     beyond = torch.where((wide.abs() == least) & ~away, torch.zeros_like(wide), beyond)
     step = (beyond - wide).abs()
     chance = torch.rand(total.shape, generator=generator, device=total.device, dtype=total.dtype)
+    # with the chance error / step it moves to the other one
     moves = (error != 0) & torch.isfinite(beyond) & (chance * step < error.abs())
     return torch.where(moves, beyond, wide).to(dtype)

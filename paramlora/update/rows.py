@@ -52,6 +52,7 @@ class Rows(AttachedUpdate):
     ) -> None:
         dtype = factor_dtype(weight.dtype)
         super().__init__(adapter, weight.device, dtype, gains)
+        # ascending, so that a merge finds a block's rows by bisection
         self.register_buffer("lora_ids", torch.tensor(sorted(ids), device=weight.device))
         self.lora_rows = nn.Parameter(weight.detach()[self.lora_ids].to(dtype))
 
@@ -87,12 +88,14 @@ class Rows(AttachedUpdate):
         """The tensor with its rows in place; `weight` unchanged when off."""
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
+        # `index_copy`, not an assignment: the base must stay, and autograd follow
         return weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """What the rows are now: between the weight's and the trained ones, in a type that rounds
         neither."""
         own: Tensor = self.lora_rows
+        # as trained: no row of the weight is read
         if self.fully:
             return own
         dtype = summed_in(weight.dtype, own)
@@ -172,6 +175,7 @@ def _with_ids(entry: TargetConfig, ids: Tensor) -> TargetConfig:
 def _check(where: str, parts: Mapping[str, Tensor]) -> None:
     """Refuse numbers of rows that are none, or not ascending."""
     rows, ids = parts["lora_rows"], parts["lora_ids"]
+    # checked before a comparison: a file may hold anything
     sound = ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0 and rows.dim() >= 2
     if (
         not sound
@@ -196,7 +200,9 @@ class RowsTerm(Term):
     def applied(self, total: Tensor, block: Block) -> Tensor:
         flat, size = total.view(-1), self.values.shape[1]
         start, stop = block.run.start, block.run.start + flat.numel()
+        # the first row that reaches into the block
         first = bisect_left(self.ids, start // size)
+        # and the first that begins behind it, by a division that rounds up
         for at in range(first, bisect_left(self.ids, -(-stop // size))):
             begin = self.ids[at] * size
             low, high = max(start, begin), min(stop, begin + size)

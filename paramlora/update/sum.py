@@ -84,13 +84,16 @@ class LowRankTerm(Term):
 
     def prepared(self, wide: torch.dtype) -> "LowRankTerm":
         a, b = (_stacked(factor.detach().to(wide)) for factor in (self.lora_A, self.lora_B))
+        # the number goes into B, which is smaller than the product
         return LowRankTerm(a, b * self.factor.detach().to(wide), self.factor, self.layout)
 
     def split(self) -> "LowRankTerm":
         """With each number as three of eight bits, which neither TF32 nor bfloat16 rounds: their
         products are exact, and what is left to round are float32's additions."""
+        # float32 here: with eight bits in each of three parts nothing of it is lost
         whole = self.prepared(torch.float32)
         parts = _of_eight_bits(whole.lora_A, whole.lora_B)
+        # all nine pairs of parts: their products sum to the product
         pairs = [(a, b) for a, _ in parts for _, b in parts]
         a, b = torch.cat([a for a, _ in pairs], -2), torch.cat([b for _, b in pairs], -1)
         return LowRankTerm(a, b, self.factor, self.layout)
@@ -105,10 +108,12 @@ class LowRankTerm(Term):
         """By the largest number of each factor, and a little more than their product's roundings:
         in few launches, as a model has hundreds of updates."""
         factors = self.lora_A.detach(), self.lora_B.detach()
+        # `vector_norm` of nothing raises
         if not all(f.numel() for f in factors):
             return 0.0
         wide = torch.promote_types(factors[0].dtype, torch.float32)
         a, b = (torch.linalg.vector_norm(f, float("inf"), dtype=wide) for f in factors)
+        # at most rank times the product of the largest; the last factor is for roundings
         most: Tensor = a * b * self.factor.detach().abs() * (factors[0].shape[-2] * (1 + 2**-20))
         return most
 
@@ -131,6 +136,7 @@ class WholeTerm(Term):
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
         own = self.value[block.run].view(total.shape)
+        # 1 copies to the last bit; a count goes all the way
         if self.strength != 1 and own.is_floating_point():
             wide = torch.promote_types(own.dtype, total.dtype)  # a narrow one would round the base
             own = torch.lerp(total.to(wide), own.to(wide), self.strength.to(wide))
@@ -153,11 +159,13 @@ class WholesTerm(Term):
         return WholesTerm(tuple(term.prepared(wide) for term in self.terms))
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
+        # the sum of two counts of batches is none
         if not self.terms[-1].value.is_floating_point():  # a count
             return self.terms[-1].applied(total, block)
         out = total
         for term in self.terms:
             own = term.value[block.run].view(total.shape).to(total.dtype)
+            # each against the base, which stands before all of them
             out = out + term.strength.to(total.dtype) * (own - total)
         return out
 
@@ -180,6 +188,7 @@ class ScaledTerm(Term):
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
         factor = self.factor if self.factor.dim() == 0 else self.factor[block.rows, None]
+        # float8_e4m3fn has no infinity: beyond its end a cast gives NaN
         return total.mul_(factor).clamp_(-self.limit, self.limit)
 
 
@@ -212,8 +221,10 @@ class Fold:
         device = torch.device(device)
         self._wide = factor_dtype(dtype)
         self._terms = self._prepared(_joined(terms), dtype, device)
+        # elements that are in a wide type at one time, bytes of a device
         self._size = _BYTES_OF_A_DEVICE // self._wide.itemsize if device.type != "cpu" else _BLOCK
         self._whole_matrix = any(term.whole_matrix for term in terms)
+        # what needs all rows needs their columns too
         self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
 
     def _prepared(self, terms: list[Term], dtype: torch.dtype, device: torch.device) -> list[Term]:
@@ -223,6 +234,7 @@ class Fold:
             # for nine products than for one of twice the bytes
             if dtype.itemsize <= 2 and device.type != "cpu":
                 split = [split for term in terms if (split := term.split()) is not None]
+                # all or none: one that cannot be split has the whole sum in float64
                 if len(split) == len(terms):
                     return split
             self._wide = torch.float64
@@ -232,6 +244,7 @@ class Fold:
         """(a run of elements, function from their old values to the new ones), in order; the new
         ones are written into what the function gets besides, if anything."""
         stack, rows, columns = self._shape
+        # few columns of all rows are no run of memory: blocks are rows, or parts of one
         wide = max(1, columns if self._whole_rows else min(columns, self._size))
         high = rows if self._whole_matrix else max(1, self._size // wide)
         for which in range(stack):
@@ -251,10 +264,13 @@ class Fold:
         if self._rounding is not None:
             total = self._rounding(total, rows)
         total = total.reshape(-1)
+        # `copy_` rounds to the type of `into`
         return total.to(before.dtype) if into is None else into.copy_(total)
 
     def _wide_sum(self, block: Block, rows: Tensor) -> Tensor:
+        # a copy where terms will write: the base must stay
         total = rows.to(self._wide, copy=bool(self._terms))
+        # autocast would round each product
         with in_own_types(rows):
             for term in self._terms:
                 total = term.applied(total, block)
@@ -273,6 +289,7 @@ class Fold:
         """A new tensor that is `of` a weight once it is copied into that: in the wide type, which
         the copy rounds, where one block is all of it, as on a device that of most layers is."""
         stack, rows, columns = self._shape
+        # a rounding draws and counts block by block
         if self._rounding is not None or stack > 1 or rows * columns > self._size:
             return self.of(base)
         block = Block(slice(0, rows * columns), 0, slice(0, rows), slice(0, columns))
@@ -280,7 +297,7 @@ class Fold:
 
 
 def _joined(terms: Sequence[Term]) -> list[Term]:
-    """The terms, several tensors to have instead among them as one: they stand side by side."""
+    """The terms, with all tensors to have instead as one term: they do not build on each other."""
     wholes = tuple(term for term in terms if isinstance(term, WholeTerm))
     if len(wholes) < 2:
         return list(terms)
@@ -295,6 +312,7 @@ def rounds_products(device: torch.device) -> bool:
     """Whether torch may round the factors of a float32 product on a device: to TF32, or to bfloat16
     on a CPU. It is asked of the device's own library, as the question for all of them raises once
     one of them was set alone."""
+    # other devices have no such setting
     if device.type not in ("cuda", "cpu", "xpu"):
         return False
     library: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -360,13 +378,16 @@ def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
         return False
     most = torch.finfo(base.dtype).max
     wide = base.float() if base.dtype.itemsize == 1 else base  # torch takes no norm of 8 bits
+    # the sum of both largest numbers is in range, so is each sum
     if base.numel() and wide.abs().max().double() + added <= most:
         return False
     before = base.reshape(-1)
     for run, summed in Fold(base.shape, base.dtype, terms, base.device).blocks():
+        # only now the sum itself is formed, block by block
         old, new = before[run], summed(before[run])
         if old.dtype.itemsize == 1:
             old, new = old.float(), new.float()
+        # what was infinite before is not the sum's doing
         if (torch.isfinite(old) & ~torch.isfinite(new)).any():
             return True
     return False
@@ -376,11 +397,12 @@ def _of_eight_bits(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Three pairs of float32 tensors with eight significant bits a number, whose sum is the pair to
     the last bit: cut towards zero, as a rounding may end in infinity. Both in the same launches."""
     both = torch.cat([a.reshape(-1), b.reshape(-1)])
+    # -(1 << cut) clears the lowest bits of the 23 that follow the exponent
     of_8, of_16 = ((both.view(torch.int32) & -(1 << cut)).view(both.dtype) for cut in (16, 8))
     parts = of_8, of_16 - of_8, both - of_16
     return [(p[: a.numel()].view(a.shape), p[a.numel() :].view(b.shape)) for p in parts]
 
 
 def _stacked(factor: Tensor) -> Tensor:
-    """``[stack, ...]``, also where there is no stack."""
+    """A factor with the dimension of a stack in front, of size 1 where there is no stack."""
     return factor[None] if factor.dim() == 2 else factor

@@ -39,6 +39,7 @@ class Summand:
         Raises:
             AdapterError: the update has changed since.
         """
+        # after an optimizer's step the gradient would be of other factors
         if [t._version for t in self.watched] != self.versions:
             raise AdapterError(
                 "an adapted tensor, or the strength of its adapter, changed between forward and "
@@ -46,6 +47,7 @@ class Summand:
             )
         # joined anew, of what the tensors hold now, as whoever computes the sum again reads them
         a, b = joined(*self.held)
+        # float16's range would not hold the products
         a, b, scale = wide(a), wide(b), wide(self.scale) * self.gain
         stack, out, fan_in = matrix_shape(grad.shape, self.layout)
         if self.layout == "transposed":

@@ -194,8 +194,10 @@ class Update(Value):
 
         A checkpoint does not tell which side of a weight is the input, as an embedding's first is.
         """
+        # a stack is no pair of sides that change places, nor is a kernel behind B
         if {layout, self.layout} != {"matrix", "transposed"} or self.up_kernel == "same":
             return self
+        # (BA)ᵀ = AᵀBᵀ
         return replace(self, lora_A=self.lora_B.mT, lora_B=self.lora_A.mT, layout=layout)
 
     def delta(self) -> Tensor:
@@ -226,6 +228,7 @@ class Update(Value):
 
     def term(self, strength: float, dtype: torch.dtype, device: _Device = "cpu") -> Term:
         """``strength · scale · B·A``, to be added."""
+        # as a live update has them, so that a file's merge gives the same bits
         kind = _dtype(self.adapter_dtype, dtype)
         a, b = (factor.to(device, kind) for factor in (self.lora_A, self.lora_B))
         scale = torch.tensor(self.scale, dtype=_of_number(kind, dtype), device=device)
@@ -233,6 +236,7 @@ class Update(Value):
 
     def fitted(self, shape: tuple[int, ...]) -> Optional["Update"]:
         """With a shape, in the layout in which its factors fit it."""
+        # a file that tells no shape may be of any layout; its own first
         layouts = [self.layout] if self.shape is not None else [self.layout, *LAYOUTS]
         a, b = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
         for layout in layouts:
@@ -263,8 +267,10 @@ class Update(Value):
         if self.up_kernel != 1:
             return math.nan
         a, b = self.lora_A.double(), self.lora_B.double()
+        # whichever is smaller to form: a product of the weight's size or two of the rank's
         if b.shape[-2] * a.shape[-1] < self.r**2:
             return abs(self.scale) * float((b @ a).norm())
+        # rounding may leave less than 0 of a norm of nothing
         squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
         return abs(self.scale) * squared.sqrt().item()
 
@@ -388,7 +394,7 @@ class KindUpdate(Value):
 
 
 def _of_kernel(tensor: Tensor, dims: int) -> Tensor:
-    """Without the sizes of 1 by which peft makes two of the kernel of a Conv1d."""
+    """A tensor without the sizes of 1 by which peft gives the kernel of a Conv1d two dimensions."""
     padded = tensor.dim() > dims > 2 and set(tensor.shape[dims:]) == {1}
     return tensor.reshape(tensor.shape[:dims]) if padded else tensor
 
@@ -422,6 +428,7 @@ class WholeValue(Value):
 
     def check_types(self, where: str, dtype: torch.dtype) -> None:
         """Refuse another type, but that of a buffer that counts, such as BatchNorm's batches."""
+        # a count has no other type, and takes no float
         if not self.value.dtype == dtype == torch.int64:
             check_types(where, self.value)
 
@@ -432,6 +439,7 @@ class WholeValue(Value):
     def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:
         """The tensor keeps its own type where that is not the usual one."""
         own = str(self.value.dtype).removeprefix("torch.")
+        # a type that no configuration names is cast at attaching
         usual = own not in DTYPES or self.value.dtype == factor_dtype(dtype)
         return entry if usual else replace(entry, adapter_dtype=own)
 
@@ -460,7 +468,8 @@ def _stored_scale(scale: float, like: Tensor) -> Tensor:
 
 
 def _mark(layout: Layout, shape: Optional[tuple[int, ...]]) -> dict[str, Tensor]:
-    """What tells the sides of a weight whose shape does not (see `LowRank`)."""
+    """The buffer that tells the sides of a weight whose shape does not (see `LowRank`); else
+    none."""
     if layout == "transposed" and ambiguous(shape or (), layout):
         return {"lora_transposed": torch.ones((), dtype=torch.uint8)}
     return {}
@@ -514,6 +523,7 @@ class Adapter:
 
     def values(self) -> dict[str, Value]:
         """What it does to each tensor; paths that share an update or a tensor share a value."""
+        # by identity, so that tied paths get one value
         made = {id(tensor): WholeValue(tensor) for tensor in self.whole.values()}
         whole = {path: made[id(tensor)] for path, tensor in self.whole.items()}
         return {**self.updates, **self.others, **whole}

@@ -58,6 +58,7 @@ class Whole(AttachedUpdate):
         trains: Optional[bool] = None,
     ) -> None:
         trains = isinstance(weight, nn.Parameter) if trains is None else trains
+        # a buffer keeps its type: its layer writes into it
         dtype = torch.float32 if trains and weight.dtype.itemsize <= 2 else weight.dtype
         super().__init__(adapter, weight.device, dtype, gains)
         own = weight.detach().to(dtype, copy=True)
@@ -65,15 +66,19 @@ class Whole(AttachedUpdate):
             self.lora_whole = nn.Parameter(own)
         else:
             self.register_buffer("lora_whole", own)
+            # a running mean: BatchNorm writes into what it reads
             self.keep(written_by_reader=True)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``lora_whole`` in `weight`'s type; `weight` unchanged when off."""
         counts = not weight.is_floating_point()  # batches: what reads it divides by what it adds
+        # a count is one for all: half of a count has no meaning
         if not self.acts and not counts:
             return weight.clone() if self.written_by_reader else weight
+        # at the first read: the base has its values by then
         if self.unset:
             self._start(weight)
+        # the tensor itself where it acts in full, so that its gradient is the tensor's
         own = self.lora_whole
         if not self.fully and not counts:
             dtype = summed_in(weight.dtype, own)
@@ -93,6 +98,7 @@ class Whole(AttachedUpdate):
         while the update does not act as it was trained it is let go, as what is written into a copy
         is."""
         own = self.lora_whole
+        # a parameter that somebody assigns is torch's affair
         if isinstance(own, nn.Parameter) or isinstance(value, nn.Parameter):
             return False
         if (value.shape, value.dtype) != (own.shape, own.dtype):
@@ -115,8 +121,10 @@ class Whole(AttachedUpdate):
             tensor of its own, in `weight`'s type. Of a count, such as BatchNorm's, one of them.
         """
         acting = [one for one in updates if one.acts]
+        # of one tensor alone it is the tensor, bit for bit, or the way to it
         if len(acting) < 2 or not weight.is_floating_point():
             return cast(Tensor, (acting or updates)[-1](weight))
+        # every difference is to the base, in one wide type
         start = weight.to(summed_in(weight.dtype, acting[0].lora_whole))
         with in_own_types(weight):
             total = start
