@@ -14,16 +14,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from paramlora.cuda.native.handed import launcher
 from paramlora.errors import warn
 from paramlora.update.compat import cuda_device, cuda_stream
 
+Layout = tuple[list[int], ...]  # of a matrix: its shape, its strides, and the shape of a block
+
 
 class Block:
-    """What a launch reads of a `TensorDescriptor`, without its checks."""
+    """What Triton reads of a `TensorDescriptor`, without its checks."""
 
     __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
 
-    def __init__(self, base: Tensor, layout: tuple[list[int], ...]) -> None:
+    def __init__(self, base: Tensor, layout: Layout) -> None:
         self.base, self.padding = base, "zero"
         self.shape, self.strides, self.block_shape = layout
         self.round_f32_to_tf32 = False  # read by Triton 3.7 and later
@@ -53,8 +56,12 @@ class Launch:
         stages: int,
         warps: int,
         early: bool = False,
+        layouts: tuple[Layout, ...] = (),
     ) -> None:
         self.kernel, self.device, self.grid = kernel, device, grid
+        self.layouts = (
+            layouts  # of what the tensor memory engine loads, the kernel's first arguments
+        )
         self.numbers, self.constants, self.tail = numbers, constants, (*numbers, *constants)
         self.options: dict[str, Any] = {"num_stages": stages, "num_warps": warps}
         if early:  # may start before the kernel ahead ends (programmatic dependent launch)
@@ -62,36 +69,50 @@ class Launch:
         self.run: Any = None
         self.head: tuple[Any, ...] = ()
         self.compiled: Any = None  # the kernel, from the second launch of its kind on
+        self.by_driver: Any = None  # the launch without Triton, see `native.handed.launcher`
 
     def __call__(
         self,
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...] = (),
-        blocks: tuple[Block, ...] = (),
+        matrices: tuple[Tensor, ...] = (),
     ) -> None:
-        """Launch on the current stream; the kernel takes the blocks first, then the rest.
+        """Launch on the current stream.
 
         Args:
             pointers: tensors that tell the types and alignments of the addresses.
             addresses: what the kernel gets.
             values: numbers that change from call to call.
-            blocks: for the tensor memory engine.
+            matrices: laid as `layouts` say, for the tensor memory engine.
         """
-        if self.run is None:
-            kind = self._kind(pointers)
-            if kind not in _TRUSTED:
-                _TRUSTED[kind] = self._tried(pointers, addresses, values, blocks)
-                return
-            if _TRUSTED[kind] is None:
-                self._by_triton(pointers, addresses, values, blocks)
-                return
-            self.compiled, self.head = _TRUSTED[kind]
-            self.run = self.compiled.run
+        if self.run is None and not self._is_ready(pointers, addresses, values, matrices):
+            return
         stream = cuda_stream(self.device)
+        if self.by_driver is not None:
+            starts = map(Tensor.data_ptr, matrices)
+            self.by_driver(stream, *starts, *addresses, *values)
+            return
+        blocks = map(Block, matrices, self.layouts)
         self.run(
             self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
         )  # fmt: skip
+
+    def _is_ready(self, *given: Any) -> bool:
+        """Whether it is known how to launch; if not, it was launched by Triton."""
+        kind = self._kind(given[0])
+        if kind not in _TRUSTED:
+            _TRUSTED[kind] = self._tried(*given)
+            return False
+        if _TRUSTED[kind] is None:
+            self._by_triton(*given)
+            return False
+        self.compiled, self.head = _TRUSTED[kind]
+        self.run = self.compiled.run
+        _, addresses, values, _ = given
+        kinds = (*map(type, addresses), *map(type, values))
+        self.by_driver = launcher(self.compiled, self.grid, self.layouts, kinds, self.tail)
+        return True
 
     def _kind(self, pointers: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return (
@@ -109,10 +130,10 @@ class Launch:
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...],
-        blocks: tuple[Block, ...],
+        matrices: tuple[Tensor, ...],
     ) -> Any:
         """Launch as Triton does, which takes tensors: the compiled kernel."""
-        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
         placed = [_from(*one) for one in zip(pointers, addresses)]
         arguments = (*described, *placed, *values, *self.tail)
         return self.kernel[(self.grid,)](*arguments, **self.options)
@@ -122,15 +143,16 @@ class Launch:
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...],
-        blocks: tuple[Block, ...],
+        matrices: tuple[Tensor, ...],
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
         """Launch as Triton does: the compiled kernel and what its own function takes first, or
         None where Triton hands over something else than `__call__` would."""
-        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
         arguments = (*described, *pointers, *values, *self.tail)
         compiled = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
         with _recorded(compiled) as calls:
-            self._by_triton(pointers, addresses, values, blocks)
+            self._by_triton(pointers, addresses, values, matrices)
+        blocks = map(Block, matrices, self.layouts)
         try:
             head = (compiled.function, compiled.packed_metadata, None, None, None)
             start = (self.grid, 1, 1, cuda_stream(self.device), *head)

@@ -11,8 +11,8 @@ from torch import Tensor
 from paramlora.cuda import launch
 from paramlora.cuda.launch import Launch, tickets
 from paramlora.cuda.linear import plan
-from paramlora.cuda.native import driver, library
-from paramlora.cuda.native.driver import Described
+from paramlora.cuda.native import library
+from paramlora.cuda.native.handed import Described, handed
 from paramlora.cuda.operands import Operands, served, switched_on
 from paramlora.update.compat import cuda_device, cuda_stream
 
@@ -59,7 +59,6 @@ def start(backward: Any) -> Any:
         stream=cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
         switched_on=switched_on,
-        **driver.addresses(),
     )
     return module.linear
 
@@ -101,8 +100,5 @@ def _told(found: Any, single: Launch, matrices: Any, places: Any) -> Any:
     if found.tiles.layouts:
         matrices = tuple(map(Described, matrices, found.tiles.layouts))
     given = (*matrices, *places, Slot.STRENGTH, Slot.NUMBER, *single.tail)
-    handed = driver.handed(single.compiled, given, Slot.BLOCK)
-    if handed is None:
-        return None
-    sizes, strides = found.result.shape, found.result.stride
-    return sizes, strides, found.size, single.grid, *handed
+    told = handed(single.compiled, single.grid, given, Slot.BLOCK)
+    return None if told is None else (found.result.shape, found.result.stride, found.size, told)

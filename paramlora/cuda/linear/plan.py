@@ -66,7 +66,8 @@ def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Lau
     """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
     (least, on), (stages, warps), early = _mask(drop), tiles.tiling[4:6], tiles.early
     numbers, constants = (*tiles.numbers, least), (on, early, bias, *tiles.constants)
-    return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
+    rest = stages, warps, early, tiles.layouts
+    return Launch(kernels.product, device, tiles.grid, numbers, constants, *rest)
 
 
 class _Result(NamedTuple):
@@ -122,7 +123,8 @@ class Forward:
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
             constants = (on, bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
-            self.single = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
+            rest = stages, warps, False, tiles.layouts
+            self.single = Launch(kernels.forward, device, grid, numbers, constants, *rest)
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
@@ -140,19 +142,19 @@ class Forward:
         pk = kept.data_ptr()
         more, pmore = (kept, pk) if bias is None else (bias, pbias)
         seed = kept if seed is None else seed
-        blocks = self.tiles.blocks(x, weight, y)
-        first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
+        loaded = self.tiles.matrices(x, weight, y)
+        first, places = ((), ()) if loaded else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.single is not None:
             drawn = tickets(kept)
             self.single(
                 (*first, x, a, b, scale, kept, more, seed, drawn),
                 (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(NUMBERS)),
-                blocks,
+                loaded,
             )
             return y, kept
         pu, pq = self.thin(of, strength, seed, kept, addresses)
-        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), blocks)
+        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), loaded)
         return y, kept
 
     def thin(
@@ -303,8 +305,9 @@ class Backward:
         numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each, least)
         constants = (masked, self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
-            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
-        )
+            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early,
+            tiles.layouts,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -330,15 +333,15 @@ class Backward:
         da = x.new_empty_strided((r, N), (N, 1), dtype=wide)
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
         out, factor = da if dx is None else dx, scale if self.scaled else da
-        pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
-        first, starts = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        pa, loaded = da.data_ptr(), self.tiles.matrices(dy, weight, out)
+        first, starts = ((), ()) if loaded else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
         of_scale = ps[0] if ps else pa
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
             (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
             (float(strength), next(NUMBERS)),
-            blocks,
+            loaded,
         )
         return dx, da, db
 
@@ -357,10 +360,10 @@ class Backward:
         if self.project is None:
             _multiply(dy, _part(kept, R * N, R, K), v)
         if dx is not None:
-            blocks = self.tiles.blocks(dy, of.weight, dx)
-            first = () if blocks else (dy, of.weight, dx)
+            loaded = self.tiles.matrices(dy, of.weight, dx)
+            first = () if loaded else (dy, of.weight, dx)
             pointers = (*first, kept, scratch, kept)
-            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
+            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), loaded)
         if not self.factors_too:
             return dx, None, None
         u = _part(kept, R * (N + K), M, R)

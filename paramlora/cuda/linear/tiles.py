@@ -1,12 +1,12 @@
 """The table of choices: how the grid of a product is divided into tiles."""
 
 import math
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from torch import Tensor
 
 from paramlora.cuda.device import Card
-from paramlora.cuda.launch import Block
+from paramlora.cuda.launch import Layout
 from paramlora.cuda.launches import WIDEST, Launches
 
 LONG = 16384  # rows of which a block of the thin product takes 128
@@ -155,15 +155,15 @@ class Tiles:
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
         even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
         self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
-        self.layouts: tuple[Any, ...] = ()
+        self.layouts: tuple[Layout, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
             self.layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
 
-    def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
-        """left, w and the output for the tensor memory engine, where that loads them."""
-        return tuple(map(Block, matrices, self.layouts)) if self.layouts else ()
+    def matrices(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """left, w and the output, where the tensor memory engine loads them."""
+        return tensors if self.layouts else ()
 
 
 def is_even(period: int, M: int) -> bool:

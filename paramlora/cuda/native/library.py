@@ -3,6 +3,7 @@
 No step waits for a compiler: `build` is called by whoever wants it, once for each torch and Python.
 """
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from paramlora.cuda.native import driver
 from paramlora.errors import ParamloraError, warn
 
 _SOURCE = Path(__file__).with_name("linear.cpp")
@@ -88,9 +90,10 @@ def _cuda() -> Path:
     return Path(triton.origin).parent / "backends/nvidia/include"
 
 
+@functools.cache
 def loaded() -> Any:
     """The library, or None where it was not built, ``PARAMLORA_NATIVE=0`` turns it off, or it
-    cannot be loaded, which a warning says."""
+    cannot be loaded, which a warning says. What the first call finds holds for the process."""
     if os.environ.get("PARAMLORA_NATIVE", "1").lower() in _OFF:
         return None
     target = place()
@@ -101,8 +104,9 @@ def loaded() -> Any:
         spec = importlib.util.spec_from_file_location(_NAME, target, loader=loader)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         loader.exec_module(module)
+        module.call_driver(**driver.addresses())
         return module
-    except ImportError as reason:
+    except (ImportError, OSError) as reason:
         warn(
             f"{target} cannot be loaded ({reason}), so linear layers take the host longer. The "
             "numbers are the same. Delete it, then run `paramlora build`"

@@ -44,21 +44,21 @@ def _in_the_product(
     (x, weight, bias, *_), tiles = of, found.tiles
     y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
     pu, pq = found.thin(of, 1.0, kept, kept, addresses)
-    blocks = tiles.blocks(x, weight, y)
-    blocks = (*blocks, *tiles.blocks(x, weight, z)[2:])
-    matrices = () if blocks else (x, weight, y, z)
+    loaded = tiles.matrices(x, weight, y, z)
+    matrices = () if loaded else (x, weight, y, z)
     tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
 
     def made(_: Any) -> Launch:
         (stages, warps), early = tiles.tiling[4:6], tiles.early
         constants = (early, bias is not None, *tiles.constants)
         numbers, device = tiles.numbers, x.get_device()
-        return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
+        more = stages, warps, early, (*tiles.layouts, *tiles.layouts[2:])  # y and z alike
+        return Launch(kernels.product, device, tiles.grid, numbers, constants, *more)
 
     rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
     launch, places = planned(_PLANS, tensors, rest, made)
     at = len(matrices)
-    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), blocks)
+    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), loaded)
     return y, z, kept
 
 
