@@ -127,7 +127,7 @@ def test_a_model_that_is_refused_is_recorded_beside_the_others(tmp_path, monkeyp
     assert peft["refused"] == "KeyError: 'no such layer'" and "eager_R" not in peft
     assert loralib["refused"].startswith("AssertionError: loralib: relative error")
     assert frozen["eager_R"] == 1 and ours["eager_R"] > 0
-    assert "| llama | float32 | peft |  |  |  |  |  |  |  | KeyError: 'no" in capsys.readouterr().out
+    assert "| peft |  |  |  |  |  |  |  | KeyError: 'no such layer' |" in capsys.readouterr().out
 
 
 def test_quantised_bases_are_measured_and_take_what_their_bits_take(tmp_path, capsys):
