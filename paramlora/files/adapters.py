@@ -105,6 +105,7 @@ def load_adapter(
         # of one that is attached: no other asks every module of the model
         held = () if into is None else (u for *_, u in updates(model) if u.adapter == into)
         locked = any(t.is_cuda for u in islice(held, 1) for t in u.parameters())
+        # one memory is read, checked and copied to a device at once; attaching drops it
         found = _read(path, base, options, together=True, locked=locked, fits=fits)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
@@ -219,6 +220,7 @@ def convert(
     Raises:
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
+    # what costs least is asked first: the place, the names, then the tensors
     check_place(out, to, force=force, dry_run=dry_run)
     check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
@@ -253,6 +255,7 @@ def write_adapter(
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
+    # the file has the names of the base, so it is compared with the adapter under those
     kept = adapter if base is None or form.complete else formats.fit(adapter, base, DEFAULTS, to)
 
     def check(content: Content) -> None:
@@ -296,6 +299,7 @@ def together(
             if own is None:
                 _check_names_itself(given)
             given = read_adapter(given, own, options)
+        # a file of a whole pipeline gives the part of that name
         if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
         found = _beside_each_other(found, given, f"{name}.")
@@ -490,6 +494,7 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
     bytes that they stand for are counted, and no real file has so many.
     """
     out: dict[str, Tensor] = {}
+    # a stack of its own: a hostile file may nest deeper than Python calls
     levels = [iter([("", content)])]
     places = characters = size = 0
     while levels:
@@ -504,6 +509,7 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
                 torch_save.checked_spec(path, key, value)
                 out[key], size = value.detach(), size + value.nbytes
             elif isinstance(value, (Mapping, list, tuple)):
+                # the level around it goes on where it stopped once this one is done
                 levels.append(_items(key, value))
                 break
         else:
@@ -568,6 +574,7 @@ def _flat_yaml(text: str) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
+        # a line that is indented belongs to a nested block, none of which any format asks for
         if colon and name == name.strip() and value.strip():
             try:
                 config[name] = parse_json(value.split(" #")[0])
@@ -591,6 +598,7 @@ def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> 
 
 
 def _within(adapter: Adapter) -> Adapter:
+    # tied tensors share one update, and must still share one afterwards
     made = {id(update): within(update) for update in adapter.updates.values()}
     return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
 
@@ -619,6 +627,7 @@ def _save(content: Content, out: Path, form: Format, check: Callable[[Content], 
         with new_file(out) as file:
             _fill(content, form, file)
             file.flush()
+            # what is read back from the disk, while the older file is still in its place
             check(opened(file.name))
         return
     weights, config = form.weights[0], form.config
@@ -643,6 +652,7 @@ def _fill(content: Content, form: Format, file: BinaryIO) -> None:
 def _text(config: Mapping[str, Any], name: str) -> str:
     if name.endswith(".json"):
         return json.dumps(config, indent=2) + "\n"
+    # a value of JSON is one of YAML
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
 
 

@@ -199,6 +199,7 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
     if isinstance(given, nn.Module):
         given = given.state_dict()
     if isinstance(given, Mapping):
+        # a state dict may hold more: a quantised layer's settings, a step
         tensors = {k: value for k, value in given.items() if isinstance(value, Tensor)}
         side = Side(tensors, tensors.__getitem__, name)
     else:

@@ -86,6 +86,7 @@ class Stored:
         return self.parts[self.file_of[key]].run(key, elements)
 
     def _open(self, key: Optional[str]) -> None:
+        # an index that is named itself stands for its folder
         if not os.path.isdir(self.path) and not self.path.name.endswith(_INDEX):
             self.parts[self.path.name] = _part(self.path, key)
             return
@@ -119,6 +120,7 @@ class Stored:
                     )
                 file_of[key] = name
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
+            # a shard of another version: told here, and not later as a layer that is missing
             if file_of.get(key) != name:
                 raise FileError(
                     f"{self.path}: {name} lacks {key}, which the index places there. Download "
@@ -256,6 +258,7 @@ def entries_of(folder: Path) -> list[Path]:
 
 def _index_in(folder: Path) -> Path:
     found = [path for path in entries_of(folder) if path.name.endswith(_INDEX)]
+    # repositories often hold the same weights as .bin too
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
@@ -296,5 +299,6 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _is_plain(name: object) -> bool:
     """Whether something names a file of its own folder."""
+    # with separators of every system: an index must not lead out of its folder
     outside = ("", ".", "..")
     return isinstance(name, str) and name not in outside and not set(name) & set("/\\:\0")

@@ -193,6 +193,7 @@ def merge(
             recipes = merge_recipes(contents, loaded, stored.read)
         if seed is not None:
             recipes = {
+                # random numbers by the tensor's name: no order of writing changes the file
                 name: replace(recipe, rounding=Rounding(seed, name, counts=False))
                 for name, recipe in recipes.items()
             }
@@ -231,6 +232,7 @@ def kept(
                 spec = stored.specs[recipe.source]
                 counted = replace(recipe, rounding=rounding)
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
+                    # the sum itself is not wanted: `rounding` counts what it loses
                     summed(stored.run(recipe.source, run))
     return rounding.report()
 
@@ -241,6 +243,7 @@ def _said_of(file: PathLike) -> Iterator[None]:
     try:
         yield
     except ParamloraError as error:
+        # one from deeper down may name it already
         if str(file) in str(error):
             raise
         raise type(error)(f"{file}: {error}") from error
@@ -260,6 +263,7 @@ def _adapter(
         found = read_adapter(adapter, fits=fits)
     else:
         found = read_adapter(adapter, base, options)
+    # of other formats `read_adapter` has left them out, by the base
     if own and not options.strict:
         found = without_strangers(found, shapes, str(adapter))
     fits(found)
@@ -370,6 +374,7 @@ def _check_kind(stored: Checkpoint, out: Path) -> None:
         if not _is_folder(out):
             raise FileError(f"{out}: a pipeline is a folder of models. Give a name of a folder.")
         return
+    # a folder may well become one file, but never the other way round
     if not stored.is_folder and _is_folder(out):
         raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
     if out.suffix in SAFE:
@@ -420,6 +425,7 @@ def _write_pipeline(
     with new_folder(out, top) as folder:
         for place, files in beside.items():
             (folder / place).mkdir(exist_ok=True)
+            # `_fill_folder` copies those of a component
             if str(place) not in stored.components:
                 for path in files:
                     shutil.copyfile(path, folder / place / path.name)
@@ -502,6 +508,7 @@ def _index(stored: Stored, recipes: Recipes, specs: dict[str, Spec]) -> dict[str
         "total_parameters": sum(spec.elements for spec in specs.values()),
     }
     told = index.get("metadata", {})
+    # only what was told before: older indexes know no total_parameters
     index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
     index["weight_map"] = {key: stored.file_of[recipe.source] for key, recipe in recipes.items()}
     return index
@@ -521,6 +528,7 @@ def _fill(
         key: recipe for key, recipe in recipes.items() if stored.file_of[recipe.source] in parts
     }
     if suffix in SAFE:
+        # of several shards that of the first: one file has room for one
         metadata = stored.parts[parts[0]].metadata
 
         def pieces(key: str) -> Iterable[memoryview]:
@@ -562,6 +570,7 @@ def _rounding(
     before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
     """``<Δ, Δ>`` and ``<Δ, Δ'>`` of a run in 8 bits: what was to be added, and what was."""
+    # the same sum once more, of a weight in float32: not rounded to 8 bits
     wide = before.float()
     meant, added = summed(wide) - wide, after.float() - wide
     return float(meant.dot(meant)), float(meant.dot(added))
@@ -571,6 +580,7 @@ def _fill_pickled(
     stored: Stored, recipes: Recipes, parts: list[str], file: BinaryIO, watch: _Watch
 ) -> None:
     part = stored.parts[parts[0]]
+    # what stands around the state dict (an optimizer, a step) is written again as it was
     if isinstance(part, PickledFile) and len(parts) == 1:
         state = apply(recipes, part.state)
         _watch_made(stored, recipes, state, watch)

@@ -112,6 +112,7 @@ def _narrow(model: nn.Module, adapter: Adapter) -> Optional[torch.dtype]:
 
 
 def _own(tensor: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
+    # a copy: the server keeps it, and training goes on with the other
     return tensor.detach().to(dtype or tensor.dtype, copy=True).contiguous()
 
 
