@@ -22,6 +22,7 @@ from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
 
 _Value = TypeVar("_Value")
+# in front of a file's names: diffusers' parts of a pipeline, ComfyUI's denoiser, peft's wrapper
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
     "text_encoders diffusion_model model.diffusion_model base_model.model base_model"
@@ -124,6 +125,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
+    # a file may change biases and norms too, which have no low-rank update
     base = Known({**base, **vectors_of(base)}, {})
     places = places_of(base)
     there = {path: _place(path, places, f"{source}: {path}") for path in chosen}
@@ -136,7 +138,8 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     for path, one in found.items():
         if one.whole is not None:
             slot = _told(base[one.whole], adapter.holders.get(path))
-            moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
+            # a difference moves the tensor itself: whichever layer holds it, it is the same one
+            moves = KINDS[chosen[path].method].tied
             tied = holders[id(chosen[path])] > 1
             value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
             fresh = _fitted(one.whole, value, slot, source, tied)
@@ -233,6 +236,7 @@ def _added(path: str, one: Value, second: Update, source: str) -> Update:
         )
     first = one
     if first.scale != second.scale:
+        # one update has one scale, so two that differ go into the factors
         first, second = with_scale_in_B(first), with_scale_in_B(second)
     a = torch.cat([first.lora_A, second.lora_A], dim=-2)
     return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
@@ -251,6 +255,7 @@ def _gathered(
         check_blocks(one, f"{source}: {path}")
         for weight in there.paths:
             sources.setdefault(weight, []).append(one)
+    # what the model's and the file's weights have in all tells how many rows each part has
     totals = [(out[path], block) for path, rows in held.items() for block in rows]
     totals += [
         (factors[path].lora_B.shape[-2], block)
@@ -261,6 +266,7 @@ def _gathered(
     updates: dict[str, Update] = {}
     for weight, those in sources.items():
         update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
+        # single experts are [out, in]: where the stack is [in, out] the factors change places
         if update.layout == "stack" and base[weight].input_first:
             update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
         updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
@@ -270,6 +276,7 @@ def _gathered(
 def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
+    # a dense change can be divided by rows as factors can, once it is written as two
     if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
         return from_dense(update.held["lora_diff"], None)
     raise FileError(
@@ -419,6 +426,7 @@ def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _An
 
 def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
+    # an embedding and a head share [V, d]: the output of the one is the input of the other
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
         update = _turned(update)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
@@ -439,6 +447,7 @@ def _turned(update: Update) -> Update:
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
     """The layout of a checkpoint's weight: the file's own where it fits, else any that does."""
     have = (tuple(update.lora_A.shape), tuple(update.lora_B.shape))
+    # False sorts first, so the file's own layout does
     order = sorted(get_args(Layout), key=lambda layout: layout != update.layout)
     return next((layout for layout in order if have == _factors(update, shape, layout)), None)
 

@@ -189,6 +189,7 @@ def _model(level: str, own: Base) -> str:
     text = level in _ENCODERS or (not level and part_told(own, own) == "text_encoder")
     if not text:
         return _DENOISER
+    # a text encoder by itself: CLIP-L and CLIP-G have the same names of layers
     if level not in _ENCODERS:
         raise FileError(
             "a text encoder, of which ComfyUI knows several: give its name there as prefix "
@@ -227,6 +228,7 @@ def _as_transformers(own: Base) -> Base:
         if _CLIP.fullmatch(name):
             path = there.paths[0]
             _, held = next(iter(there.held.values()))
+            # of a fused in_proj the share of this projection, by how many parts each has
             rows = own[path].shape[0] * len(there.rows[0]) // len(held[0])
             found[_in_transformers(name)] = replace(own[path], shape=(rows, *own[path].shape[1:]))
     return found

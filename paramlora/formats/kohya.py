@@ -54,6 +54,7 @@ _LEAF = re.compile(
     r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?|[wb]_norm))",
     re.DOTALL,
 )
+# of tools that write PEFT's factors under kohya's names of layers
 _ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _BIAS = ("diff_b", "b_norm")
@@ -85,6 +86,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         if options.component is None or belongs(name, options.component):
             most = _most(name, parts, places, where)
             own = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BIAS}
+            # a layer of which only the bias changed may have an alpha all the same: of nothing
             if own.keys() - {"alpha"} or own.keys() == parts.keys():
                 how = replace(options, alpha=told.get(name, options.alpha))
                 updates[name] = _update(own, exact.get(name), how, most, where)
@@ -136,6 +138,7 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
             unused.append(key)
         else:
             role = _ROLES.get(match["role"], match["role"])
+            # one name for each tensor, whichever way the file spells it
             leaf = match["leaf"] or f"lora_{role}.weight"
             parts = modules.setdefault(match["name"], {})
             check_first(leaf in parts, key, content.source)
@@ -146,6 +149,7 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
 def _update(
     parts: Mapping[str, Tensor], exact: Any, options: Options, most: int, where: str
 ) -> Value:
+    # the low-rank update first: a magnitude is checked against the shape that it tells
     if "dora_scale" in parts:
         rest = {leaf: tensor for leaf, tensor in parts.items() if leaf != "dora_scale"}
         inner = _update(rest, exact, options, most, where) if _LORA <= set(rest) else None
@@ -159,12 +163,14 @@ def _update(
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
     if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
         update = _lora(parts, where)
+        # sd-scripts joins the parts of a q/k/v in one tensor, and divides alpha by the rank of one
         r = update.r if options.split == 1 else _part(update, options.split, where)
         return replace(update, scale=_scale(alpha, r, exact, where))
     if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
         delta, r = _product(parts, most, where, form=options.rank is not None)
         if options.rank is None:
             scale = _scale(alpha, r, exact, where) if r else 1.0
+            # kept as factors: LoHa and LoKr are kinds of update of their own
             held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
             return product_of(held, scale, where, tuple(delta.shape))
     elif leaves == {"diff"} or leaves == {"w_norm"}:
@@ -217,6 +223,7 @@ def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> 
     check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
     made = loha if "hada_w1_a" in parts else lokr
     try:
+        # on the meta device first: factors of a few bytes can claim any product
         found = made({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})
         check_size(found[0].shape, where, most)
         return made({leaf: wide(t) for leaf, t in parts.items()}) if form else found
@@ -258,6 +265,7 @@ def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         rank = parts["lokr_w2_b"].shape[0]
     else:
         w2, rank = parts["lokr_w2_a"] @ parts["lokr_w2_b"], parts["lokr_w2_b"].shape[0]
+    # torch.kron of a matrix and a kernel pads the fewer dimensions in front, LyCORIS's behind
     w1 = w1.reshape(*w1.shape, *[1] * (w2.dim() - w1.dim()))
     return torch.kron(w1.contiguous(), w2.contiguous()), rank
 
@@ -319,6 +327,7 @@ def _names(paths: Collection[str], prefix: str) -> dict[str, str]:
     layers: dict[str, str] = {}
     for path in paths:
         layer = path.removesuffix(".bias")
+        # a.b and a_b are both a_b in this format
         names[path] = name_of(layer, prefix, two)
         if layers.setdefault(names[path], layer) != layer:
             raise _taken(path, names[path])
@@ -423,6 +432,7 @@ def _component(path: str) -> tuple[str, str]:
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """In the type of the factors where that holds it exactly, else in the smallest that does."""
+    # readers divide it by the rank: rounded, the scale would be another
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)
         if value.item() == alpha:

@@ -65,6 +65,7 @@ def _update(
     scale = scale_of(number(alpha, where), r, exact, where)
     if not path.endswith((".qkv", ".attn.attn")):
         return pair(a, b, scale, where)
+    # litgpt's finetune trains any of the three: lora_query, lora_key, lora_value
     on = [bool(content.config.get(name, True)) for name in _PARTS]
     proj = found.get(f"{path.rpartition('.')[0]}.proj")
     q = None if proj is None else proj["A"].shape[1]
@@ -118,6 +119,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
             a, b = parted(update, _sizes(path, update, adapter, base))
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = a.contiguous(), b.contiguous()
         plain[path] = Update(
+            # of qkv the rows of one part: litgpt's lora_r counts each
             a[: b.shape[1]],
             b,
             update.scale,

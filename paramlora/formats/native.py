@@ -67,6 +67,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
     values = adapter.values()
     for stem, value in values.items():
         _check_value(path, stem, value)
+    # tied layers share one value: it is stored once, and the others name its path
     first: dict[int, str] = {}
     ties = {path: first.setdefault(id(value), path) for path, value in values.items()}
     own = {path: value for path, value in values.items() if ties[path] == path}
@@ -92,6 +93,7 @@ def native_of(path: _Place, metadata: Mapping[str, str], state: Mapping[str, Ten
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
     values = {stem: _value(path, stem, state, e, shapes) for stem, e in entries.items()}
     values |= {tied: values[head] for tied, head in ties.items() if head in values}
+    # other people's, which goes with the adapter into the next file
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
     return Adapter(
         name=str(about["adapter"]),

@@ -39,6 +39,7 @@ def _spelled(places: Places, table: Table) -> dict[str, Found]:
     taken: set[str] = set()
     found: dict[str, Found] = {}
     for name in sorted(ranks, key=lambda name: ranks[name]):
+        # in the table's order: of two names for the same rows the later one finds them taken
         parts = set(known[name].held) or set(known[name].paths)
         if not parts & taken:
             taken |= parts
@@ -53,6 +54,7 @@ def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
         found = table.pairs(known)
         return len((set(found) | set(found.values())) & known) / max(len(known), 1)
     parts = {part.name for row in table.rows() for part in row.parts}
+    # without vectors: a base may know of matrices alone
     own = {name for name in parts if not _VECTOR.search(name)}
     return len(own & here) / len(own)
 

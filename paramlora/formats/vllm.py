@@ -111,6 +111,7 @@ def _twin(path: str, updates: Mapping[str, Update]) -> Optional[str]:
     owner, _, name = path.rpartition(".")
     if updates[path].layout != "stack" or name not in _EXPERTS:
         return None
+    # True is 1: the other one of the two
     twin = f"{owner}.{_EXPERTS[name == _EXPERTS[0]]}"
     return None if twin in updates else twin
 

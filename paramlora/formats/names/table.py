@@ -78,6 +78,7 @@ class Name(NamedTuple):
         numbers = []
         for have, want in zip(parts[before:], self.parts):
             if want == "*":
+                # isdigit alone takes superscripts, which int refuses
                 if not (have.isascii() and have.isdigit() and len(have) < 10):
                     return None
                 numbers.append(have)

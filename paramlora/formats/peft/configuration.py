@@ -67,6 +67,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
             )
     beyond = [name for name in _BEYOND if config.get(name)]
     init = config.get("init_lora_weights")
+    # these train on a base that they have changed: on the untouched one the update is wrong
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         beyond.append(f'init_lora_weights="{init}" (which changed the base weights)')
     if beyond:
@@ -184,6 +185,7 @@ def report_targets(
 
 
 def _targeted(names: Any, base: Base) -> set[str]:
+    # peft: a string is a pattern of whole paths, a list has ends of paths
     if isinstance(names, str):
         return Names(base).matching(names)
     known = set(map(str, names))
@@ -225,4 +227,5 @@ def _short(alpha: float) -> "int | float":
 
 
 def _exactly(path: str) -> str:
+    # peft matches (.*\.)?(pattern)$: without ^ a path would also mean all that end in it
     return f"^{re.escape(path)}"

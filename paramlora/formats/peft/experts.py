@@ -137,6 +137,7 @@ def expert_of(
     where: str,
 ) -> tuple[str, Update]:
     parameters = experts.parameters[owner]
+    # ParamWrapper lies in ParamWrapper: the innermost is behind the most base_layer
     depth = path.count(INNER, len(owner))
     if depth >= len(parameters):
         raise FileError(
@@ -161,6 +162,7 @@ def expert_of(
     a = rearrange(pair_.a, "(e r) i -> e r i", e=count)
     b = rearrange(pair_.b, "o (r e) -> e o r", e=count)
     shape = base[name].shape
+    # of square matrices both fit; then the owner's is_transposed tells
     plain, swapped = (b.shape[1], a.shape[2]) == shape[-2:], (a.shape[2], b.shape[1]) == shape[-2:]
     if swapped and (base[name].input_first or not plain):
         a, b = b.mT.contiguous(), a.mT.contiguous()

@@ -156,6 +156,7 @@ def _factor(sizes: Mapping[str, tuple[_Pair, _Pair]]) -> int:
     """
     first, own = next(iter(sizes.items()))
     wrong = first
+    # -1, as near to a square as can be, is the default of peft and LyCORIS
     for factor in (-1, *dict.fromkeys(size for pair in own for size in pair)):
         left = [path for path, pairs in sizes.items() if not _divides(factor, pairs)]
         if not left:

@@ -157,6 +157,7 @@ def read_pairs(
     copies = copies_in(rest - whole.keys(), found)
     report_unused(content, rest - whole.keys() - copies.keys(), options.strict)
     if base is not None and config.get("target_parameters"):
+        # target_parameters names fused experts, which the model may hold one by one
         base = {**base, **stacks_of(base)}
     updates: dict[str, Update] = {}
     others: dict[str, KindUpdate] = {**tokens}
@@ -196,9 +197,11 @@ def _updates(
     for path, (key, made) in made_of.items():
         if made is None:
             continue
+        # A's rows: of a grouped convolution peft counts all groups' ranks; of experts E * r
         r = made.r if made.layout == "stack" or found[path].embedding else len(found[path].a)
         at = _pattern_path(path, key, made.kind)
         value = alpha(config, alphas, at, r, options, content.source)
+        # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         out[path] = key, replace(made, scale=2 * scale if key in twice else scale)
@@ -260,6 +263,7 @@ def _whole(
 def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[str]:
     """The modules that ``modules_to_save`` names, and what is inside them."""
     names = {str(name) for name in config.get("modules_to_save") or []}
+    # peft takes a name of one part for any module that is called so, at any level
     single = {name for name in names if "." not in name}
     found = {module for module in modules if not single.isdisjoint(module.split("."))}
     known = Names(modules)
@@ -287,6 +291,7 @@ def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, Pai
         names.add(match["name"])
         if match.re is _EMBEDDING:
             embeddings.add(match["path"])
+    # peft leaves the adapter's name out; a model's plain state dict has it, perhaps several
     if len(names) > 1:
         raise FileError(
             f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}. "
@@ -327,6 +332,7 @@ def _update(
     owner = owner_of(path)
     if experts.parameters.get(owner):
         return expert_of(path, owner, experts, pair_, base, where)
+    # transformers' Conv1D, which stores [in, out]; a convolution's kernel is never turned
     turned = bool(config.get("fan_in_fan_out")) and pair_.a.dim() == 2
     update = pair(pair_.a, pair_.b, 1.0, where)
     if turned and update.shape is not None:

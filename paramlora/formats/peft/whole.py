@@ -46,6 +46,7 @@ def saved_whole(
         _check_alone(saved, base)
         config["modules_to_save"] = saved
     if biased:
+        # lora_only is peft's word for biases of adapted layers alone
         config["bias"] = "lora_only" if adapted.issuperset(biased) else "all"
     return state, config
 

@@ -222,6 +222,7 @@ def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, T
     a, b = update.lora_A, update.lora_B
     if base is not None and path in base and base[path].input_first:
         a, b = b.mT, a.mT
+    # as peft's ParamWrapper takes them apart: the experts are outermost in A, and innermost in B
     return rearrange(a, "e r i -> (e r) i"), rearrange(b, "e o r -> o (r e)")
 
 
@@ -251,6 +252,7 @@ def _idle_half(
     stem: str, module: str, update: Update, adapter: Adapter
 ) -> Iterator[tuple[str, Tensor, int, str]]:
     """Zeros for the output projection of attention, since PEFT always adapts both weights."""
+    # in_proj_weight is q, k and v one below the other
     size = update.lora_B.shape[0] // 3
     inside = f"{stem}{INNER}.out_proj"
     yield f"{inside}.lora_A.weight", update.lora_A.new_zeros(update.r, size), update.r, module
@@ -268,6 +270,7 @@ def _stem(path: str, wrapped: Mapping[str, str], adapter: Adapter, base: Optiona
         )
     owners = Counter(one.rpartition(".")[0] for one in wrapped.values())
     found = layer
+    # every module on the way whose parameters peft wraps has that many levels of base_layer
     for at in (at for at, letter in reversed(list(enumerate(layer))) if letter == "."):
         outer = layer[:at]
         if outer in owners and path in wrapped:
@@ -287,6 +290,7 @@ def _after(path: str, owner: str, wrapped: Mapping[str, str], base: Optional[Bas
             f"{owner}: several parameters of one module ({', '.join(siblings)}). Give "
             "the model, which knows their order."
         )
+    # peft wraps in the order of the module, so the last one is outermost
     order = [p for p in (base or siblings) if p in siblings]
     return len(order) - 1 - order.index(path)
 
