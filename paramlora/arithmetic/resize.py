@@ -48,6 +48,7 @@ def resize(
         >>> cut.adapter.updates["q"].r, round(cut.errors["q"] ** 2 * 14, 9)
         (2, 1.0)
     """
+    # the ranks of names are checked one by one, in `_ranks`
     check_choice(None if rank is None else 1 if isinstance(rank, Mapping) else rank, energy)
     check_all_add(adapter, adapter.name)
     if adapter.others:

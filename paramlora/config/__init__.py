@@ -317,6 +317,7 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
             f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
         )
     kind = _choice(entry, "kind", tuple(KINDS), where) or _implied(entry)
+    # all kinds' common keys: what this kind has no use for `_check_kind` tells more plainly
     allowed = sorted((*ALLOWED, *KINDS[kind].own))
     for key in entry:
         if key not in allowed:
@@ -359,6 +360,7 @@ def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:
     keys = KINDS[kind]
     only = ALLOWED if keys.only is None else keys.only
     lost = [key for key in entry if key not in (*only, *keys.own) and entry[key] is not None]
+    # a configuration may say what is so anyway
     if "hard" not in only and entry.get("hard", 0) in (1, True) and "hard" in lost:
         lost.remove("hard")  # which all but the low-rank kind are
     if lost:
@@ -497,6 +499,7 @@ def _up_kernel(entry: Mapping[str, Any], hard: bool, where: str) -> Union[int, s
     value = entry.get("up_kernel", 1)
     if hard and "up_kernel" in entry:
         raise ConfigError(f'{where}: "up_kernel" belongs to soft entries. Add "hard": 0.')
+    # True is 1 to Python, and no kernel
     if value == 1 and not isinstance(value, bool):
         return 1
     if value == "same":
