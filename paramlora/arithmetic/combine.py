@@ -463,7 +463,8 @@ def _around(
     others: dict[str, KindUpdate],
     whole: dict[str, Tensor],
 ) -> Adapter:
-    """The values with what all adapters say alike, and what any says of a layer."""
+    """An adapter of the values, with the metadata that all adapters have alike, and with what any
+    of them tells of a layer: the weight that it was trained on, and its kind where it is tied."""
     # a trigger word of one of several would be wrong of the sum
     metadata = dict(set.intersection(*(set(one.metadata.items()) for one in adapters)))
     base: dict[str, str] = {}

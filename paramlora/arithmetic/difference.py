@@ -228,7 +228,8 @@ def _slot(key: str, path: str, shape: tuple[int, ...], known: Optional[Base]) ->
 
 
 def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The keys of both, and what only one of them has, by the key of the same tensor in both."""
+    """The keys of both checkpoints; and of each key that only one of them stores the key of both
+    under which the same tensor stands there."""
     left = _excluded([*base.there, *tuned.there], exclude)
     both = [key for key in base.there if key in tuned.there]
     lacked: dict[str, str] = {}
@@ -257,8 +258,9 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str
 
 
 def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str]:
-    """Those keys that are one tensor with another key, by that: a tied head that the other
-    checkpoint does not store. Only matrices of several numbers tell that: norms start alike."""
+    """Of each missing key the key of both checkpoints that holds the same tensor in this one, as of
+    a tied head that the other does not store. Constant tensors and vectors do not count: those of
+    norms start alike."""
     missing = [key for key in missing if _is_matrix(side.there[key])]
     sizes = {key: (tuple(side.there[key].shape), side.there[key].dtype) for key in missing}
     # only tensors of the same shape and type are read and compared

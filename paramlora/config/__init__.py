@@ -154,7 +154,7 @@ class TargetConfig:
         return out
 
     def _own(self) -> dict[str, Any]:
-        """Without what every entry may have."""
+        """The keys of an entry that trains an update: of its rank, of its kind, and the kind's."""
         keys = KINDS.get(self.kind, KindKeys())
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
         out = self._low_rank() if keys.ranked else {}

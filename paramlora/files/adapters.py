@@ -153,6 +153,7 @@ def _read(
 
     def look(outline: Content) -> None:
         form = formats.form_of(outline)
+        # noted by itself: an alpha that only this look has used still counts as unused
         fits(formats.read(outline, base(form), formats.noting(options), form.name))
 
     content = checked(path, together, locked, look, finite=True)
@@ -484,6 +485,7 @@ def _is_weights(path: Path) -> bool:
         head = head_of(path)
     except FileError:
         return False
+    # safetensors: 8 bytes of a length, then JSON
     return is_pickled(head) or head[8:] == b"{"
 
 
@@ -565,6 +567,7 @@ def _beside(folder: Path) -> dict[str, Any]:
                 raise FileError(
                     f"{folder / name}: {kind_of(found)}, not an object. Copy or save it again."
                 )
+            # the format asked first comes last in this loop, so that its values stay
             config |= found
     return config
 

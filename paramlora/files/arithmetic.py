@@ -168,6 +168,7 @@ def difference(
         >>> found = difference(base, tuned, rank=1)
         >>> assert torch.allclose(found.adapter.updates["q"].delta(), torch.ones(4, 4), atol=1e-5)
     """
+    # a model tells which tensors are embeddings or convolutions, where keys and shapes do not
     if known is None and isinstance(base, nn.Module):
         known = base_of(base)
     nested = [_has_levels(base), _has_levels(tuned)]

@@ -188,6 +188,7 @@ class Pipeline:
 
 def _own_folders(path: Path) -> list[Path]:
     """The folders in a pipeline's, without links to elsewhere."""
+    # a link would have files copied that are none of the pipeline's
     there = [one for one in entries_of(path) if os.path.isdir(one)]
     away = [one.name for one in there if one.resolve().parent != path.resolve()]
     if away:
@@ -203,6 +204,7 @@ def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]
         FileError: it cannot be read, or is none.
     """
     folder = Path(path)
+    # a key is a place in one file of torch.save, which a pipeline has none of
     if key is not None or not os.path.isdir(folder) or has_weights(folder):
         return Stored(path, key)
     inside = any(os.path.isdir(one) and has_weights(one) for one in entries_of(folder))
@@ -234,6 +236,7 @@ def weights_in(folder: Path) -> Optional[Path]:
     if any(name.endswith(_INDEX) for name in names):
         return None
     usual = [name for name in _WEIGHTS if name in names]
+    # a usual name wins over others; without one there must be no choice
     kept = [path.name for path in _weights(folder)]
     chosen = usual[:1] or (kept if len(kept) == 1 else [])
     return folder / chosen[0] if chosen else None

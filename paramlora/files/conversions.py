@@ -107,6 +107,7 @@ def embed(
             recipes = embed_recipes(contents, found)
         _warn_inside(contents, base)
         done = _write(stored, recipes, Path(out), dry_run, progress)
+    # embedding changes no tensor of the base
     return replace(done, updates=len(found.values()), largest=None)
 
 
@@ -197,6 +198,7 @@ def merge(
                 name: replace(recipe, rounding=Rounding(seed, name, counts=False))
                 for name, recipe in recipes.items()
             }
+        # before anything is written, so that whoever reads it can still stop
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, recipes, Path(out), dry_run, progress)
@@ -352,6 +354,7 @@ class _Watch:
         moved = there = 0.0
         for before, after in pairs:
             if before.is_floating_point():
+                # float32 at least: in float16 the squares of a norm overflow
                 old = before.to(factor_dtype(before.dtype)).reshape(-1)
                 new = after.to(old.dtype).reshape(-1) - old
                 moved, there = moved + float(new.dot(new)), there + float(old.dot(old))
@@ -420,6 +423,7 @@ def _write_pipeline(
     beside |= {Path(folder.name): _every(folder) for folder in stored.others}
     for name, component in stored.components.items():
         beside[Path(name)] = _beside(component.folder)
+    # `new_folder` asks this of the folder itself, and knows nothing of those inside
     _check_lost_inside(stored, beside, out)
     top = [*stored.components, *(f.name for f in stored.others), *(p.name for p in beside[Path()])]
     with new_folder(out, top) as folder:
@@ -464,6 +468,7 @@ def _fill_folder(
     watch: _Watch,
 ) -> None:
     for name in stored.parts:
+        # plain files: `new_folder` flushes all of them, and puts the folder in its place whole
         with open(folder / name, "wb") as file:
             _fill(stored, recipes, specs, [name], Path(name).suffix, file, watch)
     for path in beside:
@@ -524,6 +529,7 @@ def _fill(
     watch: _Watch,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
+    # a tensor goes where its base lies, so the index names the same files
     mine = {
         key: recipe for key, recipe in recipes.items() if stored.file_of[recipe.source] in parts
     }

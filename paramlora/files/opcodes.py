@@ -86,7 +86,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a call gives."""
+    """Stands for what a call would give, by the name of what is called."""
 
     name: str
 

@@ -71,6 +71,7 @@ def tensors_for(
         if lost:
             raise AdapterError(f'adapter "{adapter}" for {name}: {" ".join(lost)}')
         dtype = dtype or _narrow(model, found)
+    # what a file would hold, so that both loads give the same
     content = formats.write(found, form.name, base_of(model))
     tensors = {key: _own(tensor, dtype) for key, tensor in content.state.items()}
     return Served(tensors, dict(content.config))

@@ -120,6 +120,7 @@ def read(
     form = FORMATS[source or detect(content)]
     if form.complete:
         return _read_complete(form, content, base, options)
+    # 8 bits widened: readers multiply factors, and torch computes nothing in float8
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
     if not adapter.values():

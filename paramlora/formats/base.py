@@ -85,6 +85,7 @@ def base_of(model: nn.Module) -> Base:
         >>> base_of(nn.Sequential(nn.Embedding(5, 2)))["0"].shape
         (5, 2)
     """
+    # files have no names of wrappers, such as torch.compile's _orig_mod
     inside = unwrapped(model)
     beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
     found = {target.path: _slot(inside, target) for target in adaptable(inside)}
@@ -96,6 +97,7 @@ def base_of(model: nn.Module) -> Base:
 def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The other paths of each weight that several layers hold."""
     there, holders = set(known), dict[int, list[str]]()
+    # otherwise torch names a tied tensor once, and the other layers would seem to have none
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path = name.removesuffix(".weight")
         if path in there:
@@ -187,6 +189,7 @@ def original_of(base: Base) -> Base:
         own = [base[path] for path in there.paths]
         rows = sum(slot.shape[0] for slot in own)
         found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+        # a bias follows its weight; where rows of several are joined no single bias does
         if there.whole is not None and f"{there.whole}.bias" in beside:
             beside[f"{name}.bias"] = beside.pop(f"{there.whole}.bias")
     renamed = {path for there in names.values() for path in there.paths}
@@ -202,6 +205,7 @@ def stacks_of(base: Base) -> Base:
     found = {}
     for name, there in places_of(base).others.items():
         if len(there.rows) > 1:
+            # of the first expert: all are of one shape
             own = [base[there.held[part.name][0]].shape for part in there.rows[0]]
             rows = sum(shape[0] for shape in own)
             found[name] = Slot((len(there.rows), rows, *own[0][1:]), "stack", "parameter")

@@ -128,6 +128,7 @@ def rescaled(update: Update, magnitude: Tensor, where: str) -> KindUpdate:
     """
     shape, outer = update.shape or (), 1 if update.layout == "transposed" else 0
     own, dims = magnitude, len(shape)
+    # a vector, as peft's, or the weight's dimensions, of which the last may be left out
     if magnitude.dim() == 1 and dims >= 2:
         own = magnitude.reshape(*[1] * outer, -1, *[1] * (dims - outer - 1))
     elif magnitude.dim() < dims:
@@ -171,6 +172,7 @@ def product_of(
         raise FileError(
             f"{where}: {', '.join(sorted(held))} are not whole. Save it again."
         ) from error
+    # of two dimensions it may be a Linear or a flattened convolution: the base decides
     kind = "convolution" if len(shape) > 2 else None
     return KindUpdate(method, held, scale, shape if kind else None, options=options, kind=kind)
 
@@ -326,6 +328,7 @@ def within(update: Update) -> Update:
     if update.up_kernel != 1 or update.r <= min(out, fan_in):
         return update
     product = held(update.lora_B.double() @ update.lora_A.double(), update.lora_A.dtype)
+    # the product itself, times an identity on its smaller side: the highest rank that it can have
     eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
     a, b = (product, eye) if out <= fan_in else (eye, product)
     return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())

@@ -109,6 +109,7 @@ def _headed(
     if told is None:
         return found
     alpha = number(told, f"{content.source}: conv_alpha")
+    # sd-scripts gives 1x1 convolutions the alpha of Linear
     wide = (name for name in found if _has_kernel(modules[name]))
     return {**found, **dict.fromkeys(wide, alpha)}
 
@@ -123,6 +124,7 @@ def _has_factors(parts: Mapping[str, Tensor]) -> bool:
 
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
     """The elements that a dense difference may have: those of the weights that the name means."""
+    # of plain LoRA nothing dense is ever formed
     if places is None or _LORA <= set(parts):
         return MOST_DENSE
     found = places.find(name, where)
@@ -174,6 +176,7 @@ def _update(
             held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
             return product_of(held, scale, where, tuple(delta.shape))
     elif leaves == {"diff"} or leaves == {"w_norm"}:
+        # no rank and no alpha: it is added as it is
         (delta,), r = (parts[leaf] for leaf in leaves), 0
         if options.rank is None or delta.dim() < 2:
             return difference_of(delta, where)
@@ -409,6 +412,7 @@ def _prefix_of(adapter: Adapter, base: Optional[Base]) -> str:
 def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
     component, rest = _component(path)
+    # sd-scripts: lora_te where there is one text encoder, lora_te1 and lora_te2 for SDXL's
     te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
@@ -445,6 +449,7 @@ def _check(path: str, update: Update, rescaled: bool) -> None:
     check_told(path, update, "kohya's format")
     assert update.shape is not None
     dims, known = ((2, 3, 4, 5), "convolutions") if rescaled else ((2, 4), "Conv2d")
+    # sd-scripts' lora.py has layers for Linear and Conv2d; LyCORIS for all three convolutions too
     flat = update.layout == "matrix" and len(update.shape) in dims
     if not flat or update.kind not in (None, "linear", "convolution"):
         kind = update.kind or update.layout

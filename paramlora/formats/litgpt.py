@@ -88,6 +88,7 @@ def _rows(
     q = b.shape[0] if on == [True, False, False] else q or a.shape[1]
     others = on[1] + on[2]
     if others:
+        # grouped-query attention: keys and values are of one size, and narrower than queries
         kv, extra = divmod(b.shape[0] - q * on[0], others)
     elif base is not None and path in base:
         kv, extra = divmod(base[path].shape[0] - q, 2)

@@ -75,6 +75,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
         "format": FORMAT_VERSION,
         "adapter": adapter.name,
         "config": LoRAConfig(tuple(v.entry(_name(path)) for path, v in own.items())).to_dict(),
+        # of factors alone the weight's shape could not be told; a whole tensor tells its own
         "shapes": {p: v.about() for p, v in own.items() if v.shape is not None and not v.alone},
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
@@ -297,6 +298,7 @@ def _entries(
     """The entry of each path; by the patterns, in files from before the paths were told."""
     stems = dict.fromkeys(key.rpartition(".")[0] for key in state)
     if told:
+        # entries are spelled as a configuration has them, so the paths are spelled so too
         known = {_name(stem): stem for stem in stems}
         if "" not in stems:  # 0.1.0 wrote a layer called "weight" under that name
             known[_ROOT] = _ROOT
@@ -307,6 +309,7 @@ def _entries(
             meant.setdefault(own_path(name), []).append(stem)
     names = Names(meant)
     entries: dict[str, TargetConfig] = {}
+    # the most specific first, and setdefault keeps it: as `attach` chooses among entries
     for entry in sorted(config.entries, key=lambda entry: -specificity(entry.name)):
         for name in _named(path, entry, names):
             for stem in meant[name]:

@@ -33,7 +33,7 @@ def original_names(places: Places) -> dict[str, Found]:
 
 
 def _spelled(places: Places, table: Table) -> dict[str, Found]:
-    """The names of one table, its own spellings alone."""
+    """What the names mean in the model that one table spells, no rows of the model under two."""
     known = {path: Found(path) for path in places.shapes} | dict(places.others)
     ranks = _ranks(table, known)
     taken: set[str] = set()
@@ -48,7 +48,8 @@ def _spelled(places: Places, table: Table) -> dict[str, Found]:
 
 
 def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
-    """Which part of a table's matrices is in a model; of a model, in what no pattern tells."""
+    """How much of a table a model has: the share of the table's matrices that are in it, or, of a
+    table that is a function of all names, the share of the model's names that it tells."""
     known = set(names)
     if table.pairs is not None:
         found = table.pairs(known)

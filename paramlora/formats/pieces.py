@@ -97,6 +97,7 @@ def gathered(
     Raises:
         FileError: the rows do not fit.
     """
+    # an update has one scale: where sources differ theirs go into lora_B first
     if len({source.update.scale for source in sources}) > 1:
         sources = [replace(source, update=with_scale_in_B(source.update)) for source in sources]
     scale = sources[0].update.scale
@@ -155,6 +156,7 @@ def _block(
         factors.append(_moved(a, b, shared, out))
     if not factors:
         return None
+    # ranks side by side: the sum of all, each in its own rows
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)
 
 

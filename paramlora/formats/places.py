@@ -93,6 +93,7 @@ class Places:
         """The names, each also without the levels above it: a file may be of what is inside."""
         known: dict[str, list[_Known]] = {}
         own = {path: Found(path) for path in self.shapes}
+        # order 0: what is spelled as in the model is meant before what only a table knows
         for order, names in enumerate((own, self.others)):
             for name, found in names.items():
                 for far, (rest, components) in enumerate(shorter(_without_wrappers(name))):
@@ -177,5 +178,6 @@ def _paired(shapes: Shapes, known: Mapping[str, Found]) -> dict[str, Found]:
                 for name, path in ((other, own), (own, other)):
                     new = start + name not in shapes and start + name not in known
                     if new and start + path in shapes:
+                        # both ways: a model of either spelling, and a file of the other
                         found[start + name] = Found(start + path)
     return found

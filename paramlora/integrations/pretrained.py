@@ -125,6 +125,7 @@ def _beside(model: nn.Module) -> list[_Beside]:
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
     reader, read = _reads(model), _read_beside()
+    # from_pretrained attaches one adapter of peft's, at strength 1
     if len(names) == 1 and strength[names[0]] == 1 and reader in read:
         form, adapter = read[reader], adapters[names[0]]
         try:
@@ -173,6 +174,7 @@ def _clear(folder: Path, beside: list[_Beside]) -> None:
                     "onto it. Save to another folder, or move it away."
                 )
             continue
+        # the configuration first: from_pretrained looks for an adapter by that alone
         if configs.get(path.name):
             path.with_name(configs[path.name]).unlink(missing_ok=True)
         path.unlink()
@@ -387,6 +389,7 @@ class _Held:
         lists = {
             name: plist
             for name, plist in parametrized(layer).items()
+            # under somebody else's parametrization too the base's tensor stays where it is
             if all(isinstance(one, AttachedUpdate) for one in plist)
         }
         shapes = {name: plist.original.shape for name, plist in lists.items()}

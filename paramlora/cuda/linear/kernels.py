@@ -147,8 +147,9 @@ def _after(matrix, rows, R: tl.constexpr):
 
 @triton.jit
 def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
-    """The numbers of a mask's columns, written by `_pack`, and of its rows, by `_project`: they
-    take as long as the mask itself where each step of a loop finds them anew."""
+    """Where in `kept` the numbers of a mask's columns lie, which `_pack` writes, and those of its
+    rows, which `_project` writes: found anew in each step of a loop, they would take as long as the
+    mask itself."""
     # kept is of 16 bits; R is a multiple of 16, so wider numbers behind its rows are aligned
     columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
     return columns, columns + fan_in
@@ -156,7 +157,8 @@ def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
 
 @triton.jit
 def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
-    """The blocks' counts, and the signals behind them."""
+    """Where in `kept` the counts of the blocks of gradients lie, how many blocks there are, and
+    where the signals begin, which lie behind the counts."""
     counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
     if DROP:
         # an even number of 32 bits, as of the counts below, leaves the signals' 64 aligned
@@ -483,8 +485,8 @@ def _pack(
     M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
     DROP: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's. And
-    the numbers of a mask's columns."""
+    """Casts the part `pid` of the factors into `kept`, ranks first and padded with zeros, B's with
+    the scale in it; finds there the numbers of a mask's columns. The last one clears counts."""
     offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
     inner, outer = tl.cdiv(K, BLOCK_D), tl.cdiv(N, BLOCK_D)
     if pid < inner:

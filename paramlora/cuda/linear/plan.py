@@ -84,7 +84,8 @@ class _Result(NamedTuple):
 
 
 def _result(shape: tuple[int, ...], columns: int, rows: Rows) -> _Result:
-    """``[..., columns]`` beside a matrix of `shape` and `rows`, in memory as that."""
+    """A new matrix ``[..., columns]`` of as many rows as one of `shape`, which lie in memory in the
+    order in which `rows` says that those do."""
     M, lead, steps = rows.M, shape[:-1], [1, columns]
     if rows.column == 1:
         steps += (columns * math.prod(lead[i:]) for i in range(len(lead) - 1, 0, -1))

@@ -53,7 +53,8 @@ class Name(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Name":
-        """
+        """A name as a table spells it.
+
         Example:
             >>> Name.parse("**.layers.*.up").parts
             ('layers', '*', 'up')

@@ -25,6 +25,7 @@ _BEYOND = (
     "lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
     "monteclora_config arrow_config layer_replication use_bdlora"
 ).split()
+# a value of another type would raise Python's words somewhere behind
 _TYPES: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
@@ -199,6 +200,7 @@ def config_of(
     parameters: list[str],
 ) -> dict[str, Any]:
     """``adapter_config.json``: the commonest rank and alpha, and a pattern for every other."""
+    # so that the patterns, which peft tries one by one for each layer, are few
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config: dict[str, Any] = {

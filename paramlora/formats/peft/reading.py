@@ -116,6 +116,7 @@ def _read_products(content: Content, options: Options) -> Adapter:
     others = {}
     for path, held in found.items():
         check_factors(f"{source}: {path}", *held.values())
+        # not lora_alpha; and the rank is the configuration's, as a whole factor has none
         alpha_ = number(alphas.get(path, config.get("alpha", 1)), f"{source}: alpha of {path}")
         r = number(ranks.get(path, config.get("r", 1)), f"{source}: r of {path}")
         scale = alpha_ / max(r, 1.0)
@@ -168,6 +169,7 @@ def read_pairs(
             updates[key] = update
     check_magnitudes(config, updates, content.source)
     adapter = Adapter(updates, whole=dict(whole.values()), others=others)
+    # after the updates are known: a saved embedding takes the base's place under its update
     saved = {path: content.state[key] for key, path in copies.items()}
     return with_copies(adapter, saved, base, content.source)
 
@@ -252,6 +254,7 @@ def _whole(
             # with bias="all" PEFT saves those of its wrapper too: the frozen one and a second time
             own = module.removesuffix(INNER).removesuffix(".modules_to_save")
             path = f"{own.removesuffix('.original_module')}.{name}".removesuffix(".weight")
+            # peft's wrapper keeps the frozen module beside the trained copy: both keys mean that
             frozen = ".original_module." in key
             found[key] = (
                 path,
@@ -323,6 +326,7 @@ def _update(
     if is_attention(path, found):
         # PEFT always adapts both weights of attention: one that was never trained has B = 0
         other = found.get(inside) or found.get(path.removesuffix(f"{INNER}.out_proj"))
+        # both all zero: an adapter that was never trained, of which neither is left out
         idle = not pair_.b.any() and other is not None and bool(other.b.any())
         own = path.replace(INNER, "") if inside not in found else f"{path}.in_proj_weight"
         own = own.replace(f"{INNER}.", ".")

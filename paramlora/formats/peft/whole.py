@@ -31,6 +31,7 @@ def saved_whole(
         module, name = _parted(path)
         modules.setdefault(module, {})[name] = tensor
     state: dict[str, Tensor] = {}
+    # a bias alone goes by the switch `bias`; a whole module by its name in modules_to_save
     saved, biased = [], []
     for module, held in modules.items():
         if held.keys() == {"bias"}:
