@@ -128,8 +128,9 @@ class Launch:
         values: tuple[float, ...],
         blocks: tuple[Block, ...],
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
-        """Launch as Triton does: the compiled kernel, and what its launcher takes between the stream
-        and the arguments; or None where Triton hands over something else than `__call__` would."""
+        """Launch as Triton does: the compiled kernel, and what its launcher takes between the
+        stream and the arguments; or None where Triton hands over something else than `__call__`
+        would."""
         described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
         arguments = (*described, *pointers, *values, *self.tail)
         # by the tensors, not the places in them: by their types and alignments, as `_kind`

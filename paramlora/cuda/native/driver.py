@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, NamedTuple, Optional
 
+# of a parameter; a block is a CUtensorMap
 _BYTES = {"i32": 4, "i64": 8, "fp32": 4, "pointer": 8, "block": 128}
 _SCRATCH = ("pointer", "pointer")  # Triton adds two addresses to every kernel's parameters
 _CALLS = {"launch": "cuLaunchKernelEx", "describe": "cuTensorMapEncodeTiled"}
@@ -61,6 +62,7 @@ def sizes_of(kernel: int) -> list[int]:
     size = ctypes.c_size_t()
     of = _library().cuFuncGetParamInfo
     offset = ctypes.byref(ctypes.c_size_t())
+    # an index past the last parameter ends it with an error
     while not of(ctypes.c_void_p(kernel), ctypes.c_size_t(len(sizes)), offset, ctypes.byref(size)):
         sizes.append(size.value)
     return sizes
@@ -104,6 +106,7 @@ def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[
     for kind, one in pairs:
         if isinstance(one, Described):
             shape, strides, _ = one.layout
+            # Triton's kernels take a descriptor as the map, then its shape and its strides
             yield "block", first, 0
             first += 1
             yield from (("i32", -1, n) for n in shape)
@@ -116,6 +119,7 @@ def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[
 
 def _block(of: Described, load: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], int]:
     shape, strides, _ = of.layout
+    # `linear.cpp` describes bfloat16 alone; the distance of rows is in bytes
     if load["fp4_padded"] or load["elem_size"] != 2:
         raise KeyError(load["elem_size"])
     return int(of.slot), load["swizzle"], tuple(load["block_size"]), tuple(shape), 2 * strides[0]

@@ -265,6 +265,7 @@ void launch(const Plan& plan, Values& at, double strength, CUstream stream) {
   CUlaunchConfig config{};
   config.gridDimX = plan.grid, config.gridDimY = config.gridDimZ = 1;
   config.blockDimX = plan.threads, config.blockDimY = config.blockDimZ = 1;
+  // above 48 KiB a kernel must be allowed to: Triton has done so when it loaded it
   config.sharedMemBytes = plan.shared, config.hStream = stream;
   check(state->launch(&config, plan.function, places.data(), nullptr), "cuLaunchKernelEx");
 }
