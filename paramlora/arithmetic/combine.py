@@ -156,6 +156,7 @@ def _added(
 
 def _difference(strong: list[_Strong]) -> KindUpdate:
     """The sum in float64, rounded once to float32 or what is wider."""
+    # one dense term makes the sum dense: the others' products are added to it
     first: KindUpdate = next(value for _, value, _ in strong if is_difference(value))
     shape = first.held["lora_diff"].shape
     total = torch.zeros(shape, dtype=torch.float64)

@@ -148,6 +148,7 @@ def _sketched(matrix: Tensor, size: int) -> Decomposed:
 def distance(matrix: Tensor, a: Tensor, b: Tensor) -> float:
     """``‖matrix - B·A‖ / ‖matrix‖``, of a matrix that may be overwritten."""
     total = _squared(matrix)
+    # baddbmm takes stacks only, and subtracts without a product of its own in memory
     rest = matrix.view(-1, *matrix.shape[-2:])
     rest.baddbmm_(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), alpha=-1)
     return (_squared(matrix) / total) ** 0.5 if total else 0.0

@@ -80,6 +80,7 @@ def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tu
     if rank is None:
         assert energy is not None
         rank = found.rank_of(energy)
+    # as it is: a decomposition of the same rank would only round
     if rank >= update.r:
         return update, 0.0
     a, b = found.factors(rank)

@@ -71,6 +71,7 @@ class Recipe:
         """
         if after.dtype in NARROW or torch.isfinite(after).all():
             return
+        # a mask of -inf in the base is meant so: only what the sum has made infinite is an error
         lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
         if not lost.any():
             return
@@ -177,6 +178,7 @@ class Contents:
     def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
         there = {text: self.there[text] for text, key in self.keys.items() if key.of_update}
+        # by shapes first: what does not fit is told before gigabytes are read
         looked(there, read, self._changes)
         return _shared(self._changes({text: read(text).detach() for text in there}))
 
@@ -335,6 +337,7 @@ def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
     else:
         # no scale of ours to follow: 1 / 0 is refused below
         value = torch.zeros(())
+    # _inv: of blocks of 128 by 128, as DeepSeek's checkpoints have them
     if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
         raise AdapterError(
             f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "

@@ -254,6 +254,7 @@ def parsed(data: Any, source: str) -> LoRAConfig:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: expected an object of entries, got {spelled(data)}.")
+    # a copy: keys are taken out of it, and the caller's stays whole
     rest = dict(data)
     trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
     exclude = _exclude(rest.pop("exclude"), source) if _is_exclude(rest) else ()

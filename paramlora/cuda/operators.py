@@ -22,6 +22,7 @@ def forward(
     """
     if not served(of.x):
         return None
+    # not at the top: a plan imports Triton, which need not be there
     from paramlora.cuda.linear import plan
 
     if of.x.dtype != torch.float16:
@@ -92,6 +93,7 @@ def backward(
 
     if of.x.dtype == torch.float16:
         return _backward_in_range(dy, of, strength, kept, wanted, image, drop)
+    # without the scale in it, B's gradient gives the scale's own too
     pair, scaled = (wanted.x, wanted.factors), not wanted.scale
     dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image, drop)
     if da is None or db is None:
@@ -158,6 +160,7 @@ def convolved_backward(
         return None, None, None, None
     from paramlora.cuda.convolution import plan
 
+    # B's gradient is always found: it shares a pass over dy with v
     scaled = not wanted.scale
     dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
@@ -290,6 +293,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, a, b, scale, ctx.rate, seed = inputs
+    # output[1] is `kept`; the rate is a float, which save_for_backward does not take
     ctx.save_for_backward(x, weight, a, b, scale, output[1], seed)
 
 

@@ -101,6 +101,7 @@ def load_adapter(
         else:
             check_swap(model, found, into)
 
+    # a collection of garbage would go through all the new tensors several times
     with uncollected():
         # of one that is attached: no other asks every module of the model
         held = () if into is None else (u for *_, u in updates(model) if u.adapter == into)
@@ -253,6 +254,7 @@ def write_adapter(
     """
     check_place(out, to, force=force, dry_run=dry_run)
     form = formats.writable(to)
+    # the native format keeps ties as they are; others need to know each layer's kind
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
@@ -465,6 +467,7 @@ def weights_in(path: PathLike) -> Path:
     names = [name for form in _by_weights() for name in form.weights]
     for name in names:  # a pointer or a page under such a name is better told than passed over
         check_tensors(folder / name)
+    # by content, whatever it is called: a folder may hold one file of any name
     found = [file for file in entries_of(folder) if os.path.isfile(file) and _is_weights(file)]
     known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:

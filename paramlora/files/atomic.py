@@ -85,6 +85,7 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
         # closed to others while it is filled, if the one that it replaces may be
         temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
+        # the files, then their folder, then the rename: no name comes before what it names
         for file in temporary.rglob("*"):
             _keep_access(target / file.relative_to(temporary), file)
             _sync(file)
@@ -232,6 +233,7 @@ def _exchange(new: Path, old: Path) -> None:
     aside = new.with_name(f"{new.name}.old")
     os.rename(old, aside)
     try:
+        # for a moment nothing is at `old`: signals wait (`undisturbed`), a failure moves it back
         os.rename(new, old)
     except BaseException:
         os.rename(aside, old)

@@ -258,6 +258,7 @@ def _adapter(
     if isinstance(adapter, Adapter):
         return adapter
     shapes = Contents(stored.specs).shapes()
+    # a checkpoint tells names and shapes; kinds of layers only a model
     base = base_of_shapes(shapes) if known is None else known
     fits = _fitting(adapter, stored)
     own = format_of(adapter) == OWN
@@ -318,6 +319,7 @@ def _write(
             _check_space(out, size)
             _write_pipeline(stored, recipes, specs, out, watch)
     elif not dry_run:
+        # configurations and tokenizers go along, or the new folder would not load
         beside = _beside(stored.folder) if _is_folder(out) else []
         _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
@@ -594,6 +596,7 @@ def _fill_pickled(
             state[key] = part.state[key]
         content = part.around(state)
     else:
+        # shards or safetensors as one file of torch.save, which wants all of it in memory
         content = {key: recipe.make(stored.read) for key, recipe in recipes.items()}
         _watch_made(stored, recipes, content, watch)
     torch_save.save(content, file, watch.wrote)

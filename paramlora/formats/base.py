@@ -130,6 +130,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     # a file may change biases and norms too, which have no low-rank update
     base = Known({**base, **vectors_of(base)}, {})
     places = places_of(base)
+    # all places first, so that one error names all updates of nothing
     there = {path: _place(path, places, f"{source}: {path}") for path in chosen}
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
@@ -145,6 +146,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             tied = holders[id(chosen[path])] > 1
             value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
             fresh = _fitted(one.whole, value, slot, source, tied)
+            # layers share one value again where its file's was one and their kinds agree
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}

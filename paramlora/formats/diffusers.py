@@ -85,6 +85,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     alphas = _alphas(configs, halves, content.source, options.strict)
     if not configs:
         told = headed(content, halves, _is_of, options.alpha)
+        # the header's, under no component: each path there is the whole one
         alphas[""] = alphas.get("", {}) | told
     updates: dict[str, Value] = {}
     for path, half in halves.items():

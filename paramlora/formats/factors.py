@@ -250,6 +250,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
 def with_scale_in_B(update: Update) -> Update:
     """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
+    # A goes along: an update's factors are of one type
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
 
 
@@ -272,6 +273,7 @@ def held(value: Tensor, dtype: torch.dtype) -> Tensor:
         >>> [held(number, torch.float16).dtype for number in numbers]
         [torch.float16, torch.float32, torch.float64]
     """
+    # 16 bits only where they lose nothing at all: what they round a scale would have kept
     if dtype.itemsize <= 2 and torch.equal(value.to(dtype).double(), value):
         return value.to(dtype)
     wide = dtype if dtype.itemsize > 2 else torch.float32

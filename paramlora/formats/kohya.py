@@ -292,9 +292,11 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
             f'"{prefix}" begins no key that a tool reads, so nothing of the file would load. '
             f"Prefixes: {', '.join(MANGLED)}."
         )
+    # in this order: what is left after the other two must be DoRA's
     adapter, differences = apart_from(adapter, "difference")
     adapter, products = without_products(adapter, "kohya's")
     adapter, magnitudes = with_low_ranks(adapter)
+    # of all kinds together: two layers of one mangled name are a clash whatever trains them
     names = _names((*adapter.updates, *products, *differences), prefix)
     scaled: dict[str, Value] = {**adapter.updates, **products}
     scales = {names[path]: (value.listed()[1], value.listed()[0]) for path, value in scaled.items()}

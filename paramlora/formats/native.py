@@ -119,6 +119,7 @@ def _base(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
 def _check_value(path: _Place, stem: str, value: Value) -> None:
     """Refuse what `load_adapter` would refuse, before an older file is replaced."""
     scale = value.listed()[1]
+    # stored in the factors' type: 1e39 is finite in Python and not in float32
     held = value.stored().get("lora_scale")
     if held is not None and math.isfinite(scale) and not isfinite(held):
         raise FileError(

@@ -245,6 +245,7 @@ def _without_ours(key: Key, plist: Any) -> str:
     """The key that a tensor of a parametrized layer has without our updates in its list."""
     # without ours the others close up: their places in the list become 0, 1, ...
     others = [index for index, one in enumerate(plist) if not isinstance(one, AttachedUpdate)]
+    # only ours were there: the tensor has its plain name again
     if key.part.startswith("original") and not others:
         return key.weight
     return str(replace(key, index=others.index(key.index)) if key.index in others else key)

@@ -154,6 +154,7 @@ def read_pairs(
     magnitudes, tokens = _magnitudes(content.state), tokens_of(content, config)
     found, rest = _pairs(content, magnitudes)
     rest -= {key for key in rest if TOKENS.fullmatch(stem(key))}
+    # in this order, each takes its keys out of the rest; what nobody has taken is reported
     whole = _whole(rest, content.state, config, content.source)
     copies = copies_in(rest - whole.keys(), found)
     report_unused(content, rest - whole.keys() - copies.keys(), options.strict)

@@ -275,6 +275,7 @@ def _stem(path: str, wrapped: Mapping[str, str], adapter: Adapter, base: Optiona
             f"{path}: a parameter of the model itself, which PEFT cannot adapt. Keep the native "
             "format."
         )
+    # as many wrappers as parameters of a module are adapted, one inside of the other
     owners = Counter(one.rpartition(".")[0] for one in wrapped.values())
     found = layer
     # every module on the way whose parameters peft wraps has that many levels of base_layer
