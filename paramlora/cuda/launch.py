@@ -21,6 +21,7 @@ from paramlora.update.compat import cuda_device, cuda_stream
 Layout = tuple[list[int], ...]  # of a matrix: its shape, its strides, and the shape of a block
 
 
+# a `TensorDescriptor` checks strides and alignment in Python at each launch; a plan did so once
 class Block:
     """What Triton reads of a `TensorDescriptor`, without its checks."""
 
@@ -100,6 +101,7 @@ class Launch:
 
     def _is_ready(self, *given: Any) -> bool:
         """Whether it is known how to launch; if not, it was launched by Triton."""
+        # plans of one kind share what Triton compiled: only the first of them tries it
         kind = self._kind(given[0])
         if kind not in _TRUSTED:
             _TRUSTED[kind] = self._tried(*given)
@@ -120,6 +122,7 @@ class Launch:
             self.device,
             tuple(t.dtype for t in pointers),
             tuple(t.data_ptr() & 15 == 0 for t in pointers),
+            # of an integer Triton compiles in that it is 1 or a multiple of 16, and 32 or 64 bits
             tuple((n == 1, n & 15 == 0, n >> 31 != 0) for n in self.numbers),
             self.constants,
             *self.options.items(),
@@ -145,15 +148,18 @@ class Launch:
         values: tuple[float, ...],
         matrices: tuple[Tensor, ...],
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
-        """Launch as Triton does: the compiled kernel and what its own function takes first, or
-        None where Triton hands over something else than `__call__` would."""
+        """Launch as Triton does: the compiled kernel, and what its launcher takes between the
+        stream and the arguments; or None where Triton hands over something else than `__call__`
+        would."""
         described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
         arguments = (*described, *pointers, *values, *self.tail)
+        # by the tensors, not the places in them: by their types and alignments, as `_kind`
         compiled = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
         with _recorded(compiled) as calls:
             self._by_triton(pointers, addresses, values, matrices)
         blocks = map(Block, matrices, self.layouts)
         try:
+            # metadata for profilers and the hooks before and after stay None, see `_OWN`
             head = (compiled.function, compiled.packed_metadata, None, None, None)
             start = (self.grid, 1, 1, cuda_stream(self.device), *head)
             if _same((*start, *blocks, *addresses, *values, *self.tail), calls):
@@ -168,6 +174,7 @@ class Launch:
 def _recorded(compiled: Any) -> Iterator[list[tuple[Any, ...]]]:
     """The arguments of each launch of a compiled kernel, as Triton hands them over."""
     calls: list[tuple[Any, ...]] = []
+    # `run` is a property that loads the kernel onto the device and keeps its launcher as `_run`
     run = getattr(compiled, "run", None)
 
     def record(*given: Any) -> None:
@@ -208,6 +215,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _from(tensor: Tensor, address: int) -> Tensor:
     """The rest of a tensor's memory from an address in it on."""
+    # Triton takes an address from a tensor alone, and ours may lie inside of one, such as `kept`
     skipped = (address - tensor.data_ptr()) // tensor.element_size()
     left = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     return tensor.as_strided((left - skipped,), (1,), tensor.storage_offset() + skipped)
@@ -284,12 +292,14 @@ def planned(
     odd, about = 0, [*rest]
     for t in tensors:
         address = t.data_ptr()
+        # by all addresses at once: nearly all are multiples of 16, and then tell no kinds apart
         odd |= address
         addresses.append(address)
         about += (t.shape, t.dtype, t.stride(), t.get_device())
     if odd & 15:
         about += [address & 15 for address in addresses]
     key, places = tuple(about), tuple(addresses)
+    # its own default: a plan may well be None
     plan = plans.get(key, plans)
     if plan is plans:
         if len(plans) >= 4096:
@@ -310,7 +320,8 @@ def _ready_for_capture() -> None:
 
 
 def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that launches, called with the device of its first tensor as the current one."""
+    """A function that launches, called with the device of its first tensor as the current one:
+    Triton launches there, whatever device its arguments are on."""
 
     @functools.wraps(call)
     def called(first: Any, *others: Any, **named: Any) -> Any:

@@ -22,10 +22,12 @@ def forward(
     """
     if not served(of.x):
         return None
+    # not at the top: a plan imports Triton, which need not be there
     from paramlora.cuda.linear import plan
 
     if of.x.dtype != torch.float16:
         return plan.forward(of, strength, image, drop)  # type: ignore[no-any-return]
+    # u = x @ A.T may pass float16's 65504 though y does not: A takes a power of two, B its inverse
     inside, g = _in_range(of, strength)
     return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
@@ -62,11 +64,13 @@ def _with_power(result: Optional[tuple[Tensor, Tensor]], g: Tensor) -> Any:
     """A forward's result, with the power of two behind all of `kept`."""
     if result is None:
         return None
+    # in `kept`, as the custom operator gives one tensor to its backward; a float32 is two float16
     return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])
 
 
 def _power_of(kept: Tensor) -> Tensor:
     """The power of two that `_with_power` put behind."""
+    # cloned: a view of another width must begin at a multiple of it
     return kept[-2:].clone().view(torch.float32)[0]
 
 
@@ -89,6 +93,7 @@ def backward(
 
     if of.x.dtype == torch.float16:
         return _backward_in_range(dy, of, strength, kept, wanted, image, drop)
+    # without the scale in it, B's gradient gives the scale's own too
     pair, scaled = (wanted.x, wanted.factors), not wanted.scale
     dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image, drop)
     if da is None or db is None:
@@ -124,10 +129,13 @@ def _backward_in_range(
 
     (out, fan_in), r, R = of.weight.shape, len(of.a), padded(len(of.a))
     up, down, h = narrow.in_range(dy, _scaled(of, strength), of.a, out)
+    # a copy: another backward of the same forward finds its own
     g, kept = _power_of(kept), kept.clone()
+    # in the places of A and of scale · B, see `linear.kernels`; the rows that pad the rank stay 0
     kept[: R * fan_in].view(R, fan_in)[:r] = down
     kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
     pair = (wanted.x, wanted.factors)
+    # of factors a/h and b*h: dA = v.T @ x is h times too large, dB by the forward's g
     dx, da, db = plan.backward(dy, of, kept, 1.0, False, pair, image, drop)
     if da is None or db is None:
         return dx, None, None, None
@@ -152,6 +160,7 @@ def convolved_backward(
         return None, None, None, None
     from paramlora.cuda.convolution import plan
 
+    # B's gradient is always found: it shares a pass over dy with v
     scaled = not wanted.scale
     dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
@@ -192,6 +201,7 @@ def gradient_of_second(
     product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
 ) -> tuple[Tensor, _Maybe]:
     """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
+    # products of float16 may overflow before the scale makes them small
     own = torch.float32 if b.dtype == torch.float16 else b.dtype
     product = product if product.dtype == own else product.to(own)
     dscale = ((product * b).sum() * strength).to(scale.dtype) if scale_too else None
@@ -211,6 +221,7 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor]:
     result = forward(Operands(x, weight, bias, a, b, scale), drop=_drop(rate, seed))
     if result is None:
+        # an operator cannot give None; whoever calls it asks `has_kernel` and `fits` first
         raise ValueError("paramlora::linear: the operands differ in size, type or device")
     return result
 
@@ -250,9 +261,11 @@ def _linear_backward_op(
     seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_too, factors_too, scale_too = wanted
+    # the factors' gradients share one launch: both or none
     asked = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
     of = Operands(x, weight, None, a, b, scale)
     grads = backward(dy, of, 1.0, kept, asked, drop=_drop(rate, seed))
+    # an operator's schema has no Optional result
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
@@ -280,6 +293,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, a, b, scale, ctx.rate, seed = inputs
+    # output[1] is `kept`; the rate is a float, which save_for_backward does not take
     ctx.save_for_backward(x, weight, a, b, scale, output[1], seed)
 
 
@@ -292,6 +306,7 @@ def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
     )
+    # of a base that is trained too: no kernel of ours finds it
     dweight = dy.t() @ x if needs[1] else None
     return dx, dweight, dy.sum(0) if needs[2] else None, da, db, dscale, None, None
 

@@ -50,6 +50,7 @@ def start(backward: Any) -> Any:
     if module is None:
         return None
     module.configure(
+        # handed over once, so that the C++ imports nothing and knows no name of ours
         plan_forward=of_forward,
         plan_backward=of_backward,
         backward=backward,
@@ -75,6 +76,7 @@ def of_forward(
         return None
     of = Operands(x, weight, bias, a, b, scale)
     found, _ = plan.planned_forward(of, False, None, False)
+    # large products of several launches are not bound by the host
     if type(found) is not plan.Forward or found.single is None:
         return None
     more = Slot.KEPT if bias is None else Slot.BIAS
@@ -95,6 +97,7 @@ def of_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, sca
 
 
 def _told(found: Any, single: Launch, matrices: Any, places: Any) -> Any:
+    # the first launch of a kind is Triton's own, which gives the compiled kernel
     if single.compiled is None:
         return None if launch.distrusted() else False
     if found.tiles.layouts:

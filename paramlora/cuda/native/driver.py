@@ -24,6 +24,7 @@ def sizes_of(kernel: int) -> list[int]:
     size = ctypes.c_size_t()
     of = _library().cuFuncGetParamInfo
     offset = ctypes.byref(ctypes.c_size_t())
+    # an index past the last parameter ends it with an error
     while not of(ctypes.c_void_p(kernel), ctypes.c_size_t(len(sizes)), offset, ctypes.byref(size)):
         sizes.append(size.value)
     return sizes

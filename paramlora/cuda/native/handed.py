@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 from paramlora.cuda.native import driver, library
 
 _ELEMENTS = {"fp16": 6, "bf16": 9}  # as CUtensorMapDataType numbers them
+# of a parameter; a block is a CUtensorMap
 _BYTES = {"i32": 4, "i64": 8, "fp32": 4, "pointer": 8, "block": 128}
 _SCRATCH = ("pointer", "pointer")  # Triton adds two addresses to every kernel's parameters
 
@@ -119,6 +120,7 @@ def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[
     for kind, one in pairs:
         if isinstance(one, Described):
             shape, strides, _ = one.layout
+            # Triton's kernels take a descriptor as the map, then its shape and its strides
             yield "block", first, 0
             first += 1
             yield from (("i32", -1, n) for n in shape)

@@ -31,6 +31,7 @@ def place() -> Path:
     of extensions, ``TORCH_EXTENSIONS_DIR`` or that of the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions"
+    # a library fits the one torch and Python it was compiled against: others would crash in it
     about = f"{torch.__version__} {torch.version.cuda} {sys.version} {' '.join(_options())}"
     told = hashlib.sha256(_SOURCE.read_bytes() + about.encode()).hexdigest()[:16]
     return Path(root) / _NAME / f"{told}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -39,6 +40,7 @@ def place() -> Path:
 def _options() -> list[str]:
     return [
         *("-O2", "-std=c++20", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={_NAME}"),
+        # as torch itself was built, or std::string is of another layout
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
 
@@ -61,6 +63,7 @@ def build() -> Path:
     headers = [f"-I{path}" for path in (*folders, sysconfig.get_paths()["include"])]
     libraries = [f"-L{own / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     target.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, as a rename is atomic only inside of one file system
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         compiler = shlex.split(os.environ.get("CXX", "c++"))

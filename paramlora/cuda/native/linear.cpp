@@ -101,6 +101,7 @@ struct Plans {
   void keep(const Key& key, std::shared_ptr<const Plan> plan) {
     decltype(of) old;  // freed after the lock
     std::lock_guard<std::mutex> held(lock);
+    // ever new shapes must not fill the memory, as in `launch.planned`
     if (of.size() >= 4096) old.swap(of);
     of[key] = std::move(plan);
   }
@@ -148,6 +149,7 @@ bool is_true(const py::object& asked) {
 // Whether a tensor is nothing but memory on a device: no transform's, nor another class's.
 bool is_plain(const Tensor& t) {
   using c10::DispatchKey;
+  // any other key says that the memory is not the tensor: a conjugate's, a subclass's, vmap's
   static const auto known =
       c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
                            DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
@@ -167,6 +169,7 @@ bool is_followed() {
 bool is_launched(const Tensor& x) {
   if (!is_true(state->switched_on) || is_true(state->capturing)) return false;
   auto current = must(PyObject_CallNoArgs(state->device.ptr()));
+  // a launch goes to the current device, whatever its addresses are of
   return PyLong_AsLong(current.ptr()) == x.get_device();
 }
 
@@ -190,6 +193,7 @@ Key key_of(c10::ArrayRef<const Tensor*> tensors) {
     describe(key, *t);
     odd |= address_of(*t);
   }
+  // nearly all addresses are multiples of 16, which Triton compiles in; then they add nothing
   if (odd & 15)
     for (const Tensor* t : tensors)
       key.push_back(address_of(*t) & 15);
@@ -221,6 +225,7 @@ Launch launch_of(const py::tuple& of) {
 
 // The GIL is held. None: never served; False: not yet, so that Python is asked again.
 std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::object& told) {
+  // not kept: the next call asks again, once Triton's own first launch is over
   if (told.ptr() == Py_False) return nullptr;
   auto plan = std::make_shared<Plan>();
   if (!told.is_none()) {
@@ -246,6 +251,7 @@ CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
   auto current = must(PyObject_CallOneArg(state->stream.ptr(), index.ptr()));
   const uint64_t stream = PyLong_AsUnsignedLongLong(current.ptr());
   if (plan.tickets) {
+    // one count for each device and stream, as in `launch.tickets`; looked up here without Python
     auto& drawn = state->drawn[{like.get_device(), stream}];
     if (drawn.second == 0) {
       auto made = must(PyObject_CallOneArg(state->tickets.ptr(), wrapped(like).ptr()));
@@ -284,6 +290,7 @@ void run(const Launch& launch, const uint64_t* at, CUstream stream) {
   CUlaunchConfig config{};
   config.gridDimX = launch.grid, config.gridDimY = config.gridDimZ = 1;
   config.blockDimX = launch.threads, config.blockDimY = config.blockDimZ = 1;
+  // above 48 KiB a kernel must be allowed to: Triton has done so when it loaded it
   config.sharedMemBytes = launch.shared, config.hStream = stream;
   config.attrs = &early, config.numAttrs = launch.early;
   check(driver.launch(&config, launch.function, places.data(), nullptr), "cuLaunchKernelEx");
@@ -352,12 +359,15 @@ struct Linear : torch::autograd::Function<Linear> {
       const Tensor& dy, const variable_list& saved, double strength, int64_t needs) {
     const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3];
     const Tensor &scale = saved[4], &kept = saved[5];
+    // grad mode: a backward of the backward, which Python's function has and launches have not
     if (at::GradMode::is_enabled() || !(needs & 1) || !(needs & 6) || is_followed()) return {};
     if (!dy.defined() || !is_plain(dy) || dy.device() != x.device()) return {};
     for (const Tensor& t : saved)
       if (!is_plain(t) || t.device() != x.device()) return {};
+    // a hook on saved tensors may have laid it anywhere
     if (address_of(kept) & 15) return {};
     Key key = key_of({&dy, &x, &weight, &scale});
+    // the factors' casts are in kept: of the factors themselves only the rank matters
     key.push_back(a.size(0));
     auto plan = state->backwards.find(key);
     if (!plan) {
@@ -385,6 +395,7 @@ struct Linear : torch::autograd::Function<Linear> {
     at[DY] = address_of(dy), at[KEPT] = address_of(kept), at[OUT] = address_of(dx);
     at[SCRATCH] = address_of(scratch), at[DA] = address_of(da), at[DB] = address_of(db);
     run(*plan, at, strength, stream);
+    // in float32 so far, as the kernels sum; the last is of the Step, which has none
     return {dx, da.to(a.scalar_type()), db.to(b.scalar_type()), Tensor()};
   }
 };
@@ -398,6 +409,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   for (int i = 0; i < 6; ++i)
     if (!THPVariable_CheckExact(given[i]) && (i != 2 || biased)) Py_RETURN_NONE;
   if (!PyFloat_CheckExact(given[6]) && !PyLong_CheckExact(given[6])) Py_RETURN_NONE;
+  // a tensor or a symbolic number has gone to Python
   const double strength = PyFloat_AsDouble(given[6]);
   const Tensor &x = THPVariable_Unpack(given[0]), &weight = THPVariable_Unpack(given[1]);
   const Tensor bias = biased ? THPVariable_Unpack(given[2]) : Tensor();
@@ -416,6 +428,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const bool factors = a.requires_grad() || b.requires_grad();
   const bool graph = at::GradMode::is_enabled() && (x.requires_grad() || factors);
   if (at::GradMode::is_enabled()) {
+    // gradients that this backward does not find
     if (weight.requires_grad() || scale.requires_grad() || (biased && bias.requires_grad()))
       Py_RETURN_NONE;
     if (graph && !factors) Py_RETURN_NONE;  // which would keep the input for nothing
