@@ -28,6 +28,7 @@ def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Ten
     """
     bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
     found, addresses = linear.planned_forward(bare, False, None, captured)
+    # no launch of its own writes y where the product has one that can: z is in registers there
     if type(found) is linear.Forward and found.single is None:
         return _in_the_product(found, of, addresses, m, norm)
     result = linear.forward(bare)
@@ -44,15 +45,14 @@ def _in_the_product(
     (x, weight, bias, *_), tiles = of, found.tiles
     y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
     pu, pq = found.thin(of, 1.0, kept, kept, addresses)
-    blocks = tiles.blocks(x, weight, y)
-    blocks = (*blocks, *tiles.blocks(x, weight, z)[2:])
+    blocks = (*tiles.blocks(x, weight, y), *tiles.blocks(x, weight, z)[2:])  # z lies as y does
     matrices = () if blocks else (x, weight, y, z)
     tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
 
     def made(_: Any) -> Launch:
         (stages, warps), early = tiles.tiling[4:6], tiles.early
-        constants = (early, bias is not None, *tiles.constants)
-        numbers, device = tiles.numbers, x.get_device()
+        numbers, constants = tiles.numbers, (early, bias is not None, *tiles.constants)
+        device = x.get_device()
         return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
 
     rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
@@ -75,12 +75,11 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     tensors = (weight, a, b, scale, norm)
 
     def made(_: Any) -> Launch:
-        (N, K), r = weight.shape, len(a)
+        (N, K), r, device = weight.shape, len(a), weight.get_device()
         RB = padded(r)
         BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
         stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
         numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
-        device = weight.get_device()
         return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 8)
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
