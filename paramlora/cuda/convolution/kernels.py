@@ -76,7 +76,7 @@ def _join_row(
     rank, channels = offs_c - inner, inner + added  # the former negative in W
     places = _places(weight, row, inner, positions, offs_c, offs_p, LAST)
     value = tl.load(places, mask=(rank[:, None] < 0) & (offs_p[None, :] < positions), other=0.0)
-    if added > 0:  # in the backward B is not among the rows, but v in what they are multiplied by
+    if added > 0:  # none is to W's rows of the backward, where B is in v
         source = b + row * stride_bn + rank * stride_br
         more = tl.load(source, mask=(rank >= 0) & (rank < r), other=0.0)
         more = (more.to(tl.float32) * tl.load(scale).to(tl.float32)).to(value.dtype)
@@ -109,7 +109,7 @@ def prepare(
     """``wide = [x, 0]``, ``joined[out, inner + added, positions]`` and A's kernel ``down[R, inner +
     added, positions]``."""
     pid = tl.program_id(0)
-    # rows of both weights are blocked as images are, which the last programs' are
+    # of a weight: its rows are what images are of x, so that both are divided alike
     row, offs_c, offs_p = _block(pid, inner + added, positions, WEIGHT_C, WEIGHT_P)
     if row < out:
         _join_row(
@@ -222,7 +222,6 @@ def spread(
     of outputs ``part[groups, out, R]``; where `INPUT` ``tall = [W; A; 0]``; and in the rest
     `x_last`, x with its channels last. Without `INPUT` no wide and no tall."""
     pid = tl.program_id(0)
-    # what multiplies comes first: it takes longest, and copies fill in where it leaves off
     sums = groups * tl.cdiv(out, BLOCK_O)
     rows = (out + added) * tl.cdiv(inner, WEIGHT_C) * tl.cdiv(positions, WEIGHT_P) if INPUT else 0
     if pid < tiles:
@@ -242,7 +241,7 @@ def spread(
                 False, WEIGHT_LAST,
             )  # fmt: skip
         else:
-            # zeros from the rank on, which meet the zeros behind v in wide
+            # zeros from the rank on, as `wide` has behind v: `widened` adds channels for both
             behind = tall + tl.cast(out, tl.int64) * inner * positions
             _join_rank(
                 a, behind, row - out, offs_c, offs_p, inner, 0, positions, r, stride_ar, stride_ak
@@ -250,22 +249,6 @@ def spread(
     else:
         pid -= tiles + sums + rows
         _copy(x, x_last, pid, inner, inner, -1, x_positions, False, True, INPUT_C, INPUT_P)
-
-
-@triton.jit
-def _add_parts(
-    part, db, scale, pid, out, groups, r,
-    SCALED: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A part of B's gradient: the sum of all groups, at once in a block ``[GROUPS, BLOCK]``."""
-    at, group = pid * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUPS)
-    places = part + group[:, None] * (out * R) + at[None, :]
-    mask = (group[:, None] < groups) & (at[None, :] < out * R)
-    value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)
-    if SCALED:
-        value *= tl.load(scale).to(tl.float32)
-    row, rank = at // R, at % R
-    tl.store(db + row * r + rank, value, mask=(at < out * R) & (rank < r))
 
 
 @triton.jit(do_not_specialize=["tiles", "rows", "groups", "r"])
@@ -293,4 +276,11 @@ def back(
         tl.store(da + start + at, value.to(da.dtype.element_ty), mask=at < size)
     else:
         pid -= tiles + rows * blocks
-        _add_parts(part, db, scale, pid, out, groups, r, SCALED, R, GROUPS, SUMS)
+        at, group = pid * SUMS + tl.arange(0, SUMS), tl.arange(0, GROUPS)
+        places = part + group[:, None] * (out * R) + at[None, :]
+        mask = (group[:, None] < groups) & (at[None, :] < out * R)
+        value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)  # of all groups at once
+        if SCALED:
+            value *= tl.load(scale).to(tl.float32)
+        row, rank = at // R, at % R
+        tl.store(db + row * r + rank, value, mask=(at < out * R) & (rank < r))

@@ -39,6 +39,7 @@ class _Image(NamedTuple):
 
     def of(self, t: Tensor) -> Tensor:
         """A tensor of this shape, in this format."""
+        # cuDNN's result need not lie as its input does
         return t if t.stride() == self.stride else self.new().copy_(t)
 
 
@@ -116,11 +117,14 @@ def _block(n: int, most: int) -> int:
 
 def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
     """Channels and positions of a block that is copied; `last`: they stay the last in memory."""
+    # a transposed block is square, as one side is contiguous where it is read, the other where it
+    # is written
     return _block(channels, 128 if last else 64), _block(P, 32 if last else 64)
 
 
 def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
     """Channels and positions of a block of a weight that is copied."""
+    # a kernel's positions are few, so most of a block is channels
     most = min(64, power(positions))
     return _block(channels, 1024 // most), most
 
@@ -241,6 +245,7 @@ def _plan_forward(of: Operands, window: Window) -> Any:
     x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
+    # `put` and `spread` hold all ranks of a block of positions at once
     if not (factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
         return None
     if (weight.dtype, weight.get_device()) != (x.dtype, x.get_device()):
@@ -250,6 +255,7 @@ def _plan_forward(of: Operands, window: Window) -> Any:
         if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
             return None
     geometry = _geometry(x, weight, window)
+    # where a middle meets the padding, no position of `wide` could hold its t
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
     positions = max(map(math.prod, (geometry.sizes, geometry.outputs, geometry.kernel)))
@@ -377,6 +383,7 @@ def _plan_backward(
     if not (shapes and types) or len({im.get_device() for im in together}) > 1:
         named = "the gradient, the input, the weight, A, B, A's output and the scale"
         raise changed(named, together)
+    # a hook on saved tensors may have laid t anywhere
     if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
         return _COPY
     return _Backward(dy, of, geometry, scaled, wanted)

@@ -110,12 +110,15 @@ def finish(
     offs_r = tl.arange(0, BLOCK_R)
     own = tl.load(taken + row // P)
     mine = own < updates
-    own = tl.minimum(own, updates - 1)  # of no update: addresses to read, and masks that read none
+    own = tl.minimum(own, updates - 1)  # a row of no update has another's addresses, all masked
     b, r = _held(table, updates + own, factor), _rank(held, own, RANK)
     where = b + offs_n[:, None] * r + offs_r[None, :]
     up = tl.load(where, mask=(offs_n[:, None] < N) & (offs_r[None, :] < r) & mine, other=0.0)
-    s = tl.load(tl.load(table + 2 * updates + own).to(scale.dtype)).to(tl.float32)
-    s *= tl.load(tl.load(table + 3 * updates + own).to(gain.dtype)).to(tl.float32)
+    # zeros too, as the other's, times the zeros of B and u, might be no numbers
+    where = tl.load(table + 2 * updates + own).to(scale.dtype)
+    s = tl.load(where, mask=mine, other=0.0).to(tl.float32)
+    where = tl.load(table + 3 * updates + own).to(gain.dtype)
+    s *= tl.load(where, mask=mine, other=0.0).to(tl.float32)
     if EARLY:  # all above is no work of `partial`, which has not ended yet
         gdc_wait()
     u = tl.zeros((BLOCK_R,), tl.float32)

@@ -54,7 +54,7 @@ def _read(at, tap, AXIS: tl.constexpr, sizes, window, BACK: tl.constexpr):
     size, step, padding, dilation = sizes[AXIS], steps[AXIS], paddings[AXIS], dilations[AXIS]
     if BACK:
         at += padding - tap * dilation
-        # a step leaves gaps: what no result has read at this tap gets nothing of it
+        # between two steps lie positions that no result reads by this tap
         return at // step, (at >= 0) & (at % step == 0) & (at // step < size)
     at = at * step + tap * dilation - padding
     return at, (at >= 0) & (at < size)
@@ -100,6 +100,7 @@ def _correlate(
 ):  # fmt: skip
     """A block's share of the kernels' gradients: ``part[blocks of a channel, channels, taps]``; of
     all taps, or where `SPLIT` of one row of them."""
+    # each share has a place of its own, to be summed in order: atomics would add in any
     first = 0
     if SPLIT:
         first = pid % (KD * KH)
@@ -109,7 +110,7 @@ def _correlate(
     plane, d, h, w = _block(pid, depth, height, width, BLOCK_H, BLOCK_W)
     image, c = plane // channels, plane % channels
     blocks = depth * tl.cdiv(height, BLOCK_H) * tl.cdiv(width, BLOCK_W)
-    # channels behind the blocks, so that torch's sum of all parts reads and writes in order
+    # the blocks of all images of a channel: torch's sum is over the first axis
     block = (image * blocks + pid % blocks).to(tl.int64)
     places = dy + plane.to(tl.int64) * depth * height * width + (d * height + h) * width + w
     # the gradient stays in registers for all taps, each of which reads x shifted

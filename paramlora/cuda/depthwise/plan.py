@@ -79,6 +79,7 @@ def backward(
     if not (sizes and near and factors_fit(weight, a, b, scale)):
         named = "the gradient, the input, the weight, A, B, their sum and the scale"
         raise changed(named, together)
+    # as in the forward, and once more back: channels last stay what the caller sees
     if not (dy.is_contiguous() and x.is_contiguous()):
         dense = dy.contiguous(), of._replace(x=x.contiguous())
         dx, *others = backward(*dense, total, window, scaled, wanted)
@@ -95,7 +96,7 @@ def backward(
     plan.launch((dy, x, total, out, part), (py, px, pt, out.data_ptr(), part.data_ptr()))
     if not kernels_too:
         return dx, None, None, None
-    kernels = part.sum(0)
+    kernels = part.sum(0)  # in order, so that the result is deterministic
     if not wanted[2]:
         return dx, kernels, None, None
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
@@ -127,6 +128,7 @@ class _Tiles:
 
     def __init__(self, shape: _Sizes, most: int) -> None:
         self.sizes = depth, height, width = _three(shape[2:])
+        # as wide as the plane, so that a tile's reads are contiguous; rows fill the rest
         self.columns = min(power(width), most)
         self.rows = min(power(height), most // self.columns)
         self.blocks = depth * -(-height // self.rows) * -(-width // self.columns)

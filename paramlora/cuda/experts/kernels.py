@@ -94,7 +94,7 @@ def _wide(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         for k in range(0, K, BLOCK_K):
-            left = x.load([first, k])  # beyond the expert's rows come the next one's
+            left = x.load([first, k])
             if ROWS_OUT:
                 acc = tl.dot(left, w.load([expert * N + column * BLOCK_N, k]).T, acc)
             else:
@@ -170,7 +170,7 @@ def product(
                 at += offs_n[None, :].to(tl.int64) * stride_qn
                 valid = (offs_r[:, None] < r) & (offs_n[None, :] < N)
                 low = tl.dot(left, tl.load(at, mask=valid, other=0.0), low)
-            if DROP:  # of the update's gradient alone, which therefore has a sum of its own
+            if DROP:  # masks the update's term alone, which so needs a sum of its own
                 low = acc + tl.where(dropped(seed, offs_m, offs_n, threshold), 0.0, low)
             acc = low
             if BIAS:

@@ -31,6 +31,7 @@ def lengths(
     offs_n, offs_r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     rows, ranks = offs_n < N, offs_r < r
     factor = b + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
+    # B stays in registers while all of A passes by
     up = tl.load(factor, mask=rows[:, None] & ranks[None, :], other=0.0).to(tl.float32)
     up *= tl.load(scale).to(tl.float32)
     # summed at the end: no step waits for another thread
@@ -60,6 +61,7 @@ def product(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
+    # without signals and without a mask, whose pointers are then any: q and p
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
@@ -109,5 +111,6 @@ def rescale_backward(
         total += gradient * output
         gradient *= times[None, :]
         tl.store(dz + where, gradient.to(dz.dtype.element_ty), mask=inside)
+    # by the length once a column, not once a number; no atomics, which would add in any order
     where = part + tl.cast(group, tl.int64) * N + offs_n
     tl.store(where, tl.sum(total, 0) / length, mask=offs_n < N)
