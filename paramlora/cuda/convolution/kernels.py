@@ -251,6 +251,22 @@ def spread(
         _copy(x, x_last, pid, inner, inner, -1, x_positions, False, True, INPUT_C, INPUT_P)
 
 
+@triton.jit
+def _add_parts(
+    part, db, scale, pid, out, groups, r,
+    SCALED: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of B's gradient: the sum of all groups, at once in a block ``[GROUPS, BLOCK]``."""
+    at, group = pid * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUPS)
+    places = part + group[:, None] * (out * R) + at[None, :]
+    mask = (group[:, None] < groups) & (at[None, :] < out * R)
+    value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)
+    if SCALED:
+        value *= tl.load(scale).to(tl.float32)
+    row, rank = at // R, at % R  # stored without the ranks that pad R
+    tl.store(db + row * r + rank, value, mask=(at < out * R) & (rank < r))
+
+
 @triton.jit(do_not_specialize=["tiles", "rows", "groups", "r"])
 def back(
     y, result, a_last, da, part, db, scale,
@@ -276,11 +292,4 @@ def back(
         tl.store(da + start + at, value.to(da.dtype.element_ty), mask=at < size)
     else:
         pid -= tiles + rows * blocks
-        at, group = pid * SUMS + tl.arange(0, SUMS), tl.arange(0, GROUPS)
-        places = part + group[:, None] * (out * R) + at[None, :]
-        mask = (group[:, None] < groups) & (at[None, :] < out * R)
-        value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)  # of all groups at once
-        if SCALED:
-            value *= tl.load(scale).to(tl.float32)
-        row, rank = at // R, at % R
-        tl.store(db + row * r + rank, value, mask=(at < out * R) & (rank < r))
+        _add_parts(part, db, scale, pid, out, groups, r, SCALED, R, GROUPS, SUMS)
