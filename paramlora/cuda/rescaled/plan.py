@@ -28,6 +28,7 @@ def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Ten
     """
     bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
     found, addresses = linear.planned_forward(bare, False, None, captured)
+    # no launch of its own writes y where the product has one that can: z is in registers there
     if type(found) is linear.Forward and found.single is None:
         return _in_the_product(found, of, addresses, m, norm)
     result = linear.forward(bare)
@@ -45,6 +46,7 @@ def _in_the_product(
     y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
     pu, pq = found.thin(of, 1.0, kept, kept, addresses)
     loaded = tiles.matrices(x, weight, y, z)
+    # the kernel takes each of them as a block of the tensor memory engine or as a pointer
     matrices = () if loaded else (x, weight, y, z)
     tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
 
@@ -57,7 +59,7 @@ def _in_the_product(
 
     rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
     launch, places = planned(_PLANS, tensors, rest, made)
-    at = len(matrices)
+    at = len(matrices)  # behind them `kept` twice, whose parts' addresses take their places
     launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), loaded)
     return y, z, kept
 
@@ -75,12 +77,12 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     tensors = (weight, a, b, scale, norm)
 
     def made(_: Any) -> Launch:
-        (N, K), r = weight.shape, len(a)
+        (N, K), r, device = weight.shape, len(a), weight.get_device()
         RB = padded(r)
+        # a tile of W is what is read: the more ranks share its memory, the fewer columns
         BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
         stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
         numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
-        device = weight.get_device()
         return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 8)
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
@@ -116,7 +118,7 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
     Args:
         dy: ``[rows, out]``; the others as of `rescale`.
     """
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()  # as of a sum, whose gradient is expanded
     (M, N), BM, BN = z.shape, 32, 128
     # whole blocks of rows for each program, and some programs for each processor
     groups = max(1, min(-(-M // BM), -(-4 * card(z.get_device()).processors // -(-N // BN))))
