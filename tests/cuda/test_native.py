@@ -195,6 +195,10 @@ def test_another_triton_is_left_to_python(counted, monkeypatch):
             ["tensordesc<bf16[8, 16]>", "*bf16", "fp32", kind, "i64", *2 * ["i32"]]
         )
         assert handed(other, 9, GIVEN, Place.BLOCK) is None
+    constant, _ = kernel_of(
+        ["tensordesc<bf16[8, 16]>", "*bf16", "constexpr", "i32", "i64", *2 * ["constexpr"]]
+    )
+    assert handed(constant, 9, GIVEN, Place.BLOCK) is None  # a number that changes
     load["fp4_padded"] = True
     assert handed(kernel, 9, GIVEN, Place.BLOCK) is None
     del kernel.metadata.num_ctas

@@ -93,7 +93,9 @@ def handed(compiled: Any, grid: int, given: tuple[Any, ...], first: int) -> Opti
         about, kinds = compiled.metadata, list(compiled.src.signature.values())
         if not _is_simple(about) or len(kinds) != len(given):
             return None
-        # what is constant is compiled into the kernel
+        # what is constant is compiled into the kernel, as is a number that was 1
+        if any(kind == "constexpr" and _changes(one) for kind, one in zip(kinds, given)):
+            return None
         pairs = [(kind, one) for kind, one in zip(kinds, given) if kind != "constexpr"]
         loads = iter(about.tensordesc_meta or ())
         blocks = [
@@ -115,6 +117,10 @@ def _is_simple(about: Any) -> bool:
     return not (scratch or about.launch_cooperative_grid or about.num_ctas > 1)
 
 
+def _changes(one: Any) -> bool:
+    return isinstance(one, (Slot, IntEnum, Described))
+
+
 def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[str, int, int]]:
     """Of each parameter its kind, its slot or -1, and the bits of what never changes."""
     for kind, one in pairs:
@@ -125,7 +131,7 @@ def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[
             first += 1
             yield from (("i32", -1, n) for n in shape)
             yield from (("i64", -1, n) for n in strides)
-        elif isinstance(one, (Slot, IntEnum)):
+        elif _changes(one):
             yield "pointer" if kind.startswith("*") else kind, int(one), 0
         else:
             yield kind, -1, _bits(one)
