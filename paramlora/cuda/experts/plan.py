@@ -112,8 +112,7 @@ def _product(
     bias: _Maybe,
     even: bool,
 ) -> Launch:
-    """The launch of `product`, and the layouts of x and w where the tensor memory engine loads
-    them; `even`: both addresses are multiples of 16."""
+    """The launch of `product`; `even`: the addresses of x and w are multiples of 16."""
     (M, K), (matrices, _, N), x_row, (w_e, w_k, w_n) = x.shape, w.shape, x.stride(0), w.stride()
     rows_out, r, device = w_k == 1, q.shape[1], x.get_device()
     step = w_n if rows_out else w_k
