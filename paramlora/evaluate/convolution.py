@@ -34,11 +34,10 @@ from paramlora.evaluate.functional import (
     pointwise,
     thin_pair,
     untold,
-    without_autocast,
 )
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of, in_own_types
+from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]

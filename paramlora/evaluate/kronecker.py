@@ -11,9 +11,9 @@ from torch import Tensor
 from paramlora.cuda.operands import served
 from paramlora.cuda.operators import scaled_down
 from paramlora.evaluate import functional
-from paramlora.evaluate.functional import as_rows, differentiable, untold, without_autocast
+from paramlora.evaluate.functional import as_rows, differentiable, untold
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 from paramlora.update.lokr import factors, kron, low_rank, rank_of_product
 
 _Maybe = Optional[Tensor]
