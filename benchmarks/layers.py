@@ -169,16 +169,18 @@ def main(arguments: list[str]) -> int:
                 continue
             eager_only = case.name.startswith(("conv", "embedding"))
             chosen = [n for n in names if not (eager_only and n in COMPILED)]
-            rows += measure(case, kind, chosen, options.rounds, options.seconds)
+            if options.training:
+                rows += measure(case, kind, chosen, options.rounds, options.seconds)
             if case.name.startswith("linear") and options.inference and kind != "autocast":
                 rows += infer(case, kind, options.rounds, options.seconds)
             gc.collect()
             torch._dynamo.reset()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        save(options.out, "layers", {"rows": rows})
-    overhead = launches(options.dtypes[0], [n for n in names if n not in COMPILED])
-    content = {"rows": rows, "launches": overhead, "switches": switches(names)}
+            save(options.out, "layers", {"rows": rows, "switches": switches(names)})
+    content: dict[str, Any] = {"rows": rows, "switches": switches(names)}
+    if options.training:
+        content["launches"] = launches(options.dtypes[0], [n for n in names if n not in COMPILED])
     path = save(options.out, "layers", content)
     print(layers_table(load(path)))
     print(f"{time.monotonic() - started:.0f} s, {path}")
@@ -198,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=["cuda", "cpu", "tiny"])
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-inference", dest="inference", action="store_false")
+    parser.add_argument("--no-training", dest="training", action="store_false")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one sample")
     parser.add_argument("--limit", type=float, default=220, help="seconds, then cases are skipped")

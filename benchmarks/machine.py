@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from paramlora.cuda.native import library
+
 PACKAGES = (
     "paramlora",
     "torch",
@@ -40,6 +42,7 @@ def machine() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit(),
+        "library": os.environ.get("PARAMLORA_NATIVE", "1") != "0" and library.place().is_file(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 

@@ -53,8 +53,35 @@ def _library() -> Any:
 
 
 def take_steps(native: bool) -> None:
-    """From now on have C++ take the steps of paramlora's linear layers, or Python alone."""
+    """From now on have C++ take the steps of paramlora's linear layers and launch its kernels, or
+    Python alone."""
     functional._started, functional._native = True, _library() if native else None
+    launch = _launch()
+    if launch is not None:
+        launch.of.__call__ = launch.by_cpp if native else launch.by_python
+
+
+class _Launch(NamedTuple):
+    of: Any
+    by_cpp: Any
+    by_python: Any
+
+
+@cache
+def _launch() -> Optional[_Launch]:
+    """The launch of kernels, as it is and as where no library was built; None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    from paramlora.cuda.launch import Launch
+
+    by_cpp = Launch.__call__
+
+    def by_python(self: Any, *given: Any) -> None:
+        self.by_driver, held = None, self.by_driver
+        by_cpp(self, *given)
+        self.by_driver = self.by_driver or held
+
+    return _Launch(Launch, by_cpp, by_python)
 
 
 class Bound(torch.autograd.Function):

@@ -84,7 +84,8 @@ def _columns(section: str, names: dict[str, str]) -> Content:
     ((_, table),) = _tables(section)
     rows = []
     for line in table:
-        cells = {key: line[name] for name, key in names.items() if line[name] not in ("", "-")}
+        told = {key: line.get(name, "") for name, key in names.items()}
+        cells = {key: cell for key, cell in told.items() if cell not in ("", "-")}
         rows.append({k: c if k in _WORDS else _number(c) for k, c in cells.items()})
     return {"rows": rows}
 
@@ -164,7 +165,7 @@ _RATIOS = {"way": "way", "R device": "device_R", "R eager": "eager_R"}
 _COLUMNS: dict[str, dict[str, str]] = {
     "models": {
         **{"model": "case", "dtype": "dtype", "way": "way", **_TIMES, "peak MiB": "peak_mib"},
-        "trainable": "trainable",
+        **{"trainable": "trainable", "outcome": "refused"},
     },
     "experts": {
         **{"layer": "case", "way": "way", **_TIMES, "tokens a second": "tokens_per_second"},

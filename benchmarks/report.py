@@ -146,6 +146,7 @@ def _where(path: Path, content: Content) -> str:
     size = " (tiny models)" if content.get("tiny") else ""
     commit = commit_of(content)
     told = f"; commit {commit}" if commit else "; measured before files said their commit"
+    told += ", with `paramlora build`" if made_on.get("library") else ""
     return (
         f"`{_name(path)}`{size}: {made_on['device']}; {made_on['processor']}, "
         f"{made_on['cores']} cores, {made_on['threads']} threads; Python {made_on['python']}; "

@@ -84,6 +84,7 @@ def switches_told(content: dict[str, Any]) -> list[str]:
 def models_table(content: dict[str, Any]) -> str:
     """One line for each model and way: times, R, peak memory against the frozen model's."""
     lines = []
+    refused = any("refused" in row for row in content["rows"])
     frozen: dict[str, Any] = {}
     for row in content["rows"]:
         frozen = row if row["way"] == "frozen" else frozen
@@ -92,10 +93,12 @@ def models_table(content: dict[str, Any]) -> str:
         numbers = [
             "" if v is None else f"{v:.{p}f}" for v, p in zip([*values, share], (1, 3, 1, 3, 0, 3))
         ]
-        lines.append([row["case"], row["dtype"], row["way"], f"{row['trainable']:,}", *numbers])
+        trainable = f"{row['trainable']:,}" if "trainable" in row else ""
+        outcome = [row.get("refused", "")] if refused else []
+        lines.append([row["case"], row["dtype"], row["way"], trainable, *numbers, *outcome])
     header = ["model", "dtype", "way", "trainable", "device ms", "R device", "eager ms", "R eager"]
-    table = markdown([*header, "peak MiB", "peak / frozen"], lines)
-    return "\n\n".join([table, *switches_told(content)])
+    header += ["peak MiB", "peak / frozen", *["outcome"] * refused]
+    return "\n\n".join([markdown(header, lines), *switches_told(content)])
 
 
 def quantised_table(content: dict[str, Any]) -> str:

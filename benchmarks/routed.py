@@ -267,10 +267,9 @@ class Block(nn.Module):
         super().__init__()
         sides = [(1, 1), (1, 0.25), (1, 0.25), (1, 1), (1, 3.5), (1, 3.5), (3.5, 1)]
         for name, (i, o) in zip(PROJECTIONS, sides):
-            weight = torch.empty(int(o * width), int(i * width), dtype=torch.bfloat16)
-            layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-            layer.weight = nn.Parameter(weight.to(device()), requires_grad=False)
-            self.add_module(name, layer)
+            sizes, dtype = (int(i * width), int(o * width)), torch.bfloat16
+            layer = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype).requires_grad_(False)
+            self.add_module(name, layer.to_empty(device=device()))
 
 
 def swapped(size: Row, repeats: int) -> Iterator[Row]:

@@ -26,9 +26,9 @@ def eager(
         steps: what to time, by name.
         device: synchronised before and after every sample.
         rounds: samples of each step.
-        seconds: about how long one sample lasts; a step is repeated to fill it.
+        seconds: about how long one sample lasts; a step is repeated to fill it. 0: one call.
     """
-    counts = {name: _count(once(step, device), seconds) for name, step in steps.items()}
+    counts = {name: _count(step, device, seconds) for name, step in steps.items()}
     return _rounds(steps, rounds, lambda name: 1e3 * _wall(steps[name], counts[name], device))
 
 
@@ -43,7 +43,7 @@ def replayed(
         except RuntimeError as reason:
             warnings.warn(f"{name}: no CUDA graph: {reason}", stacklevel=2)
     device = torch.device("cuda")
-    counts = {name: _count(once(graph, device), seconds) for name, graph in graphs.items()}
+    counts = {name: _count(graph, device, seconds) for name, graph in graphs.items()}
     return _rounds(graphs, rounds, lambda name: _events(graphs[name], counts[name]))
 
 
@@ -103,7 +103,9 @@ def _rounds(
     return times
 
 
-def _count(one: float, seconds: float) -> int:
+def _count(step: Step, device: torch.device, seconds: float) -> int:
+    """Calls that fill a sample, after two to warm up; a model's step is not timed to find one."""
+    one = once(step, device, repeats=5 if seconds else 1)
     return max(1, min(1000, round(seconds / max(one, 1e-7))))
 
 

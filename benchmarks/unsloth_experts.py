@@ -16,7 +16,8 @@ parts of the first that are no library left out; its other requirements are aske
         --out FOLDER
 
 (for another Python, ``--python-version 3.12 --only-binary=:all:``). Without a card,
-``UNSLOTH_ALLOW_CPU=1 TRITON_INTERPRET=1`` runs both with ``--tiny``.
+``UNSLOTH_ALLOW_CPU=1 TRITON_INTERPRET=1`` runs both with ``--tiny``, the second in float32 alone
+(``--dtypes float32``): Triton's interpreter multiplies no bfloat16.
 """
 
 import functools

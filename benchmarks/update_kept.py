@@ -70,13 +70,14 @@ def shares(shape: tuple[int, int, int, int], size: float, bias: bool) -> list[di
     x, dy, W = t.x.detach().double(), t.dy.double(), t.layer.weight.double()
     update = delta(t.layer, t.A.double(), t.B.double())
     y_base = nn.functional.linear(x, W, t.layer.bias.double() if bias else None)
+    dx_base, y_true, dx_true = dy @ W, x @ update.T, dy @ update
     rows = []
     for name in NAMES:
         y = WAYS[name](t.layer, t.A, t.B).call(t.x)
         (dx,) = torch.autograd.grad(y, t.x, t.dy)
         row = {"case": cases.linear(*shape, bias=bias).name, "way": name, "size": size}
-        row["output"] = share(y.detach(), y_base, x @ update.T)
-        row["input_gradient"] = share(dx, dy @ W, dy @ update)
+        row["output"] = share(y.detach(), y_base, y_true)
+        row["input_gradient"] = share(dx, dx_base, dx_true)
         rows.append(row)
     return rows
 

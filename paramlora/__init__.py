@@ -125,6 +125,7 @@ if not TYPE_CHECKING:  # else no name would be unknown to a type checker
         if where is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = import_module(f"{__name__}.{where}")
+        # kept, so that Python does not ask here again; a module, or what it holds
         globals()[name] = found = module if name == where else getattr(module, name)
         return found
 

@@ -46,6 +46,7 @@ def shown(text: str) -> str:
         >>> shown("a\\n\\x1b[31mb"), len(shown("a" * 300_000))
         ('a\\\\n\\\\x1b[31mb', 200)
     """
+    # shortened before it is escaped, which makes it longer, and after
     short = _shortened(_LONG.sub(lambda long: _shortened(long[0], _MOST_WORD), text), _MOST_MESSAGE)
     if short.isprintable():
         return short
@@ -195,6 +196,7 @@ class ParamloraWarning(UserWarning):
 def warn(text: str) -> None:
     """Warn at the line that called paramlora, however deep inside, and behind whichever decorators
     or context managers, that is found out."""
+    # stacklevel 1 is `warn` itself, 2 is who called it
     frame, level = sys._getframe(1), 2
     while _is_inner(frame.f_code.co_filename) and frame.f_back is not None:
         frame, level = frame.f_back, level + 1

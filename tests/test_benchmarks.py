@@ -53,6 +53,15 @@ def test_one_layer_is_measured_and_every_way_is_right_or_says_why(tmp_path, caps
     assert "saved" in (tmp_path / "r.md").read_text(encoding="utf-8")
 
 
+def test_inference_is_measured_alone(tmp_path):
+    options = ["--size", "tiny", "--groups", "linear", "--rounds", "1", "--seconds", "0"]
+    ways = ["--ways", "paramlora", "--no-training"]
+    assert layers.main([*options, *ways, "--out", str(tmp_path)]) == 0
+    content = read(tmp_path, "layers")
+    assert {row["way"] for row in content["rows"]} >= {"paramlora", "peft merged"}
+    assert all(row["inference"] for row in content["rows"]) and "launches" not in content
+
+
 def test_a_wrong_layer_is_caught():
     layer = nn.Linear(6, 5).requires_grad_(False)
     x, dy = torch.randn(4, 6), torch.randn(4, 5)
@@ -99,6 +108,28 @@ def test_a_whole_model_is_measured(tmp_path):
     assert trainable[0] == 0 < trainable[1] and trainable[1:] == 3 * trainable[1:2]
 
 
+def test_a_model_that_is_refused_is_recorded_beside_the_others(tmp_path, monkeypatch, capsys):
+    def adapt(way, model, entries, r):
+        if way == "peft":
+            raise KeyError("no such layer")
+        if way == "loralib":  # wrong: it computes no update
+            return adapted("bound", model, entries, r)
+        return adapted(way, model, entries, r)
+
+    adapted = models.adapt
+    monkeypatch.setattr(models, "adapt", adapt)
+    models.check_tiny.cache_clear()
+    options = ["--models", "llama", "--tiny", "--rounds", "1", "--dtypes", "float32"]
+    ways = ["--ways", "peft", "loralib", "paramlora"]
+    assert models.main([*options, *ways, "--out", str(tmp_path)]) == 0
+    models.check_tiny.cache_clear()
+    frozen, peft, loralib, ours = read(tmp_path, "models")["rows"]
+    assert peft["refused"] == "KeyError: 'no such layer'" and "eager_R" not in peft
+    assert loralib["refused"].startswith("AssertionError: loralib: relative error")
+    assert frozen["eager_R"] == 1 and ours["eager_R"] > 0
+    assert "| peft |  |  |  |  |  |  |  | KeyError: 'no such layer' |" in capsys.readouterr().out
+
+
 def test_quantised_bases_are_measured_and_take_what_their_bits_take(tmp_path, capsys):
     for package in ("transformers", "bitsandbytes", "torchao"):
         pytest.importorskip(package)
@@ -131,6 +162,21 @@ def test_layers_of_experts_are_measured(tmp_path, capsys):
     kept = {row["way"]: row["kept"] for row in rows if "kept" in row}
     assert set(kept) == {"paramlora", "operations", "kernels", "peft", "unfused", "definition"}
     assert "eager |" in capsys.readouterr().out
+
+
+def test_every_way_of_experts_gets_the_same_draws():
+    case, r = experts.TINY[0], 4
+    first, second = experts.inputs(case), experts.inputs(case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(
+        first[0], torch.randn(case.tokens, case.hidden, generator=generator).bfloat16()
+    )
+    small, large = (experts.values(case, r, size) for size in (1e-3, 1.0))
+    for name in experts.STACKS:
+        (a, b), (same, more) = small[name], large[name]
+        assert torch.equal(a, same) and a.data_ptr() != same.data_ptr()
+        torch.testing.assert_close(more, 1e3 * b)
 
 
 def test_a_whole_llama_is_trained(tmp_path, capsys):
@@ -236,6 +282,7 @@ def test_steps_take_turns():
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
     times = timing.eager(steps, torch.device("cpu"), rounds=3, seconds=0)
     assert order[-6:] == list("ababab") and all(len(t) == 3 for t in times.values())
+    assert len(order) == 2 * (3 + 3)  # no more calls to find that one fills a sample of no length
 
 
 def test_saved_bytes_leave_out_what_lives_anyway():

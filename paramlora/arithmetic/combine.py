@@ -143,6 +143,7 @@ def _added(
     dense: Mapping[str, list[_Strong]],
 ) -> tuple[dict[str, KindUpdate], dict[str, float]]:
     """The sum of whole differences at each path; tied tensors keep sharing one."""
+    # by the values that add and their weights: tied layers have the same ones
     made: dict[tuple[tuple[int, float], ...], KindUpdate] = {}
     found = {}
     for path, strong in dense.items():
@@ -155,6 +156,7 @@ def _added(
 
 def _difference(strong: list[_Strong]) -> KindUpdate:
     """The sum in float64, rounded once to float32 or what is wider."""
+    # one dense term makes the sum dense: the others' products are added to it
     first: KindUpdate = next(value for _, value, _ in strong if is_difference(value))
     shape = first.held["lora_diff"].shape
     total = torch.zeros(shape, dtype=torch.float64)
@@ -194,14 +196,17 @@ def _sum(path: str, strong: list[_Strong], way: _Way) -> tuple[Update, float]:
         a, b, scale, error = (*_linear(path, terms), 1.0, 0.0)
     else:
         a, b, scale, error = _joined(terms, way.rank)
+    # joined ranks may pass what the matrix holds, which a live update refuses
     joined = within(replace(first, lora_A=a, lora_B=b))
     return with_factors(joined, joined.lora_A, joined.lora_B, scale, dtype), error
 
 
 def _joined(terms: list[_Term], rank: Optional[int]) -> tuple[Tensor, Tensor, float, float]:
     """A, B, the scale before them and the error of a cut."""
+    # first of one A, then, turned, of one B: B1 A + B2 A = (B1 + B2) A
     fewer = _without_repeats(terms)
     fewer = [term.turned() for term in _without_repeats([term.turned() for term in fewer])]
+    # one scale stays outside of the factors, so that equal ones leave those as they were
     scale = max((term.scale for term in fewer), key=abs)
     a = torch.cat([term.a for term in fewer], -2)
     # by a ratio: the same scales, and powers of two apart, lose no bit
@@ -243,6 +248,7 @@ def _linear(path: str, terms: list[_Term]) -> tuple[Tensor, Tensor]:
             'Use "exact" or "svd" (--how).'
         )
     roots = [math.sqrt(abs(term.scale)) for term in terms]
+    # a negative weight goes into A alone: in both factors it would cancel
     a = reduce(Tensor.add, (math.copysign(w, t.scale) * t.a for w, t in zip(roots, terms)))
     return a, reduce(Tensor.add, (w * t.b for w, t in zip(roots, terms)))
 
@@ -251,8 +257,10 @@ def _thinned(
     path: str, terms: list[_Term], numbers: list[int], way: _Way, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, float]:
     """The sum by a way that chooses entries: dense, one layer of it, and its nearest of a rank."""
+    # these two need the dense products, which `exact` and `svd` never form
     _check_size(path, terms, way.how)
     wide = torch.promote_types(dtype, torch.float32)
+    # a generator: dare adds one product at a time; ties needs all of them at once
     dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
     if way.how == "ties":
         total = _ties([_trimmed(one, way.density) for one in dense])
@@ -267,6 +275,7 @@ def _thinned(
 
 def _check_size(path: str, terms: list[_Term], how: str) -> None:
     """Refuse factors of a few bytes whose products would fill the memory."""
+    # in bytes of float64: each term's product, and two more while they are summed
     size = 8 * terms[0].b.shape[-2] * terms[0].a[..., 0, :].numel() * (len(terms) + 2)
     if size > (memory := installed()):
         raise AdapterError(
@@ -286,6 +295,7 @@ def _trimmed(delta: Tensor, density: float) -> Tensor:
 def _ties(deltas: list[Tensor]) -> Tensor:
     """The mean, at each entry, of what has the sign of the sum."""
     elected = torch.stack([delta.sign() for delta in deltas])
+    # the sign with the larger sum of sizes is the sign of the sum
     sign = reduce(Tensor.add, deltas).sign()
     agree = (elected == sign) & (sign != 0)
     return (torch.stack(deltas) * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -295,6 +305,7 @@ def _dropped(delta: Tensor, way: _Way, path: str, number: int) -> Tensor:
     """Some entries, each divided by the share that is kept; by numbers of its own for each layer
     and adapter, so that no other layer's presence changes them."""
     digits = hashlib.sha256(f"{way.seed}\0{number}\0{path}".encode()).digest()
+    # 56 bits: a seed of torch is an int64
     random = torch.Generator().manual_seed(int.from_bytes(digits[:7], "little"))
     kept = torch.rand(delta.shape, generator=random, dtype=torch.float64) < way.density
     return delta * kept / way.density
@@ -324,6 +335,7 @@ def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
                 f'adapter "{adapter.name}": its weight {spelled(weight)} is no finite number. Give '
                 "one, such as 0.7."
             )
+    # one of weight 0 says nothing, not even which layers there are
     acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
     if not acting:
         raise AdapterError("nothing to add. Give an adapter whose weight is not 0.")
@@ -452,10 +464,13 @@ def _around(
     others: dict[str, KindUpdate],
     whole: dict[str, Tensor],
 ) -> Adapter:
-    """The values with what all adapters say alike, and what any says of a layer."""
+    """An adapter of the values, with the metadata that all adapters have alike, and with what any
+    of them tells of a layer: the weight that it was trained on, and its kind where it is tied."""
+    # a trigger word of one of several would be wrong of the sum
     metadata = dict(set.intersection(*(set(one.metadata.items()) for one in adapters)))
     base: dict[str, str] = {}
     holders: dict[str, Holder] = {}
+    # what the first one says wins
     for one in reversed(adapters):
         base |= one.base
         holders |= one.holders

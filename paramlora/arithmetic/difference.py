@@ -98,8 +98,10 @@ def between(
         before, after = base.read(key).detach(), tuned.read(key).detach()
         if before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             return
+        # one tensor twice, as a tied head is: by a few bytes first, and by all where those agree
         alike = seen.setdefault((*_mark(before), *_mark(after)), [])
         if alike:
+            # comparing reads two more, and two tensors are the bound of memory
             del before, after
             head = next(
                 (one for one in alike if _same(base, key, one) and _same(tuned, key, one)), None
@@ -114,6 +116,7 @@ def between(
             change = _change(before, after)
             _check_finite(key, change, {tuned.name: after, base.name: before})
             updates[path], errors[path] = _update(slot, change, rank, energy)
+            # which base it leads from, so that it can be told when another is loaded
             digests[path] = digest(before)
             return
         if whole:
@@ -167,6 +170,7 @@ def _holders(updates: Mapping[str, Update], known: Optional[Base]) -> dict[str, 
 def _change(before: Tensor, after: Tensor) -> Tensor:
     """``after - before``, in the wider type of the two."""
     dtype = torch.promote_types(_real(before), _real(after))
+    # subtracted in place: a second copy of the largest tensor is spared
     change = after.to(dtype, copy=True)
     return change.sub_(before if before.dtype in FLOATS else before.to(dtype))
 
@@ -181,11 +185,13 @@ def _update(
     assert slot.layout is not None
     stack, out, fan_in = matrix_shape(slot.shape, slot.layout)
     if slot.layout == "transposed":
+        # a transposed layout stores [in, out]: factors are of [out, in]
         change = change.reshape(fan_in, out).mT.contiguous()
     matrix = change.reshape(*([stack] if slot.layout == "stack" else []), out, fan_in)
     most = min(out, fan_in)
     found = nearest(matrix, None if rank is None else min(rank, most), energy)
     a, b = found.factors(min(rank or _rank(found, energy), most))
+    # measured, as a sketch of the singular values is not exact; it overwrites the matrix
     error = distance(matrix, a, b)
     shape, layout, kind, groups = slot.shape, slot.layout, slot.kind, slot.groups or 1
     a, b = a.contiguous(), b.contiguous()
@@ -222,7 +228,8 @@ def _slot(key: str, path: str, shape: tuple[int, ...], known: Optional[Base]) ->
 
 
 def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The keys of both, and what only one of them has, by the key of the same tensor in both."""
+    """The keys of both checkpoints; and of each key that only one of them stores the key of both
+    under which the same tensor stands there."""
     left = _excluded([*base.there, *tuned.there], exclude)
     both = [key for key in base.there if key in tuned.there]
     lacked: dict[str, str] = {}
@@ -251,10 +258,12 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str
 
 
 def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str]:
-    """Those keys that are one tensor with another key, by that: a tied head that the other
-    checkpoint does not store. Only matrices of several numbers tell that: norms start alike."""
+    """Of each missing key the key of both checkpoints that holds the same tensor in this one, as of
+    a tied head that the other does not store. Constant tensors and vectors do not count: those of
+    norms start alike."""
     missing = [key for key in missing if _is_matrix(side.there[key])]
     sizes = {key: (tuple(side.there[key].shape), side.there[key].dtype) for key in missing}
+    # only tensors of the same shape and type are read and compared
     near = [k for k in both if (tuple(side.there[k].shape), side.there[k].dtype) in sizes.values()]
     alike: dict[tuple[object, ...], list[str]] = {}
     for key in near:
@@ -294,6 +303,7 @@ def _excluded(keys: list[str], exclude: Collection[str]) -> set[str]:
     """The keys of the tensors that names mean; a layer's name means all that is in it."""
     if not exclude:
         return set()
+    # every beginning of a key is a name: of a layer, a block, or the tensor itself
     inside: dict[str, set[str]] = {}
     for key in dict.fromkeys(keys):
         parts = key.split(".")

@@ -61,6 +61,7 @@ class Decomposed:
         """
         squares = self.values.double().square()
         kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
+        # 1e-12: energy 1 is met by all values, though their sum rounds
         enough = (kept >= energy * self.total * (1 - 1e-12)).nonzero()
         return 1 + (int(enough[0]) if enough.numel() else squares.shape[-1] - 1)
 
@@ -92,6 +93,7 @@ def decomposed(a: Tensor, b: Tensor) -> Decomposed:
         >>> a, b = torch.randn(2, 9, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
         >>> assert torch.allclose(decomposed(a, b).values, torch.linalg.svdvals(b @ a)[:2])
     """
+    # B A = Q (R_b R_a^T) P^T: the singular values are those of a matrix [r, r]
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
     u, s, v = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
@@ -114,6 +116,7 @@ def nearest(
         float(matrix.double().square().sum()) if matrix.dtype == torch.float64 else _squared(matrix)
     )
     size = _FIRST if rank is None else rank + _OVER
+    # beyond a third of the matrix a plain decomposition is no more work
     while 3 * size < min(matrix.shape[-2:]):
         found = replace(_sketched(matrix, size), total=total)
         if energy is None or found.share() >= energy:
@@ -131,8 +134,10 @@ def _squared(matrix: Tensor) -> float:
 
 def _sketched(matrix: Tensor, size: int) -> Decomposed:
     random = torch.Generator().manual_seed(size)
+    # in float64 whatever the matrix is: the same numbers for both types
     start = torch.randn(matrix.shape[-1], size, generator=random, dtype=torch.float64)
     basis = torch.linalg.qr(matrix @ start.to(matrix.dtype))[0]
+    # QR in between: powers alone would lose all but the largest direction to rounding
     for _ in range(_POWERS):
         other = torch.linalg.qr(matrix.mT @ basis)[0]
         basis = torch.linalg.qr(matrix @ other)[0]
@@ -143,6 +148,7 @@ def _sketched(matrix: Tensor, size: int) -> Decomposed:
 def distance(matrix: Tensor, a: Tensor, b: Tensor) -> float:
     """``‖matrix - B·A‖ / ‖matrix‖``, of a matrix that may be overwritten."""
     total = _squared(matrix)
+    # baddbmm takes stacks only, and subtracts without a product of its own in memory
     rest = matrix.view(-1, *matrix.shape[-2:])
     rest.baddbmm_(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), alpha=-1)
     return (_squared(matrix) / total) ** 0.5 if total else 0.0

@@ -48,6 +48,7 @@ def resize(
         >>> cut.adapter.updates["q"].r, round(cut.errors["q"] ** 2 * 14, 9)
         (2, 1.0)
     """
+    # the ranks of names are checked one by one, in `_ranks`
     check_choice(None if rank is None else 1 if isinstance(rank, Mapping) else rank, energy)
     check_all_add(adapter, adapter.name)
     if adapter.others:
@@ -79,6 +80,7 @@ def _resized(update: Update, rank: Optional[int], energy: Optional[float]) -> tu
     if rank is None:
         assert energy is not None
         rank = found.rank_of(energy)
+    # as it is: a decomposition of the same rank would only round
     if rank >= update.r:
         return update, 0.0
     a, b = found.factors(rank)

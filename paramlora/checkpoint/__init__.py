@@ -116,6 +116,7 @@ def apply(recipes: Recipes, state: State) -> dict[str, Any]:
     versions = getattr(state, "_metadata", None)  # of the modules, as torch keeps them
     if not isinstance(versions, Mapping):
         return dict(out)
+    # _metadata has a version of each module; merging erases the modules of parametrizations
     attached = any(Key.parse(key).part for key in out)
     out._metadata = OrderedDict(versions) if attached else without_updates(versions)
     return out  # type: ignore[no-any-return]
@@ -123,9 +124,11 @@ def apply(recipes: Recipes, state: State) -> dict[str, Any]:
 
 def _identity(recipe: Recipe, state: State) -> object:
     """Equal for recipes that give one tensor under several keys."""
+    # what is not merged is the input's own tensor, shared as it was: an object equals no other
     if not recipe.changes:
         return object()
     base = state[recipe.source]
+    # tied tensors are one memory under two keys, and must be one after merging
     what = (base.data_ptr(), tuple(base.shape), base.stride(), base.dtype)
     return (*what, *(_same(*strong) for strong in recipe.changes))
 

@@ -41,8 +41,10 @@ class Key:
             if found := pattern.fullmatch(key):
                 weight = found["module"] + (found["tensor"] if hard else "weight")
                 index, dot, part = found["part"].partition(".")
+                # parametrizations.weight.0.lora_A, and of a branch <list>.0.lora_A
                 if dot and _INDEX.fullmatch(index):
                     return cls(weight, part, int(index), hard)
+                # torch's name of what is parametrized; original0 and original1 of two tensors
                 if hard and not dot and index.startswith("original"):
                     return cls(weight, index)
         return cls(key)

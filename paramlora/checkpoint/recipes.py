@@ -71,6 +71,7 @@ class Recipe:
         """
         if after.dtype in NARROW or torch.isfinite(after).all():
             return
+        # a mask of -inf in the base is meant so: only what the sum has made infinite is an error
         lost = (torch.isfinite(before) & ~torch.isfinite(after)).reshape(-1)
         if not lost.any():
             return
@@ -88,6 +89,7 @@ class Recipe:
         if dtype not in NARROW or not terms:
             return terms
         scale = torch.ones(()) if self.scale is None else self.scale.to(device)
+        # the numbers of 8 bits times their scale are the weight; the sum goes back, clamped
         return [ScaledTerm(scale), *terms, ScaledTerm(1 / scale, torch.finfo(dtype).max)]
 
 
@@ -124,6 +126,7 @@ class Contents:
         """
         changes = adapter.values()
         at = {p: next((w for w in weights_at(p) if w in self.stored), None) for p in changes}
+        # safetensors stores a tied tensor under one of its names alone
         kept = {id(change) for path, change in changes.items() if at[path] is not None}
         missing = [p for p, change in changes.items() if at[p] is None and id(change) not in kept]
         if missing:
@@ -162,7 +165,8 @@ class Contents:
         stored = self.stored[weight]
         if not stored.endswith(".original0"):
             return self.there[stored]
-        second = f"{stored.removesuffix('0')}1"  # of weight norm's two originals
+        # weight_norm: original0 is the magnitude, original1 has the weight's shape
+        second = f"{stored.removesuffix('0')}1"
         if second not in self.there:
             raise FileError(f"{stored}: without its {second}. Save the state dict again.")
         return self.there[second]
@@ -174,6 +178,7 @@ class Contents:
     def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
         there = {text: self.there[text] for text, key in self.keys.items() if key.of_update}
+        # by shapes first: what does not fit is told before gigabytes are read
         looked(there, read, self._changes)
         return _shared(self._changes({text: read(text).detach() for text in there}))
 
@@ -184,6 +189,7 @@ class Contents:
             group = groups.setdefault((key.weight, not key.hard, key.index), {})
             group[key.part] = tensor
         out: dict[str, list[Value]] = {}
+        # by the places in torch's lists: sums of floats depend on their order
         for (weight, soft, _), parts in sorted(groups.items(), key=lambda item: item[0]):
             out.setdefault(weight, []).append(self._attached(weight, soft, parts))
         return out
@@ -205,6 +211,7 @@ class Contents:
 
     def alone(self, weight: str) -> bool:
         """Whether no parametrization but ours acts on a tensor, as far as the keys tell."""
+        # gaps in the numbers are parametrizations without tensors, which no key shows
         hard = [key for key in self.inner.get(weight, []) if key.hard]
         ours = {key.index for key in hard if key.of_update}
         under = self.stored[weight] != weight
@@ -249,6 +256,7 @@ def embed_recipes(contents: Contents, adapter: Adapter) -> Recipes:
         _check_free(contents, weight, change)
         source = contents.stored[weight]
         hard = change.hard
+        # torch's parametrize moves the tensor itself to .original
         if hard and source == weight:
             renamed[source] = str(Key(weight, "original"))
         index = contents.next(weight, hard)
@@ -300,6 +308,7 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -
         strong = folds.get(key.weight, []) if key.part in ("", "original") else []
         # a live model folds its parametrizations before its branches
         ordered = sorted(strong, key=lambda pair: not pair[0].hard)
+        # somebody else's parametrization stays, and so does the original under it
         erased = key.part == "original" and key.weight in attached
         recipes[key.weight if erased else text] = Recipe(
             text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
@@ -326,7 +335,9 @@ def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
     elif len(shape) == 2 and value.numel() == shape[0] and value.shape[0] == shape[0]:
         value = value.reshape(-1)
     else:
+        # no scale of ours to follow: 1 / 0 is refused below
         value = torch.zeros(())
+    # _inv: of blocks of 128 by 128, as DeepSeek's checkpoints have them
     if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
         raise AdapterError(
             f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
@@ -345,6 +356,7 @@ def _shared(inside: dict[str, list[Value]]) -> dict[str, list[Value]]:
 
 def _content(change: Value) -> object:
     """Equal for equal changes."""
+    # by content, as a state dict read from a file has lost which tensors were one
     held = sorted(change.tensors().items())
     return (*change.content(), *((name, _digest(tensor)) for name, tensor in held))
 

@@ -113,8 +113,10 @@ def run(arguments: Optional[list[str]] = None) -> NoReturn:
     """Run a command and exit, as `paramlora.cli.main` says."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        # a test or a notebook may have put something else there
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may be any text
+        # else click itself prints, and exits with codes of its own
         code = app(given, standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
@@ -148,6 +150,7 @@ def _exit_code(error: BaseException, given: list[str]) -> int:
 def _misuse(error: Any, text: str, given: list[str]) -> str:
     """What click says of wrong use, with the value that it leaves out, and where to read more."""
     options = getattr(getattr(error, "param", None), "opts", [])
+    # --rank=x and --rank x
     pairs = [one.partition("=")[::2] for one in given]
     pairs += [(one, after) for one, after in zip(given, given[1:]) if "=" not in one]
     value = next((value for name, value in pairs if name in options and value), None)

@@ -87,6 +87,7 @@ def combine(
         names = known(model, base, key)
         form = target(to, pairs[0][0], names)
         writer = how(form, prefix, fold_scale)
+        # before minutes of computing, not after
         check_place(out, form, force=force, dry_run=dry_run)
         done = arithmetic.combined(
             pairs,

@@ -157,6 +157,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def split(seed: int) -> tuple[Digits, Digits, Digits]:
     """(0 to 4, 5 to 9 to train on, 5 to 9 held out)."""
     images, labels = digits()
+    # 5 to 9 get the rows of 0 to 4: adapting changes what a row means
     every = Digits(images, labels % ROWS)
     (old,), (new,) = torch.where(labels < ROWS), torch.where(labels >= ROWS)
     new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
@@ -258,6 +259,7 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
         axis.axis("off")
     figure.tight_layout()
     with new_file(path) as file:
+        # without the version of matplotlib, so that one seed gives one file
         figure.savefig(file, dpi=110, metadata={"Software": None}, format="png")
     plt.close(figure)
 
@@ -312,6 +314,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             raise FileError(
                 f"{out / name}: is a folder, which no file replaces. Give another --out."
             )
+    # on the same disk, so that moving is renaming
     near = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     with _told(out), tempfile.TemporaryDirectory(prefix=".paramlora-demo-", dir=near) as temporary:
         yield Path(temporary)

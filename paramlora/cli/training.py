@@ -135,6 +135,7 @@ def build(spec: str) -> nn.Module:
     name, _, factory = spec.partition(":")
     if not factory:
         fail(f"--model {spec}: names no factory. Give module:factory, such as my_package:build.")
+    # as `python -m` does; a console script has its own folder there instead
     sys.path.insert(0, os.getcwd())
     try:
         make: Any = getattr(importlib.import_module(name), factory)

@@ -154,7 +154,7 @@ class TargetConfig:
         return out
 
     def _own(self) -> dict[str, Any]:
-        """Without what every entry may have."""
+        """The keys of an entry that trains an update: of its rank, of its kind, and the kind's."""
         keys = KINDS.get(self.kind, KindKeys())
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
         out = self._low_rank() if keys.ranked else {}
@@ -254,6 +254,7 @@ def parsed(data: Any, source: str) -> LoRAConfig:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: expected an object of entries, got {spelled(data)}.")
+    # a copy: keys are taken out of it, and the caller's stays whole
     rest = dict(data)
     trainable = _boolean(rest.pop("trainable_model", False), source, "trainable_model")
     exclude = _exclude(rest.pop("exclude"), source) if _is_exclude(rest) else ()
@@ -317,6 +318,7 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
             f'{where}: expected an object such as {{"r": 8}}, got {spelled(entry)}.{also}'
         )
     kind = _choice(entry, "kind", tuple(KINDS), where) or _implied(entry)
+    # all kinds' common keys: what this kind has no use for `_check_kind` tells more plainly
     allowed = sorted((*ALLOWED, *KINDS[kind].own))
     for key in entry:
         if key not in allowed:
@@ -359,6 +361,7 @@ def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:
     keys = KINDS[kind]
     only = ALLOWED if keys.only is None else keys.only
     lost = [key for key in entry if key not in (*only, *keys.own) and entry[key] is not None]
+    # a configuration may say what is so anyway
     if "hard" not in only and entry.get("hard", 0) in (1, True) and "hard" in lost:
         lost.remove("hard")  # which all but the low-rank kind are
     if lost:
@@ -497,6 +500,7 @@ def _up_kernel(entry: Mapping[str, Any], hard: bool, where: str) -> Union[int, s
     value = entry.get("up_kernel", 1)
     if hard and "up_kernel" in entry:
         raise ConfigError(f'{where}: "up_kernel" belongs to soft entries. Add "hard": 0.')
+    # True is 1 to Python, and no kernel
     if value == 1 and not isinstance(value, bool):
         return 1
     if value == "same":

@@ -62,6 +62,7 @@ def serves(device: int) -> bool:
 
 def _importable() -> bool:
     try:
+        # older Tritons have none, and `launch` makes its blocks as those
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:
         return False

@@ -14,16 +14,20 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from paramlora.cuda.native.handed import launcher
 from paramlora.errors import warn
 from paramlora.update.compat import cuda_device, cuda_stream
 
+Layout = tuple[list[int], ...]  # of a matrix: its shape, its strides, and the shape of a block
 
+
+# a `TensorDescriptor` checks strides and alignment in Python at each launch; a plan did so once
 class Block:
-    """What a launch reads of a `TensorDescriptor`, without its checks."""
+    """What Triton reads of a `TensorDescriptor`, without its checks."""
 
     __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
 
-    def __init__(self, base: Tensor, layout: tuple[list[int], ...]) -> None:
+    def __init__(self, base: Tensor, layout: Layout) -> None:
         self.base, self.padding = base, "zero"
         self.shape, self.strides, self.block_shape = layout
         self.round_f32_to_tf32 = False  # read by Triton 3.7 and later
@@ -53,8 +57,12 @@ class Launch:
         stages: int,
         warps: int,
         early: bool = False,
+        layouts: tuple[Layout, ...] = (),
     ) -> None:
         self.kernel, self.device, self.grid = kernel, device, grid
+        self.layouts = (
+            layouts  # of what the tensor memory engine loads, the kernel's first arguments
+        )
         self.numbers, self.constants, self.tail = numbers, constants, (*numbers, *constants)
         self.options: dict[str, Any] = {"num_stages": stages, "num_warps": warps}
         if early:  # may start before the kernel ahead ends (programmatic dependent launch)
@@ -62,36 +70,51 @@ class Launch:
         self.run: Any = None
         self.head: tuple[Any, ...] = ()
         self.compiled: Any = None  # the kernel, from the second launch of its kind on
+        self.by_driver: Any = None  # the launch without Triton, see `native.handed.launcher`
 
     def __call__(
         self,
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...] = (),
-        blocks: tuple[Block, ...] = (),
+        matrices: tuple[Tensor, ...] = (),
     ) -> None:
-        """Launch on the current stream; the kernel takes the blocks first, then the rest.
+        """Launch on the current stream.
 
         Args:
             pointers: tensors that tell the types and alignments of the addresses.
             addresses: what the kernel gets.
             values: numbers that change from call to call.
-            blocks: for the tensor memory engine.
+            matrices: laid as `layouts` say, for the tensor memory engine.
         """
-        if self.run is None:
-            kind = self._kind(pointers)
-            if kind not in _TRUSTED:
-                _TRUSTED[kind] = self._tried(pointers, addresses, values, blocks)
-                return
-            if _TRUSTED[kind] is None:
-                self._by_triton(pointers, addresses, values, blocks)
-                return
-            self.compiled, self.head = _TRUSTED[kind]
-            self.run = self.compiled.run
+        if self.run is None and not self._is_ready(pointers, addresses, values, matrices):
+            return
         stream = cuda_stream(self.device)
+        if self.by_driver is not None:
+            starts = map(Tensor.data_ptr, matrices)
+            self.by_driver(stream, *starts, *addresses, *values)
+            return
+        blocks = map(Block, matrices, self.layouts)
         self.run(
             self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
         )  # fmt: skip
+
+    def _is_ready(self, *given: Any) -> bool:
+        """Whether it is known how to launch; if not, it was launched by Triton."""
+        # plans of one kind share what Triton compiled: only the first of them tries it
+        kind = self._kind(given[0])
+        if kind not in _TRUSTED:
+            _TRUSTED[kind] = self._tried(*given)
+            return False
+        if _TRUSTED[kind] is None:
+            self._by_triton(*given)
+            return False
+        self.compiled, self.head = _TRUSTED[kind]
+        self.run = self.compiled.run
+        _, addresses, values, _ = given
+        kinds = (*map(type, addresses), *map(type, values))
+        self.by_driver = launcher(self.compiled, self.grid, self.layouts, kinds, self.tail)
+        return True
 
     def _kind(self, pointers: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return (
@@ -99,6 +122,7 @@ class Launch:
             self.device,
             tuple(t.dtype for t in pointers),
             tuple(t.data_ptr() & 15 == 0 for t in pointers),
+            # of an integer Triton compiles in that it is 1 or a multiple of 16, and 32 or 64 bits
             tuple((n == 1, n & 15 == 0, n >> 31 != 0) for n in self.numbers),
             self.constants,
             *self.options.items(),
@@ -109,10 +133,10 @@ class Launch:
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...],
-        blocks: tuple[Block, ...],
+        matrices: tuple[Tensor, ...],
     ) -> Any:
         """Launch as Triton does, which takes tensors: the compiled kernel."""
-        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
         placed = [_from(*one) for one in zip(pointers, addresses)]
         arguments = (*described, *placed, *values, *self.tail)
         return self.kernel[(self.grid,)](*arguments, **self.options)
@@ -122,16 +146,20 @@ class Launch:
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...],
-        blocks: tuple[Block, ...],
+        matrices: tuple[Tensor, ...],
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
-        """Launch as Triton does: the compiled kernel and what its own function takes first, or
-        None where Triton hands over something else than `__call__` would."""
-        described = [TensorDescriptor(b.base, b.shape, b.strides, b.block_shape) for b in blocks]
+        """Launch as Triton does: the compiled kernel, and what its launcher takes between the
+        stream and the arguments; or None where Triton hands over something else than `__call__`
+        would."""
+        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
         arguments = (*described, *pointers, *values, *self.tail)
+        # by the tensors, not the places in them: by their types and alignments, as `_kind`
         compiled = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
         with _recorded(compiled) as calls:
-            self._by_triton(pointers, addresses, values, blocks)
+            self._by_triton(pointers, addresses, values, matrices)
+        blocks = map(Block, matrices, self.layouts)
         try:
+            # metadata for profilers and the hooks before and after stay None, see `_OWN`
             head = (compiled.function, compiled.packed_metadata, None, None, None)
             start = (self.grid, 1, 1, cuda_stream(self.device), *head)
             if _same((*start, *blocks, *addresses, *values, *self.tail), calls):
@@ -146,6 +174,7 @@ class Launch:
 def _recorded(compiled: Any) -> Iterator[list[tuple[Any, ...]]]:
     """The arguments of each launch of a compiled kernel, as Triton hands them over."""
     calls: list[tuple[Any, ...]] = []
+    # `run` is a property that loads the kernel onto the device and keeps its launcher as `_run`
     run = getattr(compiled, "run", None)
 
     def record(*given: Any) -> None:
@@ -186,6 +215,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _from(tensor: Tensor, address: int) -> Tensor:
     """The rest of a tensor's memory from an address in it on."""
+    # Triton takes an address from a tensor alone, and ours may lie inside of one, such as `kept`
     skipped = (address - tensor.data_ptr()) // tensor.element_size()
     left = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     return tensor.as_strided((left - skipped,), (1,), tensor.storage_offset() + skipped)
@@ -262,12 +292,14 @@ def planned(
     odd, about = 0, [*rest]
     for t in tensors:
         address = t.data_ptr()
+        # by all addresses at once: nearly all are multiples of 16, and then tell no kinds apart
         odd |= address
         addresses.append(address)
         about += (t.shape, t.dtype, t.stride(), t.get_device())
     if odd & 15:
         about += [address & 15 for address in addresses]
     key, places = tuple(about), tuple(addresses)
+    # its own default: a plan may well be None
     plan = plans.get(key, plans)
     if plan is plans:
         if len(plans) >= 4096:
@@ -288,7 +320,8 @@ def _ready_for_capture() -> None:
 
 
 def on_its_device(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that launches, called with the device of its first tensor as the current one."""
+    """A function that launches, called with the device of its first tensor as the current one:
+    Triton launches there, whatever device its arguments are on."""
 
     @functools.wraps(call)
     def called(first: Any, *others: Any, **named: Any) -> Any:

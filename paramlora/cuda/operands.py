@@ -99,6 +99,7 @@ class kernels:
         >>> assert torch.equal(y, layer(x))
     """
 
+    # a call writes into the list (of one bool) of the block around it; a block adds its own
     def __init__(self, on: bool) -> None:
         self._own, self._outer = [bool(on)], _asked[-1]
         self._before, self._outer[0] = self._outer[0], bool(on)
@@ -161,6 +162,7 @@ def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
 
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
     """Whether an update's own operands fit a weight ``[out, ...]`` and lie on its device."""
+    # `a` of a convolution is flat: [r, in / groups * taps]
     out, size, device = weight.shape[0], weight.numel(), weight.get_device()
     if size == 0 or a.shape[1] * out != size or b.shape != (out, a.shape[0]) or scale.numel() != 1:
         return False
@@ -207,6 +209,7 @@ def kept_size(M: int, N: int, K: int, r: int, drop: bool = False) -> int:
     r, and where inputs are dropped with the numbers of their rows and columns."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)
+    # in elements of 16 bits: 2 make a number or a count of 32, 4 a signal of 64
     numbers = 2 * (M + K + (M + K) % 2) if drop else 0
     return (
         numbers + R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))

@@ -10,6 +10,7 @@ from paramlora.cuda.operands import Drop, Operands, Wanted, Window, kept_size, p
 from paramlora.update import narrow
 
 _Maybe = Optional[Tensor]
+Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
 
 
 def forward(
@@ -22,10 +23,11 @@ def forward(
     """
     if not served(of.x):
         return None
-    from paramlora.cuda.linear import plan
+    from paramlora.cuda.linear import plan  # imports Triton, which may not be there
 
     if of.x.dtype != torch.float16:
         return plan.forward(of, strength, image, drop)  # type: ignore[no-any-return]
+    # u = x @ A.T may pass float16's 65504 though y does not: A takes a power of two, B its inverse
     inside, g = _in_range(of, strength)
     return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
@@ -62,15 +64,9 @@ def _with_power(result: Optional[tuple[Tensor, Tensor]], g: Tensor) -> Any:
     """A forward's result, with the power of two behind all of `kept`."""
     if result is None:
         return None
+    # float32 in two numbers of 16 bits: `kept` is the one tensor that goes to the backward, and the
+    # device alone knows the power
     return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])
-
-
-def _power_of(kept: Tensor) -> Tensor:
-    """The power of two that `_with_power` put behind."""
-    return kept[-2:].clone().view(torch.float32)[0]
-
-
-Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
 
 
 def backward(
@@ -87,13 +83,20 @@ def backward(
         return None, None, None, None
     from paramlora.cuda.linear import plan
 
-    if of.x.dtype == torch.float16:
-        return _backward_in_range(dy, of, strength, kept, wanted, image, drop)
-    pair, scaled = (wanted.x, wanted.factors), not wanted.scale
-    dx, da, db = plan.backward(dy, of, kept, strength, scaled, pair, image, drop)
+    in_range = of.x.dtype == torch.float16
+    # the gradient of the scale is a sum over B's from before it is scaled, which in float16 still
+    # has a power of two to lose
+    scaled, pair = not (wanted.scale or in_range), (wanted.x, wanted.factors)
+    own, g, h = strength, None, None
+    if in_range:
+        kept, g, h = _kept_in_range(dy, of, strength, kept)
+        own = 1.0  # the factors in `kept` hold the strength
+    dx, da, db = plan.backward(dy, of, kept, own, scaled, pair, image, drop)
     if da is None or db is None:
         return dx, None, None, None
-    return dx, _typed(da, of.a), *_second(db, of, strength, scaled, wanted)
+    if in_range:
+        da, db = da / h, db / g
+    return dx, _typed(da, of.a.dtype), *_second(db, of, strength, scaled, wanted)
 
 
 def _second(
@@ -101,37 +104,27 @@ def _second(
 ) -> tuple[Tensor, _Maybe]:
     """The gradients of B and of the scale; `scaled`: B's is ready but for its type."""
     if scaled:
-        return _typed(db, of.b), None
+        return _typed(db, of.b.dtype), None
     return gradient_of_second(db, of.b, of.scale, strength, wanted.scale)
 
 
-def _typed(gradient: Tensor, of: Tensor) -> Tensor:
-    # which takes as long as a launch to do nothing
-    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
+def _typed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # without the call of `to`, which takes as long as a launch to do nothing
+    return t if t.dtype == dtype else t.to(dtype)
 
 
-def _backward_in_range(
-    dy: Tensor,
-    of: Operands,
-    strength: float,
-    kept: Tensor,
-    wanted: Wanted,
-    image: bool,
-    drop: Optional[Drop],
-) -> Gradients:
-    """`backward` of float16: the gradient has a range of its own, so the factors are cast anew."""
-    from paramlora.cuda.linear import plan
-
+def _kept_in_range(
+    dy: Tensor, of: Operands, strength: float, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kept` of a forward in float16 with the factors cast anew, as a gradient has a range of its
+    own; and the powers of two that are in the gradients of B and of A."""
     (out, fan_in), r, R = of.weight.shape, len(of.a), padded(len(of.a))
     up, down, h = narrow.in_range(dy, _scaled(of, strength), of.a, out)
-    g, kept = _power_of(kept), kept.clone()
+    g, kept = kept[-2:].clone().view(torch.float32)[0], kept.clone()
+    # the layout that `linear.kernels` tells: A [R, in], then Bᵀ [R, out], padded with zeros
     kept[: R * fan_in].view(R, fan_in)[:r] = down
     kept[R * fan_in : R * (fan_in + out)].view(R, out)[:r] = up.t()
-    pair = (wanted.x, wanted.factors)
-    dx, da, db = plan.backward(dy, of, kept, 1.0, False, pair, image, drop)
-    if da is None or db is None:
-        return dx, None, None, None
-    return dx, (da / h).to(of.a.dtype), *_second(db / g, of, strength, False, wanted)
+    return kept, g, h
 
 
 def convolved(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
@@ -152,6 +145,7 @@ def convolved_backward(
         return None, None, None, None
     from paramlora.cuda.convolution import plan
 
+    # B's gradient is always found: it shares a pass over dy with v
     scaled = not wanted.scale
     dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
@@ -184,16 +178,16 @@ def depthwise_backward(
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
-    b = narrow.of_factor(b) * (scale if strength == 1 else scale * strength)
-    return b if b.dtype == dtype else b.to(dtype)  # which takes as long as a launch to do nothing
+    """``strength · scale · B`` in a type, rounded once."""
+    return _typed(narrow.of_factor(b) * (scale if strength == 1 else scale * strength), dtype)
 
 
 def gradient_of_second(
     product: Tensor, b: Tensor, scale: Tensor, strength: float, scale_too: bool
 ) -> tuple[Tensor, _Maybe]:
     """The gradients of B and of the scale, from ``dYᵀ·x·Aᵀ``."""
-    own = torch.float32 if b.dtype == torch.float16 else b.dtype
-    product = product if product.dtype == own else product.to(own)
+    # float16 would overflow where the scaled gradient is finite
+    product = _typed(product, torch.float32 if b.dtype == torch.float16 else b.dtype)
     dscale = ((product * b).sum() * strength).to(scale.dtype) if scale_too else None
     return scaled_down(product, scale, strength, b.dtype), dscale
 
@@ -211,6 +205,7 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor]:
     result = forward(Operands(x, weight, bias, a, b, scale), drop=_drop(rate, seed))
     if result is None:
+        # an operator cannot give None; whoever calls it asks `has_kernel` and `fits` first
         raise ValueError("paramlora::linear: the operands differ in size, type or device")
     return result
 
@@ -231,7 +226,7 @@ def _(
     seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
-    more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `forward`
+    more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `_with_power`
     size = kept_size(M, N, K, len(a), seed is not None)
     return x.new_empty(M, N), x.new_empty(size + more)
 
@@ -250,9 +245,11 @@ def _linear_backward_op(
     seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_too, factors_too, scale_too = wanted
+    # the factors' gradients share one launch: both or none
     asked = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
     of = Operands(x, weight, None, a, b, scale)
     grads = backward(dy, of, 1.0, kept, asked, drop=_drop(rate, seed))
+    # an operator's schema gives tensors, so that what is not wanted is one without numbers
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
 
@@ -271,7 +268,7 @@ def _(
     seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_too, factors_too, scale_too = wanted
-    factors = factors_too or scale_too
+    factors = factors_too or scale_too  # as `Wanted.factors`: the scale's is found on their way
     pairs = ((x, input_too), (a, factors), (b, factors), (scale, scale_too))
     # each its own, also those that are left out: none may be the other's alias
     dx, da, db, dscale = (t.new_empty(t.shape) if want else x.new_empty(0) for t, want in pairs)
@@ -280,6 +277,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, a, b, scale, ctx.rate, seed = inputs
+    # output[1] is `kept`; the rate is a float, which save_for_backward does not take
     ctx.save_for_backward(x, weight, a, b, scale, output[1], seed)
 
 
@@ -292,6 +290,7 @@ def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
     )
+    # of a base that is trained too: no kernel of ours finds it
     dweight = dy.t() @ x if needs[1] else None
     return dx, dweight, dy.sum(0) if needs[2] else None, da, db, dscale, None, None
 

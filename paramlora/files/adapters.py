@@ -101,10 +101,12 @@ def load_adapter(
         else:
             check_swap(model, found, into)
 
+    # a collection of garbage would go through all the new tensors several times
     with uncollected():
         # of one that is attached: no other asks every module of the model
         held = () if into is None else (u for *_, u in updates(model) if u.adapter == into)
         locked = any(t.is_cuda for u in islice(held, 1) for t in u.parameters())
+        # one memory is read, checked and copied to a device at once; attaching drops it
         found = _read(path, base, options, together=True, locked=locked, fits=fits)
         if not strict:
             found = without_strangers(found, tensor_paths(model), Path(path).name)
@@ -152,6 +154,7 @@ def _read(
 
     def look(outline: Content) -> None:
         form = formats.form_of(outline)
+        # noted by itself: an alpha that only this look has used still counts as unused
         fits(formats.read(outline, base(form), formats.noting(options), form.name))
 
     content = checked(path, together, locked, look, finite=True)
@@ -219,6 +222,7 @@ def convert(
     Raises:
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
+    # what costs least is asked first: the place, the names, then the tensors
     check_place(out, to, force=force, dry_run=dry_run)
     check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
@@ -250,9 +254,11 @@ def write_adapter(
     """
     check_place(out, to, force=force, dry_run=dry_run)
     form = formats.writable(to)
+    # the native format keeps ties as they are; others need to know each layer's kind
     if not form.complete:
         check_holders(adapter, base)
     written = formats.write(adapter, to, base, **how)
+    # the file has the names of the base, so it is compared with the adapter under those
     kept = adapter if base is None or form.complete else formats.fit(adapter, base, DEFAULTS, to)
 
     def check(content: Content) -> None:
@@ -296,6 +302,7 @@ def together(
             if own is None:
                 _check_names_itself(given)
             given = read_adapter(given, own, options)
+        # a file of a whole pipeline gives the part of that name
         if any(path.startswith(f"{name}.") for path in given.values()):
             given = part_of(given, name, name)
         found = _beside_each_other(found, given, f"{name}.")
@@ -460,6 +467,7 @@ def weights_in(path: PathLike) -> Path:
     names = [name for form in _by_weights() for name in form.weights]
     for name in names:  # a pointer or a page under such a name is better told than passed over
         check_tensors(folder / name)
+    # by content, whatever it is called: a folder may hold one file of any name
     found = [file for file in entries_of(folder) if os.path.isfile(file) and _is_weights(file)]
     known = [folder / name for name in names if folder / name in found]
     if known or len(found) == 1:
@@ -480,6 +488,7 @@ def _is_weights(path: Path) -> bool:
         head = head_of(path)
     except FileError:
         return False
+    # safetensors: 8 bytes of a length, then JSON
     return is_pickled(head) or head[8:] == b"{"
 
 
@@ -490,6 +499,7 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
     bytes that they stand for are counted, and no real file has so many.
     """
     out: dict[str, Tensor] = {}
+    # a stack of its own: a hostile file may nest deeper than Python calls
     levels = [iter([("", content)])]
     places = characters = size = 0
     while levels:
@@ -504,6 +514,7 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
                 torch_save.checked_spec(path, key, value)
                 out[key], size = value.detach(), size + value.nbytes
             elif isinstance(value, (Mapping, list, tuple)):
+                # the level around it goes on where it stopped once this one is done
                 levels.append(_items(key, value))
                 break
         else:
@@ -559,6 +570,7 @@ def _beside(folder: Path) -> dict[str, Any]:
                 raise FileError(
                     f"{folder / name}: {kind_of(found)}, not an object. Copy or save it again."
                 )
+            # the format asked first comes last in this loop, so that its values stay
             config |= found
     return config
 
@@ -568,6 +580,7 @@ def _flat_yaml(text: str) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
+        # a line that is indented belongs to a nested block, none of which any format asks for
         if colon and name == name.strip() and value.strip():
             try:
                 config[name] = parse_json(value.split(" #")[0])
@@ -591,6 +604,7 @@ def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> 
 
 
 def _within(adapter: Adapter) -> Adapter:
+    # tied tensors share one update, and must still share one afterwards
     made = {id(update): within(update) for update in adapter.updates.values()}
     return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
 
@@ -619,6 +633,7 @@ def _save(content: Content, out: Path, form: Format, check: Callable[[Content], 
         with new_file(out) as file:
             _fill(content, form, file)
             file.flush()
+            # what is read back from the disk, while the older file is still in its place
             check(opened(file.name))
         return
     weights, config = form.weights[0], form.config
@@ -643,6 +658,7 @@ def _fill(content: Content, form: Format, file: BinaryIO) -> None:
 def _text(config: Mapping[str, Any], name: str) -> str:
     if name.endswith(".json"):
         return json.dumps(config, indent=2) + "\n"
+    # a value of JSON is one of YAML
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
 
 

@@ -168,6 +168,7 @@ def difference(
         >>> found = difference(base, tuned, rank=1)
         >>> assert torch.allclose(found.adapter.updates["q"].delta(), torch.ones(4, 4), atol=1e-5)
     """
+    # a model tells which tensors are embeddings or convolutions, where keys and shapes do not
     if known is None and isinstance(base, nn.Module):
         known = base_of(base)
     nested = [_has_levels(base), _has_levels(tuned)]
@@ -199,6 +200,7 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
     if isinstance(given, nn.Module):
         given = given.state_dict()
     if isinstance(given, Mapping):
+        # a state dict may hold more: a quantised layer's settings, a step
         tensors = {k: value for k, value in given.items() if isinstance(value, Tensor)}
         side = Side(tensors, tensors.__getitem__, name)
     else:

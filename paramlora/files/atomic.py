@@ -37,6 +37,7 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
     Raises:
         FileError: the place cannot be written, or is no file.
     """
+    # behind a link it is the file that is replaced, and the link stays
     target = Path(os.path.realpath(path))
     with _told(path), _temporary(target) as temporary:
         _check_file(path)
@@ -44,8 +45,10 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
             _keep_access(target, temporary)
             yield file
             file.flush()
+            # before the rename, which else may reach the disk first and show an empty file
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        # a name is written in its folder
         _sync(target.parent)
 
 
@@ -60,6 +63,7 @@ class Ahead:
         self._written += count
         if self._written - self._told >= _STRIDE and hasattr(os, "posix_fadvise"):
             length, number = self._written - self._told, self._file.fileno()
+            # Linux starts to write such pages out, and fsync then waits for the last ones alone
             os.posix_fadvise(number, self._told, length, os.POSIX_FADV_DONTNEED)
             self._told = self._written
 
@@ -78,8 +82,10 @@ def new_folder(path: PathLike, names: Collection[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     check_lost(path, target, names)
     with _told(path), _temporary(target) as temporary:
+        # closed to others while it is filled, if the one that it replaces may be
         temporary.mkdir(0o700 if target.exists() else 0o777)
         yield temporary
+        # the files, then their folder, then the rename: no name comes before what it names
         for file in temporary.rglob("*"):
             _keep_access(target / file.relative_to(temporary), file)
             _sync(file)
@@ -107,6 +113,7 @@ def check_new(path: PathLike, force: bool) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             number = errno.EROFS if _is_read_only(folder) else errno.EACCES
             raise OSError(number, os.strerror(number))
+    # a link to nothing is there, too
     if not force and os.path.lexists(path):
         raise FileError(f"{path}: exists. Give another place, or force (--force) to replace it.")
 
@@ -177,7 +184,12 @@ def _keep_access(old: Path, new: Path) -> None:
 
 
 def _keep_owner(had: os.stat_result, new: Path, mode: int) -> int:
-    """The mode to have then: what a group had is not another group's to have."""
+    """Give a file the owner and group that another had, as far as the system lets; the mode that it
+    may then have.
+
+    With both kept that is the old mode. With the group alone the bits that run a file as its owner
+    or group go; with neither, also what the group was allowed, for it would be another group.
+    """
     for user, kept in ((had.st_uid, mode), (-1, mode & ~0o6000)):
         try:
             os.chown(new, user, had.st_gid)
@@ -200,6 +212,7 @@ def check_lost(path: PathLike, old: Path, names: Collection[str]) -> None:
     Raises:
         FileError: names them.
     """
+    # a file that stands there is lost as well
     there = os.listdir(old) if os.path.isdir(old) else [old.name] if old.exists() else []
     lost = sorted(name for name in set(there) - set(names) if not is_left(name))
     if lost:
@@ -214,11 +227,13 @@ def _exchange(new: Path, old: Path) -> None:
     system = ctypes.CDLL(None) if os.name == "posix" else None
     swap = getattr(system, "renameat2", None)
     paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
+    # other systems, and some file systems of Linux, do not exchange: two renames then
     if swap is not None and swap(*paths, _EXCHANGE) == 0:
         return
     aside = new.with_name(f"{new.name}.old")
     os.rename(old, aside)
     try:
+        # for a moment nothing is at `old`: signals wait (`undisturbed`), a failure moves it back
         os.rename(new, old)
     except BaseException:
         os.rename(aside, old)

@@ -86,6 +86,7 @@ class Stored:
         return self.parts[self.file_of[key]].run(key, elements)
 
     def _open(self, key: Optional[str]) -> None:
+        # an index that is named itself stands for its folder
         if not os.path.isdir(self.path) and not self.path.name.endswith(_INDEX):
             self.parts[self.path.name] = _part(self.path, key)
             return
@@ -119,6 +120,7 @@ class Stored:
                     )
                 file_of[key] = name
         for key, name in (self.index or {"weight_map": {}})["weight_map"].items():
+            # a shard of another version: told here, and not later as a layer that is missing
             if file_of.get(key) != name:
                 raise FileError(
                     f"{self.path}: {name} lacks {key}, which the index places there. Download "
@@ -186,6 +188,7 @@ class Pipeline:
 
 def _own_folders(path: Path) -> list[Path]:
     """The folders in a pipeline's, without links to elsewhere."""
+    # a link would have files copied that are none of the pipeline's
     there = [one for one in entries_of(path) if os.path.isdir(one)]
     away = [one.name for one in there if one.resolve().parent != path.resolve()]
     if away:
@@ -201,6 +204,7 @@ def opened(path: PathLike, key: Optional[str] = None) -> Union[Stored, Pipeline]
         FileError: it cannot be read, or is none.
     """
     folder = Path(path)
+    # a key is a place in one file of torch.save, which a pipeline has none of
     if key is not None or not os.path.isdir(folder) or has_weights(folder):
         return Stored(path, key)
     inside = any(os.path.isdir(one) and has_weights(one) for one in entries_of(folder))
@@ -232,6 +236,7 @@ def weights_in(folder: Path) -> Optional[Path]:
     if any(name.endswith(_INDEX) for name in names):
         return None
     usual = [name for name in _WEIGHTS if name in names]
+    # a usual name wins over others; without one there must be no choice
     kept = [path.name for path in _weights(folder)]
     chosen = usual[:1] or (kept if len(kept) == 1 else [])
     return folder / chosen[0] if chosen else None
@@ -256,6 +261,7 @@ def entries_of(folder: Path) -> list[Path]:
 
 def _index_in(folder: Path) -> Path:
     found = [path for path in entries_of(folder) if path.name.endswith(_INDEX)]
+    # repositories often hold the same weights as .bin too
     safe = [p for p in found if p.name.endswith(f".safetensors{_INDEX}")]
     chosen = safe or found
     if len(chosen) != 1:
@@ -296,5 +302,6 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _is_plain(name: object) -> bool:
     """Whether something names a file of its own folder."""
+    # with separators of every system: an index must not lead out of its folder
     outside = ("", ".", "..")
     return isinstance(name, str) and name not in outside and not set(name) & set("/\\:\0")

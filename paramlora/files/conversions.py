@@ -107,6 +107,7 @@ def embed(
             recipes = embed_recipes(contents, found)
         _warn_inside(contents, base)
         done = _write(stored, recipes, Path(out), dry_run, progress)
+    # embedding changes no tensor of the base
     return replace(done, updates=len(found.values()), largest=None)
 
 
@@ -193,9 +194,11 @@ def merge(
             recipes = merge_recipes(contents, loaded, stored.read)
         if seed is not None:
             recipes = {
+                # random numbers by the tensor's name: no order of writing changes the file
                 name: replace(recipe, rounding=Rounding(seed, name, counts=False))
                 for name, recipe in recipes.items()
             }
+        # before anything is written, so that whoever reads it can still stop
         for adapter, _ in loaded:
             _warn_other(adapter, contents, stored)
         return _write(stored, recipes, Path(out), dry_run, progress)
@@ -231,6 +234,7 @@ def kept(
                 spec = stored.specs[recipe.source]
                 counted = replace(recipe, rounding=rounding)
                 for run, summed in counted.fold(spec.shape, spec.dtype).blocks():
+                    # the sum itself is not wanted: `rounding` counts what it loses
                     summed(stored.run(recipe.source, run))
     return rounding.report()
 
@@ -241,6 +245,7 @@ def _said_of(file: PathLike) -> Iterator[None]:
     try:
         yield
     except ParamloraError as error:
+        # one from deeper down may name it already
         if str(file) in str(error):
             raise
         raise type(error)(f"{file}: {error}") from error
@@ -253,6 +258,7 @@ def _adapter(
     if isinstance(adapter, Adapter):
         return adapter
     shapes = Contents(stored.specs).shapes()
+    # a checkpoint tells names and shapes; kinds of layers only a model
     base = base_of_shapes(shapes) if known is None else known
     fits = _fitting(adapter, stored)
     own = format_of(adapter) == OWN
@@ -260,6 +266,7 @@ def _adapter(
         found = read_adapter(adapter, fits=fits)
     else:
         found = read_adapter(adapter, base, options)
+    # of other formats `read_adapter` has left them out, by the base
     if own and not options.strict:
         found = without_strangers(found, shapes, str(adapter))
     fits(found)
@@ -312,6 +319,7 @@ def _write(
             _check_space(out, size)
             _write_pipeline(stored, recipes, specs, out, watch)
     elif not dry_run:
+        # configurations and tokenizers go along, or the new folder would not load
         beside = _beside(stored.folder) if _is_folder(out) else []
         _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
@@ -348,6 +356,7 @@ class _Watch:
         moved = there = 0.0
         for before, after in pairs:
             if before.is_floating_point():
+                # float32 at least: in float16 the squares of a norm overflow
                 old = before.to(factor_dtype(before.dtype)).reshape(-1)
                 new = after.to(old.dtype).reshape(-1) - old
                 moved, there = moved + float(new.dot(new)), there + float(old.dot(old))
@@ -370,6 +379,7 @@ def _check_kind(stored: Checkpoint, out: Path) -> None:
         if not _is_folder(out):
             raise FileError(f"{out}: a pipeline is a folder of models. Give a name of a folder.")
         return
+    # a folder may well become one file, but never the other way round
     if not stored.is_folder and _is_folder(out):
         raise FileError(f"{out}: its ending tells no kind of file. Give one of {_ENDINGS}.")
     if out.suffix in SAFE:
@@ -415,11 +425,13 @@ def _write_pipeline(
     beside |= {Path(folder.name): _every(folder) for folder in stored.others}
     for name, component in stored.components.items():
         beside[Path(name)] = _beside(component.folder)
+    # `new_folder` asks this of the folder itself, and knows nothing of those inside
     _check_lost_inside(stored, beside, out)
     top = [*stored.components, *(f.name for f in stored.others), *(p.name for p in beside[Path()])]
     with new_folder(out, top) as folder:
         for place, files in beside.items():
             (folder / place).mkdir(exist_ok=True)
+            # `_fill_folder` copies those of a component
             if str(place) not in stored.components:
                 for path in files:
                     shutil.copyfile(path, folder / place / path.name)
@@ -458,6 +470,7 @@ def _fill_folder(
     watch: _Watch,
 ) -> None:
     for name in stored.parts:
+        # plain files: `new_folder` flushes all of them, and puts the folder in its place whole
         with open(folder / name, "wb") as file:
             _fill(stored, recipes, specs, [name], Path(name).suffix, file, watch)
     for path in beside:
@@ -502,6 +515,7 @@ def _index(stored: Stored, recipes: Recipes, specs: dict[str, Spec]) -> dict[str
         "total_parameters": sum(spec.elements for spec in specs.values()),
     }
     told = index.get("metadata", {})
+    # only what was told before: older indexes know no total_parameters
     index["metadata"] = {**told, **{k: v for k, v in totals.items() if k in told}}
     index["weight_map"] = {key: stored.file_of[recipe.source] for key, recipe in recipes.items()}
     return index
@@ -517,10 +531,12 @@ def _fill(
     watch: _Watch,
 ) -> None:
     """Write what stands in some of the input's files as one file."""
+    # a tensor goes where its base lies, so the index names the same files
     mine = {
         key: recipe for key, recipe in recipes.items() if stored.file_of[recipe.source] in parts
     }
     if suffix in SAFE:
+        # of several shards that of the first: one file has room for one
         metadata = stored.parts[parts[0]].metadata
 
         def pieces(key: str) -> Iterable[memoryview]:
@@ -562,6 +578,7 @@ def _rounding(
     before: Tensor, after: Tensor, summed: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
     """``<Δ, Δ>`` and ``<Δ, Δ'>`` of a run in 8 bits: what was to be added, and what was."""
+    # the same sum once more, of a weight in float32: not rounded to 8 bits
     wide = before.float()
     meant, added = summed(wide) - wide, after.float() - wide
     return float(meant.dot(meant)), float(meant.dot(added))
@@ -571,6 +588,7 @@ def _fill_pickled(
     stored: Stored, recipes: Recipes, parts: list[str], file: BinaryIO, watch: _Watch
 ) -> None:
     part = stored.parts[parts[0]]
+    # what stands around the state dict (an optimizer, a step) is written again as it was
     if isinstance(part, PickledFile) and len(parts) == 1:
         state = apply(recipes, part.state)
         _watch_made(stored, recipes, state, watch)
@@ -578,6 +596,7 @@ def _fill_pickled(
             state[key] = part.state[key]
         content = part.around(state)
     else:
+        # shards or safetensors as one file of torch.save, which wants all of it in memory
         content = {key: recipe.make(stored.read) for key, recipe in recipes.items()}
         _watch_made(stored, recipes, content, watch)
     torch_save.save(content, file, watch.wrote)

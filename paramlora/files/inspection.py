@@ -121,6 +121,7 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
             return adapter
         return formats.chosen(form, adapter, base, options, content.source)
 
+    # read twice: a large file first by its outline, then with the warnings kept as notes
     content = checked(path, look=read)
     form = formats.form_of(content)
     options = formats.noting(options)

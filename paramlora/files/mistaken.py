@@ -52,6 +52,7 @@ def _kind(path: Path, head: bytes) -> Optional[str]:
         return f"a tar archive. {_UNPACK}"
     if head.startswith(b"PK\x03\x04"):
         return _archive(path)
+    # UTF-8's mark, as editors of Windows put it in front
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.lower().startswith(_HTML):
         return (

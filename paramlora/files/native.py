@@ -39,6 +39,7 @@ def save_adapter(model: nn.Module, path: PathLike, adapter: str = "default") -> 
                 "Nothing was written."
             )
     together = any(map(is_sharded, live.values()))
+    # in every process: gathering what is sharded waits for all of them
     value = adapter_of(model, adapter)
     if not together or writes():
         write_native(value, path)

@@ -16,6 +16,7 @@ _MOST_STEPS = 1 << 22  # a checkpoint of a hundred thousand tensors takes two an
 # of numbers beyond 64 bits and of tuples many can be made of one hash, so that a dictionary of them
 # takes a time that grows with the square of their number
 _MOST_RARE = 10_000
+# bytes of an element, by the classes that torch.save names its storages by
 _SIZES = {
     "torch.storage.UntypedStorage": 1,
     **{
@@ -35,6 +36,7 @@ _DTYPES = {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, torc
 _KINDS = [n for n, v in vars(torch).items() if isinstance(v, (torch.qscheme, torch.layout))]
 _TENSORS = [f"torch._utils._rebuild_{n}" for n in "tensor tensor_v2 tensor_v3 qtensor".split()]
 _BY_TYPE = "torch._tensor._rebuild_from_type_v2"
+# what torch's own weights_only unpickler calls, but for arrays of NumPy and subclasses
 _CALLS = {
     *_TENSORS,
     _BY_TYPE,
@@ -62,6 +64,7 @@ _NAMES = {
 _PUTS = {"BINPUT", "LONG_BINPUT"}
 _GETS = {"BINGET", "LONG_BINGET"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# of protocol 2, which torch.save writes; an opcode of a later one is refused in `_act`
 _VALUES = set(
     "NONE NEWFALSE NEWTRUE EMPTY_DICT EMPTY_SET BININT BININT1 BININT2 BINFLOAT BINUNICODE "
     "SHORT_BINSTRING LONG1".split()
@@ -83,7 +86,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a call gives."""
+    """Stands for what a call would give, by the name of what is called."""
 
     name: str
 
@@ -117,10 +120,12 @@ def told(pickled: BinaryIO, steps: Optional[Iterator[int]] = None) -> Told:
         Exception: whatever a pickle that torch did not write leads to.
     """
     machine, steps = _Machine(), steps or count()
+    # genops runs nothing: it only splits bytes into opcodes and their arguments
     for (op, argument, _), step in zip(pickletools.genops(pickled), steps):
         if step > _MOST_STEPS:
             raise ValueError("it has more values than any real file")
         machine.step(op.name, argument)
+    # at the end, so that all names stand in one message
     if machine.unsafe:
         raise Unsafe(*machine.unsafe)
     return machine.told
@@ -150,6 +155,7 @@ class _Machine:
         elif name in _GETS:
             self._stack.append(self._memo[argument])
         elif name == "MARK":
+            # as in Python's unpickler, what follows goes on a stack of its own until it is taken
             self._marks.append(self._stack)
             self._stack = []
         elif name in _TUPLES:
@@ -170,6 +176,7 @@ class _Machine:
             start = len(self._stack) - 1 - (name == "SETITEM")
             items, self._stack[start:] = self._stack[start:], []
             self._keep(items)
+        # a call, or an object made of a class: neither happens, a stand-in takes its place
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = self._stack.pop(), self._stack.pop()
             self._stack.append(self._called(function, arguments))
@@ -177,6 +184,7 @@ class _Machine:
             self._stack.pop()
             _check_built(self._stack[-1])
         elif name == "BINPERSID":
+            # torch names a storage by a tuple, which its own unpickler looks up in the file
             self._stack.append(self._storage(self._stack.pop()))
         elif name == "STOP":
             self.told.value = self._stack.pop()
@@ -191,6 +199,7 @@ class _Machine:
         if isinstance(self._stack[-1], list):  # such as the keys of a legacy file's storages
             self._stack[-1].extend(items)
         else:
+            # nothing asks what a dictionary holds, so only its costly keys are counted
             self._count_rare(sum(isinstance(key, tuple) for key in items[::2]))
 
     def _count_rare(self, count: int) -> None:
@@ -199,6 +208,7 @@ class _Machine:
             raise ValueError("it has more tuples as keys, or long numbers, than any real file")
 
     def _named(self, argument: str) -> _Global:
+        # "module name" in the pickle; protocol 2 spells Python 3's builtins as Python 2 did
         name = argument.replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)
         if name not in self._calls and name not in _NAMES:
             self.unsafe.add(name.removeprefix("builtins."))
@@ -206,22 +216,28 @@ class _Machine:
 
     def _called(self, function: Any, arguments: Any) -> Any:
         name = function.name
+        # (function, type, arguments, state): only what the function makes is to be checked
         if name == _BY_TYPE:
             return self._called(arguments[0], arguments[2])
+        # protocol 2 has no bytes: Python writes them as text encoded in latin1
         latin = name != "_codecs.encode" or (isinstance(arguments[0], str) and _is_latin(arguments))
         if name not in self._calls or not latin:
             self.unsafe.add(name)
         elif name in _TENSORS:
             _check_inside(name, arguments)
+        # a size is needed itself, as the shape of a tensor
         return arguments[0] if name == "torch.Size" and arguments else _Made(name)
 
     def _storage(self, identity: tuple[Any, ...]) -> Any:
         if identity[0] != "storage":  # a class with its source, whose name is told already
             return identity[1]
+        # between the key and the count stands the device, which `load` overrides with the CPU
         kind, key, _, count = identity[1:5]
         size = _SIZES[kind.name]
         first = Storage(str(key), _count(count) * size, size)
+        # as in torch, who names a storage first tells its size, and others get that one
         storage = self.told.storages.setdefault(first.key, first)
+        # files from before torch 1.6 may share a storage in parts: (key, start, length)
         view = identity[5] if len(identity) > 5 else None
         if view is None:
             return storage
@@ -247,13 +263,15 @@ def _is_latin(arguments: tuple[Any, ...]) -> bool:
 
 
 def _count(number: Any) -> int:
+    # by type: a bool is an int to Python
     if type(number) is not int or not 0 <= number < 2**63:
         raise ValueError("a storage or a tensor of no size")
     return number
 
 
 def _check_built(made: Any) -> None:
-    """A state that is set on a tensor could give it any memory."""
+    """Refuse a state set on anything but an OrderedDict, where a module's state dict keeps its
+    `_metadata`, and what the user told torch to trust: on a tensor it could give any memory."""
     plain = isinstance(made, _Made) and made.name not in _CALLS - {"collections.OrderedDict"}
     if not plain:
         raise ValueError("it changes a tensor after making it")
@@ -267,6 +285,7 @@ def _check_inside(name: str, arguments: tuple[Any, ...]) -> None:
     itemsize = storage.itemsize
     if name.endswith("_v3"):
         itemsize = _DTYPES[arguments[6].name].itemsize
+    # the place of the last element; a negative stride is refused by `_count`
     last = sum((_count(n) - 1) * _count(s) for n, s in zip(size, stride))
     reach = _count(offset) + last + 1 if 0 not in size else 0
     if len(size) != len(stride) or reach * itemsize > storage.nbytes:

@@ -94,6 +94,7 @@ class SafeFile:
         spec = self.specs[key]
         size = spec.nbytes
         try:
+            # torch's error where memory is short names neither the file nor the tensor
             out = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise FileError(
@@ -128,6 +129,7 @@ class SafeFile:
             whole = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
         except RuntimeError:  # of no device, or of a system that locks less
             whole = torch.empty(size, dtype=torch.uint8)
+        # the file's tensors lie without holes from here on
         start = min(self._begin.values(), default=0)
         if size:
             self._fill(start, bytes_of(whole))
@@ -141,6 +143,7 @@ class SafeFile:
 
     def raw(self, key: str) -> Iterator[memoryview]:
         """A tensor's bytes in pieces, each valid until the next one."""
+        # one for all pieces: memory does not grow with the tensor
         buffer = memoryview(bytearray(min(_CHUNK, self.specs[key].nbytes)))
         begin, end = self._begin[key], self._begin[key] + self.specs[key].nbytes
         for at in range(begin, end, _CHUNK):
@@ -172,7 +175,9 @@ class SafeFile:
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
+        # the format: 8 bytes of length, that much JSON, then the tensors' bytes
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
+        # JSON begins with its brace at once, by the format; a file of another kind hardly so
         if size > 8 and (length > _MOST_CLAIMED or self._bytes(8, 1) != b"{"):
             raise FileError(
                 f"{self.path}: neither a safetensors file nor one of torch.save. Give one of those."
@@ -196,9 +201,11 @@ class SafeFile:
             (begin, end), shape = entry["data_offsets"], entry["shape"]
             numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
             dtype = DTYPES.get(entry["dtype"])
+            # JSON can spell half of a surrogate pair, which cannot be encoded again
             key.encode()
         except (TypeError, KeyError, ValueError) as error:
             raise self._damaged(f'"{key}" is not a tensor') from error
+        # by type: JSON's true is an int to Python
         sizes = all(type(n) is int and 0 <= n <= MOST_SIDE for n in numbers)
         if not sizes or not possible(shape):
             raise self._damaged(f'"{key}" has an offset or a shape that no tensor has')
@@ -215,6 +222,7 @@ class SafeFile:
 
     def _check_whole(self, start: int, size: int) -> None:
         at = start
+        # an empty tensor begins where its neighbour does, and comes first
         for key in sorted(self.specs, key=lambda k: (self._begin[k], self.specs[k].nbytes)):
             if self._begin[key] != at:
                 raise self._damaged(f'"{key}" overlaps another tensor, or leaves a hole')
@@ -272,5 +280,6 @@ def _header(specs: Mapping[str, Spec], keys: list[str], metadata: Mapping[str, s
         raise FileError(
             f"{spelled(error.object[error.start :])} is not Unicode text. Rename it."
         ) from error
+    # spaces up to a multiple of 8 bytes, so that the tensors are aligned in the file
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

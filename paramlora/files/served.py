@@ -71,6 +71,7 @@ def tensors_for(
         if lost:
             raise AdapterError(f'adapter "{adapter}" for {name}: {" ".join(lost)}')
         dtype = dtype or _narrow(model, found)
+    # what a file would hold, so that both loads give the same
     content = formats.write(found, form.name, base_of(model))
     tensors = {key: _own(tensor, dtype) for key, tensor in content.state.items()}
     return Served(tensors, dict(content.config))
@@ -112,6 +113,7 @@ def _narrow(model: nn.Module, adapter: Adapter) -> Optional[torch.dtype]:
 
 
 def _own(tensor: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
+    # a copy: the server keeps it, and training goes on with the other
     return tensor.detach().to(dtype or tensor.dtype, copy=True).contiguous()
 
 

@@ -47,6 +47,7 @@ class PickledFile:
         self.state: Mapping[str, Any] = self.content
         for name in self.place:
             self.state = self.state[name]
+        # what is no tensor (a step, a list) stays in `state`, and conversions write it back
         self.specs = {
             k: checked_spec(path, k, v) for k, v in self.state.items() if isinstance(v, Tensor)
         }
@@ -136,6 +137,7 @@ def load(path: Path) -> Any:
             check_written(path, file)
         # what is mapped ends the process where another program makes the file shorter meanwhile
         mapped = zipped and path.stat().st_size > LARGE
+        # weights_only still makes any tensor that it is told to make, so the checks come first
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileError:
         raise
@@ -153,6 +155,7 @@ def _check_zip(path: Path) -> None:
         # torch finds a record of a name in other letters too: two such would be one to it
         records = {record.filename.lower(): record for record in archive.infolist()}
         stored = all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+        # records that share bytes of the file add up to more than it has
         total = sum(max(record.file_size, record.compress_size) for record in records.values())
         if not stored or len(records) < len(archive.infolist()) or total > path.stat().st_size:
             raise FileError(
@@ -160,6 +163,7 @@ def _check_zip(path: Path) -> None:
                 "torch.save never writes. It may be made to fill the memory, so it is not read. "
                 "Save it again with torch.save."
             )
+        # torch takes the folder in front from the archive, whatever it is called
         pickles = [name for name in records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"{len(pickles)} records of names and values, and one is to be there")
@@ -185,6 +189,7 @@ def _check_legacy(path: Path) -> None:
         pickles = io.BytesIO(file.read(MOST_TEXT))
         steps = count()
         head, keys = [told(pickles, steps) for _ in range(4)], told(pickles, steps)
+    # a magic number, a version, the system, the object; then the keys of its storages
     unread = {key for part in head for key in part.storages} - set(keys.value)
     size = sum(storage.nbytes for part in head for storage in part.storages.values())
     if unread or size > path.stat().st_size:
@@ -201,6 +206,7 @@ def _needs(path: Path, names: list[str]) -> FileError:
 
 
 def _refused(path: Path, error: Exception) -> FileError:
+    # torch's unpickler names a class that it does not know by its opcode
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return _needs(path, [named[1]])
@@ -215,6 +221,7 @@ def _refused(path: Path, error: Exception) -> FileError:
 
 
 def _place(path: Path, content: Any, key: Optional[str]) -> tuple[str, ...]:
+    # a nested state dict first: the top of such a file may hold lone tensors beside it
     places = [tuple(key.split("."))] if key else [*((name,) for name in _NESTS), ()]
     for place in places:
         level = content
@@ -257,6 +264,7 @@ def _is_state(value: Any) -> bool:
 
 def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
     """A tensor's type and shape, or an error where it is no dense tensor of its own."""
+    # others (sparse, quantised, nested, of a subclass) are not their bytes alone
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
     plain = plain and tensor.device.type == "cpu"
     if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -272,6 +280,7 @@ def checked_spec(path: Path, key: str, tensor: Tensor) -> Spec:
 def _around(level: Any, place: tuple[str, ...], state: Mapping[str, Any]) -> Any:
     if not place:
         return state
+    # a copy of each level on the way: what was loaded stays as it was
     out = type(level)(level)
     out[place[0]] = _around(level[place[0]], place[1:], state)
     return out

@@ -35,10 +35,12 @@ def _list_of(file: BinaryIO, stop: int) -> tuple[int, int, int]:
     end = _bytes(file, stop, _END_SIZE)
     if not end.startswith(_END) or not end.endswith(b"\0\0"):  # no remark behind it
         return 0, 0, -1
+    # of PKWARE's format: at byte 12 the length and the start of the list of records
     length, start = struct.unpack_from("<II", end, 12)
     where = _bytes(file, stop - _WHERE_SIZE, _WHERE_SIZE)
     if not where.startswith(_WHERE):
         return length, start, stop
+    # larger archives repeat both in 64 bits, in front of a note of where that stands
     stop -= _WHERE_SIZE + _WIDE_SIZE
     wide = _bytes(file, stop, _WIDE_SIZE)
     if not wide.startswith(_WIDE_END) or struct.unpack_from("<Q", where, 8)[0] != stop:

@@ -120,6 +120,7 @@ def read(
     form = FORMATS[source or detect(content)]
     if form.complete:
         return _read_complete(form, content, base, options)
+    # 8 bits widened: readers multiply factors, and torch computes nothing in float8
     adapter = form.read(widened(content), base, options)
     adapter = replace(adapter, metadata=kept(content))
     if not adapter.values():
@@ -288,6 +289,7 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
         warnings.simplefilter("ignore", ParamloraWarning)  # they were told
         # of formats without scales any will do
         back = read(content, base, Options(alpha=1.0), form.name if form.marks else None).values()
+    # by the values: of tied layers that share one update a file may hold but the first
     there = {id(value) for path, value in adapter.values().items() if path in back}
     gone = [path for path, value in adapter.values().items() if id(value) not in there]
     if base is not None and gone:

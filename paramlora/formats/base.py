@@ -22,6 +22,7 @@ from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
 
 _Value = TypeVar("_Value")
+# in front of a file's names: diffusers' parts of a pipeline, ComfyUI's denoiser, peft's wrapper
 COMPONENTS = (
     "unet transformer transformer_2 prior decoder text_encoder text_encoder_2 text_encoder_3 "
     "text_encoders diffusion_model model.diffusion_model base_model.model base_model"
@@ -84,6 +85,7 @@ def base_of(model: nn.Module) -> Base:
         >>> base_of(nn.Sequential(nn.Embedding(5, 2)))["0"].shape
         (5, 2)
     """
+    # files have no names of wrappers, such as torch.compile's _orig_mod
     inside = unwrapped(model)
     beside = {one.path: Slot(one.shape, "matrix", one.kind) for one in vectors(inside)}
     found = {target.path: _slot(inside, target) for target in adaptable(inside)}
@@ -95,6 +97,7 @@ def base_of(model: nn.Module) -> Base:
 def _ties(model: nn.Module, known: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The other paths of each weight that several layers hold."""
     there, holders = set(known), dict[int, list[str]]()
+    # otherwise torch names a tied tensor once, and the other layers would seem to have none
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path = name.removesuffix(".weight")
         if path in there:
@@ -124,8 +127,10 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     chosen: dict[str, _Any] = {**adapter.updates, **adapter.others}
     if options.component is not None:
         chosen = component_of(adapter, options.component, source)
+    # a file may change biases and norms too, which have no low-rank update
     base = Known({**base, **vectors_of(base)}, {})
     places = places_of(base)
+    # all places first, so that one error names all updates of nothing
     there = {path: _place(path, places, f"{source}: {path}") for path in chosen}
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
@@ -136,10 +141,12 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     for path, one in found.items():
         if one.whole is not None:
             slot = _told(base[one.whole], adapter.holders.get(path))
-            moves = KINDS[chosen[path].method].tied  # in all layers, whatever their kind
+            # a difference moves the tensor itself: whichever layer holds it, it is the same one
+            moves = KINDS[chosen[path].method].tied
             tied = holders[id(chosen[path])] > 1
             value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
             fresh = _fitted(one.whole, value, slot, source, tied)
+            # layers share one value again where its file's was one and their kinds agree
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
@@ -184,6 +191,7 @@ def original_of(base: Base) -> Base:
         own = [base[path] for path in there.paths]
         rows = sum(slot.shape[0] for slot in own)
         found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
+        # a bias follows its weight; where rows of several are joined no single bias does
         if there.whole is not None and f"{there.whole}.bias" in beside:
             beside[f"{name}.bias"] = beside.pop(f"{there.whole}.bias")
     renamed = {path for there in names.values() for path in there.paths}
@@ -199,6 +207,7 @@ def stacks_of(base: Base) -> Base:
     found = {}
     for name, there in places_of(base).others.items():
         if len(there.rows) > 1:
+            # of the first expert: all are of one shape
             own = [base[there.held[part.name][0]].shape for part in there.rows[0]]
             rows = sum(shape[0] for shape in own)
             found[name] = Slot((len(there.rows), rows, *own[0][1:]), "stack", "parameter")
@@ -233,6 +242,7 @@ def _added(path: str, one: Value, second: Update, source: str) -> Update:
         )
     first = one
     if first.scale != second.scale:
+        # one update has one scale, so two that differ go into the factors
         first, second = with_scale_in_B(first), with_scale_in_B(second)
     a = torch.cat([first.lora_A, second.lora_A], dim=-2)
     return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
@@ -251,6 +261,7 @@ def _gathered(
         check_blocks(one, f"{source}: {path}")
         for weight in there.paths:
             sources.setdefault(weight, []).append(one)
+    # what the model's and the file's weights have in all tells how many rows each part has
     totals = [(out[path], block) for path, rows in held.items() for block in rows]
     totals += [
         (factors[path].lora_B.shape[-2], block)
@@ -261,6 +272,7 @@ def _gathered(
     updates: dict[str, Update] = {}
     for weight, those in sources.items():
         update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
+        # single experts are [out, in]: where the stack is [in, out] the factors change places
         if update.layout == "stack" and base[weight].input_first:
             update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
         updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
@@ -270,6 +282,7 @@ def _gathered(
 def _of_factors(path: str, update: _Any, source: str) -> Update:
     if isinstance(update, Update):
         return update
+    # a dense change can be divided by rows as factors can, once it is written as two
     if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
         return from_dense(update.held["lora_diff"], None)
     raise FileError(
@@ -419,6 +432,7 @@ def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _An
 
 def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bool) -> Update:
     layout = slot.layout or _guessed(update, slot.shape)
+    # an embedding and a head share [V, d]: the output of the one is the input of the other
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
         update = _turned(update)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
@@ -439,6 +453,7 @@ def _turned(update: Update) -> Update:
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:
     """The layout of a checkpoint's weight: the file's own where it fits, else any that does."""
     have = (tuple(update.lora_A.shape), tuple(update.lora_B.shape))
+    # False sorts first, so the file's own layout does
     order = sorted(get_args(Layout), key=lambda layout: layout != update.layout)
     return next((layout for layout in order if have == _factors(update, shape, layout)), None)
 

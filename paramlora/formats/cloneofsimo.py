@@ -83,6 +83,7 @@ def _ordered(content: Content, model: str, base: Base, count: int) -> list[str]:
         searched = [set(parsed_list(content.metadata[model], content.source))]
     tried = {}
     for classes in searched:
+        # convolutions only beside more than attention, as inject_trainable_lora_extended does
         paths = [
             path
             for path, slot in base.items()

@@ -117,6 +117,7 @@ def names_of(base: Base, prefix: Optional[str] = None) -> Base:
     """
     found: dict[str, Slot] = {}
     for level, own in _models(base).items():
+        # a prefix is for a model by itself; in a pipeline every level tells its own
         start = prefix if prefix is not None and not level else _model(level, own)
         names = _as_published(own) if start == _DENOISER else _as_transformers(own)
         found |= {f"{start}.{name}": slot for name, slot in names.items()}
@@ -124,7 +125,7 @@ def names_of(base: Base, prefix: Optional[str] = None) -> Base:
 
 
 def _renamed(adapter: Adapter, prefix: Optional[str]) -> Adapter:
-    """Under names that need no model to be known."""
+    """An adapter under ComfyUI's names, as far as they follow from its own without its model."""
     names: dict[str, str] = {}
     shapes = {path: Slot(_shape(value)) for path, value in adapter.values().items()}
     for level, own in _models(shapes).items():
@@ -189,11 +190,13 @@ def _model(level: str, own: Base) -> str:
     text = level in _ENCODERS or (not level and part_told(own, own) == "text_encoder")
     if not text:
         return _DENOISER
+    # a text encoder by itself: CLIP-L and CLIP-G have the same names of layers
     if level not in _ENCODERS:
         raise FileError(
             "a text encoder, of which ComfyUI knows several: give its name there as prefix "
             f"(--prefix): {', '.join(PREFIXES[1:])}."
         )
+    # Stable Diffusion 2's only encoder is OpenCLIP's H, of the same name as 1's CLIP-L
     wide = any(slot.shape[1:] == (_OPEN_CLIP_H,) for path, slot in own.items() if "fc1" in path)
     name = "clip_h" if wide and level == "text_encoder" else _ENCODERS[level]
     return f"text_encoders.{name}.transformer"
@@ -208,7 +211,8 @@ def _as_published(own: Base) -> Base:
 
 
 def _renamed_end(name: str) -> str:
-    """
+    """A name of HunyuanVideo's checkpoint as ComfyUI has it, which renames some ends.
+
     Example:
         >>> _renamed_end("double_blocks.0.img_mlp.fc1"), _renamed_end("time_in.mlp.2")
         ('double_blocks.0.img_mlp.0', 'time_in.out_layer')
@@ -227,6 +231,7 @@ def _as_transformers(own: Base) -> Base:
         if _CLIP.fullmatch(name):
             path = there.paths[0]
             _, held = next(iter(there.held.values()))
+            # of a fused in_proj the share of this projection, by how many parts each has
             rows = own[path].shape[0] * len(there.rows[0]) // len(held[0])
             found[_in_transformers(name)] = replace(own[path], shape=(rows, *own[path].shape[1:]))
     return found
@@ -270,6 +275,7 @@ def _own(tensor: Tensor) -> Tensor:
 def passed_over(content: Content, base: Base) -> list[str]:
     """The keys of a file that ComfyUI would not load onto this model."""
     stems = {key: stem(key) for key in content.state}
+    # the prefix is not handed on to here, so it is found in the keys that it was written into
     given = (one for one in PREFIXES[1:] if any(name.startswith(one) for name in stems.values()))
     known = set(names_of(base, next(given, None)))
     return [key for key, name in stems.items() if name not in known]

@@ -179,6 +179,7 @@ def check_finite(adapter: Adapter, source: str) -> None:
     """Refuse a tensor that is not finite."""
     values = adapter.values()
     odd = {path for path, value in values.items() if not math.isfinite(value.listed()[1])}
+    # asked of all at once, which waits for a device once; one by one only to name the culprit
     if not odd and all_finite(t for value in values.values() for t in value.tensors().values()):
         return
     bad = [*(f"{path}.lora_scale" for path in sorted(odd))]
@@ -209,6 +210,7 @@ def number(value: Any, where: str) -> float:
         told = f"of shape {list(value.shape)}," if isinstance(value, Tensor) else spelled(value)
         told = "null" if value is None else told
         raise FileError(f"{where}: {told} is not a number. Mend it, or save it again.") from error
+    # as a float32, in which a scale is stored: 1e39 is finite to Python alone
     if not torch.isfinite(torch.tensor(result)):
         raise FileError(f"{where}: {result} is not finite. Mend it, or save it again.")
     return result

@@ -85,11 +85,13 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
     alphas = _alphas(configs, halves, content.source, options.strict)
     if not configs:
         told = headed(content, halves, _is_of, options.alpha)
+        # the header's, under no component: each path there is the whole one
         alphas[""] = alphas.get("", {}) | told
     updates: dict[str, Value] = {}
     for path, half in halves.items():
         where = f"{content.source}: {path}"
         updates |= _differences(path, half, where)
+        # a lone alpha is half an update, and refused below
         if half.keys() <= {"diff", "diff_b", "alpha"} and half.keys() != {"alpha"}:
             continue
         if not {"down", "up"} <= half.keys() or "diff" in half:
@@ -98,6 +100,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         scale = _scale(path, half, configs, alphas, exact, options, where)
         update = replace(update, scale=scale)
         if "bias" in half:
+            # peft multiplies B's bias by the scale, as B itself
             updates[f"{path}.bias"] = difference_of(half["bias"] * scale, f"{where}.bias")
         if "vector" in half:
             updates[path] = rescaled(update, half["vector"].flatten(), where)
@@ -151,9 +154,11 @@ def _halves(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
 def _path(match: "re.Match[str]") -> str:
     path, to = match["path"], match.groupdict().get("to")
     if to is None:
+        # before 0.22 the factors were their attention's processor's, not the projection's
         return path.replace(".processor.", ".")
     if path.endswith("self_attn"):  # of a text encoder
         return f"{path}.{_SELF_ATTENTION[to]}"
+    # to_out is a list of a Linear and a dropout
     return f"{path}.{'to_out.0' if to == 'to_out' else to}"
 
 
@@ -164,6 +169,7 @@ def _configs(content: Content) -> dict[str, dict[str, Any]]:
         return {"": dict(content.config)} if content.config else {}
     found: dict[str, dict[str, Any]] = {}
     for key, value in parsed(content.metadata[METADATA], content.source).items():
+        # diffusers flattens: unet.r, unet.lora_alpha, ...; a file of one model has no component
         component = next((c for c in COMPONENTS if key.startswith(f"{c}.")), "")
         found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
     for config in found.values():
@@ -215,6 +221,7 @@ def _scale(
     if "alpha" in half:
         return scale_of(number(half["alpha"], where), r, exact.get(path), where)
     component = _component(path, configs)
+    # what diffusers does then: it takes the rank for the alpha
     if component not in configs and options.alpha is None and path not in alphas.get("", {}):
         return 1.0
     config, own = configs.get(component, {}), path.removeprefix(f"{component}.")
@@ -258,6 +265,7 @@ def write(
         _check(path, update)
         down, up = grouped(update) if update.groups > 1 else kernels(update)
         r = down.shape[0]
+        # a pipeline's file has a configuration for each model, with patterns of its own paths
         part, own = path.split(".", 1) if each_tells else (component, path)
         ranks.setdefault(part, {})[own] = r
         alphas.setdefault(part, {})[own] = alpha_of(update.scale, r)

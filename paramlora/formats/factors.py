@@ -53,6 +53,7 @@ def pair(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
             f"{where}: factors of {list(down.shape)} and {list(up.shape)} are not [r, in, ...] "
             "and [out, r, 1, ...]. Save it again."
         )
+    # a grouped second layer has ranks / groups inputs
     if up.flatten(1).shape[1] != down.shape[0]:
         return ungrouped(down, up.flatten(1), scale, where)
     kind = "convolution" if kernel else "linear"
@@ -74,6 +75,7 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
             "Save it again."
         )
     kernel = tuple(down.shape[2:])
+    # [group of ranks, group of inputs, r, in]: a grouped weight has place for the diagonal alone
     blocks = rearrange(down.flatten(2), "(g r) (h i) k -> g h r (i k)", g=groups, h=groups)
     own = torch.stack([blocks[j, j] for j in range(groups)])  # g r (i k)
     if blocks.count_nonzero() != own.count_nonzero():
@@ -83,6 +85,7 @@ def ungrouped(down: Tensor, up: Tensor, scale: float, where: str) -> Update:
             'or attached here. Train it again with groups of its own ("hard": 1).'
         )
     a = rearrange(own, "g r i -> (g r) i")
+    # a group of outputs reads ranks of its own, as a part of a fused projection does
     rows = [up.shape[0] // groups] * groups
     update = fused_linear(a, up, scale, rows, [True] * groups, where)
     shape = (up.shape[0], down.shape[1] // groups, *kernel)
@@ -125,6 +128,7 @@ def rescaled(update: Update, magnitude: Tensor, where: str) -> KindUpdate:
     """
     shape, outer = update.shape or (), 1 if update.layout == "transposed" else 0
     own, dims = magnitude, len(shape)
+    # a vector, as peft's, or the weight's dimensions, of which the last may be left out
     if magnitude.dim() == 1 and dims >= 2:
         own = magnitude.reshape(*[1] * outer, -1, *[1] * (dims - outer - 1))
     elif magnitude.dim() < dims:
@@ -168,6 +172,7 @@ def product_of(
         raise FileError(
             f"{where}: {', '.join(sorted(held))} are not whole. Save it again."
         ) from error
+    # of two dimensions it may be a Linear or a flattened convolution: the base decides
     kind = "convolution" if len(shape) > 2 else None
     return KindUpdate(method, held, scale, shape if kind else None, options=options, kind=kind)
 
@@ -245,6 +250,7 @@ def check_told(path: str, update: Update, tool: str) -> None:
 def with_scale_in_B(update: Update) -> Update:
     """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
+    # A goes along: an update's factors are of one type
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
 
 
@@ -267,9 +273,11 @@ def held(value: Tensor, dtype: torch.dtype) -> Tensor:
         >>> [held(number, torch.float16).dtype for number in numbers]
         [torch.float16, torch.float32, torch.float64]
     """
+    # 16 bits only where they lose nothing at all: what they round a scale would have kept
     if dtype.itemsize <= 2 and torch.equal(value.to(dtype).double(), value):
         return value.to(dtype)
     wide = dtype if dtype.itemsize > 2 else torch.float32
+    # tiny is the least normal number: below it float32 loses digits
     sizes, limits = value[value != 0].abs(), torch.finfo(wide)
     within = sizes.numel() == 0 or bool(sizes.min() >= limits.tiny and sizes.max() <= limits.max)
     return value.to(wide if within else torch.float64)
@@ -299,8 +307,10 @@ def from_dense(delta: Tensor, rank: Optional[int], scale: float = 1.0) -> Update
     out, fan_in = matrix.shape
     if rank is not None and rank < min(out, fan_in):
         u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        # the root of each singular value goes into either factor, so that both are of one size
         root = s[:rank].sqrt()
         a, b = held(root[:, None] * v[:rank], delta.dtype), held(u[:, :rank] * root, delta.dtype)
+        # `held` may have widened one of the two, and an update has one type
         both = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(both), b.to(both)
     elif out <= fan_in:
@@ -320,6 +330,7 @@ def within(update: Update) -> Update:
     if update.up_kernel != 1 or update.r <= min(out, fan_in):
         return update
     product = held(update.lora_B.double() @ update.lora_A.double(), update.lora_A.dtype)
+    # the product itself, times an identity on its smaller side: the highest rank that it can have
     eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
     a, b = (product, eye) if out <= fan_in else (eye, product)
     return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())

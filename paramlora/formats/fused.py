@@ -40,6 +40,7 @@ def fused_linear(
             f"{list(rows)} rows of which {list(on)} were trained. Was it made for another model?"
         )
     placed = b.new_zeros(sum(rows), a.shape[0])
+    # column: of A's ranks; start: of all rows; taken: of the rows that B has
     column, start, taken = 0, 0, 0
     for size, here in zip(rows, on):
         if here:

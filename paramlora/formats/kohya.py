@@ -54,6 +54,7 @@ _LEAF = re.compile(
     r"(?P<leaf>alpha|hada_\w+|lokr_\w+|dora_scale|diff(?:_b)?|[wb]_norm))",
     re.DOTALL,
 )
+# of tools that write PEFT's factors under kohya's names of layers
 _ROLES = {"A": "down", "B": "up"}
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _BIAS = ("diff_b", "b_norm")
@@ -85,6 +86,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         if options.component is None or belongs(name, options.component):
             most = _most(name, parts, places, where)
             own = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BIAS}
+            # a layer of which only the bias changed may have an alpha all the same: of nothing
             if own.keys() - {"alpha"} or own.keys() == parts.keys():
                 how = replace(options, alpha=told.get(name, options.alpha))
                 updates[name] = _update(own, exact.get(name), how, most, where)
@@ -107,6 +109,7 @@ def _headed(
     if told is None:
         return found
     alpha = number(told, f"{content.source}: conv_alpha")
+    # sd-scripts gives 1x1 convolutions the alpha of Linear
     wide = (name for name in found if _has_kernel(modules[name]))
     return {**found, **dict.fromkeys(wide, alpha)}
 
@@ -121,6 +124,7 @@ def _has_factors(parts: Mapping[str, Tensor]) -> bool:
 
 def _most(name: str, parts: Mapping[str, Tensor], places: Optional[Places], where: str) -> int:
     """The elements that a dense difference may have: those of the weights that the name means."""
+    # of plain LoRA nothing dense is ever formed
     if places is None or _LORA <= set(parts):
         return MOST_DENSE
     found = places.find(name, where)
@@ -136,6 +140,7 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
             unused.append(key)
         else:
             role = _ROLES.get(match["role"], match["role"])
+            # one name for each tensor, whichever way the file spells it
             leaf = match["leaf"] or f"lora_{role}.weight"
             parts = modules.setdefault(match["name"], {})
             check_first(leaf in parts, key, content.source)
@@ -146,6 +151,7 @@ def _modules(content: Content) -> tuple[dict[str, dict[str, Tensor]], list[str]]
 def _update(
     parts: Mapping[str, Tensor], exact: Any, options: Options, most: int, where: str
 ) -> Value:
+    # the low-rank update first: a magnitude is checked against the shape that it tells
     if "dora_scale" in parts:
         rest = {leaf: tensor for leaf, tensor in parts.items() if leaf != "dora_scale"}
         inner = _update(rest, exact, options, most, where) if _LORA <= set(rest) else None
@@ -159,15 +165,18 @@ def _update(
     alpha = number(parts["alpha"], f"{where}.alpha") if "alpha" in parts else options.alpha
     if _LORA <= leaves <= {*_LORA, "lora_mid.weight"}:
         update = _lora(parts, where)
+        # sd-scripts joins the parts of a q/k/v in one tensor, and divides alpha by the rank of one
         r = update.r if options.split == 1 else _part(update, options.split, where)
         return replace(update, scale=_scale(alpha, r, exact, where))
     if leaves >= _HADA or any(leaf.startswith("lokr_w1") for leaf in leaves):
         delta, r = _product(parts, most, where, form=options.rank is not None)
         if options.rank is None:
             scale = _scale(alpha, r, exact, where) if r else 1.0
+            # kept as factors: LoHa and LoKr are kinds of update of their own
             held = {leaf: tensor for leaf, tensor in parts.items() if leaf != "alpha"}
             return product_of(held, scale, where, tuple(delta.shape))
     elif leaves == {"diff"} or leaves == {"w_norm"}:
+        # no rank and no alpha: it is added as it is
         (delta,), r = (parts[leaf] for leaf in leaves), 0
         if options.rank is None or delta.dim() < 2:
             return difference_of(delta, where)
@@ -217,6 +226,7 @@ def _product(parts: Mapping[str, Tensor], most: int, where: str, form: bool) -> 
     check_factors(where, *(tensor for leaf, tensor in parts.items() if leaf != "alpha"))
     made = loha if "hada_w1_a" in parts else lokr
     try:
+        # on the meta device first: factors of a few bytes can claim any product
         found = made({leaf: torch.empty_like(t, device="meta") for leaf, t in parts.items()})
         check_size(found[0].shape, where, most)
         return made({leaf: wide(t) for leaf, t in parts.items()}) if form else found
@@ -258,6 +268,7 @@ def lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         rank = parts["lokr_w2_b"].shape[0]
     else:
         w2, rank = parts["lokr_w2_a"] @ parts["lokr_w2_b"], parts["lokr_w2_b"].shape[0]
+    # torch.kron of a matrix and a kernel pads the fewer dimensions in front, LyCORIS's behind
     w1 = w1.reshape(*w1.shape, *[1] * (w2.dim() - w1.dim()))
     return torch.kron(w1.contiguous(), w2.contiguous()), rank
 
@@ -281,9 +292,11 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
             f'"{prefix}" begins no key that a tool reads, so nothing of the file would load. '
             f"Prefixes: {', '.join(MANGLED)}."
         )
+    # in this order: what is left after the other two must be DoRA's
     adapter, differences = apart_from(adapter, "difference")
     adapter, products = without_products(adapter, "kohya's")
     adapter, magnitudes = with_low_ranks(adapter)
+    # of all kinds together: two layers of one mangled name are a clash whatever trains them
     names = _names((*adapter.updates, *products, *differences), prefix)
     scaled: dict[str, Value] = {**adapter.updates, **products}
     scales = {names[path]: (value.listed()[1], value.listed()[0]) for path, value in scaled.items()}
@@ -319,6 +332,7 @@ def _names(paths: Collection[str], prefix: str) -> dict[str, str]:
     layers: dict[str, str] = {}
     for path in paths:
         layer = path.removesuffix(".bias")
+        # a.b and a_b are both a_b in this format
         names[path] = name_of(layer, prefix, two)
         if layers.setdefault(names[path], layer) != layer:
             raise _taken(path, names[path])
@@ -400,6 +414,7 @@ def _prefix_of(adapter: Adapter, base: Optional[Base]) -> str:
 def name_of(path: str, prefix: str, two_text_encoders: bool = False) -> str:
     """The key's name of a path: ``text_encoder.a.b`` is ``lora_te_a_b``."""
     component, rest = _component(path)
+    # sd-scripts: lora_te where there is one text encoder, lora_te1 and lora_te2 for SDXL's
     te = {"text_encoder": "lora_te1" if two_text_encoders else "lora_te"}
     te |= {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "unet": "lora_unet"}
     if component in te:
@@ -423,6 +438,7 @@ def _component(path: str) -> tuple[str, str]:
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """In the type of the factors where that holds it exactly, else in the smallest that does."""
+    # readers divide it by the rank: rounded, the scale would be another
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)
         if value.item() == alpha:
@@ -435,6 +451,7 @@ def _check(path: str, update: Update, rescaled: bool) -> None:
     check_told(path, update, "kohya's format")
     assert update.shape is not None
     dims, known = ((2, 3, 4, 5), "convolutions") if rescaled else ((2, 4), "Conv2d")
+    # sd-scripts' lora.py has layers for Linear and Conv2d; LyCORIS for all three convolutions too
     flat = update.layout == "matrix" and len(update.shape) in dims
     if not flat or update.kind not in (None, "linear", "convolution"):
         kind = update.kind or update.layout

@@ -65,6 +65,7 @@ def _update(
     scale = scale_of(number(alpha, where), r, exact, where)
     if not path.endswith((".qkv", ".attn.attn")):
         return pair(a, b, scale, where)
+    # litgpt's finetune trains any of the three: lora_query, lora_key, lora_value
     on = [bool(content.config.get(name, True)) for name in _PARTS]
     proj = found.get(f"{path.rpartition('.')[0]}.proj")
     q = None if proj is None else proj["A"].shape[1]
@@ -87,6 +88,7 @@ def _rows(
     q = b.shape[0] if on == [True, False, False] else q or a.shape[1]
     others = on[1] + on[2]
     if others:
+        # grouped-query attention: keys and values are of one size, and narrower than queries
         kv, extra = divmod(b.shape[0] - q * on[0], others)
     elif base is not None and path in base:
         kv, extra = divmod(base[path].shape[0] - q, 2)
@@ -118,6 +120,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, **_: Any) -> Content:
             a, b = parted(update, _sizes(path, update, adapter, base))
         state[f"{path}.lora_A"], state[f"{path}.lora_B"] = a.contiguous(), b.contiguous()
         plain[path] = Update(
+            # of qkv the rows of one part: litgpt's lora_r counts each
             a[: b.shape[1]],
             b,
             update.scale,

@@ -58,6 +58,7 @@ def of_kohya(content: Content, base: Base) -> list[str]:
     """The keys whose name is mangled from no layer, or whose prefix is another model's."""
     known, part = mangled(base), part_told(base, base)
     names = {key: key.partition(".")[0] for key in content.state if not _is_whole(key)}
+    # once for each layer, of which a file has three keys or more
     fits = {name: _is_mangled(name, known, part) for name in set(names.values())}
     return [key for key, name in names.items() if not fits[name]]
 

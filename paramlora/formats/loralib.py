@@ -51,6 +51,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
 
 
 def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where: str) -> Update:
+    # loralib's ConvLoRA has factors of r * kernel ranks, for any number of dimensions
     kernel = slot.shape[2] if slot is not None and len(slot.shape) > 2 else 1
     r = a.shape[0] // kernel if a.shape[0] == b.shape[1] else b.shape[1]
     scale = 1.0 if options.alpha is None else options.alpha / r
@@ -72,6 +73,7 @@ def _update(a: Tensor, b: Tensor, slot: Optional[Slot], options: Options, where:
 def _fused(
     a: Tensor, b: Tensor, scale: float, slot: Optional[Slot], options: Options, where: str
 ) -> Update:
+    # MergedLinear: A has r rows for each trained part, B's columns are r
     count = a.shape[0] // b.shape[1]
     size = b.shape[0] // max(count, 1)
     parts = slot.shape[0] // max(size, 1) if slot is not None else count

@@ -44,6 +44,7 @@ def _config(content: Content) -> Mapping[str, Any]:
         name = key.rpartition(".")[2]
         if name in (*_OF_PEFT, _DROPOUT) and isinstance(value, (str, float)):
             found.setdefault(name, set()).add(value)
+    # where components differ, none speaks for the whole file
     return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 

@@ -67,6 +67,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
     values = adapter.values()
     for stem, value in values.items():
         _check_value(path, stem, value)
+    # tied layers share one value: it is stored once, and the others name its path
     first: dict[int, str] = {}
     ties = {path: first.setdefault(id(value), path) for path, value in values.items()}
     own = {path: value for path, value in values.items() if ties[path] == path}
@@ -74,6 +75,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
         "format": FORMAT_VERSION,
         "adapter": adapter.name,
         "config": LoRAConfig(tuple(v.entry(_name(path)) for path, v in own.items())).to_dict(),
+        # of factors alone the weight's shape could not be told; a whole tensor tells its own
         "shapes": {p: v.about() for p, v in own.items() if v.shape is not None and not v.alone},
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
@@ -92,6 +94,7 @@ def native_of(path: _Place, metadata: Mapping[str, str], state: Mapping[str, Ten
     shapes, ties, holders = _shapes(path, about), _ties(path, about), _holders(path, about)
     values = {stem: _value(path, stem, state, e, shapes) for stem, e in entries.items()}
     values |= {tied: values[head] for tied, head in ties.items() if head in values}
+    # other people's, which goes with the adapter into the next file
     rest = {key: value for key, value in metadata.items() if key != "paramlora"}
     return Adapter(
         name=str(about["adapter"]),
@@ -116,6 +119,7 @@ def _base(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
 def _check_value(path: _Place, stem: str, value: Value) -> None:
     """Refuse what `load_adapter` would refuse, before an older file is replaced."""
     scale = value.listed()[1]
+    # stored in the factors' type: 1e39 is finite in Python and not in float32
     held = value.stored().get("lora_scale")
     if held is not None and math.isfinite(scale) and not isfinite(held):
         raise FileError(
@@ -295,6 +299,7 @@ def _entries(
     """The entry of each path; by the patterns, in files from before the paths were told."""
     stems = dict.fromkeys(key.rpartition(".")[0] for key in state)
     if told:
+        # entries are spelled as a configuration has them, so the paths are spelled so too
         known = {_name(stem): stem for stem in stems}
         if "" not in stems:  # 0.1.0 wrote a layer called "weight" under that name
             known[_ROOT] = _ROOT
@@ -305,6 +310,7 @@ def _entries(
             meant.setdefault(own_path(name), []).append(stem)
     names = Names(meant)
     entries: dict[str, TargetConfig] = {}
+    # the most specific first, and setdefault keeps it: as `attach` chooses among entries
     for entry in sorted(config.entries, key=lambda entry: -specificity(entry.name)):
         for name in _named(path, entry, names):
             for stem in meant[name]:

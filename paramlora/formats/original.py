@@ -41,6 +41,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
         FileError: half an update, or a soft branch of two kernels, which no weight equals.
     """
     layers, rest = _layers(content)
+    # a whole wrapped model, whose other tensors are the base: not an error
     wrapped = any(".base_layer." in key for key in rest)
     if not wrapped:
         report_unused(content, rest, options.strict)
@@ -125,6 +126,7 @@ def _comes_second(state: Mapping[str, Tensor], key: str) -> bool:
     a, b = state[key], state.get(key.replace(".lora_A.", ".lora_B."))
     if b is None or min(a.dim(), b.dim()) < 2 or not a.numel() or not b.numel():
         return False
+    # PEFT's order fits: [r, in] and [out, r]
     if a.shape[0] == b.shape[1]:
         return False
     grouped = b.shape[0] % a.shape[1] == 0 and a.shape[0] % b.shape[1] != 0

@@ -33,12 +33,13 @@ def original_names(places: Places) -> dict[str, Found]:
 
 
 def _spelled(places: Places, table: Table) -> dict[str, Found]:
-    """The names of one table, its own spellings alone."""
+    """What the names mean in the model that one table spells, no rows of the model under two."""
     known = {path: Found(path) for path in places.shapes} | dict(places.others)
     ranks = _ranks(table, known)
     taken: set[str] = set()
     found: dict[str, Found] = {}
     for name in sorted(ranks, key=lambda name: ranks[name]):
+        # in the table's order: of two names for the same rows the later one finds them taken
         parts = set(known[name].held) or set(known[name].paths)
         if not parts & taken:
             taken |= parts
@@ -47,12 +48,14 @@ def _spelled(places: Places, table: Table) -> dict[str, Found]:
 
 
 def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
-    """Which part of a table's matrices is in a model; of a model, in what no pattern tells."""
+    """How much of a table a model has: the share of the table's matrices that are in it, or, of a
+    table that is a function of all names, the share of the model's names that it tells."""
     known = set(names)
     if table.pairs is not None:
         found = table.pairs(known)
         return len((set(found) | set(found.values())) & known) / max(len(known), 1)
     parts = {part.name for row in table.rows() for part in row.parts}
+    # without vectors: a base may know of matrices alone
     own = {name for name in parts if not _VECTOR.search(name)}
     return len(own & here) / len(own)
 

@@ -79,6 +79,7 @@ def _part(template: Template, before: tuple[str, ...], numbers: tuple[str, ...])
         return Part(name, name)
     if template.piece is None:
         return Part(name, parsed(template.size).filled(before, numbers))
+    # one size for all pieces of a module: they are its equal parts
     return Part(f"{name}[{template.piece}]", f"{name}[]")
 
 
@@ -90,6 +91,7 @@ def instance(
     if not row.stack:
         block = tuple(_part(template, before, outer) for template in row.parts)
         return (block,) if all(part.name in parts for part in block) else None
+    # matrix after matrix for as long as the model has all that lies in the next
     blocks: list[tuple[Part, ...]] = []
     while True:
         each = (*outer, str(len(blocks)))
@@ -117,6 +119,7 @@ def _rows() -> Iterator[Row]:
 
 
 STACKS = [row.name.parts[-1] for row in _rows() if row.stack]
+# by the last component of a name, and by part: few rows are then tried on each path
 _BY_LAST: dict[str, list[Row]] = {}
 WITH: dict[tuple[str, Optional[int]], list[Row]] = {}
 for _row in dict.fromkeys(_rows()):

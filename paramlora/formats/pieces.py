@@ -63,6 +63,7 @@ def sizes(known: Iterable[tuple[int, Sequence[Part]]]) -> dict[str, int]:
         {'q': 3, 'mlp': 4}
     """
     found: dict[str, int] = {}
+    # by substitution: a weight all but one kind of whose parts is known tells that kind's size
     open_ = [(total, [part.size for part in parts]) for total, parts in known]
     while True:
         later = []
@@ -96,6 +97,7 @@ def gathered(
     Raises:
         FileError: the rows do not fit.
     """
+    # an update has one scale: where sources differ theirs go into lora_B first
     if len({source.update.scale for source in sources}) > 1:
         sources = [replace(source, update=with_scale_in_B(source.update)) for source in sources]
     scale = sources[0].update.scale
@@ -107,6 +109,7 @@ def gathered(
     rank = max(one[0].shape[0] for one in made if one is not None)
     wide = max(out, sources[0].update.lora_A.shape[-1])
     _check_size(len(made) * wide, rank, where)
+    # a stack has one rank: matrices of a lower one, or of no update, get zeros
     each = [_padded(one or _nothing(made, out), rank) for one in made]
     a, b = torch.stack([a for a, _ in each]), torch.stack([b for _, b in each])
     return Update(a, b, scale, layout="stack")
@@ -141,6 +144,7 @@ def _block(
 ) -> Optional[tuple[Tensor, Tensor]]:
     """The factors of one matrix; None where no update has rows of it."""
     there = starts(block, size)
+    # each source once, though it may have several of the parts here
     those = {(id(s), n): (s, n) for name in there for s, n in matrices.get(name, ())}
     factors = []
     for source, number in those.values():
@@ -152,6 +156,7 @@ def _block(
         factors.append(_moved(a, b, shared, out))
     if not factors:
         return None
+    # ranks side by side: the sum of all, each in its own rows
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)
 
 
@@ -192,6 +197,7 @@ def _moved(
     for here, there in rows:
         placed[there] = b[here]
     used = placed.count_nonzero(0) > 0
+    # not used.any(): an update of zeros keeps its rank, for there is none of rank 0
     if used.all() or not used.any():
         return a, placed
     return a[used], placed[:, used]

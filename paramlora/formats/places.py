@@ -56,6 +56,7 @@ class Places:
             return Found(path)
         inside = _without_wrappers(path)
         dotted = (name for spelled in dict.fromkeys((path, inside)) for name in shorter(spelled))
+        # with dots first: a mangled name fits more
         for known, names in ((self._dotted, dotted), (self._flat, flat(inside))):
             for name, components in names:
                 found = _nearest(known.get(name, ()), components, where)
@@ -65,6 +66,7 @@ class Places:
 
     def _is_turned(self, found: Found) -> bool:
         start, name = _apart(found.whole or "")
+        # OpenCLIP multiplies by text_projection from the right; transformers has its transpose
         beside = TURNED.get(name)
         return beside is not None and any(p.startswith(f"{start}{beside}.") for p in self.shapes)
 
@@ -74,6 +76,7 @@ class Places:
         parts = parts_of(self.shapes)
         found: dict[str, Found] = {}
         tried: set[tuple[str, Row]] = set()
+        # only rows that hold a part which is there: of all tables most are of other models
         for held in parts.values():
             for row in WITH.get((held.template.name, held.template.piece), ()):
                 name = row.name.filled(held.before, held.numbers)
@@ -90,6 +93,7 @@ class Places:
         """The names, each also without the levels above it: a file may be of what is inside."""
         known: dict[str, list[_Known]] = {}
         own = {path: Found(path) for path in self.shapes}
+        # order 0: what is spelled as in the model is meant before what only a table knows
         for order, names in enumerate((own, self.others)):
             for name, found in names.items():
                 for far, (rest, components) in enumerate(shorter(_without_wrappers(name))):
@@ -118,6 +122,7 @@ def _nearest(known: Iterable[_Known], components: tuple[str, ...], where: str) -
     A name that stands so in the model comes before one that has levels above it there, of which
     those of two components are as near.
     """
+    # a file that tells no component may mean any, and so may a model
     fits = [k for k in known if not components or not k.components or _meet(components, k)]
     exact = any(k.far[1] == 0 for k in fits)
     nearest: dict[tuple[str, ...], _Known] = {}
@@ -173,5 +178,6 @@ def _paired(shapes: Shapes, known: Mapping[str, Found]) -> dict[str, Found]:
                 for name, path in ((other, own), (own, other)):
                     new = start + name not in shapes and start + name not in known
                     if new and start + path in shapes:
+                        # both ways: a model of either spelling, and a file of the other
                         found[start + name] = Found(start + path)
     return found

@@ -111,6 +111,7 @@ def headed(
         raise FileError(f"{content.source}: its header tells {len(keys)} alphas. Save it again.")
     known, found, lost = list(paths), dict[str, float](), []
     alone = len({match["component"] for match in keys.values()}) == 1
+    # an alpha for all comes first, so that a component's own one wins
     for key, match in sorted(keys.items(), key=lambda item: item[1]["component"] or ""):
         text, component = content.metadata[key], match["component"]
         own = [path for path in known if component is None or belongs(path, component)]

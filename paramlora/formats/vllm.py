@@ -102,6 +102,7 @@ def unloaded(adapter: Adapter, name: str) -> Iterator[str]:
 def _is_served(path: str, update: Update) -> bool:
     if update.layout == "stack":
         return path.rpartition(".")[2] in _EXPERTS
+    # a shape that is not known is taken for a matrix: most are
     flat = update.shape is None or len(update.shape) == 2
     return update.kind in (None, "linear", "embedding") and flat and update.up_kernel == 1
 
@@ -111,12 +112,14 @@ def _twin(path: str, updates: Mapping[str, Update]) -> Optional[str]:
     owner, _, name = path.rpartition(".")
     if updates[path].layout != "stack" or name not in _EXPERTS:
         return None
+    # True is 1: the other one of the two
     twin = f"{owner}.{_EXPERTS[name == _EXPERTS[0]]}"
     return None if twin in updates else twin
 
 
 def _of_one_rank(adapter: Adapter) -> Adapter:
     """All updates of the largest rank; and of one scale, if need be by their factors."""
+    # zeros more of rank change no sum, and vLLM reads one r for all layers
     r = max(update.r for update in adapter.updates.values())
     same = len({update.scale for update in adapter.updates.values()}) == 1
     made = {

@@ -33,6 +33,7 @@ class AdapterCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Lightning loads it all the same: empty, it changes nothing
         checkpoint["state_dict"] = {}
         checkpoint["paramlora"] = adapter_state_dict(pl_module, self.adapter)
 

@@ -40,6 +40,7 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
                 f'"{path}" has the scale {scale:g}, which a state dict of peft\'s does not tell. '
                 "Attach with an alpha as large as r, or write a file by paramlora.save_adapter."
             )
+    # a model's own file of diffusers has the keys that peft gives a model it is injected into
     return dict(formats.write(adapter, "diffusers", base_of(model), component="").state)
 
 
@@ -65,4 +66,5 @@ def set_peft_model_state_dict(
     """
     content = Content(dict(peft_model_state_dict), source="the state dict of peft's")
     read = formats.read(content, base_of(model), source="diffusers")
+    # by our own names, whose loading is all or nothing
     load_adapter_state_dict(model, formats.write(read, formats.OWN).state, adapter_name)

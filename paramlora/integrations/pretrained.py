@@ -54,11 +54,13 @@ def save_pretrained(model: nn.Module, own: _Own, *args: Any, **kwargs: Any) -> A
         AdapterError: what would write, or upload, the base without the adapter.
         FileError: the folder holds somebody else's adapter, which would be loaded onto this base.
     """
+    # by name, whether the caller gave an argument by its place or not
     call = inspect.signature(own).bind(model, *args, **kwargs)
     told = call.arguments
     _check_whole(model, told)
     folder, beside = Path(told["save_directory"]), _beside(model)
     writes_here = told.get("is_main_process", True) and (not _sharded(model) or writes())
+    # an older adapter first, or an error in between would leave it beside another base
     if writes_here:
         _clear(folder, beside)
     resumes = library(model) == "transformers" and bool(_CHECKPOINT.fullmatch(folder.name))
@@ -66,6 +68,7 @@ def save_pretrained(model: nn.Module, own: _Own, *args: Any, **kwargs: Any) -> A
         told.setdefault("save_original_format", False)  # a Trainer looks for the model's own names
     if told.get("state_dict") is not None:
         told["state_dict"] = _base_state(model, told["state_dict"], resumes)
+    # the first parameter is self: the library then sees the base's class and its own keys
     told[next(iter(call.signature.parameters))] = _stand_in(model, resumes)
     result = own(*call.args, **call.kwargs)
     if writes_here:
@@ -108,6 +111,7 @@ class _Beside:
         if self.content is None:
             write_native(replace(self.adapter, metadata={_MARK: "1"}), folder / self.file)
             return
+        # safetensors refuses tensors that share memory
         state = {k: v.detach().clone().contiguous() for k, v in self.content.state.items()}
         with new_file(folder / self.file) as file:
             file.write(save(state, {**self.content.metadata, _MARK: "1"}))
@@ -121,6 +125,7 @@ def _beside(model: nn.Module) -> list[_Beside]:
     adapters = {name: adapter_of(model, name) for name in names}
     strength = {update.adapter: update.strength for _, _, update in updates(model)}
     reader, read = _reads(model), _read_beside()
+    # from_pretrained attaches one adapter of peft's, at strength 1
     if len(names) == 1 and strength[names[0]] == 1 and reader in read:
         form, adapter = read[reader], adapters[names[0]]
         try:
@@ -169,6 +174,7 @@ def _clear(folder: Path, beside: list[_Beside]) -> None:
                     "onto it. Save to another folder, or move it away."
                 )
             continue
+        # the configuration first: from_pretrained looks for an adapter by that alone
         if configs.get(path.name):
             path.with_name(configs[path.name]).unlink(missing_ok=True)
         path.unlink()
@@ -198,9 +204,11 @@ def _warn_not_loaded(model: nn.Module, folder: Path, beside: list[_Beside]) -> N
 
 def _stand_in(model: nn.Module, resumes: bool) -> nn.Module:
     """An object that shares everything with `model`, but has its base's class and state dict."""
+    # torch gives a parametrized module a class of its own; the library writes the class's name
     cls = type(model).__bases__[0] if parametrized(model) else type(model)
     other: nn.Module = object.__new__(cls)
     other.__dict__.update(model.__dict__)
+    # ours, which would call itself again
     other.__dict__.pop("save_pretrained", None)
 
     def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -235,7 +243,9 @@ def _memory(tensor: Tensor) -> Any:
 
 def _without_ours(key: Key, plist: Any) -> str:
     """The key that a tensor of a parametrized layer has without our updates in its list."""
+    # without ours the others close up: their places in the list become 0, 1, ...
     others = [index for index, one in enumerate(plist) if not isinstance(one, AttachedUpdate)]
+    # only ours were there: the tensor has its plain name again
     if key.part.startswith("original") and not others:
         return key.weight
     return str(replace(key, index=others.index(key.index)) if key.index in others else key)
@@ -322,6 +332,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
 def _sizes(model: nn.Module) -> Callable[[], None]:
     """What puts back what a resize changes outside of the modules: the memory behind a tensor, such
     as the bias of a head, and the sizes that configurations tell."""
+    # by reference: the old memory lives on until it is known that nothing failed
     memory = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     told = [(vars(config), dict(vars(config))) for config in _configurations(model)]
 
@@ -379,6 +390,7 @@ class _Held:
         lists = {
             name: plist
             for name, plist in parametrized(layer).items()
+            # under somebody else's parametrization too the base's tensor stays where it is
             if all(isinstance(one, AttachedUpdate) for one in plist)
         }
         shapes = {name: plist.original.shape for name, plist in lists.items()}
@@ -404,9 +416,11 @@ class _Held:
                 plist._parameters["original"] = layer._parameters.pop(name)
             parametrized(layer)._modules[name] = plist
             self._fit(plist, name, plist._parameters["original"])
+        # popped and put back in: a state dict has its tensors in this order
         for name in self.order:
             parametrized(layer)._modules[name] = parametrized(layer)._modules.pop(name)
         if layer is not self.layer and self.lists:
+            # a parametrized tensor is a property of the class
             layer.__class__ = shared(type(layer), frozenset(self.lists))
 
     def _put_branches_back(self, layer: nn.Module) -> None:

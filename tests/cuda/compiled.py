@@ -90,7 +90,8 @@ def launches_compile(capability):
     """Each kernel compiles where it would start; what a block of each takes, as it is filled."""
     taken = {}
 
-    def compiled(self, pointers, addresses, values=(), blocks=()):
+    def compiled(self, pointers, addresses, values=(), matrices=()):
+        blocks = map(Block, matrices, self.layouts)
         arguments = (*blocks, *pointers, *values, *self.tail)
         ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
         types = tuple(str(t.dtype) for t in pointers)

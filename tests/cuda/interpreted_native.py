@@ -24,9 +24,10 @@ from triton.runtime import interpreter
 
 from paramlora import kernels
 from paramlora.cuda import launch, operators
-from paramlora.cuda.launch import Block, Launch
+from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import native, plan, tiles
 from paramlora.cuda.native import driver, library
+from paramlora.cuda.native.handed import launcher
 from paramlora.evaluate import functional
 from tests.cuda import interpreted
 
@@ -39,21 +40,20 @@ one_at_a_time = threading.Lock()  # the interpreter knows no threads
 SCALARS = {4: "i", 8: "q"}
 
 
-def kinds_of(single, pointers, blocks):
+def kinds_of(single, pointers):
     """A kernel's signature as Triton writes it, with the numbers that are 1 compiled in."""
     memory = ["*bf16" for _ in pointers]
     whole = ["constexpr" if n == 1 else "i32" if n < 2**31 else "i64" for n in single.numbers]
-    loads = [f"tensordesc<bf16{block.block_shape}>" for block in blocks]
+    loads = [f"tensordesc<bf16{block}>" for _, _, block in single.layouts]
     return [*loads, *memory, "fp32", "i64", *whole, *("constexpr" for _ in single.constants)]
 
 
-def compiled_kernel(single, pointers, blocks):
+def compiled_kernel(single, pointers):
     """What is read of a kernel that Triton compiled."""
     known.append(single)
-    kinds = kinds_of(single, pointers, blocks)
+    kinds = kinds_of(single, pointers)
     meta = [
-        {"swizzle": 3, "elem_size": 2, "block_size": block.block_shape, "fp4_padded": False}
-        for block in blocks
+        {"swizzle": 3, "block_size": block, "fp4_padded": False} for _, _, block in single.layouts
     ]
     nothing = ("launch_pdl", "launch_cooperative_grid")
     none = ("global_scratch_size", "profile_scratch_size")
@@ -65,7 +65,7 @@ def compiled_kernel(single, pointers, blocks):
 
 def sizes_of(kernel):
     single = known[kernel - 1]
-    kinds = kinds_of(single, single.types, single.blocks)
+    kinds = kinds_of(single, single.types)
     own = {"i32": [4], "i64": [8], "fp32": [4], "constexpr": [], "*bf16": [8]}
     return sum((own.get(kind, [128, 4, 4, 8, 8]) for kind in kinds), []) + [8, 8]
 
@@ -95,14 +95,14 @@ def launched_from_cpp(config, kernel, places, extra):
     sizes = sizes_of(kernel)
     places = (ctypes.c_void_p * len(sizes)).from_address(places)
     given = [ctypes.string_at(*pair) for pair in zip(places, sizes)]
-    blocks, addresses = [], []
-    for layout in single.tiles_of_blocks:
+    matrices, addresses = [], []
+    for layout in single.layouts:
         (address,), rest = struct.unpack("q", given[0][:8]), given[1:5]
         shape, strides, block = layout
         assert [struct.unpack(SCALARS[len(one)], one)[0] for one in rest] == [*shape, *strides]
         assert described[address] == (*shape[::-1], 2 * strides[0], *block[::-1])
         matrix = _at(address, torch.bfloat16, 1 + (shape[0] - 1) * strides[0] + shape[1] - 1)
-        blocks.append(Block(matrix, layout))
+        matrices.append(matrix)
         given = given[5:]
     for one in given[: len(single.types)]:
         addresses += struct.unpack("q", one)
@@ -112,10 +112,10 @@ def launched_from_cpp(config, kernel, places, extra):
     (strength,), (number,) = struct.unpack("f", strength), struct.unpack("q", number)
     assert number not in numbers
     numbers.add(number)
-    bases = {block.base.data_ptr(): block.base for block in blocks}  # of one memory, one tensor
+    bases = {matrix.data_ptr(): matrix for matrix in matrices}  # of one memory, one tensor
     pointers = [bases.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
     with one_at_a_time:
-        interpreted.interpret(single, pointers, addresses, (strength, number), tuple(blocks))
+        interpreted.interpret(single, pointers, addresses, (strength, number), matrices)
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 12)
@@ -136,14 +136,27 @@ def _at(address, dtype, size=1):
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def launched_from_python(self, pointers, addresses, values=(), blocks=()):
+def launched_from_python(self, pointers, addresses, values=(), matrices=()):
     """`Launch.__call__`, whose kernel is compiled from its second launch on."""
     with one_at_a_time:
-        interpreted.interpret(self, pointers, addresses, values, blocks)
+        interpreted.interpret(self, pointers, addresses, values, matrices)
     if hasattr(self, "types") and self.compiled is None:
-        self.compiled = compiled_kernel(self, pointers, blocks)
-    self.types, self.blocks = [t.dtype for t in pointers], blocks
-    self.tiles_of_blocks = [(b.shape, b.strides, b.block_shape) for b in blocks]
+        self.compiled = compiled_kernel(self, pointers)
+    self.types = [t.dtype for t in pointers]
+    self.last = pointers, addresses, values, matrices
+
+
+def launched_by_itself(single):
+    """A launch by C++ as `Launch` has it: whether the output is that of its last launch."""
+    pointers, addresses, (strength, number), matrices = single.last
+    kinds = (*(int for _ in addresses), float, int)
+    one = launcher(single.compiled, single.grid, single.layouts, kinds, single.tail)
+    out = [*matrices, *pointers][2]
+    want = out.clone()
+    out.zero_()
+    launches.clear()
+    one(0, *map(torch.Tensor.data_ptr, matrices), *addresses, strength, number + 1)
+    return launches == [single.kernel.fn.__name__] and torch.equal(out, want)
 
 
 def multiply_bfloat16():
@@ -172,6 +185,11 @@ def stand_in():
         return functional.switched_on() and x.dtype == torch.bfloat16 and type(x) is torch.Tensor
 
     operators.served = functional.served = native.served = served
+    calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
+    driver.addresses = lambda: {
+        name: ctypes.cast(call, ctypes.c_void_p).value for name, call in calls.items()
+    }
+    driver.sizes_of = sizes_of
     module, in_python = library.loaded(), functional._gradients_of_native
 
     def backward(*given):
@@ -179,13 +197,9 @@ def stand_in():
         return in_python(*given)
 
     functional._gradients_of_native = backward
-    calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
-    driver.addresses = lambda: {
-        name: ctypes.cast(call, ctypes.c_void_p).value for name, call in calls.items()
-    }
-    driver.sizes_of = sizes_of
     configure = functools.partial(module.configure, cpu=True)
-    library.loaded = lambda: SimpleNamespace(configure=configure, linear=module.linear)
+    given = dict(configure=configure, linear=module.linear, launcher=module.launcher)
+    library.loaded = lambda: SimpleNamespace(**given)
 
 
 def layer(rows=(70,), fan_in=64, out=48, r=4, bias=True):
@@ -453,13 +467,14 @@ def main():
             told["errors"] = [interpreted.error(*pair) for pair in zip(got, want)]
             results[f"{name}, {strength}"] = told
     assert any(p.tiles.layouts for p in plan._FORWARDS.values()), "no block was described"
+    alone = {f"{i}, {len(one.layouts)}": launched_by_itself(one) for i, one in enumerate(known)}
     of, dy = layer()
     events = {}
     for name, (call, launched, fell) in EVENTS.items():
         told, _ = compared(name, call, of, dy)
         events[name] = told | {"as planned": [launched, fell]}
     errors = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
-    json.dump({"layers": results, "events": events, "errors": errors}, sys.stdout)
+    json.dump({"layers": results, "events": events, "errors": errors, "alone": alone}, sys.stdout)
 
 
 if __name__ == "__main__":

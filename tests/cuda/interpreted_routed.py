@@ -73,9 +73,9 @@ FEW = {  # the update of each row (the last is none), positions of each, ranks, 
 }
 
 
-def few(case, spoil=False):
-    """The error of few rows, which read the factors where they lie; of what another row's update
-    spoils, how many numbers it reaches."""
+def few(case, spoilt=None):
+    """The error of few rows, which read the factors where they lie; of those that do not take an
+    update that is spoilt, and whether all others are no numbers."""
     taken, P, ranks, fan_in, out, kind = FEW[case]
     rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
     x, weight = torch.randn(len(taken) * P, fan_in).half(), torch.randn(out, fan_in).half()
@@ -87,21 +87,22 @@ def few(case, spoil=False):
         )
         for which, r in enumerate(ranks)
     ]  # fmt: skip
-    if spoil:
-        parts[0].a[0, 0], parts[0].b[1, 0] = float("nan"), float("inf")
+    if spoilt is not None:
+        parts[spoilt].a[0, 0], parts[spoilt].b[1, 0] = float("nan"), float("inf")
+        parts[spoilt].scale.fill_(float("nan"))
     launched.clear()
     table = decoding.table_of(parts, weight)
     assert table.at is decoding.table_of(parts, weight).at
     y = decoding.product(x, weight, bias, rows.taken, rows.held, table, P).double()
     want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     for row, which in enumerate(taken):
-        if which < len(ranks) and not (spoil and which == 0):
+        if which < len(ranks) and which != spoilt:
             a, b, scale, gain = (t.double() for t in parts[which])
             own = slice(row * P, row * P + P)
             want[own] += scale * gain * x[own].double() @ a.t() @ b.t()
-    if not spoil:
+    if spoilt is None:
         return error(y, want), launched[:]
-    other = torch.tensor(taken).repeat_interleave(P) != 0
+    other = torch.tensor(taken).repeat_interleave(P) != spoilt
     return error(y[other], want[other]), bool(y[~other].isnan().all())
 
 
@@ -193,7 +194,7 @@ def main():
         of = [(9, 0), (8, 6)][number % 2]
         decoding.card = lambda device, of=of: interpreted.Card(of, 4)
         results["few"][case] = few(case)
-    results["few, spoiled"] = few("some", True)
+    results["few, spoiled"] = [few("some", which) for which in (0, 1)]  # the last as the first
     results["spoiled"] = spoiled()
     json.dump(results, sys.stdout)
 

@@ -89,8 +89,8 @@ def measured(monkeypatch):
     launched = []
     from paramlora.cuda.experts import plan
 
-    run = plan._launched
-    monkeypatch.setattr(plan, "_launched", lambda *a: (launched.append(a[0]), run(*a))[1])
+    run = plan.planned  # once for each launch
+    monkeypatch.setattr(plan, "planned", lambda *a: (launched.append(a[2]), run(*a))[1])
     return launched
 
 

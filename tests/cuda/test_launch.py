@@ -116,6 +116,26 @@ def test_a_triton_that_has_changed_launches_by_itself(changed):
     assert kernel.own == 3
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_launch_by_the_driver_gets_what_changes_alone(monkeypatch):
+    """The matrices' addresses, the others, the numbers; asked for once, when Triton is trusted."""
+    asked, given = [], []
+
+    def launcher(*about):
+        asked.append(about)
+        return lambda *values: given.append(values)
+
+    monkeypatch.setattr(launch, "launcher", launcher)
+    layout, kernel = ([8, 8], [8, 1], [8, 8]), Kernel()
+    one = launch.Launch(kernel, 0, 8, (16, 3), (True, 64), 3, 4, False, (layout,))
+    x, matrix = torch.zeros(8), torch.zeros(8, 8)
+    for i in range(3):
+        one((x,), (x.data_ptr(),), (0.5, i), (matrix,))
+    assert asked == [(kernel.compiled, 8, (layout,), (int, float, int), (16, 3, True, 64))]
+    assert given == [(5, matrix.data_ptr(), x.data_ptr(), 0.5, i) for i in (1, 2)]
+    assert len(kernel.compiled.given) == 1
+
+
 def test_a_descriptor_is_compared_by_what_it_describes():
     base = torch.zeros(64, 64)
     block = launch.Block(base, ([64, 64], [64, 1], [16, 16]))

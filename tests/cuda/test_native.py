@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paramlora.cuda.native import driver, library
-from paramlora.cuda.native.driver import Described
+from paramlora.cuda.native.handed import Described, handed
 from paramlora.errors import ParamloraError, ParamloraWarning
 from paramlora.evaluate import functional
 from tests.cuda.started import printed
@@ -57,6 +57,13 @@ def test_what_is_wrong_is_said_as_python_says_it(results):
     ]
 
 
+@compiled
+def test_any_launch_has_what_triton_would_hand_over(results):
+    alone = results["alone"]
+    assert len(alone) > 20 and all(alone.values()), alone
+    assert {name.split(", ")[1] for name in alone} == {"0", "3"}  # matrices that are described
+
+
 def test_both_sides_number_what_changes_alike():
     source = library._SOURCE.read_text(encoding="utf-8")
     told = re.search(r"enum Slot \{(.*?)\};", source, re.DOTALL)[1]
@@ -69,7 +76,9 @@ def test_both_sides_number_what_changes_alike():
 def empty(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("PARAMLORA_NATIVE", raising=False)
-    return tmp_path
+    library.loaded.cache_clear()
+    yield tmp_path
+    library.loaded.cache_clear()
 
 
 def test_nothing_is_compiled_or_said_unasked(empty):
@@ -119,7 +128,7 @@ def test_it_is_not_even_looked_for_without_a_kernel():
         assert functional._native is None and not functional._started
 
 
-# --- what the driver is handed: `native.driver` ---------------------------------------------------
+# --- what the driver is handed: `native.handed` ---------------------------------------------------
 
 
 class Place(IntEnum):
@@ -132,7 +141,7 @@ def kernel_of(changed=None, **about):
     """A kernel as Triton tells it: a matrix for the memory engine, an address, numbers of 32 and 64
     bits, one that is 1 and so compiled in, a constant; and the driver's sizes of its parameters."""
     kinds = ["tensordesc<bf16[8, 16]>", "*bf16", "fp32", "i32", "i64", "constexpr", "constexpr"]
-    load = {"swizzle": 1, "elem_size": 2, "block_size": [8, 16], "fp4_padded": False}
+    load = {"swizzle": 1, "block_size": [8, 16], "fp4_padded": False}
     plain = dict(num_warps=4, num_ctas=1, shared=96, launch_pdl=False, tensordesc_meta=[load])
     plain |= dict(launch_cooperative_grid=False, global_scratch_size=0, profile_scratch_size=0)
     metadata = SimpleNamespace(**{**plain, **about})
@@ -151,20 +160,21 @@ def counted(monkeypatch):
 
 
 def test_a_launch_is_told_as_the_driver_takes_it(counted):
-    told = driver.handed(kernel_of()[0], GIVEN, Place.BLOCK)
+    told = handed(kernel_of()[0], 9, GIVEN, Place.BLOCK)
     fixed = [(-1, n) for n in (40, 32, 48, 1)]
     numbers = [(-1, 2**64 - 7), (-1, 2**40)]
     assert told.parameters == [
         *((2, 0), *fixed, (0, 0), (1, 0), *numbers, (-1, 0), (-1, 0))
     ]  # fmt: skip
-    assert told.blocks == [(0, 1, (8, 16), (40, 32), 96)]
-    assert (told.kernel, told.threads, told.shared) == (5, 128, 96)
+    assert told.blocks == [(0, 1, (8, 16), (40, 32), 96, 9)]
+    assert told[:6] == (5, 9, 128, 96, False, Place.BLOCK)
+    early = handed(kernel_of(launch_pdl=True)[0], 9, GIVEN, Place.BLOCK)
+    assert early == told._replace(early=True)
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        {"launch_pdl": True},
         {"launch_cooperative_grid": True},
         {"num_ctas": 2},
         {"global_scratch_size": 8},
@@ -174,24 +184,28 @@ def test_a_launch_is_told_as_the_driver_takes_it(counted):
     ids=str,
 )
 def test_a_launch_that_needs_more_is_left_to_python(more, counted):
-    assert driver.handed(kernel_of(**more)[0], GIVEN, Place.BLOCK) is None
+    assert handed(kernel_of(**more)[0], 9, GIVEN, Place.BLOCK) is None
 
 
 def test_another_triton_is_left_to_python(counted, monkeypatch):
     kernel, load = kernel_of()
-    assert driver.handed(kernel, GIVEN[:-1], Place.BLOCK) is None
+    assert handed(kernel, 9, GIVEN[:-1], Place.BLOCK) is None
     for kind in ("u8", "fp64", "tensordesc<bf16[8, 16]>"):
         other, _ = kernel_of(
             ["tensordesc<bf16[8, 16]>", "*bf16", "fp32", kind, "i64", *2 * ["i32"]]
         )
-        assert driver.handed(other, GIVEN, Place.BLOCK) is None
-    load["elem_size"] = 4
-    assert driver.handed(kernel, GIVEN, Place.BLOCK) is None
+        assert handed(other, 9, GIVEN, Place.BLOCK) is None
+    constant, _ = kernel_of(
+        ["tensordesc<bf16[8, 16]>", "*bf16", "constexpr", "i32", "i64", *2 * ["constexpr"]]
+    )
+    assert handed(constant, 9, GIVEN, Place.BLOCK) is None  # a number that changes
+    load["fp4_padded"] = True
+    assert handed(kernel, 9, GIVEN, Place.BLOCK) is None
     del kernel.metadata.num_ctas
-    assert driver.handed(kernel, GIVEN, Place.BLOCK) is None
+    assert handed(kernel, 9, GIVEN, Place.BLOCK) is None
 
 
 @pytest.mark.parametrize("sizes", [SIZES[:-1], [*SIZES, 8], [64, *SIZES[1:]]], ids=str)
 def test_parameters_that_the_driver_counts_otherwise_are_left_to_python(sizes, monkeypatch):
     monkeypatch.setattr(driver, "sizes_of", lambda kernel: sizes)
-    assert driver.handed(kernel_of()[0], GIVEN, Place.BLOCK) is None
+    assert handed(kernel_of()[0], 9, GIVEN, Place.BLOCK) is None

@@ -23,6 +23,7 @@ def both(monkeypatch):
     """Calls of a step with C++ and without, on a card."""
     monkeypatch.setenv("PARAMLORA_NATIVE", "1")
     library.build()
+    library.loaded.cache_clear()
     ours = native.start(functional._gradients_of_native)
     monkeypatch.setattr(functional, "_started", True)
     monkeypatch.setattr(functional, "_native", ours)

@@ -29,6 +29,7 @@ import triton.language as tl
 @triton.jit
 def _places(images, image, channels, P, offs_c, offs_p, LAST: tl.constexpr):
     """Addresses ``[c, p]`` of one of the images."""
+    # one image lies within 32 bits, as `plan` sees to; all of them need not
     start = images + tl.cast(image, tl.int64) * channels * P
     if LAST:
         return start + offs_p[None, :] * channels + offs_c[:, None]
@@ -60,6 +61,7 @@ def _copy(
     image, offs_c, offs_p = _block(pid, more, P, BLOCK_C, BLOCK_P)
     places = _places(source, image, channels, P, offs_c, offs_p, FROM_LAST)
     value = tl.load(places, mask=_inside(offs_c, channels, offs_p, P), other=0.0)
+    # back to 16 bits, as 1.0 makes it float32
     value = tl.where(offs_c[:, None] == ones, 1.0, value).to(value.dtype)
     places = _places(target, image, more, P, offs_c, offs_p, TO_LAST)
     tl.store(places, value, mask=_inside(offs_c, more, offs_p, P))
@@ -71,14 +73,14 @@ def _join_row(
     stride_bn, stride_br, BIAS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """A block of the row ``[W, scale · B, bias, 0]``, what is added at the `middle` position."""
-    rank, channels = offs_c - inner, inner + added
+    rank, channels = offs_c - inner, inner + added  # the former negative in W
     places = _places(weight, row, inner, positions, offs_c, offs_p, LAST)
     value = tl.load(places, mask=(rank[:, None] < 0) & (offs_p[None, :] < positions), other=0.0)
-    if added > 0:
+    if added > 0:  # none is to W's rows of the backward, where B is in v
         source = b + row * stride_bn + rank * stride_br
         more = tl.load(source, mask=(rank >= 0) & (rank < r), other=0.0)
         more = (more.to(tl.float32) * tl.load(scale).to(tl.float32)).to(value.dtype)
-        if BIAS:
+        if BIAS:  # where the input has its channel of ones
             more = tl.where(rank == r, tl.load(bias + row), more)
         value = tl.where((rank[:, None] >= 0) & (offs_p[None, :] == middle), more[:, None], value)
     places = _places(joined, row, channels, positions, offs_c, offs_p, True)
@@ -107,6 +109,7 @@ def prepare(
     """``wide = [x, 0]``, ``joined[out, inner + added, positions]`` and A's kernel ``down[R, inner +
     added, positions]``."""
     pid = tl.program_id(0)
+    # of a weight: its rows are what images are of x, so that both are divided alike
     row, offs_c, offs_p = _block(pid, inner + added, positions, WEIGHT_C, WEIGHT_P)
     if row < out:
         _join_row(
@@ -126,7 +129,7 @@ def prepare(
 @triton.jit
 def _along(at, size, first, step):
     """The output whose middle lies at a position along one axis, and whether there is one."""
-    at -= first
+    at -= first  # where the middle of the first output lies
     return at // step, (at >= 0) & (at % step == 0) & (at // step < size)
 
 
@@ -142,14 +145,14 @@ def put(
     pid = tl.program_id(0)
     image, offs_p = pid // blocks, pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_r, o, there = tl.arange(0, R), offs_p, offs_p < P
-    if not SAME:
+    if not SAME:  # positions with no output's middle keep the zeros that `prepare` wrote
         d, in_depth = _along(offs_p // (height * width), out_depth, depth_first, depth_step)
         h, in_height = _along(offs_p // width % height, out_height, height_first, height_step)
         w, in_width = _along(offs_p % width, out_width, width_first, width_step)
         there &= in_depth & in_height & in_width
         o = (d * out_height + h) * out_width + w
     value = tl.load(_places(t, image, R, outputs, offs_r, o, True), mask=there[None, :])
-    if BIAS:
+    if BIAS:  # t's zeros beyond the rank would overwrite the ones
         value = tl.where(offs_r[:, None] == r, 1.0, value).to(value.dtype)
     places = _places(wide, image, channels + added, P, channels + offs_r, offs_p, True)
     tl.store(places, value, mask=there[None, :])
@@ -171,7 +174,7 @@ def _spread(
         offs_c = start + tl.arange(0, BLOCK_C)
         mask = (offs_c[:, None] < out) & inside
         value = tl.load(_places(dy, image, out, P, offs_c, offs_p, LAST), mask=mask, other=0.0)
-        if INPUT:
+        if INPUT:  # dY is in registers: the only read of it serves both
             tl.store(_places(wide, image, more, P, offs_c, offs_p, True), value, mask=mask)
         places = b + offs_c[None, :] * stride_bn + offs_r[:, None] * stride_br
         thin = tl.load(places, mask=(offs_c[None, :] < out) & (offs_r[:, None] < r), other=0.0)
@@ -180,7 +183,7 @@ def _spread(
     tl.store(_places(v, image, R, P, offs_r, offs_p, True), value, mask=inside)
     if INPUT:
         tl.store(_places(wide, image, more, P, out + offs_r, offs_p, True), value, mask=inside)
-        for start in range(R, added, R):
+        for start in range(R, added, R):  # the channels that `plan.widened` adds beyond the rank
             offs_c = out + start + offs_r
             places = _places(wide, image, more, P, offs_c, offs_p, True)
             tl.store(places, tl.zeros_like(value), mask=inside & (offs_c[:, None] < more))
@@ -201,6 +204,7 @@ def _part(
         left = tl.load(_places(dy, image, out, P, offs_c, offs_p, LAST), mask=mask, other=0.0)
         rows = t + (tl.cast(image, tl.int64) * P + offs_p)[:, None] * R + offs_r[None, :]
         acc = tl.dot(left, tl.load(rows, mask=offs_p[:, None] < P, other=0.0), acc)
+    # no atomic sum: `back` adds the groups in their order, so that the result is deterministic
     places = part + tl.cast(group, tl.int64) * out * R + offs_c[:, None] * R + offs_r[None, :]
     tl.store(places, acc, mask=offs_c[:, None] < out)
 
@@ -231,12 +235,13 @@ def spread(
         _part(dy, t, part, block, group, group * each, high, out, P, LAST, R, BLOCK_O, GROUP_P)
     elif pid < tiles + sums + rows:
         row, offs_c, offs_p = _block(pid - tiles - sums, inner, positions, WEIGHT_C, WEIGHT_P)
-        if row < out:
+        if row < out:  # W alone, without what a forward joins
             _join_row(
                 weight, b, scale, b, tall, row, offs_c, offs_p, inner, 0, positions, 0, 0, 0, 0,
                 False, WEIGHT_LAST,
             )  # fmt: skip
         else:
+            # zeros from the rank on, as `wide` has behind v: `widened` adds channels for both
             behind = tall + tl.cast(out, tl.int64) * inner * positions
             _join_rank(
                 a, behind, row - out, offs_c, offs_p, inner, 0, positions, r, stride_ar, stride_ak
@@ -251,14 +256,14 @@ def _add_parts(
     part, db, scale, pid, out, groups, r,
     SCALED: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of B's gradient: the sum of all groups."""
+    """A part of B's gradient: the sum of all groups, at once in a block ``[GROUPS, BLOCK]``."""
     at, group = pid * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUPS)
     places = part + group[:, None] * (out * R) + at[None, :]
     mask = (group[:, None] < groups) & (at[None, :] < out * R)
     value = tl.sum(tl.load(places, mask=mask, other=0.0), 0)
     if SCALED:
         value *= tl.load(scale).to(tl.float32)
-    row, rank = at // R, at % R
+    row, rank = at // R, at % R  # stored without the ranks that pad R
     tl.store(db + row * r + rank, value, mask=(at < out * R) & (rank < r))
 
 
@@ -281,6 +286,7 @@ def back(
         pid -= tiles
         row, at = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
         start = tl.cast(row, tl.int64) * size
+        # writes lie side by side and reads apart: cuDNN has A's channels last, the caller first
         source = a_last + start + at % positions * inner + at // positions
         value = tl.load(source, mask=at < size)
         tl.store(da + start + at, value.to(da.dtype.element_ty), mask=at < size)

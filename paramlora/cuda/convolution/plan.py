@@ -27,7 +27,8 @@ _BLOCK = 1024  # elements of a row of A in one program
 
 
 class _Image(NamedTuple):
-    """A tensor ``[batch, channels, ...]``, a weight, or what else is to be made."""
+    """A tensor ``[batch, channels, ...]``, a weight, or what else is to be made: strides are found
+    once, and `cuda_empty` takes them without torch's way of several calls."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -38,6 +39,7 @@ class _Image(NamedTuple):
 
     def of(self, t: Tensor) -> Tensor:
         """A tensor of this shape, in this format."""
+        # cuDNN's result need not lie as its input does
         return t if t.stride() == self.stride else self.new().copy_(t)
 
 
@@ -103,7 +105,7 @@ class _Geometry(NamedTuple):
 
 def _geometry(x: Tensor, weight: Tensor, window: Window) -> _Geometry:
     sizes, kernel, (stride, padding, dilation) = tuple(x.shape[2:]), tuple(weight.shape[2:]), window
-    if len(sizes) == 1:
+    if len(sizes) == 1:  # torch has channels last only of two axes and of three
         return _Geometry((1, *sizes), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
     return _Geometry(sizes, kernel, stride, padding, dilation)
 
@@ -115,11 +117,14 @@ def _block(n: int, most: int) -> int:
 
 def _copy_blocks(channels: int, P: int, last: bool) -> tuple[int, int]:
     """Channels and positions of a block that is copied; `last`: they stay the last in memory."""
+    # a transposed block is square, as one side is contiguous where it is read, the other where it
+    # is written
     return _block(channels, 128 if last else 64), _block(P, 32 if last else 64)
 
 
 def _weight_blocks(channels: int, positions: int) -> tuple[int, int]:
     """Channels and positions of a block of a weight that is copied."""
+    # a kernel's positions are few, so most of a block is channels
     most = min(64, power(positions))
     return _block(channels, 1024 // most), most
 
@@ -135,7 +140,7 @@ class _Forward:
         x, weight, bias, a, b, _ = of
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
-        P, PO, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
+        P, PO, positions = map(math.prod, (sizes, outputs, kernel))
         channels, device = widened(inner, R), x.get_device()
         last, weight_last = bool(_format(x)), bool(_format(weight))
         self.conv, self.window = getattr(F, f"conv{len(sizes)}d"), geometry[2:]
@@ -144,45 +149,43 @@ class _Forward:
         self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
         added, block = channels - inner, _copy_blocks(channels, P, last)
         of_weight = _weight_blocks(channels, positions)
+        # a channel of ones takes it if one of those that pad the rank is free, else cuDNN adds it
         self.bias_inside = bias is not None and added > r
         numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
         constants: tuple[Any, ...] = (self.bias_inside, last, weight_last, R, *of_weight, *block)
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
         self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
+        # `put` has three axes, of which it needs no depth of the input
         flat, BP = (1,) * (3 - len(sizes)), _block(P, 64)
         axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
         numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
         same = outputs == sizes and not any(geometry.firsts)
-        grid = batch * -(-P // BP)
         constants = (self.bias_inside, same, R, BP)
-        self.put = Launch(kernels.put, device, grid, numbers, constants, 1, 4)
+        self.put = Launch(kernels.put, device, batch * -(-P // BP), numbers, constants, 1, 4)
+        # torch's own result has its channels last where those of x or of the weight are
         self.back: Optional[Launch] = None
         if not (last or weight_last):
             self.y = low(batch, out, *outputs)
-            self.result = _first(x.dtype, batch, out, *outputs[len(sizes) + 2 - x.dim() :])
+            self.result = _first(x.dtype, batch, out, *outputs[2 - x.dim() :])
             self.back = _back(device, (batch, out, PO))
 
     def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        (x, weight, bias, a, b, scale), (px, pw, pb, *others) = of, addresses
+        (x, weight, more, a, b, scale), (px, pw, pmore, *others) = of.tensors, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
-        channel: Tensor = weight
-        left, pbias = bias, pw
-        if self.bias_inside and bias is not None:
-            channel, left, pbias = bias, None, pb
         pwide = wide.data_ptr()
         self.prepare(
-            (x, weight, a, b, scale, channel, wide, joined, down),
-            (px, pw, *others, pbias, pwide, joined.data_ptr(), down.data_ptr()),
+            (x, weight, a, b, scale, more, wide, joined, down),
+            (px, pw, *others, pmore, pwide, joined.data_ptr(), down.data_ptr()),
         )
         t = self.t.of(self.conv(wide, down, None, *self.window))
         self.put((t, wide), (t.data_ptr(), pwide))
-        y = self.conv(wide, joined, left, *self.window)
+        y = self.conv(wide, joined, None if self.bias_inside else of.bias, *self.window)
         if self.back is None:
             return y, t
         y, result = self.y.of(y), self.result.new()
-        py, pr = y.data_ptr(), result.data_ptr()
-        self.back((y, result, y, y, y, y, y), (py, pr, py, py, py, py, py))
+        py, unread = y.data_ptr(), 5  # no rows and no sums, so none of their pointers is read
+        self.back((y, result, *(y,) * unread), (py, result.data_ptr(), *(py,) * unread))
         return result, t
 
 
@@ -193,8 +196,15 @@ def _back(
     sums: tuple[int, int, int] = (1, 0, 1),
     scaled: bool = False,
 ) -> Launch:
-    """The launch that lays out anew an image ``[batch, channels, P]`` and rows of A's kernel of so
-    many channels and positions, and adds the sums ``[out, r]`` of so many groups."""
+    """The launch of `kernels.back`, with nothing to do for what is left out.
+
+    Args:
+        device: its index.
+        image: batch, channels and positions of what is laid out anew.
+        rows: how many of A's kernel, their channels and positions.
+        sums: groups whose sums ``[out, r]`` are added, out, and r.
+        scaled: whether they are multiplied by the scale.
+    """
     (batch, channels, P), (count, inner, positions) = image or (0, 1, 1), rows
     groups, out, r = sums
     block, R, many = _copy_blocks(channels, P, False), padded(r), power(groups)
@@ -235,6 +245,7 @@ def _plan_forward(of: Operands, window: Window) -> Any:
     x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
+    # `put` and `spread` hold all ranks of a block of positions at once
     if not (factors_fit(weight, a, b, scale) and len(a) <= WIDEST and x.numel()):
         return None
     if (weight.dtype, weight.get_device()) != (x.dtype, x.get_device()):
@@ -244,11 +255,11 @@ def _plan_forward(of: Operands, window: Window) -> Any:
         if (bias.shape, bias.stride(), bias.dtype, bias.get_device()) != like:
             return None
     geometry = _geometry(x, weight, window)
+    # where a middle meets the padding, no position of `wide` could hold its t
     if min(geometry.outputs) < 1 or not geometry.inside:
         return None
-    positions = max(
-        math.prod(sizes) for sizes in (geometry.sizes, geometry.outputs, geometry.kernel)
-    )
+    positions = max(map(math.prod, (geometry.sizes, geometry.outputs, geometry.kernel)))
+    # the kernels find places within an image, and within a row of a weight, in 32 bits
     if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
         return None
     return _COPY if _format(x) is None else _Forward(of, geometry)
@@ -268,23 +279,27 @@ class _Backward:
         (x, weight, _, a, b, _), (input_too, a_too) = of, wanted
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
-        PX, P, positions = math.prod(sizes), math.prod(outputs), math.prod(kernel)
+        PX, P, positions = map(math.prod, (sizes, outputs, kernel))
         channels, device = widened(out, R), x.get_device()
         processors = card(device).processors
         last, x_last, weight_last = (bool(_format(t)) for t in (dy, x, weight))
         self.input_too, self.a_too = input_too, a_too
+        # the gradient of A reads x, that of x but its shape; and lies as x does
         self.relaid, self.returned = a_too and not x_last, input_too and not x_last
-        none = [0] * len(sizes)
-        self.window = ([0], *geometry[2:], False, none, 1)
+        # of cuDNN: no bias, the window, not transposed, so no padding of an output, one group
+        self.window = ([0], *geometry[2:], False, [0] * len(sizes), 1)
         low, wide = functools.partial(_last, x.dtype), torch.float32
         self.wide, self.tall = low(batch, channels, *outputs), low(channels, inner, *kernel)
         self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
         self.x, self.dx = low(batch, inner, *sizes), _first(x.dtype, *x.shape)
         self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
+        # v takes all channels of some positions at once: of few, smaller blocks fill the device
         BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
         GP, block = _block(P, 64), _copy_blocks(inner, PX, False)
         of_weight = _weight_blocks(inner, positions)
         tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
+        # about a program of B's gradient for each processor, none of less than four blocks; then
+        # as few as these are, evenly
         groups = max(1, min(-(-units // 4), -(-processors // blocks)))
         each = -(-units // groups)
         groups = -(-units // each)
@@ -296,8 +311,7 @@ class _Backward:
             tiles, groups, each, batch, out, inner, channels - out, positions, P, PX, r,
             *a.stride(), *b.stride(),
         )  # fmt: skip
-        sizes = (DEEP, BP, 64, GP, *of_weight, *block)
-        constants = (input_too, last, weight_last, R, *sizes)
+        constants = (input_too, last, weight_last, R, DEEP, BP, 64, GP, *of_weight, *block)
         self.spread = Launch(kernels.spread, device, grid, numbers, constants, 1, 4)
         image = (batch, inner, PX) if self.returned else None
         rows = (r if a_too else 0, inner, positions)
@@ -308,6 +322,7 @@ class _Backward:
     ) -> tuple[_Maybe, _Maybe, Tensor]:
         x, weight, _, a, b, scale = of
         v, part = self.v.new(), self.part.new()
+        # what is not wanted is v: an address that nothing is read from or written to
         wide, tall = (self.wide.new(), self.tall.new()) if self.input_too else (v, v)
         x_last = self.x.new() if self.relaid or x.dim() == 3 else x
         made = (wide, tall, x_last, v, part)
@@ -322,7 +337,7 @@ class _Backward:
             y, result = self.x.of(dx), self.dx.new()
             dx = result
         if self.a_too:
-            down = self.down.new()  # whose shape alone counts
+            down = self.down.new()  # of which cuDNN reads the shape alone
             _, a_last, _ = _gradients(v, x_last, down, *self.window, [False, True, False])
             a_last, da = self.down.of(a_last), self.da.new()
             a_first = da
@@ -345,12 +360,10 @@ def backward(
         scaled: whether the scale is in the last gradient.
         wanted: of x, of A.
     """
-    tensors = (dy, t, of.weight, of.a, of.b, of.scale, of.x)
-
-    def plan_of(_: tuple[int, ...]) -> Any:
-        return _plan_backward(dy, of, t, scaled, wanted, window)
-
-    plan, addresses = planned(_BACKWARDS, tensors, (scaled, wanted, window), plan_of)
+    tensors, how = (dy, t, of.weight, of.a, of.b, of.scale, of.x), (scaled, wanted, window)
+    plan, addresses = planned(
+        _BACKWARDS, tensors, how, lambda _: _plan_backward(dy, of, t, scaled, wanted, window)
+    )
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
         t = _last(t.dtype, *t.shape).of(t)
@@ -363,13 +376,14 @@ def _plan_backward(
 ) -> Any:
     x, weight, _, a, b, scale = of
     together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, window)
-    outputs = geometry.outputs[len(geometry.outputs) + 2 - dy.dim() :]
+    outputs = outputs_of(x.shape[2:], weight.shape[2:], window)
     shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
     types = {im.dtype for im in (dy, x, weight, t)} == {x.dtype} and _format(weight) is not None
     if not (shapes and types) or len({im.get_device() for im in together}) > 1:
         named = "the gradient, the input, the weight, A, B, A's output and the scale"
         raise changed(named, together)
+    # a hook on saved tensors may have laid t anywhere
     if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
         return _COPY
     return _Backward(dy, of, geometry, scaled, wanted)

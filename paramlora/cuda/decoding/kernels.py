@@ -37,16 +37,14 @@ def _wide(
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``x[M, K] w[N, K]ᵀ`` over one part of K."""
-    offs_m, offs_n, offs_k = (
-        tl.arange(0, BLOCK_M),
-        tile * BLOCK_N + tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_K),
-    )
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
     low = split * each
     high = tl.minimum(K, low + each)
-    tl.assume(low < high)
+    tl.assume(low < high)  # else ptxas makes every tensor core instruction wait for the last
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     left = x + offs_m[:, None].to(tl.int64) * stride_xm + (low + offs_k)[None, :]
+    # columns beyond the last are read again in place of a mask, and not stored
     right = w + (offs_n % N)[None, :].to(tl.int64) * stride_wn + (low + offs_k)[:, None]
     for k in range(low, high, BLOCK_K):
         if WHOLE:
@@ -84,11 +82,11 @@ def partial(
             high = tl.minimum(K, low + each)
             for k in range(low, high, BLOCK_D):
                 inside = k + offs_k < high
-                given = tl.load(
-                    x + tl.cast(row, tl.int64) * stride_xm + k + offs_k, mask=inside, other=0.0
-                )
+                where = x + tl.cast(row, tl.int64) * stride_xm + k + offs_k
+                given = tl.load(where, mask=inside, other=0.0)
                 where = a + offs_r[:, None] * K + (k + offs_k)[None, :]
                 down = tl.load(where, mask=(offs_r[:, None] < r) & inside[None, :], other=0.0)
+                # no `tl.dot`, which takes 16 rows of one update where there is one
                 acc += down.to(tl.float32) * given.to(tl.float32)[None, :]
             tl.store(thin + (split * M + row) * BLOCK_R + offs_r, tl.sum(acc, 1))
     else:
@@ -108,25 +106,25 @@ def finish(
     """Some columns of a row of ``y[M, N] = Σ part + s_i B_i Σ thin + bias``."""
     columns = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) // columns
-    offs_n, offs_r = (
-        tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_R),
-    )
+    offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
     own = tl.load(taken + row // P)
     mine = own < updates
-    own = tl.minimum(own, updates - 1)
+    own = tl.minimum(own, updates - 1)  # a row of no update has another's addresses, all masked
     b, r = _held(table, updates + own, factor), _rank(held, own, RANK)
     where = b + offs_n[:, None] * r + offs_r[None, :]
     up = tl.load(where, mask=(offs_n[:, None] < N) & (offs_r[None, :] < r) & mine, other=0.0)
-    s = tl.load(tl.load(table + 2 * updates + own).to(scale.dtype)).to(tl.float32)
-    s *= tl.load(tl.load(table + 3 * updates + own).to(gain.dtype)).to(tl.float32)
-    if EARLY:
+    # zeros too, as the other's, times the zeros of B and u, might be no numbers
+    where = tl.load(table + 2 * updates + own).to(scale.dtype)
+    s = tl.load(where, mask=mine, other=0.0).to(tl.float32)
+    where = tl.load(table + 3 * updates + own).to(gain.dtype)
+    s *= tl.load(where, mask=mine, other=0.0).to(tl.float32)
+    if EARLY:  # all above is no work of `partial`, which has not ended yet
         gdc_wait()
     u = tl.zeros((BLOCK_R,), tl.float32)
     for split in tl.static_range(SPLITS):
-        u += tl.load(
-            thin + (split * M + row) * BLOCK_R + offs_r, mask=(offs_r < r) & mine, other=0.0
-        )
+        there = (offs_r < r) & mine
+        u += tl.load(thin + (split * M + row) * BLOCK_R + offs_r, mask=there, other=0.0)
     acc = tl.sum(up.to(tl.float32) * (s * u)[None, :], 1)
     for split in tl.static_range(SPLITS):
         where = part + tl.cast(split * M + row, tl.int64) * N + offs_n

@@ -15,9 +15,8 @@ from paramlora.cuda.operands import power
 
 _Maybe = Optional[Tensor]
 HIGHEST = 64  # rank
-# columns and depth of a tile of the weight, programs of them for each processor, numbers of A and
-# of B that a program holds, stages and warps
-_DIVISION = (32, 128, 2, 8192, 16384, 3, 4)
+_WAVES = 2  # programs that read a tile of the weight, for each processor
+_OF_A, _OF_B = 8192, 16384  # numbers of either that a program holds
 _TYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 _PLANS: dict[Any, Any] = {}
 _TABLES: dict[Any, Tensor] = {}
@@ -48,11 +47,11 @@ def table_of(parts: Sequence[Part], weight: Tensor) -> Optional[Table]:
     A table is made once for tensors of such addresses and shapes, as a copy to the device waits for
     it; none can be made while a CUDA graph is captured.
     """
-    tensors = [*chain.from_iterable(parts)]
+    tensors, kinds = [*chain.from_iterable(parts)], len(Part._fields)
     # by functions of C alone: in Python's a model's layers would take longer than their products
-    shapes = [*map(_SHAPE, tensors)]
-    told = (*map(Tensor.data_ptr, tensors), *map(_TYPE, tensors), *shapes)
-    ranks = [shape[0] for shape in shapes[:: len(Part._fields)]]
+    places, shapes = [*map(Tensor.data_ptr, tensors)], [*map(_SHAPE, tensors)]
+    told = (*places, *map(_TYPE, tensors), *shapes)
+    ranks = [shape[0] for shape in shapes[::kinds]]
     most = max(ranks)
     rank = most if most == min(ranks) else 0
     key = (weight.get_device(), weight.shape, told)
@@ -61,17 +60,15 @@ def table_of(parts: Sequence[Part], weight: Tensor) -> Optional[Table]:
     if found is None:
         if captured or not _fit(parts, weight):
             return None
-        if len(_TABLES) >= 1024:
+        if len(_TABLES) >= 1024:  # of factors that are long gone
             _TABLES.clear()
-        addresses = [[getattr(part, name).data_ptr() for part in parts] for name in Part._fields]
-        found = _TABLES[key] = outside_of_pools(lambda: _placed(addresses, weight.device))
+        rows = [places[kind::kinds] for kind in range(kinds)]
+        found = _TABLES[key] = outside_of_pools(
+            lambda: torch.tensor(rows, dtype=torch.int64, device=weight.device)
+        )
     if captured:
         _CAPTURED[key] = found
     return Table(found, parts[0], rank, most)
-
-
-def _placed(addresses: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def _fit(parts: Sequence[Part], weight: Tensor) -> bool:
@@ -85,7 +82,7 @@ def _fit(parts: Sequence[Part], weight: Tensor) -> bool:
         and part.scale.numel() == part.gain.numel() == 1
         and tuple(t.dtype for t in part) == types
         and all(t.is_contiguous() and t.get_device() == device for t in part)
-        and not (part.a.data_ptr() | part.b.data_ptr()) & 15
+        and not (part.a.data_ptr() | part.b.data_ptr()) & 15  # which the kernels assume of all
         for part in parts
     )
 
@@ -116,12 +113,12 @@ def product(
     def made(_: Any) -> Any:
         return _launches(x, weight, bias is not None, table, positions, card(x.get_device()))
 
-    plan, addresses = planned(_PLANS, tensors, rest, made)
-    (first, second), (size, parts) = plan
+    (first, second, size, parts), addresses = planned(_PLANS, tensors, rest, made)
     (px, pw, pt, ph, pa, pf, _, pscale, pgain, pbias) = addresses
+    # one allocation for both, as each takes the host a good part of a launch
     scratch, y = x.new_empty(size, dtype=torch.float32), x.new_empty(len(x), len(weight))
     pp = scratch.data_ptr()
-    thin = pp + 4 * parts
+    thin = pp + 4 * parts  # bytes of float32
     a, scale, gain = table.like.a, table.like.scale, table.like.gain
     shared, places = (taken, held, table.at, a), (pt, ph, pa, pf)
     first((x, weight, scratch, scratch, *shared), (px, pw, pp, thin, *places))
@@ -134,26 +131,24 @@ def product(
 
 def _launches(
     x: Tensor, weight: Tensor, bias: bool, table: Table, positions: int, of: Card
-) -> tuple[tuple[Launch, Launch], tuple[int, int]]:
+) -> tuple[Launch, Launch, int, int]:
     """Both launches; how many numbers the first leaves for the second, and how many of them are of
     the wide product, a multiple of four."""
     (M, K), N, updates, device = x.shape, len(weight), table.at.shape[1], x.get_device()
     RB, BM = power(max(table.most, 16)), max(16, power(M))
-    BN, BK, waves, deep, columns, stages, warps = _DIVISION
-    BK = BK if BM <= 64 else 64  # fits the shared memory of every device
+    BN, BK = 32, 128 if BM <= 64 else 64  # fits the shared memory of every device
     tiles = -(-N // BN)
-    splits = max(1, min(8, waves * of.processors // tiles, -(-K // BK)))
+    # a weight of few columns is divided along K too, so that all processors read some of it
+    splits = max(1, min(8, _WAVES * of.processors // tiles, -(-K // BK)))
     each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
     whole, early = K % each == 0, of.hopper
-    shape = (splits, whole, early, table.rank, RB, max(16, deep // RB), BM, BN, BK)
+    shape = (splits, whole, early, table.rank, RB, max(16, _OF_A // RB), BM, BN, BK)
     numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each)
-    grid = (tiles + M) * splits
-    first = Launch(kernels.partial, device, grid, numbers, shape, stages, warps)
-    columns = max(16, columns // RB)
-    grid, shape_too = M * -(-N // columns), (bias, splits, early, table.rank, RB, columns)
-    few = (M, N, updates, positions)
-    second = Launch(kernels.finish, device, grid, few, shape_too, 1, 4, early)
+    first = Launch(kernels.partial, device, (tiles + M) * splits, numbers, shape, 3, 4)
+    columns = max(16, _OF_B // RB)
+    shape_too, few = (bias, splits, early, table.rank, RB, columns), (M, N, updates, positions)
+    second = Launch(kernels.finish, device, M * -(-N // columns), few, shape_too, 1, 4, early)
     parts = splits * M * N
-    parts += -parts % 4
-    return (first, second), (parts + splits * M * RB, parts)
+    parts += -parts % 4  # the thin sums behind start at a multiple of 16 bytes
+    return first, second, parts + splits * M * RB, parts

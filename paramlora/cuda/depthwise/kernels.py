@@ -18,16 +18,16 @@ def add(
     BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """``total[channels, taps] = W + scale · B A`` in float32, in full precision."""
+    # "ieee" is float32 where TF32 would round the factors; `tl.dot` takes 16 taps at least, so that
+    # most of a tile is masked
     c, t = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
     mask = (c[:, None] < channels) & (t[None, :] < taps)
     rows = weight + c[:, None].to(tl.int64) * stride_wc + t[None, :] * stride_wt
     acc = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
     for start in range(0, r, R):
         offs_r = start + tl.arange(0, R)
-        left, right = (
-            b + c[:, None] * stride_bc + offs_r[None, :] * stride_br,
-            a + offs_r[:, None] * stride_ar,
-        )
+        left = b + c[:, None] * stride_bc + offs_r[None, :] * stride_br
+        right = a + offs_r[:, None] * stride_ar
         up = tl.load(left, mask=(c[:, None] < channels) & (offs_r[None, :] < r), other=0.0)
         right += t[None, :] * stride_at
         down = tl.load(right, mask=(offs_r[:, None] < r) & (t[None, :] < taps), other=0.0)
@@ -47,12 +47,14 @@ def _block(pid, depth, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constex
 
 
 @triton.jit
-def _read(at, tap, AXIS: tl.constexpr, sizes, steps, paddings, dilations, BACK: tl.constexpr):
+def _read(at, tap, AXIS: tl.constexpr, sizes, window, BACK: tl.constexpr):
     """Where a tap reads for a result along one axis, and whether there is something; `BACK`: the
     result is a gradient of what is read otherwise."""
+    steps, paddings, dilations = window
     size, step, padding, dilation = sizes[AXIS], steps[AXIS], paddings[AXIS], dilations[AXIS]
     if BACK:
         at += padding - tap * dilation
+        # between two steps lie positions that no result reads by this tap
         return at // step, (at >= 0) & (at % step == 0) & (at // step < size)
     at = at * step + tap * dilation - padding
     return at, (at >= 0) & (at < size)
@@ -60,7 +62,7 @@ def _read(at, tap, AXIS: tl.constexpr, sizes, steps, paddings, dilations, BACK: 
 
 @triton.jit
 def _convolve(
-    source, total, bias, result, pid, channels, inputs, sizes, steps, paddings, dilations,
+    source, total, bias, result, pid, channels, inputs, sizes, window,
     BIAS: tl.constexpr, BACK: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -70,16 +72,18 @@ def _convolve(
     depth, height, width = sizes
     plane, d, h, w = _block(pid, depth, height, width, BLOCK_H, BLOCK_W)
     c = plane % channels
+    # in 64 bits up to the plane, within which 32 reach
     start = source + plane.to(tl.int64) * in_depth * in_height * in_width
     taps = total + c.to(tl.int64) * (KD * KH * KW)
     acc = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+    # unrolled, since a tap's place and its number are the same for all of the block
     for kd in tl.static_range(KD):
-        dd, in_d = _read(d, kd, 0, inputs, steps, paddings, dilations, BACK)
+        dd, in_d = _read(d, kd, 0, inputs, window, BACK)
         for kh in tl.static_range(KH):
-            hh, in_h = _read(h, kh, 1, inputs, steps, paddings, dilations, BACK)
+            hh, in_h = _read(h, kh, 1, inputs, window, BACK)
             row = start + (dd * in_height + hh) * in_width
             for kw in tl.static_range(KW):
-                ww, in_w = _read(w, kw, 2, inputs, steps, paddings, dilations, BACK)
+                ww, in_w = _read(w, kw, 2, inputs, window, BACK)
                 value = tl.load(row + ww, mask=in_d & in_h & in_w, other=0.0)
                 acc += tl.load(taps + (kd * KH + kh) * KW + kw) * value.to(tl.float32)
     if BIAS:
@@ -90,12 +94,13 @@ def _convolve(
 
 @triton.jit
 def _correlate(
-    dy, x, part, pid, channels, inputs, sizes, steps, paddings, dilations,
+    dy, x, part, pid, channels, inputs, sizes, window,
     SPLIT: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """A block's share of the kernels' gradients: ``part[blocks of a channel, channels, taps]``; of
     all taps, or where `SPLIT` of one row of them."""
+    # each share has a place of its own, to be summed in order: atomics would add in any
     first = 0
     if SPLIT:
         first = pid % (KD * KH)
@@ -105,18 +110,20 @@ def _correlate(
     plane, d, h, w = _block(pid, depth, height, width, BLOCK_H, BLOCK_W)
     image, c = plane // channels, plane % channels
     blocks = depth * tl.cdiv(height, BLOCK_H) * tl.cdiv(width, BLOCK_W)
+    # the blocks of all images of a channel: torch's sum is over the first axis
     block = (image * blocks + pid % blocks).to(tl.int64)
     places = dy + plane.to(tl.int64) * depth * height * width + (d * height + h) * width + w
+    # the gradient stays in registers for all taps, each of which reads x shifted
     gradient = tl.load(places, mask=(h < height) & (w < width), other=0.0).to(tl.float32)
     start = x + plane.to(tl.int64) * in_depth * in_height * in_width
     sums = part + (block * channels + c) * (KD * KH * KW)
     for at in tl.static_range(1 if SPLIT else KD * KH):
         row = first + at
-        dd, in_d = _read(d, row // KH, 0, inputs, steps, paddings, dilations, False)
-        hh, in_h = _read(h, row % KH, 1, inputs, steps, paddings, dilations, False)
+        dd, in_d = _read(d, row // KH, 0, inputs, window, False)
+        hh, in_h = _read(h, row % KH, 1, inputs, window, False)
         values = start + (dd * in_height + hh) * in_width
         for kw in tl.static_range(KW):
-            ww, in_w = _read(w, kw, 2, inputs, steps, paddings, dilations, False)
+            ww, in_w = _read(w, kw, 2, inputs, window, False)
             value = tl.load(values + ww, mask=in_d & in_h & in_w, other=0.0)
             product = tl.sum(tl.sum(gradient * value.to(tl.float32), 1), 0)
             tl.store(sums + row * KW + kw, product)
@@ -132,11 +139,13 @@ def forward(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``y = conv(x, total) + bias``."""
-    _convolve(
-        x, total, bias, y, tl.program_id(0), channels,
-        (x_depth, x_height, x_width), (depth, height, width),
+    window = (
         (depth_step, height_step, width_step), (depth_padding, height_padding, width_padding),
         (depth_dilation, height_dilation, width_dilation),
+    )  # fmt: skip
+    _convolve(
+        x, total, bias, y, tl.program_id(0), channels,
+        (x_depth, x_height, x_width), (depth, height, width), window,
         BIAS, False, KD, KH, KW, BLOCK_H, BLOCK_W,
     )  # fmt: skip
 
@@ -153,18 +162,18 @@ def backward(
     """In `tiles` programs, which may be none, the gradient of x; in none or all others, of
     `PART_H` by `PART_W` results, parts of the kernels'."""
     pid, inputs, sizes = tl.program_id(0), (x_depth, x_height, x_width), (depth, height, width)
-    steps, paddings = (
-        (depth_step, height_step, width_step), (depth_padding, height_padding, width_padding)
+    window = (
+        (depth_step, height_step, width_step), (depth_padding, height_padding, width_padding),
+        (depth_dilation, height_dilation, width_dilation),
     )  # fmt: skip
-    dilations = (depth_dilation, height_dilation, width_dilation)
     if pid < tiles:
         _convolve(
-            dy, total, total, dx, pid, channels, sizes, inputs, steps, paddings, dilations,
+            dy, total, total, dx, pid, channels, sizes, inputs, window,
             False, True, KD, KH, KW, BLOCK_H, BLOCK_W,
         )  # fmt: skip
     else:
         _correlate(
-            dy, x, part, pid - tiles, channels, inputs, sizes, steps, paddings, dilations,
+            dy, x, part, pid - tiles, channels, inputs, sizes, window,
             SPLIT, KD, KH, KW, PART_H, PART_W,
         )  # fmt: skip
 
@@ -188,16 +197,14 @@ def divide(
         kernel = tl.load(kernels + c[:, None] * taps + t[None, :], mask=rows & inside, other=0.0)
         for start in range(0, r, R):
             ranks = start + offs_r
-            places, exists = (
-                a + ranks[None, :] * stride_ar + t[:, None] * stride_at,
-                ranks[None, :] < r,
-            )
+            places = a + ranks[None, :] * stride_ar + t[:, None] * stride_at
+            exists = ranks[None, :] < r
             down = tl.load(places, mask=exists & (t < taps)[:, None], other=0.0).to(tl.float32)
             value = tl.dot(kernel, down, input_precision="ieee")
             value = value * factor if SCALED else value
             target = db + c[:, None].to(tl.int64) * r + ranks[None, :]
             tl.store(target, value.to(db.dtype.element_ty), mask=rows & exists)
-    else:
+    else:  # ranks by taps are few, so that one program sums all channels, in order
         ranks = (pid - blocks) * R + offs_r
         acc = tl.zeros((R, BLOCK_T), tl.float32)
         for start in range(0, channels, SUM_C):

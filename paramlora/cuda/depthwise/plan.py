@@ -36,20 +36,19 @@ def forward(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
         ``[N, C, ...]`` in x's memory format, and ``[C, prod(kernel)]`` in float32.
     """
     x, weight, bias, a, b, scale = of
+    # a channel's plane must lie by itself: with the channels last each load would be of one number
     if not x.is_contiguous():
         y, total = forward(of._replace(x=x.contiguous()), window)
         return _as_it_lies(y, x), total
-    flat, more = weight.flatten(1), None if bias is None else bias.contiguous()
-    plain = more is None
-    inputs = (x, flat, a, b, scale) if more is None else (x, flat, a, b, scale, more)
-    plan, (px, *others) = planned(
-        _FORWARDS, inputs, (weight.shape, window, plain),
-        lambda _: _plan_forward(of, flat, window, plain),
+    flat, more = weight.flatten(1), scale if bias is None else bias.contiguous()
+    plan, (px, *factors, pmore) = planned(
+        _FORWARDS, (x, flat, a, b, scale, more), (weight.shape, window, bias is None),
+        lambda _: _plan_forward(of, flat, window),
     )  # fmt: skip
     total, y = x.new_empty(flat.shape, dtype=_FLOAT), x.new_empty(plan.result)
-    more, pt = total if more is None else more, total.data_ptr()
-    plan.add((flat, a, b, scale, total), (*others[:4], pt))
-    plan.launch((x, total, more, y), (px, pt, more.data_ptr(), y.data_ptr()))
+    pt = total.data_ptr()
+    plan.add((flat, a, b, scale, total), (*factors, pt))
+    plan.launch((x, total, more, y), (px, pt, pmore, y.data_ptr()))
     return y, total
 
 
@@ -76,9 +75,11 @@ def backward(
     result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], window))
     together = (dy, x, weight, a, b, total, scale)
     sizes = dy.shape == result and total.numel() == weight.numel()
-    if not (sizes and factors_fit(weight, a, b, scale)) or len(set(map(_device, together))) > 1:
+    near = len({t.get_device() for t in together}) == 1
+    if not (sizes and near and factors_fit(weight, a, b, scale)):
         named = "the gradient, the input, the weight, A, B, their sum and the scale"
         raise changed(named, together)
+    # as in the forward, and once more back: channels last stay what the caller sees
     if not (dy.is_contiguous() and x.is_contiguous()):
         dense = dy.contiguous(), of._replace(x=x.contiguous())
         dx, *others = backward(*dense, total, window, scaled, wanted)
@@ -89,22 +90,19 @@ def backward(
         lambda _: _plan_backward(dy, of, window, scaled, input_too, kernels_too),
     )  # fmt: skip
     dx = x.new_empty(x.shape) if input_too else None
+    # of what is not wanted no program runs, so that any address will do
     part = x.new_empty(plan.part, dtype=_FLOAT) if kernels_too else total
     out = total if dx is None else dx
     plan.launch((dy, x, total, out, part), (py, px, pt, out.data_ptr(), part.data_ptr()))
     if not kernels_too:
         return dx, None, None, None
-    kernels = part.sum(0)
+    kernels = part.sum(0)  # in order, so that the result is deterministic
     if not wanted[2]:
         return dx, kernels, None, None
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     places = (kernels.data_ptr(), pa, pb, ps, da.data_ptr(), db.data_ptr())
     plan.divide((kernels, a, b, scale, da, db), places)
     return dx, kernels, da, db
-
-
-def _device(t: Tensor) -> int:
-    return t.get_device()
 
 
 def _as_it_lies(t: Tensor, like: Tensor) -> Tensor:
@@ -116,6 +114,7 @@ def _as_it_lies(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _three(sizes: _Sizes, fill: int = 1) -> _Sizes:
+    """A number for each of three axes, the first of which a signal or an image has not."""
     return (*(fill for _ in range(3 - len(sizes))), *sizes)
 
 
@@ -129,6 +128,7 @@ class _Tiles:
 
     def __init__(self, shape: _Sizes, most: int) -> None:
         self.sizes = depth, height, width = _three(shape[2:])
+        # as wide as the plane, so that a tile's reads are contiguous; rows fill the rest
         self.columns = min(power(width), most)
         self.rows = min(power(height), most // self.columns)
         self.blocks = depth * -(-height // self.rows) * -(-width // self.columns)
@@ -141,7 +141,7 @@ class _Forward(NamedTuple):
     launch: Launch
 
 
-def _plan_forward(of: Operands, flat: Tensor, window: Window, plain: bool) -> _Forward:
+def _plan_forward(of: Operands, flat: Tensor, window: Window) -> _Forward:
     x, a, b, shape, kernel = of.x, of.a, of.b, of.x.shape, of.weight.shape[2:]
     result = (*shape[:2], *outputs_of(shape[2:], kernel, window))
     channels, taps, device = shape[1], math.prod(kernel), x.get_device()
@@ -151,7 +151,7 @@ def _plan_forward(of: Operands, flat: Tensor, window: Window, plain: bool) -> _F
     add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
     numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(window))
-    constants = (not plain, *_three(kernel), tiles.rows, tiles.columns)
+    constants = (of.bias is not None, *_three(kernel), tiles.rows, tiles.columns)
     launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
     return _Forward(result, add, launch)
 
@@ -169,6 +169,7 @@ def _plan_backward(
     shape, channels = x.shape, x.shape[1]
     kernel, taps = _three(weight.shape[2:]), math.prod(weight.shape[2:])
     tiles, blocks = _Tiles(shape, TILE), _Tiles(dy.shape, BLOCK)
+    # of many taps a program takes a row, as its loop over them is unrolled
     split = taps > MANY and taps > kernel[2]
     first = tiles.grid if input_too else 0
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0

@@ -26,6 +26,7 @@ from paramlora.cuda.masks.kernels import dropped
 def _share(ends, M, experts, E: tl.constexpr):
     """Where each expert's rows start and end, then those that are no expert's, then none."""
     which = tl.arange(0, E)
+    # by one block of E numbers: ends are few, and a search would wait for one load after another
     high = tl.minimum(tl.load(ends + which, mask=which < experts, other=M), M)
     low = tl.load(ends + which - 1, mask=(which > 0) & (which <= experts), other=0)
     return which, tl.where(which > experts, M, low), high
@@ -37,6 +38,7 @@ def _expert(ends, block, M, experts, E: tl.constexpr, BLOCK_M: tl.constexpr):
     which, low, high = _share(ends, M, experts, E)
     blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
     until = tl.cumsum(blocks, 0)
+    # each expert's blocks start with its own first row, so that no block meets two
     expert = tl.sum((until <= block).to(tl.int32), 0)
     own = which == expert
     first = tl.sum(tl.where(own, low + (block - until + blocks) * BLOCK_M, 0), 0)
@@ -52,7 +54,7 @@ def project(
     """A block of ``p[M, R] = (mask ∘ x[M, K]) f[e, r, K]ᵀ``, zeros beyond the rank."""
     expert, first, end = _expert(ends, tl.program_id(0), M, experts, E, BLOCK_M)
     if (expert < experts) & (first < end):
-        tl.assume(K > 0)
+        tl.assume(K > 0)  # see `product`
         offs_m, offs_k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
         offs_r = tl.arange(0, BLOCK_R)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -99,6 +101,7 @@ def _wide(
                 acc = tl.dot(left, w.load([expert * K + k, column * BLOCK_N]), acc)
     else:
         offs_m, offs_k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+        # columns beyond the last are read again in place of a mask, and not stored
         offs_n = (column * BLOCK_N + tl.arange(0, BLOCK_N)) % N
         rows = offs_m[:, None] < end
         left = x + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
@@ -117,27 +120,6 @@ def _wide(
 
 
 @triton.jit
-def _low_rank(
-    acc, p, q, seed, offs_m, offs_n, end, N, r, R, stride_qr, stride_qn, threshold,
-    DROP: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """``acc + mask ∘ (p @ q)`` for one tile, from ``p[M, R]`` and ``q[r, N]`` in memory."""
-    STEP: tl.constexpr = min(BLOCK_R, 32)
-    low = tl.zeros_like(acc) if DROP else acc
-    for start in tl.static_range(0, BLOCK_R, STEP):
-        offs_r = start + tl.arange(0, STEP)
-        where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-        left = tl.load(where, mask=(offs_m[:, None] < end) & (offs_r[None, :] < r), other=0.0)
-        where = q + offs_r[:, None].to(tl.int64) * stride_qr
-        where += offs_n[None, :].to(tl.int64) * stride_qn
-        right = tl.load(where, mask=(offs_r[:, None] < r) & (offs_n[None, :] < N), other=0.0)
-        low = tl.dot(left, right, low)
-    if DROP:
-        low = acc + tl.where(dropped(seed, offs_m, offs_n, threshold), 0.0, low)
-    return low
-
-
-@triton.jit
 def product(
     x, w, p, q, y, ends, seed, bias, M, N, K, experts, per, stride_xm, stride_we, stride_wk,
     stride_wn, stride_qe, stride_qr, stride_qn, stride_be, r, R, threshold,
@@ -149,13 +131,13 @@ def product(
     columns = tl.cdiv(N, BLOCK_N)
     block, column = _place(tl.program_id(0), tl.num_programs(0) // columns, columns, GROUP_M)
     expert, first, end = _expert(ends, block, M, experts, E, BLOCK_M)
-    if first < end:
+    if first < end:  # the grid is that of the worst division, so that some have nothing to do
         offs_m, offs_n = first + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
         where = y + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         inside = (offs_m[:, None] < end) & (offs_n[None, :] < N)
         if expert < experts:
             tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
-            matrix = expert // per
+            matrix = expert // per  # of a group of rows, whose factors are its own
             acc = _wide(
                 x=x,
                 w=w,
@@ -176,28 +158,26 @@ def product(
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
             )
-            acc = _low_rank(
-                acc=acc,
-                p=p,
-                q=q + tl.cast(expert, tl.int64) * stride_qe,
-                seed=seed,
-                offs_m=offs_m,
-                offs_n=offs_n,
-                end=end,
-                N=N,
-                r=r,
-                R=R,
-                stride_qr=stride_qr,
-                stride_qn=stride_qn,
-                threshold=threshold,
-                DROP=DROP,
-                BLOCK_R=BLOCK_R,
-            )
+            factor = q + tl.cast(expert, tl.int64) * stride_qe
+            STEP: tl.constexpr = min(BLOCK_R, 32)
+            low = tl.zeros_like(acc) if DROP else acc
+            for start in tl.static_range(0, BLOCK_R, STEP):
+                offs_r = start + tl.arange(0, STEP)
+                at = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+                valid = (offs_m[:, None] < end) & (offs_r[None, :] < r)
+                left = tl.load(at, mask=valid, other=0.0)
+                at = factor + offs_r[:, None].to(tl.int64) * stride_qr
+                at += offs_n[None, :].to(tl.int64) * stride_qn
+                valid = (offs_r[:, None] < r) & (offs_n[None, :] < N)
+                low = tl.dot(left, tl.load(at, mask=valid, other=0.0), low)
+            if DROP:  # masks the update's term alone, which so needs a sum of its own
+                low = acc + tl.where(dropped(seed, offs_m, offs_n, threshold), 0.0, low)
+            acc = low
             if BIAS:
                 own = bias + tl.cast(matrix, tl.int64) * stride_be + offs_n
                 acc += tl.load(own, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
             tl.store(where, acc.to(y.dtype.element_ty), mask=inside)
-        else:
+        else:  # memory that is not written holds anything
             tl.store(where, tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty), mask=inside)
 
 
@@ -235,7 +215,7 @@ def gradients(
         mm = m + offs_m
         where = wide + mm[None, :].to(tl.int64) * row + offs_d[:, None]
         left = tl.load(where, mask=(mm[None, :] < end) & (offs_d[:, None] < size), other=0.0)
-        if DROP:
+        if DROP:  # dy is not masked, but goes through the same select
             gone = tl.trans(dropped(seed, mm, offs_d, threshold)) & is_a
             left = tl.where(gone, 0.0, left).to(left.dtype)
         where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
@@ -247,4 +227,5 @@ def gradients(
         where = da + (matrix + offs_r[None, :]) * fan_in + offs_d[:, None]
     else:
         where = db + matrix * out + offs_d[:, None].to(tl.int64) * r + offs_r[None, :]
+    # in float32, also of an expert without rows: what its loop has not added are zeros
     tl.store(where, acc, mask=inside)

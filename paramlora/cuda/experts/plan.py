@@ -7,10 +7,9 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
-from paramlora.cuda.launch import Block, Launch, planned
+from paramlora.cuda.launch import Launch, on_its_device, planned
 from paramlora.cuda.linear.tiles import Tiling
 from paramlora.cuda.operands import DEEP, Drop, power
-from paramlora.update.compat import cuda_device
 
 _Maybe = Optional[Tensor]
 _PLANS: dict[Any, Any] = {}
@@ -34,6 +33,7 @@ def tiling(rows: int, N: int, hopper: bool, drop: bool) -> Tiling:
     return Tiling(128, 128, 64, 8, 3, 8 if drop else 4, True)
 
 
+@on_its_device
 def thin(x: Tensor, f: Tensor, ends: Tensor, width: int, drop: Optional[Drop]) -> Tensor:
     """``(mask ∘ x_e) f_eᵀ``, in x's type; rows of no expert are not written.
 
@@ -44,13 +44,29 @@ def thin(x: Tensor, f: Tensor, ends: Tensor, width: int, drop: Optional[Drop]) -
         width: numbers in a row of the result, zeros from the rank on.
         drop: the mask of x, if any.
     """
-    p = x.new_empty(len(x), width)
-    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
-    numbers = (*x.shape, len(f), x.stride(0), *f.stride(), f.shape[1], width, least)
-    _launched(_project, numbers, (x, f, p, ends, seed), (drop is not None,))
+    p, (seed, least) = x.new_empty(len(x), width), _drawn_from(drop, ends)
+    tensors = (x, f, p, ends, seed)
+
+    def made(_: Any) -> Launch:
+        (M, K), (experts, r, _), device = x.shape, f.shape, x.get_device()
+        BR = power(max(r, width, 16))
+        BM, BK = 64, 128 if BR <= 32 else 64
+        numbers = (M, K, experts, x.stride(0), *f.stride(), r, width, least)
+        constants = (drop is not None, K % BK == 0, power(experts + 1), BR, BM, BK)
+        grid = M // BM + experts  # the last block of each may be a part of one
+        return Launch(kernels.project, device, grid, numbers, constants, 3, 4)
+
+    launch, addresses = planned(_PLANS, tensors, ("thin", drop is None, least), made)
+    launch(tensors, addresses)
     return p
 
 
+def _drawn_from(drop: Optional[Drop], ends: Tensor) -> tuple[Tensor, int]:
+    """A mask's seed and threshold; without one any pointer, which the kernels do not read."""
+    return (ends, 0) if drop is None else (drop.seed, drop.threshold)
+
+
+@on_its_device
 def product(
     x: Tensor,
     w: Tensor,
@@ -71,18 +87,61 @@ def product(
         drop: the mask of the low-rank product, if any.
         bias: ``[experts, N]``, contiguous rows.
     """
-    y = x.new_empty(len(x), w.shape[2])
-    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
-    (M, K), N, experts, b = x.shape, w.shape[2], len(ends), w if bias is None else bias
-    numbers = (
-        M, N, K, experts, experts // len(w), x.stride(0), *w.stride(), *q.stride(),
-        0 if bias is None else bias.stride(0), q.shape[1], p.shape[1], least,
-    )  # fmt: skip
-    tensors = (x, w, p, q, y, ends, seed, b)
-    _launched(_product, numbers, tensors, (bias is not None, drop is not None))
+    y, (seed, least) = x.new_empty(len(x), w.shape[2]), _drawn_from(drop, ends)
+    # the matrices first: the tensor memory engine loads them in the pointers' place
+    tensors = (x, w, p, q, y, ends, seed, w if bias is None else bias)
+
+    def made(addresses: tuple[int, ...]) -> Launch:
+        even = not any(address & 15 for address in addresses[:2])
+        return _product(x, w, p, q, len(ends), drop, bias, even)
+
+    rest = ("product", bias is None, drop is None, least)
+    launch, addresses = planned(_PLANS, tensors, rest, made)
+    loaded = len(launch.layouts)
+    launch(tensors[loaded:], addresses[loaded:], (), tensors[:loaded])
     return y
 
 
+def _product(
+    x: Tensor,
+    w: Tensor,
+    p: Tensor,
+    q: Tensor,
+    experts: int,
+    drop: Optional[Drop],
+    bias: _Maybe,
+    even: bool,
+) -> Launch:
+    """The launch of `product`, and the layouts of x and w where the tensor memory engine loads
+    them; `even`: both addresses are multiples of 16."""
+    (M, K), (matrices, _, N), x_row, (w_e, w_k, w_n) = x.shape, w.shape, x.stride(0), w.stride()
+    rows_out, r, device = w_k == 1, q.shape[1], x.get_device()
+    step = w_n if rows_out else w_k
+    # one descriptor holds all matrices, one below the other, so they must lie without gaps
+    dense = matrices == 1 or w_e == step * (N if rows_out else K)
+    dense = dense and 1 in (w_k, w_n)
+    # the engine's strides are multiples of 16 bytes; and where a block of K reached into the next
+    # matrix, x has zeros there, but zero times NaN is NaN
+    aligned = even and dense and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
+    tiles = tiling(M // experts, N, card(device).hopper and aligned, drop is not None)
+    BM, BN, BK, _, stages, warps, tma = tiles
+    numbers = (
+        M, N, K, experts, experts // matrices, x_row, w_e, w_k, w_n, *q.stride(),
+        0 if bias is None else bias.stride(0), r, p.shape[1], _drawn_from(drop, p)[1],
+    )  # fmt: skip
+    E, BR, how = power(experts + 1), power(max(r, 16)), (bias is not None, drop is not None)
+    constants = (*how, tma, rows_out, K % BK == 0, E, BR, *tiles[:4])
+    # the last block of each expert, and of the rows of none, may be a part of one
+    grid = (M // BM + experts + 1) * -(-N // BN)
+    of_w = ([matrices * K, N], [step, 1], [BK, BN])
+    if rows_out:
+        of_w = ([matrices * N, K], [step, 1], [BN, BK])
+    layouts = (([M, K], [x_row, 1], [BM, BK]), of_w) if tma else ()
+    more = stages, warps, False, layouts
+    return Launch(kernels.product, device, grid, numbers, constants, *more)
+
+
+@on_its_device
 def sums(
     x: Tensor,
     v: _Maybe,
@@ -108,15 +167,21 @@ def sums(
     parts = parts_of(M, experts, inner + outer, card(x.get_device()))
     of_a = x.new_empty(parts * wanted[0], experts, r, fan_in, dtype=torch.float32)
     of_b = x.new_empty(parts * wanted[1], experts, out, r, dtype=torch.float32)
-    seed, least = (ends, 0) if drop is None else (drop.seed, drop.threshold)
+    seed, least = _drawn_from(drop, ends)
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
-    numbers = (
-        M, fan_in, out, experts, r, thins[0].shape[1], x.stride(0), dy.stride(0), inner, parts,
-        least,
-    )  # fmt: skip
     written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
     tensors = (x, thins[0], dy, thins[1], *written, ends, seed)
-    _launched(_gradients, numbers, tensors, (drop is not None, inner + outer))
+
+    def made(_: Any) -> Launch:
+        width, device, BR, BM = thins[0].shape[1], x.get_device(), power(max(r, 16)), 64
+        sizes, rows = (M, fan_in, out, experts, r, width), (x.stride(0), dy.stride(0))
+        numbers, E = (*sizes, *rows, inner, parts, least), power(experts + 1)
+        constants = (drop is not None, E, BR, DEEP, BM)
+        grid = (inner + outer) * experts * parts
+        return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8)
+
+    launch, addresses = planned(_PLANS, tensors, ("sums", wanted, drop is None, least), made)
+    launch(tensors, addresses)
     da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
     return da, db
 
@@ -129,67 +194,6 @@ def added(parts: Tensor) -> Tensor:
 def parts_of(M: int, experts: int, blocks: int, of: Card) -> int:
     """Into how many parts the rows of each expert, or of each update that rows choose, go, so that
     all processors have some: of M rows, and of `blocks` in the grid."""
+    # a part of fewer rows is not worth that its sum is written and read again
     most = max(1, M // (experts * 512))
     return min(most, max(1, 4 * of.processors // (experts * blocks)))
-
-
-def _launched(
-    plan: Any, numbers: tuple[int, ...], tensors: tuple[Tensor, ...], how: tuple[int, ...]
-) -> None:
-    """Launch the plan of such operands, made once, on their device."""
-    device = tensors[0].get_device()
-    if device != cuda_device():
-        with torch.cuda.device(device):
-            return _launched(plan, numbers, tensors, how)
-
-    def made(addresses: tuple[int, ...]) -> tuple[Launch, tuple[Any, ...]]:
-        even = not any(address & 15 for address in addresses[:2])
-        found: tuple[Launch, tuple[Any, ...]] = plan(numbers, even, card(device), device, how)
-        return found
-
-    (launch, layouts), addresses = planned(_PLANS, tensors, (plan, numbers, how), made)
-    blocks = tuple(map(Block, tensors, layouts))
-    launch(tensors[len(blocks) :], addresses[len(blocks) :], (), blocks)
-
-
-def _project(
-    numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
-) -> tuple[Launch, tuple[Any, ...]]:
-    M, K, experts, *_strides, r, R, _least = numbers
-    BLOCK_R = power(max(r, R, 16))
-    BLOCK_M, BLOCK_K = 64, 128 if BLOCK_R <= 32 else 64
-    constants = (bool(how[0]), K % BLOCK_K == 0, power(experts + 1), BLOCK_R, BLOCK_M, BLOCK_K)
-    grid = M // BLOCK_M + experts
-    return Launch(kernels.project, device, grid, numbers, constants, 3, 4), ()
-
-
-def _product(
-    numbers: tuple[int, ...], even: bool, of: Card, device: int, how: tuple[int, ...]
-) -> tuple[Launch, tuple[Any, ...]]:
-    M, N, K, experts, per, stride_xm, stride_we, stride_wk, stride_wn, *_, r, _R, _least = numbers
-    matrices = experts // per
-    rows_out, (bias, drop) = stride_wk == 1, map(bool, how)
-    step = stride_wn if rows_out else stride_wk
-    dense = matrices == 1 or stride_we == step * (N if rows_out else K)
-    dense = dense and 1 in (stride_wk, stride_wn)
-    aligned = even and dense and not (stride_xm | step) & 7 and (rows_out or K % 64 == 0)
-    tiles = tiling(M // experts, N, of.hopper and aligned, drop)
-    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, stages, warps, tma = tiles
-    E, BLOCK_R = power(experts + 1), power(max(r, 16))
-    constants = (bias, drop, tma, rows_out, K % BLOCK_K == 0, E, BLOCK_R, *tiles[:4])
-    grid = (M // BLOCK_M + experts + 1) * -(-N // BLOCK_N)
-    launch = Launch(kernels.product, device, grid, numbers, constants, stages, warps)
-    of_w = ([matrices * N, K], [step, 1], [BLOCK_N, BLOCK_K]) if rows_out else (
-        [matrices * K, N], [step, 1], [BLOCK_K, BLOCK_N]
-    )  # fmt: skip
-    return launch, (([M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K]), of_w) if tma else ()
-
-
-def _gradients(
-    numbers: tuple[int, ...], _: bool, of: Card, device: int, how: tuple[int, ...]
-) -> tuple[Launch, tuple[Any, ...]]:
-    experts, r, parts, (drop, blocks) = numbers[3], numbers[4], numbers[9], how
-    BLOCK_R = power(max(r, 16))
-    constants = (bool(drop), power(experts + 1), BLOCK_R, DEEP, 64)
-    grid = blocks * experts * parts
-    return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8), ()

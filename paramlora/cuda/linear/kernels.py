@@ -41,6 +41,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from paramlora.cuda import operands
 from paramlora.cuda.masks.kernels import below, keys, numbers
 
+# a kernel may read a global only if it is a constexpr
 SPAN, DEEP = tl.constexpr(operands.SPAN), tl.constexpr(operands.DEEP)
 
 
@@ -93,8 +94,9 @@ class Rescale(NamedTuple):
 
 
 class How(NamedTuple):
-    """What a kernel is compiled for, see `tiles.Tiles`. Handed on in the call that makes it:
-    Triton would take a name's value for a number that is known but on the device."""
+    """What a kernel is compiled for, see `tiles.Tiles`. Always made inside of the call that it is
+    handed to: of one that first gets a name in a kernel, Triton takes the fields for values that
+    only the device knows, not for constants."""
 
     TMA: Any
     ROWS_OUT: Any
@@ -111,6 +113,7 @@ class How(NamedTuple):
 def _drawn(tickets):
     """How many programs of this grid have started before this one: the work that it takes. The last
     clears the count, for the next grid of the stream."""
+    # relaxed: a ticket orders nothing in memory, the signals do
     pid = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
     if pid == tl.num_programs(0) - 1:
         tl.store(tickets, 0)
@@ -119,6 +122,7 @@ def _drawn(tickets):
 
 @triton.jit
 def _await(signal, number):
+    # adds 0: tl.load has no acquire, so what it reads next might be older than the signal
     while tl.atomic_add(signal, 0, sem="acquire", scope="gpu") != number:
         pass
 
@@ -143,17 +147,21 @@ def _after(matrix, rows, R: tl.constexpr):
 
 @triton.jit
 def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
-    """The numbers of a mask's columns, written by `_pack`, and of its rows, by `_project`: they
-    take as long as the mask itself where each step of a loop finds them anew."""
+    """Where in `kept` the numbers of a mask's columns lie, which `_pack` writes, and those of its
+    rows, which `_project` writes: found anew in each step of a loop, they would take as long as the
+    mask itself."""
+    # kept is of 16 bits; R is a multiple of 16, so wider numbers behind its rows are aligned
     columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
     return columns, columns + fan_in
 
 
 @triton.jit
 def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
-    """The blocks' counts, and the signals behind them."""
+    """Where in `kept` the counts of the blocks of gradients lie, how many blocks there are, and
+    where the signals begin, which lie behind the counts."""
     counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
     if DROP:
+        # an even number of 32 bits, as of the counts below, leaves the signals' 64 aligned
         counts += M + fan_in + (M + fan_in) % 2
     blocks = tl.cdiv(K, DEEP) + tl.cdiv(N, DEEP)
     signals = counts + (blocks + blocks % 2)
@@ -165,6 +173,7 @@ def _place(tile, rows, columns, GROUP_M: tl.constexpr):
     """Row and column of a tile, in groups of rows that share the weight's columns in L2."""
     first = tile // (GROUP_M * columns) * GROUP_M
     height = min(rows - first, GROUP_M)
+    # down a column of the group first: all of its first column come before its second
     inside = tile % (GROUP_M * columns)
     return first + inside % height, inside // height
 
@@ -189,11 +198,13 @@ def _project(x, f, p, row, of, drop, how):
     inside_m = tl.arange(0, how.BLOCK_M)
     where = _rows(row * how.BLOCK_M, inside_m, of.P, x.batch, x.row, how.EVEN)
     left = x.at + where[:, None] + offs_k[None, :].to(tl.int64) * x.column
+    # 32 bits reach all of a factor (`operands.factors_fit`), but not of x
     thin = f + offs_r[None, :] * of.K + offs_k[:, None]
     step = tl.cast(x.column, tl.int64) * how.BLOCK_K
     if drop.ON:
         of_rows, _ = keys(drop.seed)
         rows = numbers(offs_m, of_rows)
+        # for the backward, which then need not know the seed
         tl.store(drop.rows + offs_m, rows, mask=offs_m < of.M)
     for k in range(0, of.K, how.BLOCK_K):
         if how.WHOLE_K:
@@ -202,6 +213,7 @@ def _project(x, f, p, row, of, drop, how):
         else:
             inside = offs_k < of.K - k
             tile = tl.load(left, mask=(offs_m[:, None] < of.M) & inside[None, :], other=0.0)
+            # both are masked: 0 times what lies past the end may be NaN
             factor = tl.load(thin, mask=inside[:, None], other=0.0)
         if drop.ON:
             if how.WHOLE_K:
@@ -228,6 +240,7 @@ def _product(x, w, row, column, stride_wk, stride_wn, of, how):
     if how.TMA:
         for k in range(0, of.K, how.BLOCK_K):
             left = x.at.load([row * how.BLOCK_M, k])
+            # a descriptor's last dimension is contiguous: [N, K] is loaded as it lies, and turned
             if how.ROWS_OUT:
                 acc = tl.dot(left, w.load([column * how.BLOCK_N, k]).T, acc)
             else:
@@ -241,6 +254,7 @@ def _product(x, w, row, column, stride_wk, stride_wn, of, how):
         step = tl.cast(x.column, tl.int64) * how.BLOCK_K
         rows = offs_m[:, None] < of.M
         right = w + offs_k[:, None].to(tl.int64) * stride_wk
+        # columns past N read those that there are: no mask in the loop, and `_store` drops them
         right += (offs_n % of.N)[None, :].to(tl.int64) * stride_wn
         for k in range(0, of.K, how.BLOCK_K):
             if how.WHOLE_K:
@@ -258,6 +272,7 @@ def _product(x, w, row, column, stride_wk, stride_wn, of, how):
 def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
     """``acc + mask ∘ (p @ q)`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
     STEP: tl.constexpr = min(R, 32)
+    # the mask is of p @ q alone, which then cannot go straight into the accumulator
     low = tl.zeros_like(acc) if drop.ON else acc
     for start in tl.static_range(0, R, STEP):
         offs_r = start + tl.arange(0, STEP)
@@ -274,7 +289,9 @@ def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
 
 @triton.jit
 def _halves(acc):
-    """The left and right columns of a tile: a store of half the width leaves room for a stage."""
+    """The left and right columns of a tile: a store of half its width takes half of the shared
+    memory, which leaves room for one more stage of loads."""
+    # tl.split takes a last dimension of 2 apart, so the halves are moved there
     HALF: tl.constexpr = acc.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
 
@@ -283,6 +300,7 @@ def _halves(acc):
 def _store(y, acc, row, column, of, how):
     """A tile's place in y, by the tensor memory engine in two halves, or by pointers."""
     if how.TMA:
+        # no mask: the engine leaves out what lies past the end of y
         lower, upper = _halves(acc)
         y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
         half = column * how.BLOCK_N + how.BLOCK_N // 2
@@ -299,7 +317,8 @@ def _store(y, acc, row, column, of, how):
 
 @triton.jit
 def _factor(m, norm, offs_n, N):
-    """``m / ‖·‖``, 0 where both are, and what a gradient of m is divided by."""
+    """By what DoRA multiplies each output, ``m / norm``; and norm itself, as a divisor: 1 in place
+    of 0, so that a row of zeros gives 0 and not NaN."""
     length = tl.load(norm + offs_n, mask=offs_n < N, other=1.0)
     length = tl.where(length == 0.0, 1.0, length)
     return tl.load(m + offs_n, mask=offs_n < N, other=0.0).to(tl.float32) / length, length
@@ -316,10 +335,12 @@ def _tile(
     tl.assume(of.K > 0)  # else ptxas makes every tensor core instruction wait for the last
     columns = tl.cdiv(of.N, how.BLOCK_N) + (1 if LOCAL else 0)
     row, column = _place(pid, tl.cdiv(of.M, how.BLOCK_M), columns, how.GROUP_M)
+    # the thin column, one wider than y: `_place` gives it lower tickets than all who await it
     if LOCAL and column == 0:
         if PACKS:
             _await_all(signals.at, signals.packs, signals.number)
         _project(wide, f, p, row, of, drop_in, how)
+        # the release is of one thread alone
         tl.debug_barrier()  # all of the program's rows are stored
         own = signals.at + signals.packs + row
         tl.atomic_xchg(own, signals.number, sem="release", scope="gpu")
@@ -328,6 +349,7 @@ def _tile(
         acc = _product(x, w, row, column, stride_wk, stride_wn, of, how)
         if LOCAL:
             _await(signals.at + signals.packs + row, signals.number)
+        # p is of the launch ahead, whose end this waits for; x @ w needed nothing of it
         if EARLY:
             gdc_wait()
         offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
@@ -338,6 +360,7 @@ def _tile(
             _store(Matrix(rescale.z, y.batch, y.row, y.column), acc, row, column, of, how)
             times, _ = _factor(rescale.m, rescale.norm, offs_n, of.N)
             acc *= times[None, :]
+        # behind DoRA's factor, which is of the weight and not of the bias
         if BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]
         if how.TMA and drop.ON:  # a masked term of its own for half of the registers
@@ -362,6 +385,7 @@ def _store_gradients(
     ranks, inner = offs_r[None, :] < r, offs_d[:, None] < fan_in
     where = da + offs_r[None, :].to(tl.int64) * fan_in + offs_d[:, None]
     tl.store(where, acc, mask=ranks & inner & valid[:, None])
+    # only B's gradient: in A's the scale is part of v
     if SCALED:
         acc *= strength * tl.load(scale).to(tl.float32)
     where = db + (offs_d[:, None] - fan_in).to(tl.int64) * r + offs_r[None, :]
@@ -380,6 +404,7 @@ def _thin_sum(
         columns = tl.load(drop.columns + offs_d, mask=offs_d < size, other=0)[:, None]
     acc = tl.zeros((DEEP, R), tl.float32)
     for m in range(low, high, BLOCK_M):
+        # up to M, not high: a group is whole blocks (see `plan.Backward`), but for the last
         mm = m + offs_m
         where = wide.at + _rows(m, offs_m, P, wide.batch, wide.row, EVEN)[None, :]
         where += offs_d[:, None].to(tl.int64) * wide.column
@@ -411,9 +436,11 @@ def _gradients(
     block -= tl.where(inner, 0, blocks)
     low, high = group * each, min(M, group * each + each)
     if LOCAL:
+        # x.T @ v needs the v of this grid; dy.T @ u the u of the forward, which has ended
         if inner:
             for tile in range(low // HEIGHT, tl.cdiv(high, HEIGHT)):
                 _await(signals.at + tile, signals.number)
+    # v is of the launch ahead
     if EARLY:
         gdc_wait()
     if drop.ON:  # by a branch, so that what is not masked takes no time for it
@@ -443,9 +470,11 @@ def _gradients(
         tl.store(where + group * whole, acc, mask=valid[:, None])
         tl.debug_barrier()  # all of the program's sums are stored
         if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == groups - 1:
+            # for another backward of the same forward, which finds the same `kept`
             tl.store(count, 0)
             acc = tl.zeros((DEEP, R), tl.float32)
             for other in range(groups):
+                # in their own order, not that in which they ended: deterministic
                 acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
             _store_gradients(acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED, R)
 
@@ -456,8 +485,8 @@ def _pack(
     M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
     DROP: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A part of the factors cast, rank first and padded with zeros; the scale goes into B's. And
-    the numbers of a mask's columns."""
+    """Casts the part `pid` of the factors into `kept`, ranks first and padded with zeros, B's with
+    the scale in it; finds there the numbers of a mask's columns. The last one clears counts."""
     offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
     inner, outer = tl.cdiv(K, BLOCK_D), tl.cdiv(N, BLOCK_D)
     if pid < inner:
@@ -476,6 +505,7 @@ def _pack(
         valid = (offs_r[:, None] < r) & (offs_d[None, :] < N)
         where = b + offs_r[:, None] * stride_br + offs_d[None, :] * stride_bn
         value = tl.load(where, mask=valid, other=0.0)
+        # in float32, so that B is rounded once however small the scale
         value = value.to(tl.float32) * (strength * tl.load(scale).to(tl.float32))
         where = kept + R * K + offs_r[:, None] * N + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < N)
@@ -486,6 +516,7 @@ def _pack(
             tl.store(counts + start + offs_d, none, mask=start + offs_d < blocks)
 
 
+# an r of 1 or a multiple of 16 would otherwise compile the kernel once more
 @triton.jit(do_not_specialize=["r"])
 def pack(
     a, b, scale, kept, seed, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
@@ -533,6 +564,7 @@ def product(
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
+        # what is off still needs a pointer: any that there is
         Rescale(q, q, q, False), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
         Sizes(M, N, K, P), Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
         How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
@@ -540,6 +572,7 @@ def product(
     )  # fmt: skip
 
 
+# number above all: it changes with each launch, and `Launch` hands it to the one compiled function
 @triton.jit(do_not_specialize=["number", "packs", "r", "threshold"])
 def forward(
     x, w, y, wide, a, b, scale, kept, bias, seed, tickets, strength, number,
@@ -595,7 +628,9 @@ def backward(
     signals = _after(scratch, M, R).to(tl.pointer_type(tl.int64), bitcast=True)
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
+    # the compiler cannot tell that rows + rows % 2 is even
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
+    # tiles have the lower numbers: they make v, and the short blocks fill what is left
     pid = _drawn(tickets) if LOCAL else tl.program_id(0)
     pointed = Matrix(wide, stride_dyb, stride_dym, stride_dyk)
     if pid < tiles:

@@ -11,8 +11,8 @@ from torch import Tensor
 from paramlora.cuda import launch
 from paramlora.cuda.launch import Launch, tickets
 from paramlora.cuda.linear import plan
-from paramlora.cuda.native import driver, library
-from paramlora.cuda.native.driver import Described
+from paramlora.cuda.native import library
+from paramlora.cuda.native.handed import Described, handed
 from paramlora.cuda.operands import Operands, served, switched_on
 from paramlora.update.compat import cuda_device, cuda_stream
 
@@ -50,6 +50,7 @@ def start(backward: Any) -> Any:
     if module is None:
         return None
     module.configure(
+        # handed over once, so that the C++ imports nothing and knows no name of ours
         plan_forward=of_forward,
         plan_backward=of_backward,
         backward=backward,
@@ -59,7 +60,6 @@ def start(backward: Any) -> Any:
         stream=cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
         switched_on=switched_on,
-        **driver.addresses(),
     )
     return module.linear
 
@@ -76,6 +76,7 @@ def of_forward(
         return None
     of = Operands(x, weight, bias, a, b, scale)
     found, _ = plan.planned_forward(of, False, None, False)
+    # large products of several launches are not bound by the host
     if type(found) is not plan.Forward or found.single is None:
         return None
     more = Slot.KEPT if bias is None else Slot.BIAS
@@ -96,13 +97,11 @@ def of_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, sca
 
 
 def _told(found: Any, single: Launch, matrices: Any, places: Any) -> Any:
+    # the first launch of a kind is Triton's own, which gives the compiled kernel
     if single.compiled is None:
         return None if launch.distrusted() else False
     if found.tiles.layouts:
         matrices = tuple(map(Described, matrices, found.tiles.layouts))
     given = (*matrices, *places, Slot.STRENGTH, Slot.NUMBER, *single.tail)
-    handed = driver.handed(single.compiled, given, Slot.BLOCK)
-    if handed is None:
-        return None
-    sizes, strides = found.result.shape, found.result.stride
-    return sizes, strides, found.size, single.grid, *handed
+    told = handed(single.compiled, single.grid, given, Slot.BLOCK)
+    return None if told is None else (found.result.shape, found.result.stride, found.size, told)

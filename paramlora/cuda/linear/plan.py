@@ -56,8 +56,10 @@ def _projection(
     """``(mask ∘ left[M, K]) @ f[R, K].T``, of a layer that has N outputs."""
     M, hopper, (least, on) = left.M, card(device).hopper, _mask(drop)
     BM, BK, stages, warps = projection(M, R, on)
+    # N tells the kernel only where in `kept` the mask's numbers lie
     numbers = (M, N, K, left.period, *left.places(left.period), least)
     constants = (on, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
+    # with nothing of ours right ahead, there is no launch to start beside
     early = hopper and after_pack
     return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
 
@@ -66,7 +68,8 @@ def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Lau
     """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
     (least, on), (stages, warps), early = _mask(drop), tiles.tiling[4:6], tiles.early
     numbers, constants = (*tiles.numbers, least), (on, early, bias, *tiles.constants)
-    return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
+    rest = stages, warps, early, tiles.layouts
+    return Launch(kernels.product, device, tiles.grid, numbers, constants, *rest)
 
 
 class _Result(NamedTuple):
@@ -82,10 +85,12 @@ class _Result(NamedTuple):
 
 
 def _result(shape: tuple[int, ...], columns: int, rows: Rows) -> _Result:
-    """``[..., columns]`` beside a matrix of `shape` and `rows`, in memory as that."""
+    """A new matrix ``[..., columns]`` of as many rows as one of `shape`, which lie in memory in the
+    order in which `rows` says that those do."""
     M, lead, steps = rows.M, shape[:-1], [1, columns]
     if rows.column == 1:
         steps += (columns * math.prod(lead[i:]) for i in range(len(lead) - 1, 0, -1))
+        # of a vector, which has no lead, only the 1 is left
         flat = Rows(M, M, M * columns, columns, 1)
         return _Result((*lead, columns), tuple(steps[len(lead) :: -1]), flat)
     period = lead[1]
@@ -105,6 +110,7 @@ class Forward:
     ) -> None:
         x, weight, bias, a, b, _ = of
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
+        # of the weight [out, in] the kernels read [K, N], so its strides are taken backwards
         self.sizes, self.R = (M, N, K), padded(r)
         R, card_of = self.R, card(device)
         hopper = card_of.hopper
@@ -112,6 +118,7 @@ class Forward:
         self.size, self.row_bytes = kept_size(M, N, K, r, drop is not None), x.element_size() * R
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
+        # of a flat matrix any period will do, so the one that is not flat settles it
         period = min(rows.period, out.period)
         shared = (period, w, self.sizes, R, card_of, misaligned, how)
         self.tiles = tiles = Tiles(rows, out, *shared, True)
@@ -122,7 +129,8 @@ class Forward:
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
             constants = (on, bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
-            self.single = Launch(kernels.forward, device, grid, numbers, constants, stages, warps)
+            rest = stages, warps, False, tiles.layouts
+            self.single = Launch(kernels.forward, device, grid, numbers, constants, *rest)
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
@@ -138,21 +146,24 @@ class Forward:
         (x, weight, bias, a, b, scale), (px, pw, pbias, pa, pb, ps) = of, addresses
         y, kept = self.result.new(x), x.new_empty(self.size)
         pk = kept.data_ptr()
+        # the kernel wants some address of a bias and a seed, and reads neither where there is none
         more, pmore = (kept, pk) if bias is None else (bias, pbias)
         seed = kept if seed is None else seed
-        blocks = self.tiles.blocks(x, weight, y)
-        first, places = ((), ()) if blocks else ((x, weight, y), (px, pw, y.data_ptr()))
+        loaded = self.tiles.matrices(x, weight, y)
+        # described to the tensor memory engine, x, the weight and y are no pointers any more
+        first, places = ((), ()) if loaded else ((x, weight, y), (px, pw, y.data_ptr()))
         if self.single is not None:
             drawn = tickets(kept)
             self.single(
                 (*first, x, a, b, scale, kept, more, seed, drawn),
+                # x once more: the thin product reads it by pointers, engine or not
                 (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(NUMBERS)),
-                blocks,
+                loaded,
             )
             return y, kept
         pu, pq = self.thin(of, strength, seed, kept, addresses)
-        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), blocks)
+        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), loaded)
         return y, kept
 
     def thin(
@@ -182,7 +193,8 @@ _BACKWARDS: dict[Any, Any] = {}
 
 
 class _Copy(NamedTuple):
-    """Instead of a plan: which operands must first be laid out anew."""
+    """In place of a plan: which operands must first be copied into contiguous memory. Of a forward
+    x and the bias, of a backward dy and x."""
 
     left: bool
     right: bool
@@ -205,6 +217,7 @@ def forward(
     Returns:
         ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
     """
+    # another plan while a CUDA graph is captured: a replay would find its own signals set
     captured = torch.cuda.is_current_stream_capturing()
     plan, addresses = planned_forward(of, image, drop, captured)
     if plan is None:
@@ -224,6 +237,7 @@ def planned_forward(
     """The plan of a forward, None where the kernels do not serve it; and the addresses."""
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
+        # of x and the weight, which the engine loads: the result is new, and so aligned
         misaligned = bool((addresses[0] | addresses[1]) & 15)
         return _plan_forward(of, image, drop, captured, misaligned)
 
@@ -273,6 +287,7 @@ class Backward:
         on, w, (least, masked) = card(device), weight.stride(), _mask(drop)
         how = launches(self.sizes, R, captured, on.hopper, wanted, drop is not None)
         self.together = how is Launches.TOGETHER
+        # the grid has no work but the input's gradient, if that
         self.separate = how is Launches.CUBLAS or not self.factors_too
         self.result = _result(x.shape, N, rows[1])
         out = self.result.rows
@@ -289,22 +304,27 @@ class Backward:
             self.launch = _product(device, tiles, False, drop)
             return
         deep, stages, warps = gradients(tiles.tiling, R, masked)
+        # of A's gradient, then of B's
         blocks = -(-N // DEEP) + -(-K // DEEP)
         together = rows[0].column == rows[1].column == 1
         # columns of an image that lie apart take longer to load, and a masked block longer than
         # one that is not, so twice as many programs do
         programs = on.processors if together and not masked else 2 * on.processors
+        # rows are divided until there are programs for the device, but into none of under 4 blocks
         groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
+        # rounding up may have left the last groups no rows, of which the kernel assumes some
         groups = -(-M // each)
         strips = -(-M // SPAN)
+        # in elements of 16 bits: a signal of 64 for each strip, and the groups' sums of 32
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
         numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each, least)
         constants = (masked, self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
-            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early
-        )
+            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early,
+            tiles.layouts,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -319,6 +339,7 @@ class Backward:
         scratch = x.new_empty(self.size)
         (py, px, pw, *ps), pk, pv = addresses, kept.data_ptr(), scratch.data_ptr()
         if pk & 15:  # a hook on saved tensors may have laid it anywhere
+            # new memory is aligned, and the compiled kernel counts on that of the first launch
             kept = kept.clone()
             pk = kept.data_ptr()
         if self.project is not None:
@@ -329,16 +350,17 @@ class Backward:
         (_, N, K), r, wide = self.sizes, self.r, torch.float32
         da = x.new_empty_strided((r, N), (N, 1), dtype=wide)
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
+        # what is not wanted still needs an address: any that there is
         out, factor = da if dx is None else dx, scale if self.scaled else da
-        pa, blocks = da.data_ptr(), self.tiles.blocks(dy, weight, out)
-        first, starts = ((), ()) if blocks else ((dy, weight, out), (py, pw, out.data_ptr()))
+        pa, loaded = da.data_ptr(), self.tiles.matrices(dy, weight, out)
+        first, starts = ((), ()) if loaded else ((dy, weight, out), (py, pw, out.data_ptr()))
         drawn = tickets(kept) if self.together else scratch
         of_scale = ps[0] if ps else pa
         self.launch(
             (*first, dy, kept, scratch, x, da, db, factor, drawn),
             (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
             (float(strength), next(NUMBERS)),
-            blocks,
+            loaded,
         )
         return dx, da, db
 
@@ -357,13 +379,14 @@ class Backward:
         if self.project is None:
             _multiply(dy, _part(kept, R * N, R, K), v)
         if dx is not None:
-            blocks = self.tiles.blocks(dy, of.weight, dx)
-            first = () if blocks else (dy, of.weight, dx)
+            loaded = self.tiles.matrices(dy, of.weight, dx)
+            first = () if loaded else (dy, of.weight, dx)
             pointers = (*first, kept, scratch, kept)
-            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), blocks)
+            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), loaded)
         if not self.factors_too:
             return dx, None, None
         u = _part(kept, R * (N + K), M, R)
+        # without the columns that pad the rank; in float32, as the kernels' sums are
         da = torch.mm(v[:, :r].t(), of.x.reshape(M, N), out_dtype=torch.float32)
         db = torch.mm(dy.reshape(M, K).t(), u[:, :r], out_dtype=torch.float32)
         return dx, da, db * (of.scale * strength) if self.scaled else db
@@ -412,10 +435,12 @@ def planned_backward(
 ) -> tuple[Any, tuple[int, ...]]:
     """The plan of a `backward`, and the addresses of dy, x, the weight and, where `scaled`, the
     scale."""
+    # not A and B, whose casts are in `kept`; of A the rank is in the key
     tensors: tuple[Tensor, ...] = (dy, of.x, of.weight)
     tensors = (*tensors, of.scale) if scaled else tensors
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
+        # of dy and the weight, see `planned_forward`
         misaligned = bool((addresses[0] | addresses[2]) & 15)
         return _plan_backward(tensors, of, scaled, wanted, image, drop, captured, misaligned)
 
@@ -436,6 +461,7 @@ def _plan_backward(
     dy, x, weight, *_ = tensors
     sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
     types = dy.dtype == x.dtype and has_kernel(x, weight)
+    # between the two somebody may have moved or replaced one: the kernel would read past it
     if not (sizes and types) or len({t.get_device() for t in tensors}) > 1:
         raise changed("the gradient, the input, the weight and the scale", tensors)
     if not x.numel():

@@ -1,12 +1,12 @@
 """The table of choices: how the grid of a product is divided into tiles."""
 
 import math
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from torch import Tensor
 
 from paramlora.cuda.device import Card
-from paramlora.cuda.launch import Block
+from paramlora.cuda.launch import Layout
 from paramlora.cuda.launches import WIDEST, Launches
 
 LONG = 16384  # rows of which a block of the thin product takes 128
@@ -34,8 +34,8 @@ def tiling(
     strides are met.
     `local`: the thin product is computed in the same grid. That spares launches, and `project`
     beside it is a little faster, so it is chosen where the host takes longer than the device:
-    small products, but not in a CUDA graph. There also describing blocks to the engine costs more
-    than it saves. `alone`: no gradients of factors are computed in the same grid.
+    small products, but not in a CUDA graph. Of small products describing blocks to the engine also
+    costs more than it saves. `alone`: no gradients of factors are computed in the same grid.
     """
     if not aligned or (local and M * N * K < 2**32):
         if M <= 512:
@@ -91,6 +91,7 @@ class Rows(NamedTuple):
     @property
     def flat(self) -> bool:
         """Whether one distance leads from every row to the next, and rows are contiguous."""
+        # the column too: of an image of batch 1 the period is all of M, but its columns lie apart
         return self.period == self.M and self.column == 1
 
     def places(self, period: int) -> tuple[int, int, int]:
@@ -112,10 +113,13 @@ def rows_of(shape: tuple[int, ...], stride: tuple[int, ...], image: bool) -> Opt
     if not lead:
         return Rows(M, M, K, K, 1)
     row = lead[-1][1]
+    # rows that overlap, such as those of an expanded tensor, which the engine cannot read
     if row < K:
         return None
+    # each dimension begins where the next inner one ends: one distance leads through all of them
     if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(lead, lead[1:])):
         return Rows(M, M, M * row, row, 1)
+    # a batch and its rows, as `Rows` can say; three distances it cannot
     if len(lead) == 2 and lead[0][1] >= 0:
         return Rows(M, lead[1][0], lead[0][1], row, 1)
     return None
@@ -145,25 +149,28 @@ class Tiles:
     ) -> None:
         (M, N, K), (w_k, w_n) = sizes, w
         step = w_n if w_k == 1 else w_k
+        # the engine's strides are multiples of 16 bytes, 8 elements, and never 0 (expanded)
         strides = (K | N | left.row | out.row | step) & 7 or not step
         hopper, local = card.hopper, how is Launches.TOGETHER
         aligned = hopper and left.flat and out.flat and not misaligned and not strides
         self.early = hopper and how is Launches.APART
         self.tiling = tiling(M, N, K, card.processors, aligned, local, alone) if wanted else NONE
         BM, BN, BK, GROUP, _, _, tma = self.tiling
+        # `local` is one more column of tiles, that of the thin product
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
         self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
         even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
         self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
-        self.layouts: tuple[Any, ...] = ()
+        self.layouts: tuple[Layout, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
+            # stored in halves, see `kernels._halves`
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
             self.layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
 
-    def blocks(self, *matrices: Tensor) -> tuple[Block, ...]:
-        """left, w and the output for the tensor memory engine, where that loads them."""
-        return tuple(map(Block, matrices, self.layouts)) if self.layouts else ()
+    def matrices(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """left, w and the output, where the tensor memory engine loads them."""
+        return tensors if self.layouts else ()
 
 
 def is_even(period: int, M: int) -> bool:

@@ -9,6 +9,7 @@ one multiplication, one comparison and one selection an element.
 import triton
 import triton.language as tl
 
+# odd, so that no seed or place is lost by multiplying; those of `evaluate.dropout`
 _GOLDEN, _SECOND = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xD1342543DE82EF95)
 _STEP, _FACTOR = tl.constexpr(0x9E3779B1), tl.constexpr(0x846CA68B)
 
@@ -27,12 +28,14 @@ def numbers(places, key):
     """The odd numbers that stand for rows or for columns."""
     n = places.to(tl.uint32) * _STEP + key
     n = (n ^ (n >> 15)) * _FACTOR
+    # an even number would make the low bits of all of its row's products 0
     return (n ^ (n >> 16)) | 1
 
 
 @triton.jit
 def below(rows, columns, threshold):
     """Where an element is dropped, of numbers that broadcast against each other."""
+    # with a sign, as `evaluate.dropout` compares: torch computes little in uint32
     return (rows * columns).to(tl.int32, bitcast=True) < threshold
 
 

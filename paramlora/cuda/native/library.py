@@ -3,6 +3,7 @@
 No step waits for a compiler: `build` is called by whoever wants it, once for each torch and Python.
 """
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from paramlora.cuda.native import driver
 from paramlora.errors import ParamloraError, warn
 
 _SOURCE = Path(__file__).with_name("linear.cpp")
@@ -29,6 +31,7 @@ def place() -> Path:
     of extensions, ``TORCH_EXTENSIONS_DIR`` or that of the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions"
+    # a library fits the one torch and Python it was compiled against: others would crash in it
     about = f"{torch.__version__} {torch.version.cuda} {sys.version} {' '.join(_options())}"
     told = hashlib.sha256(_SOURCE.read_bytes() + about.encode()).hexdigest()[:16]
     return Path(root) / _NAME / f"{told}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -37,6 +40,7 @@ def place() -> Path:
 def _options() -> list[str]:
     return [
         *("-O2", "-std=c++20", "-shared", "-fPIC", f"-DTORCH_EXTENSION_NAME={_NAME}"),
+        # as torch itself was built, or std::string is of another layout
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
 
@@ -59,6 +63,7 @@ def build() -> Path:
     headers = [f"-I{path}" for path in (*folders, sysconfig.get_paths()["include"])]
     libraries = [f"-L{own / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     target.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, as a rename is atomic only inside of one file system
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -88,9 +93,10 @@ def _cuda() -> Path:
     return Path(triton.origin).parent / "backends/nvidia/include"
 
 
+@functools.cache
 def loaded() -> Any:
     """The library, or None where it was not built, ``PARAMLORA_NATIVE=0`` turns it off, or it
-    cannot be loaded, which a warning says."""
+    cannot be loaded, which a warning says. What the first call finds holds for the process."""
     if os.environ.get("PARAMLORA_NATIVE", "1").lower() in _OFF:
         return None
     target = place()
@@ -101,8 +107,9 @@ def loaded() -> Any:
         spec = importlib.util.spec_from_file_location(_NAME, target, loader=loader)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         loader.exec_module(module)
+        module.call_driver(**driver.addresses())
         return module
-    except ImportError as reason:
+    except (ImportError, OSError) as reason:
         warn(
             f"{target} cannot be loaded ({reason}), so linear layers take the host longer. The "
             "numbers are the same. Delete it, then run `paramlora build`"

@@ -1,7 +1,8 @@
 // A step of one linear layer as the host sees it, without Python: find the plan of its operands,
 // reserve memory, have the driver launch the kernel that Triton compiled. `linear/native.py` plans
 // and tells each kernel's parameters, and whatever is not served here is left to Python's
-// `functional._Linear`, whose numbers these are to the bit.
+// `functional._Linear`, whose numbers these are to the bit. And `launcher`, a launch of any kernel
+// that is told the same way, for `Launch`.
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
@@ -46,14 +47,27 @@ struct Parameter {
   uint64_t bits;
 };
 
+constexpr size_t MATRICES = 4;  // that one launch describes at most
+
 // How the tensor memory engine loads a matrix whose address is in a slot; its rows are contiguous.
 // As the driver wants it, the innermost dimension comes first.
 struct Block {
   int slot;
+  CUtensorMapDataType type;
   CUtensorMapSwizzle swizzle;
   std::array<cuuint32_t, 2> block;
   std::array<cuuint64_t, 2> shape;
   cuuint64_t stride;  // bytes
+};
+
+// A launch, all but what is in its slots. From the slot `first` on they are the blocks' own.
+struct Launch {
+  CUfunction function = nullptr;
+  unsigned grid = 0, threads = 0, shared = 0;
+  bool early = false;  // may start before the kernel ahead ends
+  int first = 0;
+  std::vector<Parameter> parameters;
+  std::vector<Block> blocks;
 };
 
 struct Plan {
@@ -61,10 +75,7 @@ struct Plan {
   std::vector<int64_t> sizes, strides;  // of the result
   int64_t size = 0;                     // of what is kept, or of the scratch
   bool tickets = false;
-  CUfunction function = nullptr;
-  unsigned grid = 0, threads = 0, shared = 0;
-  std::vector<Parameter> parameters;
-  std::vector<Block> blocks;
+  Launch launch;
 };
 
 using Key = c10::SmallVector<int64_t, 64>;
@@ -90,17 +101,22 @@ struct Plans {
   void keep(const Key& key, std::shared_ptr<const Plan> plan) {
     decltype(of) old;  // freed after the lock
     std::lock_guard<std::mutex> held(lock);
+    // ever new shapes must not fill the memory, as in `launch.planned`
     if (of.size() >= 4096) old.swap(of);
     of[key] = std::move(plan);
   }
 };
 
+// Of the driver, which is not linked: it need not be there.
+struct Driver {
+  decltype(&cuLaunchKernelEx) launch = nullptr;
+  decltype(&cuTensorMapEncodeTiled) describe = nullptr;
+} driver;
+
 // What Python handed over once; never freed, for a thread may outlive the interpreter's end.
 struct State {
   py::object plan_forward, plan_backward, backward, tickets;
   py::object device, stream, capturing, switched_on;
-  decltype(&cuLaunchKernelEx) launch;  // of the driver, which is not linked: it need not be there
-  decltype(&cuTensorMapEncodeTiled) describe;
   std::atomic<uint64_t> number;  // of the next launch, see `linear.plan.NUMBERS`
   c10::DeviceType kind = c10::DeviceType::CUDA;
   Plans forwards, backwards;
@@ -133,6 +149,7 @@ bool is_true(const py::object& asked) {
 // Whether a tensor is nothing but memory on a device: no transform's, nor another class's.
 bool is_plain(const Tensor& t) {
   using c10::DispatchKey;
+  // any other key says that the memory is not the tensor: a conjugate's, a subclass's, vmap's
   static const auto known =
       c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
                            DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
@@ -152,6 +169,7 @@ bool is_followed() {
 bool is_launched(const Tensor& x) {
   if (!is_true(state->switched_on) || is_true(state->capturing)) return false;
   auto current = must(PyObject_CallNoArgs(state->device.ptr()));
+  // a launch goes to the current device, whatever its addresses are of
   return PyLong_AsLong(current.ptr()) == x.get_device();
 }
 
@@ -175,6 +193,7 @@ Key key_of(c10::ArrayRef<const Tensor*> tensors) {
     describe(key, *t);
     odd |= address_of(*t);
   }
+  // nearly all addresses are multiples of 16, which Triton compiles in; then they add nothing
   if (odd & 15)
     for (const Tensor* t : tensors)
       key.push_back(address_of(*t) & 15);
@@ -185,11 +204,28 @@ Block block_of(const py::tuple& of) {
   auto [rows, columns] = of[2].cast<std::pair<cuuint32_t, cuuint32_t>>();
   auto [height, width] = of[3].cast<std::pair<cuuint64_t, cuuint64_t>>();
   auto swizzle = static_cast<CUtensorMapSwizzle>(of[1].cast<int>());
-  return {of[0].cast<int>(), swizzle, {columns, rows}, {width, height}, of[4].cast<cuuint64_t>()};
+  auto type = static_cast<CUtensorMapDataType>(of[5].cast<int>());
+  auto stride = of[4].cast<cuuint64_t>();
+  return {of[0].cast<int>(), type, swizzle, {columns, rows}, {width, height}, stride};
+}
+
+// Of a `native.driver.Handed`.
+Launch launch_of(const py::tuple& of) {
+  Launch made;
+  made.function = reinterpret_cast<CUfunction>(of[0].cast<uintptr_t>());
+  made.grid = of[1].cast<unsigned>(), made.threads = of[2].cast<unsigned>();
+  made.shared = of[3].cast<unsigned>(), made.early = of[4].cast<bool>();
+  made.first = of[5].cast<int>();
+  for (auto [slot, bits] : py::cast<std::vector<std::pair<int, uint64_t>>>(of[6]))
+    made.parameters.push_back({slot, bits});
+  TORCH_CHECK(of[7].cast<py::list>().size() <= MATRICES, "a launch describes too many matrices");
+  for (py::handle one : of[7]) made.blocks.push_back(block_of(one.cast<py::tuple>()));
+  return made;
 }
 
 // The GIL is held. None: never served; False: not yet, so that Python is asked again.
 std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::object& told) {
+  // not kept: the next call asks again, once Triton's own first launch is over
   if (told.ptr() == Py_False) return nullptr;
   auto plan = std::make_shared<Plan>();
   if (!told.is_none()) {
@@ -198,15 +234,8 @@ std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::obje
     plan->sizes = py::cast<std::vector<int64_t>>(of[0]);
     plan->strides = py::cast<std::vector<int64_t>>(of[1]);
     plan->size = of[2].cast<int64_t>();
-    plan->grid = of[3].cast<unsigned>();
-    plan->function = reinterpret_cast<CUfunction>(of[4].cast<uintptr_t>());
-    plan->threads = of[5].cast<unsigned>(), plan->shared = of[6].cast<unsigned>();
-    for (auto [slot, bits] : py::cast<std::vector<std::pair<int, uint64_t>>>(of[7])) {
-      plan->parameters.push_back({slot, bits});
-      plan->tickets |= slot == TICKETS;
-    }
-    for (py::handle one : of[8]) plan->blocks.push_back(block_of(one.cast<py::tuple>()));
-    TORCH_CHECK(plan->blocks.size() <= SLOTS - BLOCK, "too many blocks are described");
+    plan->launch = launch_of(of[3].cast<py::tuple>());
+    for (auto [slot, bits] : plan->launch.parameters) plan->tickets |= slot == TICKETS;
   }
   plans.keep(key, plan);
   return plan;
@@ -222,6 +251,7 @@ CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
   auto current = must(PyObject_CallOneArg(state->stream.ptr(), index.ptr()));
   const uint64_t stream = PyLong_AsUnsignedLongLong(current.ptr());
   if (plan.tickets) {
+    // one count for each device and stream, as in `launch.tickets`; looked up here without Python
     auto& drawn = state->drawn[{like.get_device(), stream}];
     if (drawn.second == 0) {
       auto made = must(PyObject_CallOneArg(state->tickets.ptr(), wrapped(like).ptr()));
@@ -237,30 +267,39 @@ void check(CUresult result, const char* call) {
 }
 
 // The GIL is not held: the driver may wait for room in the stream.
-void launch(const Plan& plan, Values& at, double strength, CUstream stream) {
-  at[STRENGTH] = std::bit_cast<uint32_t>(static_cast<float>(strength));
-  at[NUMBER] = state->number++;
-  alignas(128) std::array<CUtensorMap, SLOTS - BLOCK> maps;
+void run(const Launch& launch, const uint64_t* at, CUstream stream) {
   constexpr std::array<cuuint32_t, 2> steps{1, 1};
-  for (size_t i = 0; i < plan.blocks.size(); ++i) {
-    const Block& of = plan.blocks[i];
-    check(state->describe(
-        &maps[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(at[of.slot]),
-        of.shape.data(), &of.stride, of.block.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-        of.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+  std::array<CUtensorMap, MATRICES> maps;
+  for (size_t i = 0; i < launch.blocks.size(); ++i) {
+    const Block& of = launch.blocks[i];
+    check(driver.describe(
+        &maps[i], of.type, 2, reinterpret_cast<void*>(at[of.slot]), of.shape.data(), &of.stride,
+        of.block.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, of.swizzle,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         "cuTensorMapEncodeTiled");
   }
   c10::SmallVector<void*, 96> places;
-  for (const Parameter& of : plan.parameters) {
+  for (const Parameter& of : launch.parameters) {
     const void* place = of.slot < 0 ? &of.bits : &at[of.slot];
-    if (of.slot >= BLOCK) place = &maps[of.slot - BLOCK];
+    if (of.slot >= launch.first) place = &maps[of.slot - launch.first];
     places.push_back(const_cast<void*>(place));
   }
+  CUlaunchAttribute early{};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmaticStreamSerializationAllowed = 1;
   CUlaunchConfig config{};
-  config.gridDimX = plan.grid, config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = plan.threads, config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = plan.shared, config.hStream = stream;
-  check(state->launch(&config, plan.function, places.data(), nullptr), "cuLaunchKernelEx");
+  config.gridDimX = launch.grid, config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = launch.threads, config.blockDimY = config.blockDimZ = 1;
+  // above 48 KiB a kernel must be allowed to: Triton has done so when it loaded it
+  config.sharedMemBytes = launch.shared, config.hStream = stream;
+  config.attrs = &early, config.numAttrs = launch.early;
+  check(driver.launch(&config, launch.function, places.data(), nullptr), "cuLaunchKernelEx");
+}
+
+void run(const Plan& plan, Values& at, double strength, CUstream stream) {
+  at[STRENGTH] = std::bit_cast<uint32_t>(static_cast<float>(strength));
+  at[NUMBER] = state->number++;
+  run(plan.launch, at.data(), stream);
 }
 
 struct Step {
@@ -280,7 +319,7 @@ std::pair<Tensor, Tensor> computed(const Step& of) {
   at[A] = address_of(of.a), at[B] = address_of(of.b), at[SCALE] = address_of(of.scale);
   at[OUT] = address_of(y), at[KEPT] = address_of(kept);
   at[BIAS] = of.bias.defined() ? address_of(of.bias) : at[KEPT];
-  launch(of.plan, at, of.strength, stream);
+  run(of.plan, at, of.strength, stream);
   return {y, kept};
 }
 
@@ -320,12 +359,15 @@ struct Linear : torch::autograd::Function<Linear> {
       const Tensor& dy, const variable_list& saved, double strength, int64_t needs) {
     const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3];
     const Tensor &scale = saved[4], &kept = saved[5];
+    // grad mode: a backward of the backward, which Python's function has and launches have not
     if (at::GradMode::is_enabled() || !(needs & 1) || !(needs & 6) || is_followed()) return {};
     if (!dy.defined() || !is_plain(dy) || dy.device() != x.device()) return {};
     for (const Tensor& t : saved)
       if (!is_plain(t) || t.device() != x.device()) return {};
+    // a hook on saved tensors may have laid it anywhere
     if (address_of(kept) & 15) return {};
     Key key = key_of({&dy, &x, &weight, &scale});
+    // the factors' casts are in kept: of the factors themselves only the rank matters
     key.push_back(a.size(0));
     auto plan = state->backwards.find(key);
     if (!plan) {
@@ -352,7 +394,8 @@ struct Linear : torch::autograd::Function<Linear> {
     at[INPUT] = address_of(x), at[WEIGHT] = address_of(weight), at[SCALE] = address_of(scale);
     at[DY] = address_of(dy), at[KEPT] = address_of(kept), at[OUT] = address_of(dx);
     at[SCRATCH] = address_of(scratch), at[DA] = address_of(da), at[DB] = address_of(db);
-    launch(*plan, at, strength, stream);
+    run(*plan, at, strength, stream);
+    // in float32 so far, as the kernels sum; the last is of the Step, which has none
     return {dx, da.to(a.scalar_type()), db.to(b.scalar_type()), Tensor()};
   }
 };
@@ -366,6 +409,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   for (int i = 0; i < 6; ++i)
     if (!THPVariable_CheckExact(given[i]) && (i != 2 || biased)) Py_RETURN_NONE;
   if (!PyFloat_CheckExact(given[6]) && !PyLong_CheckExact(given[6])) Py_RETURN_NONE;
+  // a tensor or a symbolic number has gone to Python
   const double strength = PyFloat_AsDouble(given[6]);
   const Tensor &x = THPVariable_Unpack(given[0]), &weight = THPVariable_Unpack(given[1]);
   const Tensor bias = biased ? THPVariable_Unpack(given[2]) : Tensor();
@@ -384,6 +428,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const bool factors = a.requires_grad() || b.requires_grad();
   const bool graph = at::GradMode::is_enabled() && (x.requires_grad() || factors);
   if (at::GradMode::is_enabled()) {
+    // gradients that this backward does not find
     if (weight.requires_grad() || scale.requires_grad() || (biased && bias.requires_grad()))
       Py_RETURN_NONE;
     if (graph && !factors) Py_RETURN_NONE;  // which would keep the input for nothing
@@ -405,13 +450,59 @@ PyMethodDef method = {
     "linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
     "functional.linear, or None where Python must compute it."};
 
+// A launch that a call is handed: the stream, then what is in each slot.
+struct Launcher {
+  Launch launch;
+  std::vector<bool> floats;  // of 32 bits, by slot
+};
+
+Launcher* launcher_in(PyObject* capsule) {
+  return static_cast<Launcher*>(PyCapsule_GetPointer(capsule, nullptr));
+}
+
+PyObject* launched(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Launcher& of = *launcher_in(self);
+  const auto slots = static_cast<Py_ssize_t>(of.floats.size());
+  TORCH_CHECK(count == slots + 1, "the launch takes ", slots + 1, " arguments, got ", count);
+  auto stream = reinterpret_cast<CUstream>(PyLong_AsUnsignedLongLong(given[0]));
+  c10::SmallVector<uint64_t, 32> at;
+  for (Py_ssize_t i = 0; i < slots; ++i) {
+    PyObject* one = given[i + 1];
+    at.push_back(
+        of.floats[i] ? std::bit_cast<uint32_t>(static_cast<float>(PyFloat_AsDouble(one)))
+                     : PyLong_AsUnsignedLongLongMask(one));
+  }
+  if (PyErr_Occurred()) throw python_error();
+  {
+    py::gil_scoped_release released;
+    run(of.launch, at.data(), stream);
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef launched_method = {
+    "launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launched)), METH_FASTCALL,
+    "Launch on a stream, with what is in each slot."};
+
+py::object launcher(const py::tuple& told, std::vector<bool> floats) {
+  auto made = std::make_unique<Launcher>(Launcher{launch_of(told), std::move(floats)});
+  auto self = must(PyCapsule_New(made.get(), nullptr, [](PyObject* of) { delete launcher_in(of); }));
+  made.release();
+  return must(PyCFunction_New(&launched_method, self.ptr()));
+}
+
+void call_driver(uintptr_t launch, uintptr_t describe) {
+  driver.launch = reinterpret_cast<decltype(driver.launch)>(launch);
+  driver.describe = reinterpret_cast<decltype(driver.describe)>(describe);
+}
+
 void configure(const py::kwargs& of) {
   auto made = std::make_unique<State>();
   made->plan_forward = of["plan_forward"], made->plan_backward = of["plan_backward"];
   made->backward = of["backward"], made->tickets = of["tickets"];
   made->number = of["number"].cast<uint64_t>();
-  made->launch = reinterpret_cast<decltype(made->launch)>(of["launch"].cast<uintptr_t>());
-  made->describe = reinterpret_cast<decltype(made->describe)>(of["describe"].cast<uintptr_t>());
   made->device = of["device"], made->stream = of["stream"];
   made->capturing = of["capturing"], made->switched_on = of["switched_on"];
   if (of.contains("cpu")) made->kind = c10::DeviceType::CPU;
@@ -421,6 +512,9 @@ void configure(const py::kwargs& of) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("call_driver", &call_driver, py::arg("launch"), py::arg("describe"),
+             "Take over where the driver's functions are.");
   module.def("configure", &configure, "Take over what `linear` asks of Python.");
+  module.def("launcher", &launcher, "A launch of a kernel, and which slots hold floats.");
   module.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
 }

@@ -31,21 +31,20 @@ def lengths(
     offs_n, offs_r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     rows, ranks = offs_n < N, offs_r < r
     factor = b + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
+    # B stays in registers while all of A passes by
     up = tl.load(factor, mask=rows[:, None] & ranks[None, :], other=0.0).to(tl.float32)
     up *= tl.load(scale).to(tl.float32)
-    total = tl.zeros(
-        (BLOCK_N, BLOCK_K), tl.float32
-    )  # summed at the end: no step waits for another thread
+    # summed at the end: no step waits for another thread
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        where = (
-            a + offs_r[:, None].to(tl.int64) * stride_ar + offs_k[None, :].to(tl.int64) * stride_ak
-        )
+        where = a + offs_r[:, None].to(tl.int64) * stride_ar
+        where += offs_k[None, :].to(tl.int64) * stride_ak
         down = tl.load(where, mask=ranks[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
-        where = (
-            w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-        )
+        where = w + offs_n[:, None].to(tl.int64) * stride_wn
+        where += offs_k[None, :].to(tl.int64) * stride_wk
         tile = tl.load(where, mask=rows[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
+        # TF32 rounds the update alone, to a share of 5e-4 of it: W is what is added to
         tile = tl.dot(up, down, tile)
         total += tile * tile
     tl.store(norm + offs_n, tl.sqrt(tl.sum(total, 1)), mask=rows)
@@ -62,6 +61,7 @@ def product(
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
+    # without signals and without a mask, whose pointers are then any: q and p
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
@@ -99,9 +99,8 @@ def rescale_backward(
     group = tl.program_id(0) // columns
     offs_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     times, length = _factor(m, norm, offs_n, N)
-    total = tl.zeros(
-        (BLOCK_M, BLOCK_N), tl.float32
-    )  # summed at the end: no step waits for another thread
+    # summed at the end: no step waits for another thread
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(group * each, tl.minimum(M, group * each + each), BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -112,5 +111,6 @@ def rescale_backward(
         total += gradient * output
         gradient *= times[None, :]
         tl.store(dz + where, gradient.to(dz.dtype.element_ty), mask=inside)
+    # by the length once a column, not once a number; no atomics, which would add in any order
     where = part + tl.cast(group, tl.int64) * N + offs_n
     tl.store(where, tl.sum(total, 0) / length, mask=offs_n < N)

@@ -28,6 +28,7 @@ def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Ten
     """
     bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
     found, addresses = linear.planned_forward(bare, False, None, captured)
+    # no launch of its own writes y where the product has one that can: z is in registers there
     if type(found) is linear.Forward and found.single is None:
         return _in_the_product(found, of, addresses, m, norm)
     result = linear.forward(bare)
@@ -44,21 +45,22 @@ def _in_the_product(
     (x, weight, bias, *_), tiles = of, found.tiles
     y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
     pu, pq = found.thin(of, 1.0, kept, kept, addresses)
-    blocks = tiles.blocks(x, weight, y)
-    blocks = (*blocks, *tiles.blocks(x, weight, z)[2:])
-    matrices = () if blocks else (x, weight, y, z)
+    loaded = tiles.matrices(x, weight, y, z)
+    # the kernel takes each of them as a block of the tensor memory engine or as a pointer
+    matrices = () if loaded else (x, weight, y, z)
     tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
 
     def made(_: Any) -> Launch:
         (stages, warps), early = tiles.tiling[4:6], tiles.early
         constants = (early, bias is not None, *tiles.constants)
         numbers, device = tiles.numbers, x.get_device()
-        return Launch(kernels.product, device, tiles.grid, numbers, constants, stages, warps, early)
+        more = stages, warps, early, (*tiles.layouts, *tiles.layouts[2:])  # y and z alike
+        return Launch(kernels.product, device, tiles.grid, numbers, constants, *more)
 
     rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
     launch, places = planned(_PLANS, tensors, rest, made)
-    at = len(matrices)
-    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), blocks)
+    at = len(matrices)  # behind them `kept` twice, whose parts' addresses take their places
+    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), loaded)
     return y, z, kept
 
 
@@ -75,12 +77,12 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     tensors = (weight, a, b, scale, norm)
 
     def made(_: Any) -> Launch:
-        (N, K), r = weight.shape, len(a)
+        (N, K), r, device = weight.shape, len(a), weight.get_device()
         RB = padded(r)
+        # a tile of W is what is read: the more ranks share its memory, the fewer columns
         BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
         stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
         numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
-        device = weight.get_device()
         return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 8)
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
@@ -116,7 +118,7 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
     Args:
         dy: ``[rows, out]``; the others as of `rescale`.
     """
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()  # as of a sum, whose gradient is expanded
     (M, N), BM, BN = z.shape, 32, 128
     # whole blocks of rows for each program, and some programs for each processor
     groups = max(1, min(-(-M // BM), -(-4 * card(z.get_device()).processors // -(-N // BN))))

@@ -8,7 +8,7 @@ from torch import Tensor
 from paramlora.cuda.decoding.plan import Table
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts.plan import added, parts_of
-from paramlora.cuda.launch import Block, Launch, on_its_device, planned
+from paramlora.cuda.launch import Launch, on_its_device, planned
 from paramlora.cuda.linear.tiles import tiling
 from paramlora.cuda.operands import DEEP, power
 from paramlora.cuda.routed import kernels
@@ -127,15 +127,15 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         even = not any(address & 15 for address in addresses[:2])
         return _product(x, w, p, q, by, bias is not None, even, card(x.get_device()))
 
-    (launch, layouts), addresses = planned(_PLANS, tensors, ("product", *rest), made)
-    blocks = tuple(map(Block, tensors, layouts))
-    launch(tensors[len(blocks) :], addresses[len(blocks) :], (), blocks)
+    launch, addresses = planned(_PLANS, tensors, ("product", *rest), made)
+    loaded = len(launch.layouts)
+    launch(tensors[loaded:], addresses[loaded:], (), tensors[:loaded])
     return y
 
 
 def _product(
     x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: bool, even: bool, of: Card
-) -> tuple[Launch, tuple[Any, ...]]:
+) -> Launch:
     (M, K), N, (w_k, w_n), x_row = x.shape, w.shape[1], w.stride(), x.stride(0)
     rows_out = w_k == 1
     step = w_n if rows_out else w_k
@@ -150,12 +150,11 @@ def _product(
         of.hopper, alone, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP,
     )  # fmt: skip
     grid = -(-M // BM) * -(-N // BN)
-    launch = Launch(
-        kernels.product, x.get_device(), grid, numbers, constants, stages, warps, of.hopper
-    )
     of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
     of_y = ([M, N], [N, 1], [BM, BN // 2])
-    return launch, (([M, K], [x_row, 1], [BM, BK]), of_w, of_y) if tma else ()
+    layouts = (([M, K], [x_row, 1], [BM, BK]), of_w, of_y) if tma else ()
+    more = stages, warps, of.hopper, layouts
+    return Launch(kernels.product, x.get_device(), grid, numbers, constants, *more)
 
 
 @on_its_device

@@ -133,6 +133,7 @@ def _shorter(path: str, levels: _Levels, mark: str) -> list[tuple[str, tuple[str
     found: dict[str, tuple[str, ...]] = {path: ()}
     fresh = [path] if len(path) <= _LONGEST else []
     for _ in range(_MOST):
+        # level by level, as any may stand in front of any other
         fresh = [long for long in fresh if long.partition(mark)[0] in levels]
         if not fresh:
             break

@@ -71,14 +71,18 @@ def _original(path: str, layers: int, attends: set[str]) -> Optional[str]:
         return next((other for other, own in _SINGLE.items() if own == path), None)
     part, index, rest = match["part"], int(match["index"]), match["rest"]
     inside = _ORIGINAL.get(rest, rest) if part == "resnets" else rest
+    # resnet, attention, resnet
     if match["side"] is None:
         return f"middle_block.{2 * index + (part != 'resnets')}.{inside}"
+    # a block has layers + 1 places: its layers and a downsampler, or on the way up a layer more
     first = (layers + 1) * int(match["block"])
     if part == "downsamplers":
         return f"input_blocks.{first + layers + 1}.0.{rest.replace('conv', 'op')}"
+    # at the place of the block's last layer, behind its resnet and its attention, if it has one
     if part == "upsamplers":
         return f"output_blocks.{first + layers}.{1 + (match['block'] in attends)}.{rest}"
     down = match["side"] == "down"
+    # place 0 of the way down is conv_in's
     place = f"input_blocks.{first + index + 1}" if down else f"output_blocks.{first + index}"
     return f"{place}.{int(part == 'attentions')}.{inside}"
 

@@ -53,7 +53,8 @@ class Name(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Name":
-        """
+        """A name as a table spells it.
+
         Example:
             >>> Name.parse("**.layers.*.up").parts
             ('layers', '*', 'up')
@@ -78,6 +79,7 @@ class Name(NamedTuple):
         numbers = []
         for have, want in zip(parts[before:], self.parts):
             if want == "*":
+                # isdigit alone takes superscripts, which int refuses
                 if not (have.isascii() and have.isdigit() and len(have) < 10):
                     return None
                 numbers.append(have)

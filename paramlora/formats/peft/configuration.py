@@ -25,6 +25,7 @@ _BEYOND = (
     "lora_bias use_qalora alora_invocation_tokens kasa_config velora_config "
     "monteclora_config arrow_config layer_replication use_bdlora"
 ).split()
+# a value of another type would raise Python's words somewhere behind
 _TYPES: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
@@ -67,6 +68,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
             )
     beyond = [name for name in _BEYOND if config.get(name)]
     init = config.get("init_lora_weights")
+    # these train on a base that they have changed: on the untouched one the update is wrong
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         beyond.append(f'init_lora_weights="{init}" (which changed the base weights)')
     if beyond:
@@ -184,6 +186,7 @@ def report_targets(
 
 
 def _targeted(names: Any, base: Base) -> set[str]:
+    # peft: a string is a pattern of whole paths, a list has ends of paths
     if isinstance(names, str):
         return Names(base).matching(names)
     known = set(map(str, names))
@@ -197,6 +200,7 @@ def config_of(
     parameters: list[str],
 ) -> dict[str, Any]:
     """``adapter_config.json``: the commonest rank and alpha, and a pattern for every other."""
+    # so that the patterns, which peft tries one by one for each layer, are few
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config: dict[str, Any] = {
@@ -225,4 +229,5 @@ def _short(alpha: float) -> "int | float":
 
 
 def _exactly(path: str) -> str:
+    # peft matches (.*\.)?(pattern)$: without ^ a path would also mean all that end in it
     return f"^{re.escape(path)}"

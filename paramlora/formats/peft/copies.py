@@ -47,6 +47,7 @@ def with_copies(
         there = None if places is None else places.find(path, f"{source}: {path}")
         name = path if there is None or there.whole is None else there.whole
         slot = (base or {}).get(name)
+        # peft saves all embeddings where one is a target, whether they changed or not
         if slot is not None and _is_same(slot, saved):
             continue
         if path in adapter.others:

@@ -101,9 +101,11 @@ def _held_parameters(owners: set[str], asked: list[str], base: Base) -> dict[str
     held: dict[str, list[str]] = {}
     for key in base:
         held.setdefault(key.rpartition(".")[0], []).append(key)
+    # sorted for `_begins`, which is asked for every owner and component
     known, names, out = sorted(base), set(asked), {}
     for owner in owners:
         there = _place_of_owner(owner, known)
+        # a layer's weight is the first thing that it holds, before other parameters
         own = [there] if there in base and ends_in(f"{owner}.weight", names) else []
         out[owner] = own + [key for key in held.get(there, []) if ends_in(key, names)]
     return out
@@ -137,6 +139,7 @@ def expert_of(
     where: str,
 ) -> tuple[str, Update]:
     parameters = experts.parameters[owner]
+    # ParamWrapper lies in ParamWrapper: the innermost is behind the most base_layer
     depth = path.count(INNER, len(owner))
     if depth >= len(parameters):
         raise FileError(
@@ -151,6 +154,7 @@ def expert_of(
             f"{where}: factors of {list(pair_.a.shape)} and {list(pair_.b.shape)} for "
             f"experts of rank {r}. Save it again."
         )
+    # as many rows as one rank has: a plain matrix, no stack
     if count == 1 and (base is None or len(base[name].shape) == 2):
         return name, replace(pair(pair_.a, pair_.b, 1.0, where), kind="parameter")
     if base is None:
@@ -161,6 +165,7 @@ def expert_of(
     a = rearrange(pair_.a, "(e r) i -> e r i", e=count)
     b = rearrange(pair_.b, "o (r e) -> e o r", e=count)
     shape = base[name].shape
+    # of square matrices both fit; then the owner's is_transposed tells
     plain, swapped = (b.shape[1], a.shape[2]) == shape[-2:], (a.shape[2], b.shape[1]) == shape[-2:]
     if swapped and (base[name].input_first or not plain):
         a, b = b.mT.contiguous(), a.mT.contiguous()

@@ -43,6 +43,7 @@ def products(values: Mapping[str, KindUpdate]) -> tuple[dict[str, Tensor], dict[
     beside = ("base_model_name_or_path", "task_type", "inference_mode")
     config = {
         "peft_type": method.upper(),
+        # LoHa's and LoKr's name for it
         "alpha": told["lora_alpha"],
         "use_effective_conv2d": _tucker(values),
         **{key: told[key] for key in (*kept, *beside)},
@@ -97,6 +98,7 @@ def _lokr(
     """The first factor whole, the second of its own rank where peft keeps one so."""
     sizes = {path: _sizes(value) for path, value in values.items()}
     factor = _factor(sizes)
+    # our first factor is always written whole, so no layer needs it decomposed
     more = {"decompose_both": False, "decompose_factor": factor}
     return (_factors(path, value, sizes[path]) for path, value in values.items()), more
 
@@ -106,7 +108,9 @@ def _factors(
 ) -> tuple[str, int, dict[str, Tensor]]:
     """(path, rank, tensors): peft's second factor is whole where its rank is at least half of its
     larger side, and two factors below that."""
+    # use_w2 = r >= max(...) / 2 in peft's tuners/lokr/layer.py, update_layer
     most = -(-max(sizes[0][1], sizes[1][1]) // 2)
+    # the factors may have to be multiplied out: in double, so that `held` rounds once
     exact = {name: wide(tensor).double() for name, tensor in value.held.items()}
     first, second = lokr.factors(exact)
     kernel = (value.shape or ())[2:]
@@ -123,6 +127,7 @@ def _factors(
         r, made = most, {"lokr_w2": second.reshape(sizes[0][1], sizes[1][1], *kernel)}
     like = next(iter(value.held.values()))
     own = {name: held(one, like.dtype) for name, one in {"lokr_w1": first, **made}.items()}
+    # an update has one type, and `held` may have widened some of its tensors
     widest = functools.reduce(torch.promote_types, (one.dtype for one in own.values()))
     return path, r, {name: tensor.to(widest) for name, tensor in own.items()}
 
@@ -156,6 +161,7 @@ def _factor(sizes: Mapping[str, tuple[_Pair, _Pair]]) -> int:
     """
     first, own = next(iter(sizes.items()))
     wrong = first
+    # -1, as near to a square as can be, is the default of peft and LyCORIS
     for factor in (-1, *dict.fromkeys(size for pair in own for size in pair)):
         left = [path for path, pairs in sizes.items() if not _divides(factor, pairs)]
         if not left:

@@ -116,6 +116,7 @@ def _read_products(content: Content, options: Options) -> Adapter:
     others = {}
     for path, held in found.items():
         check_factors(f"{source}: {path}", *held.values())
+        # not lora_alpha; and the rank is the configuration's, as a whole factor has none
         alpha_ = number(alphas.get(path, config.get("alpha", 1)), f"{source}: alpha of {path}")
         r = number(ranks.get(path, config.get("r", 1)), f"{source}: r of {path}")
         scale = alpha_ / max(r, 1.0)
@@ -153,10 +154,12 @@ def read_pairs(
     magnitudes, tokens = _magnitudes(content.state), tokens_of(content, config)
     found, rest = _pairs(content, magnitudes)
     rest -= {key for key in rest if TOKENS.fullmatch(stem(key))}
+    # in this order, each takes its keys out of the rest; what nobody has taken is reported
     whole = _whole(rest, content.state, config, content.source)
     copies = copies_in(rest - whole.keys(), found)
     report_unused(content, rest - whole.keys() - copies.keys(), options.strict)
     if base is not None and config.get("target_parameters"):
+        # target_parameters names fused experts, which the model may hold one by one
         base = {**base, **stacks_of(base)}
     updates: dict[str, Update] = {}
     others: dict[str, KindUpdate] = {**tokens}
@@ -167,6 +170,7 @@ def read_pairs(
             updates[key] = update
     check_magnitudes(config, updates, content.source)
     adapter = Adapter(updates, whole=dict(whole.values()), others=others)
+    # after the updates are known: a saved embedding takes the base's place under its update
     saved = {path: content.state[key] for key, path in copies.items()}
     return with_copies(adapter, saved, base, content.source)
 
@@ -196,9 +200,11 @@ def _updates(
     for path, (key, made) in made_of.items():
         if made is None:
             continue
+        # A's rows: of a grouped convolution peft counts all groups' ranks; of experts E * r
         r = made.r if made.layout == "stack" or found[path].embedding else len(found[path].a)
         at = _pattern_path(path, key, made.kind)
         value = alpha(config, alphas, at, r, options, content.source)
+        # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
         root = math.sqrt(r) if config.get("use_rslora") else None
         scale = value / root if root else scale_of(value, r, exact.get(key), content.source)
         out[path] = key, replace(made, scale=2 * scale if key in twice else scale)
@@ -249,6 +255,7 @@ def _whole(
             # with bias="all" PEFT saves those of its wrapper too: the frozen one and a second time
             own = module.removesuffix(INNER).removesuffix(".modules_to_save")
             path = f"{own.removesuffix('.original_module')}.{name}".removesuffix(".weight")
+            # peft's wrapper keeps the frozen module beside the trained copy: both keys mean that
             frozen = ".original_module." in key
             found[key] = (
                 path,
@@ -260,6 +267,7 @@ def _whole(
 def _saved(modules: list[str], config: Mapping[str, Any], source: str) -> set[str]:
     """The modules that ``modules_to_save`` names, and what is inside them."""
     names = {str(name) for name in config.get("modules_to_save") or []}
+    # peft takes a name of one part for any module that is called so, at any level
     single = {name for name in names if "." not in name}
     found = {module for module in modules if not single.isdisjoint(module.split("."))}
     known = Names(modules)
@@ -287,6 +295,7 @@ def _pairs(content: Content, magnitudes: Collection[str]) -> tuple[dict[str, Pai
         names.add(match["name"])
         if match.re is _EMBEDDING:
             embeddings.add(match["path"])
+    # peft leaves the adapter's name out; a model's plain state dict has it, perhaps several
     if len(names) > 1:
         raise FileError(
             f"{content.source}: several adapters in one file: {listed(sorted(map(str, names)))}. "
@@ -318,6 +327,7 @@ def _update(
     if is_attention(path, found):
         # PEFT always adapts both weights of attention: one that was never trained has B = 0
         other = found.get(inside) or found.get(path.removesuffix(f"{INNER}.out_proj"))
+        # both all zero: an adapter that was never trained, of which neither is left out
         idle = not pair_.b.any() and other is not None and bool(other.b.any())
         own = path.replace(INNER, "") if inside not in found else f"{path}.in_proj_weight"
         own = own.replace(f"{INNER}.", ".")
@@ -327,6 +337,7 @@ def _update(
     owner = owner_of(path)
     if experts.parameters.get(owner):
         return expert_of(path, owner, experts, pair_, base, where)
+    # transformers' Conv1D, which stores [in, out]; a convolution's kernel is never turned
     turned = bool(config.get("fan_in_fan_out")) and pair_.a.dim() == 2
     update = pair(pair_.a, pair_.b, 1.0, where)
     if turned and update.shape is not None:

@@ -53,6 +53,7 @@ def _rows(ids: list[int], rows: Tensor) -> KindUpdate:
 
 def _token_ids(path: str, config: Mapping[str, Any], source: str) -> list[int]:
     """The numbers that the configuration tells of a layer."""
+    # beside LoRA by layer or as one list; in a folder of tokens alone token_indices
     told = config.get("trainable_token_indices") or config.get("token_indices") or []
     if isinstance(told, dict):
         told = next((ids for name, ids in told.items() if ends_in(path, {name})), [])

@@ -31,6 +31,7 @@ def saved_whole(
         module, name = _parted(path)
         modules.setdefault(module, {})[name] = tensor
     state: dict[str, Tensor] = {}
+    # a bias alone goes by the switch `bias`; a whole module by its name in modules_to_save
     saved, biased = [], []
     for module, held in modules.items():
         if held.keys() == {"bias"}:
@@ -46,6 +47,7 @@ def saved_whole(
         _check_alone(saved, base)
         config["modules_to_save"] = saved
     if biased:
+        # lora_only is peft's word for biases of adapted layers alone
         config["bias"] = "lora_only" if adapted.issuperset(biased) else "all"
     return state, config
 

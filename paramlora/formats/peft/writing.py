@@ -51,6 +51,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     wrapped = _wrapped(adapter, base)
 
     def stem(path: str) -> str:
+        # of an adapted layer peft saves the bias from inside of its wrapper
         known = path in adapter.updates
         own = _stem(path, wrapped, adapter, base)
         return f"{own}{INNER}" if known else own
@@ -58,6 +59,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
     whole, told = saved_whole(adapter, base, stem)
     state, config = {**state, **whole}, {**config, **told}
     state |= {
+        # in peft's wrapper of the embedding; a folder of tokens alone has no .token_adapter
         f"{path}.token_adapter.trainable_tokens_delta": value.held["lora_rows"]
         for path, value in tokens.items()
     }
@@ -117,10 +119,12 @@ def _low_ranks(
             own = magnitude_of(path, update, magnitudes[path], "PEFT")
             state[f"{stem}.lora_magnitude_vector"] = own
         for key, tensor, r, module in _tensors(path, stem, update, adapter, base):
+            # peft looks a wrapped parameter's rank and alpha up by the parameter's own name
             named = wrapped.get(path, module)
             state[key] = tensor
             ranks[named], alphas[named] = r, alpha_of(update.scale, r)
             scales[path] = update.scale, r
+            # parameters are named in target_parameters, layers in target_modules
             if path not in wrapped:
                 modules.add(module)
     config = config_of(ranks, alphas, modules, sorted(set(wrapped.values())))
@@ -150,6 +154,7 @@ def magnitude_of(path: str, update: Update, magnitude: Tensor, tool: str) -> Ten
             f"{path}: its magnitude is of the norm over outputs, {list(magnitude.shape)}, and "
             f"{tool} takes that over inputs. Keep the native format, or kohya's."
         )
+    # LyCORIS keeps the weight's dimensions, peft a vector, but of convolutions [1, out, 1, ...]
     flat = magnitude.reshape(-1).contiguous()
     dims = 0 if update.kind != "convolution" else len(update.shape or ())
     return flat.reshape(1, -1, *[1] * (dims - 2)) if dims else flat
@@ -198,11 +203,13 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor, int, str]]:
     """(key, tensor, rank there, module) of one update."""
     if update.kind == "embedding":
+        # an nn.Parameter in peft, not a layer: without .weight
         yield f"{stem}.lora_embedding_A", update.lora_A, update.r, path
         yield f"{stem}.lora_embedding_B", update.lora_B, update.r, path
         return
     module, r = path, update.r
     a, b = kernels(update) if update.layout != "stack" else _stacked(path, update, base)
+    # peft's first convolution has no groups: it gets the ranks of all, with zeros between them
     if update.groups > 1:
         a, b = grouped(update)
         r = a.shape[0]
@@ -222,6 +229,7 @@ def _stacked(path: str, update: Update, base: Optional[Base]) -> tuple[Tensor, T
     a, b = update.lora_A, update.lora_B
     if base is not None and path in base and base[path].input_first:
         a, b = b.mT, a.mT
+    # as peft's ParamWrapper takes them apart: the experts are outermost in A, and innermost in B
     return rearrange(a, "e r i -> (e r) i"), rearrange(b, "e o r -> o (r e)")
 
 
@@ -251,6 +259,7 @@ def _idle_half(
     stem: str, module: str, update: Update, adapter: Adapter
 ) -> Iterator[tuple[str, Tensor, int, str]]:
     """Zeros for the output projection of attention, since PEFT always adapts both weights."""
+    # in_proj_weight is q, k and v one below the other
     size = update.lora_B.shape[0] // 3
     inside = f"{stem}{INNER}.out_proj"
     yield f"{inside}.lora_A.weight", update.lora_A.new_zeros(update.r, size), update.r, module
@@ -266,8 +275,10 @@ def _stem(path: str, wrapped: Mapping[str, str], adapter: Adapter, base: Optiona
             f"{path}: a parameter of the model itself, which PEFT cannot adapt. Keep the native "
             "format."
         )
+    # as many wrappers as parameters of a module are adapted, one inside of the other
     owners = Counter(one.rpartition(".")[0] for one in wrapped.values())
     found = layer
+    # every module on the way whose parameters peft wraps has that many levels of base_layer
     for at in (at for at, letter in reversed(list(enumerate(layer))) if letter == "."):
         outer = layer[:at]
         if outer in owners and path in wrapped:
@@ -287,6 +298,7 @@ def _after(path: str, owner: str, wrapped: Mapping[str, str], base: Optional[Bas
             f"{owner}: several parameters of one module ({', '.join(siblings)}). Give "
             "the model, which knows their order."
         )
+    # peft wraps in the order of the module, so the last one is outermost
     order = [p for p in (base or siblings) if p in siblings]
     return len(order) - 1 - order.index(path)
 
