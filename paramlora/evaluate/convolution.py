@@ -34,11 +34,10 @@ from paramlora.evaluate.functional import (
     pointwise,
     thin_pair,
     untold,
-    without_autocast,
 )
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of, in_own_types
+from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
@@ -401,7 +400,7 @@ class _Joined(torch.autograd.Function):
 
             def again(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 y = CONVOLUTIONS[weight.dim() - 3](x, weight, None, *window)
-                return y + branch(x, weight.shape, a, b * scale, *window)
+                return y + branch(x, weight.shape, a, narrow.of_factor(b) * scale, *window)
 
             return (*_differentiable(again, (x, weight, a, b, scale), needs, dy), *none)
         of, wanted, dweight, dbias = (
@@ -498,7 +497,7 @@ def _kernels(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tenso
 
 
 def _up(weight: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    up = F.pad((b * scale).to(weight.dtype), (0, -b.shape[1] % 8))
+    up = F.pad(scaled_down(b, scale, 1.0, weight.dtype), (0, -b.shape[1] % 8))
     return up.reshape(*up.shape, *[1] * (weight.dim() - 2))
 
 

@@ -39,11 +39,10 @@ from paramlora.evaluate.functional import (
     kept_input,
     narrowed,
     untold,
-    without_autocast,
 )
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 _BLOCK, _BLOCK_OF_A_DEVICE = 1 << 17, 1 << 24  # elements of an input that are masked at a time

@@ -24,12 +24,11 @@ from paramlora.evaluate.functional import (
     input_of,
     kept_input,
     narrowed,
-    without_autocast,
 )
 from paramlora.evaluate.sources import Again, Chosen, Source, put_together, taken_apart
 from paramlora.update import narrow
 from paramlora.update.compat import applied, grouped_product, is_batched, recorded, transformed
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 # torch's `grouped_mm` wants every stride a multiple of 16 bytes

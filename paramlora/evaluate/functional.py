@@ -4,7 +4,6 @@
 gradient of the dense weight. Tensors only.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Sequence
 
@@ -33,10 +32,9 @@ from paramlora.update.compat import (
     traced,
     transformed,
 )
-from paramlora.update.contexts import autocast_of, in_own_types
+from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
 
 _Maybe = Optional[Tensor]
-_Gradients = Callable[[Any, Tensor], Any]
 _unsafe_view = torch.ops.aten._unsafe_view.default
 # `linear` of the commonest operands in C++, where that was built: None of others; see `_start`
 _native: Any = None
@@ -137,21 +135,6 @@ def pointwise(
     # a transposed view of [N, positions, in], of which the kernels take any strides
     y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True, Way.KERNELS)
     return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
-
-
-def without_autocast(backward: _Gradients) -> _Gradients:
-    """A function's backward in its forward's types, whatever the context that it is called in."""
-
-    # autograd runs a backward in the context of whoever calls it, whose autocast would round
-    @functools.wraps(backward)
-    def called(ctx: Any, dy: Tensor) -> Any:
-        device = autocast_of(dy)
-        if device is not None:
-            with torch.autocast(device, enabled=False):
-                return backward(ctx, dy)
-        return backward(ctx, dy)
-
-    return called
 
 
 def linear_by_definition(

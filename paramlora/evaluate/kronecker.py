@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora.cuda.operands import served
+from paramlora.cuda.operators import scaled_down
 from paramlora.evaluate import functional
-from paramlora.evaluate.functional import as_rows, differentiable, untold, without_autocast
+from paramlora.evaluate.functional import as_rows, differentiable, untold
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 from paramlora.update.lokr import factors, kron, low_rank, rank_of_product
 
 _Maybe = Optional[Tensor]
@@ -66,7 +67,8 @@ def linear(
     if 0 < rank <= _WIDEST and few and repaid:
         return functional.linear(x, weight, bias, *low_rank(parts), scale)
     first, second = factors(parts)
-    first, second = functional.cast(first * scale, dtype), functional.cast(second, dtype)
+    first = scaled_down(first, scale, 1.0, dtype)
+    second = functional.cast(second, dtype)
     if x.dtype.itemsize > 2 and weight.numel() <= _SMALL:
         # one sum, and a plain product, whose gradient autograd knows
         return F.linear(x, weight + kron(first, second), bias)

@@ -12,9 +12,9 @@ from paramlora.cuda import operators
 from paramlora.cuda.operands import Operands, Wanted, has_kernel, padded, served
 from paramlora.evaluate import functional
 from paramlora.evaluate.choose import Way
-from paramlora.evaluate.functional import as_rows, differentiable, untold, without_autocast
+from paramlora.evaluate.functional import as_rows, differentiable, untold
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 from paramlora.update.dora import output_norms
 
 _Maybe = Optional[Tensor]

@@ -19,12 +19,11 @@ from paramlora.evaluate.functional import (
     differentiable,
     in_plain_operations,
     untold,
-    without_autocast,
 )
 from paramlora.update import narrow
 from paramlora.update.choice import Choice
 from paramlora.update.compat import applied, is_batched, recorded
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]

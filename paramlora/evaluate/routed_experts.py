@@ -20,10 +20,10 @@ from paramlora.evaluate.experts import (
     runs,
     serves_pairs,
 )
-from paramlora.evaluate.functional import cast, cast_for_autocast, untold, without_autocast
+from paramlora.evaluate.functional import cast, cast_for_autocast, untold
 from paramlora.update.choice import padded, steps
 from paramlora.update.compat import applied, recorded, transformed
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 

@@ -189,7 +189,8 @@ def _product_of_rows(
             weight.mT,
             [None if own is None else (own[1].mT, own[0].mT) for own in sides],
         )
-    scaling = scaling_of_rows(there, wide(x))
+    # in float32 where x has 16 bits, which would round each scale and strength
+    scaling = scaling_of_rows(there, of_factor(x))
     down = [None if own is None else own[0] for own in sides]
     up = [None if own is None else of_factor(own[1]).mT * s for own, s in zip(sides, scaling)]
     pairs = pairs_of(experts, adapters, len(weight), len(rows.names))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from paramlora.errors import AdapterError
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import keeps_saved, transformed
+from paramlora.update.contexts import without_autocast
 
 AGAIN = "_paramlora_again"  # of layers whose tensors are to be read so, set by `inputs`
 
@@ -79,6 +80,7 @@ class _Again(torch.autograd.Function):
         return read().clone()  # an update that does not act gives its input
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         # what is computed again would be another sum than the one that was used
         if ctx.told() != ctx.before:

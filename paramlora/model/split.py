@@ -112,7 +112,8 @@ class Split:
         now = self.taken if torch.compiler.is_compiling() else self.update.current().rows
         if now is None:  # a forward outside of all blocks, computed again in this one
             return self.forward(*args, **kwargs)
-        if now is not self.taken:  # or in another one
+        # or in another one; on the device where they were taken, from which the model may be moved
+        if now.on(self.taken.index.device) is not self.taken:
             raise self.update.of_some_rows()
         given = dict(zip(self.names, args)) | kwargs
         # the first input tells whether it has rows at all

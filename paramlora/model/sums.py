@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paramlora.model.recomputed import read_again
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
-from paramlora.update.contexts import in_own_types
+from paramlora.update.contexts import without_autocast
 from paramlora.update.lowrank import value_of
 from paramlora.update.summand import Summand
 
@@ -163,13 +163,12 @@ class _Sum(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs, grads = ctx.needs_input_grad, []
-        # autocast would round the products of the gradient
-        with in_own_types(grad):
-            for index, part in enumerate(ctx.parts):
-                # behind value, parts and the base: A, B and scale of each update
-                wanted = needs[3 + 3 * index : 6 + 3 * index]
-                found = part.gradients(grad) if any(wanted) else (None, None, None)
-                grads += [g if want else None for g, want in zip(found, wanted)]
+        for index, part in enumerate(ctx.parts):
+            # behind value, parts and the base: A, B and scale of each update
+            wanted = needs[3 + 3 * index : 6 + 3 * index]
+            found = part.gradients(grad) if any(wanted) else (None, None, None)
+            grads += [g if want else None for g, want in zip(found, wanted)]
         return None, None, grad if needs[2] else None, *grads

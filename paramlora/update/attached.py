@@ -314,7 +314,9 @@ class AttachedUpdate(nn.Module):
         first, old = next(self._tensors()), self.switch
         # a strength is no buffer, so nobody else moves it
         gain = Gains().at(old.effective, first.device, _wide(first.dtype))
-        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, old.rows))
+        # nor the rows of the blocks of `route` that are open
+        routes = tuple((block, rows.on(first.device)) for block, rows in old.routes)
+        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, routes=routes))
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self

@@ -23,7 +23,8 @@ def without_storage(update: Any, fn: _Fn) -> _Fn:
     a model in such a type (layerwise casting) is cast twice a call, and factors would lose at the
     first cast what no other brings back. They are moved along and keep their type.
     """
-    gain: Tensor = update.gain
+    # the switch's own: its type and place are the same for all rows, inside of `route` too
+    gain: Tensor = update.switch.gain
     # an empty tensor asks `fn` for its type: a cast, a move or both
     after = fn(torch.empty(0, dtype=gain.dtype, device=gain.device))
     # once `stored`, the cast out of the storing type is passed by too

@@ -114,6 +114,7 @@ class Choice:
     __slots__ = (
         "names", "ranks", "index", "dim", "packed", "flattened", "picks", "owner",
         "places", "block_picks", "block", "starts", "held", "taken", "spans", "_sorted",
+        "_given", "_there",
     )  # fmt: skip
 
     def __init__(
@@ -126,7 +127,8 @@ class Choice:
         flattened: Optional[Flattened] = None,
     ) -> None:
         self.names, self.index, self.dim, self.packed = names, index, dim, packed
-        self.flattened, self.ranks = flattened, tuple(map(padded, ranks))
+        self.flattened, self.ranks, self._given = flattened, tuple(map(padded, ranks)), ranks
+        self._there: Optional[dict[torch.device, Choice]] = None
         self.places: Optional[Tensor] = None
         self.block_picks: tuple[Tensor, ...] = ()
         table, self.owner, self.starts, self.held = _ranks(ranks, self.ranks, index)
@@ -144,6 +146,20 @@ class Choice:
             blocks = min(count, count // self.block + adapters)  # however the rows are spread
             self.places, owners = _blocks(index, adapters, blocks, self.block)
             self.block_picks = _steps(table[owners])
+
+    def on(self, device: torch.device) -> "Choice":
+        """The same rows on a device, where a model is moved: one for all updates that ask, and the
+        first one again where it comes back, of which the meta device would have lost the values."""
+        if device == self.index.device:
+            return self
+        # made late: it holds itself
+        there = {self.index.device: self} if self._there is None else self._there
+        self._there = there
+        if device not in there:
+            rest = self.dim, self.packed, self.flattened
+            there[device] = Choice(self.names, self._given, self.index.to(device), *rest)
+            there[device]._there = there
+        return there[device]
 
     def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The index, the rows sorted by it, where each update's positions end among those, of so

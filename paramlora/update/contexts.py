@@ -1,6 +1,7 @@
 """The context in which the library computes: its own, whatever the caller's."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
@@ -24,6 +25,21 @@ def in_own_types(x: Tensor) -> AbstractContextManager[Any]:
     """Leave autocast, which would round a product of x's device to 16 bits."""
     device = autocast_of(x)
     return nullcontext() if device is None else torch.autocast(device, enabled=False)
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function's backward in its forward's types, whatever the context that it is called in."""
+
+    # autograd runs a backward in the context of whoever calls it, whose autocast would round
+    @functools.wraps(backward)
+    def called(ctx: Any, dy: Tensor) -> Any:
+        device = autocast_of(dy)
+        if device is not None:
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, dy)
+        return backward(ctx, dy)
+
+    return called
 
 
 def as_made(tensor: Tensor) -> AbstractContextManager[Any]:

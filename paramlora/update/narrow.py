@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora.update.compat import is_batched
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 # 2**16 is beyond 65504
@@ -187,6 +187,7 @@ class Pair(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, first, second, thin, g = ctx.saved_tensors
         (one, two), needs = ctx.stages, ctx.needs_input_grad
@@ -217,6 +218,7 @@ class Single(torch.autograd.Function):
         return stage(x, kernel.half())
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, kernel = ctx.saved_tensors
         stage, needs = ctx.stage, ctx.needs_input_grad

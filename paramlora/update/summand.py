@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paramlora.errors import AdapterError
 from paramlora.update.geometry import matrix_shape
-from paramlora.update.narrow import wide
+from paramlora.update.narrow import of_factor
 
 
 def joined(
@@ -47,8 +47,8 @@ class Summand:
             )
         # joined anew, of what the tensors hold now, as whoever computes the sum again reads them
         a, b = joined(*self.held)
-        # float16's range would not hold the products
-        a, b, scale = wide(a), wide(b), wide(self.scale) * self.gain
+        # in 16 bits the scale would be rounded, and float16's range would not hold the products
+        a, b, scale = of_factor(a), of_factor(b), of_factor(self.scale) * self.gain
         stack, out, fan_in = matrix_shape(grad.shape, self.layout)
         if self.layout == "transposed":
             g = grad.reshape(fan_in, out).t()
