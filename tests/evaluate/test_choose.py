@@ -89,6 +89,11 @@ def test_dropout_takes_the_same_launches_but_none_of_cublas(
 
 
 @pytest.mark.parametrize("sizes, R, captured, hopper, wanted, how", LAUNCHES)
+def test_several_masks_are_drawn_in_a_launch_of_their_own(sizes, R, captured, hopper, wanted, how):
+    assert choose.launches(sizes, R, captured, hopper, wanted, masks=2) is Launches.APART
+
+
+@pytest.mark.parametrize("sizes, R, captured, hopper, wanted, how", LAUNCHES)
 def test_the_launches_of_our_kernels(sizes, R, captured, hopper, wanted, how):
     assert choose.launches(sizes, R, captured, hopper, wanted) is how
 
