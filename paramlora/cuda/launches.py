@@ -22,7 +22,7 @@ def launches(
     captured: bool,
     hopper: bool,
     wanted: Optional[tuple[bool, bool]] = None,
-    drop: bool = False,
+    masks: int = 0,
 ) -> Launches:
     """How a forward, or the backward of which some gradients are wanted, is launched.
 
@@ -33,11 +33,12 @@ def launches(
             and where launches cost no Python.
         hopper: see `device.Card.hopper`.
         wanted: of a backward, the gradients of the input and of the factors.
-        drop: whether the update drops inputs, by a mask that cuBLAS knows nothing of.
+        masks: by how many the update drops inputs, of which cuBLAS knows nothing.
     """
-    if not drop and not _is_ours(sizes, R, captured, hopper):
+    if not masks and not _is_ours(sizes, R, captured, hopper):
         return Launches.CUBLAS
-    if _is_together(sizes, R, captured, hopper) and (wanted is None or all(wanted)):
+    both = masks < 2 and (wanted is None or all(wanted))
+    if both and _is_together(sizes, R, captured, hopper):
         return Launches.TOGETHER
     return Launches.APART
 

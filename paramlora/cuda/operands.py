@@ -50,15 +50,16 @@ class Operands(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A mask: the chance that an element is dropped, and the seed ``[]`` that it is drawn from."""
+    """Masks: the chance that an element is dropped by each, of an equal share of the ranks, and the
+    seed ``[]`` that they are drawn from."""
 
-    rate: float
+    rates: tuple[float, ...]
     seed: Tensor
 
     @property
-    def threshold(self) -> int:
-        """The number below which an element's own has it dropped, see `masks.kernels`."""
-        return threshold(self.rate)
+    def thresholds(self) -> tuple[int, ...]:
+        """The numbers below which an element's own has it dropped, see `masks.kernels`."""
+        return tuple(map(threshold, self.rates))
 
 
 def threshold(rate: float) -> int:
@@ -152,12 +153,15 @@ def fits(of: Operands) -> bool:
 
 
 def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
-    """Whether the kernels draw a linear layer's mask: of a rank whose thin products they compute on
-    every device, by a seed on the layer's."""
+    """Whether the kernels draw a linear layer's masks: of a rank whose thin products they compute
+    on every device, by a seed on the layer's; several, where each has a share of it that tensor
+    cores take."""
     if drop is None:
         return True
     near = drop.seed.get_device() == of.x.get_device() and drop.seed.dtype == torch.int64
-    return near and padded(len(of.a)) <= WIDEST
+    r, masks = len(of.a), len(drop.rates)
+    shared = masks == 1 or r == padded(r) == masks * padded(r // masks)
+    return near and padded(r) <= WIDEST and shared
 
 
 def factors_fit(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> bool:
@@ -204,13 +208,14 @@ def _is_depthwise(x: tuple[int, ...], weight: tuple[int, ...], window: Window, g
     return small and prod(x) > 0 and min(outputs) > 0
 
 
-def kept_size(M: int, N: int, K: int, r: int, drop: bool = False) -> int:
+def kept_size(M: int, N: int, K: int, r: int, masks: int = 0) -> int:
     """Elements of `kept` (see `linear.kernels`), of 16 bits, for ``[M, K]`` by ``[K, N]`` at rank
-    r, and where inputs are dropped with the numbers of their rows and columns."""
+    r, with the numbers of rows and columns of each mask."""
     R = padded(r)
     blocks = -(-K // DEEP) + -(-N // DEEP)
+    numbers = masks * (M + K)
     # in elements of 16 bits: 2 make a number or a count of 32, 4 a signal of 64
-    numbers = 2 * (M + K + (M + K) % 2) if drop else 0
+    numbers = 2 * (numbers + numbers % 2)
     return (
         numbers + R * (K + N + M) + 2 * (blocks + blocks % 2) + 4 * (packs(N, K, R) + -(-M // SPAN))
     )

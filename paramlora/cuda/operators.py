@@ -1,7 +1,7 @@
 """16-bit CUDA: the way to the kernels, eagerly and as custom operators that compilers and export
 see whole; and what they share with other devices."""
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -200,18 +200,18 @@ def _linear_op(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    rate: float = 0.0,
+    rates: Optional[Sequence[float]] = None,
     seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    result = forward(Operands(x, weight, bias, a, b, scale), drop=_drop(rate, seed))
+    result = forward(Operands(x, weight, bias, a, b, scale), drop=_drop(rates, seed))
     if result is None:
         # an operator cannot give None; whoever calls it asks `has_kernel` and `fits` first
         raise ValueError("paramlora::linear: the operands differ in size, type or device")
     return result
 
 
-def _drop(rate: float, seed: _Maybe) -> Optional[Drop]:
-    return None if seed is None else Drop(rate, seed)
+def _drop(rates: Optional[Sequence[float]], seed: _Maybe) -> Optional[Drop]:
+    return None if seed is None else Drop(tuple(rates or ()), seed)
 
 
 @_linear_op.register_fake
@@ -222,12 +222,12 @@ def _(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    rate: float = 0.0,
+    rates: Optional[Sequence[float]] = None,
     seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
     more = 2 if x.dtype == torch.float16 else 0  # a power of two, see `_with_power`
-    size = kept_size(M, N, K, len(a), seed is not None)
+    size = kept_size(M, N, K, len(a), len(rates or ()))
     return x.new_empty(M, N), x.new_empty(size + more)
 
 
@@ -241,14 +241,14 @@ def _linear_backward_op(
     scale: Tensor,
     kept: Tensor,
     wanted: list[bool],
-    rate: float = 0.0,
+    rates: Optional[Sequence[float]] = None,
     seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_too, factors_too, scale_too = wanted
     # the factors' gradients share one launch: both or none
     asked = Wanted(input_too, False, False, factors_too, factors_too, scale_too)
     of = Operands(x, weight, None, a, b, scale)
-    grads = backward(dy, of, 1.0, kept, asked, drop=_drop(rate, seed))
+    grads = backward(dy, of, 1.0, kept, asked, drop=_drop(rates, seed))
     # an operator's schema gives tensors, so that what is not wanted is one without numbers
     dx, da, db, dscale = (x.new_empty(0) if g is None else g for g in grads)
     return dx, da, db, dscale
@@ -264,7 +264,7 @@ def _(
     scale: Tensor,
     kept: Tensor,
     wanted: list[bool],
-    rate: float = 0.0,
+    rates: Optional[Sequence[float]] = None,
     seed: _Maybe = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_too, factors_too, scale_too = wanted
@@ -276,8 +276,8 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale, ctx.rate, seed = inputs
-    # output[1] is `kept`; the rate is a float, which save_for_backward does not take
+    x, weight, _, a, b, scale, ctx.rates, seed = inputs
+    # output[1] is `kept`; rates are floats, which save_for_backward does not take
     ctx.save_for_backward(x, weight, a, b, scale, output[1], seed)
 
 
@@ -286,7 +286,7 @@ def _linear_op_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[3] or needs[4], needs[5]]
     op: Any = torch.ops.paramlora.linear_backward
-    grads = op(dy, x, weight, a, b, scale, kept, wanted, ctx.rate, seed)
+    grads = op(dy, x, weight, a, b, scale, kept, wanted, ctx.rates, seed)
     dx, da, db, dscale = (
         g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]))
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda import operators
+from paramlora.cuda.launches import WIDEST
 from paramlora.cuda.operands import (
     Drop,
     Operands,
@@ -23,6 +24,8 @@ from paramlora.cuda.operands import (
     fits,
     has_kernel,
     masks_fit,
+    padded,
+    power,
     switched_on,
     threshold,
 )
@@ -249,6 +252,8 @@ def dropped_linear(
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
+    if len(drops.ranks) > 1 and has_kernel(x, weight):
+        lora_A, lora_B, drops = shared_out(lora_A, lora_B, drops)
     compiling, ours = untold() or recorded(), None
     # the operator draws the mask under a compiler; transforms and make_fx know neither way
     if is_compiling() or not compiling:
@@ -256,7 +261,7 @@ def dropped_linear(
     about = (choose.thresholds_of(x), x.dtype, x.numel(), weight.shape, len(lora_A))
     way = choose.way(Asked("linear", *about, ours, compiling, dropout=True))
     if way is Way.OPERATOR:
-        flat, mask = x.reshape(-1, x.shape[-1]), (drops.rates[0], drops.seed)
+        flat, mask = x.reshape(-1, x.shape[-1]), ([*drops.rates], drops.seed)
         op: Any = torch.ops.paramlora.linear
         y, _ = op(flat, weight, bias, lora_A, lora_B, scale * strength, *mask)
         return y.reshape(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
@@ -265,6 +270,24 @@ def dropped_linear(
         return dropped_by_definition(x, weight, bias, lora_A, lora_B, scale, drops)
     values = (weight, bias, lora_A, lora_B, scale, strength)
     return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed, way)
+
+
+def shared_out(a: Tensor, b: Tensor, drops: Drops) -> tuple[Tensor, Tensor, Drops]:
+    """Factors ``[r, in]`` and ``[out, r]`` with zeros between, so that each mask has as many ranks,
+    and as many masks, as the kernels take, see `masks_fit`; of more, as they are."""
+    masks, share = power(len(drops.ranks)), max(map(padded, drops.ranks))
+    if masks * share > WIDEST:
+        return a, b, drops
+    missing, none = masks - len(drops.ranks), a.new_zeros(share, a.shape[1])
+    downs, ups = [], []
+    for which, ranks in ranks_of(drops):
+        rest = share - drops.ranks[which]
+        downs += [a[ranks], none[:rest]]
+        ups += [b[:, ranks], b.new_zeros(len(b), rest)]
+    downs += [none] * missing
+    ups += [b.new_zeros(len(b), share)] * missing
+    rates = (*drops.rates, *(0.0,) * missing)
+    return torch.cat(downs), torch.cat(ups, -1), Drops(rates, (share,) * masks, drops.seed)
 
 
 def dropped_by_definition(
@@ -285,11 +308,11 @@ def dropped_by_definition(
 
 
 def _served(of: Operands, drops: Drops) -> Optional[Way]:
-    """`Way.KERNELS` where they serve the operands with one mask that drops anything, and were found
-    the faster on the device; else None."""
+    """`Way.KERNELS` where they serve the operands with masks that drop anything, and were found the
+    faster on the device; else None."""
     x = of.x
-    ours = len(drops.rates) == 1 and drops.rates[0] > 0 and has_kernel(x, of.weight)
-    ours = ours and fits(of) and masks_fit(of, Drop(drops.rates[0], drops.seed))
+    ours = any(drops.rates) and has_kernel(x, of.weight) and fits(of)
+    ours = ours and masks_fit(of, Drop(drops.rates, drops.seed))
     return Way.KERNELS if ours and choose.measured(x.get_device(), "dropout") else None
 
 
@@ -315,7 +338,7 @@ class _Dropped(torch.autograd.Function):
         ctx.strength, ctx.drops, result = strength, (rates, ranks), None
         if way is Way.KERNELS:
             of = Operands(x, weight, bias, a, b, scale)
-            result = operators.forward(of, strength, drop=Drop(rates[0], seed))
+            result = operators.forward(of, strength, drop=Drop(rates, seed))
         ctx.kernel, held = result is not None, kept_input(ctx, x)
         if result is not None:
             ctx.save_for_backward(held, weight, a, b, scale, seed, result[1])
@@ -345,7 +368,7 @@ class _Dropped(torch.autograd.Function):
             return dx, dweight, dbias, *others, *(None,) * 5
         of, mask = Operands(x, weight, None, a, b, scale), Drops(*drops)
         if ctx.kernel:
-            drop, asked = Drop(mask.rates[0], seed), Wanted(*needs[:6])
+            drop, asked = Drop(mask.rates, seed), Wanted(*needs[:6])
             grads = operators.backward(dy, of, ctx.strength, u, asked, drop=drop)
         else:
             grads = _gradients(ctx, dy, of, mask, u)

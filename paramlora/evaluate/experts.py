@@ -187,7 +187,7 @@ def _width(x: Tensor, r: int) -> int:
 
 def _drop(drops: Optional[Drops]) -> Optional[Drop]:
     """The mask as the kernels take it, which know of one at most; None where nothing is dropped."""
-    return None if drops is None or not drops.rates[0] else Drop(drops.rates[0], drops.seed)
+    return None if drops is None or not drops.rates[0] else Drop(drops.rates, drops.seed)
 
 
 def _padded(factor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def main(capability, few=False):
     taken = compiled.launches_compile(capability)
     plan.card = lambda device: Card(divmod(capability, 10), 132)
     for *layer, rate in LAYERS[1:2] if few else LAYERS:
-        step(*layer, Drop(rate, torch.zeros((), dtype=torch.int64)) if rate else None)
+        step(*layer, Drop((rate,), torch.zeros((), dtype=torch.int64)) if rate else None)
     json.dump(taken, sys.stdout)
 
 

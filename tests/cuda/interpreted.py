@@ -168,11 +168,20 @@ def error(got, want):
 
 
 DROPPED = [case for case in LAYERS if case[3] <= 64]  # ranks whose masks the kernels draw
+SEVERAL = [  # of which each mask has a share
+    (("rows", 64, 48, 32, False, BOTH), (0.3, 0.6)),
+    (("one row", 1, 1, 32, False, BOTH), (0.3, 0.6)),
+    (("many rows", 145, 272, 64, True, BOTH), (0.5, 0.1)),
+    (("a batch", 40, 136, 64, False, BOTH), (0.2, 0.4, 0.6, 0.0)),
+    (("NCHW", 33, 20, 32, False, BOTH), (0.3, 0.3)),
+    (("rows", 64, 48, 32, False, (True, False)), (0.3, 0.6)),
+    (("rows", 64, 48, 32, False, (False, True)), (0.3, 0.6)),
+]
 
 
-def layer(name, fan_in, out, r, transposed, wanted, rate=0.0):
-    """Errors of everything that one layer computes, and the kernels that ran. The mask at a
-    rate is the one that torch's operations draw."""
+def layer(name, fan_in, out, r, transposed, wanted, *rates):
+    """Errors of everything that one layer computes, and the kernels that ran. The mask at each
+    rate, of an equal share of the ranks, is the one that torch's operations draw."""
     x, image = INPUTS[name](fan_in), name.startswith("N")
     weight = (torch.randn(out, fan_in) / fan_in**0.5).half()
     weight = weight.t().contiguous().t() if transposed else weight
@@ -182,19 +191,21 @@ def layer(name, fan_in, out, r, transposed, wanted, rate=0.0):
     dy = dy[:, :1].expand_as(dy) if name == "NCHW, pooled" else dy
     launched.clear()
     of, drop = Operands(x, weight, bias, a, b, scale), None
-    if rate:
-        drop = Drop(rate, torch.randint(2**62, ()))
+    if rates:
+        drop = Drop(rates, torch.randint(2**62, ()))
     y, kept = fused.forward(of, 1.5, image, drop)
     got = [y, *fused.backward(dy, of, kept, 1.5, True, wanted, image, drop)]
     moved = kept.new_empty(len(kept) + 1)[1:].copy_(kept)  # as a hook on saved tensors may
     again = fused.backward(dy, of, moved, 1.5, True, wanted, image, drop)
     assert all(p is q or torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
     leaves = [t.double().requires_grad_() for t in (x, a, b)]
-    seen = leaves[0]
-    if rate:
-        seen = seen * masked(torch.ones(x.shape), Drops((rate,), (r,), drop.seed), 0)
     want_y = leaves[0] @ weight.double().T + bias.double()
-    want_y = want_y + 1.5 * scale.double() * seen @ leaves[1].T @ leaves[2].T
+    shares = leaves[1].split(r // max(1, len(rates))), leaves[2].split(r // max(1, len(rates)), 1)
+    for which, (down, up) in enumerate(zip(*shares)):
+        seen = leaves[0]
+        if rates:
+            seen = seen * masked(torch.ones(x.shape), Drops(rates, (), drop.seed), which)
+        want_y = want_y + 1.5 * scale.double() * seen @ down.T @ up.T
     want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
     if image:
         assert y[0].stride(0) == x.stride(1) == 1 or y.is_contiguous() and x.is_contiguous()
@@ -362,6 +373,9 @@ def main():
             torch.manual_seed(0)
             errors = layer(*case, 0.3)
             results[f"dropped {case}, {'captured' if captured else 'eager'}"] = errors, launched[:]
+    for case, rates in SEVERAL:
+        torch.manual_seed(0)
+        results[f"several {case}, {rates}"] = layer(*case, *rates), launched[:]
     captured, last_first = False, True
     for case in LAYERS[3:6]:
         torch.manual_seed(0)

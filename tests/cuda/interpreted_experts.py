@@ -55,7 +55,7 @@ def computed(case, layout, rate):
     a = (torch.randn(experts, r, fan_in) / fan_in**0.5).half()
     b = (torch.randn(experts, out, r) / r**0.5).half()
     bias = torch.randn(experts, out).half() if rate else None
-    drop = Drop(rate, torch.randint(2**62, ())) if rate else None
+    drop = Drop((rate,), torch.randint(2**62, ())) if rate else None
     launched.clear()
     u = plan.thin(x, a, ends, width, drop)
     y = plan.product(x, w, ends, u, b.mT, None, bias)
@@ -137,22 +137,33 @@ def whole(sizes, rate, numbers, transposed):
     return errors | {"scale": (got[4].double() - want[4]).abs().item() / terms}
 
 
-def linear(numbers, shape, transposed, with_bias):
+SEVERAL = [  # ranks and rates of a layer's adapters
+    ((3, 20), (0.3, 0.6)),
+    ((16, 16), (0.3, 0.0)),
+    ((1, 16, 2), (0.5, 0.2, 0.4)),
+]
+
+
+def linear(numbers, shape, transposed, with_bias, ranks=(3,), rates=(0.3,)):
     """Errors of a linear layer under dropout and its gradients."""
     fan_in, (size_a, size_b, scale) = shape[-1], SCALES[numbers]
     x, dy = torch.randn(shape).half(), torch.randn(*shape[:-1], 24).half()
     weight = (torch.randn(24, fan_in) / fan_in**0.5).half()
     weight = weight.t().contiguous().t() if transposed else weight
     bias = torch.randn(24).half() if with_bias else None
-    a, b = size_a * torch.randn(3, fan_in) / fan_in**0.5, size_b * torch.randn(24, 3)
+    r = sum(ranks)
+    a, b = size_a * torch.randn(r, fan_in) / fan_in**0.5, size_b * torch.randn(24, r)
     leaves = [t.requires_grad_() for t in (x, a, b, torch.tensor(scale))]
-    drops = Drops((0.3,), (3,), torch.tensor(1234567))
+    drops = Drops(rates, ranks, torch.tensor(1234567))
     launched.clear()
     y = dropout.dropped_linear(x, weight, bias, *leaves[1:], 0.5, drops)
     got = [y, *torch.autograd.grad(y, leaves, dy)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    seen = masked(torch.ones(shape), drops, 0) * wide[0]
-    want = wide[0] @ weight.double().t() + 0.5 * wide[3] * seen @ wide[1].t() @ wide[2].t()
+    want = wide[0] @ weight.double().t()
+    pairs = zip(wide[1].split(ranks), wide[2].split(ranks, 1))
+    for which, (down, up) in enumerate(pairs):
+        seen = masked(torch.ones(shape), drops, which) * wide[0]
+        want = want + 0.5 * wide[3] * seen @ down.t() @ up.t()
     want = want if bias is None else want + bias.double()
     want = [want, *torch.autograd.grad(want, wide, dy.double())]
     errors = {name: error(*pair) for name, *pair in zip("yxAB", got, want)}
@@ -226,6 +237,10 @@ def main():
         torch.manual_seed(0)
         errors = linear(numbers, *case)
         results[f"linear, {numbers}, {case}"] = errors, launched[:]
+    for ranks, rates in SEVERAL:
+        torch.manual_seed(0)
+        case = linear("ordinary", (2, 33, 40), False, True, ranks, rates)
+        results[f"several, {ranks}, {rates}"] = case, launched[:]
     for way, of in (("hopper", (9, 0)), ("others", (8, 6))):
         plan.card = lambda device, of=of: interpreted.Card(of, 132)
         plan._PLANS.clear()

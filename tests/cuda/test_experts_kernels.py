@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.evaluate import choose
@@ -45,6 +47,15 @@ def test_a_linear_layer_under_dropout(results):
     for name, (errors, ran) in layers.items():
         assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
         assert ran == ["forward", "backward"]
+
+
+def test_several_adapters_of_a_linear_layer_under_dropout(results):
+    """Each with a mask of its own, of whichever ranks."""
+    layers = {name: result for name, result in results.items() if name.startswith("several")}
+    assert len(layers) == 3
+    for name, (errors, ran) in layers.items():
+        assert {*"yxAB", "scale"} == errors.keys() and max(errors.values()) < 2 * EPS, name
+        assert ran == ["pack", "project", "product", "project", "backward"], name
 
 
 def test_rows_that_take_different_updates_of_each_expert(results):
@@ -258,23 +269,28 @@ def test_compiled_whole_on_a_device(measured):
     assert len(measured) == 10
 
 
+ONE_MASK = (16,), (0.3,)
+SEVERAL_MASKS = (5, 20), (0.3, 0.6)
+
+
 @pytest.mark.gpu
 @device
 @pytest.mark.parametrize("way", ("eager", "compiled", "graph"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_a_linear_layer_under_dropout_on_a_device(dtype, way, measured):
-    """Each mask's output and gradients; a graph has a new mask at each replay."""
+@pytest.mark.parametrize("ranks, rates", (ONE_MASK, SEVERAL_MASKS), ids=("one", "several"))
+def test_a_linear_layer_under_dropout_on_a_device(ranks, rates, dtype, way, measured):
+    """Each mask's output and gradients; a graph has new masks at each replay."""
     torch.manual_seed(0)
     x = torch.randn(8, 130, 256, device="cuda").to(dtype).requires_grad_()
     weight = (torch.randn(384, 256, device="cuda") / 16).to(dtype)
-    bias, r = torch.randn(384, device="cuda").to(dtype), 16
+    bias, r = torch.randn(384, device="cuda").to(dtype), sum(ranks)
     a = (torch.randn(r, 256, device="cuda") / 16).requires_grad_()
     b = (torch.randn(384, r, device="cuda") / 4).requires_grad_()
     scale, leaves = torch.ones((), device="cuda"), (x, a, b)
     dy = torch.randn(8, 130, 384, device="cuda").to(dtype)
 
     def step(seed):
-        drops = Drops((0.3,), (r,), seed)
+        drops = Drops(rates, ranks, seed)
         return dropped_linear(x, weight, bias, a, b, scale, 1.0, drops)
 
     from paramlora.cuda.linear import plan
@@ -299,9 +315,44 @@ def test_a_linear_layer_under_dropout_on_a_device(dtype, way, measured):
         seed.fill_(6)
         graph.replay()
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    seen = masked(torch.ones_like(wide[0]), Drops((0.3,), (r,), seed), 0) * wide[0]
-    want = wide[0] @ weight.double().t() + seen @ wide[1].t() @ wide[2].t() + bias.double()
+    want = wide[0] @ weight.double().t() + bias.double()
+    for which, (down, up) in enumerate(zip(wide[1].split(ranks), wide[2].split(ranks, 1))):
+        seen = masked(torch.ones_like(wide[0]), Drops(rates, ranks, seed), which) * wide[0]
+        want = want + seen @ down.t() @ up.t()
     want = [want, *torch.autograd.grad(want, wide, dy.double())]
     for one, two in zip(found, want):
         assert relative(one, two) < 2 * torch.finfo(dtype).eps
     assert plan._BACKWARDS and not measured, "not by the linear layers' kernels"
+
+
+@pytest.mark.gpu
+@device
+@pytest.mark.parametrize("ranks, rates", (ONE_MASK, SEVERAL_MASKS), ids=("one", "several"))
+@pytest.mark.parametrize("checkpointed", (False, True))
+def test_dropout_writes_nothing_of_an_inputs_size(ranks, rates, checkpointed, measured):
+    """Beside the output and the input's gradient; and a checkpoint draws the same masks again."""
+    torch.manual_seed(0)
+    x = torch.randn(8192, 2048, device="cuda").bfloat16().requires_grad_()
+    model = nn.Sequential(nn.Linear(2048, 256, device="cuda", dtype=torch.bfloat16))
+    for index, (r, rate) in enumerate(zip(ranks, rates)):
+        paramlora.attach(model, {"0": {"r": r, "dropout": rate, "hard": 1}}, f"a{index}")
+    paramlora.set_adapters(model, {f"a{index}": 1.0 + index for index in range(len(ranks))})
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    for factor in leaves[1:]:
+        nn.init.normal_(factor, std=0.02)
+    dy = torch.randn(8192, 256, device="cuda").bfloat16()
+
+    def step(again):
+        torch.manual_seed(1)
+        y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    want = step(False)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = step(checkpointed)
+    taken = torch.cuda.max_memory_allocated() - before
+    size, out = x.numel() * x.element_size(), dy.numel() * dy.element_size()
+    assert taken < 1.5 * size + 2 * out  # the input's gradient alone is one
+    assert all(map(torch.equal, got, want))

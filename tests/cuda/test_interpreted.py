@@ -52,6 +52,13 @@ def test_dropout_takes_the_same_launches(results):
         assert ran == results[name.removeprefix("dropped ")][1]
 
 
+def test_several_masks_of_one_layer_are_those_of_torchs_operations(results):
+    layers = chosen(results, "several")
+    assert len(layers) == 7
+    assert not {name: e for name, (e, _) in layers.items() if max(e.values()) > EPS}
+    assert all(ran[:3] == ["pack", "project", "product"] for _, ran in layers.values())
+
+
 def test_programs_may_start_in_any_order(results):
     """What a program awaits is the work of one that has started before it."""
     for name, (errors, ran) in chosen(results, "last first").items():

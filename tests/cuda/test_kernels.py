@@ -68,7 +68,7 @@ def test_ragged_shapes_and_every_rank(shape, dtype):
 def test_dropout_has_torchs_own_mask_in_every_shape(shape, way):
     """The output and all gradients under it, twice the same."""
     (x, weight, bias, a, b, scale), dy = case(shape)
-    of, drop = Operands(x, weight, bias, a, b, scale), Drop(0.3, torch.tensor(5, device="cuda"))
+    of, drop = Operands(x, weight, bias, a, b, scale), Drop((0.3,), torch.tensor(5, device="cuda"))
     wanted = (way != "factors", way != "input")
 
     def step():

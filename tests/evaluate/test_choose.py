@@ -85,7 +85,12 @@ def test_dropout_takes_the_same_launches_but_none_of_cublas(
     sizes, R, captured, hopper, wanted, how
 ):
     own = Launches.APART if how is Launches.CUBLAS else how
-    assert choose.launches(sizes, R, captured, hopper, wanted, drop=True) is own
+    assert choose.launches(sizes, R, captured, hopper, wanted, masks=1) is own
+
+
+@pytest.mark.parametrize("sizes, R, captured, hopper, wanted, how", LAUNCHES)
+def test_several_masks_are_drawn_in_a_launch_of_their_own(sizes, R, captured, hopper, wanted, how):
+    assert choose.launches(sizes, R, captured, hopper, wanted, masks=2) is Launches.APART
 
 
 @pytest.mark.parametrize("sizes, R, captured, hopper, wanted, how", LAUNCHES)

@@ -283,3 +283,36 @@ def test_evaluation_drops_nothing_and_draws_nothing():
     model, x = adapted(nn.Linear(8, 8), (0.5,)).eval(), torch.randn(4, 8)
     before = torch.get_rng_state()
     assert torch.equal(model(x), model(x)) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("ranks", ((3, 20), (16, 16), (1, 16, 2), (32, 5)), ids=str)
+def test_factors_are_laid_out_by_mask_for_the_kernels(ranks):
+    """As many ranks for each, as many masks as a power of two; by zeros, so the update is the same
+    and each gradient comes back to its own."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 12).double(), torch.randn(7, 12).double()
+    a, b = torch.randn(sum(ranks), 12).double(), torch.randn(7, sum(ranks)).double()
+    leaves = a.requires_grad_(), b.requires_grad_()
+    drops = Drops((0.3, 0.6, 0.1)[: len(ranks)], ranks, torch.tensor(7))
+    down, up, laid = dropout.shared_out(a, b, drops)
+    assert laid.rates[: len(ranks)] == drops.rates and not any(laid.rates[len(ranks) :])
+    share = 32 if max(ranks) > 16 else 16
+    assert laid.ranks == (share,) * (4 if len(ranks) == 3 else 2)
+    assert len(down) == up.shape[1] == sum(laid.ranks)
+    one = torch.ones((), dtype=torch.double)
+    y = dropout.dropped_by_definition(x, weight, None, down, up, one, laid)
+    want = x @ weight.t()
+    for which, (own, out) in enumerate(zip(a.split(ranks), b.split(ranks, 1))):
+        want = want + (masked(torch.ones_like(x), drops, which) * x) @ own.t() @ out.t()
+    pairs = zip((y, *torch.autograd.grad(y.sum(), leaves)),
+                (want, *torch.autograd.grad(want.sum(), leaves)))  # fmt: skip
+    for got, true in pairs:
+        torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize("ranks", ((2, 33), (2, 2, 2, 2, 2), (17, 17, 17)), ids=str)
+def test_more_ranks_than_the_kernels_take_are_left_as_they_are(ranks):
+    a, b = torch.randn(sum(ranks), 4), torch.randn(3, sum(ranks))
+    drops = Drops((0.5,) * len(ranks), ranks, torch.tensor(7))
+    found = dropout.shared_out(a, b, drops)
+    assert found[0] is a and found[1] is b and found[2] is drops

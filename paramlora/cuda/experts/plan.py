@@ -63,7 +63,7 @@ def thin(x: Tensor, f: Tensor, ends: Tensor, width: int, drop: Optional[Drop]) -
 
 def _drawn_from(drop: Optional[Drop], ends: Tensor) -> tuple[Tensor, int]:
     """A mask's seed and threshold; without one any pointer, which the kernels do not read."""
-    return (ends, 0) if drop is None else (drop.seed, drop.threshold)
+    return (ends, 0) if drop is None else (drop.seed, drop.thresholds[0])
 
 
 @on_its_device

@@ -30,6 +30,7 @@ tiles.
 
 Where an update drops inputs, its mask is drawn where x is read, in ``u = (mask ∘ x) @ A.T`` and in
 ``v.T @ (mask ∘ x)``, and where the low-rank term of x's gradient is added, ``mask ∘ (v @ A)``.
+Several masks have an equal share of the ranks each.
 """
 
 from typing import Any, NamedTuple
@@ -73,14 +74,16 @@ class Signals(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A mask, if `ON`: pointers to its seed, which only a forward needs, and to the numbers of its
-    columns and rows in `kept`; and below which number an element is dropped."""
+    """`ON` masks, each of an equal share of the ranks: pointers to their seed, which only a forward
+    needs, and to the numbers of the columns and rows of the first in `kept`; and below which number
+    one drops an element, or of several `each`, which is known when a kernel is compiled."""
 
     seed: Any
     columns: Any
     rows: Any
     threshold: Any
     ON: Any
+    each: Any
 
 
 class Rescale(NamedTuple):
@@ -149,7 +152,7 @@ def _after(matrix, rows, R: tl.constexpr):
 def _numbers(kept, M, N, K, fan_in, R: tl.constexpr):
     """Where in `kept` the numbers of a mask's columns lie, which `_pack` writes, and those of its
     rows, which `_project` writes: found anew in each step of a loop, they would take as long as the
-    mask itself."""
+    mask itself. Those of each of several masks follow the last one's."""
     # kept is of 16 bits; R is a multiple of 16, so wider numbers behind its rows are aligned
     columns = _after(kept, K + N + M, R).to(tl.pointer_type(tl.uint32), bitcast=True)
     return columns, columns + fan_in
@@ -162,7 +165,8 @@ def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
     counts = _after(kept, K + N + M, R).to(tl.pointer_type(tl.int32), bitcast=True)
     if DROP:
         # an even number of 32 bits, as of the counts below, leaves the signals' 64 aligned
-        counts += M + fan_in + (M + fan_in) % 2
+        numbers = DROP * (M + fan_in)
+        counts += numbers + numbers % 2
     blocks = tl.cdiv(K, DEEP) + tl.cdiv(N, DEEP)
     signals = counts + (blocks + blocks % 2)
     return counts, blocks, signals.to(tl.pointer_type(tl.int64), bitcast=True)
@@ -190,8 +194,19 @@ def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _project(x, f, p, row, of, drop, how):
-    """Rows `row` of ``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``: one read of x."""
+def _threshold(drop, which):
+    least = drop.threshold
+    for mask in tl.static_range(len(drop.each)):
+        least = tl.where(which == mask, drop.each[mask], least)
+    return least
+
+
+@triton.jit
+def _project(x, f, p, row, which, of, drop, how, R: tl.constexpr):
+    """Rows `row` of ``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``: one read of x; of several masks, of
+    the columns that have mask `which`."""
+    p += which * how.R
+    f += which * how.R * of.K
     offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
     offs_k, offs_r = tl.arange(0, how.BLOCK_K), tl.arange(0, how.R)
     acc = tl.zeros((how.BLOCK_M, how.R), tl.float32)
@@ -202,10 +217,11 @@ def _project(x, f, p, row, of, drop, how):
     thin = f + offs_r[None, :] * of.K + offs_k[:, None]
     step = tl.cast(x.column, tl.int64) * how.BLOCK_K
     if drop.ON:
-        of_rows, _ = keys(drop.seed)
-        rows = numbers(offs_m, of_rows)
+        of_rows, _ = keys(drop.seed, which)
+        rows, before = numbers(offs_m, of_rows), which * (of.M + of.K)
         # for the backward, which then need not know the seed
-        tl.store(drop.rows + offs_m, rows, mask=offs_m < of.M)
+        tl.store(drop.rows + before + offs_m, rows, mask=offs_m < of.M)
+        of_columns, threshold = drop.columns + before, _threshold(drop, which)
     for k in range(0, of.K, how.BLOCK_K):
         if how.WHOLE_K:
             tile = tl.load(left, mask=offs_m[:, None] < of.M, other=0.0)
@@ -217,15 +233,15 @@ def _project(x, f, p, row, of, drop, how):
             factor = tl.load(thin, mask=inside[:, None], other=0.0)
         if drop.ON:
             if how.WHOLE_K:
-                columns = tl.load(drop.columns + k + offs_k)
+                columns = tl.load(of_columns + k + offs_k)
             else:
-                columns = tl.load(drop.columns + k + offs_k, mask=offs_k < of.K - k, other=0)
-            gone = below(rows[:, None], columns[None, :], drop.threshold)
+                columns = tl.load(of_columns + k + offs_k, mask=offs_k < of.K - k, other=0)
+            gone = below(rows[:, None], columns[None, :], threshold)
             tile = tl.where(gone, 0.0, tile).to(tile.dtype)
         acc = tl.dot(tile, factor, acc)
         left += step
         thin += how.BLOCK_K
-    where = p + offs_m[:, None].to(tl.int64) * how.R + offs_r[None, :]
+    where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
     tl.store(where, acc.to(p.dtype.element_ty), mask=offs_m[:, None] < of.M)
 
 
@@ -271,19 +287,33 @@ def _product(x, w, row, column, stride_wk, stride_wn, of, how):
 @triton.jit
 def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
     """``acc + mask ∘ (p @ q)`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
-    STEP: tl.constexpr = min(R, 32)
+    if drop.ON > 1:
+        for which in range(drop.ON):  # not unrolled, which would take more registers than there are
+            acc = _share(acc, p, q, offs_m, offs_n, of, drop, which, R)
+    else:
+        acc = _share(acc, p, q, offs_m, offs_n, of, drop, 0, R)
+    return acc
+
+
+@triton.jit
+def _share(acc, p, q, offs_m, offs_n, of, drop, which, R: tl.constexpr):
+    """`_low_rank` of the ranks of one mask."""
+    SHARE: tl.constexpr = R // max(1, drop.ON)
+    STEP: tl.constexpr = min(SHARE, 32)
     # the mask is of p @ q alone, which then cannot go straight into the accumulator
     low = tl.zeros_like(acc) if drop.ON else acc
-    for start in tl.static_range(0, R, STEP):
-        offs_r = start + tl.arange(0, STEP)
+    for start in tl.static_range(0, SHARE, STEP):
+        offs_r = which * SHARE + start + tl.arange(0, STEP)
         where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
         left = tl.load(where, mask=offs_m[:, None] < of.M, other=0.0)
         where = q + offs_r[:, None] * of.N + offs_n[None, :]
         low = tl.dot(left, tl.load(where, mask=offs_n[None, :] < of.N, other=0.0), low)
     if drop.ON:
-        rows = tl.load(drop.rows + offs_m, mask=offs_m < of.M, other=0)[:, None]
-        columns = tl.load(drop.columns + offs_n, mask=offs_n < of.N, other=0)[None, :]
-        low = tl.where(below(rows, columns, drop.threshold), acc, acc + low)
+        before = which * (of.M + of.N)
+        rows = tl.load(drop.rows + before + offs_m, mask=offs_m < of.M, other=0)[:, None]
+        where = drop.columns + before + offs_n
+        columns = tl.load(where, mask=offs_n < of.N, other=0)[None, :]
+        low = tl.where(below(rows, columns, _threshold(drop, which)), acc, acc + low)
     return low
 
 
@@ -339,7 +369,7 @@ def _tile(
     if LOCAL and column == 0:
         if PACKS:
             _await_all(signals.at, signals.packs, signals.number)
-        _project(wide, f, p, row, of, drop_in, how)
+        _project(wide, f, p, row, 0, of, drop_in, how, how.R)
         # the release is of one thread alone
         tl.debug_barrier()  # all of the program's rows are stored
         own = signals.at + signals.packs + row
@@ -400,7 +430,7 @@ def _thin_sum(
     """A block of ``(mask ∘ wide).T @ thin`` over the rows from `low` to `high`."""
     offs_d = block * DEEP + tl.arange(0, DEEP)
     offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, R)
-    if drop.ON:
+    if drop.ON == 1:
         columns = tl.load(drop.columns + offs_d, mask=offs_d < size, other=0)[:, None]
     acc = tl.zeros((DEEP, R), tl.float32)
     for m in range(low, high, BLOCK_M):
@@ -409,13 +439,23 @@ def _thin_sum(
         where = wide.at + _rows(m, offs_m, P, wide.batch, wide.row, EVEN)[None, :]
         where += offs_d[:, None].to(tl.int64) * wide.column
         left = tl.load(where, mask=(mm[None, :] < M) & (offs_d[:, None] < size), other=0.0)
-        if drop.ON:
+        if drop.ON == 1:
             rows = tl.load(drop.rows + mm, mask=mm < M, other=0)[None, :]
             gone = below(rows, columns, drop.threshold)
             left = tl.where(gone, 0.0, left).to(left.dtype)
         where = thin + mm[:, None].to(tl.int64) * R + offs_r[None, :]
         right = tl.load(where, mask=mm[:, None] < M, other=0.0)
-        acc = tl.dot(left, right, acc)
+        if drop.ON > 1:
+            for which in tl.static_range(drop.ON):
+                before = which * (M + size)
+                rows = tl.load(drop.rows + before + mm, mask=mm < M, other=0)[None, :]
+                columns = tl.load(drop.columns + before + offs_d, mask=offs_d < size, other=0)
+                gone = below(rows, columns[:, None], drop.each[which])
+                own = tl.where(offs_r[None, :] // (R // drop.ON) == which, right, 0.0)
+                seen = tl.where(gone, 0.0, left).to(left.dtype)
+                acc = tl.dot(seen, own.to(right.dtype), acc)
+        else:
+            acc = tl.dot(left, right, acc)
     return acc
 
 
@@ -449,7 +489,7 @@ def _gradients(
             acc = _thin_sum(x, v, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
         else:
             acc = _thin_sum(
-                dy, u, block, size, low, high, M, P, Drop(v, v, v, 0, False), EVEN, R, BLOCK_M
+                dy, u, block, size, low, high, M, P, Drop(v, v, v, 0, 0, ()), EVEN, R, BLOCK_M
             )
     else:
         # a select, not a branch, keeps what the compiler knows of the pointers' alignment
@@ -498,8 +538,10 @@ def _pack(
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < K)
         if DROP:
             columns, _ = _numbers(kept, M, N, K, K, R)
-            _, of_columns = keys(seed)
-            tl.store(columns + offs_d, numbers(offs_d, of_columns), mask=offs_d < K)
+            for which in tl.static_range(DROP):
+                _, of_columns = keys(seed, which)
+                where = columns + which * (M + K) + offs_d
+                tl.store(where, numbers(offs_d, of_columns), mask=offs_d < K)
     elif pid < inner + outer:
         offs_d += (pid - inner) * BLOCK_D
         valid = (offs_r[:, None] < r) & (offs_d[None, :] < N)
@@ -534,18 +576,21 @@ def pack(
 @triton.jit(do_not_specialize=["threshold"])
 def project(
     x, f, p, kept, seed, M, N, K, P, stride_xb, stride_xm, stride_xk, threshold,
-    DROP: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROP: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``."""
+    """``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``, of several masks in programs side by side, which
+    read the same of x."""
+    MASKS: tl.constexpr = max(1, DROP)
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
     columns, rows = _numbers(kept, M, N, K, K, R)
+    pid = tl.program_id(0)
     _project(
-        Matrix(x, stride_xb, stride_xm, stride_xk), f, p, tl.program_id(0), Sizes(M, 0, K, P),
-        Drop(seed, columns, rows, threshold, DROP),
-        How(False, False, EVEN, WHOLE_K, R, BLOCK_M, 0, BLOCK_K, 0),
+        Matrix(x, stride_xb, stride_xm, stride_xk), f, p, pid // MASKS, pid % MASKS,
+        Sizes(M, 0, K, P), Drop(seed, columns, rows, threshold, DROP, EACH),
+        How(False, False, EVEN, WHOLE_K, R // MASKS, BLOCK_M, 0, BLOCK_K, 0), R,
     )  # fmt: skip
 
 
@@ -554,7 +599,7 @@ def product(
     x, w, y, q, p, bias,
     M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
     stride_yn, threshold,
-    DROP: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
+    DROP: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -566,7 +611,8 @@ def product(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
         # what is off still needs a pointer: any that there is
         Rescale(q, q, q, False), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
-        Sizes(M, N, K, P), Drop(q, q, q, 0, False), Drop(q, columns, rows, threshold, DROP),
+        Sizes(M, N, K, P), Drop(q, q, q, 0, 0, ()),
+        Drop(q, columns, rows, threshold, DROP, EACH),
         How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
         PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
     )  # fmt: skip
@@ -602,7 +648,7 @@ def forward(
             _after(kept, K + N, R), bias, Rescale(kept, kept, kept, False),
             Signals(signals, number, packs), pid - packs,
             stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(seed, columns, rows, threshold, DROP), Drop(seed, columns, rows, 0, False),
+            Drop(seed, columns, rows, threshold, DROP, ()), Drop(seed, columns, rows, 0, 0, ()),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
             PACKS=True, LOCAL=True, EARLY=False, BIAS=BIAS,
         )  # fmt: skip
@@ -613,7 +659,8 @@ def backward(
     dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
     tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
     stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each, threshold,
-    DROP: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr,
+    DROP: tl.constexpr, EACH: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr,
+    SCALED: tl.constexpr,
     TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -639,8 +686,8 @@ def backward(
             Matrix(dx, stride_dxb, stride_dxm, stride_dxn), pointed, kept + R * N, kept, scratch,
             kept, Rescale(kept, kept, kept, False), Signals(signals, number, 0), pid,
             stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(kept, columns, of_rows, 0, False),
-            Drop(kept, columns, of_rows, threshold, DROP),
+            Drop(kept, columns, of_rows, 0, 0, ()),
+            Drop(kept, columns, of_rows, threshold, DROP, EACH),
             How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
             PACKS=False, LOCAL=LOCAL, EARLY=EARLY, BIAS=False,
         )  # fmt: skip
@@ -648,6 +695,6 @@ def backward(
         _gradients(
             pointed, Matrix(x, stride_xb, stride_xm, stride_xk), scratch, _after(kept, N + K, R),
             part, da, db, scale, strength, Signals(signals, number, 0), counts, pid - tiles,
-            M, N, K, r, P, groups, each, Drop(kept, columns, of_rows, threshold, DROP),
+            M, N, K, r, P, groups, each, Drop(kept, columns, of_rows, threshold, DROP, EACH),
             LOCAL, EARLY, SCALED, EVEN, R, BLOCK_M, BLOCK_ROWS,
         )  # fmt: skip

@@ -45,29 +45,32 @@ _Maybe = Optional[Tensor]
 NUMBERS = itertools.count(2**62 + secrets.randbits(61))
 
 
-def _mask(drop: Optional[Drop]) -> tuple[int, bool]:
-    """What a plan must know of a mask: its threshold, and whether there is one."""
-    return (0, False) if drop is None else (drop.threshold, True)
+def _masks(drop: Optional[Drop]) -> tuple[int, int, tuple[int, ...]]:
+    """What a plan must know of masks: the threshold of one, how many there are, and the thresholds
+    of several, which kernels are compiled for."""
+    each = () if drop is None else drop.thresholds
+    return (0, len(each), each) if len(each) > 1 else (sum(each), len(each), ())
 
 
 def _projection(
     device: int, left: Rows, N: int, K: int, R: int, after_pack: bool, drop: Optional[Drop]
 ) -> Launch:
     """``(mask ∘ left[M, K]) @ f[R, K].T``, of a layer that has N outputs."""
-    M, hopper, (least, on) = left.M, card(device).hopper, _mask(drop)
-    BM, BK, stages, warps = projection(M, R, on)
-    # N tells the kernel only where in `kept` the mask's numbers lie
+    M, hopper, (least, masks, each) = left.M, card(device).hopper, _masks(drop)
+    wide = max(1, masks)
+    BM, BK, stages, warps = projection(M, R // wide, hopper, masks > 0)
+    # N tells the kernel only where in `kept` the masks' numbers lie
     numbers = (M, N, K, left.period, *left.places(left.period), least)
-    constants = (on, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
+    constants = (masks, each, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
     # with nothing of ours right ahead, there is no launch to start beside
-    early = hopper and after_pack
-    return Launch(kernels.project, device, -(-M // BM), numbers, constants, stages, warps, early)
+    early, grid = hopper and after_pack, -(-M // BM) * wide
+    return Launch(kernels.project, device, grid, numbers, constants, stages, warps, early)
 
 
 def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Launch:
     """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
-    (least, on), (stages, warps), early = _mask(drop), tiles.tiling[4:6], tiles.early
-    numbers, constants = (*tiles.numbers, least), (on, early, bias, *tiles.constants)
+    (least, *masks), (stages, warps), early = _masks(drop), tiles.tiling[4:6], tiles.early
+    numbers, constants = (*tiles.numbers, least), (*masks, early, bias, *tiles.constants)
     rest = stages, warps, early, tiles.layouts
     return Launch(kernels.product, device, tiles.grid, numbers, constants, *rest)
 
@@ -114,8 +117,9 @@ class Forward:
         self.sizes, self.R = (M, N, K), padded(r)
         R, card_of = self.R, card(device)
         hopper = card_of.hopper
-        how = launches(self.sizes, R, captured, hopper, drop=drop is not None)
-        self.size, self.row_bytes = kept_size(M, N, K, r, drop is not None), x.element_size() * R
+        least, masks, _ = _masks(drop)
+        how = launches(self.sizes, R, captured, hopper, masks=masks)
+        self.size, self.row_bytes = kept_size(M, N, K, r, masks), x.element_size() * R
         self.result = _result(x.shape, N, rows)
         out, w = self.result.rows, weight.stride()[::-1]
         # of a flat matrix any period will do, so the one that is not flat settles it
@@ -125,16 +129,15 @@ class Forward:
         width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
         self.single: Optional[Launch] = None
         if how is Launches.TOGETHER:
-            least, on = _mask(drop)
             grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
-            constants = (on, bias is not None, *tiles.constants, width)
+            constants = (masks, bias is not None, *tiles.constants, width)
             stages, warps = tiles.tiling[4:6]
             rest = stages, warps, False, tiles.layouts
             self.single = Launch(kernels.forward, device, grid, numbers, constants, *rest)
             return
         self.product = _product(device, tiles, bias is not None, None)
         numbers = (*self.sizes, *factors)
-        cast = (drop is not None, hopper, R, width)
+        cast = (masks, hopper, R, width)
         self.pack = Launch(kernels.pack, device, first, numbers, cast, 1, 4)
         self.project = None
         if how is Launches.APART:
@@ -241,7 +244,7 @@ def planned_forward(
         misaligned = bool((addresses[0] | addresses[1]) & 15)
         return _plan_forward(of, image, drop, captured, misaligned)
 
-    rest = (of.bias is None, image, _mask(drop), captured)
+    rest = (of.bias is None, image, _masks(drop), captured)
     return planned(_FORWARDS, of.tensors, rest, plan_of)
 
 
@@ -252,7 +255,7 @@ def _plan_forward(
     if not (has_kernel(x, of.weight) and fits(of)) or not masks_fit(of, drop):
         return None
     if not x.numel():
-        return _of_no_rows
+        return functools.partial(_of_no_rows, 0 if drop is None else len(drop.rates))
     rows = rows_of(x.shape, x.stride(), image)
     spread = bias is not None and not bias.is_contiguous()
     if rows is None or spread:
@@ -260,9 +263,9 @@ def _plan_forward(
     return Forward(of, rows, drop, captured, misaligned)
 
 
-def _of_no_rows(of: Operands, _: float, seed: _Maybe, *__: Any) -> tuple[Tensor, Tensor]:
+def _of_no_rows(masks: int, of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
     (N, K), x = of.weight.shape, of.x
-    size = kept_size(0, N, K, len(of.a), seed is not None)
+    size = kept_size(0, N, K, len(of.a), masks)
     return x.new_empty((*x.shape[:-1], N)), x.new_empty(size)
 
 
@@ -284,8 +287,8 @@ class Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         (self.input_too, self.factors_too), self.scaled = wanted, scaled
-        on, w, (least, masked) = card(device), weight.stride(), _mask(drop)
-        how = launches(self.sizes, R, captured, on.hopper, wanted, drop is not None)
+        on, w, (least, masks, every) = card(device), weight.stride(), _masks(drop)
+        how = launches(self.sizes, R, captured, on.hopper, wanted, masks)
         self.together = how is Launches.TOGETHER
         # the grid has no work but the input's gradient, if that
         self.separate = how is Launches.CUBLAS or not self.factors_too
@@ -303,13 +306,13 @@ class Backward:
         if self.separate:
             self.launch = _product(device, tiles, False, drop)
             return
-        deep, stages, warps = gradients(tiles.tiling, R, masked)
+        deep, stages, warps = gradients(tiles.tiling, R, masks)
         # of A's gradient, then of B's
         blocks = -(-N // DEEP) + -(-K // DEEP)
         together = rows[0].column == rows[1].column == 1
         # columns of an image that lie apart take longer to load, and a masked block longer than
         # one that is not, so twice as many programs do
-        programs = on.processors if together and not masked else 2 * on.processors
+        programs = on.processors if together and not masks else 2 * on.processors
         # rows are divided until there are programs for the device, but into none of under 4 blocks
         groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
         each = -(-M // groups // deep) * deep
@@ -320,7 +323,7 @@ class Backward:
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
         grid, places = tiles.grid + blocks * groups, rows[1].places(period)
         numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each, least)
-        constants = (masked, self.together, tiles.early, scaled, *tiles.constants, deep)
+        constants = (masks, every, self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
             kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early,
             tiles.layouts,
@@ -444,7 +447,7 @@ def planned_backward(
         misaligned = bool((addresses[0] | addresses[2]) & 15)
         return _plan_backward(tensors, of, scaled, wanted, image, drop, captured, misaligned)
 
-    rest = (len(of.a), scaled, wanted, image, _mask(drop), captured)
+    rest = (len(of.a), scaled, wanted, image, _masks(drop), captured)
     return planned(_BACKWARDS, tensors, rest, plan_of)
 
 

@@ -57,24 +57,28 @@ def tiling(
 NONE = Tiling(64, 64, 64, 8, 3, 8, False)  # of a backward without the input's gradient
 
 
-def projection(M: int, R: int, drop: bool = False) -> tuple[int, int, int, int]:
+def projection(M: int, R: int, hopper: bool, drop: bool = False) -> tuple[int, int, int, int]:
     """Rows, depth, stages and warps of a block of the thin product in a grid of its own. A mask is
     drawn ahead of each step's product, so that it takes more blocks to fill that time."""
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
     if drop and M > 512:
-        return (16 if M <= 4096 else 32, deep, 4, 4)
+        tall = M > 4096
+        return (32 if tall else 16, deep, 4 if hopper or not (tall and R == 32) else 3, 4)
     return (16, deep, 4, 4) if M <= 512 else (64, 64, 4, 4) if M < LONG else (128, 64, 4, 4)
 
 
-def gradients(tiling: Tiling, R: int, drop: bool = False) -> tuple[int, int, int]:
+def gradients(tiling: Tiling, R: int, masks: int = 0) -> tuple[int, int, int]:
     """Depth of a block of the factors' gradients beside such tiles, and the grid's stages and
     warps. A masked block goes through shared memory, of which only devices whose tiles the engine
-    loads have enough for the deepest."""
+    loads have enough for the deepest; one of several masks is kept in registers beside what each
+    lets through."""
     if R > 128:
         return 32, tiling.stages, 8
-    deep = R <= 16 and tiling.stages <= 3 and (tiling.tma or not drop)
+    if masks > 1:
+        return 32, tiling.stages, tiling.warps
+    deep = R <= 16 and tiling.stages <= 3 and (tiling.tma or not masks)
     return 128 if deep else 64, tiling.stages, tiling.warps
 
 

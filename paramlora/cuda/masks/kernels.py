@@ -11,13 +11,15 @@ import triton.language as tl
 
 # odd, so that no seed or place is lost by multiplying; those of `evaluate.dropout`
 _GOLDEN, _SECOND = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xD1342543DE82EF95)
+_NEXT = tl.constexpr(0x632BE5AB)
 _STEP, _FACTOR = tl.constexpr(0x9E3779B1), tl.constexpr(0x846CA68B)
 
 
 @triton.jit
-def keys(seed):
-    """What numbers of rows, and of columns, are drawn from; `seed`: a pointer to it."""
-    n = tl.load(seed).to(tl.uint64) * _GOLDEN
+def keys(seed, which=0):
+    """What numbers of rows, and of columns, of one of several masks are drawn from; `seed`: a
+    pointer to it."""
+    n = (tl.load(seed) + tl.cast(which, tl.int64) * _NEXT).to(tl.uint64) * _GOLDEN
     n = (n ^ (n >> 32)) * _SECOND
     n ^= n >> 32
     return n.to(tl.uint32), (n >> 32).to(tl.uint32)

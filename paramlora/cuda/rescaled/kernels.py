@@ -66,7 +66,7 @@ def product(
     _tile(
         left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
         Rescale(z, m, norm, True), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
-        Sizes(M, N, K, P), Drop(q, q, q, 0, False), Drop(q, q, q, 0, False),
+        Sizes(M, N, K, P), Drop(q, q, q, 0, 0, ()), Drop(q, q, q, 0, 0, ()),
         How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
         PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
     )  # fmt: skip
