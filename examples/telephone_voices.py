@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from scipy import signal
 from torch import nn
@@ -214,8 +215,6 @@ def measure(model: nn.Module) -> dict[str, float]:
 
 def picture(folder: Path) -> Path:
     """How alike a clean clip and a call are, of one voice and of two, before and after."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3), layout="constrained")
     before, after = figure.subplots(1, 2, sharey=True)
     models = (before, "before", None), (after, "after", str(folder / "merged.safetensors"))

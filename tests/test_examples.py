@@ -81,7 +81,7 @@ REAL = {
         8e-3,
     ),
     "telephone_voices": (
-        ("resemblyzer", "espeakng_loader", "transformers"),
+        ("resemblyzer", "espeakng_loader", "transformers", "matplotlib"),
         {"TESTED": "14"},
         (6, 2),
         2 / 168,

@@ -1,15 +1,20 @@
 """Every warning points at the line that called paramlora, through whatever that line went."""
 
 import inspect
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import paramlora
+from paramlora import files
 from paramlora.arithmetic import between, combine
 from paramlora.arithmetic.difference import Side
+from paramlora.update.value import Adapter, Update
 
 
 class Tied(nn.Module):
@@ -39,6 +44,18 @@ def saved(tmp_path):
     return tmp_path / "a.safetensors"
 
 
+def copied(tmp_path, inside):
+    """What merging writes of a folder that holds a link to a folder and one to a file elsewhere."""
+    own = Path(tempfile.mkdtemp(dir=tmp_path))
+    (own / "base" / inside).mkdir(parents=True)
+    save_file({"0.weight": torch.ones(4, 4)}, own / "base" / inside / "model.safetensors")
+    (own / "base" / "folder").symlink_to(tmp_path)
+    (own / "base" / "file").symlink_to(saved(tmp_path))
+    one = Update(torch.ones(1, 4), torch.ones(4, 1), 1.0, (4, 4), kind="linear")
+    name = "0" if inside == "." else f"{inside}.0"
+    return own / "base", [Adapter({name: one})], own / "merged"
+
+
 def adapter(config):
     torch.manual_seed(len(str(config)))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -65,6 +82,8 @@ CASES = {
     "save_adapter": lambda path: paramlora.save_adapter(trained_norm(), path / "b.safetensors"),
     "load_adapter": lambda path: paramlora.load_adapter(nn.Linear(4, 4), saved(path)),
     "combine": lambda _: combine([(adapter(ONE), 1.0), (adapter(BOTH), 1.0)]),
+    "merge, links in a model": lambda path: files.merge(*copied(path, ".")),
+    "merge, links in a pipeline": lambda path: files.merge(*copied(path, "unet")),
     "between": lambda _: between(side(1.0), side(2.0), rank=1),
 }
 

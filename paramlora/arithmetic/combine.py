@@ -467,7 +467,8 @@ def _around(
     """An adapter of the values, with the metadata that all adapters have alike, and with what any
     of them tells of a layer: the weight that it was trained on, and its kind where it is tied."""
     # a trigger word of one of several would be wrong of the sum
-    metadata = dict(set.intersection(*(set(one.metadata.items()) for one in adapters)))
+    told = [one.metadata.items() for one in adapters]
+    metadata = dict(pair for pair in told[0] if all(pair in other for other in told))
     base: dict[str, str] = {}
     holders: dict[str, Holder] = {}
     # what the first one says wins

@@ -103,7 +103,7 @@ def _ranks(adapter: Adapter, rank: Optional[Ranks]) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for name, paths in named(own, rank).items():
         check_choice(rank[name], None)
-        for path in paths:
+        for path in sorted(paths):
             if rank[name] > own[path]:
                 raise AdapterError(
                     f'"{name}": rank (--rank) {rank[name]} is above what there is: {path} has '

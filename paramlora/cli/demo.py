@@ -2,7 +2,7 @@
 
 The model draws five kinds of image, one a row of the picture: 0 to 4 at strength 0, which is the
 base, and 5 to 9 at strength 1. Pure steps; `paramlora.cli` asks and prints. The digits are the 8×8
-scans inside scikit-learn.
+scans inside scikit-learn. What a run needs is imported here, so that it is asked before any work.
 """
 
 import json
@@ -21,6 +21,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 import paramlora
@@ -147,8 +149,6 @@ class Digits:
 
 def digits() -> tuple[Tensor, Tensor]:
     """Images ``[n, 1, 8, 8]`` in ``[-1, 1]`` and their labels ``[n]``."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     return images, torch.tensor(data.target)
@@ -240,12 +240,8 @@ def examples(digits: Digits) -> Tensor:
 
 def draw(path: Path, panels: dict[str, Tensor]) -> None:
     """Grids of `ROWS` by `COLUMNS` images side by side, one panel for each title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.3))
+    figure = Figure(figsize=(4 * len(panels), 3.3))  # without pyplot, so that no window is asked
+    axes = figure.subplots(1, len(panels))
     for axis, (title, images) in zip(axes, panels.items()):
         framed = F.pad(images, (1, 1, 1, 1), value=-0.6)
         axis.imshow(
@@ -261,7 +257,6 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
     with new_file(path) as file:
         # without the version of matplotlib, so that one seed gives one file
         figure.savefig(file, dpi=110, metadata={"Software": None}, format="png")
-    plt.close(figure)
 
 
 @dataclass(frozen=True)

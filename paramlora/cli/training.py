@@ -42,10 +42,8 @@ def demo(
     """Teach a small diffusion U-Net the digits 0 to 4, adapt it to 5 to 9, merge, and compare."""
     try:
         from paramlora.cli import demo as job
-
-        job.digits()
     except ImportError as error:
-        fail(f"the demo needs {error.name}: pip install 'paramlora[demo]'")
+        fail(f"the demo needs scikit-learn and matplotlib ({error}): pip install 'paramlora[demo]'")
     print(
         "A small diffusion U-Net learns to draw the digits 0 to 4, and then, by an adapter of a "
         f"twentieth of its size, 5 to 9: minutes on one core, into {shown(str(out))}."

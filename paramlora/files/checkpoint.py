@@ -1,7 +1,6 @@
 """A checkpoint on disk, whatever its kind: one file, or a folder of shards with an index."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +9,7 @@ from typing import Any, Optional, Union
 from torch import Tensor
 
 from paramlora.config.reading import head_of, is_pickled, parse_json, read_text
-from paramlora.errors import FileError, ParamloraWarning, listed, spelled, unread
+from paramlora.errors import FileError, listed, spelled, unread, warn
 from paramlora.files.atomic import PathLike, is_left
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, Spec
@@ -193,7 +192,7 @@ def _own_folders(path: Path) -> list[Path]:
     away = [one.name for one in there if one.resolve().parent != path.resolve()]
     if away:
         text = f"{path}: not copied, since they are links to elsewhere: {listed(away)}."
-        warnings.warn(f"{text} Copy those that you trust.", ParamloraWarning, stacklevel=5)
+        warn(f"{text} Copy those that you trust.")
     return [one for one in there if one.name not in away]
 
 

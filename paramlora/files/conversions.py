@@ -321,9 +321,7 @@ def _write(
     elif not dry_run:
         # configurations and tokenizers go along, or the new folder would not load
         beside = _beside(stored.folder) if _is_folder(out) else []
-        _check_space(out, size)
         _check_space(out, size + sum(path.stat().st_size for path in beside))
-
         if _is_folder(out):
             _write_folder(stored, recipes, specs, beside, out, watch)
         else:
@@ -592,8 +590,8 @@ def _fill_pickled(
     if isinstance(part, PickledFile) and len(parts) == 1:
         state = apply(recipes, part.state)
         _watch_made(stored, recipes, state, watch)
-        for key in part.state.keys() - part.specs.keys():
-            state[key] = part.state[key]
+        # in the file's own order: that of a set is another in every process
+        state.update((k, value) for k, value in part.state.items() if k not in part.specs)
         content = part.around(state)
     else:
         # shards or safetensors as one file of torch.save, which wants all of it in memory

@@ -312,7 +312,7 @@ def _entries(
     entries: dict[str, TargetConfig] = {}
     # the most specific first, and setdefault keeps it: as `attach` chooses among entries
     for entry in sorted(config.entries, key=lambda entry: -specificity(entry.name)):
-        for name in _named(path, entry, names):
+        for name in sorted(_named(path, entry, names)):
             for stem in meant[name]:
                 entries.setdefault(stem, entry)
     lost = [stem for stem in stems if stem not in entries]

@@ -62,7 +62,7 @@ def _share(table: Table, here: set[str], names: Iterable[str]) -> float:
 
 def _ranks(table: Table, names: Iterable[str]) -> dict[str, int]:
     """The place in a table of each name that it spells."""
-    known = set(names)
+    known = dict.fromkeys(names)  # in order, which ties in rank have then
     ranks = dict.fromkeys(table.pairs(known) if table.pairs else (), 0)
     spellings: dict[str, list[tuple[int, Name]]] = {}
     for rank, spelling in enumerate(table.spellings):

@@ -445,11 +445,11 @@ def _refuse_containers(model: nn.Module, entry: TargetConfig, why: Optional[str]
     """Refuse an entry that names modules, and nothing to adapt; `why` is of a tensor in them."""
     for path, module in model.named_modules():
         if path and _means(entry.name, path, module):
-            taken = {"parametrizations", BRANCHES} & set(path.split("."))
+            taken = [one for one in path.split(".") if one in ("parametrizations", BRANCHES)]
             if taken:
                 raise TargetError(
                     f'"{entry.name}" matches {path}, but updates themselves stand under the name '
-                    f'"{taken.pop()}". Rename the layer.'
+                    f'"{taken[0]}". Rename the layer.'
                 )
             if why is not None:
                 raise TargetError(why)

@@ -70,6 +70,18 @@ def test_it_says_what_will_happen_and_a_seed_decides_the_files(capsys, shown, tm
         assert (tmp_path / "again" / name).read_bytes() == (shown[0] / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("name", ["sklearn", "matplotlib"])
+def test_what_it_needs_is_asked_before_it_begins(name, tmp_path, monkeypatch, capsys):
+    for module in [name, *(one for one in sys.modules if one.startswith(f"{name}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "paramlora.cli.demo")
+    monkeypatch.delattr(paramlora.cli, "demo")
+    code, out, err = run(capsys, "demo", "--out", tmp_path / "new", *QUICK)
+    assert (code, out, os.listdir(tmp_path)) == (2, "", [])
+    assert err.startswith(f"error: the demo needs scikit-learn and matplotlib (import of {name}")
+    assert err.endswith("): pip install 'paramlora[demo]'\n")
+
+
 def test_the_picture_shows_the_base_half_and_all_of_the_update(shown):
     folder, panels = shown
     base, merged = plain(folder / "base.pt"), plain(folder / "merged.pt")

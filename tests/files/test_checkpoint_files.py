@@ -131,6 +131,14 @@ def test_safetensors_keep_their_metadata_and_open_elsewhere(parts, tmp_path):
     assert base.stat().st_size == out.stat().st_size
 
 
+def test_what_is_no_tensor_keeps_its_place_among_its_like(parts, tmp_path):
+    state, _, adapter = parts
+    names = ["north", "east", "south", "west", "up", "down", "left", "right"]
+    torch.save({**state, **dict.fromkeys(names, 1)}, tmp_path / "base.pt")
+    files.merge(tmp_path / "base.pt", [adapter], tmp_path / "merged.pt")
+    assert list(torch.load(tmp_path / "merged.pt", weights_only=True)) == [*state, *names]
+
+
 def test_the_rest_of_a_lightning_checkpoint_is_kept(parts, tmp_path):
     state, _, adapter = parts
     base = write_base("base.ckpt", tmp_path, state)

@@ -38,10 +38,10 @@ class Table:
         # a part alone in a row has the size that it has among others
         size = {part.name: part.size for row in spelled if len(row.parts) > 1 for part in row.parts}
         spelled = [row.sized(size) for row in spelled]
-        own: dict[tuple[str, Optional[int]], set[Template]] = {}
+        own: dict[tuple[str, Optional[int]], dict[Template, None]] = {}
         for row in spelled:
             for part in row.parts:
-                own.setdefault((part.name, row.ratio), set()).add(part)
+                own.setdefault((part.name, row.ratio), {})[part] = None
         return spelled + [_own(name, parts, ratio) for (name, ratio), parts in own.items()]
 
 

@@ -21,7 +21,7 @@ def copies_in(rest: Iterable[str], adapted: Iterable[str]) -> dict[str, str]:
     """``{key: path}`` of the weights that ``save_embedding_layers`` saved
     (utils/save_and_load.py), adapted ones under their wrapper's name."""
     known, found = set(adapted), {}
-    for key in rest:
+    for key in sorted(rest):
         module, _, name = stem(key).rpartition(".")
         path = module.removesuffix(INNER)
         plain = path == module and path.rpartition(".")[2] in _EMBEDDINGS

@@ -65,7 +65,8 @@ def experts_of(
     found: Mapping[str, Pair], config: Mapping[str, Any], base: Optional[Base], source: str
 ) -> Experts:
     asked = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
-    owners = {owner_of(p) for p, q in found.items() if not (q.embedding or is_attention(p, found))}
+    plain = (p for p, q in found.items() if not (q.embedding or is_attention(p, found)))
+    owners = list(dict.fromkeys(map(owner_of, plain)))
     if not asked:
         return Experts({}, {})
     if base is None:
@@ -78,7 +79,7 @@ def experts_of(
     return Experts(parameters, ranks)
 
 
-def _named_parameters(owners: set[str], asked: list[str], source: str) -> dict[str, list[str]]:
+def _named_parameters(owners: list[str], asked: list[str], source: str) -> dict[str, list[str]]:
     by_module: dict[str, list[str]] = {}
     for name in asked:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -95,7 +96,7 @@ def _named_parameters(owners: set[str], asked: list[str], source: str) -> dict[s
     return out
 
 
-def _held_parameters(owners: set[str], asked: list[str], base: Base) -> dict[str, list[str]]:
+def _held_parameters(owners: list[str], asked: list[str], base: Base) -> dict[str, list[str]]:
     """The parameters of each, innermost wrapper first: PEFT wraps them in the order in which the
     module holds them, which only a model tells."""
     held: dict[str, list[str]] = {}

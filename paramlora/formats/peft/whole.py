@@ -94,8 +94,9 @@ def _check_alone(saved: Collection[str], base: Optional[Base]) -> None:
     of names letter by letter (utils/other.py's ``_set_trainable``)."""
     layers = {_parted(path)[0] for path in (*(base or ()), *vectors_of(base))}
     known = {".".join(one.split(".")[:n]) for one in layers for n in range(1, one.count(".") + 2)}
+    rest = sorted(known.difference(saved))
     for module in saved:
-        other = next((one for one in known - set(saved) if one.endswith(module)), None)
+        other = next((one for one in rest if one.endswith(module)), None)
         if other is not None:
             raise FileError(
                 f"{module}: trained whole, and its name ends that of {other}, which PEFT would "
