@@ -1,13 +1,25 @@
 """16-bit CUDA: the way to the kernels, eagerly and as custom operators that compilers and export
 see whole; and what they share with other devices."""
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from paramlora.cuda.operands import Drop, Operands, Wanted, Window, kept_size, padded, served
+from paramlora.cuda.operands import (
+    Drop,
+    Operands,
+    Wanted,
+    Window,
+    factors_fit,
+    kept_size,
+    padded,
+    served,
+)
 from paramlora.update import narrow
+from paramlora.update.geometry import FLOATS
+from paramlora.update.sum import LowRankTerm, Term
 
 _Maybe = Optional[Tensor]
 Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
@@ -175,6 +187,29 @@ def depthwise_backward(
     if db is not None and wanted.scale:
         db, dscale = gradient_of_second(db, of.b, of.scale, 1.0, True)
     return dx, dweight, da, db, dscale
+
+
+def summed(base: Tensor, terms: Sequence[Term]) -> Optional[Tensor]:
+    """A new tensor that is a weight with its updates' terms, rounded once; or None where the
+    kernel does not serve them: it adds one low-rank update to a contiguous weight of 16 bits."""
+    if len(terms) != 1 or not (served(base) and base.is_contiguous()):
+        return None
+    (term,) = terms
+    if not isinstance(term, LowRankTerm) or term.layout == "stack":
+        return None
+    a, b, scale = term.lora_A.detach(), term.lora_B.detach(), term.factor.detach()
+    if term.layout == "transposed":  # the weight's rows are the input side
+        a, b = b.t(), a.t()
+    tensors = base.detach().flatten(1), a, b, scale
+    for t in tensors:
+        # subclasses, such as quantised weights, have no numbers at their address
+        if type(t) is not Tensor or t.dtype not in FLOATS:
+            return None
+    if not factors_fit(*tensors):
+        return None
+    from paramlora.cuda.sum import plan
+
+    return plan.added(*tensors).view(base.shape)  # type: ignore[no-any-return]
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

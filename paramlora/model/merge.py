@@ -8,6 +8,7 @@ from typing import Any, Literal, Optional, Union, overload
 import torch
 from torch import Tensor, nn
 
+from paramlora.cuda.operators import summed
 from paramlora.errors import AdapterError
 from paramlora.model.attach import (
     adapted_modules,
@@ -344,6 +345,9 @@ def _sum(
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
         return applied(acting, wide).to(base.dtype)
     terms = [answer(update, "term") for update in acting]
+    total = summed(base, terms) if rounding is None else None
+    if total is not None:
+        return total
     return Fold(base.shape, base.dtype, terms, base.device, rounding).to_copy(base)
 
 

@@ -49,11 +49,6 @@ class Term:
         """The term made ready for blocks in a wide type."""
         return self
 
-    def split(self) -> "Optional[Term]":
-        """The term prepared in float32 with no product whose factors may be rounded; None where it
-        is not known how, and the sum is then in float64."""
-        return None
-
     def applied(self, total: Tensor, block: Block) -> Tensor:
         """What the update makes of the sum so far; it may write into `total`.
 
@@ -86,17 +81,6 @@ class LowRankTerm(Term):
         a, b = (_stacked(factor.detach().to(wide)) for factor in (self.lora_A, self.lora_B))
         # the number goes into B, which is smaller than the product
         return LowRankTerm(a, b * self.factor.detach().to(wide), self.factor, self.layout)
-
-    def split(self) -> "LowRankTerm":
-        """With each number as three of eight bits, which neither TF32 nor bfloat16 rounds: their
-        products are exact, and what is left to round are float32's additions."""
-        # float32 here: with eight bits in each of three parts nothing of it is lost
-        whole = self.prepared(torch.float32)
-        parts = _of_eight_bits(whole.lora_A, whole.lora_B)
-        # all nine pairs of parts: their products sum to the product
-        pairs = [(a, b) for a, _ in parts for _, b in parts]
-        a, b = torch.cat([a for a, _ in pairs], -2), torch.cat([b for _, b in pairs], -1)
-        return LowRankTerm(a, b, self.factor, self.layout)
 
     def applied(self, total: Tensor, block: Block) -> Tensor:
         a, b = self.lora_A[block.which], self.lora_B[block.which]
@@ -197,8 +181,7 @@ class Fold:
 
     A block is a run of the weight's elements, as they lie in memory and in a file; the same blocks
     for a live model and for a file give the same bits. The sum is in float32, or in float64 for a
-    float64 weight. Where a product of float32 may be rounded to TF32 or bfloat16, its factors are
-    split so that nothing of them is, and the sum of terms that cannot be is in float64.
+    float64 weight and where a product of float32 may be rounded to TF32 or bfloat16.
 
     Args:
         shape, dtype: of the weight.
@@ -220,25 +203,14 @@ class Fold:
         self._shape = matrix_shape(tuple(shape) or (1,), "stack" if stacked else "matrix")
         device = torch.device(device)
         self._wide = factor_dtype(dtype)
-        self._terms = self._prepared(_joined(terms), dtype, device)
+        if self._wide == torch.float32 and rounds_products(device):
+            self._wide = torch.float64
+        self._terms = [term.prepared(self._wide) for term in _joined(terms)]
         # elements that are in a wide type at one time, bytes of a device
         self._size = _BYTES_OF_A_DEVICE // self._wide.itemsize if device.type != "cpu" else _BLOCK
         self._whole_matrix = any(term.whole_matrix for term in terms)
         # what needs all rows needs their columns too
         self._whole_rows = self._whole_matrix or any(term.whole_rows for term in terms)
-
-    def _prepared(self, terms: list[Term], dtype: torch.dtype, device: torch.device) -> list[Term]:
-        """The terms made ready for the sum's type, in which no product's factors are rounded."""
-        if self._wide == torch.float32 and rounds_products(device):
-            # a float32 weight would show what float32's additions round, and a core takes longer
-            # for nine products than for one of twice the bytes
-            if dtype.itemsize <= 2 and device.type != "cpu":
-                split = [split for term in terms if (split := term.split()) is not None]
-                # all or none: one that cannot be split has the whole sum in float64
-                if len(split) == len(terms):
-                    return split
-            self._wide = torch.float64
-        return [term.prepared(self._wide) for term in terms]
 
     def blocks(self) -> Iterator[tuple[slice, Callable[..., Tensor]]]:
         """(a run of elements, function from their old values to the new ones), in order; the new
@@ -391,16 +363,6 @@ def overflows(base: Tensor, terms: Sequence[Term], added: float) -> bool:
         if (torch.isfinite(old) & ~torch.isfinite(new)).any():
             return True
     return False
-
-
-def _of_eight_bits(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Three pairs of float32 tensors with eight significant bits a number, whose sum is the pair to
-    the last bit: cut towards zero, as a rounding may end in infinity. Both in the same launches."""
-    both = torch.cat([a.reshape(-1), b.reshape(-1)])
-    # -(1 << cut) clears the lowest bits of the 23 that follow the exponent
-    of_8, of_16 = ((both.view(torch.int32) & -(1 << cut)).view(both.dtype) for cut in (16, 8))
-    parts = of_8, of_16 - of_8, both - of_16
-    return [(p[: a.numel()].view(a.shape), p[a.numel() :].view(b.shape)) for p in parts]
 
 
 def _stacked(factor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
 from paramlora.cuda.operands import Drop, Operands
+from paramlora.cuda.sum import plan as summed
 from tests.cuda import interpreted
 
 aten = torch.ops.aten
@@ -123,6 +124,7 @@ def main(capability, few=False):
         several(2)
         convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
         single_channels((8, 320, 64, 64), (1, 3), 8)
+        added(14336, 4096, 16)
         json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
@@ -136,6 +138,8 @@ def main(capability, few=False):
     convolution((3, 40, 17, 9), (24, 40, 3, 3), 64)
     for shape, kernel, r in (((8, 320, 64, 64), (3, 3), 8), ((2, 96, 56, 56), (7, 7), 64)):
         single_channels(shape, kernel, r)
+    for shape in ((14336, 4096, 16), (37, 131, 300)):
+        added(*shape)
     json.dump(taken, sys.stdout)
 
 
@@ -171,6 +175,14 @@ def single_channels(shape, kernel, r):
     of = Operands(x, weight, None, *factors(r, weight[0].numel(), len(weight)))
     y, total = depthwise.forward(of, where)
     depthwise.backward(y, of, total, where, True, (True, True, True))
+
+
+def added(out, fan_in, r):
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = torch.empty(out, fan_in, dtype=dtype)  # memory that nobody touches
+        a, b, scale = factors(r, fan_in, out)
+        summed.added(weight, a, b, scale)
+        summed.added(weight.view(fan_in, out), b.t(), a.t(), scale)  # as transformers' Conv1D
 
 
 if __name__ == "__main__":

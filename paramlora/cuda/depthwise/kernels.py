@@ -1,39 +1,14 @@
 """Triton kernels of a 16-bit convolution on CUDA whose every channel is convolved by itself.
 
 There is nothing to multiply by low-rank factors that a channel's few taps are not as quick to take
-whole: `add` forms the kernels ``W + scale · B A`` once, in float32, and the rest computes in
-float32 from them, so that nothing is rounded but the output. Planes are the images' channels, in
-memory one after the other, of three axes; a program takes `BLOCK_H` rows by `BLOCK_W` columns of
-one. Every result is deterministic.
+whole: `sum.kernels.add` forms the kernels ``W + scale · B A`` once, in float32, and the rest
+computes in float32 from them, so that nothing is rounded but the output. Planes are the images'
+channels, in memory one after the other, of three axes; a program takes `BLOCK_H` rows by `BLOCK_W`
+columns of one. Every result is deterministic.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit(do_not_specialize=["r"])
-def add(
-    weight, a, b, scale, total,
-    channels, taps, r, stride_wc, stride_wt, stride_ar, stride_at, stride_bc, stride_br,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """``total[channels, taps] = W + scale · B A`` in float32, in full precision."""
-    # "ieee" is float32 where TF32 would round the factors; `tl.dot` takes 16 taps at least, so that
-    # most of a tile is masked
-    c, t = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
-    mask = (c[:, None] < channels) & (t[None, :] < taps)
-    rows = weight + c[:, None].to(tl.int64) * stride_wc + t[None, :] * stride_wt
-    acc = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
-    for start in range(0, r, R):
-        offs_r = start + tl.arange(0, R)
-        left = b + c[:, None] * stride_bc + offs_r[None, :] * stride_br
-        right = a + offs_r[:, None] * stride_ar
-        up = tl.load(left, mask=(c[:, None] < channels) & (offs_r[None, :] < r), other=0.0)
-        right += t[None, :] * stride_at
-        down = tl.load(right, mask=(offs_r[:, None] < r) & (t[None, :] < taps), other=0.0)
-        acc = tl.dot(up.to(tl.float32), down.to(tl.float32), acc, input_precision="ieee")
-    acc = tl.load(rows, mask=mask, other=0.0).to(tl.float32) + acc * tl.load(scale).to(tl.float32)
-    tl.store(total + c[:, None].to(tl.int64) * taps + t[None, :], acc, mask=mask)
 
 
 @triton.jit

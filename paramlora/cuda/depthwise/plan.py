@@ -10,6 +10,7 @@ from torch import Tensor
 from paramlora.cuda.depthwise import kernels
 from paramlora.cuda.launch import Launch, changed, on_its_device, planned
 from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
+from paramlora.cuda.sum.kernels import add
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
@@ -148,12 +149,12 @@ def _plan_forward(of: Operands, flat: Tensor, window: Window) -> _Forward:
     numbers = (channels, taps, len(a), *flat.stride(), *a.stride(), *b.stride())
     constants: _Sizes = (_CHANNELS, max(16, power(taps)), _RANKS)
     grid = -(-channels // _CHANNELS)
-    add = Launch(kernels.add, device, grid, numbers, constants, 1, 4)
+    first = Launch(add, device, grid, numbers, constants, 1, 4)
     tiles = _Tiles(result, TILE)
     numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(window))
     constants = (of.bias is not None, *_three(kernel), tiles.rows, tiles.columns)
     launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
-    return _Forward(result, add, launch)
+    return _Forward(result, first, launch)
 
 
 class _Backward(NamedTuple):

@@ -1,0 +1,1 @@
+"""Weights with a low-rank update added."""
