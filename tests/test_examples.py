@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import paramlora
 from paramlora.model.attach import lowranks
+from tests.model import forked
 
 FOLDER = Path(__file__).parents[1] / "examples"
 DOCUMENT = (FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")

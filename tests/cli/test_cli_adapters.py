@@ -3,7 +3,6 @@
 import json
 import math
 
-import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +11,7 @@ from torch import nn
 import paramlora
 from paramlora import formats
 from paramlora.files import adapters as interchange
+from tests.formats import foreign
 
 pytest.importorskip("typer")
 from paramlora.cli import main

@@ -5,7 +5,6 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from test_cli import run
 from torch import nn
 
 import paramlora
@@ -13,6 +12,7 @@ from paramlora.files.adapters import read_adapter, write_adapter
 from paramlora.formats import base_of
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, KindUpdate
+from tests.cli.test_cli import run
 
 
 def net():

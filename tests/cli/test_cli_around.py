@@ -18,11 +18,10 @@ from torch import nn
 
 pytest.importorskip("typer")
 
-from test_cli import run
-
 import paramlora
 from paramlora import FileError
 from paramlora.files.inspection import inspect
+from tests.cli.test_cli import run
 
 ROOT = Path(__file__).parents[2]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -446,7 +445,7 @@ def test_build_compiles_once_and_prints_the_file(folder, capsys, monkeypatch):
 
 def piped(folder, *command, stdout=subprocess.PIPE, encoding="utf-8"):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cli")])
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "paramlora", *command]
     done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
     return done.returncode, done.stdout, done.stderr.decode()
@@ -456,7 +455,7 @@ def test_a_terminal_of_few_letters_shows_the_others_escaped(folder):
     (folder / "c.json").write_text(json.dumps({"0": {"r": 2}}))
     code, out, err = piped(folder, "inspect", "a.safetensors", encoding="ascii")
     assert (code, err) == (0, "") and b"3\\xd74" in out
-    command = ("targets", "c.json", "--model", "test_cli_around:net")
+    command = ("targets", "c.json", "--model", f"{__name__}:net")
     code, out, err = piped(folder, *command, encoding="ascii")
     assert (code, err) == (0, "") and b"3\\xd74" in out
 

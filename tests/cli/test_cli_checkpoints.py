@@ -15,8 +15,6 @@ from torch import nn
 
 pytest.importorskip("typer")
 
-from test_cli import run
-
 import paramlora
 from paramlora import checkpoint, files
 from paramlora.cli.options import weighted
@@ -24,6 +22,7 @@ from paramlora.files.adapters import load_adapter, write_adapter
 from paramlora.files.native import read_native, write_native
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, Update
+from tests.cli.test_cli import run
 
 
 @pytest.fixture

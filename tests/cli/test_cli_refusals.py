@@ -16,10 +16,9 @@ from torch import nn
 
 pytest.importorskip("typer")
 
-from test_cli import run
-
 import paramlora
 from paramlora.cli.commands import app
+from tests.cli.test_cli import run
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
 THERE = "Give the path of a file that is there."
@@ -489,7 +488,7 @@ def test_every_command_names_the_file_that_it_cannot_take(kind, folder, capsys):
         f"merge bad {OUT}",
     ):
         refused(capsys, command, "bad: ")
-    refused(capsys, "targets bad --model test_cli_refusals:net", "error: bad")
+    refused(capsys, f"targets bad --model {__name__}:net", "error: bad")
 
 
 @POSIX

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import foreign
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from paramlora.files.inspection import inspect
 from paramlora.formats import Options
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, Update
+from tests.formats import foreign
 
 peft = pytest.importorskip("peft")
 KINDS = "linear conv1 conv2 conv3 embedding".split()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint_files import write_base
 
 from paramlora import Adapter, FileError, Update, files
 from paramlora.files.native import write_native
+from tests.files.test_checkpoint_files import write_base
 
 KINDS = ["base.safetensors", "base.pt", "shards"]
 

@@ -15,9 +15,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import hostile_files
 import pytest
-import resident
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +30,7 @@ from paramlora.files.adapters import convert, opened
 from paramlora.files.checkpoint import Stored
 from paramlora.files.safetensors import SafeFile
 from paramlora.model.match import Names, Unbounded
+from tests.files import hostile_files, resident
 
 SCRIPT = Path(hostile_files.__file__)
 ADAPTER = Adapter({"a": Update(torch.ones(1, 4), torch.ones(3, 1), shape=(3, 4), kind="linear")})

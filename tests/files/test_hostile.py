@@ -9,7 +9,6 @@ import warnings
 import zipfile
 
 import pytest
-import resident
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -21,6 +20,7 @@ from paramlora import Adapter, AdapterError, FileError, Update, files
 from paramlora.files.checkpoint import Stored
 from paramlora.files.inspection import inspect
 from paramlora.files.native import read_native, write_native
+from tests.files import resident
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(3).bfloat16()}
 ADAPTER = Adapter({"a": Update(torch.ones(1, 4), torch.ones(3, 1), shape=(3, 4))})

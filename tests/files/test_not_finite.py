@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import resident
 import safetensors
 import safetensors.torch
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 import paramlora
 from paramlora import FileError, files
 from paramlora.update.memory import all_finite
+from tests.files import resident
 
 ROWS, COLUMNS = 96, 1 << 17  # 48 MiB of numbers of four bytes
 MOST = 30  # MiB: four pieces of a file, of which one is held at a time, and what is imported late

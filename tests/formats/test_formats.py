@@ -4,7 +4,6 @@ import itertools
 import math
 import warnings
 
-import foreign
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from paramlora.formats import Content, Options, Slot
 from paramlora.formats.factors import within
 from paramlora.formats.scale import alpha_of
 from paramlora.update.value import Adapter, Update
+from tests.formats import foreign
 
 LINEAR = {"block.a": (4, 6), "block.b": (5, 4), "head": (3, 5)}
 BASE = {path: Slot(shape, "matrix", "linear", 1) for path, shape in LINEAR.items()}

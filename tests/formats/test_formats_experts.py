@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_formats_holders import IDS, glm, mixtral, qwen
 
 import paramlora
 from paramlora import files, formats
 from paramlora.errors import FileError
 from paramlora.files import adapters
 from paramlora.formats import Content, Slot
+from tests.formats.test_formats_holders import IDS, glm, mixtral, qwen
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,6 @@ import json
 import warnings
 from contextlib import nullcontext
 
-import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from torch import nn
 import paramlora
 from paramlora import FileError, formats
 from paramlora.update.value import Adapter, Update
+from tests.formats import foreign
 
 peft = pytest.importorskip("peft")
 

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from test_formats_holders import SPARSE, deepseek, glm, llama, mixtral, qwen
-from test_formats_peft import saved
 
 from paramlora import FileError, formats
 from paramlora.update.geometry import matrix_shape
 from paramlora.update.value import Adapter, KindUpdate, Update
+from tests.formats.test_formats_holders import SPARSE, deepseek, glm, llama, mixtral, qwen
+from tests.formats.test_formats_peft import saved
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -3,16 +3,16 @@
 import copy
 import warnings
 
-import foreign
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_formats_peft import close, in_peft, opened, saved
 from torch import nn
 
 import paramlora
 from paramlora import FileError, files, formats
 from paramlora.update.value import Adapter
+from tests.formats import foreign
+from tests.formats.test_formats_peft import close, in_peft, opened, saved
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

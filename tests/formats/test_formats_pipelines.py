@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from test_formats_names import ARCHITECTURES, file_of
 
 from paramlora import formats
 from paramlora.formats import Content
+from tests.formats.test_formats_names import ARCHITECTURES, file_of
 
 diffusers = pytest.importorskip("diffusers")
 

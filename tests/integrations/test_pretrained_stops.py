@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from stopping import PACKAGE, check_stops, equal, picture
-from test_pretrained import CASES, attached, gpt2, llama
 from torch import nn
 
 from paramlora import AdapterError
+from tests.integrations.test_pretrained import CASES, attached, gpt2, llama
+from tests.model.stopping import PACKAGE, check_stops, equal, picture
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")

@@ -11,13 +11,13 @@ import copy
 
 import pytest
 import torch
-from test_types import READ, made_of
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.model.test_types import READ, made_of
 
 SCALE = 0.75
 LAYERS = {

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from test_models import small_bert, small_gpt2, small_unet, small_vit, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import AdapterError
 from paramlora.model.attach import lowranks
+from tests.model.test_models import small_bert, small_gpt2, small_unet, small_vit, tokens
 
 HARD = pytest.mark.parametrize("hard", (1, 0))
 REENTRANT = pytest.mark.parametrize("reentrant", (True, False))

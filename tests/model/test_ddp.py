@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import forked
-
 from benchmarks import stable_diffusion
+from tests.model import forked
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),

@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-from test_contexts import CASES, input_of, made, outcome, same
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -18,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 import paramlora
+from tests.model.test_contexts import CASES, input_of, made, outcome, same
 
 FORWARD = {
     "before": lambda layer, seen: layer.register_forward_pre_hook(

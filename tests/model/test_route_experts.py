@@ -5,13 +5,13 @@ import importlib
 
 import pytest
 import torch
-from test_experts import IMPLEMENTATIONS, Config, built
-from test_route import ROWS, adapted, check, images, trained
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import paramlora
 from paramlora import AdapterError
+from tests.model.test_experts import IMPLEMENTATIONS, Config, built
+from tests.model.test_route import ROWS, adapted, check, images, trained
 
 FAMILIES = {
     "qwen3_moe": "Qwen3MoeExperts",

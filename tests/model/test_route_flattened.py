@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_route import ROWS, adapted, check, images
 from torch import nn
 
 import paramlora
+from tests.model.test_route import ROWS, adapted, check, images
 
 
 class Mlp(nn.Module):

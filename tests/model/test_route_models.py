@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_route import ROWS, adapted, one_row
 
 import paramlora
+from tests.model.test_route import ROWS, adapted, one_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 

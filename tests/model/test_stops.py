@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stopping import PACKAGE, check_stops, equal, moments, picture, stopped
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import paramlora
 from paramlora.model.attach import adapter_names, updates
+from tests.model.stopping import PACKAGE, check_stops, equal, moments, picture, stopped
 
 
 class Tied(nn.Module):

@@ -5,8 +5,13 @@ Everything is float64 against the dense formula, as there; only the kernels' cas
 
 import pytest
 import torch
-from test_devices import count_kernels
-from test_distributed import (
+from torch import nn
+from torch.func import functional_call
+
+import paramlora
+from paramlora.model.attach import lowranks
+from tests.model.test_devices import count_kernels
+from tests.model.test_distributed import (
     CASES,
     CLOSE,
     CONFIG,
@@ -22,11 +27,6 @@ from test_distributed import (
     state_of,
     train,
 )
-from torch import nn
-from torch.func import functional_call
-
-import paramlora
-from paramlora.model.attach import lowranks
 
 TWO = [
     pytest.mark.gpu,
