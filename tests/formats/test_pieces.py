@@ -12,7 +12,7 @@ from paramlora import files, formats
 from paramlora.errors import FileError
 from paramlora.files import adapters
 from paramlora.formats import Content, Slot
-from tests.formats.test_formats_holders import IDS, glm, mixtral, qwen
+from tests.formats.peft.test_experts import IDS, glm, mixtral, qwen
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

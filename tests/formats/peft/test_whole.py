@@ -12,7 +12,7 @@ import paramlora
 from paramlora import FileError, files, formats
 from paramlora.update.value import Adapter
 from tests.formats import foreign
-from tests.formats.test_formats_peft import close, in_peft, opened, saved
+from tests.formats.peft.test_reading import close, in_peft, opened, saved
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from paramlora.errors import FileError
 from paramlora.formats.names import stable_diffusion
 from paramlora.update.kinds import KINDS as UPDATES
 from paramlora.update.value import Adapter, KindUpdate, Update
-from tests.formats.test_formats_diffusers import adapter, answer, close, dense, unet
+from tests.formats.test_diffusers import adapter, answer, close, dense, unet
 
 diffusers = pytest.importorskip("diffusers")
 

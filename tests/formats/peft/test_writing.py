@@ -9,8 +9,8 @@ import torch
 from paramlora import FileError, formats
 from paramlora.update.geometry import matrix_shape
 from paramlora.update.value import Adapter, KindUpdate, Update
-from tests.formats.test_formats_holders import SPARSE, deepseek, glm, llama, mixtral, qwen
-from tests.formats.test_formats_peft import saved
+from tests.formats.peft.test_experts import SPARSE, deepseek, glm, llama, mixtral, qwen
+from tests.formats.peft.test_reading import saved
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

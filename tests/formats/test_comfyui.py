@@ -17,7 +17,7 @@ from paramlora.update.value import Adapter, Update
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-from tests.formats.test_formats_names import (  # noqa: E402
+from tests.formats.test_names import (  # noqa: E402
     ARCHITECTURES,
     clip,
     delta,
