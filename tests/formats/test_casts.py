@@ -1,4 +1,4 @@
-"""No conversion loses an update in a narrower type: the product in float64, before and after."""
+"""A sweep of formats and types: no conversion loses an update in a narrower type."""
 
 from dataclasses import replace
 
@@ -9,20 +9,10 @@ import paramlora
 from paramlora import Adapter, FileError, Update, formats
 from paramlora.files.adapters import convert, read_adapter
 from paramlora.files.native import write_native
-from paramlora.formats.factors import from_dense, held, within
 from paramlora.formats.format import FORMATS
+from tests.formats.kept import DTYPES, close, halves, product
 
 SCALES = [1e-8, 1e-4, 1 / 16, 0.3, 1 / 3, 1.0, 7.0, 1e3, 1e5]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def product(update):
-    return update.scale * (update.lora_B.double() @ update.lora_A.double())
-
-
-def close(got, want):
-    """Equal to the rounding of float32 in each element, relative to the sum of sizes there."""
-    assert (got - want).abs().max() <= 1e-6 * want.abs().max() and want.abs().max() > 0
 
 
 def adapter(dtype, scale, size=1.0, path="blocks.0.q"):
@@ -95,13 +85,6 @@ def test_an_alpha_beyond_any_number_is_refused():
         formats.write(adapter(torch.float64, 1e308), "peft")
 
 
-# reading: dense products, the nearest of a rank, ranks above what a matrix holds
-
-
-def halves(*shape, size):
-    return (size * torch.randn(*shape)).half()
-
-
 @pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
 @pytest.mark.parametrize("form", ["loha", "lokr", "tucker"])
 def test_products_of_16_bit_files_are_formed_in_32(form, size):
@@ -134,25 +117,3 @@ def test_products_of_16_bit_files_are_formed_in_32(form, size):
         return
     (update,) = found.updates.values()
     close(product(update), want)
-
-
-@pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0, 6e4])
-def test_the_nearest_of_a_rank_is_not_rounded_to_16_bits(size):
-    torch.manual_seed(0)
-    delta = (size * torch.outer(torch.rand(5), torch.rand(6))).half()
-    u, s, v = torch.linalg.svd(delta.double())
-    close(product(from_dense(delta, 1)), s[0] * torch.outer(u[:, 0], v[0]))
-
-
-@pytest.mark.parametrize("size", [1e-4, 300.0])
-def test_a_rank_above_the_matrix_keeps_its_product(size):
-    torch.manual_seed(0)
-    update = Update(halves(9, 6, size=size), halves(5, 9, size=size), 0.5, (5, 6))
-    assert within(update).r == 5
-    close(product(within(update)), product(update))
-
-
-def test_what_is_held_is_no_narrower_than_asked():
-    one = torch.tensor([0.5]).double()
-    for dtype in DTYPES:
-        assert held(one, dtype).dtype == held(torch.zeros(2).double(), dtype).dtype == dtype

@@ -1,33 +1,31 @@
-"""Files for ComfyUI and vLLM: what each tool's own rule of names and formula make of them."""
+"""Files for ComfyUI: what its own rule of names and formula make of them."""
 
-import json
 import math
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import paramlora
 from paramlora import files, formats
 from paramlora.errors import FileError
 from paramlora.formats import Content, Slot
 from paramlora.update.value import Adapter, Update
-
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-from tests.formats.test_names import (  # noqa: E402
+from tests.formats.architectures import (
     ARCHITECTURES,
     clip,
     delta,
     file_of,
     originals_of,
     pairs_of,
-    single,
     slots_of,
     through,
 )
+from tests.formats.test_names import single
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 
 def loaded(state):
@@ -218,120 +216,7 @@ def test_products_keep_their_kind():
     formats.check_loads(written, adapter, "comfyui", base)
 
 
-# vLLM
-
-
-def test_vllm_gets_one_rank_and_one_alpha(tmp_path):
-    """Its formula: one ``lora_alpha / r`` for all, and names behind ``base_model.model.``."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"q_proj": nn.Linear(6, 4), "o_proj": nn.Linear(4, 6)})
-    shapes = {"q_proj": (1, 3.0), "o_proj": (2, 0.5)}
-    updates = {
-        path: Update(
-            torch.randn(r, model[path].in_features), torch.randn(model[path].out_features, r),
-            scale, tuple(model[path].weight.shape), kind="linear",
-        )
-        for path, (r, scale) in shapes.items()
-    }  # fmt: skip
-    files.write_adapter(Adapter(updates), tmp_path / "out", "vllm", formats.base_of(model))
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {}, {})
-    assert config["target_modules"] == ["o_proj", "q_proj"] and config["bias"] == "none"
-    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert {len(t) for key, t in state.items() if "lora_A" in key} == {2}
-    for path, update in updates.items():
-        a, b = (state[f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
-        want = update.scale * update.lora_B.double() @ update.lora_A.double()
-        torch.testing.assert_close(config["lora_alpha"] / 2 * b @ a, want, rtol=1e-6, atol=1e-6)
-    assert formats.detect(files.adapters.outlined(tmp_path / "out")) == "peft"
-
-
-def test_vllm_has_experts_one_by_one_where_their_checkpoint_has():
-    torch.manual_seed(0)
-    a, b = torch.randn(3, 1, 6), torch.randn(3, 4, 1)
-    stack = {"mlp.experts.gate_up_proj": Update(a, b, 1.0, (3, 4, 6), "stack", kind="parameter")}
-    shapes = {f"mlp.experts.{e}.{n}_proj.weight": (2, 6) for e in range(3) for n in ("gate", "up")}
-    content = formats.write(Adapter(stack), "vllm", formats.base_of_shapes(shapes))
-    for e in range(3):
-        for half, name in enumerate(("gate", "up")):
-            stem = f"base_model.model.mlp.experts.{e}.{name}_proj"
-            down, up = (content.state[f"{stem}.lora_{x}.weight"].double() for x in "AB")
-            want = (b[e].double() @ a[e].double())[2 * half : 2 * half + 2]
-            torch.testing.assert_close(content.config["lora_alpha"] * up @ down, want)
-
-
-def test_what_vllm_does_not_load_is_refused():
-    head = Update(torch.ones(1, 6), torch.ones(4, 1), 1.0, (4, 6), kind="linear")
-    with pytest.raises(FileError, match="lm_head: a head, which vLLM adapts only in models that"):
-        formats.write(Adapter({"lm_head": head}), "vllm")
-
-
-# reading back
-
-
-def one_layer(path, shape=(4, 6)):
-    return Adapter({path: Update(torch.ones(1, 6), torch.ones(4, 1), 1.0, shape, kind="linear")})
-
-
-def test_what_would_match_nothing_where_it_is_loaded_is_not_left(tmp_path):
-    model = unet()
-    base = formats.base_of(model)
-    adapter = Adapter(chosen(model, ("to_q",)))
-    for to, how in {
-        "kohya": {"prefix": "lora_te1"},
-        "diffusers": {"component": "text_encoder"},
-    }.items():
-        for dry in (True, False):
-            with pytest.raises(
-                FileError, match=rf"out.safetensors: what loads {to}'s files would m"
-            ):
-                files.write_adapter(
-                    adapter, tmp_path / "out.safetensors", to, base, dry_run=dry, **how
-                )
-        assert not list(tmp_path.iterdir())
-    for to in ("kohya", "diffusers", "comfyui"):
-        files.write_adapter(adapter, tmp_path / f"{to}.safetensors", to, base)
-
-
-@pytest.mark.parametrize("to", sorted(formats.WRITERS))
-def test_every_tools_rule_of_names_is_asked(to):
-    """A key that is of no layer is found out, whichever tool's file it is in."""
-    base = {path: Slot((4, 6), "matrix", "linear", 1) for path in ("block.a", "head")}
-    adapter = Adapter({**one_layer("block.a").updates, **one_layer("head").updates})
-    content = formats.write(adapter, to, base)
-    formats.check_loads(content, adapter, to, base)
-    renamed = {key.replace("head", "heat"): tensor for key, tensor in content.state.items()}
-    with pytest.raises(FileError, match=f"what loads {to}'s files would match nothing to .*heat"):
-        formats.check_loads(Content(renamed, {}, content.config), adapter, to, base)
-
-
-def test_a_writer_that_loses_a_layer_is_found_out(tmp_path):
-    """Of any format: a broken one is registered, and its file is not left."""
-
-    def write(adapter, base=None):
-        first, *_ = adapter.updates
-        return formats.FORMATS["peft"].write(
-            Adapter({first: adapter.updates[first]}), {first: base[first]}
-        )
-
-    form = formats.FORMATS["peft"]
-    broken = {**vars(form), "name": "broken", "marks": (), "like": "peft", "write": write}
-    formats.register(formats.Format(**broken))
-    try:
-        base = {p: Slot((4, 6), "matrix", "linear", 1) for p in ("a.q", "a.k")}
-        both = Adapter({**one_layer("a.q").updates, **one_layer("a.k").updates})
-        with pytest.raises(
-            FileError, match="out: (targets|read back as a file of broken it lacks a.k)"
-        ):
-            files.write_adapter(both, tmp_path / "out", "broken", base)
-        assert not list(tmp_path.iterdir())
-    finally:
-        formats.unregister("broken")
-
-
 # the command line
-
-
 def test_the_command_line_writes_both(tmp_path, capsys):
     pytest.importorskip("typer")
     from paramlora.cli import main
@@ -359,26 +244,3 @@ def test_the_command_line_writes_both(tmp_path, capsys):
     back = files.read_adapter(tmp_path / "out").updates
     assert len(back) == len(adapter.updates)
     paramlora.load_adapter(ARCHITECTURES["flux"].make(), tmp_path / "comfy.safetensors")
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_what_stands_beside_the_factors_is_read_back_too(known, tmp_path):
-    """Whole tensors of PEFT, and changes of biases and norms of kohya: a base has matrices."""
-    model = nn.ModuleDict({"q": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 3)})
-    base = formats.base_of(model) if known else None
-    whole = {"norm": torch.rand(4), "norm.bias": torch.rand(4), "head": torch.rand(3, 4)}
-    whole["head.bias"] = torch.rand(3)
-    adapter = Adapter(one_layer("q").updates, whole=whole)
-    files.write_adapter(adapter, tmp_path / "peft", "peft", base)
-    back = files.read_adapter(tmp_path / "peft", base).whole.values()
-    assert sorted(map(str, map(torch.Tensor.tolist, back))) == sorted(
-        str(t.tolist()) for t in whole.values()
-    )
-    state = {"lora_unet_q.lora_down.weight": torch.ones(1, 6)}
-    state |= {"lora_unet_q.lora_up.weight": torch.ones(4, 1), "lora_unet_q.diff_b": torch.rand(4)}
-    state |= {"lora_unet_norm.w_norm": torch.rand(4), "lora_unet_norm.b_norm": torch.rand(4)}
-    save_file(state, tmp_path / "a.safetensors")
-    found = files.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
-    assert len(found.values()) == 4
-    written = load_file(tmp_path / "b.safetensors")
-    assert all(torch.equal(written[key], tensor) for key, tensor in state.items())

@@ -12,7 +12,35 @@ from paramlora import files, formats
 from paramlora.errors import FileError
 from paramlora.files import adapters
 from paramlora.formats import Content, Slot
-from tests.formats.peft.test_experts import IDS, glm, mixtral, qwen
+from tests.formats.architectures import delta, file_of, pairs_of
+from tests.formats.peft.language import IDS, glm, mixtral, qwen
+
+
+@pytest.mark.parametrize("fused_model", [True, False])
+def test_a_file_with_a_fused_update_and_those_of_its_parts_means_the_sum(fused_model):
+    """As ComfyUI adds them: one patch of the whole weight, and one of some of its rows."""
+    stem = "double_blocks.0.img_attn.qkv" if fused_model else "transformer_blocks.0.attn.to_{}"
+    parts = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"]
+    rows = {"double_blocks.0.img_attn.qkv": 12, **dict.fromkeys(parts, 4)}
+    factors = pairs_of(rows)
+    names = [stem] if fused_model else [stem.format(n) for n in "qkv"]
+    slots = {n: Slot((12 if fused_model else 4, 6), "matrix", "linear") for n in names}
+    file = file_of(factors, "diffusion_model.", alpha=3.0)
+    file.state["diffusion_model.transformer_blocks.0.attn.to_k.alpha"].fill_(6.0)
+    want = delta(factors["double_blocks.0.img_attn.qkv"], 1.0)
+    want[:4] += delta(factors[parts[0]], 1.0)
+    want[4:8] += delta(factors[parts[1]], 2.0)
+    found = formats.read(file, slots).updates
+    whole = torch.cat([found[name].delta() for name in names])
+    torch.testing.assert_close(whole, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_same_rows_twice_are_refused_still():
+    factors = pairs_of({"blocks.0.self_attn.q": 4, "blocks.0.attn1.to_q": 4})
+    slots = {"blocks.0.attn1.to_q": Slot((4, 6), "matrix", "linear")}
+    with pytest.raises(FileError, match="second update of blocks.0.attn1.to_q. Choose one part"):
+        formats.read(file_of(factors, ""), slots)
+
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

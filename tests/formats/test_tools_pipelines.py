@@ -10,7 +10,7 @@ import torch
 
 from paramlora import formats
 from paramlora.formats import Content
-from tests.formats.test_names import ARCHITECTURES, file_of
+from tests.formats.architectures import ARCHITECTURES, file_of
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -1,175 +1,29 @@
-"""Layers that another tool's file tells apart by their kind or name: tied, and beside experts."""
+"""Experts in peft's files, and the layers beside them: what each loads acts the same."""
 
 import copy
-import json
-import warnings
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 import paramlora
 from paramlora import FileError, formats
 from paramlora.files import adapters as interchange
+from paramlora.update.value import Adapter, Update
+from tests.formats.peft.folders import close, in_peft, opened, saved
+from tests.formats.peft.language import (
+    IDS,
+    adapted,
+    as_peft,
+    deepseek,
+    dense,
+    glm,
+    llama,
+    mixtral,
+    qwen,
+)
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-IDS = torch.arange(10)[None]
-SMALL = {"vocab_size": 32, "max_position_embeddings": 32}
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=32)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True, **SMALL,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-SPARSE = {
-    "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, **SMALL,
-}  # fmt: skip
-
-
-def deepseek():
-    config = transformers.DeepseekV3Config(
-        n_shared_experts=1, n_routed_experts=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
-        v_head_dim=8, qk_nope_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1,
-        **SPARSE,
-    )  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM(config)
-
-
-def glm():
-    config = transformers.Glm4MoeConfig(
-        n_shared_experts=1, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,
-        head_dim=8, **SPARSE,
-    )  # fmt: skip
-    return transformers.Glm4MoeForCausalLM(config)
-
-
-def qwen():
-    config = transformers.Qwen2MoeConfig(
-        shared_expert_intermediate_size=12, num_experts=4, decoder_sparse_step=1,
-        mlp_only_layers=[0], **SPARSE,
-    )  # fmt: skip
-    return transformers.Qwen2MoeForCausalLM(config)
-
-
-def mixtral():
-    sizes = {k: v for k, v in SPARSE.items() if k != "moe_intermediate_size"}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **sizes))
-
-
-def adapted(make, config):
-    """(plain model, the same with a random adapter)."""
-    torch.manual_seed(0)
-    base = make().eval()
-    model = copy.deepcopy(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one holder of two
-        paramlora.attach(model, config)
-    for parameter in paramlora.trainable_parameters(model):
-        torch.nn.init.normal_(parameter.data, std=0.3)
-    return base, model
-
-
-def dense(base, model):
-    """`base` with W + s·B·A written out in float64, by the shapes of the factors."""
-    out = copy.deepcopy(base)
-    weights = dict(out.named_parameters(remove_duplicate=False))
-    done = set()
-    for path, update in paramlora.adapter_of(model).updates.items():
-        weight = weights.get(f"{path}.weight", weights.get(path))
-        if id(weight) not in done:
-            done.add(id(weight))
-            delta = update.scale * update.lora_B.double() @ update.lora_A.double()
-            delta = delta.mT if update.layout == "transposed" else delta
-            weight.data += delta.to(weight.dtype)
-    return out
-
-
-def in_peft(base, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its advice on ties and patterns
-        return peft.PeftModel.from_pretrained(
-            copy.deepcopy(base), folder, autocast_adapter_dtype=False
-        ).eval()
-
-
-def untold(path):
-    """The file as the first release wrote it, without the kinds of the layers."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    about = json.loads(metadata["paramlora"])
-    del about["holders"]
-    save_file(load_file(path), path, {**metadata, "paramlora": json.dumps(about)})
-
-
-TIES = {
-    "embedding first": (gpt2, {"re:.*(wte|lm_head)": {"r": 2}}),
-    "with layers": (gpt2, {"re:.*(wte|lm_head|c_attn)": {"r": 3, "scale": 0.7}}),
-    "llama": (llama, {"re:.*(embed_tokens|lm_head|q_proj)": {"r": 2}}),
-}
-
-
-@pytest.mark.parametrize("known", ["nothing", "model", "checkpoint"])
-@pytest.mark.parametrize("case", TIES)
-def test_tied_and_adapted_layers_act_in_peft(case, known, tmp_path):
-    base, model = adapted(*TIES[case])
-    want = dense(base, model)(IDS).logits
-    torch.testing.assert_close(model(IDS).logits, want, rtol=1e-5, atol=1e-5)
-    paramlora.save_adapter(model, tmp_path / "a.safetensors")
-    shapes = {name: p.shape for name, p in base.named_parameters(remove_duplicate=False)}
-    given = {"nothing": None, "model": formats.base_of(base)}
-    if known == "checkpoint":
-        given["checkpoint"] = formats.base_of_shapes(shapes)
-    interchange.convert(tmp_path / "a.safetensors", tmp_path / "peft", "peft", given[known])
-    theirs = in_peft(base, tmp_path / "peft")
-    torch.testing.assert_close(theirs(input_ids=IDS).logits, want, rtol=1e-5, atol=1e-5)
-    assert (want - base(IDS).logits).abs().max() > 0.1
-    again = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("to", sorted(formats.WRITERS))
-def test_an_older_file_of_tied_layers_asks_for_the_model(to, checkpoint, tmp_path):
-    base, model = adapted(*TIES["embedding first"])
-    paramlora.save_adapter(model, tmp_path / "a.safetensors")
-    untold(tmp_path / "a.safetensors")
-    shapes = {name: p.shape for name, p in base.named_parameters(remove_duplicate=False)}
-    known = formats.base_of_shapes(shapes) if checkpoint else None  # which tells no kinds
-    told = r"transformer.wte, lm_head: one tied tensor.*Give the model \(--model\)"
-    with pytest.raises(FileError, match=told):
-        interchange.convert(tmp_path / "a.safetensors", tmp_path / "out", to, known)
-    assert not (tmp_path / "out").exists()
-    interchange.convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", formats.base_of(base))
-    want = dense(base, model)(IDS).logits
-    torch.testing.assert_close(in_peft(base, tmp_path / "p")(input_ids=IDS).logits, want)
-
-
-def test_damaged_holders_are_refused(tmp_path):
-    _, model = adapted(*TIES["embedding first"])
-    path = tmp_path / "a.safetensors"
-    paramlora.save_adapter(model, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    good = {"kind": "linear", "layout": "matrix", "groups": 1}
-    for bad in ({"layout": "round"}, {"groups": 0}, {"groups": True}, {"kind": 3}, None):
-        about = json.loads(metadata["paramlora"])
-        about["holders"]["lm_head"] = None if bad is None else good | bad
-        broken = tmp_path / "b.safetensors"
-        save_file(load_file(path), broken, {"paramlora": json.dumps(about)})
-        with pytest.raises(FileError, match='the "holders" in its metadata are damaged'):
-            interchange.read_adapter(broken)
 
 
 EXPERTS = {
@@ -201,7 +55,7 @@ def test_layers_beside_fused_experts_act_in_peft(make, case, known, tmp_path):
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     known_base = formats.base_of(base) if known or case == "fused too" else None
     interchange.convert(tmp_path / "a.safetensors", tmp_path / "peft", "peft", known_base)
-    theirs = in_peft(base, tmp_path / "peft")
+    theirs = as_peft(base, tmp_path / "peft")
     torch.testing.assert_close(theirs(input_ids=IDS).logits, want, rtol=1e-5, atol=1e-5)
     again = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "peft")
     torch.testing.assert_close(again(IDS).logits, want, rtol=1e-5, atol=1e-5)
@@ -217,7 +71,7 @@ def test_the_experts_of_mixtral_act_in_peft(tmp_path):
     want = dense(base, model)(IDS).logits
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     interchange.convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", formats.base_of(base))
-    torch.testing.assert_close(in_peft(base, tmp_path / "p")(input_ids=IDS).logits, want)
+    torch.testing.assert_close(as_peft(base, tmp_path / "p")(input_ids=IDS).logits, want)
 
 
 def test_without_experts_layers_of_these_names_stay_modules():
@@ -225,3 +79,148 @@ def test_without_experts_layers_of_these_names_stay_modules():
     content = formats.write(paramlora.adapter_of(model), "peft", formats.base_of(llama()))
     assert "target_parameters" not in content.config
     assert len(content.config["target_modules"]) == 3
+
+
+class Owner(nn.Module):
+    """A module with a parameter of its own, and with layers inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+        self.inner, self.tokens = nn.Linear(6, 6), nn.Embedding(5, 6)
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.inner(x @ self.table.T) + self.tokens(torch.arange(x.shape[-2]))
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+class Owners(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(Owner())
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def test_layers_inside_of_what_has_an_adapted_parameter(tmp_path):
+    torch.manual_seed(0)
+    net, updates = Owners().double().requires_grad_(False).eval(), {}
+    for path in ("table", "inner", "tokens", "attn.in_proj_weight"):
+        out, fan_in = {"attn.in_proj_weight": (18, 6), "tokens": (6, 5)}.get(path, (6, 6))
+        a, b = torch.randn(2, fan_in).double(), torch.randn(out, 2).double()
+        layout = "transposed" if path == "tokens" else "matrix"
+        shape = (fan_in, out) if path == "tokens" else (out, fan_in)
+        updates[f"block.0.{path}"] = Update(a, b, 0.7, shape, layout)
+    base, x = formats.base_of(net), torch.randn(2, 4, 6).double()
+    adapter = formats.fit(Adapter(updates), base, formats.Options(), "a")
+    folder = saved(tmp_path / "a", formats.write(adapter, "peft", base))
+    theirs = in_peft(copy.deepcopy(net), folder)
+    want = copy.deepcopy(net)
+    for path, update in updates.items():
+        name = path if path.endswith(("table", "in_proj_weight")) else f"{path}.weight"
+        want.get_parameter(name).data += update.delta()
+    close(theirs(x), want(x))
+    for known in (base, None):
+        again = formats.read(opened(folder), known)
+        assert again.updates.keys() == updates.keys()
+    with pytest.raises(FileError, match="block.0.table: inside of block, of which a parameter"):
+        table = Update(*(torch.ones(1, 6), torch.ones(3, 1), 1.0, (3, 6)), kind="parameter")
+        formats.write(Adapter({**adapter.updates, "block.scales": table}), "peft")
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 10, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 10))
+        self.gate = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        hidden = torch.einsum("eoi,bi->beo", self.up, x).tanh()
+        parts = torch.einsum("eio,beo->bei", self.down, hidden)
+        return torch.einsum("bei,be->bi", parts, torch.softmax(x @ self.gate.T, -1))
+
+
+class Turned(nn.Module):
+    """Square expert matrices stored as [E, in, out], as transformers marks them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 6, 6))
+        self.is_transposed = True
+
+    def forward(self, x):
+        return torch.einsum("eio,bi->bo", self.w, x)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.turned = Experts(), Turned()
+
+    def forward(self, x):
+        return self.turned(self.experts(x))
+
+
+def mixture():
+    torch.manual_seed(0)
+    return Mixture().double().requires_grad_(False).eval()
+
+
+PARAMETERS = ["experts.up", "experts.down", "experts.gate", "turned.w"]
+
+
+def test_experts_act_in_peft(tmp_path):
+    torch.manual_seed(1)
+    updates, net = {}, mixture()
+    for name, r, scale in zip(PARAMETERS, (2, 3, 2, 1), (0.7, 1.5, 2.0, 1 / 3)):
+        *lead, out, fan_in = net.get_parameter(name).shape
+        a, b = torch.randn(*lead, r, fan_in).double(), torch.randn(*lead, out, r).double()
+        layout = "stack" if lead else "matrix"
+        updates[name] = Update(a, b, scale, (*lead, out, fan_in), layout)
+    content = formats.write(Adapter(updates), "peft", formats.base_of(net))
+    theirs = in_peft(mixture(), saved(tmp_path / "a", content))
+    for name, update in updates.items():
+        net.get_parameter(name).data += update.scale * (update.lora_B @ update.lora_A)
+    x = torch.randn(4, 6).double()
+    close(theirs(x), net(x))
+    back = formats.read(content, formats.base_of(net)).updates
+    for name, update in updates.items():
+        assert torch.equal(back[name].lora_A, update.lora_A) and back[name].scale == update.scale
+
+
+def test_what_peft_writes_of_experts(tmp_path):
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[],
+        target_parameters=PARAMETERS,
+        rank_pattern={"experts.down": 4},
+        init_lora_weights=False,
+    )
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(mixture(), config, autocast_adapter_dtype=False)
+    theirs.save_pretrained(tmp_path / "b")
+    net = mixture()
+    adapter = formats.read(opened(tmp_path / "b"), formats.base_of(net))
+    for name, update in adapter.updates.items():
+        net.get_parameter(name).data += update.scale * (update.lora_B @ update.lora_A)
+    x = torch.randn(4, 6).double()
+    assert adapter.updates["experts.down"].r == 4
+    close(net(x), theirs(x))
+    close(paramlora.model.values.attach_adapter(mixture(), adapter)(x), theirs(x))
+
+
+def test_a_checkpoint_tells_the_experts_apart_by_shape(tmp_path):
+    net = mixture()
+    shapes = {k: v.shape for k, v in net.state_dict().items()}
+    updates = {
+        "experts.up": Update(
+            torch.randn(3, 2, 6), torch.randn(3, 10, 2), 0.7, (3, 10, 6), "stack", kind="parameter"
+        )
+    }
+    content = formats.write(Adapter(updates), "peft")
+    (back,) = formats.read(content, formats.base_of_shapes(shapes)).updates.values()
+    assert torch.equal(back.lora_B, updates["experts.up"].lora_B)

@@ -1,4 +1,5 @@
-"""What peft loads is what was written: every update of a model alone and all together."""
+"""PEFT's files: what is written here acts the same in peft; every update of a model alone and
+all together."""
 
 import copy
 import warnings
@@ -9,10 +10,50 @@ import torch
 from paramlora import FileError, formats
 from paramlora.update.geometry import matrix_shape
 from paramlora.update.value import Adapter, KindUpdate, Update
-from tests.formats.peft.test_experts import SPARSE, deepseek, glm, llama, mixtral, qwen
-from tests.formats.peft.test_reading import saved
+from tests.formats import foreign
+from tests.formats.peft.folders import PLAIN, attention, close, in_peft, saved
+from tests.formats.peft.language import SPARSE, deepseek, glm, llama, mixtral, qwen
 
 peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, ["hf"], ["hf", "linear"], ["grouped"]])
+def test_what_is_written_here_acts_in_peft(tmp_path, kinds):
+    adapter, base = foreign.adapter(kinds), formats.base_of(foreign.model())
+    folder = saved(tmp_path / "a", formats.write(adapter, "peft", base))
+    want = foreign.dense(foreign.model(), adapter)(foreign.TOKENS)
+    assert (want - foreign.model()(foreign.TOKENS)).abs().max() > 0.05
+    close(in_peft(foreign.model(), folder)(foreign.TOKENS), want)
+
+
+def attention_adapter(names):
+    torch.manual_seed(1)
+    sizes = {"attn.in_proj_weight": 24, "attn.out_proj": 8}
+    return Adapter(
+        {
+            name: Update(torch.randn(2, 8).double(), torch.randn(sizes[name], 2).double(), 0.7)
+            for name in names
+        }
+    )
+
+
+def test_attention_acts_in_peft(tmp_path):
+    adapter, net = attention_adapter(["attn.in_proj_weight"]), attention()
+    content = formats.write(adapter, "peft", formats.base_of(net))
+    x, update = torch.randn(2, 5, 8).double(), adapter.updates["attn.in_proj_weight"]
+    theirs = in_peft(attention(), saved(tmp_path / "a", content))
+    net.attn.in_proj_weight += 0.7 * update.lora_B @ update.lora_A
+    close(theirs(x), net(x))
+
+
+@pytest.mark.parametrize("names", [["attn.out_proj"], ["attn.in_proj_weight", "attn.out_proj"]])
+def test_the_output_projection_of_attention_is_refused(names):
+    """peft 0.21 adds its term twice, and a later one will not."""
+    base = formats.base_of(attention())
+    with pytest.raises(FileError, match=r"attn.out_proj: the output projection.*adds twice.*merge"):
+        formats.write(attention_adapter(names), "peft", base)
+
+
 transformers = pytest.importorskip("transformers")
 LATENT = {
     "n_shared_experts": 1, "n_routed_experts": 4, "kv_lora_rank": 8, "q_lora_rank": 8,
