@@ -13,7 +13,7 @@ import torch
 
 from paramlora import Adapter, FileError, Update, files
 from paramlora.files.native import write_native
-from tests.files.test_checkpoint_files import write_base
+from tests.files.test_conversions import write_base
 
 KINDS = ["base.safetensors", "base.pt", "shards"]
 
