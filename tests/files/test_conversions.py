@@ -8,13 +8,16 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
-from paramlora import FileError, adapter_of, checkpoint, files
+from paramlora import Adapter, FileError, ParamloraWarning, Update, adapter_of, checkpoint, files
 from paramlora.files.checkpoint import Stored
 from paramlora.files.native import read_native
 from paramlora.model.attach import lowranks
+from tests.files.fuzzed import LINEAR, indexed
+from tests.files.written import untouched
 
 CONFIG = {"0": {"r": 2, "scale": 0.3}, "2": {"r": 3, "hard": 0}, "3": {"r": 2}}
 
@@ -305,3 +308,148 @@ def test_wrong_outputs_are_refused(parts, tmp_path):
         files.merge(pickled, [adapter], tmp_path / "out.pt")
     with pytest.raises(FileError, match='no state dict under "nets.other"'):
         files.merge(pickled, [adapter], tmp_path / "out.pt", key="nets.other")
+
+
+def test_only_files_of_the_folder_itself_are_copied(tmp_path):
+    folder, secret = indexed(tmp_path / "base"), tmp_path / "secret"
+    secret.write_text("secret")
+    (folder / "tokenizer.json").symlink_to(secret)
+    (folder / "same.json").symlink_to("config.json")
+    os.mkfifo(folder / "pipe")
+    with pytest.warns(ParamloraWarning, match="links to elsewhere: tokenizer.json. Copy those"):
+        files.merge(folder, [LINEAR], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "same.json",
+    }
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def cached(tmp_path):
+    """A folder as the Hugging Face cache lays it out."""
+    folder, blobs = (
+        indexed(tmp_path / "models--a" / "snapshots" / "1"),
+        tmp_path / "models--a/blobs",
+    )
+    blobs.mkdir()
+    (folder / "config.json").rename(blobs / "123")
+    (folder / "config.json").symlink_to("../../blobs/123")
+    return folder, blobs
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_copied_whole(tmp_path):
+    folder, _ = cached(tmp_path)
+    files.merge(folder, [LINEAR], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_blobs_that_are_elsewhere_are_not(tmp_path):
+    folder, blobs = cached(tmp_path)
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(ParamloraWarning, match="config.json"):
+        files.merge(folder, [LINEAR], tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_room_for_files_beside_is_checked_first(tmp_path):
+    folder = indexed(tmp_path / "base")
+    with open(folder / "notes.txt", "wb") as file:
+        file.truncate(2**42)
+    with pytest.raises(FileError, match=r"needs 4,398,\d+,\d+,\d+ bytes.*Nothing was written"):
+        files.merge(folder, [LINEAR], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+# sums that their type cannot hold
+OVER = {  # the base's type: a base and an update whose sum is beyond it
+    torch.float16: (6e4, 1e4),
+    torch.bfloat16: (3e38, 1e38),
+    torch.float32: (3e38, 1e38),
+    torch.float64: (1.5e308, 1e308),
+}
+
+
+def over(dtype, whole=False):
+    """A checkpoint and an adapter of which one element's sum is beyond the base's type."""
+    first, second = OVER[dtype]
+    base = {"a.weight": torch.zeros(3, 4), "b.weight": torch.zeros(2, 2)}
+    base = {key: value.to(dtype) for key, value in base.items()}
+    base["a.weight"][1, 2] = first
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    if whole:  # a value between the weight's own range and its factors'
+        return base, Adapter({}, whole={"a": torch.full((3, 4), 2.0 * first, dtype=kind)})
+    a, b = torch.zeros(1, 4, dtype=kind), torch.zeros(3, 1, dtype=kind)
+    a[0, 2], b[1, 0] = 1, second
+    return base, Adapter({"a": Update(a, b)})
+
+
+def at(kind, folder, base):
+    """The checkpoint on disk, and the place of the merged one, where an older one is."""
+    if kind == "shards":
+        for place in ("base", "out"):
+            (folder / place).mkdir()
+            save_file(base, folder / place / "model.safetensors")
+            index = {"weight_map": dict.fromkeys(base, "model.safetensors")}
+            (folder / place / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder / "base", folder / "out"
+    write = save_file if kind == "safetensors" else torch.save
+    for place in ("base", "out"):
+        write(base, folder / f"{place}.{kind}")
+    return folder / f"base.{kind}", folder / f"out.{kind}"
+
+
+@pytest.mark.parametrize("kind", ["dict", "safetensors", "pt", "shards"])
+@pytest.mark.parametrize("dtype", OVER, ids=str)
+def test_a_sum_beyond_its_type_is_refused_and_the_old_file_stays(dtype, kind, tmp_path):
+    base, adapter = over(dtype)
+    told = r"a\.weight: its sum with the update is (7e\+?04|70000|inf|4e\+38).*Nothing was merged"
+    if kind == "dict":
+        with pytest.raises(paramlora.AdapterError, match=told):
+            paramlora.checkpoint.merge(base, adapter)
+        return
+    source, out = at(kind, tmp_path, base)
+    with untouched(tmp_path), pytest.raises(paramlora.AdapterError, match=told):
+        files.merge(source, [adapter], out, force=True)
+    files.merge(source, [(adapter, 0.25)], out, force=True)  # which the type holds
+
+
+def test_a_tensor_had_whole_beyond_the_type_is_refused(tmp_path):
+    base, adapter = over(torch.float16, whole=True)
+    source, out = at("safetensors", tmp_path, base)
+    for merge in (
+        lambda: paramlora.checkpoint.merge(base, adapter),
+        lambda: files.merge(source, [adapter], out, force=True),
+    ):
+        with untouched(tmp_path), pytest.raises(paramlora.AdapterError, match="a.weight.*120000"):
+            merge()
+
+
+def test_what_the_base_itself_has_not_finite_stays(tmp_path):
+    base = {"a.weight": torch.zeros(3, 4)}
+    base["a.weight"][0, 0], base["a.weight"][0, 1] = -torch.inf, torch.nan
+    adapter = Adapter({"a": Update(torch.ones(1, 4), torch.ones(3, 1))})
+    merged = paramlora.checkpoint.merge(base, adapter)["a.weight"]
+    assert merged[0, 0] == -torch.inf and merged[0, 1].isnan() and (merged[1:] == 1).all()
+    save_file(base, tmp_path / "a.safetensors")
+    files.merge(tmp_path / "a.safetensors", [adapter], tmp_path / "b.safetensors")
+    got = load_file(tmp_path / "b.safetensors")["a.weight"]
+    assert torch.equal(got.nan_to_num(), merged.nan_to_num())
+
+
+def test_embedding_what_the_factors_type_cannot_hold_is_refused(tmp_path):
+    base = {"a.weight": torch.zeros(3, 4)}
+    a, b = torch.ones(1, 4, dtype=torch.float64), torch.full((3, 1), 1e300, dtype=torch.float64)
+    source, out = at("safetensors", tmp_path, base)
+    wrong = (Update(a, b), Update(a, b, adapter_dtype="float16"), Update(a, a[:, :3].mT, 1e39))
+    for update in wrong:
+        for embed in (
+            lambda one: paramlora.checkpoint.embed(base, one),
+            lambda one: files.embed(source, one, out, force=True),
+        ):
+            told = pytest.raises(paramlora.AdapterError, match=r"a\.lora_(B|scale): not finite in")
+            with untouched(tmp_path), told:
+                embed(Adapter({"a": update}))

@@ -14,7 +14,7 @@ from paramlora import Adapter, FileError, Update, files, formats
 from paramlora.formats.names import TABLES
 from paramlora.formats.names.levels import LEVELS, MANGLED
 from tests.files import hostile_files
-from tests.files.test_bounds import FUZZ, json_values, tried
+from tests.files.fuzzed import FUZZ, json_values, tried
 
 FUZZ = settings(FUZZ, max_examples=60)
 ONE = Adapter({"unet.a": Update(torch.ones(1, 4), torch.ones(3, 1), 1.0, (3, 4), kind="linear")})

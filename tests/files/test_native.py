@@ -1,19 +1,26 @@
-"""Adapter files: the round trip, and every way in which a file can be wrong."""
+"""Native adapter files: the round trip of any name, and every way in which a file can be wrong."""
 
 import json
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
+from paramlora import Adapter, FileError, Update
 from paramlora.files import safetensors as stream
-from paramlora.files.native import read_native
+from paramlora.files.native import read_native, write_native
 from paramlora.model.attach import lowranks
+from tests.files import hostile_files
+from tests.files.fuzzed import FUZZ, json_values, tried
+from tests.files.written import filled, saved, small, untouched
 
 CONFIG = {
     "0": {"r": 2, "scale": 1.7, "trainable_scale": 1},
@@ -237,3 +244,137 @@ def test_options_of_training_come_back(tmp_path):
     (one,), (two,) = ([low for _, _, low in lowranks(m)] for m in (model, other))
     assert two.entry == one.entry and two.dropout == 0.25 and two.lora_A.dtype == torch.float64
     assert torch.equal(one.lora_A, two.lora_A) and torch.equal(one.lora_scale, two.lora_scale)
+
+
+@given(about=st.fixed_dictionaries({k: json_values for k in ("format", "adapter", "config")}))
+@FUZZ
+def test_any_metadata_is_read_or_refused(about, tmp_path):
+    path = tmp_path / "any.safetensors"
+    about = {**about, "format": 1, "config": {"a": about["config"], "re:.*": {"r": 1}}}
+    tensors = {f"a.{part}": shape for part, shape in hostile_files.NATIVE_PARTS}
+    path.write_bytes(hostile_files.safe(tensors, {"paramlora": json.dumps(about)}))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3)})
+    tried(lambda: paramlora.load_adapter(model, path))
+
+
+NAMES = [
+    "weight", "bias", "trainable_model", "lora_A", "lora_B", "lora_scale", "lora_whole", "original",
+    "original0", "0", "default", "module", "base_layer", "config", "é", "名", "a b", "re:x", "re:(",
+    "*", "\\", '"', "x\ny", "paramlora", "__metadata__",
+]  # fmt: skip
+ENTRIES = {"hard": {"r": 2}, "soft": {"r": 2, "hard": 0}, "whole": {"whole": True}}
+
+
+# names
+def named(name, nested):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)) if nested else nn.Linear(4, 3)
+    model = nn.Module()
+    model.add_module(name, layer)
+    model.register_parameter(
+        "weight" if name != "weight" else "other", nn.Parameter(torch.randn(3, 4))
+    )
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_of_any_name_reads_back(name, kind, nested, tmp_path):
+    model, again = named(name, nested), named(name, nested)
+    pattern = r"re:(?s:.+)\.weight"
+    config = {pattern: ENTRIES[kind]}
+    if name != "weight" and kind != "soft":
+        config["re:weight"] = ENTRIES[kind]  # the model's own parameter
+    filled(model, config)
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    paramlora.load_adapter(again, tmp_path / "a.safetensors")
+    want, got = model.state_dict(), again.state_dict()
+    assert list(want) == list(got) and all(torch.equal(want[key], got[key]) for key in want)
+    told = read_native(tmp_path / "a.safetensors")
+    assert {**told.updates, **told.whole}.keys() == paths(model)
+
+
+def paths(model):
+    return {path for path, *_ in paramlora.attach.__globals__["updates"](model)}
+
+
+@pytest.mark.parametrize("name", ["parametrizations", "lora_branches"])
+def test_a_layer_under_a_name_of_parametrizations_own_is_refused_by_name(name):
+    model = nn.Module()
+    model.add_module(name, nn.Linear(4, 3))
+    with pytest.raises(paramlora.TargetError, match=rf'"{name}".*Rename'):
+        paramlora.attach(model, {name: {"r": 2}})
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    model = nn.Module()
+    model.add_module("a\udc80", nn.Linear(4, 3))
+    filled(model, {r"re:.*weight": {"r": 2}})
+    (tmp_path / "a.safetensors").write_bytes(b"old")
+    with untouched(tmp_path), pytest.raises(FileError, match=r"a\\udc80.*no text"):
+        paramlora.save_adapter(model, tmp_path / "a.safetensors")
+
+
+def older(adapter, path):
+    """The file as 0.1.0 wrote it: paths as they are, also where they mean something else."""
+    write_native(adapter, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["paramlora"])
+    del about["holders"]
+    about["config"] = {"trainable_model": False}
+    about["config"] |= {p or "weight": u.entry(p).to_dict() for p, u in adapter.updates.items()}
+    save_file(load_file(path), path, {**metadata, "paramlora": json.dumps(about)})
+
+
+@pytest.mark.parametrize("name", ["weight", "trainable_model", "", "re:x", "*", "a.b"])
+def test_files_of_the_first_release_are_read(name, tmp_path):
+    update = Update(torch.randn(2, 4), torch.randn(3, 2), 0.3, (3, 4), kind="linear")
+    older(Adapter({name: update}), tmp_path / "a.safetensors")
+    again = read_native(tmp_path / "a.safetensors")
+    assert again.updates.keys() == {name} and again.updates[name].scale == 0.3
+    assert torch.equal(again.updates[name].lora_A, update.lora_A)
+
+
+# numbers
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("entry", "tensor"), [
+    ({"r": 2}, "lora_A"), ({"r": 2}, "lora_B"), ({"r": 2, "trainable_scale": True}, "lora_scale"),
+    ({"r": 2, "hard": 0}, "lora_B"), ({"whole": True}, "lora_whole"),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused_and_the_old_file_stays(
+    entry, tensor, value, tmp_path
+):
+    path = tmp_path / "a.safetensors"
+    model = filled(small(), {"1": entry})
+    paramlora.save_adapter(model, path)
+    broken = next(p for name, p in model.named_parameters() if name.endswith(tensor))
+    with torch.no_grad():
+        broken.view(-1)[-1] = value
+    with (
+        untouched(tmp_path),
+        pytest.raises(FileError, match=rf"1\.(bias\.)?{tensor} is not finite.*{value}"),
+    ):
+        paramlora.save_adapter(model, path)
+
+
+def test_values_on_the_meta_device_are_refused(tmp_path):
+    model = paramlora.attach(nn.Sequential(nn.Linear(4, 3, device="meta")), {"0": {"r": 2}})
+    with untouched(tmp_path), pytest.raises(FileError, match="0.lora_A lies on the meta device"):
+        paramlora.save_adapter(model, tmp_path / "a.safetensors")
+
+
+def test_a_scale_beyond_the_type_written_is_refused(tmp_path):
+    update = Update(torch.ones(2, 4), torch.ones(3, 2), 1e39, (3, 4), kind="linear")
+    with untouched(tmp_path), pytest.raises(FileError, match="the scale of 0, 1e.39, is beyond"):
+        write_native(Adapter({"0": update}), tmp_path / "a.safetensors")
+    wide = replace(update, lora_A=update.lora_A.double(), lora_B=update.lora_B.double())
+    write_native(Adapter({"0": wide}), tmp_path / "a.safetensors")
+    assert read_native(tmp_path / "a.safetensors").updates["0"].scale == 1e39
+
+
+@pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt"])
+def test_a_name_of_another_kind_of_file_is_refused(ending, tmp_path):
+    with untouched(tmp_path), pytest.raises(FileError, match=r"ends in \.safetensors"):
+        saved(tmp_path / f"a.{ending}")

@@ -1,10 +1,14 @@
-"""Many tensors as few: checked at once, and copied to a device by a few copies."""
+"""Many tensors as few: looked at without a copy, checked at once, moved by a few copies."""
+
+import math
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from paramlora.update.memory import all_finite, moved, runs_of
+from tests.files import resident
+from tests.update.test_outline import COLUMNS, MOST, ROWS
 
 
 class Moves(TorchFunctionMode):
@@ -66,3 +70,13 @@ def test_copies_to_a_device_are_as_many_for_any_number_of_tensors():
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, parts))
         counts.append(moves.count)
     assert counts == [3, 3]  # of two types, and of what lies alone
+
+
+@pytest.mark.skipif(not resident.COUNTED, reason="counts memory as Linux does")
+@pytest.mark.parametrize("bad", [1.0, math.nan, math.inf])
+def test_one_number_shown_everywhere_is_looked_at_without_a_copy(bad):
+    wide = torch.full((), bad).expand(ROWS, COLUMNS)
+    resident.restart()
+    before = resident.peak()
+    assert all_finite([wide, torch.ones(2)]) == math.isfinite(bad)
+    assert resident.peak() - before < MOST
