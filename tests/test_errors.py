@@ -4,7 +4,7 @@ import pytest
 
 import paramlora
 from paramlora import ConfigError, FileError, ParamloraWarning
-from paramlora.errors import closest, shown, spelled
+from paramlora.errors import closest, counted, shown, spelled
 
 
 # messages
@@ -31,3 +31,7 @@ def test_values_are_spelled_however_long(value):
 def test_the_closest_of_many_names_takes_no_long_time():
     assert closest("a" * 300_000, ["a"]) == []
     assert closest("to_qq", ["x" * 300_000, "to_q"]) == ["to_q"]
+
+
+def test_one_and_many():
+    assert [counted(n, "update") for n in (0, 1, 2)] == ["0 updates", "1 update", "2 updates"]

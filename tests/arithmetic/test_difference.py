@@ -11,7 +11,6 @@ from torch import nn
 import paramlora
 from paramlora.arithmetic import between
 from paramlora.arithmetic.difference import Side
-from paramlora.arithmetic.products import nearest
 from paramlora.errors import AdapterError, FileError, ParamloraWarning
 from paramlora.formats import base_of
 from paramlora.update.value import Adapter, Update
@@ -309,14 +308,6 @@ def test_a_model_with_an_adapter_is_no_checkpoint():
 def test_what_has_no_difference_is_told(tuned, options, error, told):
     with pytest.raises(error, match=told):
         found(changed(), changed(**tuned), **options)
-
-
-def test_the_random_numbers_are_the_same_each_time():
-    matrix = torch.randn(300, 400)
-    torch.manual_seed(7)
-    first = nearest(matrix, 5)
-    torch.manual_seed(8)
-    assert torch.equal(first.left, nearest(matrix, 5).left)
 
 
 def test_a_merged_adapter_of_full_rank_is_found_too():

@@ -12,7 +12,7 @@ from paramlora.files.adapters import read_adapter, write_adapter
 from paramlora.formats import base_of
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, KindUpdate
-from tests.cli.test_cli import run
+from tests.cli.running import run
 
 
 def net():

@@ -22,7 +22,7 @@ from paramlora.files.adapters import load_adapter, write_adapter
 from paramlora.files.native import read_native, write_native
 from paramlora.model.attach import lowranks
 from paramlora.update.value import Adapter, Update
-from tests.cli.test_cli import run
+from tests.cli.running import run
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ pytest.importorskip("typer")
 
 import paramlora
 from paramlora.cli.commands import app
-from tests.cli.test_cli import run
+from tests.cli.running import run
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
 THERE = "Give the path of a file that is there."

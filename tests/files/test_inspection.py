@@ -3,8 +3,13 @@
 import json
 import math
 
+import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
+
+pytest.importorskip("typer")
+
 
 import paramlora
 from paramlora import formats
@@ -47,3 +52,14 @@ def test_a_native_file_is_inspected_too(tmp_path):
     weight = foreign.model().linear.weight
     delta = paramlora.load_adapter(foreign.model(), path).linear.weight - weight
     assert abs(found.rows[0].norm - delta.norm().item()) < 1e-9
+
+
+def test_a_damaged_whole_tensor_is_flagged(folder):
+    with safetensors.safe_open("a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = safetensors.torch.load_file("a.safetensors")
+    state["1.lora_whole"][0] = torch.nan
+    safetensors.torch.save_file(state, "a.safetensors", metadata)
+    found = inspect("a.safetensors")
+    assert {row.path: row.flag for row in found.rows}["1"] == "not finite"
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["flagged"] == 2

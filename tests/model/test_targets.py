@@ -1,11 +1,14 @@
-"""What is said where a configuration does not fit: everything that is wrong, and what there is."""
+"""Which tensors an entry means, and what is said where it does not fit: everything that is wrong,
+and what there is."""
+
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import paramlora
-from paramlora import ConfigError, TargetError
+from paramlora import ConfigError, ParamloraWarning, TargetError, targets
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,3 +130,47 @@ def test_a_pattern_that_finds_only_what_cannot_be_adapted_says_why(name):
         paramlora.attach(model, {name: {"r": 1}})
     start = f'"{name}" matches deep.layer.weight, of type torch.int8: a hard update needs one of '
     assert str(told.value).startswith(start)
+
+
+def block():
+    return nn.ModuleDict({n: nn.Linear(4, 4) for n in ("to_q", "not_to_q")})
+
+
+def test_names_match_whole_components():
+    model = nn.ModuleDict({"attn1": block(), "attn2": block()})
+    paths = [t.path for t in targets(model, {"to_q": {"r": 1}})]
+    assert paths == ["attn1.to_q", "attn2.to_q"]
+    both = {"to_q": {"r": 1}, "attn1.to_q": {"r": 2}}
+    assert [t.entry.r for t in targets(model, both)] == [2, 1]
+
+
+def test_empty_containers_and_claims():
+    model = nn.ModuleDict({"attn1": block()})
+    with pytest.raises(TargetError, match=r'"to_qq" matches nothing. Closest: "to_q" \(1 lay'):
+        targets(model, {"to_qq": {"r": 1}})
+    with pytest.warns(ParamloraWarning, match='"to_vv" matches nothing'):
+        targets(model, {"to_q": {"r": 1}, "to_vv": {"r": 1}})
+    with pytest.raises(TargetError, match="attn1, a ModuleDict"):
+        targets(model, {"attn1": {"r": 1}})
+    with pytest.raises(TargetError, match="claim it equally"):
+        targets(model, {"attn1.to_q": {"r": 1}, "*.to_q": {"r": 1}})
+
+
+def test_matching_grows_with_the_model_not_with_its_square(monkeypatch):
+    """An entry for every layer, as a loaded file has: each pattern meets few paths."""
+    from paramlora import targets as module
+
+    calls = []
+    original = sys.modules["paramlora.model.targets"].fits
+    monkeypatch.setattr(
+        sys.modules["paramlora.model.targets"], "fits", lambda *a: calls.append(a) or original(*a)
+    )
+    assert module is targets
+    model = nn.ModuleDict({f"layer{i}": block() for i in range(50)})
+    config = {f"layer{i}.to_q": {"r": 1} for i in range(50)}
+    assert len(targets(model, config)) == 50
+    assert len(calls) <= 50 * 50 * 2  # candidates share their last component
+    calls.clear()
+    named = nn.ModuleDict({f"a{i}": nn.Linear(4, 4) for i in range(50)})
+    assert len(targets(named, {f"a{i}": {"r": 1} for i in range(50)})) == 50
+    assert len(calls) <= 50 * 2
