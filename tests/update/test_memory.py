@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from paramlora.update import memory
 from paramlora.update.memory import all_finite, moved, runs_of
 from tests.files import resident
 from tests.update.test_outline import COLUMNS, MOST, ROWS
@@ -80,3 +81,11 @@ def test_one_number_shown_everywhere_is_looked_at_without_a_copy(bad):
     before = resident.peak()
     assert all_finite([wide, torch.ones(2)]) == math.isfinite(bad)
     assert resident.peak() - before < MOST
+
+
+def test_the_largest_of_many_tensors():
+    held = [torch.tensor([1.0, -5.0]), torch.tensor([2.0]).bfloat16(), torch.empty(0)]
+    assert memory.largest([*held, torch.tensor([9])]) == 5.0
+    assert memory.largest([]) == 0.0
+    assert memory.largest([*held, torch.tensor([float("nan")])]) is None
+    assert memory.largest([torch.ones(2, dtype=torch.complex64)]) == float("inf")
