@@ -1,5 +1,5 @@
 """Whether the kernels compute: by the device, and by the switch. The kernels themselves need CUDA
-(`test_kernels`, and the last tests here)."""
+(`linear/test_plan`, and the last tests here)."""
 
 import os
 import subprocess
