@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 import paramlora
 from paramlora import AdapterError
+from tests.model.rows import ROWS, adapted, check, images, trained
 from tests.model.test_experts import IMPLEMENTATIONS, Config, built
-from tests.model.test_route import ROWS, adapted, check, images, trained
 
 FAMILIES = {
     "qwen3_moe": "Qwen3MoeExperts",

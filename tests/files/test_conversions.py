@@ -2,7 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,7 +18,8 @@ from torch import nn
 import paramlora
 from paramlora import Adapter, FileError, ParamloraWarning, Update, adapter_of, checkpoint, files
 from paramlora.files.checkpoint import Stored
-from paramlora.files.native import read_native
+from paramlora.files.native import read_native, write_native
+from paramlora.files.safetensors import Spec, write_safetensors
 from paramlora.model.attach import lowranks
 from tests.files.fuzzed import LINEAR, indexed
 from tests.files.written import untouched
@@ -453,3 +458,40 @@ def test_embedding_what_the_factors_type_cannot_hold_is_refused(tmp_path):
             told = pytest.raises(paramlora.AdapterError, match=r"a\.lora_(B|scale): not finite in")
             with untouched(tmp_path), told:
                 embed(Adapter({"a": update}))
+
+
+# prints the peak over the start, in MiB
+MERGE = """
+import sys
+from pathlib import Path
+from paramlora import files
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) // 1024
+
+start = resident("VmRSS")
+files.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], force=True)
+print(resident("VmHWM") - start)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_the_peak_does_not_grow_with_the_file(tmp_path):
+    peaks = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        for rows in (8_000, 40_000):
+            base, adapter, out = (Path(name) / f"{n}.safetensors" for n in ("base", "a", "out"))
+            specs = {f"{n}.weight": Spec(torch.bfloat16, (rows, 2048)) for n in ("one", "two")}
+            pieces = [memoryview(bytes(range(256)) * 16)] * rows  # each one row
+            with open(base, "wb") as file:
+                write_safetensors(file, specs, {}, lambda key, pieces=pieces: pieces)
+            update = Update(torch.ones(4, 2048), torch.ones(rows, 4), shape=(rows, 2048))
+            write_native(Adapter({"one": update}), adapter)
+            command = [sys.executable, "-c", MERGE, base, adapter, out]
+            told = subprocess.run(command, capture_output=True, text=True)
+            assert told.returncode == 0, told.stderr
+            peaks.append(int(told.stdout))
+            assert out.stat().st_size == base.stat().st_size
+    assert specs["one.weight"].nbytes >> 20 == 156
+    assert max(peaks) < 64, peaks

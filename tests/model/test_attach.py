@@ -1,15 +1,23 @@
-"""What cannot be adapted, switched or loaded is refused in one clear sentence; nothing changes."""
+"""Attaching and switching: what cannot be is refused in one clear sentence, and nothing changes."""
 
+import copy
+import itertools
 import math
 import re
+import sys
 import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora import ParamloraError, ParamloraWarning, attach, summary
+from paramlora.model.attach import lowranks, updates
+from tests.config.generated import FLAGS, NEARLY
 
 
 def picture(model):
@@ -241,3 +249,169 @@ def test_reading_and_writing_an_adapter_that_is_not_there(tmp_path):
         ):
             call()
     assert not path.exists()
+
+
+FEWER = settings(max_examples=40, deadline=None, database=None)
+
+
+# errors leave nothing behind
+def fingerprint(model):
+    """Identities, so that an equal copy of something counts as a change."""
+    return [
+        (
+            path,
+            id(module),
+            type(module),
+            module.training,
+            list(module._modules),
+            [(n, id(p), getattr(p, "requires_grad", None)) for n, p in module._parameters.items()],
+            [(p.data_ptr(), p.tolist()) for p in module._parameters.values() if p is not None],
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+            sorted(module.__dict__),
+        )
+        for path, module in model.named_modules()
+    ]
+
+
+def mixed():
+    model = nn.ModuleDict(
+        {
+            "to_q": nn.Linear(3, 2),
+            "conv": nn.Conv2d(3, 4, 3),
+            "norm": nn.LayerNorm(3),
+            "table": nn.Embedding(5, 3),
+            "block": nn.ModuleDict({"to_q": nn.Linear(3, 3), "attn": nn.MultiheadAttention(4, 2)}),
+            "lstm": nn.LSTM(3, 2),
+        }
+    )
+    model["conv"].bias.requires_grad_(False)
+    return model
+
+
+MIXED_NAMES = st.sampled_from(
+    "to_q block.to_q *.to_q conv norm table block attn out_proj in_proj_weight lstm "
+    "weight_ih_l0 weight bias nothing re:.* re:block.*".split()
+)
+MIXED_ENTRIES = NEARLY | st.fixed_dictionaries(
+    {"r": st.integers(1, 5)},
+    optional={"hard": FLAGS, "up_kernel": st.sampled_from([1, "same"]), "scale": st.just(2)},
+)
+
+
+@pytest.mark.parametrize("attached", (False, True))
+@FEWER
+@given(st.dictionaries(MIXED_NAMES, MIXED_ENTRIES, min_size=1, max_size=3), st.booleans())
+def test_an_error_leaves_the_model_as_it_was(attached, config, strict):
+    model = mixed()
+    if attached:
+        attach(model, {"to_q": {"r": 1}, "conv": {"r": 1, "hard": 0}}, adapter="first")
+    before = fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParamloraWarning)
+        try:
+            attach(model, config, strict=strict)
+        except ParamloraError:
+            assert fingerprint(model) == before
+        else:
+            assert fingerprint(model) != before
+
+
+class Interrupted:
+    """Ctrl-C at the n-th line that Python runs inside some functions of the package."""
+
+    def __init__(self, at, names):
+        self.left, self.names = at, names
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_name not in self.names or "paramlora" not in frame.f_code.co_filename:
+            return None
+        return self.line
+
+    def line(self, frame, event, _):
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self.line
+
+
+def interrupt(at, names, call):
+    """Whether `call` was interrupted."""
+    tracer = sys.gettrace()
+    sys.settrace(Interrupted(at, names))
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+@pytest.mark.parametrize("attached", (False, True))
+def test_ctrl_c_at_any_line_of_attaching_leaves_the_model_as_it_was(attached):
+    config = {n: {"r": 1} for n in ("to_q", "table", "out_proj", "in_proj_weight", "*.to_q")}
+    config |= {"weight_ih_l0": {"r": 1}, "conv": {"r": 1, "hard": 0}}
+    model = mixed()
+    parametrizations.weight_norm(model["block"]["to_q"])
+    if attached:
+        attach(model, {"to_q": {"r": 1}, "conv": {"r": 1, "hard": 0}}, adapter="first")
+    before, lines = fingerprint(model), 0
+    inside = {"_register", "_former", "shared", "add_branch", "attach"}
+    whole = summary(attach(copy.deepcopy(model), config)).rows
+    while interrupt(lines, inside, lambda: attach(model, config)):
+        if fingerprint(model) != before:  # the last line, `return model`: all is there
+            assert [row.path for row in summary(model).rows] == [row.path for row in whole]
+            break
+        lines += 1
+    assert lines > 50
+    attach(model, {"re:.*(to_q|conv)": {"r": 1}}, adapter="after")
+    assert torch.is_tensor(model["to_q"](torch.ones(1, 3)))
+
+
+ROWS = [["a", None], ["b", "a"]]  # of two blocks of route
+
+
+def made():
+    """A layer with two adapters, and by adapter what each row gives, formed here."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    for name in "ab":
+        paramlora.attach(layer, {"weight": {"r": 2}}, name)
+    held = {update.adapter: update for _, _, update in updates(layer)}
+    with torch.no_grad():
+        for update in held.values():
+            update.lora_B.normal_()
+    base, x = layer.parametrizations.weight.original, torch.randn(2, 4).double()
+    delta = {n: u.lora_scale * u.lora_B @ u.lora_A for n, u in held.items()}
+    weight = {None: base, "a": base + delta["a"], "b": base + delta["b"], "both": base}
+    weight["both"] = base + delta["a"] + delta["b"]
+    found = {n: nn.functional.linear(x, w, layer.bias).detach() for n, w in weight.items()}
+    return layer, x, found
+
+
+def wanted(found, opened):
+    """Nothing acts in a block of disable_adapters, else the rows of the last block of route."""
+    if "off" in opened:
+        return found[None]
+    rows = ["both"] * 2 if not opened else ROWS[opened[-1]]
+    return torch.stack([found[name][at] for at, name in enumerate(rows)])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["off", 0, 1])))
+def test_blocks_are_left_in_any_order(order):
+    layer, x, found = made()
+    for leaving in itertools.permutations(order):
+        opened, blocks = [], {}
+        for name in order:
+            off = name == "off"
+            make = paramlora.disable_adapters(layer) if off else paramlora.route(layer, ROWS[name])
+            blocks[name] = make
+            make.__enter__()
+            opened.append(name)
+        for name in leaving:
+            torch.testing.assert_close(layer(x), wanted(found, opened), rtol=1e-12, atol=1e-12)
+            blocks[name].__exit__(None, None, None)
+            opened.remove(name)
+        torch.testing.assert_close(layer(x), found["both"], rtol=1e-12, atol=1e-12)

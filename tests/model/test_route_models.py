@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import paramlora
-from tests.model.test_route import ROWS, adapted, one_row
+from tests.model.rows import ROWS, adapted, one_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 

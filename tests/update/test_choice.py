@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import paramlora
-from tests.model.test_route import ROWS, adapted, check, images
+from tests.model.rows import ROWS, adapted, check, images
 
 
 class Mlp(nn.Module):

@@ -1,16 +1,16 @@
-"""The 16-bit CUDA kernels: every way to divide the work, against float64 and against each other."""
+"""The kernels of a linear layer: every way to divide the work, against float64 and against each
+other."""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from paramlora.cuda import operands as served
 from paramlora.cuda.operands import Drop, Operands
 from paramlora.evaluate import functional
 from paramlora.evaluate.convolution import convolution
 from paramlora.evaluate.dropout import Drops, masked
 from tests.cuda.graphs import recorded
-from tests.evaluate.test_functional import dense, gradients, tensors
+from tests.evaluate.layers import dense, gradients, tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,6 @@ pytestmark = [
 ]
 fused = pytest.importorskip("paramlora.cuda.linear.plan", reason="needs Triton")
 launch = pytest.importorskip("paramlora.cuda.launch", reason="needs Triton")
-joining = pytest.importorskip("paramlora.cuda.convolution.plan", reason="needs Triton")
 WANTED = (0, 2, 3, 4, 5)
 SMALL = [  # the thin product in the same grid
     (8192, 512, 1024, 16), (1000, 317, 211, 5), (129, 40, 24, 3), (1, 64, 64, 1), (1, 1, 1, 1),
@@ -314,153 +313,6 @@ def test_a_convolution_of_kernel_1_keeps_a_small_update():
     update = torch.nn.functional.conv2d(x.double(), (b @ a).double()[..., None, None])
     kept = ((y.double() - base) * update).sum() / update.square().sum()
     assert 0.99 < kept < 1.01, kept
-
-
-CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dilation; served
-    ((8, 64, 64), (320, 320, 3, 3), 8, 1, 1, 1, True),
-    ((2, 8, 8), (640, 320, 3, 3), 32, 2, 1, 1, True),
-    ((2, 17, 9), (20, 33, 3, 3), 4, 1, 2, 2, True),
-    ((3, 12, 11), (8, 16, 3, 1), 9, (2, 3), (1, 0), 1, True),
-    ((2, 8, 8), (7, 300, 2, 2), 64, 2, 0, 1, True),
-    ((2, 6, 7), (9, 16, 3, 3), 16, 1, 1, 1, True),  # no channel is left for the bias
-    ((3, 40), (7, 4, 5), 3, 2, 2, 1, True),
-    ((2, 5, 6, 4), (6, 5, 2, 3, 4), 2, 1, (0, 1, 1), 1, True),
-    ((2, 9, 9), (20, 33, 3, 3), 4, 1, 2, 1, False),  # a middle that meets the padding
-    ((2, 9, 9), (20, 33, 3, 3), 100, 1, 1, 1, False),  # a wide rank
-]
-
-
-DEPTHWISE = [  # input's batch and sizes, weight, rank, stride, padding, dilation
-    ((8, 64, 64), (320, 1, 3, 3), 8, 1, 1, 1),
-    ((2, 17, 9), (20, 1, 3, 3), 4, 1, (4, 0), 2),
-    ((3, 12, 11), (8, 1, 3, 1), 9, (2, 3), (1, 0), 1),
-    ((2, 56, 56), (96, 1, 7, 7), 64, 1, 3, 1),
-    ((2, 8, 8), (7, 1, 2, 2), 40, 2, 0, 3),
-    ((2, 1500), (64, 1, 4), 3, 1, 3, 1),
-    ((2, 40), (9, 1, 31), 8, 3, 15, 1),
-    ((2, 5, 6, 4), (6, 1, 2, 3, 4), 2, 1, (0, 1, 1), 1),
-]
-
-
-@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_a_convolution_and_its_gradients(case, dtype, formats):
-    """In every memory format of x, the weight and dy, which may also be expanded."""
-    *case, taken = case
-    leaves, where, seed = convolved(*case, dtype, formats)
-    assert (joining.forward(served.Operands(*leaves), where) is not None) == taken
-    compare_convolutions(leaves, where, seed, 1, taken)
-
-
-@pytest.mark.parametrize("formats", ("", "x", "w", "y", "xwy", "e"), ids="last:{}".format)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
-def test_a_convolution_of_single_channels_and_its_gradients(case, dtype, formats):
-    leaves, where, seed = convolved(*case, dtype, formats)
-    channels = len(leaves[1])
-    assert served.is_depthwise(served.Operands(*leaves), where, channels)
-    compare_convolutions(leaves, where, seed, channels, True)
-
-
-def convolved(sizes, shape, r, stride, padding, dilation, dtype, formats):
-    """x, the weight, a bias, both factors and a scale; stride, padding and dilation; what gives an
-    output its gradient."""
-    (batch, *sizes), (out, inner, *kernel) = sizes, shape
-    n, last = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
-    if n == 1 and {*formats} & {*"xwy"}:
-        pytest.skip("a signal has no such format")
-    torch.manual_seed(0)
-    where = tuple(v if isinstance(v, tuple) else (v,) * n for v in (stride, padding, dilation))
-    fan_in = inner * torch.Size(kernel).numel()
-
-    def random(*shape):
-        return torch.randn(*shape, device="cuda")
-
-    x = random(batch, out if inner == 1 else inner, *sizes)
-    weight = random(out, inner, *kernel) / fan_in**0.5
-    x, weight = (
-        t.to(dtype, memory_format=last[n] if f in formats else torch.contiguous_format)
-        for t, f in ((x, "x"), (weight, "w"))
-    )
-    bias, a, b = random(out).to(dtype), random(r, fan_in) / fan_in**0.5, random(r, out).t() / r**0.5
-    leaves = [t.requires_grad_() for t in (x, weight, bias, a, b, torch.tensor(0.7, device="cuda"))]
-
-    def seed(y):
-        dy = torch.randn_like(y)
-        dy = dy.to(memory_format=last[n]) if "y" in formats else dy
-        return dy[:, :1].expand_as(dy) if "e" in formats else dy
-
-    return leaves, where, seed
-
-
-def compare_convolutions(leaves, where, seed, groups, one_rounding):
-    y = convolution(*leaves, *where, groups)
-    dy, eps = seed(y), torch.finfo(y.dtype).eps
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(wide[1].shape)
-    conv = getattr(torch.nn.functional, f"conv{y.dim() - 2}d")
-    want_y = conv(wide[0], total, wide[2], *where, groups)
-    want = torch.autograd.grad(want_y, wide, dy.double())
-    assert (y.double() - want_y).norm() <= (eps if one_rounding else 2 * eps) * want_y.norm()
-    for subset in (range(6), (0, 3, 4), (3, 4), (0,), (4,)):
-        some = [leaves[i] for i in subset]
-        for i, mine in zip(subset, torch.autograd.grad(y, some, dy, retain_graph=True)):
-            assert mine.dtype == leaves[i].dtype
-            # the scale's is one sum, of terms that cancel
-            size = want[i].norm() if i < 5 else want[4].norm() * wide[4].norm() / wide[5]
-            assert (mine.double() - want[i]).norm() <= 2 * eps * size, (subset, i)
-
-
-@pytest.mark.parametrize("inner", (320, 1))
-def test_a_convolution_keeps_a_small_update(inner):
-    torch.manual_seed(0)
-    weight = torch.randn(320, inner, 3, 3, device="cuda", dtype=torch.bfloat16) / 3 / inner**0.5
-    a, b = torch.randn(8, 9 * inner, device="cuda"), torch.randn(320, 8, device="cuda")
-    groups = 320 // inner
-    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
-    x = torch.randn(8, 320, 32, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    one, where = torch.ones((), device="cuda"), ((1, 1), (1, 1), (1, 1))
-    y = convolution(x, weight, None, a, b, one, *where, groups)
-    dy = torch.randn_like(y)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    delta, wide = (b @ a).double().reshape(weight.shape), x.detach().double().requires_grad_()
-    for mine, of in (
-        (y, lambda t: t),
-        (dx, lambda t: torch.autograd.grad(t, wide, dy.double())[0]),
-    ):
-        base, update = (
-            of(torch.nn.functional.conv2d(wide, w, None, *where, groups)).detach()
-            for w in (weight.double(), delta)
-        )
-        kept = ((mine.double() - base) * update).sum() / update.square().sum()
-        assert 0.98 < kept < 1.02, kept
-
-
-def test_a_captured_convolution_is_the_eager_one():
-    torch.manual_seed(0)
-    x = torch.randn(2, 64, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 24
-    a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((8, 576), (64, 8)))
-    scale, dy = torch.ones((), device="cuda"), torch.randn_like(x)
-
-    def step():
-        y = convolution(x, weight, None, a, b, scale, (1, 1), (1, 1), (1, 1), 1)
-        return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            eager = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        graph.replay()
-        for one, two in zip(eager, captured):
-            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("kernel", ((), (1, 1), (3, 3)), ids=str)
