@@ -3,6 +3,7 @@
 import gc
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -20,21 +21,27 @@ for name in ("lightning", "transformers"):
         collect_ignore.append(f"paramlora/integrations/{name}.py")
 # the longest, which are begun first, so that two workers end together; those whose tests share what
 # takes long before those that can be divided
+TESTS = Path(__file__).parent / "tests"
 LONG = [
-    "interpreted",
-    "native",
-    "bounds",
-    "examples",
-    "compiled",
-    "routed_kernels",
-    "experts_kernels",
+    "cuda/test_interpreted",
+    "cuda/linear/test_native",
+    "files/test_bounds",
+    "test_examples",
+    "cuda/test_compiled",
+    "cuda/routed/test_plan",
+    "cuda/experts/test_plan",
+    "test_benchmark_runs",
+    "files/test_atomic",
+    "model/test_distributed",
+    "model/test_experts_sharded",
+    "model/test_compile",
+    "model/test_stops",
 ]
-LONG += ["benchmark_runs", "atomic", "distributed", "experts_sharded", "compile", "stops"]
 
 
 def pytest_collection_modifyitems(items):
-    order = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    order = {TESTS / f"{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,3 +13,14 @@ def one_seed():
 def needs_its_device(request, one_seed):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """The mesh of a group of one process, in which a tensor can be sharded."""
+    import torch.distributed as dist  # takes a second
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/x", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

@@ -101,8 +101,6 @@ def image():
 
 
 # functional transforms, export, compilation
-
-
 def test_functional_call_takes_the_factors():
     model, plain = adapted(conv_net(), "0", "3")
     other = copy.deepcopy(model)
@@ -178,8 +176,6 @@ def test_checkpointing_keeps_the_gradients(entry):
 
 
 # torch's removal, pickling, copies
-
-
 def test_torchs_removal_on_every_layer_equals_merge():
     model, plain = adapted(conv_net(), "0", "3")
     removed = copy.deepcopy(model)
@@ -263,8 +259,6 @@ def test_training_a_deep_copy_leaves_the_original(hard):
 
 
 # layers
-
-
 class Reader(nn.Module):
     """Reads a weight without calling its layer."""
 
@@ -374,8 +368,6 @@ def test_embedding_with_max_norm_bounds_the_rows_and_keeps_the_base():
 
 
 # training, switching, types
-
-
 def test_a_trainable_model_trains_its_base_too():
     plain = conv_net().double()
     model = copy.deepcopy(plain)
@@ -461,40 +453,6 @@ def test_a_16_bit_merge_is_the_float32_sum_rounded(dtype):
     assert torch.equal(whole, (base.float() + 0.5 * b @ a).to(dtype))
     exact = (base.double() + 0.5 * b.double() @ a.double()).to(dtype)
     assert (whole != exact).double().mean() < 0.01
-
-
-# the package
-
-
-def test_exported_names_exist_once():
-    assert len(set(paramlora.__all__)) == len(paramlora.__all__)
-    assert all(getattr(paramlora, name, None) is not None for name in paramlora.__all__)
-
-
-IMPORT = """
-import sys
-import torch
-before = set(sys.modules)
-import paramlora
-assert not [name for name in sys.modules if name.startswith("paramlora.model")]
-paramlora.attach
-print("\\n".join(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
-print(*(name for name in sys.modules if name.startswith("paramlora.")), sep="\\n")
-"""
-
-
-def test_importing_brings_in_no_heavy_library():
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True
-    )
-    added = set(done.stdout.split())
-    assert {"paramlora", "paramlora.model.attach"} <= added
-    later = (
-        "formats interchange checkpoint native launch tiles fused joined kernels cli demo".split()
-    )
-    assert not added & {f"paramlora.{name}" for name in later}
-    heavy = "typer rich matplotlib sklearn scipy pandas transformers diffusers peft tensorflow"
-    assert not added & set(heavy.split())
 
 
 def test_a_whole_round_raises_no_warning():
