@@ -1,4 +1,5 @@
-"""What a stranger is told: what is wrong, with its value and place, and the way out of it."""
+"""A sweep of what a stranger is told by the commands: what is wrong, with its value and place, and
+the way out of it."""
 
 import json
 import os

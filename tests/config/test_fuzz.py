@@ -1,4 +1,5 @@
-"""Any JSON is a configuration or one sentence that says why not, also where it meets a model."""
+"""A sweep of any JSON: it is a configuration or one sentence that says why not, also where it meets
+a model."""
 
 import json
 import warnings

@@ -1,4 +1,5 @@
-"""Names, scales and indices made to harm: read or refused, soon, and nothing written elsewhere."""
+"""A sweep of names, scales and indices made to harm: read or refused, soon, and nothing written
+elsewhere."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The recipes of docs/checkpoints.md, run in their order."""
+"""A sweep of the recipes of docs/checkpoints.md, run in their order."""
 
 import re
 import warnings

@@ -1,4 +1,5 @@
-"""DoRA in the files of peft, LyCORIS and diffusers: read from theirs, and read by them."""
+"""A sweep of DoRA in the files of peft, LyCORIS and diffusers: read from theirs, and read by
+them."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""Files that no tool wrote: an error that says so, never another one, never much memory."""
+"""A sweep of files that no tool wrote: an error that says so, never another one, never much
+memory."""
 
 import warnings
 

@@ -1,4 +1,5 @@
-"""Files as tools write them: onto a model here, and through diffusers' pipeline and fuse_lora."""
+"""A sweep of files as tools write them: onto a model here, and through diffusers' pipeline and
+fuse_lora."""
 
 import copy
 import inspect

@@ -1,4 +1,5 @@
-"""What stops a resize or a tie of a model of transformers leaves it as before it or as after it."""
+"""A sweep of every line: what stops a resize or a tie of a model of transformers leaves it as
+before it or as after it."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""What changes between a forward and its backward, beside a dense model of torch's own in which the
-same changes: in checkpoints of either kind inside of one another, and compiled.
+"""A sweep of what changes between a forward and its backward, beside a dense model of torch's own
+in which the same changes: in checkpoints of either kind inside of one another, and compiled.
 
 The reference holds the factors as parameters and computes ``W + s·B·A`` in each call. What has a
 state of its own, strengths and which adapters there are, has the gradient of the forward, whatever

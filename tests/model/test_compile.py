@@ -1,4 +1,4 @@
-"""torch.compile and export of whole models with every linear adapted."""
+"""A sweep of torch.compile and export of whole models with every linear adapted."""
 
 import copy
 import shutil

@@ -1,5 +1,5 @@
-"""Where a layer is called, and where its update is attached: each context gives, to the last bit,
-what the same call gives outside of it; under autocast, and in other types, what the dense
+"""A sweep of where a layer is called, and where its update is attached: each context gives, to the
+last bit, what the same call gives outside of it; under autocast, and in other types, what the dense
 definition in float64 gives, to the roundings of the type."""
 
 import copy

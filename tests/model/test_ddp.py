@@ -1,4 +1,4 @@
-"""Two processes under DDP train the same adapter as one process with the joint batch."""
+"""A sweep under DDP: two processes train the same adapter as one process with the joint batch."""
 
 import os
 from functools import partial

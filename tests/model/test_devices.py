@@ -1,5 +1,5 @@
-"""Training in 16 bits as it is done on a device: compiled, in CUDA graphs, checkpointed, exported,
-sharded. On CUDA the updates run in the kernels, which every test there counts."""
+"""A sweep of training in 16 bits as it is done on a device: compiled, in CUDA graphs, checkpointed,
+exported, sharded. On CUDA the updates run in the kernels, which every test there counts."""
 
 import copy
 import os

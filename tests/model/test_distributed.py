@@ -1,4 +1,5 @@
-"""Training over two processes (gloo) against one process, in float64 by the dense formula.
+"""A sweep of training over two processes (gloo) against one process, in float64 by the dense
+formula.
 
 The cases run in one pair of processes, because starting a pair takes longer than all of them.
 `test_two_gpus` runs them over NCCL.

@@ -1,4 +1,5 @@
-"""Experts under FSDP2 over two processes (gloo), against one process and the dense formula."""
+"""A sweep of experts under FSDP2 over two processes (gloo), against one process and the dense
+formula."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""An adapter that is detached or merged between a checkpointed forward and its backward, which
+"""A sweep of adapters detached or merged between a checkpointed forward and its backward, which
 computes the forward again: the gradients are those of the forward, or torch refuses, for every
 kind of layer and of update; never some of one state and some of the other.
 """

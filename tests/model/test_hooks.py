@@ -1,4 +1,5 @@
-"""Hooks on an adapted layer, and children of the process: each gives what it gives outside.
+"""A sweep of hooks on an adapted layer, and children of the process: each gives what it gives
+outside.
 
 The cases are those of `test_contexts`: every known layer, and layers that read their tensors.
 """

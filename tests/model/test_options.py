@@ -1,4 +1,4 @@
-"""The options of training: starts, dropout, types, and tensors trained whole."""
+"""A sweep of the options of training: dropout, types, and tensors trained whole."""
 
 import copy
 import json

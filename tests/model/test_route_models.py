@@ -1,4 +1,4 @@
-"""Whole models whose rows take different adapters, against each row by itself."""
+"""A sweep of whole models whose rows take different adapters, against each row by itself."""
 
 import copy
 

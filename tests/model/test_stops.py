@@ -1,4 +1,5 @@
-"""What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
+"""A sweep of every line: what stops an operation there leaves a model as before it or as after it,
+bit for bit."""
 
 import copy
 import json

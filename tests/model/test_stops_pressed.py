@@ -1,4 +1,4 @@
-"""Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
+"""A sweep of Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
 
 import _signal
 import contextlib

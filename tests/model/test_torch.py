@@ -1,4 +1,5 @@
-"""Torch's own machinery over an adapted model, against a dense reference written here."""
+"""A sweep of torch's own machinery over an adapted model, against a dense reference written
+here."""
 
 import copy
 import pickle

@@ -1,4 +1,5 @@
-"""On two CUDA devices: the cases of `test_distributed` over NCCL, and one model on both devices.
+"""A sweep on two CUDA devices: the cases of `test_distributed` over NCCL, and one model on both
+devices.
 
 Everything is float64 against the dense formula, as there; only the kernels' case is bfloat16.
 """

@@ -1,4 +1,4 @@
-"""A linear layer's step in C++ on a card, against Python's to the bit."""
+"""A sweep on a card of a linear layer's step in C++, against Python's to the bit."""
 
 import shutil
 

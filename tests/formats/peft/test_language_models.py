@@ -1,4 +1,4 @@
-"""PEFT's files of transformers' own language models, onto them and back into peft."""
+"""A sweep of transformers' own language models in PEFT's files, onto them and back into peft."""
 
 import copy
 import warnings
