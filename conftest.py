@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or libraries ask a hub for what lies here
 # a library in C++ that somebody has built: its own tests load it, and with 1 all tests run by it
 os.environ.setdefault("PARAMLORA_NATIVE", "0")
+pytest.register_assert_rewrite("tests")  # of what tests share, too
 collect_ignore = ["tests/cuda/interpreted.py"]
 collect_ignore_glob = [] if find_spec("triton") else ["paramlora/cuda/*/*.py"]
 if not find_spec("triton"):

@@ -7,7 +7,6 @@ from paramlora import ConfigError, FileError, ParamloraWarning
 from paramlora.errors import closest, counted, shown, spelled
 
 
-# messages
 def test_names_are_shown_escaped_and_shortened():
     text = shown("\x1b[31m\n\r\u202e\ud800" + "x" * 300_000 + " y" * 300_000)
     assert text.isprintable() and len(text) < 1000 and "\\x1b[31m\\n\\r" in text

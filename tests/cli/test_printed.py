@@ -79,6 +79,8 @@ def test_messages_name_ways_out_that_the_command_line_has(folder, capsys):
 
 
 # the same of the functions
+
+
 def test_loose_reading_leaves_out_whole_tensors_that_the_model_lacks(folder):
     plain = nn.Sequential(nn.Linear(4, 3))
     with pytest.raises(paramlora.ParamloraError, match=r'"1" matches nothing'):
@@ -111,6 +113,8 @@ def test_a_notebook_shows_a_table(folder):
 
 
 # outputs, streams and options
+
+
 @pytest.mark.parametrize("out", ["/", "..", ".", "", "a.safetensors/x", "\x00"])
 @pytest.mark.parametrize("command", [
     ("merge", "base.safetensors", "a.safetensors"), ("extract", "base.pt"),

@@ -9,7 +9,6 @@ from paramlora import ConfigError
 from paramlora.config.reading import open_regular, parse_json
 
 
-# files
 def test_json_is_parsed_as_python_does():
     assert parse_json('{"a": [1, {"b": "\\n"}]}') == {"a": [1, {"b": "\n"}]}
     with pytest.raises(ValueError, match='"a" stands twice'):

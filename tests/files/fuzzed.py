@@ -27,6 +27,7 @@ def indexed(folder):
 
 
 # what is made by chance, of parts that mean something; a hang ends with the alarm's error
+
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 FUZZ = settings(FUZZ, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MARK = struct.pack("<f", 1.5)

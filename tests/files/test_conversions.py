@@ -370,6 +370,7 @@ def test_the_room_for_files_beside_is_checked_first(tmp_path):
 
 
 # sums that their type cannot hold
+
 OVER = {  # the base's type: a base and an update whose sum is beyond it
     torch.float16: (6e4, 1e4),
     torch.bfloat16: (3e38, 1e38),

@@ -266,6 +266,8 @@ ENTRIES = {"hard": {"r": 2}, "soft": {"r": 2, "hard": 0}, "whole": {"whole": Tru
 
 
 # names
+
+
 def named(name, nested):
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)) if nested else nn.Linear(4, 3)
@@ -338,6 +340,8 @@ def test_files_of_the_first_release_are_read(name, tmp_path):
 
 
 # numbers
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("entry", "tensor"), [
     ({"r": 2}, "lora_A"), ({"r": 2}, "lora_B"), ({"r": 2, "trainable_scale": True}, "lora_scale"),

@@ -41,6 +41,5 @@ def snapshot(folder):
     }
 
 
-# places
 def saved(path):
     paramlora.save_adapter(filled(small(), {"0": {"r": 2}}), path)

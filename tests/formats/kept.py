@@ -14,6 +14,5 @@ def close(got, want):
     assert (got - want).abs().max() <= 1e-6 * want.abs().max() and want.abs().max() > 0
 
 
-# reading: dense products, the nearest of a rank, ranks above what a matrix holds
 def halves(*shape, size):
     return (size * torch.randn(*shape)).half()

@@ -217,6 +217,8 @@ def test_products_keep_their_kind():
 
 
 # the command line
+
+
 def test_the_command_line_writes_both(tmp_path, capsys):
     pytest.importorskip("typer")
     from paramlora.cli import main

@@ -11,7 +11,6 @@ from paramlora.formats import Content, Options, Slot
 from tests.formats.linears import BASE, adapter, read, same
 
 
-# what every reader does
 def test_every_tensor_is_accounted_for():
     content = formats.write(adapter(), "peft", BASE)
     extra = {**content.state, "base_model.model.head.modules_to_save.weight": torch.ones(2)}

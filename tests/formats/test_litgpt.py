@@ -8,7 +8,6 @@ from paramlora.formats import Content, Slot
 from paramlora.update.value import Adapter, Update
 
 
-# litgpt
 @pytest.mark.parametrize("on", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (1, 0, 0)])
 def test_the_fused_projection_of_litgpt(on):
     """Queries of 8 and keys and values of 4 rows, by the formula of its LoRAQKVLinear."""

@@ -15,6 +15,8 @@ diffusers = pytest.importorskip("diffusers")
 
 
 # reading back
+
+
 def one_layer(path, shape=(4, 6)):
     return Adapter({path: Update(torch.ones(1, 6), torch.ones(4, 1), 1.0, shape, kind="linear")})
 

@@ -10,7 +10,6 @@ from paramlora.formats import Content, Options, Slot
 from tests.formats.linears import LINEAR, adapter
 
 
-# loralib
 def test_what_loralib_writes_acts_here():
     loralib = pytest.importorskip("loralib")
     torch.manual_seed(0)

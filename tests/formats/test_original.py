@@ -10,7 +10,6 @@ from paramlora.formats import Content, Slot
 from tests.formats.linears import read, same
 
 
-# the original wrapper
 def test_the_original_linear_is_not_divided_by_r():
     a, b = torch.randn(2, 6), torch.randn(4, 2)
     state = {"block.a.lora_A": a, "block.a.lora_B": b, "block.a.lora_scale": torch.tensor(1.5)}

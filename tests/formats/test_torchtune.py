@@ -9,7 +9,6 @@ from paramlora.formats import Content
 from tests.formats.linears import adapter, read
 
 
-# torchtune and cloneofsimo
 def test_torchtune_by_its_formula():
     a, b = torch.randn(2, 6), torch.randn(4, 2)
     state = {"block.a.lora_a.weight": a, "block.a.lora_b.weight": b}

@@ -12,7 +12,6 @@ from paramlora.errors import FileError
 from paramlora.update.value import Adapter, Update
 
 
-# vLLM
 def test_vllm_gets_one_rank_and_one_alpha(tmp_path):
     """Its formula: one ``lora_alpha / r`` for all, and names behind ``base_model.model.``."""
     torch.manual_seed(0)

@@ -255,6 +255,8 @@ FEWER = settings(max_examples=40, deadline=None, database=None)
 
 
 # errors leave nothing behind
+
+
 def fingerprint(model):
     """Identities, so that an equal copy of something counts as a change."""
     return [

@@ -10,7 +10,6 @@ from paramlora import ConfigError
 from paramlora.model.match import Names, Unbounded
 
 
-# patterns
 def test_two_thousand_patterns_on_as_many_names_are_what_python_matches():
     names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(500) for x in "qkvo"]
     plain = {re.escape(name): i for i, name in enumerate(names)}

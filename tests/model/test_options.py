@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_seed")
 
 
 # the configuration
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
@@ -60,6 +62,7 @@ def test_options_survive_json():
 
 
 # dropout
+
 DROPPED = {
     "linear": (lambda: nn.Linear(8, 6), lambda: torch.randn(50, 8)),
     "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: torch.randn(9, 4, 5, 5)),
@@ -139,6 +142,8 @@ def test_dropout_where_only_the_weight_is_known_is_refused(layer, entry):
 
 
 # types
+
+
 @pytest.mark.parametrize("hard", (1, 0))
 def test_narrow_factors_leave_a_wide_base_whole(hard):
     model = nn.Sequential(nn.Linear(8, 6))
@@ -175,6 +180,8 @@ def test_factors_are_float32_on_a_16_bit_base_unless_told(dtype, tmp_path):
 
 
 # tensors trained whole
+
+
 def classifier():
     return nn.ModuleDict(
         {

@@ -368,6 +368,8 @@ def test_a_copy_made_inside_acts_on_all_rows():
 
 
 # --- what is refused ------------------------------------------------------------------------------
+
+
 def test_refusals_of_what_was_asked():
     model = adapted(linears().double(), ["0", "2"])
     cases = {

@@ -184,6 +184,7 @@ def test_matching_grows_with_the_model_not_with_its_square(monkeypatch):
 
 
 # matching
+
 WORDS = st.sampled_from(["a", "b", "to_q", "not_to_q", "q", "0"])
 PATHS = st.lists(st.lists(WORDS, min_size=1, max_size=4), min_size=1, max_size=8)
 

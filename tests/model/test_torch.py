@@ -102,6 +102,8 @@ def image():
 
 
 # functional transforms, export, compilation
+
+
 def test_functional_call_takes_the_factors():
     model, plain = adapted(conv_net(), "0", "3")
     other = copy.deepcopy(model)
@@ -177,6 +179,8 @@ def test_checkpointing_keeps_the_gradients(entry):
 
 
 # torch's removal, pickling, copies
+
+
 def test_torchs_removal_on_every_layer_equals_merge():
     model, plain = adapted(conv_net(), "0", "3")
     removed = copy.deepcopy(model)
@@ -260,6 +264,8 @@ def test_training_a_deep_copy_leaves_the_original(hard):
 
 
 # layers
+
+
 class Reader(nn.Module):
     """Reads a weight without calling its layer."""
 
@@ -369,6 +375,8 @@ def test_embedding_with_max_norm_bounds_the_rows_and_keeps_the_base():
 
 
 # training, switching, types
+
+
 def test_a_trainable_model_trains_its_base_too():
     plain = conv_net().double()
     model = copy.deepcopy(plain)

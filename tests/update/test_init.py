@@ -16,7 +16,6 @@ from tests.update.weights import CLOSE, as_weight
 pytestmark = pytest.mark.usefixtures("one_seed")
 
 
-# starts
 def one(init, r=2, layer=None, **options):
     """A float64 model of one layer, its update, and the weight's matrix [out, in]."""
     model = nn.Sequential(layer or nn.Linear(8, 6)).double()
