@@ -24,3 +24,13 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/x", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with what the command line is run on."""
+    from tests.cli.running import fill  # which needs the command line's libraries
+
+    monkeypatch.chdir(tmp_path)
+    fill()
+    return tmp_path

@@ -14,7 +14,7 @@ pytest.importorskip("typer")
 
 import paramlora
 from paramlora import FileError
-from tests.cli.running import fill, net, run
+from tests.cli.running import net, run
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>"
@@ -54,13 +54,6 @@ OTHERS = {
     "numpy": (b"\x93NUMPY\x01\x00" + bytes(20), "an array of NumPy"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
 }
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fill()
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin"])
