@@ -12,10 +12,9 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import forked
-
 from benchmarks import report, sharded_llama, stable_diffusion
 from benchmarks.machine import commit
+from tests.model import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the other libraries' own advice
 ROOT = Path(__file__).parents[1]

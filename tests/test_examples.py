@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import paramlora
 from paramlora.model.attach import lowranks
+from tests.model import forked
 
 FOLDER = Path(__file__).parents[1] / "examples"
 DOCUMENT = (FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")
@@ -51,23 +51,6 @@ def test_example(name, tmp_path, monkeypatch):
     assert loss.get("loaded", loss["attached"]) == pytest.approx(loss["attached"], rel=1e-5)
     small = [*tmp_path.rglob("adapter*.safetensors"), *tmp_path.rglob("*.ckpt")]
     assert small
-
-
-def test_lightnings_checkpoint_holds_no_base(tmp_path):
-    pl = pytest.importorskip("lightning.pytorch")
-    example = load("lightning_module")
-    example.trainer(tmp_path, 1).fit(example.Regression(), example.data())
-    (path,) = tmp_path.glob("*.ckpt")
-    checkpoint = torch.load(path, weights_only=False)
-    assert checkpoint["state_dict"] == {} and checkpoint["optimizer_states"]
-    module = example.Regression()
-    assert set(checkpoint["paramlora"]) == set(paramlora.adapter_state_dict(module))
-    assert isinstance(module, pl.LightningModule)
-    other = example.Regression()
-    paramlora.detach(other)
-    paramlora.attach(other, {"re:net.0": {"r": 4}})
-    with pytest.raises(paramlora.FileError, match="does not fit Regression: .*unexpected: net.2"):
-        example.trainer(tmp_path / "b", 2).fit(other, example.data(), ckpt_path=path)
 
 
 # the packages that carry weights and data; how many are held out, of which docs/real_work.md takes

@@ -1,4 +1,4 @@
-"""Imports run one way, by folder, and a folder knows only what it may."""
+"""Imports run one way, by folder, a folder knows only what it may, and tests mirror the folders."""
 
 import ast
 import importlib
@@ -163,3 +163,34 @@ def test_only_the_command_line_needs_typer_and_rich():
 def test_tests_stand_where_the_package_has_its_folders():
     folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert folders <= set(ORDER)
+
+
+def has_code(path):
+    """Whether a file of the package defines a function or class; others only name or list."""
+    body = ast.parse((FOLDER / path).read_text(encoding="utf-8")).body
+    return any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in body)
+
+
+def file_of_tests(path):
+    """The file among the tests that is about a file of the package."""
+    if path.name == "kernels.py":  # a kernel is launched by plans alone, and compiled by this
+        return Path("cuda/test_compiled.py")
+    if path.parts[:2] == ("formats", "names"):  # a folder of tables is tested as one
+        return Path("formats/test_names.py")
+    if path.name == "__init__.py":  # a folder's own code stands under the folder's name
+        return path.with_name(f"test_{(path.parent.name or FOLDER.name)}.py")
+    return path.with_name(f"test_{path.name}")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if has_code(p)], ids=str)
+def test_a_modules_tests_are_where_its_name_says(path):
+    where = TESTS / file_of_tests(path)
+    assert where.is_file(), f"paramlora/{path} has no tests/{file_of_tests(path)}"
+    assert "def test_" in where.read_text(encoding="utf-8")
+
+
+def test_other_tests_in_folders_are_sweeps_and_say_so():
+    own = {TESTS / file_of_tests(path) for path in FILES if has_code(path)}
+    for path in set(TESTS.glob("*/**/test_*.py")) - own:
+        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert told.startswith("A sweep "), f"{path.name}: of which module? Else say what it sweeps"

@@ -11,31 +11,7 @@ import paramlora
 from paramlora.arithmetic import combine, resize
 from paramlora.errors import AdapterError, ParamloraWarning
 from paramlora.update.value import Adapter, KindUpdate, Update
-
-
-def update(r, seed, scale=0.7, shape=(12, 9), dtype=torch.float32, **more):
-    generator = torch.Generator().manual_seed(seed)
-    out, fan_in = shape[0], torch.Size(shape[1:]).numel()
-    a = torch.randn(r, fan_in, generator=generator).to(dtype)
-    b = torch.randn(out, r, generator=generator).to(dtype)
-    return Update(a, b, scale, shape, **more)
-
-
-def one(*args, path="q", **kwargs):
-    return Adapter({path: update(*args, **kwargs)})
-
-
-def exact(update):
-    """scale·B·A in float64, flat."""
-    return update.scale * (update.lora_B.double() @ update.lora_A.double())
-
-
-def total(*pairs, path="q"):
-    return sum(weight * exact(adapter.updates[path]) for adapter, weight in pairs)
-
-
-def far(found, expected):
-    return float((exact(found) - expected).norm() / expected.norm())
+from tests.arithmetic.sums import exact, far, one, total, update
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -88,30 +64,6 @@ def test_a_rank_above_the_matrix_is_not_had():
     assert found.r == 5 and far(found, total(*pairs)) < 1e-6
     net = nn.ModuleDict({"q": nn.Linear(7, 5)})
     paramlora.attach_adapter(net, Adapter({"q": found}))  # which refuses ranks above it
-
-
-def test_svd_is_the_nearest_of_its_rank():
-    pairs = [(one(4, 1), 1.0), (one(5, 2, 0.2), -0.5)]
-    done = combine(pairs, "svd", 3)
-    expected = total(*pairs)
-    u, s, v = torch.linalg.svd(expected)
-    nearest = u[:, :3] * s[:3] @ v[:3]
-    assert far(done.adapter.updates["q"], nearest) < 1e-6
-    assert done.errors["q"] == pytest.approx(float((expected - nearest).norm() / expected.norm()))
-    assert done.error == done.errors["q"]
-
-
-def test_svd_forms_no_dense_matrix():
-    """Of a matrix whose dense form would take 8 TB."""
-    a = torch.randn(2, 1 << 20)
-    b = torch.randn(1 << 20, 2)
-    huge = Adapter({"q": Update(a, b)})
-    found = combine([huge, (huge, 0.5)], "svd", 1).adapter.updates["q"]
-    core = (found.lora_B.mT.double() @ b.double()) @ (a.double() @ found.lora_A.mT.double())
-    values = torch.linalg.svdvals(
-        torch.linalg.qr(b.double())[1] @ torch.linalg.qr(a.double().mT)[1].mT
-    )
-    assert float(core) == pytest.approx(1.5 * float(values[0]) ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["exact", "svd"])

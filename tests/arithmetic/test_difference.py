@@ -11,32 +11,10 @@ from torch import nn
 import paramlora
 from paramlora.arithmetic import between
 from paramlora.arithmetic.difference import Side
-from paramlora.arithmetic.products import nearest
 from paramlora.errors import AdapterError, FileError, ParamloraWarning
 from paramlora.formats import base_of
 from paramlora.update.value import Adapter, Update
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1 = nn.Parameter(torch.randn(3, 20, 16) / 4)
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.ModuleDict(
-        {
-            "fc": nn.Linear(300, 200),
-            "conv": nn.Conv2d(8, 12, 3),
-            "one": nn.Conv1d(8, 12, 3),
-            "emb": nn.Embedding(50, 8),
-            "experts": Experts(),
-            "norm": nn.LayerNorm(8),
-            "same": nn.Linear(8, 8),
-        }
-    )
-
+from tests.arithmetic.layers import Tied, model
 
 CONFIG = {
     "fc": {"r": 4, "scale": 0.5},
@@ -183,18 +161,6 @@ def test_two_tensors_are_in_memory_at_a_time():
     assert most == 2
 
 
-class Tied(nn.Module):
-    """An embedding with its head, and two vectors that are one."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.wte, self.fc = nn.Embedding(30, 12), nn.Linear(12, 12)
-        self.norm, self.last = nn.LayerNorm(12), nn.LayerNorm(12)
-        self.lm_head = nn.Linear(12, 30, bias=False)
-        self.lm_head.weight, self.last.weight = self.wte.weight, self.norm.weight
-
-
 def stored(net, how, path):
     """A model's checkpoint as others have it: with both names of a tensor, or with one."""
     state = net.state_dict()
@@ -241,26 +207,6 @@ def test_tied_tensors_have_one_update(one, other, told, dtype, tmp_path):
         torch.testing.assert_close(tensor, want[key], rtol=1e-5, atol=1e-5)
 
 
-def test_what_began_as_one_tensor_and_is_two_has_two_updates():
-    net = Tied().state_dict()
-    tuned = {**net, "wte.weight": net["wte.weight"] + 1, "lm_head.weight": net["wte.weight"] + 2}
-    done = paramlora.difference(dict(net), tuned, 1)
-    one, other = (done.adapter.updates[name].delta() for name in ("wte", "lm_head"))
-    torch.testing.assert_close(one, torch.ones(30, 12))
-    torch.testing.assert_close(other, 2 * torch.ones(30, 12))
-
-
-@pytest.mark.parametrize("value", [torch.ones(12), torch.zeros(5, 5), torch.randn(5, 5)])
-def test_what_a_checkpoint_lacks_is_no_tie_where_it_only_starts_alike(value):
-    base = {"a": value.clone(), "b": value.clone() if value.unique().numel() < 9 else value + 1}
-    for first, second, name in (
-        (base, {"a": base["a"]}, "tuned"),
-        ({"a": base["a"]}, base, "base"),
-    ):
-        with pytest.raises(FileError, match=f"^{name}: lacks b of"):
-            paramlora.difference(first, second, 1)
-
-
 def test_one_name_excludes_what_it_names():
     base, tuned, _ = trained()
     assert "conv" not in found(base, tuned, 4, exclude="conv").adapter.updates
@@ -274,13 +220,6 @@ def test_the_rank_of_a_stack_is_that_of_its_matrices():
         assert found(base, tuned, 6).error < 1e-6
         with pytest.raises(AdapterError, match="12 is more than any layer holds; the most is 6"):
             found(base, tuned, 12)
-
-
-def test_a_model_with_an_adapter_is_no_checkpoint():
-    attached = paramlora.attach(model(), {"fc": {"r": 1}})
-    for tuned in (attached, attached.state_dict()):
-        with pytest.raises(FileError, match="^tuned: a model with an adapter attached. Take the"):
-            paramlora.difference(model(), tuned, 1)
 
 
 @pytest.mark.parametrize(
@@ -309,14 +248,6 @@ def test_a_model_with_an_adapter_is_no_checkpoint():
 def test_what_has_no_difference_is_told(tuned, options, error, told):
     with pytest.raises(error, match=told):
         found(changed(), changed(**tuned), **options)
-
-
-def test_the_random_numbers_are_the_same_each_time():
-    matrix = torch.randn(300, 400)
-    torch.manual_seed(7)
-    first = nearest(matrix, 5)
-    torch.manual_seed(8)
-    assert torch.equal(first.left, nearest(matrix, 5).left)
 
 
 def test_a_merged_adapter_of_full_rank_is_found_too():

@@ -1,99 +1,22 @@
 """Embed, extract and merge on state dicts: equal to the live model, and to W + scale·B·A."""
 
-import copy
-import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import paramlora
-from paramlora import Adapter, AdapterError, FileError, Update, adapter_of, attach, checkpoint
-from paramlora.model.attach import lowranks, updates
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1 = nn.Parameter(torch.randn(3, 5, 4))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wte, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.wte.weight
-
-
-def gpt2_layer():
-    return pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 6)
-
+from paramlora import AdapterError, adapter_of, attach, checkpoint
+from paramlora.model.attach import lowranks
+from tests.checkpoint.models import MODELS, Tied, equal, sorted_keys, trained
 
 SAME = {"r": 2, "hard": 0, "up_kernel": "same"}
-MODELS = {
-    "linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), {"0": {"r": 2}}),
-    "root": (lambda: nn.Linear(4, 3), {"weight": {"r": 2, "scale": 0.3}}),
-    "root soft": (lambda: nn.Linear(4, 3), {"weight": {"r": 2, "hard": 0}}),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), {"0": {"r": 3}}),
-    "soft conv": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3)), {"0": {"r": 3, "hard": 0}}),
-    "transposed conv": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), {"0": {"r": 3}}),
-    "square embedding": (lambda: nn.Sequential(nn.Embedding(5, 5)), {"0": {"r": 2}}),
-    "square gpt-2": (lambda: nn.Sequential(gpt2_layer()), {"0": {"r": 2}}),
-    "soft square gpt-2": (lambda: nn.Sequential(gpt2_layer()), {"0": {"r": 2, "hard": 0}}),
-    "attention": (
-        lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}),
-        {"attn.in_proj_weight": {"r": 2}, "out_proj": {"r": 1, "scale": -2}},
-    ),
-    "lstm": (
-        lambda: nn.ModuleDict({"rnn": nn.LSTM(3, 4)}),
-        {"weight_ih_l0": {"r": 2}, "weight_hh_l0": {"r": 1, "trainable_scale": 1}},
-    ),
-    "experts": (lambda: nn.ModuleDict({"mlp": Experts()}), {"w1": {"r": 2}}),
-    "tied": (Tied, {r"re:wte|head": {"r": 2}}),
-    "whole": (
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 3)),
-        {"0": {"whole": 1}, "1": {"whole": 1}, "2": {"r": 1}},
-    ),
-    "whole and tied": (Tied, {r"re:(wte|head).weight": {"whole": 1}}),
-    "started from the weight": (
-        lambda: nn.Sequential(nn.Linear(6, 6), nn.ConvTranspose2d(4, 4, 1)),
-        {"0": {"r": 2, "init": "pissa"}, "1": {"r": 1, "init": "olora"}},
-    ),
-    "narrow factors": (
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)),
-        {"0": {"r": 2, "scale": 0.3, "adapter_dtype": "bfloat16"}, "1": {"r": 1, "dropout": 0.1}},
-    ),
-    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), {"0": {"r": 1}}),
-}
-
-
-def trained(build, config, dtype=torch.float32, adapter="default"):
-    """(base state dict, attached model), with every factor random."""
-    torch.manual_seed(0)
-    model = build().to(dtype)
-    base = copy.deepcopy(model).state_dict()
-    attach(model, config, adapter)
-    for _, _, update in updates(model):
-        nn.init.normal_(update.lora_whole if hasattr(update, "lora_whole") else update.lora_B)
-    return base, model
-
-
-def equal(one, other):
-    assert list(one) == list(other)
-    for key in one:
-        assert one[key].dtype == other[key].dtype, key
-        assert torch.equal(one[key], other[key]), key
 
 
 def unchanged(state):
     before = {key: value.clone() for key, value in state.items()}
     return lambda: equal(before, state)
-
-
-def sorted_keys(state):
-    return {key: state[key] for key in sorted(state)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -197,75 +120,6 @@ def test_two_kernels_embed_and_extract_but_do_not_merge():
                 checkpoint.merge(*arguments)
 
 
-@pytest.mark.parametrize("rule", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_under_another_parametrization(rule):
-    base, model = trained(lambda: nn.Sequential(rule(nn.Linear(4, 3))), {"0": {"r": 1}})
-    embedded = checkpoint.embed(base, adapter_of(model))
-    equal(sorted_keys(embedded), sorted_keys(model.state_dict()))
-    assert checkpoint.extract(embedded).updates["0"].r == 1
-    for arguments in ((embedded,), (base, adapter_of(model))):
-        with pytest.raises(AdapterError, match="0: its weight is under another parametrization"):
-            checkpoint.merge(*arguments)
-
-
-def test_a_state_dict_keeps_its_versions():
-    base, model = trained(*MODELS["batch norm"])
-    merged = checkpoint.merge(model.state_dict())
-    assert merged._metadata == base._metadata
-    assert checkpoint.embed(base, adapter_of(model))._metadata == base._metadata
-
-
-def test_a_large_weight_is_summed_in_blocks_with_the_same_result(monkeypatch):
-    monkeypatch.setattr("paramlora.update.sum._BLOCK", 7)
-    for name in ("linear", "conv", "transposed conv", "experts", "square embedding"):
-        test_files_and_the_live_model_agree_to_the_last_bit(name, torch.float32)
-        test_a_merge_is_the_dense_sum(name)
-
-
-def update(**changes):
-    values = {"lora_A": torch.ones(1, 4), "lora_B": torch.ones(3, 1)}
-    return Update(**(values | changes))
-
-
-BASE = {"proj.weight": torch.zeros(3, 4), "count.weight": torch.zeros(3, 4, dtype=torch.int8)}
-
-
-@pytest.mark.parametrize(
-    "error, adapter, text",
-    [
-        (
-            FileError,
-            {"prof": update()},
-            "lacks what 1 of 1 update would change, such as prof. Cl",
-        ),
-        (FileError, {"proj": update(lora_A=torch.ones(1, 5))}, r"lora_A of shape \[1, 5\]"),
-        (FileError, {"proj": update(lora_B=torch.ones(1, 3))}, "do not fit"),
-        (FileError, {"proj": update(shape=(4, 3))}, r"the adapter was made for \[4, 3\]"),
-        (AdapterError, {"count": update()}, "of type torch.int8, in which no update can be stored"),
-        (AdapterError, {"proj": update(scale=math.nan)}, "proj.lora_scale: not finite"),
-        (AdapterError, {"proj": update(lora_A=torch.full((1, 4), math.inf))}, "proj.lora_A: not"),
-    ],
-)
-def test_what_does_not_fit_is_refused(error, adapter, text):
-    with pytest.raises(error, match=text):
-        checkpoint.merge(BASE, Adapter(adapter))
-
-
-def test_nothing_to_do_is_refused():
-    with pytest.raises(AdapterError, match="nothing to merge"):
-        checkpoint.merge(BASE)
-    with pytest.raises(AdapterError, match="nothing to extract"):
-        checkpoint.extract(BASE)
-    with pytest.raises(AdapterError, match="nan is not finite"):
-        checkpoint.merge(BASE, (Adapter({"proj": update()}), math.nan))
-    inside = checkpoint.embed(BASE, Adapter({"proj": update()}))
-    with pytest.raises(AdapterError, match="is inside already"):
-        checkpoint.merge(inside, Adapter({"proj": update()}))
-    del inside["proj.parametrizations.weight.0.lora_B"]
-    with pytest.raises(FileError, match="inside without its lora_B"):
-        checkpoint.merge(inside)
-
-
 def test_an_adapter_goes_into_another_model_by_its_paths():
     base, model = trained(*MODELS["tied"])
     adapter = adapter_of(model)
@@ -277,3 +131,10 @@ def test_an_adapter_goes_into_another_model_by_its_paths():
     assert torch.equal(other.wte.weight, model.wte.weight)
     assert len(list(lowranks(other))) == 1
     equal(paramlora.merge(other).state_dict(), checkpoint.merge(base, adapter))
+
+
+def test_a_large_weight_is_summed_in_blocks_with_the_same_result(monkeypatch):
+    monkeypatch.setattr("paramlora.update.sum._BLOCK", 7)
+    for name in ("linear", "conv", "transposed conv", "experts", "square embedding"):
+        test_files_and_the_live_model_agree_to_the_last_bit(name, torch.float32)
+        test_a_merge_is_the_dense_sum(name)

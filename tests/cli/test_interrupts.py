@@ -1,11 +1,11 @@
-"""Ctrl-C or `kill` in the middle of each command: nothing half written, its exit code, a line."""
+"""A sweep of Ctrl-C and `kill` in the middle of each command: nothing half written, its exit code,
+a line."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("typer")
+
 
 SCRIPT = Path(__file__).with_name("interrupted.py")
 COUNT = 4  # stops of each command
@@ -99,38 +100,3 @@ def test_ctrl_c_while_the_commands_or_a_model_make_a_class(monkeypatch, capsys, 
     with pytest.raises(SystemExit) as done:
         cli.main(["--version"])
     assert done.value.code == 130 and capsys.readouterr().err == "stopped\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
-def test_handlers_of_a_program_around_it_stay():
-    """Its own one, and what `nohup` ignores; and no other thread than the main one sets any."""
-    program = """
-        import signal, sys, threading
-        from paramlora import cli
-        from paramlora.cli import stops
-        def own(*_): pass
-        def handlers(): return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for here in (own, signal.SIG_DFL):
-            signal.signal(signal.SIGTERM, here)
-            with stops.heeded():
-                assert (handlers()[0] is own) == (here is own)
-                assert handlers()[1] is signal.SIG_IGN
-            assert handlers() == [here, signal.SIG_IGN]
-        codes = []
-        def run():
-            try: cli.main(["--version"])
-            except SystemExit as done: codes.append(done.code)
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        assert codes == [0]
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""One of a thing is told in the singular, in all that the package says."""
+"""A sweep of all messages of the package: one of a thing is told in the singular."""
 
 import ast
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import paramlora
-from paramlora.errors import counted
 
 PACKAGE = Path(paramlora.__file__).parent
 # where there are always several, or "s" ends a verb: (file, the words behind a number)
@@ -62,7 +61,3 @@ def test_a_number_before_a_plural_is_never_one(name, word):
 
 def test_the_sweep_finds_what_is_always_several():
     assert SEVERAL <= set(FOUND)
-
-
-def test_one_and_many():
-    assert [counted(n, "update") for n in (0, 1, 2)] == ["0 updates", "1 update", "2 updates"]

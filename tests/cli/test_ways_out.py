@@ -1,4 +1,4 @@
-"""Every option that a message names is one of the command that prints it."""
+"""A sweep of all messages: every option that one names is one of the command that prints it."""
 
 import ast
 import re

@@ -1,12 +1,16 @@
-"""The configuration's checks, with their messages."""
+"""The configuration's checks, with their messages, and what survives JSON."""
 
-import sys
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from paramlora import ConfigError, LoRAConfig, ParamloraWarning, TargetError, attach, targets
+from paramlora import ConfigError, LoRAConfig, TargetError, attach
+from paramlora.config import ALLOWED
+from tests.config.generated import COMMON, FLAGS, JSON, NEARLY
 
 
 @pytest.mark.parametrize(
@@ -44,45 +48,70 @@ def test_the_original_file_is_read_verbatim():
     assert all(e.r == 8 and e.scale == 1 and e.hard for e in config.entries)
 
 
-def block():
-    return nn.ModuleDict({n: nn.Linear(4, 4) for n in ("to_q", "not_to_q")})
+NAMES = st.text(min_size=1, max_size=12).filter(lambda s: s != "trainable_model")
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+ENTRIES = st.one_of(
+    st.fixed_dictionaries(
+        {"r": st.integers(1, 4096)},
+        optional={"scale": FLOATS | st.integers(-99, 99), "trainable_scale": FLAGS},
+    ),
+    st.fixed_dictionaries(
+        {"r": st.integers(1, 4096), "alpha": FLOATS},
+        optional={"hard": st.sampled_from([1, True])},
+    ),
+    st.fixed_dictionaries(
+        {"r": st.integers(1, 64), "hard": st.sampled_from([0, False])},
+        optional={"up_kernel": st.sampled_from([1, "same"]), "trainable_scale": FLAGS},
+    ),
+)
+GARBAGE = JSON | st.dictionaries(st.sampled_from(ALLOWED), JSON, max_size=4)
 
 
-def test_names_match_whole_components():
-    model = nn.ModuleDict({"attn1": block(), "attn2": block()})
-    paths = [t.path for t in targets(model, {"to_q": {"r": 1}})]
-    assert paths == ["attn1.to_q", "attn2.to_q"]
-    both = {"to_q": {"r": 1}, "attn1.to_q": {"r": 2}}
-    assert [t.entry.r for t in targets(model, both)] == [2, 1]
+@COMMON
+@given(st.dictionaries(NAMES, ENTRIES, min_size=1, max_size=4), FLAGS)
+def test_a_config_survives_its_dict_and_json(entries, trainable):
+    config = LoRAConfig.from_dict({"trainable_model": trainable, **entries})
+    assert LoRAConfig.from_dict(config.to_dict()) == config
+    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert [entry.name for entry in config.entries] == list(entries)
+    assert config.trainable_model is bool(trainable)
+    for entry, given_entry in zip(config.entries, entries.values()):
+        assert entry.r == given_entry["r"]
+        if "alpha" in given_entry:
+            assert entry.scale == given_entry["alpha"] / given_entry["r"]
+        else:
+            assert entry.scale == given_entry.get("scale", 1)
+        assert entry.hard is bool(given_entry.get("hard", 1))
+        assert entry.up_kernel == given_entry.get("up_kernel", 1)
 
 
-def test_empty_containers_and_claims():
-    model = nn.ModuleDict({"attn1": block()})
-    with pytest.raises(TargetError, match=r'"to_qq" matches nothing. Closest: "to_q" \(1 lay'):
-        targets(model, {"to_qq": {"r": 1}})
-    with pytest.warns(ParamloraWarning, match='"to_vv" matches nothing'):
-        targets(model, {"to_q": {"r": 1}, "to_vv": {"r": 1}})
-    with pytest.raises(TargetError, match="attn1, a ModuleDict"):
-        targets(model, {"attn1": {"r": 1}})
-    with pytest.raises(TargetError, match="claim it equally"):
-        targets(model, {"attn1.to_q": {"r": 1}, "*.to_q": {"r": 1}})
+def check_valid(config):
+    assert isinstance(config.trainable_model, bool) and config.entries
+    for entry in config.entries:
+        assert type(entry.r) is int and entry.r >= 1
+        assert type(entry.scale) is float and abs(entry.scale) < float("inf")
+        assert type(entry.hard) is bool and type(entry.trainable_scale) is bool
+        assert entry.up_kernel == "same" or type(entry.up_kernel) is int and entry.up_kernel == 1
+    assert LoRAConfig.from_dict(config.to_dict()) == config
 
 
-def test_matching_grows_with_the_model_not_with_its_square(monkeypatch):
-    """An entry for every layer, as a loaded file has: each pattern meets few paths."""
-    from paramlora import targets as module
+@COMMON
+@given(GARBAGE | NEARLY)
+def test_any_json_value_of_an_entry_is_valid_or_a_config_error(value):
+    try:
+        config = LoRAConfig.from_dict({"to_q": value})
+    except ConfigError as error:
+        assert str(error).startswith("config") and len(str(error)) > 20
+    else:
+        check_valid(config)
 
-    calls = []
-    original = sys.modules["paramlora.model.targets"].fits
-    monkeypatch.setattr(
-        sys.modules["paramlora.model.targets"], "fits", lambda *a: calls.append(a) or original(*a)
-    )
-    assert module is targets
-    model = nn.ModuleDict({f"layer{i}": block() for i in range(50)})
-    config = {f"layer{i}.to_q": {"r": 1} for i in range(50)}
-    assert len(targets(model, config)) == 50
-    assert len(calls) <= 50 * 50 * 2  # candidates share their last component
-    calls.clear()
-    named = nn.ModuleDict({f"a{i}": nn.Linear(4, 4) for i in range(50)})
-    assert len(targets(named, {f"a{i}": {"r": 1} for i in range(50)})) == 50
-    assert len(calls) <= 50 * 2
+
+@COMMON
+@given(GARBAGE)
+def test_any_json_value_as_a_whole_is_valid_or_a_config_error(value):
+    try:
+        config = LoRAConfig.from_dict(value)
+    except ConfigError:
+        return
+    check_valid(config)

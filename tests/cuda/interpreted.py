@@ -2,7 +2,7 @@
 
 `test_interpreted` starts it in a process of its own with ``TRITON_INTERPRET=1``, which Triton reads
 when a kernel is defined. Programs of a grid run one after the other there, so it finds wrong
-arithmetic, places and masks, but no race; `test_kernels` runs on CUDA. float16 alone: the
+arithmetic, places and masks, but no race; `linear/test_plan` runs on CUDA. float16 alone: the
 interpreter cuts off what bfloat16 would round.
 """
 

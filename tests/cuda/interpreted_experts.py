@@ -1,6 +1,6 @@
 """Runs the kernels of experts in Triton's interpreter and prints their errors against float64.
 
-`test_experts_kernels` starts it in a process of its own; see `interpreted`. As there, of
+`experts/test_plan` starts it in a process of its own; see `interpreted`. As there, of
 float16 alone.
 """
 

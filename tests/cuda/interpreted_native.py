@@ -1,9 +1,9 @@
 """Runs a linear layer's step in C++ with its launches in Triton's interpreter, and prints how it
 compares with Python's own step, to the bit, and with float64.
 
-`test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; in place
-of the driver's functions it is given ones that read the parameters as the driver would, and have
-the interpreter run the kernel on them. bfloat16, whose roundings the interpreter cuts off.
+`linear/test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; in
+place of the driver's functions it is given ones that read the parameters as the driver would, and
+have the interpreter run the kernel on them. bfloat16, whose roundings the interpreter cuts off.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Runs DoRA's kernels, and LoKr's layer on the low-rank ones, in Triton's interpreter and prints
 their errors against float64.
 
-`test_rescaled_kernels` starts it in a process of its own; see `interpreted`. As there, of
+`rescaled/test_plan` starts it in a process of its own; see `interpreted`. As there, of
 float16 alone.
 """
 

@@ -1,7 +1,7 @@
 """Runs the kernels of rows that take different updates in Triton's interpreter and prints their
 errors against float64.
 
-`test_routed_kernels` starts it in a process of its own; see `interpreted`. As there, of
+`routed/test_plan` starts it in a process of its own; see `interpreted`. As there, of
 float16 alone.
 """
 

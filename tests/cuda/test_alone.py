@@ -1,4 +1,5 @@
-"""`benchmarks.alone` replaces what it says, and nothing else; in Triton's interpreter."""
+"""A sweep of the kernels' parts: `benchmarks.alone` replaces what it says, and nothing else; in
+Triton's interpreter."""
 
 import pytest
 

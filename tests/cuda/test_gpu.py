@@ -1,4 +1,5 @@
-"""On a CUDA device: factors are born there, and results match a float64 reference."""
+"""A sweep of training and merging on a CUDA device: factors are born there, and results match a
+float64 reference."""
 
 import copy
 

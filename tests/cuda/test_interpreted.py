@@ -1,4 +1,4 @@
-"""The 16-bit CUDA kernels without CUDA, in Triton's interpreter; see `interpreted`."""
+"""A sweep of the 16-bit CUDA kernels without CUDA, in Triton's interpreter; see `interpreted`."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 """Whether the kernels compute: by the device, and by the switch. The kernels themselves need CUDA
-(`test_kernels`, and the last tests here)."""
+(`linear/test_plan`, and the last tests here)."""
 
 import os
 import subprocess
@@ -24,32 +24,6 @@ def x(monkeypatch):
     monkeypatch.setitem(device._SERVED, 0, True)
     with FakeTensorMode():
         yield torch.empty(4, 8, device="cuda:0", dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    "hip, capability, triton, answer",
-    [
-        (None, (8, 0), True, True),
-        (None, (9, 0), True, True),
-        (None, (12, 0), True, True),
-        (None, (7, 5), True, False),
-        (None, (9, 0), False, False),
-        ("6.4.43482", (9, 4), True, False),  # an MI300
-        ("6.4.43482", (9, 0), True, False),
-    ],
-)
-def test_the_kernels_run_on_nvidias_devices_alone(hip, capability, triton, answer):
-    assert device.runs(hip, capability, triton) is answer
-
-
-def test_a_device_of_amd_is_asked_for_its_hip(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    monkeypatch.setattr(device, "_SERVED", {})
-    assert device.serves(0) is False
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(device, "_SERVED", {})
-    assert device.serves(0) is device._importable()
 
 
 def answers(x):

@@ -1,5 +1,5 @@
-"""An adapted layer is to autograd what the plain one is: called twice, changed in place, derived
-forwards, in batches and again, and holding no more than it needs."""
+"""A sweep of layers: an adapted one is to autograd what the plain one is: called twice, changed in
+place, derived forwards, in batches and again, and holding no more than it needs."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A low-rank embedding in 16 bits, on a CPU and on CUDA, against float64."""
+"""A sweep of low-rank embeddings' sizes in 16 bits, on a CPU and on CUDA, against float64."""
 
 import pytest
 import torch

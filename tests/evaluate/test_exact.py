@@ -1,4 +1,5 @@
-"""Every layer against a dense float64 W + scale·B·A that is written here independently."""
+"""A sweep of every layer against a dense float64 W + scale·B·A that is written here
+independently."""
 
 import copy
 import itertools

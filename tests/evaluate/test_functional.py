@@ -4,48 +4,19 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import paramlora
 from paramlora.cuda import operands as served
-from paramlora.evaluate import choose, convolution, functional
+from paramlora.evaluate import choose, functional
 from paramlora.model.attach import updates
+from tests.evaluate.layers import CUDA, WHICH, dense, gradients, tensors
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu])
-
-
-@pytest.fixture(autouse=True)
-def needs_its_device(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs CUDA")
-    torch.manual_seed(0)
-
-
-def tensors(tokens, fan_in, out, r, device="cpu", dtype=torch.float64, size=1.0):
-    x = torch.randn(*tokens, fan_in, device=device).to(dtype)
-    weight = (torch.randn(out, fan_in, device=device) / fan_in**0.5).to(dtype)
-    bias = torch.randn(out, device=device).to(dtype)
-    factor = torch.float32 if dtype.itemsize == 2 else dtype
-    a = torch.randn(r, fan_in, device=device).to(factor) / fan_in**0.5
-    b = torch.randn(out, r, device=device).to(factor) * size / r**0.5
-    return x, weight, bias, a, b, torch.tensor(0.7, device=device).to(factor)
-
-
-def dense(x, weight, bias, a, b, scale, strength=1.0):
-    return F.linear(x, weight + strength * scale * (b @ a), bias)
-
-
-def gradients(call, values, which, seed):
-    leaves = [v.detach().clone().requires_grad_(i in which) for i, v in enumerate(values)]
-    y = call(*leaves)
-    y.backward(seed.to(y.dtype))
-    return y.detach(), [leaf.grad for leaf in leaves]
+pytestmark = pytest.mark.usefixtures("needs_its_device")
 
 
 SHAPES = [((6,), 5, 7, 3), ((2, 3), 5, 7, 1), ((40,), 5, 7, 3), ((), 5, 7, 2), ((0,), 5, 7, 2)]
-WHICH = [(0, 3, 4), (3, 4, 5), (0, 4), (3,), (0,), (0, 1, 2, 3, 4, 5), (4, 5)]
 
 
 @pytest.mark.parametrize("tokens, fan_in, out, r", SHAPES)
@@ -70,18 +41,6 @@ def test_linear_and_its_gradient_can_be_differentiated_again(tokens, tiny, monke
     assert torch.autograd.gradgradcheck(functional.linear, values)
 
 
-@pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
-def test_convolution_and_its_gradient_can_be_differentiated_again(small, monkeypatch):
-    monkeypatch.setattr(choose, "_CPU", choose.Thresholds(small=small, light=2**17))
-    x, weight = torch.randn(2, 4, 5).double(), torch.randn(4, 2, 3).double()
-    a, b = torch.randn(2, 6).double(), torch.randn(4, 2).double()
-    values = [x, weight, torch.randn(4).double(), a, b, torch.tensor(0.5).double()]
-    values = [v.requires_grad_() for v in values]
-    call = lambda *v: convolution.convolution(*v, (1,), (1,), (1,), 2)  # noqa: E731
-    assert torch.autograd.gradcheck(call, values)
-    assert torch.autograd.gradgradcheck(call, values)
-
-
 @pytest.mark.parametrize("tokens, fan_in, out", ((60, 160, 120), (300, 160, 120)))
 @pytest.mark.parametrize("which", WHICH)
 def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
@@ -93,35 +52,6 @@ def test_linear_beyond_tiny_sizes(tokens, fan_in, out, which):
     torch.testing.assert_close(y, want_y, rtol=1e-12, atol=1e-12)
     assert [g is not None for g in got] == [i in which for i in range(6)]
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("side", (2, 9))  # few positions take a branch, many the dense kernel
-@pytest.mark.parametrize("groups", (1, 4))
-@pytest.mark.parametrize("way", ("few", "own", "thin"))
-@pytest.mark.parametrize("which", WHICH)
-def test_convolution_and_only_the_wanted_gradients(side, groups, way, which, monkeypatch):
-    if way != "few":
-        monkeypatch.setattr(choose, "_CPU", choose.Thresholds())
-    if way == "thin" and groups == 1:  # what a GPU takes
-
-        def on_a_gpu(kernel, a, scaled, wanted):
-            return convolution._from_thin(seed, values[0], a, scaled, shape, where, wanted)
-
-        monkeypatch.setattr(convolution, "_from_kernel", on_a_gpu)
-    x, weight = torch.randn(2, 8, side, side).double(), torch.randn(12, 8 // groups, 3, 3).double()
-    shape, where = weight.shape, ((2, 1), (1, 2), (1, 2), groups)
-    a, b = torch.randn(2, 72 // groups).double(), torch.randn(12, 2).double()
-    values = [x, weight, torch.randn(12).double(), a, b, torch.tensor(0.7).double()]
-
-    def reference(x, weight, bias, a, b, scale):
-        return F.conv2d(x, weight + (scale * b @ a).reshape(shape), bias, *where)
-
-    seed = torch.randn_like(reference(*values))
-    y, got = gradients(lambda *v: convolution.convolution(*v, *where), values, which, seed)
-    want_y, want = gradients(reference, values, which, seed)
-    torch.testing.assert_close(y, want_y, rtol=1e-11, atol=1e-11)
-    assert [g is not None for g in got] == [i in which for i in range(6)]
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_weights_of_any_strides_and_inputs_of_any_strides():
@@ -193,23 +123,6 @@ def test_a_graph_of_operations_takes_the_scale_as_an_input():
     graph = make_fx(lambda state, x: torch.func.functional_call(model, state, (x,)))(state, x)
     update.lora_scale.fill_(0.25)
     torch.testing.assert_close(graph(state, x), model(x))
-
-
-@pytest.mark.parametrize("small", (0, choose.CARDS["cpu"].small))
-@pytest.mark.parametrize("kind", ("bfloat16", "float64"))
-def test_a_convolution_takes_factors_of_another_type(kind, small, monkeypatch):
-    monkeypatch.setattr(choose, "_CPU", choose.Thresholds(small=small, light=2**17))
-    layer = nn.Conv2d(4, 6, 3)
-    model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2, "adapter_dtype": kind}})
-    (_, _, update), x = next(updates(model)), torch.randn(2, 4, 9, 9)
-    nn.init.normal_(update.lora_B)
-    y = model(x)
-    y.sum().backward()
-    base = model[0].parametrizations.weight.original
-    delta = (update.lora_B.float() @ update.lora_A.float()).reshape(base.shape)
-    torch.testing.assert_close(y, F.conv2d(x, base + delta, layer.bias), rtol=1e-5, atol=1e-5)
-    for factor in (update.lora_A, update.lora_B):
-        assert factor.grad.dtype == factor.dtype and factor.grad.norm() > 0
 
 
 def saved(call):
@@ -387,50 +300,6 @@ def test_factors_that_32_bits_do_not_reach_have_no_kernel(step, near):
     assert served.factors_fit(weight, a, b.as_strided((3, 2), (1, step)), scale) == near
 
 
-@pytest.mark.parametrize("groups", (1, 8))
-@pytest.mark.parametrize("device", ("cpu", CUDA))
-def test_sixteen_bit_convolutions(groups, device):
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, groups=groups)).to(device, torch.bfloat16)
-    wide = copy.deepcopy(model).double()
-    paramlora.attach(model, {"0": {"r": 2}})
-    ((_, _, low),) = updates(model)
-    nn.init.normal_(low.lora_B, std=0.3)
-    a, b = (t.detach().double().requires_grad_() for t in (low.lora_A, low.lora_B))
-    total = wide[0].weight + (b @ a).reshape(wide[0].weight.shape)
-    x = torch.randn(4, 8, 9, 9, device=device).bfloat16()
-    want = F.conv2d(x.double(), total, wide[0].bias, groups=groups)
-    y = model(x)
-    seed = torch.randn_like(y)
-    assert y.dtype == torch.bfloat16 and (y.double() - want).norm() < 0.01 * want.norm()
-    y.backward(seed)
-    want.backward(seed.double())
-    for mine, true in ((low.lora_A.grad, a.grad), (low.lora_B.grad, b.grad)):
-        assert mine.dtype == torch.float32 and (mine.double() - true).norm() < 0.02 * true.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("trainable_scale", (0, 1))
-def test_compiled_kernels_have_no_break_and_switching_compiles_nothing(trainable_scale):
-    torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)).to("cuda", torch.bfloat16)
-    config = {"re:[01]": {"r": 4, "trainable_scale": trainable_scale}}
-    paramlora.attach(model, config)
-    for _, _, low in updates(model):
-        nn.init.normal_(low.lora_B, std=0.3)
-    x = torch.randn(96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    compiled = torch.compile(model, fullgraph=True)
-    names = [p for p in (x, *paramlora.trainable_parameters(model))]
-    for strength in (1.0, 0.3, -2.0):
-        paramlora.set_adapters(model, {"default": strength})
-        want = torch.autograd.grad(model(x).sum(), names)
-        with torch._dynamo.config.patch(error_on_recompile=strength == -2.0):
-            y = compiled(x)
-        torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
-        got = torch.autograd.grad(y.sum(), names)
-        for a, b in zip(got, want):
-            assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm() + 1e-3
-
-
 class Address(torch.autograd.Function):
     """What the kernels read: a tensor left over from a transform hides it."""
 
@@ -452,92 +321,3 @@ def test_an_input_left_over_from_a_transform():
     assert seen[0] == x.data_ptr() and seen[1] not in (0, seen[0])
     (grad,) = torch.autograd.grad(functional.applied(Address, x, seen).sum(), x)
     assert torch.equal(grad, torch.full((3,), 2.0))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("transposed", (0, 1))
-def test_the_operators_pass_torchs_own_checks(transposed):
-    x, weight, bias, a, b, scale = tensors((96,), 64, 48, 4, "cuda", torch.bfloat16)
-    if transposed:
-        x, a, b = (t.t().contiguous().t() for t in (x, a, b))
-    leaves = [t.requires_grad_() for t in (x, a, b, scale)]
-    arguments = (leaves[0], weight, bias, *leaves[1:])
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
-    mask = (0.1, torch.tensor(7, device="cuda"))
-    operator = torch.ops.paramlora.linear.default
-    torch.library.opcheck(operator, (*arguments, *mask), test_utils=tests)
-    none = (x[:0].detach(), *arguments[1:])
-    torch.library.opcheck(torch.ops.paramlora.linear.default, none, test_utils=tests[:2])
-    y, kept = torch.ops.paramlora.linear(*arguments)
-    values = [t.detach() for t in (torch.randn_like(y), x, weight, a, b, scale, kept)]
-    for wanted in ([True, True, True], [True, False, False], [False, True, False]):
-        torch.library.opcheck(
-            torch.ops.paramlora.linear_backward.default, (*values, wanted), test_utils=tests[:2]
-        )
-
-
-GEOMETRIES = [  # kernel, stride, padding, dilation, input
-    ((3, 3), (1, 1), (1, 1), (1, 1), (7, 6)),
-    ((3, 3), (2, 2), (1, 1), (1, 1), (8, 9)),
-    ((4, 2), (2, 1), (1, 0), (1, 2), (8, 9)),
-    ((3, 1), (1, 3), (4, 0), (2, 1), (6, 5)),  # a middle that meets the padding
-    ((5,), (1,), (0,), (1,), (9,)),
-    ((3, 2, 1), (1, 2, 1), (1, 0, 0), (1, 1, 1), (4, 5, 3)),
-]
-
-
-@pytest.mark.parametrize("kernel, stride, padding, dilation, size", GEOMETRIES, ids=str)
-def test_joined_kernels_are_the_sum_and_their_gradients_too(
-    kernel, stride, padding, dilation, size
-):
-    conv = convolution.CONVOLUTIONS[len(size) - 1]
-    x, weight = torch.randn(2, 3, *size).double(), torch.randn(4, 3, *kernel).double()
-    a, b = torch.randn(3, weight[0].numel()).double(), torch.randn(4, 3).double()
-    values = (x, weight, torch.randn(4).double(), a, b, torch.tensor(0.7).double())
-    where = (stride, padding, dilation)
-
-    def definition(x, weight, bias, a, b, scale):
-        return conv(x, weight + (scale * b @ a).reshape(weight.shape), bias, *where)
-
-    def joined(*values):
-        return convolution._Joined.apply(*values, *where)
-
-    seed = torch.randn_like(definition(*values))
-    y, got = gradients(joined, values, range(6), seed)
-    want_y, want = gradients(definition, values, range(6), seed)
-    torch.testing.assert_close(y, want_y, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-    directions = [torch.randn_like(value) for value in values]
-
-    def second(function):
-        """Of the gradients along the directions; by every input and the seed."""
-        *leaves, dy = (t.detach().requires_grad_() for t in (*values, seed))
-        first = torch.autograd.grad(function(*leaves), leaves, dy, create_graph=True)
-        return torch.autograd.grad(first, (*leaves, dy), directions, materialize_grads=True)
-
-    torch.testing.assert_close(second(joined), second(definition), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("device", ("cpu", CUDA))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("stride", (1, 2))
-def test_a_convolution_keeps_a_small_update(dtype, stride, device):
-    weight = (torch.randn(64, 64, 3, 3, device=device) / 576**0.5).to(dtype)
-    a, b = torch.randn(4, 576, device=device), torch.randn(64, 4, device=device)
-    b *= 1e-3 * weight.double().norm() / (b @ a).norm()
-    update = (b.double() @ a.double()).reshape(weight.shape)
-    x = torch.randn(4, 64, 32, 32, device=device).to(dtype).requires_grad_()
-    where = ((stride, stride), (1, 1), (1, 1), 1)
-    y = convolution.convolution(x, weight, None, a, b, torch.ones((), device=device), *where)
-    seed = torch.randn_like(y)
-    (dx,) = torch.autograd.grad(y, x, seed)
-
-    def exact(kernel):
-        wide = x.detach().double().requires_grad_()
-        out = F.conv2d(wide, kernel, None, *where)
-        return out.detach(), torch.autograd.grad(out, wide, seed.double())[0]
-
-    for got, base, part in zip((y, dx), exact(weight.double()), exact(update)):
-        kept = ((got.double() - base) * part).sum() / part.square().sum()
-        assert 0.98 < kept < 1.02, kept

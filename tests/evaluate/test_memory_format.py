@@ -1,5 +1,6 @@
-"""What a convolution gives lies in memory as the plain layer's: the output, and what is given back
-for its input and weight, for channels first and last in either."""
+"""A sweep of kinds and memory formats: what a convolution gives lies in memory as the plain
+layer's: the output, and what is given back for its input and weight, for channels first and last in
+either."""
 
 import copy
 import itertools

@@ -1,4 +1,5 @@
-"""Mixed and low precision: what comes out, in which type, and that nothing is cast up."""
+"""A sweep of mixed and low precision: what comes out, in which type, and that nothing is cast
+up."""
 
 import copy
 

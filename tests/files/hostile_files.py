@@ -19,9 +19,10 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import resident
 import torch
 from torch import nn
+
+from tests.files import resident
 
 SECONDS = int(os.environ.get("SECONDS", 20))  # of one action; the slowest takes four
 ONE = torch.ones(1, 4)

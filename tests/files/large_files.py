@@ -12,8 +12,6 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import hostile_files
-import resident
 import torch
 from torch import nn
 
@@ -21,6 +19,7 @@ import paramlora
 from paramlora import files
 from paramlora.files import safetensors, torch_save
 from paramlora.files.inspection import inspect
+from tests.files import hostile_files, resident
 
 MANY = 1 << 29  # numbers of four bytes
 ABOUT = {"format": 1, "adapter": "default"}

@@ -1,10 +1,9 @@
-"""Files of any tool onto a model, into another tool's, and looked into."""
+"""Files of any tool onto a model, and into another tool's."""
 
 import json
 import math
 from dataclasses import replace
 
-import foreign
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import paramlora
-from paramlora import files, formats
+from paramlora import Adapter, Update, files, formats
 from paramlora.errors import FileError, ParamloraWarning
 from paramlora.files import adapters as interchange
-from paramlora.files.inspection import inspect
+from paramlora.files.adapters import convert
 from paramlora.formats import Options
 from paramlora.model.attach import lowranks
-from paramlora.update.value import Adapter, Update
+from tests.files.written import filled, small
+from tests.formats import foreign
 
 peft = pytest.importorskip("peft")
 KINDS = "linear conv1 conv2 conv3 embedding".split()
@@ -243,41 +243,6 @@ def test_tied_holders_get_the_update_each_in_its_own_way(tmp_path):
     close(net(tokens), model(tokens))
 
 
-def test_an_inspection(tmp_path):
-    update = Update(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]]), 0.5, (2, 2))
-    bad = Update(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]]), 0.5, (2, 2))
-    idle = Update(torch.tensor([[3.0, 4.0]]), torch.zeros(2, 1), 0.5, (2, 2))
-    content = formats.write(Adapter({"a": update, "b": bad, "c": idle}), "kohya")
-    content.state["lora_unet_b.lora_down.weight"][0, 0] = math.nan  # no writer would
-    save_file(dict(content.state), tmp_path / "k.safetensors", dict(content.metadata))
-    found = inspect(tmp_path / "k.safetensors")
-    assert found.format == "kohya" and found.metadata["ss_network_module"] == "networks.lora"
-    first, second, third = found.rows
-    assert (first.path, first.r, first.scale, first.norm) == ("lora_unet_a", 1, 0.5, 5.0)
-    assert (first.flag, second.flag, third.flag) == ("", "not finite", "all zero")
-    text = str(found)
-    assert "format: kohya" in text and "3 updates, 2 flagged" in text and "all zero" in text
-    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert data["rows"][1]["norm"] is None and data["flagged"] == 2
-
-
-def test_an_inspection_tells_what_is_no_update(tmp_path):
-    content = formats.write(foreign.adapter(["linear"]), "kohya")
-    state = {**content.state, "lora_unet_x.oft_blocks": torch.ones(2)}
-    save_file(state, tmp_path / "k.safetensors")
-    (note,) = inspect(tmp_path / "k.safetensors").notes
-    assert "lora_unet_x.oft_blocks" in note
-
-
-def test_a_native_file_is_inspected_too(tmp_path):
-    _, path = native(tmp_path)
-    found = inspect(path)
-    assert found.format == "native" and [row.path for row in found.rows] == ["linear", "conv2"]
-    weight = foreign.model().linear.weight
-    delta = paramlora.load_adapter(foreign.model(), path).linear.weight - weight
-    assert abs(found.rows[0].norm - delta.norm().item()) < 1e-9
-
-
 def test_options_reach_the_reader(tmp_path):
     state = {"linear.lora_A": torch.randn(2, 6), "linear.lora_B": torch.randn(8, 2)}
     torch.save(state, tmp_path / "loralib.pt")
@@ -354,3 +319,30 @@ def test_a_file_is_interpreted_once_with_an_alpha_too(tmp_path):
     finally:
         formats.unregister("kohya")
         formats.register(form)
+
+
+@pytest.mark.filterwarnings("ignore:.*no place for what is said beside")  # of the 20 keys
+@pytest.mark.parametrize("to", [*formats.WRITERS, "native"])
+def test_a_conversion_writes_the_same_bytes_each_time(to, tmp_path):
+    names = [f"m{i}.attn.{x}" for i in range(9) for x in ("q", "k", "v")]
+    scale = 0.7 if to != "loralib" else 1.0
+    updates = {name: Update(torch.ones(2, 4), torch.ones(4, 2), scale, (4, 4)) for name in names}
+    many = Adapter(updates, metadata={f"key{i}": "x" for i in range(20)})
+    paramlora.files.native.write_native(many, tmp_path / "a.safetensors")
+    written = []
+    for number in range(4):
+        out = tmp_path / f"{number}"
+        convert(tmp_path / "a.safetensors", out, to)
+        parts = sorted(out.iterdir()) if out.is_dir() else [out]
+        written.append([part.read_bytes() for part in parts])
+    assert all(one == written[0] for one in written)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_an_adapter_loads_into_a_wrapped_model(wrap, tmp_path):
+    model = filled(small(), {"*": {"r": 2}})
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    inner = small()
+    paramlora.load_adapter(wrap(inner), tmp_path / "a.safetensors")
+    x = torch.randn(3, 6)
+    assert torch.equal(inner(x), model(x))

@@ -1,8 +1,11 @@
-"""A crash, Ctrl-C or a full disk at any moment leaves the older output or the new one, whole."""
+"""A crash, Ctrl-C or a full disk at any moment leaves the older output or the new one, whole, with
+its modes and owner."""
 
 import json
 import os
 import resource
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -10,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint_files import write_base
+from safetensors.torch import save_file
 
+import paramlora
 from paramlora import Adapter, FileError, Update, files
-from paramlora.files.native import write_native
+from paramlora.files.adapters import convert
+from paramlora.files.native import read_native, write_native
+from tests.files.test_conversions import write_base
+from tests.files.written import filled, saved, small
 
 KINDS = ["base.safetensors", "base.pt", "shards"]
 
@@ -212,3 +219,114 @@ def test_what_a_killed_process_left_hinders_nothing(tmp_path):
         (folder / ".model.0123abcd" / "model.safetensors").write_bytes(b"half")
     files.merge(base, [mine], out, force=True)
     assert sorted(path.name for path in out.iterdir()) == sound
+
+
+def converted(path):
+    source = path.parent / "source.safetensors"
+    saved(source)
+    convert(source, path, "kohya", force=True)
+
+
+def extracted(path):
+    source = path.parent / "source.safetensors"
+    save_file(filled(small(), {"0": {"r": 2}}).state_dict(), source)
+    files.extract(source, path, force=True)
+
+
+def merged(path):
+    source = path.parent / "source.safetensors"
+    save_file(filled(small(), {"0": {"r": 2}}).state_dict(), source)
+    files.merge(source, [], path, force=True)
+
+
+WRITERS = {"save": saved, "convert": converted, "extract": extracted, "merge": merged}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o660, 0o444, 0o755])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_mode_of_a_file_that_is_replaced_stays(writer, mode, tmp_path):
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    WRITERS[writer](path)
+    assert path.read_bytes() != b"old" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    saved(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives away")
+def test_the_owner_of_a_file_that_is_replaced_stays(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    os.chown(path, 1234, 2345)
+    path.chmod(0o640)
+    saved(path)
+    told = path.stat()
+    assert (told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode)) == (1234, 2345, 0o640)
+
+
+def test_nobody_else_can_read_a_private_file_while_it_is_written(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with paramlora.files.native.new_file(path) as file:
+        (temporary,) = set(tmp_path.iterdir()) - {path}
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        file.write(b"new")
+
+
+def test_a_folder_that_is_replaced_keeps_its_modes(tmp_path):
+    saved(tmp_path / "a.safetensors")
+    out = tmp_path / "peft"
+    convert(tmp_path / "a.safetensors", out, "peft")
+    out.chmod(0o700)
+    (out / "adapter_config.json").chmod(0o600)
+    convert(tmp_path / "a.safetensors", out, "peft", force=True)
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (out, out / "adapter_config.json")]
+    assert modes == [0o700, 0o600]
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def unix_socket(path):
+    socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+def device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+SPECIAL = {"a pipe": pipe, "a socket": unix_socket, "a device": device, "a folder": os.mkdir}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such files")
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_is_no_file_is_refused_and_stays(writer, kind, linked, tmp_path):
+    place = tmp_path / ("there" if linked else "out.safetensors")
+    SPECIAL[kind](place)
+    if linked:
+        (tmp_path / "out.safetensors").symlink_to(place)
+    before = place.lstat()
+    with pytest.raises(FileError, match=f"is {kind}, which no file replaces"):
+        WRITERS[writer](tmp_path / "out.safetensors")
+    after = place.lstat()
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "a.safetensors").symlink_to("real")
+    saved(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").is_symlink() and read_native(tmp_path / "real").updates

@@ -1,20 +1,21 @@
-"""Names, scales and indices made to harm: read or refused, soon, and nothing written elsewhere."""
+"""A sweep of names, scales and indices made to harm: read or refused, soon, and nothing written
+elsewhere."""
 
 import json
 import os
 import shutil
 
-import hostile_files
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_bounds import FUZZ, json_values, tried
 
 from paramlora import Adapter, FileError, Update, files, formats
 from paramlora.formats.names import TABLES
 from paramlora.formats.names.levels import LEVELS, MANGLED
+from tests.files import hostile_files
+from tests.files.fuzzed import FUZZ, json_values, tried
 
 FUZZ = settings(FUZZ, max_examples=60)
 ONE = Adapter({"unet.a": Update(torch.ones(1, 4), torch.ones(3, 1), 1.0, (3, 4), kind="linear")})

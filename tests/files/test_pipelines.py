@@ -1,4 +1,4 @@
-"""Merging onto what people have: all-in-one files, folders of one file, whole pipelines, 8 bits."""
+"""A sweep of what people merge onto: all-in-one files, whole pipelines, 8 bits."""
 
 import json
 import os

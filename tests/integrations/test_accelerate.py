@@ -1,4 +1,4 @@
-"""accelerate's own ways of saving an attached model and of going on with it."""
+"""A sweep of accelerate's own ways of saving an attached model and of going on with it."""
 
 import importlib.util
 import subprocess

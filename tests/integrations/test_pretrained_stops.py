@@ -1,12 +1,13 @@
-"""What stops a resize or a tie of a model of transformers leaves it as before it or as after it."""
+"""A sweep of every line: what stops a resize or a tie of a model of transformers leaves it as
+before it or as after it."""
 
 import pytest
 import torch
-from stopping import PACKAGE, check_stops, equal, picture
-from test_pretrained import CASES, attached, gpt2, llama
 from torch import nn
 
 from paramlora import AdapterError
+from tests.integrations.test_pretrained import CASES, attached, gpt2, llama
+from tests.model.stopping import PACKAGE, check_stops, equal, picture
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")

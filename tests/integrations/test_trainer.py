@@ -1,4 +1,5 @@
-"""transformers' own Trainer, with nothing of ours beside it: it saves, resumes, keeps the best."""
+"""A sweep of transformers' own Trainer, with nothing of ours beside it: it saves, resumes, keeps
+the best."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""TRL's trainers take an attached model as it is: they train it, resume it, keep no second copy."""
+"""A sweep of TRL's trainers: they take an attached model as it is: they train it, resume it, keep
+no second copy."""
 
 import importlib.util
 from pathlib import Path

@@ -15,8 +15,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from stopping import equal, picture
-from test_stops import KINDS, operation
+
+from tests.model.stopping import equal, picture
+from tests.model.test_stops import KINDS, operation
 
 armed = False
 

@@ -1,4 +1,5 @@
-"""Every module of torch that holds buffers, in training beside an adapter: `detach` puts them back.
+"""A sweep of every module of torch that holds buffers, in training beside an adapter: `detach` puts
+them back.
 
 And modules of others' kinds: counts with dimensions, buffers that are in no state dict, that their
 module replaces, that hold no number, or that lie sparse.

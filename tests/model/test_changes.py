@@ -1,5 +1,5 @@
-"""What changes between a forward and its backward, beside a dense model of torch's own in which the
-same changes: in checkpoints of either kind inside of one another, and compiled.
+"""A sweep of what changes between a forward and its backward, beside a dense model of torch's own
+in which the same changes: in checkpoints of either kind inside of one another, and compiled.
 
 The reference holds the factors as parameters and computes ``W + s·B·A`` in each call. What has a
 state of its own, strengths and which adapters there are, has the gradient of the forward, whatever
@@ -11,13 +11,13 @@ import copy
 
 import pytest
 import torch
-from test_types import READ, made_of
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.model.test_types import READ, made_of
 
 SCALE = 0.75
 LAYERS = {

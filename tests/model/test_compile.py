@@ -1,11 +1,10 @@
-"""torch.compile and export of whole models with every linear adapted."""
+"""A sweep of torch.compile and export of whole models with every linear adapted."""
 
 import copy
 import shutil
 
 import pytest
 import torch
-from test_models import call_unet, call_vit, tokens
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.model.attach import lowranks
+from tests.model.test_models import call_unet, call_vit, tokens
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 

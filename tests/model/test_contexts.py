@@ -1,5 +1,5 @@
-"""Where a layer is called, and where its update is attached: each context gives, to the last bit,
-what the same call gives outside of it; under autocast, and in other types, what the dense
+"""A sweep of where a layer is called, and where its update is attached: each context gives, to the
+last bit, what the same call gives outside of it; under autocast, and in other types, what the dense
 definition in float64 gives, to the roundings of the type."""
 
 import copy
@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from test_types import made_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.model.test_types import made_of
 
 
 class Attention(nn.Module):

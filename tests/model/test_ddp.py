@@ -1,4 +1,4 @@
-"""Two processes under DDP train the same adapter as one process with the joint batch."""
+"""A sweep under DDP: two processes train the same adapter as one process with the joint batch."""
 
 import os
 from functools import partial
@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import forked
-
 from benchmarks import stable_diffusion
+from tests.model import forked
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),

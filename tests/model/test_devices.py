@@ -1,5 +1,5 @@
-"""Training in 16 bits as it is done on a device: compiled, in CUDA graphs, checkpointed, exported,
-sharded. On CUDA the updates run in the kernels, which every test there counts."""
+"""A sweep of training in 16 bits as it is done on a device: compiled, in CUDA graphs, checkpointed,
+exported, sharded. On CUDA the updates run in the kernels, which every test there counts."""
 
 import copy
 import os
@@ -7,11 +7,9 @@ import socket
 import traceback
 import warnings
 
-import forked
 import pytest
 import torch
 import torch.distributed as dist
-from test_compile import _is_conv1d, every_linear
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
@@ -22,6 +20,8 @@ from paramlora.cuda import operators
 from paramlora.evaluate import choose
 from paramlora.model.attach import lowranks
 from paramlora.update.sharded import gathered
+from tests.model import forked
+from tests.model.test_compile import _is_conv1d, every_linear
 
 CUDA = pytest.param(
     "cuda",

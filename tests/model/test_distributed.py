@@ -1,4 +1,5 @@
-"""Training over two processes (gloo) against one process, in float64 by the dense formula.
+"""A sweep of training over two processes (gloo) against one process, in float64 by the dense
+formula.
 
 The cases run in one pair of processes, because starting a pair takes longer than all of them.
 `test_two_gpus` runs them over NCCL.
@@ -12,9 +13,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing import connection
 
-import forked
 import pytest
-import test_quantised
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
 from paramlora.model.attach import lowranks
+from tests.model import forked, test_quantised
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),

@@ -1,15 +1,16 @@
-"""Experts under FSDP2 over two processes (gloo), against one process and the dense formula."""
+"""A sweep of experts under FSDP2 over two processes (gloo), against one process and the dense
+formula."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import RATE, STEPS, assert_ran, both, half, train
 from torch import nn
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.model.test_distributed import RATE, STEPS, assert_ran, both, half, train
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(

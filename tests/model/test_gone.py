@@ -1,15 +1,15 @@
-"""An adapter that is detached or merged between a checkpointed forward and its backward, which
+"""A sweep of adapters detached or merged between a checkpointed forward and its backward, which
 computes the forward again: the gradients are those of the forward, or torch refuses, for every
 kind of layer and of update; never some of one state and some of the other.
 """
 
 import pytest
 import torch
-from test_contexts import CASES, dense_of, input_of, made, model_of
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.model.attach import updates
+from tests.model.test_contexts import CASES, dense_of, input_of, made, model_of
 
 KINDS = {
     "dora": {"r": 2, "kind": "dora"},

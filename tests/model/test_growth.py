@@ -1,4 +1,4 @@
-"""Twice the layers take twice the work, in every operation on a whole model."""
+"""A sweep of every operation on a whole model: twice the layers take twice the work."""
 
 import sys
 import warnings

@@ -1,4 +1,5 @@
-"""Hooks on an adapted layer, and children of the process: each gives what it gives outside.
+"""A sweep of hooks on an adapted layer, and children of the process: each gives what it gives
+outside.
 
 The cases are those of `test_contexts`: every known layer, and layers that read their tensors.
 """
@@ -9,7 +10,6 @@ import pickle
 
 import pytest
 import torch
-from test_contexts import CASES, input_of, made, outcome, same
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 import paramlora
+from tests.model.test_contexts import CASES, input_of, made, outcome, same
 
 FORWARD = {
     "before": lambda layer, seen: layer.register_forward_pre_hook(

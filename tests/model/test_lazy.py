@@ -1,4 +1,5 @@
-"""Models whose weights come late (the meta device) or lie on several devices (accelerate)."""
+"""A sweep of models whose weights come late (the meta device) or lie on several devices
+(accelerate)."""
 
 import copy
 

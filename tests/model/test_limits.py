@@ -1,4 +1,4 @@
-"""Numbers and patterns at the edge of what JSON, floats and models hold."""
+"""A sweep of numbers and patterns at the edge of what JSON, floats and models hold."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Many adapters learn at once on one base, and none of them feels what happens to another."""
+"""A sweep of adapters beside each other: many learn at once on one base, and none of them feels
+what happens to another."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""Whole models of other libraries: train, merge, and load the result into a plain model."""
+"""A sweep of whole models of other libraries: train, merge, and load the result into a plain
+model."""
 
 from pathlib import Path
 

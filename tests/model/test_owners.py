@@ -1,4 +1,4 @@
-"""Layers of unusual classes, and other people's parametrizations beside ours."""
+"""A sweep of layers of unusual classes, and other people's parametrizations beside ours."""
 
 import abc
 import copy

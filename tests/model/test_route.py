@@ -9,105 +9,20 @@ from torch import nn
 
 import paramlora
 from paramlora.model.attach import updates
-
-ROWS = ["a", None, "c", "b", "a", "c"]
-STRENGTHS = {"a": 1.0, "b": 0.5, "c": -2.0}
-RANKS = {"a": 2, "b": 3, "c": 1}
-
-
-def adapted(model, layers, hard=True, **more):
-    """Adapters of unequal ranks, scales and strengths; the third leaves the first layer alone."""
-    for at, (name, r) in enumerate(RANKS.items()):
-        entry = {"r": r, "scale": 0.5 + at, "hard": hard, "trainable_scale": True, **more}
-        chosen = layers[1:] if name == "c" and len(layers) > 1 else layers
-        paramlora.attach(model, {layer: entry for layer in chosen}, name)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data.uniform_(-1, 1)
-    paramlora.set_adapters(model, STRENGTHS)
-    return model
-
-
-def dense(update, weight, strength):
-    """``W + strength·scale·B·A`` by the definition, written out."""
-    a, b = update.lora_A, update.lora_B
-    if getattr(update, "kernel", ()):
-        pytest.fail("two kernels in a row have no dense sum")
-    delta = b @ a
-    delta = delta.t() if update.layout == "transposed" else delta
-    return weight + strength * update.lora_scale * delta.reshape(weight.shape)
-
-
-def one_row(plain, model, name, *inputs, **kwargs):
-    """A row by itself: the untouched model, whose weights are the dense sums of one adapter."""
-    own = {}
-    for path, _, update in updates(model):
-        if update.adapter == name:
-            names = dict(plain.named_parameters())
-            key = f"{path}.weight" if f"{path}.weight" in names else path
-            key = "weight" if path == "" else key
-            own[key] = dense(update, names[key], STRENGTHS[name])
-    return torch.func.functional_call(plain, own, inputs, kwargs)
-
-
-def trained(model):
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model, loss):
-    found = torch.autograd.grad(loss, trained(model).values(), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if grad is None else grad
-        for (name, p), grad in zip(trained(model).items(), found)
-    }
-
-
-def first(y):
-    return y if isinstance(y, torch.Tensor) else y[0]
-
-
-def check(make, layers, x, hard=True, rows=ROWS, **more):
-    """A routed batch and its gradients are those of its rows one by one."""
-    torch.manual_seed(0)
-    plain = make().double()
-    model = adapted(copy.deepcopy(plain), layers, hard, **more)
-    x = x.clone().requires_grad_(x.is_floating_point())
-    with paramlora.route(model, rows):
-        y = first(model(x))
-    apart = torch.cat(
-        [first(one_row(plain, model, name, x[i : i + 1])) for i, name in enumerate(rows)]
-    )
-    torch.testing.assert_close(y, apart, rtol=1e-10, atol=1e-10)
-    moved = (y - first(plain(x))).abs().amax(dim=tuple(range(1, y.dim())))
-    assert moved[[name is not None for name in rows]].max() > 1e-2
-    weights = torch.randn_like(y)
-    ours, theirs = (gradients(model, (v * weights).sum()) for v in (y, apart))
-    for name, grad in theirs.items():
-        torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-9, msg=name)
-    if x.requires_grad:
-        (ours_x,), (theirs_x,) = (
-            torch.autograd.grad(first(v).sum(), x)
-            for v in (
-                _again(model, x, rows),
-                torch.cat(
-                    [first(one_row(plain, model, n, x[i : i + 1])) for i, n in enumerate(rows)]
-                ),
-            )
-        )
-        torch.testing.assert_close(ours_x, theirs_x, rtol=1e-9, atol=1e-9)
-
-
-def _again(model, x, rows):
-    with paramlora.route(model, rows):
-        return first(model(x))
-
-
-def linears():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
-
-
-def images(*shape):
-    return torch.randn(len(ROWS), *shape, dtype=torch.float64)
+from tests.model.rows import (
+    RANKS,
+    ROWS,
+    STRENGTHS,
+    Attends,
+    adapted,
+    check,
+    first,
+    gradients,
+    images,
+    linears,
+    one_row,
+    trained,
+)
 
 
 @pytest.mark.parametrize("hard", [True, False])
@@ -183,33 +98,6 @@ def test_many_short_rows_go_in_blocks():
     check(linears, ["0", "2"], torch.randn(150, 6).double(), rows=["a", "b", None, "c", "a"] * 30)
 
 
-@pytest.mark.parametrize(
-    ("make", "layers", "x"),
-    [
-        (lambda: nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), ["weight_ih_l0"], (5, 4)),
-        (lambda: nn.GRU(4, 3, batch_first=True), ["weight_hh_l0", "weight_ih_l0"], (5, 4)),
-        (lambda: nn.LSTMCell(4, 3), ["weight_ih"], (4,)),
-        (lambda: nn.ConvTranspose1d(4, 3, 2), ["weight"], (4, 5)),
-        (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), ["0"], (4,)),
-    ],
-)
-def test_layers_of_which_only_a_weight_is_known(make, layers, x):
-    check(make, layers, images(*x))
-
-
-class Attends(nn.Module):
-    def __init__(self, **more):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, **more)
-        self.first = more.get("batch_first", False)
-
-    def forward(self, x):
-        x = x if self.first else x.transpose(0, 1)
-        value = x if self.attention.vdim == 8 else F.pad(x, (0, 1))
-        y, _ = self.attention(x, x, value)
-        return y if self.first else y.transpose(0, 1)
-
-
 @pytest.mark.parametrize("more", [{"batch_first": True}, {"kdim": 8, "vdim": 9}])
 def test_attention(more):
     layers = ["out_proj", "k_proj_weight" if "kdim" in more else "in_proj_weight"]
@@ -245,47 +133,6 @@ def test_an_encoder_layer_is_not_fused_past_its_rows(training):
     plain.train()  # whose evaluation is not the fused one
     for i, name in enumerate(ROWS):
         torch.testing.assert_close(y[i : i + 1], one_row(plain, model, name, x[i : i + 1]))
-
-
-def test_whole_tensors_split_their_layer():
-    torch.manual_seed(0)
-    model = linears().double()
-    paramlora.attach(model, {"0": {"r": 2}, "re:0.bias": {"whole": True}}, "a")
-    paramlora.attach(model, {"0": {"r": 3}}, "b")
-    own = {n: p.data.uniform_(-1, 1) for n, p in trained(model).items()}
-    x = images(3, 6)[:3]
-    with paramlora.route(model, ["a", None, "b"]):
-        y = model[0](x)
-    a, b = list(model[0].parametrizations.weight)
-    weight, lists = model[0].parametrizations.weight.original, model[0].parametrizations
-    whole = lists.bias[0].lora_whole
-    assert own
-    torch.testing.assert_close(y[0], F.linear(x[0], weight + a.lora_B @ a.lora_A, whole))
-    torch.testing.assert_close(y[1], F.linear(x[1], weight, lists.bias.original))
-    torch.testing.assert_close(
-        y[2], F.linear(x[2], weight + b.lora_B @ b.lora_A, lists.bias.original)
-    )
-
-
-def test_other_kinds_split_their_layer_too():
-    torch.manual_seed(0)
-    layer = nn.Linear(6, 8).double()
-    paramlora.attach(layer, {"weight": {"r": 2}}, "a")
-    paramlora.attach(layer, {"weight": {"r": 2, "kind": "dora"}}, "b")
-    for p in paramlora.trainable_parameters(layer):
-        p.data.uniform_(-1, 1)
-    weight = layer.parametrizations.weight.original
-    a, b = list(layer.parametrizations.weight)
-    x = images(3, 6)[:3]
-    with paramlora.route(layer, ["a", None, "b"]):
-        y = layer(x)
-        (grads,) = torch.autograd.grad(y[2].sum(), [a.lora_B], allow_unused=True)
-    assert grads is None or not grads.any()
-    torch.testing.assert_close(y[0], F.linear(x[0], weight + a.lora_B @ a.lora_A, layer.bias))
-    torch.testing.assert_close(y[1], F.linear(x[1], weight, layer.bias))
-    moved = weight + b.lora_B @ b.lora_A  # Liu et al. 2024, equation 5
-    moved = b.lora_magnitude.view(-1, 1) * moved / moved.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(y[2], F.linear(x[2], moved, layer.bias))
 
 
 def test_rows_in_another_dimension_and_packed_sequences():
@@ -484,17 +331,6 @@ def test_the_batch_changes_no_compiled_graph():
     torch._dynamo.reset()
 
 
-def test_a_layer_called_once_for_each_adapter_compiles():
-    torch.manual_seed(0)
-    model = adapted(Attends(batch_first=True).double(), ["in_proj_weight", "out_proj"])
-    x = images(5, 8)
-    compiled = torch.compile(model, backend="eager")
-    for rows in (ROWS, ["a", "b"] * 3):
-        with paramlora.route(model, rows):
-            torch.testing.assert_close(compiled(x), model(x))
-    torch._dynamo.reset()
-
-
 def test_blocks_nest_and_leave_everything_as_it_was():
     torch.manual_seed(0)
     model, x = adapted(linears().double(), ["0", "2"]), images(6)
@@ -529,25 +365,6 @@ def test_a_copy_made_inside_acts_on_all_rows():
     with paramlora.route(model, ROWS):
         other = copy.deepcopy(model)
     assert torch.equal(other(x), before)
-
-
-@pytest.mark.parametrize("layers", [["in_proj_weight", "out_proj"], ["out_proj"]])
-def test_a_copy_of_a_layer_called_once_for_each_adapter_is_one_of_its_own(layers):
-    torch.manual_seed(0)
-    model, x = adapted(Attends(batch_first=True).double(), layers), images(5, 8)
-    before = model(x)
-    with paramlora.route(model, ROWS):
-        other = copy.deepcopy(model)
-    assert torch.equal(other(x), before)
-    other.attention.out_proj.bias.data += 1
-    assert torch.equal(model(x), before)
-    torch.testing.assert_close(other(x), before + 1)
-    with paramlora.route(other, ROWS):
-        routed = other(x)
-    with paramlora.route(model, ROWS):
-        torch.testing.assert_close(routed, model(x) + 1)
-    paramlora.detach(other)
-    assert torch.isfinite(other(x)).all()
 
 
 # --- what is refused ------------------------------------------------------------------------------

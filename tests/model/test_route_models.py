@@ -1,12 +1,12 @@
-"""Whole models whose rows take different adapters, against each row by itself."""
+"""A sweep of whole models whose rows take different adapters, against each row by itself."""
 
 import copy
 
 import pytest
 import torch
-from test_route import ROWS, adapted, one_row
 
 import paramlora
+from tests.model.rows import ROWS, adapted, one_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 

@@ -1,4 +1,5 @@
-"""Any sequence of operations on any small model, beside a dense float64 model that does the same.
+"""A sweep of sequences of operations on any small model, beside a dense float64 model that
+does the same.
 
 The oracle holds a base and, for each adapter, factors of its own, which it trains by autograd
 through dense weights. After each operation the outputs agree, no tensor of the base moved, and

@@ -1,4 +1,5 @@
-"""What stops an operation at any line leaves a model as before it or as after it, bit for bit."""
+"""A sweep of every line: what stops an operation there leaves a model as before it or as after it,
+bit for bit."""
 
 import copy
 import json
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stopping import PACKAGE, check_stops, equal, moments, picture, stopped
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import paramlora
 from paramlora.model.attach import adapter_names, updates
+from tests.model.stopping import PACKAGE, check_stops, equal, moments, picture, stopped
 
 
 class Tied(nn.Module):

@@ -1,4 +1,4 @@
-"""Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
+"""A sweep of Ctrl-C wherever Python answers it, and a second time too: as before or as after."""
 
 import _signal
 import contextlib
@@ -12,11 +12,11 @@ import sys
 
 import pytest
 import torch
-from stopping import PACKAGE, equal, picture
 from torch import nn
 
 import paramlora
 from paramlora.model import undo
+from tests.model.stopping import PACKAGE, equal, picture
 
 WITHIN = (undo.__file__, contextlib.__file__)  # what puts back, and what calls it
 NEVER = 10**9

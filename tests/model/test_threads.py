@@ -1,4 +1,5 @@
-"""What several threads do at once with one model: some call it, others switch its adapters."""
+"""A sweep of what several threads do at once with one model: some call it, others switch its
+adapters."""
 
 import copy
 import sys

@@ -1,12 +1,18 @@
-"""On two CUDA devices: the cases of `test_distributed` over NCCL, and one model on both devices.
+"""A sweep on two CUDA devices: the cases of `test_distributed` over NCCL, and one model on both
+devices.
 
 Everything is float64 against the dense formula, as there; only the kernels' case is bfloat16.
 """
 
 import pytest
 import torch
-from test_devices import count_kernels
-from test_distributed import (
+from torch import nn
+from torch.func import functional_call
+
+import paramlora
+from paramlora.model.attach import lowranks
+from tests.model.test_devices import count_kernels
+from tests.model.test_distributed import (
     CASES,
     CLOSE,
     CONFIG,
@@ -22,11 +28,6 @@ from test_distributed import (
     state_of,
     train,
 )
-from torch import nn
-from torch.func import functional_call
-
-import paramlora
-from paramlora.model.attach import lowranks
 
 TWO = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Sums in every type: those in float64, rounded once, within units in the last place."""
+"""A sweep of sums in every type: those in float64, rounded once, within units in the last place."""
 
 import copy
 

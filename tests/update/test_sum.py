@@ -12,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
 from paramlora.model.attach import updates
-from paramlora.update import memory
 from paramlora.update.lowrank import LowRank
 from paramlora.update.sum import Fold, LowRankTerm, WholeTerm, folded, rounds_products
-from paramlora.update.walk import paths_of
 
 _PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv", "mv", "dot")
 
@@ -255,20 +253,3 @@ def test_a_low_rank_sum_beyond_its_type_is_refused_before_the_first_weight(scale
     for layer, held in zip(model, before):
         assert torch.equal(layer.parametrizations.weight.original, held)
     assert LowRank.at_most(found[1], 1e20) > 1e60
-
-
-def test_the_largest_of_many_tensors():
-    held = [torch.tensor([1.0, -5.0]), torch.tensor([2.0]).bfloat16(), torch.empty(0)]
-    assert memory.largest([*held, torch.tensor([9])]) == 5.0
-    assert memory.largest([]) == 0.0
-    assert memory.largest([*held, torch.tensor([float("nan")])]) is None
-    assert memory.largest([torch.ones(2, dtype=torch.complex64)]) == float("inf")
-
-
-def test_a_walk_finds_what_torch_finds_in_its_order():
-    shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared})
-    model["c"] = nn.ModuleList([model["a"][1], nn.LSTM(2, 2)])
-    model["c"].register_module("none", None)
-    paramlora.attach(model, {"a.0": {"r": 1}})
-    assert [(path, module) for module, path in paths_of(model).items()] == [*model.named_modules()]

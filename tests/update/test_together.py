@@ -1,5 +1,5 @@
-"""Adapters of different kinds on one tensor, against their definitions in float64, and what
-`docs/kinds.md` says of each kind: checkpointing, and quantised weights."""
+"""A sweep of adapters of different kinds on one tensor, against their definitions in float64, and
+what `docs/kinds.md` says of each kind: checkpointing, and quantised weights."""
 
 import copy
 import itertools

@@ -1,0 +1,28 @@
+"""The native format: what its metadata may not say."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import paramlora
+from paramlora import FileError
+from paramlora.files import adapters as interchange
+from tests.formats.peft.language import TIES, adapted
+
+
+def test_damaged_holders_are_refused(tmp_path):
+    _, model = adapted(*TIES["embedding first"])
+    path = tmp_path / "a.safetensors"
+    paramlora.save_adapter(model, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    good = {"kind": "linear", "layout": "matrix", "groups": 1}
+    for bad in ({"layout": "round"}, {"groups": 0}, {"groups": True}, {"kind": 3}, None):
+        about = json.loads(metadata["paramlora"])
+        about["holders"]["lm_head"] = None if bad is None else good | bad
+        broken = tmp_path / "b.safetensors"
+        save_file(load_file(path), broken, {"paramlora": json.dumps(about)})
+        with pytest.raises(FileError, match='the "holders" in its metadata are damaged'):
+            interchange.read_adapter(broken)
