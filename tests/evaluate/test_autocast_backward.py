@@ -1,5 +1,5 @@
-"""A sweep over autograd functions: each one's backward gives the same bits wherever it is called: outside of autocast,
-and inside of that of either type, which would cast its products."""
+"""A sweep over autograd functions: each one's backward gives the same bits wherever it is called:
+outside of autocast, and inside of that of either type, which would cast its products."""
 
 import contextlib
 import importlib

@@ -1,6 +1,7 @@
-"""A sweep over layers and ways: what multiplies an update is rounded to 16 bits nowhere before it does: on a base of zeros an
-adapter's scale, strength, magnitude and dropout's factor stand in the output and in every gradient,
-whose share of the float64 definition is 1 however much single numbers are rounded."""
+"""A sweep over layers and ways: what multiplies an update is rounded to 16 bits nowhere before it
+does: on a base of zeros an adapter's scale, strength, magnitude and dropout's factor stand in the
+output and in every gradient, whose share of the float64 definition is 1 however much single numbers
+are rounded."""
 
 import contextlib
 import copy

@@ -1,5 +1,5 @@
-"""A sweep over operations: what is done to a model while a block of `route` is open is what it is outside of one, or is
-refused and leaves the model as it was."""
+"""A sweep over operations: what is done to a model while a block of `route` is open is what it is
+outside of one, or is refused and leaves the model as it was."""
 
 import copy
 import pickle
