@@ -73,25 +73,27 @@ def check_tiny(zoo: Zoo, way: str) -> None:
     """Output and every factor's gradient against the dense float64 definition.
 
     The limit is that of float64: thousands of roundings of 1.1e-16 stay far below 1e-9. unsloth's
-    kernels compute in float32 whatever they are given, so it gets float32, and 1e-5.
+    kernels compute in float32 whatever they are given, and LyCORIS keeps its scale in float32, so
+    these get float32, and 1e-5.
     """
-    dtype, limit = (torch.float32, 1e-5) if way in UNSLOTH else (torch.float64, 1e-9)
+    wide = way not in UNSLOTH and way not in LYCORIS
+    dtype, limit = (torch.float64, 1e-9) if wide else (torch.float32, 1e-5)
     torch.manual_seed(0)
     base = _made(zoo, torch.float64, tiny=True)
     args = _inputs(zoo, torch.float64, 2, tiny=True)
     model = adapt(way, copy.deepcopy(base).to(dtype), zoo.entries(base), 2)
     fill(model)
     pairs = factors(model)
-    wide = {
+    wanted = {
         p: tuple(t.detach().clone().double().requires_grad_() for t in ab)
         for p, ab in pairs.items()
     }
-    want = definition(base, wide, zoo, args)
+    want = definition(base, wanted, zoo, args)
     got = zoo.call(model, tuple(t.to(dtype) if t.is_floating_point() else t for t in args))
     dy = torch.randn_like(want)
-    ours = torch.autograd.grad(got, [t for p in wide for t in pairs[p]], dy.to(dtype))
-    theirs = torch.autograd.grad(want, [t for ab in wide.values() for t in ab], dy)
-    assert len(wide) == len(zoo.entries(base)), f"{way}: {len(wide)} layers adapted"
+    ours = torch.autograd.grad(got, [t for p in wanted for t in pairs[p]], dy.to(dtype))
+    theirs = torch.autograd.grad(want, [t for ab in wanted.values() for t in ab], dy)
+    assert len(wanted) == len(zoo.entries(base)), f"{way}: {len(wanted)} layers adapted"
     for a, b in zip((got, *ours), (want, *theirs)):
         assert b.norm() > 0, f"{way}: a gradient is zero"
         error = ((a - b).norm() / b.norm()).item()
