@@ -37,7 +37,7 @@ def computed(case, laid):
     """Errors of all that the kernels compute of one case."""
     taken, P, ranks, fan_in, out = CASES[case]
     rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
-    by, ranks = routed._sorted(rows, P), rows.ranks
+    by, ranks = rows.sorted_by(P), rows.ranks
     M, total = len(taken) * P, sum(ranks) + 1
     x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
     weight, bias = laid((torch.randn(out, fan_in) / fan_in**0.5).half()), torch.randn(out).half()
@@ -91,8 +91,8 @@ def few(case, spoilt=None):
         parts[spoilt].a[0, 0], parts[spoilt].b[1, 0] = float("nan"), float("inf")
         parts[spoilt].scale.fill_(float("nan"))
     launched.clear()
-    table = decoding.table_of(parts, weight)
-    assert table.at is decoding.table_of(parts, weight).at
+    table = decoding.table_of(*zip(*parts), weight)
+    assert table.at is decoding.table_of(*zip(*parts), weight).at
     y = decoding.product(x, weight, bias, rows.taken, rows.held, table, P).double()
     want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     for row, which in enumerate(taken):
@@ -128,7 +128,7 @@ def in_place(case):
     true = true + torch.stack([own[which][row] for row, which in enumerate(taken)])
     want = torch.autograd.grad(true, wide, dy.double(), materialize_grads=True)
     launched.clear()
-    y = routed.in_place(x, weight, bias, updates, rows)
+    y = routed.in_place(x, weight, bias, tuple(zip(*updates)), rows)
     updates[0][1].data.zero_()  # as an optimizer may, before another's backward
     got = torch.autograd.grad(y, leaves, dy)
     assert all(g.is_contiguous() for g in got) and got[1].dtype == torch.float32
@@ -148,11 +148,11 @@ def beside(others):
     for which, r in enumerate((others[0], 5, others[1])):
         factors = own if which == 1 else (torch.randn(r, 64) / 8, torch.randn(80, r))
         updates.append((*(f.requires_grad_() for f in factors), torch.ones(()), torch.ones(())))
-    y = routed.in_place(x, weight, None, updates, rows)
+    y = routed.in_place(x, weight, None, tuple(zip(*updates)), rows)
     mine = torch.tensor(taken) == 1
     dx, da, db = torch.autograd.grad(y, [x, *updates[1][:2]], dy)
     with torch.no_grad():
-        few = routed.in_place(x[:, :2], weight, None, updates, rows)
+        few = routed.in_place(x[:, :2], weight, None, tuple(zip(*updates)), rows)
     return y[mine], dx[mine], da, db, few[mine]
 
 
@@ -160,7 +160,7 @@ def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
     rows = Choice(("0", "1"), ranks, torch.tensor(taken), 0)
-    by = routed._sorted(rows, P)
+    by = rows.sorted_by(P)
     x = torch.randn(len(taken) * P, fan_in).half()
     down, up = torch.randn(33, fan_in).half(), torch.randn(33, out).half()
     up[17, 3], up[18, 5] = float("nan"), float("inf")
