@@ -239,8 +239,8 @@ def _rows(
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
     # where the factors lie: a device map spreads a model over several
-    names, device = tuple(one.adapter for one in ours), next(ours[0].every_tensor(), index).device
-    ranks = tuple(one.rank_of_sum() for one in ours)
+    names, device = tuple([one.adapter for one in ours]), next(ours[0].every_tensor(), index).device
+    ranks = tuple([one.rank_of_sum() for one in ours])
     key = (names, ranks, device)
     if key not in made:
         own = torch.full_like(index, len(names))
@@ -341,14 +341,17 @@ def _put(
     with one_by_one():
         now = [(update, update.switch, own) for update, own in rows]
         made: dict[Any, Switch] = {}  # by the switch itself, and by what it says
-        for _, switch, own in now:
-            if (id(switch), own) not in made:
+        new: list[tuple[AttachedUpdate, Switch]] = []
+        for update, switch, own in now:
+            key = id(switch), id(own)
+            found = made.get(key)
+            if found is None:
                 gain, routes = id(switch.gain), switch.routes
                 told = switch.strength, gain, switch.muted, switch.past, routes, own
-                if told not in made:
-                    made[told] = switch.routed(change(routes, own))
-                made[id(switch), own] = made[told]
-        put([(update, made[id(switch), own]) for update, switch, own in now])
+                found = made.get(told) or switch.routed(change(routes, own))
+                made[key] = made[told] = found
+            new.append((update, found))
+        put(new)
 
 
 def _replace(layer: nn.Module, forward: Split, undo: list[_Undo]) -> None:

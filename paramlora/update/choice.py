@@ -1,7 +1,7 @@
 """Which rows of a batch take which update of a tensor."""
 
 import threading
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -98,7 +98,6 @@ class Sorted(NamedTuple):
         ranks: all of these.
         most: the largest of these.
         places: the addresses of the tensors.
-        kind: all that a launch depends on but these.
     """
 
     taken: Tensor
@@ -113,7 +112,6 @@ class Sorted(NamedTuple):
     ranks: int
     most: int
     places: tuple[int, ...]
-    kind: tuple[Any, ...]
 
 
 class Choice:
@@ -200,8 +198,7 @@ class Choice:
             *(self.starts, self.owner, self.held),
         )
         places, each = tuple(t.data_ptr() for t in tensors), self.ranks
-        kind = (len(order), positions, each, *(place & 15 for place in places))
-        return Sorted(*tensors, positions, each, sum(each), max(each), places, kind)
+        return Sorted(*tensors, positions, each, sum(each), max(each), places)
 
 
 def _steps(picks: Tensor) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def forward(
     factors ``A_i`` and ``s_i B_iᵀ`` of all updates in x's type, and ``x A_iᵀ``.
 
     Args:
-        x: ``[..., in]``, contiguous.
+        x: ``[N, ..., in]``, contiguous.
         weight: ``[out, in]``, one side contiguous.
         bias: ``[out]``, contiguous.
         table: the updates.
@@ -96,8 +96,9 @@ def forward(
         even = not (addresses[0] | addresses[1]) & 15
         return Forward(x, weight, bias is not None, table, by, even)
 
+    # how many rows and positions there are x's shape tells, and the ranks the table's kind
     tensors = (x, weight, weight if bias is None else bias)
-    plan, addresses = planned(_FORWARDS, tensors, (bias is None, by.kind, table.kind), made)
+    plan, addresses = planned(_FORWARDS, tensors, (bias is None, table.kind), made)
     return plan(x, weight, bias, table, by, addresses)  # type: ignore[no-any-return]
 
 
@@ -217,7 +218,7 @@ def backward(
     ``[r_i, in]`` and ``[out, r_i]``, of their type.
 
     Args:
-        dy: ``[..., out]``, contiguous.
+        dy: ``[N, ..., out]``, contiguous.
         x, weight, table, by: of the forward.
         kept: of the forward.
         wanted: of x, of the A's, of the B's; one at least.
@@ -227,7 +228,7 @@ def backward(
         even = not (addresses[0] | addresses[2]) & 15
         return Backward(dy, weight, table, by, wanted, even)
 
-    rest = (wanted, by.kind, table.kind)
+    rest = (wanted, table.kind)
     plan, addresses = planned(_BACKWARDS, (dy, x, weight, kept), rest, made)
     return plan(dy, x, weight, kept, table, by, addresses)  # type: ignore[no-any-return]
 
