@@ -6,6 +6,7 @@ reaches neither another row nor another update's gradient. Tensors only.
 
 from collections.abc import Sequence
 from functools import reduce
+from operator import attrgetter
 from typing import Any, Optional
 
 import torch
@@ -27,6 +28,7 @@ from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_VERSION = attrgetter("_version")
 _HIGHEST = 32  # rank whose factors fit the shared memory beside a tile of the frozen product
 _LONG = 16  # positions of a row from which it is a block of its own
 _FEW = 128  # rows up to which reading takes longer than arithmetic
@@ -262,40 +264,37 @@ def _has_kernel(
     return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
 
 
-_Given = tuple[Tensor, Tensor, Tensor, Tensor]
+_Given = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
 
-def in_place(
-    x: Tensor, weight: Tensor, bias: _Maybe, updates: Sequence[_Given], rows: Choice
-) -> _Maybe:
+def in_place(x: Tensor, weight: Tensor, bias: _Maybe, updates: _Given, rows: Choice) -> _Maybe:
     """`linear` of factors where they lie, which no operation of torch joins, casts, scales or takes
     apart again: a step of many adapters would start dozens of them for each layer. None where no
     kernels serve that.
 
     Args:
         x, weight, bias, rows: as of `linear`.
-        updates: of each adapter A ``[r, in]``, B ``[out, r]``, its scale, which gets no gradient,
-            and its strength.
+        updates: of all adapters their A's ``[r, in]``, B's ``[out, r]``, scales, which get no
+            gradient, and strengths.
     """
     # x in place of the factors, of which it asks the device: `table_of` looks at these itself
     if untold() or autocast_of(x) is not None or not _has_kernel(x, weight, bias, x, x, rows):
         return None
+    downs, ups, scales, _ = updates
     # the kernels read a scale by its address, and give it no gradient
-    if any([scale.requires_grad for _, _, scale, _ in updates]):
+    if any([scale.requires_grad for scale in scales]):
         return None
     from paramlora.cuda.decoding import plan
 
     # by address: A, B, scale and gain of each, which a launch reads where they lie
-    table = plan.table_of([*map(plan.Part._make, updates)], weight)
+    table = plan.table_of(*updates, weight)
     if table is None:
         return None
     # the decoding kernel reads rows of the weight, so they must be contiguous
     few = x.numel() <= _FEW * x.shape[-1] and weight.stride(1) == 1
     if few and not torch.is_grad_enabled():
         return _of_few(x, weight, bias, table, rows)
-    factors = [factor for a, b, *_ in updates for factor in (a, b)]
-    numbers = [(scale, gain) for *_, scale, gain in updates]
-    return applied(_InPlace, x, weight, bias, rows, table, numbers, *factors)
+    return applied(_InPlace, x, weight, bias, rows, table, updates, *downs, *ups)
 
 
 class _InPlace(torch.autograd.Function):
@@ -309,107 +308,70 @@ class _InPlace(torch.autograd.Function):
         bias: _Maybe,
         rows: Choice,
         table: Any,
-        numbers: Any,
+        updates: _Given,
         *factors: Tensor,
     ) -> Tensor:
         from paramlora.cuda.routed import plan
 
         # an optimizer may step one update's factors before another's backward reads its own: of
         # all of them that reads what was cast here
-        ctx.rows, ctx.table, ctx.numbers = rows, table, numbers
+        by = rows.sorted_by(_positions_of(x, rows))
+        y: Tensor
+        y, kept = plan.forward(x.contiguous(), weight, bias, table, by)
+        ctx.rows, ctx.by, ctx.table, ctx.updates = rows, by, table, updates
         # the version that autograd counts, as `save_for_backward` would refuse any later change
-        ctx.factors = [(factor, factor._version) for factor in factors]
-        flat = x.flatten(0, -2).contiguous()
-        by = _sorted(rows, len(flat) // len(rows.index))
-        # packed once into one tensor of all factors in x's type; the backward reads it too
-        kept = plan.packed(table, by, sum(rows.ranks), x, weight.shape[::-1])
-        down, up = _unpacked(kept, rows, weight)
-        u = plan.thin(flat, down, by)
+        ctx.versions = [*map(_VERSION, factors)]
         # scales are saved for autograd's check that nobody has changed them in place since
-        ctx.save_for_backward(x, weight, kept, u, *(scale for scale, _ in numbers))
-        y: Tensor = plan.product(flat, weight.t(), u, up, by, bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x, weight, kept, *updates[2])
+        return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, weight, kept, u, *_), needs = ctx.saved_tensors, ctx.needs_input_grad
-        factors = [factor for factor, _ in ctx.factors]
-        # behind x, weight, bias, rows, table and numbers
-        rows, few, flat = ctx.rows, needs[6:], dy.flatten(0, -2)
-        dbias = flat.sum(0) if needs[2] else None
+        (x, weight, kept, *_), needs = ctx.saved_tensors, ctx.needs_input_grad
+        downs, ups, scales, gains = ctx.updates
+        few = needs[6:]  # behind x, weight, bias, rows, table and updates
+        dbias = dy.flatten(0, -2).sum(0) if needs[2] else None
         if torch.is_grad_enabled() or is_batched(dy) or in_plain_operations(True, dy):
-            # only here: what was packed has no graph, so the factors themselves are read
-            if any(factor._version != version for factor, version in ctx.factors):
+            # only here: what was cast has no graph, so the factors themselves are read
+            factors = (*downs, *ups)
+            if [*map(_VERSION, factors)] != ctx.versions:
                 raise RuntimeError(
                     "a gradient of a gradient reads factors that changed after the forward. Call "
                     "backward before the optimizer's step"
                 )
-            again, inputs = _joining(rows, ctx.numbers), (x, weight, *factors)
+            again, inputs = _joining(ctx.rows, scales, gains), (x, weight, *factors)
             dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *few), dy)
             return dx, dweight, dbias, None, None, None, *others
         from paramlora.cuda.routed import plan
 
-        flat, own = flat.contiguous(), x.flatten(0, -2).contiguous()
-        by, (down, up) = _sorted(rows, len(own) // len(rows.index)), _unpacked(kept, rows, weight)
-        dx, wanted = None, (any(few[::2]), any(few[1::2]))
-        v = plan.thin(flat, up, by) if needs[0] or wanted[0] else None
-        if needs[0]:
-            dx = plan.product(flat, weight, v, down, by).view(x.shape)
-        dweight = flat.t() @ own if needs[1] else None
-        gradients: list[_Maybe] = [None] * len(factors)
-        if any(wanted):
-            # whether the launch right ahead is the product of v, which the sums may overlap
-            ahead = needs[0] and not needs[1]
-            found = plan.sums(own, v, flat, u, by, sum(rows.ranks), wanted, ctx.table, ahead)
-            gradients = _each(found, factors, few, rows.ranks)
+        count = len(downs)
+        wanted = (needs[0], True in few[:count], True in few[count:])
+        dy, own = dy.contiguous(), x.contiguous()
+        dx, das, dbs = plan.backward(dy, own, weight, kept, ctx.table, ctx.by, wanted)
+        dweight = dy.flatten(0, -2).t() @ own.flatten(0, -2) if needs[1] else None
+        gradients = (*_wanted(das, downs, few[:count]), *_wanted(dbs, ups, few[count:]))
         return dx, dweight, dbias, None, None, None, *gradients
 
 
-def _unpacked(kept: Tensor, rows: Choice, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[ranks, in]`` and ``[ranks, out]`` of all updates."""
-    (out, fan_in), ranks = weight.shape, sum(rows.ranks)
-    down, up = torch.split(kept, [ranks * fan_in, ranks * out])
-    return down.view(ranks, fan_in), up.view(ranks, out)
+def _wanted(
+    found: Optional[Sequence[Tensor]], factors: Sequence[Tensor], wanted: Sequence[bool]
+) -> Sequence[_Maybe]:
+    """The gradients of all A's or B's that are wanted, of their type."""
+    if found is None:
+        return (None,) * len(factors)
+    return found if False not in wanted else [p if w else None for p, w in zip(found, wanted)]
 
 
-def _each(
-    found: tuple[_Maybe, _Maybe],
-    factors: Sequence[Tensor],
-    wanted: Sequence[bool],
-    ranks: Sequence[int],
-) -> list[_Maybe]:
-    """One gradient for each factor, cut out of those of all A's and of all B's where its ranks
-    lie."""
-    out: list[_Maybe] = [None] * len(factors)
-    for side, whole in enumerate(found):
-        if whole is not None:
-            shapes = [factor.shape for factor in factors[side::2]]
-            whole = cast(whole, factors[side].dtype)
-            parts: Sequence[Tensor]
-            numbers = [shape.numel() for shape in shapes]
-            each, rest = divmod(whole.numel(), len(shapes))
-            # of equal shapes all parts are rows of one view
-            if not rest and {*numbers} == {each}:  # by one call: a layer has dozens of them
-                parts = whole.view(len(shapes), *shapes[0]).unbind(0)
-            else:
-                width = whole.numel() // sum(ranks)
-                flat = torch.split(whole.view(-1), [rank * width for rank in ranks])
-                # a padded rank's part is longer than the factor: only its own numbers are the
-                # gradient
-                parts = [part[:n].view(shape) for part, n, shape in zip(flat, numbers, shapes)]
-            out[side::2] = [p if want else None for p, want in zip(parts, wanted[side::2])]
-    return out
-
-
-def _joining(rows: Choice, numbers: Sequence[tuple[Tensor, Tensor]]) -> Any:
+def _joining(rows: Choice, scales: Sequence[Tensor], gains: Sequence[Tensor]) -> Any:
     """A function of x, the weight and all factors that computes `in_place` in torch's
     operations."""
 
     def again(x: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+        downs, ups = factors[: len(scales)], factors[len(scales) :]
         # in float32: of a 16-bit B, what is scaled would be rounded before it is multiplied
-        scaled = [narrow.of_factor(b) * (s * g) for b, (s, g) in zip(factors[1::2], numbers)]
-        down, up = joined(factors[::2], rows.ranks, 0), joined(scaled, rows.ranks, 1).t()
+        scaled = [narrow.of_factor(b) * (s * g) for b, s, g in zip(ups, scales, gains)]
+        down, up = joined(downs, rows.ranks, 0), joined(scaled, rows.ranks, 1).t()
         thin = grouped(_positions(x), rows, down, up)
         return F.linear(x, weight) + thin.view(*x.shape[:-1], up.shape[-1])
 
@@ -427,11 +389,9 @@ def _of_few(x: Tensor, weight: Tensor, bias: _Maybe, table: Any, rows: Choice) -
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _sorted(rows: Choice, positions: int) -> Any:
-    from paramlora.cuda.routed.plan import Sorted
-
-    where = rows.starts, rows.owner, rows.held
-    return Sorted(*rows.sorted_by(positions), *where, max(rows.ranks), positions)
+def _positions_of(x: Tensor, rows: Choice) -> int:
+    """How many positions each row of ``[N, ..., side]`` has."""
+    return x.numel() // (len(rows.index) * x.shape[-1])
 
 
 def _by_kernels(
@@ -440,7 +400,7 @@ def _by_kernels(
     """``x w + x A_iᵀ B_iᵀ + bias`` in one accumulator, and the thin product."""
     from paramlora.cuda.routed import plan
 
-    x, by = x.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    x, by = x.contiguous(), rows.sorted_by(_positions_of(x, rows))
     u = plan.thin(x, cast(down, x.dtype), by)
     return plan.product(x, w, u, cast(up, x.dtype), by, bias), u
 
@@ -458,7 +418,7 @@ def _kernels_backward(
     """The gradients of x and of both factors that are wanted."""
     from paramlora.cuda.routed import plan
 
-    x, dy, by = x.contiguous(), dy.contiguous(), _sorted(rows, len(x) // len(rows.index))
+    x, dy, by = x.contiguous(), dy.contiguous(), rows.sorted_by(_positions_of(x, rows))
     dx = v = None
     if needs[0] or needs[3]:
         v = plan.thin(dy, cast(up, dy.dtype), by)

@@ -781,7 +781,7 @@ def _in_place(
         return None  # made for this call, or on several devices
     scales = [update.stored_scale() for update in updates]
     gains = [switch.gain for switch in switches_of(updates)]
-    return routed.in_place(x, weight, bias, [*zip(downs, ups, scales, gains)], rows)
+    return routed.in_place(x, weight, bias, (downs, ups, scales, gains), rows)
 
 
 def convolved_rows(layer: Any, x: Tensor, updates: list[LowRank], rows: Choice) -> Tensor:

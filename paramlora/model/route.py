@@ -21,9 +21,10 @@ from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
 from paramlora.model.undo import surely_left
-from paramlora.update.attached import AttachedUpdate, Routes
+from paramlora.update.attached import AttachedUpdate, Routes, Switch
 from paramlora.update.choice import Choice, Flattened
 from paramlora.update.names import BRANCHES
+from paramlora.update.walk import paths_of
 
 Names = Sequence[Optional[str]]
 _Inner = nn.modules.linear.NonDynamicallyQuantizableLinear  # read by the attention around it
@@ -73,8 +74,8 @@ def route(
         >>> with paramlora.disable_adapters(model):
         ...     assert torch.equal(y[1], model(x)[1]) and not torch.equal(y[0], y[1])
     """
-    modules = dict(unwrapped(model).named_modules())  # gone through once: they are thousands
-    held = [(path, one, *of) for path, one in modules.items() for of in updates_of(one)]
+    modules = paths_of(unwrapped(model))  # gone through once: they are thousands
+    held = [(path, m, *of) for m, path in modules.items() if m._modules for of in updates_of(m)]
     there: dict[str, bool] = {}  # each adapter, and whether one of its updates acts
     for *_, some in held:
         for update in some:
@@ -88,11 +89,11 @@ def route(
         index = _of_positions(index, cu_seqlens)
     if not isinstance(dim, int) or dim < 0:
         raise AdapterError(f"dim must be a whole number of at least 0, got {dim!r}.")
-    attentions = [one for one in modules.values() if isinstance(one, nn.MultiheadAttention)]
+    attentions = [one for one in modules if isinstance(one, nn.MultiheadAttention)]
     rows, split = _checked(held, attentions, list(there), index, dim, cu_seqlens is not None)
 
     def enter(undo: list[_Undo]) -> None:
-        _enter(modules.values(), rows, undo)
+        _enter(modules, rows, undo)
         # only where a layer is called once for each adapter: the groups wait for a device
         groups = _groups(list(there), index) if split else {}
         # a forward of the instance's own: the class serves other layers too
@@ -238,8 +239,8 @@ def _rows(
 ) -> Choice:
     """The rows of one tensor, made once for all that have the same adapters."""
     # where the factors lie: a device map spreads a model over several
-    names, device = tuple(one.adapter for one in ours), next(ours[0].parameters(), index).device
-    ranks = tuple(one.rank_of_sum() for one in ours)
+    names, device = tuple([one.adapter for one in ours]), next(ours[0].every_tensor(), index).device
+    ranks = tuple([one.rank_of_sum() for one in ours])
     key = (names, ranks, device)
     if key not in made:
         own = torch.full_like(index, len(names))
@@ -335,10 +336,22 @@ def _put(
     rows: Sequence[tuple[AttachedUpdate, Choice]],
     change: Callable[[Routes, Choice], Routes],
 ) -> None:
-    """Change the blocks that are open, whichever others have been opened or left meanwhile."""
+    """Change the blocks that are open, whichever others have been opened or left meanwhile. Updates
+    whose switches said the same get one, so that a model has some of them and not thousands."""
     with one_by_one():
         now = [(update, update.switch, own) for update, own in rows]
-        put([(u, switch.routed(change(switch.routes, own))) for u, switch, own in now])
+        made: dict[Any, Switch] = {}  # by the switch itself, and by what it says
+        new: list[tuple[AttachedUpdate, Switch]] = []
+        for update, switch, own in now:
+            key = id(switch), id(own)
+            found = made.get(key)
+            if found is None:
+                gain, routes = id(switch.gain), switch.routes
+                told = switch.strength, gain, switch.muted, switch.past, routes, own
+                found = made.get(told) or switch.routed(change(routes, own))
+                made[key] = made[told] = found
+            new.append((update, found))
+        put(new)
 
 
 def _replace(layer: nn.Module, forward: Split, undo: list[_Undo]) -> None:

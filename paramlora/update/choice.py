@@ -1,7 +1,7 @@
 """Which rows of a batch take which update of a tensor."""
 
 import threading
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -82,6 +82,38 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return whole and one.data_ptr() == other.data_ptr()
 
 
+class Sorted(NamedTuple):
+    """Which update each row takes, as whole numbers of 32 bits on the device, for kernels.
+
+    Args:
+        taken: ``[N]``, the update of each row, one beyond them for none.
+        order: ``[N]``, the rows sorted by their update.
+        ends: ``[updates]``, where each one's positions end among the sorted ones.
+        spans: ``[2, N]``, where the ranks of each row's update start and end among those of all.
+        starts: ``[updates + 1]``, where each one's ranks start.
+        owner: ``[ranks]``, whose each of these is.
+        held: ``[updates]``, the rank of each, which is filled up to that many.
+        positions: of each row.
+        each: the ranks that the updates are filled up to.
+        ranks: all of these.
+        most: the largest of these.
+        places: the addresses of the tensors.
+    """
+
+    taken: Tensor
+    order: Tensor
+    ends: Tensor
+    spans: Tensor
+    starts: Tensor
+    owner: Tensor
+    held: Tensor
+    positions: int
+    each: tuple[int, ...]
+    ranks: int
+    most: int
+    places: tuple[int, ...]
+
+
 class Choice:
     """The rows of a batch by the adapters of one tensor; made anew for each batch.
 
@@ -133,7 +165,7 @@ class Choice:
         self.block_picks: tuple[Tensor, ...] = ()
         table, self.owner, self.starts, self.held = _ranks(ranks, self.ranks, index)
         # by the positions of a row: a layer is called with the same number again and again
-        self._sorted: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._sorted: dict[int, Sorted] = {}
         self.taken = index.int()
         # the last of `starts` is the end of all, where the base's rank of zeros is
         self.spans = torch.stack([self.starts, torch.cat([self.starts[1:], self.starts[-1:]])])
@@ -161,21 +193,28 @@ class Choice:
             there[device]._there = there
         return there[device]
 
-    def sorted_by(self, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The index, the rows sorted by it, where each update's positions end among those, of so
-        many for each row, and `spans`; as whole numbers of 32 bits, found once."""
+    def sorted_by(self, positions: int) -> Sorted:
+        """The rows by their updates, of so many positions each; found once."""
         found = self._sorted.get(positions)
         if found is None:
-            # stable: rows of one adapter stay in order, and so do their sums
-            ordered, order = torch.sort(self.index, stable=True)
-            every = torch.arange(len(self.names), device=order.device)
-            # in positions, of which each row has as many
-            ends = torch.searchsorted(ordered, every, right=True) * positions
-            found = self.taken, order.int(), ends.int(), self.spans
+            found = self._sort(positions)
             # what a CUDA graph computes has its values, and its memory, in that graph alone
-            if not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if not (self.index.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._sorted[positions] = found
         return found
+
+    def _sort(self, positions: int) -> Sorted:
+        # stable: rows of one adapter stay in order, and so do their sums
+        ordered, order = torch.sort(self.index, stable=True)
+        every = torch.arange(len(self.names), device=order.device)
+        # in positions, of which each row has as many
+        ends = torch.searchsorted(ordered, every, right=True) * positions
+        tensors = (
+            *(self.taken, order.int(), ends.int(), self.spans),
+            *(self.starts, self.owner, self.held),
+        )
+        places, each = tuple(t.data_ptr() for t in tensors), self.ranks
+        return Sorted(*tensors, positions, each, sum(each), max(each), places)
 
 
 def _steps(picks: Tensor) -> tuple[Tensor, ...]:

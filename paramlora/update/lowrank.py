@@ -166,7 +166,7 @@ class LowRank(AttachedUpdate):
 
     def rank_of_sum(self) -> int:
         """The rank of its `factors`."""
-        return self.r if self.start_A is None else 2 * self.r
+        return self.r if self.held()[2] is None else 2 * self.r
 
     @property
     def scaling(self) -> Tensor:

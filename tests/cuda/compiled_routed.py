@@ -12,7 +12,6 @@ from paramlora.cuda.linear import plan as linear
 from paramlora.cuda.operands import Operands
 from paramlora.cuda.rescaled import plan as rescaled
 from paramlora.cuda.routed import plan as routed
-from paramlora.evaluate.routed import _sorted
 from paramlora.update.choice import Choice
 from tests.cuda import compiled, interpreted
 
@@ -37,7 +36,7 @@ def step(count, positions, updates, fan_in, out, r):
     new = torch.empty((), dtype=torch.bfloat16)
     names, index = tuple(map(str, range(updates))), torch.arange(count) % updates
     rows = Choice(names, (r,) * updates, index, 0)
-    by = _sorted(rows, positions)
+    by = rows.sorted_by(positions)
     M, ranks = count * positions, sum(rows.ranks) + 1
     x, dy, weight = new.new_empty(M, fan_in), new.new_empty(M, out), new.new_empty(out, fan_in)
     down, up, bias = new.new_empty(ranks, fan_in), new.new_empty(out, ranks).t(), new.new_empty(out)
@@ -48,16 +47,13 @@ def step(count, positions, updates, fan_in, out, r):
     routed.sums(x, v, dy, u, by, ranks, (True, True))
     if M <= 128 and r <= 64:
         for kind in (torch.bfloat16, torch.float32):
-            parts = decoding.Part(
-                torch.empty(r, fan_in, dtype=kind), torch.empty(out, r, dtype=kind),
-                torch.ones((), dtype=kind), torch.ones(()),
-            )  # fmt: skip
-            table = decoding.table_of([parts] * updates, weight)
+            table = table_of((r,) * updates, weight, kind)
             decoding.product(x, weight, None, rows.taken, rows.held, table, positions)
-            mixed = table._replace(rank=0)
+            _, kept = routed.forward(x, weight, None, table, by)
+            routed.backward(dy, x, weight, kept, table, by, (True, True, True))
+            mixed = table_of((r, 3) * (updates // 2), weight, kind)
             decoding.product(x, weight, bias, rows.taken, rows.held, mixed, positions)
-            routed.packed(table, by, ranks - 1, x, (fan_in, out))
-            routed.sums(x, v, dy, u, by, ranks - 1, (True, True), table)
+            routed.forward(x, weight, bias, mixed, by)
     a, b, m = (torch.empty(shape) for shape in ((r, fan_in), (out, r), (out,)))
     norm = rescaled.lengths(weight, a, b, torch.ones(()))
     rescaled.rescale(dy, m, norm, bias)
@@ -65,6 +61,15 @@ def step(count, positions, updates, fan_in, out, r):
     interpreted.captured = True  # whose product rescales its sum itself
     rescaled.forward(Operands(x, weight, bias, a, b, torch.ones(())), m, norm)
     interpreted.captured = False
+
+
+def table_of(ranks, weight, kind):
+    """Updates of such ranks and type."""
+    out, fan_in = weight.shape
+    a = [torch.empty(r, fan_in, dtype=kind) for r in ranks]
+    b = [torch.empty(out, r, dtype=kind) for r in ranks]
+    scale = [torch.ones((), dtype=kind) for _ in ranks]
+    return decoding.table_of(a, b, scale, [torch.ones(())] * len(ranks), weight)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,11 @@ def interpret(self, pointers, addresses, values=(), matrices=()):
     """What `Launch.__call__` has the device do."""
     launched.append(self.kernel.fn.__name__)
     aligned = [address % 16 == 0 for address in addresses]
-    self.first = getattr(self, "first", aligned)  # what a compiled kernel counts on
+    types = [t.dtype for t in pointers]
+    self.first, self.kinds = getattr(self, "first", aligned), getattr(self, "kinds", types)
+    # what a compiled kernel counts on
     assert all(now or not then for now, then in zip(aligned, self.first)), "a stale alignment"
+    assert types == self.kinds, "stale types"
     described = [TensorDescriptor(t, *of) for t, of in zip(matrices, self.layouts, strict=True)]
     placed = [from_address(*one) for one in zip(pointers, addresses, strict=True)]
     self.kernel[(self.grid,)](*described, *placed, *values, *self.tail)

@@ -37,7 +37,7 @@ def computed(case, laid):
     """Errors of all that the kernels compute of one case."""
     taken, P, ranks, fan_in, out = CASES[case]
     rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
-    by, ranks = routed._sorted(rows, P), rows.ranks
+    by, ranks = rows.sorted_by(P), rows.ranks
     M, total = len(taken) * P, sum(ranks) + 1
     x, dy = torch.randn(M, fan_in).half(), torch.randn(M, out).half()
     weight, bias = laid((torch.randn(out, fan_in) / fan_in**0.5).half()), torch.randn(out).half()
@@ -91,8 +91,8 @@ def few(case, spoilt=None):
         parts[spoilt].a[0, 0], parts[spoilt].b[1, 0] = float("nan"), float("inf")
         parts[spoilt].scale.fill_(float("nan"))
     launched.clear()
-    table = decoding.table_of(parts, weight)
-    assert table.at is decoding.table_of(parts, weight).at
+    table = decoding.table_of(*zip(*parts), weight)
+    assert table.at is decoding.table_of(*zip(*parts), weight).at
     y = decoding.product(x, weight, bias, rows.taken, rows.held, table, P).double()
     want = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     for row, which in enumerate(taken):
@@ -106,17 +106,22 @@ def few(case, spoilt=None):
     return error(y[other], want[other]), bool(y[~other].isnan().all())
 
 
-def in_place(case):
-    """Errors of a layer of factors where they lie, through autograd, and what it launched."""
-    taken, P, ranks, fan_in, out = CASES[case]
-    rows = Choice(tuple(map(str, ranks)), ranks, torch.tensor(taken), 0)
-    x = torch.randn(len(taken), P, fan_in).half().requires_grad_()
-    dy, weight = torch.randn(len(taken), P, out).half(), torch.randn(out, fan_in).half() / 8
-    bias, updates = torch.randn(out).half(), []
+def given(ranks, fan_in, out):
+    """Updates of such ranks: A, B, scale and strength of each."""
+    updates = []
     for which, r in enumerate(ranks):
         factors = torch.randn(r, fan_in) / fan_in**0.5, torch.randn(out, r)
         numbers = torch.tensor(0.5 + which), torch.tensor(1 / (1 + which))
-        updates.append((*(f.requires_grad_() for f in factors), *numbers))
+        updates.append([*(f.requires_grad_() for f in factors), *numbers])
+    return updates
+
+
+def off(updates, taken, P, weight, spoil=False):
+    """The largest error of a layer of factors where they lie, through autograd; None where it is
+    not served."""
+    (out, fan_in), rows = weight.shape, rows_of(updates, taken)
+    x, dy = torch.randn(len(taken), P, fan_in).half(), torch.randn(len(taken), P, out).half()
+    x, bias = x.requires_grad_(), torch.randn(out).half()
     leaves = [x, *(f for a, b, *_ in updates for f in (a, b))]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     true = wide[0] @ weight.double().t() + bias.double()
@@ -128,12 +133,64 @@ def in_place(case):
     true = true + torch.stack([own[which][row] for row, which in enumerate(taken)])
     want = torch.autograd.grad(true, wide, dy.double(), materialize_grads=True)
     launched.clear()
-    y = routed.in_place(x, weight, bias, updates, rows)
-    updates[0][1].data.zero_()  # as an optimizer may, before another's backward
+    y = routed.in_place(x, weight, bias, tuple(zip(*updates)), rows)
+    if y is None:
+        return None
+    if spoil:
+        updates[0][1].data.zero_()  # as an optimizer may, before another's backward
     got = torch.autograd.grad(y, leaves, dy)
-    assert all(g.is_contiguous() for g in got) and got[1].dtype == torch.float32
+    assert all(g.is_contiguous() and g.dtype == leaf.dtype for g, leaf in zip(got, leaves))
     pairs = zip((y, *got), (true.detach(), *want))
-    return max(error(mine, real) for mine, real in pairs), launched[:]
+    return max(error(mine, real) for mine, real in pairs)
+
+
+def rows_of(updates, taken):
+    ranks = tuple(len(a) for a, *_ in updates)
+    return Choice(tuple(map(str, range(len(ranks)))), ranks, torch.tensor(taken), 0)
+
+
+def in_place(case):
+    """The error of one case and what it launched."""
+    taken, P, ranks, fan_in, out = CASES[case]
+    weight = torch.randn(out, fan_in).half() / 8
+    return off(given(ranks, fan_in, out), taken, P, weight, True), launched[:]
+
+
+def changes():
+    """Errors of one layer's steps, before each of which something of its updates, or of the rows,
+    changes that was looked up before."""
+    torch.manual_seed(0)
+    weight, taken = torch.randn(24, 16).half() / 8, [0, 2, 1, 1, 0]
+    updates = given((16, 4, 16), 16, 24)
+    errors = {"first": off(updates, taken, 20, weight)}
+    with torch.no_grad():
+        updates[0][0].mul_(-2)
+        updates[0][2].fill_(3)
+    errors["values"] = off(updates, taken, 20, weight)
+    updates[1][1].data = torch.randn(24, 4)
+    errors["memory"] = off(updates, taken, 20, weight)
+    updates[2][0] = torch.randn(16, 16).requires_grad_()
+    updates[2][3] = torch.tensor(0.125)
+    errors["parameter and strength"] = off(updates, taken, 20, weight)
+    a, b = (f.data.flatten() for f in updates[1][:2])  # less of both, where they lie
+    updates[1][:2] = a[: 3 * 16].view(3, 16), b[: 24 * 3].view(24, 3)
+    for f in updates[1][:2]:
+        f.requires_grad_()
+    errors["rank"] = off(updates, taken, 20, weight)
+    errors["one rank"] = off([updates[0], *given((16,), 16, 24), updates[2]], taken, 20, weight)
+    errors["rows"] = off(updates, [3, 1, 0, 0, 2], 20, weight)
+    errors["positions"] = off(updates, taken, 7, weight)
+    errors["one less"] = off(updates[:2], [1, 0, 2], 20, weight)
+    errors["one more"] = off([*updates, *given((8,), 16, 24)], [3, 1, 0, 4], 20, weight)
+    updates = [[a.data.half().requires_grad_(), b.data.half().requires_grad_(), s.half(), g]
+               for a, b, s, g in updates]  # fmt: skip
+    errors["type"] = off(updates, taken, 20, weight)
+    updates[0][0].requires_grad_(False)
+    updates[0][0].data = updates[0][0].data.t()  # at the same address and of the same shape
+    leaf = torch.randn(len(taken), 20, 16).half()
+    rows = rows_of(updates, taken)
+    laid = routed.in_place(leaf, weight, None, tuple(zip(*updates)), rows)
+    return errors, laid is None
 
 
 def beside(others):
@@ -148,11 +205,11 @@ def beside(others):
     for which, r in enumerate((others[0], 5, others[1])):
         factors = own if which == 1 else (torch.randn(r, 64) / 8, torch.randn(80, r))
         updates.append((*(f.requires_grad_() for f in factors), torch.ones(()), torch.ones(())))
-    y = routed.in_place(x, weight, None, updates, rows)
+    y = routed.in_place(x, weight, None, tuple(zip(*updates)), rows)
     mine = torch.tensor(taken) == 1
     dx, da, db = torch.autograd.grad(y, [x, *updates[1][:2]], dy)
     with torch.no_grad():
-        few = routed.in_place(x[:, :2], weight, None, updates, rows)
+        few = routed.in_place(x[:, :2], weight, None, tuple(zip(*updates)), rows)
     return y[mine], dx[mine], da, db, few[mine]
 
 
@@ -160,7 +217,7 @@ def spoiled():
     """Rows that another update's infinities and NaNs reach, and own ones that they do not."""
     taken, P, ranks, fan_in, out = CASES["mixed"]
     rows = Choice(("0", "1"), ranks, torch.tensor(taken), 0)
-    by = routed._sorted(rows, P)
+    by = rows.sorted_by(P)
     x = torch.randn(len(taken) * P, fan_in).half()
     down, up = torch.randn(33, fan_in).half(), torch.randn(33, out).half()
     up[17, 3], up[18, 5] = float("nan"), float("inf")
@@ -182,6 +239,7 @@ def main():
         torch.manual_seed(0)
         results[case] = computed(case, LAYOUTS[number % 4 // 2]), launched[:]
     routed._has_kernel = lambda *_: True
+    results["changes"] = changes()
     results["in place"] = {name: in_place(name) for name in ("mixed", "none's rows", "one update")}
     plan.card = lambda device: interpreted.Card((9, 0), 132)
     decoding.card = lambda device: interpreted.Card((9, 0), 4)

@@ -565,3 +565,24 @@ def test_blocks_are_left_in_any_order(layer, leaves):
     torch.testing.assert_close(first(model(*x)), alone(rows[1 - leaves]), rtol=1e-10, atol=1e-10)
     blocks[1 - leaves].__exit__(None, None, None)
     assert torch.equal(first(model(*x)), whole) and set(vars(model)) == base
+
+
+def test_updates_that_share_a_switch_change_alone():
+    torch.manual_seed(0)
+    model = paramlora.attach(linears().double(), {"*": {"r": 2}}, "b")
+    one, other = (u for _, _, u in updates(model))
+    for update in (one, other):
+        update.lora_B.data.normal_()
+    with paramlora.route(model, ["b"]):
+        pass
+    assert one.switch is other.switch  # made once for the whole model
+    one.strength = 2.0
+    x = torch.randn(1, 6, dtype=torch.float64)
+    with paramlora.route(model, ["b"]):
+        y = model(x)
+    first, second = (
+        layer.parametrizations.weight.original + strength * u.lora_scale * u.lora_B @ u.lora_A
+        for layer, u, strength in ((model[0], one, 2.0), (model[2], other, 1.0))
+    )
+    want = torch.tanh(x @ first.t() + model[0].bias) @ second.t()
+    torch.testing.assert_close(y, want)

@@ -1,7 +1,6 @@
 """Few rows, each with an update of its own, on CUDA, in the kernels; imported only there."""
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, Optional
 
@@ -19,8 +18,9 @@ _WAVES = 2  # programs that read a tile of the weight, for each processor
 _OF_A, _OF_B = 8192, 16384  # numbers of either that a program holds
 _TYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 _PLANS: dict[Any, Any] = {}
-_TABLES: dict[Any, Tensor] = {}
-_CAPTURED: dict[Any, Tensor] = {}  # read by CUDA graphs, which do not keep them alive
+_TABLES: dict[Any, Any] = {}
+_NONE = (None, None)  # of tensors of no table
+_CAPTURED: dict[int, Tensor] = {}  # read by CUDA graphs, which do not keep them alive
 
 
 class Part(NamedTuple):
@@ -33,42 +33,70 @@ class Part(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Updates by their addresses on the device, and one tensor of each kind, for its type."""
+    """Updates by their addresses on the device, and one of them, for the types of its tensors.
+
+    Args:
+        at: ``[4, updates]``, the addresses of the A's, the B's, the scales and the strengths.
+        like: the first of them.
+        ranks: of each.
+        rank: of all of them, or 0.
+        most: the largest.
+        places: the addresses of `at`, and of A, the scale and the strength of `like`.
+        kind: all that a launch depends on but these.
+    """
 
     at: Tensor
     like: Part
-    rank: int  # of all of them, or 0
+    ranks: tuple[int, ...]
+    rank: int
     most: int
+    places: tuple[int, int, int, int]
+    kind: tuple[Any, ...]
 
 
-def table_of(parts: Sequence[Part], weight: Tensor) -> Optional[Table]:
-    """The updates of a weight, or None where the kernels do not serve them.
+def table_of(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    gain: Sequence[Tensor],
+    weight: Tensor,
+) -> Optional[Table]:
+    """The updates of a weight, of each A ``[r, in]``, B ``[out, r]``, a scale and a strength; or
+    None where the kernels do not serve them.
 
     A table is made once for tensors of such addresses and shapes, as a copy to the device waits for
     it; none can be made while a CUDA graph is captured.
     """
-    tensors, kinds = [*chain.from_iterable(parts)], len(Part._fields)
+    tensors = (*a, *b, *scale, *gain)
     # by functions of C alone: in Python's a model's layers would take longer than their products
-    places, shapes = [*map(Tensor.data_ptr, tensors)], [*map(_SHAPE, tensors)]
-    told = (*places, *map(_TYPE, tensors), *shapes)
-    ranks = [shape[0] for shape in shapes[::kinds]]
-    most = max(ranks)
-    rank = most if most == min(ranks) else 0
-    key = (weight.get_device(), weight.shape, told)
-    found = _TABLES.get(key)
+    key = tuple(map(Tensor.data_ptr, tensors))
+    about = [weight.get_device(), weight.shape, *map(_TYPE, tensors), *map(_SHAPE, tensors)]
+    about += map(Tensor.is_contiguous, tensors)
+    told, known = _TABLES.get(key, _NONE)
     captured = torch.cuda.is_current_stream_capturing()
-    if found is None:
-        if captured or not _fit(parts, weight):
+    if told != about:
+        if captured or not _fit(list(map(Part, a, b, scale, gain)), weight):
             return None
         if len(_TABLES) >= 1024:  # of factors that are long gone
             _TABLES.clear()
-        rows = [places[kind::kinds] for kind in range(kinds)]
-        found = _TABLES[key] = outside_of_pools(
-            lambda: torch.tensor(rows, dtype=torch.int64, device=weight.device)
-        )
+        known = _known(key, a, Part(a[0], b[0], scale[0], gain[0]), weight.device)
+        _TABLES[key] = about, known
+    at, rest = known
     if captured:
-        _CAPTURED[key] = found
-    return Table(found, parts[0], rank, most)
+        _CAPTURED[at.data_ptr()] = at
+    return Table(at, Part(a[0], b[0], scale[0], gain[0]), *rest)
+
+
+def _known(key: tuple[int, ...], a: Sequence[Tensor], like: Part, device: torch.device) -> Any:
+    """What stays the same of a table whose tensors have such addresses."""
+    count, ranks = len(a), tuple(map(len, a))
+    addresses = [list(key[i : i + count]) for i in range(0, len(key), count)]
+    at = outside_of_pools(lambda: torch.tensor(addresses, dtype=torch.int64, device=device))
+    most = max(ranks)
+    rank = most if most == min(ranks) else 0
+    places = (at.data_ptr(), key[0], key[2 * count], key[3 * count])
+    kind = (ranks, *(t.dtype for t in like), *(place & 15 for place in places))
+    return at, (ranks, rank, most, places, kind)
 
 
 def _fit(parts: Sequence[Part], weight: Tensor) -> bool:

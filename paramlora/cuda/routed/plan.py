@@ -1,6 +1,12 @@
-"""The products of rows that take different updates on CUDA, in the kernels; imported only there."""
+"""The products of rows that take different updates on CUDA, in the kernels; imported only there.
 
-from typing import Any, NamedTuple, Optional
+`forward` and `backward` are those of a layer whose factors lie apart, each planned once for each
+kind of operands, as Python takes longer than the device; `thin`, `product` and `sums` are their
+parts, of factors that lie together.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -12,72 +18,229 @@ from paramlora.cuda.launch import Launch, on_its_device, planned
 from paramlora.cuda.linear.tiles import tiling
 from paramlora.cuda.operands import DEEP, power
 from paramlora.cuda.routed import kernels
+from paramlora.update.choice import Sorted
 
 _Maybe = Optional[Tensor]
+_Gradients = Optional[Sequence[Tensor]]
 _PLANS: dict[Any, Any] = {}
+_FORWARDS: dict[Any, Any] = {}
+_BACKWARDS: dict[Any, Any] = {}
 _TOGETHER = 32  # ranks, whosever they are, that one step of a product adds
 _SUMS = (64, 4, 8)  # rows of a step of the gradients, stages, warps
 
 
-class Sorted(NamedTuple):
-    """Which update each row takes, as whole numbers of 32 bits on the device.
+class Forward:
+    """The plan of a forward: the factors cast, the thin product, and the rest."""
 
-    Args:
-        taken: ``[N]``, the update of each row, one beyond them for none.
-        order: ``[N]``, the rows sorted by their update.
-        ends: ``[updates]``, where each one's positions end among the sorted ones.
-        spans: ``[2, N]``, where the ranks of each row's update start and end among those of all.
-        starts: ``[updates + 1]``, where each one's ranks start.
-        owner: ``[ranks]``, whose each of these is.
-        held: ``[updates]``, the rank of each, which is filled up to that many.
-        most: the largest of these.
-        positions: of each row.
-    """
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: bool, table: Table, by: Sorted, even: bool
+    ) -> None:
+        (N, K), device, size = weight.shape, x.get_device(), x.element_size()
+        M, of = x.numel() // K, card(device)
+        self.shape, self.size = (*x.shape[:-1], N), by.ranks * (K + N) + M * by.most
+        # where the second factors and the thin product lie behind the first factors
+        self.up, self.thin = size * by.ranks * K, size * by.ranks * (K + N)
+        self.pack = _pack((N, K), device, table, by, of)
+        self.project = _project((M, K), device, (K, 1), by, of)
+        sizes, w = (M, N, K), weight.stride()[::-1]
+        self.product = _product(sizes, device, w, (N, 1), by, bias, even, of)
 
-    taken: Tensor
-    order: Tensor
-    ends: Tensor
-    spans: Tensor
-    starts: Tensor
-    owner: Tensor
-    held: Tensor
-    most: int
-    positions: int
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        table: Table,
+        by: Sorted,
+        addresses: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        y, kept, (a, _, scale, gain) = x.new_empty(self.shape), x.new_empty(self.size), table.like
+        (px, pw, pbias), (at, pa, pscale, pgain), pk = addresses, table.places, kept.data_ptr()
+        ptaken, porder, pends, pspans, pstarts, powner, pheld = by.places
+        up, thin = pk + self.up, pk + self.thin
+        self.pack(
+            (table.at, by.starts, by.held, kept, kept, a, scale, gain),
+            (at, pstarts, pheld, pk, up, pa, pscale, pgain),
+        )
+        self.project(
+            (x, kept, kept, by.order, by.ends, by.starts), (px, pk, thin, porder, pends, pstarts)
+        )
+        matrices, rest = (x, weight, y), (by.taken, by.spans, by.starts, by.owner)
+        loaded = matrices if self.product.layouts else ()
+        first, places = ((), ()) if loaded else (matrices, (px, pw, y.data_ptr()))
+        self.product(
+            (*first, kept, kept, *rest, weight if bias is None else bias),
+            (*places, thin, up, ptaken, pspans, pstarts, powner, pbias),
+            (),
+            loaded,
+        )
+        return y, kept
 
 
 @on_its_device
-def packed(table: Table, by: Sorted, ranks: int, like: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """All updates' factors in the type of `like`, ``[ranks, in]`` and behind them ``s_i B_iᵀ``,
-    ``[ranks, out]``.
+def forward(
+    x: Tensor, weight: Tensor, bias: _Maybe, table: Table, by: Sorted
+) -> tuple[Tensor, Tensor]:
+    """``x (W + s_i B_i A_i)ᵀ + bias`` of each row, rounded once, and what `backward` takes: the
+    factors ``A_i`` and ``s_i B_iᵀ`` of all updates in x's type, and ``x A_iᵀ``.
 
     Args:
+        x: ``[N, ..., in]``, contiguous.
+        weight: ``[out, in]``, one side contiguous.
+        bias: ``[out]``, contiguous.
         table: the updates.
-        by: which update each row takes.
-        ranks: of all of them.
-        like: a tensor of the type, on the device.
-        sizes: in, out.
+        by: which of them each row takes.
     """
-    (fan_in, out), kept = sizes, like.new_empty(ranks * sum(sizes))
-    place, (a, _, scale, gain) = kept.data_ptr(), table.like
-    tensors = (table.at, by.starts, by.held, kept, a, scale, gain)
 
-    def made(_: Any) -> Launch:
-        RB, updates = power(max(by.most, 16)), table.at.shape[1]
-        deep = 4096 // RB
-        inner, outer = -(-fan_in // deep), -(-out // deep)
-        early = card(kept.get_device()).hopper
-        numbers, constants = (updates, fan_in, out, inner), (early, table.rank, RB, deep)
-        grid = (inner + outer) * updates
-        return Launch(kernels.pack, like.get_device(), grid, numbers, constants, 1, 4)
+    def made(addresses: tuple[int, ...]) -> Forward:
+        even = not (addresses[0] | addresses[1]) & 15
+        return Forward(x, weight, bias is not None, table, by, even)
 
-    rest = ("pack", by.most, table.rank, ranks, sizes)
-    launch, (at, starts, held, _, first, *numbers) = planned(_PLANS, tensors, rest, made)
-    behind = place + ranks * fan_in * kept.element_size()
-    launch(
-        (table.at, by.starts, by.held, kept, kept[ranks * fan_in :], a, scale, gain),
-        (at, starts, held, place, behind, first, *numbers),
-    )
-    return kept
+    # how many rows and positions there are x's shape tells, and the ranks the table's kind
+    tensors = (x, weight, weight if bias is None else bias)
+    plan, addresses = planned(_FORWARDS, tensors, (bias is None, table.kind), made)
+    return plan(x, weight, bias, table, by, addresses)  # type: ignore[no-any-return]
+
+
+class Backward:
+    """The plan of a backward: the thin product of the output's gradient, the input's gradient, and
+    those of the factors, of which some are wanted."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        table: Table,
+        by: Sorted,
+        wanted: tuple[bool, bool, bool],
+        even: bool,
+    ) -> None:
+        (K, N), device, size = weight.shape, dy.get_device(), dy.element_size()
+        M, of = dy.numel() // K, card(device)
+        self.wanted, self.shape, self.thin_shape = wanted, (*dy.shape[:-1], N), (M, by.most)
+        self.up, self.thin = size * by.ranks * N, size * by.ranks * (K + N)
+        self.project = _project((M, K), device, (K, 1), by, of)
+        sizes, w = (M, N, K), weight.stride()
+        self.product = _product(sizes, device, w, (N, 1), by, False, even, of)
+        sizes, of_factors = (M, N, K), wanted[1:]
+        self.sums, parts = _sums(sizes, device, by.ranks, by, of_factors, True, wanted[0], of)
+        count = len(table.ranks)
+        # all gradients as one tensor, which one call takes apart, where nothing lies between them
+        self.whole = table.rank == by.most
+        self.of_a = (parts, count, by.most, N) if self.whole else (parts, by.ranks * N)
+        self.of_b = (parts, count, K, by.most) if self.whole else (parts, by.ranks * K)
+        self.dtype = table.like.a.dtype
+
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        table: Table,
+        by: Sorted,
+        addresses: tuple[int, ...],
+    ) -> tuple[_Maybe, _Gradients, _Gradients]:
+        (py, px, pw, pk), (input_too, a_too, b_too) = addresses, self.wanted
+        ptaken, porder, pends, pspans, pstarts, powner, pheld = by.places
+        dx, v, pv = None, kept, pk
+        if input_too or a_too:
+            v = dy.new_empty(self.thin_shape)
+            pv = v.data_ptr()
+            self.project(
+                (dy, kept, v, by.order, by.ends, by.starts),
+                (py, pk + self.up, pv, porder, pends, pstarts),
+            )
+        if input_too:
+            dx = dy.new_empty(self.shape)
+            matrices, rest = (dy, weight, dx), (by.taken, by.spans, by.starts, by.owner)
+            loaded = matrices if self.product.layouts else ()
+            first, places = ((), ()) if loaded else (matrices, (py, pw, dx.data_ptr()))
+            self.product(
+                (*first, v, kept, *rest, weight),
+                (*places, pv, pk, ptaken, pspans, pstarts, powner, pw),
+                (),
+                loaded,
+            )
+        if not (a_too or b_too):
+            return dx, None, None
+        da = dy.new_empty(self.of_a, dtype=torch.float32) if a_too else None
+        db = dy.new_empty(self.of_b, dtype=torch.float32) if b_too else None
+        written: Any = (db if da is None else da, da if db is None else db)  # one stands in
+        (at, _, pscale, pgain), (_, _, scale, gain) = table.places, table.like
+        self.sums(
+            (
+                x,
+                v,
+                dy,
+                kept,
+                *written,
+                by.order,
+                by.ends,
+                by.starts,
+                by.held,
+                table.at,
+                scale,
+                gain,
+            ),
+            (
+                *(px, pv, py, pk + self.thin, written[0].data_ptr(), written[1].data_ptr()),
+                *(porder, pends, pstarts, pheld, at, pscale, pgain),
+            ),
+        )
+        return dx, self._each(da, table, by, 0), self._each(db, table, by, 1)
+
+    def _each(self, found: _Maybe, table: Table, by: Sorted, side: int) -> _Gradients:
+        """The gradients of all A's or B's as those of each, from where its ranks start on."""
+        if found is None:
+            return None
+        whole = added(found)
+        whole = whole if self.dtype == torch.float32 else whole.to(self.dtype)
+        if self.whole:
+            return whole.unbind(0)
+        width = len(whole) // by.ranks
+        parts = torch.split(whole, [rank * width for rank in by.each])
+        shapes = [(width, rank) if side else (rank, width) for rank in table.ranks]
+        return [part[: a * b].view(a, b) for part, (a, b) in zip(parts, shapes)]
+
+
+@on_its_device
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    table: Table,
+    by: Sorted,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[_Maybe, _Gradients, _Gradients]:
+    """The gradients of `forward` that are wanted: of x, and of each update's factors
+    ``[r_i, in]`` and ``[out, r_i]``, of their type.
+
+    Args:
+        dy: ``[N, ..., out]``, contiguous.
+        x, weight, table, by: of the forward.
+        kept: of the forward.
+        wanted: of x, of the A's, of the B's; one at least.
+    """
+
+    def made(addresses: tuple[int, ...]) -> Backward:
+        even = not (addresses[0] | addresses[2]) & 15
+        return Backward(dy, weight, table, by, wanted, even)
+
+    rest = (wanted, table.kind)
+    plan, addresses = planned(_BACKWARDS, (dy, x, weight, kept), rest, made)
+    return plan(dy, x, weight, kept, table, by, addresses)  # type: ignore[no-any-return]
+
+
+def _pack(sizes: tuple[int, int], device: int, table: Table, by: Sorted, of: Card) -> Launch:
+    """The launch that casts the factors of updates of a weight of such sizes."""
+    (out, fan_in), RB, updates = sizes, by.most, len(table.ranks)
+    deep = 4096 // RB
+    inner, outer = -(-fan_in // deep), -(-out // deep)
+    numbers, constants = (updates, fan_in, out, inner), (of.hopper, table.rank, RB, deep)
+    grid = (inner + outer) * updates
+    return Launch(kernels.pack, device, grid, numbers, constants, 1, 4)
 
 
 @on_its_device
@@ -85,26 +248,32 @@ def thin(x: Tensor, f: Tensor, by: Sorted) -> Tensor:
     """``x f_iᵀ`` ``[M, width]``, in x's type; rows of no update are not written.
 
     Args:
-        x: ``[M, K]``, contiguous rows.
+        x: ``[M, K]``, contiguous.
         f: ``[ranks, K]``, any strides, of x's type.
         by: which update each row takes.
     """
-    p = x.new_empty(len(x), by.most + -by.most % 8)
+    p = x.new_empty(len(x), by.most)
     tensors = (x, f, p, by.order, by.ends, by.starts)
-    rest = (by.most, by.positions)
 
     def made(_: Any) -> Launch:
-        (M, K), updates, RB = x.shape, len(by.ends), power(max(p.shape[1], 16))
-        BM, BK = 64, 64  # leaves shared memory for the product, which starts before it ends
-        numbers = (M, K, updates, by.positions, x.stride(0), *f.stride(), p.shape[1])
-        early = card(x.get_device()).hopper
-        constants = (early, K % BK == 0, power(updates + 1), RB, BM, BK)
-        grid = M // BM + updates
-        return Launch(kernels.project, x.get_device(), grid, numbers, constants, 4, 4, early)
+        device = x.get_device()
+        return _project((x.shape[0], x.shape[1]), device, f.stride(), by, card(device))
 
-    launch, addresses = planned(_PLANS, tensors, ("thin", *rest), made)
+    launch, addresses = planned(_PLANS, tensors, ("thin", by.most, by.positions), made)
     launch(tensors, addresses)
     return p
+
+
+def _project(
+    sizes: tuple[int, int], device: int, factor: tuple[int, ...], by: Sorted, of: Card
+) -> Launch:
+    """The launch of `thin`, of such rows and columns, and a factor of such strides."""
+    (M, K), updates = sizes, len(by.each)
+    BM, BK = 64, 64  # leaves shared memory for the product, which starts before it ends
+    numbers = (M, K, updates, by.positions, K, *factor, by.most)
+    constants = (of.hopper, K % BK == 0, power(updates + 1), by.most, BM, BK)
+    grid = M // BM + updates
+    return Launch(kernels.project, device, grid, numbers, constants, 4, 4, of.hopper)
 
 
 @on_its_device
@@ -112,7 +281,7 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
     """``x w + p_i q_i + bias``, rounded once.
 
     Args:
-        x: ``[M, K]``, contiguous rows.
+        x: ``[M, K]``, contiguous.
         w: ``[K, N]``, one side contiguous.
         p: ``[M, width]``, as of `thin`.
         q: ``[ranks, N]``, any strides, of x's type.
@@ -123,9 +292,11 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
     tensors = (x, w, y, p, q, by.taken, by.spans, by.starts, by.owner, last)
     rest = (by.most, by.positions, bias is not None)
 
-    def made(addresses: tuple[int, ...]) -> Any:
+    def made(addresses: tuple[int, ...]) -> Launch:
         even = not any(address & 15 for address in addresses[:2])
-        return _product(x, w, p, q, by, bias is not None, even, card(x.get_device()))
+        sizes, device = (x.shape[0], w.shape[1], x.shape[1]), x.get_device()
+        strides = w.stride(), q.stride()
+        return _product(sizes, device, *strides, by, bias is not None, even, card(device))
 
     launch, addresses = planned(_PLANS, tensors, ("product", *rest), made)
     loaded = len(launch.layouts)
@@ -134,81 +305,101 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
 
 
 def _product(
-    x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: bool, even: bool, of: Card
+    sizes: tuple[int, int, int],
+    device: int,
+    w: tuple[int, ...],
+    q: tuple[int, ...],
+    by: Sorted,
+    bias: bool,
+    even: bool,
+    of: Card,
 ) -> Launch:
-    (M, K), N, (w_k, w_n), x_row = x.shape, w.shape[1], w.stride(), x.stride(0)
+    """The launch of `product`, of such rows, columns and depth, and such strides of w and q.
+    `even`: the addresses of x and w are multiples of 16."""
+    (M, N, K), (w_k, w_n) = sizes, w
     rows_out = w_k == 1
     step = w_n if rows_out else w_k
-    aligned = even and not (x_row | step | N) & 7 and (rows_out or K % 64 == 0)
+    aligned = even and not (K | step | N) & 7 and (rows_out or K % 64 == 0)
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
-    updates, rows = len(by.ends), len(by.taken)
-    numbers = (M, N, K, updates, rows, by.positions, x_row, w_k, w_n, *q.stride(), p.shape[1])
-    RB = power(max(by.most, 16))
+    updates, rows = len(by.each), len(by.taken)
+    numbers = (M, N, K, updates, rows, by.positions, K, w_k, w_n, *q, by.most)
     alone = by.positions % BM == 0
     constants = (
-        of.hopper, alone, bias, tma, rows_out, K % BK == 0, RB, _TOGETHER, BM, BN, BK, GROUP,
+        of.hopper, alone, bias, tma, rows_out, K % BK == 0, by.most, _TOGETHER, BM, BN, BK, GROUP,
     )  # fmt: skip
     grid = -(-M // BM) * -(-N // BN)
     of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
     of_y = ([M, N], [N, 1], [BM, BN // 2])
-    layouts = (([M, K], [x_row, 1], [BM, BK]), of_w, of_y) if tma else ()
+    layouts = (([M, K], [K, 1], [BM, BK]), of_w, of_y) if tma else ()
     more = stages, warps, of.hopper, layouts
-    return Launch(kernels.product, x.get_device(), grid, numbers, constants, *more)
+    return Launch(kernels.product, device, grid, numbers, constants, *more)
 
 
 @on_its_device
 def sums(
-    x: Tensor,
-    v: _Maybe,
-    dy: Tensor,
-    u: _Maybe,
-    by: Sorted,
-    ranks: int,
-    wanted: tuple[bool, bool],
-    table: Optional[Table] = None,
-    beside: bool = False,
+    x: Tensor, v: _Maybe, dy: Tensor, u: _Maybe, by: Sorted, ranks: int, wanted: tuple[bool, bool]
 ) -> tuple[_Maybe, _Maybe]:
     """``v_iᵀ x_i`` and ``u_iᵀ dy_i`` where they are wanted, in float32; zeros of no update.
 
-    Of a `table` the second are ``s_i dy_iᵀ u_i [out, r_i]``, each from where its ranks start, and
-    no number beyond an update's own ranks is written; `ranks` are then those of the updates alone.
-
     Args:
-        x: ``[M, in]``; dy: ``[M, out]``; contiguous rows.
+        x: ``[M, in]``; dy: ``[M, out]``; contiguous.
         v, u: ``[M, width]``, as of `thin`; what is not wanted needs none.
         by: which update each row takes.
         ranks: of all updates, and of none.
         wanted: of ``[ranks, in]``, and of ``[ranks, out]``.
-        beside: the launch right ahead is a `product` of v, which it may run beside.
     """
-    (M, fan_in), out, updates = x.shape, dy.shape[1], len(by.ends)
-    inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
-    parts = parts_of(M, updates, inner + outer, card(x.get_device()))
-    new: Any = x.new_zeros if table is None else x.new_empty  # then all of it is written
-    of_a = new(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
-    of_b = new(parts * wanted[1], ranks, out, dtype=torch.float32)
+    (M, fan_in), out, device = x.shape, dy.shape[1], x.get_device()
     thins: Any = (v if wanted[0] else u, u if wanted[1] else v)  # one stands in for the other
+    shared = (x, thins[0], dy, thins[1], by.order, by.ends, by.starts, by.held)
+    rest = ("sums", by.most, by.positions, ranks, wanted)
+
+    def made(_: Any) -> tuple[Launch, int]:
+        return _sums((M, fan_in, out), device, ranks, by, wanted, False, False, card(device))
+
+    (launch, parts), (*first, order, ends, starts, held) = planned(_PLANS, shared, rest, made)
+    of_a = x.new_zeros(parts * wanted[0], ranks, fan_in, dtype=torch.float32)
+    of_b = x.new_zeros(parts * wanted[1], ranks, out, dtype=torch.float32)
     written = (of_a if wanted[0] else of_b, of_b if wanted[1] else of_a)
-    more = (by.starts,) * 3 if table is None else (table.at, table.like.scale, table.like.gain)
-    tensors = (x, thins[0], dy, thins[1], *written, by.order, by.ends, by.starts, by.held, *more)
-
-    def made(_: Any) -> Launch:
-        numbers = (
-            M, fan_in, out, updates, ranks, by.positions, thins[0].shape[1],
-            x.stride(0), dy.stride(0), inner, parts,
-        )  # fmt: skip
-        apart = table is not None
-        RB = power(max(by.most, 16))
-        BM, stages, warps = _SUMS
-        early = beside and card(x.get_device()).hopper
-        constants = (early, apart, power(updates + 1), RB, DEEP, BM)
-        grid = (inner + outer) * updates * parts
-        device = x.get_device()
-        return Launch(kernels.gradients, device, grid, numbers, constants, stages, warps, early)
-
-    rest = ("sums", by.most, by.positions, wanted, table is None, beside)
-    launch, addresses = planned(_PLANS, tensors, rest, made)
-    launch(tensors, addresses)
+    launch(
+        (*shared[:4], *written, *shared[4:], *[by.starts] * 3),
+        (*first, *[t.data_ptr() for t in written], order, ends, starts, held, *[starts] * 3),
+    )
     da, db = (added(t) if want else None for t, want in zip((of_a, of_b), wanted))
     return da, db
+
+
+def _sums(
+    sizes: tuple[int, int, int],
+    device: int,
+    ranks: int,
+    by: Sorted,
+    wanted: tuple[bool, bool],
+    apart: bool,
+    beside: bool,
+    of: Card,
+) -> tuple[Launch, int]:
+    """The launch of the factors' gradients, and into how many parts rows go.
+
+    Args:
+        sizes: rows, in, out.
+        device: its index.
+        ranks: in one part.
+        by: which update each row takes.
+        wanted: of the A's, of the B's.
+        apart: the latter are ``s_i dy_iᵀ u_i [out, r_i]``, each from where its ranks start, and no
+            number beyond an update's own ranks is written.
+        beside: the launch right ahead is a `product` of v, which it may run beside.
+        of: the device.
+    """
+    (M, fan_in, out), updates = sizes, len(by.each)
+    inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
+    parts = parts_of(M, updates, inner + outer, of)
+    numbers = (
+        M, fan_in, out, updates, ranks, by.positions, by.most, fan_in, out, inner, parts,
+    )  # fmt: skip
+    BM, stages, warps = _SUMS
+    early = beside and of.hopper
+    constants = (early, apart, power(updates + 1), by.most, DEEP, BM)
+    grid = (inner + outer) * updates * parts
+    return Launch(kernels.gradients, device, grid, numbers, constants, stages, warps, early), parts

@@ -21,6 +21,9 @@ def test_rows_are_right_to_one_rounding():
     assert results.pop("spoiled") == [0, False]
     assert results.pop("beside") == [[True] * 5] * 3
     steps = {name: ran for name, (off, ran) in results.pop("in place").items() if off < EPS}
+    changed, left = results.pop("changes")
+    assert len(changed) == 11 and left
+    assert not {name: off for name, off in changed.items() if not off < EPS}
     every = ["pack", "project", "product", "project", "product", "gradients"]
     assert list(steps.values()) == [every] * 3
     few = results.pop("few")
