@@ -44,7 +44,7 @@ def test_the_operators_pass_torchs_own_checks(transposed):
     arguments = (leaves[0], weight, bias, *leaves[1:])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.paramlora.linear.default, arguments, test_utils=tests)
-    mask = (0.1, torch.tensor(7, device="cuda"))
+    mask = ([0.1], torch.tensor(7, device="cuda"))
     operator = torch.ops.paramlora.linear.default
     torch.library.opcheck(operator, (*arguments, *mask), test_utils=tests)
     none = (x[:0].detach(), *arguments[1:])
