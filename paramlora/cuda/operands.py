@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from paramlora.cuda.device import serves
+from paramlora.cuda.device import card, serves
 from paramlora.cuda.launches import WIDEST
 
 Window = tuple[tuple[int, ...], ...]  # of a convolution: stride, padding, dilation
@@ -155,9 +155,11 @@ def fits(of: Operands) -> bool:
 def masks_fit(of: Operands, drop: Optional[Drop]) -> bool:
     """Whether the kernels draw a linear layer's masks: of a rank whose thin products they compute
     on every device, by a seed on the layer's; several, where each has a share of it that tensor
-    cores take."""
+    cores take, on cards before Blackwell."""
     if drop is None:
         return True
+    if len(drop.rates) > 1 and of.x.is_cuda and card(of.x.get_device()).capability >= (10, 0):
+        return False  # Triton 3.7 ends in an assertion where it compiles their backward for 10.0
     near = drop.seed.get_device() == of.x.get_device() and drop.seed.dtype == torch.int64
     r, masks = len(of.a), len(drop.rates)
     shared = masks == 1 or r == padded(r) == masks * padded(r // masks)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,3 +199,14 @@ def test_without_the_kernels_no_custom_operator_is_compiled():
         call(x)
     call(x)
     assert ["paramlora" in code for code in graphs] == [False, True]
+
+
+@pytest.mark.parametrize("capability, rates, fits", [
+    ((9, 0), (0.1, 0.2), True), ((10, 0), (0.1, 0.2), False), ((10, 0), (0.1,), True),
+])  # fmt: skip
+def test_several_masks_are_left_to_torch_on_blackwell(capability, rates, fits, monkeypatch):
+    monkeypatch.setattr(served, "card", lambda index: device.Card(capability, 132))
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: 0)
+    seed = SimpleNamespace(get_device=lambda: 0, dtype=torch.int64)
+    of = SimpleNamespace(x=x, a=torch.zeros(32, 8))
+    assert served.masks_fit(of, served.Drop(rates, seed)) is fits
