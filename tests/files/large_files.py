@@ -195,7 +195,7 @@ def main(place, written):
             if written and verb not in ACCEPTED.get(path.stem, verb):
                 continue
             resident.restart()
-            before, begun = resident.peak(), time.perf_counter()
+            before, begun = resident.peak(), time.process_time()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -203,7 +203,7 @@ def main(place, written):
                 said = None
             except paramlora.ParamloraError as error:
                 said = str(error)
-            took, more = time.perf_counter() - begun, resident.peak() - before
+            took, more = time.process_time() - begun, resident.peak() - before
             print(json.dumps([path.stem, verb, said, took, more]), flush=True)
 
 
