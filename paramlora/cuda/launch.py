@@ -60,9 +60,8 @@ class Launch:
         layouts: tuple[Layout, ...] = (),
     ) -> None:
         self.kernel, self.device, self.grid = kernel, device, grid
-        self.layouts = (
-            layouts  # of what the tensor memory engine loads, the kernel's first arguments
-        )
+        # of the first arguments, where the tensor memory engine loads them
+        self.layouts = layouts
         self.numbers, self.constants, self.tail = numbers, constants, (*numbers, *constants)
         self.options: dict[str, Any] = {"num_stages": stages, "num_warps": warps}
         if early:  # may start before the kernel ahead ends (programmatic dependent launch)
@@ -77,41 +76,45 @@ class Launch:
         pointers: tuple[Tensor, ...],
         addresses: tuple[int, ...],
         values: tuple[float, ...] = (),
-        matrices: tuple[Tensor, ...] = (),
     ) -> None:
         """Launch on the current stream.
 
         Args:
-            pointers: tensors that tell the types and alignments of the addresses.
-            addresses: what the kernel gets.
+            pointers: tensors that tell the types and alignments of the addresses. The first ones,
+                as many as there are `layouts`, are described to the tensor memory engine.
+            addresses: what the kernel gets; of what is described, that of the tensor itself.
             values: numbers that change from call to call.
-            matrices: laid as `layouts` say, for the tensor memory engine.
         """
-        if self.run is None and not self._is_ready(pointers, addresses, values, matrices):
+        if self.run is None and not self._is_ready(pointers, addresses, values):
             return
         stream = cuda_stream(self.device)
         if self.by_driver is not None:
-            starts = map(Tensor.data_ptr, matrices)
-            self.by_driver(stream, *starts, *addresses, *values)
+            self.by_driver(stream, *addresses, *values)
             return
-        blocks = map(Block, matrices, self.layouts)
-        self.run(
-            self.grid, 1, 1, stream, *self.head, *blocks, *addresses, *values, *self.tail
-        )  # fmt: skip
+        start = (self.grid, 1, 1, stream, *self.head)
+        self.run(*start, *self._arguments(pointers, addresses, values))
 
-    def _is_ready(self, *given: Any) -> bool:
+    def _arguments(
+        self, pointers: tuple[Tensor, ...], addresses: tuple[int, ...], values: tuple[float, ...]
+    ) -> tuple[Any, ...]:
+        """All of the kernel's, as its compiled function takes them."""
+        blocks = map(Block, pointers, self.layouts)
+        return (*blocks, *addresses[len(self.layouts) :], *values, *self.tail)
+
+    def _is_ready(
+        self, pointers: tuple[Tensor, ...], addresses: tuple[int, ...], values: tuple[float, ...]
+    ) -> bool:
         """Whether it is known how to launch; if not, it was launched by Triton."""
         # plans of one kind share what Triton compiled: only the first of them tries it
-        kind = self._kind(given[0])
+        kind = self._kind(pointers)
         if kind not in _TRUSTED:
-            _TRUSTED[kind] = self._tried(*given)
+            _TRUSTED[kind] = self._tried(pointers, addresses, values)
             return False
         if _TRUSTED[kind] is None:
-            self._by_triton(*given)
+            self._by_triton(pointers, addresses, values)
             return False
         self.compiled, self.head = _TRUSTED[kind]
         self.run = self.compiled.run
-        _, addresses, values, _ = given
         kinds = (*map(type, addresses), *map(type, values))
         self.by_driver = launcher(self.compiled, self.grid, self.layouts, kinds, self.tail)
         return True
@@ -129,40 +132,34 @@ class Launch:
         )
 
     def _by_triton(
-        self,
-        pointers: tuple[Tensor, ...],
-        addresses: tuple[int, ...],
-        values: tuple[float, ...],
-        matrices: tuple[Tensor, ...],
+        self, pointers: tuple[Tensor, ...], addresses: tuple[int, ...], values: tuple[float, ...]
     ) -> Any:
         """Launch as Triton does, which takes tensors: the compiled kernel."""
-        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
-        placed = [_from(*one) for one in zip(pointers, addresses)]
-        arguments = (*described, *placed, *values, *self.tail)
-        return self.kernel[(self.grid,)](*arguments, **self.options)
+        count = len(self.layouts)
+        placed = (*pointers[:count], *map(_from, pointers[count:], addresses[count:]))
+        return self.kernel[(self.grid,)](*self._as_tensors(placed, values), **self.options)
+
+    def _as_tensors(self, pointers: tuple[Tensor, ...], values: tuple[float, ...]) -> Any:
+        """All of the kernel's arguments as Triton's own launch takes them."""
+        described = [TensorDescriptor(t, *layout) for t, layout in zip(pointers, self.layouts)]
+        return *described, *pointers[len(described) :], *values, *self.tail
 
     def _tried(
-        self,
-        pointers: tuple[Tensor, ...],
-        addresses: tuple[int, ...],
-        values: tuple[float, ...],
-        matrices: tuple[Tensor, ...],
+        self, pointers: tuple[Tensor, ...], addresses: tuple[int, ...], values: tuple[float, ...]
     ) -> Optional[tuple[Any, tuple[Any, ...]]]:
         """Launch as Triton does: the compiled kernel, and what its launcher takes between the
         stream and the arguments; or None where Triton hands over something else than `__call__`
         would."""
-        described = [TensorDescriptor(t, *layout) for t, layout in zip(matrices, self.layouts)]
-        arguments = (*described, *pointers, *values, *self.tail)
         # by the tensors, not the places in them: by their types and alignments, as `_kind`
+        arguments = self._as_tensors(pointers, values)
         compiled = self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)
         with _recorded(compiled) as calls:
-            self._by_triton(pointers, addresses, values, matrices)
-        blocks = map(Block, matrices, self.layouts)
+            self._by_triton(pointers, addresses, values)
         try:
             # metadata for profilers and the hooks before and after stay None, see `_OWN`
             head = (compiled.function, compiled.packed_metadata, None, None, None)
             start = (self.grid, 1, 1, cuda_stream(self.device), *head)
-            if _same((*start, *blocks, *addresses, *values, *self.tail), calls):
+            if _same((*start, *self._arguments(pointers, addresses, values)), calls):
                 return compiled, head
         except AttributeError:  # of a Triton that names them otherwise
             pass

@@ -91,9 +91,9 @@ def launches_compile(capability):
     """Each kernel compiles where it would start; what a block of each takes, as it is filled."""
     taken = {}
 
-    def compiled(self, pointers, addresses, values=(), matrices=()):
-        blocks = map(Block, matrices, self.layouts)
-        arguments = (*blocks, *pointers, *values, *self.tail)
+    def compiled(self, pointers, addresses, values=()):
+        blocks = [*map(Block, pointers, self.layouts)]
+        arguments = (*blocks, *pointers[len(blocks) :], *values, *self.tail)
         ones = tuple((n == 1, n % 16 == 0) for n in self.numbers)
         types = tuple(str(t.dtype) for t in pointers)
         family = self.kernel.fn.__module__.split(".")[-2]

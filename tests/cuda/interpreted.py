@@ -42,7 +42,7 @@ def nothing():
     tl.debug_barrier()
 
 
-def interpret(self, pointers, addresses, values=(), matrices=()):
+def interpret(self, pointers, addresses, values=()):
     """What `Launch.__call__` has the device do."""
     launched.append(self.kernel.fn.__name__)
     aligned = [address % 16 == 0 for address in addresses]
@@ -51,8 +51,11 @@ def interpret(self, pointers, addresses, values=(), matrices=()):
     # what a compiled kernel counts on
     assert all(now or not then for now, then in zip(aligned, self.first)), "a stale alignment"
     assert types == self.kinds, "stale types"
-    described = [TensorDescriptor(t, *of) for t, of in zip(matrices, self.layouts, strict=True)]
-    placed = [from_address(*one) for one in zip(pointers, addresses, strict=True)]
+    described = [TensorDescriptor(t, *of) for t, of in zip(pointers, self.layouts)]
+    count = len(described)
+    assert [*addresses[:count]] == [t.data_ptr() for t in pointers[:count]]
+    rest = zip(pointers[count:], addresses[count:], strict=True)
+    placed = [from_address(*one) for one in rest]
     self.kernel[(self.grid,)](*described, *placed, *values, *self.tail)
 
 

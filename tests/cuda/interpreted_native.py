@@ -42,7 +42,7 @@ SCALARS = {4: "i", 8: "q"}
 
 def kinds_of(single, pointers):
     """A kernel's signature as Triton writes it, with the numbers that are 1 compiled in."""
-    memory = ["*bf16" for _ in pointers]
+    memory = ["*bf16" for _ in pointers[len(single.layouts) :]]
     whole = ["constexpr" if n == 1 else "i32" if n < 2**31 else "i64" for n in single.numbers]
     loads = [f"tensordesc<bf16{block}>" for _, _, block in single.layouts]
     return [*loads, *memory, "fp32", "i64", *whole, *("constexpr" for _ in single.constants)]
@@ -103,10 +103,12 @@ def launched_from_cpp(config, kernel, places, extra):
         assert described[address] == (*shape[::-1], 2 * strides[0], *block[::-1])
         matrix = _at(address, torch.bfloat16, 1 + (shape[0] - 1) * strides[0] + shape[1] - 1)
         matrices.append(matrix)
+        addresses.append(address)
         given = given[5:]
-    for one in given[: len(single.types)]:
+    count = len(single.types) - len(matrices)
+    for one in given[:count]:
         addresses += struct.unpack("q", one)
-    strength, number, *rest = given[len(single.types) : -2]
+    strength, number, *rest = given[count:-2]
     rest = [struct.unpack(SCALARS[len(one)], one)[0] for one in rest]
     assert rest == [n for n in single.numbers if n != 1] and not any(b"".join(given[-2:]))
     (strength,), (number,) = struct.unpack("f", strength), struct.unpack("q", number)
@@ -115,7 +117,7 @@ def launched_from_cpp(config, kernel, places, extra):
     bases = {matrix.data_ptr(): matrix for matrix in matrices}  # of one memory, one tensor
     pointers = [bases.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
     with one_at_a_time:
-        interpreted.interpret(single, pointers, addresses, (strength, number), matrices)
+        interpreted.interpret(single, pointers, addresses, (strength, number))
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 12)
@@ -136,26 +138,26 @@ def _at(address, dtype, size=1):
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def launched_from_python(self, pointers, addresses, values=(), matrices=()):
+def launched_from_python(self, pointers, addresses, values=()):
     """`Launch.__call__`, whose kernel is compiled from its second launch on."""
     with one_at_a_time:
-        interpreted.interpret(self, pointers, addresses, values, matrices)
+        interpreted.interpret(self, pointers, addresses, values)
     if hasattr(self, "types") and self.compiled is None:
         self.compiled = compiled_kernel(self, pointers)
     self.types = [t.dtype for t in pointers]
-    self.last = pointers, addresses, values, matrices
+    self.last = pointers, addresses, values
 
 
 def launched_by_itself(single):
     """A launch by C++ as `Launch` has it: whether the output is that of its last launch."""
-    pointers, addresses, (strength, number), matrices = single.last
+    pointers, addresses, (strength, number) = single.last
     kinds = (*(int for _ in addresses), float, int)
     one = launcher(single.compiled, single.grid, single.layouts, kinds, single.tail)
-    out = [*matrices, *pointers][2]
+    out = pointers[2]
     want = out.clone()
     out.zero_()
     launches.clear()
-    one(0, *map(torch.Tensor.data_ptr, matrices), *addresses, strength, number + 1)
+    one(0, *addresses, strength, number + 1)
     return launches == [single.kernel.fn.__name__] and torch.equal(out, want)
 
 

@@ -130,10 +130,26 @@ def test_a_launch_by_the_driver_gets_what_changes_alone(monkeypatch):
     one = launch.Launch(kernel, 0, 8, (16, 3), (True, 64), 3, 4, False, (layout,))
     x, matrix = torch.zeros(8), torch.zeros(8, 8)
     for i in range(3):
-        one((x,), (x.data_ptr(),), (0.5, i), (matrix,))
-    assert asked == [(kernel.compiled, 8, (layout,), (int, float, int), (16, 3, True, 64))]
+        one((matrix, x), (matrix.data_ptr(), x.data_ptr()), (0.5, i))
+    assert asked == [(kernel.compiled, 8, (layout,), (int, int, float, int), (16, 3, True, 64))]
     assert given == [(5, matrix.data_ptr(), x.data_ptr(), 0.5, i) for i in (1, 2)]
     assert len(kernel.compiled.given) == 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_described_takes_its_pointers_place():
+    """To Triton's own launch as a descriptor, and from then on as a block that equals it."""
+    layout, kernel = ([8, 8], [8, 1], [8, 8]), Kernel()
+    one = launch.Launch(kernel, 0, 8, (16,), (True,), 3, 4, False, (layout,))
+    x, matrix = torch.zeros(8), torch.zeros(8, 8)
+    for _ in range(2):
+        one((matrix, x), (matrix.data_ptr(), x.data_ptr() + 16), (0.5,))
+    (*_, described, _, _, _, _), (*_, block, address, strength, number, constant) = (
+        kernel.compiled.given
+    )
+    assert type(described) is launch.TensorDescriptor and launch._equal(block, described)
+    assert (address, strength, number, constant) == (x.data_ptr() + 16, 0.5, 16, True)
+    assert kernel.own == 1
 
 
 def test_a_descriptor_is_compared_by_what_it_describes():

@@ -88,7 +88,6 @@ def product(
         bias: ``[experts, N]``, contiguous rows.
     """
     y, (seed, least) = x.new_empty(len(x), w.shape[2]), _drawn_from(drop, ends)
-    # the matrices first: the tensor memory engine loads them in the pointers' place
     tensors = (x, w, p, q, y, ends, seed, w if bias is None else bias)
 
     def made(addresses: tuple[int, ...]) -> Launch:
@@ -97,8 +96,7 @@ def product(
 
     rest = ("product", bias is None, drop is None, least)
     launch, addresses = planned(_PLANS, tensors, rest, made)
-    loaded = len(launch.layouts)
-    launch(tensors[loaded:], addresses[loaded:], (), tensors[:loaded])
+    launch(tensors, addresses)
     return y
 
 

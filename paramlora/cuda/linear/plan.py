@@ -152,21 +152,18 @@ class Forward:
         # the kernel wants some address of a bias and a seed, and reads neither where there is none
         more, pmore = (kept, pk) if bias is None else (bias, pbias)
         seed = kept if seed is None else seed
-        loaded = self.tiles.matrices(x, weight, y)
-        # described to the tensor memory engine, x, the weight and y are no pointers any more
-        first, places = ((), ()) if loaded else ((x, weight, y), (px, pw, y.data_ptr()))
+        first, places = (x, weight, y), (px, pw, y.data_ptr())
         if self.single is not None:
             drawn = tickets(kept)
             self.single(
                 (*first, x, a, b, scale, kept, more, seed, drawn),
-                # x once more: the thin product reads it by pointers, engine or not
+                # x once more: the thin product reads it by its pointer, engine or not
                 (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(NUMBERS)),
-                loaded,
             )
             return y, kept
         pu, pq = self.thin(of, strength, seed, kept, addresses)
-        self.product((*first, kept, kept, more), (*places, pq, pu, pmore), (), loaded)
+        self.product((*first, kept, kept, more), (*places, pq, pu, pmore))
         return y, kept
 
     def thin(
@@ -355,15 +352,15 @@ class Backward:
         db = x.new_empty_strided((K, r), (r, 1), dtype=wide)
         # what is not wanted still needs an address: any that there is
         out, factor = da if dx is None else dx, scale if self.scaled else da
-        pa, loaded = da.data_ptr(), self.tiles.matrices(dy, weight, out)
-        first, starts = ((), ()) if loaded else ((dy, weight, out), (py, pw, out.data_ptr()))
-        drawn = tickets(kept) if self.together else scratch
+        pa, drawn = da.data_ptr(), tickets(kept) if self.together else scratch
         of_scale = ps[0] if ps else pa
         self.launch(
-            (*first, dy, kept, scratch, x, da, db, factor, drawn),
-            (*starts, py, pk, pv, px, pa, db.data_ptr(), of_scale, drawn.data_ptr()),
+            (dy, weight, out, dy, kept, scratch, x, da, db, factor, drawn),
+            (
+                *(py, pw, out.data_ptr(), py, pk, pv, px, pa, db.data_ptr()),
+                *(of_scale, drawn.data_ptr()),
+            ),
             (float(strength), next(NUMBERS)),
-            loaded,
         )
         return dx, da, db
 
@@ -382,10 +379,8 @@ class Backward:
         if self.project is None:
             _multiply(dy, _part(kept, R * N, R, K), v)
         if dx is not None:
-            loaded = self.tiles.matrices(dy, of.weight, dx)
-            first = () if loaded else (dy, of.weight, dx)
-            pointers = (*first, kept, scratch, kept)
-            self.launch(pointers, tuple(t.data_ptr() for t in pointers), (), loaded)
+            pointers = (dy, of.weight, dx, kept, scratch, kept)
+            self.launch(pointers, tuple(map(Tensor.data_ptr, pointers)))
         if not self.factors_too:
             return dx, None, None
         u = _part(kept, R * (N + K), M, R)

@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple, Optional
 
-from torch import Tensor
-
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Layout
 from paramlora.cuda.launches import WIDEST, Launches
@@ -171,10 +169,6 @@ class Tiles:
             # stored in halves, see `kernels._halves`
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
             self.layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
-
-    def matrices(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """left, w and the output, where the tensor memory engine loads them."""
-        return tensors if self.layouts else ()
 
 
 def is_even(period: int, M: int) -> bool:

@@ -59,24 +59,22 @@ class Handed(NamedTuple):
 def launcher(
     compiled: Any, grid: int, layouts: tuple[Any, ...], kinds: tuple[type, ...], tail: Any
 ) -> Any:
-    """A launch by C++, called with the stream, an address for each layout, and what is of each of
-    `kinds`; or None where that was not built, or where the launch needs more than is known here.
+    """A launch by C++, called with the stream and what is of each of `kinds`; or None where that was
+    not built, or where the launch needs more than is known here.
 
     Args:
         compiled, grid: as of `handed`.
-        layouts: of the matrices that the tensor memory engine loads.
-        kinds: of the arguments that follow and change: an address or a number, a whole one or not.
+        layouts: of the first arguments, matrices that the tensor memory engine loads.
+        kinds: of the arguments that change: an address or a number, a whole one or not.
         tail: the arguments that follow and never change.
     """
     module = library.loaded()
     if module is None:
         return None
-    count = len(layouts)
-    matrices = tuple(Described(slot, layout) for slot, layout in enumerate(layouts))
-    slots = tuple(Slot(count + i) for i in range(len(kinds)))
-    told = handed(compiled, grid, (*matrices, *slots, *tail), count + len(kinds))
-    floats = [False] * count + [kind is float for kind in kinds]
-    return None if told is None else module.launcher(told, floats)
+    slots = [*map(Slot, range(len(kinds)))]
+    matrices = map(Described, slots, layouts)
+    told = handed(compiled, grid, (*matrices, *slots[len(layouts) :], *tail), len(kinds))
+    return None if told is None else module.launcher(told, [kind is float for kind in kinds])
 
 
 def handed(compiled: Any, grid: int, given: tuple[Any, ...], first: int) -> Optional[Handed]:

@@ -45,10 +45,7 @@ def _in_the_product(
     (x, weight, bias, *_), tiles = of, found.tiles
     y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
     pu, pq = found.thin(of, 1.0, kept, kept, addresses)
-    loaded = tiles.matrices(x, weight, y, z)
-    # the kernel takes each of them as a block of the tensor memory engine or as a pointer
-    matrices = () if loaded else (x, weight, y, z)
-    tensors = (*matrices, kept, kept, kept if bias is None else bias, m, norm)
+    tensors = (x, weight, y, z, kept, kept, kept if bias is None else bias, m, norm)
 
     def made(_: Any) -> Launch:
         (stages, warps), early = tiles.tiling[4:6], tiles.early
@@ -59,8 +56,7 @@ def _in_the_product(
 
     rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
     launch, places = planned(_PLANS, tensors, rest, made)
-    at = len(matrices)  # behind them `kept` twice, whose parts' addresses take their places
-    launch(tensors, (*places[:at], pq, pu, *places[at + 2 :]), (), loaded)
+    launch(tensors, (*places[:4], pq, pu, *places[6:]))  # the parts' addresses for those of `kept`
     return y, z, kept
 
 

@@ -65,14 +65,10 @@ class Forward:
         self.project(
             (x, kept, kept, by.order, by.ends, by.starts), (px, pk, thin, porder, pends, pstarts)
         )
-        matrices, rest = (x, weight, y), (by.taken, by.spans, by.starts, by.owner)
-        loaded = matrices if self.product.layouts else ()
-        first, places = ((), ()) if loaded else (matrices, (px, pw, y.data_ptr()))
+        rest = (by.taken, by.spans, by.starts, by.owner, weight if bias is None else bias)
         self.product(
-            (*first, kept, kept, *rest, weight if bias is None else bias),
-            (*places, thin, up, ptaken, pspans, pstarts, powner, pbias),
-            (),
-            loaded,
+            (x, weight, y, kept, kept, *rest),
+            (px, pw, y.data_ptr(), thin, up, ptaken, pspans, pstarts, powner, pbias),
         )
         return y, kept
 
@@ -153,14 +149,10 @@ class Backward:
             )
         if input_too:
             dx = dy.new_empty(self.shape)
-            matrices, rest = (dy, weight, dx), (by.taken, by.spans, by.starts, by.owner)
-            loaded = matrices if self.product.layouts else ()
-            first, places = ((), ()) if loaded else (matrices, (py, pw, dx.data_ptr()))
+            rest = (by.taken, by.spans, by.starts, by.owner, weight)
             self.product(
-                (*first, v, kept, *rest, weight),
-                (*places, pv, pk, ptaken, pspans, pstarts, powner, pw),
-                (),
-                loaded,
+                (dy, weight, dx, v, kept, *rest),
+                (py, pw, dx.data_ptr(), pv, pk, ptaken, pspans, pstarts, powner, pw),
             )
         if not (a_too or b_too):
             return dx, None, None
@@ -299,8 +291,7 @@ def product(x: Tensor, w: Tensor, p: Tensor, q: Tensor, by: Sorted, bias: _Maybe
         return _product(sizes, device, *strides, by, bias is not None, even, card(device))
 
     launch, addresses = planned(_PLANS, tensors, ("product", *rest), made)
-    loaded = len(launch.layouts)
-    launch(tensors[loaded:], addresses[loaded:], (), tensors[:loaded])
+    launch(tensors, addresses)
     return y
 
 
