@@ -31,7 +31,7 @@ class Described(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """A launch, as `linear.cpp` reads it.
+    """A launch, as `launch.h` reads it.
 
     Args:
         kernel: the driver's handle.
@@ -59,8 +59,8 @@ class Handed(NamedTuple):
 def launcher(
     compiled: Any, grid: int, layouts: tuple[Any, ...], kinds: tuple[type, ...], tail: Any
 ) -> Any:
-    """A launch by C++, called with the stream and what is of each of `kinds`; or None where that was
-    not built, or where the launch needs more than is known here.
+    """A launch by C++, called with the stream and what is of each of `kinds`; or None where that
+    was not built, or where the launch needs more than is known here.
 
     Args:
         compiled, grid: as of `handed`.

@@ -1,4 +1,4 @@
-"""The compiled `linear.cpp`: where it lies, how it is built, and loading what was built.
+"""The compiled `linear.cpp` and `launch.h`: where they lie, how they are built, and loading them.
 
 No step waits for a compiler: `build` is called by whoever wants it, once for each torch and Python.
 """
@@ -21,7 +21,7 @@ import torch
 from paramlora.cuda.native import driver
 from paramlora.errors import ParamloraError, warn
 
-_SOURCE = Path(__file__).with_name("linear.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.cpp", "launch.h"))
 _NAME = "paramlora_linear"
 _OFF = ("0", "false", "off", "no")
 
@@ -33,7 +33,8 @@ def place() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions"
     # a library fits the one torch and Python it was compiled against: others would crash in it
     about = f"{torch.__version__} {torch.version.cuda} {sys.version} {' '.join(_options())}"
-    told = hashlib.sha256(_SOURCE.read_bytes() + about.encode()).hexdigest()[:16]
+    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    told = hashlib.sha256(sources + about.encode()).hexdigest()[:16]
     return Path(root) / _NAME / f"{told}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
@@ -67,7 +68,7 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        command = [*compiler, *_options(), *headers, str(_SOURCE), "-o", str(made), *libraries]
+        command = [*compiler, *_options(), *headers, str(_SOURCES[0]), "-o", str(made), *libraries]
         try:
             code = subprocess.run(command).returncode
         except OSError as reason:
@@ -77,9 +78,9 @@ def build() -> Path:
             ) from reason
         if code:
             raise ParamloraError(
-                f"{compiler[0]} ended with {code} on {_SOURCE}: what it said stands above. Install "
-                "one that knows C++20, with Python's headers, or name it by the environment "
-                "variable CXX"
+                f"{compiler[0]} ended with {code} on {_SOURCES[0]}: what it said stands above. "
+                "Install one that knows C++20, with Python's headers, or name it by the "
+                "environment variable CXX"
             )
         made.replace(target)  # whole or not at all
     return target

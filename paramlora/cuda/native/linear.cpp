@@ -1,8 +1,9 @@
 // A step of one linear layer as the host sees it, without Python: find the plan of its operands,
 // reserve memory, have the driver launch the kernel that Triton compiled. `linear/native.py` plans
 // and tells each kernel's parameters, and whatever is not served here is left to Python's
-// `functional._Linear`, whose numbers these are to the bit. And `launcher`, a launch of any kernel
-// that is told the same way, for `Launch`.
+// `functional._Linear`, whose numbers these are to the bit.
+
+#include "launch.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
@@ -10,21 +11,14 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <cuda.h>
-#include <pybind11/pybind11.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <array>
 #include <atomic>
-#include <bit>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <unordered_map>
 
-namespace py = pybind11;
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -38,37 +32,6 @@ enum Slot {
   SLOTS,
 };
 using Values = std::array<uint64_t, SLOTS>;
-
-// A kernel's parameter: what is in a slot, or where that is negative always the same bits. Those of
-// 32 bits are the lower ones, which lie first in memory.
-static_assert(std::endian::native == std::endian::little);
-struct Parameter {
-  int slot;
-  uint64_t bits;
-};
-
-constexpr size_t MATRICES = 4;  // that one launch describes at most
-
-// How the tensor memory engine loads a matrix whose address is in a slot; its rows are contiguous.
-// As the driver wants it, the innermost dimension comes first.
-struct Block {
-  int slot;
-  CUtensorMapDataType type;
-  CUtensorMapSwizzle swizzle;
-  std::array<cuuint32_t, 2> block;
-  std::array<cuuint64_t, 2> shape;
-  cuuint64_t stride;  // bytes
-};
-
-// A launch, all but what is in its slots. From the slot `first` on they are the blocks' own.
-struct Launch {
-  CUfunction function = nullptr;
-  unsigned grid = 0, threads = 0, shared = 0;
-  bool early = false;  // may start before the kernel ahead ends
-  int first = 0;
-  std::vector<Parameter> parameters;
-  std::vector<Block> blocks;
-};
 
 struct Plan {
   bool served = false;
@@ -107,12 +70,6 @@ struct Plans {
   }
 };
 
-// Of the driver, which is not linked: it need not be there.
-struct Driver {
-  decltype(&cuLaunchKernelEx) launch = nullptr;
-  decltype(&cuTensorMapEncodeTiled) describe = nullptr;
-} driver;
-
 // What Python handed over once; never freed, for a thread may outlive the interpreter's end.
 struct State {
   py::object plan_forward, plan_backward, backward, tickets;
@@ -123,15 +80,6 @@ struct State {
   std::map<std::pair<int64_t, uint64_t>, std::pair<py::object, uint64_t>> drawn;  // under the GIL
 };
 State* state = nullptr;
-
-py::object must(PyObject* result) {
-  if (result == nullptr) {
-    python_error error;
-    error.persist();  // another thread may raise it
-    throw error;
-  }
-  return py::reinterpret_steal<py::object>(result);
-}
 
 py::object wrapped(const Tensor& t) {
   if (!t.defined()) return py::none();
@@ -200,29 +148,6 @@ Key key_of(c10::ArrayRef<const Tensor*> tensors) {
   return key;
 }
 
-Block block_of(const py::tuple& of) {
-  auto [rows, columns] = of[2].cast<std::pair<cuuint32_t, cuuint32_t>>();
-  auto [height, width] = of[3].cast<std::pair<cuuint64_t, cuuint64_t>>();
-  auto swizzle = static_cast<CUtensorMapSwizzle>(of[1].cast<int>());
-  auto type = static_cast<CUtensorMapDataType>(of[5].cast<int>());
-  auto stride = of[4].cast<cuuint64_t>();
-  return {of[0].cast<int>(), type, swizzle, {columns, rows}, {width, height}, stride};
-}
-
-// Of a `native.driver.Handed`.
-Launch launch_of(const py::tuple& of) {
-  Launch made;
-  made.function = reinterpret_cast<CUfunction>(of[0].cast<uintptr_t>());
-  made.grid = of[1].cast<unsigned>(), made.threads = of[2].cast<unsigned>();
-  made.shared = of[3].cast<unsigned>(), made.early = of[4].cast<bool>();
-  made.first = of[5].cast<int>();
-  for (auto [slot, bits] : py::cast<std::vector<std::pair<int, uint64_t>>>(of[6]))
-    made.parameters.push_back({slot, bits});
-  TORCH_CHECK(of[7].cast<py::list>().size() <= MATRICES, "a launch describes too many matrices");
-  for (py::handle one : of[7]) made.blocks.push_back(block_of(one.cast<py::tuple>()));
-  return made;
-}
-
 // The GIL is held. None: never served; False: not yet, so that Python is asked again.
 std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::object& told) {
   // not kept: the next call asks again, once Triton's own first launch is over
@@ -260,40 +185,6 @@ CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
     at[TICKETS] = drawn.second;
   }
   return reinterpret_cast<CUstream>(stream);
-}
-
-void check(CUresult result, const char* call) {
-  TORCH_CHECK(result == CUDA_SUCCESS, call, " ended with the driver's error ", int(result));
-}
-
-// The GIL is not held: the driver may wait for room in the stream.
-void run(const Launch& launch, const uint64_t* at, CUstream stream) {
-  constexpr std::array<cuuint32_t, 2> steps{1, 1};
-  std::array<CUtensorMap, MATRICES> maps;
-  for (size_t i = 0; i < launch.blocks.size(); ++i) {
-    const Block& of = launch.blocks[i];
-    check(driver.describe(
-        &maps[i], of.type, 2, reinterpret_cast<void*>(at[of.slot]), of.shape.data(), &of.stride,
-        of.block.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, of.swizzle,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-        "cuTensorMapEncodeTiled");
-  }
-  c10::SmallVector<void*, 96> places;
-  for (const Parameter& of : launch.parameters) {
-    const void* place = of.slot < 0 ? &of.bits : &at[of.slot];
-    if (of.slot >= launch.first) place = &maps[of.slot - launch.first];
-    places.push_back(const_cast<void*>(place));
-  }
-  CUlaunchAttribute early{};
-  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  early.value.programmaticStreamSerializationAllowed = 1;
-  CUlaunchConfig config{};
-  config.gridDimX = launch.grid, config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = launch.threads, config.blockDimY = config.blockDimZ = 1;
-  // above 48 KiB a kernel must be allowed to: Triton has done so when it loaded it
-  config.sharedMemBytes = launch.shared, config.hStream = stream;
-  config.attrs = &early, config.numAttrs = launch.early;
-  check(driver.launch(&config, launch.function, places.data(), nullptr), "cuLaunchKernelEx");
 }
 
 void run(const Plan& plan, Values& at, double strength, CUstream stream) {
@@ -449,54 +340,6 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyMethodDef method = {
     "linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
     "functional.linear, or None where Python must compute it."};
-
-// A launch that a call is handed: the stream, then what is in each slot.
-struct Launcher {
-  Launch launch;
-  std::vector<bool> floats;  // of 32 bits, by slot
-};
-
-Launcher* launcher_in(PyObject* capsule) {
-  return static_cast<Launcher*>(PyCapsule_GetPointer(capsule, nullptr));
-}
-
-PyObject* launched(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  const Launcher& of = *launcher_in(self);
-  const auto slots = static_cast<Py_ssize_t>(of.floats.size());
-  TORCH_CHECK(count == slots + 1, "the launch takes ", slots + 1, " arguments, got ", count);
-  auto stream = reinterpret_cast<CUstream>(PyLong_AsUnsignedLongLong(given[0]));
-  c10::SmallVector<uint64_t, 32> at;
-  for (Py_ssize_t i = 0; i < slots; ++i) {
-    PyObject* one = given[i + 1];
-    at.push_back(
-        of.floats[i] ? std::bit_cast<uint32_t>(static_cast<float>(PyFloat_AsDouble(one)))
-                     : PyLong_AsUnsignedLongLongMask(one));
-  }
-  if (PyErr_Occurred()) throw python_error();
-  {
-    py::gil_scoped_release released;
-    run(of.launch, at.data(), stream);
-  }
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef launched_method = {
-    "launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launched)), METH_FASTCALL,
-    "Launch on a stream, with what is in each slot."};
-
-py::object launcher(const py::tuple& told, std::vector<bool> floats) {
-  auto made = std::make_unique<Launcher>(Launcher{launch_of(told), std::move(floats)});
-  auto self = must(PyCapsule_New(made.get(), nullptr, [](PyObject* of) { delete launcher_in(of); }));
-  made.release();
-  return must(PyCFunction_New(&launched_method, self.ptr()));
-}
-
-void call_driver(uintptr_t launch, uintptr_t describe) {
-  driver.launch = reinterpret_cast<decltype(driver.launch)>(launch);
-  driver.describe = reinterpret_cast<decltype(driver.describe)>(describe);
-}
 
 void configure(const py::kwargs& of) {
   auto made = std::make_unique<State>();

@@ -52,11 +52,14 @@ def test_the_environment_turns_it_off(empty, monkeypatch):
     assert library.loaded() is None
 
 
-def test_another_torch_or_source_has_another_place(empty, monkeypatch, tmp_path):
+@pytest.mark.parametrize("which", (0, 1))
+def test_another_torch_or_source_has_another_place(which, empty, monkeypatch, tmp_path):
     before = library.place()
     monkeypatch.setattr(torch, "__version__", "2.0")
     other = library.place()
-    changed = tmp_path / "linear.cpp"
-    changed.write_bytes(library._SOURCE.read_bytes() + b" ")
-    monkeypatch.setattr(library, "_SOURCE", changed)
+    sources = [*library._SOURCES]
+    changed = tmp_path / sources[which].name
+    changed.write_bytes(sources[which].read_bytes() + b" ")
+    sources[which] = changed
+    monkeypatch.setattr(library, "_SOURCES", tuple(sources))
     assert len({before, other, library.place()}) == 3
