@@ -36,6 +36,18 @@ def embedding(n: int, words: int, width: int, r: int) -> Case:
     return Case(f"embedding {n} of {words}×{width} r{r}", layer, (n,), r, n)
 
 
+def gemma_embedding(n: int, words: int, width: int, r: int) -> Case:
+    """One whose own forward scales what `nn.Embedding`'s gives."""
+
+    def layer(device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+        made = Gemma3TextScaledWordEmbedding(words, width, padding_idx=0, embed_scale=width**0.5)
+        return made.to(device, dtype)
+
+    return Case(f"Gemma 3's embedding {n} of {words}×{width} r{r}", layer, (n,), r, n)
+
+
 def convolutions(batch: int, c: int, side: int, r: int) -> list[Case]:
     return [
         conv("conv 1×1", batch, c, c, side, 1, r),
@@ -71,12 +83,17 @@ CPU = {
         linear(64, 1024, 1024, 16),
     ],
     "small": SMALL,
-    "other": convolutions(2, 32, 16, 4) + [embedding(512, 2000, 128, 8)],
+    "other": convolutions(2, 32, 16, 4)
+    + [
+        embedding(512, 2000, 128, 8),
+        embedding(512, 50000, 640, 16),
+        gemma_embedding(512, 50000, 640, 16),
+    ],
 }
 TINY = {  # runs in a second; keeps this code from rotting
     "linear": [linear(8, 16, 24, 2, bias=True)],
     "small": [linear(2, 8, 8, 2)],
-    "other": convolutions(1, 4, 5, 1) + [embedding(6, 9, 8, 2)],
+    "other": convolutions(1, 4, 5, 1) + [embedding(6, 9, 8, 2), gemma_embedding(6, 9, 8, 2)],
 }
 
 

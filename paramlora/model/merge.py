@@ -484,7 +484,9 @@ def _quantised(model: nn.Module, module: nn.Module, name: str) -> str:
 
 
 def _check_finite(acting: list[tuple[str, AttachedUpdate]]) -> float:
-    """What no number of the updates is above; refuses one that is not finite."""
+    """What no number of the updates is above; refuses one that is not finite, or not there yet."""
+    for _, update in acting:
+        update.check_started()
     # one number for all of it: a model has thousands of tensors, and a device is waited for once
     found = largest(t for _, update in acting for t in update.every_tensor() if not t.is_meta)
     if found is not None:

@@ -50,9 +50,13 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     factors are new tensors, of twice the rank: a plain adapter for the unchanged base.
 
     Raises:
-        AdapterError: `adapter` is not attached, or FSDP1 holds it in flat parts.
+        AdapterError: `adapter` is not attached, FSDP1 holds it in flat parts, or a tensor that
+            starts as the base's came from the meta device and has no values yet.
     """
-    return {key: tensor.detach() for key, tensor in _live(_stems(model, adapter)).items()}
+    stems = _stems(model, adapter)
+    for update in stems.values():
+        update.check_started()
+    return {key: tensor.detach() for key, tensor in _live(stems).items()}
 
 
 @own_context()
@@ -393,6 +397,7 @@ def warn_other(paths: list[str], count: int) -> None:
 
 def _value(update: AttachedUpdate, target: Optional[Target]) -> Value:
     layer = (None, None, 1) if target is None else (target.shape, target.kind, target.groups)
+    update.check_started()
     return answer(update, "value", *layer)  # type: ignore[no-any-return]
 
 

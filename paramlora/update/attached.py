@@ -224,6 +224,8 @@ class AttachedUpdate(nn.Module):
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
     hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
+    based: ClassVar[str] = ""  # the tensor whose first values are of the base, see `start`
+    unset: bool = False  # from the meta device: that tensor has no values before the first read
     layout: Layout = "matrix"
     r: int = 0
     dropout: float = 0.0  # on the input of a low-rank branch, set by attach
@@ -347,8 +349,23 @@ class AttachedUpdate(nn.Module):
                 yield from (t for t in held.values() if t is not None)
 
     def reset_parameters(self) -> None:
-        """Start anew, where a model from the meta device has been given its memory."""
+        """Start anew, where a model from the meta device has been given its memory: a kind whose
+        values are the base's at the first read, as the base has none either until it is loaded."""
+        if not self.based:
+            raise NotImplementedError
+        self.keep(unset=True)
+
+    def start(self, weight: Tensor) -> None:
+        """Give the tensor that starts as the base tells its values of it."""
         raise NotImplementedError
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        value = state.get(prefix + self.based) if self.unset else None
+        # a base checkpoint is given the update's own values, see `layers`
+        told = isinstance(value, Tensor) and value.data_ptr() != getattr(self, self.based).data_ptr()
+        super()._load_from_state_dict(state, prefix, *args)
+        if told:
+            self.keep(unset=False)
 
     @classmethod
     def attached_to(
@@ -381,7 +398,20 @@ class AttachedUpdate(nn.Module):
 
     def term(self) -> Term:
         """What it does to a weight now."""
+        self.check_started()
         return self.term_of(self.plain(), self.gain, self.layout)
+
+    def check_started(self) -> None:
+        """Refuse to read values that are not there yet.
+
+        Raises:
+            AdapterError: a tensor waits for its layer's first read, see `reset_parameters`.
+        """
+        if self.unset:
+            raise AdapterError(
+                f'adapter "{self.adapter}": its {self.based} came from the meta device and has no '
+                "value before its layer is first read. Call the model once, then try again."
+            )
 
     def at_most(self, largest: float) -> float:
         """What no element of a weight is changed by more than; infinite where that is not known.
@@ -502,6 +532,7 @@ class AttachedUpdate(nn.Module):
 
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is left to be copied of those values, and into which tensors."""
+        self.keep(unset=False)
         return [(getattr(self, name), value) for name, value in state.items()]
 
     @classmethod

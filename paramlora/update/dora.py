@@ -41,7 +41,7 @@ class Dora(LowRank):
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter
     weight_shape: tuple[int, ...]
-    unset: bool = False  # from the meta device: the magnitude starts at the first read
+    based = "lora_magnitude"
 
     def __init__(
         self,
@@ -111,7 +111,6 @@ class Dora(LowRank):
         # another tool's is of another shape: room first, and the values with all others
         if own.shape != told.shape:
             put_in_place(own, told.to(own.device, own.dtype, copy=True))
-        self.keep(unset=False)
         return super().taking(state)
 
     @torch.no_grad()
@@ -163,23 +162,6 @@ class Dora(LowRank):
         """``lora_magnitude``, in a fifth of the time."""
         own = self._parameters.get("lora_magnitude")  # a replica holds it elsewhere
         return self.lora_magnitude if own is None else own
-
-    def term(self) -> Term:
-        """The rescaled sum, instead of the weight."""
-        self._check_started()
-        return super().term()
-
-    def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
-        """Its factors and magnitude, whole on every process."""
-        self._check_started()
-        return super().value(shape, kind, groups)
-
-    def _check_started(self) -> None:
-        if self.unset:
-            raise AdapterError(
-                f'adapter "{self.adapter}": a magnitude that came from the meta device has no '
-                "value before its layer is first read. Call the model once, then try again."
-            )
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:

@@ -119,6 +119,10 @@ class LowRank(AttachedUpdate):
         # `take`: they may be sharded, where a draw would differ between processes
         take(self.lora_A, torch.randn(self.lora_A.shape, device=self.lora_A.device) / self.r)
         self.lora_B.zero_()
+        # a start of the base's values has lost them, and nothing is taken out
+        for start in (self.start_A, self.start_B):
+            if start is not None:
+                start.zero_()
         self.lora_scale.fill_(self.first_scale)
 
     def start_from(self, a: Tensor, b: Tensor) -> None:

@@ -14,7 +14,7 @@ from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, summed_in
 from paramlora.update.kinds import register
-from paramlora.update.sharded import is_sharded
+from paramlora.update.sharded import is_sharded, take
 from paramlora.update.sum import Block, Term
 from paramlora.update.value import Value
 
@@ -40,8 +40,10 @@ class Rows(AttachedUpdate):
     method = "rows"
     parts = {"lora_rows": "own", "lora_ids": "own"}
     tied = True
+    based = "lora_rows"
     lora_rows: nn.Parameter
     lora_ids: Tensor
+    known: Optional[Tensor] = None  # the numbers, while the rest is on the meta device
 
     def __init__(
         self,
@@ -84,6 +86,28 @@ class Rows(AttachedUpdate):
         """How many the rows have."""
         return len(dict(entry.options)["rows"]) * torch.Size(shape[1:]).numel()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Rows":
+        before = self.lora_ids
+        if not before.is_meta:
+            self.keep(known=before)
+        super()._apply(fn, recurse)
+        if not self.lora_ids.is_meta:
+            self.keep(known=None)
+        return self
+
+    def reset_parameters(self) -> None:
+        """The same rows, with the base's values at the first read."""
+        super().reset_parameters()
+        # numbers are no values that train: without them nothing says which rows to start
+        if self.known is not None:
+            self.lora_ids.copy_(self.known)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Start the rows as the base's."""
+        take(self.lora_rows, weight[self.lora_ids])
+        self.keep(unset=False)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The tensor with its rows in place; `weight` unchanged when off."""
         if not self.acts:
@@ -94,6 +118,8 @@ class Rows(AttachedUpdate):
     def rows_of(self, weight: Tensor) -> Tensor:
         """What the rows are now: between the weight's and the trained ones, in a type that rounds
         neither."""
+        if self.unset:
+            self.start(weight)
         own: Tensor = self.lora_rows
         # as trained: no row of the weight is read
         if self.fully:

@@ -48,7 +48,7 @@ class Whole(AttachedUpdate):
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor
-    unset: bool = False  # from the meta device: its memory has no values yet
+    based = "lora_whole"
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Whole(AttachedUpdate):
             return weight.clone() if self.written_by_reader else weight
         # at the first read: the base has its values by then
         if self.unset:
-            self._start(weight)
+            self.start(weight)
         # the tensor itself where it acts in full, so that its gradient is the tensor's
         own = self.lora_whole
         if not self.fully and not counts:
@@ -89,7 +89,7 @@ class Whole(AttachedUpdate):
     def change(self, start: Tensor) -> Tensor:
         """What it adds to the base, ``strength · (V - W)``, in the type of `start`, the base."""
         if self.unset:
-            self._start(start)
+            self.start(start)
         own = self.lora_whole.to(start.dtype)
         return self._gain_for(own, own.dtype) * (own - start)
 
@@ -136,21 +136,10 @@ class Whole(AttachedUpdate):
         return self.gain.to(own.device, dtype)
 
     @torch.no_grad()
-    def _start(self, weight: Tensor) -> None:
+    def start(self, weight: Tensor) -> None:
+        """Start as a copy of the base."""
         take(self.lora_whole, weight)
         self.keep(unset=False)
-
-    def reset_parameters(self) -> None:
-        """Start as a copy of the base, once that has its values: at the first read."""
-        self.keep(unset=True)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state.get(prefix + "lora_whole")
-        # a base checkpoint is given the update's own values, see `layers`
-        told = isinstance(value, Tensor) and value.data_ptr() != self.lora_whole.data_ptr()
-        super()._load_from_state_dict(state, prefix, *args)
-        if told:
-            self.keep(unset=False)
 
     @classmethod
     def attached_to(
@@ -199,11 +188,6 @@ class Whole(AttachedUpdate):
     def read_state(cls, where: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Value:
         """The tensor in a state dict."""
         return WholeValue(parts["lora_whole"])
-
-    def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What is left to be copied of a file's value."""
-        self.keep(unset=False)
-        return [(self.lora_whole, state["lora_whole"])]
 
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:

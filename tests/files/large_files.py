@@ -7,7 +7,6 @@ are of holes, which are refused as such, but taken for written ones where that i
 import json
 import struct
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from paramlora.files import safetensors, torch_save
 from paramlora.files.inspection import inspect
 from tests.files import hostile_files, resident
 
-MANY = 1 << 29  # numbers of four bytes
+MANY = 1 << 27  # numbers of four bytes
 ABOUT = {"format": 1, "adapter": "default"}
 LAYER = {"shape": [3, 4], "layout": "matrix", "groups": 1, "kind": "linear"}
 
@@ -195,7 +194,7 @@ def main(place, written):
             if written and verb not in ACCEPTED.get(path.stem, verb):
                 continue
             resident.restart()
-            before, begun = resident.peak(), time.process_time()
+            before = resident.peak()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -203,8 +202,8 @@ def main(place, written):
                 said = None
             except paramlora.ParamloraError as error:
                 said = str(error)
-            took, more = time.process_time() - begun, resident.peak() - before
-            print(json.dumps([path.stem, verb, said, took, more]), flush=True)
+            more = resident.peak() - before
+            print(json.dumps([path.stem, verb, said, more]), flush=True)
 
 
 if __name__ == "__main__":

@@ -122,3 +122,76 @@ def test_an_offloaded_layer_is_refused():
     with pytest.raises(TargetError, match='"0" matches 0, which accelerate keeps elsewhere'):
         paramlora.attach(model, {"0": {"r": 2}})
     assert type(model[0]) is nn.Linear
+
+
+KINDS = {
+    "lora": {"r": 2},
+    "soft": {"r": 2, "hard": 0},
+    "a trained scale": {"r": 2, "trainable_scale": 1},
+    **{f"lora of {init}": {"r": 2, "init": init} for init in ("kaiming", "pissa", "orthogonal")},
+    "dora": {"r": 2, "kind": "dora"},
+    "dora of pissa": {"r": 2, "kind": "dora", "init": "pissa"},
+    "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 2, "kind": "lokr"},
+    "rows": {"rows": [3, 1]},
+    "whole": {"whole": 1},
+}
+
+
+@pytest.fixture
+def unwritten_memory_is_no_number():
+    torch.use_deterministic_algorithms(True)  # which fills it with NaN, and integers with the most
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def trained_and_emptied(request, unwritten_memory_is_no_number):
+    """(the layer without an update, the trained one, the same one after the meta device)."""
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 4).double()
+    trained = paramlora.attach(copy.deepcopy(plain), {"weight": request.param})
+    with torch.no_grad():
+        for parameter in paramlora.trainable_parameters(trained):
+            parameter.add_(torch.randn_like(parameter))
+    emptied = copy.deepcopy(trained).to("meta").to_empty(device="cpu")
+    return plain, trained, emptied
+
+
+def test_every_kind_starts_anew_after_the_meta_device(trained_and_emptied):
+    plain, _, model = trained_and_emptied
+    x = torch.randn(3, 6).double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(model(x), plain(x), **CLOSE)
+    torch.testing.assert_close(paramlora.merge(model)(x), plain(x), **CLOSE)
+
+
+def test_every_kind_is_loaded_after_the_meta_device(trained_and_emptied):
+    _, trained, model = trained_and_emptied
+    x = torch.randn(3, 6).double()
+    model.load_state_dict(trained.state_dict())
+    assert torch.equal(model(x), trained(x))
+    model.to("meta").to_empty(device="cpu").load_state_dict(trained.state_dict())
+    torch.testing.assert_close(paramlora.merge(model)(x), trained(x), **CLOSE)
+
+
+def test_every_kind_takes_a_file_after_the_meta_device(trained_and_emptied, tmp_path):
+    plain, trained, model = trained_and_emptied
+    x = torch.randn(3, 6).double()
+    paramlora.save_adapter(trained, tmp_path / "a.safetensors")
+    model.load_state_dict(plain.state_dict(), strict=False)
+    paramlora.load_adapter(model, tmp_path / "a.safetensors", into="default")
+    torch.testing.assert_close(model(x), trained(x), **CLOSE)
+
+
+def test_no_kind_is_saved_or_merged_without_values(trained_and_emptied, tmp_path):
+    plain, _, model = trained_and_emptied
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for use in (paramlora.merge, lambda model: paramlora.save_adapter(model, tmp_path / "a.st")):
+        try:
+            use(copy.deepcopy(model))
+        except paramlora.AdapterError as error:
+            assert "no value before its layer is first read" in str(error)
+        else:
+            x = torch.randn(3, 6).double()
+            torch.testing.assert_close(model(x), plain(x), **CLOSE)
