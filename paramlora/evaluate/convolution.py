@@ -27,6 +27,7 @@ from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
     differentiable,
+    in_cpp,
     in_plain_operations,
     input_of,
     kept_input,
@@ -84,11 +85,15 @@ def convolution(
         >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
         >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
     """
-    if strength != 1:
-        scale = scale * strength
     # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart
     if weight.stride(1) == 1:
         x = laid_as(x, weight)
+    if _has_one_position(weight, stride, padding, groups):
+        y = in_cpp(x, weight, bias, lora_A, lora_B, scale, strength)
+        if y is not None:
+            return y
+    if strength != 1:
+        scale = scale * strength
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -307,8 +312,16 @@ def _has_channels_last(t: Tensor) -> bool:
 def _is_pointwise(x: Tensor, weight: Tensor, window: tuple[Any, ...]) -> bool:
     """Whether a convolution is a linear layer of every position, and our kernels serve that."""
     stride, padding, _, groups = window
-    plain = prod(weight.shape[2:]) == groups == 1 and {*stride} == {1} and {*padding} == {0}
-    return plain and has_kernel(x, weight.flatten(1))
+    one = _has_one_position(weight, stride, padding, groups)
+    return one and has_kernel(x, weight.flatten(1))
+
+
+def _has_one_position(
+    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+) -> bool:
+    """Whether each output is of one position of the input, at the same place."""
+    one = prod(weight.shape[2:]) == groups == 1
+    return one and {*stride} == {1} and {*padding} == {0}
 
 
 def branch(

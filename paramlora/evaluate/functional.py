@@ -4,6 +4,7 @@
 gradient of the dense weight. Tensors only.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Sequence
 
@@ -36,7 +37,7 @@ from paramlora.update.contexts import autocast_of, in_own_types, without_autocas
 
 _Maybe = Optional[Tensor]
 _unsafe_view = torch.ops.aten._unsafe_view.default
-# `linear` of the commonest operands in C++, where that was built: None of others; see `_start`
+# `in_cpp`, where that was built; see `_start`
 _native: Any = None
 _started = False
 
@@ -70,11 +71,9 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    # under a compiler `_native` would be a call it cannot see into
-    if not is_compiling() and _native is not None:
-        y = _native(x, weight, bias, lora_A, lora_B, scale, strength)
-        if y is not None:
-            return y  # type: ignore[no-any-return]
+    y = in_cpp(x, weight, bias, lora_A, lora_B, scale, strength)
+    if y is not None:
+        return y
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
@@ -83,6 +82,23 @@ def linear(
         with torch.autocast(device, enabled=False):
             return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
     return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+
+
+def in_cpp(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    strength: float,
+) -> _Maybe:
+    """What `linear` gives, or where the weight is a kernel of one position, such as ``[out, in, 1,
+    1]``, the convolution of stride 1 without padding; None of operands that C++ does not serve."""
+    # under a compiler it would be a call that nobody sees into
+    if is_compiling() or _native is None:
+        return None
+    return _native(x, weight, bias, lora_A, lora_B, scale, strength)  # type: ignore[no-any-return]
 
 
 def _linear(
@@ -131,10 +147,20 @@ def pointwise(
         weight: ``[out, in]``.
         bias, lora_A, lora_B, scale: as of `linear`.
     """
-    rows = x.flatten(2).transpose(1, 2)
-    # a transposed view of [N, positions, in], of which the kernels take any strides
+    rows = _positions(x)
     y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True, Way.KERNELS)
-    return torch.unflatten(y.transpose(1, 2), 2, x.shape[2:])
+    return _image(y, x.shape)
+
+
+def _positions(image: Tensor) -> Tensor:
+    """``[N, positions, channels]`` of an image: a view, of which the kernels take any strides."""
+    # not `flatten`, which torch's batches of gradients do not know
+    return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).transpose(1, 2)
+
+
+def _image(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The image again, of the positions of one of `shape`."""
+    return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], *shape[2:])
 
 
 def linear_by_definition(
@@ -309,10 +335,13 @@ def _gradients_of_native(
     needs: tuple[bool, bool, bool],
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     """The gradients of x, A and B after a forward in C++, where C++ does not find them."""
-    wanted = (needs[0], False, False, *needs[1:], False)
-    ctx = _Kept((x, weight, a, b, scale, kept), wanted, strength)
+    wanted, shape = (needs[0], False, False, *needs[1:], False), x.shape
+    image = weight.dim() > 2
+    if image:
+        dy, x, weight = _positions(dy), _positions(x), weight.flatten(1)
+    ctx = _Kept((x, weight, a, b, scale, kept), wanted, strength, image=image)
     dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)
-    return dx, da, db
+    return dx if dx is None or not image else _image(dx, shape), da, db
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:

@@ -195,7 +195,7 @@ def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
     if not is_compiling() and transformed() and not dropping:
         return None
     if update.unset:
-        update.start(weight)
+        update.begin_as(weight)
     return weight, update, dropping
 
 

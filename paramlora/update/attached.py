@@ -224,7 +224,7 @@ class AttachedUpdate(nn.Module):
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
     hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
-    based: ClassVar[str] = ""  # the tensor whose first values are of the base, see `start`
+    based: ClassVar[str] = ""  # the tensor whose first values are of the base, see `begin_as`
     unset: bool = False  # from the meta device: that tensor has no values before the first read
     layout: Layout = "matrix"
     r: int = 0
@@ -355,14 +355,15 @@ class AttachedUpdate(nn.Module):
             raise NotImplementedError
         self.keep(unset=True)
 
-    def start(self, weight: Tensor) -> None:
+    def begin_as(self, weight: Tensor) -> None:
         """Give the tensor that starts as the base tells its values of it."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         value = state.get(prefix + self.based) if self.unset else None
         # a base checkpoint is given the update's own values, see `layers`
-        told = isinstance(value, Tensor) and value.data_ptr() != getattr(self, self.based).data_ptr()
+        own = getattr(self, self.based).data_ptr() if self.unset else 0
+        told = isinstance(value, Tensor) and value.data_ptr() != own
         super()._load_from_state_dict(state, prefix, *args)
         if told:
             self.keep(unset=False)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.errors import AdapterError
 from paramlora.update.attached import Gains, Site, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, laid_as, matrix_shape
@@ -17,7 +16,6 @@ from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank, wide
 from paramlora.update.sharded import take
 from paramlora.update.sum import Block, LowRankTerm, Term
-from paramlora.update.value import Value
 
 
 @register
@@ -60,7 +58,7 @@ class Dora(LowRank):
         if layout == "stack":
             shape[:outer] = weight.shape[:outer]
         options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
-        # no values yet: a norm needs the weight's, see `start`
+        # no values yet: a norm needs the weight's, see `begin_as`
         self.lora_magnitude = nn.Parameter(torch.empty(shape, **options))
         self.keep(unset=True, weight_shape=tuple(weight.shape))
 
@@ -73,7 +71,7 @@ class Dora(LowRank):
         # of the meta device the norm is taken at the first read
         if not site.weight.is_meta:
             # of what earlier updates make of the weight now, so that the function starts unchanged
-            update.start(site.read())
+            update.begin_as(site.read())
         return update  # type: ignore[no-any-return]
 
     @classmethod
@@ -89,7 +87,7 @@ class Dora(LowRank):
         self.keep(unset=True)
 
     @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
+    def begin_as(self, weight: Tensor) -> None:
         """Set the magnitude to the norm of the weight, which then stays as it is."""
         # in the magnitude's type: norms of 16-bit weights would be rounded
         take(self.lora_magnitude, norms(weight.to(self.lora_magnitude.dtype), self.lora_magnitude))
@@ -137,7 +135,7 @@ class Dora(LowRank):
         if not self.acts:
             return weight.clone() if self.written_by_reader else weight
         if self.unset:
-            self.start(weight)
+            self.begin_as(weight)
         delta = self.delta(weight.shape, weight.dtype)
         with in_own_types(delta):
             base = wide(weight, delta)

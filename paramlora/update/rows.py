@@ -103,7 +103,7 @@ class Rows(AttachedUpdate):
             self.lora_ids.copy_(self.known)
 
     @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
+    def begin_as(self, weight: Tensor) -> None:
         """Start the rows as the base's."""
         take(self.lora_rows, weight[self.lora_ids])
         self.keep(unset=False)
@@ -119,7 +119,7 @@ class Rows(AttachedUpdate):
         """What the rows are now: between the weight's and the trained ones, in a type that rounds
         neither."""
         if self.unset:
-            self.start(weight)
+            self.begin_as(weight)
         own: Tensor = self.lora_rows
         # as trained: no row of the weight is read
         if self.fully:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, cast
+from typing import Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Whole(AttachedUpdate):
             return weight.clone() if self.written_by_reader else weight
         # at the first read: the base has its values by then
         if self.unset:
-            self.start(weight)
+            self.begin_as(weight)
         # the tensor itself where it acts in full, so that its gradient is the tensor's
         own = self.lora_whole
         if not self.fully and not counts:
@@ -89,7 +89,7 @@ class Whole(AttachedUpdate):
     def change(self, start: Tensor) -> Tensor:
         """What it adds to the base, ``strength · (V - W)``, in the type of `start`, the base."""
         if self.unset:
-            self.start(start)
+            self.begin_as(start)
         own = self.lora_whole.to(start.dtype)
         return self._gain_for(own, own.dtype) * (own - start)
 
@@ -136,7 +136,7 @@ class Whole(AttachedUpdate):
         return self.gain.to(own.device, dtype)
 
     @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
+    def begin_as(self, weight: Tensor) -> None:
         """Start as a copy of the base."""
         take(self.lora_whole, weight)
         self.keep(unset=False)

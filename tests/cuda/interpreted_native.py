@@ -28,6 +28,7 @@ from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import native, plan, tiles
 from paramlora.cuda.native import driver, library
 from paramlora.cuda.native.handed import launcher
+from paramlora.evaluate import convolution as convolutions
 from paramlora.evaluate import functional
 from tests.cuda import interpreted
 
@@ -187,6 +188,7 @@ def stand_in():
         return functional.switched_on() and x.dtype == torch.bfloat16 and type(x) is torch.Tensor
 
     operators.served = functional.served = native.served = served
+    convolutions.has_kernel = lambda x, weight: served(x) and 1 in weight.stride()
     calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
     driver.addresses = lambda: {
         name: ctypes.cast(call, ctypes.c_void_p).value for name, call in calls.items()
@@ -215,11 +217,29 @@ def layer(rows=(70,), fan_in=64, out=48, r=4, bias=True):
     return of, dy
 
 
-def changed(index, change, **sizes):
+def changed(index, change, made=layer, **sizes):
     """A layer with one operand that lies otherwise."""
-    of, dy = layer(**sizes)
+    of, dy = made(**sizes)
     of[index] = change(of[index])
     return of, dy
+
+
+def pointwise(batch=3, sizes=(5, 9), fan_in=64, out=48, r=4, bias=True):
+    """The same of a convolution of a kernel of one position."""
+    of, dy = layer((batch, *sizes), fan_in, out, r, bias)
+    of[0], dy = (t.movedim(-1, 1).contiguous() for t in (of[0], dy))
+    of[1] = of[1].view(*of[1].shape, *(1 for _ in sizes))
+    return of, dy
+
+
+def channels_last(weight_too):
+    of, dy = pointwise()
+    (x, weight, *rest), last = of, {"memory_format": torch.channels_last}
+    if weight_too:  # which asks for an x that lies so; this one does not yet
+        # as `model.to(memory_format=...)` leaves it: told by the strides alone
+        weight = weight.as_strided(weight.shape, (64, 1, 64, 64))
+        return [x, weight, *rest], dy
+    return [x.contiguous(**last), weight, *rest], dy.contiguous(**last)
 
 
 def oddly(t):
@@ -243,6 +263,16 @@ LAYERS = {
     "every other batch": lambda: changed(0, lambda x: x.repeat(2, 1, 1)[::2], rows=(4, 33)),
     "odd addresses": lambda: changed(0, oddly),
     "by blocks": lambda: layer((130,), 64, 128, 8),
+    "images": pointwise,
+    "images, no bias": lambda: pointwise(bias=False),
+    "sequences": lambda: pointwise(2, (33,), 40, 136, 17),
+    "volumes": lambda: pointwise(2, (2, 3, 5), 16, 24, 3),
+    "images of one position": lambda: pointwise(7, (1, 1)),
+    "channels last": lambda: channels_last(False),
+    "channels last by the weight": lambda: channels_last(True),
+    "images at odd addresses": lambda: changed(0, oddly, pointwise),
+    "every other image": lambda: changed(0, lambda x: x.repeat(2, 1, 1, 1)[::2], pointwise),
+    "16-bit factors of images": lambda: changed(3, torch.Tensor.bfloat16, pointwise),
 }  # fmt: skip
 STRENGTHS = (1.0, 1, 0.25)
 
@@ -251,10 +281,17 @@ def leaves_of(of, wanted=(0, 3, 4)):
     return [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(of)]
 
 
+def computed(of, strength=1.0):
+    n = of[1].dim() - 2
+    if not n:
+        return functional.linear(*of, strength)
+    return convolutions.convolution(*of, (1,) * n, (0,) * n, (1,) * n, 1, strength)
+
+
 def step(of, dy, strength=1.0, wanted=(0, 3, 4)):
-    """y and the gradients, of `functional.linear`."""
+    """y and the gradients, of `functional.linear`, or of `convolution`."""
     own = leaves_of(of, wanted)
-    y = functional.linear(*own, strength)
+    y = computed(own, strength)
     grads = torch.autograd.grad(y, [own[i] for i in wanted], dy) if wanted else ()
     return y.detach(), *grads
 
@@ -286,8 +323,9 @@ def compared(name, call, *given):
 def in_float64(of, dy, strength):
     x, weight, bias, a, b, scale = (None if t is None else t.detach().double() for t in of)
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    y = x @ (weight + strength * scale * b @ a).T
-    y = y if bias is None else y + bias
+    total = weight.flatten(1) + strength * scale * b @ a
+    y = x @ total.T if weight.dim() == 2 else torch.einsum("bi...,oi->bo...", x, total)
+    y = y if bias is None else y + bias.view(-1, *(1 for _ in weight.shape[2:]))
     return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
 
 
@@ -297,7 +335,8 @@ def in_float64(of, dy, strength):
 def saved_elsewhere(of, dy):
     """Hooks on saved tensors that lay what they keep at odd addresses."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), oddly):
-        return step(of, dy)
+        # of an image Python saves another view, so that another copy lies before the backward
+        return tuple(t.contiguous() for t in step(of, dy))
 
 
 def saved_twice(of, dy):
@@ -308,7 +347,7 @@ def saved_twice(of, dy):
 
 def twice(of, dy):
     own = leaves_of(of)
-    y = functional.linear(*own)
+    y = computed(own)
     wanted = [own[i] for i in (0, 3, 4)]
     first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
     return *first, *torch.autograd.grad(y, wanted, dy)
@@ -317,27 +356,27 @@ def twice(of, dy):
 def second_order(of, dy):
     own, dy = leaves_of(of), dy.clone().requires_grad_()
     wanted = [own[i] for i in (0, 3, 4)]
-    grads = torch.autograd.grad(functional.linear(*own), wanted, dy, create_graph=True)
+    grads = torch.autograd.grad(computed(own), wanted, dy, create_graph=True)
     return torch.autograd.grad(sum(g.float().square().sum() for g in grads), [*wanted, dy])
 
 
 def many_gradients(of, dy):
     own = leaves_of(of)
     wanted = [own[i] for i in (0, 3, 4)]
-    y = functional.linear(*own)
+    y = computed(own)
     return torch.autograd.grad(y, wanted, torch.stack([dy, -dy]), is_grads_batched=True)
 
 
 def off_in_between(of, dy):
     own = leaves_of(of)
-    y = functional.linear(*own)
+    y = computed(own)
     with kernels(False):
         return torch.autograd.grad(y, [own[i] for i in (0, 3, 4)], dy)
 
 
 def checkpointed(of, dy, reentrant=False):
     own = leaves_of(of)
-    y = checkpoint(functional.linear, *own, use_reentrant=reentrant)
+    y = checkpoint(lambda *own: computed(own), *own, use_reentrant=reentrant)
     y.backward(dy)
     return y.detach(), own[0].grad, own[3].grad, own[4].grad
 
@@ -356,16 +395,16 @@ def in_threads(of, dy):
 
 def without_graph(of, dy):
     with torch.no_grad():
-        y = functional.linear(*leaves_of(of))
+        y = computed(leaves_of(of))
     with torch.inference_mode():
-        z = functional.linear(*leaves_of(of)).clone()
+        z = computed(leaves_of(of)).clone()
     assert y.grad_fn is None and not y.requires_grad
     return y, z
 
 
 def spread_gradient(of, dy):
     own = leaves_of(of)
-    functional.linear(*own).sum().backward()
+    computed(own).sum().backward()
     return own[0].grad, own[3].grad, own[4].grad
 
 
@@ -379,7 +418,7 @@ def under_autocast_with_a_wide_bias(of, dy):
 
 
 def shown_to_make_fx(of, dy):
-    graph = make_fx(lambda x: functional.linear(x, *of[1:]))(of[0])
+    graph = make_fx(lambda x: computed([x, *of[1:]]))(of[0])
     assert len(graph.graph.nodes) > 3, graph.code
     return (graph(of[0]),)
 
@@ -424,7 +463,7 @@ def errors_of(of, dy):
 
     def with_graph(change):
         own = leaves_of([None if t is None else t.clone() for t in of])
-        y = functional.linear(*own)
+        y = computed(own)
         return said(lambda: change(y, own))
 
     def backward(y, own):
@@ -444,7 +483,7 @@ def errors_of(of, dy):
         backward(y, own)
 
     def in_transform(y, own):
-        torch.func.grad(lambda x: functional.linear(x, *own[1:]).float().sum())(own[0].detach())
+        torch.func.grad(lambda x: computed([x, *own[1:]]).float().sum())(own[0].detach())
 
     return [with_graph(one) for one in (in_place, smaller, again, in_transform)]
 
@@ -470,12 +509,14 @@ def main():
             results[f"{name}, {strength}"] = told
     assert any(p.tiles.layouts for p in plan._FORWARDS.values()), "no block was described"
     alone = {f"{i}, {len(one.layouts)}": launched_by_itself(one) for i, one in enumerate(known)}
-    of, dy = layer()
-    events = {}
-    for name, (call, launched, fell) in EVENTS.items():
-        told, _ = compared(name, call, of, dy)
-        events[name] = told | {"as planned": [launched, fell]}
-    errors = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
+    events, errors = {}, {}
+    for made in (layer, pointwise):
+        of, dy = made()
+        for name, (call, launched, fell) in EVENTS.items():
+            told, _ = compared(name, call, of, dy)
+            events[f"{name}, {made.__name__}"] = told | {"as planned": [launched, fell]}
+        said_by = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
+        errors[made.__name__] = said_by
     json.dump({"layers": results, "events": events, "errors": errors, "alone": alone}, sys.stdout)
 
 
