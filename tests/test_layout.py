@@ -194,3 +194,48 @@ def test_other_tests_in_folders_are_sweeps_and_say_so():
     for path in set(TESTS.glob("*/**/test_*.py")) - own:
         told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert told.startswith("A sweep "), f"{path.name}: of which module? Else say what it sweeps"
+
+
+# an argument in the wrong place compiles, and a kernel has some forty of them
+KERNELS = {
+    path: ast.parse((FOLDER / path).read_text("utf-8"))
+    for path in FILES
+    if path.match("cuda/*/kernels.py")
+}
+TRITON = {
+    node.name
+    for tree in KERNELS.values()
+    for node in tree.body
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+}
+BY_PLACE = 5  # arguments of a call between kernels' functions at most
+
+
+def on_one_line(tree):
+    """The functions whose parameters take several lines, of which one holds two."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            lines = [arg.lineno for arg in (*node.args.args, *node.args.kwonlyargs)]
+            if {*lines} - {node.lineno} and len({*lines}) < len(lines):
+                yield node.name
+
+
+def by_place(tree):
+    """The calls of kernels' functions that pass many arguments by their place."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in TRITON:
+            if len(node.args) > BY_PLACE or any(isinstance(one, ast.Starred) for one in node.args):
+                yield f"{node.func.id}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=str)
+def test_arguments_of_kernels_are_passed_by_name_one_a_line(path):
+    assert [*on_one_line(KERNELS[path])] == []
+    assert [*by_place(KERNELS[path])] == []
+
+
+def test_many_arguments_on_a_line_are_seen():
+    assert [*on_one_line(ast.parse("def f(\n    x, y,\n    n,\n):\n    pass"))] == ["f"]
+    assert not [*on_one_line(ast.parse("def f(x, y, n):\n    return n"))]
+    assert [*by_place(ast.parse("_rows(1, 2, 3, 4, 5, EVEN_P=6)"))] == []
+    assert [*by_place(ast.parse("_rows(1, 2, 3, 4, 5, 6)"))] == ["_rows, line 1"]

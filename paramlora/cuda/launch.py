@@ -4,13 +4,14 @@ Triton's own launch studies every argument again and takes longer than a small l
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -41,6 +42,10 @@ _TICKETS: dict[tuple[int, int], Tensor] = {}  # by device and stream
 class Launch:
     """One kernel with its grid and all of its arguments that are no tensors.
 
+    These are given by the kernel's own names and put into its order once, when a plan is made. What
+    changes from call to call stays in the kernel's order: to look names up there would take a step
+    longer on the host.
+
     The first launch of each kind is Triton's own, and shows whether this class would have handed
     over the same; if not, as with a Triton whose inside has changed, all are Triton's own. Kinds
     are told apart by all that Triton specialises on: types, whether addresses are multiples of 16,
@@ -52,8 +57,9 @@ class Launch:
         kernel: Any,
         device: int,
         grid: int,
-        numbers: tuple[int, ...],
-        constants: tuple[Any, ...],
+        *,
+        numbers: Mapping[str, int],
+        constants: Mapping[str, Any],
         stages: int,
         warps: int,
         early: bool = False,
@@ -62,7 +68,10 @@ class Launch:
         self.kernel, self.device, self.grid = kernel, device, grid
         # of the first arguments, where the tensor memory engine loads them
         self.layouts = layouts
-        self.numbers, self.constants, self.tail = numbers, constants, (*numbers, *constants)
+        # pointers and values come first, so that all that is settled is one tail
+        self.ahead, *names = _named(kernel, (*numbers,), (*constants,))
+        self.numbers, self.constants = map(_in_order, (numbers, constants), names)
+        self.tail = (*self.numbers, *self.constants)
         self.options: dict[str, Any] = {"num_stages": stages, "num_warps": warps}
         if early:  # may start before the kernel ahead ends (programmatic dependent launch)
             self.options["launch_pdl"] = True
@@ -105,6 +114,12 @@ class Launch:
         self, pointers: tuple[Tensor, ...], addresses: tuple[int, ...], values: tuple[float, ...]
     ) -> bool:
         """Whether it is known how to launch; if not, it was launched by Triton."""
+        if len(pointers) + len(values) != len(self.ahead):
+            raise TypeError(
+                f"the launch of {_name_of(self.kernel)}: ahead of its numbers it takes "
+                f"{', '.join(self.ahead)}, but is called with {len(pointers)} pointers and "
+                f"{len(values)} values"
+            )
         # plans of one kind share what Triton compiled: only the first of them tries it
         kind = self._kind(pointers)
         if kind not in _TRUSTED:
@@ -165,6 +180,45 @@ class Launch:
             pass
         _warn()
         return None
+
+
+@functools.cache  # a kernel has a plan for each shape, and the names of all are the same
+def _named(
+    kernel: Any, numbers: tuple[str, ...], constants: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The parameters of a kernel in its order: those ahead of its numbers, the numbers, and the
+    constants, each of which is given exactly once."""
+    names = list(kernel.arg_names)
+    compiled_in = [n for n in names if kernel.fn.__annotations__.get(n) is tl.constexpr]
+    others = [n for n in names if n not in compiled_in]
+    # ahead of the first number are pointers and values, whose count `_is_ready` looks at
+    first = min((others.index(n) for n in numbers if n in others), default=len(others))
+    given = (*numbers, *constants)
+    faults = [
+        *(f"it has no {n}" for n in given if n not in names),
+        *(f"{n} is missing" for n in (*others[first:], *compiled_in) if n not in given),
+        *(f"{n} is given twice" for n in numbers if n in constants),
+        *(f"{n} is a constant" for n in numbers if n in compiled_in),
+        *(f"{n} is no constant" for n in constants if n in others),
+        *(f"{n} comes before a number" for n in compiled_in if n in names[: len(others)]),
+    ]
+    if faults:
+        raise TypeError(f"the launch of {_name_of(kernel)}: {', '.join(faults)}")
+    return tuple(others[:first]), tuple(others[first:]), tuple(compiled_in)
+
+
+def _in_order(given: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(given[name] for name in names)
+
+
+def _name_of(kernel: Any) -> str:
+    return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+
+
+def along(prefix: str, axes: Iterable[str], numbers: Iterable[int]) -> dict[str, int]:
+    """A number for each axis by the names of a kernel's parameters, such as `stride_xm` and
+    `stride_xk` of ``along("stride_x", "mk", x.stride())``."""
+    return {prefix + axis: number for axis, number in zip(axes, numbers, strict=True)}
 
 
 @contextmanager

@@ -1,11 +1,25 @@
 """The hand-made launch against Triton's own, of a Triton whose inside is changed in the test."""
 
+import inspect
+
 import pytest
 import torch
 
 import paramlora
 
 launch = pytest.importorskip("paramlora.cuda.launch", reason="needs Triton")
+tl = launch.tl
+
+
+def kernel_of_two(x, y, strength, number, M, stride_ym, BIAS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The signature of a kernel."""
+
+
+def kernel_of_a_matrix(matrix, x, strength, M, BIAS: tl.constexpr):
+    """One whose first pointer may be described to the tensor memory engine."""
+
+
+NUMBERS, CONSTANTS = {"M": 16, "stride_ym": 3}, {"BIAS": True, "BLOCK_M": 64}
 
 
 class Compiled:
@@ -25,8 +39,9 @@ class Compiled:
 class Kernel:
     """Triton's own launch, as of 3.6 and 3.7."""
 
-    def __init__(self):
+    def __init__(self, fn=kernel_of_two):
         self.compiled, self.own = Compiled(), 0
+        self.fn, self.arg_names = fn, list(inspect.signature(fn).parameters)
 
     def warmup(self, *arguments, grid, **options):
         return self.compiled
@@ -78,9 +93,14 @@ def alone(monkeypatch):
     monkeypatch.setattr(launch, "cuda_stream", lambda device: 5)
 
 
+def made(kernel, numbers=NUMBERS, constants=CONSTANTS, layouts=()):
+    about = {"numbers": numbers, "constants": constants, "layouts": layouts}
+    return launch.Launch(kernel, 0, 8, stages=3, warps=4, **about)
+
+
 def launched(kernel, times=3):
     """The address of x that reached the device, each time."""
-    one = launch.Launch(kernel, 0, 8, (16, 3), (True, 64), 3, 4)
+    one = made(kernel)
     seen, before = [], len(kernel.compiled.given)
     for i in range(times):
         x, y = torch.zeros(8), torch.zeros(8)
@@ -127,7 +147,8 @@ def test_a_launch_by_the_driver_gets_what_changes_alone(monkeypatch):
 
     monkeypatch.setattr(launch, "launcher", launcher)
     layout, kernel = ([8, 8], [8, 1], [8, 8]), Kernel()
-    one = launch.Launch(kernel, 0, 8, (16, 3), (True, 64), 3, 4, False, (layout,))
+    # by name, in whatever order
+    one = made(kernel, {"stride_ym": 3, "M": 16}, {"BLOCK_M": 64, "BIAS": True}, (layout,))
     x, matrix = torch.zeros(8), torch.zeros(8, 8)
     for i in range(3):
         one((matrix, x), (matrix.data_ptr(), x.data_ptr()), (0.5, i))
@@ -139,8 +160,8 @@ def test_a_launch_by_the_driver_gets_what_changes_alone(monkeypatch):
 @pytest.mark.usefixtures("alone")
 def test_what_is_described_takes_its_pointers_place():
     """To Triton's own launch as a descriptor, and from then on as a block that equals it."""
-    layout, kernel = ([8, 8], [8, 1], [8, 8]), Kernel()
-    one = launch.Launch(kernel, 0, 8, (16,), (True,), 3, 4, False, (layout,))
+    layout, kernel = ([8, 8], [8, 1], [8, 8]), Kernel(kernel_of_a_matrix)
+    one = made(kernel, {"M": 16}, {"BIAS": True}, (layout,))
     x, matrix = torch.zeros(8), torch.zeros(8, 8)
     for _ in range(2):
         one((matrix, x), (matrix.data_ptr(), x.data_ptr() + 16), (0.5,))
@@ -150,6 +171,48 @@ def test_what_is_described_takes_its_pointers_place():
     assert type(described) is launch.TensorDescriptor and launch._equal(block, described)
     assert (address, strength, number, constant) == (x.data_ptr() + 16, 0.5, 16, True)
     assert kernel.own == 1
+
+
+def without(given, name):
+    return {other: given[other] for other in given if other != name}
+
+
+REFUSED = {
+    "it has no N": ({**NUMBERS, "N": 1}, CONSTANTS),
+    "it has no BLOCK_N": (NUMBERS, {**CONSTANTS, "BLOCK_N": 64}),
+    "stride_ym is missing": (without(NUMBERS, "stride_ym"), CONSTANTS),
+    "BIAS is missing": (NUMBERS, without(CONSTANTS, "BIAS")),
+    "M is given twice": (NUMBERS, {**CONSTANTS, "M": 16}),
+    "BLOCK_M is a constant": ({**NUMBERS, "BLOCK_M": 64}, without(CONSTANTS, "BLOCK_M")),
+    "stride_ym is no constant": (without(NUMBERS, "stride_ym"), {**CONSTANTS, "stride_ym": 3}),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_plan_is_refused_whose_names_are_not_the_kernels(fault):
+    with pytest.raises(TypeError, match=rf"kernel_of_two: (.*, )?{fault}"):
+        made(Kernel(), *REFUSED[fault])
+
+
+def test_a_kernel_has_its_numbers_ahead_of_its_constants():
+    def mixed(x, M, BIAS: tl.constexpr, N):
+        """Whose numbers and constants are no tail of two parts."""
+
+    with pytest.raises(TypeError, match="BIAS comes before a number"):
+        made(Kernel(mixed), {"M": 16, "N": 16}, {"BIAS": True})
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_first_number_that_is_missing_is_no_pointer():
+    one, x = made(Kernel(), without(NUMBERS, "M")), torch.zeros(8)
+    with pytest.raises(TypeError, match="x, y, strength, number, M, but is called with 2 pointers"):
+        one((x, x), (x.data_ptr(), x.data_ptr()), (0.5, 1))
+
+
+def test_a_name_for_each_axis():
+    assert launch.along("stride_x", "mk", (8, 1)) == {"stride_xm": 8, "stride_xk": 1}
+    with pytest.raises(ValueError, match="shorter"):
+        launch.along("stride_x", "bmk", (8, 1))
 
 
 def test_a_descriptor_is_compared_by_what_it_describes():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, changed, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
 from paramlora.cuda.operands import DEEP, Operands, Window, factors_fit, outputs_of, padded, power
 from paramlora.update.compat import cuda_empty
@@ -151,18 +151,60 @@ class _Forward:
         of_weight = _weight_blocks(channels, positions)
         # a channel of ones takes it if one of those that pad the rank is free, else cuDNN adds it
         self.bias_inside = bias is not None and added > r
-        numbers = (out, inner, added, positions, P, r, geometry.middle, *a.stride(), *b.stride())
-        constants: tuple[Any, ...] = (self.bias_inside, last, weight_last, R, *of_weight, *block)
         grid = _copies(out + R, channels, positions, of_weight)
         grid += _copies(batch, channels, P, block)
-        self.prepare = Launch(kernels.prepare, device, grid, numbers, constants, 1, 4)
+        self.prepare = Launch(
+            kernels.prepare,
+            device,
+            grid,
+            numbers=dict(
+                out=out,
+                inner=inner,
+                added=added,
+                positions=positions,
+                P=P,
+                r=r,
+                middle=geometry.middle,
+                **along("stride_a", "rk", a.stride()),
+                **along("stride_b", "nr", b.stride()),
+            ),
+            constants=dict(
+                BIAS=self.bias_inside,
+                LAST=last,
+                WEIGHT_LAST=weight_last,
+                R=R,
+                **along("WEIGHT_", "CP", of_weight),
+                **along("BLOCK_", "CP", block),
+            ),
+            stages=1,
+            warps=4,
+        )
         # `put` has three axes, of which it needs no depth of the input
         flat, BP = (1,) * (3 - len(sizes)), _block(P, 64)
-        axes = (*flat, *sizes)[1:], (*flat, *outputs), (*(0 for _ in flat), *geometry.firsts)
-        numbers = (inner, added, P, PO, r, *axes[0], *axes[1], *axes[2], *flat, *geometry.stride)
-        same = outputs == sizes and not any(geometry.firsts)
-        constants = (self.bias_inside, same, R, BP)
-        self.put = Launch(kernels.put, device, batch * -(-P // BP), numbers, constants, 1, 4)
+        self.put = Launch(
+            kernels.put,
+            device,
+            batch * -(-P // BP),
+            numbers=dict(
+                channels=inner,
+                added=added,
+                P=P,
+                outputs=PO,
+                r=r,
+                **along("", ("height", "width"), (*flat, *sizes)[1:]),
+                **along("out_", ("depth", "height", "width"), (*flat, *outputs)),
+                **along("offset_", "dhw", (*(0 for _ in flat), *geometry.firsts)),
+                **along("stride_", "dhw", (*flat, *geometry.stride)),
+            ),
+            constants=dict(
+                BIAS=self.bias_inside,
+                SAME=outputs == sizes and not any(geometry.firsts),
+                R=R,
+                BLOCK_P=BP,
+            ),
+            stages=1,
+            warps=4,
+        )
         # torch's own result has its channels last where those of x or of the weight are
         self.back: Optional[Launch] = None
         if not (last or weight_last):
@@ -209,10 +251,32 @@ def _back(
     groups, out, r = sums
     block, R, many = _copy_blocks(channels, P, False), padded(r), power(groups)
     tiles, each = _copies(batch, channels, P, block), max(16, 4096 // many)
-    grid = tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each)
-    numbers = (tiles, count, channels, P, inner, positions, out, groups, r)
-    constants = (scaled, R, many, each, *block, _BLOCK)
-    return Launch(kernels.back, device, grid, numbers, constants, 1, 4)
+    return Launch(
+        kernels.back,
+        device,
+        tiles + count * -(-inner * positions // _BLOCK) + -(-out * R // each),
+        numbers=dict(
+            tiles=tiles,
+            rows=count,
+            channels=channels,
+            P=P,
+            inner=inner,
+            positions=positions,
+            out=out,
+            groups=groups,
+            r=r,
+        ),
+        constants=dict(
+            SCALED=scaled,
+            R=R,
+            GROUPS=many,
+            SUMS=each,
+            **along("BLOCK_", "CP", block),
+            BLOCK=_BLOCK,
+        ),
+        stages=1,
+        warps=4,
+    )
 
 
 _FORWARDS: dict[Any, Any] = {}
@@ -307,12 +371,40 @@ class _Backward:
         grid = tiles + groups * blocks
         grid += _copies(channels, inner, positions, of_weight) if input_too else 0
         grid += _copies(batch, inner, PX, block) if self.relaid else 0
-        numbers = (
-            tiles, groups, each, batch, out, inner, channels - out, positions, P, PX, r,
-            *a.stride(), *b.stride(),
-        )  # fmt: skip
-        constants = (input_too, last, weight_last, R, DEEP, BP, 64, GP, *of_weight, *block)
-        self.spread = Launch(kernels.spread, device, grid, numbers, constants, 1, 4)
+        self.spread = Launch(
+            kernels.spread,
+            device,
+            grid,
+            numbers=dict(
+                tiles=tiles,
+                groups=groups,
+                blocks_per_group=each,
+                batch=batch,
+                out=out,
+                inner=inner,
+                added=channels - out,
+                positions=positions,
+                P=P,
+                x_positions=PX,
+                r=r,
+                **along("stride_a", "rk", a.stride()),
+                **along("stride_b", "nr", b.stride()),
+            ),
+            constants=dict(
+                INPUT=input_too,
+                LAST=last,
+                WEIGHT_LAST=weight_last,
+                R=R,
+                BLOCK_O=DEEP,
+                BLOCK_P=BP,
+                BLOCK_C=64,
+                GROUP_P=GP,
+                **along("WEIGHT_", "CP", of_weight),
+                **along("INPUT_", "CP", block),
+            ),
+            stages=1,
+            warps=4,
+        )
         image = (batch, inner, PX) if self.returned else None
         rows = (r if a_too else 0, inner, positions)
         self.back = _back(device, image, rows, (groups, out, r), scaled)

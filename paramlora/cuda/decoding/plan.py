@@ -170,13 +170,52 @@ def _launches(
     splits = max(1, min(8, _WAVES * of.processors // tiles, -(-K // BK)))
     each = -(-K // (splits * BK)) * BK
     splits = -(-K // each)
-    whole, early = K % each == 0, of.hopper
-    shape = (splits, whole, early, table.rank, RB, max(16, _OF_A // RB), BM, BN, BK)
-    numbers = (M, N, K, updates, positions, x.stride(0), weight.stride(0), each)
-    first = Launch(kernels.partial, device, (tiles + M) * splits, numbers, shape, 3, 4)
+    first = Launch(
+        kernels.partial,
+        device,
+        (tiles + M) * splits,
+        numbers=dict(
+            M=M,
+            N=N,
+            K=K,
+            updates=updates,
+            P=positions,
+            stride_xm=x.stride(0),
+            stride_wn=weight.stride(0),
+            k_per_split=each,
+        ),
+        constants=dict(
+            SPLIT_K=splits,
+            EVEN_K=K % each == 0,
+            EARLY=of.hopper,
+            RANK=table.rank,
+            BLOCK_R=RB,
+            BLOCK_D=max(16, _OF_A // RB),
+            BLOCK_M=BM,
+            BLOCK_N=BN,
+            BLOCK_K=BK,
+        ),
+        stages=3,
+        warps=4,
+    )
     columns = max(16, _OF_B // RB)
-    shape_too, few = (bias, splits, early, table.rank, RB, columns), (M, N, updates, positions)
-    second = Launch(kernels.finish, device, M * -(-N // columns), few, shape_too, 1, 4, early)
+    second = Launch(
+        kernels.finish,
+        device,
+        M * -(-N // columns),
+        numbers=dict(M=M, N=N, updates=updates, P=positions),
+        constants=dict(
+            BIAS=bias,
+            SPLIT_K=splits,
+            EARLY=of.hopper,
+            RANK=table.rank,
+            BLOCK_R=RB,
+            BLOCK_N=columns,
+        ),
+        stages=1,
+        warps=4,
+        early=of.hopper,
+    )
     parts = splits * M * N
     parts += -parts % 4  # the thin sums behind start at a multiple of 16 bytes
     return first, second, parts + splits * M * RB, parts

@@ -25,27 +25,47 @@ def _block(pid, depth, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constex
 def _read(at, tap, AXIS: tl.constexpr, sizes, window, BACK: tl.constexpr):
     """Where a tap reads for a result along one axis, and whether there is something; `BACK`: the
     result is a gradient of what is read otherwise."""
-    steps, paddings, dilations = window
-    size, step, padding, dilation = sizes[AXIS], steps[AXIS], paddings[AXIS], dilations[AXIS]
+    strides, paddings, dilations = window
+    size, stride, padding, dilation = sizes[AXIS], strides[AXIS], paddings[AXIS], dilations[AXIS]
     if BACK:
         at += padding - tap * dilation
         # between two steps lie positions that no result reads by this tap
-        return at // step, (at >= 0) & (at % step == 0) & (at // step < size)
-    at = at * step + tap * dilation - padding
+        return at // stride, (at >= 0) & (at % stride == 0) & (at // stride < size)
+    at = at * stride + tap * dilation - padding
     return at, (at >= 0) & (at < size)
 
 
 @triton.jit
 def _convolve(
-    source, total, bias, result, pid, channels, inputs, sizes, window,
-    BIAS: tl.constexpr, BACK: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    source,
+    total,
+    bias,
+    result,
+    pid,
+    channels,
+    inputs,
+    sizes,
+    window,
+    BIAS: tl.constexpr,
+    BACK: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """A block of a plane ``[depth, height, width]`` of the convolution, or where `BACK` of its
     gradient."""
     in_depth, in_height, in_width = inputs
     depth, height, width = sizes
-    plane, d, h, w = _block(pid, depth, height, width, BLOCK_H, BLOCK_W)
+    plane, d, h, w = _block(
+        pid=pid,
+        depth=depth,
+        height=height,
+        width=width,
+        BLOCK_H=BLOCK_H,
+        BLOCK_W=BLOCK_W,
+    )
     c = plane % channels
     # in 64 bits up to the plane, within which 32 reach
     start = source + plane.to(tl.int64) * in_depth * in_height * in_width
@@ -53,12 +73,12 @@ def _convolve(
     acc = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
     # unrolled, since a tap's place and its number are the same for all of the block
     for kd in tl.static_range(KD):
-        dd, in_d = _read(d, kd, 0, inputs, window, BACK)
+        dd, in_d = _read(at=d, tap=kd, AXIS=0, sizes=inputs, window=window, BACK=BACK)
         for kh in tl.static_range(KH):
-            hh, in_h = _read(h, kh, 1, inputs, window, BACK)
+            hh, in_h = _read(at=h, tap=kh, AXIS=1, sizes=inputs, window=window, BACK=BACK)
             row = start + (dd * in_height + hh) * in_width
             for kw in tl.static_range(KW):
-                ww, in_w = _read(w, kw, 2, inputs, window, BACK)
+                ww, in_w = _read(at=w, tap=kw, AXIS=2, sizes=inputs, window=window, BACK=BACK)
                 value = tl.load(row + ww, mask=in_d & in_h & in_w, other=0.0)
                 acc += tl.load(taps + (kd * KH + kh) * KW + kw) * value.to(tl.float32)
     if BIAS:
@@ -69,10 +89,21 @@ def _convolve(
 
 @triton.jit
 def _correlate(
-    dy, x, part, pid, channels, inputs, sizes, window,
-    SPLIT: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    part,
+    pid,
+    channels,
+    inputs,
+    sizes,
+    window,
+    SPLIT: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """A block's share of the kernels' gradients: ``part[blocks of a channel, channels, taps]``; of
     all taps, or where `SPLIT` of one row of them."""
     # each share has a place of its own, to be summed in order: atomics would add in any
@@ -82,7 +113,14 @@ def _correlate(
         pid //= KD * KH
     in_depth, in_height, in_width = inputs
     depth, height, width = sizes
-    plane, d, h, w = _block(pid, depth, height, width, BLOCK_H, BLOCK_W)
+    plane, d, h, w = _block(
+        pid=pid,
+        depth=depth,
+        height=height,
+        width=width,
+        BLOCK_H=BLOCK_H,
+        BLOCK_W=BLOCK_W,
+    )
     image, c = plane // channels, plane % channels
     blocks = depth * tl.cdiv(height, BLOCK_H) * tl.cdiv(width, BLOCK_W)
     # the blocks of all images of a channel: torch's sum is over the first axis
@@ -94,11 +132,11 @@ def _correlate(
     sums = part + (block * channels + c) * (KD * KH * KW)
     for at in tl.static_range(1 if SPLIT else KD * KH):
         row = first + at
-        dd, in_d = _read(d, row // KH, 0, inputs, window, False)
-        hh, in_h = _read(h, row % KH, 1, inputs, window, False)
+        dd, in_d = _read(at=d, tap=row // KH, AXIS=0, sizes=inputs, window=window, BACK=False)
+        hh, in_h = _read(at=h, tap=row % KH, AXIS=1, sizes=inputs, window=window, BACK=False)
         values = start + (dd * in_height + hh) * in_width
         for kw in tl.static_range(KW):
-            ww, in_w = _read(w, kw, 2, inputs, window, False)
+            ww, in_w = _read(at=w, tap=kw, AXIS=2, sizes=inputs, window=window, BACK=False)
             value = tl.load(values + ww, mask=in_d & in_h & in_w, other=0.0)
             product = tl.sum(tl.sum(gradient * value.to(tl.float32), 1), 0)
             tl.store(sums + row * KW + kw, product)
@@ -106,60 +144,160 @@ def _correlate(
 
 @triton.jit
 def forward(
-    x, total, bias, y, channels,
-    x_depth, x_height, x_width, depth, height, width,
-    depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
-    depth_dilation, height_dilation, width_dilation,
-    BIAS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    x,
+    total,
+    bias,
+    y,
+    channels,
+    x_depth,
+    x_height,
+    x_width,
+    depth,
+    height,
+    width,
+    stride_d,
+    stride_h,
+    stride_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    BIAS: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """``y = conv(x, total) + bias``."""
     window = (
-        (depth_step, height_step, width_step), (depth_padding, height_padding, width_padding),
-        (depth_dilation, height_dilation, width_dilation),
-    )  # fmt: skip
+        (stride_d, stride_h, stride_w),
+        (padding_d, padding_h, padding_w),
+        (dilation_d, dilation_h, dilation_w),
+    )
     _convolve(
-        x, total, bias, y, tl.program_id(0), channels,
-        (x_depth, x_height, x_width), (depth, height, width), window,
-        BIAS, False, KD, KH, KW, BLOCK_H, BLOCK_W,
-    )  # fmt: skip
+        source=x,
+        total=total,
+        bias=bias,
+        result=y,
+        pid=tl.program_id(0),
+        channels=channels,
+        inputs=(x_depth, x_height, x_width),
+        sizes=(depth, height, width),
+        window=window,
+        BIAS=BIAS,
+        BACK=False,
+        KD=KD,
+        KH=KH,
+        KW=KW,
+        BLOCK_H=BLOCK_H,
+        BLOCK_W=BLOCK_W,
+    )
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def backward(
-    dy, x, total, dx, part, tiles, channels,
-    x_depth, x_height, x_width, depth, height, width,
-    depth_step, height_step, width_step, depth_padding, height_padding, width_padding,
-    depth_dilation, height_dilation, width_dilation,
-    SPLIT: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    total,
+    dx,
+    part,
+    tiles,
+    channels,
+    x_depth,
+    x_height,
+    x_width,
+    depth,
+    height,
+    width,
+    stride_d,
+    stride_h,
+    stride_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    SPLIT: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PART_H: tl.constexpr,
+    PART_W: tl.constexpr,
+):
     """In `tiles` programs, which may be none, the gradient of x; in none or all others, of
     `PART_H` by `PART_W` results, parts of the kernels'."""
     pid, inputs, sizes = tl.program_id(0), (x_depth, x_height, x_width), (depth, height, width)
     window = (
-        (depth_step, height_step, width_step), (depth_padding, height_padding, width_padding),
-        (depth_dilation, height_dilation, width_dilation),
-    )  # fmt: skip
+        (stride_d, stride_h, stride_w),
+        (padding_d, padding_h, padding_w),
+        (dilation_d, dilation_h, dilation_w),
+    )
     if pid < tiles:
         _convolve(
-            dy, total, total, dx, pid, channels, sizes, inputs, window,
-            False, True, KD, KH, KW, BLOCK_H, BLOCK_W,
-        )  # fmt: skip
+            source=dy,
+            total=total,
+            bias=total,
+            result=dx,
+            pid=pid,
+            channels=channels,
+            inputs=sizes,
+            sizes=inputs,
+            window=window,
+            BIAS=False,
+            BACK=True,
+            KD=KD,
+            KH=KH,
+            KW=KW,
+            BLOCK_H=BLOCK_H,
+            BLOCK_W=BLOCK_W,
+        )
     else:
         _correlate(
-            dy, x, part, pid - tiles, channels, inputs, sizes, window,
-            SPLIT, KD, KH, KW, PART_H, PART_W,
-        )  # fmt: skip
+            dy=dy,
+            x=x,
+            part=part,
+            pid=pid - tiles,
+            channels=channels,
+            inputs=inputs,
+            sizes=sizes,
+            window=window,
+            SPLIT=SPLIT,
+            KD=KD,
+            KH=KH,
+            KW=KW,
+            BLOCK_H=PART_H,
+            BLOCK_W=PART_W,
+        )
 
 
 @triton.jit(do_not_specialize=["r", "blocks"])
 def divide(
-    kernels, a, b, scale, da, db, blocks,
-    channels, taps, r, stride_ar, stride_at, stride_bc, stride_br,
-    SCALED: tl.constexpr, BLOCK_C: tl.constexpr, SUM_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    kernels,
+    a,
+    b,
+    scale,
+    da,
+    db,
+    blocks,
+    channels,
+    taps,
+    r,
+    stride_ar,
+    stride_at,
+    stride_bc,
+    stride_br,
+    SCALED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SUM_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     R: tl.constexpr,
-):  # fmt: skip
+):
     """The factors' gradients from the kernels' ``[channels, taps]``: in `blocks` programs
     ``db[channels, r] = scale · kernels Aᵀ``, the scale where `SCALED`; in the rest, `R` ranks each,
     ``da[r, taps] = scale · Bᵀ kernels``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
-from paramlora.cuda.launch import Launch, changed, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
 from paramlora.cuda.sum.kernels import add
 
@@ -119,9 +119,17 @@ def _three(sizes: _Sizes, fill: int = 1) -> _Sizes:
     return (*(fill for _ in range(3 - len(sizes))), *sizes)
 
 
-def _axes(window: Window) -> _Sizes:
+def _axes(window: Window) -> dict[str, int]:
     stride, padding, dilation = window
-    return (*_three(stride), *_three(padding, 0), *_three(dilation))
+    return dict(
+        **along("stride_", "dhw", _three(stride)),
+        **along("padding_", "dhw", _three(padding, 0)),
+        **along("dilation_", "dhw", _three(dilation)),
+    )
+
+
+def _sizes(prefix: str, sizes: _Sizes) -> dict[str, int]:
+    return along(prefix, ("depth", "height", "width"), _three(sizes))
 
 
 class _Tiles:
@@ -146,14 +154,42 @@ def _plan_forward(of: Operands, flat: Tensor, window: Window) -> _Forward:
     x, a, b, shape, kernel = of.x, of.a, of.b, of.x.shape, of.weight.shape[2:]
     result = (*shape[:2], *outputs_of(shape[2:], kernel, window))
     channels, taps, device = shape[1], math.prod(kernel), x.get_device()
-    numbers = (channels, taps, len(a), *flat.stride(), *a.stride(), *b.stride())
-    constants: _Sizes = (_CHANNELS, max(16, power(taps)), _RANKS)
-    grid = -(-channels // _CHANNELS)
-    first = Launch(add, device, grid, numbers, constants, 1, 4)
+    first = Launch(
+        add,
+        device,
+        -(-channels // _CHANNELS),
+        numbers=dict(
+            M=channels,
+            N=taps,
+            r=len(a),
+            **along("stride_w", "mn", flat.stride()),
+            **along("stride_a", "rn", a.stride()),
+            **along("stride_b", "mr", b.stride()),
+        ),
+        constants=dict(BLOCK_M=_CHANNELS, BLOCK_N=max(16, power(taps)), R=_RANKS),
+        stages=1,
+        warps=4,
+    )
     tiles = _Tiles(result, TILE)
-    numbers = (channels, *_three(shape[2:]), *tiles.sizes, *_axes(window))
-    constants = (of.bias is not None, *_three(kernel), tiles.rows, tiles.columns)
-    launch = Launch(kernels.forward, device, tiles.grid, numbers, constants, 1, 1)
+    launch = Launch(
+        kernels.forward,
+        device,
+        tiles.grid,
+        numbers=dict(
+            channels=channels,
+            **_sizes("x_", shape[2:]),
+            **_sizes("", tiles.sizes),
+            **_axes(window),
+        ),
+        constants=dict(
+            BIAS=of.bias is not None,
+            **along("K", "DHW", _three(kernel)),
+            BLOCK_H=tiles.rows,
+            BLOCK_W=tiles.columns,
+        ),
+        stages=1,
+        warps=1,
+    )
     return _Forward(result, first, launch)
 
 
@@ -174,12 +210,49 @@ def _plan_backward(
     split = taps > MANY and taps > kernel[2]
     first = tiles.grid if input_too else 0
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
-    numbers = (first, channels, *tiles.sizes, *blocks.sizes, *_axes(window))
-    constants = (split, *kernel, tiles.rows, tiles.columns, blocks.rows, blocks.columns)
-    launch = Launch(kernels.backward, device, first + grid, numbers, constants, 1, 1)
+    launch = Launch(
+        kernels.backward,
+        device,
+        first + grid,
+        numbers=dict(
+            tiles=first,
+            channels=channels,
+            **_sizes("x_", tiles.sizes),
+            **_sizes("", blocks.sizes),
+            **_axes(window),
+        ),
+        constants=dict(
+            SPLIT=split,
+            **along("K", "DHW", kernel),
+            BLOCK_H=tiles.rows,
+            BLOCK_W=tiles.columns,
+            PART_H=blocks.rows,
+            PART_W=blocks.columns,
+        ),
+        stages=1,
+        warps=1,
+    )
     programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, power(r)))
-    numbers = (programs, channels, taps, r, *a.stride(), *b.stride())
-    constants = (scaled, _CHANNELS, _SUMMED, max(16, power(taps)), ranks)
-    grid = programs + -(-r // ranks)
-    divide = Launch(kernels.divide, device, grid, numbers, constants, 1, 4)
+    divide = Launch(
+        kernels.divide,
+        device,
+        programs + -(-r // ranks),
+        numbers=dict(
+            blocks=programs,
+            channels=channels,
+            taps=taps,
+            r=r,
+            **along("stride_a", "rt", a.stride()),
+            **along("stride_b", "cr", b.stride()),
+        ),
+        constants=dict(
+            SCALED=scaled,
+            BLOCK_C=_CHANNELS,
+            SUM_C=_SUMMED,
+            BLOCK_T=max(16, power(taps)),
+            R=ranks,
+        ),
+        stages=1,
+        warps=4,
+    )
     return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

@@ -9,10 +9,10 @@ nothing. So nothing waits for the host, and a CUDA graph serves any division.
 `project` computes ``p_e = (mask ∘ x_e) f_eᵀ``, `product` the whole, and `gradients` those of the
 factors, ``x_eᵀ v_e`` and ``dy_eᵀ u_e``, each summed in order by one program. A linear layer is the
 case of a single expert. Where the rows of each expert take different updates, the groups are the
-pairs of both, sorted: the factors are a group's own, and ``per`` groups share a matrix. Sizes are
-named as in `paramlora.cuda.linear.kernels`: ``M`` rows, ``N`` columns, ``K`` summed, ``r`` the
-rank, ``R`` how many numbers the rows of thin products have, ``BLOCK_R`` and ``E`` powers of two
-that hold the ranks and one more than the experts.
+pairs of both, sorted: the factors are a group's own, and ``groups_per_matrix`` share a matrix.
+Sizes are named as in `paramlora.cuda.linear.kernels`: ``M`` rows, ``N`` columns, ``K`` summed,
+``r`` the rank, ``R`` how many numbers the rows of thin products have, ``BLOCK_R`` and ``E`` powers
+of two that hold the ranks and one more than the experts.
 """
 
 import triton
@@ -47,12 +47,37 @@ def _expert(ends, block, M, experts, E: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def project(
-    x, f, p, ends, seed, M, K, experts, stride_xm, stride_fe, stride_fr, stride_fk, r, R, threshold,
-    DROP: tl.constexpr, WHOLE_K: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    f,
+    p,
+    ends,
+    seed,
+    M,
+    K,
+    experts,
+    stride_xm,
+    stride_fe,
+    stride_fr,
+    stride_fk,
+    r,
+    R,
+    threshold,
+    DROP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A block of ``p[M, R] = (mask ∘ x[M, K]) f[e, r, K]ᵀ``, zeros beyond the rank."""
-    expert, first, end = _expert(ends, tl.program_id(0), M, experts, E, BLOCK_M)
+    expert, first, end = _expert(
+        ends=ends,
+        block=tl.program_id(0),
+        M=M,
+        experts=experts,
+        E=E,
+        BLOCK_M=BLOCK_M,
+    )
     if (expert < experts) & (first < end):
         tl.assume(K > 0)  # see `product`
         offs_m, offs_k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -63,7 +88,7 @@ def project(
         thin += offs_r[None, :].to(tl.int64) * stride_fr + offs_k[:, None].to(tl.int64) * stride_fk
         rows, ranks = offs_m[:, None] < end, offs_r[None, :] < r
         for k in range(0, K, BLOCK_K):
-            if WHOLE_K:
+            if EVEN_K:
                 tile = tl.load(left, mask=rows, other=0.0)
                 factor = tl.load(thin, mask=ranks, other=0.0)
             else:
@@ -82,10 +107,25 @@ def project(
 
 @triton.jit
 def _wide(
-    x, w, expert, first, end, column, N, K, stride_xm, stride_we, stride_wk, stride_wn,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    expert,
+    first,
+    end,
+    pid_n,
+    N,
+    K,
+    stride_xm,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One tile of ``x[M, K] @ w[e, K, N]`` in float32.
 
     Where `TMA`, x and w are descriptors, of ``[M, K]`` and of ``[E N, K]`` where `ROWS_OUT`, else
@@ -96,19 +136,19 @@ def _wide(
         for k in range(0, K, BLOCK_K):
             left = x.load([first, k])
             if ROWS_OUT:
-                acc = tl.dot(left, w.load([expert * N + column * BLOCK_N, k]).T, acc)
+                acc = tl.dot(left, w.load([expert * N + pid_n * BLOCK_N, k]).T, acc)
             else:
-                acc = tl.dot(left, w.load([expert * K + k, column * BLOCK_N]), acc)
+                acc = tl.dot(left, w.load([expert * K + k, pid_n * BLOCK_N]), acc)
     else:
         offs_m, offs_k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
         # columns beyond the last are read again in place of a mask, and not stored
-        offs_n = (column * BLOCK_N + tl.arange(0, BLOCK_N)) % N
+        offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
         rows = offs_m[:, None] < end
         left = x + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
         right = w + tl.cast(expert, tl.int64) * stride_we
         right += offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :].to(tl.int64) * stride_wn
         for k in range(0, K, BLOCK_K):
-            if WHOLE_K:
+            if EVEN_K:
                 acc = tl.dot(tl.load(left, mask=rows, other=0.0), tl.load(right), acc)
             else:
                 inside = offs_k < K - k
@@ -121,30 +161,60 @@ def _wide(
 
 @triton.jit
 def product(
-    x, w, p, q, y, ends, seed, bias, M, N, K, experts, per, stride_xm, stride_we, stride_wk,
-    stride_wn, stride_qe, stride_qr, stride_qn, stride_be, r, R, threshold,
-    BIAS: tl.constexpr, DROP: tl.constexpr, TMA: tl.constexpr, ROWS_OUT: tl.constexpr,
-    WHOLE_K: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    p,
+    q,
+    y,
+    ends,
+    seed,
+    bias,
+    M,
+    N,
+    K,
+    experts,
+    groups_per_matrix,
+    stride_xm,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    stride_qe,
+    stride_qr,
+    stride_qn,
+    stride_be,
+    r,
+    R,
+    threshold,
+    BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """One tile of ``y[M, N] = x w_e + mask ∘ (p q_e) + bias_e``; zero in rows that are none's."""
-    columns = tl.cdiv(N, BLOCK_N)
-    block, column = _place(tl.program_id(0), tl.num_programs(0) // columns, columns, GROUP_M)
-    expert, first, end = _expert(ends, block, M, experts, E, BLOCK_M)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = _place(tl.program_id(0), tl.num_programs(0) // num_pid_n, num_pid_n, GROUP_M)
+    expert, first, end = _expert(ends=ends, block=pid_m, M=M, experts=experts, E=E, BLOCK_M=BLOCK_M)
     if first < end:  # the grid is that of the worst division, so that some have nothing to do
-        offs_m, offs_n = first + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_m, offs_n = first + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         where = y + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         inside = (offs_m[:, None] < end) & (offs_n[None, :] < N)
         if expert < experts:
             tl.assume(K > 0)  # else ptxas makes every tensor core instruction wait for the last
-            matrix = expert // per  # of a group of rows, whose factors are its own
+            matrix = expert // groups_per_matrix  # of a group of rows, whose factors are its own
             acc = _wide(
                 x=x,
                 w=w,
                 expert=matrix,
                 first=first,
                 end=end,
-                column=column,
+                pid_n=pid_n,
                 N=N,
                 K=K,
                 stride_xm=stride_xm,
@@ -153,7 +223,7 @@ def product(
                 stride_wn=stride_wn,
                 TMA=TMA,
                 ROWS_OUT=ROWS_OUT,
-                WHOLE_K=WHOLE_K,
+                EVEN_K=EVEN_K,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
@@ -194,16 +264,46 @@ def _part(ends, M, experts, expert, part, parts, E: tl.constexpr, BLOCK_M: tl.co
 
 @triton.jit
 def gradients(
-    x, v, dy, u, da, db, ends, seed, M, fan_in, out, experts, r, R, stride_xm, stride_dym, inner,
-    parts, threshold, DROP: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    x,
+    v,
+    dy,
+    u,
+    da,
+    db,
+    ends,
+    seed,
+    M,
+    fan_in,
+    out,
+    experts,
+    r,
+    R,
+    stride_xm,
+    stride_dym,
+    inner,
+    parts,
+    threshold,
+    DROP: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """A block of ``da[part, e, r, in] = v_eᵀ (mask ∘ x_e)``, the first `inner` of them, or of
     ``db[part, e, out, r] = dy_eᵀ u_e``, over one of the parts of an expert's rows."""
     blocks = tl.num_programs(0) // (experts * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * experts)
     expert = tl.program_id(0) // blocks % experts
-    first, end = _part(ends, M, experts, expert, part, parts, E, BLOCK_M)
+    first, end = _part(
+        ends=ends,
+        M=M,
+        experts=experts,
+        expert=expert,
+        part=part,
+        parts=parts,
+        E=E,
+        BLOCK_M=BLOCK_M,
+    )
     is_a = block < inner
     # a select, not a branch, keeps what the compiler knows of the pointers' alignment
     wide, thin = tl.where(is_a, x, dy), tl.where(is_a, v, u)

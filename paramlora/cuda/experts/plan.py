@@ -7,7 +7,7 @@ from torch import Tensor
 
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts import kernels
-from paramlora.cuda.launch import Launch, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, on_its_device, planned
 from paramlora.cuda.linear.tiles import Tiling
 from paramlora.cuda.operands import DEEP, Drop, power
 
@@ -48,13 +48,34 @@ def thin(x: Tensor, f: Tensor, ends: Tensor, width: int, drop: Optional[Drop]) -
     tensors = (x, f, p, ends, seed)
 
     def made(_: Any) -> Launch:
-        (M, K), (experts, r, _), device = x.shape, f.shape, x.get_device()
+        (M, K), (experts, r, _) = x.shape, f.shape
         BR = power(max(r, width, 16))
         BM, BK = 64, 128 if BR <= 32 else 64
-        numbers = (M, K, experts, x.stride(0), *f.stride(), r, width, least)
-        constants = (drop is not None, K % BK == 0, power(experts + 1), BR, BM, BK)
-        grid = M // BM + experts  # the last block of each may be a part of one
-        return Launch(kernels.project, device, grid, numbers, constants, 3, 4)
+        return Launch(
+            kernels.project,
+            x.get_device(),
+            M // BM + experts,  # the last block of each may be a part of one
+            numbers=dict(
+                M=M,
+                K=K,
+                experts=experts,
+                stride_xm=x.stride(0),
+                **along("stride_f", "erk", f.stride()),
+                r=r,
+                R=width,
+                threshold=least,
+            ),
+            constants=dict(
+                DROP=drop is not None,
+                EVEN_K=K % BK == 0,
+                E=power(experts + 1),
+                BLOCK_R=BR,
+                BLOCK_M=BM,
+                BLOCK_K=BK,
+            ),
+            stages=3,
+            warps=4,
+        )
 
     launch, addresses = planned(_PLANS, tensors, ("thin", drop is None, least), made)
     launch(tensors, addresses)
@@ -121,21 +142,47 @@ def _product(
     # matrix, x has zeros there, but zero times NaN is NaN
     aligned = even and dense and not (x_row | step) & 7 and (rows_out or K % 64 == 0)
     tiles = tiling(M // experts, N, card(device).hopper and aligned, drop is not None)
-    BM, BN, BK, _, stages, warps, tma = tiles
-    numbers = (
-        M, N, K, experts, experts // matrices, x_row, w_e, w_k, w_n, *q.stride(),
-        0 if bias is None else bias.stride(0), r, p.shape[1], _drawn_from(drop, p)[1],
-    )  # fmt: skip
-    E, BR, how = power(experts + 1), power(max(r, 16)), (bias is not None, drop is not None)
-    constants = (*how, tma, rows_out, K % BK == 0, E, BR, *tiles[:4])
-    # the last block of each expert, and of the rows of none, may be a part of one
-    grid = (M // BM + experts + 1) * -(-N // BN)
+    BM, BN, BK, GROUP, stages, warps, tma = tiles
     of_w = ([matrices * K, N], [step, 1], [BK, BN])
     if rows_out:
         of_w = ([matrices * N, K], [step, 1], [BN, BK])
     layouts = (([M, K], [x_row, 1], [BM, BK]), of_w) if tma else ()
-    more = stages, warps, False, layouts
-    return Launch(kernels.product, device, grid, numbers, constants, *more)
+    return Launch(
+        kernels.product,
+        device,
+        # the last block of each expert, and of the rows of none, may be a part of one
+        (M // BM + experts + 1) * -(-N // BN),
+        numbers=dict(
+            M=M,
+            N=N,
+            K=K,
+            experts=experts,
+            groups_per_matrix=experts // matrices,
+            stride_xm=x_row,
+            **along("stride_w", "ekn", w.stride()),
+            **along("stride_q", "ern", q.stride()),
+            stride_be=0 if bias is None else bias.stride(0),
+            r=r,
+            R=p.shape[1],
+            threshold=_drawn_from(drop, p)[1],
+        ),
+        constants=dict(
+            BIAS=bias is not None,
+            DROP=drop is not None,
+            TMA=tma,
+            ROWS_OUT=rows_out,
+            EVEN_K=K % BK == 0,
+            E=power(experts + 1),
+            BLOCK_R=power(max(r, 16)),
+            BLOCK_M=BM,
+            BLOCK_N=BN,
+            BLOCK_K=BK,
+            GROUP_M=GROUP,
+        ),
+        stages=stages,
+        warps=warps,
+        layouts=layouts,
+    )
 
 
 @on_its_device
@@ -170,12 +217,33 @@ def sums(
     tensors = (x, thins[0], dy, thins[1], *written, ends, seed)
 
     def made(_: Any) -> Launch:
-        width, device, BR, BM = thins[0].shape[1], x.get_device(), power(max(r, 16)), 64
-        sizes, rows = (M, fan_in, out, experts, r, width), (x.stride(0), dy.stride(0))
-        numbers, E = (*sizes, *rows, inner, parts, least), power(experts + 1)
-        constants = (drop is not None, E, BR, DEEP, BM)
-        grid = (inner + outer) * experts * parts
-        return Launch(kernels.gradients, device, grid, numbers, constants, 3, 8)
+        return Launch(
+            kernels.gradients,
+            x.get_device(),
+            (inner + outer) * experts * parts,
+            numbers=dict(
+                M=M,
+                fan_in=fan_in,
+                out=out,
+                experts=experts,
+                r=r,
+                R=thins[0].shape[1],
+                stride_xm=x.stride(0),
+                stride_dym=dy.stride(0),
+                inner=inner,
+                parts=parts,
+                threshold=least,
+            ),
+            constants=dict(
+                DROP=drop is not None,
+                E=power(experts + 1),
+                BLOCK_R=power(max(r, 16)),
+                BLOCK_D=DEEP,
+                BLOCK_M=64,
+            ),
+            stages=3,
+            warps=8,
+        )
 
     launch, addresses = planned(_PLANS, tensors, ("sums", wanted, drop is None, least), made)
     launch(tensors, addresses)

@@ -25,8 +25,7 @@ is the padded rank. Row m of a wide matrix lies ``m // P`` batches and ``m % P``
 start, so that the positions of an image are rows without a copy, whatever its memory format.
 `kept` goes from a forward to its backwards: ``A[R, in]``, ``scale · B.T[R, out]``, ``u[M, R]``,
 of a mask the numbers of its columns and rows, the count of each block of gradients, and the
-forward's signals. `tiles` chooses the
-tiles.
+forward's signals. `tiles` chooses the tiles.
 
 Where an update drops inputs, its mask is drawn where x is read, in ``u = (mask ∘ x) @ A.T`` and in
 ``v.T @ (mask ∘ x)``, and where the low-rank term of x's gradient is added, ``mask ∘ (v @ A)``.
@@ -50,10 +49,10 @@ class Matrix(NamedTuple):
     """A wide matrix: its start, a pointer or a descriptor for the tensor memory engine, and the
     distances of a batch, a row and a column."""
 
-    at: Any
-    batch: Any
-    row: Any
-    column: Any
+    ptr: Any
+    stride_batch: Any
+    stride_row: Any
+    stride_col: Any
 
 
 class Sizes(NamedTuple):
@@ -68,7 +67,7 @@ class Sizes(NamedTuple):
 class Signals(NamedTuple):
     """The signals of the `packs` programs that cast the factors, then those of rows of tiles."""
 
-    at: Any
+    ptr: Any
     number: Any
     packs: Any
 
@@ -76,14 +75,14 @@ class Signals(NamedTuple):
 class Drop(NamedTuple):
     """`ON` masks, each of an equal share of the ranks: pointers to their seed, which only a forward
     needs, and to the numbers of the columns and rows of the first in `kept`; and below which number
-    one drops an element, or of several `each`, which is known when a kernel is compiled."""
+    one drops an element, or of several `thresholds`, which are known when a kernel is compiled."""
 
     seed: Any
     columns: Any
     rows: Any
     threshold: Any
     ON: Any
-    each: Any
+    thresholds: Any
 
 
 class Rescale(NamedTuple):
@@ -96,15 +95,15 @@ class Rescale(NamedTuple):
     ON: Any
 
 
-class How(NamedTuple):
+class Meta(NamedTuple):
     """What a kernel is compiled for, see `tiles.Tiles`. Always made inside of the call that it is
     handed to: of one that first gets a name in a kernel, Triton takes the fields for values that
     only the device knows, not for constants."""
 
     TMA: Any
     ROWS_OUT: Any
-    EVEN: Any
-    WHOLE_K: Any
+    EVEN_P: Any
+    EVEN_K: Any
     R: Any
     BLOCK_M: Any
     BLOCK_N: Any
@@ -173,130 +172,164 @@ def _counts(kept, M, N, K, fan_in, R: tl.constexpr, DROP: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, rows, columns, GROUP_M: tl.constexpr):
+def _place(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
     """Row and column of a tile, in groups of rows that share the weight's columns in L2."""
-    first = tile // (GROUP_M * columns) * GROUP_M
-    height = min(rows - first, GROUP_M)
+    first = pid // (GROUP_M * num_pid_n) * GROUP_M
+    height = min(num_pid_m - first, GROUP_M)
     # down a column of the group first: all of its first column come before its second
-    inside = tile % (GROUP_M * columns)
+    inside = pid % (GROUP_M * num_pid_n)
     return first + inside % height, inside // height
 
 
 @triton.jit
-def _rows(start, inside, P, batch, row, EVEN: tl.constexpr):
-    """Where rows ``start + inside`` lie, in 64 bits; where `EVEN`, all of them in one batch."""
-    if EVEN:
+def _rows(start, inside, P, stride_batch, stride_row, EVEN_P: tl.constexpr):
+    """Where rows ``start + inside`` lie, in 64 bits; where `EVEN_P`, all of them in one batch."""
+    if EVEN_P:
         within = tl.multiple_of(start % P, 16)  # as blocks and batches are
-        first = (start // P).to(tl.int64) * batch + within.to(tl.int64) * row
-        return first + inside.to(tl.int64) * row
+        first = (start // P).to(tl.int64) * stride_batch + within.to(tl.int64) * stride_row
+        return first + inside.to(tl.int64) * stride_row
     rows = start + inside
-    return (rows // P).to(tl.int64) * batch + (rows % P).to(tl.int64) * row
+    return (rows // P).to(tl.int64) * stride_batch + (rows % P).to(tl.int64) * stride_row
 
 
 @triton.jit
 def _threshold(drop, which):
     least = drop.threshold
-    for mask in tl.static_range(len(drop.each)):
-        least = tl.where(which == mask, drop.each[mask], least)
+    for mask in tl.static_range(len(drop.thresholds)):
+        least = tl.where(which == mask, drop.thresholds[mask], least)
     return least
 
 
 @triton.jit
-def _project(x, f, p, row, which, of, drop, how, R: tl.constexpr):
-    """Rows `row` of ``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``: one read of x; of several masks, of
-    the columns that have mask `which`."""
-    p += which * how.R
-    f += which * how.R * of.K
-    offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
-    offs_k, offs_r = tl.arange(0, how.BLOCK_K), tl.arange(0, how.R)
-    acc = tl.zeros((how.BLOCK_M, how.R), tl.float32)
-    inside_m = tl.arange(0, how.BLOCK_M)
-    where = _rows(row * how.BLOCK_M, inside_m, of.P, x.batch, x.row, how.EVEN)
-    left = x.at + where[:, None] + offs_k[None, :].to(tl.int64) * x.column
+def _project(x, f, p, pid_m, which, sizes, drop, meta, R: tl.constexpr):
+    """A block of rows of ``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``: one read of x; of several
+    masks, of the columns that have mask `which`."""
+    p += which * meta.R
+    f += which * meta.R * sizes.K
+    offs_m = pid_m * meta.BLOCK_M + tl.arange(0, meta.BLOCK_M)
+    offs_k, offs_r = tl.arange(0, meta.BLOCK_K), tl.arange(0, meta.R)
+    acc = tl.zeros((meta.BLOCK_M, meta.R), tl.float32)
+    inside_m = tl.arange(0, meta.BLOCK_M)
+    where = _rows(
+        start=pid_m * meta.BLOCK_M,
+        inside=inside_m,
+        P=sizes.P,
+        stride_batch=x.stride_batch,
+        stride_row=x.stride_row,
+        EVEN_P=meta.EVEN_P,
+    )
+    left = x.ptr + where[:, None] + offs_k[None, :].to(tl.int64) * x.stride_col
     # 32 bits reach all of a factor (`operands.factors_fit`), but not of x
-    thin = f + offs_r[None, :] * of.K + offs_k[:, None]
-    step = tl.cast(x.column, tl.int64) * how.BLOCK_K
+    thin = f + offs_r[None, :] * sizes.K + offs_k[:, None]
+    step = tl.cast(x.stride_col, tl.int64) * meta.BLOCK_K
     if drop.ON:
         of_rows, _ = keys(drop.seed, which)
-        rows, before = numbers(offs_m, of_rows), which * (of.M + of.K)
+        rows, before = numbers(offs_m, of_rows), which * (sizes.M + sizes.K)
         # for the backward, which then need not know the seed
-        tl.store(drop.rows + before + offs_m, rows, mask=offs_m < of.M)
+        tl.store(drop.rows + before + offs_m, rows, mask=offs_m < sizes.M)
         of_columns, threshold = drop.columns + before, _threshold(drop, which)
-    for k in range(0, of.K, how.BLOCK_K):
-        if how.WHOLE_K:
-            tile = tl.load(left, mask=offs_m[:, None] < of.M, other=0.0)
+    for k in range(0, sizes.K, meta.BLOCK_K):
+        if meta.EVEN_K:
+            tile = tl.load(left, mask=offs_m[:, None] < sizes.M, other=0.0)
             factor = tl.load(thin)
         else:
-            inside = offs_k < of.K - k
-            tile = tl.load(left, mask=(offs_m[:, None] < of.M) & inside[None, :], other=0.0)
+            inside = offs_k < sizes.K - k
+            tile = tl.load(left, mask=(offs_m[:, None] < sizes.M) & inside[None, :], other=0.0)
             # both are masked: 0 times what lies past the end may be NaN
             factor = tl.load(thin, mask=inside[:, None], other=0.0)
         if drop.ON:
-            if how.WHOLE_K:
+            if meta.EVEN_K:
                 columns = tl.load(of_columns + k + offs_k)
             else:
-                columns = tl.load(of_columns + k + offs_k, mask=offs_k < of.K - k, other=0)
+                columns = tl.load(of_columns + k + offs_k, mask=offs_k < sizes.K - k, other=0)
             gone = below(rows[:, None], columns[None, :], threshold)
             tile = tl.where(gone, 0.0, tile).to(tile.dtype)
         acc = tl.dot(tile, factor, acc)
         left += step
-        thin += how.BLOCK_K
+        thin += meta.BLOCK_K
     where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-    tl.store(where, acc.to(p.dtype.element_ty), mask=offs_m[:, None] < of.M)
+    tl.store(where, acc.to(p.dtype.element_ty), mask=offs_m[:, None] < sizes.M)
 
 
 @triton.jit
-def _product(x, w, row, column, stride_wk, stride_wn, of, how):
+def _product(x, w, pid_m, pid_n, stride_wk, stride_wn, sizes, meta):
     """One tile of ``x[M, K] @ w[K, N]`` in float32.
 
     Where `TMA`, x and w are descriptors (w of ``[N, K]`` where ROWS_OUT), loaded by the tensor
     memory engine; else pointers, with any strides and a cheaper launch.
     """
-    acc = tl.zeros((how.BLOCK_M, how.BLOCK_N), tl.float32)
-    if how.TMA:
-        for k in range(0, of.K, how.BLOCK_K):
-            left = x.at.load([row * how.BLOCK_M, k])
+    acc = tl.zeros((meta.BLOCK_M, meta.BLOCK_N), tl.float32)
+    if meta.TMA:
+        for k in range(0, sizes.K, meta.BLOCK_K):
+            left = x.ptr.load([pid_m * meta.BLOCK_M, k])
             # a descriptor's last dimension is contiguous: [N, K] is loaded as it lies, and turned
-            if how.ROWS_OUT:
-                acc = tl.dot(left, w.load([column * how.BLOCK_N, k]).T, acc)
+            if meta.ROWS_OUT:
+                acc = tl.dot(left, w.load([pid_n * meta.BLOCK_N, k]).T, acc)
             else:
-                acc = tl.dot(left, w.load([k, column * how.BLOCK_N]), acc)
+                acc = tl.dot(left, w.load([k, pid_n * meta.BLOCK_N]), acc)
     else:
-        inside_m, offs_k = tl.arange(0, how.BLOCK_M), tl.arange(0, how.BLOCK_K)
-        offs_m = row * how.BLOCK_M + inside_m
-        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
-        where = _rows(row * how.BLOCK_M, inside_m, of.P, x.batch, x.row, how.EVEN)
-        left = x.at + where[:, None] + offs_k[None, :].to(tl.int64) * x.column
-        step = tl.cast(x.column, tl.int64) * how.BLOCK_K
-        rows = offs_m[:, None] < of.M
+        inside_m, offs_k = tl.arange(0, meta.BLOCK_M), tl.arange(0, meta.BLOCK_K)
+        offs_m = pid_m * meta.BLOCK_M + inside_m
+        offs_n = pid_n * meta.BLOCK_N + tl.arange(0, meta.BLOCK_N)
+        where = _rows(
+            start=pid_m * meta.BLOCK_M,
+            inside=inside_m,
+            P=sizes.P,
+            stride_batch=x.stride_batch,
+            stride_row=x.stride_row,
+            EVEN_P=meta.EVEN_P,
+        )
+        left = x.ptr + where[:, None] + offs_k[None, :].to(tl.int64) * x.stride_col
+        step = tl.cast(x.stride_col, tl.int64) * meta.BLOCK_K
+        rows = offs_m[:, None] < sizes.M
         right = w + offs_k[:, None].to(tl.int64) * stride_wk
         # columns past N read those that there are: no mask in the loop, and `_store` drops them
-        right += (offs_n % of.N)[None, :].to(tl.int64) * stride_wn
-        for k in range(0, of.K, how.BLOCK_K):
-            if how.WHOLE_K:
+        right += (offs_n % sizes.N)[None, :].to(tl.int64) * stride_wn
+        for k in range(0, sizes.K, meta.BLOCK_K):
+            if meta.EVEN_K:
                 acc = tl.dot(tl.load(left, mask=rows, other=0.0), tl.load(right), acc)
             else:
-                inside = offs_k < of.K - k
+                inside = offs_k < sizes.K - k
                 tile = tl.load(left, mask=rows & inside[None, :], other=0.0)
                 acc = tl.dot(tile, tl.load(right, mask=inside[:, None], other=0.0), acc)
             left += step
-            right += how.BLOCK_K * stride_wk
+            right += meta.BLOCK_K * stride_wk
     return acc
 
 
 @triton.jit
-def _low_rank(acc, p, q, offs_m, offs_n, of, drop, R: tl.constexpr):
+def _low_rank(acc, p, q, offs_m, offs_n, sizes, drop, R: tl.constexpr):
     """``acc + mask ∘ (p @ q)`` for one tile, from ``p[M, R]`` and ``q[R, N]`` in memory."""
     if drop.ON > 1:
         for which in range(drop.ON):  # not unrolled, which would take more registers than there are
-            acc = _share(acc, p, q, offs_m, offs_n, of, drop, which, R)
+            acc = _share(
+                acc=acc,
+                p=p,
+                q=q,
+                offs_m=offs_m,
+                offs_n=offs_n,
+                sizes=sizes,
+                drop=drop,
+                which=which,
+                R=R,
+            )
     else:
-        acc = _share(acc, p, q, offs_m, offs_n, of, drop, 0, R)
+        acc = _share(
+            acc=acc,
+            p=p,
+            q=q,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            sizes=sizes,
+            drop=drop,
+            which=0,
+            R=R,
+        )
     return acc
 
 
 @triton.jit
-def _share(acc, p, q, offs_m, offs_n, of, drop, which, R: tl.constexpr):
+def _share(acc, p, q, offs_m, offs_n, sizes, drop, which, R: tl.constexpr):
     """`_low_rank` of the ranks of one mask."""
     SHARE: tl.constexpr = R // max(1, drop.ON)
     STEP: tl.constexpr = min(SHARE, 32)
@@ -305,14 +338,14 @@ def _share(acc, p, q, offs_m, offs_n, of, drop, which, R: tl.constexpr):
     for start in tl.static_range(0, SHARE, STEP):
         offs_r = which * SHARE + start + tl.arange(0, STEP)
         where = p + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-        left = tl.load(where, mask=offs_m[:, None] < of.M, other=0.0)
-        where = q + offs_r[:, None] * of.N + offs_n[None, :]
-        low = tl.dot(left, tl.load(where, mask=offs_n[None, :] < of.N, other=0.0), low)
+        left = tl.load(where, mask=offs_m[:, None] < sizes.M, other=0.0)
+        where = q + offs_r[:, None] * sizes.N + offs_n[None, :]
+        low = tl.dot(left, tl.load(where, mask=offs_n[None, :] < sizes.N, other=0.0), low)
     if drop.ON:
-        before = which * (of.M + of.N)
-        rows = tl.load(drop.rows + before + offs_m, mask=offs_m < of.M, other=0)[:, None]
+        before = which * (sizes.M + sizes.N)
+        rows = tl.load(drop.rows + before + offs_m, mask=offs_m < sizes.M, other=0)[:, None]
         where = drop.columns + before + offs_n
-        columns = tl.load(where, mask=offs_n < of.N, other=0)[None, :]
+        columns = tl.load(where, mask=offs_n < sizes.N, other=0)[None, :]
         low = tl.where(below(rows, columns, _threshold(drop, which)), acc, acc + low)
     return low
 
@@ -327,22 +360,29 @@ def _halves(acc):
 
 
 @triton.jit
-def _store(y, acc, row, column, of, how):
+def _store(y, acc, pid_m, pid_n, sizes, meta):
     """A tile's place in y, by the tensor memory engine in two halves, or by pointers."""
-    if how.TMA:
+    if meta.TMA:
         # no mask: the engine leaves out what lies past the end of y
         lower, upper = _halves(acc)
-        y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
-        half = column * how.BLOCK_N + how.BLOCK_N // 2
-        y.at.store([row * how.BLOCK_M, half], upper.to(y.at.dtype))
+        y.ptr.store([pid_m * meta.BLOCK_M, pid_n * meta.BLOCK_N], lower.to(y.ptr.dtype))
+        half = pid_n * meta.BLOCK_N + meta.BLOCK_N // 2
+        y.ptr.store([pid_m * meta.BLOCK_M, half], upper.to(y.ptr.dtype))
     else:
-        inside_m = tl.arange(0, how.BLOCK_M)
-        offs_m = row * how.BLOCK_M + inside_m
-        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
-        where = _rows(row * how.BLOCK_M, inside_m, of.P, y.batch, y.row, how.EVEN)
-        out = y.at + where[:, None] + offs_n[None, :].to(tl.int64) * y.column
-        inside = (offs_m[:, None] < of.M) & (offs_n[None, :] < of.N)
-        tl.store(out, acc.to(y.at.dtype.element_ty), mask=inside)
+        inside_m = tl.arange(0, meta.BLOCK_M)
+        offs_m = pid_m * meta.BLOCK_M + inside_m
+        offs_n = pid_n * meta.BLOCK_N + tl.arange(0, meta.BLOCK_N)
+        where = _rows(
+            start=pid_m * meta.BLOCK_M,
+            inside=inside_m,
+            P=sizes.P,
+            stride_batch=y.stride_batch,
+            stride_row=y.stride_row,
+            EVEN_P=meta.EVEN_P,
+        )
+        out = y.ptr + where[:, None] + offs_n[None, :].to(tl.int64) * y.stride_col
+        inside = (offs_m[:, None] < sizes.M) & (offs_n[None, :] < sizes.N)
+        tl.store(out, acc.to(y.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -356,58 +396,140 @@ def _factor(m, norm, offs_n, N):
 
 @triton.jit
 def _tile(
-    x, w, y, wide, f, q, p, bias, rescale, signals, pid, stride_wk, stride_wn, of, drop_in, drop,
-    how, PACKS: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    y,
+    x_ptr,
+    f,
+    q,
+    p,
+    bias,
+    rescale,
+    signals,
+    pid,
+    stride_wk,
+    stride_wn,
+    sizes,
+    drop_in,
+    drop,
+    meta,
+    PACKS: tl.constexpr,
+    LOCAL: tl.constexpr,
+    EARLY: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """One tile of ``y = x @ w + mask ∘ (p @ q) + bias``, or where `LOCAL` of p, by the mask
     `drop_in` of x; where `rescale` says so, of ``z = x @ w + p @ q`` and ``z · m/norm + bias``.
-    `wide` is x, always as a pointer."""
-    tl.assume(of.K > 0)  # else ptxas makes every tensor core instruction wait for the last
-    columns = tl.cdiv(of.N, how.BLOCK_N) + (1 if LOCAL else 0)
-    row, column = _place(pid, tl.cdiv(of.M, how.BLOCK_M), columns, how.GROUP_M)
+    `x_ptr` is x, always as a pointer."""
+    tl.assume(sizes.K > 0)  # else ptxas makes every tensor core instruction wait for the last
+    num_pid_n = tl.cdiv(sizes.N, meta.BLOCK_N) + (1 if LOCAL else 0)
+    pid_m, pid_n = _place(pid, tl.cdiv(sizes.M, meta.BLOCK_M), num_pid_n, meta.GROUP_M)
     # the thin column, one wider than y: `_place` gives it lower tickets than all who await it
-    if LOCAL and column == 0:
+    if LOCAL and pid_n == 0:
         if PACKS:
-            _await_all(signals.at, signals.packs, signals.number)
-        _project(wide, f, p, row, 0, of, drop_in, how, how.R)
+            _await_all(signals.ptr, signals.packs, signals.number)
+        _project(
+            x=x_ptr,
+            f=f,
+            p=p,
+            pid_m=pid_m,
+            which=0,
+            sizes=sizes,
+            drop=drop_in,
+            meta=meta,
+            R=meta.R,
+        )
         # the release is of one thread alone
         tl.debug_barrier()  # all of the program's rows are stored
-        own = signals.at + signals.packs + row
+        own = signals.ptr + signals.packs + pid_m
         tl.atomic_xchg(own, signals.number, sem="release", scope="gpu")
     else:
-        column -= 1 if LOCAL else 0
-        acc = _product(x, w, row, column, stride_wk, stride_wn, of, how)
+        pid_n -= 1 if LOCAL else 0
+        acc = _product(
+            x=x,
+            w=w,
+            pid_m=pid_m,
+            pid_n=pid_n,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            sizes=sizes,
+            meta=meta,
+        )
         if LOCAL:
-            _await(signals.at + signals.packs + row, signals.number)
+            _await(signals.ptr + signals.packs + pid_m, signals.number)
         # p is of the launch ahead, whose end this waits for; x @ w needed nothing of it
         if EARLY:
             gdc_wait()
-        offs_m = row * how.BLOCK_M + tl.arange(0, how.BLOCK_M)
-        offs_n = column * how.BLOCK_N + tl.arange(0, how.BLOCK_N)
-        if not (how.TMA and drop.ON):
-            acc = _low_rank(acc, p, q, offs_m, offs_n, of, drop, how.R)
+        offs_m = pid_m * meta.BLOCK_M + tl.arange(0, meta.BLOCK_M)
+        offs_n = pid_n * meta.BLOCK_N + tl.arange(0, meta.BLOCK_N)
+        if not (meta.TMA and drop.ON):
+            acc = _low_rank(
+                acc=acc,
+                p=p,
+                q=q,
+                offs_m=offs_m,
+                offs_n=offs_n,
+                sizes=sizes,
+                drop=drop,
+                R=meta.R,
+            )
         if rescale.ON:
-            _store(Matrix(rescale.z, y.batch, y.row, y.column), acc, row, column, of, how)
-            times, _ = _factor(rescale.m, rescale.norm, offs_n, of.N)
+            _store(
+                y=Matrix(rescale.z, y.stride_batch, y.stride_row, y.stride_col),
+                acc=acc,
+                pid_m=pid_m,
+                pid_n=pid_n,
+                sizes=sizes,
+                meta=meta,
+            )
+            times, _ = _factor(rescale.m, rescale.norm, offs_n, sizes.N)
             acc *= times[None, :]
         # behind DoRA's factor, which is of the weight and not of the bias
         if BIAS:
-            acc += tl.load(bias + offs_n, mask=offs_n < of.N, other=0.0).to(tl.float32)[None, :]
-        if how.TMA and drop.ON:  # a masked term of its own for half of the registers
-            HALF: tl.constexpr = how.BLOCK_N // 2
+            acc += tl.load(bias + offs_n, mask=offs_n < sizes.N, other=0.0).to(tl.float32)[None, :]
+        if meta.TMA and drop.ON:  # a masked term of its own for half of the registers
+            HALF: tl.constexpr = meta.BLOCK_N // 2
             lower, upper = _halves(acc)
-            offs_n = column * how.BLOCK_N + tl.arange(0, HALF)
-            lower = _low_rank(lower, p, q, offs_m, offs_n, of, drop, how.R)
-            y.at.store([row * how.BLOCK_M, column * how.BLOCK_N], lower.to(y.at.dtype))
-            upper = _low_rank(upper, p, q, offs_m, offs_n + HALF, of, drop, how.R)
-            y.at.store([row * how.BLOCK_M, column * how.BLOCK_N + HALF], upper.to(y.at.dtype))
+            offs_n = pid_n * meta.BLOCK_N + tl.arange(0, HALF)
+            lower = _low_rank(
+                acc=lower,
+                p=p,
+                q=q,
+                offs_m=offs_m,
+                offs_n=offs_n,
+                sizes=sizes,
+                drop=drop,
+                R=meta.R,
+            )
+            y.ptr.store([pid_m * meta.BLOCK_M, pid_n * meta.BLOCK_N], lower.to(y.ptr.dtype))
+            upper = _low_rank(
+                acc=upper,
+                p=p,
+                q=q,
+                offs_m=offs_m,
+                offs_n=offs_n + HALF,
+                sizes=sizes,
+                drop=drop,
+                R=meta.R,
+            )
+            y.ptr.store([pid_m * meta.BLOCK_M, pid_n * meta.BLOCK_N + HALF], upper.to(y.ptr.dtype))
         else:
-            _store(y, acc, row, column, of, how)
+            _store(y=y, acc=acc, pid_m=pid_m, pid_n=pid_n, sizes=sizes, meta=meta)
 
 
 @triton.jit
 def _store_gradients(
-    acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED: tl.constexpr, R: tl.constexpr
+    acc,
+    offs_d,
+    valid,
+    da,
+    db,
+    scale,
+    strength,
+    fan_in,
+    r,
+    SCALED: tl.constexpr,
+    R: tl.constexpr,
 ):
     """Stores rows `offs_d` of ``[da.T; db]``: ``da[r, fan_in]``, and ``db[out, r]`` times the
     scale."""
@@ -424,9 +546,19 @@ def _store_gradients(
 
 @triton.jit
 def _thin_sum(
-    wide, thin, block, size, low, high, M, P, drop,
-    EVEN: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    wide,
+    thin,
+    block,
+    size,
+    low,
+    high,
+    M,
+    P,
+    drop,
+    EVEN_P: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """A block of ``(mask ∘ wide).T @ thin`` over the rows from `low` to `high`."""
     offs_d = block * DEEP + tl.arange(0, DEEP)
     offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, R)
@@ -436,8 +568,16 @@ def _thin_sum(
     for m in range(low, high, BLOCK_M):
         # up to M, not high: a group is whole blocks (see `plan.Backward`), but for the last
         mm = m + offs_m
-        where = wide.at + _rows(m, offs_m, P, wide.batch, wide.row, EVEN)[None, :]
-        where += offs_d[:, None].to(tl.int64) * wide.column
+        rows = _rows(
+            start=m,
+            inside=offs_m,
+            P=P,
+            stride_batch=wide.stride_batch,
+            stride_row=wide.stride_row,
+            EVEN_P=EVEN_P,
+        )
+        where = wide.ptr + rows[None, :]
+        where += offs_d[:, None].to(tl.int64) * wide.stride_col
         left = tl.load(where, mask=(mm[None, :] < M) & (offs_d[:, None] < size), other=0.0)
         if drop.ON == 1:
             rows = tl.load(drop.rows + mm, mask=mm < M, other=0)[None, :]
@@ -450,7 +590,7 @@ def _thin_sum(
                 before = which * (M + size)
                 rows = tl.load(drop.rows + before + mm, mask=mm < M, other=0)[None, :]
                 columns = tl.load(drop.columns + before + offs_d, mask=offs_d < size, other=0)
-                gone = below(rows, columns[:, None], drop.each[which])
+                gone = below(rows, columns[:, None], drop.thresholds[which])
                 own = tl.where(offs_r[None, :] // (R // drop.ON) == which, right, 0.0)
                 seen = tl.where(gone, 0.0, left).to(left.dtype)
                 acc = tl.dot(seen, own.to(right.dtype), acc)
@@ -461,49 +601,123 @@ def _thin_sum(
 
 @triton.jit
 def _gradients(
-    dy, x, v, u, part, da, db, scale, strength, signals, counts, pid,
-    M, fan_in, out, r, P, groups, each, drop,
-    LOCAL: tl.constexpr, EARLY: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """A block of ``(mask ∘ x).T @ v`` or ``dy.T @ u`` over one of the groups of `each` rows; the
-    last group to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
+    dy,
+    x,
+    v,
+    u,
+    part,
+    da,
+    db,
+    scale,
+    strength,
+    signals,
+    counts,
+    pid,
+    M,
+    fan_in,
+    out,
+    r,
+    P,
+    groups,
+    rows_per_group,
+    drop,
+    LOCAL: tl.constexpr,
+    EARLY: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    R: tl.constexpr,
+    TILE_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A block of ``(mask ∘ x).T @ v`` or ``dy.T @ u`` over one of the groups of rows; the last
+    group to end adds all of them in order, from ``part[groups, fan_in + out, R]``."""
     block, group = pid // groups, pid % groups
     count = counts + block
     blocks = tl.cdiv(fan_in, DEEP)
     inner = block < blocks
     size = tl.where(inner, fan_in, out)
     block -= tl.where(inner, 0, blocks)
-    low, high = group * each, min(M, group * each + each)
+    low, high = group * rows_per_group, min(M, group * rows_per_group + rows_per_group)
     if LOCAL:
         # x.T @ v needs the v of this grid; dy.T @ u the u of the forward, which has ended
         if inner:
-            for tile in range(low // HEIGHT, tl.cdiv(high, HEIGHT)):
-                _await(signals.at + tile, signals.number)
+            for tile in range(low // TILE_M, tl.cdiv(high, TILE_M)):
+                _await(signals.ptr + tile, signals.number)
     # v is of the launch ahead
     if EARLY:
         gdc_wait()
     if drop.ON:  # by a branch, so that what is not masked takes no time for it
         tl.assume(low < high)  # else ptxas makes every tensor core instruction of the kernel wait
         if inner:
-            acc = _thin_sum(x, v, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
+            acc = _thin_sum(
+                wide=x,
+                thin=v,
+                block=block,
+                size=size,
+                low=low,
+                high=high,
+                M=M,
+                P=P,
+                drop=drop,
+                EVEN_P=EVEN_P,
+                R=R,
+                BLOCK_M=BLOCK_M,
+            )
         else:
             acc = _thin_sum(
-                dy, u, block, size, low, high, M, P, Drop(v, v, v, 0, 0, ()), EVEN, R, BLOCK_M
+                wide=dy,
+                thin=u,
+                block=block,
+                size=size,
+                low=low,
+                high=high,
+                M=M,
+                P=P,
+                drop=Drop(seed=v, columns=v, rows=v, threshold=0, ON=0, thresholds=()),
+                EVEN_P=EVEN_P,
+                R=R,
+                BLOCK_M=BLOCK_M,
             )
     else:
         # a select, not a branch, keeps what the compiler knows of the pointers' alignment
         wide = Matrix(
-            tl.where(inner, x.at, dy.at), tl.where(inner, x.batch, dy.batch),
-            tl.where(inner, x.row, dy.row), tl.where(inner, x.column, dy.column),
-        )  # fmt: skip
+            tl.where(inner, x.ptr, dy.ptr),
+            tl.where(inner, x.stride_batch, dy.stride_batch),
+            tl.where(inner, x.stride_row, dy.stride_row),
+            tl.where(inner, x.stride_col, dy.stride_col),
+        )
         thin = tl.where(inner, v, u)
-        acc = _thin_sum(wide, thin, block, size, low, high, M, P, drop, EVEN, R, BLOCK_M)
+        acc = _thin_sum(
+            wide=wide,
+            thin=thin,
+            block=block,
+            size=size,
+            low=low,
+            high=high,
+            M=M,
+            P=P,
+            drop=drop,
+            EVEN_P=EVEN_P,
+            R=R,
+            BLOCK_M=BLOCK_M,
+        )
     offs_r = tl.arange(0, R)
     offs_d = block * DEEP + tl.arange(0, DEEP) + tl.where(inner, 0, fan_in)
     valid = offs_d < tl.where(inner, fan_in, fan_in + out)
     if groups == 1:
-        _store_gradients(acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+        _store_gradients(
+            acc=acc,
+            offs_d=offs_d,
+            valid=valid,
+            da=da,
+            db=db,
+            scale=scale,
+            strength=strength,
+            fan_in=fan_in,
+            r=r,
+            SCALED=SCALED,
+            R=R,
+        )
     else:
         where = part + offs_d[:, None].to(tl.int64) * R + offs_r[None, :]
         whole = tl.cast(fan_in + out, tl.int64) * R
@@ -516,15 +730,42 @@ def _gradients(
             for other in range(groups):
                 # in their own order, not that in which they ended: deterministic
                 acc += tl.load(where + other * whole, mask=valid[:, None], other=0.0)
-            _store_gradients(acc, offs_d, valid, da, db, scale, strength, fan_in, r, SCALED, R)
+            _store_gradients(
+                acc=acc,
+                offs_d=offs_d,
+                valid=valid,
+                da=da,
+                db=db,
+                scale=scale,
+                strength=strength,
+                fan_in=fan_in,
+                r=r,
+                SCALED=SCALED,
+                R=R,
+            )
 
 
 @triton.jit
 def _pack(
-    a, b, scale, kept, seed, strength, pid,
-    M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
-    DROP: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    scale,
+    kept,
+    seed,
+    strength,
+    pid,
+    M,
+    N,
+    K,
+    r,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    DROP: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Casts the part `pid` of the factors into `kept`, ranks first and padded with zeros, B's with
     the scale in it; finds there the numbers of a mask's columns. The last one clears counts."""
     offs_r, offs_d = tl.arange(0, R), tl.arange(0, BLOCK_D)
@@ -537,7 +778,7 @@ def _pack(
         where = kept + offs_r[:, None] * K + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < K)
         if DROP:
-            columns, _ = _numbers(kept, M, N, K, K, R)
+            columns, _ = _numbers(kept=kept, M=M, N=N, K=K, fan_in=K, R=R)
             for which in tl.static_range(DROP):
                 _, of_columns = keys(seed, which)
                 where = columns + which * (M + K) + offs_d
@@ -552,7 +793,7 @@ def _pack(
         where = kept + R * K + offs_r[:, None] * N + offs_d[None, :]
         tl.store(where, value.to(kept.dtype.element_ty), mask=offs_d[None, :] < N)
     else:
-        counts, blocks, _ = _counts(kept, M, N, K, K, R, DROP)
+        counts, blocks, _ = _counts(kept=kept, M=M, N=N, K=K, fan_in=K, R=R, DROP=DROP)
         none = tl.zeros((BLOCK_D,), tl.int32)
         for start in range(0, blocks, BLOCK_D):
             tl.store(counts + start + offs_d, none, mask=start + offs_d < blocks)
@@ -561,117 +802,369 @@ def _pack(
 # an r of 1 or a multiple of 16 would otherwise compile the kernel once more
 @triton.jit(do_not_specialize=["r"])
 def pack(
-    a, b, scale, kept, seed, strength, M, N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
-    DROP: tl.constexpr, EARLY: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    scale,
+    kept,
+    seed,
+    strength,
+    M,
+    N,
+    K,
+    r,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    DROP: tl.constexpr,
+    EARLY: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The factors cast, and the counts cleared, where `forward` does not."""
     if EARLY:
         gdc_launch_dependents()
     _pack(
-        a, b, scale, kept, seed, strength, tl.program_id(0), M, N, K, r,
-        stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
-    )  # fmt: skip
+        a=a,
+        b=b,
+        scale=scale,
+        kept=kept,
+        seed=seed,
+        strength=strength,
+        pid=tl.program_id(0),
+        M=M,
+        N=N,
+        K=K,
+        r=r,
+        stride_ar=stride_ar,
+        stride_ak=stride_ak,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
+        DROP=DROP,
+        R=R,
+        BLOCK_D=BLOCK_D,
+    )
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def project(
-    x, f, p, kept, seed, M, N, K, P, stride_xb, stride_xm, stride_xk, threshold,
-    DROP: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE_K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    f,
+    p,
+    kept,
+    seed,
+    M,
+    N,
+    K,
+    P,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    threshold,
+    DROP: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    EARLY: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """``p[M, R] = (mask ∘ x[M, K]) @ f[R, K].T``, of several masks in programs side by side, which
     read the same of x."""
     MASKS: tl.constexpr = max(1, DROP)
     if EARLY:  # what reads x or the factors may start only after those who wrote them
         gdc_wait()
         gdc_launch_dependents()
-    columns, rows = _numbers(kept, M, N, K, K, R)
+    columns, rows = _numbers(kept=kept, M=M, N=N, K=K, fan_in=K, R=R)
     pid = tl.program_id(0)
     _project(
-        Matrix(x, stride_xb, stride_xm, stride_xk), f, p, pid // MASKS, pid % MASKS,
-        Sizes(M, 0, K, P), Drop(seed, columns, rows, threshold, DROP, EACH),
-        How(False, False, EVEN, WHOLE_K, R // MASKS, BLOCK_M, 0, BLOCK_K, 0), R,
-    )  # fmt: skip
+        x=Matrix(x, stride_xb, stride_xm, stride_xk),
+        f=f,
+        p=p,
+        pid_m=pid // MASKS,
+        which=pid % MASKS,
+        sizes=Sizes(M, 0, K, P),
+        drop=Drop(
+            seed=seed,
+            columns=columns,
+            rows=rows,
+            threshold=threshold,
+            ON=DROP,
+            thresholds=THRESHOLDS,
+        ),
+        meta=Meta(
+            TMA=False,
+            ROWS_OUT=False,
+            EVEN_P=EVEN_P,
+            EVEN_K=EVEN_K,
+            R=R // MASKS,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=0,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=0,
+        ),
+        R=R,
+    )
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def product(
-    x, w, y, q, p, bias,
-    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
-    stride_yn, threshold,
-    DROP: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x,
+    w,
+    y,
+    q,
+    p,
+    bias,
+    M,
+    N,
+    K,
+    P,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_yb,
+    stride_ym,
+    stride_yn,
+    threshold,
+    DROP: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    EARLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):  # fmt: skip
+):
     """``y = x @ w + mask ∘ (p @ q) + bias``; q is the start of `kept` where there is a mask."""
-    columns, rows = _numbers(q, M, N, K, N, R)
+    columns, rows = _numbers(kept=q, M=M, N=N, K=K, fan_in=N, R=R)
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
-        left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
+        x=left,
+        w=w,
+        y=Matrix(y, stride_yb, stride_ym, stride_yn),
+        x_ptr=left,
+        f=q,
+        q=q,
+        p=p,
+        bias=bias,
         # what is off still needs a pointer: any that there is
-        Rescale(q, q, q, False), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
-        Sizes(M, N, K, P), Drop(q, q, q, 0, 0, ()),
-        Drop(q, columns, rows, threshold, DROP, EACH),
-        How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
-        PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
-    )  # fmt: skip
+        rescale=Rescale(q, q, q, False),
+        signals=Signals(p, 0, 0),
+        pid=tl.program_id(0),
+        stride_wk=stride_wk,
+        stride_wn=stride_wn,
+        sizes=Sizes(M, N, K, P),
+        drop_in=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
+        drop=Drop(
+            seed=q,
+            columns=columns,
+            rows=rows,
+            threshold=threshold,
+            ON=DROP,
+            thresholds=THRESHOLDS,
+        ),
+        meta=Meta(
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN_P=EVEN_P,
+            EVEN_K=EVEN_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+        ),
+        PACKS=False,
+        LOCAL=False,
+        EARLY=EARLY,
+        BIAS=BIAS,
+    )
 
 
 # number above all: it changes with each launch, and `Launch` hands it to the one compiled function
 @triton.jit(do_not_specialize=["number", "packs", "r", "threshold"])
 def forward(
-    x, w, y, wide, a, b, scale, kept, bias, seed, tickets, strength, number,
-    packs, M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
-    stride_yn, r, stride_ar, stride_ak, stride_bn, stride_br, threshold,
-    DROP: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """``y = x @ w + u @ q + bias`` and all of `kept`; `wide` is x again, always as a pointer."""
+    x,
+    w,
+    y,
+    x_ptr,
+    a,
+    b,
+    scale,
+    kept,
+    bias,
+    seed,
+    tickets,
+    strength,
+    number,
+    packs,
+    M,
+    N,
+    K,
+    P,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_yb,
+    stride_ym,
+    stride_yn,
+    r,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    threshold,
+    DROP: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``y = x @ w + u @ q + bias`` and all of `kept`; `x_ptr` is x again, always as a pointer."""
     pid = _drawn(tickets)
-    _, _, signals = _counts(kept, M, N, K, K, R, DROP)
-    columns, rows = _numbers(kept, M, N, K, K, R)
+    _, _, signals = _counts(kept=kept, M=M, N=N, K=K, fan_in=K, R=R, DROP=DROP)
+    columns, rows = _numbers(kept=kept, M=M, N=N, K=K, fan_in=K, R=R)
     if pid < packs:
         _pack(
-            a, b, scale, kept, seed, strength, pid, M, N, K, r,
-            stride_ar, stride_ak, stride_bn, stride_br, DROP, R, BLOCK_D,
-        )  # fmt: skip
+            a=a,
+            b=b,
+            scale=scale,
+            kept=kept,
+            seed=seed,
+            strength=strength,
+            pid=pid,
+            M=M,
+            N=N,
+            K=K,
+            r=r,
+            stride_ar=stride_ar,
+            stride_ak=stride_ak,
+            stride_bn=stride_bn,
+            stride_br=stride_br,
+            DROP=DROP,
+            R=R,
+            BLOCK_D=BLOCK_D,
+        )
         tl.debug_barrier()  # all of the program's part is stored
         tl.atomic_xchg(signals + pid, number, sem="release", scope="gpu")
     else:
         _tile(
-            Matrix(x, stride_xb, stride_xm, stride_xk), w,
-            Matrix(y, stride_yb, stride_ym, stride_yn),
-            Matrix(wide, stride_xb, stride_xm, stride_xk), kept, kept + R * K,
-            _after(kept, K + N, R), bias, Rescale(kept, kept, kept, False),
-            Signals(signals, number, packs), pid - packs,
-            stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(seed, columns, rows, threshold, DROP, ()), Drop(seed, columns, rows, 0, 0, ()),
-            How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
-            PACKS=True, LOCAL=True, EARLY=False, BIAS=BIAS,
-        )  # fmt: skip
+            x=Matrix(x, stride_xb, stride_xm, stride_xk),
+            w=w,
+            y=Matrix(y, stride_yb, stride_ym, stride_yn),
+            x_ptr=Matrix(x_ptr, stride_xb, stride_xm, stride_xk),
+            f=kept,
+            q=kept + R * K,
+            p=_after(kept, K + N, R),
+            bias=bias,
+            rescale=Rescale(kept, kept, kept, False),
+            signals=Signals(signals, number, packs),
+            pid=pid - packs,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            sizes=Sizes(M, N, K, P),
+            drop_in=Drop(
+                seed=seed,
+                columns=columns,
+                rows=rows,
+                threshold=threshold,
+                ON=DROP,
+                thresholds=(),
+            ),
+            drop=Drop(seed=seed, columns=columns, rows=rows, threshold=0, ON=0, thresholds=()),
+            meta=Meta(
+                TMA=TMA,
+                ROWS_OUT=ROWS_OUT,
+                EVEN_P=EVEN_P,
+                EVEN_K=EVEN_K,
+                R=R,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                GROUP_M=GROUP_M,
+            ),
+            PACKS=True,
+            LOCAL=True,
+            EARLY=False,
+            BIAS=BIAS,
+        )
 
 
-@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "each", "threshold"])
+@triton.jit(do_not_specialize=["number", "tiles", "r", "groups", "rows_per_group", "threshold"])
 def backward(
-    dy, w, dx, wide, kept, scratch, x, da, db, scale, tickets, strength, number,
-    tiles, M, N, K, P, stride_dyb, stride_dym, stride_dyk, stride_wk, stride_wn, stride_dxb,
-    stride_dxm, stride_dxn, stride_xb, stride_xm, stride_xk, r, groups, each, threshold,
-    DROP: tl.constexpr, EACH: tl.constexpr, LOCAL: tl.constexpr, EARLY: tl.constexpr,
+    dy,
+    w,
+    dx,
+    dy_ptr,
+    kept,
+    scratch,
+    x,
+    da,
+    db,
+    scale,
+    tickets,
+    strength,
+    number,
+    tiles,
+    M,
+    N,
+    K,
+    P,
+    stride_dyb,
+    stride_dym,
+    stride_dyk,
+    stride_wk,
+    stride_wn,
+    stride_dxb,
+    stride_dxm,
+    stride_dxn,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    r,
+    groups,
+    rows_per_group,
+    threshold,
+    DROP: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    LOCAL: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     """The gradients of the input, in `tiles` programs that may be none, and of the factors. Of
     ``dx = dy @ w`` K are the layer's outputs and N its inputs.
 
     `scratch` holds ``v[M, R]``, the signals, and the groups' sums.
     """
-    counts, _, _ = _counts(kept, M, N, K, N, R, DROP)
-    columns, of_rows = _numbers(kept, M, N, K, N, R)
+    counts, _, _ = _counts(kept=kept, M=M, N=N, K=K, fan_in=N, R=R, DROP=DROP)
+    columns, of_rows = _numbers(kept=kept, M=M, N=N, K=K, fan_in=N, R=R)
     signals = _after(scratch, M, R).to(tl.pointer_type(tl.int64), bitcast=True)
     rows = tl.cdiv(M, SPAN)
     part = (signals + (rows + rows % 2)).to(tl.pointer_type(tl.float32), bitcast=True)
@@ -679,22 +1172,89 @@ def backward(
     part = tl.multiple_of(part, 16)  # bytes, as the signals' size is
     # tiles have the lower numbers: they make v, and the short blocks fill what is left
     pid = _drawn(tickets) if LOCAL else tl.program_id(0)
-    pointed = Matrix(wide, stride_dyb, stride_dym, stride_dyk)
+    pointed = Matrix(dy_ptr, stride_dyb, stride_dym, stride_dyk)
     if pid < tiles:
         _tile(
-            Matrix(dy, stride_dyb, stride_dym, stride_dyk), w,
-            Matrix(dx, stride_dxb, stride_dxm, stride_dxn), pointed, kept + R * N, kept, scratch,
-            kept, Rescale(kept, kept, kept, False), Signals(signals, number, 0), pid,
-            stride_wk, stride_wn, Sizes(M, N, K, P),
-            Drop(kept, columns, of_rows, 0, 0, ()),
-            Drop(kept, columns, of_rows, threshold, DROP, EACH),
-            How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
-            PACKS=False, LOCAL=LOCAL, EARLY=EARLY, BIAS=False,
-        )  # fmt: skip
+            x=Matrix(dy, stride_dyb, stride_dym, stride_dyk),
+            w=w,
+            y=Matrix(dx, stride_dxb, stride_dxm, stride_dxn),
+            x_ptr=pointed,
+            f=kept + R * N,
+            q=kept,
+            p=scratch,
+            bias=kept,
+            rescale=Rescale(kept, kept, kept, False),
+            signals=Signals(signals, number, 0),
+            pid=pid,
+            stride_wk=stride_wk,
+            stride_wn=stride_wn,
+            sizes=Sizes(M, N, K, P),
+            drop_in=Drop(
+                seed=kept,
+                columns=columns,
+                rows=of_rows,
+                threshold=0,
+                ON=0,
+                thresholds=(),
+            ),
+            drop=Drop(
+                seed=kept,
+                columns=columns,
+                rows=of_rows,
+                threshold=threshold,
+                ON=DROP,
+                thresholds=THRESHOLDS,
+            ),
+            meta=Meta(
+                TMA=TMA,
+                ROWS_OUT=ROWS_OUT,
+                EVEN_P=EVEN_P,
+                EVEN_K=EVEN_K,
+                R=R,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                GROUP_M=GROUP_M,
+            ),
+            PACKS=False,
+            LOCAL=LOCAL,
+            EARLY=EARLY,
+            BIAS=False,
+        )
     else:
         _gradients(
-            pointed, Matrix(x, stride_xb, stride_xm, stride_xk), scratch, _after(kept, N + K, R),
-            part, da, db, scale, strength, Signals(signals, number, 0), counts, pid - tiles,
-            M, N, K, r, P, groups, each, Drop(kept, columns, of_rows, threshold, DROP, EACH),
-            LOCAL, EARLY, SCALED, EVEN, R, BLOCK_M, BLOCK_ROWS,
-        )  # fmt: skip
+            dy=pointed,
+            x=Matrix(x, stride_xb, stride_xm, stride_xk),
+            v=scratch,
+            u=_after(kept, N + K, R),
+            part=part,
+            da=da,
+            db=db,
+            scale=scale,
+            strength=strength,
+            signals=Signals(signals, number, 0),
+            counts=counts,
+            pid=pid - tiles,
+            M=M,
+            fan_in=N,
+            out=K,
+            r=r,
+            P=P,
+            groups=groups,
+            rows_per_group=rows_per_group,
+            drop=Drop(
+                seed=kept,
+                columns=columns,
+                rows=of_rows,
+                threshold=threshold,
+                ON=DROP,
+                thresholds=THRESHOLDS,
+            ),
+            LOCAL=LOCAL,
+            EARLY=EARLY,
+            SCALED=SCALED,
+            EVEN_P=EVEN_P,
+            R=R,
+            TILE_M=BLOCK_M,
+            BLOCK_M=BLOCK_ROWS,
+        )

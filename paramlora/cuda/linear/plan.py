@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, changed, on_its_device, planned, tickets
+from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned, tickets
 from paramlora.cuda.launches import Launches, launches
 from paramlora.cuda.linear import kernels
 from paramlora.cuda.linear.tiles import (
@@ -59,20 +59,55 @@ def _projection(
     M, hopper, (least, masks, each) = left.M, card(device).hopper, _masks(drop)
     wide = max(1, masks)
     BM, BK, stages, warps = projection(M, R // wide, hopper, masks > 0)
-    # N tells the kernel only where in `kept` the masks' numbers lie
-    numbers = (M, N, K, left.period, *left.places(left.period), least)
-    constants = (masks, each, hopper, is_even(left.period, M), K % BK == 0, R, BM, BK)
-    # with nothing of ours right ahead, there is no launch to start beside
-    early, grid = hopper and after_pack, -(-M // BM) * wide
-    return Launch(kernels.project, device, grid, numbers, constants, stages, warps, early)
+    return Launch(
+        kernels.project,
+        device,
+        -(-M // BM) * wide,
+        numbers=dict(
+            M=M,
+            N=N,  # tells the kernel only where in `kept` the masks' numbers lie
+            K=K,
+            P=left.period,
+            **along("stride_x", "bmk", left.places(left.period)),
+            threshold=least,
+        ),
+        constants=dict(
+            DROP=masks,
+            THRESHOLDS=each,
+            EARLY=hopper,
+            EVEN_P=is_even(left.period, M),
+            EVEN_K=K % BK == 0,
+            R=R,
+            BLOCK_M=BM,
+            BLOCK_K=BK,
+        ),
+        stages=stages,
+        warps=warps,
+        # with nothing of ours right ahead, there is no launch to start beside
+        early=hopper and after_pack,
+    )
 
 
 def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Launch:
     """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
-    (least, *masks), (stages, warps), early = _masks(drop), tiles.tiling[4:6], tiles.early
-    numbers, constants = (*tiles.numbers, least), (*masks, early, bias, *tiles.constants)
-    rest = stages, warps, early, tiles.layouts
-    return Launch(kernels.product, device, tiles.grid, numbers, constants, *rest)
+    least, masks, each = _masks(drop)
+    return Launch(
+        kernels.product,
+        device,
+        tiles.grid,
+        numbers=dict(**tiles.numbers("x", "y"), threshold=least),
+        constants=dict(
+            DROP=masks,
+            THRESHOLDS=each,
+            EARLY=tiles.early,
+            BIAS=bias,
+            **tiles.constants,
+        ),
+        stages=tiles.tiling.stages,
+        warps=tiles.tiling.warps,
+        early=tiles.early,
+        layouts=tiles.layouts,
+    )
 
 
 class _Result(NamedTuple):
@@ -126,19 +161,33 @@ class Forward:
         period = min(rows.period, out.period)
         shared = (period, w, self.sizes, R, card_of, misaligned, how)
         self.tiles = tiles = Tiles(rows, out, *shared, True)
-        width, factors, first = pack_width(R), (r, *a.stride(), *b.stride()), packs(N, K, R)
+        width, first = pack_width(R), packs(N, K, R)
+        factors = dict(
+            r=r, **along("stride_a", "rk", a.stride()), **along("stride_b", "nr", b.stride())
+        )
         self.single: Optional[Launch] = None
         if how is Launches.TOGETHER:
-            grid, numbers = first + tiles.grid, (first, *tiles.numbers, *factors, least)
-            constants = (masks, bias is not None, *tiles.constants, width)
-            stages, warps = tiles.tiling[4:6]
-            rest = stages, warps, False, tiles.layouts
-            self.single = Launch(kernels.forward, device, grid, numbers, constants, *rest)
+            self.single = Launch(
+                kernels.forward,
+                device,
+                first + tiles.grid,
+                numbers=dict(packs=first, **tiles.numbers("x", "y"), **factors, threshold=least),
+                constants=dict(DROP=masks, BIAS=bias is not None, **tiles.constants, BLOCK_D=width),
+                stages=tiles.tiling.stages,
+                warps=tiles.tiling.warps,
+                layouts=tiles.layouts,
+            )
             return
         self.product = _product(device, tiles, bias is not None, None)
-        numbers = (*self.sizes, *factors)
-        cast = (masks, hopper, R, width)
-        self.pack = Launch(kernels.pack, device, first, numbers, cast, 1, 4)
+        self.pack = Launch(
+            kernels.pack,
+            device,
+            first,
+            numbers=dict(M=M, N=N, K=K, **factors),
+            constants=dict(DROP=masks, EARLY=hopper, R=R, BLOCK_D=width),
+            stages=1,
+            warps=4,
+        )
         self.project = None
         if how is Launches.APART:
             self.project = _projection(device, rows, N, K, R, True, drop)
@@ -318,13 +367,33 @@ class Backward:
         strips = -(-M // SPAN)
         # in elements of 16 bits: a signal of 64 for each strip, and the groups' sums of 32
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
-        grid, places = tiles.grid + blocks * groups, rows[1].places(period)
-        numbers = (tiles.grid, *tiles.numbers, *places, r, groups, each, least)
-        constants = (masks, every, self.together, tiles.early, scaled, *tiles.constants, deep)
         self.launch = Launch(
-            kernels.backward, device, grid, numbers, constants, stages, warps, tiles.early,
-            tiles.layouts,
-        )  # fmt: skip
+            kernels.backward,
+            device,
+            tiles.grid + blocks * groups,
+            numbers=dict(
+                tiles=tiles.grid,
+                **tiles.numbers("dy", "dx"),
+                **along("stride_x", "bmk", rows[1].places(period)),
+                r=r,
+                groups=groups,
+                rows_per_group=each,
+                threshold=least,
+            ),
+            constants=dict(
+                DROP=masks,
+                THRESHOLDS=every,
+                LOCAL=self.together,
+                EARLY=tiles.early,
+                SCALED=scaled,
+                **tiles.constants,
+                BLOCK_ROWS=deep,
+            ),
+            stages=stages,
+            warps=warps,
+            early=tiles.early,
+            layouts=tiles.layouts,
+        )
 
     def __call__(
         self,

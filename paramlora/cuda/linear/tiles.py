@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple, Optional
 
 from paramlora.cuda.device import Card
-from paramlora.cuda.launch import Layout
+from paramlora.cuda.launch import Layout, along
 from paramlora.cuda.launches import WIDEST, Launches
 
 LONG = 16384  # rows of which a block of the thin product takes 128
@@ -160,15 +160,38 @@ class Tiles:
         BM, BN, BK, GROUP, _, _, tma = self.tiling
         # `local` is one more column of tiles, that of the thin product
         self.grid = -(-M // BM) * (-(-N // BN) + local) if wanted else 0
-        self.numbers = (M, N, K, period, *left.places(period), *w, *out.places(period))
-        even, rows_out = is_even(period, M), w_k == 1  # w is stored as [N, K]
-        self.constants = (tma, rows_out, even, K % BK == 0, R, BM, BN, BK, GROUP)
+        self.sizes = {"M": M, "N": N, "K": K, "P": period}
+        self.strides = left.places(period), w, out.places(period)
+        rows_out = w_k == 1  # w is stored as [N, K]
+        self.constants = {
+            "TMA": tma,
+            "ROWS_OUT": rows_out,
+            "EVEN_P": is_even(period, M),
+            "EVEN_K": K % BK == 0,
+            "R": R,
+            "BLOCK_M": BM,
+            "BLOCK_N": BN,
+            "BLOCK_K": BK,
+            "GROUP_M": GROUP,
+        }
+        # all that a launch of a product divided so depends on, as a plan's key
+        self.kind = (*sizes, period, *self.strides, self.grid, *self.constants.values())
         self.layouts: tuple[Layout, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
             # stored in halves, see `kernels._halves`
             of_out = ([M, N], [out.row, 1], [BM, BN // 2])
             self.layouts = (([M, K], [left.row, 1], [BM, BK]), of_w, of_out)
+
+    def numbers(self, left: str, out: str) -> dict[str, int]:
+        """The sizes and strides, by the names of a kernel that calls both matrices so."""
+        of_left, of_w, of_out = self.strides
+        return dict(
+            **self.sizes,
+            **along(f"stride_{left}", "bmk", of_left),
+            **along("stride_w", "kn", of_w),
+            **along(f"stride_{out}", "bmn", of_out),
+        )
 
 
 def is_even(period: int, M: int) -> bool:

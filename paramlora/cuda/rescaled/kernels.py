@@ -11,8 +11,8 @@ import triton.language as tl
 
 from paramlora.cuda.linear.kernels import (
     Drop,
-    How,
     Matrix,
+    Meta,
     Rescale,
     Signals,
     Sizes,
@@ -23,9 +23,24 @@ from paramlora.cuda.linear.kernels import (
 
 @triton.jit
 def lengths(
-    w, a, b, scale, norm, N, K, r, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    w,
+    a,
+    b,
+    scale,
+    norm,
+    N,
+    K,
+    r,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """``norm[N]`` of some rows of ``W + scale·BA``, of which one tile at a time is in registers:
     it is read once, and nothing cancels as in the sum of three terms."""
     offs_n, offs_r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
@@ -52,30 +67,90 @@ def lengths(
 
 @triton.jit
 def product(
-    x, w, y, z, q, p, bias, m, norm,
-    M, N, K, P, stride_xb, stride_xm, stride_xk, stride_wk, stride_wn, stride_yb, stride_ym,
+    x,
+    w,
+    y,
+    z,
+    q,
+    p,
+    bias,
+    m,
+    norm,
+    M,
+    N,
+    K,
+    P,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_yb,
+    stride_ym,
     stride_yn,
-    EARLY: tl.constexpr, BIAS: tl.constexpr,
-    TMA: tl.constexpr, ROWS_OUT: tl.constexpr, EVEN: tl.constexpr, WHOLE_K: tl.constexpr,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_P: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):  # fmt: skip
+):
     """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
     # without signals and without a mask, whose pointers are then any: q and p
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
-        left, w, Matrix(y, stride_yb, stride_ym, stride_yn), left, q, q, p, bias,
-        Rescale(z, m, norm, True), Signals(p, 0, 0), tl.program_id(0), stride_wk, stride_wn,
-        Sizes(M, N, K, P), Drop(q, q, q, 0, 0, ()), Drop(q, q, q, 0, 0, ()),
-        How(TMA, ROWS_OUT, EVEN, WHOLE_K, R, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M),
-        PACKS=False, LOCAL=False, EARLY=EARLY, BIAS=BIAS,
-    )  # fmt: skip
+        x=left,
+        w=w,
+        y=Matrix(y, stride_yb, stride_ym, stride_yn),
+        x_ptr=left,
+        f=q,
+        q=q,
+        p=p,
+        bias=bias,
+        rescale=Rescale(z, m, norm, True),
+        signals=Signals(p, 0, 0),
+        pid=tl.program_id(0),
+        stride_wk=stride_wk,
+        stride_wn=stride_wn,
+        sizes=Sizes(M, N, K, P),
+        drop_in=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
+        drop=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
+        meta=Meta(
+            TMA=TMA,
+            ROWS_OUT=ROWS_OUT,
+            EVEN_P=EVEN_P,
+            EVEN_K=EVEN_K,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+        ),
+        PACKS=False,
+        LOCAL=False,
+        EARLY=EARLY,
+        BIAS=BIAS,
+    )
 
 
 @triton.jit
 def rescale(
-    z, m, norm, bias, y, M, N, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    z,
+    m,
+    norm,
+    bias,
+    y,
+    M,
+    N,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """A tile of ``y[M, N] = z · m/‖·‖ + bias``, rounded once."""
     columns = tl.cdiv(N, BLOCK_N)
     offs_m = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,9 +166,19 @@ def rescale(
 
 @triton.jit
 def rescale_backward(
-    dy, z, m, norm, dz, part, M, N, each, stride_dym,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy,
+    z,
+    m,
+    norm,
+    dz,
+    part,
+    M,
+    N,
+    rows_per_group,
+    stride_dym,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """``dz = dy · m/‖·‖`` and, of each of the parts of the rows, ``Σ dy · z / ‖·‖``."""
     columns = tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // columns
@@ -101,7 +186,8 @@ def rescale_backward(
     times, length = _factor(m, norm, offs_n, N)
     # summed at the end: no step waits for another thread
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(group * each, tl.minimum(M, group * each + each), BLOCK_M):
+    low, high = group * rows_per_group, tl.minimum(M, group * rows_per_group + rows_per_group)
+    for first in range(low, high, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         where = dy + offs_m[:, None].to(tl.int64) * stride_dym + offs_n[None, :]

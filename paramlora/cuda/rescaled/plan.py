@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, float32
 
 from paramlora.cuda.device import card
-from paramlora.cuda.launch import Launch, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, on_its_device, planned
 from paramlora.cuda.linear import plan as linear
 from paramlora.cuda.operands import Operands, padded
 from paramlora.cuda.rescaled import kernels
@@ -48,14 +48,19 @@ def _in_the_product(
     tensors = (x, weight, y, z, kept, kept, kept if bias is None else bias, m, norm)
 
     def made(_: Any) -> Launch:
-        (stages, warps), early = tiles.tiling[4:6], tiles.early
-        constants = (early, bias is not None, *tiles.constants)
-        numbers, device = tiles.numbers, x.get_device()
-        more = stages, warps, early, (*tiles.layouts, *tiles.layouts[2:])  # y and z alike
-        return Launch(kernels.product, device, tiles.grid, numbers, constants, *more)
+        return Launch(
+            kernels.product,
+            x.get_device(),
+            tiles.grid,
+            numbers=tiles.numbers("x", "y"),
+            constants=dict(EARLY=tiles.early, BIAS=bias is not None, **tiles.constants),
+            stages=tiles.tiling.stages,
+            warps=tiles.tiling.warps,
+            early=tiles.early,
+            layouts=(*tiles.layouts, *tiles.layouts[2:]),  # y and z alike
+        )
 
-    rest = ("product", bias is None, *tiles.numbers, tiles.grid, *tiles.constants)
-    launch, places = planned(_PLANS, tensors, rest, made)
+    launch, places = planned(_PLANS, tensors, ("product", bias is None, *tiles.kind), made)
     launch(tensors, (*places[:4], pq, pu, *places[6:]))  # the parts' addresses for those of `kept`
     return y, z, kept
 
@@ -73,13 +78,25 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     tensors = (weight, a, b, scale, norm)
 
     def made(_: Any) -> Launch:
-        (N, K), r, device = weight.shape, len(a), weight.get_device()
-        RB = padded(r)
+        (N, K), RB = weight.shape, padded(len(a))
         # a tile of W is what is read: the more ranks share its memory, the fewer columns
         BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
-        stages = 3 if RB <= 64 else 2  # fits the shared memory of every device
-        numbers = (N, K, r, *weight.stride(), *a.stride(), *b.stride())
-        return Launch(kernels.lengths, device, -(-N // BN), numbers, (RB, BN, BK), stages, 8)
+        return Launch(
+            kernels.lengths,
+            weight.get_device(),
+            -(-N // BN),
+            numbers=dict(
+                N=N,
+                K=K,
+                r=len(a),
+                **along("stride_w", "nk", weight.stride()),
+                **along("stride_a", "rk", a.stride()),
+                **along("stride_b", "nr", b.stride()),
+            ),
+            constants=dict(BLOCK_R=RB, BLOCK_N=BN, BLOCK_K=BK),
+            stages=3 if RB <= 64 else 2,  # fits the shared memory of every device
+            warps=8,
+        )
 
     launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
     launch(tensors, addresses)
@@ -99,8 +116,15 @@ def rescale(z: Tensor, m: Tensor, norm: Tensor, bias: Optional[Tensor]) -> Tenso
 
     def made(_: Any) -> Launch:
         (M, N), BM, BN = z.shape, 16, 256
-        grid, constants = -(-M // BM) * -(-N // BN), (bias is not None, BM, BN)
-        return Launch(kernels.rescale, z.get_device(), grid, (M, N), constants, 1, 8)
+        return Launch(
+            kernels.rescale,
+            z.get_device(),
+            -(-M // BM) * -(-N // BN),
+            numbers=dict(M=M, N=N),
+            constants=dict(BIAS=bias is not None, BLOCK_M=BM, BLOCK_N=BN),
+            stages=1,
+            warps=8,
+        )
 
     launch, addresses = planned(_PLANS, tensors, ("rescale", bias is not None), made)
     launch(tensors, addresses)
@@ -124,8 +148,15 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
     tensors = (dy, z, m, norm, dz, part)
 
     def made(_: Any) -> Launch:
-        grid, numbers = groups * -(-N // BN), (M, N, each, dy.stride(0))
-        return Launch(kernels.rescale_backward, z.get_device(), grid, numbers, (BM, BN), 2, 4)
+        return Launch(
+            kernels.rescale_backward,
+            z.get_device(),
+            groups * -(-N // BN),
+            numbers=dict(M=M, N=N, rows_per_group=each, stride_dym=dy.stride(0)),
+            constants=dict(BLOCK_M=BM, BLOCK_N=BN),
+            stages=2,
+            warps=4,
+        )
 
     launch, addresses = planned(_PLANS, tensors, ("backward",), made)
     launch(tensors, addresses)

@@ -43,9 +43,23 @@ def _scaling(table, which, updates, scale, gain):
 
 @triton.jit
 def pack(
-    table, starts, held, down, up, factor, scale, gain, updates, fan_in, out, inner,
-    EARLY: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    table,
+    starts,
+    held,
+    down,
+    up,
+    factor,
+    scale,
+    gain,
+    updates,
+    fan_in,
+    out,
+    inner,
+    EARLY: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The updates' factors cast, one after the other, zeros between them: a block of
     ``down[ranks, in]``, the first `inner` of each update, or of ``up[ranks, out]``, ``s_i B_iᵀ``;
     ``table`` as in `paramlora.cuda.decoding.kernels`."""
@@ -77,15 +91,39 @@ def pack(
 
 @triton.jit
 def project(
-    x, f, p, order, ends, starts, M, K, updates, P, stride_xm, stride_fr, stride_fk, R,
-    EARLY: tl.constexpr, WHOLE_K: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    f,
+    p,
+    order,
+    ends,
+    starts,
+    M,
+    K,
+    updates,
+    P,
+    stride_xm,
+    stride_fr,
+    stride_fk,
+    R,
+    EARLY: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Some rows of ``p[M, R] = x[M, K] f_i[r_i, K]ᵀ``, zeros beyond the rank; not those of none."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    update, first, end = _expert(ends, tl.program_id(0), M, updates, E, BLOCK_M)
+    update, first, end = _expert(
+        ends=ends,
+        block=tl.program_id(0),
+        M=M,
+        experts=updates,
+        E=E,
+        BLOCK_M=BLOCK_M,
+    )
     if (update < updates) & (first < end):
         tl.assume(K > 0)
         start = tl.load(starts + update)
@@ -105,7 +143,7 @@ def project(
         )
         rows, ranks = offs_m[:, None] < end, offs_r[None, :] < r
         for k in range(0, K, BLOCK_K):
-            if WHOLE_K:
+            if EVEN_K:
                 tile = tl.load(left, mask=rows, other=0.0)
                 factor = tl.load(thin, mask=ranks, other=0.0)
             else:
@@ -133,9 +171,25 @@ def _finite(tile):
 
 @triton.jit
 def _some(
-    acc, p, q, own, owner, starts, lowest, first, start, end, several, offs_m, offs_n, N, R,
-    stride_qr, stride_qn, STEP_R: tl.constexpr,
-):  # fmt: skip
+    acc,
+    p,
+    q,
+    own,
+    owner,
+    starts,
+    lowest,
+    first,
+    start,
+    end,
+    several,
+    offs_m,
+    offs_n,
+    N,
+    R,
+    stride_qr,
+    stride_qn,
+    STEP_R: tl.constexpr,
+):
     """``acc + p_i q_i`` of a few ranks, whosever they are: each row's part of p is zero in those of
     others."""
     lying = start + tl.arange(0, STEP_R)
@@ -144,7 +198,15 @@ def _some(
         within = lying - tl.load(starts + whose, mask=whose >= 0, other=0)
     else:  # what is looked up would come a memory's latency later, once and again
         whose, within = tl.where(lying < end, lowest, -1), lying - first
-    right = _factor(q, lying, end, offs_n, N, stride_qr, stride_qn)
+    right = _factor(
+        q=q,
+        lying=lying,
+        end=end,
+        offs_n=offs_n,
+        N=N,
+        stride_qr=stride_qr,
+        stride_qn=stride_qn,
+    )
     where = p + offs_m[:, None].to(tl.int64) * R + within[None, :]
     left = tl.load(where, mask=own[:, None] == whose[None, :], other=0.0)
     return tl.dot(left, right, acc)
@@ -152,7 +214,19 @@ def _some(
 
 @triton.jit
 def _alone(
-    acc, p, q, first, end, offs_m, offs_n, M, N, R, stride_qr, stride_qn, STEP_R: tl.constexpr
+    acc,
+    p,
+    q,
+    first,
+    end,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    R,
+    stride_qr,
+    stride_qn,
+    STEP_R: tl.constexpr,
 ):
     """``acc + p_i q_i`` of one update, which all of a tile's rows take, of ranks `first` to `end`:
     nothing is asked of each row, which would take 4 % of the product."""
@@ -160,35 +234,102 @@ def _alone(
         lying = start + tl.arange(0, STEP_R)
         where = p + offs_m[:, None].to(tl.int64) * R + (lying - first)[None, :]
         left = tl.load(where, mask=(offs_m < M)[:, None] & (lying < end)[None, :], other=0.0)
-        right = _factor(q, lying, end, offs_n, N, stride_qr, stride_qn)
+        right = _factor(
+            q=q,
+            lying=lying,
+            end=end,
+            offs_n=offs_n,
+            N=N,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+        )
         acc = tl.dot(left, right, acc)
     return acc
 
 
 @triton.jit
 def _at_once(
-    acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R, stride_qr,
-    stride_qn, STEP_R: tl.constexpr,
-):  # fmt: skip
+    acc,
+    p,
+    q,
+    own,
+    owner,
+    starts,
+    lowest,
+    first,
+    end,
+    several,
+    offs_m,
+    offs_n,
+    N,
+    R,
+    stride_qr,
+    stride_qn,
+    STEP_R: tl.constexpr,
+):
     """`_some` of all ranks from `first` up to `end`. The first of them, which are all that most
     tiles have, are outside of the loop: one that is to be pipelined takes longer to enter."""
     acc = _some(
-        acc, p, q, own, owner, starts, lowest, first, first, end, several, offs_m, offs_n, N, R,
-        stride_qr, stride_qn, STEP_R,
-    )  # fmt: skip
+        acc=acc,
+        p=p,
+        q=q,
+        own=own,
+        owner=owner,
+        starts=starts,
+        lowest=lowest,
+        first=first,
+        start=first,
+        end=end,
+        several=several,
+        offs_m=offs_m,
+        offs_n=offs_n,
+        N=N,
+        R=R,
+        stride_qr=stride_qr,
+        stride_qn=stride_qn,
+        STEP_R=STEP_R,
+    )
     for start in tl.range(first + STEP_R, end, STEP_R, num_stages=1):
         acc = _some(
-            acc, p, q, own, owner, starts, lowest, first, start, end, several, offs_m, offs_n, N, R,
-            stride_qr, stride_qn, STEP_R,
-        )  # fmt: skip
+            acc=acc,
+            p=p,
+            q=q,
+            own=own,
+            owner=owner,
+            starts=starts,
+            lowest=lowest,
+            first=first,
+            start=start,
+            end=end,
+            several=several,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            N=N,
+            R=R,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+            STEP_R=STEP_R,
+        )
     return acc
 
 
 @triton.jit
 def _one_by_one(
-    acc, p, q, own, starts, lowest, highest, offs_m, offs_n, N, R, stride_qr, stride_qn,
+    acc,
+    p,
+    q,
+    own,
+    starts,
+    lowest,
+    highest,
+    offs_m,
+    offs_n,
+    N,
+    R,
+    stride_qr,
+    stride_qn,
     BLOCK_R: tl.constexpr,
-):  # fmt: skip
+):
     """`_at_once` of numbers that are not finite: zeros times them would be no zeros, so that they
     come to their own rows alone."""
     offs_r = tl.arange(0, BLOCK_R)
@@ -212,9 +353,24 @@ def _one_by_one(
 
 @triton.jit
 def _of_several(
-    acc, p, q, own, owner, starts, first, end, updates, offs_m, offs_n, N, R, stride_qr, stride_qn,
-    STEP_R: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    acc,
+    p,
+    q,
+    own,
+    owner,
+    starts,
+    first,
+    end,
+    updates,
+    offs_m,
+    offs_n,
+    N,
+    R,
+    stride_qr,
+    stride_qn,
+    STEP_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """``acc + p_i q_i`` of a tile whose rows may take any updates."""
     bad, lowest, highest = 0, tl.min(own, 0), tl.max(own, 0)
     several = lowest < highest
@@ -222,62 +378,171 @@ def _of_several(
         highest = tl.max(tl.where(own < updates, own, -1), 0)
         first, end = tl.load(starts + lowest), tl.load(starts + highest + 1)
         for start in tl.range(first, end, STEP_R, num_stages=1):
-            right = _factor(q, start + tl.arange(0, STEP_R), end, offs_n, N, stride_qr, stride_qn)
+            right = _factor(
+                q=q,
+                lying=start + tl.arange(0, STEP_R),
+                end=end,
+                offs_n=offs_n,
+                N=N,
+                stride_qr=stride_qr,
+                stride_qn=stride_qn,
+            )
             bad = tl.maximum(bad, tl.max(tl.max(tl.where(_finite(right), 0, 1), 1), 0))
     if bad > 0:
         acc = _one_by_one(
-            acc, p, q, own, starts, lowest, highest, offs_m, offs_n, N, R, stride_qr, stride_qn,
-            BLOCK_R,
-        )  # fmt: skip
+            acc=acc,
+            p=p,
+            q=q,
+            own=own,
+            starts=starts,
+            lowest=lowest,
+            highest=highest,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            N=N,
+            R=R,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+            BLOCK_R=BLOCK_R,
+        )
     else:
         acc = _at_once(
-            acc, p, q, own, owner, starts, lowest, first, end, several, offs_m, offs_n, N, R,
-            stride_qr, stride_qn, STEP_R,
-        )  # fmt: skip
+            acc=acc,
+            p=p,
+            q=q,
+            own=own,
+            owner=owner,
+            starts=starts,
+            lowest=lowest,
+            first=first,
+            end=end,
+            several=several,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            N=N,
+            R=R,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+            STEP_R=STEP_R,
+        )
     return acc
 
 
 @triton.jit
 def product(
-    x, w, y, p, q, index, spans, starts, owner, bias,
-    M, N, K, updates, rows, P, stride_xm, stride_wk, stride_wn, stride_qr, stride_qn, R,
-    EARLY: tl.constexpr, ALONE: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    y,
+    p,
+    q,
+    index,
+    spans,
+    starts,
+    owner,
+    bias,
+    M,
+    N,
+    K,
+    updates,
+    rows,
+    P,
+    stride_xm,
+    stride_wk,
+    stride_wn,
+    stride_qr,
+    stride_qn,
+    R,
+    EARLY: tl.constexpr,
+    ALONE: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS_OUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEP_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """One tile of ``y[M, N] = x w + p_i q_i + bias``; where `ALONE`, its rows take one update."""
-    columns = tl.cdiv(N, BLOCK_N)
-    block, column = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), columns, GROUP)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_pid_n, GROUP_M)
     offs_m, offs_n = (
-        block * BLOCK_M + tl.arange(0, BLOCK_M),
-        column * BLOCK_N + tl.arange(0, BLOCK_N),
+        pid_m * BLOCK_M + tl.arange(0, BLOCK_M),
+        pid_n * BLOCK_N + tl.arange(0, BLOCK_N),
     )
     # asked for now and looked at once the products are there, so that nothing waits for them
-    span = spans + block * BLOCK_M // P
+    span = spans + pid_m * BLOCK_M // P
     first, end = tl.load(span), tl.load(span + rows)
     if not ALONE:
         own = tl.load(index + offs_m // P, mask=offs_m < M, other=updates).to(tl.int32)
     tl.assume(K > 0)
     acc = _wide(
-        x, w, 0, block * BLOCK_M, M, column, N, K, stride_xm, 0, stride_wk, stride_wn,
-        TMA, ROWS_OUT, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        x=x,
+        w=w,
+        expert=0,
+        first=pid_m * BLOCK_M,
+        end=M,
+        pid_n=pid_n,
+        N=N,
+        K=K,
+        stride_xm=stride_xm,
+        stride_we=0,
+        stride_wk=stride_wk,
+        stride_wn=stride_wn,
+        TMA=TMA,
+        ROWS_OUT=ROWS_OUT,
+        EVEN_K=EVEN_K,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
     if EARLY:  # p, and q too, which a launch right ahead may have cast
         gdc_wait()
         gdc_launch_dependents()
     if ALONE:
-        acc = _alone(acc, p, q, first, end, offs_m, offs_n, M, N, R, stride_qr, stride_qn, STEP_R)
+        acc = _alone(
+            acc=acc,
+            p=p,
+            q=q,
+            first=first,
+            end=end,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            M=M,
+            N=N,
+            R=R,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+            STEP_R=STEP_R,
+        )
     else:
         acc = _of_several(
-            acc, p, q, own, owner, starts, first, end, updates, offs_m, offs_n, N, R, stride_qr,
-            stride_qn, STEP_R, BLOCK_R,
-        )  # fmt: skip
+            acc=acc,
+            p=p,
+            q=q,
+            own=own,
+            owner=owner,
+            starts=starts,
+            first=first,
+            end=end,
+            updates=updates,
+            offs_m=offs_m,
+            offs_n=offs_n,
+            N=N,
+            R=R,
+            stride_qr=stride_qr,
+            stride_qn=stride_qn,
+            STEP_R=STEP_R,
+            BLOCK_R=BLOCK_R,
+        )
     if BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
         lower, upper = _halves(acc)
-        y.store([block * BLOCK_M, column * BLOCK_N], lower.to(y.dtype))
-        y.store([block * BLOCK_M, column * BLOCK_N + BLOCK_N // 2], upper.to(y.dtype))
+        y.store([pid_m * BLOCK_M, pid_n * BLOCK_N], lower.to(y.dtype))
+        y.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], upper.to(y.dtype))
     else:
         where = y + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         tl.store(
@@ -287,18 +552,53 @@ def product(
 
 @triton.jit
 def gradients(
-    x, v, dy, u, da, db, order, ends, starts, held, table, scale, gain,
-    M, fan_in, out, updates, ranks, P, R, stride_xm, stride_dym, inner, parts,
-    EARLY: tl.constexpr, APART: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    x,
+    v,
+    dy,
+    u,
+    da,
+    db,
+    order,
+    ends,
+    starts,
+    held,
+    table,
+    scale,
+    gain,
+    M,
+    fan_in,
+    out,
+    updates,
+    ranks,
+    P,
+    R,
+    stride_xm,
+    stride_dym,
+    inner,
+    parts,
+    EARLY: tl.constexpr,
+    APART: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """A block of ``da[part, ranks, in] = v_iᵀ x_i``, the first `inner` of them, or of
     ``db[part, ranks, out] = u_iᵀ dy_i``, over one of the parts of an update's rows. Where `APART`,
     db are ``s_i [out, r_i]`` of each, as their own gradients, from where each one's ranks start."""
     blocks = tl.num_programs(0) // (updates * parts)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // (blocks * updates)
     update = tl.program_id(0) // blocks % updates
-    first, end = _part(ends, M, updates, update, part, parts, E, BLOCK_M)
+    first, end = _part(
+        ends=ends,
+        M=M,
+        experts=updates,
+        expert=update,
+        part=part,
+        parts=parts,
+        E=E,
+        BLOCK_M=BLOCK_M,
+    )
     start = tl.load(starts + update)
     r = tl.load(starts + update + 1) - start
     is_a = block < inner

@@ -14,7 +14,7 @@ from torch import Tensor
 from paramlora.cuda.decoding.plan import Table
 from paramlora.cuda.device import Card, card
 from paramlora.cuda.experts.plan import added, parts_of
-from paramlora.cuda.launch import Launch, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, on_its_device, planned
 from paramlora.cuda.linear.tiles import tiling
 from paramlora.cuda.operands import DEEP, power
 from paramlora.cuda.routed import kernels
@@ -230,9 +230,15 @@ def _pack(sizes: tuple[int, int], device: int, table: Table, by: Sorted, of: Car
     (out, fan_in), RB, updates = sizes, by.most, len(table.ranks)
     deep = 4096 // RB
     inner, outer = -(-fan_in // deep), -(-out // deep)
-    numbers, constants = (updates, fan_in, out, inner), (of.hopper, table.rank, RB, deep)
-    grid = (inner + outer) * updates
-    return Launch(kernels.pack, device, grid, numbers, constants, 1, 4)
+    return Launch(
+        kernels.pack,
+        device,
+        (inner + outer) * updates,
+        numbers=dict(updates=updates, fan_in=fan_in, out=out, inner=inner),
+        constants=dict(EARLY=of.hopper, RANK=table.rank, BLOCK_R=RB, BLOCK_D=deep),
+        stages=1,
+        warps=4,
+    )
 
 
 @on_its_device
@@ -262,10 +268,31 @@ def _project(
     """The launch of `thin`, of such rows and columns, and a factor of such strides."""
     (M, K), updates = sizes, len(by.each)
     BM, BK = 64, 64  # leaves shared memory for the product, which starts before it ends
-    numbers = (M, K, updates, by.positions, K, *factor, by.most)
-    constants = (of.hopper, K % BK == 0, power(updates + 1), by.most, BM, BK)
-    grid = M // BM + updates
-    return Launch(kernels.project, device, grid, numbers, constants, 4, 4, of.hopper)
+    return Launch(
+        kernels.project,
+        device,
+        M // BM + updates,
+        numbers=dict(
+            M=M,
+            K=K,
+            updates=updates,
+            P=by.positions,
+            stride_xm=K,
+            **along("stride_f", "rk", factor),
+            R=by.most,
+        ),
+        constants=dict(
+            EARLY=of.hopper,
+            EVEN_K=K % BK == 0,
+            E=power(updates + 1),
+            BLOCK_R=by.most,
+            BLOCK_M=BM,
+            BLOCK_K=BK,
+        ),
+        stages=4,
+        warps=4,
+        early=of.hopper,
+    )
 
 
 @on_its_device
@@ -313,18 +340,44 @@ def _product(
     aligned = even and not (K | step | N) & 7 and (rows_out or K % 64 == 0)
     aligned = of.hopper and aligned and step > 0
     BM, BN, BK, GROUP, stages, warps, tma = tiling(M, N, K, of.processors, aligned, False, True)
-    updates, rows = len(by.each), len(by.taken)
-    numbers = (M, N, K, updates, rows, by.positions, K, w_k, w_n, *q, by.most)
-    alone = by.positions % BM == 0
-    constants = (
-        of.hopper, alone, bias, tma, rows_out, K % BK == 0, by.most, _TOGETHER, BM, BN, BK, GROUP,
-    )  # fmt: skip
-    grid = -(-M // BM) * -(-N // BN)
     of_w = ([N, K], [step, 1], [BN, BK]) if rows_out else ([K, N], [step, 1], [BK, BN])
     of_y = ([M, N], [N, 1], [BM, BN // 2])
     layouts = (([M, K], [K, 1], [BM, BK]), of_w, of_y) if tma else ()
-    more = stages, warps, of.hopper, layouts
-    return Launch(kernels.product, device, grid, numbers, constants, *more)
+    return Launch(
+        kernels.product,
+        device,
+        -(-M // BM) * -(-N // BN),
+        numbers=dict(
+            M=M,
+            N=N,
+            K=K,
+            updates=len(by.each),
+            rows=len(by.taken),
+            P=by.positions,
+            stride_xm=K,
+            **along("stride_w", "kn", w),
+            **along("stride_q", "rn", q),
+            R=by.most,
+        ),
+        constants=dict(
+            EARLY=of.hopper,
+            ALONE=by.positions % BM == 0,
+            BIAS=bias,
+            TMA=tma,
+            ROWS_OUT=rows_out,
+            EVEN_K=K % BK == 0,
+            BLOCK_R=by.most,
+            STEP_R=_TOGETHER,
+            BLOCK_M=BM,
+            BLOCK_N=BN,
+            BLOCK_K=BK,
+            GROUP_M=GROUP,
+        ),
+        stages=stages,
+        warps=warps,
+        early=of.hopper,
+        layouts=layouts,
+    )
 
 
 @on_its_device
@@ -386,11 +439,35 @@ def _sums(
     (M, fan_in, out), updates = sizes, len(by.each)
     inner, outer = (-(-n // DEEP) * want for n, want in zip((fan_in, out), wanted))
     parts = parts_of(M, updates, inner + outer, of)
-    numbers = (
-        M, fan_in, out, updates, ranks, by.positions, by.most, fan_in, out, inner, parts,
-    )  # fmt: skip
     BM, stages, warps = _SUMS
     early = beside and of.hopper
-    constants = (early, apart, power(updates + 1), by.most, DEEP, BM)
-    grid = (inner + outer) * updates * parts
-    return Launch(kernels.gradients, device, grid, numbers, constants, stages, warps, early), parts
+    launch = Launch(
+        kernels.gradients,
+        device,
+        (inner + outer) * updates * parts,
+        numbers=dict(
+            M=M,
+            fan_in=fan_in,
+            out=out,
+            updates=updates,
+            ranks=ranks,
+            P=by.positions,
+            R=by.most,
+            stride_xm=fan_in,
+            stride_dym=out,
+            inner=inner,
+            parts=parts,
+        ),
+        constants=dict(
+            EARLY=early,
+            APART=apart,
+            E=power(updates + 1),
+            BLOCK_R=by.most,
+            BLOCK_D=DEEP,
+            BLOCK_M=BM,
+        ),
+        stages=stages,
+        warps=warps,
+        early=early,
+    )
+    return launch, parts

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from paramlora.cuda.launch import Launch, on_its_device, planned
+from paramlora.cuda.launch import Launch, along, on_its_device, planned
 from paramlora.cuda.sum import kernels
 
 _PLANS: dict[Any, Any] = {}
@@ -25,9 +25,22 @@ def added(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
     def made(_: Any) -> Launch:
         rows, columns = weight.shape
-        numbers = (rows, columns, len(a), *weight.stride(), *a.stride(), *b.stride())
-        grid, constants = -(-rows // _TILE) * -(-columns // _TILE), (_TILE, _TILE, _RANKS)
-        return Launch(kernels.add, weight.get_device(), grid, numbers, constants, 1, 4)
+        return Launch(
+            kernels.add,
+            weight.get_device(),
+            -(-rows // _TILE) * -(-columns // _TILE),
+            numbers=dict(
+                M=rows,
+                N=columns,
+                r=len(a),
+                **along("stride_w", "mn", weight.stride()),
+                **along("stride_a", "rn", a.stride()),
+                **along("stride_b", "mr", b.stride()),
+            ),
+            constants=dict(BLOCK_M=_TILE, BLOCK_N=_TILE, R=_RANKS),
+            stages=1,
+            warps=4,
+        )
 
     launch, addresses = planned(_PLANS, tensors, (), made)
     launch(tensors, addresses)

@@ -61,7 +61,12 @@ def test_a_grid_has_a_block_for_every_element(sizes, how, card):
     assert tiles.grid == -(-M // used.BM) * columns
     assert tiles.grid // columns * used.BM >= M and tiles.grid // columns * used.BM - M < used.BM
     assert bool(tiles.layouts) == used.tma and (card.hopper or not used.tma)
-    assert tiles.numbers[:3] == sizes
+    numbers = tiles.numbers("x", "y")
+    assert (numbers["M"], numbers["N"], numbers["K"]) == sizes
+    strides = {name: n for name, n in numbers.items() if name.startswith("stride_")}
+    of_x, of_y = ({f"stride_{m}b": M * n, f"stride_{m}m": n} for m, n in (("x", K), ("y", N)))
+    ones = {"stride_xk": 1, "stride_wk": 1, "stride_yn": 1}
+    assert strides == {**of_x, **of_y, **ones, "stride_wn": K}
 
 
 def test_a_block_is_a_power_of_two_in_every_choice():
