@@ -44,18 +44,18 @@ NATIVE = "paramlora native"  # where `paramlora build` was run
 
 @cache
 def _library() -> Any:
-    from paramlora.cuda.linear import native
-
-    found = native.start(functional._gradients_of_native)
-    if found is None:
+    functional._started = False
+    functional.start_cpp()
+    if functional._native is None:
         raise RuntimeError("no library in C++ here: run `paramlora build`")
-    return found
+    return functional._native
 
 
 def take_steps(native: bool) -> None:
-    """From now on have C++ take the steps of paramlora's linear layers and launch its kernels, or
+    """From now on have C++ take the steps of paramlora's layers and launch its kernels, or
     Python alone."""
-    functional._started, functional._native = True, _library() if native else None
+    found = _library() if native else None
+    functional._started, functional._native = True, found
     launch = _launch()
     if launch is not None:
         launch.of.__call__ = launch.by_cpp if native else launch.by_python
@@ -156,6 +156,8 @@ def loralib(m: Adapted, x: Tensor) -> Tensor:
     if isinstance(m.layer, nn.Linear):
         return m.layer(x) + (x @ m.A.T @ m.B.T) * SCALE
     if isinstance(m.layer, nn.Embedding):
+        if type(m.layer) is not nn.Embedding:  # a forward of its own, which its layer has not
+            raise TypeError(f"loralib has no {type(m.layer).__name__}")
         return m.layer(x) + (F.embedding(x, m.A.T) @ m.B.T) * SCALE
     return m.with_weight(m.layer.weight + m.shaped(m.B @ m.A) * SCALE, x)
 

@@ -24,15 +24,18 @@ from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
+    Kept,
     cast,
     cast_for_autocast,
     differentiable,
+    gradients_of_positions,
     in_cpp,
     in_plain_operations,
     input_of,
     kept_input,
     one_kernel,
     pointwise,
+    start_cpp,
     thin_pair,
     untold,
 )
@@ -88,22 +91,17 @@ def convolution(
     # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart
     if weight.stride(1) == 1:
         x = laid_as(x, weight)
-    if _has_one_position(weight, stride, padding, groups):
-        y = in_cpp(x, weight, bias, lora_A, lora_B, scale, strength)
-        if y is not None:
-            return y
     if strength != 1:
         scale = scale * strength
+    window = (stride, padding, dilation, groups)
+    y = in_cpp(x, weight, bias, lora_A, lora_B, scale, 1.0, window)
+    if y is not None:
+        return y
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-    window, compiling, shape = (stride, padding, dilation, groups), is_compiling(), weight.shape
-    values = Operands(x, weight, bias, lora_A, lora_B, scale)
-    # float32 has no kernels of ours, and a compiler no operator for these
-    ours = _kernels_way(values, window) if x.dtype.itemsize == 2 and not compiling else None
-    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, lora_A.shape[0])
-    asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
-    way, conv = choose.way(asked), CONVOLUTIONS[len(shape) - 3]
+    values, shape = Operands(x, weight, bias, lora_A, lora_B, scale), weight.shape
+    way, conv = way_of(values, window, is_compiling()), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:
         up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
         return conv(x, _kernel(weight, up, down), bias, *window)
@@ -120,6 +118,30 @@ def convolution(
         delta = _update(lora_A, lora_B, scale).reshape(shape)
         return y + one_kernel(x, delta, narrow.Stage(*window))
     return y + branch(x, shape, lora_A, narrow.of_factor(lora_B) * scale, *window)
+
+
+def way_of(of: Operands, window: tuple[Any, ...], compiling: bool) -> Way:
+    """The way of `convolution`, of operands in the types in which it computes."""
+    x, shape, (stride, *_, groups) = of.x, of.weight.shape, window
+    # float32 has no kernels of ours, and a compiler no operator for these
+    ours = _kernels_way(of, window) if x.dtype.itemsize == 2 and not compiling else None
+    about = (choose.thresholds_of(x), x.dtype, x.numel(), shape, of.a.shape[0])
+    asked = Asked("convolution", *about, ours, compiling, stride=stride, groups=groups)
+    return choose.way(asked)
+
+
+def gradients_of_native(
+    dy: Tensor, of: Operands, kept: Tensor, wanted: tuple[bool, ...], window: tuple[Any, ...]
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A and B after a forward in C++, where C++ does not find them."""
+    x, weight, _, a, b, scale = of
+    if _has_one_position(weight, window):
+        return gradients_of_positions(dy, of, kept, wanted)
+    single = window[3] > 1
+    saved = (x, weight, a, b, scale, kept) if single else (x, weight, a, b, scale, kept, None)
+    ctx, kind = Kept(saved, wanted, window=window[:3]), _Depthwise if single else _Joined
+    dx, _, _, da, db, *_ = kind.backward(ctx, dy)
+    return dx, da, db
 
 
 def _kernels_way(of: Operands, window: tuple[Any, ...]) -> Optional[Way]:
@@ -311,15 +333,12 @@ def _has_channels_last(t: Tensor) -> bool:
 
 def _is_pointwise(x: Tensor, weight: Tensor, window: tuple[Any, ...]) -> bool:
     """Whether a convolution is a linear layer of every position, and our kernels serve that."""
-    stride, padding, _, groups = window
-    one = _has_one_position(weight, stride, padding, groups)
-    return one and has_kernel(x, weight.flatten(1))
+    return _has_one_position(weight, window) and has_kernel(x, weight.flatten(1))
 
 
-def _has_one_position(
-    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
-) -> bool:
+def _has_one_position(weight: Tensor, window: tuple[Any, ...]) -> bool:
     """Whether each output is of one position of the input, at the same place."""
+    stride, padding, _, groups = window
     one = prod(weight.shape[2:]) == groups == 1
     return one and {*stride} == {1} and {*padding} == {0}
 
@@ -392,6 +411,7 @@ class _Joined(torch.autograd.Function):
         result = None if recorded() else convolved(of, window)
         ctx.kernel = result is not None
         if result is not None:
+            start_cpp()
             ctx.save_for_backward(*kept, result[1], g)
             return result[0]
         conv, (both, down, up) = CONVOLUTIONS[weight.dim() - 3], _kernels(weight, a, b, scale)
@@ -576,6 +596,7 @@ class _Depthwise(torch.autograd.Function):
         x, weight, bias, a, b, scale = of
         ctx.window = window
         y, total = depthwise(of, window)
+        start_cpp()
         # the kernels sum W and the update once, in float32: as small as a row for each channel
         ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, total)
         return y

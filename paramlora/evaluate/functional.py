@@ -37,7 +37,7 @@ from paramlora.update.contexts import autocast_of, in_own_types, without_autocas
 
 _Maybe = Optional[Tensor]
 _unsafe_view = torch.ops.aten._unsafe_view.default
-# `in_cpp`, where that was built; see `_start`
+# `in_cpp`, where that was built; see `start_cpp`
 _native: Any = None
 _started = False
 
@@ -92,13 +92,15 @@ def in_cpp(
     lora_B: Tensor,
     scale: Tensor,
     strength: float,
+    window: Optional[tuple[Any, ...]] = None,
 ) -> _Maybe:
-    """What `linear` gives, or where the weight is a kernel of one position, such as ``[out, in, 1,
-    1]``, the convolution of stride 1 without padding; None of operands that C++ does not serve."""
+    """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups; None of
+    operands that C++ does not serve."""
     # under a compiler it would be a call that nobody sees into
     if is_compiling() or _native is None:
         return None
-    return _native(x, weight, bias, lora_A, lora_B, scale, strength)  # type: ignore[no-any-return]
+    values = (x, weight, bias, lora_A, lora_B, scale, strength, window)
+    return _native(*values)  # type: ignore[no-any-return]
 
 
 def _linear(
@@ -259,9 +261,7 @@ class _Linear(torch.autograd.Function):
             result = operators.forward(of, strength, image)
         ctx.kernel = result is not None
         if result is not None:
-            if not _started:
-                # after the first success, so that C++ is asked only where the kernels serve
-                _start()
+            start_cpp()  # after the first success, so that C++ is asked only where kernels serve
             ctx.save_for_backward(kept_input(ctx, x), weight, a, b, scale, result[1])
             return result[0]
         flat = as_rows(x)
@@ -304,23 +304,30 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, da, db, dscale, None, None, None
 
 
-def _start() -> None:
+def start_cpp() -> None:
     """Take what was built in C++, the first time that the kernels computed a layer."""
     global _native, _started
-    from paramlora.cuda.linear import native
+    if _started:
+        return
+    from paramlora.cuda.native import steps
+    from paramlora.evaluate import convolution  # which imports this module
 
-    _native, _started = native.start(_gradients_of_native), True
+    def way(of: Operands, window: Any) -> str:
+        return convolution.way_of(of, window, False).name
+
+    _native, _started = steps.start(_gradients_of_native, way), True
 
 
-class _Kept(NamedTuple):
-    """Stands in for the context that `_Linear.backward` reads, where the forward was in C++."""
+class Kept(NamedTuple):
+    """Stands in for the context that a backward in Python reads, where the forward was in C++."""
 
-    saved_tensors: tuple[Tensor, ...]
+    saved_tensors: tuple[_Maybe, ...]
     needs_input_grad: tuple[bool, ...]
-    strength: float
+    strength: float = 1.0
     kernel: bool = True
     image: bool = False
     dense: bool = False
+    window: tuple[Any, ...] = ()
 
 
 def _gradients_of_native(
@@ -333,15 +340,32 @@ def _gradients_of_native(
     kept: Tensor,
     strength: float,
     needs: tuple[bool, bool, bool],
+    numbers: tuple[int, ...],
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A and B after a forward in C++, where C++ does not find them."""
-    wanted, shape = (needs[0], False, False, *needs[1:], False), x.shape
-    image = weight.dim() > 2
-    if image:
-        dy, x, weight = _positions(dy), _positions(x), weight.flatten(1)
-    ctx = _Kept((x, weight, a, b, scale, kept), wanted, strength, image=image)
-    dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)
-    return dx if dx is None or not image else _image(dx, shape), da, db
+    """The gradients of x, A and B after a forward in C++, where C++ does not find them.
+
+    `numbers`: of the window of a convolution, see `steps.window_of`.
+    """
+    from paramlora.cuda.native.steps import window_of
+    from paramlora.evaluate import convolution
+
+    wanted, window = (needs[0], False, False, *needs[1:], False), window_of(numbers)
+    if window is None:
+        ctx = Kept((x, weight, a, b, scale, kept), wanted, strength)
+        dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)
+        return dx, da, db
+    of = Operands(x, weight, None, a, b, scale)
+    return convolution.gradients_of_native(dy, of, kept, wanted, window)
+
+
+def gradients_of_positions(
+    dy: Tensor, of: Operands, kept: Tensor, wanted: tuple[bool, ...]
+) -> tuple[_Maybe, _Maybe, _Maybe]:
+    """The gradients of x, A and B after `pointwise` in C++."""
+    x, weight, _, a, b, scale = of
+    saved = (_positions(x), weight.flatten(1), a, b, scale, kept)
+    dx, _, _, da, db, *_ = _Linear.backward(Kept(saved, wanted, image=True), _positions(dy))
+    return dx if dx is None else _image(dx, x.shape), da, db
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Runs a linear layer's step in C++ with its launches in Triton's interpreter, and prints how it
-compares with Python's own step, to the bit, and with float64.
+"""Runs layers' steps in C++ with their launches in Triton's interpreter, and prints how they
+compare with Python's own steps, to the bit, and with float64.
 
-`linear/test_native` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; in
+`native/test_steps` starts it with ``TRITON_INTERPRET=1``. The library is the one that is built; in
 place of the driver's functions it is given ones that read the parameters as the driver would, and
 have the interpreter run the kernel on them. bfloat16, whose roundings the interpreter cuts off.
 """
@@ -16,17 +16,19 @@ import traceback
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
 from paramlora import kernels
-from paramlora.cuda import launch, operators
+from paramlora.cuda import launch, operands, operators
 from paramlora.cuda.launch import Launch
-from paramlora.cuda.linear import native, plan, tiles
-from paramlora.cuda.native import driver, library
+from paramlora.cuda.linear import plan, tiles
+from paramlora.cuda.native import driver, library, steps
 from paramlora.cuda.native.handed import launcher
 from paramlora.evaluate import convolution as convolutions
 from paramlora.evaluate import functional
@@ -46,7 +48,8 @@ def kinds_of(single, pointers):
     memory = ["*bf16" for _ in pointers[len(single.layouts) :]]
     whole = ["constexpr" if n == 1 else "i32" if n < 2**31 else "i64" for n in single.numbers]
     loads = [f"tensordesc<bf16{block}>" for _, _, block in single.layouts]
-    return [*loads, *memory, "fp32", "i64", *whole, *("constexpr" for _ in single.constants)]
+    values = ("fp32", "i64")[: len(single.ahead) - len(pointers)]
+    return [*loads, *memory, *values, *whole, *("constexpr" for _ in single.constants)]
 
 
 def compiled_kernel(single, pointers):
@@ -109,16 +112,19 @@ def launched_from_cpp(config, kernel, places, extra):
     count = len(single.types) - len(matrices)
     for one in given[:count]:
         addresses += struct.unpack("q", one)
-    strength, number, *rest = given[count:-2]
+    more, rest, values = len(single.ahead) - len(single.types), given[count:-2], ()
+    if more:
+        (strength, number), rest = rest[:more], rest[more:]
+        (strength,), (number,) = struct.unpack("f", strength), struct.unpack("q", number)
+        assert number not in numbers
+        numbers.add(number)
+        values = strength, number
     rest = [struct.unpack(SCALARS[len(one)], one)[0] for one in rest]
     assert rest == [n for n in single.numbers if n != 1] and not any(b"".join(given[-2:]))
-    (strength,), (number,) = struct.unpack("f", strength), struct.unpack("q", number)
-    assert number not in numbers
-    numbers.add(number)
     bases = {matrix.data_ptr(): matrix for matrix in matrices}  # of one memory, one tensor
     pointers = [bases.get(a, _at(a, kind)) for a, kind in zip(addresses, single.types)]
     with one_at_a_time:
-        interpreted.interpret(single, pointers, addresses, (strength, number))
+        interpreted.interpret(single, pointers, addresses, values)
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 12)
@@ -162,10 +168,16 @@ def launched_by_itself(single):
     return launches == [single.kernel.fn.__name__] and torch.equal(out, want)
 
 
-def multiply_bfloat16():
+def know_bfloat16():
     """Have the interpreter multiply numbers of 16 bits, not the whole numbers that it keeps them
-    as."""
+    as, and make them."""
     builder = interpreter.interpreter_builder
+
+    def number(value):
+        bits = np.array([value], "float32").view("uint32") >> 16
+        return interpreter.TensorHandle(bits.astype("uint16"), tl.bfloat16)
+
+    builder.get_bf16 = number
     dot = builder.create_dot
 
     def wide(t):
@@ -177,17 +189,17 @@ def multiply_bfloat16():
 
 
 def stand_in():
-    multiply_bfloat16()
+    know_bfloat16()
     mm = torch.mm
     interpreted.stand_in_for_the_device()
     torch.mm = mm  # these ranks take it without a wider output
-    native.cuda_device, native.cuda_stream = launch.cuda_device, launch.cuda_stream
+    steps.cuda_device, steps.cuda_stream = launch.cuda_device, launch.cuda_stream
     Launch.__call__ = launched_from_python
 
     def served(x):
         return functional.switched_on() and x.dtype == torch.bfloat16 and type(x) is torch.Tensor
 
-    operators.served = functional.served = native.served = served
+    operators.served = functional.served = steps.served = operands.served = served
     convolutions.has_kernel = lambda x, weight: served(x) and 1 in weight.stride()
     calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
     driver.addresses = lambda: {
@@ -202,7 +214,7 @@ def stand_in():
 
     functional._gradients_of_native = backward
     configure = functools.partial(module.configure, cpu=True)
-    given = dict(configure=configure, linear=module.linear, launcher=module.launcher)
+    given = dict(configure=configure, layer=module.layer, launcher=module.launcher)
     library.loaded = lambda: SimpleNamespace(**given)
 
 
@@ -242,6 +254,46 @@ def channels_last(weight_too):
     return [x.contiguous(**last), weight, *rest], dy.contiguous(**last)
 
 
+WINDOWS = {1: (1, 0, 1), 2: (2, 0, 1), 3: (1, 1, 1), 5: (1, 4, 2)}  # by a kernel's size
+
+
+def window_of(weight, x):
+    """Stride, padding, dilation and groups."""
+    axes = zip(*(WINDOWS[size] for size in weight.shape[2:]))
+    return (*axes, x.shape[1] // weight.shape[1])
+
+
+def kernels_of(kernel=(3, 3), sizes=(4, 5), fan_in=8, out=16, r=4, bias=True, single=False):
+    """The operands of a convolution; `single`: of one channel each."""
+    torch.manual_seed(0)
+    x, inner = torch.randn(2, fan_in, *sizes).bfloat16(), 1 if single else fan_in
+    out = fan_in if single else out
+    taps = inner * torch.Size(kernel).numel()
+    weight = torch.randn(out, inner, *kernel).bfloat16() / taps**0.5
+    a, b = torch.randn(r, taps) / taps**0.5, torch.randn(out, r) / r**0.5
+    more = torch.randn(out).bfloat16() if bias else None
+    of = [x, weight, more, a, b, torch.tensor(0.7)]
+    y = convolution_of(weight)(x, weight, None, *window_of(weight, x))
+    return of, torch.randn_like(y)
+
+
+def convolution_of(weight):
+    return convolutions.CONVOLUTIONS[weight.dim() - 3]
+
+
+def last_of(t):
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def all_last(**sizes):
+    """A convolution of which all has its channels last."""
+    (x, weight, *rest), dy = kernels_of(**sizes)
+    return [last_of(x), last_of(weight), *rest], last_of(dy)
+
+
+single = functools.partial(kernels_of, single=True)
+
+
 def oddly(t):
     """A copy at an address that is no multiple of 16."""
     return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
@@ -273,8 +325,39 @@ LAYERS = {
     "images at odd addresses": lambda: changed(0, oddly, pointwise),
     "every other image": lambda: changed(0, lambda x: x.repeat(2, 1, 1, 1)[::2], pointwise),
     "16-bit factors of images": lambda: changed(3, torch.Tensor.bfloat16, pointwise),
+    "kernels": kernels_of,
+    "kernels, no bias": lambda: kernels_of(bias=False),
+    "kernels of rank 16": lambda: kernels_of(r=16),
+    "kernels of rank 17": lambda: kernels_of(r=17, fan_in=40),
+    "kernels of sequences": lambda: kernels_of((3,), (19,)),
+    "kernels of volumes": lambda: kernels_of((3, 1, 3), (4, 3, 5)),
+    "steps of two": lambda: kernels_of((2, 2)),
+    "dilated kernels": lambda: kernels_of((5, 3)),
+    "kernels, channels last": all_last,
+    "kernels, x with its channels last": lambda: changed(0, last_of, kernels_of),
+    "kernels, a weight with its channels last": lambda: changed(1, last_of, kernels_of),
+    "kernels at odd addresses": lambda: changed(0, oddly, kernels_of),
+    "16-bit A of kernels": lambda: changed(3, torch.Tensor.bfloat16, kernels_of),
+    "16-bit B of kernels": lambda: changed(4, torch.Tensor.bfloat16, kernels_of),
+    "single channels": single,
+    "single channels, no bias": lambda: single(bias=False),
+    "single channels of sequences": lambda: single((3,), (19,), r=2),
+    "single channels of volumes": lambda: single((3, 1, 3), (4, 3, 5)),
+    "single channels, steps of two": lambda: single((2, 2)),
+    "single channels, dilated": lambda: single((5, 3)),
+    "single channels, 16-bit factors": lambda: changed(3, torch.Tensor.bfloat16, single),
 }  # fmt: skip
 STRENGTHS = (1.0, 1, 0.25)
+FUSED = {"forward": ["forward"], "backward": ["backward"]}
+JOINED = {"forward": ["prepare", "put", "back"], "backward": ["spread", "back"]}
+SINGLE = {"forward": ["add", "forward"], "backward": ["backward", "divide"]}
+# a layer of each kind, and the kernels that its passes launch
+KINDS = {
+    "linear": (functools.partial(layer, (9,), 16, 24), FUSED),
+    "pointwise": (functools.partial(pointwise, 2, (3, 3), 16, 24), FUSED),
+    "joined": (kernels_of, JOINED),
+    "single": (single, SINGLE),
+}
 
 
 def leaves_of(of, wanted=(0, 3, 4)):
@@ -282,10 +365,10 @@ def leaves_of(of, wanted=(0, 3, 4)):
 
 
 def computed(of, strength=1.0):
-    n = of[1].dim() - 2
-    if not n:
+    x, weight = of[:2]
+    if weight.dim() == 2:
         return functional.linear(*of, strength)
-    return convolutions.convolution(*of, (1,) * n, (0,) * n, (1,) * n, 1, strength)
+    return convolutions.convolution(*of, *window_of(weight, x), strength)
 
 
 def step(of, dy, strength=1.0, wanted=(0, 3, 4)):
@@ -305,10 +388,8 @@ def in_python(call, *given):
         functional._native = held
 
 
-def compared(name, call, *given):
+def compared(call, *given):
     """Whether C++ and Python give the same, and which of the launches were C++'s."""
-    for _ in range(3):  # the first of a kernel are Triton's own
-        call(*given)
     launches.clear(), left.clear()
     got = call(*given)
     ours, fell = launches[:], len(left)
@@ -323,9 +404,11 @@ def compared(name, call, *given):
 def in_float64(of, dy, strength):
     x, weight, bias, a, b, scale = (None if t is None else t.detach().double() for t in of)
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    total = weight.flatten(1) + strength * scale * b @ a
-    y = x @ total.T if weight.dim() == 2 else torch.einsum("bi...,oi->bo...", x, total)
-    y = y if bias is None else y + bias.view(-1, *(1 for _ in weight.shape[2:]))
+    total = weight + (strength * scale * b @ a).view(weight.shape)
+    if weight.dim() == 2:
+        y = F.linear(x, total, bias)
+    else:
+        y = convolution_of(weight)(x, total, bias, *window_of(weight, x))
     return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
 
 
@@ -475,7 +558,7 @@ def errors_of(of, dy):
         backward(y, own)
 
     def smaller(y, own):
-        own[1].data = own[1].data[:, :32]
+        own[1].data = own[1].data[: len(own[1]) // 2]
         backward(y, own)
 
     def again(y, own):
@@ -503,20 +586,25 @@ def main():
     for name, made in LAYERS.items():
         for strength in STRENGTHS if name == "rows" else STRENGTHS[-1:]:
             of, dy = made()
-            told, got = compared(name, step, of, dy, strength)
+            for _ in range(2):  # the first of a kernel are Triton's own
+                step(of, dy, strength)
+            told, got = compared(step, of, dy, strength)
             want = in_float64(of, dy, strength)
             told["errors"] = [interpreted.error(*pair) for pair in zip(got, want)]
             results[f"{name}, {strength}"] = told
     assert any(p.tiles.layouts for p in plan._FORWARDS.values()), "no block was described"
-    alone = {f"{i}, {len(one.layouts)}": launched_by_itself(one) for i, one in enumerate(known)}
+    fused = enumerate(one for one in known if one.last[2])  # of steps that draw a number
+    alone = {f"{i}, {len(one.layouts)}": launched_by_itself(one) for i, one in fused}
     events, errors = {}, {}
-    for made in (layer, pointwise):
+    for kind, (made, launched_of) in KINDS.items():
         of, dy = made()
-        for name, (call, launched, fell) in EVENTS.items():
-            told, _ = compared(name, call, of, dy)
-            events[f"{name}, {made.__name__}"] = told | {"as planned": [launched, fell]}
-        said_by = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
-        errors[made.__name__] = said_by
+        for _ in range(2):
+            step(of, dy)
+        for name, (call, passes, fell) in EVENTS.items():
+            told, _ = compared(call, of, dy)
+            launched = [kernel for one in passes for kernel in launched_of[one]]
+            events[f"{name}, {kind}"] = told | {"as planned": [launched, fell]}
+        errors[kind] = {"cpp": errors_of(of, dy), "python": in_python(errors_of, of, dy)}
     json.dump({"layers": results, "events": events, "errors": errors, "alone": alone}, sys.stdout)
 
 

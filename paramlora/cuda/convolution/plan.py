@@ -17,6 +17,7 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
+from paramlora.cuda.native.program import Program, Slot
 from paramlora.cuda.operands import DEEP, Operands, Window, factors_fit, outputs_of, padded, power
 from paramlora.update.compat import cuda_empty
 
@@ -133,7 +134,7 @@ def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
     return batch * -(-channels // block[0]) * -(-P // block[1])
 
 
-class _Forward:
+class Forward:
     """The plan of a forward: two convolutions between two or three launches."""
 
     def __init__(self, of: Operands, geometry: _Geometry) -> None:
@@ -230,6 +231,23 @@ class _Forward:
         self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
         return result, t
 
+    def told(self, to: Program, of: Operands) -> tuple[int, int]:
+        """What `__call__` does, for C++: the slots of both results."""
+        wide, joined, down = (to.reserve(*one) for one in (self.wide, self.joined, self.down))
+        more = Slot.SCALE if of.bias is None else Slot.BIAS
+        operands = (Slot.X, Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, more)
+        to.launch(self.prepare, (*operands, wide, joined, down))
+        t = to.convolve((wide, down), self.window, self.t.shape, self.t.stride)
+        to.launch(self.put, (t, wide))
+        bias = -1 if self.bias_inside or of.bias is None else Slot.BIAS
+        inputs = (wide, joined, bias)
+        if self.back is None:
+            return to.convolve(inputs, self.window), t
+        y = to.convolve(inputs, self.window, self.y.shape, self.y.stride)
+        result = to.reserve(*self.result)
+        to.launch(self.back, (y, result, y, y, y, y, y))
+        return result, t
+
 
 def _back(
     device: int,
@@ -296,13 +314,18 @@ def forward(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
         ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
         operands.
     """
-    rest = (of.bias is None, window)
-    plan, addresses = planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window))
+    plan, addresses = planned_forward(of, window)
     if plan is None:
         return None
     if plan is _COPY:
         return forward(of._replace(x=of.x.contiguous()), window)  # type: ignore[no-any-return]
     return plan(of, addresses)  # type: ignore[no-any-return]
+
+
+def planned_forward(of: Operands, window: Window) -> tuple[Any, tuple[int, ...]]:
+    """The plan of a forward, None where the kernels do not serve it; and the addresses."""
+    rest = (of.bias is None, window)
+    return planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window))
 
 
 def _plan_forward(of: Operands, window: Window) -> Any:
@@ -326,10 +349,10 @@ def _plan_forward(of: Operands, window: Window) -> Any:
     # the kernels find places within an image, and within a row of a weight, in 32 bits
     if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
         return None
-    return _COPY if _format(x) is None else _Forward(of, geometry)
+    return _COPY if _format(x) is None else Forward(of, geometry)
 
 
-class _Backward:
+class Backward:
     """The plan of a backward: two convolutions' gradients between two launches."""
 
     def __init__(
@@ -438,6 +461,27 @@ class _Backward:
         self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
         return dx, da, db
 
+    def told(self, to: Program, of: Operands) -> tuple[int, int, int]:
+        """What `__call__` does where all is wanted, for C++: the slots of the gradients."""
+        made = (self.v, self.part, self.wide, self.tall)
+        v, part, wide, tall = (to.reserve(*one) for one in made)
+        relaid = self.relaid or of.x.dim() == 3
+        x_last = to.reserve(*self.x) if relaid else Slot.X
+        operands = (Slot.DY, Slot.KEPT, Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, Slot.X)
+        to.launch(self.spread, (*operands, wide, tall, x_last, v, part))
+        _, stride, padding, dilation, *_ = self.window
+        window = stride, padding, dilation
+        laid = (self.x.shape, self.x.stride) if self.returned else ()
+        y = dx = to.gradient((wide, x_last, tall), window, False, *laid)
+        if self.returned:
+            dx = to.reserve(*self.dx)
+        down = to.reserve(*self.down)  # of which cuDNN reads the shape alone
+        laid = (self.down.shape, self.down.stride)
+        a_last = to.gradient((v, x_last, down), window, True, *laid)
+        da, db = to.reserve(*self.da), to.reserve(*self.db)
+        to.launch(self.back, (y, dx, a_last, da, part, db, Slot.SCALE))
+        return dx, da, db
+
 
 @on_its_device
 def backward(
@@ -452,15 +496,22 @@ def backward(
         scaled: whether the scale is in the last gradient.
         wanted: of x, of A.
     """
-    tensors, how = (dy, t, of.weight, of.a, of.b, of.scale, of.x), (scaled, wanted, window)
-    plan, addresses = planned(
-        _BACKWARDS, tensors, how, lambda _: _plan_backward(dy, of, t, scaled, wanted, window)
-    )
+    plan, addresses = planned_backward(dy, of, t, scaled, wanted, window)
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
         t = _last(t.dtype, *t.shape).of(t)
         return backward(dy, of._replace(x=x), t, scaled, wanted, window)  # type: ignore[no-any-return]
     return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
+
+
+def planned_backward(
+    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
+) -> tuple[Any, tuple[int, ...]]:
+    """The plan of a `backward`, and the addresses of its tensors."""
+    tensors, how = (dy, t, of.weight, of.a, of.b, of.scale, of.x), (scaled, wanted, window)
+    return planned(
+        _BACKWARDS, tensors, how, lambda _: _plan_backward(dy, of, t, scaled, wanted, window)
+    )
 
 
 def _plan_backward(
@@ -478,4 +529,4 @@ def _plan_backward(
     # a hook on saved tensors may have laid t anywhere
     if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
         return _COPY
-    return _Backward(dy, of, geometry, scaled, wanted)
+    return Backward(dy, of, geometry, scaled, wanted)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paramlora.cuda.depthwise import kernels
 from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
+from paramlora.cuda.native.program import Program, Slot
 from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
 from paramlora.cuda.sum.kernels import add
 
@@ -41,11 +42,9 @@ def forward(of: Operands, window: Window) -> tuple[Tensor, Tensor]:
     if not x.is_contiguous():
         y, total = forward(of._replace(x=x.contiguous()), window)
         return _as_it_lies(y, x), total
-    flat, more = weight.flatten(1), scale if bias is None else bias.contiguous()
-    plan, (px, *factors, pmore) = planned(
-        _FORWARDS, (x, flat, a, b, scale, more), (weight.shape, window, bias is None),
-        lambda _: _plan_forward(of, flat, window),
-    )  # fmt: skip
+    of = of._replace(bias=None if bias is None else bias.contiguous())
+    flat, more = weight.flatten(1), scale if of.bias is None else of.bias
+    plan, (px, *factors, pmore) = planned_forward(of, window)
     total, y = x.new_empty(flat.shape, dtype=_FLOAT), x.new_empty(plan.result)
     pt = total.data_ptr()
     plan.add((flat, a, b, scale, total), (*factors, pt))
@@ -72,24 +71,14 @@ def backward(
         scaled: whether the scale is in the last gradient.
         wanted: of x, of the kernels, of the factors.
     """
-    x, weight, _, a, b, scale = of
-    result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], window))
-    together = (dy, x, weight, a, b, total, scale)
-    sizes = dy.shape == result and total.numel() == weight.numel()
-    near = len({t.get_device() for t in together}) == 1
-    if not (sizes and near and factors_fit(weight, a, b, scale)):
-        named = "the gradient, the input, the weight, A, B, their sum and the scale"
-        raise changed(named, together)
+    x, _, _, a, b, scale = of
     # as in the forward, and once more back: channels last stay what the caller sees
     if not (dy.is_contiguous() and x.is_contiguous()):
         dense = dy.contiguous(), of._replace(x=x.contiguous())
         dx, *others = backward(*dense, total, window, scaled, wanted)
         return dx if dx is None else _as_it_lies(dx, x), *others
-    inputs, input_too, kernels_too = (dy, x, a, b, scale, total), wanted[0], any(wanted[1:])
-    plan, (py, px, pa, pb, ps, pt) = planned(
-        _BACKWARDS, inputs, (weight.shape, window, scaled, input_too, kernels_too),
-        lambda _: _plan_backward(dy, of, window, scaled, input_too, kernels_too),
-    )  # fmt: skip
+    input_too, kernels_too = wanted[0], any(wanted[1:])
+    plan, (py, px, pa, pb, ps, pt) = planned_backward(dy, of, total, window, scaled, wanted)
     dx = x.new_empty(x.shape) if input_too else None
     # of what is not wanted no program runs, so that any address will do
     part = x.new_empty(plan.part, dtype=_FLOAT) if kernels_too else total
@@ -149,6 +138,31 @@ class _Forward(NamedTuple):
     add: Launch
     launch: Launch
 
+    def told(self, to: Program, of: Operands) -> tuple[int, int]:
+        """What `forward` does, for C++: the slots of both results."""
+        sizes = (len(of.weight), of.weight[0].numel())
+        total = to.reserve(*_dense(sizes), _FLOAT)
+        y = to.reserve(*_dense(self.result), of.x.dtype)
+        to.launch(self.add, (Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, total))
+        more = Slot.SCALE if of.bias is None else Slot.BIAS
+        to.launch(self.launch, (Slot.X, total, more, y))
+        return y, total
+
+
+def _dense(shape: _Sizes) -> tuple[_Sizes, _Sizes]:
+    """A shape, and the strides of contiguous memory."""
+    return shape, tuple(math.prod(shape[i:]) for i in range(1, len(shape) + 1))
+
+
+def planned_forward(of: Operands, window: Window) -> tuple[_Forward, _Sizes]:
+    """The plan of a `forward` of a contiguous x and bias, and the addresses of x, the flat weight,
+    A, B, the scale, and the bias or what stands in for it."""
+    flat, more = of.weight.flatten(1), of.scale if of.bias is None else of.bias
+    tensors, rest = (of.x, flat, of.a, of.b, of.scale, more), (of.weight.shape, window)
+    return planned(
+        _FORWARDS, tensors, (*rest, of.bias is None), lambda _: _plan_forward(of, flat, window)
+    )
+
 
 def _plan_forward(of: Operands, flat: Tensor, window: Window) -> _Forward:
     x, a, b, shape, kernel = of.x, of.a, of.b, of.x.shape, of.weight.shape[2:]
@@ -198,11 +212,54 @@ class _Backward(NamedTuple):
     launch: Launch
     divide: Launch
 
+    def told(self, to: Program, of: Operands) -> tuple[int, int, int]:
+        """What `backward` does for the gradients of x and the factors, for C++: their slots."""
+        x, a, b = of.x, of.a, of.b
+        dx = to.reserve(*_dense(tuple(x.shape)), x.dtype)
+        part = to.reserve(*_dense(self.part), _FLOAT)
+        to.launch(self.launch, (Slot.DY, Slot.X, Slot.KEPT, dx, part))
+        kernels = to.sum(part)
+        da, db = (to.reserve(*_dense(tuple(one.shape)), one.dtype) for one in (a, b))
+        to.launch(self.divide, (kernels, Slot.A, Slot.B, Slot.SCALE, da, db))
+        return dx, da, db
+
+
+def planned_backward(
+    dy: Tensor,
+    of: Operands,
+    total: Tensor,
+    window: Window,
+    scaled: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[_Backward, _Sizes]:
+    """The plan of a `backward` of contiguous images, and the addresses of dy, x, A, B, the scale
+    and the sum."""
+    input_too, kernels_too = wanted[0], any(wanted[1:])
+    inputs = (dy, of.x, of.a, of.b, of.scale, total)
+    return planned(
+        _BACKWARDS, inputs, (of.weight.shape, window, scaled, input_too, kernels_too),
+        lambda _: _plan_backward(dy, of, total, window, scaled, input_too, kernels_too),
+    )  # fmt: skip
+
 
 def _plan_backward(
-    dy: Tensor, of: Operands, window: Window, scaled: bool, input_too: bool, kernels_too: bool
+    dy: Tensor,
+    of: Operands,
+    total: Tensor,
+    window: Window,
+    scaled: bool,
+    input_too: bool,
+    kernels_too: bool,
 ) -> _Backward:
-    (x, weight, _, a, b, _), r, device = of, len(of.a), of.x.get_device()
+    (x, weight, _, a, b, scale), r, device = of, len(of.a), of.x.get_device()
+    result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], window))
+    together = (dy, x, weight, a, b, total, scale)
+    sizes = dy.shape == result and total.numel() == weight.numel()
+    near = len({t.get_device() for t in together}) == 1
+    # between the two somebody may have moved or replaced one: the kernels would read past it
+    if not (sizes and near and factors_fit(weight, a, b, scale)):
+        named = "the gradient, the input, the weight, A, B, their sum and the scale"
+        raise changed(named, together)
     shape, channels = x.shape, x.shape[1]
     kernel, taps = _three(weight.shape[2:]), math.prod(weight.shape[2:])
     tiles, blocks = _Tiles(shape, TILE), _Tiles(dy.shape, BLOCK)

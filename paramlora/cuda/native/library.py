@@ -1,4 +1,4 @@
-"""The compiled `linear.cpp` and `launch.h`: where they lie, how they are built, and loading them.
+"""The compiled `steps.cpp` and `launch.h`: where they lie, how they are built, and loading them.
 
 No step waits for a compiler: `build` is called by whoever wants it, once for each torch and Python.
 """
@@ -21,8 +21,8 @@ import torch
 from paramlora.cuda.native import driver
 from paramlora.errors import ParamloraError, warn
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.cpp", "launch.h"))
-_NAME = "paramlora_linear"
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("steps.cpp", "launch.h"))
+_NAME = "paramlora_steps"
 _OFF = ("0", "false", "off", "no")
 
 
@@ -112,7 +112,7 @@ def loaded() -> Any:
         return module
     except (ImportError, OSError) as reason:
         warn(
-            f"{target} cannot be loaded ({reason}), so linear layers take the host longer. The "
+            f"{target} cannot be loaded ({reason}), so layers take the host longer. The "
             "numbers are the same. Delete it, then run `paramlora build`"
         )
         return None

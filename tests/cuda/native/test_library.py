@@ -9,7 +9,7 @@ import torch
 from paramlora.cuda.native import library
 from paramlora.errors import ParamloraError, ParamloraWarning
 
-native = pytest.importorskip("paramlora.cuda.linear.native", reason="needs Triton")
+steps = pytest.importorskip("paramlora.cuda.native.steps", reason="needs Triton")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def empty(tmp_path, monkeypatch):
 def test_nothing_is_compiled_or_said_unasked(empty):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library.loaded() is None and native.start(None) is None
+        assert library.loaded() is None and steps.start(None, None) is None
     assert not any(empty.iterdir())
 
 

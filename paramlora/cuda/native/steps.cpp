@@ -1,7 +1,7 @@
-// A step of one linear layer as the host sees it, without Python: find the plan of its operands,
-// reserve memory, have the driver launch the kernel that Triton compiled. `linear/native.py` plans
-// and tells each kernel's parameters, and whatever is not served here is left to Python's
-// `functional._Linear`, whose numbers these are to the bit.
+// A layer's step as the host sees it, without Python: find the program of its operands, and run it.
+// A program reserves memory, has the driver launch kernels that Triton compiled, and calls torch's
+// convolutions between them. `native/steps.py` tells each program, and whatever is not served here
+// is left to Python's own functions of autograd, whose numbers these are to the bit.
 
 #include "launch.h"
 
@@ -9,8 +9,12 @@
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -25,20 +29,44 @@ using torch::autograd::variable_list;
 
 namespace {
 
-// What changes from launch to launch, in the order of `linear.native.Slot`; the first are addresses.
+// Where a step's tensors are, as `native.steps.Slot` numbers them: its operands, then what its
+// program makes. Behind them stands what else changes from launch to launch.
+constexpr int TENSORS = 24;
 enum Slot {
-  INPUT, WEIGHT, BIAS, A, B, SCALE, OUT, KEPT, DY, SCRATCH, DA, DB, TICKETS,
-  STRENGTH, NUMBER, BLOCK, BLOCK_1, BLOCK_2,
+  X, WEIGHT, BIAS, A, B, SCALE, DY, KEPT,
+  STRENGTH = TENSORS, NUMBER, TICKETS, BLOCK, BLOCK_1, BLOCK_2,
   SLOTS,
 };
-using Values = std::array<uint64_t, SLOTS>;
+
+// What a program does, in the order of `native.steps.Kind`.
+enum Kind { RESERVE, LAUNCH, CONVOLVE, GRADIENT, SUM, CAST };
+
+struct Operation {
+  Kind kind;
+  int out = 0;
+  std::array<int, 3> of{};                  // the slots of what it reads; one below 0 is left out
+  std::vector<int64_t> sizes, strides;      // of what it makes
+  at::ScalarType type = at::kFloat;
+  std::vector<int64_t> stride, padding, dilation;
+  bool of_weight = false;                   // which gradient of a convolution it is
+  Launch launch;
+};
 
 struct Plan {
-  bool served = false;
-  std::vector<int64_t> sizes, strides;  // of the result
-  int64_t size = 0;                     // of what is kept, or of the scratch
-  bool tickets = false;
-  Launch launch;
+  bool served = false, tickets = false;
+  std::vector<Operation> operations;
+  std::vector<int> results;
+};
+
+// The tensors of one step, and what a launch reads of them.
+struct Frame {
+  std::array<Tensor, TENSORS> held;
+  std::array<uint64_t, SLOTS> at{};
+
+  void put(int slot, Tensor t) {
+    at[slot] = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    held[slot] = std::move(t);
+  }
 };
 
 using Key = c10::SmallVector<int64_t, 64>;
@@ -74,7 +102,7 @@ struct Plans {
 struct State {
   py::object plan_forward, plan_backward, backward, tickets;
   py::object device, stream, capturing, switched_on;
-  std::atomic<uint64_t> number;  // of the next launch, see `linear.plan.NUMBERS`
+  std::atomic<uint64_t> number;  // of the next step, see `linear.plan.NUMBERS`
   c10::DeviceType kind = c10::DeviceType::CUDA;
   Plans forwards, backwards;
   std::map<std::pair<int64_t, uint64_t>, std::pair<py::object, uint64_t>> drawn;  // under the GIL
@@ -148,6 +176,28 @@ Key key_of(c10::ArrayRef<const Tensor*> tensors) {
   return key;
 }
 
+std::array<int, 3> three(const py::handle& of) {
+  auto told = of.cast<std::vector<int>>();
+  std::array<int, 3> slots{-1, -1, -1};
+  std::copy(told.begin(), told.end(), slots.begin());
+  return slots;
+}
+
+// Of a `native.steps.Operation`.
+Operation operation_of(const py::tuple& of) {
+  Operation made{static_cast<Kind>(of[0].cast<int>()), of[1].cast<int>()};
+  made.of = three(of[2]);
+  made.sizes = of[3].cast<std::vector<int64_t>>(), made.strides = of[4].cast<std::vector<int64_t>>();
+  if (!of[5].is_none()) made.type = reinterpret_cast<THPDtype*>(of[5].ptr())->scalar_type;
+  if (!of[6].is_none()) {
+    auto window = of[6].cast<std::array<std::vector<int64_t>, 3>>();
+    made.stride = window[0], made.padding = window[1], made.dilation = window[2];
+  }
+  made.of_weight = of[7].cast<bool>();
+  if (!of[8].is_none()) made.launch = launch_of(of[8].cast<py::tuple>());
+  return made;
+}
+
 // The GIL is held. None: never served; False: not yet, so that Python is asked again.
 std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::object& told) {
   // not kept: the next call asks again, once Triton's own first launch is over
@@ -156,22 +206,17 @@ std::shared_ptr<const Plan> planned(Plans& plans, const Key& key, const py::obje
   if (!told.is_none()) {
     auto of = told.cast<py::tuple>();
     plan->served = true;
-    plan->sizes = py::cast<std::vector<int64_t>>(of[0]);
-    plan->strides = py::cast<std::vector<int64_t>>(of[1]);
-    plan->size = of[2].cast<int64_t>();
-    plan->launch = launch_of(of[3].cast<py::tuple>());
-    for (auto [slot, bits] : plan->launch.parameters) plan->tickets |= slot == TICKETS;
+    for (py::handle one : of[0]) plan->operations.push_back(operation_of(one.cast<py::tuple>()));
+    plan->results = of[1].cast<std::vector<int>>();
+    for (const Operation& one : plan->operations)
+      for (auto [slot, bits] : one.launch.parameters) plan->tickets |= slot == TICKETS;
   }
   plans.keep(key, plan);
   return plan;
 }
 
-Tensor reserved(at::IntArrayRef sizes, at::IntArrayRef strides, const Tensor& like) {
-  return at::empty_strided(sizes, strides, like.options().requires_grad(false));
-}
-
-// The GIL is held. The current stream, on which the launch will be; it tells where tickets are.
-CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
+// The GIL is held. The current stream, on which the launches will be; it tells where tickets are.
+CUstream stream_of(const Plan& plan, Frame& frame, const Tensor& like) {
   auto index = py::int_(like.get_device());
   auto current = must(PyObject_CallOneArg(state->stream.ptr(), index.ptr()));
   const uint64_t stream = PyLong_AsUnsignedLongLong(current.ptr());
@@ -182,119 +227,165 @@ CUstream stream_of(const Plan& plan, Values& at, const Tensor& like) {
       auto made = must(PyObject_CallOneArg(state->tickets.ptr(), wrapped(like).ptr()));
       drawn = {made, address_of(unwrapped(made))};
     }
-    at[TICKETS] = drawn.second;
+    frame.at[TICKETS] = drawn.second;
   }
   return reinterpret_cast<CUstream>(stream);
 }
 
-void run(const Plan& plan, Values& at, double strength, CUstream stream) {
-  at[STRENGTH] = std::bit_cast<uint32_t>(static_cast<float>(strength));
-  at[NUMBER] = state->number++;
-  run(plan.launch, at.data(), stream);
+Tensor reserved(const Operation& of, const Tensor& like) {
+  return at::empty_strided(of.sizes, of.strides, like.options().dtype(of.type).requires_grad(false));
+}
+
+// A convolution's result, which need not lie as its input does, where the next launch reads it.
+Tensor laid(const Operation& of, Tensor t) {
+  if (of.sizes.empty() || t.strides() == at::IntArrayRef(of.strides)) return t;
+  return at::empty_strided(of.sizes, of.strides, t.options()).copy_(t);
+}
+
+Tensor made(const Operation& of, const Frame& frame) {
+  auto held = [&](int i) { return of.of[i] < 0 ? Tensor() : frame.held[of.of[i]]; };
+  const std::vector<int64_t> none(of.stride.size(), 0), no_bias{0};
+  switch (of.kind) {
+    case RESERVE: return reserved(of, frame.held[X]);
+    case CONVOLVE:
+      return laid(of, at::convolution(held(0), held(1), held(2), of.stride, of.padding, of.dilation,
+                                      false, none, 1));
+    case GRADIENT: {
+      auto [dx, dweight, dbias] = at::convolution_backward(
+          held(0), held(1), held(2), at::IntArrayRef(no_bias), of.stride, of.padding, of.dilation,
+          false, none, 1, {!of.of_weight, of.of_weight, false});
+      return laid(of, of.of_weight ? dweight : dx);
+    }
+    case SUM: return held(0).sum(0);
+    default: return held(0).to(of.type);
+  }
+}
+
+// The GIL is not held: the allocator, and the driver, may wait for another thread.
+std::vector<Tensor> computed(const Plan& plan, Frame& frame, double strength, CUstream stream) {
+  // neither follows what is done here: autograd has a node for the step, and types are settled
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard uncast(c10::autocast_dispatch_keyset);
+  frame.at[STRENGTH] = std::bit_cast<uint32_t>(static_cast<float>(strength));
+  frame.at[NUMBER] = state->number++;
+  for (const Operation& of : plan.operations) {
+    if (of.kind == LAUNCH)
+      run(of.launch, frame.at.data(), stream);
+    else
+      frame.put(of.out, made(of, frame));
+  }
+  std::vector<Tensor> results;
+  for (int slot : plan.results) results.push_back(frame.held[slot]);
+  return results;
 }
 
 struct Step {
   const Plan& plan;
   const Tensor &x, &weight, &bias, &a, &b, &scale;
   double strength;
+  const std::vector<int64_t>& window;
 };
 
 // The GIL is held. y and what the backward takes.
-std::pair<Tensor, Tensor> computed(const Step& of) {
-  Values at{};
-  auto stream = stream_of(of.plan, at, of.x);
-  py::gil_scoped_release released;  // the allocator may wait for another thread too
-  Tensor y = reserved(of.plan.sizes, of.plan.strides, of.x);
-  Tensor kept = reserved({of.plan.size}, {1}, of.x);
-  at[INPUT] = address_of(of.x), at[WEIGHT] = address_of(of.weight);
-  at[A] = address_of(of.a), at[B] = address_of(of.b), at[SCALE] = address_of(of.scale);
-  at[OUT] = address_of(y), at[KEPT] = address_of(kept);
-  at[BIAS] = of.bias.defined() ? address_of(of.bias) : at[KEPT];
-  run(of.plan, at, of.strength, stream);
-  return {y, kept};
+std::vector<Tensor> computed(const Step& of) {
+  Frame frame;
+  frame.put(X, of.x), frame.put(WEIGHT, of.weight), frame.put(A, of.a), frame.put(B, of.b);
+  frame.put(SCALE, of.scale);
+  if (of.bias.defined()) frame.put(BIAS, of.bias);
+  auto stream = stream_of(of.plan, frame, of.x);
+  py::gil_scoped_release released;
+  return computed(of.plan, frame, of.strength, stream);
 }
 
-struct Linear : torch::autograd::Function<Linear> {
+struct Layer : torch::autograd::Function<Layer> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& b, const Step& step) {
-    auto [y, kept] = computed(step);
-    ctx->save_for_backward({x, step.weight, a, b, step.scale, kept});
+    auto results = computed(step);
+    ctx->save_for_backward({x, step.weight, a, b, step.scale, results[1]});
     ctx->saved_data["strength"] = step.strength;
+    ctx->saved_data["window"] = step.window;
     int64_t needs = x.requires_grad() | a.requires_grad() << 1 | b.requires_grad() << 2;
     ctx->saved_data["needs"] = needs;
-    return y;
+    return results[0];
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     auto saved = ctx->get_saved_variables();
     double strength = ctx->saved_data["strength"].toDouble();
     int64_t needs = ctx->saved_data["needs"].toInt();
-    auto found = quickly(gradients[0], saved, strength, needs);
-    return found.empty() ? in_python(gradients[0], saved, strength, needs) : found;
+    auto window = ctx->saved_data["window"].toIntVector();
+    auto found = quickly(gradients[0], saved, strength, needs, window);
+    return found.empty() ? in_python(gradients[0], saved, strength, needs, window) : found;
   }
 
   static variable_list in_python(
-      const Tensor& dy, const variable_list& saved, double strength, int64_t needs) {
+      const Tensor& dy, const variable_list& saved, double strength, int64_t needs,
+      const std::vector<int64_t>& window) {
     py::gil_scoped_acquire held;
-    py::tuple given(7 + 2);
+    py::tuple given(7 + 3);
     given[0] = wrapped(dy);
     for (size_t i = 0; i < 6; ++i) given[i + 1] = wrapped(saved[i]);
     given[7] = strength;
     given[8] = py::make_tuple(bool(needs & 1), bool(needs & 2), bool(needs & 4));
+    given[9] = py::tuple(py::cast(window));
     auto grads = must(PyObject_CallObject(state->backward.ptr(), given.ptr())).cast<py::tuple>();
     return {unwrapped(grads[0]), unwrapped(grads[1]), unwrapped(grads[2]), Tensor()};
   }
 
   // The gradients, or nothing where Python must find them.
   static variable_list quickly(
-      const Tensor& dy, const variable_list& saved, double strength, int64_t needs) {
+      const Tensor& dy, const variable_list& saved, double strength, int64_t needs,
+      const std::vector<int64_t>& window) {
     const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3];
     const Tensor &scale = saved[4], &kept = saved[5];
-    // grad mode: a backward of the backward, which Python's function has and launches have not
+    // grad mode: a backward of the backward, which Python's functions have and launches have not
     if (at::GradMode::is_enabled() || !(needs & 1) || !(needs & 6) || is_followed()) return {};
     if (!dy.defined() || !is_plain(dy) || dy.device() != x.device()) return {};
     for (const Tensor& t : saved)
       if (!is_plain(t) || t.device() != x.device()) return {};
     // a hook on saved tensors may have laid it anywhere
     if (address_of(kept) & 15) return {};
-    Key key = key_of({&dy, &x, &weight, &scale});
-    // the factors' casts are in kept: of the factors themselves only the rank matters
-    key.push_back(a.size(0));
+    Key key = key_of({&dy, &x, &weight, &a, &b, &scale, &kept});
+    key.append(window.begin(), window.end());
     auto plan = state->backwards.find(key);
-    if (!plan) {
-      py::gil_scoped_acquire held;
-      if (!is_launched(x)) return {};
-      auto told = state->plan_backward(wrapped(dy), wrapped(x), wrapped(weight), wrapped(a),
-                                       wrapped(b), wrapped(scale));
-      plan = planned(state->backwards, key, told);
-    }
-    if (!plan || !plan->served) return {};
-    int64_t r = a.size(0), in = weight.size(1), out = weight.size(0);
-    auto wide = x.options().dtype(at::kFloat).requires_grad(false);
-    Tensor dx = reserved(plan->sizes, plan->strides, x);
-    Tensor scratch = reserved({plan->size}, {1}, x);
-    Tensor da = at::empty_strided({r, in}, {in, 1}, wide);
-    Tensor db = at::empty_strided({out, r}, {r, 1}, wide);
-    Values at{};
+    Frame frame;
     CUstream stream;
     {
       py::gil_scoped_acquire held;
       if (!is_launched(x)) return {};
-      stream = stream_of(*plan, at, x);
+      if (!plan) {
+        auto told = state->plan_backward(wrapped(dy), wrapped(x), wrapped(weight), wrapped(a),
+                                         wrapped(b), wrapped(scale), wrapped(kept),
+                                         py::tuple(py::cast(window)));
+        plan = planned(state->backwards, key, told);
+      }
+      if (!plan || !plan->served) return {};
+      stream = stream_of(*plan, frame, x);
     }
-    at[INPUT] = address_of(x), at[WEIGHT] = address_of(weight), at[SCALE] = address_of(scale);
-    at[DY] = address_of(dy), at[KEPT] = address_of(kept), at[OUT] = address_of(dx);
-    at[SCRATCH] = address_of(scratch), at[DA] = address_of(da), at[DB] = address_of(db);
-    run(*plan, at, strength, stream);
-    // in float32 so far, as the kernels sum; the last is of the Step, which has none
-    return {dx, da.to(a.scalar_type()), db.to(b.scalar_type()), Tensor()};
+    frame.put(X, x), frame.put(WEIGHT, weight), frame.put(A, a), frame.put(B, b);
+    frame.put(SCALE, scale), frame.put(DY, dy), frame.put(KEPT, kept);
+    auto results = computed(*plan, frame, strength, stream);
+    // the last is of the Step, which has none
+    return {results[0], results[1], results[2], Tensor()};
   }
 };
 
-// `functional.linear` of seven arguments, or None where Python must compute it.
-PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// Appends the numbers of a convolution's stride, padding, dilation and groups; false: one is none.
+bool flattened(PyObject* window, std::vector<int64_t>& numbers) {
+  if (PyLong_CheckExact(window)) {
+    numbers.push_back(PyLong_AsLongLong(window));
+    return true;
+  }
+  if (!PyTuple_CheckExact(window)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(window); ++i)
+    if (!flattened(PyTuple_GET_ITEM(window, i), numbers)) return false;
+  return true;
+}
+
+// `functional.in_cpp`: x, weight, bias, A, B, scale, strength, window.
+PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 7, "linear takes 7 arguments, got ", count);
+  TORCH_CHECK(count == 8, "a layer takes 8 arguments, got ", count);
   if (state == nullptr || is_followed()) Py_RETURN_NONE;
   const bool biased = given[2] != Py_None;
   for (int i = 0; i < 6; ++i)
@@ -324,22 +415,25 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
       Py_RETURN_NONE;
     if (graph && !factors) Py_RETURN_NONE;  // which would keep the input for nothing
   }
+  std::vector<int64_t> window;
+  if (given[7] != Py_None && !flattened(given[7], window)) Py_RETURN_NONE;
   if (!is_launched(x)) Py_RETURN_NONE;
   Key key = key_of(tensors);
+  key.append(window.begin(), window.end());
   auto plan = state->forwards.find(key);
   if (!plan) {
-    auto told = must(PyObject_Vectorcall(state->plan_forward.ptr(), given, 6, nullptr));
+    auto told = must(PyObject_Vectorcall(state->plan_forward.ptr(), given, 8, nullptr));
     plan = planned(state->forwards, key, told);
   }
   if (!plan || !plan->served) Py_RETURN_NONE;
-  Step step{*plan, x, weight, bias, a, b, scale, strength};
-  return THPVariable_Wrap(graph ? Linear::apply(x, a, b, step) : computed(step).first);
+  Step step{*plan, x, weight, bias, a, b, scale, strength, window};
+  return THPVariable_Wrap(graph ? Layer::apply(x, a, b, step) : computed(step)[0]);
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef method = {
-    "linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
-    "functional.linear, or None where Python must compute it."};
+    "layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer)), METH_FASTCALL,
+    "A layer's output, or None where Python must compute it."};
 
 void configure(const py::kwargs& of) {
   auto made = std::make_unique<State>();
@@ -357,7 +451,7 @@ void configure(const py::kwargs& of) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("call_driver", &call_driver, py::arg("launch"), py::arg("describe"),
              "Take over where the driver's functions are.");
-  module.def("configure", &configure, "Take over what `linear` asks of Python.");
+  module.def("configure", &configure, "Take over what `layer` asks of Python.");
   module.def("launcher", &launcher, "A launch of a kernel, and which slots hold floats.");
-  module.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+  module.attr("layer") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
 }

@@ -1,4 +1,4 @@
-"""A sweep on a card of a linear layer's step in C++, against Python's to the bit."""
+"""A sweep on a card of layers' steps in C++, against Python's to the bit."""
 
 import shutil
 
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from paramlora.cuda.native import library
 from paramlora.evaluate import functional
+from paramlora.evaluate.convolution import CONVOLUTIONS, convolution
 from tests.cuda.graphs import recorded
 
 pytestmark = [
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
 ]
-native = pytest.importorskip("paramlora.cuda.linear.native", reason="needs Triton")
+pytest.importorskip("paramlora.cuda.native.steps", reason="needs Triton")
 
 
 @pytest.fixture
@@ -24,9 +25,10 @@ def both(monkeypatch):
     monkeypatch.setenv("PARAMLORA_NATIVE", "1")
     library.build()
     library.loaded.cache_clear()
-    ours = native.start(functional._gradients_of_native)
-    monkeypatch.setattr(functional, "_started", True)
-    monkeypatch.setattr(functional, "_native", ours)
+    monkeypatch.setattr(functional, "_native", None)
+    monkeypatch.setattr(functional, "_started", False)
+    functional.start_cpp()
+    ours = functional._native
     return lambda call: _both(call, ours)
 
 
@@ -90,6 +92,53 @@ LAID = {
 def test_a_step_on_a_card(sizes, laid, wanted, both):
     of, dy = on_card(**CARD[sizes])
     same(both(lambda: step(LAID[laid](of), dy, wanted)))
+
+
+WINDOWS = {1: (1, 0, 1), 2: (2, 0, 1), 3: (1, 1, 1), 5: (1, 4, 2)}  # by a kernel's size
+KERNELS = {  # the input, outputs, the kernel, groups
+    "1×1": ((4, 320, 32, 32), 320, (1, 1), 1),
+    "1×1, sequences": ((4, 96, 77), 64, (1,), 1),
+    "3×3": ((2, 64, 24, 24), 96, (3, 3), 1),
+    "sequences": ((3, 48, 130), 32, (3,), 1),
+    "volumes": ((1, 16, 5, 8, 9), 24, (3, 1, 3), 1),
+    "steps of two": ((2, 32, 20, 20), 32, (2, 2), 1),
+    "dilated": ((2, 32, 20, 20), 32, (5, 3), 1),
+    "single": ((2, 96, 28, 28), 96, (3, 3), 96),
+    "single, sequences": ((2, 32, 100), 32, (3,), 32),
+}
+
+
+def kernels_on_card(shape, out, kernel, groups, last):
+    torch.manual_seed(0)
+    x = torch.randn(shape).bfloat16().cuda()
+    weight = torch.randn(out, shape[1] // groups, *kernel).bfloat16().cuda()
+    taps, form = weight[0].numel(), torch.channels_last if last else torch.contiguous_format
+    window = (*zip(*(WINDOWS[size] for size in kernel)), groups)
+    a, b = torch.randn(8, taps).cuda() / taps**0.5, torch.randn(out, 8).cuda()
+    of = [x.contiguous(memory_format=form), weight.contiguous(memory_format=form)]
+    of += [torch.randn(out).bfloat16().cuda(), a, b, torch.tensor(0.7).cuda()]
+    y = CONVOLUTIONS[len(kernel) - 1](*of[:3], *window)
+    return of, torch.randn_like(y), window
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("first", "last"))
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_convolution_on_a_card(name, last, both, monkeypatch):
+    if last and len(KERNELS[name][2]) != 2:
+        pytest.skip("has no such format")
+    # or cuDNN's own gradients differ from run to run
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    of, dy, window = kernels_on_card(*KERNELS[name], last)
+    own = [t.detach().requires_grad_(i in (0, 3, 4)) for i, t in enumerate(of)]
+
+    def call():
+        y = convolution(*own, *window)
+        return y.detach(), *torch.autograd.grad(y, [own[0], *own[3:5]], dy)
+
+    same(both(call))
+    (ours,), (theirs,) = both(lambda: [type(convolution(*own, *window).grad_fn).__name__])
+    if not (last and name == "single"):  # whose planes must lie by themselves
+        assert theirs != ours
 
 
 def test_the_card_is_reached_by_cpp(both):
