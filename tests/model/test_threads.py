@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import Adapter, AdapterError, Update
@@ -273,6 +274,64 @@ def test_a_recurrent_layer_is_as_it_is_now_in_every_thread(kind):
     copied = copy.copy(layer)
     together(lambda: torch.testing.assert_close(copied(x)[0], found[None], rtol=1e-12, atol=1e-12))
     torch.testing.assert_close(paramlora.detach(layer)(x)[0], found[None], rtol=1e-12, atol=1e-12)
+
+
+class Flat(nn.Module):
+    """Flattens its batch's tokens, as mixtures of experts do before an MLP."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.mlp, self.reentrant = (
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)),
+            reentrant,
+        )
+
+    def forward(self, x):
+        flat = x.view(-1, 6)
+        if self.reentrant is None or not x.requires_grad:
+            return self.mlp(flat).view(x.shape)
+        return checkpoint(self.mlp, flat, use_reentrant=self.reentrant).view(x.shape)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_batches_of_other_lengths_are_flattened_in_other_threads(reentrant):
+    """Also where a backward, which has a thread of its own on CUDA, computes a segment again."""
+    torch.manual_seed(0)
+    model, own = Flat(reentrant).double(), threading.get_ident()
+    dense = copy.deepcopy(model)
+    for name in ("a", "b"):
+        paramlora.attach(model, {"0": {"r": 2}, "2": {"r": 2}}, name)
+    with torch.no_grad():
+        for _, _, update in updates(model):
+            update.lora_B.normal_()
+
+    def wanted(x):
+        rows = []
+        for at, name in enumerate(ROWS[0]):
+            with torch.no_grad():
+                for index in (0, 2):
+                    plist = model.mlp[index].parametrizations.weight
+                    held = [update for update in plist if update.adapter == name]
+                    delta = sum(update.lora_B @ update.lora_A for update in held)
+                    dense.mlp[index].weight.copy_(plist.original + delta)
+                rows.append(dense(x[at : at + 1]))
+        return torch.cat(rows)
+
+    x, longer = torch.randn(3, 4, 6).double(), torch.randn(3, 7, 6).double()
+    x_wanted, longer_wanted = wanted(x), wanted(longer)
+
+    def calls_the_longer():
+        torch.testing.assert_close(model(longer), longer_wanted, rtol=1e-12, atol=1e-12)
+
+    def meanwhile(*_):
+        if threading.get_ident() == own:
+            together(calls_the_longer)
+
+    model.mlp[2].register_forward_pre_hook(meanwhile)
+    with paramlora.route(model, ROWS[0]):
+        y = model(x.requires_grad_())
+        together(y.sum().backward)
+        torch.testing.assert_close(y, x_wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_files_are_worked_on_at_once(tmp_path, often):
