@@ -135,6 +135,28 @@ def test_an_encoder_layer_is_not_fused_past_its_rows(training):
         torch.testing.assert_close(y[i : i + 1], one_row(plain, model, name, x[i : i + 1]))
 
 
+@pytest.mark.parametrize("layers", [["in_proj_weight", "linear1", "out_proj"], ["1.linear2"]])
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_an_encoder_packs_no_rows_past_their_adapters(layers, no_grad):
+    """In evaluation torch packs what its mask of padding leaves of the rows, and asks the first
+    layer for its weights before."""
+    torch.manual_seed(0)
+    one = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(one, 2).double()
+    model, x = adapted(copy.deepcopy(plain), layers).eval(), images(5, 8)
+    padding = torch.arange(5) >= torch.tensor([5, 3, 4, 5, 1, 2])[:, None]
+    before = {**vars(model)}
+    with torch.set_grad_enabled(not no_grad), paramlora.route(model, ROWS):
+        y = model(x, src_key_padding_mask=padding)
+        other = copy.deepcopy(model)
+    for i, name in enumerate(ROWS):
+        kept = x[i : i + 1, : int((~padding[i]).sum())]
+        torch.testing.assert_close(y[i : i + 1, : kept.shape[1]], one_row(plain, model, name, kept))
+    # and torch may pack again
+    for left in (model, other):
+        assert vars(left)["use_nested_tensor"] is True and vars(left).keys() == before.keys()
+
+
 def test_rows_in_another_dimension_and_packed_sequences():
     torch.manual_seed(0)
     plain = linears().double()
@@ -538,7 +560,7 @@ def test_who_reads_a_weight_inside_is_told():
     paramlora.merge(model)
 
 
-@pytest.mark.parametrize("layer", ["linear", "attention"])
+@pytest.mark.parametrize("layer", ["linear", "attention", "encoder"])
 @pytest.mark.parametrize("leaves", [0, 1])
 def test_blocks_are_left_in_any_order(layer, leaves):
     """The rows of the last block that is open act, as with both left in turn; then none do."""
@@ -548,6 +570,9 @@ def test_blocks_are_left_in_any_order(layer, leaves):
     else:
         plain = nn.MultiheadAttention(4, 2, batch_first=True).double()
         names, inputs = ["in_proj_weight"], 3
+    if layer == "encoder":
+        one = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        plain, names, inputs = nn.TransformerEncoder(one, 1).double(), ["linear1"], 1
     model = adapted(copy.deepcopy(plain), names)
     x = (torch.randn(2, 5, 4, dtype=torch.float64),) * inputs
     rows = (["a", "b"], ["b", None])
@@ -556,7 +581,7 @@ def test_blocks_are_left_in_any_order(layer, leaves):
         each = [one_row(plain, model, n, *(t[i : i + 1] for t in x)) for i, n in enumerate(own)]
         return torch.cat([first(y) for y in each])
 
-    whole, base = first(model(*x)), set(vars(model))
+    whole, base = first(model(*x)), {k: id(v) for k, v in vars(model).items()}
     blocks = [paramlora.route(model, own) for own in rows]
     for block, own in zip(blocks, rows):
         block.__enter__()
@@ -564,7 +589,8 @@ def test_blocks_are_left_in_any_order(layer, leaves):
     blocks[leaves].__exit__(None, None, None)
     torch.testing.assert_close(first(model(*x)), alone(rows[1 - leaves]), rtol=1e-10, atol=1e-10)
     blocks[1 - leaves].__exit__(None, None, None)
-    assert torch.equal(first(model(*x)), whole) and set(vars(model)) == base
+    assert torch.equal(first(model(*x)), whole)
+    assert {k: id(v) for k, v in vars(model).items()} == base
 
 
 def test_updates_that_share_a_switch_change_alone():
