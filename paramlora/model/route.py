@@ -17,7 +17,7 @@ from paramlora.model.attach import (
     updates_of,
 )
 from paramlora.model.experts import takes_rows
-from paramlora.model.forwards import below, forward_of, is_known
+from paramlora.model.forwards import below, is_known, reaches_known
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
@@ -290,7 +290,7 @@ def _is_grouped(module: Any, base: type) -> bool:
     odd = isinstance(module, nn.Embedding) and (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     )
-    return plain and not odd and forward_of(base) is not None and not issubclass(base, _Inner)
+    return plain and not odd and reaches_known(base) and not issubclass(base, _Inner)
 
 
 def _tied(path: str) -> str:

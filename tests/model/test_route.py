@@ -89,6 +89,40 @@ def test_embedding():
     check(lambda: nn.Embedding(9, 5), ["weight"], many, rows=["a", "b", None, "c"] * 30)
 
 
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 2.0
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)) + 1.0
+
+
+class ShiftedAgain(Shifted):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: Scaled(9, 5), torch.arange(len(ROWS) * 4).view(len(ROWS), 4) % 9),
+        (lambda: Shifted(6, 5), images(3, 6)),
+        (lambda: ShiftedAgain(6, 5), images(3, 6)),
+        (lambda: Causal(4, 6, 3), images(4, 7)),
+    ],
+    ids=["embedding", "linear", "twice", "convolution"],
+)
+def test_a_forward_that_ends_in_a_known_one(make, x):
+    check(make, ["weight"], x)
+
+
 def test_conv1d_of_transformers():
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     check(lambda: pytorch_utils.Conv1D(5, 5), ["weight"], images(3, 5))
@@ -447,6 +481,29 @@ class Unknown(nn.Module):
 
     def forward(self, x):
         return x @ self.table.t()
+
+
+class ReadsItself(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+class EndsInThat(ReadsItself):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Quick(nn.Linear):
+    forward = staticmethod(torch.tanh)  # no function of Python, so nothing of it is known
+
+
+@pytest.mark.parametrize("kind", [ReadsItself, EndsInThat, Quick])
+def test_a_subclass_that_ends_in_no_known_forward_is_refused(kind):
+    model = adapted(nn.Sequential(kind(6, 6)), ["0"])
+    with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, ROWS):
+        pass
+    assert str(told.value).startswith(f"0: of {kind.__name__} only the tensor is known")
+    assert all(update.switch.rows is None for _, _, update in updates(model))
 
 
 def test_a_layer_that_cannot_tell_rows_apart_is_refused_before_anything_runs():
