@@ -272,6 +272,7 @@ def wrong_rows(kind: type, x: Tensor, dim: int, count: int, packed: bool = False
     rows = counted(count, "position" if packed else "row")
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {rows} of paramlora.route. Give route the rows of this "
-        "batch, or their dim."
+        f"not the {rows} of paramlora.route. Give route the rows of this batch, or their dim. "
+        "Where a layer is given no rows, such as a table of positions, detach the adapters from "
+        "it, or call the model once for each (set_adapters)."
     )

@@ -472,6 +472,7 @@ def test_another_number_of_rows_is_refused():
     assert "Linear was given an input of shape [5, 6], whose dimension 0 is not the 6" in str(
         told.value
     )
+    assert str(told.value).endswith("or call the model once for each (set_adapters).")
 
 
 class Unknown(nn.Module):
@@ -607,8 +608,11 @@ def test_a_checkpointed_layer_is_not_computed_again_with_the_rows_of_another_blo
 def test_who_reads_a_weight_inside_is_told():
     model = adapted(linears(), ["0", "2"])
     with paramlora.route(model, ROWS):
-        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
+        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch") as told:
             _ = model[0].weight
+        assert "once for each adapter (set_adapters), or detach the adapters from" in str(
+            told.value
+        )
         with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
             paramlora.merge(model)
         with pytest.raises(paramlora.AdapterError, match="cannot be attached inside of paramlora"):
