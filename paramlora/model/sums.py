@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from paramlora.model.recomputed import read_again
@@ -105,9 +106,11 @@ class _Steps:
         return cls.count
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _stepped(*_: Any) -> None:
-    _Steps.count += 1  # in compiled code it would be guarded, and each step compiled anew
+    # a number in compiled code is guarded, and each step would be compiled anew; but for a fused
+    # one, a step that is compiled counts versions
+    if not is_compiling():
+        _Steps.count += 1
 
 
 @dataclass
