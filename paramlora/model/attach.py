@@ -443,7 +443,12 @@ def updates_of(module: nn.Module) -> list[tuple[str, Any]]:
     """(tensor name, torch's list of parametrizations or our list of soft branches)."""
     # a layer has soft branches under its weight's name, beside lists for any tensor
     soft = [("weight", module._modules[BRANCHES])] if BRANCHES in module._modules else []
-    return [*parametrized(module).items(), *soft]
+    held = [*parametrized(module).items()]
+    if len(held) > 1:
+        # as the layer has them, whichever adapter came first: optimizers go by the order
+        order = {name: at for at, name in enumerate((*_before(module)[0], *_before(module)[1]))}
+        held.sort(key=lambda one: order.get(one[0], len(order)))
+    return [*held, *soft]
 
 
 def check_adapters(model: nn.Module, adapters: "str | list[str] | None") -> list[str]:

@@ -241,7 +241,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         ``[rows, out]``.
 
     Raises:
-        AdapterError: the layer has no such stack.
+        AdapterError: the layer has no such stack, or `counts` is none of its matrices'.
 
     Example:
         >>> import paramlora
@@ -268,6 +268,15 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         raise AdapterError(
             f"{name!r} of {type(layer).__name__} is of shape {list(stack.weight.shape)}, where a "
             "stack of matrices, [experts, out, in], is needed. Name such a one."
+        )
+    experts = len(stack.weight)
+    # by what no device is waited for
+    sound = isinstance(counts, Tensor) and counts.shape == (experts,)
+    if not sound or counts.is_floating_point() or counts.dtype == torch.bool:
+        got = f"{list(counts.shape)} of {counts.dtype}" if isinstance(counts, Tensor) else counts
+        raise AdapterError(
+            f"counts must tell the rows of each of the {experts} matrices of {name!r}, in a tensor "
+            f"of {experts} whole numbers, got {got}. Give index.bincount(minlength={experts})."
         )
     # 32 bits, as torch's grouped product and the kernels take them
     return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)

@@ -4,6 +4,7 @@ A known forward is used only while the updates are the weight's only parametriza
 tensor is a plain one; else the layer's own forward reads ``weight``, the dense sum.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -84,6 +85,23 @@ def ending_in(base: type) -> Optional[type]:
             # behind `base` in the order of methods, so that `super().forward` in it finds this one
             return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
     return None
+
+
+def reaches_known(base: type) -> bool:
+    """Whether a layer type's forward is a known one, or says ``super().forward`` up to one, as a
+    scaled embedding's does."""
+    for kind in base.__mro__:
+        own = vars(kind).get("forward")
+        if own is None:
+            continue
+        if forward_of(kind) is not None:
+            # of a metaclass that `ending_in` cannot stand behind, nothing is known
+            return kind is base or forward_of(base) is not None or ending_in(base) is not None
+        # a decorator's code tells nothing of what it decorates
+        code = getattr(inspect.unwrap(own), "__code__", None)
+        if code is None or "super" not in code.co_names:
+            return False
+    return False
 
 
 def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:

@@ -2,10 +2,12 @@
 
 import copyreg
 import sys
+import threading
 from copy import deepcopy
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -143,6 +145,8 @@ def _shared(base: type, names: frozenset[str], forward: Any) -> type:
         register_buffer=_register(base, "register_buffer"),
         _load_from_state_dict=_load(base),
     )
+    if issubclass(base, nn.RNNBase):
+        body.update({name: _of_each_thread(name) for name in _READ})
     bases: tuple[type, ...] = (base,)
     fast = expert_forward_of(base)
     # of a layer with other tensors adapted no fast forward is known
@@ -193,6 +197,49 @@ def _tensor_property(name: str) -> property:
         del self.__dict__[name]
 
     return _Shown(get, put, delete)
+
+
+# what an RNN keeps of its weights: those that its next product takes, and by which it knows them
+_READ = ("_flat_weights", "_flat_weight_refs")
+
+
+class _Threads(threading.local):
+    """What each thread has read of the weights of RNNs."""
+
+    def __init__(self) -> None:
+        self.read: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+_THREADS = _Threads()
+
+
+def _of_each_thread(name: str) -> property:
+    """What a call of an RNN puts on its layer, for that call's thread: torch reads the weights of
+    each call anew where they are sums, and another thread's are of other rows, or without
+    gradients."""
+
+    def get(self: nn.Module) -> Any:
+        # one thread traces, and its own variables are nothing that compiled code has
+        if is_compiling():
+            return self.__dict__[name]
+        own = _THREADS.read.get(self, {})
+        if name in own:
+            return own[name]
+        held = self.__dict__[name]
+        # of another thread: dead references, so that torch reads the weights again
+        return [_nothing] * len(held) if name == "_flat_weight_refs" else held
+
+    def put(self: nn.Module, value: Any) -> None:
+        # also on the layer, for those who look there: torch once the last update is off
+        self.__dict__[name] = value
+        if not is_compiling():
+            _THREADS.read.setdefault(self, {})[name] = value
+
+    return property(get, put)
+
+
+def _nothing() -> None:
+    """What a weak reference gives whose object is gone."""
 
 
 def _set(base: type) -> Any:

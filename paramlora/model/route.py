@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -16,7 +17,7 @@ from paramlora.model.attach import (
     updates_of,
 )
 from paramlora.model.experts import takes_rows
-from paramlora.model.forwards import below, forward_of, is_known
+from paramlora.model.forwards import below, is_known, reaches_known
 from paramlora.model.layer_class import holds_updates, parametrized
 from paramlora.model.split import Split, splits, takes_positions
 from paramlora.model.targets import stem, unwrapped
@@ -98,7 +99,7 @@ def route(
         groups = _groups(list(there), index) if split else {}
         # a forward of the instance's own: the class serves other layers too
         for layer, update, own in split:
-            _replace(layer, Split(layer, dim, groups, update, own), undo)
+            _replace(layer, "forward", Split(layer, dim, groups, update, own), undo)
 
     with surely_left(enter, _leave):
         yield model
@@ -289,7 +290,7 @@ def _is_grouped(module: Any, base: type) -> bool:
     odd = isinstance(module, nn.Embedding) and (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     )
-    return plain and not odd and forward_of(base) is not None and not issubclass(base, _Inner)
+    return plain and not odd and reaches_known(base) and not issubclass(base, _Inner)
 
 
 def _tied(path: str) -> str:
@@ -320,6 +321,32 @@ def _enter(
             hook = partial(_nothing)  # one of its own, by which it is found
             undo.append(partial(_unhook, layer, hook))  # first: what stops the next line needs it
             layer.register_forward_pre_hook(hook)
+        # and packs rows of several lengths before the first layer, which it asks for its weights
+        if isinstance(layer, nn.TransformerEncoder) and holds_updates(layer):
+            if _PACKS in vars(layer):
+                _replace(layer, _PACKS, _Unpacked(vars(layer)[_PACKS]), undo)
+
+
+_PACKS = "use_nested_tensor"  # by which torch's encoder tells whether it may
+
+
+class _Unpacked:
+    """That an encoder packs no rows, inside of a block.
+
+    Attributes:
+        before: what it took the place of.
+        left: whether its block is.
+    """
+
+    def __init__(self, before: Any) -> None:
+        self.before, self.left = before, False
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """That of a copy, of which no block is open: as it was."""
+        return deepcopy(self.before, memo)
 
 
 def _nothing(*_: Any) -> None:
@@ -354,25 +381,27 @@ def _put(
         put(new)
 
 
-def _replace(layer: nn.Module, forward: Split, undo: list[_Undo]) -> None:
-    """Give one layer another forward of its own, until it is left."""
+def _replace(
+    layer: nn.Module, name: str, value: Union[Split, _Unpacked], undo: list[_Undo]
+) -> None:
+    """Give one layer another attribute of its own, such as its forward, until it is left."""
     own = vars(layer)
-    undo.append(partial(_restore, own, forward))  # first: what stops the next line needs it
-    own["forward"] = forward
+    undo.append(partial(_restore, own, name, value))  # first: what stops the next line needs it
+    own[name] = value
 
 
-def _restore(own: dict[str, Any], forward: Any) -> None:
-    """Put back what was there before a forward, of the blocks that are not left yet."""
-    forward.left = True
-    if own.get("forward") is not forward:
+def _restore(own: dict[str, Any], name: str, value: Any) -> None:
+    """Put back what was there before a value, of the blocks that are not left yet."""
+    value.left = True
+    if own.get(name) is not value:
         return
     # blocks that are left and still below another one are passed over
-    while forward is not None and getattr(forward, "left", False):
-        forward = forward.before
-    if forward is None:
-        del own["forward"]
+    while value is not None and getattr(value, "left", False):
+        value = value.before
+    if value is None:
+        del own[name]
     else:
-        own["forward"] = forward
+        own[name] = value
 
 
 def _leave(undo: list[_Undo]) -> None:

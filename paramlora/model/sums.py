@@ -13,6 +13,8 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from paramlora.model.recomputed import read_again
 from paramlora.update.attached import AttachedUpdate
@@ -88,6 +90,29 @@ def _held() -> Optional[dict[Any, Any]]:
     return there[_HELD]  # type: ignore[no-any-return]
 
 
+class _Steps:
+    """How many steps optimizers have taken. A fused one, and one with kernels of its own, write to
+    parameters without counting a version of them."""
+
+    count = 0
+    counted = False
+
+    @classmethod
+    def until_now(cls) -> int:
+        """Their number, which is counted from the first call on: before it no sum was held."""
+        if not cls.counted:
+            cls.counted = True
+            register_optimizer_step_post_hook(_stepped)
+        return cls.count
+
+
+def _stepped(*_: Any) -> None:
+    # a number in compiled code is guarded, and each step would be compiled anew; but for a fused
+    # one, a step that is compiled counts versions
+    if not is_compiling():
+        _Steps.count += 1
+
+
 @dataclass
 class _State:
     """What a sum was computed from, to be compared by what cannot change unseen."""
@@ -106,7 +131,7 @@ class _State:
         if any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
             return None
         # a sum that was made under inference mode cannot serve autograd
-        rest: list[Any] = [torch.is_inference_mode_enabled(), updates]
+        rest: list[Any] = [torch.is_inference_mode_enabled(), updates, _Steps.until_now()]
         rest += [update.strength for update in updates]
         # `_version` shows what is written in place, `data_ptr` what `.data` was given
         rest += [(t._version, t.data_ptr(), t.requires_grad, t.dtype) for t in tensors]

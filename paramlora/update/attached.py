@@ -277,8 +277,9 @@ class AttachedUpdate(nn.Module):
         """The error of a reader of the tensor that wants one for all rows of a batch."""
         return AdapterError(
             f'adapter "{self.adapter}" acts on some rows of the batch here, and what read its '
-            "tensor wants one for all of them. Call it outside of paramlora.route, or under "
-            "checkpointing call backward inside of it."
+            "tensor wants one for all of them. Call it outside of paramlora.route, once for each "
+            "adapter (set_adapters), or detach the adapters from that tensor; under checkpointing "
+            "call backward inside of it."
         )
 
     @property

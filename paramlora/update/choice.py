@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import AdapterError, counted
+from paramlora.update.compat import current_backward
 
 # not None, which stands for the base's rows
 UNSPLIT = ""  # no adapter has such a name
@@ -59,7 +60,8 @@ class Flattened:
 
     def __init__(self, parents: dict[int, str]) -> None:
         self.parents = parents
-        self.seen: dict[str, int] = {}  # by module how many positions it was given
+        # by module, and by thread, how many positions it was given: each calls with its own batch
+        self.seen: dict[str, dict[int, int]] = {}
 
     def holds(self, layer: object, x: Tensor, count: int) -> bool:
         """Whether a layer's input is such a batch of so many rows."""
@@ -68,11 +70,15 @@ class Flattened:
             return False
         # `_base` is what a view was made of
         base, positions = x._base, x.shape[:-1].numel()
-        if base is None or base.shape[:1] != (count,) or not _same_memory(x, base):
-            # no view of the batch: as many positions as one beside it was given
-            return self.seen.get(parent) == positions
-        self.seen[parent] = positions
-        return True
+        seen = self.seen.setdefault(parent, {})
+        if base is not None and base.shape[:1] == (count,) and _same_memory(x, base):
+            seen[threading.get_ident()] = positions
+            return True
+        # no view of the batch: as many positions as one beside it was given
+        if seen.get(threading.get_ident()) == positions:
+            return True
+        # a backward has threads of its own, and its forward was any
+        return current_backward() != -1 and positions in seen.values()
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
@@ -266,6 +272,7 @@ def wrong_rows(kind: type, x: Tensor, dim: int, count: int, packed: bool = False
     rows = counted(count, "position" if packed else "row")
     return AdapterError(
         f"{plain.__name__} was given an input of shape {list(x.shape)}, whose dimension {dim} is "
-        f"not the {rows} of paramlora.route. Give route the rows of this "
-        "batch, or their dim."
+        f"not the {rows} of paramlora.route. Give route the rows of this batch, or their dim. "
+        "Where a layer is given no rows, such as a table of positions, detach the adapters from "
+        "it, or call the model once for each (set_adapters)."
     )

@@ -309,6 +309,25 @@ def test_ones_own_class(no_sums):
         paramlora.expert_linear(layer, "weight", x, counts)
 
 
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "got"),
+    [
+        ([2, 0, 4], r"got \[2, 0, 4\]"),
+        (torch.tensor([2, 4]), r"got \[2\] of torch.int64"),
+        (torch.tensor([[2, 0, 4]]), r"got \[1, 3\] of torch.int64"),
+        (torch.tensor([2.0, 0.0, 4.0]), r"got \[3\] of torch.float32"),
+        (torch.tensor([True, False, True]), r"got \[3\] of torch.bool"),
+    ],
+    ids=["list", "short", "dimensions", "float", "bool"],
+)
+def test_counts_of_other_experts_are_refused(counts, got, updates):
+    layer = adapted(Own(), ["w1"]) if updates else Own()
+    told = f"each of the 3 matrices of 'w1'.*{got}. Give index.bincount\\(minlength=3\\)."
+    with pytest.raises(paramlora.AdapterError, match=told):
+        layer(torch.randn(6, 4).double(), counts)
+
+
 def test_merged_saved_and_off_as_every_other(tmp_path):
     layer = mixtral()
     inputs = routed(layer)

@@ -2,6 +2,7 @@
 what happens to another."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -177,6 +178,37 @@ def test_the_base_does_not_move():
     before, run = base().state_dict(), Run(replace)
     after = paramlora.detach(copy.deepcopy(run.model)).state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        (lambda: nn.LSTM(4, 1), "weight_hh_l0"),
+        (lambda: nn.MultiheadAttention(4, 2, kdim=5, vdim=4), "v_proj_weight"),
+        (lambda: nn.LSTM(4, 1), "bias_ih_l0"),
+    ],
+    ids=["recurrent", "attention", "whole"],
+)
+def test_an_optimizer_gets_an_adapter_in_one_order_whichever_came_before(make, first):
+    """By which it knows its state again, where the others are not there any more."""
+
+    def asked(model):
+        entries = {"re:.*weight(_[ih]h_l0)?": {"r": 1}}
+        if isinstance(model, nn.LSTM):
+            entries["bias_ih_l0"] = {"whole": True}
+        model = paramlora.attach(model, entries, "mine")
+        names = {id(p): own(name) for name, p in model.named_parameters()}
+        groups = paramlora.parameter_groups(model, 1e-3, adapter="mine")
+        mine = [paramlora.trainable_parameters(model, "mine"), *[g["params"] for g in groups]]
+        return [[names[id(p)] for p in params] for params in mine]
+
+    def own(name):
+        return re.sub(r"parametrizations\.(\w+)\.\d+\.", r"\1.", name)
+
+    entry = {"whole": True} if first.startswith("bias") else {"r": 1}
+    alone, behind = asked(make()), asked(paramlora.attach(make(), {first: entry}, "other"))
+    assert alone == behind
+    assert len(alone[0]) > 3
 
 
 def test_groups_of_one_adapter():

@@ -89,6 +89,40 @@ def test_embedding():
     check(lambda: nn.Embedding(9, 5), ["weight"], many, rows=["a", "b", None, "c"] * 30)
 
 
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 2.0
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)) + 1.0
+
+
+class ShiftedAgain(Shifted):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: Scaled(9, 5), torch.arange(len(ROWS) * 4).view(len(ROWS), 4) % 9),
+        (lambda: Shifted(6, 5), images(3, 6)),
+        (lambda: ShiftedAgain(6, 5), images(3, 6)),
+        (lambda: Causal(4, 6, 3), images(4, 7)),
+    ],
+    ids=["embedding", "linear", "twice", "convolution"],
+)
+def test_a_forward_that_ends_in_a_known_one(make, x):
+    check(make, ["weight"], x)
+
+
 def test_conv1d_of_transformers():
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     check(lambda: pytorch_utils.Conv1D(5, 5), ["weight"], images(3, 5))
@@ -133,6 +167,28 @@ def test_an_encoder_layer_is_not_fused_past_its_rows(training):
     plain.train()  # whose evaluation is not the fused one
     for i, name in enumerate(ROWS):
         torch.testing.assert_close(y[i : i + 1], one_row(plain, model, name, x[i : i + 1]))
+
+
+@pytest.mark.parametrize("layers", [["in_proj_weight", "linear1", "out_proj"], ["1.linear2"]])
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_an_encoder_packs_no_rows_past_their_adapters(layers, no_grad):
+    """In evaluation torch packs what its mask of padding leaves of the rows, and asks the first
+    layer for its weights before."""
+    torch.manual_seed(0)
+    one = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(one, 2).double()
+    model, x = adapted(copy.deepcopy(plain), layers).eval(), images(5, 8)
+    padding = torch.arange(5) >= torch.tensor([5, 3, 4, 5, 1, 2])[:, None]
+    before = {**vars(model)}
+    with torch.set_grad_enabled(not no_grad), paramlora.route(model, ROWS):
+        y = model(x, src_key_padding_mask=padding)
+        other = copy.deepcopy(model)
+    for i, name in enumerate(ROWS):
+        kept = x[i : i + 1, : int((~padding[i]).sum())]
+        torch.testing.assert_close(y[i : i + 1, : kept.shape[1]], one_row(plain, model, name, kept))
+    # and torch may pack again
+    for left in (model, other):
+        assert vars(left)["use_nested_tensor"] is True and vars(left).keys() == before.keys()
 
 
 def test_rows_in_another_dimension_and_packed_sequences():
@@ -416,6 +472,7 @@ def test_another_number_of_rows_is_refused():
     assert "Linear was given an input of shape [5, 6], whose dimension 0 is not the 6" in str(
         told.value
     )
+    assert str(told.value).endswith("or call the model once for each (set_adapters).")
 
 
 class Unknown(nn.Module):
@@ -425,6 +482,29 @@ class Unknown(nn.Module):
 
     def forward(self, x):
         return x @ self.table.t()
+
+
+class ReadsItself(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+class EndsInThat(ReadsItself):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Quick(nn.Linear):
+    forward = staticmethod(torch.tanh)  # no function of Python, so nothing of it is known
+
+
+@pytest.mark.parametrize("kind", [ReadsItself, EndsInThat, Quick])
+def test_a_subclass_that_ends_in_no_known_forward_is_refused(kind):
+    model = adapted(nn.Sequential(kind(6, 6)), ["0"])
+    with pytest.raises(paramlora.AdapterError) as told, paramlora.route(model, ROWS):
+        pass
+    assert str(told.value).startswith(f"0: of {kind.__name__} only the tensor is known")
+    assert all(update.switch.rows is None for _, _, update in updates(model))
 
 
 def test_a_layer_that_cannot_tell_rows_apart_is_refused_before_anything_runs():
@@ -528,8 +608,11 @@ def test_a_checkpointed_layer_is_not_computed_again_with_the_rows_of_another_blo
 def test_who_reads_a_weight_inside_is_told():
     model = adapted(linears(), ["0", "2"])
     with paramlora.route(model, ROWS):
-        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
+        with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch") as told:
             _ = model[0].weight
+        assert "once for each adapter (set_adapters), or detach the adapters from" in str(
+            told.value
+        )
         with pytest.raises(paramlora.AdapterError, match="acts on some rows of the batch here"):
             paramlora.merge(model)
         with pytest.raises(paramlora.AdapterError, match="cannot be attached inside of paramlora"):
@@ -538,7 +621,7 @@ def test_who_reads_a_weight_inside_is_told():
     paramlora.merge(model)
 
 
-@pytest.mark.parametrize("layer", ["linear", "attention"])
+@pytest.mark.parametrize("layer", ["linear", "attention", "encoder"])
 @pytest.mark.parametrize("leaves", [0, 1])
 def test_blocks_are_left_in_any_order(layer, leaves):
     """The rows of the last block that is open act, as with both left in turn; then none do."""
@@ -548,6 +631,9 @@ def test_blocks_are_left_in_any_order(layer, leaves):
     else:
         plain = nn.MultiheadAttention(4, 2, batch_first=True).double()
         names, inputs = ["in_proj_weight"], 3
+    if layer == "encoder":
+        one = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        plain, names, inputs = nn.TransformerEncoder(one, 1).double(), ["linear1"], 1
     model = adapted(copy.deepcopy(plain), names)
     x = (torch.randn(2, 5, 4, dtype=torch.float64),) * inputs
     rows = (["a", "b"], ["b", None])
@@ -556,7 +642,7 @@ def test_blocks_are_left_in_any_order(layer, leaves):
         each = [one_row(plain, model, n, *(t[i : i + 1] for t in x)) for i, n in enumerate(own)]
         return torch.cat([first(y) for y in each])
 
-    whole, base = first(model(*x)), set(vars(model))
+    whole, base = first(model(*x)), {k: id(v) for k, v in vars(model).items()}
     blocks = [paramlora.route(model, own) for own in rows]
     for block, own in zip(blocks, rows):
         block.__enter__()
@@ -564,7 +650,8 @@ def test_blocks_are_left_in_any_order(layer, leaves):
     blocks[leaves].__exit__(None, None, None)
     torch.testing.assert_close(first(model(*x)), alone(rows[1 - leaves]), rtol=1e-10, atol=1e-10)
     blocks[1 - leaves].__exit__(None, None, None)
-    assert torch.equal(first(model(*x)), whole) and set(vars(model)) == base
+    assert torch.equal(first(model(*x)), whole)
+    assert {k: id(v) for k, v in vars(model).items()} == base
 
 
 def test_updates_that_share_a_switch_change_alone():

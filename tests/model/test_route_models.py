@@ -42,7 +42,40 @@ def bert():
     return transformers.BertModel(config), ["query", "value", "dense", "position_embeddings"]
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, bert])
+def gemma3():
+    """Whose embedding scales what `nn.Embedding` gives."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=50,
+    )
+    return transformers.Gemma3TextModel(config), ["embed_tokens", "q_proj", "down_proj"]
+
+
+def llama4():
+    """Whose router, a linear layer of its own, scores the tokens, flattened."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Llama4TextConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        intermediate_size_mlp=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=50,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+    )
+    return transformers.Llama4TextModel(config), ["router", "q_proj", "up_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, bert, gemma3, llama4])
 def test_language_models(make):
     torch.manual_seed(0)
     plain, layers = make()

@@ -198,6 +198,15 @@ def optimizer(model):
     torch.optim.AdamW([b], lr=0.1).step()
 
 
+@torch.no_grad()
+def fused(model):
+    """Which counts no version of what it writes to."""
+    b = model.parametrizations.stack[0].lora_B
+    b.grad, before = torch.ones_like(b), b._version
+    torch.optim.AdamW([b], lr=0.1, fused=True).step()
+    assert b._version == before
+
+
 def data(model):
     b = model.parametrizations.stack[0].lora_B
     b.data = b.data + 0.1
@@ -214,7 +223,7 @@ def second(model):
         nn.init.ones_(model.parametrizations.stack[1].lora_B)
 
 
-CHANGES = (step, new_base, strength, optimizer, data, written, second)
+CHANGES = (step, new_base, strength, optimizer, fused, data, written, second)
 
 
 @pytest.mark.parametrize("cached", (False, True))

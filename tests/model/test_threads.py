@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import Adapter, AdapterError, Update
@@ -192,6 +193,145 @@ def test_blocks_of_route_that_overlap_are_all_left(kind, often):
     torch.testing.assert_close(model(x), both, rtol=1e-12, atol=1e-12)
     with paramlora.route(model, named(ROWS[1])):
         torch.testing.assert_close(model(x), rowwise(found, ROWS[1]), rtol=1e-12, atol=1e-12)
+
+
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+
+
+def recurrent(kind):
+    """A recurrent layer with two adapters, a batch for it, and what a dense layer gives each row
+    with each of them."""
+    torch.manual_seed(0)
+    layer, x, found = kind(6, 5, batch_first=True).double(), torch.randn(3, 4, 6).double(), {}
+    dense = copy.deepcopy(layer)
+    paramlora.attach(layer, {"weight_hh_l0": {"r": 2}}, "a")
+    paramlora.attach(layer, {"weight_hh_l0": {"r": 3}}, "b")
+    base = dense.weight_hh_l0.detach().clone()
+    for update in [None, *[update for _, _, update in updates(layer)]]:
+        with torch.no_grad():
+            delta = 0 if update is None else update.lora_B.normal_() @ update.lora_A
+            dense.weight_hh_l0.copy_(base + delta)
+            found[update and update.adapter] = dense(x)[0]
+    return layer, x, found
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_layers_rows_are_those_of_their_own_thread(kind, often):
+    layer, x, found = recurrent(kind)
+
+    def calls():
+        for _ in range(60):
+            y, _ = layer(x.clone().requires_grad_())
+            y.sum().backward()
+            torch.testing.assert_close(y, rowwise(found, ROWS[0]), rtol=1e-12, atol=1e-12)
+
+    with paramlora.route(layer, ROWS[0]):
+        together(calls, calls, calls)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_layer_trains_while_another_thread_wants_no_gradients(kind):
+    layer, x, _ = recurrent(kind)
+    factors = list(paramlora.trainable_parameters(layer))
+    wanted = torch.autograd.grad(layer(x)[0].square().sum(), factors)
+    check, own = layer.check_forward_args, threading.get_ident()
+
+    def evaluates():
+        with torch.no_grad():
+            layer(x)
+
+    def checked(*args):  # what a call does between its reading of the weights and its product
+        if threading.get_ident() == own:
+            together(evaluates)
+        check(*args)
+
+    layer.check_forward_args = checked
+    found = torch.autograd.grad(layer(x)[0].square().sum(), factors)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_layer_is_as_it_is_now_in_every_thread(kind):
+    """What one thread's call read of the weights is none of another's, also where they change
+    between the calls and are read as they are stored."""
+    layer, x, found = recurrent(kind)
+    paramlora.set_adapters(layer, {"a": 1.0, "b": 0.0})
+    turns = [threading.Event() for _ in range(4)]
+
+    def one():
+        torch.testing.assert_close(layer(x)[0], found["a"], rtol=1e-12, atol=1e-12)
+        turns[0].set()
+        turns[1].wait(60)
+        torch.testing.assert_close(layer(x)[0], found[None], rtol=1e-12, atol=1e-12)
+
+    def other():
+        turns[0].wait(60)
+        paramlora.set_adapters(layer, {"a": 0.0})
+        torch.testing.assert_close(layer(x)[0], found[None], rtol=1e-12, atol=1e-12)
+        turns[1].set()
+
+    together(one, other)
+    copied = copy.copy(layer)
+    together(lambda: torch.testing.assert_close(copied(x)[0], found[None], rtol=1e-12, atol=1e-12))
+    torch.testing.assert_close(paramlora.detach(layer)(x)[0], found[None], rtol=1e-12, atol=1e-12)
+
+
+class Flat(nn.Module):
+    """Flattens its batch's tokens, as mixtures of experts do before an MLP."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.mlp, self.reentrant = (
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)),
+            reentrant,
+        )
+
+    def forward(self, x):
+        flat = x.view(-1, 6)
+        if self.reentrant is None or not x.requires_grad:
+            return self.mlp(flat).view(x.shape)
+        return checkpoint(self.mlp, flat, use_reentrant=self.reentrant).view(x.shape)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_batches_of_other_lengths_are_flattened_in_other_threads(reentrant):
+    """Also where a backward, which has a thread of its own on CUDA, computes a segment again."""
+    torch.manual_seed(0)
+    model, own = Flat(reentrant).double(), threading.get_ident()
+    dense = copy.deepcopy(model)
+    for name in ("a", "b"):
+        paramlora.attach(model, {"0": {"r": 2}, "2": {"r": 2}}, name)
+    with torch.no_grad():
+        for _, _, update in updates(model):
+            update.lora_B.normal_()
+
+    def wanted(x):
+        rows = []
+        for at, name in enumerate(ROWS[0]):
+            with torch.no_grad():
+                for index in (0, 2):
+                    plist = model.mlp[index].parametrizations.weight
+                    held = [update for update in plist if update.adapter == name]
+                    delta = sum(update.lora_B @ update.lora_A for update in held)
+                    dense.mlp[index].weight.copy_(plist.original + delta)
+                rows.append(dense(x[at : at + 1]))
+        return torch.cat(rows)
+
+    x, longer = torch.randn(3, 4, 6).double(), torch.randn(3, 7, 6).double()
+    x_wanted, longer_wanted = wanted(x), wanted(longer)
+
+    def calls_the_longer():
+        torch.testing.assert_close(model(longer), longer_wanted, rtol=1e-12, atol=1e-12)
+
+    def meanwhile(*_):
+        if threading.get_ident() == own:
+            together(calls_the_longer)
+
+    model.mlp[2].register_forward_pre_hook(meanwhile)
+    with paramlora.route(model, ROWS[0]):
+        y = model(x.requires_grad_())
+        together(y.sum().backward)
+        torch.testing.assert_close(y, x_wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_files_are_worked_on_at_once(tmp_path, often):
