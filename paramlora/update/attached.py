@@ -536,6 +536,12 @@ class AttachedUpdate(nn.Module):
         )
 
     @classmethod
+    def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Its tensors where a layer stores the same matrix the other way round, ``[in, out]`` for
+        ``[out, in]``; those that run along the matrix's sides alone stay."""
+        return held
+
+    @classmethod
     def read_file(
         cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
     ) -> Value:

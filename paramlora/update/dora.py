@@ -104,6 +104,11 @@ class Dora(LowRank):
             n in (1, size) for n, size in zip(shape, self.weight_shape)
         )
 
+    @classmethod
+    def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the magnitude along the dimensions of the weight that is stored so."""
+        return {**held, "lora_magnitude": held["lora_magnitude"].transpose(0, 1)}
+
     @torch.no_grad()
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is left to be copied of a file's values, whose norm may be over the other side."""
