@@ -103,7 +103,7 @@ def fill(model):
     generator = torch.Generator().manual_seed(3)
     for _, _, update in updates(model):
         for name, value in update.named_parameters():
-            if name in ("lora_B", "lora_whole"):
+            if name in ("lora_B", "lora_whole", "lora_magnitude", "lora_rows") or "w2" in name:
                 value.data += 0.3 * torch.randn(value.shape, generator=generator).to(value.dtype)
     return model
 
@@ -139,6 +139,13 @@ CASES = {
         {"q_proj": {"r": 2}, "re:.*experts.(gate_up|down)_proj": {"r": 2}},
     ),
     "vit": (vit, {"re:.*patch_embeddings.projection": {"r": 2}, "q_proj": {"r": 2}}),
+    "llama dora": (llama, {name: {"r": 2, "kind": "dora"} for name in ("q_proj", "lm_head")}),
+    "gpt2 dora": (gpt2, {name: {"r": 2, "kind": "dora"} for name in ("c_attn", "c_proj", "wpe")}),
+    "vit dora": (vit, {"re:.*patch_embeddings.projection|.*q_proj": {"r": 2, "kind": "dora"}}),
+    "llama loha": (llama, {"q_proj": {"r": 2, "kind": "loha"}}),
+    "llama lokr": (llama, {"q_proj": {"r": 1, "kind": "lokr"}, "v_proj": {"r": 1, "kind": "lokr"}}),
+    "llama rows": (llama, {"embed_tokens": {"rows": [2, 5]}}),
+    "gpt2 rows": (gpt2, {"wte": {"rows": [2, 5]}, "c_attn": {"r": 2}}),
     "backbone": (gpt2, {"trainable_model": 1, "c_attn": {"r": 2}}),
 }
 
