@@ -602,6 +602,9 @@ class AttachedUpdate(nn.Module):
         )
         return "stack" if stacked else "matrix"
 
+    def before_resize(self, base: Tensor) -> None:
+        """Keep what `resize` will need of a base that is about to be resized."""
+
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:
         """Take the size of its base, which has been resized: what is new is zero, as before
@@ -618,7 +621,10 @@ class AttachedUpdate(nn.Module):
                 put_in_place(own, sized(own, dim, size))
             # along its outputs it may be of size 1 or the weight's: anything else must be told how
             # to grow
-            elif own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0]):
+            # and of what only the kind knows
+            elif part == "own" or (
+                own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0])
+            ):
                 raise AdapterError(
                     f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
                     "is on new rows, so its tensor cannot be resized. Merge or detach it first."
