@@ -449,6 +449,12 @@ def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _An
     laid = ((update if tied else update.relaid(layout), layout) for layout in layouts)
     fits = (found for one, layout in laid if (found := one.fitted(slot.shape, [layout])))
     fitted = next(fits, None)
+    if fitted is None and tied:
+        raise FileError(
+            f"{source}: {path}: one of several layers that hold a tensor, whose "
+            f'"{update.method}" is by the sides of another one, and this format has one of each '
+            "layer. Keep the native format."
+        )
     if fitted is None:
         sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
         raise FileError(

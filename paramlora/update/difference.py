@@ -55,7 +55,10 @@ class Difference(AttachedUpdate):
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Difference":
         """Zero, so that nothing changes yet."""
-        return cls(site.weight.detach(), adapter, gains)
+        update = cls(site.weight.detach(), adapter, gains)
+        # it changes the tensor as it is stored; a file of factors asks which side is the input
+        update.keep(layout=site.layout)
+        return update
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
