@@ -214,6 +214,7 @@ class AttachedUpdate(nn.Module):
     """
 
     alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
+    adds: ClassVar[bool] = False  # whether what it adds does not depend on what it is added to
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
@@ -715,6 +716,11 @@ def most(update: AttachedUpdate, largest: float) -> float:
     """What an update tells as `at_most`, where it is of the weight that its class computes."""
     kind: Any = type(update)
     return math.inf if _unsaid(kind, "at_most") else update.at_most(largest)
+
+
+def adds(update: AttachedUpdate) -> bool:
+    """What an update tells as `adds`, where it is of the weight that its class computes."""
+    return update.adds and not _unsaid(type(update), "adds")
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

@@ -36,6 +36,7 @@ class Difference(AttachedUpdate):
     """
 
     method = "difference"
+    adds = True
     parts = {"lora_diff": "weight"}
     bounded = False
     tied = True

@@ -38,6 +38,7 @@ class Dora(LowRank):
     """
 
     method = "dora"
+    adds = False
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter
     weight_shape: tuple[int, ...]
