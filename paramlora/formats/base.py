@@ -241,16 +241,18 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
     peft's ``fan_in_fan_out`` is that of the last layer that it has adapted, whatever the others
     are: GPT-2's head is a Linear, and what stands before it are Conv1Ds.
     """
-    square, turned = [], []
+    square: list[str] = []
+    turned: list[str] = []
     for path, (value, there) in found.items():
         slot = base[there.whole] if there.whole is not None else None
         if slot is None or slot.layout is not None or value.kind not in (None, "linear"):
             continue
         told = value.shape
         if told is not None and len(told) == 2 and not there.turned:
-            (square if told[0] == told[1] else turned if told[::-1] == slot.shape else []).append(
-                path
-            )
+            if told[0] == told[1]:
+                square.append(path)
+            elif told[::-1] == slot.shape:
+                turned.append(path)
     if square and turned:
         raise FileError(
             f"{source}: {listed(square, 4)}: a checkpoint does not tell which side of a square "

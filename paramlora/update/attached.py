@@ -720,7 +720,8 @@ def most(update: AttachedUpdate, largest: float) -> float:
 
 def adds(update: AttachedUpdate) -> bool:
     """What an update tells as `adds`, where it is of the weight that its class computes."""
-    return update.adds and not _unsaid(type(update), "adds")
+    kind: Any = type(update)
+    return update.adds and not _unsaid(kind, "adds")
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

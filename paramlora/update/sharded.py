@@ -153,7 +153,7 @@ def laid_beside(value: Optional[Tensor], like: Any) -> Optional[Tensor]:
     from torch.distributed.tensor import DTensor, Replicate
 
     places = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(value, like.device_mesh, places, run_check=False)  # type: ignore[no-any-return]
+    return DTensor.from_local(value, like.device_mesh, places, run_check=False)
 
 
 def writes() -> bool:
