@@ -100,9 +100,9 @@ def merge(
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite or whose sum is
             beyond the weight's type, one that acts on the result of another that stays where the
-            two do not add up (a DoRA over a plain update), a soft one with ``"up_kernel": "same"``, one over a
-            parametrization that cannot hold the sum, one of a quantised weight without
-            `dequantize`, or a model under FSDP1.
+            two do not add up (a DoRA over a plain update), a soft one with
+            ``"up_kernel": "same"``, one over a parametrization that cannot hold the sum, one of a
+            quantised weight without `dequantize`, or a model under FSDP1.
 
     Example:
         >>> import paramlora
