@@ -100,7 +100,7 @@ def with_article(noun: str) -> str:
         >>> with_article("embedding"), with_article("convolution")
         ('an embedding', 'a convolution')
     """
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
 def counted(count: int, one: str) -> str:

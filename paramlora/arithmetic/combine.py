@@ -259,7 +259,7 @@ def _thinned(
     """The sum by a way that chooses entries: dense, one layer of it, and its nearest of a rank."""
     # these two need the dense products, which `exact` and `svd` never form
     _check_size(path, terms, way.how)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = _wide_enough(terms, torch.promote_types(dtype, torch.float32), way.density)
     # a generator: dare adds one product at a time; ties needs all of them at once
     dense = (((term.b * term.scale) @ term.a).to(wide) for term in terms)
     if way.how == "ties":
@@ -271,6 +271,16 @@ def _thinned(
     rank = min(way.rank, *total.shape[-2:])
     a, b = nearest(total, rank).factors(rank)
     return a, b, 1.0, distance(total, a, b)
+
+
+def _wide_enough(terms: list[_Term], wide: torch.dtype, density: float) -> torch.dtype:
+    """A type, or float64 where the norm of the sum may be beyond it, or its entries below."""
+    limits, count = torch.finfo(wide), terms[0].b.shape[-2] * terms[0].a[..., 0, :].numel()
+    # no entry of a product is above this; and all of a sum together, divided by what is kept
+    most = [abs(t.scale) * float(t.b.norm()) * float(t.a.norm()) for t in terms]
+    over = sum(most) * math.sqrt(count) / density > limits.max
+    under = max(most) < limits.tiny / limits.eps
+    return torch.float64 if over or under else wide
 
 
 def _check_size(path: str, terms: list[_Term], how: str) -> None:

@@ -304,7 +304,9 @@ def _without_differences(adapter: Adapter, form: Format) -> Adapter:
     if "difference" in form.kinds:
         return adapter
     rest, found = apart_from(adapter, "difference")
-    made = {path: factored(value) for path, value in found.items()}
+    # once for each value: tied tensors go on sharing theirs
+    once = {id(value): factored(value) for value in found.values()}
+    made = {path: once[id(value)] for path, value in found.items()}
     plain = {path: update for path, update in made.items() if update is not None}
     left = {path: value for path, value in found.items() if path not in plain}
     updates, others = {**rest.updates, **plain}, {**rest.others, **left}

@@ -135,6 +135,7 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     check_known((path for path in chosen if there[path] is None), base, options, source)
     found = {path: one for path, one in there.items() if one is not None}
     _check_once(found, source)
+    _check_sides({path: (chosen[path], one) for path, one in found.items()}, base, source)
     updates: dict[str, Value] = {}
     made: dict[tuple[int, Slot], Value] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
@@ -231,6 +232,33 @@ def _check_once(found: Mapping[str, Found], source: str) -> None:
                     "with component=... (--component), such as text_encoder_2."
                 )
             taken.add(meant)
+
+
+def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: str) -> None:
+    """Refuse square weights of a checkpoint where the file tells another's shape the other way
+    round: it may be as wrong of these, and no shape would show it.
+
+    peft's ``fan_in_fan_out`` is that of the last layer that it has adapted, whatever the others
+    are: GPT-2's head is a Linear, and what stands before it are Conv1Ds.
+    """
+    square: list[str] = []
+    turned: list[str] = []
+    for path, (value, there) in found.items():
+        slot = base[there.whole] if there.whole is not None else None
+        if slot is None or slot.layout is not None or value.kind not in (None, "linear"):
+            continue
+        told = value.shape
+        if told is not None and len(told) == 2 and not there.turned:
+            if told[0] == told[1]:
+                square.append(path)
+            elif told[::-1] == slot.shape:
+                turned.append(path)
+    if square and turned:
+        raise FileError(
+            f"{source}: {listed(square, 4)}: a checkpoint does not tell which side of a square "
+            f"weight is the input, and the file tells it wrongly of {turned[0]}. Give the model "
+            "(--model)."
+        )
 
 
 def _added(path: str, one: Value, second: Update, source: str) -> Update:
@@ -419,7 +447,16 @@ def _fitted(path: str, update: _Any, slot: Slot, source: str, tied: bool) -> _An
     if isinstance(update, Update):
         return _fitted_factors(path, update, slot, source, tied)
     layouts = [slot.layout] if slot.layout else [update.layout, *get_args(Layout)]
-    fitted = update.fitted(slot.shape, layouts)
+    # of a tied tensor another holder's layout says nothing of how the tensor is stored
+    laid = ((update if tied else update.relaid(layout), layout) for layout in layouts)
+    fits = (found for one, layout in laid if (found := one.fitted(slot.shape, [layout])))
+    fitted = next(fits, None)
+    if fitted is None and tied:
+        raise FileError(
+            f"{source}: {path}: one of several layers that hold a tensor, whose "
+            f'"{update.method}" is by the sides of another one, and this format has one of each '
+            "layer. Keep the native format."
+        )
     if fitted is None:
         sizes = ", ".join(f"{name} {list(t.shape)}" for name, t in update.held.items())
         raise FileError(

@@ -198,7 +198,9 @@ def factored(value: KindUpdate) -> Optional[Update]:
     own = value.held["lora_diff"]
     if own.dim() < 2 or value.layout == "stack":
         return None
-    update = replace(from_dense(own, None, value.scale), groups=value.groups).turned(value.layout)
+    # an earlier file's does not tell the sides of an embedding
+    layout = "transposed" if value.kind == "embedding" else value.layout
+    update = replace(from_dense(own, None, value.scale), groups=value.groups).turned(layout)
     return update if value.kind is None else replace(update, kind=value.kind)
 
 

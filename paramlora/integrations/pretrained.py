@@ -273,8 +273,24 @@ def resize_token_embeddings(model: nn.Module, own: _Own, *args: Any, **kwargs: A
                     f"{name} of {type(layer).__bases__[0].__name__} is under {why} beside its "
                     "adapter, so it cannot be resized. Resize first, then attach."
                 )
+    # which of them will be resized only the model knows
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for layer in dict.fromkeys((*_ends(model), *tables)):
+        for plist in parametrized(layer).values():
+            for update, base in _each_with_base(plist, plist.original):
+                update.before_resize(base)
     with _bare(model):
         return own(model, *args, **kwargs)
+
+
+@torch.no_grad()
+def _each_with_base(held: Any, base: Tensor) -> "Iterator[tuple[AttachedUpdate, Tensor]]":
+    """Updates, each with what those before it make of a base."""
+    for update in held:
+        if isinstance(update, AttachedUpdate):
+            yield update, base
+            if not (update.alone or update.beside):
+                base = update(base)
 
 
 def set_input_embeddings(model: nn.Module, own: _Own, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -433,5 +449,5 @@ class _Held:
 
     def _fit(self, held: Any, name: str, base: Optional[Tensor]) -> None:
         if base is not None and base.shape != self.shapes.get(name, base.shape):
-            for update in held:
-                answer(update, "resize", base)
+            for update, before in _each_with_base(held, base):
+                answer(update, "resize", before)

@@ -27,7 +27,7 @@ from paramlora.model.quantised import is_quantised, make_dense, tell_transformer
 from paramlora.model.targets import stem
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import to_the_end, unchanged_on_error
-from paramlora.update.attached import AttachedUpdate, answer, applied, most
+from paramlora.update.attached import AttachedUpdate, adds, answer, applied, most
 from paramlora.update.casts import is_storage
 from paramlora.update.contexts import as_made, own_context
 from paramlora.update.memory import largest
@@ -99,9 +99,10 @@ def merge(
 
     Raises:
         AdapterError: an adapter that is not attached, one that is not finite or whose sum is
-            beyond the weight's type, a soft one with ``"up_kernel": "same"``, one over a
-            parametrization that cannot hold the sum, one of a quantised weight without
-            `dequantize`, or a model under FSDP1.
+            beyond the weight's type, one that acts on the result of another that stays where the
+            two do not add up (a DoRA over a plain update), a soft one with
+            ``"up_kernel": "same"``, one over a parametrization that cannot hold the sum, one of a
+            quantised weight without `dequantize`, or a model under FSDP1.
 
     Example:
         >>> import paramlora
@@ -137,6 +138,8 @@ def _merged(
         for name in dict.fromkeys(name for name, _ in updates_of(module))
         if (ours := _ours(module, name, chosen))
     ]
+    for job in jobs:
+        _check_order(model, *job)
     packed = [
         (module, name)
         for module, name, _ in jobs
@@ -159,6 +162,28 @@ def _merged(
     # from here on nothing is undone, see `_take_all`
     to_the_end(lambda: _take_all(steps))
     return rounding.report() if report and rounding is not None else model
+
+
+def _check_order(
+    model: nn.Module, module: nn.Module, name: str, ours: list[AttachedUpdate]
+) -> None:
+    """Refuse to fold in what acts on the result of an update that stays, where the two do not add
+    up: that one would then act on another base, and the model be another."""
+    every = [
+        p for tensor, held in updates_of(module) if tensor == name for p in held
+        if isinstance(p, AttachedUpdate) and p.strength != 0
+    ]  # fmt: skip
+    for index, one in enumerate(every):
+        before = every if one.alone else every[:index]
+        for other in before if _among(one, ours) else ():
+            if not _among(other, ours) and not (adds(one) and adds(other)):
+                kinds = " and ".join(f'"{each.method}"' for each in (other, one))
+                raise AdapterError(
+                    f'{_full(model, module, name)}: adapter "{one.adapter}" acts on what adapter '
+                    f'"{other.adapter}" makes of it, and {kinds} do not add up, so folding in the '
+                    f"former alone would change the model. Nothing was merged. Merge both, or "
+                    f'switch "{other.adapter}" off (set_adapters).'
+                )
 
 
 def _take_all(steps: list[_Step]) -> None:

@@ -17,6 +17,7 @@ from paramlora.model.classes import is_hf_conv1d, is_linear, is_of
 from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
 from paramlora.model.quantised import is_quantised, shape_of
+from paramlora.model.ties import holders
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.casts import is_storage
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
@@ -96,7 +97,7 @@ def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[T
     places.report_unused(parsed, strict)
     chosen = _most_specific(parsed, found)
     _check_thin(chosen)
-    return [_checked(model, target) for target in chosen]
+    return [_checked(model, target, chosen) for target in chosen]
 
 
 def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Target]:
@@ -117,7 +118,7 @@ def targets_at(model: nn.Module, entries: Mapping[str, TargetConfig]) -> list[Ta
         text = f'"{missing[0]}" matches nothing.{closest_in(model, missing[0])}'
         text += f" So do {listed(missing[1:])}." if missing[1:] else ""
         raise TargetError(f"the adapter does not fit {type(model).__name__}: {text}")
-    return [_checked(model, target) for target in chosen]
+    return [_checked(model, target, chosen) for target in chosen]
 
 
 def adaptable(model: nn.Module) -> Iterator[Target]:
@@ -140,9 +141,9 @@ def _all(model: nn.Module, places: Callable[[nn.Module], Iterator[Place]]) -> It
         yield _target(path, module, name, tensor, _NO_ENTRY)
 
 
-def _checked(model: nn.Module, target: Target) -> Target:
+def _checked(model: nn.Module, target: Target, chosen: list[Target]) -> Target:
     why = kind_of(target.entry).check_site(target.entry, target.shape, target.layout)
-    if why:
+    if why and not _follows(model, target, chosen):
         raise TargetError(f'"{target.entry.name}" matches {target.path or "weight"}, {why}')
     if not target.entry.whole:
         _check_rank(target)
@@ -150,6 +151,20 @@ def _checked(model: nn.Module, target: Target) -> Target:
         if not target.entry.hard:
             _check_soft(target, model.get_submodule(target.module))
     return target
+
+
+def _follows(model: nn.Module, target: Target, chosen: list[Target]) -> bool:
+    """Whether a tied tensor gets the update of another layer, which is made by that one's sides:
+    one entry has chosen all who hold it, and this is not the first."""
+
+    def held(one: Target) -> torch.Tensor:
+        owner = model.get_submodule(one.module)
+        own = owner._parameters.get(one.tensor, owner._buffers.get(one.tensor))
+        return shown(owner, one.tensor) if own is None else own
+
+    tensor = held(target)
+    group = [one for one in chosen if one.entry == target.entry and held(one) is tensor]
+    return group[:1] != [target] and len(group) == holders(model)[id(tensor)]
 
 
 def _target(

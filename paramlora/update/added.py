@@ -36,6 +36,7 @@ class Added(AttachedUpdate):
     """
 
     bounded = False
+    adds = True
     hidden = ("lora_transposed",)
     lora_scale: Tensor
     random: ClassVar[Collection[str]] = ()  # the tensors that do not start at zero

@@ -214,6 +214,7 @@ class AttachedUpdate(nn.Module):
     """
 
     alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
+    adds: ClassVar[bool] = False  # whether what it adds does not depend on what it is added to
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
@@ -569,6 +570,12 @@ class AttachedUpdate(nn.Module):
         )
 
     @classmethod
+    def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Its tensors where a layer stores the same matrix the other way round, ``[in, out]`` for
+        ``[out, in]``; those that run along the matrix's sides alone stay."""
+        return held
+
+    @classmethod
     def read_file(
         cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
     ) -> Value:
@@ -629,6 +636,9 @@ class AttachedUpdate(nn.Module):
         )
         return "stack" if stacked else "matrix"
 
+    def before_resize(self, base: Tensor) -> None:
+        """Keep what `resize` will need of a base that is about to be resized."""
+
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:
         """Take the size of its base, which has been resized: what is new is zero, as before
@@ -645,7 +655,10 @@ class AttachedUpdate(nn.Module):
                 put_in_place(own, sized(own, dim, size))
             # along its outputs it may be of size 1 or the weight's: anything else must be told how
             # to grow
-            elif own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0]):
+            # and of what only the kind knows
+            elif part == "own" or (
+                own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0])
+            ):
                 raise AdapterError(
                     f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
                     "is on new rows, so its tensor cannot be resized. Merge or detach it first."
@@ -736,6 +749,12 @@ def most(update: AttachedUpdate, largest: float) -> float:
     """What an update tells as `at_most`, where it is of the weight that its class computes."""
     kind: Any = type(update)
     return math.inf if _unsaid(kind, "at_most") else update.at_most(largest)
+
+
+def adds(update: AttachedUpdate) -> bool:
+    """What an update tells as `adds`, where it is of the weight that its class computes."""
+    kind: Any = type(update)
+    return update.adds and not _unsaid(kind, "adds")
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

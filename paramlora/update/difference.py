@@ -36,6 +36,7 @@ class Difference(AttachedUpdate):
     """
 
     method = "difference"
+    adds = True
     parts = {"lora_diff": "weight"}
     bounded = False
     tied = True
@@ -55,7 +56,10 @@ class Difference(AttachedUpdate):
         cls, site: Site, entry: TargetConfig, adapter: str, gains: Optional[Gains]
     ) -> "Difference":
         """Zero, so that nothing changes yet."""
-        return cls(site.weight.detach(), adapter, gains)
+        update = cls(site.weight.detach(), adapter, gains)
+        # it changes the tensor as it is stored; a file of factors asks which side is the input
+        update.keep(layout=site.layout)
+        return update
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:

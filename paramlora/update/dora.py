@@ -36,6 +36,7 @@ class Dora(LowRank):
     """
 
     method = "dora"
+    adds = False
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter
     weight_shape: tuple[int, ...]
@@ -102,6 +103,11 @@ class Dora(LowRank):
             n in (1, size) for n, size in zip(shape, self.weight_shape)
         )
 
+    @classmethod
+    def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the magnitude along the dimensions of the weight that is stored so."""
+        return {**held, "lora_magnitude": held["lora_magnitude"].transpose(0, 1)}
+
     @torch.no_grad()
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is left to be copied of a file's values, whose norm may be over the other side."""
@@ -112,8 +118,15 @@ class Dora(LowRank):
         return super().taking(state)
 
     @torch.no_grad()
+    def before_resize(self, base: Tensor) -> None:
+        """Keep the norm by which its sum has been divided."""
+        if not self.unset:
+            self.keep(former=self._norm(base))
+
+    @torch.no_grad()
     def resize(self, base: Tensor) -> None:
-        """Take the size of its resized base; the magnitude of what is new is its norm."""
+        """Take the size of its resized base; the magnitude of what is new is its norm, and what
+        stays is as long as it was."""
         own = self.lora_magnitude
         # norms of the base stand for new rows, old rows keep theirs
         fresh = norms(base.to(own.dtype), own)
@@ -124,6 +137,14 @@ class Dora(LowRank):
             put_in_place(own, fresh)
         self.keep(weight_shape=tuple(base.shape))
         super().resize(base)
+        former = self.__dict__.pop("former", None)
+        # a norm over all rows, as an embedding's, is another one with other rows
+        if former is not None and former.shape == own.shape == fresh.shape:
+            own.mul_(torch.where(former == 0, 1, self._norm(base) / former))
+
+    def _norm(self, base: Tensor) -> Tensor:
+        delta = self.delta(base.shape, base.dtype)
+        return norms(wide(base, delta) + delta, self.lora_magnitude).to(self.lora_magnitude.dtype)
 
     @property
     def scaling(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
+from paramlora.update.attached import put_in_place, sized
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
 
@@ -56,6 +57,20 @@ class Loha(Added):
     def start(cls, name: str, own: Tensor) -> None:
         """Normal, and one factor zero."""
         own.normal_(std=_STARTS[name]) if name in _STARTS else own.zero_()
+
+    @torch.no_grad()
+    def resize(self, base: Tensor) -> None:
+        """Take the size of its resized base; of what is new one side is zero, as at the start."""
+        if getattr(self, "hada_t1", None) is not None:
+            super().resize(base)
+        _, out, fan_in = matrix_shape(base.shape, self.layout)
+        for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
+            own, (dim, size) = getattr(self, name), (0, out) if name[-1] == "a" else (1, fan_in)
+            fresh, kept = sized(own, dim, size), min(own.shape[dim], size)
+            # not both zero: neither would ever get a gradient
+            if name[:7] == "hada_w1":
+                fresh.narrow(dim, kept, size - kept).normal_(std=_STARTS[name])
+            put_in_place(own, fresh)
 
     @staticmethod
     def change(parts: Parts) -> Tensor:

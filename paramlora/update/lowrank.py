@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from paramlora.config import TargetConfig
 from paramlora.errors import FileError
@@ -35,7 +36,7 @@ from paramlora.update.geometry import (
 from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.names import LOW_RANK
-from paramlora.update.sharded import gathered, take
+from paramlora.update.sharded import gathered, laid_beside, take
 from paramlora.update.sum import LowRankTerm, Term
 from paramlora.update.summand import Summand, joined
 from paramlora.update.value import Update, Value, check_types
@@ -64,6 +65,7 @@ class LowRank(AttachedUpdate):
     """
 
     method = "lora"
+    adds = True
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
     hidden = ("lora_transposed", "start_A", "start_B")
     lora_A: nn.Parameter
@@ -181,7 +183,11 @@ class LowRank(AttachedUpdate):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
-        return joined(*self.held())
+        a, b, start_a, start_b = self.held()
+        # outside of a call `fully_shard` has parameters split, and the start, of buffers, whole
+        if start_a is not None and not is_compiling():
+            start_a, start_b = laid_beside(start_a, a), laid_beside(start_b, b)
+        return joined(a, b, start_a, start_b)
 
     def held(self) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
         """A and B, and what `start_from` kept of both."""

@@ -68,7 +68,10 @@ class Rows(AttachedUpdate):
                 f'"{entry.name}" ("rows") matches {site.path or "weight"}, which lies on the '
                 "meta device and has no values to start from. Load the model first."
             )
-        return cls(site.read(), dict(entry.options)["rows"], adapter, gains)
+        update = cls(site.read(), dict(entry.options)["rows"], adapter, gains)
+        # rows are as stored, whatever side they are of; another tool asks which layer has them
+        update.keep(layout=site.layout)
+        return update
 
     @classmethod
     def check_site(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> str:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ def take(own: Tensor, value: Tensor) -> None:
     """Copy `value`, the same on every process, into `own`, sharded or not."""
     if is_sharded(own) and not is_sharded(value):
         value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
+    elif not is_sharded(own):
+        value = gathered(value)
     with as_made(own):
         own.copy_(value)
 
@@ -37,7 +39,7 @@ def take_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """`take` of many, all plain ones of them at once."""
     plain: list[tuple[Tensor, Tensor]] = []
     for own, value in pairs:
-        if type(own) not in (Tensor, nn.Parameter) or own.is_inference():
+        if type(own) not in (Tensor, nn.Parameter) or own.is_inference() or is_sharded(value):
             take(own, value)
         else:
             plain.append((own, value))
@@ -142,6 +144,16 @@ def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, like.device_mesh, placements)
+
+
+def laid_beside(value: Optional[Tensor], like: Any) -> Optional[Tensor]:
+    """A tensor that every process has whole, for an operation with one that may be sharded."""
+    if value is None or not is_sharded(like) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    places = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(value, like.device_mesh, places, run_check=False)
 
 
 def writes() -> bool:

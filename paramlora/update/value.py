@@ -371,6 +371,13 @@ class KindUpdate(Value):
                 return replace(self, held=held, shape=shape, layout=layout)
         return None
 
+    def relaid(self, layout: Layout) -> "KindUpdate":
+        """The same change of the same matrix, where a layer of another layout stores it: unlike
+        `turned`, by which a weight has its sides changed and stays."""
+        if {layout, self.layout} != {"matrix", "transposed"}:
+            return self
+        return replace(self, held=KINDS[self.method].relaid(self.held), layout=layout)
+
     def placed(self, shape: tuple[int, ...], layout: Layout) -> "KindUpdate":
         """With the shape and layout of its layer's tensor, where it knows none and fits them."""
         found = self.fitted(shape, [layout]) if self.shape is None else None

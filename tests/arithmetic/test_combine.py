@@ -327,6 +327,17 @@ def test_differences_are_told_where_they_cannot_be_what_is_asked():
         combine([one, other])
 
 
+@pytest.mark.parametrize("weight", [1e38, 1e39, 1e100, 1e-44, 1e-100])
+@pytest.mark.parametrize("how", ["exact", "svd", "ties", "dare"])
+def test_a_product_beyond_float32_is_held_wider(how, weight):
+    options = {"ties": {"rank": 9, "density": 1.0}, "dare": {"rank": 9, "density": 1.0}}
+    first = one(2, 1)
+    found = combine([(first, weight)], how, **{"svd": {"rank": 2}, **options}.get(how, {}))
+    want = weight * exact(first.updates["q"])
+    # not the norm, whose squares are beyond a double too
+    assert (exact(found.adapter.updates["q"]) - want).abs().max() < 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("how", ["ties", "dare"])
 def test_products_that_memory_does_not_hold_are_not_formed(how, monkeypatch):
     adapter = one(1, 1)

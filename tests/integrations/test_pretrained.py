@@ -103,7 +103,7 @@ def fill(model):
     generator = torch.Generator().manual_seed(3)
     for _, _, update in updates(model):
         for name, value in update.named_parameters():
-            if name in ("lora_B", "lora_whole"):
+            if name in ("lora_B", "lora_whole", "lora_magnitude", "lora_rows") or "w2" in name:
                 value.data += 0.3 * torch.randn(value.shape, generator=generator).to(value.dtype)
     return model
 
@@ -139,6 +139,13 @@ CASES = {
         {"q_proj": {"r": 2}, "re:.*experts.(gate_up|down)_proj": {"r": 2}},
     ),
     "vit": (vit, {"re:.*patch_embeddings.projection": {"r": 2}, "q_proj": {"r": 2}}),
+    "llama dora": (llama, {name: {"r": 2, "kind": "dora"} for name in ("q_proj", "lm_head")}),
+    "gpt2 dora": (gpt2, {name: {"r": 2, "kind": "dora"} for name in ("c_attn", "c_proj", "wpe")}),
+    "vit dora": (vit, {"re:.*patch_embeddings.projection|.*q_proj": {"r": 2, "kind": "dora"}}),
+    "llama loha": (llama, {"q_proj": {"r": 2, "kind": "loha"}}),
+    "llama lokr": (llama, {"q_proj": {"r": 1, "kind": "lokr"}, "v_proj": {"r": 1, "kind": "lokr"}}),
+    "llama rows": (llama, {"embed_tokens": {"rows": [2, 5]}}),
+    "gpt2 rows": (gpt2, {"wte": {"rows": [2, 5]}, "c_attn": {"r": 2}}),
     "backbone": (gpt2, {"trainable_model": 1, "c_attn": {"r": 2}}),
 }
 
@@ -563,6 +570,70 @@ def test_a_vocabulary_of_another_size_keeps_the_updates_on_the_old_rows(case, ho
     torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), rtol=1e-9, atol=1e-9)
     assert type(model.lm_head) is torch.nn.Linear
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+
+
+KINDS = {
+    "dora": {"r": 2, "kind": "dora"},
+    "dora pissa": {"r": 2, "kind": "dora", "init": "pissa"},
+    "loha": {"r": 2, "kind": "loha"},
+    "difference": {"kind": "difference"},
+    "rows": {"rows": [2, 5]},
+    "whole": {"whole": True},
+}
+PLACES = {
+    "tied": (True, "re:.*(wte|lm_head)"),
+    "embedding": (False, "wte"),
+    "head": (False, "lm_head"),
+}
+
+
+@pytest.mark.parametrize("size", [23, 12])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_the_rows_that_stay(kind, place, size, tmp_path):
+    tied, name = PLACES[place]
+    name = f"{name}.*" if kind == "whole" and tied else name
+    model = fill(paramlora.attach(base(tied), {name: KINDS[kind]}))
+    for _, _, update in updates(model):
+        if kind == "difference":
+            torch.nn.init.normal_(update.lora_diff)
+    paths = {path for path, _, _ in updates(model)}
+    layers = {path: model.get_submodule(path) for path in paths}
+    before = {path: layer.weight.detach() for path, layer in layers.items()}
+    model.resize_token_embeddings(size, mean_resizing=False)
+    kept, tokens = min(20, size), torch.arange(size)[None, -8:]
+    for path, want in before.items():
+        layer = model.get_submodule(path)
+        torch.testing.assert_close(layer.weight[:kept], want[:kept], rtol=1e-9, atol=1e-9)
+        held = layer.parametrizations.weight
+        # an embedding's DoRA is one length for all rows: new ones are as long as old ones became
+        if size > kept and (not kind.startswith("dora") or place == "head"):
+            torch.testing.assert_close(layer.weight[kept:], held.original[kept:])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    if size > kept and kind in ("loha", "dora"):
+        ((_, _, update), *_) = updates(model)
+        grown = [p.grad for p in update.parameters() if size in p.shape]
+        assert any(grad.narrow(grad.shape.index(size), kept, 3).any() for grad in grown)
+    want = logits(model, tokens)
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = base(tied)
+    other.resize_token_embeddings(size)
+    other.load_state_dict(paramlora.detach(copy.deepcopy(model)).state_dict())
+    paramlora.load_adapter(other, tmp_path / "a.safetensors")
+    torch.testing.assert_close(logits(other, tokens), want)
+    torch.testing.assert_close(logits(paramlora.merge(model), tokens), want)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kind_that_cannot_grow_is_refused_and_nothing_changes(place):
+    tied, name = PLACES[place]
+    model = fill(paramlora.attach(base(tied), {name: {"r": 1, "kind": "lokr"}}))
+    tokens = torch.arange(8)[None]
+    want, state = logits(model, tokens), copy.deepcopy(model.state_dict())
+    with pytest.raises(paramlora.AdapterError, match="Lokr does not say what lokr_w1 is on new"):
+        model.resize_token_embeddings(23)
+    assert model.config.vocab_size == 20 and torch.equal(logits(model, tokens), want)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_resized_model_trains_saves_and_loads(tmp_path):

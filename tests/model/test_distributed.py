@@ -332,6 +332,34 @@ def case_fsdp_of_a_tied_tensor(rank, mesh, folder):
         torch.testing.assert_close(model(ids), want, **CLOSE)
 
 
+def case_fsdp_starts(rank, mesh, folder):
+    """Starts from the weight, which are buffers: `fully_shard` leaves them whole, and splits the
+    factors that they stand beside."""
+    x, y = batch()
+
+    def started():
+        inits = {"up": "pissa", "down": "olora"}
+        entries = {name: {"r": 2, "kind": kind, "init": init} for name, init in inits.items()}
+        return paramlora.attach(net(), entries)
+
+    for kind in ("lora", "dora"):
+        alone, model, other = started(), shard(started(), mesh), shard(started(), mesh)
+        train(alone, x, y)  # in one process, which other tests hold against the dense formula
+        train(model, *half(rank, x, y))
+        torch.testing.assert_close(model(x), alone(x), **CLOSE)
+        state = paramlora.adapter_state_dict(model)
+        paramlora.save_adapter(model, folder / f"{kind}.safetensors")
+        loaded = paramlora.load_adapter(net(), folder / f"{kind}.safetensors")
+        torch.testing.assert_close(loaded(x), alone(x), **CLOSE)
+        assert not torch.allclose(other(x), alone(x))
+        paramlora.load_adapter_state_dict(other, state)  # which is sharded, too
+        torch.testing.assert_close(other(x), alone(x), **CLOSE)
+        paramlora.set_adapters(model, {"default": 0.5})
+        paramlora.set_adapters(alone, {"default": 0.5})
+        paramlora.merge(model)
+        torch.testing.assert_close(model(x), alone(x), **CLOSE)
+
+
 def case_fsdp_soft(rank, mesh, folder):
     case_fsdp(rank, mesh, folder, hard=0)
 

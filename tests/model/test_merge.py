@@ -192,3 +192,62 @@ def test_merging_in_inference_mode_leaves_weights_that_train():
         paramlora.merge(layers)
     layers.requires_grad_(True).a(torch.ones(1, 4)).sum().backward()
     assert layers.a.weight is not layers.b.weight and layers.a.weight.grad is not None
+
+
+KINDS = {
+    "lora": {"r": 2},
+    "soft": {"r": 2, "hard": 0},
+    "pissa": {"r": 2, "init": "pissa"},
+    "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 1, "kind": "lokr"},
+    "difference": {"kind": "difference"},
+    "dora": {"r": 2, "kind": "dora"},
+    "rows": {"rows": [1, 3]},
+}
+ADD = {"lora", "soft", "pissa", "loha", "lokr", "difference"}
+
+
+@pytest.mark.parametrize("last", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_merging_one_of_two_changes_no_output_or_nothing_at_all(first, last):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
+    for name, kind in (("a", first), ("b", last)):
+        paramlora.attach(model, {"0": KINDS[kind]}, name)
+        for parameter in paramlora.trainable_parameters(model, name):
+            nn.init.normal_(parameter)
+    want = model(x).detach()
+    # a branch acts behind every parametrization, whichever was attached first
+    behind = ("a", "b") if first == "soft" else ("b", "a")
+    before = copy.deepcopy(model.state_dict())
+    for name, other in (("a", "b"), ("b", "a")):
+        tried = copy.deepcopy(model)
+        if name == behind[0] and not {first, last} <= ADD:
+            told = f'adapter "{name}" acts on what adapter "{other}" makes of it.*do not add up'
+            with pytest.raises(paramlora.AdapterError, match=told):
+                paramlora.merge(tried, name)
+            assert all(torch.equal(before[key], v) for key, v in tried.state_dict().items())
+            paramlora.set_adapters(tried, {name: 1.0, other: 0.0})
+            now = tried(x).detach()
+            torch.testing.assert_close(paramlora.merge(tried, name)(x), now)
+        else:
+            torch.testing.assert_close(paramlora.merge(tried, name)(x), want)
+            torch.testing.assert_close(paramlora.merge(tried)(x), want)
+
+
+def test_of_tensors_trained_whole_one_alone_is_not_merged_while_another_acts():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
+    for name in ("a", "b"):
+        paramlora.attach(model, {"0": {"whole": True}}, name)
+        for parameter in paramlora.trainable_parameters(model, name):
+            nn.init.normal_(parameter)
+    for name in ("a", "b"):
+        with pytest.raises(paramlora.AdapterError, match='"whole" and "whole" do not add up'):
+            paramlora.merge(model, name)
+    paramlora.set_adapters(model, {"a": 1.0})
+    want = model(x).detach()
+    torch.testing.assert_close(paramlora.merge(copy.deepcopy(model), "a")(x), want)
+    paramlora.set_adapters(model, {"a": 0.5, "b": 0.5})
+    want = model(x).detach()
+    torch.testing.assert_close(paramlora.merge(model)(x), want)

@@ -49,6 +49,43 @@ def test_all_holders_in_one_entry_share_one_update_and_stay_tied():
     assert model.head.weight is model.embedding.weight
 
 
+KINDS = {
+    "lora": {"r": 2},
+    "dora": {"r": 2, "kind": "dora"},
+    "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 1, "kind": "lokr"},
+    "lokr whole": {"r": 1, "kind": "lokr", "full_matrix": True},
+    "difference": {"kind": "difference"},
+    "rows": {"rows": [2, 5]},
+    "whole": {"whole": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_extracted_of_a_tied_model_acts_in_one(kind):
+    torch.manual_seed(0)
+    plain = Tied().double()
+    model = paramlora.attach(copy.deepcopy(plain), {"re:(embedding|head).*": KINDS[kind]})
+    for parameter in paramlora.trainable_parameters(model):
+        nn.init.normal_(parameter)
+    adapter = paramlora.checkpoint.extract(model.state_dict())
+    other = paramlora.attach_adapter(copy.deepcopy(plain), adapter)
+    x = torch.arange(8)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(other(x), plain(x))
+    paramlora.merge(other)
+    assert other.head.weight is other.embedding.weight
+
+
+def test_sizes_that_do_not_fit_the_first_holder_or_one_alone_are_refused():
+    entry = {"r": 1, "kind": "lokr", "sizes": [[2, 4], [2, 2]]}  # of 8 outputs and 4 inputs
+    for config in ({"re:embedding|head": entry}, {"embedding": entry}):
+        model = Tied()
+        with pytest.raises(paramlora.TargetError, match="matches embedding, which has 4 outputs"):
+            paramlora.attach(model, config)
+        assert not list(lowranks(model))
+
+
 def test_one_of_two_holders_warns_and_the_other_never_moves():
     model = Tied().double()
     plain = copy.deepcopy(model)

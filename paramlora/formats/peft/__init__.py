@@ -18,6 +18,7 @@ from paramlora.formats.peft.configuration import (
 )
 from paramlora.formats.peft.reading import read
 from paramlora.formats.peft.writing import (
+    MAGNITUDE,
     check_all_rescaled,
     check_writable,
     magnitude_of,
@@ -61,5 +62,7 @@ FORMAT = Format(
     weights_rank=10,  # before torchtune's, which writes this form beside its own
     config="adapter_config.json",
     servers={"peft": "PEFT"},
-    beside={"transformers": {}},
+    # transformers 5 takes a file's keys for the model's own, among which a magnitude is the weight
+    # of a module, and starts anew what it does not find; peft itself reads both
+    beside={"transformers": {"magnitude": f"{MAGNITUDE}.weight"}},
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramlora.errors import FileError, spelled
+from paramlora.errors import FileError, spelled, with_article
 from paramlora.formats.content import (
     Content,
 )
@@ -72,9 +72,21 @@ def without_rows(adapter: Adapter) -> tuple[Adapter, dict[str, KindUpdate]]:
     for path, value in adapter.others.items():
         if value.method == "rows" and id(value) not in seen:
             seen.add(id(value))
+            _check_layer(path, value)
             rows[path] = value
     rest = {p: value for p, value in adapter.others.items() if value.method != "rows"}
     return replace(adapter, others=rest), rows
+
+
+def _check_layer(path: str, value: KindUpdate) -> None:
+    """Refuse rows of what peft's ``TrainableTokensLayer`` does not know (its layer.py)."""
+    turned = value.kind == "linear" and value.layout == "transposed"
+    kind = "transformers Conv1D" if turned else value.kind
+    if kind not in (None, "embedding", "linear"):
+        raise FileError(
+            f"{path}: rows of {with_article(kind)}, which PEFT trains of an embedding or a Linear "
+            "alone. Keep the native format."
+        )
 
 
 def numbers_of(value: KindUpdate) -> list[int]:

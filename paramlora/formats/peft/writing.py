@@ -26,14 +26,22 @@ from paramlora.formats.peft.whole import saved_whole
 from paramlora.formats.scale import alpha_of, scales_metadata
 from paramlora.update.value import Adapter, KindUpdate, Update
 
+MAGNITUDE = "lora_magnitude_vector"
 
-def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -> Content:
+
+def write(
+    adapter: Adapter,
+    base: Optional[Base] = None,
+    prefix: str = PREFIX,
+    magnitude: str = MAGNITUDE,
+) -> Content:
     """An adapter as PEFT's file and configuration.
 
     Args:
         adapter: fitted to its model where kinds of layers matter (see `fit`).
         base: needed where several parameters of one module are adapted.
         prefix: in front of every key.
+        magnitude: the end of the key of a DoRA's magnitude.
 
     Raises:
         FileError: a layer that PEFT cannot adapt, named with the reason.
@@ -47,7 +55,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: str = PREFIX) -
         return _products(rest, found, tokens, base, prefix)
     check_all_rescaled(adapter, "PEFT")
     adapter, magnitudes = with_low_ranks(adapter)
-    state, config, scales = _low_ranks(adapter, magnitudes, base)
+    state, config, scales = _low_ranks(adapter, magnitudes, base, magnitude)
     wrapped = _wrapped(adapter, base)
 
     def stem(path: str) -> str:
@@ -102,7 +110,7 @@ def _check_beside(paths: Collection[str], what: str) -> None:
 
 
 def _low_ranks(
-    adapter: Adapter, magnitudes: Mapping[str, Tensor], base: Optional[Base]
+    adapter: Adapter, magnitudes: Mapping[str, Tensor], base: Optional[Base], ending: str
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, tuple[float, int]]]:
     """The tensors of all low-rank updates, the configuration, and the scales."""
     state: dict[str, Tensor] = {}
@@ -117,7 +125,7 @@ def _low_ranks(
         if path in magnitudes:
             _check_rescaled(path, update, path in wrapped, adapter, base)
             own = magnitude_of(path, update, magnitudes[path], "PEFT")
-            state[f"{stem}.lora_magnitude_vector"] = own
+            state[f"{stem}.{ending}"] = own
         for key, tensor, r, module in _tensors(path, stem, update, adapter, base):
             # peft looks a wrapped parameter's rank and alpha up by the parameter's own name
             named = wrapped.get(path, module)

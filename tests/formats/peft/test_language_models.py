@@ -84,3 +84,43 @@ def test_language_models(tmp_path, name):
             copy.deepcopy(base), tmp_path / "ours", autocast_adapter_dtype=False
         )
         torch.testing.assert_close(back.eval()(input_ids=IDS).logits, want, **near)
+
+
+WHOLE = {
+    "tied": (gpt2, ["re:.*(wte|lm_head)", "c_attn", "c_proj"]),
+    "embeddings": (gpt2, ["wte", "wpe"]),
+    "untied": (llama, ["embed_tokens", "lm_head", "q_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*one tensor is held as")
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("case", WHOLE)
+def test_changes_of_whole_tensors_act_in_peft_as_two_factors(case, known, tmp_path):
+    make, names = WHOLE[case]
+    torch.manual_seed(0)
+    base = make().eval()
+    model = paramlora.attach(copy.deepcopy(base), {name: {"kind": "difference"} for name in names})
+    for parameter in paramlora.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    want = model(IDS).logits
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    shapes = formats.base_of(base) if known else None
+    interchange.convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", shapes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "p").eval()
+    torch.testing.assert_close(theirs(IDS).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_a_tied_tensor_that_peft_cannot_hold_says_so(kind, tmp_path):
+    base = gpt2()
+    entry = {"re:.*(wte|lm_head)": {"r": 1, "kind": kind}}
+    paramlora.save_adapter(paramlora.attach(copy.deepcopy(base), entry), tmp_path / "a.safetensors")
+    told = "lm_head: one of several layers that hold a tensor.*Keep the native format"
+    with pytest.raises(paramlora.FileError, match=told):
+        interchange.convert(
+            tmp_path / "a.safetensors", tmp_path / "p", "peft", formats.base_of(base)
+        )
+    assert not (tmp_path / "p").exists()

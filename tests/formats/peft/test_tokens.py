@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import paramlora
 from paramlora.files.adapters import convert
@@ -78,3 +79,22 @@ def test_what_peft_does_not_hold_is_refused(tmp_path):
         convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", base_of(model))
     with pytest.raises(paramlora.FileError, match='"rows", which no file of kohya holds'):
         convert(tmp_path / "a.safetensors", tmp_path / "k", "kohya", base_of(model))
+
+
+LAYERS = {
+    "a transformers Conv1D": lambda: Conv1D(6, 4),
+    "a convolution": lambda: torch.nn.Conv2d(4, 6, 3),
+    "an EmbeddingBag": lambda: torch.nn.EmbeddingBag(6, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_of_what_peft_has_none_of_are_refused(name, tmp_path):
+    model = torch.nn.ModuleDict({"a": LAYERS[name](), "b": torch.nn.Linear(4, 3)})
+    for config in ({"a": {"rows": [1]}}, {"a": {"rows": [1]}, "b": {"r": 2}}):
+        paramlora.attach(model, config)
+        paramlora.save_adapter(model, tmp_path / "a.safetensors")
+        paramlora.detach(model)
+        for base in (None, base_of(model)):
+            with pytest.raises(paramlora.FileError, match=f"a: rows of {name}, which PEFT trains"):
+                convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", base)

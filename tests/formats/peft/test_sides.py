@@ -1,0 +1,104 @@
+"""A sweep of Linear layers beside Conv1Ds in peft's files, whose ``fan_in_fan_out`` is of the last
+layer that it adapted, whatever the others are."""
+
+import copy
+import itertools
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import paramlora
+from paramlora import FileError, files, formats
+from tests.formats.peft.folders import close, in_peft
+
+peft = pytest.importorskip("peft")
+X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+# L and l: a Linear, square or not; H and h: transformers' Conv1D
+LAYERS = {
+    "L": lambda: nn.Linear(6, 6),
+    "l": lambda: nn.Linear(6, 4),
+    "H": lambda: Conv1D(6, 6),
+    "h": lambda: Conv1D(4, 6),
+}
+
+
+class Net(nn.ModuleList):
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self], -1)
+
+
+def trained(order, dora, folder):
+    """A model, and what peft's adapter of all its layers makes of `X`; it is saved in a folder."""
+    torch.manual_seed(1)
+    net = Net(LAYERS[one]() for one in order).double().requires_grad_(False)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[str(at) for at in range(len(order))],
+        use_dora=dora,
+        init_lora_weights=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        theirs = peft.get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand_like(parameter))
+        theirs.save_pretrained(folder)
+        return net, theirs(X)
+
+
+def merged(net, folder, known=None):
+    """What a checkpoint makes of `X` into which the folder's adapter was merged."""
+    save_file(net.state_dict(), folder / "base.safetensors")
+    files.merge(folder / "base.safetensors", [folder], folder / "merged.safetensors", known=known)
+    other = copy.deepcopy(net)
+    other.load_state_dict(load_file(folder / "merged.safetensors"))
+    return other(X)
+
+
+ORDERS = ["".join(one) for n in (1, 2, 3) for one in itertools.permutations("LlHh", n)]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_peft_trained_on_both_kinds_of_layers_acts_here(order, dora, tmp_path):
+    net, want = trained(order, dora, tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
+    assert told == (order[-1] in "Hh")
+    ours = paramlora.load_adapter(copy.deepcopy(net), tmp_path)
+    close(ours(X), want)
+    files.write_adapter(paramlora.adapter_of(ours), tmp_path / "again", "peft")
+    close(in_peft(copy.deepcopy(net), tmp_path / "again")(X), want)
+    close(merged(net, tmp_path, formats.base_of(net)), want)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("order", ["l", "h", "lh", "hl", "Ll", "Hh"])
+def test_a_checkpoint_tells_the_sides_of_what_is_not_square(order, dora, tmp_path):
+    net, want = trained(order, dora, tmp_path)
+    close(merged(net, tmp_path), want)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("order", ["Hhl", "Llh", "hLl", "lHh"])
+def test_a_square_weight_asks_for_the_model_where_the_file_is_wrong_of_another(
+    order, dora, tmp_path
+):
+    net, _ = trained(order, dora, tmp_path)
+    square = next(at for at, one in enumerate(order) if one in "LH")
+    # of the other kind than the last, after which the file is told
+    wrong = next(at for at, one in enumerate(order) if one in "lh")
+    told = (
+        f"{square}: a checkpoint does not tell which side of a square weight is the input, and the "
+        rf"file tells it wrongly of {wrong}. Give the model \(--model\)."
+    )
+    with pytest.raises(FileError, match=told):
+        merged(net, tmp_path)
+    assert not (tmp_path / "merged.safetensors").exists()
