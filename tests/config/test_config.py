@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
 from paramlora import ConfigError, LoRAConfig, TargetError, attach
-from paramlora.config import ALLOWED
+from paramlora.config import ALLOWED, KINDS
 from tests.config.generated import COMMON, FLAGS, JSON, NEARLY
 
 
@@ -89,7 +89,8 @@ def test_a_config_survives_its_dict_and_json(entries, trainable):
 def check_valid(config):
     assert isinstance(config.trainable_model, bool) and config.entries
     for entry in config.entries:
-        assert type(entry.r) is int and entry.r >= 1
+        ranked = KINDS[entry.kind].ranked and not entry.whole
+        assert type(entry.r) is int and (entry.r >= 1 if ranked else entry.r == 0)
         assert type(entry.scale) is float and abs(entry.scale) < float("inf")
         assert type(entry.hard) is bool and type(entry.trainable_scale) is bool
         assert entry.up_kernel == "same" or type(entry.up_kernel) is int and entry.up_kernel == 1
@@ -98,6 +99,9 @@ def check_valid(config):
 
 @COMMON
 @given(GARBAGE | NEARLY)
+@example({"whole": True})
+@example({"rows": [1]})
+@example({"kind": "difference"})
 def test_any_json_value_of_an_entry_is_valid_or_a_config_error(value):
     try:
         config = LoRAConfig.from_dict({"to_q": value})
