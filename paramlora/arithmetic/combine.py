@@ -27,6 +27,7 @@ from paramlora.errors import AdapterError, counted, listed, spelled, warn
 from paramlora.formats.factors import held, within
 from paramlora.update.contexts import own_context
 from paramlora.update.memory import installed
+from paramlora.update.rounding import check_seed
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update
 
 How = Literal["exact", "svd", "ties", "dare", "linear"]
@@ -113,6 +114,7 @@ def combine(
     """
     pairs = _weighted(adapters)
     _check_options(how, rank, density)
+    check_seed(seed)
     way = _Way(how, rank, 1.0 if density is None else density, seed)
     every = _by_path(pairs)
     dense = {path: strong for path, strong in every.items() if any(_dense_ones(strong))}

@@ -9,6 +9,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from paramlora.errors import ParamloraError, spelled
+
 
 @dataclass(frozen=True)
 class KeptRow:
@@ -54,6 +56,12 @@ class KeptReport:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
+def check_seed(seed: object) -> None:
+    """Refuse a seed of random numbers that is no whole number: 1 and 1.0 would draw others."""
+    if seed is not None and type(seed) is not int:
+        raise ParamloraError(f"seed must be a whole number, got {spelled(seed)}.")
+
+
 class Rounding:
     """Rounds sums into a narrow type, to the nearest number or at random, and counts what is kept.
 
@@ -62,9 +70,13 @@ class Rounding:
             nearest number where None. One seed gives one result, each tensor by numbers of its own.
         path: of the tensor whose blocks come first (see `start`).
         counts: whether a `report` is wanted, which takes some passes over each block.
+
+    Raises:
+        ParamloraError: the seed is no whole number.
     """
 
     def __init__(self, seed: Optional[int] = None, path: str = "", counts: bool = True) -> None:
+        check_seed(seed)
         self.seed, self.path, self.counts = seed, path, counts
         self._generators: dict[torch.device, torch.Generator] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}

@@ -94,6 +94,18 @@ def test_one_seed_gives_one_result_and_another_another():
     assert (gaps <= near[0].weight.double().abs() * torch.finfo(torch.bfloat16).eps + 1e-30).all()
 
 
+@pytest.mark.parametrize("seed", ("3", 3.0, True, torch.tensor(3)), ids=repr)
+def test_a_seed_that_is_no_whole_number_is_refused(seed, tmp_path):
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    adapter = paramlora.adapter_of(model)
+    with pytest.raises(paramlora.ParamloraError, match="seed must be a whole number, got "):
+        paramlora.merge(model, seed=seed)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(paramlora.ParamloraError, match="seed must be a whole number, got "):
+        paramlora.combine([adapter, adapter], how="dare", rank=2, density=0.5, seed=seed)
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_a_file_is_rounded_at_random_too(dtype, ending, tmp_path, capsys):

@@ -88,7 +88,8 @@ Launch launch_of(const py::tuple& of) {
 }
 
 void check(CUresult result, const char* call) {
-  TORCH_CHECK(result == CUDA_SUCCESS, call, " ended with the driver's error ", int(result));
+  TORCH_CHECK(result == CUDA_SUCCESS, call, " ended with the driver's error ", int(result),
+              ". PARAMLORA_NATIVE=0 in the environment leaves launches to Triton.");
 }
 
 // The GIL is not held: the driver may wait for room in the stream.
