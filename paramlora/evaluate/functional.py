@@ -578,13 +578,38 @@ def embedding_in_range(
         up = scaled_down(lora_B, scale, strength, base.dtype).t()
         y = _added(base, cast(_columns(lora_A, rows, padding_idx), base.dtype), up)
         if padding_idx is not None:  # nor does that row give B or the scale a gradient
-            y = torch.where((rows == padding_idx)[..., None], y.detach(), y)
+            y = _without_gradient(y, (rows == padding_idx)[..., None])
         return y
+
+
+def _without_gradient(y: Tensor, there: Tensor) -> Tensor:
+    """The same, where nothing learns from some rows, not even of a gradient that is no number."""
+    if untold() or recorded():
+        return torch.where(there, y.detach(), y)
+    # a device would have to be waited for
+    if there.is_cpu and not there.any():
+        return y
+    return applied(_WithoutGradient, y, there)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """`_without_gradient` in one pass over the gradient alone, where a choice of torch's takes one
+    over the output and two over the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, there: Tensor) -> Tensor:
+        ctx.save_for_backward(there)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (there,) = ctx.saved_tensors
+        return dy.masked_fill(there, 0), None
 
 
 def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor:
     """``[..., r]``: A's columns for some rows of an embedding's table."""
-    if padding_idx is None and rows.is_cpu:  # which copies columns faster than strided rows
+    if rows.is_cpu:  # which copies columns faster than strided rows; padding's gradient is zero
         return lora_A.index_select(1, rows.reshape(-1)).t()
     # as an embedding of Aᵀ, whose gradient adds up rows, and leaves out that of `padding_idx`
     return F.embedding(rows, lora_A.t(), padding_idx)

@@ -94,6 +94,16 @@ def few():
     return nn.Conv2d(64, 96, 3)
 
 
+class Padded(nn.Embedding):
+    """Looks up what it makes of the sizes of its input, padding among it."""
+
+    def __init__(self):
+        super().__init__(9, 24, padding_idx=0)
+
+    def forward(self, x):
+        return super().forward(torch.arange(x.shape[0]) % 9)
+
+
 CALLS = {  # a layer, its input's shape, what is attached, and each row's adapter
     "linear": (linear, VECTORS, LOW, None),
     "large": (lambda: nn.Linear(256, 256), (600, 256), LOW, None),
@@ -117,6 +127,7 @@ CALLS = {  # a layer, its input's shape, what is attached, and each row's adapte
     "known": (Known, VECTORS, LOW, None),
     "known, checkpointed": (Known, VECTORS, LOW, None),
     "known dora": (Known, VECTORS, DORA, None),
+    "padded embedding": (Padded, (40, 32), LOW, None),
     "routed": (linear, VECTORS, LOW, ROWS),
     "routed, dropping": (linear, VECTORS, DROPS, ROWS),
     "routed convolution": (image, IMAGES, LOW, ROWS),

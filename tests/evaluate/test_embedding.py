@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from paramlora.evaluate import functional
 from tests.cuda.graphs import recorded
@@ -83,6 +84,42 @@ def test_the_padding_row_is_rounded_once_and_gives_no_gradient(case, dtype, devi
     y, grads = looked_up(alone, values, seed, 3)
     assert torch.equal(y, looked_up(alone, values, seed)[0])
     assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("there", (True, False))
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_gradient_of_padding_arrives_whoever_asks(there, device):
+    rows, values, seed = table(TABLES[1], device, torch.float32)
+    rows.view(-1)[::5] = 3 if there else 4
+    leaves = [value.double().requires_grad_(i > 0) for i, value in enumerate(values)]
+    seed = seed.double().masked_fill((rows == 3)[..., None], torch.nan)
+
+    def plain(*leaves):
+        weight, a, b, scale = leaves
+        dense = weight + scale * (b @ a).t()
+        return torch.where((rows == 3)[..., None], dense[rows].detach(), dense[rows])
+
+    def ours(*leaves):
+        return functional.embedding(rows, *leaves, 3)
+
+    def asked(compute):
+        return torch.autograd.grad(compute(*leaves), leaves[1:], seed)
+
+    def second(compute):
+        first = torch.autograd.grad(
+            compute(*leaves), leaves[1:], torch.ones_like(seed), create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves[1:])
+
+    def many(compute):
+        both = torch.stack([torch.ones_like(seed), seed.nan_to_num()])
+        return torch.autograd.grad(compute(*leaves), leaves[1:], both, is_grads_batched=True)
+
+    for ask in (asked, second, many):
+        for got, want in zip(ask(ours), ask(plain)):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    shown = make_fx(ours)(*(leaf.detach() for leaf in leaves))
+    torch.testing.assert_close(shown(*leaves), plain(*leaves), rtol=1e-9, atol=1e-9)
 
 
 LAYOUTS = {
