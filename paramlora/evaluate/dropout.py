@@ -41,6 +41,7 @@ from paramlora.evaluate.functional import (
     input_of,
     kept_input,
     narrowed,
+    unflattened,
     untold,
 )
 from paramlora.update import narrow
@@ -348,7 +349,7 @@ class _Dropped(torch.autograd.Function):
         u = thin(flat, down, drops)
         y = both(flat, weight.t(), u, up.t(), bias)
         ctx.save_for_backward(held, weight, a, b, scale, seed, None if held is None else u)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return unflattened(y, x)
 
     @staticmethod
     @without_autocast

@@ -578,11 +578,11 @@ def embedding_in_range(
         up = scaled_down(lora_B, scale, strength, base.dtype).t()
         y = _added(base, cast(_columns(lora_A, rows, padding_idx), base.dtype), up)
         if padding_idx is not None:  # nor does that row give B or the scale a gradient
-            y = _without_gradient(y, (rows == padding_idx)[..., None])
+            y = without_gradient(y, (rows == padding_idx)[..., None])
         return y
 
 
-def _without_gradient(y: Tensor, there: Tensor) -> Tensor:
+def without_gradient(y: Tensor, there: Tensor) -> Tensor:
     """The same, where nothing learns from some rows, not even of a gradient that is no number."""
     if untold() or recorded():
         return torch.where(there, y.detach(), y)
@@ -593,13 +593,14 @@ def _without_gradient(y: Tensor, there: Tensor) -> Tensor:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """`_without_gradient` in one pass over the gradient alone, where a choice of torch's takes one
+    """`without_gradient` in one pass over the gradient alone, where a choice of torch's takes one
     over the output and two over the gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, there: Tensor) -> Tensor:
         ctx.save_for_backward(there)
-        return y.view_as(y)
+        # autograd refuses to write into a view that a function gave, as `embeddings *= scale` does
+        return _unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:

@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
         u = (thin @ second.t()).view(len(rows), b, -1)  # [N, b, c]
         y = _added(rows, weight.t(), first.expand(len(rows), a, b), u, bias)
         ctx.save_for_backward(x, weight, first, second, u)
-        return y if x.dim() == 2 else functional.unflattened(y, x)
+        return functional.unflattened(y, x)
 
     @staticmethod
     @without_autocast

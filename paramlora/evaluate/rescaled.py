@@ -270,7 +270,7 @@ class _Rescaled(torch.autograd.Function):
             from paramlora.cuda.rescaled import plan
 
             y: Tensor = plan.rescale(z.view(-1, z.shape[-1]), magnitude, norm, bias)
-            y = y.view(z.shape)
+            y = functional.unflattened(y, z)
         else:
             factor, norm = _factor(magnitude, norm)
             y = _times(z, factor, bias, inside)

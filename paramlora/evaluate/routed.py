@@ -19,7 +19,9 @@ from paramlora.evaluate.functional import (
     cast_for_autocast,
     differentiable,
     in_plain_operations,
+    unflattened,
     untold,
+    without_gradient,
 )
 from paramlora.update import narrow
 from paramlora.update.choice import Choice
@@ -209,13 +211,13 @@ class _Linear(torch.autograd.Function):
         if ctx.kernel:
             y, u = _by_kernels(x.flatten(0, -2), weight.t(), bias, down, up, rows)
             ctx.save_for_backward(x, weight, down, up, u)
-            return y.view(*x.shape[:-1], y.shape[-1])
+            return unflattened(y, x)
         own, picks = _blocks(narrow.wide(_positions(x)), rows)
         us = _thin(own, down, picks)
         thin = _in_rows(_spread(us, up, picks), rows, _positions(x).shape[1]).to(x.dtype)
         ctx.save_for_backward(x, weight, down, up, *us)
         y = _onto(thin.flatten(0, 1), x.flatten(0, -2), weight.t(), bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return unflattened(y, x)
 
     @staticmethod
     @without_autocast
@@ -480,8 +482,8 @@ def embedding(
     update = update.view(base.shape)
     if padding_idx is not None:
         padded = (tokens == padding_idx % len(weight))[..., None]
-        # detached where padding stands: neither B nor the scale learns from it
-        update = torch.where(padded, update.detach(), update)
+        # neither B nor the scale learns from where padding stands
+        update = without_gradient(update, padded)
     return cast(base + update, weight.dtype)
 
 

@@ -244,7 +244,7 @@ def _rows_embedding(layer: Any, ids: Tensor, found: tuple[Tensor, Rows]) -> Tens
     at = torch.searchsorted(update.lora_ids, ids).clamp_max(len(update.lora_ids) - 1)
     rows = F.embedding(at, update.rows_of(weight).to(weight.dtype))
     if padding is not None:  # which gets no gradient
-        rows = torch.where((ids == padding)[..., None], rows.detach(), rows)
+        rows = functional.without_gradient(rows, (ids == padding)[..., None])
     return torch.where((update.lora_ids[at] == ids)[..., None], rows, y)
 
 
@@ -389,7 +389,7 @@ def _rescaled_embedding(layer: Any, ids: Tensor, found: _Rescaled) -> Tensor:
     if padding is None:
         return y
     # no gradient from where padding stands, of the magnitude neither
-    return torch.where((ids == padding)[..., None], y.detach(), y)
+    return functional.without_gradient(y, (ids == padding)[..., None])
 
 
 def _bias(layer: Any) -> Any:

@@ -244,13 +244,15 @@ Tensor laid(const Operation& of, Tensor t) {
 
 Tensor made(const Operation& of, const Frame& frame) {
   auto held = [&](int i) { return of.of[i] < 0 ? Tensor() : frame.held[of.of[i]]; };
-  const std::vector<int64_t> none(of.stride.size(), 0), no_bias{0};
   switch (of.kind) {
     case RESERVE: return reserved(of, frame.held[X]);
-    case CONVOLVE:
+    case CONVOLVE: {
+      const std::vector<int64_t> none(of.stride.size(), 0);
       return laid(of, at::convolution(held(0), held(1), held(2), of.stride, of.padding, of.dilation,
                                       false, none, 1));
+    }
     case GRADIENT: {
+      const std::vector<int64_t> none(of.stride.size(), 0), no_bias{0};
       auto [dx, dweight, dbias] = at::convolution_backward(
           held(0), held(1), held(2), at::IntArrayRef(no_bias), of.stride, of.padding, of.dilation,
           false, none, 1, {!of.of_weight, of.of_weight, false});

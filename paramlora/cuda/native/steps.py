@@ -31,7 +31,7 @@ def start(backward: Any, way: Way) -> Any:
 
     Args:
         backward: finds the gradients that the library does not, see `functional`.
-        way: how a convolution of an x, a weight, A and a window is computed, see `convolution`.
+        way: the name of the way of a convolution, of its operands and its window.
     """
     module = library.loaded()
     if module is None:
