@@ -31,6 +31,13 @@ def test_dropout_takes_the_same_launches_but_none_of_cublas(
     assert choose.launches(sizes, R, captured, hopper, wanted, masks=1) is own
 
 
+def test_a_large_product_shares_no_launch_and_a_masked_one_less():
+    assert choose.launches((8192, 1024, 4096), 16, False, True) is Launches.APART
+    assert choose.launches((4096, 1024, 4096), 16, False, True) is Launches.TOGETHER
+    assert choose.launches((4096, 1024, 2048), 16, False, True, masks=1) is Launches.APART
+    assert choose.launches((4096, 1024, 1024), 16, False, True, masks=1) is Launches.TOGETHER
+
+
 @pytest.mark.parametrize("sizes, R, captured, hopper, wanted, how", LAUNCHES)
 def test_several_masks_are_drawn_in_a_launch_of_their_own(sizes, R, captured, hopper, wanted, how):
     assert choose.launches(sizes, R, captured, hopper, wanted, masks=2) is Launches.APART
