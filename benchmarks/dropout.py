@@ -1,10 +1,11 @@
-"""Linear layers that drop a tenth of their updates' inputs: R, beside those that drop nothing.
+"""Layers that drop a tenth of their updates' inputs: R, beside those that drop nothing.
 
 ``python -m benchmarks.dropout --out FOLDER`` writes ``dropout.json`` after every shape and prints a
 table. ``dropout`` is torch's operations with masks drawn from a seed, ``kernels dropout`` ours,
 whatever the table of cards says; R is a step's time over the frozen layer's, in one process, in
 turns. Kept is the share of an update of a thousandth of the weights that reaches the output, of the
-rows' own masks.
+rows' own masks. ``two masks`` are two updates at once, each of half of the rank and with a mask of
+its own. A convolution has one way of dropping, whatever the table of cards says.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from benchmarks.experts import Kernels
 from benchmarks.machine import device
 from benchmarks.results import dropout_table, save
 from paramlora.evaluate import functional
+from paramlora.evaluate.convolution import convolution, dropped_convolution
 from paramlora.evaluate.dropout import Drops, dropped_linear, masked
 
 RATE = 0.1
@@ -30,12 +32,15 @@ SHAPES = (  # rows, in, out, rank
     (16384, 1280, 1280, 8),
     (1024, 4096, 4096, 16),
 )
-TINY = ((64, 32, 48, 4),)
-WAYS = ("frozen", "paramlora", "dropout", "kernels dropout", "peft dropout")
+IMAGES = ((8, 320, 64, 3, 8), (8, 320, 64, 1, 8))  # images, channels, size, kernel, rank
+TINY, TINY_IMAGES = ((64, 32, 48, 4),), ((2, 4, 5, 3, 2),)
+WAYS = ("frozen", "paramlora", "dropout", "kernels dropout", "kernels two masks", "peft dropout")
 
 
 class Layer:
-    """The tensors of one shape."""
+    """The tensors of one linear layer."""
+
+    ways = WAYS
 
     def __init__(self, rows: int, fan_in: int, out: int, r: int) -> None:
         torch.manual_seed(0)
@@ -55,7 +60,8 @@ class Layer:
         if way == "peft dropout":  # its layer's lines, with factors of the base's type
             low = F.linear(F.dropout(x, RATE), a.bfloat16())
             return F.linear(x, weight) + F.linear(low, b.bfloat16())
-        drops = Drops((RATE,), (len(a),), seed)
+        masks = 2 if way == "kernels two masks" else 1
+        drops = Drops((RATE,) * masks, (len(a) // masks,) * masks, seed)
         return dropped_linear(x, weight, None, a, b, self.one, 1 / (1 - RATE), drops)
 
     def step(self, way: str) -> timing.Step:
@@ -63,7 +69,7 @@ class Layer:
 
         def step() -> None:
             seed = torch.randint(2**62, (), device=device())
-            with Kernels(way == "kernels dropout")():
+            with Kernels(way.startswith("kernels"))():
                 torch.autograd.grad(self.output(way, self.b, seed), leaves, self.dy)
 
         return step
@@ -75,19 +81,63 @@ class Layer:
         b = self.b * 1e-3 * self.weight.float().norm() / (self.b @ self.a).norm()
         with Kernels(way == "kernels dropout")():
             y, none = (self.output(way, f, seed).float() for f in (b, torch.zeros_like(b)))
-        seen = masked(self.x, Drops((RATE,), (len(self.a),), seed), 0).float() / (1 - RATE)
-        change = seen @ self.a.t() @ b.t()
+        change = self.change(b, seed)
         return (((y - none) * change).sum() / change.square().sum()).item()
 
+    def seen(self, seed: Tensor) -> Tensor:
+        """What the update gets of the input."""
+        return masked(self.x, Drops((RATE,), (len(self.a),), seed), 0).float() / (1 - RATE)
 
-def measure(shape: tuple[int, int, int, int], rounds: int) -> list[dict[str, Any]]:
-    layer, rows = Layer(*shape), []
-    live = {way: layer.step(way) for way in WAYS}
+    def change(self, b: Tensor, seed: Tensor) -> Tensor:
+        """The update's part of the output, in float32."""
+        return self.seen(seed) @ self.a.t() @ b.t()
+
+
+class Image(Layer):
+    """The tensors of one convolution."""
+
+    ways = ("frozen", "paramlora", "dropout", "peft dropout")
+
+    def __init__(self, images: int, channels: int, size: int, kernel: int, r: int) -> None:
+        torch.manual_seed(0)
+        fan_in, shape = channels * kernel**2, (images, channels, size, size)
+        with torch.device(device()):
+            self.x = torch.randn(shape).bfloat16().requires_grad_()
+            weight = torch.randn(channels, channels, kernel, kernel) / fan_in**0.5
+            self.weight, self.one = weight.bfloat16(), torch.ones(())
+            self.a = (torch.randn(r, fan_in) / fan_in**0.5).requires_grad_()
+            self.b = (torch.randn(channels, r) / r**0.5 / 10).requires_grad_()
+            self.dy = torch.randn(shape).bfloat16()
+
+    def output(self, way: str, b: Tensor, seed: Tensor) -> Tensor:
+        x, weight, a, pad = self.x, self.weight, self.a, self.weight.shape[2] // 2
+        window = ((1, 1), (pad, pad), (1, 1), 1)
+        if way == "frozen":
+            return F.conv2d(x, weight, None, *window)
+        if way == "paramlora":
+            return convolution(x, weight, None, a, b, self.one, *window)
+        if way == "peft dropout":  # its layer's lines, with factors of the base's type
+            first = a.bfloat16().view(-1, *weight.shape[1:])
+            low = F.conv2d(F.dropout(x, RATE), first, None, *window)
+            return F.conv2d(x, weight, None, *window) + F.conv2d(low, b.bfloat16()[..., None, None])
+        scale, drops = self.one / (1 - RATE), Drops((RATE,), (len(a),), seed)
+        values = (x, lambda x: x, weight, None, a, b, scale)
+        return dropped_convolution(*values, window, drops)
+
+    def change(self, b: Tensor, seed: Tensor) -> Tensor:
+        pad, first = self.weight.shape[2] // 2, self.a.view(-1, *self.weight.shape[1:])
+        low = F.conv2d(self.seen(seed), first, padding=pad)
+        return F.conv2d(low, b[..., None, None])
+
+
+def measure(layer: Layer, case: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    live = {way: layer.step(way) for way in layer.ways}
     times = {"eager": timing.eager(live, device(), rounds)}
     if device().type == "cuda":
         times["device"] = timing.replayed(live, rounds)
-    for way in WAYS:
-        row: dict[str, Any] = {"case": "×".join(map(str, shape)), "way": way}
+    for way in layer.ways:
+        row: dict[str, Any] = {"case": case, "way": way}
         for kind, found in times.items():
             if way in found:
                 row[f"{kind}_ms"] = median(found[way])
@@ -103,8 +153,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", default="benchmark-results", help="folder of dropout.json")
     parser.add_argument("--rounds", type=int, default=9)
     options, rows = parser.parse_args(arguments), []
-    for shape in SHAPES if device().type == "cuda" else TINY:
-        rows += measure(shape, options.rounds)
+    large = device().type == "cuda"
+    for shape in SHAPES if large else TINY:
+        rows += measure(Layer(*shape), "×".join(map(str, shape)), options.rounds)
+        save(options.out, "dropout", {"rows": rows})
+    for shape in IMAGES if large else TINY_IMAGES:
+        images, channels, size, kernel, r = shape
+        case = f"conv {kernel}×{kernel} {images}×{channels}×{size}² r{r}"
+        rows += measure(Image(*shape), case, options.rounds)
         save(options.out, "dropout", {"rows": rows})
     print(dropout_table({"rows": rows}))
     return 0

@@ -44,7 +44,7 @@ TITLES = {
     "models": "Whole models",
     "quantised": "Quantised bases, against peft's QLoRA",
     "experts": "Layers of experts",
-    "dropout": "Linear layers under dropout of 0.1, in bfloat16",
+    "dropout": "Layers under dropout of 0.1, in bfloat16",
     "alone": "Each piece of the kernels alone, as a share of a whole model's step",
     "kinds": "Kinds of update",
     "routed": "Many adapters on one base",

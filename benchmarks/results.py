@@ -130,13 +130,13 @@ def experts_table(content: dict[str, Any]) -> str:
 
 
 def dropout_table(content: dict[str, Any]) -> str:
-    """One line for each way of each linear layer under dropout."""
+    """One line for each way of each layer under dropout."""
     kinds = {"device_ms": 3, "device_R": 2, "eager_ms": 3, "eager_R": 2, "kept": 3}
     lines = []
     for row in content["rows"]:
         numbers = [f"{row[k]:.{p}f}" if k in row else "" for k, p in kinds.items()]
         lines.append([row["case"], row["way"], *numbers])
-    header = ["tokens × in × out × r", "way", "device ms", "R device", "eager ms", "R eager"]
+    header = ["layer, tokens × in × out × r", "way", "device ms", "R device", "eager ms", "R eager"]
     return markdown([*header, "kept"], lines)
 
 

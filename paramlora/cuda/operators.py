@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from paramlora.cuda.device import serves
 from paramlora.cuda.operands import (
     Drop,
     Operands,
@@ -16,6 +17,7 @@ from paramlora.cuda.operands import (
     kept_size,
     padded,
     served,
+    switched_on,
 )
 from paramlora.update import narrow
 from paramlora.update.geometry import FLOATS
@@ -210,6 +212,19 @@ def summed(base: Tensor, terms: Sequence[Term]) -> Optional[Tensor]:
     from paramlora.cuda.sum import plan
 
     return plan.added(*tensors).view(base.shape)  # type: ignore[no-any-return]
+
+
+def masked(x: Tensor, seed: Tensor, which: int, start: int, threshold: int) -> _Maybe:
+    """``mask ∘ x`` as `masks.plan.masked` has it, or None where the kernels do not serve x."""
+    index = x.get_device()
+    if not (x.is_cuda and switched_on() and x.dtype in FLOATS and serves(index)):
+        return None
+    # places are numbers of 32 bits
+    if seed.get_device() != index or seed.dtype != torch.int64 or x.numel() >= 2**31:
+        return None
+    from paramlora.cuda.masks import plan
+
+    return plan.masked(x, seed, which, start, threshold)  # type: ignore[no-any-return]
 
 
 def scaled_down(b: Tensor, scale: Tensor, strength: float, dtype: torch.dtype) -> Tensor:

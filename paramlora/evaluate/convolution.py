@@ -235,7 +235,7 @@ class _DroppedConvolution(torch.autograd.Function):
         seed: Tensor,
     ) -> Tensor:
         ctx.rest, drops = (pad, window, rates, ranks), Drops(rates, ranks, seed)
-        ctx.save_for_backward(x, weight, a, up, seed)
+        kept = x, weight, a, up, seed
         conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
         # float16 would need powers of two here, as `_Joined` has them
         if x.dtype == torch.bfloat16 and window[3] == 1:
@@ -255,7 +255,9 @@ class _DroppedConvolution(torch.autograd.Function):
             t = parts[0] if last == 0 else torch.cat(parts, 1)
             more = _at_the_middle(t, padded, weight.shape[2:], *window[:3])
             if more is not None:
+                ctx.save_for_backward(*kept, t)
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *window)
+        ctx.save_for_backward(*kept, None)
         values = _wide_on_cpu(x, weight, bias)
         y = conv(pad(values[0]), *values[1:], *window)
         y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, window, drops))
@@ -264,28 +266,77 @@ class _DroppedConvolution(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, a, up, seed = ctx.saved_tensors
+        x, weight, a, up, seed, t = ctx.saved_tensors
         (pad, window, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
         drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
         x, weight, dy = _wide_on_cpu(x, weight, dy)
-
-        # the branch by autograd: a mask may lie before a padding, whose gradient only `pad` knows
-        def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
-            return _dropped_branches(x, a, up, pad, shape, window, drops)
-
-        def base(x: Tensor, weight: Tensor) -> Tensor:
-            return CONVOLUTIONS[weight.dim() - 3](pad(x), weight, None, *window)
-
-        dbias = _bias_gradient(dy) if needs[2] else None
-        first, da, dup = differentiable(update, (x, a, up), (needs[0], *needs[3:5]), dy)
+        dbias, wanted = _bias_gradient(dy) if needs[2] else None, (needs[0], *needs[3:5])
         # torch's convolution_backward gives x's gradient, not that of what was padded into x
-        if torch.is_grad_enabled() or pad(x) is not x:
+        again = torch.is_grad_enabled() or pad(x) is not x
+        # float16 needs the powers of two of `branch`, and groups repeat its first kernel
+        if again or is_batched(dy) or x.dtype == torch.float16 or window[3] > 1:
+
+            def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+                return _dropped_branches(x, a, up, pad, shape, window, drops)
+
+            first, da, dup = differentiable(update, (x, a, up), wanted, dy)
+        else:
+            first, da, dup = _gradients_of_branches(dy, x, a, up, t, shape, window, drops, wanted)
+        if again:
+
+            def base(x: Tensor, weight: Tensor) -> Tensor:
+                return CONVOLUTIONS[weight.dim() - 3](pad(x), weight, None, *window)
+
             dx, dweight = differentiable(base, (x, weight), needs[:2], dy)
         else:
             dx, dweight, _ = _backward(dy, x, weight, window, (*needs[:2], False))
         dx = None if dx is None or first is None else _rounded(dx + first, given)
         dweight = None if dweight is None else dweight.to(given.dtype)
         return dx, dweight, dbias, da, dup, *(None,) * 5
+
+
+def _gradients_of_branches(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    t: _Maybe,
+    shape: Sequence[int],
+    window: tuple[Any, ...],
+    drops: Drops,
+    wanted: tuple[bool, bool, bool],
+) -> list[_Maybe]:
+    """The gradients of x, A and B with its scale that are wanted, of `_dropped_branches` of one
+    group; `t`: what the first kernels gave, if it was kept."""
+    one, two, (x_too, a_too, up_too) = (
+        narrow.Stage(*window),
+        pointwise_of(len(shape) - 2, 1),
+        wanted,
+    )
+    found: list[list[Tensor]] = [[], [], []]
+    for which, ranks in ranks_of(drops):
+        factors = cast(a[ranks], x.dtype), cast(up[:, ranks], x.dtype)
+        (first, second), own = kernels_of(*factors, shape[2:], 1), masked(x, drops, which)
+        u = own if not up_too else one(own, first) if t is None else cast(t[:, ranks], x.dtype)
+        v, dsecond = two.gradients(dy, u, second, (x_too or a_too, up_too))
+        if dsecond is not None:
+            found[2].append(dsecond.reshape(factors[1].shape))
+        if v is None:
+            continue
+        dx, dfirst = one.gradients(v, own, first, (x_too, a_too))
+        if dx is not None:
+            found[0].append(masked(dx, drops, which))
+        if dfirst is not None:
+            found[1].append(dfirst.reshape(factors[0].shape))
+    dxs, das, dups = found
+    # `sum` of 16 bits adds in float32 and rounds once, as in the forward
+    dx = None if not dxs else dxs[0] if len(dxs) == 1 else torch.stack(dxs).sum(0)
+    da, dup = torch.cat(das) if das else None, torch.cat(dups, 1) if dups else None
+    return [
+        dx,
+        None if da is None else cast(da, a.dtype),
+        None if dup is None else cast(dup, up.dtype),
+    ]
 
 
 def _wide_on_cpu(x: Tensor, *others: Any) -> tuple[Any, ...]:

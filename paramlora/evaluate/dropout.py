@@ -120,10 +120,32 @@ def masked(x: Tensor, drops: Drops, which: int, start: int = 0) -> Tensor:
     # also where a row has no columns, by which the line below divides
     if drops.rates[which] == 0 or x.numel() == 0:
         return x
+    if x.is_cuda and not (untold() or recorded() or is_batched(x)):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return applied(_Masked, x, drops, which, start)
+        y = operators.masked(x, drops.seed, which, start, threshold(drops.rates[which]))
+        if y is not None:
+            return y
     columns = x.shape[-1]
     mask = dropped(drops, which, start, x.numel() // columns, columns)
     # filled, not multiplied: what is not finite must not reach through as NaN
     return x.masked_fill(mask.view(x.shape), 0)
+
+
+class _Masked(torch.autograd.Function):
+    """`masked` of a kernel, which autograd does not see. Keeps the seed alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drops: Drops, which: int, start: int) -> Tensor:
+        ctx.rates, ctx.ranks, ctx.place = drops.rates, drops.ranks, (which, start)
+        ctx.save_for_backward(drops.seed)
+        return masked(x, drops, which, start)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (seed,) = ctx.saved_tensors
+        return masked(dy, Drops(ctx.rates, ctx.ranks, seed), *ctx.place), None, None, None
 
 
 class _Redrawn(torch.autograd.Function):

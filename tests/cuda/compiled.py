@@ -25,6 +25,7 @@ from paramlora.cuda.depthwise import plan as depthwise
 from paramlora.cuda.device import Card
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
+from paramlora.cuda.masks import plan as masks
 from paramlora.cuda.operands import Drop, Operands
 from paramlora.cuda.sum import plan as summed
 from tests.cuda import interpreted
@@ -126,6 +127,7 @@ def main(capability, few=False):
         convolution((8, 320, 64, 64), (320, 320, 3, 3), 8)
         single_channels((8, 320, 64, 64), (1, 3), 8)
         added(14336, 4096, 16)
+        masked((8, 320, 64, 64))
         json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
@@ -141,6 +143,8 @@ def main(capability, few=False):
         single_channels(shape, kernel, r)
     for shape in ((14336, 4096, 16), (37, 131, 300)):
         added(*shape)
+    for shape in ((8192, 4096), (8, 320, 64, 64), (2, 3, 5, 7)):
+        masked(shape)
     json.dump(taken, sys.stdout)
 
 
@@ -184,6 +188,15 @@ def added(out, fan_in, r):
         a, b, scale = factors(r, fan_in, out)
         summed.added(weight, a, b, scale)
         summed.added(weight.view(fan_in, out), b.t(), a.t(), scale)  # as transformers' Conv1D
+
+
+def masked(shape):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.empty(shape, dtype=dtype)
+        masks.masked(x, torch.zeros((), dtype=torch.int64), 0, 0, 0)
+        if len(shape) == 4:
+            last = x.contiguous(memory_format=torch.channels_last)
+            masks.masked(last, torch.zeros((), dtype=torch.int64), 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ CALLS = {  # a layer, its input's shape, what is attached, and each row's adapte
 # by kernels of CUDA alone, and without a backward
 UNREACHED = {
     "paramlora.evaluate.convolution._Depthwise",
+    "paramlora.evaluate.dropout._Masked",
     "paramlora.evaluate.routed._InPlace",
     "paramlora.update.compat._Refused",
 }

@@ -46,3 +46,41 @@ def dropped(seed, rows, columns, threshold):
     """Which of ``[rows, columns]`` the first update does not get; `seed`: a pointer to it."""
     of_rows, of_columns = keys(seed)
     return below(numbers(rows, of_rows)[:, None], numbers(columns, of_columns)[None, :], threshold)
+
+
+@triton.jit(do_not_specialize=["which", "start", "threshold"])
+def mask(
+    x,
+    y,
+    seed,
+    M,
+    N,
+    LINES,
+    which,
+    start,
+    threshold,
+    LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``y = mask ∘ x``, a block of both in each program.
+
+    x is ``[M, N]``, rows and columns of the mask; or where `LAST` images ``[N, LINES, M]`` whose
+    channels are the last in memory, ``[LINES, M, N]`` of each: the mask's columns are M, and its
+    rows the lines of the channels.
+    """
+    of_rows, of_columns = keys(seed, which)
+    pid, blocks_m, blocks_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    line = pid // (blocks_m * blocks_n)
+    offs_m = pid // blocks_n % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if LAST:
+        offs_r = start + (line // LINES * N + offs_n) * LINES + line % LINES
+        rows = numbers(offs_r, of_rows)[None, :]
+        columns = numbers(offs_m, of_columns)[:, None]
+    else:
+        rows, columns = numbers(start + offs_m, of_rows)[:, None], numbers(offs_n, of_columns)[None]
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    where = (line.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+    value = tl.load(x + where, mask=inside)
+    tl.store(y + where, tl.where(below(rows, columns, threshold), 0.0, value), mask=inside)
