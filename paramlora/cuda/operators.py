@@ -141,27 +141,37 @@ def _kept_in_range(
     return kept, g, h
 
 
-def convolved(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
+def convolved(
+    of: Operands, window: Window, drop: Optional[Drop] = None
+) -> Optional[tuple[Tensor, Tensor, Tensor]]:
     """A convolution's ``y`` and what `convolved_backward` takes of it, or None; `window`: stride,
     padding and dilation."""
     if not served(of.x):
         return None
     from paramlora.cuda.convolution import plan
 
-    return plan.forward(of, window)  # type: ignore[no-any-return]
+    return plan.forward(of, window, drop)  # type: ignore[no-any-return]
 
 
 def convolved_backward(
-    dy: Tensor, of: Operands, kept: Tensor, wanted: Wanted, window: Window
+    dy: Tensor,
+    of: Operands,
+    kept: Tensor,
+    wanted: Wanted,
+    window: Window,
+    drop: Optional[Drop] = None,
+    down: _Maybe = None,
 ) -> Gradients:
-    """The gradients of x, A, B and the scale that are `wanted`."""
+    """The gradients of x, A, B and the scale that are `wanted`; `down`: A's kernel as the forward
+    gave it, wanted where it dropped inputs."""
     if not (wanted.x or wanted.factors):
         return None, None, None, None
     from paramlora.cuda.convolution import plan
 
     # B's gradient is always found: it shares a pass over dy with v
     scaled = not wanted.scale
-    dx, da, db = plan.backward(dy, of, kept, scaled, (wanted.x, wanted.a), window)
+    both = wanted.x, wanted.a
+    dx, da, db = plan.backward(dy, of, kept, scaled, both, window, drop, down)
     return dx, da, *_second(db, of, 1.0, scaled, wanted)
 
 

@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from paramlora.cuda.operands import Operands, Wanted, has_kernel, is_depthwise
+from paramlora.cuda.operands import Drop, Operands, Wanted, has_kernel, is_depthwise
 from paramlora.cuda.operators import (
     Gradients,
     convolved,
@@ -22,7 +22,7 @@ from paramlora.cuda.operators import (
 )
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Asked, Way
-from paramlora.evaluate.dropout import Drops, masked, ranks_of
+from paramlora.evaluate.dropout import Drops, dropped_pointwise, masked, ranks_of
 from paramlora.evaluate.functional import (
     Kept,
     cast,
@@ -192,6 +192,11 @@ def dropped_convolution(
     if choose.way(asked) is Way.PLAIN:
         y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *window)
         return y + _dropped_branches(x, lora_A, up, pad, weight.shape, window, drops)
+    if _is_pointwise(x, weight, window) and pad(x) is x:
+        one_position = (x, weight.flatten(1), bias, lora_A, lora_B, scale, drops)
+        result = dropped_pointwise(*one_position)
+        if result is not None:
+            return result
     rest = (pad, window, drops.rates, drops.ranks, drops.seed)
     return applied(_DroppedConvolution, x, weight, bias, lora_A, up, *rest)
 
@@ -235,11 +240,18 @@ class _DroppedConvolution(torch.autograd.Function):
         seed: Tensor,
     ) -> Tensor:
         ctx.rest, drops = (pad, window, rates, ranks), Drops(rates, ranks, seed)
-        kept = x, weight, a, up, seed
+        kept, ctx.kernel = (x, weight, a, up, seed), False
         conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
         # float16 would need powers of two here, as `_Joined` has them
         if x.dtype == torch.bfloat16 and window[3] == 1:
             one = torch.ones((), dtype=up.dtype, device=up.device)
+            if len(rates) == 1 and padded is x:
+                of = Operands(x, weight, bias, a, up, one)
+                result = convolved(of, window[:3], Drop(rates, seed))
+                if result is not None:
+                    ctx.kernel = True
+                    ctx.save_for_backward(*kept, *result[1:])
+                    return result[0]
             both, down, _ = _kernels(weight, a, up, one)
             last = len(drops.ranks) - 1  # whose kernel also has the zeros that pad the rank
             parts = [
@@ -255,9 +267,9 @@ class _DroppedConvolution(torch.autograd.Function):
             t = parts[0] if last == 0 else torch.cat(parts, 1)
             more = _at_the_middle(t, padded, weight.shape[2:], *window[:3])
             if more is not None:
-                ctx.save_for_backward(*kept, t)
+                ctx.save_for_backward(*kept, t, None)
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *window)
-        ctx.save_for_backward(*kept, None)
+        ctx.save_for_backward(*kept, None, None)
         values = _wide_on_cpu(x, weight, bias)
         y = conv(pad(values[0]), *values[1:], *window)
         y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, window, drops))
@@ -266,13 +278,22 @@ class _DroppedConvolution(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, a, up, seed, t = ctx.saved_tensors
+        x, weight, a, up, seed, t, down = ctx.saved_tensors
         (pad, window, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
         drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
         x, weight, dy = _wide_on_cpu(x, weight, dy)
         dbias, wanted = _bias_gradient(dy) if needs[2] else None, (needs[0], *needs[3:5])
         # torch's convolution_backward gives x's gradient, not that of what was padded into x
         again = torch.is_grad_enabled() or pad(x) is not x
+        if ctx.kernel and not (again or in_plain_operations(True, dy)):
+            of = Operands(x, weight, None, a, up, torch.ones((), dtype=up.dtype, device=up.device))
+            asked = Wanted(needs[0], False, False, needs[3], needs[4], False)
+            drop = Drop(rates, seed)
+            dx, da, dup, _ = convolved_backward(dy, of, t, asked, window[:3], drop, down)
+            dweight = (
+                _backward(dy, x, weight, window, (False, True, False))[1] if needs[1] else None
+            )
+            return dx, dweight, dbias, da, dup, *(None,) * 5
         # float16 needs the powers of two of `branch`, and groups repeat its first kernel
         if again or is_batched(dy) or x.dtype == torch.float16 or window[3] > 1:
 
@@ -281,6 +302,7 @@ class _DroppedConvolution(torch.autograd.Function):
 
             first, da, dup = differentiable(update, (x, a, up), wanted, dy)
         else:
+            t = None if ctx.kernel else t  # the kernels' has another shape
             first, da, dup = _gradients_of_branches(dy, x, a, up, t, shape, window, drops, wanted)
         if again:
 

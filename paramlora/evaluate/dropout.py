@@ -37,10 +37,12 @@ from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
     differentiable,
+    image_of,
     in_a_row,
     input_of,
     kept_input,
     narrowed,
+    positions,
     unflattened,
     untold,
 )
@@ -292,7 +294,34 @@ def dropped_linear(
         scale = scale * strength
         return dropped_by_definition(x, weight, bias, lora_A, lora_B, scale, drops)
     values = (weight, bias, lora_A, lora_B, scale, strength)
-    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed, way)
+    return applied(_Dropped, x, *values, drops.rates, drops.ranks, drops.seed, False, way)
+
+
+def dropped_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    drops: Drops,
+) -> _Maybe:
+    """`dropped_linear` of every position of an image, in x's memory format, no copies; None where
+    our kernels do not serve it. Rows of the mask are the positions, and columns the channels.
+
+    Args:
+        x: ``[N, in, ...]``.
+        weight: ``[out, in]``.
+        bias, lora_A, lora_B, scale, drops: as of `dropped_linear`.
+    """
+    if len(drops.ranks) > 1:
+        lora_A, lora_B, drops = shared_out(lora_A, lora_B, drops)
+    rows = positions(x)
+    if _served(Operands(rows, weight, bias, lora_A, lora_B, scale), drops) is None:
+        return None
+    rest = (drops.rates, drops.ranks, drops.seed, True, Way.KERNELS)
+    y = applied(_Dropped, rows, weight, bias, lora_A, lora_B, scale, 1.0, *rest)
+    return image_of(y, x.shape)
 
 
 def shared_out(a: Tensor, b: Tensor, drops: Drops) -> tuple[Tensor, Tensor, Drops]:
@@ -356,12 +385,13 @@ class _Dropped(torch.autograd.Function):
         rates: tuple[float, ...],
         ranks: tuple[int, ...],
         seed: Tensor,
+        image: bool,
         way: Way,
     ) -> Tensor:
-        ctx.strength, ctx.drops, result = strength, (rates, ranks), None
+        ctx.strength, ctx.drops, ctx.image, result = strength, (rates, ranks), image, None
         if way is Way.KERNELS:
             of = Operands(x, weight, bias, a, b, scale)
-            result = operators.forward(of, strength, drop=Drop(rates, seed))
+            result = operators.forward(of, strength, image, Drop(rates, seed))
         ctx.kernel, held = result is not None, kept_input(ctx, x)
         if result is not None:
             ctx.save_for_backward(held, weight, a, b, scale, seed, result[1])
@@ -388,16 +418,16 @@ class _Dropped(torch.autograd.Function):
 
             wanted = (*needs[:2], *needs[3:6])
             dx, dweight, *others = differentiable(again, (x, weight, a, b, scale), wanted, dy)
-            return dx, dweight, dbias, *others, *(None,) * 5
+            return dx, dweight, dbias, *others, *(None,) * 6
         of, mask = Operands(x, weight, None, a, b, scale), Drops(*drops)
         if ctx.kernel:
             drop, asked = Drop(mask.rates, seed), Wanted(*needs[:6])
-            grads = operators.backward(dy, of, ctx.strength, u, asked, drop=drop)
+            grads = operators.backward(dy, of, ctx.strength, u, asked, ctx.image, drop)
         else:
             grads = _gradients(ctx, dy, of, mask, u)
         dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2) if needs[1] else None
         dx, *others = grads
-        return dx, dweight, dbias, *others, *(None,) * 5
+        return dx, dweight, dbias, *others, *(None,) * 6
 
 
 def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> operators.Gradients:

@@ -149,18 +149,18 @@ def pointwise(
         weight: ``[out, in]``.
         bias, lora_A, lora_B, scale: as of `linear`.
     """
-    rows = _positions(x)
+    rows = positions(x)
     y = applied(_Linear, rows, weight, bias, lora_A, lora_B, scale, 1.0, True, Way.KERNELS)
-    return _image(y, x.shape)
+    return image_of(y, x.shape)
 
 
-def _positions(image: Tensor) -> Tensor:
+def positions(image: Tensor) -> Tensor:
     """``[N, positions, channels]`` of an image: a view, of which the kernels take any strides."""
     # not `flatten`, which torch's batches of gradients do not know
     return image.reshape(*image.shape[:2], math.prod(image.shape[2:])).transpose(1, 2)
 
 
-def _image(rows: Tensor, shape: Sequence[int]) -> Tensor:
+def image_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """The image again, of the positions of one of `shape`."""
     return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], *shape[2:])
 
@@ -363,9 +363,9 @@ def gradients_of_positions(
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     """The gradients of x, A and B after `pointwise` in C++."""
     x, weight, _, a, b, scale = of
-    saved = (_positions(x), weight.flatten(1), a, b, scale, kept)
-    dx, _, _, da, db, *_ = _Linear.backward(Kept(saved, wanted, image=True), _positions(dy))
-    return dx if dx is None else _image(dx, x.shape), da, db
+    saved = (positions(x), weight.flatten(1), a, b, scale, kept)
+    dx, _, _, da, db, *_ = _Linear.backward(Kept(saved, wanted, image=True), positions(dy))
+    return dx if dx is None else image_of(dx, x.shape), da, db
 
 
 def in_plain_operations(kernel: bool, dy: Tensor) -> bool:

@@ -235,8 +235,8 @@ CONVOLUTIONS = [  # input's batch and sizes, weight, rank, stride, padding, dila
 ]
 
 
-def convolution(sizes, shape, r, stride, padding, dilation, last):
-    """Errors of everything that one convolution computes; None where it is not served."""
+def convolution(sizes, shape, r, stride, padding, dilation, last, rate=0.0):
+    """Errors of everything that one convolution computes, whose update drops some of its input."""
     (batch, *sizes), (out, inner, *kernel) = sizes, shape
     n, formats = len(kernel), {2: torch.channels_last, 3: torch.channels_last_3d}
     where = tuple((v,) * n if isinstance(v, int) else v for v in (stride, padding, dilation))
@@ -249,23 +249,29 @@ def convolution(sizes, shape, r, stride, padding, dilation, last):
     b, scale = torch.randn(r, out).t() / r**0.5, torch.tensor(0.7)
     launched.clear()
     of = Operands(x, weight, bias, a, b, scale)
-    y, t = joined.forward(of, where)
+    drop = Drop((rate,), torch.tensor(7)) if rate else None
+    y, t, down = joined.forward(of, where, drop)
     dy = torch.randn(y.shape).half()
     dy = dy.to(memory_format=formats[n]) if "y" in last else dy
     dy = dy[:, :1].expand_as(dy) if "e" in last else dy
-    got = [y, *joined.backward(dy, of, t, True, BOTH, where)]
+    got = [y, *joined.backward(dy, of, t, True, BOTH, where, drop, down)]
     t = t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)  # as a hook on saved tensors may
-    alone = joined.backward(dy, of, t, True, (False, True), where)
-    other = joined.backward(dy, of, t, True, (True, False), where)
+    alone = joined.backward(dy, of, t, True, (False, True), where, drop, down)
+    other = joined.backward(dy, of, t, True, (True, False), where, drop, down)
     assert alone[0] is None and other[1] is None, "not wanted"
     again = (other[0], alone[1], other[2])
     assert all(torch.equal(p, q) for p, q in zip(got[1:], again)), "not twice the same"
     assert y.is_contiguous() or {*last} & {*"xw"}
     assert got[1].is_contiguous() or not x.is_contiguous()
     leaves = [t.double().requires_grad_() for t in (x, a, b)]
-    total = weight.double() + (scale.double() * leaves[2] @ leaves[1]).reshape(shape)
+    delta = (scale.double() * leaves[2] @ leaves[1]).reshape(shape)
     conv = getattr(torch.nn.functional, f"conv{n}d")
-    want_y = conv(leaves[0], total, bias.double(), *where)
+    seen = leaves[0]
+    if drop is not None:
+        seen = seen * masked(torch.ones(x.shape), Drops((rate,), (), drop.seed), 0).double()
+    want_y = conv(leaves[0], weight.double(), bias.double(), *where) + conv(
+        seen, delta, None, *where
+    )
     want = [want_y.detach(), *torch.autograd.grad(want_y, leaves, dy.double())]
     return {key: error(*pair) for key, *pair in zip(("y", "x", "A", "B"), got, want)}
 
@@ -395,6 +401,11 @@ def main():
                 torch.manual_seed(0)
                 errors = convolution(*one, last)
                 results[f"{one}, last: {last}"] = errors, launched[:]
+    for one in CONVOLUTIONS[:1] + CONVOLUTIONS[2:]:  # the second is slow
+        for last in ("", "xwy") if one[2] == 4 else ("xwy" if one[2] == 17 else "",):
+            torch.manual_seed(0)
+            errors = convolution(*one, last, 0.3)
+            results[f"masked {one}, last: {last}"] = errors, launched[:]
     for case in DEPTHWISE:
         for last in (False, True) if case in DEPTHWISE[:2] else (len(case[0]) == 5,):
             torch.manual_seed(0)

@@ -59,6 +59,15 @@ def test_several_masks_of_one_layer_are_those_of_torchs_operations(results):
     assert all(ran[:3] == ["pack", "project", "product"] for _, ran in layers.values())
 
 
+def test_convolutions_that_drop_inputs_have_the_mask_of_torchs_operations(results):
+    convolutions = chosen(results, "masked")
+    assert len(convolutions) == 9
+    assert not {name: e for name, (e, _) in convolutions.items() if max(e.values()) > EPS}
+    # of the gradients each alone: those of factors need no sum, that of the input no masked input
+    masks = {tuple(name for name in ran if name == "mask") for _, ran in convolutions.values()}
+    assert masks == {("mask",) * 5}
+
+
 def test_programs_may_start_in_any_order(results):
     """What a program awaits is the work of one that has started before it."""
     for name, (errors, ran) in chosen(results, "last first").items():

@@ -17,8 +17,18 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
+from paramlora.cuda.masks import plan as masks
 from paramlora.cuda.native.program import Program, Slot
-from paramlora.cuda.operands import DEEP, Operands, Window, factors_fit, outputs_of, padded, power
+from paramlora.cuda.operands import (
+    DEEP,
+    Drop,
+    Operands,
+    Window,
+    factors_fit,
+    outputs_of,
+    padded,
+    power,
+)
 from paramlora.update.compat import cuda_empty
 
 _Maybe = Optional[Tensor]
@@ -135,9 +145,10 @@ def _copies(batch: int, channels: int, P: int, block: tuple[int, int]) -> int:
 
 
 class Forward:
-    """The plan of a forward: two convolutions between two or three launches."""
+    """The plan of a forward: two convolutions between two or three launches, or with a mask one
+    more."""
 
-    def __init__(self, of: Operands, geometry: _Geometry) -> None:
+    def __init__(self, of: Operands, geometry: _Geometry, drop: Optional[Drop]) -> None:
         x, weight, bias, a, b, _ = of
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
@@ -150,6 +161,10 @@ class Forward:
         self.joined, self.down = low(out, channels, *kernel), low(R, channels, *kernel)
         added, block = channels - inner, _copy_blocks(channels, P, last)
         of_weight = _weight_blocks(channels, positions)
+        # A's kernel has zeros where the channels are that are not the input's
+        self.mask: Optional[Launch] = None
+        if drop is not None:
+            self.mask = masks.of_images(device, self.wide.shape, inner, drop.thresholds[0], False)
         # a channel of ones takes it if one of those that pad the rank is free, else cuDNN adds it
         self.bias_inside = bias is not None and added > r
         grid = _copies(out + R, channels, positions, of_weight)
@@ -213,7 +228,9 @@ class Forward:
             self.result = _first(x.dtype, batch, out, *outputs[2 - x.dim() :])
             self.back = _back(device, (batch, out, PO))
 
-    def __call__(self, of: Operands, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, of: Operands, addresses: tuple[int, ...], seed: _Maybe
+    ) -> tuple[Tensor, Tensor, Tensor]:
         (x, weight, more, a, b, scale), (px, pw, pmore, *others) = of.tensors, addresses
         wide, joined, down = self.wide.new(), self.joined.new(), self.down.new()
         pwide = wide.data_ptr()
@@ -221,15 +238,20 @@ class Forward:
             (x, weight, a, b, scale, more, wide, joined, down),
             (px, pw, *others, pmore, pwide, joined.data_ptr(), down.data_ptr()),
         )
-        t = self.t.of(self.conv(wide, down, None, *self.window))
+        seen = wide
+        if self.mask is not None and seed is not None:
+            seen = self.wide.new()
+            places = (pwide, pwide, seen.data_ptr(), seed.data_ptr())
+            self.mask((wide, wide, seen, seed), places)
+        t = self.t.of(self.conv(seen, down, None, *self.window))
         self.put((t, wide), (t.data_ptr(), pwide))
         y = self.conv(wide, joined, None if self.bias_inside else of.bias, *self.window)
         if self.back is None:
-            return y, t
+            return y, t, down
         y, result = self.y.of(y), self.result.new()
         tensors = (y, result, y, y, y, y, y)  # no rows and no sums: what stands for them is unread
         self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
-        return result, t
+        return result, t, down
 
     def told(self, to: Program, of: Operands) -> tuple[int, int]:
         """What `__call__` does, for C++: the slots of both results."""
@@ -303,32 +325,37 @@ _COPY = object()  # instead of a plan: the input must first be laid out anew
 
 
 @on_its_device
-def forward(of: Operands, window: Window) -> Optional[tuple[Tensor, Tensor]]:
+def forward(
+    of: Operands, window: Window, drop: Optional[Drop] = None
+) -> Optional[tuple[Tensor, Tensor, Tensor]]:
     """``conv(x, W + scale · B A) + bias`` with one rounding, and what `backward` takes.
 
     Args:
         of: x ``[N, C_in, ...]``, 16-bit; a weight ``[C_out, C_in, *kernel]`` and bias of its type.
         window: stride, padding and dilation, a number for each axis.
+        drop: the one mask of the x that A gets, of channels and lines as rows.
 
     Returns:
-        ``[N, C_out, ...]`` and ``t[N, R, ...]``, or None where the kernels do not serve these
-        operands.
+        ``[N, C_out, ...]``, ``t[N, R, ...]`` and A's kernel, behind whose channels are zeros; or
+        None where the kernels do not serve these operands.
     """
-    plan, addresses = planned_forward(of, window)
+    plan, addresses = planned_forward(of, window, drop)
     if plan is None:
         return None
     if plan is _COPY:
-        return forward(of._replace(x=of.x.contiguous()), window)  # type: ignore[no-any-return]
-    return plan(of, addresses)  # type: ignore[no-any-return]
+        return forward(of._replace(x=of.x.contiguous()), window, drop)  # type: ignore[no-any-return]
+    return plan(of, addresses, None if drop is None else drop.seed)  # type: ignore[no-any-return]
 
 
-def planned_forward(of: Operands, window: Window) -> tuple[Any, tuple[int, ...]]:
+def planned_forward(
+    of: Operands, window: Window, drop: Optional[Drop]
+) -> tuple[Any, tuple[int, ...]]:
     """The plan of a forward, None where the kernels do not serve it; and the addresses."""
-    rest = (of.bias is None, window)
-    return planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window))
+    rest = (of.bias is None, window, None if drop is None else drop.thresholds)
+    return planned(_FORWARDS, of.tensors, rest, lambda _: _plan_forward(of, window, drop))
 
 
-def _plan_forward(of: Operands, window: Window) -> Any:
+def _plan_forward(of: Operands, window: Window, drop: Optional[Drop]) -> Any:
     x, weight, bias, a, b, scale = of
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] or _format(weight) is None:
         return None
@@ -349,11 +376,12 @@ def _plan_forward(of: Operands, window: Window) -> Any:
     # the kernels find places within an image, and within a row of a weight, in 32 bits
     if widened(max(weight.shape[:2]), padded(len(a))) * positions >= 2**31:
         return None
-    return _COPY if _format(x) is None else Forward(of, geometry)
+    return _COPY if _format(x) is None else Forward(of, geometry, drop)
 
 
 class Backward:
-    """The plan of a backward: two convolutions' gradients between two launches."""
+    """The plan of a backward: two convolutions' gradients between two launches, or with a mask
+    three, as base and update then share no accumulator for x's."""
 
     def __init__(
         self,
@@ -362,6 +390,7 @@ class Backward:
         geometry: _Geometry,
         scaled: bool,
         wanted: tuple[bool, bool],
+        drop: Optional[Drop],
     ) -> None:
         (x, weight, _, a, b, _), (input_too, a_too) = of, wanted
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
@@ -370,15 +399,24 @@ class Backward:
         channels, device = widened(out, R), x.get_device()
         processors = card(device).processors
         last, x_last, weight_last = (bool(_format(t)) for t in (dy, x, weight))
-        self.input_too, self.a_too = input_too, a_too
-        # the gradient of A reads x, that of x but its shape; and lies as x does
-        self.relaid, self.returned = a_too and not x_last, input_too and not x_last
+        self.input_too, self.a_too, joined = input_too, a_too, input_too and drop is None
+        # the gradient of A reads x, that of x but its shape, and where dy is not laid out anew its
+        # format; and lies as x does
+        self.relaid = (a_too or drop is not None) and not x_last
+        self.returned = input_too and not x_last
         # of cuDNN: no bias, the window, not transposed, so no padding of an output, one group
         self.window = ([0], *geometry[2:], False, [0] * len(sizes), 1)
         low, wide = functools.partial(_last, x.dtype), torch.float32
         self.wide, self.tall = low(batch, channels, *outputs), low(channels, inner, *kernel)
         self.v, self.down = low(batch, R, *outputs), low(R, inner, *kernel)
         self.x, self.dx = low(batch, inner, *sizes), _first(x.dtype, *x.shape)
+        self.masks: Optional[tuple[Launch, Launch]] = None  # of x, and of what is added to its dx
+        if drop is not None:
+            least = drop.thresholds[0]
+            seen, added = (
+                masks.of_images(device, self.x.shape, inner, least, add) for add in (False, True)
+            )
+            self.masks = seen, added
         self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
         # v takes all channels of some positions at once: of few, smaller blocks fill the device
         BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
@@ -392,7 +430,7 @@ class Backward:
         groups = -(-units // each)
         self.part = _first(wide, groups, out, R)
         grid = tiles + groups * blocks
-        grid += _copies(channels, inner, positions, of_weight) if input_too else 0
+        grid += _copies(channels, inner, positions, of_weight) if joined else 0
         grid += _copies(batch, inner, PX, block) if self.relaid else 0
         self.spread = Launch(
             kernels.spread,
@@ -414,7 +452,7 @@ class Backward:
                 **along("stride_b", "nr", b.stride()),
             ),
             constants=dict(
-                INPUT=input_too,
+                INPUT=joined,
                 LAST=last,
                 WEIGHT_LAST=weight_last,
                 R=R,
@@ -433,12 +471,18 @@ class Backward:
         self.back = _back(device, image, rows, (groups, out, r), scaled)
 
     def __call__(
-        self, dy: Tensor, of: Operands, t: Tensor, addresses: tuple[int, ...]
+        self,
+        dy: Tensor,
+        of: Operands,
+        t: Tensor,
+        addresses: tuple[int, ...],
+        dropped: Optional[tuple[Tensor, Tensor]],
     ) -> tuple[_Maybe, _Maybe, Tensor]:
         x, weight, _, a, b, scale = of
         v, part = self.v.new(), self.part.new()
         # what is not wanted is v: an address that nothing is read from or written to
-        wide, tall = (self.wide.new(), self.tall.new()) if self.input_too else (v, v)
+        joined = self.input_too and self.masks is None
+        wide, tall = (self.wide.new(), self.tall.new()) if joined else (v, v)
         x_last = self.x.new() if self.relaid or x.dim() == 3 else x
         made = (wide, tall, x_last, v, part)
         places = map(Tensor.data_ptr, made)
@@ -446,12 +490,16 @@ class Backward:
         dx: Any = None
         da: _Maybe = None
         y, result, a_last, a_first = v, v, v, v
-        if self.input_too:
+        if joined:
             dx, _, _ = _gradients(wide, x_last, tall, *self.window, [True, False, False])
+        elif self.input_too and dropped is not None:
+            dx = self._apart(dy, weight, x_last, v, *dropped)
         if self.returned:
             y, result = self.x.of(dx), self.dx.new()
             dx = result
         if self.a_too:
+            if dropped is not None:
+                x_last = self._masked(x_last, dropped[1])
             down = self.down.new()  # of which cuDNN reads the shape alone
             _, a_last, _ = _gradients(v, x_last, down, *self.window, [False, True, False])
             a_last, da = self.down.of(a_last), self.da.new()
@@ -460,6 +508,31 @@ class Backward:
         tensors = (y, result, a_last, a_first, part, db, scale)
         self.back(tensors, tuple(map(Tensor.data_ptr, tensors)))
         return dx, da, db
+
+    def _apart(
+        self, dy: Tensor, weight: Tensor, x: Tensor, v: Tensor, down: Tensor, seed: Tensor
+    ) -> Tensor:
+        """``conv_backward(dy, W) + mask ∘ conv_backward(v, A)``, the sum rounded once."""
+        if dy.dim() == 3:  # a signal, which is an image of one row here
+            dy, weight = dy[:, :, None], weight[:, :, None]
+        # of the joined kernel's channels those of the input
+        kernels = (dy, weight), (v, down[:, : x.shape[1]])
+        base, low = (
+            self.x.of(_gradients(y, x, kernel, *self.window, [True, False, False])[0])
+            for y, kernel in kernels
+        )
+        self._launch(1, (low, base, base, seed))
+        return base
+
+    def _masked(self, x: Tensor, seed: Tensor) -> Tensor:
+        seen = self.x.new()
+        self._launch(0, (x, x, seen, seed))
+        return seen
+
+    def _launch(self, which: int, tensors: tuple[Tensor, ...]) -> None:
+        """Launch one of the masks' kernels."""
+        if self.masks is not None:
+            self.masks[which](tensors, tuple(map(Tensor.data_ptr, tensors)))
 
     def told(self, to: Program, of: Operands) -> tuple[int, int, int]:
         """What `__call__` does where all is wanted, for C++: the slots of the gradients."""
@@ -485,37 +558,60 @@ class Backward:
 
 @on_its_device
 def backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
+    dy: Tensor,
+    of: Operands,
+    t: Tensor,
+    scaled: bool,
+    wanted: tuple[bool, bool],
+    window: Window,
+    drop: Optional[Drop] = None,
+    down: _Maybe = None,
 ) -> tuple[_Maybe, _Maybe, Tensor]:
     """The gradients of `forward`: of x, and of A, if wanted, and in float32 of B.
 
     Args:
         dy: ``[N, C_out, ...]``.
-        of, window: of the forward.
-        t: of the forward.
+        of, window, drop: of the forward.
+        t: of the forward; and where it dropped inputs `down`, A's kernel.
         scaled: whether the scale is in the last gradient.
         wanted: of x, of A.
     """
-    plan, addresses = planned_backward(dy, of, t, scaled, wanted, window)
+    plan, addresses = planned_backward(dy, of, t, scaled, wanted, window, drop)
     if plan is _COPY:
         dy, x = (im if _format(im) is not None else im.contiguous() for im in (dy, of.x))
-        t = _last(t.dtype, *t.shape).of(t)
-        return backward(dy, of._replace(x=x), t, scaled, wanted, window)  # type: ignore[no-any-return]
-    return plan(dy, of, t, addresses)  # type: ignore[no-any-return]
+        t, of = _last(t.dtype, *t.shape).of(t), of._replace(x=x)
+        return backward(dy, of, t, scaled, wanted, window, drop, down)  # type: ignore[no-any-return]
+    dropped = None if drop is None else (down, drop.seed)
+    return plan(dy, of, t, addresses, dropped)  # type: ignore[no-any-return]
 
 
 def planned_backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
+    dy: Tensor,
+    of: Operands,
+    t: Tensor,
+    scaled: bool,
+    wanted: tuple[bool, bool],
+    window: Window,
+    drop: Optional[Drop],
 ) -> tuple[Any, tuple[int, ...]]:
     """The plan of a `backward`, and the addresses of its tensors."""
-    tensors, how = (dy, t, of.weight, of.a, of.b, of.scale, of.x), (scaled, wanted, window)
-    return planned(
-        _BACKWARDS, tensors, how, lambda _: _plan_backward(dy, of, t, scaled, wanted, window)
-    )
+    tensors = dy, t, of.weight, of.a, of.b, of.scale, of.x
+    how = scaled, wanted, window, None if drop is None else drop.thresholds
+
+    def plan_of(_: Any) -> Any:
+        return _plan_backward(dy, of, t, scaled, wanted, window, drop)
+
+    return planned(_BACKWARDS, tensors, how, plan_of)
 
 
 def _plan_backward(
-    dy: Tensor, of: Operands, t: Tensor, scaled: bool, wanted: tuple[bool, bool], window: Window
+    dy: Tensor,
+    of: Operands,
+    t: Tensor,
+    scaled: bool,
+    wanted: tuple[bool, bool],
+    window: Window,
+    drop: Optional[Drop],
 ) -> Any:
     x, weight, _, a, b, scale = of
     together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, window)
@@ -529,4 +625,4 @@ def _plan_backward(
     # a hook on saved tensors may have laid t anywhere
     if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
         return _COPY
-    return Backward(dy, of, geometry, scaled, wanted)
+    return Backward(dy, of, geometry, scaled, wanted, drop)

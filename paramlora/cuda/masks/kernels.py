@@ -51,23 +51,26 @@ def dropped(seed, rows, columns, threshold):
 @triton.jit(do_not_specialize=["which", "start", "threshold"])
 def mask(
     x,
+    base,
     y,
     seed,
     M,
     N,
     LINES,
+    channels,
     which,
     start,
     threshold,
+    ADD: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``y = mask ∘ x``, a block of both in each program.
+    """``y = mask ∘ x``, or where `ADD` ``base + mask ∘ x``, a block of each in each program.
 
-    x is ``[M, N]``, rows and columns of the mask; or where `LAST` images ``[N, LINES, M]`` whose
-    channels are the last in memory, ``[LINES, M, N]`` of each: the mask's columns are M, and its
-    rows the lines of the channels.
+    They are ``[M, N]``, rows and columns of the mask; or where `LAST` images ``[N, LINES, M]``
+    whose channels are the last in memory, ``[LINES, M, N]`` of each: the mask's columns are M, and
+    its rows the lines of the `channels`, behind which others may lie that no mask matters to.
     """
     of_rows, of_columns = keys(seed, which)
     pid, blocks_m, blocks_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -75,7 +78,7 @@ def mask(
     offs_m = pid // blocks_n % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if LAST:
-        offs_r = start + (line // LINES * N + offs_n) * LINES + line % LINES
+        offs_r = start + (line // LINES * channels + offs_n) * LINES + line % LINES
         rows = numbers(offs_r, of_rows)[None, :]
         columns = numbers(offs_m, of_columns)[:, None]
     else:
@@ -83,4 +86,8 @@ def mask(
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     where = (line.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
     value = tl.load(x + where, mask=inside)
-    tl.store(y + where, tl.where(below(rows, columns, threshold), 0.0, value), mask=inside)
+    value = tl.where(below(rows, columns, threshold), 0.0, value).to(value.dtype)
+    if ADD:  # 16 bits in float32, and rounded once
+        wide = value.to(tl.float32) if value.dtype.primitive_bitwidth == 16 else value
+        value = wide + tl.load(base + where, mask=inside)
+    tl.store(y + where, value, mask=inside)

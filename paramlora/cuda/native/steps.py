@@ -171,14 +171,14 @@ def _positions(image: Tensor) -> Optional[Tensor]:
 
 
 def _joined_forward(to: Program, of: Operands, window: Any) -> Optional[_Sizes]:
-    found, _ = joined.planned_forward(of, window[:3])
+    found, _ = joined.planned_forward(of, window[:3], None)
     return found.told(to, of) if type(found) is joined.Forward else None
 
 
 def _joined_backward(
     to: Program, of: Operands, window: Any, dy: Tensor, t: Tensor
 ) -> Optional[_Sizes]:
-    found, _ = joined.planned_backward(dy, of, t, True, (True, True), window[:3])
+    found, _ = joined.planned_backward(dy, of, t, True, (True, True), window[:3], None)
     if type(found) is not joined.Backward:
         return None
     dx, da, db = found.told(to, of)
