@@ -378,7 +378,8 @@ def _experts(
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * weights.reshape(-1)[order, None]
-    total = y[back].view(len(flat), top, -1).sum(1)
+    # each size in full: torch infers none of a batch without tokens
+    total = y[back].view(len(flat), top, y.shape[1]).sum(1)
     if hasattr(self, "identity_expert"):
         # LongCat's identity experts have indices behind the real ones
         own = weights.masked_fill(index < len(second.weight), 0).reshape(len(flat), top)

@@ -73,6 +73,10 @@ def built(cls, config=None):
     return layer
 
 
+def stacks_of(layer):
+    return [n for n, p in layer.named_parameters() if p.dim() == 3]
+
+
 def adapted(layer, names, second=False, **more):
     """With r of its own for each tensor, and perhaps another adapter."""
     entries = {name: {"r": 2 + i, "scale": 0.7, **more} for i, name in enumerate(names)}
@@ -110,7 +114,7 @@ def check_gradients(layer, twin, **close):
 
 def routed(layer, tokens=9, top=2, beyond=False):
     x = torch.randn(tokens, 16).double().requires_grad_()
-    index = torch.stack([torch.randperm(3)[:top] for _ in range(tokens)])  # one gets no row
+    index = torch.stack([torch.randperm(3)[:top] for _ in range(tokens + 1)])[1:]  # one gets no row
     weights = torch.rand(tokens, top).double().requires_grad_()
     if beyond:
         index[::2, 0] = 4
@@ -140,8 +144,7 @@ def test_every_family_in_each_implementation(implementation, no_sums):
     work = []
     for cls in every.values():
         layer = built(cls)
-        stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
-        layer = adapted(layer, stacks)
+        layer = adapted(layer, stacks_of(layer))
         layer.config._experts_implementation = implementation
         work.append((layer, dense(layer)))
     no_sums()
@@ -151,13 +154,32 @@ def test_every_family_in_each_implementation(implementation, no_sums):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_no_tokens(implementation, dropout):
+    """As a process may get where others have the batch: nothing, and gradients of zero."""
+    layers = [built(cls) for cls in families().values()]
+    work = [(x, stacks_of(x), routed(x, tokens=0)) for x in layers]
+    if implementation == "eager":
+        work += [make(0) for make in (step, longcat, jetmoe, llama4)]
+    for layer, stacks, inputs in work:
+        layer = adapted(layer, stacks, dropout=dropout).train()
+        if hasattr(layer, "config"):
+            layer.config._experts_implementation = implementation
+        y = layer(*inputs)
+        y.square().sum().backward()
+        assert len(y) == 0 and inputs[0].grad.shape == inputs[0].shape
+        for _, _, update in updates(layer):
+            assert all(p.grad.abs().sum() == 0 for p in update.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("cls", ("MixtralExperts", "GptOssExperts", "NemotronHExperts"))
 @pytest.mark.parametrize("only", (0, 1, None))
 def test_two_adapters_and_one_tensor_alone(implementation, cls, only):
     module = {"M": "mixtral", "G": "gpt_oss", "N": "nemotron_h"}[cls[0]]
     module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     layer = built(getattr(module, cls))
-    stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
+    stacks = stacks_of(layer)
     layer = adapted(layer, stacks if only is None else [stacks[only]], second=True)
     layer.config._experts_implementation = implementation
     same(layer, dense(layer), routed(layer))
@@ -177,33 +199,34 @@ def test_rows_of_other_processes(implementation, cls):
     same(layer, twin, routed(layer, beyond=True))
 
 
-def step():
+def step(tokens=9):
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
-    return built(Step3p7Experts), ["gate_up_proj", "down_proj"], routed(None)
+    return built(Step3p7Experts), ["gate_up_proj", "down_proj"], routed(None, tokens)
 
 
-def longcat():
+def longcat(tokens=9):
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
     config = Config()
     config.zero_expert_num = 2
-    x, index, weights = routed(None)
+    x, index, weights = routed(None, tokens)
     index[::2, 0] = 5  # one that gives its input
     return built(LongcatFlashExperts, config), ["gate_up_proj", "down_proj"], (x, index, weights)
 
 
-def jetmoe():
+def jetmoe(tokens=9):
     from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
     layer = built(lambda _: JetMoeParallelExperts(4, 16, 8))
-    return layer, ["weight"], (torch.randn(9, 16).double().requires_grad_(), [4, 0, 3, 2])
+    sizes = [4, 0, 3, 2] if tokens else [0] * 4
+    return layer, ["weight"], (torch.randn(tokens, 16).double().requires_grad_(), sizes)
 
 
-def llama4():
+def llama4(tokens=12):
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-    x = torch.randn(12, 16).double().requires_grad_()
+    x = torch.randn(tokens, 16).double().requires_grad_()
     return built(Llama4TextExperts), ["gate_up_proj", "down_proj"], (x,)
 
 
