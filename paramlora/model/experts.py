@@ -32,8 +32,10 @@ from paramlora.model.forwards import (
     plain_forward,
     scaling_of_rows,
     together,
+    written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
+from paramlora.update.compat import every_module_hooks
 from paramlora.update.contexts import autocast_of
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
@@ -46,6 +48,8 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # what those classes call th
 _LOOPS = ("Step3p7Experts.forward", "LongcatFlashExperts.forward")
 _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, sizes in a list
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
+# torch's activations that draw random numbers in training, which a second call would draw anew
+_RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
 
 
 def expert_forward_of(base: type) -> Optional[_Forward]:
@@ -364,12 +368,12 @@ def _experts(
     partial = loop or getattr(self, "_is_expert_parallel", True)  # older transformers do not tell
     chosen, bias = Chosen(order, back, top, partial), _bias(self) if biased else None
     y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
-    # not computed yet: `product` makes it where it is needed, and again for gradients
-    activated: Optional[Computed] = Computed(functools.partial(_activated, self))
-    act = getattr(self, "act_fn", None)
-    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
-        # as of xIELU's, which want gradients too
-        y, activated = _activated(self, y), None
+    activated: Optional[Computed] = None
+    if _can_be_made_again(self):
+        # not computed yet: `product` makes it where it is needed, and again for gradients
+        activated = Computed(functools.partial(_activated, self))
+    else:
+        y = _activated(self, y)
     bias = self.down_proj_bias if biased else None
     y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
     if partial:
@@ -395,6 +399,32 @@ def _ends(ids: Tensor, stack: Stack) -> Tensor:
 
 def _bias(self: Any) -> Tensor:
     return self.gate_up_proj_bias if self.has_gate else self.up_proj_bias  # type: ignore[no-any-return]
+
+
+def _can_be_made_again(self: Any) -> bool:
+    """Whether what lies between both products is known to be a function of the first one's output
+    alone: then it may be computed apart from autograd's graph, and once more in the backward. A
+    gate or an activation of somebody's own may train parameters, or draw random numbers; whoever
+    hooks an activation reads it once, and perhaps wants gradients of what was read."""
+    if is_compiling():  # which keeps or computes again what it finds best
+        return False
+    gate, act = getattr(type(self), "_apply_gate", None), getattr(self, "act_fn", None)
+    if "_apply_gate" in vars(self) or gate is not None and not _is_of_libraries(gate):
+        return False
+    if not isinstance(act, nn.Module):
+        return act is None or _is_of_libraries(act)
+    hooks = act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks
+    if any(hooks) or every_module_hooks() or "forward" in vars(act):
+        return False
+    # xIELU's parameters want gradients too
+    plain = not isinstance(act, _RANDOM) and not any(True for _ in act.parameters())
+    return plain and _is_of_libraries(type(act).forward)
+
+
+def _is_of_libraries(function: Any) -> bool:
+    """Whether torch or transformers wrote a function."""
+    module = getattr(function, "__module__", None) or ""
+    return module.split(".")[0] in ("torch", "transformers") and written_in(module, function)
 
 
 def _activated(self: Any, y: Tensor) -> Tensor:

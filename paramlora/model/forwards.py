@@ -35,7 +35,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _written_in(module: str, function: Any) -> bool:
+def written_in(module: str, function: Any) -> bool:
     """Whether that module wrote a function, and nobody put another in its place, be it under the
     same name, as `functools.wraps` does."""
     code, there = getattr(function, "__code__", None), sys.modules.get(module)
@@ -44,7 +44,7 @@ def _written_in(module: str, function: Any) -> bool:
 
 def _torchs(known: Any, name: str = "forward") -> Any:
     function = getattr(known, name)
-    return function if _written_in(known.__module__, function) else None
+    return function if written_in(known.__module__, function) else None
 
 
 # torch's own functions, whatever is put in their place later, or was before this import
@@ -68,7 +68,7 @@ def forward_of(base: type) -> Optional[_Forward]:
     if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
         return _convolution
     name = getattr(own, "__qualname__", "")
-    if name == "Conv1D.forward" and _written_in("transformers.pytorch_utils", own):
+    if name == "Conv1D.forward" and written_in("transformers.pytorch_utils", own):
         _OF_TRANSFORMERS.add(own)
         return _conv1d_of_transformers
     return None

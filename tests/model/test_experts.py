@@ -483,6 +483,96 @@ def test_an_activation_that_learns():
         torch.testing.assert_close(one, two)
 
 
+def own_gate(implementation, gate):
+    """A class of somebody's own behind transformers' decorator, with a gate of its own."""
+    from transformers.integrations.moe import use_experts_implementation
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class Gated(MixtralExperts):
+        _apply_gate = gate
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.slope = nn.Parameter(torch.ones(()))
+
+        def forward(self, hidden, index, weights):
+            y = torch.zeros_like(hidden)
+            for e in range(self.num_experts):
+                token, place = torch.where(index == e)
+                rows = self._apply_gate(F.linear(hidden[token], self.gate_up_proj[e]))
+                rows = F.linear(rows, self.down_proj[e]) * weights[token, place, None]
+                y = y.index_add(0, token, rows)
+            return y
+
+    layer = built(use_experts_implementation(Gated))
+    layer.config._experts_implementation = implementation
+    return adapted(layer, ["gate_up_proj", "down_proj"]).train()
+
+
+@pytest.mark.parametrize("implementation", ("eager", "batched_mm"))
+def test_a_gate_that_learns(implementation):
+    def gate(self, y):
+        left, right = y.chunk(2, -1)
+        return left * torch.sigmoid(self.slope * left) * right
+
+    layer = own_gate(implementation, gate)
+    layer.slope.requires_grad_()
+    twin = dense(layer)
+    same(layer, twin, routed(layer))
+    assert layer.slope.grad is not None
+    torch.testing.assert_close(layer.slope.grad, twin.slope.grad)
+
+
+def dropped(self, y):
+    left, right = y.chunk(2, -1)
+    return F.dropout(self.act_fn(left) * right, 0.5)
+
+
+def plain(self, y):
+    left, right = y.chunk(2, -1)
+    return self.act_fn(left) * right
+
+
+@pytest.mark.parametrize(
+    ("gate", "act"),
+    ((dropped, None), (plain, nn.RReLU()), (plain, nn.Sequential(nn.Tanh(), nn.Dropout(0.5)))),
+    ids=("dropout", "rrelu", "within"),
+)
+def test_a_gate_that_draws_random_numbers(gate, act):
+    """Its gradient is that of the numbers that were drawn."""
+    layer = own_gate("eager", gate)
+    layer.act_fn = layer.act_fn if act is None else act
+    x, index, weights = routed(layer)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return layer(x, index, weights).square().sum()
+
+    loss(x).backward()
+    way, step = torch.randn_like(x), 1e-6
+    with torch.no_grad():
+        slope = (loss(x + step * way) - loss(x - step * way)) / (2 * step)
+    torch.testing.assert_close((x.grad * way).sum(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_that_is_read_by_a_hook():
+    """Once, and with its gradient: a loss may be of what was read."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    layer = adapted(built(MixtralExperts), ["gate_up_proj", "down_proj"])
+    twin, (x, index, weights) = dense(layer), routed(layer)
+    grads, lengths = [], []
+    for run in (layer, twin):
+        read, own = [], x.detach().requires_grad_()
+        run.act_fn.register_forward_hook(lambda m, i, y, read=read: read.append(y))
+        (run(own, index, weights).sum() + sum(y.square().sum() for y in read)).backward()
+        grads.append(own.grad)
+        lengths.append(sum(map(len, read)))
+    assert lengths == [index.numel()] * 2
+    torch.testing.assert_close(*grads)
+    check_gradients(layer, twin)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_biases_that_are_trained(implementation):
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
