@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -36,7 +37,7 @@ from paramlora.model.forwards import (
 )
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import every_module_hooks
-from paramlora.update.contexts import autocast_of
+from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
 
@@ -302,7 +303,7 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
             _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
         hidden, index, weights = (given[name] for name in names)
-        return _experts(self, hidden, index, weights, *stacks, asked in (None, "eager"))
+        return _experts(self, hidden, index, weights, *stacks, asked)
 
     return forward
 
@@ -354,10 +355,14 @@ def _experts(
     weights: Tensor,
     first: Stack,
     second: Stack,
-    loop: bool,
+    asked: Any,
 ) -> Tensor:
     """What each token's experts give, weighted and summed. An index beyond the experts, which a
-    loop passes over, is of another process, or of one that gives its input (LongCat)."""
+    loop passes over, is of another process, or of one that gives its input (LongCat).
+
+    Args:
+        asked: the implementation.
+    """
     flat, top = hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
     batch = batch_rows(self, hidden, (first, second))
     transposed, biased = getattr(self, "is_transposed", False), getattr(self, "has_bias", False)
@@ -365,17 +370,22 @@ def _experts(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     told = None if batch is None else (ids, batch[order // top])
-    partial = loop or getattr(self, "_is_expert_parallel", True)  # older transformers do not tell
+    # older transformers do not tell
+    partial = asked in (None, "eager") or getattr(self, "_is_expert_parallel", True)
+    # torch's grouped product computes in the weight's type, whatever autocast asks for
+    types = in_own_types if asked == "grouped_mm" else nullcontext
     chosen, bias = Chosen(order, back, top, partial), _bias(self) if biased else None
-    y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
+    with types(flat):
+        y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
     activated: Optional[Computed] = None
-    if _can_be_made_again(self):
+    if _can_be_made_again(self) and autocast_of(y) is None:
         # not computed yet: `product` makes it where it is needed, and again for gradients
         activated = Computed(functools.partial(_activated, self))
     else:
         y = _activated(self, y)
     bias = self.down_proj_bias if biased else None
-    y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
+    with types(y):
+        y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
     if partial:
         # of other processes' experts nothing was computed: any number may stand there
         y = y.masked_fill((ids >= len(second.weight))[:, None], 0)

@@ -154,6 +154,24 @@ def test_every_family_in_each_implementation(implementation, no_sums):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_rounds_what_it_rounds_without_an_update(implementation):
+    """torch's grouped product, which computes in the weight's type there, among others."""
+    for name, cls in families().items():
+        layer = built(cls)
+        inputs = [t.detach() for t in routed(layer)]
+        exact, layer = layer(*inputs), layer.float()
+        inputs = [t.float() if t.is_floating_point() else t for t in inputs]
+        layer.config._experts_implementation = implementation
+        errors = []
+        for entry in (None, {"r": 2}):
+            if entry is not None:
+                paramlora.attach(layer, dict.fromkeys(stacks_of(layer), entry))
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                errors.append((layer(*inputs) - exact).norm() / exact.norm())
+        assert errors[1] <= 2 * errors[0] + 1e-6, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_no_tokens(implementation, dropout):
     """As a process may get where others have the batch: nothing, and gradients of zero."""
