@@ -19,20 +19,21 @@ from torch.compiler import is_compiling
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
 from paramlora.evaluate.experts import grouped_linear, owners, plain_product
-from paramlora.evaluate.functional import cast
+from paramlora.evaluate.functional import PLAIN, cast
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     as_served,
-    below,
     dropped_rows,
     drops_of,
     known_parts,
     of_rows,
     parts_of_rows,
     plain_forward,
+    refuse_dropout,
     scaling_of_rows,
     together,
+    why_defined,
     written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
@@ -93,6 +94,9 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     held = layer._parameters.get(name)
     if held is not None:
         return Stack(held, [], False) if type(held) is nn.Parameter else None
+    # of somebody's tensor class no grouped product is known, not even one that drops
+    if type(x) not in PLAIN and not is_compiling():
+        return None
     parts = known_parts(layer, x, name)
     if parts is None:
         routes = parts_of_rows(layer, x, name)
@@ -268,6 +272,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
                 f"{type(layer).__name__} has no tensor {name!r}. Name one of its stacks of "
                 "matrices, [experts, out, in]."
             )
+        refuse_dropout(layer, *why_defined(x), name)
         stack = Stack(held, [], False)
     if stack.weight.dim() != 3:
         raise AdapterError(
@@ -295,11 +300,12 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain, given = plain_forward(self), {**dict(zip(names, args)), **kwargs}
         asked = getattr(self.config, "_experts_implementation", None) if implemented else "eager"
-        stacks = None
         # an argument beyond these three means something that is not known here
-        if plain is known and given.keys() == {*names} and _is_theirs(asked):
-            stacks = _stacks(self, given[names[0]])
+        serves = plain is known and given.keys() == {*names} and _is_theirs(asked)
+        stacks = _stacks(self, given[names[0]]) if serves else None
         if stacks is None:
+            if serves:
+                refuse_dropout(self, *why_defined(given[names[0]]))
             _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
         hidden, index, weights = (given[name] for name in names)
@@ -309,22 +315,10 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
 
 
 def _refuse_dropout(self: nn.Module, how: str) -> None:
-    """Say so where dropout would act, had the forward not to be left to the dense sums.
-
-    Raises:
-        AdapterError: an update that acts drops its input now.
-    """
+    """Say so where dropout would act, had the forward not to be left to the dense sums."""
     # attached to a layer whose forward is not known, dropout could not act, see `_check_dropout`
-    lists: Any = self._modules.get("parametrizations") if self.training else None
-    for name, held in () if lists is None else lists._modules.items():
-        for update in held._modules.values():
-            if getattr(update, "dropout", 0) and update.current().acts:
-                kind = below(type(self)).__name__
-                raise AdapterError(
-                    f"{name!r} of {kind} is read as a dense sum by {how}, where "
-                    f'"dropout": {update.dropout} cannot act. Choose "eager", "grouped_mm" or '
-                    '"batched_mm" by set_experts_implementation, or leave "dropout" out.'
-                )
+    names = 'Choose "eager", "grouped_mm" or "batched_mm" by set_experts_implementation'
+    refuse_dropout(self, f"by {how}", names)
 
 
 def _is_theirs(asked: Any) -> bool:

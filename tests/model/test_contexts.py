@@ -102,12 +102,6 @@ CASES = {  # the module, what is adapted in it, its entry, its input
     "a dora convolution": (lambda: nn.Conv2d(4, 6, 3), "0", HARD | {"kind": "dora"}, IMAGE),
     "loha": (lambda: nn.Linear(6, 7), "0", HARD | {"kind": "loha"}, (3, 6)),
     "lokr": (lambda: nn.Linear(6, 8), "0", {"r": 1, "kind": "lokr"}, (3, 6)),
-    "a lokr that is not tiny": (
-        lambda: nn.Linear(272, 256),
-        "0",
-        {"r": 2, "kind": "lokr"},
-        (3, 272),
-    ),
     "rows": (lambda: nn.Embedding(9, 6), "0", {"rows": [1, 3]}, WORDS),
 }
 ALONE = ("a whole one", "rows")  # whose adapters stand in each other's way
@@ -667,6 +661,13 @@ def test_no_rows():
             y, *grads = outcome(model, x)
             assert y.shape == model_of(case, dtype)(x).shape and y.dtype == dtype, case
             assert all(g.abs().sum() == 0 for g in grads), case
+
+
+def test_no_rows_of_a_lokr_whose_sum_is_not_formed():
+    model = nn.Sequential(nn.Linear(272, 256))
+    paramlora.attach(model, {"0": {"r": 2, "kind": "lokr"}})
+    y, *grads = outcome(model, torch.randn(0, 272))
+    assert y.shape == (0, 256) and all(g.abs().sum() == 0 for g in grads)
 
 
 def test_rank_at_its_limit():
