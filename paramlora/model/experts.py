@@ -75,9 +75,29 @@ def expert_forward_of(base: type) -> Optional[_Forward]:
 
 
 def drops_in_experts(base: type, name: str) -> bool:
-    """Whether an update of that tensor of that class of experts can drop its own input."""
-    own = expert_forward_of(base)
-    return own is not None and (name in _STACKS or name == "weight")
+    """Whether an update of that tensor of that class of experts can drop its own input: of a class
+    that is known, or of one's own that says `expert_linear`, which is told the input."""
+    if expert_forward_of(base) is None:
+        return _says_expert_linear(base)
+    return name in _STACKS or name == "weight"
+
+
+@functools.cache
+def _says_expert_linear(base: type) -> bool:
+    """Whether a method of a class, but for `nn.Module`'s, names `expert_linear`, by any name."""
+    methods = (f for kind in base.__mro__ if kind is not nn.Module for f in vars(kind).values())
+    for method in methods:
+        own = inspect.unwrap(method) if inspect.isfunction(method) else None
+        codes = [] if own is None else [own.__code__]
+        for code in codes:  # grows by what is defined inside, such as a loop's comprehension
+            codes += [c for c in code.co_consts if inspect.iscode(c)]
+            if any(n == "expert_linear" or _is_expert_linear(own, n) for n in code.co_names):
+                return True
+    return False
+
+
+def _is_expert_linear(method: Any, name: str) -> bool:
+    return method.__globals__.get(name) is expert_linear
 
 
 class Stack(NamedTuple):

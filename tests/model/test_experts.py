@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 import paramlora
+from paramlora import expert_linear as by_expert
+from paramlora.evaluate.dropout import drops_for, masked
 from paramlora.model.attach import updates
 from paramlora.update.lowrank import LowRank
 
@@ -348,6 +350,62 @@ def test_ones_own_class(no_sums):
     layer = nn.Linear(2, 2)
     with pytest.raises(paramlora.AdapterError, match=r"'weight' of Linear is of shape \[2, 2\]"):
         paramlora.expert_linear(layer, "weight", x, counts)
+
+
+class Renamed(nn.Module):
+    """Says the function by another name, in a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4).double())
+
+    def product(self, x, counts):
+        return [by_expert(self, name, x, counts) for name in ("w1",)][0]
+
+    def forward(self, x, counts):
+        return self.product(x, counts)
+
+
+class Reader(nn.Module):
+    """Reads the tensor, where nothing could be dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4).double())
+
+    def forward(self, x, counts):
+        return torch.cat([rows @ w.T for rows, w in zip(x.split(counts.tolist()), self.w1)])
+
+
+@pytest.mark.parametrize("cls", (Own, Renamed))
+def test_dropout_in_ones_own_class(cls):
+    """By the mask that a sorted row has, drawn anew at each call and again by a seed."""
+    model = adapted(cls(), ["w1"], dropout=0.5)
+    x, counts = torch.randn(6, 4).double().requires_grad_(), torch.tensor([2, 0, 4])
+    assert not torch.equal(model.train()(x, counts), model(x, counts))
+    torch.manual_seed(3)
+    got = model(x, counts)
+    torch.manual_seed(3)
+    drops = drops_for(x, (0.5,), (2,))
+    ((_, _, low),) = updates(model)
+    a, b = (t.detach().requires_grad_() for t in (low.lora_A, low.lora_B))
+    seen, own = masked(x, drops, 0) / 0.5, [0, 0, 2, 2, 2, 2]
+    base = torch.einsum("noi,ni->no", model.parametrizations.w1.original.detach()[own], x)
+    want = base + 0.7 * torch.einsum("nor,nri,ni->no", b[own], a[own], seen)
+    torch.testing.assert_close(got, want)
+    leaves = (x, low.lora_A, low.lora_B), (x, a, b)
+    grads = [torch.autograd.grad(y.square().sum(), t) for y, t in zip((got, want), leaves)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(model.eval()(x, counts), dense(model)(x, counts))
+
+
+def test_dropout_in_a_class_that_reads_its_tensor_is_refused():
+    with pytest.raises(paramlora.TargetError, match='"dropout" cannot act at w1 of Reader'):
+        adapted(Reader(), ["w1"], dropout=0.5)
+    layer = Own()  # whose other tensor is no stack, so it is given to nobody who could drop
+    layer.router = nn.Parameter(torch.randn(3, 4))
+    with pytest.raises(paramlora.TargetError, match='"dropout" cannot act at router of Own'):
+        adapted(layer, ["router"], dropout=0.5)
 
 
 @pytest.mark.parametrize("updates", [False, True])
