@@ -31,13 +31,13 @@ from paramlora.evaluate.functional import (
     gradients_of_positions,
     in_cpp,
     in_plain_operations,
+    in_torch_alone,
     input_of,
     kept_input,
     one_kernel,
     pointwise,
     start_cpp,
     thin_pair,
-    untold,
 )
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
@@ -186,7 +186,7 @@ def dropped_convolution(
     up, about = narrow.of_factor(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
     asked = Asked(
         # whatever knows no autograd function takes the plain operations, a compiler's way
-        "convolution", choose.thresholds_of(x), *about, compiling=untold() or recorded(),
+        "convolution", choose.thresholds_of(x), *about, compiling=in_torch_alone(x),
         dropout=True, stride=window[0], groups=window[3],
     )  # fmt: skip
     if choose.way(asked) is Way.PLAIN:

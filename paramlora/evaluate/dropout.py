@@ -39,15 +39,15 @@ from paramlora.evaluate.functional import (
     differentiable,
     image_of,
     in_a_row,
+    in_torch_alone,
     input_of,
     kept_input,
     narrowed,
     positions,
     unflattened,
-    untold,
 )
 from paramlora.update import narrow
-from paramlora.update.compat import applied, is_batched, recorded
+from paramlora.update.compat import applied, is_batched
 from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
@@ -194,7 +194,7 @@ def dropped_branch(
         return compute(x, first, second)
     second = second / (1 - rate)  # here, where it costs r columns, and not on all of x
     drops = drops_for(x, (rate,), (1,))
-    if untold() or recorded():
+    if in_torch_alone(x):
         return compute(masked(x, drops, 0), first, second)
     return applied(_Redrawn, x, first, second, compute, rate, drops.seed)
 
@@ -279,7 +279,7 @@ def dropped_linear(
             return dropped_linear(x, weight, bias, lora_A, lora_B, scale, strength, drops)
     if len(drops.ranks) > 1 and has_kernel(x, weight):
         lora_A, lora_B, drops = shared_out(lora_A, lora_B, drops)
-    compiling, ours = untold() or recorded(), None
+    compiling, ours = in_torch_alone(x), None
     # the operator draws the mask under a compiler; transforms and make_fx know neither way
     if is_compiling() or not compiling:
         ours = _served(Operands(x, weight, bias, lora_A, lora_B, scale), drops)

@@ -36,6 +36,8 @@ from paramlora.update.compat import (
 from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
 
 _Maybe = Optional[Tensor]
+# subclasses, such as DTensors and quantised weights, have operations of their own
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _unsafe_view = torch.ops.aten._unsafe_view.default
 # `in_cpp`, where that was built; see `start_cpp`
 _native: Any = None
@@ -614,6 +616,12 @@ def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor
         return lora_A.index_select(1, rows.reshape(-1)).t()
     # as an embedding of Aᵀ, whose gradient adds up rows, and leaves out that of `padding_idx`
     return F.embedding(rows, lora_A.t(), padding_idx)
+
+
+def in_torch_alone(x: Tensor) -> bool:
+    """Whether torch's plain operations alone serve an input: of what is compiled, transformed,
+    traced or recorded, and of a tensor class of somebody's, whose operations are its own."""
+    return untold() or recorded() or type(x) not in PLAIN
 
 
 def untold() -> bool:

@@ -94,8 +94,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, first: Tensor, second: Tensor
     ) -> Tensor:
         rows, (a, b) = as_rows(x), first.shape
-        thin = functional.cast(rows, second.dtype).reshape(len(rows) * b, -1)
-        u = (thin @ second.t()).view(len(rows), b, -1)  # [N, b, c]
+        # each size in full: torch infers none of a batch without rows
+        thin = functional.cast(rows, second.dtype).reshape(len(rows) * b, second.shape[1])
+        u = (thin @ second.t()).view(len(rows), b, len(second))  # [N, b, c]
         y = _added(rows, weight.t(), first.expand(len(rows), a, b), u, bias)
         ctx.save_for_backward(x, weight, first, second, u)
         # of 16 bits the sum is a view of the product that it was added to
@@ -116,14 +117,15 @@ class _Linear(torch.autograd.Function):
             dx, dweight, *others = differentiable(again, inputs, wanted, dy)
             return dx, dweight, dbias, *others
         rows, dy, (a, b) = as_rows(x), as_rows(dy), first.shape
-        count, own = len(rows), functional.cast(dy, first.dtype).reshape(len(rows), a, -1)
+        count, (c, d) = len(rows), second.shape
+        own = functional.cast(dy, first.dtype).reshape(count, a, c)
         dx = dfirst = dsecond = None
         if needs[0] or needs[4]:
-            v = torch.bmm(first.t().expand(count, b, a), own).view(count * b, -1)
+            v = torch.bmm(first.t().expand(count, b, a), own).view(count * b, c)
             if needs[0]:
                 dx = _added(dy, weight, v, second).view(x.shape)
             if needs[4]:
-                dsecond = v.t() @ functional.cast(rows, v.dtype).reshape(count * b, -1)
+                dsecond = v.t() @ functional.cast(rows, v.dtype).reshape(count * b, d)
         if needs[3]:
             dfirst = functional.cast(torch.bmm(own, u.mT).sum(0), first.dtype)
         return dx, dy.t() @ rows if needs[1] else None, dbias, dfirst, dsecond
@@ -139,7 +141,7 @@ def _added(x: Tensor, w: Tensor, left: Tensor, right: Tensor, bias: _Maybe = Non
         # into y through its view: shaped as left @ right lies
         shaped.baddbmm_(left, right) if batched else shaped.addmm_(left, right)
         return y
-    low = (torch.bmm(left, right) if batched else torch.mm(left, right)).view(len(x), -1)
+    low = (torch.bmm(left, right) if batched else torch.mm(left, right)).view(len(x), w.shape[1])
     # on a CPU one float32 accumulator takes both; float16's low is in float32 already
     if not x.is_cuda and low.dtype == x.dtype:
         y = low.addmm_(x, w)

@@ -618,7 +618,8 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
     ours = all(isinstance(p, AttachedUpdate) for p in held)
     base = below(type(module)) if held else type(module)
     known = target.tensor == "weight" and honours_dropout(base)
-    if not ours or not (known or drops_in_experts(base, target.tensor)):
+    stack = base_of(module, target.tensor).dim() == 3
+    if not ours or not (known or stack and drops_in_experts(base, target.tensor)):
         raise TargetError(
             f'"{target.entry.name}": "dropout" cannot act at {target.path or "weight"} of '
             f"{base.__name__}: only its weight is known here, and a weight has no input to drop. "

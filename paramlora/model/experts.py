@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -18,23 +19,26 @@ from torch.compiler import is_compiling
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
 from paramlora.evaluate.experts import grouped_linear, owners, plain_product
-from paramlora.evaluate.functional import cast
+from paramlora.evaluate.functional import PLAIN, cast
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     as_served,
-    below,
     dropped_rows,
     drops_of,
     known_parts,
     of_rows,
     parts_of_rows,
     plain_forward,
+    refuse_dropout,
     scaling_of_rows,
     together,
+    why_defined,
+    written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.contexts import autocast_of
+from paramlora.update.compat import every_module_hooks
+from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
 
@@ -46,6 +50,8 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # what those classes call th
 _LOOPS = ("Step3p7Experts.forward", "LongcatFlashExperts.forward")
 _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, sizes in a list
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
+# torch's activations that draw random numbers in training, which a second call would draw anew
+_RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
 
 
 def expert_forward_of(base: type) -> Optional[_Forward]:
@@ -69,9 +75,29 @@ def expert_forward_of(base: type) -> Optional[_Forward]:
 
 
 def drops_in_experts(base: type, name: str) -> bool:
-    """Whether an update of that tensor of that class of experts can drop its own input."""
-    own = expert_forward_of(base)
-    return own is not None and (name in _STACKS or name == "weight")
+    """Whether an update of that tensor of that class of experts can drop its own input: of a class
+    that is known, or of one's own that says `expert_linear`, which is told the input."""
+    if expert_forward_of(base) is None:
+        return _says_expert_linear(base)
+    return name in _STACKS or name == "weight"
+
+
+@functools.cache
+def _says_expert_linear(base: type) -> bool:
+    """Whether a method of a class, but for `nn.Module`'s, names `expert_linear`, by any name."""
+    methods = (f for kind in base.__mro__ if kind is not nn.Module for f in vars(kind).values())
+    for method in methods:
+        own = inspect.unwrap(method) if inspect.isfunction(method) else None
+        codes = [] if own is None else [own.__code__]
+        for code in codes:  # grows by what is defined inside, such as a loop's comprehension
+            codes += [c for c in code.co_consts if inspect.iscode(c)]
+            if any(n == "expert_linear" or _is_expert_linear(own, n) for n in code.co_names):
+                return True
+    return False
+
+
+def _is_expert_linear(method: Any, name: str) -> bool:
+    return method.__globals__.get(name) is expert_linear
 
 
 class Stack(NamedTuple):
@@ -88,6 +114,9 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     held = layer._parameters.get(name)
     if held is not None:
         return Stack(held, [], False) if type(held) is nn.Parameter else None
+    # of somebody's tensor class no grouped product is known, not even one that drops
+    if type(x) not in PLAIN and not is_compiling():
+        return None
     parts = known_parts(layer, x, name)
     if parts is None:
         routes = parts_of_rows(layer, x, name)
@@ -263,6 +292,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
                 f"{type(layer).__name__} has no tensor {name!r}. Name one of its stacks of "
                 "matrices, [experts, out, in]."
             )
+        refuse_dropout(layer, *why_defined(x), name)
         stack = Stack(held, [], False)
     if stack.weight.dim() != 3:
         raise AdapterError(
@@ -290,36 +320,25 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain, given = plain_forward(self), {**dict(zip(names, args)), **kwargs}
         asked = getattr(self.config, "_experts_implementation", None) if implemented else "eager"
-        stacks = None
         # an argument beyond these three means something that is not known here
-        if plain is known and given.keys() == {*names} and _is_theirs(asked):
-            stacks = _stacks(self, given[names[0]])
+        serves = plain is known and given.keys() == {*names} and _is_theirs(asked)
+        stacks = _stacks(self, given[names[0]]) if serves else None
         if stacks is None:
+            if serves:
+                refuse_dropout(self, *why_defined(given[names[0]]))
             _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
         hidden, index, weights = (given[name] for name in names)
-        return _experts(self, hidden, index, weights, *stacks, asked in (None, "eager"))
+        return _experts(self, hidden, index, weights, *stacks, asked)
 
     return forward
 
 
 def _refuse_dropout(self: nn.Module, how: str) -> None:
-    """Say so where dropout would act, had the forward not to be left to the dense sums.
-
-    Raises:
-        AdapterError: an update that acts drops its input now.
-    """
+    """Say so where dropout would act, had the forward not to be left to the dense sums."""
     # attached to a layer whose forward is not known, dropout could not act, see `_check_dropout`
-    lists: Any = self._modules.get("parametrizations") if self.training else None
-    for name, held in () if lists is None else lists._modules.items():
-        for update in held._modules.values():
-            if getattr(update, "dropout", 0) and update.current().acts:
-                kind = below(type(self)).__name__
-                raise AdapterError(
-                    f"{name!r} of {kind} is read as a dense sum by {how}, where "
-                    f'"dropout": {update.dropout} cannot act. Choose "eager", "grouped_mm" or '
-                    '"batched_mm" by set_experts_implementation, or leave "dropout" out.'
-                )
+    names = 'Choose "eager", "grouped_mm" or "batched_mm" by set_experts_implementation'
+    refuse_dropout(self, f"by {how}", names)
 
 
 def _is_theirs(asked: Any) -> bool:
@@ -350,10 +369,14 @@ def _experts(
     weights: Tensor,
     first: Stack,
     second: Stack,
-    loop: bool,
+    asked: Any,
 ) -> Tensor:
     """What each token's experts give, weighted and summed. An index beyond the experts, which a
-    loop passes over, is of another process, or of one that gives its input (LongCat)."""
+    loop passes over, is of another process, or of one that gives its input (LongCat).
+
+    Args:
+        asked: the implementation.
+    """
     flat, top = hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
     batch = batch_rows(self, hidden, (first, second))
     transposed, biased = getattr(self, "is_transposed", False), getattr(self, "has_bias", False)
@@ -361,24 +384,30 @@ def _experts(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     told = None if batch is None else (ids, batch[order // top])
-    partial = loop or getattr(self, "_is_expert_parallel", True)  # older transformers do not tell
+    # older transformers do not tell
+    partial = asked in (None, "eager") or getattr(self, "_is_expert_parallel", True)
+    # torch's grouped product computes in the weight's type, whatever autocast asks for
+    types = in_own_types if asked == "grouped_mm" else nullcontext
     chosen, bias = Chosen(order, back, top, partial), _bias(self) if biased else None
-    y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
-    # not computed yet: `product` makes it where it is needed, and again for gradients
-    activated: Optional[Computed] = Computed(functools.partial(_activated, self))
-    act = getattr(self, "act_fn", None)
-    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
-        # as of xIELU's, which want gradients too
-        y, activated = _activated(self, y), None
+    with types(flat):
+        y = product(flat, first, _ends(ids, first), transposed, told, chosen, bias)
+    activated: Optional[Computed] = None
+    if _can_be_made_again(self) and autocast_of(y) is None:
+        # not computed yet: `product` makes it where it is needed, and again for gradients
+        activated = Computed(functools.partial(_activated, self))
+    else:
+        y = _activated(self, y)
     bias = self.down_proj_bias if biased else None
-    y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
+    with types(y):
+        y = product(y, second, _ends(ids, second), transposed, told, activated, bias)
     if partial:
         # of other processes' experts nothing was computed: any number may stand there
         y = y.masked_fill((ids >= len(second.weight))[:, None], 0)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * weights.reshape(-1)[order, None]
-    total = y[back].view(len(flat), top, -1).sum(1)
+    # each size in full: torch infers none of a batch without tokens
+    total = y[back].view(len(flat), top, y.shape[1]).sum(1)
     if hasattr(self, "identity_expert"):
         # LongCat's identity experts have indices behind the real ones
         own = weights.masked_fill(index < len(second.weight), 0).reshape(len(flat), top)
@@ -394,6 +423,32 @@ def _ends(ids: Tensor, stack: Stack) -> Tensor:
 
 def _bias(self: Any) -> Tensor:
     return self.gate_up_proj_bias if self.has_gate else self.up_proj_bias  # type: ignore[no-any-return]
+
+
+def _can_be_made_again(self: Any) -> bool:
+    """Whether what lies between both products is known to be a function of the first one's output
+    alone: then it may be computed apart from autograd's graph, and once more in the backward. A
+    gate or an activation of somebody's own may train parameters, or draw random numbers; whoever
+    hooks an activation reads it once, and perhaps wants gradients of what was read."""
+    if is_compiling():  # which keeps or computes again what it finds best
+        return False
+    gate, act = getattr(type(self), "_apply_gate", None), getattr(self, "act_fn", None)
+    if "_apply_gate" in vars(self) or gate is not None and not _is_of_libraries(gate):
+        return False
+    if not isinstance(act, nn.Module):
+        return act is None or _is_of_libraries(act)
+    hooks = act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks
+    if any(hooks) or every_module_hooks() or "forward" in vars(act):
+        return False
+    # xIELU's parameters want gradients too
+    plain = not isinstance(act, _RANDOM) and not any(True for _ in act.parameters())
+    return plain and _is_of_libraries(type(act).forward)
+
+
+def _is_of_libraries(function: Any) -> bool:
+    """Whether torch or transformers wrote a function."""
+    module = getattr(function, "__module__", None) or ""
+    return module.split(".")[0] in ("torch", "transformers") and written_in(module, function)
 
 
 def _activated(self: Any, y: Tensor) -> Tensor:

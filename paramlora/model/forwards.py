@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.cuda.operands import served
+from paramlora.errors import AdapterError
 from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.attached import switches_of
@@ -30,12 +31,11 @@ from paramlora.update.narrow import LINEAR, of_factor
 from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
-# subclasses, such as DTensors and quantised weights, have operations of their own
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = functional.PLAIN
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _written_in(module: str, function: Any) -> bool:
+def written_in(module: str, function: Any) -> bool:
     """Whether that module wrote a function, and nobody put another in its place, be it under the
     same name, as `functools.wraps` does."""
     code, there = getattr(function, "__code__", None), sys.modules.get(module)
@@ -44,7 +44,7 @@ def _written_in(module: str, function: Any) -> bool:
 
 def _torchs(known: Any, name: str = "forward") -> Any:
     function = getattr(known, name)
-    return function if _written_in(known.__module__, function) else None
+    return function if written_in(known.__module__, function) else None
 
 
 # torch's own functions, whatever is put in their place later, or was before this import
@@ -68,7 +68,7 @@ def forward_of(base: type) -> Optional[_Forward]:
     if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
         return _convolution
     name = getattr(own, "__qualname__", "")
-    if name == "Conv1D.forward" and _written_in("transformers.pytorch_utils", own):
+    if name == "Conv1D.forward" and written_in("transformers.pytorch_utils", own):
         _OF_TRANSFORMERS.add(own)
         return _conv1d_of_transformers
     return None
@@ -171,12 +171,57 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
         return None
     # under a compiler tensors are of its own classes
     if not is_compiling():
-        if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        if type(weight) not in _PLAIN or type(x) not in _PLAIN and not _takes_mask(x, dropping):
             return None
         # which take the plain operations of a dropping update, but no autograd function
         if transformed() and not dropping:
             return None
     return weight, updates, dropping
+
+
+def _takes_mask(x: Any, dropping: bool) -> bool:
+    """Whether an input of a class of somebody's is dropped, which plain operations do; a nested one
+    has no rows to draw a mask for."""
+    return dropping and isinstance(x, Tensor) and not x.is_nested
+
+
+def refuse_dropout(layer: nn.Module, how: str, way_out: str, only: Optional[str] = None) -> None:
+    """Say so where dropout would act, had the forward not to be left to the dense sums.
+
+    Args:
+        only: the tensor that is read; else all of the layer's.
+
+    Raises:
+        AdapterError: an update that acts drops its input now.
+    """
+    lists: Any = layer._modules.get("parametrizations") if layer.training else None
+    for name, held in () if lists is None else lists._modules.items():
+        for update in held._modules.values() if only in (None, name) else ():
+            if getattr(update, "dropout", 0) and update.current().acts:
+                kind = below(type(layer)).__name__
+                raise AdapterError(
+                    f"{name!r} of {kind} is read as a dense sum {how}, where "
+                    f'"dropout": {update.dropout} cannot act. {way_out}, or leave "dropout" out.'
+                )
+
+
+def _defined(layer: nn.Module, x: Any, plain: _Forward) -> Tensor:
+    """What a known layer's own forward gives, which reads the dense sum.
+
+    Raises:
+        AdapterError: an update drops its input now, which that sum would not show.
+    """
+    if layer.training:
+        refuse_dropout(layer, *why_defined(x))
+    y: Tensor = plain(layer, x)
+    return y
+
+
+def why_defined(x: Any) -> tuple[str, str]:
+    """Why a known forward does not serve an input in training, and the way out, for messages."""
+    if type(x) not in _PLAIN and not is_compiling():
+        return f"for an input of the class {type(x).__name__}", "Give a plain tensor"
+    return "beside an update or a rule of another kind", "Merge that one first"
 
 
 _Rescaled = tuple[Tensor, Dora, bool]
@@ -193,9 +238,10 @@ def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
     acting = [update for update in plist._modules.values() if getattr(update, "acts", True)]
     if len(acting) != 1:
         return None
-    if not is_compiling() and (type(x) not in _PLAIN or type(weight) not in _PLAIN):
-        return None
-    return weight, acting[0]
+    update, dropping = acting[0], layer.training and getattr(acting[0], "dropout", 0) != 0
+    if is_compiling() or type(x) in _PLAIN and type(weight) in _PLAIN:
+        return weight, update
+    return (weight, update) if type(weight) in _PLAIN and _takes_mask(x, dropping) else None
 
 
 def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
@@ -468,9 +514,7 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
     if type(update) is Lokr and update.layout == "matrix" and weight is not None:
         return kronecker.linear(x, weight, _bias(layer), update.plain(), update.scaling())
     rows = _by_rows(layer, x)
-    # torch's own forward reads `weight`, which is the definition
-    y: Tensor = _LINEAR(layer, x) if rows is None else _rows_product(layer, x, rows)
-    return y
+    return _defined(layer, x, _LINEAR) if rows is None else _rows_product(layer, x, rows)
 
 
 def _other_embedding(layer: Any, ids: Tensor) -> Tensor:
@@ -511,6 +555,8 @@ def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
     found = _rescaled(self, x, 1) if known is None and plain in _OF_TRANSFORMERS else None
     if found is not None:
         return _rescaled_linear(self, x, found, "transposed")
+    if known is None and plain in _OF_TRANSFORMERS:
+        return _defined(self, x, plain)
     if known is None or not known[1]:  # its own forward adds the bias in another order than ours
         y: Tensor = plain(self, x)
         return y
@@ -522,20 +568,23 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
 
 
 def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
-    known = found = None
+    known = None
     # also an instance's own `_conv_forward`, as some tools set
     if plain in _CONVOLVED and _inner(self) in _INNER:
-        batched = input.dim() == len(self.kernel_size) + 2
-        known = known_parts(self, input) if batched else None
+        dims, alone = input.dim(), len(self.kernel_size) + 1
+        known = known_parts(self, input) if dims == alone + 1 else None
         routes = parts_of_rows(self, input) if known is None else None
         if routes is not None:
             return _convolution_of_rows(self, input, *routes)
-        found = _rescaled(self, input, 0) if batched and known is None else None
-    if known is None:
-        y: Tensor
+        if dims == alone:  # an image without its batch
+            return _convolution_or(self, input[None], plain).squeeze(0)
+        found = _rescaled(self, input, 0) if known is None else None
         if found is not None:
             return _with_room(_rescaled_convolution, self, input, found)
-        y = plain(self, input)
+        if known is None:
+            return _defined(self, input, plain)
+    if known is None:
+        y: Tensor = plain(self, input)
         return y
     return _convolved(self, input, known)
 

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 import paramlora
+from paramlora import expert_linear as by_expert
+from paramlora.evaluate.dropout import drops_for, masked
 from paramlora.model.attach import updates
 from paramlora.update.lowrank import LowRank
 
@@ -73,6 +75,10 @@ def built(cls, config=None):
     return layer
 
 
+def stacks_of(layer):
+    return [n for n, p in layer.named_parameters() if p.dim() == 3]
+
+
 def adapted(layer, names, second=False, **more):
     """With r of its own for each tensor, and perhaps another adapter."""
     entries = {name: {"r": 2 + i, "scale": 0.7, **more} for i, name in enumerate(names)}
@@ -110,7 +116,7 @@ def check_gradients(layer, twin, **close):
 
 def routed(layer, tokens=9, top=2, beyond=False):
     x = torch.randn(tokens, 16).double().requires_grad_()
-    index = torch.stack([torch.randperm(3)[:top] for _ in range(tokens)])  # one gets no row
+    index = torch.stack([torch.randperm(3)[:top] for _ in range(tokens + 1)])[1:]  # one gets no row
     weights = torch.rand(tokens, top).double().requires_grad_()
     if beyond:
         index[::2, 0] = 4
@@ -140,8 +146,7 @@ def test_every_family_in_each_implementation(implementation, no_sums):
     work = []
     for cls in every.values():
         layer = built(cls)
-        stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
-        layer = adapted(layer, stacks)
+        layer = adapted(layer, stacks_of(layer))
         layer.config._experts_implementation = implementation
         work.append((layer, dense(layer)))
     no_sums()
@@ -151,13 +156,50 @@ def test_every_family_in_each_implementation(implementation, no_sums):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_rounds_what_it_rounds_without_an_update(implementation):
+    """torch's grouped product, which computes in the weight's type there, among others."""
+    for name, cls in families().items():
+        layer = built(cls)
+        inputs = [t.detach() for t in routed(layer)]
+        exact, layer = layer(*inputs), layer.float()
+        inputs = [t.float() if t.is_floating_point() else t for t in inputs]
+        layer.config._experts_implementation = implementation
+        errors = []
+        for entry in (None, {"r": 2}):
+            if entry is not None:
+                paramlora.attach(layer, dict.fromkeys(stacks_of(layer), entry))
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                errors.append((layer(*inputs) - exact).norm() / exact.norm())
+        assert errors[1] <= 2 * errors[0] + 1e-6, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_no_tokens(implementation, dropout):
+    """As a process may get where others have the batch: nothing, and gradients of zero."""
+    layers = [built(cls) for cls in families().values()]
+    work = [(x, stacks_of(x), routed(x, tokens=0)) for x in layers]
+    if implementation == "eager":
+        work += [make(0) for make in (step, longcat, jetmoe, llama4)]
+    for layer, stacks, inputs in work:
+        layer = adapted(layer, stacks, dropout=dropout).train()
+        if hasattr(layer, "config"):
+            layer.config._experts_implementation = implementation
+        y = layer(*inputs)
+        y.square().sum().backward()
+        assert len(y) == 0 and inputs[0].grad.shape == inputs[0].shape
+        for _, _, update in updates(layer):
+            assert all(p.grad.abs().sum() == 0 for p in update.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("cls", ("MixtralExperts", "GptOssExperts", "NemotronHExperts"))
 @pytest.mark.parametrize("only", (0, 1, None))
 def test_two_adapters_and_one_tensor_alone(implementation, cls, only):
     module = {"M": "mixtral", "G": "gpt_oss", "N": "nemotron_h"}[cls[0]]
     module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     layer = built(getattr(module, cls))
-    stacks = [n for n, p in layer.named_parameters() if p.dim() == 3]
+    stacks = stacks_of(layer)
     layer = adapted(layer, stacks if only is None else [stacks[only]], second=True)
     layer.config._experts_implementation = implementation
     same(layer, dense(layer), routed(layer))
@@ -177,33 +219,34 @@ def test_rows_of_other_processes(implementation, cls):
     same(layer, twin, routed(layer, beyond=True))
 
 
-def step():
+def step(tokens=9):
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
-    return built(Step3p7Experts), ["gate_up_proj", "down_proj"], routed(None)
+    return built(Step3p7Experts), ["gate_up_proj", "down_proj"], routed(None, tokens)
 
 
-def longcat():
+def longcat(tokens=9):
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
     config = Config()
     config.zero_expert_num = 2
-    x, index, weights = routed(None)
+    x, index, weights = routed(None, tokens)
     index[::2, 0] = 5  # one that gives its input
     return built(LongcatFlashExperts, config), ["gate_up_proj", "down_proj"], (x, index, weights)
 
 
-def jetmoe():
+def jetmoe(tokens=9):
     from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
     layer = built(lambda _: JetMoeParallelExperts(4, 16, 8))
-    return layer, ["weight"], (torch.randn(9, 16).double().requires_grad_(), [4, 0, 3, 2])
+    sizes = [4, 0, 3, 2] if tokens else [0] * 4
+    return layer, ["weight"], (torch.randn(tokens, 16).double().requires_grad_(), sizes)
 
 
-def llama4():
+def llama4(tokens=12):
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-    x = torch.randn(12, 16).double().requires_grad_()
+    x = torch.randn(tokens, 16).double().requires_grad_()
     return built(Llama4TextExperts), ["gate_up_proj", "down_proj"], (x,)
 
 
@@ -307,6 +350,62 @@ def test_ones_own_class(no_sums):
     layer = nn.Linear(2, 2)
     with pytest.raises(paramlora.AdapterError, match=r"'weight' of Linear is of shape \[2, 2\]"):
         paramlora.expert_linear(layer, "weight", x, counts)
+
+
+class Renamed(nn.Module):
+    """Says the function by another name, in a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4).double())
+
+    def product(self, x, counts):
+        return [by_expert(self, name, x, counts) for name in ("w1",)][0]
+
+    def forward(self, x, counts):
+        return self.product(x, counts)
+
+
+class Reader(nn.Module):
+    """Reads the tensor, where nothing could be dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4).double())
+
+    def forward(self, x, counts):
+        return torch.cat([rows @ w.T for rows, w in zip(x.split(counts.tolist()), self.w1)])
+
+
+@pytest.mark.parametrize("cls", (Own, Renamed))
+def test_dropout_in_ones_own_class(cls):
+    """By the mask that a sorted row has, drawn anew at each call and again by a seed."""
+    model = adapted(cls(), ["w1"], dropout=0.5)
+    x, counts = torch.randn(6, 4).double().requires_grad_(), torch.tensor([2, 0, 4])
+    assert not torch.equal(model.train()(x, counts), model(x, counts))
+    torch.manual_seed(3)
+    got = model(x, counts)
+    torch.manual_seed(3)
+    drops = drops_for(x, (0.5,), (2,))
+    ((_, _, low),) = updates(model)
+    a, b = (t.detach().requires_grad_() for t in (low.lora_A, low.lora_B))
+    seen, own = masked(x, drops, 0) / 0.5, [0, 0, 2, 2, 2, 2]
+    base = torch.einsum("noi,ni->no", model.parametrizations.w1.original.detach()[own], x)
+    want = base + 0.7 * torch.einsum("nor,nri,ni->no", b[own], a[own], seen)
+    torch.testing.assert_close(got, want)
+    leaves = (x, low.lora_A, low.lora_B), (x, a, b)
+    grads = [torch.autograd.grad(y.square().sum(), t) for y, t in zip((got, want), leaves)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(model.eval()(x, counts), dense(model)(x, counts))
+
+
+def test_dropout_in_a_class_that_reads_its_tensor_is_refused():
+    with pytest.raises(paramlora.TargetError, match='"dropout" cannot act at w1 of Reader'):
+        adapted(Reader(), ["w1"], dropout=0.5)
+    layer = Own()  # whose other tensor is no stack, so it is given to nobody who could drop
+    layer.router = nn.Parameter(torch.randn(3, 4))
+    with pytest.raises(paramlora.TargetError, match='"dropout" cannot act at router of Own'):
+        adapted(layer, ["router"], dropout=0.5)
 
 
 @pytest.mark.parametrize("updates", [False, True])
@@ -458,6 +557,96 @@ def test_an_activation_that_learns():
     assert len(grads[0]) == 2
     for one, two in zip(*grads):
         torch.testing.assert_close(one, two)
+
+
+def own_gate(implementation, gate):
+    """A class of somebody's own behind transformers' decorator, with a gate of its own."""
+    from transformers.integrations.moe import use_experts_implementation
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class Gated(MixtralExperts):
+        _apply_gate = gate
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.slope = nn.Parameter(torch.ones(()))
+
+        def forward(self, hidden, index, weights):
+            y = torch.zeros_like(hidden)
+            for e in range(self.num_experts):
+                token, place = torch.where(index == e)
+                rows = self._apply_gate(F.linear(hidden[token], self.gate_up_proj[e]))
+                rows = F.linear(rows, self.down_proj[e]) * weights[token, place, None]
+                y = y.index_add(0, token, rows)
+            return y
+
+    layer = built(use_experts_implementation(Gated))
+    layer.config._experts_implementation = implementation
+    return adapted(layer, ["gate_up_proj", "down_proj"]).train()
+
+
+@pytest.mark.parametrize("implementation", ("eager", "batched_mm"))
+def test_a_gate_that_learns(implementation):
+    def gate(self, y):
+        left, right = y.chunk(2, -1)
+        return left * torch.sigmoid(self.slope * left) * right
+
+    layer = own_gate(implementation, gate)
+    layer.slope.requires_grad_()
+    twin = dense(layer)
+    same(layer, twin, routed(layer))
+    assert layer.slope.grad is not None
+    torch.testing.assert_close(layer.slope.grad, twin.slope.grad)
+
+
+def dropped(self, y):
+    left, right = y.chunk(2, -1)
+    return F.dropout(self.act_fn(left) * right, 0.5)
+
+
+def plain(self, y):
+    left, right = y.chunk(2, -1)
+    return self.act_fn(left) * right
+
+
+@pytest.mark.parametrize(
+    ("gate", "act"),
+    ((dropped, None), (plain, nn.RReLU()), (plain, nn.Sequential(nn.Tanh(), nn.Dropout(0.5)))),
+    ids=("dropout", "rrelu", "within"),
+)
+def test_a_gate_that_draws_random_numbers(gate, act):
+    """Its gradient is that of the numbers that were drawn."""
+    layer = own_gate("eager", gate)
+    layer.act_fn = layer.act_fn if act is None else act
+    x, index, weights = routed(layer)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return layer(x, index, weights).square().sum()
+
+    loss(x).backward()
+    way, step = torch.randn_like(x), 1e-6
+    with torch.no_grad():
+        slope = (loss(x + step * way) - loss(x - step * way)) / (2 * step)
+    torch.testing.assert_close((x.grad * way).sum(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_that_is_read_by_a_hook():
+    """Once, and with its gradient: a loss may be of what was read."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    layer = adapted(built(MixtralExperts), ["gate_up_proj", "down_proj"])
+    twin, (x, index, weights) = dense(layer), routed(layer)
+    grads, lengths = [], []
+    for run in (layer, twin):
+        read, own = [], x.detach().requires_grad_()
+        run.act_fn.register_forward_hook(lambda m, i, y, read=read: read.append(y))
+        (run(own, index, weights).sum() + sum(y.square().sum() for y in read)).backward()
+        grads.append(own.grad)
+        lengths.append(sum(map(len, read)))
+    assert lengths == [index.numel()] * 2
+    torch.testing.assert_close(*grads)
+    check_gradients(layer, twin)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 import paramlora
 from paramlora import AdapterError, ConfigError, LoRAConfig, TargetError
@@ -139,6 +141,87 @@ def test_dropout_where_only_the_weight_is_known_is_refused(layer, entry):
     with pytest.raises(TargetError, match=f'"{entry}": "dropout" cannot act at 0.* a weight has'):
         paramlora.attach(model, {entry: {"r": 1, "dropout": 0.1}})
     assert [type(m) for m in model.modules()] == before
+
+
+class Tagged(torch.Tensor):
+    """As images of torchvision, and all tensors of fastai, are."""
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def ragged(x):
+    return torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged)
+
+
+INPUTS = {
+    "plain": lambda x: x,
+    "alone": lambda x: x[0],  # a row, or an image without its batch
+    "of a class": lambda x: x.as_subclass(Tagged),
+    "nested": ragged,
+}
+BESIDE = {
+    "nothing": lambda model: None,
+    "another": lambda model: paramlora.attach(model, {"0": {"r": 1}}, "second"),
+    "a loha": lambda model: paramlora.attach(model, {"0": {"r": 1, "kind": "loha"}}, "second"),
+    "a dora": lambda model: paramlora.attach(model, {"0": {"r": 1, "kind": "dora"}}, "second"),
+    "a rule": lambda model: parametrize.register_parametrization(model[0], "weight", Doubled()),
+}
+DROPPING = {
+    "linear": (lambda: nn.Linear(32, 6), (3, 32)),
+    "Conv1D": (lambda: Conv1D(6, 32), (3, 32)),
+    "1": (lambda: nn.Conv1d(4, 6, 3), (3, 4, 5)),
+    "2": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 5, 5)),
+    "3": (lambda: nn.Conv3d(4, 6, 2, groups=2), (3, 4, 5, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropout_acts_or_says_that_it_cannot(kind, beside):
+    """Never neither: whatever the input is, and whatever else is on the weight."""
+    make, shape = DROPPING[kind]
+    of_a_kind = ({"r": 2, "hard": 0}, {"r": 2, "kind": "dora"}) if beside == "nothing" else ()
+    refused = ("nested",) if beside in ("nothing", "another") else (*INPUTS,)
+    for entry in ({"r": 2}, *of_a_kind):
+        model = paramlora.attach(nn.Sequential(make()).double(), {"0": entry | {"dropout": 0.5}})
+        BESIDE[beside](model)
+        for p in paramlora.trainable_parameters(model):
+            nn.init.normal_(p)
+        for name, given in INPUTS.items():
+            x = torch.randn(shape).double()
+            if name == "nested" and (entry.get("hard") == 0 or kind != "linear"):
+                continue  # which the others take not even without an update
+            x, found = given(x), f"{entry} {name}"
+            if name in refused:
+                with pytest.raises(AdapterError, match="as a dense sum .* cannot act. "):
+                    model.train()(x)
+            else:
+                one, two = model.train()(x), model(x)
+                assert one.shape == two.shape == model.eval()(x).shape
+                assert type(one) is type(make().double()(x)), found
+                assert not torch.equal(one, two), found
+            # where nothing is dropped, all of it is as ever
+            torch.testing.assert_close(model.eval()(x), model(x))
+            with paramlora.disable_adapters(model.train()):
+                torch.testing.assert_close(model(x), model(x))
+
+
+def test_an_image_without_its_batch():
+    """Its mask is that of a batch of one, and its gradients are."""
+    for make, shape in list(DROPPING.values())[2:]:
+        model = paramlora.attach(nn.Sequential(make()).double(), {"0": {"r": 2, "dropout": 0.5}})
+        nn.init.normal_(next(lowranks(model))[2].lora_B)
+        x, found = torch.randn(shape[1:]).double().requires_grad_(), []
+        for given in (x, x[None]):
+            torch.manual_seed(3)
+            y = model(given).reshape(-1)
+            leaves = [x, *paramlora.trainable_parameters(model)]
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for one, two in zip(*found):
+            torch.testing.assert_close(one, two, **CLOSE)
 
 
 # types
