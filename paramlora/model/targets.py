@@ -18,7 +18,7 @@ from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
 from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.model.ties import holders
-from paramlora.update.attached import AttachedUpdate
+from paramlora.update.attached import AttachedUpdate, elements
 from paramlora.update.casts import is_storage
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import kind_of
@@ -63,7 +63,7 @@ class Target:
     def parameters(self) -> int:
         """Elements of ``lora_A`` and ``lora_B`` together, of the tensor trained whole, or of what
         another kind of update trains."""
-        return kind_of(self.entry).elements(self.entry, self.shape, self.layout)
+        return elements(kind_of(self.entry), self.entry, self.shape, self.layout)
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Optional
 
@@ -385,8 +385,7 @@ class AttachedUpdate(nn.Module):
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
         """How many elements its parameters have, but for its number."""
-        stack, out, fan_in = matrix_shape(shape, layout)
-        return stack * entry.r * (out + fan_in)
+        return _elements_made(cls, entry, shape, layout)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
@@ -749,6 +748,28 @@ def most(update: AttachedUpdate, largest: float) -> float:
     """What an update tells as `at_most`, where it is of the weight that its class computes."""
     kind: Any = type(update)
     return math.inf if _unsaid(kind, "at_most") else update.at_most(largest)
+
+
+def elements(
+    kind: type[AttachedUpdate], entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+) -> int:
+    """What a kind tells as `elements`, where it is of the weight that its class computes; else
+    counted."""
+    if _unsaid(kind, "elements"):
+        return _elements_made(kind, entry, shape, layout)
+    return kind.elements(entry, shape, layout)
+
+
+def _elements_made(
+    kind: type[AttachedUpdate], entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+) -> int:
+    """How many elements the parameters of a kind have, but for its number: counted in one that is
+    made on the meta device, for no memory."""
+    weight = torch.empty(shape, device="meta")
+    site = Site(nn.Module(), "", weight, layout, *[lambda: weight] * 3)
+    # a start from the weight changes no shape, and there are no values to start from
+    update = kind.attached_to(site, replace(entry, init="default"), "", None)
+    return sum(own.numel() for name, own in update.named_parameters() if name != "lora_scale")
 
 
 def adds(update: AttachedUpdate) -> bool:

@@ -115,6 +115,12 @@ class LowRank(AttachedUpdate):
             initialise(update, site.dense(), entry.init)
         return update
 
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """How many both factors have."""
+        stack, out, fan_in = matrix_shape(shape, layout)
+        return stack * entry.r * (out + fan_in)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """``A`` normal with standard deviation ``1/r``, ``B`` zero, and the scale as given."""

@@ -212,6 +212,12 @@ def test_it_is_shown_and_grouped(scaled, tmp_path):
     assert "scaled" in str(inspect(tmp_path / "a.safetensors"))
 
 
+def test_a_dry_run_counts_its_own_tensors(scaled):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Embedding(7, 5))
+    (conv, table) = paramlora.targets(model, {"*": {"r": 2, "kind": "scaled", "init": "pissa"}})
+    assert (conv.parameters, table.parameters) == (2 * (6 + 36) + 6 * 9, 2 * (7 + 5) + 7)
+
+
 def test_other_tools_files_refuse_it(scaled, tmp_path):
     model, *_ = trained()
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
