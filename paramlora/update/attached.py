@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.config import TargetConfig
+from paramlora.config import KindKeys, TargetConfig
 from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
 from paramlora.update.choice import ONLY, UNSPLIT, Choice
@@ -222,6 +222,7 @@ class AttachedUpdate(nn.Module):
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
+    heeds: ClassVar[tuple[str, ...]] = ()  # keys of an entry, beside those of rank and factor
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
     hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
@@ -369,6 +370,17 @@ class AttachedUpdate(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
         if told:
             self.keep(unset=False)
+
+    @classmethod
+    def keys(cls) -> KindKeys:
+        """What an entry that asks for it may say, where `paramlora.config.KINDS` does not tell:
+        its rank and its factor, where it has them, and what else it `heeds`."""
+        own_rank = cls.rank_of.__func__ is not AttachedUpdate.rank_of.__func__  # type: ignore[attr-defined]
+        ranked = own_rank or "output" in cls.parts.values()
+        rank = ("r",) if ranked else ()
+        factor = ("scale", "trainable_scale") if "lora_scale" in cls.parts else ()
+        by_rank = ("alpha", "rslora") if rank and factor else ()
+        return KindKeys({}, ("adapter_dtype", *by_rank, "kind", *rank, *factor, *cls.heeds), ranked)
 
     @classmethod
     def attached_to(
@@ -755,7 +767,8 @@ def elements(
 ) -> int:
     """What a kind tells as `elements`, where it is of the weight that its class computes; else
     counted."""
-    if _unsaid(kind, "elements"):
+    own: Any = kind
+    if _unsaid(own, "elements"):
         return _elements_made(kind, entry, shape, layout)
     return kind.elements(entry, shape, layout)
 

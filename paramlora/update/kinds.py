@@ -4,7 +4,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from paramlora.config import KINDS as CONFIGURED
-from paramlora.config import KindKeys
 from paramlora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
         )
     KINDS[kind.method] = kind
     if not kind.internal:
-        # allowed in configurations from now on, with no keys of its own
-        CONFIGURED.setdefault(kind.method, KindKeys())
+        # allowed in configurations from now on
+        CONFIGURED.setdefault(kind.method, kind.keys())
     return kind
 
 

@@ -66,6 +66,7 @@ class LowRank(AttachedUpdate):
 
     method = "lora"
     adds = True
+    heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
     hidden = ("lora_transposed", "start_A", "start_B")
     lora_A: nn.Parameter

@@ -1,6 +1,7 @@
 """A kind of update that the package does not know: it acts by its forward, and is merged, saved,
 shown and grouped by what it says of itself, or refused in one sentence; never by half."""
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from paramlora import files
 from paramlora.files.adapters import convert
 from paramlora.files.inspection import inspect
 from paramlora.model.attach import _register, updates
+from paramlora.update.attached import AttachedUpdate
 from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.lowrank import LowRank
 from paramlora.update.sum import Block, Term
@@ -310,3 +312,94 @@ def test_the_file_of_a_plain_adapter_tells_nothing_new(tmp_path):
     assert about["shapes"] == {
         "0": {"shape": [3, 4], "layout": "matrix", "groups": 1, "kind": "linear"}
     }
+
+
+@dataclass(frozen=True)
+class ColumnsTerm(Term):
+    """Multiplies each column by its number."""
+
+    scale: Tensor
+
+    def prepared(self, wide):
+        return ColumnsTerm(self.scale.detach().to(wide).flatten())
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        return total * (1 + self.scale[block.columns])
+
+
+@pytest.fixture
+def columns():
+    """A kind that adds nothing and has no rank: ``W' = W · diag(1 + c)``."""
+
+    @register
+    class Columns(AttachedUpdate):
+        method = "columns"
+        parts = {"column_scale": "weight"}
+
+        def __init__(self, weight, adapter, gains):
+            super().__init__(adapter, weight.device, weight.dtype, gains)
+            self.column_scale = nn.Parameter(torch.zeros_like(weight[:1]))
+
+        def forward(self, weight):
+            return weight * (1 + self.gain * self.column_scale)
+
+        @classmethod
+        def attached_to(cls, site, entry, adapter, gains):
+            return cls(site.weight.detach(), adapter, gains)
+
+        @staticmethod
+        def term_of(parts, gain, layout):
+            return ColumnsTerm(parts["column_scale"] * gain)
+
+    yield Columns
+    unregister("columns")
+
+
+def test_a_kind_without_a_rank_is_saved_loaded_and_merged(columns, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.Conv2d(4, 6, 3)).double()
+    model = paramlora.attach(copy.deepcopy(base), {"*": {"kind": "columns"}})
+    with torch.no_grad():
+        for p in paramlora.trainable_parameters(model):
+            p.normal_()
+    weights = [layer.weight.detach() for layer in model]
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    assert {row.kind for row in inspect(tmp_path / "a.safetensors").rows} == {"columns"}
+    other = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    files.merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out)
+    for i, (plain, merged) in enumerate(zip(base, paramlora.merge(model))):
+        want = plain.weight * (1 + load_file(tmp_path / "a.safetensors")[f"{i}.column_scale"])
+        assert torch.equal(weights[i], want) and torch.equal(other[i].weight, want)
+        torch.testing.assert_close(merged.weight, want)
+        assert torch.equal(load_file(out)[f"{i}.weight"], merged.weight)
+
+
+@pytest.mark.parametrize(
+    "kind, key, value",
+    [
+        ("columns", "r", 1),
+        ("columns", "scale", 2.0),
+        ("columns", "trainable_scale", 1),
+        ("columns", "dropout", 0.1),
+        ("columns", "init", "orthogonal"),
+        ("columns", "up_kernel", "same"),
+        ("scaled", "dropout", 0.1),  # which has no input of its own to drop
+        ("scaled", "up_kernel", "same"),
+    ],
+)
+def test_what_an_entry_says_that_its_kind_does_not_heed_is_refused(
+    scaled, columns, kind, key, value
+):
+    model, entry = nn.Sequential(nn.Linear(4, 6)), {"r": 2} if kind == "scaled" else {}
+    with pytest.raises(paramlora.ConfigError, match=f'"{key}" means nothing to the kind "{kind}"'):
+        paramlora.attach(model, {"0": {"kind": kind, **entry, key: value}})
+    paramlora.attach(model, {"0": {"kind": kind, **entry, "hard": True, "adapter_dtype": None}})
+
+
+def test_what_an_entry_says_of_its_kind_comes_back(scaled, columns):
+    own = {"r": 2, "alpha": 3, "trainable_scale": 1, "init": "orthogonal", "kind": "scaled"}
+    config = paramlora.LoRAConfig.from_dict({"a": own, "b": {"kind": "columns"}})
+    assert paramlora.LoRAConfig.from_dict(config.to_dict()) == config
+    assert config.entries[0].scale == 1.5 and config.entries[0].init == "orthogonal"
