@@ -21,7 +21,7 @@ from paramlora.update.compat import (
     strength_changes,
 )
 from paramlora.update.geometry import Layout, matrix_shape
-from paramlora.update.kinds import KINDS, Part
+from paramlora.update.kinds import KINDS, Part, not_said
 from paramlora.update.sharded import gathered, take_all
 from paramlora.update.sum import Term
 from paramlora.update.summand import Summand
@@ -355,12 +355,12 @@ class AttachedUpdate(nn.Module):
         """Start anew, where a model from the meta device has been given its memory: a kind whose
         values are the base's at the first read, as the base has none either until it is loaded."""
         if not self.based:
-            raise NotImplementedError
+            raise not_said(type(self), "reset_parameters")
         self.keep(unset=True)
 
     def begin_as(self, weight: Tensor) -> None:
         """Give the tensor that starts as the base tells its values of it."""
-        raise NotImplementedError
+        raise not_said(type(self), "begin_as")
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         value = state.get(prefix + self.based) if self.unset else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.kinds import not_said
 from paramlora.update.rounding import Rounding
 from paramlora.update.sharded import gathered
 
@@ -54,8 +55,11 @@ class Term:
 
         Args:
             total: ``[rows, columns]`` of `block`, in the wide type of `prepared`.
+
+        Raises:
+            AdapterError: a kind of update gives a term that does not say it.
         """
-        raise NotImplementedError
+        raise not_said(type(self), "applied")
 
     def bound(self) -> Number:
         """What no element is changed by more than; infinite where that is not known. A tensor

@@ -262,6 +262,35 @@ def test_a_kind_that_says_half_is_not_registered(lacks):
     assert "half" not in KINDS
 
 
+@pytest.mark.parametrize("lacks", ("forward", "attached_to", "term_of"))
+def test_a_kind_of_its_own_that_lacks_what_nobody_can_guess_is_not_registered(lacks):
+    said = {"method": "half", "parts": {"half_scale": "weight"}, "forward": lambda self, w: w}
+    said |= {"attached_to": classmethod(lambda *told: None), "term_of": lambda *told: Term()}
+    del said[lacks]
+    with pytest.raises(paramlora.AdapterError, match=f'Half .*does not say its "{lacks}"'):
+        register(type("Half", (AttachedUpdate,), said))
+    assert "half" not in KINDS
+
+
+def test_a_term_that_does_not_say_what_it_makes_is_refused_before_the_first_write(columns):
+    columns.term_of = staticmethod(lambda parts, gain, layout: Term())
+    model = paramlora.attach(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"0": {"r": 2}, "1": {"kind": "columns"}}
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(paramlora.AdapterError, match='Term does not say its "applied"'):
+        paramlora.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_kind_that_does_not_say_how_it_starts_gets_no_memory_from_the_meta_device(columns):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    paramlora.attach(model, {"0": {"kind": "columns"}})
+    with pytest.raises(paramlora.AdapterError, match='Columns does not say its "reset_parameters"'):
+        model.to_empty(device="cpu")
+
+
 def test_a_parameter_that_is_not_told_is_refused_before_it_is_lost(scaled):
     model, *_ = trained()
     ((_, _, update),) = updates(model)
