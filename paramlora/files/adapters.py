@@ -524,13 +524,14 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _inside(content: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
+    """The tensors of a dictionary that a format puts around them, by their own names.
 
     A module of that name is no dictionary: its layers keep it.
     """
-    inner = content.get("model") if isinstance(content, Mapping) else None
-    if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
-        return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
+    for name in {form.wrap for form in formats.FORMATS.values() if form.wrap}:
+        inner = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and flat and all(key.startswith(f"{name}.") for key in flat):
+            return {key.removeprefix(f"{name}."): tensor for key, tensor in flat.items()}
     return flat
 
 
