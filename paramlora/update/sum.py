@@ -66,6 +66,11 @@ class Term:
         where a device would have to be waited for."""
         return float("inf")
 
+    def product(self) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        """The ``A``, ``B`` and number of a term that does nothing but add their product to the
+        weight as a matrix ``[rows, columns]``, which a kernel can; None of any other."""
+        return None
+
     def norm(self) -> Optional[Tensor]:
         """The Frobenius norm of what is added, of whole tensors that may be sharded, where it is
         known without the sum; None elsewhere."""
@@ -104,6 +109,14 @@ class LowRankTerm(Term):
         # at most rank times the product of the largest; the last factor is for roundings
         most: Tensor = a * b * self.factor.detach().abs() * (factors[0].shape[-2] * (1 + 2**-20))
         return most
+
+    def product(self) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        # a class of its own may apply its factors otherwise
+        if type(self) is not LowRankTerm or self.layout == "stack":
+            return None
+        a, b, factor = self.lora_A.detach(), self.lora_B.detach(), self.factor.detach()
+        # of a transposed weight the rows are the input side
+        return (b.t(), a.t(), factor) if self.layout == "transposed" else (a, b, factor)
 
     def norm(self) -> Tensor:
         """By ``‖B·A‖² = trace(BᵀB · AAᵀ)``, which needs no product of the weight's size."""
