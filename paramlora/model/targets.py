@@ -92,7 +92,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
     """The `targets` of a model that is unwrapped and checked already."""
     places = Places(model, parsed.exclude)
-    found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
+    found = {entry.name: _matches(places, entry) for entry in parsed.entries}
     _report_empty(places, parsed, found, strict)
     places.report_unused(parsed, strict)
     chosen = _most_specific(parsed, found)
@@ -394,7 +394,7 @@ def _names(place: Place) -> list[str]:
     return [full, path] if name == "weight" else [full]
 
 
-def _matches(model: nn.Module, places: Places, entry: TargetConfig) -> list[Target]:
+def _matches(places: Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
         return _whole(places, entry)
     out, passed = [], []
