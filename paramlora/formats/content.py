@@ -46,7 +46,7 @@ class Options:
         alpha: for formats that do not store it, ``scale = alpha / r``.
         component: of a pipeline's file, the part to read, such as ``"text_encoder_2"``.
         split: parts that kohya trained apart and saved as one tensor: 3 for a fused q/k/v.
-        enable: which parts of loralib's merged projections were trained (its ``enable_lora``).
+        enable: which parts of loralib's fused projections were trained (its ``enable_lora``).
     """
 
     strict: bool = True

@@ -72,7 +72,7 @@ class Switch:
         return 0.0 if self.muted else self.strength
 
     def changed(self, strength: float, muted: frozenset[object], gains: "Gains") -> "Switch":
-        """Another value in its place, which remembers this one."""
+        """A switch of another strength to put in this one's place, which it remembers."""
         new = 0.0 if muted else strength
         past = self.past
         # a change that leaves the same gain, as of a muted one, is no other forward's
