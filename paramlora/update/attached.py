@@ -658,29 +658,35 @@ class AttachedUpdate(nn.Module):
         Raises:
             AdapterError: its kind does not say what a new row starts as.
         """
-        _, out, fan_in = matrix_shape(base.shape, self.layout)
-        for name, part in self.parts.items():
-            own = getattr(self, name, None)
-            if own is not None and part in ("input", "output"):
-                dim, size = (-1, fan_in) if part == "input" else (-2, out)
-                put_in_place(own, sized(own, dim, size))
-            # along its outputs it may be of size 1 or the weight's: anything else must be told how
-            # to grow
-            # and of what only the kind knows
-            elif part == "own" or (
-                own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0])
-            ):
+        held = {name: getattr(self, name, None) for name in self.parts}
+        for name, own in held.items():
+            part = self.parts[name]
+            # along each of the base's sides it may be of size 1 or the side's: anything else, and
+            # what only the kind knows, must be told how to grow
+            told = part != "weight" or own is None or _is_along(own.shape, base.shape)
+            if part == "own" or not told:
                 raise AdapterError(
                     f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
-                    "is on new rows, so its tensor cannot be resized. Merge or detach it first."
+                    "is on new rows or columns, so its tensor cannot be resized. Merge or detach "
+                    "it first."
                 )
+        _, out, fan_in = matrix_shape(base.shape, self.layout)
+        for name, own in held.items():
+            if own is not None and self.parts[name] in ("input", "output"):
+                dim, size = (-1, fan_in) if self.parts[name] == "input" else (-2, out)
+                put_in_place(own, sized(own, dim, size))
+
+
+def _is_along(own: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether each side of a tensor is of size 1 or that of a weight."""
+    return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
 
 
 def _fits(part: Part, own: tuple[int, ...], r: int, shape: tuple[int, ...], layout: Layout) -> bool:
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     if part == "weight":
-        return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
+        return _is_along(own, shape)
     known = {"input": (*lead, r, fan_in), "output": (*lead, out, r), "number": ()}
     return part in known and own == known[part]
 

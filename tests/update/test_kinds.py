@@ -432,3 +432,13 @@ def test_what_an_entry_says_of_its_kind_comes_back(scaled, columns):
     config = paramlora.LoRAConfig.from_dict({"a": own, "b": {"kind": "columns"}})
     assert paramlora.LoRAConfig.from_dict(config.to_dict()) == config
     assert config.entries[0].scale == 1.5 and config.entries[0].init == "orthogonal"
+
+
+def test_a_tensor_along_a_side_that_its_base_grows_is_told(columns):
+    """Of the inputs as of the outputs: left as it is, it would fail at the next read."""
+    layer = paramlora.attach(nn.Linear(4, 6), {"weight": {"kind": "columns"}})
+    ((_, _, update),) = updates(layer)
+    update.resize(torch.zeros(7, 4))
+    assert update.column_scale.shape == (1, 4)
+    with pytest.raises(paramlora.AdapterError, match="Columns does not say what column_scale is"):
+        update.resize(torch.zeros(6, 5))
