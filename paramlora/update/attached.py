@@ -219,6 +219,7 @@ class AttachedUpdate(nn.Module):
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
+    made_sharded: ClassVar[bool] = False  # whether it is made of the weight, sharded as that is
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
