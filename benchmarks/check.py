@@ -219,9 +219,11 @@ def compared(run: list[Content], past: list[Content]) -> Comparison:
     refused = [f for f in fresh if f.quantity == REFUSED and f.what in measured]
     numbers = [f for f in fresh if f.quantity != REFUSED]
     both = [f for f in numbers if (f.what, f.quantity) in known]
-    named = {figure.what for figure in fresh}
+    told = {(f.what, f.quantity) for f in fresh}
+    failed = {f.what for f in fresh if f.quantity == REFUSED}
     ours = (f for content in past if content["kind"] in kinds for f in figures(content))
-    missing = [f for f in ours if f.quantity != REFUSED and f.what not in named]
+    lacked = (f for f in ours if f.quantity != REFUSED and f.what not in failed)
+    missing = [f for f in lacked if (f.what, f.quantity) not in told]
     found = [worse(figure, known[figure.what, figure.quantity]) for figure in both]
     bad = [one for one in found if one]
     return Comparison(bad, refused, len(both), len(numbers) - len(both), missing)
@@ -257,7 +259,7 @@ def checked(card: str, run: list[Content]) -> int:
     told += f"; {len(found.refused)} refused that were not" if found.refused else ""
     print(f"{card}: {len(found.worse)} of {found.count} figures worse than noise allows{told}")
     if found.missing:
-        cases = list(dict.fromkeys(figure.what for figure in found.missing))
+        cases = _lacked(found.missing, run)
         print(f"not in this run: {'; '.join(cases[:SHOWN])}{_more(len(cases) - SHOWN)}")
     print(f"recorded at {_commits(past)}; this run at {_commits(run)}")
     if found.worse or found.refused:
@@ -267,6 +269,13 @@ def checked(card: str, run: list[Content]) -> int:
         why = "tiny models are not compared" if tiny else "no figure of the run is recorded"
         print(f"{card}: nothing was compared: {why}")
     return 0 if found.count else 2
+
+
+def _lacked(missing: list[Figure], run: list[Content]) -> list[str]:
+    """Each case once; of one that the run has otherwise, the figure too."""
+    there = {figure.what for content in run for figure in figures(content)}
+    named = (f"{f.what} ({f.quantity})" if f.what in there else f.what for f in missing)
+    return list(dict.fromkeys(named))
 
 
 SHOWN = 4  # of what a run lacks, which may have been asked for a part alone

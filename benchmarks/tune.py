@@ -3,8 +3,9 @@
 ``python -m benchmarks.tune [--write]`` times each shape in the ways between which
 `paramlora.evaluate.choose` chooses, and prints the thresholds that lose the least time over all of
 them, beside those of the table in use. ``--write`` puts them into ``paramlora/evaluate/cards.json``
-under the device's name, for every later process. ``--never-run`` measures nothing and writes what
-follows for the cards of `NEVER_RUN`, by `estimated`.
+under the device's name, for every later process; a card's ``experts`` and ``dropout``, which
+`benchmarks.experts` and `benchmarks.dropout` tell, stay as they are. ``--never-run`` measures
+nothing and writes what follows for the cards of `NEVER_RUN`, by `estimated`.
 """
 
 import argparse
@@ -108,7 +109,11 @@ TABLE = Path(choose.__file__).with_name("cards.json")
 ALWAYS, NEVER = 2**62, 0
 CPU_LINEAR = list(itertools.product((1, 16, 256, 2048), (32, 64, 128, 256, 512), (4, 16)))
 CUDA_LINEAR = list(itertools.product((16, 256, 2048, 16384), (256, 1024, 4096), (16,)))
-CONVOLUTIONS = list(itertools.product((4, 16, 64), (8, 32, 64, 256), (4, 16)))  # side, channels, r
+CONVOLUTIONS = [  # side, channels, and a rank that they hold
+    (side, channels, r)
+    for side, channels, r in itertools.product((4, 16, 64), (8, 32, 64, 256), (4, 16))
+    if r <= channels
+]
 Timed = tuple[int, float, float]  # the work, seconds of the simple way, of the function
 
 
@@ -174,16 +179,18 @@ def threshold(rows: list[Timed]) -> int:
 
 
 def measured(on_cpu: bool) -> Thresholds:
-    """The device's thresholds."""
+    """The device's thresholds; what other benchmarks measured of it stays."""
     if on_cpu:
         old = choose.CARDS["cpu"]
         return replace(old, tiny=threshold([*linears(True)]), small=threshold([*convolutions()]))
     about = torch.cuda.get_device_properties(device())
     brief = threshold([*linears(False)])
-    return Thresholds(
+    return replace(
+        choose.CARDS.get(about.name, Thresholds()),
         brief=brief,
         capability=(about.major, about.minor),
         processors=about.multi_processor_count,
+        never_run=False,
     )
 
 

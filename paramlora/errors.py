@@ -207,9 +207,9 @@ def _is_inner(path: str) -> bool:
     return path.startswith(_HERE) or os.path.basename(path) in _DECORATORS
 
 
-def closest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
-    """The names in `known` most like `word`, best first; none for a name of no real length."""
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """The name in `known` most like `word`, alone; none for a name of no real length."""
     if len(word) > _MOST_COMPARED:
         return []
     near = (name for name in known if len(name) <= _MOST_COMPARED)
-    return get_close_matches(word, list(islice(near, _MOST_KNOWN)), n=n, cutoff=0.6)
+    return get_close_matches(word, list(islice(near, _MOST_KNOWN)), n=1, cutoff=0.6)

@@ -189,6 +189,20 @@ def test_what_a_run_lacks_is_told(tmp_path, capsys):
     )
 
 
+def test_one_figure_that_a_run_lacks_is_told(tmp_path, capsys):
+    """Such as the device's time, where no CUDA graph was captured."""
+
+    def change(content):
+        for row in content["rows"] if content["kind"] == "layers" else ():
+            if all(row.get(key) == value for key, value in LAYER.items()):
+                row.pop("device_R", None)
+
+    assert run_of(tmp_path, change) == 0
+    told = capsys.readouterr().out.splitlines()
+    lacks = f"{LAYER['case']}, bf16, training, paramlora (device R)"
+    assert len(told) == 3 and told[1] == f"not in this run: {lacks}"
+
+
 @pytest.mark.parametrize(
     "kind, key", (("layers", "refused"), ("kinds", "refused"), ("llama", "outcome"))
 )

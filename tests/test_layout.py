@@ -99,13 +99,14 @@ _ASKS = ("model/forwards.py", "arithmetic/products.py", "formats/")
 
 
 def kinds():
-    from paramlora.update import value
+    from paramlora.update import sum, value
     from paramlora.update.attached import AttachedUpdate
     from paramlora.update.kinds import KINDS
 
     values = [c for c in vars(value).values() if isinstance(c, type) and issubclass(c, value.Value)]
     known = {c for kind in KINDS.values() for c in kind.__mro__ if issubclass(c, AttachedUpdate)}
-    return {c.__name__ for c in [*values, *known]} - {"AttachedUpdate", "Value"}
+    terms = [c for c in vars(sum).values() if isinstance(c, type) and issubclass(c, sum.Term)]
+    return {c.__name__ for c in [*values, *known, *terms]} - {"AttachedUpdate", "Value", "Term"}
 
 
 @pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] != "update"], ids=str)

@@ -1,10 +1,14 @@
 """What `benchmarks.tune` makes of its measurements, and what it writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
+import paramlora
 from benchmarks import tune
 from paramlora.evaluate import choose
 from paramlora.evaluate.choose import Thresholds
@@ -92,3 +96,24 @@ def test_it_measures_on_a_cpu(capsys, monkeypatch):
     assert tune.main([]) == 0
     assert choose.thresholds_of is own
     assert "in use: Thresholds(tiny=2097152" in capsys.readouterr().out
+
+
+def test_every_shape_that_it_measures_can_be_adapted(monkeypatch):
+    def attached(layer, x, r):
+        paramlora.attach(nn.Sequential(layer), {"0": {"r": r}})
+
+    monkeypatch.setattr(tune, "step_of", attached)
+    monkeypatch.setattr(tune, "timed", lambda *told: (1.0, 1.0))
+    for rows in (tune.linears(True), tune.convolutions()):
+        assert all(work > 0 for work, *_ in rows)
+
+
+@pytest.mark.parametrize("name", ("NVIDIA H200", "NVIDIA GeForce RTX 4090"))
+def test_what_another_benchmark_measured_of_a_card_stays(name, monkeypatch):
+    old = choose.CARDS[name]
+    (major, minor), processors = old.capability, old.processors
+    about = SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=processors)
+    monkeypatch.setattr(tune.torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(tune, "linears", lambda on_cpu: [(2**20, 1.0, 2.0)])
+    found = tune.measured(False)
+    assert found == replace(old, brief=found.brief, never_run=False)

@@ -94,7 +94,7 @@ def convert(
             )
         else:
             refuse({"--model tells the names of one model, and PART=FILE is of several": model})
-            interchange.check_place(out, to, **place)
+            interchange.check_place(out, to, force=force)
             found = interchange.together(files, options, names)
             found = replace(found, metadata={**found.metadata, **more})
             interchange.write_adapter(found, out, to, names, **place, **writer)

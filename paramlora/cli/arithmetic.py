@@ -88,7 +88,7 @@ def combine(
         form = target(to, pairs[0][0], names)
         writer = how(form, prefix, fold_scale)
         # before minutes of computing, not after
-        check_place(out, form, force=force, dry_run=dry_run)
+        check_place(out, form, force=force)
         done = arithmetic.combined(
             pairs,
             method,  # type: ignore[arg-type]  # which it checks
@@ -133,7 +133,7 @@ def resize(
         names = known(model, base, key)
         form = target(to, file, names)
         writer = how(form, prefix, fold_scale)
-        check_place(out, form, force=force, dry_run=dry_run)
+        check_place(out, form, force=force)
         options = reading(loose, alpha, component)
         done = arithmetic.resize(file, _ranks(rank), energy=energy, base=names, options=options)
         write_adapter(done.adapter, out, form, names, force=force, dry_run=dry_run, **writer)
@@ -181,7 +181,7 @@ def difference(
     """Write the adapter that leads from one checkpoint to another, a tensor at a time."""
     with warnings_told(), bar("difference") as told:
         writer, names = how(to, prefix, fold_scale), known(model, None)
-        check_place(out, to, force=force, dry_run=dry_run)
+        check_place(out, to, force=force)
         done = arithmetic.difference(
             base,
             tuned,

@@ -143,7 +143,7 @@ class Digits:
     rows: Tensor
 
     def take(self, which: Tensor) -> "Digits":
-        """Those at the given indices."""
+        """The images and rows at the given indices."""
         return Digits(self.images[which], self.rows[which])
 
 

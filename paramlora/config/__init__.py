@@ -157,7 +157,7 @@ class TargetConfig:
         """The keys of an entry that trains an update: of its rank, of its kind, and the kind's."""
         keys = KINDS.get(self.kind, KindKeys())
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
-        out = self._low_rank() if keys.ranked else {}
+        out = self._low_rank()
         if keys.only is not None:
             out = {key: value for key, value in out.items() if key in keys.only}
         if self.kind != "lora" and not keys.implied_by:

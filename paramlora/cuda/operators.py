@@ -21,7 +21,7 @@ from paramlora.cuda.operands import (
 )
 from paramlora.update import narrow
 from paramlora.update.geometry import FLOATS
-from paramlora.update.sum import LowRankTerm, Term
+from paramlora.update.sum import Term
 
 _Maybe = Optional[Tensor]
 Gradients = tuple[_Maybe, _Maybe, _Maybe, _Maybe]
@@ -206,13 +206,10 @@ def summed(base: Tensor, terms: Sequence[Term]) -> Optional[Tensor]:
     kernel does not serve them: it adds one low-rank update to a contiguous weight of 16 bits."""
     if len(terms) != 1 or not (served(base) and base.is_contiguous()):
         return None
-    (term,) = terms
-    if not isinstance(term, LowRankTerm) or term.layout == "stack":
+    product = terms[0].product()
+    if product is None:
         return None
-    a, b, scale = term.lora_A.detach(), term.lora_B.detach(), term.factor.detach()
-    if term.layout == "transposed":  # the weight's rows are the input side
-        a, b = b.t(), a.t()
-    tensors = base.detach().flatten(1), a, b, scale
+    tensors = base.detach().flatten(1), *product
     for t in tensors:
         # subclasses, such as quantised weights, have no numbers at their address
         if type(t) is not Tensor or t.dtype not in FLOATS:

@@ -84,8 +84,8 @@ CARDS = read_cards()
 def nearest(name: str, capability: tuple[int, int], processors: int) -> Thresholds:
     """A card's measurements, or those of the nearest one that was measured."""
     if name in CARDS:
-        # an unknown card follows the one likest to it; the CPU's entry has no capability
         return CARDS[name]
+    # an unknown card follows the one likest to it; the CPU's entry has no capability
     measured = [card for card in CARDS.values() if card.capability != (0, 0)]
     return min(measured, key=lambda card: card.far(capability, processors))
 

@@ -585,7 +585,8 @@ def embedding_in_range(
 
 
 def without_gradient(y: Tensor, there: Tensor) -> Tensor:
-    """The same, where nothing learns from some rows, not even of a gradient that is no number."""
+    """The numbers of `y`, of which nothing learns where `there` is true, not even of a gradient
+    that is no number."""
     if untold() or recorded():
         return torch.where(there, y.detach(), y)
     # a device would have to be waited for

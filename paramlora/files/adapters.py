@@ -223,7 +223,7 @@ def convert(
         FileError: a file that cannot be read or written, or a layer that `to` cannot hold.
     """
     # what costs least is asked first: the place, the names, then the tensors
-    check_place(out, to, force=force, dry_run=dry_run)
+    check_place(out, to, force=force)
     check_named(path, format_of(path), to, base)
     adapter = read_adapter(path, base, options)
     adapter = replace(adapter, metadata={**adapter.metadata, **(metadata or {})})
@@ -252,7 +252,7 @@ def write_adapter(
         FileError: the file cannot be written, a layer that `to` cannot hold, or one that would
             match nothing where the file is loaded; nothing is left at `out`.
     """
-    check_place(out, to, force=force, dry_run=dry_run)
+    check_place(out, to, force=force)
     form = formats.writable(to)
     # the native format keeps ties as they are; others need to know each layer's kind
     if not form.complete:
@@ -361,7 +361,7 @@ def _check_names_itself(path: PathLike) -> None:
         )
 
 
-def check_place(out: PathLike, to: str, *, force: bool = False, dry_run: bool = False) -> None:
+def check_place(out: PathLike, to: str, *, force: bool) -> None:
     """Refuse, before anything is computed, a place that could not be written.
 
     Raises:
@@ -524,13 +524,14 @@ def _flat(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _inside(content: Any, flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a dictionary ``{"model": {...}}``, as litgpt saves them, by their own names.
+    """The tensors of a dictionary that a format puts around them, by their own names.
 
     A module of that name is no dictionary: its layers keep it.
     """
-    inner = content.get("model") if isinstance(content, Mapping) else None
-    if isinstance(inner, Mapping) and flat and all(key.startswith("model.") for key in flat):
-        return {key.removeprefix("model."): tensor for key, tensor in flat.items()}
+    for name in {form.wrap for form in formats.FORMATS.values() if form.wrap}:
+        inner = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and flat and all(key.startswith(f"{name}.") for key in flat):
+            return {key.removeprefix(f"{name}."): tensor for key, tensor in flat.items()}
     return flat
 
 

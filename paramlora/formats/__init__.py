@@ -155,7 +155,7 @@ def chosen(
 
 
 def noting(options: Options) -> Options:
-    """The same options, whose alpha knows whether it was used (see `check_alpha`)."""
+    """Options whose alpha knows whether it was used (see `check_alpha`)."""
     return options if options.alpha is None else replace(options, alpha=Noted(options.alpha))
 
 

@@ -46,7 +46,7 @@ class Options:
         alpha: for formats that do not store it, ``scale = alpha / r``.
         component: of a pipeline's file, the part to read, such as ``"text_encoder_2"``.
         split: parts that kohya trained apart and saved as one tensor: 3 for a fused q/k/v.
-        enable: which parts of loralib's merged projections were trained (its ``enable_lora``).
+        enable: which parts of loralib's fused projections were trained (its ``enable_lora``).
     """
 
     strict: bool = True
@@ -216,14 +216,19 @@ def number(value: Any, where: str) -> float:
     return result
 
 
-def parsed(text: str, where: str) -> dict[str, Any]:
-    """A JSON object out of a file's metadata, or an error that says where."""
+def _json_of(text: str, where: str) -> Any:
+    """What the JSON in a file's metadata says, or an error that says where."""
     try:
-        value = parse_json(text)
+        return parse_json(text)
     except ValueError as error:
         raise FileError(
             f"{where}: its metadata is damaged ({error}). Copy or save it again."
         ) from error
+
+
+def parsed(text: str, where: str) -> dict[str, Any]:
+    """A JSON object out of a file's metadata, or an error that says where."""
+    value = _json_of(text, where)
     if not isinstance(value, dict):
         raise FileError(f"{where}: its metadata is {kind_of(value)}, not an object. Save it again.")
     return value
@@ -231,12 +236,7 @@ def parsed(text: str, where: str) -> dict[str, Any]:
 
 def parsed_list(text: str, where: str) -> list[str]:
     """A JSON list of strings out of a file's metadata, or an error that says where."""
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise FileError(
-            f"{where}: its metadata is damaged ({error}). Copy or save it again."
-        ) from error
+    value = _json_of(text, where)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise FileError(f"{where}: its metadata is not a list of names. Save it again.")
     return value

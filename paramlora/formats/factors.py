@@ -250,15 +250,15 @@ def check_told(path: str, update: Update, tool: str) -> None:
 
 
 def with_scale_in_B(update: Update) -> Update:
-    """The same update with its scale multiplied into ``lora_B``, in a type that holds it."""
+    """An update with its scale multiplied into ``lora_B``, in a type that holds the product."""
     b = held(update.lora_B.double() * update.scale, update.lora_B.dtype)
     # A goes along: an update's factors are of one type
     return replace(update, lora_A=update.lora_A.to(b.dtype), lora_B=b, scale=1.0)
 
 
 def with_scale_in(value: KindUpdate, name: str) -> KindUpdate:
-    """The same update with its scale multiplied into one of its tensors; all in a type that holds
-    the product."""
+    """An update with its scale multiplied into one of its tensors; all of them are then in a type
+    that holds the product."""
     if value.scale == 1:
         return value
     own = held(value.held[name].double() * value.scale, value.held[name].dtype)

@@ -64,7 +64,7 @@ class Format:
         config: the name of the JSON or flat YAML beside the weights; a format that has one is
             written as a folder of the two.
         pickled: written by ``torch.save``, else as safetensors.
-        wrap: the key of a dictionary that `write`'s tensors are put into.
+        wrap: the key of a dictionary that `write`'s tensors are put into, and read out of.
         names_layers: whether layers have names in the file, so that it can be converted without
             its model.
         prefix: what ``convert --prefix`` gives to `write`, for formats with a use for it.

@@ -26,7 +26,7 @@ def read(content: Content, base: Optional[Base] = None, options: Options = DEFAU
 
     Args:
         content: what the file holds.
-        base: tells embeddings, convolutions and merged projections from Linear layers.
+        base: tells embeddings, convolutions and fused projections from Linear layers.
         options: `Options.alpha` is what the layers were built with; without it the scale is 1,
             with a warning.
 
@@ -80,7 +80,7 @@ def _fused(
     on = (True,) * count if options.enable is None else options.enable
     if len(on) != parts:
         raise FileError(
-            f"{where}: {count} of {parts} parts of a merged projection were trained. Which is not "
+            f"{where}: {count} of {parts} parts of a fused projection were trained. Which is not "
             "in the file: load it with load_adapter(enable=...), such as (True, False, True)."
         )
     return fused_linear(a, b, scale, [size] * parts, on, where)

@@ -96,12 +96,16 @@ def check_uniform(adapter: Adapter, tool: str) -> None:
                 "files hold Linear layers inside a model only. Keep the native format."
             )
     head, first = next(iter(adapter.updates.items()))
+    ranks = {update.r for update in adapter.updates.values()}
+    # ranks first: a scale folded into a factor leaves its rank
+    way = "Fold scales into lora_B (fold_scale, --fold-scale)"
+    way = way if len(ranks) == 1 else f"Cut all to rank {min(ranks)} (paramlora resize)"
     for path, update in adapter.updates.items():
         if (update.r, update.scale) != (first.r, first.scale):
             raise FileError(
                 f"{path}: r = {update.r} and scale {update.scale:g}, while {head} has {first.r} "
-                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. Fold "
-                "scales into lora_B (fold_scale, --fold-scale), or keep the native format."
+                f"and {first.scale:g}: {tool}'s files hold one of each for all layers. {way}, "
+                "or keep the native format."
             )
 
 

@@ -62,7 +62,7 @@ def save_pretrained(model: nn.Module, own: _Own, *args: Any, **kwargs: Any) -> A
     writes_here = told.get("is_main_process", True) and (not _sharded(model) or writes())
     # an older adapter first, or an error in between would leave it beside another base
     if writes_here:
-        _clear(folder, beside)
+        _clear(folder)
     resumes = library(model) == "transformers" and bool(_CHECKPOINT.fullmatch(folder.name))
     if resumes and "save_original_format" in call.signature.parameters:
         told.setdefault("save_original_format", False)  # a Trainer looks for the model's own names
@@ -158,7 +158,7 @@ def _file_name(adapter: str, index: int) -> str:
     return f"adapter-{known}.safetensors"
 
 
-def _clear(folder: Path, beside: list[_Beside]) -> None:
+def _clear(folder: Path) -> None:
     """Remove the adapters that an earlier save put there, which are of another base.
 
     Raises:

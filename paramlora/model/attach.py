@@ -126,7 +126,7 @@ def check_room(chosen: list[Target], max_rank: Optional[int]) -> None:
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
         raise AdapterError(f"max_rank must be a whole number, got {max_rank!r}.")
     for target in chosen:
-        if not target.entry.whole and target.entry.r > max_rank:
+        if target.entry.r > max_rank:
             raise AdapterError(
                 f"{target.path or 'weight'}: r = {target.entry.r} is above max_rank = {max_rank}. "
                 "Give the largest rank that will ever be loaded."
@@ -547,7 +547,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 
     site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
     update = kind_of(entry).attached_to(site, entry, adapter, gains)
-    if is_sharded(base) and not entry.whole:
+    if is_sharded(base) and not update.made_sharded:
         # before a cast: `shard_like` replaces the tensors
         shard_like(update, base, target.path or "weight")
     if entry.adapter_dtype is not None:

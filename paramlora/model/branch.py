@@ -37,7 +37,7 @@ from paramlora.update.attached import Gains, Site
 from paramlora.update.choice import Choice
 from paramlora.update.compat import every_module_hooks, recorded
 from paramlora.update.contexts import autocast_of
-from paramlora.update.geometry import Layout
+from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank
@@ -98,6 +98,15 @@ class Branch(LowRank):
         if entry.init != "default":
             initialise(update, site.dense(), entry.init)
         return update
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """How many both factors have; of two kernels the second lies on ``B``'s side, of a
+        transposed layer on ``A``'s."""
+        _, out, fan_in = matrix_shape(shape, layout)
+        size = torch.Size(shape[2:]).numel() if entry.up_kernel == "same" else 1
+        transposed = layout == "transposed"
+        return entry.r * (out + fan_in * size if transposed else out * size + fan_in)
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
         """The value of a low-rank update, which also tells the kernel of ``up``."""

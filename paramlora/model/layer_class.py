@@ -57,7 +57,8 @@ class Updates(ParametrizationList):
     follow ours, which give one: torch would take it, and every call of the layer would fail."""
 
     def forward(self) -> Tensor:
-        """As torch's, and of several adapters that train the tensor whole their sum."""
+        """The tensor as torch's list computes it; where several adapters train it whole, their
+        sum."""
         # one that comes from several originals is torch's to put together
         if len(self) < 2 or not self.is_tensor:
             return super().forward()

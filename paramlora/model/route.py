@@ -331,7 +331,7 @@ _PACKS = "use_nested_tensor"  # by which torch's encoder tells whether it may
 
 
 class _Unpacked:
-    """That an encoder packs no rows, inside of a block.
+    """What an encoder reads, inside of a block, to learn that it must pack no rows.
 
     Attributes:
         before: what it took the place of.
@@ -345,7 +345,7 @@ class _Unpacked:
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """That of a copy, of which no block is open: as it was."""
+        """What a copied encoder gets: the value from before, as no block is open of it."""
         return deepcopy(self.before, memo)
 
 

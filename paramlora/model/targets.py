@@ -18,7 +18,7 @@ from paramlora.model.match import Names
 from paramlora.model.presets import PRESETS, Place, spelled_group
 from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.model.ties import holders
-from paramlora.update.attached import AttachedUpdate
+from paramlora.update.attached import AttachedUpdate, elements
 from paramlora.update.casts import is_storage
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import kind_of
@@ -63,7 +63,7 @@ class Target:
     def parameters(self) -> int:
         """Elements of ``lora_A`` and ``lora_B`` together, of the tensor trained whole, or of what
         another kind of update trains."""
-        return kind_of(self.entry).elements(self.entry, self.shape, self.layout)
+        return elements(kind_of(self.entry), self.entry, self.shape, self.layout)
 
 
 def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[Target]:
@@ -92,7 +92,7 @@ def targets(model: nn.Module, config: ConfigLike, strict: bool = False) -> list[
 def chosen_targets(model: nn.Module, parsed: LoRAConfig, strict: bool) -> list[Target]:
     """The `targets` of a model that is unwrapped and checked already."""
     places = Places(model, parsed.exclude)
-    found = {entry.name: _matches(model, places, entry) for entry in parsed.entries}
+    found = {entry.name: _matches(places, entry) for entry in parsed.entries}
     _report_empty(places, parsed, found, strict)
     places.report_unused(parsed, strict)
     chosen = _most_specific(parsed, found)
@@ -394,7 +394,7 @@ def _names(place: Place) -> list[str]:
     return [full, path] if name == "weight" else [full]
 
 
-def _matches(model: nn.Module, places: Places, entry: TargetConfig) -> list[Target]:
+def _matches(places: Places, entry: TargetConfig) -> list[Target]:
     if entry.whole:
         return _whole(places, entry)
     out, passed = [], []

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Optional
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from paramlora.config import TargetConfig
+from paramlora.config import KindKeys, TargetConfig
 from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
 from paramlora.update.choice import ONLY, UNSPLIT, Choice
@@ -21,7 +21,7 @@ from paramlora.update.compat import (
     strength_changes,
 )
 from paramlora.update.geometry import Layout, matrix_shape
-from paramlora.update.kinds import KINDS, Part
+from paramlora.update.kinds import KINDS, Part, not_said
 from paramlora.update.sharded import gathered, take_all
 from paramlora.update.sum import Term
 from paramlora.update.summand import Summand
@@ -72,7 +72,7 @@ class Switch:
         return 0.0 if self.muted else self.strength
 
     def changed(self, strength: float, muted: frozenset[object], gains: "Gains") -> "Switch":
-        """Another value in its place, which remembers this one."""
+        """A switch of another strength to put in this one's place, which it remembers."""
         new = 0.0 if muted else strength
         past = self.past
         # a change that leaves the same gain, as of a muted one, is no other forward's
@@ -219,9 +219,11 @@ class AttachedUpdate(nn.Module):
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
+    made_sharded: ClassVar[bool] = False  # whether it is made of the weight, sharded as that is
     internal: ClassVar[bool] = (
         False  # whether a configuration asks for it by other keys than "kind"
     )
+    heeds: ClassVar[tuple[str, ...]] = ()  # keys of an entry, beside those of rank and factor
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
     hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
@@ -354,12 +356,12 @@ class AttachedUpdate(nn.Module):
         """Start anew, where a model from the meta device has been given its memory: a kind whose
         values are the base's at the first read, as the base has none either until it is loaded."""
         if not self.based:
-            raise NotImplementedError
+            raise not_said(type(self), "reset_parameters")
         self.keep(unset=True)
 
     def begin_as(self, weight: Tensor) -> None:
         """Give the tensor that starts as the base tells its values of it."""
-        raise NotImplementedError
+        raise not_said(type(self), "begin_as")
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         value = state.get(prefix + self.based) if self.unset else None
@@ -369,6 +371,17 @@ class AttachedUpdate(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
         if told:
             self.keep(unset=False)
+
+    @classmethod
+    def keys(cls) -> KindKeys:
+        """What an entry that asks for it may say, where `paramlora.config.KINDS` does not tell:
+        its rank and its factor, where it has them, and what else it `heeds`."""
+        own_rank = cls.rank_of.__func__ is not AttachedUpdate.rank_of.__func__  # type: ignore[attr-defined]
+        ranked = own_rank or "output" in cls.parts.values()
+        rank = ("r",) if ranked else ()
+        factor = ("scale", "trainable_scale") if "lora_scale" in cls.parts else ()
+        by_rank = ("alpha", "rslora") if rank and factor else ()
+        return KindKeys({}, ("adapter_dtype", *by_rank, "kind", *rank, *factor, *cls.heeds), ranked)
 
     @classmethod
     def attached_to(
@@ -385,8 +398,7 @@ class AttachedUpdate(nn.Module):
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
         """How many elements its parameters have, but for its number."""
-        stack, out, fan_in = matrix_shape(shape, layout)
-        return stack * entry.r * (out + fan_in)
+        return _elements_made(cls, entry, shape, layout)
 
     @staticmethod
     def term_of(parts: Mapping[str, Tensor], gain: Tensor, layout: Layout) -> Term:
@@ -647,29 +659,35 @@ class AttachedUpdate(nn.Module):
         Raises:
             AdapterError: its kind does not say what a new row starts as.
         """
-        _, out, fan_in = matrix_shape(base.shape, self.layout)
-        for name, part in self.parts.items():
-            own = getattr(self, name, None)
-            if own is not None and part in ("input", "output"):
-                dim, size = (-1, fan_in) if part == "input" else (-2, out)
-                put_in_place(own, sized(own, dim, size))
-            # along its outputs it may be of size 1 or the weight's: anything else must be told how
-            # to grow
-            # and of what only the kind knows
-            elif part == "own" or (
-                own is not None and part == "weight" and own.shape[0] not in (1, base.shape[0])
-            ):
+        held = {name: getattr(self, name, None) for name in self.parts}
+        for name, own in held.items():
+            part = self.parts[name]
+            # along each of the base's sides it may be of size 1 or the side's: anything else, and
+            # what only the kind knows, must be told how to grow
+            told = part != "weight" or own is None or _is_along(own.shape, base.shape)
+            if part == "own" or not told:
                 raise AdapterError(
                     f'adapter "{self.adapter}": {type(self).__name__} does not say what {name} '
-                    "is on new rows, so its tensor cannot be resized. Merge or detach it first."
+                    "is on new rows or columns, so its tensor cannot be resized. Merge or detach "
+                    "it first."
                 )
+        _, out, fan_in = matrix_shape(base.shape, self.layout)
+        for name, own in held.items():
+            if own is not None and self.parts[name] in ("input", "output"):
+                dim, size = (-1, fan_in) if self.parts[name] == "input" else (-2, out)
+                put_in_place(own, sized(own, dim, size))
+
+
+def _is_along(own: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether each side of a tensor is of size 1 or that of a weight."""
+    return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
 
 
 def _fits(part: Part, own: tuple[int, ...], r: int, shape: tuple[int, ...], layout: Layout) -> bool:
     stack, out, fan_in = matrix_shape(shape, layout)
     lead = (stack,) if layout == "stack" else ()
     if part == "weight":
-        return len(own) == len(shape) and all(n in (1, size) for n, size in zip(own, shape))
+        return _is_along(own, shape)
     known = {"input": (*lead, r, fan_in), "output": (*lead, out, r), "number": ()}
     return part in known and own == known[part]
 
@@ -749,6 +767,29 @@ def most(update: AttachedUpdate, largest: float) -> float:
     """What an update tells as `at_most`, where it is of the weight that its class computes."""
     kind: Any = type(update)
     return math.inf if _unsaid(kind, "at_most") else update.at_most(largest)
+
+
+def elements(
+    kind: type[AttachedUpdate], entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+) -> int:
+    """What a kind tells as `elements`, where it is of the weight that its class computes; else
+    counted."""
+    own: Any = kind
+    if _unsaid(own, "elements"):
+        return _elements_made(kind, entry, shape, layout)
+    return kind.elements(entry, shape, layout)
+
+
+def _elements_made(
+    kind: type[AttachedUpdate], entry: TargetConfig, shape: tuple[int, ...], layout: Layout
+) -> int:
+    """How many elements the parameters of a kind have, but for its number: counted in one that is
+    made on the meta device, for no memory."""
+    weight = torch.empty(shape, device="meta")
+    site = Site(nn.Module(), "", weight, layout, *[lambda: weight] * 3)
+    # a start from the weight changes no shape, and there are no values to start from
+    update = kind.attached_to(site, replace(entry, init="default"), "", None)
+    return sum(own.numel() for name, own in update.named_parameters() if name != "lora_scale")
 
 
 def adds(update: AttachedUpdate) -> bool:

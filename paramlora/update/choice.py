@@ -186,7 +186,7 @@ class Choice:
             self.block_picks = _steps(table[owners])
 
     def on(self, device: torch.device) -> "Choice":
-        """The same rows on a device, where a model is moved: one for all updates that ask, and the
+        """The choice on a device, where a model is moved: one for all updates that ask, and the
         first one again where it comes back, of which the meta device would have lost the values."""
         if device == self.index.device:
             return self

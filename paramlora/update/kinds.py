@@ -4,7 +4,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from paramlora.config import KINDS as CONFIGURED
-from paramlora.config import KindKeys
 from paramlora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 Part = Literal["input", "output", "weight", "number", "own"]
 KINDS: dict[str, "type[AttachedUpdate]"] = {}
 _SAYS = ("method", "parts", "term_of")
+_ONLY_ITS_OWN = ("forward", "attached_to", "term_of")  # of which nothing else follows
 
 
 def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
@@ -38,6 +38,9 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             f"{kind.__name__} computes a weight of its own and does not say its "
             f'"{missing[0]}". Give the class one.'
         )
+    unanswered = [name for name in _ONLY_ITS_OWN if _is_said_by_nobody(kind, name)]
+    if unanswered:
+        raise not_said(kind, unanswered[0])
     if KINDS.get(kind.method, kind) is not kind:
         raise AdapterError(
             f'a kind "{kind.method}" is registered already, as {KINDS[kind.method].__name__}. '
@@ -51,9 +54,21 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
         )
     KINDS[kind.method] = kind
     if not kind.internal:
-        # allowed in configurations from now on, with no keys of its own
-        CONFIGURED.setdefault(kind.method, KindKeys())
+        # allowed in configurations from now on
+        CONFIGURED.setdefault(kind.method, kind.keys())
     return kind
+
+
+def not_said(kind: type, answer: str) -> AdapterError:
+    """The error where a class does not give an answer that nothing else of it implies."""
+    return AdapterError(f'{kind.__name__} does not say its "{answer}". Give the class one.')
+
+
+def _is_said_by_nobody(kind: "type[AttachedUpdate]", name: str) -> bool:
+    from paramlora.update.attached import AttachedUpdate
+
+    # the base of all kinds, or nn.Module, which only raises
+    return issubclass(AttachedUpdate, next(cls for cls in kind.__mro__ if name in vars(cls)))
 
 
 def _looks_like(one: "type[AttachedUpdate]", other: "type[AttachedUpdate]") -> bool:

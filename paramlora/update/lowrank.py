@@ -66,6 +66,7 @@ class LowRank(AttachedUpdate):
 
     method = "lora"
     adds = True
+    heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
     hidden = ("lora_transposed", "start_A", "start_B")
     lora_A: nn.Parameter
@@ -114,6 +115,12 @@ class LowRank(AttachedUpdate):
         if entry.init != "default":
             initialise(update, site.dense(), entry.init)
         return update
+
+    @classmethod
+    def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:
+        """How many both factors have."""
+        stack, out, fan_in = matrix_shape(shape, layout)
+        return stack * entry.r * (out + fan_in)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

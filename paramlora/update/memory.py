@@ -82,8 +82,9 @@ def _near_each_other(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same on another device, by two copies for each type, however many they are: a copy from
-    the host's memory waits for the device. The longest run is copied as it lies, the others as one.
+    """Copies of tensors on another device, made by two copies for each type, however many they
+    are: one from the host's memory waits for the device. The longest run is copied as it lies, the
+    others as one.
     """
     places, out = runs_of(tensors), {}
     for dtype in dict.fromkeys(t.dtype for t in tensors):

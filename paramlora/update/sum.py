@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, matrix_shape
+from paramlora.update.kinds import not_said
 from paramlora.update.rounding import Rounding
 from paramlora.update.sharded import gathered
 
@@ -54,13 +55,21 @@ class Term:
 
         Args:
             total: ``[rows, columns]`` of `block`, in the wide type of `prepared`.
+
+        Raises:
+            AdapterError: a kind of update gives a term that does not say it.
         """
-        raise NotImplementedError
+        raise not_said(type(self), "applied")
 
     def bound(self) -> Number:
         """What no element is changed by more than; infinite where that is not known. A tensor
         where a device would have to be waited for."""
         return float("inf")
+
+    def product(self) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        """The ``A``, ``B`` and number of a term that does nothing but add their product to the
+        weight as a matrix ``[rows, columns]``, which a kernel can; None of any other."""
+        return None
 
     def norm(self) -> Optional[Tensor]:
         """The Frobenius norm of what is added, of whole tensors that may be sharded, where it is
@@ -100,6 +109,14 @@ class LowRankTerm(Term):
         # at most rank times the product of the largest; the last factor is for roundings
         most: Tensor = a * b * self.factor.detach().abs() * (factors[0].shape[-2] * (1 + 2**-20))
         return most
+
+    def product(self) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        # a class of its own may apply its factors otherwise
+        if type(self) is not LowRankTerm or self.layout == "stack":
+            return None
+        a, b, factor = self.lora_A.detach(), self.lora_B.detach(), self.factor.detach()
+        # of a transposed weight the rows are the input side
+        return (b.t(), a.t(), factor) if self.layout == "transposed" else (a, b, factor)
 
     def norm(self) -> Tensor:
         """By ``‖B·A‖² = trace(BᵀB · AAᵀ)``, which needs no product of the weight's size."""

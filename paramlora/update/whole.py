@@ -45,6 +45,7 @@ class Whole(AttachedUpdate):
     alone = True  # but for others of its kind
     internal = True
     vectors = True
+    made_sharded = True
     method = "whole"
     parts = {"lora_whole": "weight"}
     lora_whole: Tensor

@@ -127,6 +127,27 @@ def test_a_registered_format_is_written_told_read_and_inspected(tmp_path, native
         torch.testing.assert_close(model(x), reference(native, x), rtol=1e-6, atol=1e-6)
 
 
+def test_a_dictionary_around_the_tensors_is_taken_off_again(tmp_path, native):
+    out, seen = tmp_path / "out.pt", []
+
+    def read(content, base, options):
+        seen.extend(content.state)
+        return value().read(content, base, options)
+
+    whole = {"weights": ("mine.pt",), "config": "", "pickled": True, "wrap": "tensors of mine"}
+    formats.register(replace(value(), read=read, **whole))
+    try:
+        interchange.convert(native, out, "mine")
+        assert torch.load(out).keys() == {"tensors of mine"}
+        assert interchange.format_of(out) == "mine"
+        x = torch.randn(3, 6).double()
+        got = paramlora.load_adapter(net(), out, alpha=0.7)(x)  # no gain is told beside it
+        assert seen and all(key.startswith("top/") for key in seen)
+        torch.testing.assert_close(got, reference(native, x), rtol=1e-6, atol=1e-6)
+    finally:
+        formats.unregister("mine")
+
+
 def test_a_format_says_who_loads_it_from_memory_and_what_is_lost(native):
     def unserved(adapter, name):
         return [

@@ -37,7 +37,7 @@ def test_what_loralib_writes_acts_here():
     net.eval()  # loralib merges its terms into the weights
     for name, layer in plain.items():
         torch.testing.assert_close(before[name] + found[name].delta(), layer.weight)
-    with pytest.raises(FileError, match="2 of 3 parts of a merged projection were trained"):
+    with pytest.raises(FileError, match="2 of 3 parts of a fused projection were trained"):
         formats.read(Content(state), base, Options(alpha=3))
     with pytest.warns(ParamloraWarning, match="the scale is not in this file"):
         formats.read(Content({k: v for k, v in state.items() if "linear" in k}), base)

@@ -337,3 +337,35 @@ def test_the_narrowest_entry_counts():
     }
     with pytest.raises(TargetError, match='"type:Linear" and "type:Narrow" claim it equally'):
         chosen(net(), {"type:Linear": R, "type:Narrow": R})
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(6, 4),
+    "convolution": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "embedding": lambda: nn.Embedding(7, 6),
+}
+ENTRIES = {
+    "hard": {"r": 2},
+    "soft": {"r": 2, "hard": 0},
+    "soft, two kernels": {"r": 2, "hard": 0, "up_kernel": "same"},
+    "started by the weight": {"r": 2, "init": "pissa"},
+    "dora": {"r": 2, "kind": "dora"},
+    "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 1, "kind": "lokr"},
+    "rows": {"rows": [1, 3]},
+    "difference": {"kind": "difference"},
+    "whole": {"whole": 1},
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_dry_run_counts_what_attaching_makes(layer, entry):
+    plain = {"linear": "two kernels", "embedding": "soft"}.get(layer)
+    if plain and plain in entry:
+        pytest.skip("a convolution's")
+    model = nn.Sequential(LAYERS[layer]())
+    told = sum(target.parameters for target in targets(model, {"0": ENTRIES[entry]}))
+    paramlora.attach(model, {"0": ENTRIES[entry]})
+    assert told == sum(p.numel() for p in paramlora.trainable_parameters(model))

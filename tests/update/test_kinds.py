@@ -1,6 +1,7 @@
 """A kind of update that the package does not know: it acts by its forward, and is merged, saved,
 shown and grouped by what it says of itself, or refused in one sentence; never by half."""
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from paramlora import files
 from paramlora.files.adapters import convert
 from paramlora.files.inspection import inspect
 from paramlora.model.attach import _register, updates
+from paramlora.update.attached import AttachedUpdate
 from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.lowrank import LowRank
 from paramlora.update.sum import Block, Term
@@ -212,6 +214,12 @@ def test_it_is_shown_and_grouped(scaled, tmp_path):
     assert "scaled" in str(inspect(tmp_path / "a.safetensors"))
 
 
+def test_a_dry_run_counts_its_own_tensors(scaled):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Embedding(7, 5))
+    (conv, table) = paramlora.targets(model, {"*": {"r": 2, "kind": "scaled", "init": "pissa"}})
+    assert (conv.parameters, table.parameters) == (2 * (6 + 36) + 6 * 9, 2 * (7 + 5) + 7)
+
+
 def test_other_tools_files_refuse_it(scaled, tmp_path):
     model, *_ = trained()
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
@@ -252,6 +260,35 @@ def test_a_kind_that_says_half_is_not_registered(lacks):
     with pytest.raises(paramlora.AdapterError, match=f'Half .* does not say its "{lacks}"'):
         register(type("Half", (LowRank,), said))
     assert "half" not in KINDS
+
+
+@pytest.mark.parametrize("lacks", ("forward", "attached_to", "term_of"))
+def test_a_kind_of_its_own_that_lacks_what_nobody_can_guess_is_not_registered(lacks):
+    said = {"method": "half", "parts": {"half_scale": "weight"}, "forward": lambda self, w: w}
+    said |= {"attached_to": classmethod(lambda *told: None), "term_of": lambda *told: Term()}
+    del said[lacks]
+    with pytest.raises(paramlora.AdapterError, match=f'Half .*does not say its "{lacks}"'):
+        register(type("Half", (AttachedUpdate,), said))
+    assert "half" not in KINDS
+
+
+def test_a_term_that_does_not_say_what_it_makes_is_refused_before_the_first_write(columns):
+    columns.term_of = staticmethod(lambda parts, gain, layout: Term())
+    model = paramlora.attach(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"0": {"r": 2}, "1": {"kind": "columns"}}
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(paramlora.AdapterError, match='Term does not say its "applied"'):
+        paramlora.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_kind_that_does_not_say_how_it_starts_gets_no_memory_from_the_meta_device(columns):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    paramlora.attach(model, {"0": {"kind": "columns"}})
+    with pytest.raises(paramlora.AdapterError, match='Columns does not say its "reset_parameters"'):
+        model.to_empty(device="cpu")
 
 
 def test_a_parameter_that_is_not_told_is_refused_before_it_is_lost(scaled):
@@ -304,3 +341,104 @@ def test_the_file_of_a_plain_adapter_tells_nothing_new(tmp_path):
     assert about["shapes"] == {
         "0": {"shape": [3, 4], "layout": "matrix", "groups": 1, "kind": "linear"}
     }
+
+
+@dataclass(frozen=True)
+class ColumnsTerm(Term):
+    """Multiplies each column by its number."""
+
+    scale: Tensor
+
+    def prepared(self, wide):
+        return ColumnsTerm(self.scale.detach().to(wide).flatten())
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        return total * (1 + self.scale[block.columns])
+
+
+@pytest.fixture
+def columns():
+    """A kind that adds nothing and has no rank: ``W' = W · diag(1 + c)``."""
+
+    @register
+    class Columns(AttachedUpdate):
+        method = "columns"
+        parts = {"column_scale": "weight"}
+
+        def __init__(self, weight, adapter, gains):
+            super().__init__(adapter, weight.device, weight.dtype, gains)
+            self.column_scale = nn.Parameter(torch.zeros_like(weight[:1]))
+
+        def forward(self, weight):
+            return weight * (1 + self.gain * self.column_scale)
+
+        @classmethod
+        def attached_to(cls, site, entry, adapter, gains):
+            return cls(site.weight.detach(), adapter, gains)
+
+        @staticmethod
+        def term_of(parts, gain, layout):
+            return ColumnsTerm(parts["column_scale"] * gain)
+
+    yield Columns
+    unregister("columns")
+
+
+def test_a_kind_without_a_rank_is_saved_loaded_and_merged(columns, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.Conv2d(4, 6, 3)).double()
+    model = paramlora.attach(copy.deepcopy(base), {"*": {"kind": "columns"}})
+    with torch.no_grad():
+        for p in paramlora.trainable_parameters(model):
+            p.normal_()
+    weights = [layer.weight.detach() for layer in model]
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    assert {row.kind for row in inspect(tmp_path / "a.safetensors").rows} == {"columns"}
+    other = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    files.merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out)
+    for i, (plain, merged) in enumerate(zip(base, paramlora.merge(model))):
+        want = plain.weight * (1 + load_file(tmp_path / "a.safetensors")[f"{i}.column_scale"])
+        assert torch.equal(weights[i], want) and torch.equal(other[i].weight, want)
+        torch.testing.assert_close(merged.weight, want)
+        assert torch.equal(load_file(out)[f"{i}.weight"], merged.weight)
+
+
+@pytest.mark.parametrize(
+    "kind, key, value",
+    [
+        ("columns", "r", 1),
+        ("columns", "scale", 2.0),
+        ("columns", "trainable_scale", 1),
+        ("columns", "dropout", 0.1),
+        ("columns", "init", "orthogonal"),
+        ("columns", "up_kernel", "same"),
+        ("scaled", "dropout", 0.1),  # which has no input of its own to drop
+        ("scaled", "up_kernel", "same"),
+    ],
+)
+def test_what_an_entry_says_that_its_kind_does_not_heed_is_refused(
+    scaled, columns, kind, key, value
+):
+    model, entry = nn.Sequential(nn.Linear(4, 6)), {"r": 2} if kind == "scaled" else {}
+    with pytest.raises(paramlora.ConfigError, match=f'"{key}" means nothing to the kind "{kind}"'):
+        paramlora.attach(model, {"0": {"kind": kind, **entry, key: value}})
+    paramlora.attach(model, {"0": {"kind": kind, **entry, "hard": True, "adapter_dtype": None}})
+
+
+def test_what_an_entry_says_of_its_kind_comes_back(scaled, columns):
+    own = {"r": 2, "alpha": 3, "trainable_scale": 1, "init": "orthogonal", "kind": "scaled"}
+    config = paramlora.LoRAConfig.from_dict({"a": own, "b": {"kind": "columns"}})
+    assert paramlora.LoRAConfig.from_dict(config.to_dict()) == config
+    assert config.entries[0].scale == 1.5 and config.entries[0].init == "orthogonal"
+
+
+def test_a_tensor_along_a_side_that_its_base_grows_is_told(columns):
+    """Of the inputs as of the outputs: left as it is, it would fail at the next read."""
+    layer = paramlora.attach(nn.Linear(4, 6), {"weight": {"kind": "columns"}})
+    ((_, _, update),) = updates(layer)
+    update.resize(torch.zeros(7, 4))
+    assert update.column_scale.shape == (1, 4)
+    with pytest.raises(paramlora.AdapterError, match="Columns does not say what column_scale is"):
+        update.resize(torch.zeros(6, 5))

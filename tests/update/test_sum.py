@@ -253,3 +253,22 @@ def test_a_low_rank_sum_beyond_its_type_is_refused_before_the_first_weight(scale
     for layer, held in zip(model, before):
         assert torch.equal(layer.parametrizations.weight.original, held)
     assert LowRank.at_most(found[1], 1e20) > 1e60
+
+
+def test_only_a_term_that_adds_a_product_gives_its_factors():
+    """By them a kernel forms the sum, which knows nothing of what a class does besides."""
+    torch.manual_seed(0)
+    a, b, factor = torch.randn(2, 4), torch.randn(3, 2), torch.tensor(0.5)
+
+    class Halved(LowRankTerm):
+        def applied(self, total, block):
+            return super().applied(total, block) / 2
+
+    assert Halved(a, b, factor).product() is None
+    assert LowRankTerm(a[None], b[None], factor, "stack").product() is None
+    assert WholeTerm(a, factor).product() is None
+    for layout, shape in (("matrix", (3, 4)), ("transposed", (4, 3))):
+        term = LowRankTerm(a, b, factor, layout)
+        own_a, own_b, own_factor = term.product()
+        want = folded(torch.zeros(shape), [term])
+        torch.testing.assert_close(own_factor * own_b @ own_a, want)

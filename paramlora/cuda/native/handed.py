@@ -144,7 +144,7 @@ def _block(kind: str, of: Described, load: Any) -> tuple[Any, ...]:
 
 
 def _bits(number: Any) -> int:
-    """Those of a number in the lower end of 64."""
+    """The bits of a number, in the lower end of 64."""
     if isinstance(number, float):
         return int.from_bytes(struct.pack("<f", number), "little")
     return int(number) % 2**64

@@ -149,5 +149,5 @@ class Program:
         return self._add(Kind.SUM, (of,))
 
     def cast(self, of: int, held: torch.dtype, dtype: torch.dtype) -> int:
-        """The same in another type than the one in which it is held."""
+        """The numbers of a slot, in another type than the one in which it holds them."""
         return of if held == dtype else self._add(Kind.CAST, (of,), dtype=dtype)

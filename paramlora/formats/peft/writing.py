@@ -223,7 +223,7 @@ def _tensors(
         r = a.shape[0]
     if _attention(path, adapter, base):
         module = path.rpartition(".")[0]
-        yield from _idle_half(stem, module, update, adapter)
+        yield from _idle_half(stem, module, update)
     yield f"{stem}.lora_A.weight", a, r, module
     yield f"{stem}.lora_B.weight", b, r, module
 
@@ -263,9 +263,7 @@ def _attention(path: str, adapter: Adapter, base: Optional[Base]) -> bool:
     return False
 
 
-def _idle_half(
-    stem: str, module: str, update: Update, adapter: Adapter
-) -> Iterator[tuple[str, Tensor, int, str]]:
+def _idle_half(stem: str, module: str, update: Update) -> Iterator[tuple[str, Tensor, int, str]]:
     """Zeros for the output projection of attention, since PEFT always adapts both weights."""
     # in_proj_weight is q, k and v one below the other
     size = update.lora_B.shape[0] // 3
