@@ -122,7 +122,7 @@ def masked(x: Tensor, drops: Drops, which: int, start: int = 0) -> Tensor:
     # also where a row has no columns, by which the line below divides
     if drops.rates[which] == 0 or x.numel() == 0:
         return x
-    if x.is_cuda and not (untold() or recorded() or is_batched(x)):
+    if x.is_cuda and not (in_torch_alone(x) or is_batched(x)):
         if torch.is_grad_enabled() and x.requires_grad:
             return applied(_Masked, x, drops, which, start)
         y = operators.masked(x, drops.seed, which, start, threshold(drops.rates[which]))
