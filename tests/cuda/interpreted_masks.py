@@ -49,7 +49,9 @@ def main():
     interpreted.stand_in_for_the_device()
     found = {"wrong": wrong(), "launched": len(interpreted.launched)}
     strided = torch.randn(6, 8)[:, ::2]
-    found["left"] = plan.masked(strided, torch.tensor(7), 0, 0, 0) is None
+    got = plan.masked(strided, torch.tensor(7), 0, 0, threshold(0.5))
+    want = masked(strided.contiguous(), Drops((0.5,), (1,), torch.tensor(7)), 0)
+    found["strided"] = torch.equal(got, want)
     json.dump(found, sys.stdout)
 
 

@@ -15,8 +15,8 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @on_its_device
-def masked(x: Tensor, seed: Tensor, which: int, start: int, threshold: int) -> Optional[Tensor]:
-    """``mask ∘ x``, in x's memory format; None where x is dense in none.
+def masked(x: Tensor, seed: Tensor, which: int, start: int, threshold: int) -> Tensor:
+    """``mask ∘ x``, in x's memory format, or contiguous where x is dense in none.
 
     Args:
         x: of any shape; the mask's columns are its last dimension, its rows all others.
@@ -28,7 +28,7 @@ def masked(x: Tensor, seed: Tensor, which: int, start: int, threshold: int) -> O
     rest = which, start, threshold
     launch, (px, ps) = planned(_PLANS, (x, seed), rest, lambda _: _plan(x, *rest))
     if launch is None:
-        return None
+        return masked(x.contiguous(), seed, *rest)  # type: ignore[no-any-return]
     y = torch.empty_like(x)
     launch((x, x, y, seed), (px, px, y.data_ptr(), ps))
     return y
