@@ -1,7 +1,6 @@
 """What a conversion of a checkpoint does to each key, planned from types and shapes alone."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -19,6 +18,7 @@ from paramlora.update.outline import looked
 from paramlora.update.rounding import Rounding
 from paramlora.update.sum import Fold, ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
+from paramlora.update.weighted import pairs_of
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
@@ -276,7 +276,7 @@ def embed_recipes(contents: Contents, adapter: Adapter) -> Recipes:
 
 def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) -> Recipes:
     """The recipes of `paramlora.checkpoint.merge`; only what is inside is read."""
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs = pairs_of(adapters)
     inside = contents.inside(read)
     if inside and pairs:
         raise AdapterError(
@@ -287,13 +287,8 @@ def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) 
         raise AdapterError("nothing to merge: no update is inside. Give an adapter.")
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
-        if not math.isfinite(strength):
-            raise AdapterError(
-                f'adapter "{adapter.name}": its weight {strength} is not finite. Give a finite '
-                "number."
-            )
         for weight, change in contents.found(adapter, narrow=True).items():
-            folds.setdefault(weight, []).append((change, float(strength)))
+            folds.setdefault(weight, []).append((change, strength))
     for weight, strong in folds.items():
         _check_mergeable(contents, weight, strong)
     return _merged(contents, folds, read)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paramlora import arithmetic, formats
 from paramlora.arithmetic import Approximation
-from paramlora.arithmetic.combine import How, pairs_of
+from paramlora.arithmetic.combine import How
 from paramlora.arithmetic.difference import Side, Told, between
 from paramlora.arithmetic.products import check_all_add
 from paramlora.arithmetic.resize import Ranks
@@ -24,6 +24,7 @@ from paramlora.formats import Base, Options, base_of
 from paramlora.formats.content import DEFAULTS
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter
+from paramlora.update.weighted import check_adapter, pairs_of
 
 AdapterLike = Union[Adapter, PathLike]
 CheckpointLike = Union[PathLike, Mapping[str, Any], nn.Module]
@@ -89,7 +90,7 @@ def combined(
     options: Options = DEFAULTS,
 ) -> Approximation:
     """`combine`, and the error of each layer where the result is only near to the sum."""
-    pairs = pairs_of(adapters)
+    pairs = pairs_of(adapters, files=True)
     if base is None:
         _check_names([one for one, _ in pairs])
     read = [(_adapter(one, base, options), weight) for one, weight in pairs]
@@ -215,6 +216,7 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
 
 
 def _adapter(given: AdapterLike, base: Optional[Base], options: Options) -> Adapter:
+    check_adapter(given, files=True)
     if isinstance(given, Adapter):
         return given
     found = read_adapter(given, base, options)
