@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
+from paramlora.checkpoint.scales import scale_of
 from paramlora.errors import AdapterError, FileError, closest, counted
 from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
@@ -23,7 +24,6 @@ from paramlora.update.weighted import pairs_of
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
 Strong = tuple[Value, float]  # what is done to a tensor, and how strongly
-_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")  # beside a weight of 8 bits
 
 
 @dataclass(frozen=True)
@@ -306,39 +306,9 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -
         # somebody else's parametrization stays, and so does the original under it
         erased = key.part == "original" and key.weight in attached
         recipes[key.weight if erased else text] = Recipe(
-            text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
+            text, tuple(ordered), scale=scale_of(contents.there, text, read) if ordered else None
         )
     return recipes
-
-
-def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
-    """What the elements of a weight of 8 bits are stored divided by: ComfyUI's ``scale_weight``,
-    and the ``weight_scale`` of compressed-tensors.
-
-    Raises:
-        AdapterError: scales of blocks, which are not followed, or one that divides nothing.
-    """
-    spec = contents.there[text]
-    layer = text.removesuffix("weight")
-    found = [f"{layer}{name}" for name in _SCALES if f"{layer}{name}" in contents.there]
-    if spec.dtype not in NARROW or not found:
-        return None
-    value: Tensor = read(found[0]).detach().float()
-    shape = tuple(spec.shape)
-    if value.numel() == 1:
-        value = value.reshape(())
-    elif len(shape) == 2 and value.numel() == shape[0] and value.shape[0] == shape[0]:
-        value = value.reshape(-1)
-    else:
-        # no scale of ours to follow: 1 / 0 is refused below
-        value = torch.zeros(())
-    # _inv: of blocks of 128 by 128, as DeepSeek's checkpoints have them
-    if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
-        raise AdapterError(
-            f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
-            f"{list(shape)}. Merge into the checkpoint that it was quantised from."
-        )
-    return value
 
 
 def _shared(inside: dict[str, list[Value]]) -> dict[str, list[Value]]:
