@@ -4,11 +4,12 @@ import copyreg
 import sys
 import threading
 from copy import deepcopy
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import ParametrizationList
@@ -350,7 +351,8 @@ def refuse_pickling(self: nn.Module) -> None:
 
 
 def _load(base: type) -> Any:
-    """Accept a base checkpoint under its original names; the updates then keep their values."""
+    """Accept a base checkpoint under its original names; updates that were trained then keep their
+    values, and one that changes nothing yet starts as that base."""
 
     def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, plist in parametrized(self).items():
@@ -367,9 +369,27 @@ def _load(base: type) -> Any:
             if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
                 # by its own values torch finds nothing missing under `strict`
                 state.update(own)
+                for index, update in enumerate(plist):
+                    if isinstance(update, AttachedUpdate):
+                        update.begins_anew(partial(_before, plist, index))
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
         # BatchNorm adds a counter that an old state lacks, by the name that it had
         added = {prefix + name for name in parametrized(self)}
         args[3][:] = [key for key in args[3] if key not in added]  # torch's unexpected keys
 
     return load
+
+
+@torch.no_grad()
+def _before(plist: ParametrizationList, index: int) -> Tensor:
+    """What the parametrization at a place in torch's list is applied to."""
+    rules = list(plist)[:index]
+    if plist.is_tensor:
+        value = plist.original
+    else:  # the first one makes one tensor of several, as weight norm does
+        first, *rules = rules
+        value = first(*(getattr(plist, f"original{i}") for i in range(plist.ntensors)))
+    for rule in rules:
+        value = rule(value)
+    found: Tensor = value.detach()
+    return found
