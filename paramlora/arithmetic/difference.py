@@ -344,7 +344,8 @@ def _bytes(spec: Any) -> int:
 def _check_rank(rank: Optional[int], slots: list[Slot]) -> None:
     sizes = (matrix_shape(slot.shape, slot.layout or "matrix")[1:] for slot in slots)
     most = max(map(min, sizes), default=0)
-    if rank is not None and rank > most:
+    # of vectors alone no rank is asked
+    if rank is not None and slots and rank > most:
         raise AdapterError(
             f"rank (--rank) {rank} is more than any layer holds; the most is {most}. Give at most "
             "that."

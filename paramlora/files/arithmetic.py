@@ -16,7 +16,7 @@ from paramlora.arithmetic.products import check_all_add
 from paramlora.arithmetic.resize import Ranks
 from paramlora.checkpoint.keys import Key
 from paramlora.config.reading import head_of, is_pickled
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
 from paramlora.files.adapters import format_of, read_adapter
 from paramlora.files.atomic import PathLike
 from paramlora.files.checkpoint import Stored
@@ -169,6 +169,8 @@ def difference(
         >>> found = difference(base, tuned, rank=1)
         >>> assert torch.allclose(found.adapter.updates["q"].delta(), torch.ones(4, 4), atol=1e-5)
     """
+    _check_checkpoint(base, "base")
+    _check_checkpoint(tuned, "tuned")
     # a model tells which tensors are embeddings or convolutions, where keys and shapes do not
     if known is None and isinstance(base, nn.Module):
         known = base_of(base)
@@ -190,6 +192,22 @@ def difference(
         )
 
 
+def _check_checkpoint(given: object, name: str) -> None:
+    """Refuse what is no checkpoint at all, and a mapping that is no state dict."""
+    if not isinstance(given, (Mapping, nn.Module, str, os.PathLike)):
+        raise FileError(
+            f"{name}: expected a checkpoint, got {spelled(given)}. Give a file, a folder, a state "
+            "dict or a model."
+        )
+    keys = given if isinstance(given, Mapping) else ()
+    wrong = [key for key in keys if not isinstance(key, str)]
+    if wrong:
+        raise FileError(
+            f"{name}: expected a state dict, whose keys are names, and one is {spelled(wrong[0])}. "
+            "Give that of a model."
+        )
+
+
 def _has_levels(given: CheckpointLike) -> bool:
     if isinstance(given, (Mapping, nn.Module)):
         return False
@@ -207,6 +225,8 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
     else:
         stored = stack.enter_context(Stored(given, key))
         side = Side(stored.specs, stored.read, str(stored.path))
+    if not side.there:
+        raise FileError(f"{side.name}: it holds no tensors. Give a checkpoint that has some.")
     if any(Key.parse(key).of_update for key in side.there):
         raise FileError(
             f"{side.name}: a model with an adapter attached. Take the adapter out with "

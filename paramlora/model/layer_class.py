@@ -65,16 +65,28 @@ class Updates(ParametrizationList):
         return applied(list(self), self.original)
 
     def append(self, module: nn.Module) -> "Updates":
-        # what torch calls with one tensor may have further arguments only with defaults
-        taken = signature(module.forward).parameters.values()
-        needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        if not isinstance(module, AttachedUpdate) and len(needed) > 1:
-            raise AdapterError(
-                f"{type(module).__name__.lstrip('_')} computes a tensor from {len(needed)} others, "
-                "which an adapted tensor has not. Register it first, then attach."
-            )
+        if not isinstance(module, AttachedUpdate) and (reason := _cannot_follow(module)):
+            name = type(module).__name__.lstrip("_")
+            raise AdapterError(f"{name} {reason}. Register it first, then attach.")
         super().append(module)
         return self
+
+
+def _cannot_follow(rule: nn.Module) -> str:
+    """Why a parametrization would fail at every call of a layer that has another one before it;
+    empty where it works."""
+    # what torch calls with one tensor may have further arguments only with defaults
+    taken = signature(rule.forward).parameters.values()
+    needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        return f"computes a tensor from {len(needed)} others, which an adapted tensor has not"
+    # torch's orthogonal takes its base from the weight, which torch shows the first rule alone
+    if rule._buffers.get("base", rule) is None:
+        return (
+            "starts from the weight, which torch shows the first parametrization alone "
+            "(with use_trivialization=False it does not)"
+        )
+    return ""
 
 
 class Gone(ParametrizationList):

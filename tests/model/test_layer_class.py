@@ -134,6 +134,20 @@ def test_weight_norm_after_attach_is_one_sentence():
     model(torch.randn(2, 4).double())
 
 
+def test_orthogonal_after_attach_is_one_sentence_or_works():
+    model = layer()
+    before = picture(model)
+    with pytest.raises(paramlora.AdapterError, match="Orthogonal starts from the weight.* first"):
+        parametrizations.orthogonal(model)
+    check_same(before, model)
+    parametrizations.orthogonal(model, use_trivialization=False)
+    weight = model.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4).double())
+    first = parametrizations.orthogonal(nn.Linear(4, 4).double())
+    paramlora.attach(first, {"weight": {"r": 2}})
+    first(torch.randn(2, 4).double())
+
+
 def test_torchaos_quantising_is_one_sentence():
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(layer().float())
