@@ -384,15 +384,17 @@ class AttachedUpdate(nn.Module):
         return torch.allclose(new, weight, rtol=near, atol=0.0, equal_nan=True)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state.get(prefix + self.based) if self.unset else None
+        waits = self.unset or "anew" in self.__dict__
+        value = state.get(prefix + self.based) if waits else None
         # a base checkpoint is given the update's own values, see `layers`
-        own = getattr(self, self.based).data_ptr() if self.unset else 0
+        own = getattr(self, self.based).data_ptr() if waits else 0
         told = isinstance(value, Tensor) and value.data_ptr() != own
         super()._load_from_state_dict(state, prefix, *args)
+        read = self.__dict__.pop("anew", None)
         if told:
             self.keep(unset=False)
-        # torch loads what holds this before what is in it: the base has its values
-        if read := self.__dict__.pop("anew", None):
+        elif read is not None:
+            # torch loads what holds this before what is in it: the base has its values
             self.begin_as(read())
 
     @classmethod
