@@ -2,11 +2,9 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from os import PathLike
 from typing import Any, Literal, Optional, Union, get_args
 
 import torch
@@ -29,6 +27,7 @@ from paramlora.update.contexts import own_context
 from paramlora.update.memory import installed
 from paramlora.update.rounding import check_seed
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update
+from paramlora.update.weighted import pairs_of
 
 How = Literal["exact", "svd", "ties", "dare", "linear"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -323,32 +322,9 @@ def _dropped(delta: Tensor, way: _Way, path: str, number: int) -> Tensor:
     return delta * kept / way.density
 
 
-def pairs_of(adapters: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Each adapter, or what stands for one, with its weight, 1 where it has none."""
-    if isinstance(adapters, (str, PathLike, Adapter)):
-        raise AdapterError(
-            "expected a list of adapters, got one alone. Give [(adapter, weight), ...]."
-        )
-    pairs = [one if isinstance(one, (tuple, list)) else (one, 1.0) for one in adapters]
-    for one in pairs:
-        if len(one) != 2:
-            raise AdapterError(
-                f"expected an adapter and its weight, got {counted(len(one), 'value')}. Give "
-                "(adapter, weight)."
-            )
-    return [(one, weight) for one, weight in pairs]
-
-
 def _weighted(adapters: Sequence[Weighted]) -> list[tuple[Adapter, float]]:
-    pairs: list[tuple[Adapter, float]] = pairs_of(adapters)
-    for adapter, weight in pairs:
-        if not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
-            raise AdapterError(
-                f'adapter "{adapter.name}": its weight {spelled(weight)} is no finite number. Give '
-                "one, such as 0.7."
-            )
     # one of weight 0 says nothing, not even which layers there are
-    acting = [(adapter, float(weight)) for adapter, weight in pairs if weight]
+    acting = [(adapter, weight) for adapter, weight in pairs_of(adapters) if weight]
     if not acting:
         raise AdapterError("nothing to add. Give an adapter whose weight is not 0.")
     return acting

@@ -18,13 +18,15 @@ from paramlora.arithmetic.products import (
 )
 from paramlora.arithmetic.resize import named
 from paramlora.checkpoint.keys import Key
+from paramlora.checkpoint.scales import keys_of_scales, scale_of
 from paramlora.errors import AdapterError, FileError, counted, listed, warn
 from paramlora.formats.base import Base, Slot
 from paramlora.model.digest import digest, middle
 from paramlora.update.contexts import own_context
-from paramlora.update.geometry import FLOATS, matrix_shape
+from paramlora.update.geometry import FLOATS, NARROW, matrix_shape
 from paramlora.update.value import Adapter, Holder, Update
 
+_MARK = "scaled_fp8"  # by which ComfyUI tells that scales are stored; no tensor of the model
 Read = Callable[[str], Tensor]
 Told = Callable[[int, int], None]
 
@@ -78,6 +80,7 @@ def between(
         AdapterError: nothing differs, or a rank above what there is.
     """
     check_choice(rank, energy)
+    base, tuned = _scaled(base), _scaled(tuned)
     keys, lacked = _common(base, tuned, [exclude] if isinstance(exclude, str) else exclude)
     matrices = {key: tuple(base.there[key].shape) for key in keys if _is_matrix(base.there[key])}
     _check_rank(rank, [_slot(key, Key(key).path, matrices[key], known) for key in matrices])
@@ -117,7 +120,7 @@ def between(
             _check_finite(key, change, {tuned.name: after, base.name: before})
             updates[path], errors[path] = _update(slot, change, rank, energy)
             # which base it leads from, so that it can be told when another is loaded
-            digests[path] = digest(before)
+            digests[path] = None if base.there[key].dtype in NARROW else digest(before)
             return
         if whole:
             _check_finite(key, after, {tuned.name: after})
@@ -133,6 +136,23 @@ def between(
     kept = {path: tensor for path, tensor in vectors.items() if tensor is not None}
     adapter = Adapter(updates, whole=kept, base=told, holders=_holders(updates, known))
     return Approximation(adapter, errors)
+
+
+def _scaled(side: Side) -> Side:
+    """A checkpoint whose weights of 8 bits are the numbers that they stand for, without the scales
+    that are stored beside them: those are no tensors of the model."""
+    scales = {scale for key in side.there for scale in keys_of_scales(side.there, key)}
+    if not scales:
+        return side
+
+    def read(key: str) -> Tensor:
+        own, scale = side.read(key), scale_of(side.there, key, side.read)
+        if scale is None:
+            return own
+        return own.detach().float() * (scale[:, None] if scale.dim() else scale)
+
+    kept = {k: spec for k, spec in side.there.items() if k not in scales and k != _MARK}
+    return Side(kept, read, side.name)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -324,7 +344,8 @@ def _bytes(spec: Any) -> int:
 def _check_rank(rank: Optional[int], slots: list[Slot]) -> None:
     sizes = (matrix_shape(slot.shape, slot.layout or "matrix")[1:] for slot in slots)
     most = max(map(min, sizes), default=0)
-    if rank is not None and rank > most:
+    # of vectors alone no rank is asked
+    if rank is not None and slots and rank > most:
         raise AdapterError(
             f"rank (--rank) {rank} is more than any layer holds; the most is {most}. Give at most "
             "that."

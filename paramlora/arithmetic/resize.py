@@ -11,7 +11,7 @@ from paramlora.arithmetic.products import (
     decomposed,
     with_factors,
 )
-from paramlora.errors import AdapterError, closest, counted, listed, warn
+from paramlora.errors import AdapterError, closest, counted, listed, spelled, warn
 from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, specificity
 from paramlora.update.contexts import own_context
@@ -122,6 +122,10 @@ def named(paths: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
     Raises:
         AdapterError: a name of nothing.
     """
+    names = list(names)
+    wrong = next((name for name in names if not isinstance(name, str)), "")
+    if wrong != "":
+        raise AdapterError(f"expected the name of a layer, got {spelled(wrong)}. Give a string.")
     known = Names(paths)
     found: dict[str, set[str]] = {}
     for name in sorted(names, key=specificity):  # the later ones win

@@ -1,7 +1,6 @@
 """What a conversion of a checkpoint does to each key, planned from types and shapes alone."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
+from paramlora.checkpoint.scales import scale_of
 from paramlora.errors import AdapterError, FileError, closest, counted
 from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
@@ -19,11 +19,11 @@ from paramlora.update.outline import looked
 from paramlora.update.rounding import Rounding
 from paramlora.update.sum import Fold, ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
+from paramlora.update.weighted import pairs_of
 
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
 Strong = tuple[Value, float]  # what is done to a tensor, and how strongly
-_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")  # beside a weight of 8 bits
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def embed_recipes(contents: Contents, adapter: Adapter) -> Recipes:
 
 def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) -> Recipes:
     """The recipes of `paramlora.checkpoint.merge`; only what is inside is read."""
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs = pairs_of(adapters)
     inside = contents.inside(read)
     if inside and pairs:
         raise AdapterError(
@@ -287,13 +287,8 @@ def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) 
         raise AdapterError("nothing to merge: no update is inside. Give an adapter.")
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
-        if not math.isfinite(strength):
-            raise AdapterError(
-                f'adapter "{adapter.name}": its weight {strength} is not finite. Give a finite '
-                "number."
-            )
         for weight, change in contents.found(adapter, narrow=True).items():
-            folds.setdefault(weight, []).append((change, float(strength)))
+            folds.setdefault(weight, []).append((change, strength))
     for weight, strong in folds.items():
         _check_mergeable(contents, weight, strong)
     return _merged(contents, folds, read)
@@ -311,39 +306,9 @@ def _merged(contents: Contents, folds: Mapping[str, list[Strong]], read: Read) -
         # somebody else's parametrization stays, and so does the original under it
         erased = key.part == "original" and key.weight in attached
         recipes[key.weight if erased else text] = Recipe(
-            text, tuple(ordered), scale=_scale(contents, text, read) if ordered else None
+            text, tuple(ordered), scale=scale_of(contents.there, text, read) if ordered else None
         )
     return recipes
-
-
-def _scale(contents: Contents, text: str, read: Read) -> Optional[Tensor]:
-    """What the elements of a weight of 8 bits are stored divided by: ComfyUI's ``scale_weight``,
-    and the ``weight_scale`` of compressed-tensors.
-
-    Raises:
-        AdapterError: scales of blocks, which are not followed, or one that divides nothing.
-    """
-    spec = contents.there[text]
-    layer = text.removesuffix("weight")
-    found = [f"{layer}{name}" for name in _SCALES if f"{layer}{name}" in contents.there]
-    if spec.dtype not in NARROW or not found:
-        return None
-    value: Tensor = read(found[0]).detach().float()
-    shape = tuple(spec.shape)
-    if value.numel() == 1:
-        value = value.reshape(())
-    elif len(shape) == 2 and value.numel() == shape[0] and value.shape[0] == shape[0]:
-        value = value.reshape(-1)
-    else:
-        # no scale of ours to follow: 1 / 0 is refused below
-        value = torch.zeros(())
-    # _inv: of blocks of 128 by 128, as DeepSeek's checkpoints have them
-    if found[0].endswith("_inv") or not (value.isfinite() & (1 / value).isfinite()).all():
-        raise AdapterError(
-            f"{found[0]}: {list(read(found[0]).shape)} are no scales of the rows of {text}, "
-            f"{list(shape)}. Merge into the checkpoint that it was quantised from."
-        )
-    return value
 
 
 def _shared(inside: dict[str, list[Value]]) -> dict[str, list[Value]]:

@@ -32,7 +32,7 @@ from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
 from paramlora.formats.base import check_holders, part_of
 from paramlora.formats.content import DEFAULTS, report
-from paramlora.formats.factors import within
+from paramlora.formats.factors import within, within_rescaled
 from paramlora.formats.pipeline import PARTS
 from paramlora.model.attach import uncollected, updates
 from paramlora.model.classes import Model
@@ -606,8 +606,13 @@ def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> 
 
 def _within(adapter: Adapter) -> Adapter:
     # tied tensors share one update, and must still share one afterwards
-    made = {id(update): within(update) for update in adapter.updates.values()}
-    return replace(adapter, updates={p: made[id(u)] for p, u in adapter.updates.items()})
+    low = {id(update): within(update) for update in adapter.updates.values()}
+    rescaled = {id(value): within_rescaled(value) for value in adapter.others.values()}
+    return replace(
+        adapter,
+        updates={path: low[id(update)] for path, update in adapter.updates.items()},
+        others={path: rescaled[id(value)] for path, value in adapter.others.items()},
+    )
 
 
 def _check_ending(out: Path, form: Format) -> None:

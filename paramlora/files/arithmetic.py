@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from paramlora import arithmetic, formats
 from paramlora.arithmetic import Approximation
-from paramlora.arithmetic.combine import How, pairs_of
+from paramlora.arithmetic.combine import How
 from paramlora.arithmetic.difference import Side, Told, between
 from paramlora.arithmetic.products import check_all_add
 from paramlora.arithmetic.resize import Ranks
 from paramlora.checkpoint.keys import Key
 from paramlora.config.reading import head_of, is_pickled
-from paramlora.errors import FileError
+from paramlora.errors import FileError, spelled
 from paramlora.files.adapters import format_of, read_adapter
 from paramlora.files.atomic import PathLike
 from paramlora.files.checkpoint import Stored
@@ -24,6 +24,7 @@ from paramlora.formats import Base, Options, base_of
 from paramlora.formats.content import DEFAULTS
 from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter
+from paramlora.update.weighted import check_adapter, pairs_of
 
 AdapterLike = Union[Adapter, PathLike]
 CheckpointLike = Union[PathLike, Mapping[str, Any], nn.Module]
@@ -89,7 +90,7 @@ def combined(
     options: Options = DEFAULTS,
 ) -> Approximation:
     """`combine`, and the error of each layer where the result is only near to the sum."""
-    pairs = pairs_of(adapters)
+    pairs = pairs_of(adapters, files=True)
     if base is None:
         _check_names([one for one, _ in pairs])
     read = [(_adapter(one, base, options), weight) for one, weight in pairs]
@@ -168,6 +169,8 @@ def difference(
         >>> found = difference(base, tuned, rank=1)
         >>> assert torch.allclose(found.adapter.updates["q"].delta(), torch.ones(4, 4), atol=1e-5)
     """
+    _check_checkpoint(base, "base")
+    _check_checkpoint(tuned, "tuned")
     # a model tells which tensors are embeddings or convolutions, where keys and shapes do not
     if known is None and isinstance(base, nn.Module):
         known = base_of(base)
@@ -189,6 +192,22 @@ def difference(
         )
 
 
+def _check_checkpoint(given: object, name: str) -> None:
+    """Refuse what is no checkpoint at all, and a mapping that is no state dict."""
+    if not isinstance(given, (Mapping, nn.Module, str, os.PathLike)):
+        raise FileError(
+            f"{name}: expected a checkpoint, got {spelled(given)}. Give a file, a folder, a state "
+            "dict or a model."
+        )
+    keys = given if isinstance(given, Mapping) else ()
+    wrong = [key for key in keys if not isinstance(key, str)]
+    if wrong:
+        raise FileError(
+            f"{name}: expected a state dict, whose keys are names, and one is {spelled(wrong[0])}. "
+            "Give that of a model."
+        )
+
+
 def _has_levels(given: CheckpointLike) -> bool:
     if isinstance(given, (Mapping, nn.Module)):
         return False
@@ -206,6 +225,8 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
     else:
         stored = stack.enter_context(Stored(given, key))
         side = Side(stored.specs, stored.read, str(stored.path))
+    if not side.there:
+        raise FileError(f"{side.name}: it holds no tensors. Give a checkpoint that has some.")
     if any(Key.parse(key).of_update for key in side.there):
         raise FileError(
             f"{side.name}: a model with an adapter attached. Take the adapter out with "
@@ -215,6 +236,7 @@ def _side(given: CheckpointLike, key: Optional[str], stack: ExitStack, name: str
 
 
 def _adapter(given: AdapterLike, base: Optional[Base], options: Options) -> Adapter:
+    check_adapter(given, files=True)
     if isinstance(given, Adapter):
         return given
     found = read_adapter(given, base, options)

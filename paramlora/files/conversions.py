@@ -38,6 +38,7 @@ from paramlora.update.geometry import NARROW, factor_dtype
 from paramlora.update.memory import pieces_of
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.value import Adapter
+from paramlora.update.weighted import pairs_of
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
 AdapterLike = Union[Adapter, PathLike]
@@ -186,7 +187,7 @@ def merge(
         AdapterError: an adapter that cannot be merged.
     """
     check_new(out, force)
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs = pairs_of(adapters, files=True)
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]
         contents = Contents(stored.specs)
@@ -222,7 +223,7 @@ def kept(
     Raises:
         FileError, AdapterError: as there.
     """
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    pairs = pairs_of(adapters, files=True)
     rounding = Rounding(seed)
     with opened(base, key) as stored:
         loaded = [(_adapter(one, stored, options, known), strength) for one, strength in pairs]

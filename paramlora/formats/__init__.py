@@ -242,11 +242,16 @@ def write(
     """
     form = writable(to)
     assert form.write is not None
+    if not (adapter.updates or adapter.others or adapter.whole):
+        raise FileError(
+            "the adapter has no updates, so a file would hold nothing. Give one that has some."
+        )
     if form.complete:
         return form.write(adapter, base, **how)
     if not (adapter.updates or adapter.others):
         raise FileError(
-            "the adapter has no updates, so a file would hold nothing. Give one that has some."
+            f"{listed(adapter.whole)}: whole tensors alone, without an update beside them, which "
+            f"no file of {form.name} holds. Keep the native format."
         )
     adapter = _without_differences(adapter, form)
     _check_kinds(adapter, form)

@@ -336,3 +336,15 @@ def within(update: Update) -> Update:
     eye = torch.eye(min(out, fan_in), dtype=product.dtype).expand(*product.shape[:-2], -1, -1)
     a, b = (product, eye) if out <= fan_in else (eye, product)
     return replace(update, lora_A=a.contiguous(), lora_B=b.contiguous())
+
+
+def within_rescaled(value: KindUpdate) -> KindUpdate:
+    """A DoRA whose factors are of no higher rank than its matrix holds; other kinds as they are.
+
+    Only their product tells in a DoRA, as in a low-rank update (see `within`).
+    """
+    if value.method != "dora":
+        return value
+    update, _ = without_magnitude(value)
+    low = within(update)
+    return value if low is update else replace(value, held={**value.held, **low.tensors()})

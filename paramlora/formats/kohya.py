@@ -40,6 +40,7 @@ from paramlora.formats.factors import (
     wide,
     with_low_ranks,
     with_scale_in,
+    with_scale_in_B,
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.loaders import of_kohya
@@ -296,6 +297,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
     adapter, differences = apart_from(adapter, "difference")
     adapter, products = without_products(adapter, "kohya's")
     adapter, magnitudes = with_low_ranks(adapter)
+    adapter, products = _without_zeros(adapter, products)
     # of all kinds together: two layers of one mangled name are a clash whatever trains them
     names = _names((*adapter.updates, *products, *differences), prefix)
     scaled: dict[str, Value] = {**adapter.updates, **products}
@@ -319,6 +321,17 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
         **scales_metadata(scales),
     }
     return Content({key: tensor.contiguous() for key, tensor in state.items()}, about)
+
+
+def _without_zeros(
+    adapter: Adapter, products: Mapping[str, KindUpdate]
+) -> tuple[Adapter, dict[str, KindUpdate]]:
+    """With a scale of zero in a factor: an alpha of zero is none to sd-scripts and LyCORIS, which
+    take the rank instead (networks/lora.py, modules/locon.py), and so a scale of one."""
+    updates = {p: u if u.scale else with_scale_in_B(u) for p, u in adapter.updates.items()}
+    # the first tensor is a factor of the product, in either kind
+    found = {p: v if v.scale else with_scale_in(v, min(v.held)) for p, v in products.items()}
+    return replace(adapter, updates=updates), found
 
 
 def _names(paths: Collection[str], prefix: str) -> dict[str, str]:

@@ -4,11 +4,12 @@ import copyreg
 import sys
 import threading
 from copy import deepcopy
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import ParametrizationList
@@ -65,16 +66,28 @@ class Updates(ParametrizationList):
         return applied(list(self), self.original)
 
     def append(self, module: nn.Module) -> "Updates":
-        # what torch calls with one tensor may have further arguments only with defaults
-        taken = signature(module.forward).parameters.values()
-        needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        if not isinstance(module, AttachedUpdate) and len(needed) > 1:
-            raise AdapterError(
-                f"{type(module).__name__.lstrip('_')} computes a tensor from {len(needed)} others, "
-                "which an adapted tensor has not. Register it first, then attach."
-            )
+        if not isinstance(module, AttachedUpdate) and (reason := _cannot_follow(module)):
+            name = type(module).__name__.lstrip("_")
+            raise AdapterError(f"{name} {reason}. Register it first, then attach.")
         super().append(module)
         return self
+
+
+def _cannot_follow(rule: nn.Module) -> str:
+    """Why a parametrization would fail at every call of a layer that has another one before it;
+    empty where it works."""
+    # what torch calls with one tensor may have further arguments only with defaults
+    taken = signature(rule.forward).parameters.values()
+    needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        return f"computes a tensor from {len(needed)} others, which an adapted tensor has not"
+    # torch's orthogonal takes its base from the weight, which torch shows the first rule alone
+    if rule._buffers.get("base", rule) is None:
+        return (
+            "starts from the weight, which torch shows the first parametrization alone "
+            "(with use_trivialization=False it does not)"
+        )
+    return ""
 
 
 class Gone(ParametrizationList):
@@ -351,7 +364,8 @@ def refuse_pickling(self: nn.Module) -> None:
 
 
 def _load(base: type) -> Any:
-    """Accept a base checkpoint under its original names; the updates then keep their values."""
+    """Accept a base checkpoint under its original names; updates that were trained then keep their
+    values, and one that changes nothing yet starts as that base."""
 
     def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, plist in parametrized(self).items():
@@ -368,9 +382,27 @@ def _load(base: type) -> Any:
             if not own.keys() & state.keys() and any(k.startswith(stem) for k in state):
                 # by its own values torch finds nothing missing under `strict`
                 state.update(own)
+                for index, update in enumerate(plist):
+                    if isinstance(update, AttachedUpdate):
+                        update.begins_anew(partial(_before, plist, index))
         base._load_from_state_dict(self, state, prefix, *args)  # type: ignore[attr-defined]
         # BatchNorm adds a counter that an old state lacks, by the name that it had
         added = {prefix + name for name in parametrized(self)}
         args[3][:] = [key for key in args[3] if key not in added]  # torch's unexpected keys
 
     return load
+
+
+@torch.no_grad()
+def _before(plist: ParametrizationList, index: int) -> Tensor:
+    """What the parametrization at a place in torch's list is applied to."""
+    rules = list(plist)[:index]
+    if plist.is_tensor:
+        value = plist.original
+    else:  # the first one makes one tensor of several, as weight norm does
+        first, *rules = rules
+        value = first(*(getattr(plist, f"original{i}") for i in range(plist.ntensors)))
+    for rule in rules:
+        value = rule(value)
+    found: Tensor = value.detach()
+    return found

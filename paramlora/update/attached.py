@@ -20,10 +20,10 @@ from paramlora.update.compat import (
     number_of_forward,
     strength_changes,
 )
-from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part, not_said
-from paramlora.update.sharded import gathered, take_all
-from paramlora.update.sum import Term
+from paramlora.update.sharded import gathered, is_sharded, take_all
+from paramlora.update.sum import Term, folded
 from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
 
@@ -363,14 +363,41 @@ class AttachedUpdate(nn.Module):
         """Give the tensor that starts as the base tells its values of it."""
         raise not_said(type(self), "begin_as")
 
+    def begins_anew(self, read: Callable[[], Tensor]) -> None:
+        """While the base's own checkpoint loads: where the update changes nothing yet, it starts as
+        that base, once the base is there.
+
+        Args:
+            read: gives what the update is applied to.
+        """
+        if self.based and not self.unset and self._is_idle(read()):
+            self.keep(anew=read)
+
+    @torch.no_grad()
+    def _is_idle(self, weight: Tensor) -> bool:
+        """Whether at full strength it leaves a weight as it is, but for what a norm rounds."""
+        if weight.is_meta or is_sharded(weight) or weight.dtype not in (*FLOATS, torch.int64):
+            return False
+        one = torch.ones((), dtype=_wide(weight.dtype), device=weight.device)
+        new = folded(weight, [self.term_of(self.plain(), one, self.layout)])
+        own: Tensor = getattr(self, self.based)
+        # on another device than where it started a norm has other last bits
+        near = 16 * torch.finfo(own.dtype).eps if own.is_floating_point() else 0.0
+        return torch.allclose(new, weight, rtol=near, atol=0.0, equal_nan=True)
+
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state.get(prefix + self.based) if self.unset else None
+        waits = self.unset or "anew" in self.__dict__
+        value = state.get(prefix + self.based) if waits else None
         # a base checkpoint is given the update's own values, see `layers`
-        own = getattr(self, self.based).data_ptr() if self.unset else 0
+        own = getattr(self, self.based).data_ptr() if waits else 0
         told = isinstance(value, Tensor) and value.data_ptr() != own
         super()._load_from_state_dict(state, prefix, *args)
+        read = self.__dict__.pop("anew", None)
         if told:
             self.keep(unset=False)
+        elif read is not None:
+            # torch loads what holds this before what is in it: the base has its values
+            self.begin_as(read())
 
     @classmethod
     def keys(cls) -> KindKeys:

@@ -255,3 +255,45 @@ def test_a_merged_adapter_of_full_rank_is_found_too():
     adapter = Adapter({"w": Update(torch.randn(5, 5), torch.randn(6, 5), 1.0, (6, 5))})
     tuned = paramlora.checkpoint.merge(base, adapter)
     assert found(base, tuned, 5).error < 1e-6
+
+
+def in_eight_bits(weight, name, shape, dtype=torch.float8_e4m3fn):
+    """(the stored weight, its scale, and in float64 what the two stand for)."""
+    scale = weight.abs().amax(1, keepdim=True) if shape[0] > 1 else weight.abs().max()
+    scale = (scale / 200).reshape(shape)
+    stored = (weight / (scale.reshape(-1, 1) if scale.numel() > 1 else scale)).to(dtype)
+    wide = stored.double() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale).double()
+    marked = {"scaled_fp8": torch.zeros(2).to(dtype)} if name == "scale_weight" else {}
+    return {"w.weight": stored, f"w.{name}": scale, **marked}, wide
+
+
+@pytest.mark.parametrize("name", ("scale_weight", "weight_scale"))
+@pytest.mark.parametrize("shape", ([], [1], [1, 1], [20], [20, 1]), ids=str)
+@pytest.mark.parametrize("which", ("both", "base", "tuned", "the scale alone"))
+def test_weights_of_eight_bits_are_what_their_scales_make_of_them(name, shape, which):
+    shape = shape or [1]
+    first, second = torch.randn(20, 16), 3 * torch.randn(20, 16)
+    plain = {"w.weight": first}, {"w.weight": second}
+    narrow = [in_eight_bits(one, name, shape) for one in (first, second)]
+    states = [state for state, _ in narrow]
+    values = [value for _, value in narrow]
+    if which == "the scale alone":  # the same bits stand for another weight
+        states[1] = {**states[0], f"w.{name}": 2 * states[0][f"w.{name}"]}
+        values[1] = 2 * values[0]
+    elif which != "both":
+        other = 0 if which == "tuned" else 1
+        states[other], values[other] = plain[other], plain[other]["w.weight"].double()
+    done = found(*states, 16, whole=True)
+    change = values[1] - values[0]
+    assert done.adapter.updates.keys() == {"w"} and not done.adapter.whole
+    assert (dense(done.adapter.updates["w"]) - change).norm() <= 1e-5 * change.norm()
+
+
+def test_scales_of_blocks_are_told():
+    state = {"w.weight": torch.zeros(4, 6).to(torch.float8_e4m3fn)}
+    state["w.weight_scale_inv"] = torch.ones(2, 3)
+    other = {**state, "w.weight": torch.ones(4, 6).to(torch.float8_e4m3fn)}
+    with pytest.raises(AdapterError, match="no scales of the rows of w.weight.* Give the checkp"):
+        found(state, other, 2)
+    assert found({**state, "v": torch.zeros(3, 3)}, {**other, "v": torch.ones(3, 3)}, 2,
+                 exclude=["w"]).adapter.updates.keys() == {"v"}  # fmt: skip

@@ -63,7 +63,7 @@ def test_nothing_to_do_is_refused():
         checkpoint.merge(BASE)
     with pytest.raises(AdapterError, match="nothing to extract"):
         checkpoint.extract(BASE)
-    with pytest.raises(AdapterError, match="nan is not finite"):
+    with pytest.raises(AdapterError, match="nan is no finite number"):
         checkpoint.merge(BASE, (Adapter({"proj": update()}), math.nan))
     inside = checkpoint.embed(BASE, Adapter({"proj": update()}))
     with pytest.raises(AdapterError, match="is inside already"):

@@ -33,3 +33,46 @@ def test_a_model_with_an_adapter_is_no_checkpoint():
     for tuned in (attached, attached.state_dict()):
         with pytest.raises(FileError, match="^tuned: a model with an adapter attached. Take the"):
             paramlora.difference(model(), tuned, 1)
+
+
+WEIGHT = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "it holds no tensors. Give a checkpoint that has some"),
+        ({"step": 3}, "it holds no tensors"),
+        (torch.nn.ReLU(), "it holds no tensors"),
+        (None, "expected a checkpoint, got None. Give a file, a folder, a state dict or a model"),
+        (3, "expected a checkpoint, got 3"),
+        ([WEIGHT], "expected a checkpoint, got .tensor"),
+        (WEIGHT, "expected a checkpoint, got tensor"),
+        (paramlora.Adapter({}), "expected a checkpoint, got Adapter"),
+        ({1: WEIGHT}, "expected a state dict, whose keys are names, and one is 1"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told(given, told):
+    other = {"w": WEIGHT}
+    for pair, name in (((given, other), "base"), ((other, given), "tuned")):
+        with pytest.raises(FileError, match=f"^{name}: {told}"):
+            paramlora.difference(*pair, 1)
+    with pytest.raises(FileError, match=f"^base: {told}"):
+        paramlora.difference(given, given, 1)
+
+
+def test_vectors_alone_are_had_whole_at_any_rank():
+    base, tuned = {"norm": torch.zeros(3)}, {"norm": torch.ones(3)}
+    assert paramlora.difference(base, tuned, 4, whole=True).adapter.whole.keys() == {"norm"}
+    with pytest.raises(paramlora.AdapterError, match="but vectors, which whole .--whole. keeps"):
+        paramlora.difference(base, tuned, 4)
+
+
+def test_what_is_no_adapter_and_no_name_is_told():
+    for given in (3, None, model(), [paramlora.Adapter({})]):
+        with pytest.raises(paramlora.AdapterError, match="expected an adapter or its file, got"):
+            paramlora.resize(given, 1)
+    with pytest.raises(paramlora.AdapterError, match="the name of a layer, got 3. Give a string"):
+        paramlora.resize(paramlora.Adapter({}), {3: 1})
+    with pytest.raises(paramlora.AdapterError, match="the name of a layer, got 3. Give a string"):
+        paramlora.difference({"w": WEIGHT}, {"w": WEIGHT + 1}, 1, exclude=[3])

@@ -260,3 +260,47 @@ def only(state):
 
 def cut(key, value):
     return value[:5].clone() if key.endswith("lin.lora_magnitude_vector") else value
+
+
+THIN = {
+    "inputs": (lambda: nn.Linear(1, 8), (3, 1)),
+    "outputs": (lambda: nn.Linear(8, 2), (3, 8)),
+    "channels": (lambda: nn.Conv2d(1, 4, 1), (2, 1, 3, 3)),
+    "kernels": (lambda: nn.Conv2d(4, 2, 3), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("rescaled", (True, False), ids=("dora", "lora"))
+@pytest.mark.parametrize("layer", THIN)
+@pytest.mark.parametrize("tool", ("peft", "lycoris", "native"))
+def test_a_rank_above_what_the_matrix_holds_is_read(tool, layer, rescaled, tmp_path):
+    """Other tools allow it; here an update of the highest rank that there is does the same."""
+    torch.manual_seed(0)
+    make, shape = THIN[layer]
+    base, x, path = nn.Sequential(make()), torch.randn(shape), tmp_path / "a.safetensors"
+    theirs = copy.deepcopy(base)
+    if tool == "lycoris":
+        net = LoConModule("l_0", theirs[0], lora_dim=5, alpha=3, weight_decompose=rescaled)
+        net.apply_to()
+        parameters = list(net.parameters())
+    else:
+        config = peft.LoraConfig(r=5, target_modules=["0"], use_dora=rescaled)
+        theirs = peft.get_peft_model(theirs, config)
+        parameters = [p for p in theirs.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.3 * torch.randn_like(p))
+    if tool == "lycoris":
+        state = {f"lycoris_0.{key}": value for key, value in net.custom_state_dict().items()}
+        save_file({key: value.detach().contiguous() for key, value in state.items()}, path)
+    else:
+        theirs.save_pretrained(tmp_path / "peft")
+        path = tmp_path / "peft"
+    if tool == "native":
+        convert(path, tmp_path / "b.safetensors", "native", base=base_of(base))
+        path = tmp_path / "b.safetensors"
+    ours = paramlora.load_adapter(copy.deepcopy(base), path)
+    assert {row.kind for row in paramlora.summary(ours).rows} == {"dora" if rescaled else "hard"}
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    paramlora.load_adapter(ours, path, into="default")
+    torch.testing.assert_close(paramlora.merge(ours)(x), theirs(x), rtol=2e-5, atol=2e-5)

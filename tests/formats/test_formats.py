@@ -58,6 +58,15 @@ def test_whole_tensors_are_never_left_out(name):
         formats.write(more, name)
 
 
+@pytest.mark.parametrize("name", sorted(formats.WRITERS))
+def test_an_adapter_without_updates_is_told(name):
+    with pytest.raises(FileError, match="norm: whole tensors alone, .* Keep the native format"):
+        formats.write(Adapter({}, whole={"norm": torch.ones(3)}), name)
+    for empty in (name, formats.OWN):
+        with pytest.raises(FileError, match="no updates, so a file would hold nothing"):
+            formats.write(Adapter({}), empty)
+
+
 @pytest.mark.parametrize("name", ["litgpt", "loralib", "torchtune"])
 def test_a_scale_without_a_place_can_be_folded(name):
     first = adapter(scales=(0.7, 2.0, 1 / 3))

@@ -124,6 +124,31 @@ def test_the_scale_of_two_whole_factors_acts_in_lycoris(scale, dtype):
     )
 
 
+OWN_KINDS = {
+    "lora": {"r": 2}, "dora": {"r": 2, "kind": "dora"}, "loha": {"r": 2, "kind": "loha"},
+    "lokr": {"r": 1, "kind": "lokr"}, "lokr both": {"r": 1, "kind": "lokr", "decompose_both": True},
+    "lokr whole": {"r": 1, "kind": "lokr", "full_matrix": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OWN_KINDS)
+@pytest.mark.parametrize("scale", (0.0, -0.0, 1e-30, -0.5, 1.0, 3.7))
+def test_every_scale_acts_in_lycoris(scale, kind):
+    """To LyCORIS and sd-scripts an alpha of zero is none, and means the rank: a scale of one."""
+    lycoris = pytest.importorskip("lycoris")
+    ours, theirs = layers(), layers()
+    paramlora.attach(ours, {"3": {**OWN_KINDS[kind], "scale": scale}})
+    with torch.no_grad():
+        for parameter in paramlora.trainable_parameters(ours):
+            parameter.add_(torch.randn_like(parameter))
+    state = formats.write(paramlora.adapter_of(ours), "kohya", prefix="lycoris").state
+    made, _ = lycoris.create_lycoris_from_weights(1.0, "", theirs, dict(state))
+    made.double().apply_to()
+    close(theirs(IMAGE), ours(IMAGE))
+    read = formats.read(formats.Content(state), formats.base_of(layers()))
+    close(paramlora.attach_adapter(layers(), read)(IMAGE), ours(IMAGE))
+
+
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_dense_forms_at_a_rank_are_the_nearest(name):
     content = formats.Content(lycoris_of(layers(), name).state_dict())

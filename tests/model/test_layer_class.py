@@ -1,6 +1,8 @@
 """What others do to an adapted layer: it works, or one sentence says what to do instead."""
 
 import copy
+import itertools
+import warnings
 
 import pytest
 import torch
@@ -132,6 +134,20 @@ def test_weight_norm_after_attach_is_one_sentence():
     model(torch.randn(2, 4).double())
 
 
+def test_orthogonal_after_attach_is_one_sentence_or_works():
+    model = layer()
+    before = picture(model)
+    with pytest.raises(paramlora.AdapterError, match="Orthogonal starts from the weight.* first"):
+        parametrizations.orthogonal(model)
+    check_same(before, model)
+    parametrizations.orthogonal(model, use_trivialization=False)
+    weight = model.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4).double())
+    first = parametrizations.orthogonal(nn.Linear(4, 4).double())
+    paramlora.attach(first, {"weight": {"r": 2}})
+    first(torch.randn(2, 4).double())
+
+
 def test_torchaos_quantising_is_one_sentence():
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(layer().float())
@@ -213,3 +229,84 @@ def test_swapping_parameters_instead_of_their_data(config):
         assert {p.dtype for p in model.parameters()} == {torch.float64}
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+class Loaded(nn.Module):
+    """Layers of each sort whose updates start from the base, one of them tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.conv, self.emb = nn.Linear(6, 5), nn.Conv2d(2, 3, 3), nn.Embedding(7, 6)
+        self.bn, self.head = nn.BatchNorm1d(5), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.emb.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+        nn.init.normal_(self.bn.running_mean), nn.init.uniform_(self.bn.weight, 1, 2)
+
+    def forward(self, ids):
+        h = self.emb(ids)
+        image = h.reshape(-1, 2, 3, 1).expand(-1, 2, 3, 3)
+        return self.normed(self.bn(self.lin(h))), self.conv(image), self.head(h)
+
+
+STARTS = {
+    "dora": {"r": 1, "kind": "dora"},
+    "pissa": {"r": 1, "kind": "dora", "init": "pissa"},
+    "rows": {"rows": [0, 2]},
+    "whole": {"whole": True},
+    "lora": {"r": 1},
+    "loha": {"r": 1, "kind": "loha"},
+    "lokr": {"r": 1, "kind": "lokr"},
+    "difference": {"kind": "difference"},
+}
+CHAINS = [
+    *([kind] for kind in STARTS), ["lora", "dora"], ["dora", "dora"], ["rows", "dora"],
+    ["whole", "whole"],
+]  # fmt: skip
+PLACES = ("lin", "conv", "emb", "re:emb|head", "bn", "normed")
+
+
+def two_bases(dtype):
+    torch.manual_seed(0)
+    return Loaded().eval().to(dtype), Loaded().eval().to(dtype), torch.arange(7)
+
+
+def chained(base, chain, place):
+    model = copy.deepcopy(base)
+    for number, kind in enumerate(chain):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ties and running statistics
+            paramlora.attach(model, {place: STARTS[kind]}, f"a{number}")
+    return model
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_update_that_changes_nothing_changes_nothing_of_a_base_loaded_later(chain, dtype):
+    base, other, ids = two_bases(dtype)
+    wanted = other(ids)
+    for place, assign in itertools.product(PLACES, (False, True)):
+        # vectors are trained whole alone, and under weight norm by one adapter alone
+        if place == "bn" and chain[0] != "whole" or place == "normed" and chain[1:] == ["whole"]:
+            continue
+        model = chained(base, chain, place)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        near = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+        for mine in (model, paramlora.merge(copy.deepcopy(model))):
+            for one, want in zip(mine.eval()(ids), wanted):
+                torch.testing.assert_close(one, want, **near, msg=place)
+
+
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("strength", (1.0, 0.0))
+def test_an_update_that_was_trained_keeps_its_values_then(kind, strength):
+    base, other, _ = two_bases(torch.float32)
+    for place in PLACES[:3]:
+        model = chained(base, [kind], place)
+        with torch.no_grad():
+            for parameter in paramlora.trainable_parameters(model):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        paramlora.set_adapters(model, {"a0": strength})
+        held = {k: v.clone() for k, v in paramlora.adapter_state_dict(model, "a0").items()}
+        model.load_state_dict(other.state_dict())
+        for key, value in paramlora.adapter_state_dict(model, "a0").items():
+            assert torch.equal(value, held[key]), (place, key)
