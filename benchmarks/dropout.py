@@ -42,6 +42,10 @@ class Layer:
 
     ways = WAYS
 
+    def kernels(self, way: str) -> Kernels:
+        """Whose kernels compute a way."""
+        return Kernels(way.startswith("kernels"))
+
     def __init__(self, rows: int, fan_in: int, out: int, r: int) -> None:
         torch.manual_seed(0)
         with torch.device(device()):
@@ -69,7 +73,7 @@ class Layer:
 
         def step() -> None:
             seed = torch.randint(2**62, (), device=device())
-            with Kernels(way.startswith("kernels"))():
+            with self.kernels(way)():
                 torch.autograd.grad(self.output(way, self.b, seed), leaves, self.dy)
 
         return step
@@ -79,7 +83,7 @@ class Layer:
         """The share of a small update that arrives, by its own mask."""
         seed = torch.tensor(7, device=device())
         b = self.b * 1e-3 * self.weight.float().norm() / (self.b @ self.a).norm()
-        with Kernels(way == "kernels dropout")():
+        with self.kernels(way)():
             y, none = (self.output(way, f, seed).float() for f in (b, torch.zeros_like(b)))
         change = self.change(b, seed)
         return (((y - none) * change).sum() / change.square().sum()).item()
@@ -97,6 +101,9 @@ class Image(Layer):
     """The tensors of one convolution."""
 
     ways = ("frozen", "paramlora", "dropout", "peft dropout")
+
+    def kernels(self, way: str) -> Kernels:
+        return Kernels(None)  # by the table of cards
 
     def __init__(self, images: int, channels: int, size: int, kernel: int, r: int) -> None:
         torch.manual_seed(0)
@@ -123,6 +130,13 @@ class Image(Layer):
         scale, drops = self.one / (1 - RATE), Drops((RATE,), (len(a),), seed)
         values = (x, lambda x: x, weight, None, a, b, scale)
         return dropped_convolution(*values, window, drops)
+
+    def seen(self, seed: Tensor) -> Tensor:
+        if self.weight.shape[2] > 1 or device().type != "cuda":
+            return super().seen(seed)
+        # a kernel of one position is a linear layer of every position, and has that one's masks
+        rows = masked(functional.positions(self.x), Drops((RATE,), (len(self.a),), seed), 0)
+        return functional.image_of(rows, self.x.shape).float() / (1 - RATE)
 
     def change(self, b: Tensor, seed: Tensor) -> Tensor:
         pad, first = self.weight.shape[2] // 2, self.a.view(-1, *self.weight.shape[1:])

@@ -47,31 +47,39 @@ class Decomposed:
         values: ``[*stack, k]``, falling.
         right: ``[*stack, k, in]``, of orthonormal rows.
         total: ``‖·‖²`` of the whole matrix or stack, of which these may be the largest values.
+        rest: ``‖·‖²`` of what these leave, if they are not all.
     """
 
     left: Tensor
     values: Tensor
     right: Tensor
     total: float
+    rest: float = 0.0
 
     def rank_of(self, energy: float) -> int:
         """The smallest rank whose share of ``‖·‖²`` is at least `energy`; all there are, at most.
 
         A stack has one rank: that of its sum over all matrices.
         """
+        left = self._lost() <= (1 - energy + 1e-12) * self.total  # energy 1 is met by all values
+        enough = left.nonzero()
+        return 1 + (int(enough[0]) if enough.numel() else len(left) - 1)
+
+    def _lost(self) -> Tensor:
+        """``[k]``: ``‖·‖²`` of what a cut to each rank from 1 on leaves away."""
+        # what is left, not what is kept: in float32 the values' sum is off by more than small
+        # shares of it are large
         squares = self.values.double().square()
-        kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
-        # 1e-12: energy 1 is met by all values, though their sum rounds
-        enough = (kept >= energy * self.total * (1 - 1e-12)).nonzero()
-        return 1 + (int(enough[0]) if enough.numel() else squares.shape[-1] - 1)
+        each = squares.reshape(-1, squares.shape[-1]).sum(0)
+        return each.flip(0).cumsum(0).flip(0) - each + self.rest
 
     def share(self) -> float:
         """The share of ``‖·‖²`` that all values together have."""
-        return float(self.values.double().square().sum()) / self.total if self.total else 1.0
+        return 1 - self.rest / self.total if self.total else 1.0
 
     def error(self, rank: int) -> float:
-        """What a cut to `rank` leaves away, relatively, where all values are there."""
-        lost = float(self.values[..., rank:].double().square().sum())
+        """What a cut to `rank` leaves away, relatively."""
+        lost = float(self.values[..., rank:].double().square().sum()) + self.rest
         return (lost / self.total) ** 0.5 if self.total else 0.0
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +127,11 @@ def nearest(
     # beyond a third of the matrix a plain decomposition is no more work
     while 3 * size < min(matrix.shape[-2:]):
         found = replace(_sketched(matrix, size), total=total)
-        if energy is None or found.share() >= energy:
+        if energy is None:
+            return found
+        rest = matrix - found.left @ (found.values[..., None] * found.right)
+        found = replace(found, rest=_squared(rest))
+        if found.share() >= energy:
             return found
         size *= 2
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)

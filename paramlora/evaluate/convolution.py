@@ -183,7 +183,7 @@ def dropped_convolution(
         with torch.autocast(device, enabled=False):
             values = (x, pad, weight, bias, lora_A, lora_B, scale)
             return dropped_convolution(*values, window, drops)
-    up, about = narrow.of_factor(lora_B) * scale, (x.dtype, x.numel(), weight.shape, len(lora_A))
+    about = (x.dtype, x.numel(), weight.shape, len(lora_A))
     asked = Asked(
         # whatever knows no autograd function takes the plain operations, a compiler's way
         "convolution", choose.thresholds_of(x), *about, compiling=in_torch_alone(x),
@@ -191,6 +191,7 @@ def dropped_convolution(
     )  # fmt: skip
     if choose.way(asked) is Way.PLAIN:
         y = CONVOLUTIONS[weight.dim() - 3](pad(x), weight, bias, *window)
+        up = narrow.of_factor(lora_B) * scale
         return y + _dropped_branches(x, lora_A, up, pad, weight.shape, window, drops)
     if _is_pointwise(x, weight, window) and pad(x) is x:
         one_position = (x, weight.flatten(1), bias, lora_A, lora_B, scale, drops)
@@ -198,7 +199,7 @@ def dropped_convolution(
         if result is not None:
             return result
     rest = (pad, window, drops.rates, drops.ranks, drops.seed)
-    return applied(_DroppedConvolution, x, weight, bias, lora_A, up, *rest)
+    return applied(_DroppedConvolution, x, weight, bias, lora_A, lora_B, scale, *rest)
 
 
 def _dropped_branches(
@@ -232,7 +233,8 @@ class _DroppedConvolution(torch.autograd.Function):
         weight: Tensor,
         bias: _Maybe,
         a: Tensor,
-        up: Tensor,
+        b: Tensor,
+        scale: Tensor,
         pad: Callable[[Tensor], Tensor],
         window: tuple[Any, ...],
         rates: tuple[float, ...],
@@ -240,19 +242,18 @@ class _DroppedConvolution(torch.autograd.Function):
         seed: Tensor,
     ) -> Tensor:
         ctx.rest, drops = (pad, window, rates, ranks), Drops(rates, ranks, seed)
-        kept, ctx.kernel = (x, weight, a, up, seed), False
+        kept, ctx.kernel = (x, weight, a, b, scale, seed), False
         conv, padded = CONVOLUTIONS[weight.dim() - 3], pad(x)
         # float16 would need powers of two here, as `_Joined` has them
         if x.dtype == torch.bfloat16 and window[3] == 1:
-            one = torch.ones((), dtype=up.dtype, device=up.device)
             if len(rates) == 1 and padded is x:
-                of = Operands(x, weight, bias, a, up, one)
+                of = Operands(x, weight, bias, a, b, scale)
                 result = convolved(of, window[:3], Drop(rates, seed))
                 if result is not None:
                     ctx.kernel = True
                     ctx.save_for_backward(*kept, *result[1:])
                     return result[0]
-            both, down, _ = _kernels(weight, a, up, one)
+            both, down, _ = _kernels(weight, a, b, scale)
             last = len(drops.ranks) - 1  # whose kernel also has the zeros that pad the rank
             parts = [
                 # each update has a mask of its own, so the first kernels cannot be one convolution
@@ -271,39 +272,43 @@ class _DroppedConvolution(torch.autograd.Function):
                 return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *window)
         ctx.save_for_backward(*kept, None, None)
         values = _wide_on_cpu(x, weight, bias)
-        y = conv(pad(values[0]), *values[1:], *window)
+        y, up = conv(pad(values[0]), *values[1:], *window), narrow.of_factor(b) * scale
         y.add_(_dropped_branches(values[0], a, up, pad, weight.shape, window, drops))
         return _rounded(y, x)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, a, up, seed, t, down = ctx.saved_tensors
+        x, weight, a, b, scale, seed, t, down = ctx.saved_tensors
         (pad, window, rates, ranks), needs = ctx.rest, ctx.needs_input_grad
         drops, shape, given = Drops(rates, ranks, seed), weight.shape, x
         x, weight, dy = _wide_on_cpu(x, weight, dy)
-        dbias, wanted = _bias_gradient(dy) if needs[2] else None, (needs[0], *needs[3:5])
+        dbias = _bias_gradient(dy) if needs[2] else None
         # torch's convolution_backward gives x's gradient, not that of what was padded into x
         again = torch.is_grad_enabled() or pad(x) is not x
         if ctx.kernel and not (again or in_plain_operations(True, dy)):
-            of = Operands(x, weight, None, a, up, torch.ones((), dtype=up.dtype, device=up.device))
-            asked = Wanted(needs[0], False, False, needs[3], needs[4], False)
-            drop = Drop(rates, seed)
-            dx, da, dup, _ = convolved_backward(dy, of, t, asked, window[:3], drop, down)
-            dweight = (
-                _backward(dy, x, weight, window, (False, True, False))[1] if needs[1] else None
-            )
-            return dx, dweight, dbias, da, dup, *(None,) * 5
+            of, drop = Operands(x, weight, None, a, b, scale), Drop(rates, seed)
+            wanted = Wanted(*needs[:6])
+            dx, *others = convolved_backward(dy, of, t, wanted, window[:3], drop, down)
+            asked = (False, True, False)
+            dweight = _backward(dy, x, weight, window, asked)[1] if needs[1] else None
+            return dx, dweight, dbias, *others, *(None,) * 5
         # float16 needs the powers of two of `branch`, and groups repeat its first kernel
         if again or is_batched(dy) or x.dtype == torch.float16 or window[3] > 1:
 
-            def update(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+            def update(x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                up = narrow.of_factor(b) * scale
                 return _dropped_branches(x, a, up, pad, shape, window, drops)
 
-            first, da, dup = differentiable(update, (x, a, up), wanted, dy)
+            first, *others = differentiable(update, (x, a, b, scale), (needs[0], *needs[3:6]), dy)
         else:
+            up, needed = narrow.of_factor(b) * scale, (needs[0], needs[3], needs[4] or needs[5])
             t = None if ctx.kernel else t  # the kernels' has another shape
-            first, da, dup = _gradients_of_branches(dy, x, a, up, t, shape, window, drops, wanted)
+            first, da, dup = _gradients_of_branches(dy, x, a, up, t, shape, window, drops, needed)
+            second: tuple[_Maybe, _Maybe] = (None, None)
+            if dup is not None:
+                second = gradient_of_second(dup, b, scale, 1.0, needs[5])
+            others = [da, *second]
         if again:
 
             def base(x: Tensor, weight: Tensor) -> Tensor:
@@ -314,7 +319,7 @@ class _DroppedConvolution(torch.autograd.Function):
             dx, dweight, _ = _backward(dy, x, weight, window, (*needs[:2], False))
         dx = None if dx is None or first is None else _rounded(dx + first, given)
         dweight = None if dweight is None else dweight.to(given.dtype)
-        return dx, dweight, dbias, da, dup, *(None,) * 5
+        return dx, dweight, dbias, *others, *(None,) * 5
 
 
 def _gradients_of_branches(

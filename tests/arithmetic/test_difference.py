@@ -101,7 +101,7 @@ def test_a_share_of_energy_is_reached():
         done = found(base, tuned, energy=energy)
         r = done.adapter.updates["w"].r
         shares = (falling.diag().double() ** 2).cumsum(0) / falling.square().sum()
-        assert abs(r - (1 + int((shares < energy).sum()))) <= 1
+        assert r == 1 + int((shares < energy).sum())
         # the values' squares are those of float32
         assert done.errors["w"] ** 2 <= 1 - energy + 4 * 2.0**-24
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from paramlora.evaluate.convolution import convolution
+from paramlora.evaluate.convolution import convolution, dropped_convolution
+from paramlora.evaluate.dropout import Drops, masked
+from paramlora.evaluate.functional import image_of, positions
 
 
 def convolved(sizes, shape, r, stride, padding, dilation, dtype, formats):
@@ -37,13 +39,37 @@ def convolved(sizes, shape, r, stride, padding, dilation, dtype, formats):
     return leaves, where, seed
 
 
-def compare_convolutions(leaves, where, seed, groups, one_rounding):
-    y = convolution(*leaves, *where, groups)
+def dropped(leaves, where, rates):
+    """The output of a convolution whose updates drop inputs, each of half of the ranks if there are
+    two; and for each where its ranks lie and the input's mask."""
+    x, weight, bias, a, b, scale = leaves
+    share = len(a) // len(rates)
+    ranks = [share] * (len(rates) - 1) + [len(a) - share * (len(rates) - 1)]
+    drops = Drops(rates, tuple(ranks), torch.tensor(7, device="cuda"))
+    y = dropped_convolution(x, lambda x: x, weight, bias, a, b, scale, (*where, 1), drops)
+    seen, masks, start = torch.ones_like(x, dtype=torch.float64), [], 0
+    for which, rank in enumerate(ranks):
+        if weight.shape[2:].numel() == 1 and not any(where[1]) and set(where[0]) == {1}:
+            # one position is a linear layer's row
+            mask = image_of(masked(positions(seen), drops, which), x.shape)
+        else:
+            mask = masked(seen, drops, which)
+        masks.append((slice(start, start + rank), mask))
+        start += rank
+    return y, masks
+
+
+def compare_convolutions(leaves, where, seed, groups, one_rounding, rates=()):
+    y, masks = (
+        dropped(leaves, where, rates) if rates else (convolution(*leaves, *where, groups), None)
+    )
     dy, eps = seed(y), torch.finfo(y.dtype).eps
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    total = wide[1] + (wide[5] * wide[4] @ wide[3]).reshape(wide[1].shape)
     conv = getattr(torch.nn.functional, f"conv{y.dim() - 2}d")
-    want_y = conv(wide[0], total, wide[2], *where, groups)
+    want_y = conv(wide[0], wide[1], wide[2], *where, groups)
+    for ranks, mask in masks or [(slice(None), 1.0)]:
+        delta = wide[5] * wide[4][:, ranks] @ wide[3][ranks]
+        want_y = want_y + conv(wide[0] * mask, delta.reshape(wide[1].shape), None, *where, groups)
     want = torch.autograd.grad(want_y, wide, dy.double())
     assert (y.double() - want_y).norm() <= (eps if one_rounding else 2 * eps) * want_y.norm()
     for subset in (range(6), (0, 3, 4), (3, 4), (0,), (4,)):

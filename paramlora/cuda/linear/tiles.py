@@ -62,7 +62,7 @@ def projection(M: int, R: int, hopper: bool, drop: bool = False) -> tuple[int, i
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
     if drop and M >= LONG:
-        return (64, 128, 3, 4)
+        return (32, 128, 4, 4)
     if drop and M > 512:
         tall = M > 4096
         return (32 if tall else 16, deep, 4 if hopper or not (tall and R == 32) else 3, 4)

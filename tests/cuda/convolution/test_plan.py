@@ -39,6 +39,19 @@ def test_a_convolution_and_its_gradients(case, dtype, formats):
     compare_convolutions(leaves, where, seed, 1, taken)
 
 
+ONE = ((4, 32, 32), (64, 48, 1, 1), 8, 1, 0, 1, True)  # position of the kernel
+
+
+@pytest.mark.parametrize("rates", ((0.25,), (0.25, 0.5)), ids=str)
+@pytest.mark.parametrize("formats", ("", "xwy", "e"), ids="last:{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", [*CONVOLUTIONS[1:], ONE], ids=str)
+def test_a_convolution_that_drops_inputs_and_its_gradients(case, dtype, formats, rates):
+    leaves, where, seed = convolved(*case[:-1], dtype, formats)
+    one = case[-1] and dtype == torch.bfloat16
+    compare_convolutions(leaves, where, seed, 1, one, rates)
+
+
 @pytest.mark.parametrize("inner", (320, 1))
 def test_a_convolution_keeps_a_small_update(inner):
     torch.manual_seed(0)
