@@ -61,6 +61,8 @@ def projection(M: int, R: int, hopper: bool, drop: bool = False) -> tuple[int, i
     if R > WIDEST:
         return (64, 128, 3, 4) if R == 128 else (64, 64, 4, 8)
     deep = 256 if R <= 32 else 128  # fits the shared memory of every device
+    # from 64 rows on warp groups multiply a masked block, and Triton 3.6 then gives other numbers
+    # each time, some not finite
     if drop and M >= LONG:
         return (32, 128, 4, 4)
     if drop and M > 512:
