@@ -33,7 +33,7 @@ SHAPES = (  # rows, in, out, rank
     (1024, 4096, 4096, 16),
 )
 IMAGES = ((8, 320, 64, 3, 8), (8, 320, 64, 1, 8))  # images, channels, size, kernel, rank
-TINY, TINY_IMAGES = ((64, 32, 48, 4),), ((2, 4, 5, 3, 2),)
+TINY, TINY_IMAGES = ((64, 32, 48, 4),), ((4, 16, 9, 3, 2),)
 WAYS = ("frozen", "paramlora", "dropout", "kernels dropout", "kernels two masks", "peft dropout")
 
 

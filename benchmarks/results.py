@@ -136,7 +136,7 @@ def dropout_table(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         numbers = [f"{row[k]:.{p}f}" if k in row else "" for k, p in kinds.items()]
         lines.append([row["case"], row["way"], *numbers])
-    header = ["layer, tokens × in × out × r", "way", "device ms", "R device", "eager ms", "R eager"]
+    header = ["tokens × in × out × r", "way", "device ms", "R device", "eager ms", "R eager"]
     return markdown([*header, "kept"], lines)
 
 
