@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 import paramlora
 from paramlora import AdapterError, ConfigError, LoRAConfig, TargetError
@@ -169,9 +168,15 @@ BESIDE = {
     "a dora": lambda model: paramlora.attach(model, {"0": {"r": 1, "kind": "dora"}}, "second"),
     "a rule": lambda model: parametrize.register_parametrization(model[0], "weight", Doubled()),
 }
+
+
+def conv1d_of_transformers():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 32)
+
+
 DROPPING = {
     "linear": (lambda: nn.Linear(32, 6), (3, 32)),
-    "Conv1D": (lambda: Conv1D(6, 32), (3, 32)),
+    "Conv1D": (conv1d_of_transformers, (3, 32)),
     "1": (lambda: nn.Conv1d(4, 6, 3), (3, 4, 5)),
     "2": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 5, 5)),
     "3": (lambda: nn.Conv3d(4, 6, 2, groups=2), (3, 4, 5, 5, 3)),
