@@ -27,7 +27,8 @@ def kernels():
         module = import_module(f"paramlora.cuda.{folder}.kernels")
         for name, found in vars(module).items():
             own = isinstance(found, triton.JITFunction) and found.fn.__module__ == module.__name__
-            if own and not name.startswith("_") and folder != "masks":  # which others call
+            called = folder == "masks" and name != "mask"  # by other folders' kernels
+            if own and not name.startswith("_") and not called:
                 yield f"{folder}.{name}"
 
 
