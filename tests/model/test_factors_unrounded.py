@@ -82,7 +82,7 @@ LAYERS = {  # with the input's shape
     "Conv1D": (conv1d, (6, 20, 64)),
     "convolution": (lambda: nn.Conv2d(16, 48, 3, padding=1), (6, 16, 6, 6)),
     "strided": (lambda: nn.Conv1d(32, 48, 5, 2), (6, 32, 43)),
-    "kernel 1": (lambda: nn.Conv2d(64, 48, 1), (6, 64, 5, 5)),
+    "kernel 1": (lambda: nn.Conv2d(64, 192, 1), (6, 64, 7, 7)),
     "groups": (lambda: nn.Conv1d(32, 48, 9, groups=2), (6, 32, 30)),
     "few positions": (lambda: nn.Conv1d(128, 192, 3), (6, 128, 6)),
     "transposed": (lambda: nn.ConvTranspose1d(32, 48, 3, stride=2), (6, 32, 20)),
@@ -117,6 +117,12 @@ OTHERS = {  # those whose computation is another on such a layer than on any oth
     "numbers": ("soft", "dora"),
     "a channel": ("soft", "dora"),
 }
+
+
+def drawn(shape):
+    """Numbers of either sign and of nearly one size: of normal ones a few large or small ones make
+    most of a sum, and the rounding of those few would be as much as what a lost factor is off."""
+    return torch.empty(shape).uniform_(0.5, 1) * (torch.randint(2, shape) * 2 - 1)
 
 
 def delta(update, parts, shape):
@@ -159,7 +165,7 @@ def built(name, kind, dtype, adapters, **more):
         paramlora.attach(model, {"0" if kind == "soft" else path: entry}, adapter)
     for _, _, update in updates(model):
         for own in update.parameters():
-            own.data.copy_(own.data.normal_().to(dtype))
+            own.data.copy_(drawn(own.shape).to(dtype))
         if narrow:
             update.cast(dtype)
     paramlora.set_adapters(model, dict.fromkeys(adapters, STRENGTH))
@@ -187,7 +193,7 @@ class Lossy(TorchDispatchMode):
 
 def given(name, dtype):
     shape = LAYERS[name][1]
-    return torch.randint(50, (6, 30)) if shape is None else torch.randn(shape).to(dtype)
+    return torch.randint(50, (6, 30)) if shape is None else drawn(shape).to(dtype)
 
 
 def seen(x, y, name):
