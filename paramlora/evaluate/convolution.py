@@ -93,15 +93,15 @@ def convolution(
         x = laid_as(x, weight)
     if strength != 1:
         scale = scale * strength
-    window = (stride, padding, dilation, groups)
-    y = in_cpp(x, weight, bias, lora_A, lora_B, scale, 1.0, window)
+    window, compiling = (stride, padding, dilation, groups), is_compiling()
+    y = None if compiling else in_cpp(x, weight, bias, lora_A, lora_B, scale, 1.0, window)
     if y is not None:
         return y
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
     values, shape = Operands(x, weight, bias, lora_A, lora_B, scale), weight.shape
-    way, conv = way_of(values, window, is_compiling()), CONVOLUTIONS[len(shape) - 3]
+    way, conv = way_of(values, window, compiling), CONVOLUTIONS[len(shape) - 3]
     if way is Way.SUM:
         up, down = scaled_down(lora_B, scale, 1.0, x.dtype), cast(lora_A, x.dtype)
         return conv(x, _kernel(weight, up, down), bias, *window)

@@ -33,7 +33,7 @@ from paramlora.update.compat import (
     traced,
     transformed,
 )
-from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
+from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
 # subclasses, such as DTensors and quantised weights, have operations of their own
@@ -73,17 +73,18 @@ def linear(
         >>> y = linear(x, W, None, A, B, torch.tensor(0.5).double())
         >>> assert torch.allclose(y, x @ (W + 0.5 * B @ A).T)
     """
-    y = in_cpp(x, weight, bias, lora_A, lora_B, scale, strength)
+    compiling = is_compiling()  # once: a small layer feels each call of Python
+    y = None if compiling else in_cpp(x, weight, bias, lora_A, lora_B, scale, strength)
     if y is not None:
         return y
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
-        if has_kernel(x, weight):  # which autocast has no part in: leaving it costs Python time
-            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
-        with torch.autocast(device, enabled=False):
-            return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
-    return _linear(x, weight, bias, lora_A, lora_B, scale, strength)
+        # which autocast has no part in: leaving it costs Python time
+        if not has_kernel(x, weight):
+            with torch.autocast(device, enabled=False):
+                return _linear(x, weight, bias, lora_A, lora_B, scale, strength, compiling)
+    return _linear(x, weight, bias, lora_A, lora_B, scale, strength, compiling)
 
 
 def in_cpp(
@@ -97,18 +98,24 @@ def in_cpp(
     window: Optional[tuple[Any, ...]] = None,
 ) -> _Maybe:
     """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups; None of
-    operands that C++ does not serve."""
-    # under a compiler it would be a call that nobody sees into
-    if is_compiling() or _native is None:
+    operands that C++ does not serve. Not to be asked under a compiler, which does not see into
+    it."""
+    if _native is None:
         return None
     values = (x, weight, bias, lora_A, lora_B, scale, strength, window)
     return _native(*values)  # type: ignore[no-any-return]
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: _Maybe, a: Tensor, b: Tensor, scale: Tensor, strength: float
+    x: Tensor,
+    weight: Tensor,
+    bias: _Maybe,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    strength: float,
+    compiling: bool,
 ) -> Tensor:
-    compiling = is_compiling()
     way = way_of(x, weight, bias, a, b, scale, compiling)
     if way is Way.OPERATOR:
         # the operator takes matrices: a schema has no "..."
@@ -572,16 +579,22 @@ def embedding_in_range(
     strength: float,
 ) -> Tensor:
     """`embedding`, that of a float16 table in float32."""
+    device = autocast_of(weight)
+    if device is not None:  # which leaves a look-up in the table's own type
+        with torch.autocast(device, enabled=False):
+            values = (rows, weight, lora_A, lora_B, scale, padding_idx, strength)
+            return embedding_in_range(*values)
     # below it is compared with indices, which are not negative
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
-    with in_own_types(weight):  # autocast leaves a look-up in the table's own type
-        base = narrow.wide(F.embedding(rows, weight, padding_idx))  # thin products need its range
-        up = scaled_down(lora_B, scale, strength, base.dtype).t()
-        y = _added(base, cast(_columns(lora_A, rows, padding_idx), base.dtype), up)
-        if padding_idx is not None:  # nor does that row give B or the scale a gradient
-            y = without_gradient(y, (rows == padding_idx)[..., None])
-        return y
+    flat = rows.reshape(-1)  # so that one view is left for autograd, of the output
+    base = narrow.wide(F.embedding(flat, weight, padding_idx))  # thin products need its range
+    up = scaled_down(lora_B, scale, strength, base.dtype).t()
+    y = torch.addmm(base, cast(_columns(lora_A, flat, padding_idx), base.dtype), up)
+    y = y.view(*rows.shape, y.shape[-1])
+    if padding_idx is not None:  # nor does that row give B or the scale a gradient
+        y = without_gradient(y, (rows == padding_idx)[..., None])
+    return y
 
 
 def without_gradient(y: Tensor, there: Tensor) -> Tensor:
@@ -612,9 +625,9 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _columns(lora_A: Tensor, rows: Tensor, padding_idx: Optional[int]) -> Tensor:
-    """``[..., r]``: A's columns for some rows of an embedding's table."""
+    """``[n, r]``: A's columns for n rows of an embedding's table."""
     if rows.is_cpu:  # which copies columns faster than strided rows; padding's gradient is zero
-        return lora_A.index_select(1, rows.reshape(-1)).t()
+        return lora_A.index_select(1, rows).t()
     # as an embedding of Aᵀ, whose gradient adds up rows, and leaves out that of `padding_idx`
     return F.embedding(rows, lora_A.t(), padding_idx)
 

@@ -462,7 +462,7 @@ def together(
         # compiled code reads the strength as a tensor: as a number it would be compiled in
         if is_compiling():
             return a, b, update.scaling, more
-        return a, b, update.stored_scale(), update.strength * more
+        return a, b, update.stored_scale(), update.current().effective * more
     pairs = [_factors(update, layout) for update in updates]
     scales = [u.scaling / (1 - u.dropout) if dropping else u.scaling for u in updates]
     # each B takes its own scale, as one number is left for all of them

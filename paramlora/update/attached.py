@@ -47,7 +47,17 @@ class Switch:
     """
 
     # not a tuple, nor frozen: torch.compile would guard all of it, where it reads one attribute
-    __slots__ = ("strength", "gain", "muted", "past", "acts", "fully", "rows", "routes")
+    __slots__ = (
+        "strength",
+        "gain",
+        "muted",
+        "past",
+        "acts",
+        "fully",
+        "effective",
+        "rows",
+        "routes",
+    )
 
     def __init__(
         self,
@@ -65,11 +75,7 @@ class Switch:
         # a bool of Python: compiled code has a branch for each, and none for the strengths between
         self.acts = strength != 0 and not muted
         self.fully = strength == 1 and not muted
-
-    @property
-    def effective(self) -> float:
-        """What acts now."""
-        return 0.0 if self.muted else self.strength
+        self.effective = 0.0 if muted else strength  # what acts now, as a number
 
     def changed(self, strength: float, muted: frozenset[object], gains: "Gains") -> "Switch":
         """A switch of another strength to put in this one's place, which it remembers."""

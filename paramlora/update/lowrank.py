@@ -191,8 +191,10 @@ class LowRank(AttachedUpdate):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as ``A`` and ``B``: of rank ``2r`` after `start_from`, else the two."""
         a, b, start_a, start_b = self.held()
+        if start_a is None:
+            return a, b
         # outside of a call `fully_shard` has parameters split, and the start, of buffers, whole
-        if start_a is not None and not is_compiling():
+        if not is_compiling():
             start_a, start_b = laid_beside(start_a, a), laid_beside(start_b, b)
         return joined(a, b, start_a, start_b)
 
