@@ -65,7 +65,8 @@ def test_ragged_shapes_and_every_rank(shape, dtype):
 @pytest.mark.parametrize("shape", [s for s in SMALL + LARGE if s[3] <= 64], ids=str)
 @pytest.mark.parametrize("way", ("eager", "captured", "input", "factors"))
 def test_dropout_has_torchs_own_mask_in_every_shape(shape, way):
-    """The output and all gradients under it, twice the same."""
+    """The output and all gradients under it, at each launch the same: what a compiler has warp
+    groups multiply before it was written is wrong at some of them only."""
     (x, weight, bias, a, b, scale), dy = case(shape)
     of, drop = Operands(x, weight, bias, a, b, scale), Drop((0.3,), torch.tensor(5, device="cuda"))
     wanted = (way != "factors", way != "input")
@@ -74,12 +75,13 @@ def test_dropout_has_torchs_own_mask_in_every_shape(shape, way):
         y, kept = fused.forward(of, 1.5, False, drop)
         return y, *fused.backward(dy, of, kept, 1.5, True, wanted, False, drop)
 
-    got, again = step(), step()
+    got, *again = (step() for _ in range(8))
     if way == "captured":
         graph, got = recorded(step)
         graph.replay(), graph.replay()
     else:
-        assert all(p is q or torch.equal(p, q) for p, q in zip(got, again)), "not deterministic"
+        same = (p is q or torch.equal(p, q) for other in again for p, q in zip(got, other))
+        assert all(same), "not deterministic"
     wide = [t.double().requires_grad_() for t in (x, a, b)]
     seen = masked(torch.ones_like(x), Drops((0.3,), (len(a),), drop.seed), 0) * wide[0]
     base = wide[0] @ weight.double().T + bias.double()
