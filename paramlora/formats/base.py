@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import from_dense, with_scale_in_B
+from paramlora.formats.factors import held, with_scale_in_B
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
-from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
+from paramlora.formats.pieces import Source, alike, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
 from paramlora.update.geometry import Layout, matrix_shape
@@ -145,14 +145,15 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             # a difference moves the tensor itself: whichever layer holds it, it is the same one
             moves = KINDS[chosen[path].method].tied
             tied = holders[id(chosen[path])] > 1
-            value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
+            value = _turned(chosen[path], f"{source}: {path}") if one.turned else chosen[path]
             fresh = _fitted(one.whole, value, slot, source, tied)
             # layers share one value again where its file's was one and their kinds agree
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
     for path, rows in _gathered(chosen, parts, base, source).items():
-        updates[path] = _added(path, updates[path], rows, source) if path in updates else rows
+        own = updates.get(path)
+        updates[path] = rows if own is None else _added(path, own, rows, base[path], source)
     told = apart_by_kind(updates)
     return replace(adapter, updates=told["updates"], others=told["others"])
 
@@ -261,69 +262,61 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
         )
 
 
-def _added(path: str, one: Value, second: Update, source: str) -> Update:
-    """Two updates of one weight as one: their ranks side by side."""
-    if not isinstance(one, Update) or one.up_kernel != 1:
+def _added(path: str, one: Value, second: _Any, slot: Slot, source: str) -> _Any:
+    """Two updates of one weight as one: their ranks side by side, or both as a change of it."""
+    if not isinstance(one, (Update, KindUpdate)) or not all(
+        KINDS[value.method].adds and getattr(value, "up_kernel", 1) == 1 for value in (one, second)
+    ):
         raise FileError(
-            f"{source}: {path} has an update of its own that is no low rank, and another with "
+            f"{source}: {path} has an update of its own that does not add, and another with "
             "other weights. Choose one of them with component=... (--component), or leave one out."
         )
-    first = one
+    first, other = alike([one, second], [slot.shape] * 2)
+    if not (isinstance(first, Update) and isinstance(other, Update)):
+        own, added = (value.tensors()["lora_diff"] for value in (first, other))
+        total = held(own.double() + added.double(), torch.promote_types(own.dtype, added.dtype))
+        return KindUpdate("difference", {"lora_diff": total}, layout=first.layout)
     if first.scale != second.scale:
         # one update has one scale, so two that differ go into the factors
-        first, second = with_scale_in_B(first), with_scale_in_B(second)
-    a = torch.cat([first.lora_A, second.lora_A], dim=-2)
-    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
+        first, other = with_scale_in_B(first), with_scale_in_B(other)
+    a = torch.cat([first.lora_A, other.lora_A], dim=-2)
+    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, other.lora_B], dim=-1))
 
 
 def _gathered(
     chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
-) -> dict[str, Update]:
+) -> dict[str, _Any]:
     """The updates of weights whose rows the file has elsewhere."""
-    factors = {path: _of_factors(path, chosen[path], source) for path in parts}
-    held = {path: rows for there in parts.values() for path, rows in there.held.values()}
-    out = {path: _rows(base[path], len(rows)) for path, rows in held.items()}
-    sources: dict[str, list[Source]] = {}
-    for path, there in parts.items():
-        one = Source(path, factors[path], there.rows)
+    sources = {path: Source(path, chosen[path], there.rows) for path, there in parts.items()}
+    for path, one in sources.items():
         check_blocks(one, f"{source}: {path}")
+    inside = {path: rows for there in parts.values() for path, rows in there.held.values()}
+    matrices = {path: _matrix(base[path], len(rows)) for path, rows in inside.items()}
+    of: dict[str, list[Source]] = {}
+    for path, there in parts.items():
         for weight in there.paths:
-            sources.setdefault(weight, []).append(one)
+            of.setdefault(weight, []).append(sources[path])
     # what the model's and the file's weights have in all tells how many rows each part has
-    totals = [(out[path], block) for path, rows in held.items() for block in rows]
-    totals += [
-        (factors[path].lora_B.shape[-2], block)
-        for path, there in parts.items()
-        for block in there.rows
-    ]
+    totals = [(matrices[path][0], block) for path, rows in inside.items() for block in rows]
+    totals += [(one.outputs(), block) for one in sources.values() for block in one.rows]
     size = sizes(totals)
-    updates: dict[str, Update] = {}
-    for weight, those in sources.items():
-        update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
-        # single experts are [out, in]: where the stack is [in, out] the factors change places
+    updates: dict[str, _Any] = {}
+    for weight, those in of.items():
+        update = gathered(inside[weight], matrices[weight], those, size, f"{source}: {weight}")
+        # single experts are [out, in]: where the stack is [in, out] the sides change places
         if update.layout == "stack" and base[weight].input_first:
-            update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
-        updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
+            update = _turned(update, f"{source}: {weight}")
+        updates[weight] = _fitted(weight, update, base[weight], source, False)
     return updates
 
 
-def _of_factors(path: str, update: _Any, source: str) -> Update:
-    if isinstance(update, Update):
-        return update
-    # a dense change can be divided by rows as factors can, once it is written as two
-    if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
-        return from_dense(update.held["lora_diff"], None)
-    raise FileError(
-        f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
-        f"{update.method} is of its whole weight alone. Give a model of the file's own names."
-    )
-
-
-def _rows(slot: Slot, blocks: int) -> int:
-    """How many rows one matrix of a weight has."""
-    if slot.input_first:
-        return slot.shape[-1]
-    return matrix_shape(slot.shape, slot.layout or ("stack" if blocks > 1 else "matrix"))[1]
+def _matrix(slot: Slot, blocks: int) -> tuple[int, ...]:
+    """The shape of one of a weight's matrices, ``[out, in, *kernel]``."""
+    layout = slot.layout or ("stack" if blocks > 1 else "matrix")
+    if layout == "matrix":
+        return slot.shape
+    _, out, fan_in = matrix_shape(slot.shape, layout)
+    return (fan_in, out) if slot.input_first else (out, fan_in)
 
 
 def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
@@ -471,7 +464,7 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     layout = slot.layout or _guessed(update, slot.shape)
     # an embedding and a head share [V, d]: the output of the one is the input of the other
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
-        update = _turned(update)
+        update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     if layout is None or (a, b) != _factors(update, slot.shape, layout):
         raise FileError(
@@ -482,9 +475,20 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
 
 
-def _turned(update: Update) -> Update:
-    """The update of a tied weight as the holder sees it to which its input is the output."""
-    return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+def _turned(update: _Any, where: str) -> _Any:
+    """The same change of the transpose of its weight, or of each matrix of its stack.
+
+    Raises:
+        FileError: of a kind that has no such.
+    """
+    if isinstance(update, Update):
+        return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+    if update.method == "difference":
+        return replace(update, held={"lora_diff": update.held["lora_diff"].mT})
+    raise FileError(
+        f"{where}: its weight is the transpose of the model's, and an update of kind "
+        f"{update.method} is of one of the two alone. Give a model of the file's own names."
+    )
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:

@@ -148,6 +148,12 @@ class Added(AttachedUpdate):
         return same and (len(found) == 2 or tuple(found) == shape)
 
     @classmethod
+    def outputs_of(cls, held: Parts) -> int:
+        """How many rows its change has."""
+        # the meta device computes shapes alone
+        return int(cls.change({name: one.to("meta") for name, one in held.items()}).shape[0])
+
+    @classmethod
     def read_file(cls, where: str, parts: Parts, entry: TargetConfig, told: Told) -> Value:
         """The value of an update in a native file."""
         check_types(where, *parts.values())
