@@ -334,6 +334,7 @@ def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
         {**found.base, **moved(given.base)},
         {**found.holders, **moved(given.holders)},
         {**found.others, **moved(given.others)},
+        {**found.apart, **moved(given.apart)},
     )
 
 

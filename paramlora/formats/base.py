@@ -155,7 +155,19 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
         own = updates.get(path)
         updates[path] = rows if own is None else _added(path, own, rows, base[path], source)
     told = apart_by_kind(updates)
-    return replace(adapter, updates=told["updates"], others=told["others"])
+    # a checkpoint does not tell which of its layers hold one tensor in the model
+    alone = {**adapter.apart, **_apart(updates, base)}
+    return replace(adapter, updates=told["updates"], others=told["others"], apart=alone)
+
+
+def _apart(updates: Mapping[str, Value], base: Base) -> dict[str, tuple[str, ...]]:
+    """By path of an update, the layers that hold its tensor without it."""
+    found = {
+        path: tuple(other for other in base[path].tied if other not in updates)
+        for path, value in updates.items()
+        if not KINDS[value.method].tied
+    }
+    return {path: others for path, others in found.items() if others}
 
 
 def places_of(base: Base) -> Places:
@@ -416,6 +428,7 @@ def part_of(
         whole=inside(adapter.whole),
         base=inside(adapter.base),
         holders=inside(adapter.holders),
+        apart=inside(adapter.apart),
     )
 
 

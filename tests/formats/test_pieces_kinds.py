@@ -1,4 +1,4 @@
-"""Every kind of update of a weight that a model holds apart, or with others in one.
+"""A sweep over kinds of updates of weights that a model holds apart, or with others in one.
 
 What a file's own weight becomes is formed here in float64 by the kind's formula, and its rows are
 compared with those of the model's weights.
