@@ -176,6 +176,11 @@ def alike(values: Sequence[_Any], shapes: Sequence[tuple[int, ...]]) -> Sequence
     low = [_low_rank(value, shape) for value, shape in zip(values, shapes)]
     if all(isinstance(value, Update) for value in low):
         return low
+    return differences_of(values, shapes)
+
+
+def differences_of(values: Sequence[_Any], shapes: Sequence[tuple[int, ...]]) -> list[KindUpdate]:
+    """Updates that add, as what they add to weights of those shapes."""
     return [_difference(value, shape) for value, shape in zip(values, shapes)]
 
 
