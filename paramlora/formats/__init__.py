@@ -16,6 +16,7 @@ from paramlora.formats.base import (
     Base,
     Slot,
     apart,
+    are_sides_untold,
     base_of,
     base_of_shapes,
     check_known,
@@ -23,6 +24,7 @@ from paramlora.formats.base import (
     original_of,
     part_of,
     places_of,
+    sides_untold,
     vectors_of,
 )
 from paramlora.formats.content import (
@@ -148,6 +150,9 @@ def chosen(
         return _known(adapter, base, options, source)
     if base is not None:
         return fit(adapter, base, options, source)
+    untold = [p for p, v in adapter.values().items() if are_sides_untold(v)]
+    if untold:
+        raise sides_untold(untold, source)
     # without names in the file, its reader has left the other parts out
     if options.component is None or not form.names_layers:
         return adapter

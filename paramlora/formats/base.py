@@ -1,5 +1,6 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,34 @@ def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base
     """A model's names and shapes out of a checkpoint's keys, where layers' kinds are unknown."""
     slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
     matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
+    layouts = _layouts(matrices)
+    matrices = {p: replace(slot, layout=layouts.get(p)) for p, slot in matrices.items()}
     return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
+
+
+def _layouts(matrices: Base) -> dict[str, Layout]:
+    """How weights of GPT-2's names are stored: as transformers' Conv1Ds, or as Linear layers in
+    models that took the names over. Those that have more outputs than inputs tell of the square
+    ones."""
+    named = {p: s for p, s in matrices.items() if is_named_conv1d(p) and len(s.shape) == 2}
+    told: dict[str, set[Layout]] = {}
+    for path, slot in named.items():
+        wider = path.rpartition(".")[2] in ("c_attn", "c_fc") and slot.shape[0] != slot.shape[1]
+        if wider:
+            stored: Layout = "transposed" if slot.shape[0] < slot.shape[1] else "matrix"
+            told.setdefault(_stack_of(path), set()).add(stored)
+    sure = {stack: next(iter(one)) for stack, one in told.items() if len(one) == 1}
+    return {path: sure[_stack_of(path)] for path in named if _stack_of(path) in sure}
+
+
+def is_named_conv1d(path: str) -> bool:
+    """Whether a layer has the name of one of GPT-2's, which are transformers' Conv1Ds there."""
+    return path.rpartition(".")[2] in ("c_attn", "c_fc", "c_proj", "q_attn")
+
+
+def _stack_of(path: str) -> str:
+    """What stands before the number of a block."""
+    return re.split(r"\.\d+\.", path)[0]
 
 
 def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
@@ -256,22 +284,40 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
     """
     square: list[str] = []
     turned: list[str] = []
+    untold: list[str] = []
     for path, (value, there) in found.items():
         slot = base[there.whole] if there.whole is not None else None
         if slot is None or slot.layout is not None or value.kind not in (None, "linear"):
             continue
         told = value.shape
-        if told is not None and len(told) == 2 and not there.turned:
+        if are_sides_untold(value) and len(set(slot.shape)) == 1:
+            untold.append(path)
+        elif told is not None and len(told) == 2 and not there.turned:
             if told[0] == told[1]:
                 square.append(path)
             elif told[::-1] == slot.shape:
                 turned.append(path)
+    if untold:
+        raise sides_untold(untold, source)
     if square and turned:
         raise FileError(
             f"{source}: {listed(square, 4)}: a checkpoint does not tell which side of a square "
             f"weight is the input, and the file tells it wrongly of {turned[0]}. Give the model "
             "(--model)."
         )
+
+
+def are_sides_untold(value: Value) -> bool:
+    """Whether an update is of a Linear or a Conv1D, and its file does not tell of which."""
+    return getattr(value, "kind", None) == "linear" and value.shape is None
+
+
+def sides_untold(paths: Iterable[str], source: str) -> FileError:
+    """What is wrong with updates of which nothing tells how their weight is stored."""
+    return FileError(
+        f"{source}: {listed(paths, 4)}: its file is of Linear layers beside transformers' Conv1Ds, "
+        "and does not tell which of the two these are. Give the model (--model)."
+    )
 
 
 def _added(path: str, one: Value, second: _Any, slot: Slot, source: str) -> _Any:
