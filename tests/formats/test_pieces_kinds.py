@@ -6,7 +6,7 @@ compared with those of the model's weights.
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from paramlora import formats
 from paramlora.errors import FileError
@@ -301,3 +301,26 @@ def test_a_lycoris_file_of_a_fused_layer(kind, tmp_path):
     found = adapters.read_adapter(tmp_path / "a.safetensors", slots)
     have = [folded(w, [found.values()[p].term(1.0, torch.float64)]) for p, w in weights.items()]
     torch.testing.assert_close(torch.cat(have), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", ("kohya", "comfyui"))
+@pytest.mark.parametrize("kind", (*KINDS, "each another"))
+def test_every_kind_is_written_under_names_that_are_fused(kind, to, tmp_path):
+    """q, k, v and the MLP of FLUX's single blocks are one weight for these tools."""
+    makes = [lora, loha, lokr(2, True), difference] if kind == "each another" else [KINDS[kind]] * 4
+    slots = {path: Slot((rows, IN), "matrix", "linear") for path, rows in SINGLE.items()}
+    values = {p: make(rows, IN) for make, (p, rows) in zip(makes, SINGLE.items())}
+    values = fitted(values, SINGLE)
+    base = slots if to == "comfyui" else formats.original_of(slots)
+    out = tmp_path / "a.safetensors"
+    if (kind, to) == ("dora", "comfyui"):
+        with pytest.raises(FileError, match="ComfyUI divides by another norm"):
+            adapters.write_adapter(adapter(values), out, to, base)
+        return
+    adapters.write_adapter(adapter(values), out, to, base)
+    assert any("linear1" in key for key in load_file(out))
+    found = adapters.read_adapter(out, slots).values()
+    for path, value in values.items():
+        weight = torch.randn(value.shape)
+        have = folded(weight, [found[path].term(1.0, torch.float64)])
+        torch.testing.assert_close(have, become(value, weight), **EXACT)
