@@ -16,7 +16,6 @@ from paramlora.formats.base import (
     Base,
     Slot,
     apart,
-    are_sides_untold,
     base_of,
     base_of_shapes,
     check_known,
@@ -24,7 +23,6 @@ from paramlora.formats.base import (
     original_of,
     part_of,
     places_of,
-    sides_untold,
     vectors_of,
 )
 from paramlora.formats.content import (
@@ -150,9 +148,6 @@ def chosen(
         return _known(adapter, base, options, source)
     if base is not None:
         return fit(adapter, base, options, source)
-    untold = [p for p, v in adapter.values().items() if are_sides_untold(v)]
-    if untold:
-        raise sides_untold(untold, source)
     # without names in the file, its reader has left the other parts out
     if options.component is None or not form.names_layers:
         return adapter
@@ -258,10 +253,11 @@ def write(
             f"{listed(adapter.whole)}: whole tensors alone, without an update beside them, which "
             f"no file of {form.name} holds. Keep the native format."
         )
-    told = apart(adapter, base)
-    # the base's names may have other rows in one weight, of which some kinds are none
-    if "difference" not in form.kinds:
-        told = without_differences(told)
+    held = "difference" in form.kinds
+    # before the fit, which turns the factors of a tied tensor for each layer that holds it
+    told = apart(adapter if held else without_differences(adapter), base)
+    # and behind it, as rows that the base has in one weight may be a difference together
+    told = told if held else without_differences(told)
     _check_kinds(told, form)
     if adapter.whole and not form.whole:
         raise FileError(
