@@ -73,10 +73,13 @@ def check_blocks(source: Source, where: str) -> None:
         FileError: as said.
     """
     value, count = source.value, len(source.rows)
-    first = next(iter(value.tensors().values()))
-    have = first.shape[0] if value.layout == "stack" and first.dim() == 3 else 1
+    tensors = list(value.tensors().values())
+    stack = value.layout == "stack"
     same = isinstance(value, Update) and value.up_kernel != 1
-    if have != count or value.layout == "transposed" or same or first.dim() < 2:
+    sound = all(one.dim() == 3 if stack else one.dim() > 1 for one in tensors)
+    counts = {one.shape[0] for one in tensors} if stack and sound else {1}
+    if counts != {count} or value.layout == "transposed" or same or not sound:
+        have = listed(map(str, sorted(counts)))
         raise FileError(
             f"{where}: {have} matrices ({value.layout}) instead of {count} whose rows are those "
             "of other weights. Was it made for another model?"
@@ -336,6 +339,13 @@ def _check(
             raise FileError(
                 f"{where}: {counted(rows, 'row')}, which are not those of {', '.join(parts)} "
                 f"({', '.join(map(str, counts))}). Was it made for another model?"
+            )
+    for name in here.keys() & there.keys():
+        own, model = (parts[name].stop - parts[name].start for parts in (here, there))
+        if own != model:
+            raise FileError(
+                f"{where}: {counted(own, 'row')} of {name}, of which the model has {model}. Was it "
+                "made for another model?"
             )
 
 

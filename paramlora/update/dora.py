@@ -115,7 +115,7 @@ class Dora(LowRank):
         """Those rows of the low-rank sum and of the magnitude; none of a norm over outputs, which
         is over all rows."""
         own, low = held["lora_magnitude"], super().of_rows(held, rows, out)
-        if own.shape[0] != own.numel() or low is None:
+        if not own.numel() == own.shape[0] == cls.outputs_of(held) or low is None:
             return None
         return {**low, "lora_magnitude": in_rows(own, rows, out)}
 

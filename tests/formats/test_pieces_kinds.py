@@ -4,6 +4,9 @@ What a file's own weight becomes is formed here in float64 by the kind's formula
 compared with those of the model's weights.
 """
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -324,3 +327,25 @@ def test_every_kind_is_written_under_names_that_are_fused(kind, to, tmp_path):
         weight = torch.randn(value.shape)
         have = folded(weight, [found[path].term(1.0, torch.float64)])
         torch.testing.assert_close(have, become(value, weight), **EXACT)
+
+
+SIZES = [(), (3,), (0, 2), (1, 1), (2, 6), (5, 2), (16, 6), (2, 6, 1), (4, 4, 6)]
+
+
+@pytest.mark.parametrize("layout", ("matrix", "transposed", "stack"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ("apart", "fused"))
+def test_tensors_that_do_not_fit_are_refused_in_a_sentence(case, kind, layout):
+    file, model = CASES[case]
+    refused = 0
+    for path, size in itertools.product(file, SIZES):
+        values = {p: KINDS[kind](rows, IN) for p, rows in file.items()}
+        for name in values[path].tensors():
+            bad = {**values[path].tensors(), name: torch.ones(size)}
+            change = bad if kind == "lora" else {"held": bad}
+            odd = replace(values[path], **change, layout=layout)
+            try:
+                fitted({**values, path: odd}, model)
+            except FileError:
+                refused += 1
+    assert refused > 5
