@@ -18,6 +18,7 @@ from paramlora.formats.parts import STACKS
 from paramlora.formats.pieces import Source, alike, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
+from paramlora.update.attached import kind_adds
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
@@ -322,14 +323,14 @@ def sides_untold(paths: Iterable[str], source: str) -> FileError:
 
 def _added(path: str, one: Value, second: _Any, slot: Slot, source: str) -> _Any:
     """Two updates of one weight as one: their ranks side by side, or both as a change of it."""
-    if not isinstance(one, (Update, KindUpdate)) or not all(
-        KINDS[value.method].adds and getattr(value, "up_kernel", 1) == 1 for value in (one, second)
-    ):
+    both = [value for value in (one, second) if isinstance(value, (Update, KindUpdate))]
+    sums = [kind_adds(KINDS[v.method]) and getattr(v, "up_kernel", 1) == 1 for v in both]
+    if len(both) < 2 or not all(sums):
         raise FileError(
             f"{source}: {path} has an update of its own that does not add, and another with "
             "other weights. Choose one of them with component=... (--component), or leave one out."
         )
-    first, other = alike([one, second], [slot.shape] * 2)
+    first, other = alike(both, [slot.shape] * 2)
     if not (isinstance(first, Update) and isinstance(other, Update)):
         own, added = (value.tensors()["lora_diff"] for value in (first, other))
         total = held(own.double() + added.double(), torch.promote_types(own.dtype, added.dtype))

@@ -10,7 +10,7 @@ or, where that is no smaller, as the change itself.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -18,13 +18,11 @@ from torch import Tensor
 from paramlora.errors import FileError, counted, listed
 from paramlora.formats.factors import held, with_scale_in, with_scale_in_B
 from paramlora.formats.parts import Part, Rows
+from paramlora.update.attached import AttachedUpdate, kind_adds, says
 from paramlora.update.geometry import Layout
 from paramlora.update.kinds import KINDS
 from paramlora.update.sum import folded
 from paramlora.update.value import KindUpdate, Update
-
-if TYPE_CHECKING:
-    from paramlora.update.attached import AttachedUpdate
 
 _MOST = 1 << 30  # elements of one factor
 _Any = Union[Update, KindUpdate]
@@ -46,7 +44,7 @@ class Source:
     rows: Rows
 
     @property
-    def kind(self) -> "type[AttachedUpdate]":
+    def kind(self) -> type[AttachedUpdate]:
         """Of a branch that equals a low-rank update: that."""
         return KINDS["lora" if isinstance(self.value, Update) else self.value.method]
 
@@ -150,7 +148,7 @@ def gathered(
         if found is not None:
             return found
     for source in sources:
-        if not source.kind.adds:
+        if not kind_adds(source.kind):
             raise _whole_alone(source, f"{where}, {source.path}")
     values = alike([source.value for source in sources], [s.shape(matrix) for s in sources])
     sources = [replace(source, value=value) for source, value in zip(sources, values)]
@@ -161,7 +159,7 @@ def gathered(
 
 def _check_all_told(sources: Sequence[Source], lost: Sequence[str], where: str) -> None:
     """Refuse rows of which nothing is told beside those of a kind that does not add."""
-    alone = next((source for source in sources if not source.kind.adds), None)
+    alone = next((source for source in sources if not kind_adds(source.kind)), None)
     if lost and alone is not None:
         raise FileError(
             f"{where}, {alone.path}: an update of kind {alone.value.method} is of all rows of a "
@@ -190,7 +188,8 @@ def differences_of(values: Sequence[_Any], shapes: Sequence[tuple[int, ...]]) ->
 def _low_rank(value: _Any, shape: tuple[int, ...]) -> _Any:
     if isinstance(value, Update):
         return value
-    factors = KINDS[value.method].factors_of(value.held)
+    kind = KINDS[value.method]
+    factors = kind.factors_of(value.held) if says(kind, "factors_of") else None
     if factors is None or sum(f.numel() for f in factors) >= math.prod(shape):
         return value
     own = next(iter(value.held.values())).dtype
@@ -239,7 +238,7 @@ def _of_one_kind(
     return _like(sources[0].value, stacked, "stack")
 
 
-def _joined(kind: "type[AttachedUpdate]", several: Sequence[_Tensors]) -> Optional[_Tensors]:
+def _joined(kind: type[AttachedUpdate], several: Sequence[_Tensors]) -> Optional[_Tensors]:
     """Those of one matrix; empty where no update has rows of it."""
     return kind.beside_each_other(several) if several else {}
 
@@ -315,7 +314,8 @@ def _block(
         _check(source.outputs(), here, out, there, f"{where}, {source.path}")
         _check_size(out, source.kind.rank_of(own), where)
         shared = [(here[name], there[name]) for name in here if name in there]
-        moved = source.kind.of_rows(own, shared, out)
+        told = says(source.kind, "of_rows")
+        moved = source.kind.of_rows(own, shared, out) if told else None
         if moved is None:
             return None
         found.append(moved)

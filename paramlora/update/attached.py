@@ -873,8 +873,22 @@ def _elements_made(
 
 def adds(update: AttachedUpdate) -> bool:
     """What an update tells as `adds`, where it is of the weight that its class computes."""
-    kind: Any = type(update)
-    return update.adds and not _unsaid(kind, "adds")
+    return kind_adds(type(update))
+
+
+def kind_adds(kind: Any) -> bool:
+    """What a kind tells as `adds`, where it is of the weight that it computes."""
+    return bool(kind.adds) and not _unsaid(kind, "adds")
+
+
+def says(kind: type[AttachedUpdate], question: str) -> bool:
+    """Whether what a kind tells as `question` is of the weight, or of the change, that it computes
+    itself."""
+    told, computed = (
+        next(index for index, cls in enumerate(kind.__mro__) if names & vars(cls).keys())
+        for names in ({question}, {"forward", "change"})
+    )
+    return told <= computed
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

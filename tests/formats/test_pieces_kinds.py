@@ -15,6 +15,9 @@ from paramlora import formats
 from paramlora.errors import FileError
 from paramlora.files import adapters
 from paramlora.formats import Content, Options, Slot
+from paramlora.update.kinds import register, unregister
+from paramlora.update.loha import Loha
+from paramlora.update.lowrank import LowRank
 from paramlora.update.sum import folded
 from paramlora.update.value import Adapter, KindUpdate, Update, apart_by_kind
 
@@ -349,3 +352,63 @@ def test_tensors_that_do_not_fit_are_refused_in_a_sentence(case, kind, layout):
             except FileError:
                 refused += 1
     assert refused > 5
+
+
+class Sine(Loha):
+    """A change of its own, whose rows it does not tell."""
+
+    method = "sine"
+    parts = {name.replace("hada", "sine"): part for name, part in Loha.parts.items()}
+
+    @staticmethod
+    def change(parts):
+        return Loha.change({name.replace("sine", "hada"): one.sin() for name, one in parts.items()})
+
+    @classmethod
+    def rank_of(cls, held):
+        return held["sine_w1_b"].shape[0]
+
+    @classmethod
+    def options_of(cls, held):
+        return ()
+
+
+class Gained(LowRank):
+    """A low-rank sum times a number for each output, which `of_rows` of the former leaves out."""
+
+    method = "gained"
+    parts = {**LowRank.parts, "lora_gain": "weight"}
+
+    def forward(self, weight):
+        raise NotImplementedError
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("file, model", ((FUSED, SPLIT), (SPLIT, FUSED)), ids=("apart", "fused"))
+def test_a_kind_of_ones_own_is_had_as_its_change_or_refused(file, model):
+    """What it inherits is of another weight."""
+    makes = {
+        Sine: lambda rows: {
+            name.replace("hada", "sine"): one for name, one in loha(rows, IN).held.items()
+        },
+        Gained: lambda rows: {**lora(rows, IN).tensors(), "lora_gain": torch.rand(rows, 1)},
+    }
+    for kind, make in makes.items():
+        register(kind)
+        try:
+            held = {path: make(rows) for path, rows in file.items()}
+            values = {path: KindUpdate(kind.method, one, 0.7) for path, one in held.items()}
+            if kind is Gained:
+                with pytest.raises(FileError, match="gained as this one is of its whole weight"):
+                    fitted(values, model)
+                continue
+            found = fitted(values, model)
+            assert {value.method for value in found.values()} == {"difference"}
+            want = torch.cat([0.7 * Sine.change(one) for one in held.values()])
+            have = torch.cat([found[path].held["lora_diff"] for path in model])
+            torch.testing.assert_close(have, want, **EXACT)
+        finally:
+            unregister(kind.method)
