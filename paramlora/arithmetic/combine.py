@@ -459,14 +459,16 @@ def _around(
     metadata = dict(pair for pair in told[0] if all(pair in other for other in told))
     base: dict[str, str] = {}
     holders: dict[str, Holder] = {}
+    apart: dict[str, tuple[str, ...]] = {}
     # what the first one says wins
     for one in reversed(adapters):
         base |= one.base
         holders |= one.holders
+        apart |= one.apart
     _warn_bases(adapters)
     names = {one.name for one in adapters}
     name = names.pop() if len(names) == 1 else "combined"
-    return Adapter(updates, name, metadata, whole, base, holders, others)
+    return Adapter(updates, name, metadata, whole, base, holders, others, apart)
 
 
 def _warn_bases(adapters: Iterable[Adapter]) -> None:

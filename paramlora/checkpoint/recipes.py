@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
 from paramlora.checkpoint.scales import scale_of
-from paramlora.errors import AdapterError, FileError, closest, counted
+from paramlora.errors import AdapterError, FileError, closest, counted, listed
 from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
@@ -133,6 +133,21 @@ class Contents:
             raise self._lacks(missing, len(changes))
         there = {path: w for path, w in at.items() if w is not None}
         return {w: self.fitted(w, changes[path], narrow) for path, w in there.items()}
+
+    def check_apart(self, adapter: Adapter) -> None:
+        """Refuse to fold into a tensor what is of one of several layers that hold it.
+
+        Raises:
+            FileError: names them.
+        """
+        for path, others in adapter.apart.items():
+            names = {weight for one in others for weight in weights_at(one)}
+            if names.isdisjoint(self.stored):
+                raise FileError(
+                    f"{path}: {listed(others)} held the same tensor without this update, and the "
+                    "base has it under one name, so all of them would have it. Merge it in the "
+                    "model (paramlora.merge), or give a base that stores them apart."
+                )
 
     def fitted(self, weight: str, change: Value, narrow: bool = False) -> Value:
         """A change with its tensor's shape and layout, where those fit it."""
@@ -287,6 +302,7 @@ def merge_recipes(contents: Contents, adapters: Iterable[Weighted], read: Read) 
         raise AdapterError("nothing to merge: no update is inside. Give an adapter.")
     folds = {weight: [(change, 1.0) for change in held] for weight, held in inside.items()}
     for adapter, strength in pairs:
+        contents.check_apart(adapter)
         for weight, change in contents.found(adapter, narrow=True).items():
             folds.setdefault(weight, []).append((change, strength))
     for weight, strong in folds.items():

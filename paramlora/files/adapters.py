@@ -30,7 +30,7 @@ from paramlora.files.checkpoint import PICKLED, SAFE, entries_of
 from paramlora.files.mistaken import check_tensors
 from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
 from paramlora.formats import Base, Content, Format, Options, base_of, base_of_shapes
-from paramlora.formats.base import check_holders, part_of
+from paramlora.formats.base import are_sides_untold, check_holders, part_of, sides_untold
 from paramlora.formats.content import DEFAULTS, report
 from paramlora.formats.factors import within, within_rescaled
 from paramlora.formats.pipeline import PARTS
@@ -160,6 +160,10 @@ def _read(
     content = checked(path, together, locked, look, finite=True)
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
+    # without a model or its checkpoint, by which others are told
+    untold = [path_ for path_, value in adapter.values().items() if are_sides_untold(value)]
+    if untold:
+        raise sides_untold(untold, content.source)
     if not adapter.values():  # reading loosely left all of it out
         raise FileError(
             f"{content.source}: nothing in it belongs to the model. Give an adapter of it."
@@ -334,6 +338,7 @@ def _beside_each_other(found: Adapter, given: Adapter, start: str) -> Adapter:
         {**found.base, **moved(given.base)},
         {**found.holders, **moved(given.holders)},
         {**found.others, **moved(given.others)},
+        {**found.apart, **moved(given.apart)},
     )
 
 

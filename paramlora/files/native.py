@@ -56,8 +56,9 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
     ``config`` (an entry for each path), ``shapes`` (``{path: {"shape": [...], "layout": "..."}}``,
     of the weights, with ``kind`` and ``groups``), ``base`` (``{path: digits}``, see
     `paramlora.model.digest`), ``ties`` (``{path: first path}`` where tied tensors share one
-    update) and ``holders`` (``{path: {"kind", "layout", "groups"}}`` of the layers of those that
-    are tied, where known).
+    update), ``holders`` (``{path: {"kind", "layout", "groups"}}`` of the layers of those that are
+    tied, where known) and ``apart`` (``{path: [paths]}`` of layers that hold the tensor of an
+    update and do not get it, where there are any).
 
     Raises:
         FileError: the file cannot be written, or `read_native` would refuse it.

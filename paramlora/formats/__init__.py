@@ -34,7 +34,7 @@ from paramlora.formats.content import (
     widened,
 )
 from paramlora.formats.detect import detect, unwrapped
-from paramlora.formats.factors import apart_from, factored, with_scale_in_B
+from paramlora.formats.factors import with_scale_in_B, without_differences
 from paramlora.formats.format import (
     FORMATS,
     READERS,
@@ -253,15 +253,18 @@ def write(
             f"{listed(adapter.whole)}: whole tensors alone, without an update beside them, which "
             f"no file of {form.name} holds. Keep the native format."
         )
-    adapter = _without_differences(adapter, form)
-    _check_kinds(adapter, form)
+    held = "difference" in form.kinds
+    # before the fit, which turns the factors of a tied tensor for each layer that holds it
+    told = apart(adapter if held else without_differences(adapter), base)
+    # and behind it, as rows that the base has in one weight may be a difference together
+    told = told if held else without_differences(told)
+    _check_kinds(told, form)
     if adapter.whole and not form.whole:
         raise FileError(
             f"{', '.join(adapter.whole)}: whole tensors beside the updates, which only the native "
             "format and peft's hold. Keep one of those."
         )
     check_finite(adapter, "adapter")
-    told = apart(adapter, base)
     if fold_scale:
         told = replace(told, updates={p: with_scale_in_B(u) for p, u in told.updates.items()})
     _check_scales(told, to)
@@ -302,20 +305,6 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
             f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
             "left there; keep the native format, and report this."
         )
-
-
-def _without_differences(adapter: Adapter, form: Format) -> Adapter:
-    """With factors for dense changes of matrices, where a format holds nothing else."""
-    if "difference" in form.kinds:
-        return adapter
-    rest, found = apart_from(adapter, "difference")
-    # once for each value: tied tensors go on sharing theirs
-    once = {id(value): factored(value) for value in found.values()}
-    made = {path: once[id(value)] for path, value in found.items()}
-    plain = {path: update for path, update in made.items() if update is not None}
-    left = {path: value for path, value in found.items() if path not in plain}
-    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
-    return replace(rest, updates=updates, others=others)
 
 
 def _check_kinds(adapter: Adapter, form: Format) -> None:

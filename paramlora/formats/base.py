@@ -1,5 +1,6 @@
 """The weights of a base model, by name and shape, and an adapter made to fit them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from paramlora.errors import FileError, closest, listed
 from paramlora.formats.content import Options, report
-from paramlora.formats.factors import from_dense, with_scale_in_B
+from paramlora.formats.factors import held, with_scale_in_B
 from paramlora.formats.names.levels import belongs
 from paramlora.formats.originals import original_names
 from paramlora.formats.parts import STACKS
-from paramlora.formats.pieces import Source, check_blocks, gathered, sizes
+from paramlora.formats.pieces import Source, alike, check_blocks, gathered, sizes
 from paramlora.formats.places import Found, Places
 from paramlora.model.targets import Target, adaptable, base_tensor, unwrapped, vectors
+from paramlora.update.attached import kind_adds
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import KINDS
 from paramlora.update.value import Adapter, Holder, KindUpdate, Update, Value, apart_by_kind
@@ -110,7 +112,34 @@ def base_of_shapes(shapes: Mapping[str, "tuple[int, ...] | torch.Size"]) -> Base
     """A model's names and shapes out of a checkpoint's keys, where layers' kinds are unknown."""
     slots = {key.removesuffix(".weight"): Slot(tuple(shape)) for key, shape in shapes.items()}
     matrices = {path: slot for path, slot in slots.items() if len(slot.shape) >= 2}
+    layouts = _layouts(matrices)
+    matrices = {p: replace(slot, layout=layouts.get(p)) for p, slot in matrices.items()}
     return Known(matrices, {path: slot for path, slot in slots.items() if len(slot.shape) == 1})
+
+
+def _layouts(matrices: Base) -> dict[str, Layout]:
+    """How weights of GPT-2's names are stored: as transformers' Conv1Ds, or as Linear layers in
+    models that took the names over. Those that have more outputs than inputs tell of the square
+    ones."""
+    named = {p: s for p, s in matrices.items() if is_named_conv1d(p) and len(s.shape) == 2}
+    told: dict[str, set[Layout]] = {}
+    for path, slot in named.items():
+        wider = path.rpartition(".")[2] in ("c_attn", "c_fc") and slot.shape[0] != slot.shape[1]
+        if wider:
+            stored: Layout = "transposed" if slot.shape[0] < slot.shape[1] else "matrix"
+            told.setdefault(_stack_of(path), set()).add(stored)
+    sure = {stack: next(iter(one)) for stack, one in told.items() if len(one) == 1}
+    return {path: sure[_stack_of(path)] for path in named if _stack_of(path) in sure}
+
+
+def is_named_conv1d(path: str) -> bool:
+    """Whether a layer has the name of one of GPT-2's, which are transformers' Conv1Ds there."""
+    return path.rpartition(".")[2] in ("c_attn", "c_fc", "c_proj", "q_attn")
+
+
+def _stack_of(path: str) -> str:
+    """What stands before the number of a block."""
+    return re.split(r"\.\d+\.", path)[0]
 
 
 def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
@@ -145,16 +174,29 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
             # a difference moves the tensor itself: whichever layer holds it, it is the same one
             moves = KINDS[chosen[path].method].tied
             tied = holders[id(chosen[path])] > 1
-            value = _turned(_of_factors(path, chosen[path], source)) if one.turned else chosen[path]
+            value = _turned(chosen[path], f"{source}: {path}") if one.turned else chosen[path]
             fresh = _fitted(one.whole, value, slot, source, tied)
             # layers share one value again where its file's was one and their kinds agree
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
             updates[one.whole] = made.setdefault(key, fresh)
     parts = {path: one for path, one in found.items() if one.whole is None}
     for path, rows in _gathered(chosen, parts, base, source).items():
-        updates[path] = _added(path, updates[path], rows, source) if path in updates else rows
+        own = updates.get(path)
+        updates[path] = rows if own is None else _added(path, own, rows, base[path], source)
     told = apart_by_kind(updates)
-    return replace(adapter, updates=told["updates"], others=told["others"])
+    # a checkpoint does not tell which of its layers hold one tensor in the model
+    alone = {**adapter.apart, **_apart(updates, base)}
+    return replace(adapter, updates=told["updates"], others=told["others"], apart=alone)
+
+
+def _apart(updates: Mapping[str, Value], base: Base) -> dict[str, tuple[str, ...]]:
+    """By path of an update, the layers that hold its tensor without it."""
+    found = {
+        path: tuple(other for other in base[path].tied if other not in updates)
+        for path, value in updates.items()
+        if not KINDS[value.method].tied
+    }
+    return {path: others for path, others in found.items() if others}
 
 
 def places_of(base: Base) -> Places:
@@ -243,16 +285,21 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
     """
     square: list[str] = []
     turned: list[str] = []
+    untold: list[str] = []
     for path, (value, there) in found.items():
         slot = base[there.whole] if there.whole is not None else None
         if slot is None or slot.layout is not None or value.kind not in (None, "linear"):
             continue
         told = value.shape
-        if told is not None and len(told) == 2 and not there.turned:
+        if are_sides_untold(value) and len(set(slot.shape)) == 1:
+            untold.append(path)
+        elif told is not None and len(told) == 2 and not there.turned:
             if told[0] == told[1]:
                 square.append(path)
             elif told[::-1] == slot.shape:
                 turned.append(path)
+    if untold:
+        raise sides_untold(untold, source)
     if square and turned:
         raise FileError(
             f"{source}: {listed(square, 4)}: a checkpoint does not tell which side of a square "
@@ -261,69 +308,74 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
         )
 
 
-def _added(path: str, one: Value, second: Update, source: str) -> Update:
-    """Two updates of one weight as one: their ranks side by side."""
-    if not isinstance(one, Update) or one.up_kernel != 1:
+def are_sides_untold(value: Value) -> bool:
+    """Whether an update is of a Linear or a Conv1D, and its file does not tell of which."""
+    return getattr(value, "kind", None) == "linear" and value.shape is None
+
+
+def sides_untold(paths: Iterable[str], source: str) -> FileError:
+    """What is wrong with updates of which nothing tells how their weight is stored."""
+    return FileError(
+        f"{source}: {listed(paths, 4)}: its file is of Linear layers beside transformers' Conv1Ds, "
+        "and does not tell which of the two these are. Give the model (--model)."
+    )
+
+
+def _added(path: str, one: Value, second: _Any, slot: Slot, source: str) -> _Any:
+    """Two updates of one weight as one: their ranks side by side, or both as a change of it."""
+    both = [value for value in (one, second) if isinstance(value, (Update, KindUpdate))]
+    sums = [kind_adds(KINDS[v.method]) and getattr(v, "up_kernel", 1) == 1 for v in both]
+    if len(both) < 2 or not all(sums):
         raise FileError(
-            f"{source}: {path} has an update of its own that is no low rank, and another with "
+            f"{source}: {path} has an update of its own that does not add, and another with "
             "other weights. Choose one of them with component=... (--component), or leave one out."
         )
-    first = one
+    first, other = alike(both, [slot.shape] * 2)
+    if not (isinstance(first, Update) and isinstance(other, Update)):
+        own, added = (value.tensors()["lora_diff"] for value in (first, other))
+        total = held(own.double() + added.double(), torch.promote_types(own.dtype, added.dtype))
+        return KindUpdate("difference", {"lora_diff": total}, layout=first.layout)
     if first.scale != second.scale:
         # one update has one scale, so two that differ go into the factors
-        first, second = with_scale_in_B(first), with_scale_in_B(second)
-    a = torch.cat([first.lora_A, second.lora_A], dim=-2)
-    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, second.lora_B], dim=-1))
+        first, other = with_scale_in_B(first), with_scale_in_B(other)
+    a = torch.cat([first.lora_A, other.lora_A], dim=-2)
+    return replace(first, lora_A=a, lora_B=torch.cat([first.lora_B, other.lora_B], dim=-1))
 
 
 def _gathered(
     chosen: Mapping[str, _Any], parts: Mapping[str, Found], base: Base, source: str
-) -> dict[str, Update]:
+) -> dict[str, _Any]:
     """The updates of weights whose rows the file has elsewhere."""
-    factors = {path: _of_factors(path, chosen[path], source) for path in parts}
-    held = {path: rows for there in parts.values() for path, rows in there.held.values()}
-    out = {path: _rows(base[path], len(rows)) for path, rows in held.items()}
-    sources: dict[str, list[Source]] = {}
-    for path, there in parts.items():
-        one = Source(path, factors[path], there.rows)
+    sources = {path: Source(path, chosen[path], there.rows) for path, there in parts.items()}
+    for path, one in sources.items():
         check_blocks(one, f"{source}: {path}")
+    inside = {path: rows for there in parts.values() for path, rows in there.held.values()}
+    matrices = {path: _matrix(base[path], len(rows)) for path, rows in inside.items()}
+    of: dict[str, list[Source]] = {}
+    for path, there in parts.items():
         for weight in there.paths:
-            sources.setdefault(weight, []).append(one)
+            of.setdefault(weight, []).append(sources[path])
     # what the model's and the file's weights have in all tells how many rows each part has
-    totals = [(out[path], block) for path, rows in held.items() for block in rows]
-    totals += [
-        (factors[path].lora_B.shape[-2], block)
-        for path, there in parts.items()
-        for block in there.rows
-    ]
+    totals = [(matrices[path][0], block) for path, rows in inside.items() for block in rows]
+    totals += [(one.outputs(), block) for one in sources.values() for block in one.rows]
     size = sizes(totals)
-    updates: dict[str, Update] = {}
-    for weight, those in sources.items():
-        update = gathered(held[weight], out[weight], those, size, f"{source}: {weight}")
-        # single experts are [out, in]: where the stack is [in, out] the factors change places
+    updates: dict[str, _Any] = {}
+    for weight, those in of.items():
+        update = gathered(inside[weight], matrices[weight], those, size, f"{source}: {weight}")
+        # single experts are [out, in]: where the stack is [in, out] the sides change places
         if update.layout == "stack" and base[weight].input_first:
-            update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
-        updates[weight] = _fitted_factors(weight, update, base[weight], source, False)
+            update = _turned(update, f"{source}: {weight}")
+        updates[weight] = _fitted(weight, update, base[weight], source, False)
     return updates
 
 
-def _of_factors(path: str, update: _Any, source: str) -> Update:
-    if isinstance(update, Update):
-        return update
-    # a dense change can be divided by rows as factors can, once it is written as two
-    if update.method == "difference" and len(update.held["lora_diff"].shape) > 1:
-        return from_dense(update.held["lora_diff"], None)
-    raise FileError(
-        f"{source}: {path} is of rows that the model holds in other weights, and an update of kind "
-        f"{update.method} is of its whole weight alone. Give a model of the file's own names."
-    )
-
-
-def _rows(slot: Slot, blocks: int) -> int:
-    """How many rows one matrix of a weight has."""
-    if slot.input_first:
-        return slot.shape[-1]
-    return matrix_shape(slot.shape, slot.layout or ("stack" if blocks > 1 else "matrix"))[1]
+def _matrix(slot: Slot, blocks: int) -> tuple[int, ...]:
+    """The shape of one of a weight's matrices, ``[out, in, *kernel]``."""
+    layout = slot.layout or ("stack" if blocks > 1 else "matrix")
+    if layout == "matrix":
+        return slot.shape
+    _, out, fan_in = matrix_shape(slot.shape, layout)
+    return (fan_in, out) if slot.input_first else (out, fan_in)
 
 
 def apart(adapter: Adapter, base: Optional[Base]) -> Adapter:
@@ -423,6 +475,7 @@ def part_of(
         whole=inside(adapter.whole),
         base=inside(adapter.base),
         holders=inside(adapter.holders),
+        apart=inside(adapter.apart),
     )
 
 
@@ -471,7 +524,7 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     layout = slot.layout or _guessed(update, slot.shape)
     # an embedding and a head share [V, d]: the output of the one is the input of the other
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
-        update = _turned(update)
+        update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     if layout is None or (a, b) != _factors(update, slot.shape, layout):
         raise FileError(
@@ -482,9 +535,20 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
 
 
-def _turned(update: Update) -> Update:
-    """The update of a tied weight as the holder sees it to which its input is the output."""
-    return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+def _turned(update: _Any, where: str) -> _Any:
+    """The same change of the transpose of its weight, or of each matrix of its stack.
+
+    Raises:
+        FileError: of a kind that has no such.
+    """
+    if isinstance(update, Update):
+        return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+    if update.method == "difference":
+        return replace(update, held={"lora_diff": update.held["lora_diff"].mT})
+    raise FileError(
+        f"{where}: its weight is the transpose of the model's, and an update of kind "
+        f"{update.method} is of one of the two alone. Give a model of the file's own names."
+    )
 
 
 def _guessed(update: Update, shape: tuple[int, ...]) -> Optional[Layout]:

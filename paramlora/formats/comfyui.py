@@ -19,7 +19,12 @@ from paramlora.errors import FileError, with_article
 from paramlora.formats import diffusers
 from paramlora.formats.base import Base, Slot, fit, original_of, places_of
 from paramlora.formats.content import Content, Options
-from paramlora.formats.factors import check_told, kernels, with_low_ranks
+from paramlora.formats.factors import (
+    check_told,
+    kernels,
+    with_low_ranks,
+    without_differences,
+)
 from paramlora.formats.format import Format, Prefix
 from paramlora.formats.kohya import alpha_tensor, without_products
 from paramlora.formats.loaders import stem
@@ -85,7 +90,7 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
     if base is None:
         adapter = _renamed(adapter, prefix)
     else:
-        adapter = fit(adapter, names_of(base, prefix), Options(), "adapter")
+        adapter = without_differences(fit(adapter, names_of(base, prefix), Options(), "adapter"))
     adapter, products = without_products(adapter, "ComfyUI's")
     adapter, magnitudes = with_low_ranks(adapter)
     state: dict[str, Tensor] = {}

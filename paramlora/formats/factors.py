@@ -211,6 +211,18 @@ def apart_from(adapter: Adapter, *methods: str) -> tuple[Adapter, dict[str, Kind
     return replace(adapter, others=rest), found
 
 
+def without_differences(adapter: Adapter) -> Adapter:
+    """An adapter with two factors for dense changes of matrices."""
+    rest, found = apart_from(adapter, "difference")
+    # once for each value: tied tensors go on sharing theirs
+    once = {id(value): factored(value) for value in found.values()}
+    made = {path: once[id(value)] for path, value in found.items()}
+    plain = {path: update for path, update in made.items() if update is not None}
+    left = {path: value for path, value in found.items() if path not in plain}
+    updates, others = {**rest.updates, **plain}, {**rest.others, **left}
+    return replace(rest, updates=updates, others=others)
+
+
 def without_magnitude(value: KindUpdate) -> tuple[Update, Tensor]:
     """The low-rank update inside of a DoRA, and its magnitude."""
     a, b = value.held["lora_A"], value.held["lora_B"]

@@ -14,6 +14,7 @@ import torch
 from einops import EinopsError, einsum
 from torch import Tensor
 
+from paramlora.config import TargetConfig
 from paramlora.errors import FileError, with_article
 from paramlora.formats.base import Base, places_of, vectors_of
 from paramlora.formats.content import (
@@ -33,6 +34,7 @@ from paramlora.formats.factors import (
     check_told,
     difference_of,
     from_dense,
+    held,
     kernels,
     pair,
     product_of,
@@ -45,9 +47,11 @@ from paramlora.formats.factors import (
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.loaders import of_kohya
 from paramlora.formats.names.levels import MANGLED, belongs, in_checkpoint
+from paramlora.formats.pieces import alike, differences_of
 from paramlora.formats.pipeline import part_told
 from paramlora.formats.places import Places
 from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
+from paramlora.update.lokr import Lokr, factors, split
 from paramlora.update.value import Adapter, KindUpdate, Update, Value, apart_by_kind
 
 _LEAF = re.compile(
@@ -296,6 +300,10 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
     # in this order: what is left after the other two must be DoRA's
     adapter, differences = apart_from(adapter, "difference")
     adapter, products = without_products(adapter, "kohya's")
+    made = apart_by_kind({path: _rebuilt(value) for path, value in products.items()})
+    others, products = apart_from(Adapter({}, others=made["others"]), "loha", "lokr")
+    adapter = replace(adapter, updates={**adapter.updates, **made["updates"]})
+    differences |= others.others
     adapter, magnitudes = with_low_ranks(adapter)
     adapter, products = _without_zeros(adapter, products)
     # of all kinds together: two layers of one mangled name are a clash whatever trains them
@@ -405,6 +413,68 @@ def without_products(adapter: Adapter, tool: str) -> tuple[Adapter, dict[str, Ki
         if {"lokr_w1", "lokr_w2"} <= value.held.keys():  # for which LyCORIS reads no scale
             products[path] = with_scale_in(value, "lokr_w1")
     return rest, products
+
+
+def _rebuilt(value: KindUpdate) -> Value:
+    """A LoKr in tensors that LyCORIS's own loader makes room for: ``w_2`` whole if need be, and
+    where that is of no use either the same change as a low-rank update or a difference."""
+    if value.method != "lokr" or _makes_room(value):
+        return value
+    first, second = factors({name: one.double() for name, one in value.held.items()})
+    shape = value.shape or (len(first) * len(second), first.shape[1] * second.shape[1])
+    kernel = shape[2:]
+    # a product of two matrices has the kernel's numbers behind the inputs'
+    if second.dim() == 2 and kernel and second.shape[1] * first.shape[1] == math.prod(shape[1:]):
+        second = second.reshape(len(second), -1, *kernel)
+    dtype = next(iter(value.held.values())).dtype
+    both = {"lokr_w1": held(first * value.scale, dtype), "lokr_w2": held(second, dtype)}
+    wider = torch.promote_types(*(one.dtype for one in both.values()))
+    whole = replace(value, held={name: one.to(wider) for name, one in both.items()}, scale=1.0)
+    if _makes_room(whole):
+        return whole
+    # sd-scripts has low-rank layers for Linear and Conv2d
+    found = (alike if len(shape) in (2, 4) else differences_of)([value], [shape])[0]
+    return replace(found, shape=shape, kind=value.kind, groups=value.groups)
+
+
+def _makes_room(value: KindUpdate) -> bool:
+    """Whether the sizes that LyCORIS's loader derives are those of the tensors (modules/lokr.py,
+    ``make_module_from_state_dict``): it has the sizes of ``w_1`` and ``w_2`` by one factor."""
+    own = value.held
+    first, second = (_sides(own, n) for n in (1, 2))
+    # of Tucker's form, and of a kernel, it takes the ranks and the flattened inputs for sides
+    thin = next((own[n] for n in ("lokr_w1_a", "lokr_w2_a") if n in own), None)
+    out, fan_in = (a * b for a, b in zip(first, second))
+    factor = -1
+    if first != (split(out, -1)[0], split(fan_in, -1)[0]):
+        sides = [max(first), max(second)]
+        good = (
+            one
+            for one in sides
+            if not out % one
+            and not fan_in % one
+            and one in (first[0], second[0])
+            and one in (first[1], second[1])
+        )
+        factor = next(good, min(sides))
+    options = {
+        "factor": factor,
+        "full_matrix": thin is None,
+        "decompose_both": "lokr_w1" not in own and "lokr_w2" not in own,
+        "tucker": "lokr_t2" in own,
+    }
+    entry = TargetConfig("", 1 if thin is None else thin.shape[1], options=tuple(options.items()))
+    shape = value.shape or (out, fan_in)
+    made = Lokr.sizes(entry, shape, "matrix")
+    return made == {name: tuple(tensor.shape) for name, tensor in own.items()}
+
+
+def _sides(own: Mapping[str, Tensor], number: int) -> tuple[int, int]:
+    """The first sizes of one side, of which LyCORIS reads those of its first and last factor."""
+    whole = own.get(f"lokr_w{number}")
+    if whole is not None:
+        return whole.shape[0], whole.shape[1]
+    return own[f"lokr_w{number}_a"].shape[0], own[f"lokr_w{number}_b"].shape[1]
 
 
 def _taken(path: str, name: str) -> FileError:

@@ -80,6 +80,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
         "ties": {path: head for path, head in ties.items() if path != head},
         "base": dict(adapter.base),
         "holders": {path: asdict(holder) for path, holder in adapter.holders.items()},
+        "apart": dict(adapter.apart),
     }
     metadata = {**adapter.metadata, "paramlora": json.dumps(about)}
     state = {key: value for item in own.items() for key, value in _tensors(*item).items()}
@@ -101,6 +102,7 @@ def native_of(path: _Place, metadata: Mapping[str, str], state: Mapping[str, Ten
         metadata=rest,
         base=_base(path, about),
         holders=holders,
+        apart=_apart(path, about),
         **apart_by_kind(values),
     )
 
@@ -276,6 +278,17 @@ def _ties(path: PurePath, about: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(ties, dict) or not all(isinstance(head, str) for head in ties.values()):
         raise FileError(f'{path}: the "ties" in its metadata are damaged. Copy or save it again.')
     return ties
+
+
+def _apart(path: PurePath, about: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    told = about.get("apart", {})
+    sound = isinstance(told, dict) and all(
+        isinstance(others, list) and all(isinstance(one, str) for one in others)
+        for others in told.values()
+    )
+    if not sound:
+        raise FileError(f'{path}: the "apart" in its metadata is damaged. Copy or save it again.')
+    return {stem: tuple(others) for stem, others in told.items()}
 
 
 def _holders(path: PurePath, about: Mapping[str, Any]) -> _Holders:

@@ -589,16 +589,24 @@ def _read(module: nn.Module, name: str) -> Tensor:
 def _check_alone(module: nn.Module, target: Target) -> None:
     there = [p for name, held in updates_of(module) if name == target.tensor for p in held]
     kind = kind_of(target.entry)
-    # adapters that train it whole are summed, see `Whole.together`
-    if kind.alone and all(type(update) is kind for update in there):
-        return  # each adapter has its own
-    for update in there:
-        if isinstance(update, AttachedUpdate) and (update.alone or kind.alone):
+    ours = [update for update in there if isinstance(update, AttachedUpdate)]
+    rules = [type(rule).__name__.lstrip("_") for rule in there if rule not in ours]
+    reason = (
+        "a tensor trained whole has no update beside it but those of other adapters that train it "
+        "whole"
+    )
+    if kind.alone and all(type(update) is kind for update in ours):
+        # adapters that train it whole are summed, see `Whole.together`
+        if not rules:
+            return
+        # torch's own list calls one after the other, so the last would stand alone
+        reason = f"under {rules[0]} one adapter alone trains a tensor whole"
+    for update in ours:
+        if update.alone or kind.alone:
             raise AdapterError(
                 f'"{target.entry.name}" matches {target.path or "weight"}, which adapter '
-                f'"{update.adapter}" adapts already: a tensor trained whole has no update beside '
-                "it but those of other adapters that train it whole. Detach or merge that adapter "
-                "first, or leave the tensor out."
+                f'"{update.adapter}" adapts already: {reason}. Detach or merge that adapter first, '
+                "or leave the tensor out."
             )
 
 

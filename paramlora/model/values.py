@@ -1,7 +1,7 @@
 """The live model to and from an adapter's tensors, named by module path."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
@@ -195,7 +195,13 @@ def adapter_of(model: nn.Module, adapter: str = "default") -> Adapter:
         head = first.setdefault(id(update), path)
         made[path] = _value(update, there.get(path)) if head == path else made[head]
     told, tied = _digests(model, adapter), _holders(held, there)
-    return Adapter(name=adapter, base=told, holders=tied, **apart_by_kind(made))
+    return Adapter(
+        name=adapter,
+        base=told,
+        holders=tied,
+        apart=_apart(model, held, there.values()),
+        **apart_by_kind(made),
+    )
 
 
 @own_context()
@@ -369,6 +375,23 @@ def _holders(held: Mapping[str, AttachedUpdate], there: Mapping[str, Target]) ->
     count = Counter(map(id, held.values()))
     tied = (there[path] for path in held if count[id(held[path])] > 1 and path in there)
     return {one.path: Holder(one.kind, one.layout, one.groups) for one in tied}
+
+
+def _apart(
+    model: nn.Module, held: Collection[str], there: Iterable[Target]
+) -> dict[str, tuple[str, ...]]:
+    """By path of an update, the layers that hold its tensor without it."""
+    tied: dict[int, list[str]] = {}
+    for target in there:
+        base = base_of(model.get_submodule(target.module), target.tensor)
+        tied.setdefault(id(base), []).append(target.path)
+    found = {
+        path: tuple(other for other in paths if other not in held)
+        for paths in tied.values()
+        for path in paths
+        if path in held
+    }
+    return {path: others for path, others in found.items() if others}
 
 
 def _digests(

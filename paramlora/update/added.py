@@ -138,14 +138,17 @@ class Added(AttachedUpdate):
         """Whether the change has as many outputs and inputs as the weight's matrix."""
         if layout == "stack" or len(shape) < 2:
             return False
-        try:
-            # the meta device computes shapes alone, of tensors that may be from any file
-            found = cls.change({name: one.to("meta") for name, one in held.items()}).shape
-        except (RuntimeError, KeyError, EinopsError, IndexError):
+        found = _shape_of(cls, held)
+        if len(found) < 2:
             return False
         _, out, fan_in = matrix_shape(shape, layout)
         same = (found[0], found[1:].numel()) == (out, fan_in)
         return same and (len(found) == 2 or tuple(found) == shape)
+
+    @classmethod
+    def outputs_of(cls, held: Parts) -> int:
+        """How many rows its change has; 0 of tensors that do not fit each other."""
+        return next(iter(_shape_of(cls, held)), 0)
 
     @classmethod
     def read_file(cls, where: str, parts: Parts, entry: TargetConfig, told: Told) -> Value:
@@ -163,6 +166,15 @@ class Added(AttachedUpdate):
         value: Any = super().read_state(where, parts, dtype)
         found: Value = replace(value, options=cls.options_of(value.held))
         return found
+
+
+def _shape_of(kind: type[Added], held: Parts) -> torch.Size:
+    """The shape of what tensors make; empty where they do not fit each other."""
+    try:
+        # the meta device computes shapes alone, of tensors that may be from any file
+        return kind.change({name: one.to("meta") for name, one in held.items()}).shape
+    except (RuntimeError, KeyError, EinopsError, IndexError):
+        return torch.Size()
 
 
 def laid_out(change: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:

@@ -27,6 +27,8 @@ from paramlora.update.sum import Term, folded
 from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
 
+# runs of rows of one matrix, each with where it lies in another
+Moved = Sequence[tuple[slice, slice]]
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
 
 
@@ -621,6 +623,39 @@ class AttachedUpdate(nn.Module):
         return held
 
     @classmethod
+    def outputs_of(cls, held: Mapping[str, Tensor]) -> int:
+        """How many rows a matrix of these tensors has; 0 where only the kind would know."""
+        outer = (tensor for name, tensor in held.items() if cls.parts[name] == "output")
+        return next((tensor.shape[-2] for tensor in outer), 0)
+
+    @classmethod
+    def of_rows(
+        cls, held: Mapping[str, Tensor], rows: Moved, out: int
+    ) -> Optional[Mapping[str, Tensor]]:
+        """Its tensors in a matrix of `out` rows that has some of its rows, and where it `adds` has
+        the others unchanged; None where no update of its kind is that.
+
+        Args:
+            held: of a matrix, not of a stack.
+            rows: of each run the rows that they are of its own, and of the other matrix.
+            out: how many the other matrix has.
+        """
+        return None
+
+    @classmethod
+    def beside_each_other(
+        cls, several: Sequence[Mapping[str, Tensor]]
+    ) -> Optional[Mapping[str, Tensor]]:
+        """The tensors of one update out of those that `of_rows` gave, no two of the same row; None
+        where no update of its kind is that."""
+        return several[0] if len(several) == 1 else None
+
+    @classmethod
+    def factors_of(cls, held: Mapping[str, Tensor]) -> Optional[tuple[Tensor, Tensor]]:
+        """A and B whose product it adds, but for the scale; None where its kind has no such."""
+        return None
+
+    @classmethod
     def read_file(
         cls, where: str, parts: Mapping[str, Tensor], entry: TargetConfig, told: Told
     ) -> Value:
@@ -752,6 +787,23 @@ def as_told(scale: Tensor, told: float) -> float:
     return told if exact else float(scale)
 
 
+def in_rows(tensor: Tensor, rows: Moved, size: int, dim: int = 0) -> Tensor:
+    """Zeros of a size along one dimension, with runs of a tensor's rows (the first of each pair)
+    where the second says.
+
+    Example:
+        >>> in_rows(torch.tensor([1, 2, 3]), [(slice(1, 3), slice(0, 2))], 4).tolist()
+        [2, 3, 0, 0]
+    """
+    shape = list(tensor.shape)
+    shape[dim] = size
+    out = tensor.new_zeros(shape)
+    for here, there in rows:
+        own = tensor.narrow(dim, here.start, here.stop - here.start)
+        out.narrow(dim, there.start, there.stop - there.start).copy_(own)
+    return out
+
+
 def put_in_place(tensor: Tensor, value: Tensor) -> None:
     """Give a tensor another size, if it has that not already."""
     if tensor.shape != value.shape:
@@ -827,8 +879,22 @@ def _elements_made(
 
 def adds(update: AttachedUpdate) -> bool:
     """What an update tells as `adds`, where it is of the weight that its class computes."""
-    kind: Any = type(update)
-    return update.adds and not _unsaid(kind, "adds")
+    return kind_adds(type(update))
+
+
+def kind_adds(kind: Any) -> bool:
+    """What a kind tells as `adds`, where it is of the weight that it computes."""
+    return bool(kind.adds) and not _unsaid(kind, "adds")
+
+
+def says(kind: type[AttachedUpdate], question: str) -> bool:
+    """Whether what a kind tells as `question` is of the weight, or of the change, that it computes
+    itself."""
+    told, computed = (
+        next(index for index, cls in enumerate(kind.__mro__) if names & vars(cls).keys())
+        for names in ({question}, {"forward", "change"})
+    )
+    return told <= computed
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

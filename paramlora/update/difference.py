@@ -1,7 +1,7 @@
 """A tensor of any shape added to a weight whole: changes of biases and norms, LyCORIS's full."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.update.attached import AttachedUpdate, Gains, Site, put_in_place
+from paramlora.update.attached import AttachedUpdate, Gains, Moved, Site, in_rows, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, laid_as, summed_in
 from paramlora.update.kinds import register
@@ -90,6 +90,23 @@ class Difference(AttachedUpdate):
     def fits(cls, held: Mapping[str, Tensor], shape: tuple[int, ...], layout: Layout) -> bool:
         """Whether it has the tensor's shape."""
         return tuple(held["lora_diff"].shape) == tuple(shape)
+
+    @classmethod
+    def outputs_of(cls, held: Mapping[str, Tensor]) -> int:
+        """How many rows it has."""
+        return held["lora_diff"].shape[0]
+
+    @classmethod
+    def of_rows(
+        cls, held: Mapping[str, Tensor], rows: Moved, out: int
+    ) -> Optional[Mapping[str, Tensor]]:
+        """Those rows."""
+        return {"lora_diff": in_rows(held["lora_diff"], rows, out)}
+
+    @classmethod
+    def beside_each_other(cls, several: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Each in its own rows."""
+        return {"lora_diff": torch.stack([one["lora_diff"] for one in several]).sum(0)}
 
     @torch.no_grad()
     def resize(self, base: Tensor) -> None:

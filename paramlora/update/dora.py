@@ -1,7 +1,7 @@
 """DoRA: the low-rank sum gives each output's direction, and a trained magnitude its length."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.config import TargetConfig
-from paramlora.update.attached import Gains, Site, put_in_place
+from paramlora.update.attached import Gains, Moved, Site, in_rows, put_in_place
 from paramlora.update.contexts import in_own_types
 from paramlora.update.geometry import Layout, factor_dtype, laid_as, matrix_shape
 from paramlora.update.kinds import register
@@ -107,6 +107,23 @@ class Dora(LowRank):
     def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """With the magnitude along the dimensions of the weight that is stored so."""
         return {**held, "lora_magnitude": held["lora_magnitude"].transpose(0, 1)}
+
+    @classmethod
+    def of_rows(
+        cls, held: Mapping[str, Tensor], rows: Moved, out: int
+    ) -> Optional[Mapping[str, Tensor]]:
+        """Those rows of the low-rank sum and of the magnitude; none of a norm over outputs, which
+        is over all rows."""
+        own, low = held["lora_magnitude"], super().of_rows(held, rows, out)
+        if not own.numel() == own.shape[0] == cls.outputs_of(held) or low is None:
+            return None
+        return {**low, "lora_magnitude": in_rows(own, rows, out)}
+
+    @classmethod
+    def beside_each_other(cls, several: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Each magnitude in its own rows."""
+        own = torch.stack([one["lora_magnitude"] for one in several]).sum(0)
+        return {**super().beside_each_other(several), "lora_magnitude": own}
 
     @torch.no_grad()
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """LoHa: the product, element by element, of two low-rank matrices."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from einops import einsum
@@ -8,12 +9,13 @@ from torch import Tensor
 
 from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
-from paramlora.update.attached import put_in_place, sized
+from paramlora.update.attached import Moved, in_rows, put_in_place, sized
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
 
 # LyCORIS's; what is not named starts at zero
 _STARTS = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0, "hada_t1": 0.1, "hada_t2": 0.1}
+_OUTER = ("hada_w1_a", "hada_w2_a")  # along the outputs
 
 
 @register
@@ -76,6 +78,33 @@ class Loha(Added):
     def change(parts: Parts) -> Tensor:
         """The product of both sides."""
         return _side(parts, 1) * _side(parts, 2)
+
+    @classmethod
+    def of_rows(cls, held: Parts, rows: Moved, out: int) -> Optional[Parts]:
+        """Those rows of both sides, without ranks that do nothing in them."""
+        if "hada_t1" in held:
+            return None
+        own = {**held, **{name: in_rows(held[name], rows, out) for name in _OUTER}}
+        # both sides keep one rank, of what does something in either; and there is none of rank 0
+        used = torch.cat([own[name] for name in _OUTER]).count_nonzero(0) > 0
+        if used.all() or not used.any():
+            return own
+        return {name: t[:, used] if name in _OUTER else t[used] for name, t in own.items()}
+
+    @classmethod
+    def beside_each_other(cls, several: Sequence[Parts]) -> Parts:
+        """Ranks side by side: in a row, all but its own are zero on both sides."""
+        dims = {name: 1 if name in _OUTER else 0 for name in several[0]}
+        return {name: torch.cat([one[name] for one in several], dim) for name, dim in dims.items()}
+
+    @classmethod
+    def factors_of(cls, held: Parts) -> Optional[tuple[Tensor, Tensor]]:
+        """The products of each pair of ranks, which is the rank squared; of Tucker's form none."""
+        if "hada_t1" in held:
+            return None
+        # (ab) ∘ (cd) sums a[:, i] c[:, j] · b[i] d[j] over i and j
+        a, b, c, d = (held[name].double() for name in sorted(held))
+        return (b[:, None] * d).flatten(0, 1), (a[..., None] * c[:, None]).flatten(1)
 
     @classmethod
     def rank_of(cls, held: Any) -> int:

@@ -1,7 +1,7 @@
 """LoKr: the Kronecker product of a small matrix and a larger one, which may be of low rank."""
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from einops import einsum
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paramlora.config import TargetConfig
 from paramlora.update.added import Added, Parts
+from paramlora.update.attached import Moved, in_rows
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.kinds import register
 
@@ -103,6 +104,31 @@ class Lokr(Added):
         return kron(first, second)
 
     @classmethod
+    def of_rows(cls, held: Parts, rows: Moved, out: int) -> Optional[Parts]:
+        """Those rows of ``w_1``, each of which is as many as ``w_2`` has; or one row of ``w_1`` and
+        some of ``w_2``. Other runs are no Kronecker product of these."""
+        size = factors({name: one.to("meta") for name, one in held.items()})[1].shape[0]
+        first = "lokr_w1" if "lokr_w1" in held else "lokr_w1_a"
+        if all(not n % size for run in rows for side in run for n in (side.start, side.stop, out)):
+            whole = [(_divided(here, size), _divided(there, size)) for here, there in rows]
+            return {**held, first: in_rows(held[first], whole, out // size)}
+        row = rows[0][0].start // size
+        if any(side // size != row for here, _ in rows for side in (here.start, here.stop - 1)):
+            return None
+        inside = [(slice(h.start - row * size, h.stop - row * size), there) for h, there in rows]
+        second, dim = ("lokr_w2", 0) if "lokr_w2" in held else ("lokr_w2_a", int("lokr_t2" in held))
+        own = in_rows(held[second], inside, out, dim)
+        return {**held, first: held[first][row : row + 1], second: own}
+
+    @classmethod
+    def factors_of(cls, held: Parts) -> Optional[_Factors]:
+        """The Kronecker products of the factors' factors; of a kernel none."""
+        second = held.get("lokr_w2")
+        if "lokr_t2" in held or (second is not None and second.dim() > 2):
+            return None
+        return low_rank({name: one.double() for name, one in held.items()})
+
+    @classmethod
     def rank_of(cls, held: Any) -> int:
         """The rank of the factor that has a low one; 1, which is any number, where none has."""
         thin = (held[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in held)
@@ -129,6 +155,10 @@ class Lokr(Added):
             "tucker": bool(kernel),
         }
         return tuple(sorted({"sizes": sizes, **{k: v for k, v in told.items() if v}}.items()))
+
+
+def _divided(run: slice, size: int) -> slice:
+    return slice(run.start // size, run.stop // size)
 
 
 def factors(parts: Parts) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -14,10 +14,12 @@ from paramlora.errors import FileError
 from paramlora.update.attached import (
     AttachedUpdate,
     Gains,
+    Moved,
     Site,
     Told,
     as_asked,
     as_told,
+    in_rows,
     lacking,
     put_in_place,
     sized,
@@ -115,6 +117,25 @@ class LowRank(AttachedUpdate):
         if entry.init != "default":
             initialise(update, site.dense(), entry.init)
         return update
+
+    @classmethod
+    def of_rows(
+        cls, held: Mapping[str, Tensor], rows: Moved, out: int
+    ) -> Optional[Mapping[str, Tensor]]:
+        """Those rows of ``B``, and all of ``A``, without ranks that do nothing there."""
+        a, b = held["lora_A"], in_rows(held["lora_B"], rows, out)
+        # a file of one fused weight often holds its parts apart, as blocks of zeros in B
+        used = b.count_nonzero(0) > 0
+        # not used.any(): an update of zeros keeps its rank, for there is none of rank 0
+        if not used.all() and used.any():
+            a, b = a[used], b[:, used]
+        return {"lora_A": a, "lora_B": b}
+
+    @classmethod
+    def beside_each_other(cls, several: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Ranks side by side: the sum of all, each in its own rows."""
+        a, b = ([one[name] for one in several] for name in ("lora_A", "lora_B"))
+        return {"lora_A": torch.cat(a), "lora_B": torch.cat(b, 1)}
 
     @classmethod
     def elements(cls, entry: TargetConfig, shape: tuple[int, ...], layout: Layout) -> int:

@@ -518,6 +518,8 @@ class Adapter:
         holders: the layers of tied tensors by path, where known: those share one `Update`, which
             has the first one's kind.
         others: the updates of other kinds than the low-rank one.
+        apart: by path of an update, the other layers that hold the same tensor and do not get it,
+            where known.
     """
 
     updates: Mapping[str, Update]
@@ -527,6 +529,7 @@ class Adapter:
     base: Mapping[str, str] = field(default_factory=dict)
     holders: Mapping[str, Holder] = field(default_factory=dict)
     others: Mapping[str, KindUpdate] = field(default_factory=dict)
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def values(self) -> dict[str, Value]:
         """What it does to each tensor; paths that share an update or a tensor share a value."""

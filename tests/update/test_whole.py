@@ -251,7 +251,9 @@ def test_another_kind_of_update_beside_a_head_is_refused_as_before():
     assert [type(m) for m in model.modules()] == before
     under = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     paramlora.attach(under, {"0.weight": {"whole": True}}, "a")
-    with pytest.raises(AdapterError, match='adapter "a" adapts already'):
+    with pytest.raises(
+        AdapterError, match='"a" adapts already: under WeightNorm one adapter alone'
+    ):
         paramlora.attach(under, {"0.weight": {"whole": True}}, "b")
 
 

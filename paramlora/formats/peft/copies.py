@@ -50,6 +50,11 @@ def with_copies(
         # peft saves all embeddings where one is a target, whether they changed or not
         if slot is not None and _is_same(slot, saved):
             continue
+        if path in adapter.others and (slot is None or slot.values is None):
+            raise FileError(
+                f"{source}: {path}: DoRA beside a saved embedding, and without the model nothing "
+                "tells whether it is the model's own. Give the model (--model)."
+            )
         if path in adapter.others:
             raise FileError(
                 f"{source}: {path}: DoRA beside a saved embedding of other values than the "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paramlora.errors import FileError, listed
-from paramlora.formats.base import Base, stacks_of
+from paramlora.formats.base import Base, is_named_conv1d, stacks_of
 from paramlora.formats.content import (
     DEFAULTS,
     Content,
@@ -163,16 +163,32 @@ def read_pairs(
         base = {**base, **stacks_of(base)}
     updates: dict[str, Update] = {}
     others: dict[str, KindUpdate] = {**tokens}
-    for path, (key, update) in _updates(content, config, base, options, found).items():
+    made = _updates(content, config, base, options, found)
+    untold = _untold(made.values(), config)
+    for path, (key, update) in made.items():
+        shape = None if key in untold else update.shape
         if path in magnitudes:
-            others[key] = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
+            own = rescaled(update, magnitudes[path].flatten(), f"{content.source}: {path}")
+            others[key] = replace(own, shape=shape)
         else:
-            updates[key] = update
+            updates[key] = replace(update, shape=shape)
     check_magnitudes(config, updates, content.source)
     adapter = Adapter(updates, whole=dict(whole.values()), others=others)
     # after the updates are known: a saved embedding takes the base's place under its update
     saved = {path: content.state[key] for key, path in copies.items()}
     return with_copies(adapter, saved, base, content.source)
+
+
+def _untold(made: Iterable[tuple[str, Update]], config: Mapping[str, Any]) -> set[str]:
+    """The paths of which the file does not tell whether their weight is a Conv1D's: its
+    ``fan_in_fan_out`` is that of the last layer that peft adapted (tuners/lora/layer.py,
+    ``dispatch_default``), whatever the others are."""
+    linear = [key for key, update in made if update.kind == "linear"]
+    named = {key for key in linear if is_named_conv1d(key)}
+    rest = set(linear) - named
+    if not named or not rest:
+        return set()
+    return rest if config.get("fan_in_fan_out") else named
 
 
 def _updates(

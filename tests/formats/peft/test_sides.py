@@ -102,3 +102,80 @@ def test_a_square_weight_asks_for_the_model_where_the_file_is_wrong_of_another(
     with pytest.raises(FileError, match=told):
         merged(net, tmp_path)
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+class Block(nn.Module):
+    """Layers as GPT-2 calls them, of either kind, square ones among them."""
+
+    def __init__(self, conv1d):
+        super().__init__()
+        sizes = {"c_attn": (6, 18), "c_proj": (18, 18), "q_attn": (18, 18)}
+        for name, (fan_in, out) in sizes.items():
+            self.add_module(name, Conv1D(out, fan_in) if conv1d else nn.Linear(fan_in, out))
+
+    def forward(self, x):
+        return self.q_attn(self.c_proj(self.c_attn(x)))
+
+
+class Named(nn.Module):
+    def __init__(self, conv1d):
+        super().__init__()
+        self.h, self.score = nn.ModuleList([Block(conv1d)]), nn.Linear(18, 18)
+
+    def forward(self, x):
+        return self.score(self.h[0](x))
+
+
+def named(conv1d, targets, dora, folder):
+    torch.manual_seed(1)
+    net = Named(conv1d).double().requires_grad_(False)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=targets, use_dora=dora, init_lora_weights=False
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        theirs = peft.get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand_like(parameter))
+        theirs.save_pretrained(folder)
+        return net, theirs(X)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize(
+    "targets",
+    [["c_attn"], ["c_proj"], ["score"], ["c_proj", "q_attn"], ["c_proj", "score"],
+     ["c_attn", "score"], ["c_attn", "c_proj", "q_attn", "score"]],
+    ids="-".join,
+)  # fmt: skip
+def test_a_checkpoint_of_gpt_2s_names_tells_the_sides_of_square_weights(
+    targets, conv1d, dora, tmp_path
+):
+    """What is wider than it is deep in the same blocks tells how they are stored."""
+    net, want = named(conv1d, targets, dora, tmp_path)
+    close(paramlora.load_adapter(copy.deepcopy(net), tmp_path)(X), want)
+    close(merged(net, tmp_path), want)
+    mixed = "score" in targets and len(targets) > 1
+    assert len(files.inspect(tmp_path).rows) == len(targets)
+
+    def converted():
+        files.convert(tmp_path, tmp_path / "a.safetensors", "native")
+        return paramlora.load_adapter(copy.deepcopy(net), tmp_path / "a.safetensors")(X)
+
+    if not mixed:
+        close(converted(), want)
+        return
+    with pytest.raises(FileError, match=r"c_(proj|attn).*does not tell which of the two these are"):
+        converted()
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_square_weights_of_these_names_alone_ask_for_the_model(tmp_path):
+    net, _ = named(True, ["c_proj", "score"], False, tmp_path)
+    state = {k: v for k, v in net.state_dict().items() if "c_attn" not in k}
+    save_file(state, tmp_path / "base.safetensors")
+    with pytest.raises(FileError, match=r"c_proj: its file is of Linear layers beside"):
+        files.merge(tmp_path / "base.safetensors", [tmp_path], tmp_path / "merged.safetensors")
