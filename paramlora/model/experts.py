@@ -27,6 +27,7 @@ from paramlora.model.forwards import (
     dropped_rows,
     drops_of,
     known_parts,
+    names_in,
     of_rows,
     parts_of_rows,
     plain_forward,
@@ -86,18 +87,12 @@ def drops_in_experts(base: type, name: str) -> bool:
 def _says_expert_linear(base: type) -> bool:
     """Whether a method of a class, but for `nn.Module`'s, names `expert_linear`, by any name."""
     methods = (f for kind in base.__mro__ if kind is not nn.Module for f in vars(kind).values())
-    for method in methods:
-        own = inspect.unwrap(method) if inspect.isfunction(method) else None
-        codes = [] if own is None else [own.__code__]
-        for code in codes:  # grows by what is defined inside, such as a loop's comprehension
-            codes += [c for c in code.co_consts if inspect.iscode(c)]
-            if any(n == "expert_linear" or _is_expert_linear(own, n) for n in code.co_names):
-                return True
-    return False
+    return any(_names_expert_linear(m) for m in methods if inspect.isfunction(m))
 
 
-def _is_expert_linear(method: Any, name: str) -> bool:
-    return method.__globals__.get(name) is expert_linear
+def _names_expert_linear(method: Any) -> bool:
+    known, names = inspect.unwrap(method).__globals__, names_in(method)
+    return "expert_linear" in names or any(known.get(name) is expert_linear for name in names)
 
 
 class Stack(NamedTuple):

@@ -50,7 +50,8 @@ def _torchs(known: Any, name: str = "forward") -> Any:
 # torch's own functions, whatever is put in their place later, or was before this import
 _LINEAR, _EMBEDDING = _torchs(nn.Linear), _torchs(nn.Embedding)
 _CONVOLVED = {_torchs(known) for known in _CONVOLUTIONS} - {None}
-_INNER = {_torchs(known, "_conv_forward") for known in _CONVOLUTIONS} - {None}
+_PART = "_conv_forward"  # of a convolution's forward
+_INNER = {_torchs(known, _PART) for known in _CONVOLUTIONS} - {None}
 _SUMMED = (nn.Linear, *_CONVOLUTIONS)
 _OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
 
@@ -65,7 +66,7 @@ def forward_of(base: type) -> Optional[_Forward]:
     if own is _EMBEDDING:
         return _embedding
     # torch's convolutions call `_conv_forward`, which a subclass may have changed alone
-    if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
+    if own in _CONVOLVED and getattr(base, _PART, None) in _INNER:
         return _convolution
     name = getattr(own, "__qualname__", "")
     if name == "Conv1D.forward" and written_in("transformers.pytorch_utils", own):
@@ -81,7 +82,9 @@ def ending_in(base: type) -> Optional[type]:
     for known in base.__mro__[1:]:
         # the nearest class with a forward of its own is what `super().forward` would reach
         fast = _FAST.get(forward_of(known)) if "forward" in vars(known) else None
-        if fast is not None and type(known) is type and forward_of(base) is None:
+        # it calls `_conv_forward` of `base`, which may be another
+        inner = getattr(base, _PART, None) is getattr(known, _PART, None)
+        if fast is not None and inner and type(known) is type and forward_of(base) is None:
             # behind `base` in the order of methods, so that `super().forward` in it finds this one
             return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
     return None
@@ -97,16 +100,26 @@ def reaches_known(base: type) -> bool:
         if forward_of(kind) is not None:
             # of a metaclass that `ending_in` cannot stand behind, nothing is known
             return kind is base or forward_of(base) is not None or ending_in(base) is not None
-        # a decorator's code tells nothing of what it decorates
-        code = getattr(inspect.unwrap(own), "__code__", None)
-        if code is None or "super" not in code.co_names:
+        if not names_in(own).issuperset(("super", "forward")):
             return False
     return False
 
 
+def names_in(function: Any) -> set[str]:
+    """What a function names in its code and in what is defined inside it, such as a loop's
+    comprehension: attributes and globals."""
+    # a decorator's code tells nothing of what it decorates
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    codes = [] if code is None else [code]
+    for code in codes:  # grows by what is defined inside
+        codes += [one for one in code.co_consts if inspect.iscode(one)]
+    return {name for code in codes for name in code.co_names}
+
+
 def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        return fast(self, input, known.forward)
+    # its input by place, or by the name that the known one gives it
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return fast(self, *args, plain=known.forward, **kwargs)
 
     return forward
 
@@ -127,11 +140,11 @@ def below(kind: Any) -> Any:
 
 
 def honours_dropout(base: type) -> bool:
-    """Whether an update of that layer type can drop its own input: its forward is known, it is
-    called, and it has a float to drop from."""
+    """Whether an update of that layer type can drop its own input: its forward is known, or ends in
+    a known one, it is called, and it has a float to drop from."""
     # attention reads the weight of its `out_proj` past its forward
     unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return forward_of(base) is not None and not issubclass(base, unread)
+    return reaches_known(base) and not issubclass(base, unread)
 
 
 Known = tuple[Tensor, list[LowRank], bool]
@@ -642,7 +655,7 @@ def in_one_sum_of_rows(
 
 def _inner(layer: Any) -> Any:
     own = layer.__dict__
-    return own["_conv_forward"] if "_conv_forward" in own else type(layer)._conv_forward
+    return own[_PART] if _PART in own else type(layer)._conv_forward
 
 
 def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
