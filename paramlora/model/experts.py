@@ -24,8 +24,10 @@ from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     as_served,
+    bare,
     dropped_rows,
     drops_of,
+    in_class_of,
     known_parts,
     names_in,
     of_rows,
@@ -109,6 +111,7 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     held = layer._parameters.get(name)
     if held is not None:
         return Stack(held, [], False) if type(held) is nn.Parameter else None
+    x = bare(x)
     # of somebody's tensor class no grouped product is known, not even one that drops
     if type(x) not in PLAIN and not is_compiling():
         return None
@@ -304,7 +307,8 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
             f"of {experts} whole numbers, got {got}. Give index.bincount(minlength={experts})."
         )
     # 32 bits, as torch's grouped product and the kernels take them
-    return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)
+    ends = bare(counts).cumsum(0, dtype=torch.int32)
+    return in_class_of(x, product(bare(x), stack, ends, False))
 
 
 @functools.cache
@@ -323,8 +327,10 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
                 refuse_dropout(self, *why_defined(given[names[0]]))
             _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
-        hidden, index, weights = (given[name] for name in names)
-        return _experts(self, hidden, index, weights, *stacks, asked)
+        # a router's answers are of the class of what it was asked
+        hidden, index, weights = (bare(given[name]) for name in names)
+        y = _experts(self, hidden, index, weights, *stacks, asked)
+        return in_class_of(given[names[0]], y)
 
     return forward
 
@@ -466,7 +472,8 @@ def _of_sorted(known: Any) -> _Forward:
             _refuse_dropout(self, "its loop")
             return plain(self, inputs, expert_size)
         sizes = torch.as_tensor(expert_size, device=inputs.device)
-        return product(inputs, stack, sizes.cumsum(0, dtype=torch.int32), False)
+        y = product(bare(inputs), stack, bare(sizes).cumsum(0, dtype=torch.int32), False)
+        return in_class_of(inputs, y)
 
     return forward
 
@@ -482,14 +489,20 @@ def _of_equal(known: Any) -> _Forward:
         if stacks is None:
             _refuse_dropout(self, "its own product")
             return plain(self, hidden_states)
-        x, experts = hidden_states.reshape(-1, self.hidden_size), len(stacks[0].weight)
-        every = torch.arange(experts, device=x.device, dtype=torch.int32)
-        tokens = len(x) // experts
-        ends, told = (every + 1) * tokens, None
-        batch = batch_rows(self, x[:tokens], stacks)  # each expert has all tokens
-        if batch is not None:
-            told = (every.long().repeat_interleave(tokens), batch.repeat(experts))
-        gate, up = product(x, stacks[0], ends, True, told).chunk(2, dim=-1)
-        return product(up * self.act_fn(gate), stacks[1], ends, True, told)
+        rows = bare(hidden_states).reshape(-1, self.hidden_size)
+        return in_class_of(hidden_states, _equal(self, rows, stacks))
 
     return forward
+
+
+def _equal(self: Any, x: Tensor, stacks: tuple[Stack, Stack]) -> Tensor:
+    """What such rows give, ``[experts * tokens, in]``."""
+    experts = len(stacks[0].weight)
+    every = torch.arange(experts, device=x.device, dtype=torch.int32)
+    tokens = len(x) // experts
+    ends, told = (every + 1) * tokens, None
+    batch = batch_rows(self, x[:tokens], stacks)  # each expert has all tokens
+    if batch is not None:
+        told = (every.long().repeat_interleave(tokens), batch.repeat(experts))
+    gate, up = product(x, stacks[0], ends, True, told).chunk(2, dim=-1)
+    return product(up * self.act_fn(gate), stacks[1], ends, True, told)

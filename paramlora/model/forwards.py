@@ -54,6 +54,9 @@ _PART = "_conv_forward"  # of a convolution's forward
 _INNER = {_torchs(known, _PART) for known in _CONVOLUTIONS} - {None}
 _SUMMED = (nn.Linear, *_CONVOLUTIONS)
 _OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
+# the overrides of classes that only carry data
+_OF_TORCH = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+_OF_TORCHVISION = "torchvision.tv_tensors._tv_tensor"
 
 
 def forward_of(base: type) -> Optional[_Forward]:
@@ -195,7 +198,39 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
 def _takes_mask(x: Any, dropping: bool) -> bool:
     """Whether an input of a class of somebody's is dropped, which plain operations do; a nested one
     has no rows to draw a mask for."""
-    return dropping and isinstance(x, Tensor) and not x.is_nested
+    return dropping and isinstance(x, Tensor) and not x.is_nested and not only_carries(x)
+
+
+def only_carries(x: Any) -> bool:
+    """Whether a tensor is of a class of somebody's that only carries data: each function of torch
+    computes with it what it does with a plain tensor, and gives a result of some class."""
+    kind: Any = type(x)
+    if kind in _PLAIN or not isinstance(x, Tensor) or is_compiling():
+        return False
+    own = getattr(kind.__torch_function__, "__func__", None)
+    # another override may compute anything
+    known = own is _OF_TORCH or written_in(_OF_TORCHVISION, own)
+    return known and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def bare(x: Any) -> Any:
+    """Such a tensor as a plain one, of the same memory and gradient; anything else as it is."""
+    # torch's override as a plain tensor's: it gives no class back to what lost it
+    if not only_carries(x):
+        return x
+    return Tensor.__torch_function__(Tensor.as_subclass, (), (x, Tensor))  # type: ignore[no-untyped-call]
+
+
+def in_class_of(x: Any, y: Tensor) -> Tensor:
+    """What a function of torch gives of x instead of y, which was computed of `bare` x."""
+    if not only_carries(x):
+        return y
+    given: Tensor = type(x).__torch_function__(lambda _: y, (type(x),), (x,))
+    return given
+
+
+def _of_bare(compute: Callable[..., Tensor], layer: Any, x: Any, plain: Any) -> Tensor:
+    return in_class_of(x, compute(layer, bare(x), plain))
 
 
 def refuse_dropout(layer: nn.Module, how: str, way_out: str, only: Optional[str] = None) -> None:
@@ -548,6 +583,8 @@ def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     # asked at every call: somebody may have put another forward in torch's place since
     known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
+        if plain is _LINEAR and only_carries(input):
+            return _of_bare(_linear_or, self, input, plain)
         routes = parts_of_rows(self, input) if plain is _LINEAR else None
         if routes is not None:
             return linear_of_rows(self, input, *routes, "matrix")
@@ -562,6 +599,8 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
+    if known is None and plain in _OF_TRANSFORMERS and only_carries(x):
+        return _of_bare(_conv1d_or, self, x, plain)
     routes = parts_of_rows(self, x) if known is None and plain in _OF_TRANSFORMERS else None
     if routes is not None:
         return linear_of_rows(self, x, routes[0].t(), *routes[1:], "transposed")
@@ -586,6 +625,8 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     if plain in _CONVOLVED and _inner(self) in _INNER:
         dims, alone = input.dim(), len(self.kernel_size) + 1
         known = known_parts(self, input) if dims == alone + 1 else None
+        if known is None and only_carries(input):
+            return _of_bare(_convolution_or, self, input, plain)
         routes = parts_of_rows(self, input) if known is None else None
         if routes is not None:
             return _convolution_of_rows(self, input, *routes)
@@ -684,6 +725,8 @@ def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
         usual = plain is _EMBEDDING and not other
+        if usual and only_carries(input):
+            return _of_bare(_embedding_or, self, input, plain)
         routes = parts_of_rows(self, input) if usual else None
         if routes is not None:
             return _embedding_of_rows(self, input, *routes)
