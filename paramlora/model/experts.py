@@ -31,6 +31,7 @@ from paramlora.model.forwards import (
     known_parts,
     names_in,
     of_rows,
+    own_class,
     parts_of_rows,
     plain_forward,
     refuse_dropout,
@@ -40,7 +41,7 @@ from paramlora.model.forwards import (
     written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import every_module_hooks
+from paramlora.update.compat import asserted, every_module_hooks, recorded, traced
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
@@ -53,6 +54,7 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # what those classes call th
 _LOOPS = ("Step3p7Experts.forward", "LongcatFlashExperts.forward")
 _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, sizes in a list
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # torch's activations that draw random numbers in training, which a second call would draw anew
 _RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
 
@@ -268,7 +270,9 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         ``[rows, out]``.
 
     Raises:
-        AdapterError: the layer has no such stack, or `counts` is none of its matrices'.
+        AdapterError: the layer has no such stack, x is no matrix, or `counts` are not its rows.
+        RuntimeError: `counts` on a device, or in compiled code, are wrong numbers: no device is
+            waited for, so that it is a later call that fails, as of an index beyond a table.
 
     Example:
         >>> import paramlora
@@ -282,33 +286,65 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         >>> x, counts = torch.randn(3, 4), torch.tensor([2, 1])
         >>> assert torch.allclose(model(x, counts)[:2], x[:2] @ model.w1[0].T, atol=1e-5)
     """
-    stack = stack_of(layer, name, x)
+    stack, kind = stack_of(layer, name, x), own_class(layer).__name__
     if stack is None:
         held = getattr(layer, name, None)
         if not isinstance(held, Tensor):
             raise AdapterError(
-                f"{type(layer).__name__} has no tensor {name!r}. Name one of its stacks of "
+                f"{kind} has no tensor {name!r}. Name one of its stacks of "
                 "matrices, [experts, out, in]."
             )
         refuse_dropout(layer, *why_defined(x), name)
         stack = Stack(held, [], False)
     if stack.weight.dim() != 3:
         raise AdapterError(
-            f"{name!r} of {type(layer).__name__} is of shape {list(stack.weight.shape)}, where a "
-            "stack of matrices, [experts, out, in], is needed. Name such a one."
+            f"{name!r} of {kind} is of shape {list(stack.weight.shape)}, where a stack of "
+            " matrices, [experts, out, in], is needed. Name such a one."
         )
-    experts = len(stack.weight)
-    # by what no device is waited for
-    sound = isinstance(counts, Tensor) and counts.shape == (experts,)
-    if not sound or counts.is_floating_point() or counts.dtype == torch.bool:
+    if x.dim() != 2:
+        raise AdapterError(
+            f"x of {name!r} of {kind} must be [rows, in], sorted by expert, got {list(x.shape)}. "
+            "Flatten it."
+        )
+    ends = _ends_of_counts(f"{name!r} of {kind}", len(stack.weight), x, counts)
+    return in_class_of(x, product(bare(x), stack, ends, False))
+
+
+def _ends_of_counts(where: str, experts: int, x: Tensor, counts: Any) -> Tensor:
+    """``[experts]``, where each expert's rows end, in the 32 bits that torch's grouped product and
+    the kernels take.
+
+    Raises:
+        AdapterError: the counts are no whole numbers of that many matrices, or not all of x's rows.
+        RuntimeError: so they are on a device, or in compiled code, which nobody waits for.
+    """
+    whole = isinstance(counts, Tensor) and counts.dtype in _WHOLE
+    if not whole or counts.shape != (experts,):
         got = f"{list(counts.shape)} of {counts.dtype}" if isinstance(counts, Tensor) else counts
         raise AdapterError(
-            f"counts must tell the rows of each of the {experts} matrices of {name!r}, in a tensor "
+            f"counts must tell the rows of each of the {experts} matrices of {where}, in a tensor "
             f"of {experts} whole numbers, got {got}. Give index.bincount(minlength={experts})."
         )
-    # 32 bits, as torch's grouped product and the kernels take them
-    ends = bare(counts).cumsum(0, dtype=torch.int32)
-    return in_class_of(x, product(bare(x), stack, ends, False))
+    if counts.device != x.device:
+        raise AdapterError(
+            f"counts of {where} lie on {counts.device}, and x on {x.device}. Give "
+            "counts.to(x.device)."
+        )
+    counts = bare(counts)
+    ends: Tensor = counts.cumsum(0)  # in 64 bits: what 32 cannot hold would pass for less
+    # a number is read where it costs no wait, and where nobody follows the operations
+    if counts.is_cpu and type(counts) in PLAIN and not (is_compiling() or traced() or recorded()):
+        given = counts.tolist()
+        if sum(given) != len(x) or min(given, default=0) < 0:
+            raise AdapterError(
+                f"counts of {where} must add up to the {len(x)} rows of x, none below 0, got "
+                f"{given}. Give index.bincount(minlength={experts})."
+            )
+    else:
+        sound = ((counts >= 0) & (ends[-1:] == len(x))).all()
+        # without the number of rows, which compiled code would hold fast
+        asserted(sound, f"counts of {where} must add up to the rows of x, none below 0")
+    return ends.to(torch.int32)
 
 
 @functools.cache

@@ -129,9 +129,14 @@ def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
 
 def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
+    return own_class(layer).forward
+
+
+def own_class(layer: nn.Module) -> Any:
+    """The class of a layer without its updates."""
     # a forward that was kept, by a hook or a trace, may be called after the merge
     kind: Any = type(layer)
-    return (below(kind) if "parametrizations" in layer._modules else kind).forward
+    return below(kind) if "parametrizations" in layer._modules else kind
 
 
 def below(kind: Any) -> Any:
