@@ -145,10 +145,10 @@ def grouped_by_definition(
 
 
 def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and these."""
+    """Each expert that has rows, and these; none where tensors are shapes alone."""
     start = 0
     # `tolist` waits for a device, which its grouped product does not
-    for e, end in enumerate(ends.tolist()):
+    for e, end in enumerate([] if ends.is_meta else ends.tolist()):
         if end > start:
             yield e, slice(start, end)
             start = end

@@ -24,10 +24,14 @@ from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
     as_served,
+    bare,
     dropped_rows,
     drops_of,
+    in_class_of,
     known_parts,
+    names_in,
     of_rows,
+    own_class,
     parts_of_rows,
     plain_forward,
     refuse_dropout,
@@ -37,7 +41,7 @@ from paramlora.model.forwards import (
     written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import every_module_hooks
+from paramlora.update.compat import asserted, every_module_hooks, recorded, traced
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
@@ -50,6 +54,7 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # what those classes call th
 _LOOPS = ("Step3p7Experts.forward", "LongcatFlashExperts.forward")
 _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, sizes in a list
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # torch's activations that draw random numbers in training, which a second call would draw anew
 _RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
 
@@ -86,18 +91,12 @@ def drops_in_experts(base: type, name: str) -> bool:
 def _says_expert_linear(base: type) -> bool:
     """Whether a method of a class, but for `nn.Module`'s, names `expert_linear`, by any name."""
     methods = (f for kind in base.__mro__ if kind is not nn.Module for f in vars(kind).values())
-    for method in methods:
-        own = inspect.unwrap(method) if inspect.isfunction(method) else None
-        codes = [] if own is None else [own.__code__]
-        for code in codes:  # grows by what is defined inside, such as a loop's comprehension
-            codes += [c for c in code.co_consts if inspect.iscode(c)]
-            if any(n == "expert_linear" or _is_expert_linear(own, n) for n in code.co_names):
-                return True
-    return False
+    return any(_names_expert_linear(m) for m in methods if inspect.isfunction(m))
 
 
-def _is_expert_linear(method: Any, name: str) -> bool:
-    return method.__globals__.get(name) is expert_linear
+def _names_expert_linear(method: Any) -> bool:
+    known, names = inspect.unwrap(method).__globals__, names_in(method)
+    return "expert_linear" in names or any(known.get(name) is expert_linear for name in names)
 
 
 class Stack(NamedTuple):
@@ -114,6 +113,7 @@ def stack_of(layer: nn.Module, name: str, x: Any) -> Optional[Stack]:
     held = layer._parameters.get(name)
     if held is not None:
         return Stack(held, [], False) if type(held) is nn.Parameter else None
+    x = bare(x)
     # of somebody's tensor class no grouped product is known, not even one that drops
     if type(x) not in PLAIN and not is_compiling():
         return None
@@ -270,7 +270,9 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         ``[rows, out]``.
 
     Raises:
-        AdapterError: the layer has no such stack, or `counts` is none of its matrices'.
+        AdapterError: the layer has no such stack, x is no matrix, or `counts` are not its rows.
+        RuntimeError: `counts` on a device, or in compiled code, are wrong numbers: no device is
+            waited for, so that it is a later call that fails, as of an index beyond a table.
 
     Example:
         >>> import paramlora
@@ -284,32 +286,65 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
         >>> x, counts = torch.randn(3, 4), torch.tensor([2, 1])
         >>> assert torch.allclose(model(x, counts)[:2], x[:2] @ model.w1[0].T, atol=1e-5)
     """
-    stack = stack_of(layer, name, x)
+    stack, kind = stack_of(layer, name, x), own_class(layer).__name__
     if stack is None:
         held = getattr(layer, name, None)
         if not isinstance(held, Tensor):
             raise AdapterError(
-                f"{type(layer).__name__} has no tensor {name!r}. Name one of its stacks of "
+                f"{kind} has no tensor {name!r}. Name one of its stacks of "
                 "matrices, [experts, out, in]."
             )
         refuse_dropout(layer, *why_defined(x), name)
         stack = Stack(held, [], False)
     if stack.weight.dim() != 3:
         raise AdapterError(
-            f"{name!r} of {type(layer).__name__} is of shape {list(stack.weight.shape)}, where a "
-            "stack of matrices, [experts, out, in], is needed. Name such a one."
+            f"{name!r} of {kind} is of shape {list(stack.weight.shape)}, where a stack of "
+            " matrices, [experts, out, in], is needed. Name such a one."
         )
-    experts = len(stack.weight)
-    # by what no device is waited for
-    sound = isinstance(counts, Tensor) and counts.shape == (experts,)
-    if not sound or counts.is_floating_point() or counts.dtype == torch.bool:
+    if x.dim() != 2:
+        raise AdapterError(
+            f"x of {name!r} of {kind} must be [rows, in], sorted by expert, got {list(x.shape)}. "
+            "Flatten it."
+        )
+    ends = _ends_of_counts(f"{name!r} of {kind}", len(stack.weight), x, counts)
+    return in_class_of(x, product(bare(x), stack, ends, False))
+
+
+def _ends_of_counts(where: str, experts: int, x: Tensor, counts: Any) -> Tensor:
+    """``[experts]``, where each expert's rows end, in the 32 bits that torch's grouped product and
+    the kernels take.
+
+    Raises:
+        AdapterError: the counts are no whole numbers of that many matrices, or not all of x's rows.
+        RuntimeError: so they are on a device, or in compiled code, which nobody waits for.
+    """
+    whole = isinstance(counts, Tensor) and counts.dtype in _WHOLE
+    if not whole or counts.shape != (experts,):
         got = f"{list(counts.shape)} of {counts.dtype}" if isinstance(counts, Tensor) else counts
         raise AdapterError(
-            f"counts must tell the rows of each of the {experts} matrices of {name!r}, in a tensor "
+            f"counts must tell the rows of each of the {experts} matrices of {where}, in a tensor "
             f"of {experts} whole numbers, got {got}. Give index.bincount(minlength={experts})."
         )
-    # 32 bits, as torch's grouped product and the kernels take them
-    return product(x, stack, counts.cumsum(0, dtype=torch.int32), False)
+    if counts.device != x.device:
+        raise AdapterError(
+            f"counts of {where} lie on {counts.device}, and x on {x.device}. Give "
+            "counts.to(x.device)."
+        )
+    counts = bare(counts)
+    ends: Tensor = counts.cumsum(0)  # in 64 bits: what 32 cannot hold would pass for less
+    # a number is read where it costs no wait, and where nobody follows the operations
+    if counts.is_cpu and type(counts) in PLAIN and not (is_compiling() or traced() or recorded()):
+        given = counts.tolist()
+        if sum(given) != len(x) or min(given, default=0) < 0:
+            raise AdapterError(
+                f"counts of {where} must add up to the {len(x)} rows of x, none below 0, got "
+                f"{given}. Give index.bincount(minlength={experts})."
+            )
+    else:
+        sound = ((counts >= 0) & (ends[-1:] == len(x))).all()
+        # without the number of rows, which compiled code would hold fast
+        asserted(sound, f"counts of {where} must add up to the rows of x, none below 0")
+    return ends.to(torch.int32)
 
 
 @functools.cache
@@ -328,8 +363,10 @@ def _of_experts(known: Any, implemented: bool) -> _Forward:
                 refuse_dropout(self, *why_defined(given[names[0]]))
             _refuse_dropout(self, f"the implementation {asked!r}" if implemented else "its loop")
             return plain(self, *args, **kwargs)
-        hidden, index, weights = (given[name] for name in names)
-        return _experts(self, hidden, index, weights, *stacks, asked)
+        # a router's answers are of the class of what it was asked
+        hidden, index, weights = (bare(given[name]) for name in names)
+        y = _experts(self, hidden, index, weights, *stacks, asked)
+        return in_class_of(given[names[0]], y)
 
     return forward
 
@@ -471,7 +508,8 @@ def _of_sorted(known: Any) -> _Forward:
             _refuse_dropout(self, "its loop")
             return plain(self, inputs, expert_size)
         sizes = torch.as_tensor(expert_size, device=inputs.device)
-        return product(inputs, stack, sizes.cumsum(0, dtype=torch.int32), False)
+        y = product(bare(inputs), stack, bare(sizes).cumsum(0, dtype=torch.int32), False)
+        return in_class_of(inputs, y)
 
     return forward
 
@@ -487,14 +525,20 @@ def _of_equal(known: Any) -> _Forward:
         if stacks is None:
             _refuse_dropout(self, "its own product")
             return plain(self, hidden_states)
-        x, experts = hidden_states.reshape(-1, self.hidden_size), len(stacks[0].weight)
-        every = torch.arange(experts, device=x.device, dtype=torch.int32)
-        tokens = len(x) // experts
-        ends, told = (every + 1) * tokens, None
-        batch = batch_rows(self, x[:tokens], stacks)  # each expert has all tokens
-        if batch is not None:
-            told = (every.long().repeat_interleave(tokens), batch.repeat(experts))
-        gate, up = product(x, stacks[0], ends, True, told).chunk(2, dim=-1)
-        return product(up * self.act_fn(gate), stacks[1], ends, True, told)
+        rows = bare(hidden_states).reshape(-1, self.hidden_size)
+        return in_class_of(hidden_states, _equal(self, rows, stacks))
 
     return forward
+
+
+def _equal(self: Any, x: Tensor, stacks: tuple[Stack, Stack]) -> Tensor:
+    """What such rows give, ``[experts * tokens, in]``."""
+    experts = len(stacks[0].weight)
+    every = torch.arange(experts, device=x.device, dtype=torch.int32)
+    tokens = len(x) // experts
+    ends, told = (every + 1) * tokens, None
+    batch = batch_rows(self, x[:tokens], stacks)  # each expert has all tokens
+    if batch is not None:
+        told = (every.long().repeat_interleave(tokens), batch.repeat(experts))
+    gate, up = product(x, stacks[0], ends, True, told).chunk(2, dim=-1)
+    return product(up * self.act_fn(gate), stacks[1], ends, True, told)

@@ -50,9 +50,13 @@ def _torchs(known: Any, name: str = "forward") -> Any:
 # torch's own functions, whatever is put in their place later, or was before this import
 _LINEAR, _EMBEDDING = _torchs(nn.Linear), _torchs(nn.Embedding)
 _CONVOLVED = {_torchs(known) for known in _CONVOLUTIONS} - {None}
-_INNER = {_torchs(known, "_conv_forward") for known in _CONVOLUTIONS} - {None}
+_PART = "_conv_forward"  # of a convolution's forward
+_INNER = {_torchs(known, _PART) for known in _CONVOLUTIONS} - {None}
 _SUMMED = (nn.Linear, *_CONVOLUTIONS)
 _OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
+# the overrides of classes that only carry data
+_OF_TORCH = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+_OF_TORCHVISION = "torchvision.tv_tensors._tv_tensor"
 
 
 def forward_of(base: type) -> Optional[_Forward]:
@@ -65,7 +69,7 @@ def forward_of(base: type) -> Optional[_Forward]:
     if own is _EMBEDDING:
         return _embedding
     # torch's convolutions call `_conv_forward`, which a subclass may have changed alone
-    if own in _CONVOLVED and getattr(base, "_conv_forward", None) in _INNER:
+    if own in _CONVOLVED and getattr(base, _PART, None) in _INNER:
         return _convolution
     name = getattr(own, "__qualname__", "")
     if name == "Conv1D.forward" and written_in("transformers.pytorch_utils", own):
@@ -81,7 +85,9 @@ def ending_in(base: type) -> Optional[type]:
     for known in base.__mro__[1:]:
         # the nearest class with a forward of its own is what `super().forward` would reach
         fast = _FAST.get(forward_of(known)) if "forward" in vars(known) else None
-        if fast is not None and type(known) is type and forward_of(base) is None:
+        # it calls `_conv_forward` of `base`, which may be another
+        inner = getattr(base, _PART, None) is getattr(known, _PART, None)
+        if fast is not None and inner and type(known) is type and forward_of(base) is None:
             # behind `base` in the order of methods, so that `super().forward` in it finds this one
             return type(f"Known{known.__name__}", (known,), {"forward": _behind(known, fast)})
     return None
@@ -97,25 +103,40 @@ def reaches_known(base: type) -> bool:
         if forward_of(kind) is not None:
             # of a metaclass that `ending_in` cannot stand behind, nothing is known
             return kind is base or forward_of(base) is not None or ending_in(base) is not None
-        # a decorator's code tells nothing of what it decorates
-        code = getattr(inspect.unwrap(own), "__code__", None)
-        if code is None or "super" not in code.co_names:
+        if not names_in(own).issuperset(("super", "forward")):
             return False
     return False
 
 
+def names_in(function: Any) -> set[str]:
+    """What a function names in its code and in what is defined inside it, such as a loop's
+    comprehension: attributes and globals."""
+    # a decorator's code tells nothing of what it decorates
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    codes = [] if code is None else [code]
+    for code in codes:  # grows by what is defined inside
+        codes += [one for one in code.co_consts if inspect.iscode(one)]
+    return {name for code in codes for name in code.co_names}
+
+
 def _behind(known: Any, fast: Callable[..., Tensor]) -> _Forward:
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        return fast(self, input, known.forward)
+    # its input by place, or by the name that the known one gives it
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return fast(self, *args, plain=known.forward, **kwargs)
 
     return forward
 
 
 def plain_forward(layer: nn.Module) -> Any:
     """The forward that the layer's type has now, of itself; a merged one has its own type back."""
+    return own_class(layer).forward
+
+
+def own_class(layer: nn.Module) -> Any:
+    """The class of a layer without its updates."""
     # a forward that was kept, by a hook or a trace, may be called after the merge
     kind: Any = type(layer)
-    return (below(kind) if "parametrizations" in layer._modules else kind).forward
+    return below(kind) if "parametrizations" in layer._modules else kind
 
 
 def below(kind: Any) -> Any:
@@ -127,11 +148,11 @@ def below(kind: Any) -> Any:
 
 
 def honours_dropout(base: type) -> bool:
-    """Whether an update of that layer type can drop its own input: its forward is known, it is
-    called, and it has a float to drop from."""
+    """Whether an update of that layer type can drop its own input: its forward is known, or ends in
+    a known one, it is called, and it has a float to drop from."""
     # attention reads the weight of its `out_proj` past its forward
     unread = (nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return forward_of(base) is not None and not issubclass(base, unread)
+    return reaches_known(base) and not issubclass(base, unread)
 
 
 Known = tuple[Tensor, list[LowRank], bool]
@@ -182,7 +203,39 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
 def _takes_mask(x: Any, dropping: bool) -> bool:
     """Whether an input of a class of somebody's is dropped, which plain operations do; a nested one
     has no rows to draw a mask for."""
-    return dropping and isinstance(x, Tensor) and not x.is_nested
+    return dropping and isinstance(x, Tensor) and not x.is_nested and not only_carries(x)
+
+
+def only_carries(x: Any) -> bool:
+    """Whether a tensor is of a class of somebody's that only carries data: each function of torch
+    computes with it what it does with a plain tensor, and gives a result of some class."""
+    kind: Any = type(x)
+    if kind in _PLAIN or not isinstance(x, Tensor) or is_compiling():
+        return False
+    own = getattr(kind.__torch_function__, "__func__", None)
+    # another override may compute anything
+    known = own is _OF_TORCH or written_in(_OF_TORCHVISION, own)
+    return known and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def bare(x: Any) -> Any:
+    """Such a tensor as a plain one, of the same memory and gradient; anything else as it is."""
+    # torch's override as a plain tensor's: it gives no class back to what lost it
+    if not only_carries(x):
+        return x
+    return Tensor.__torch_function__(Tensor.as_subclass, (), (x, Tensor))  # type: ignore[no-untyped-call]
+
+
+def in_class_of(x: Any, y: Tensor) -> Tensor:
+    """What a function of torch gives of x instead of y, which was computed of `bare` x."""
+    if not only_carries(x):
+        return y
+    given: Tensor = type(x).__torch_function__(lambda _: y, (type(x),), (x,))
+    return given
+
+
+def _of_bare(compute: Callable[..., Tensor], layer: Any, x: Any, plain: Any) -> Tensor:
+    return in_class_of(x, compute(layer, bare(x), plain))
 
 
 def refuse_dropout(layer: nn.Module, how: str, way_out: str, only: Optional[str] = None) -> None:
@@ -535,6 +588,8 @@ def _linear_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     # asked at every call: somebody may have put another forward in torch's place since
     known = known_parts(self, input) if plain is _LINEAR else None
     if known is None:
+        if plain is _LINEAR and only_carries(input):
+            return _of_bare(_linear_or, self, input, plain)
         routes = parts_of_rows(self, input) if plain is _LINEAR else None
         if routes is not None:
             return linear_of_rows(self, input, *routes, "matrix")
@@ -549,6 +604,8 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _conv1d_or(self: Any, x: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, x) if plain in _OF_TRANSFORMERS else None
+    if known is None and plain in _OF_TRANSFORMERS and only_carries(x):
+        return _of_bare(_conv1d_or, self, x, plain)
     routes = parts_of_rows(self, x) if known is None and plain in _OF_TRANSFORMERS else None
     if routes is not None:
         return linear_of_rows(self, x, routes[0].t(), *routes[1:], "transposed")
@@ -573,6 +630,8 @@ def _convolution_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     if plain in _CONVOLVED and _inner(self) in _INNER:
         dims, alone = input.dim(), len(self.kernel_size) + 1
         known = known_parts(self, input) if dims == alone + 1 else None
+        if known is None and only_carries(input):
+            return _of_bare(_convolution_or, self, input, plain)
         routes = parts_of_rows(self, input) if known is None else None
         if routes is not None:
             return _convolution_of_rows(self, input, *routes)
@@ -642,7 +701,7 @@ def in_one_sum_of_rows(
 
 def _inner(layer: Any) -> Any:
     own = layer.__dict__
-    return own["_conv_forward"] if "_conv_forward" in own else type(layer)._conv_forward
+    return own[_PART] if _PART in own else type(layer)._conv_forward
 
 
 def padded_input(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -671,6 +730,8 @@ def _embedding_or(self: Any, input: Tensor, plain: Any) -> Tensor:
     known = known_parts(self, input) if plain is _EMBEDDING and not other else None
     if known is None:
         usual = plain is _EMBEDDING and not other
+        if usual and only_carries(input):
+            return _of_bare(_embedding_or, self, input, plain)
         routes = parts_of_rows(self, input) if usual else None
         if routes is not None:
             return _embedding_of_rows(self, input, *routes)

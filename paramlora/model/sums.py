@@ -4,7 +4,8 @@ A layer whose forward nobody here knows, or the module around it, may read a ten
 one call: an LSTM four times, a loop over experts once for each. All of them get one sum, which is
 computed once and lies in memory once, for as long as the outermost call of a module lasts in this
 thread; inside of torch's ``parametrize.cached()``, for as long as that block lasts. A sum is given
-again only while everything that it was computed from is as it was.
+again only while everything that it was computed from is as it was, but for what torch leaves no
+sign of: a write through ``.data``, and the step of a fused optimizer in compiled code.
 """
 
 import sys
@@ -107,8 +108,8 @@ class _Steps:
 
 
 def _stepped(*_: Any) -> None:
-    # a number in compiled code is guarded, and each step would be compiled anew; but for a fused
-    # one, a step that is compiled counts versions
+    # a number in compiled code is guarded, and each step would be compiled anew; a compiled step
+    # counts versions itself, but for a fused one, of which torch leaves no sign
     if not is_compiling():
         _Steps.count += 1
 

@@ -326,6 +326,18 @@ cached_by_torch: Callable[[], Optional[dict[Any, Any]]] = (
     else _nothing_cached
 )
 
+# --- what a device finds wrong ------------------------------------------------------------------
+
+
+def _asserted(sound: Tensor, message: str) -> None:
+    """Raise what torch raises where a tensor of one truth is false; waits for its device."""
+    if not sound:
+        raise RuntimeError(message)
+
+
+# ``asserted(sound, message)``: on a device nobody waits for it, and a later call there fails
+asserted: Callable[[Tensor, str], None] = _private("_assert_async") or _asserted
+
 # --- products ------------------------------------------------------------------------------------
 
 # of each group's rows with its own matrix; None where this torch has none, which costs a loop

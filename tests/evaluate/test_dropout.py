@@ -1,9 +1,12 @@
 """Dropout's masks are drawn from a seed, drawn again in the backward, and never stored."""
 
 import copy
+import inspect
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +43,7 @@ def reference(plain, x, updates, masks):
     for low, mask in zip(updates, masks):
         own = copy.copy(plain)
         delta = low.lora_B @ low.lora_A * (low.lora_scale * low.strength)
+        delta = delta.t() if low.layout == "transposed" else delta
         named = {"weight": delta.reshape(plain.weight.shape)}
         if plain.bias is not None:
             named["bias"] = torch.zeros_like(plain.bias)
@@ -316,3 +320,195 @@ def test_more_ranks_than_the_kernels_take_are_left_as_they_are(ranks):
     drops = Drops((0.5,) * len(ranks), ranks, torch.tensor(7))
     found = dropout.shared_out(a, b, drops)
     assert found[0] is a and found[1] is b and found[2] is drops
+
+
+# --- classes whose forward ends in a known one ---------------------------------------------------
+
+
+def conv1d_of_transformers():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+
+def scaled(known):
+    class Scaled(known):
+        def forward(self, x):
+            return super().forward(x) * 3 + 1
+
+    return Scaled
+
+
+def mixed(known):
+    class Mixin:
+        def forward(self, x, more=0):
+            return super().forward(x) + more
+
+    class Mixed(Mixin, known):
+        pass
+
+    class Twice(Mixed):
+        def forward(self, x):
+            return super().forward(x.relu(), more=1) ** 2
+
+    return Twice
+
+
+def causal(known):
+    class Causal(known):
+        def forward(self, x):
+            pads = [pair for k in reversed(self.kernel_size) for pair in (k - 1, 0)]
+            return super().forward(F.pad(x, pads))
+
+    return Causal
+
+
+def chunked(known):
+    class Chunked(known):
+        def forward(self, x):
+            return torch.cat([super(Chunked, self).forward(one) for one in x.split(2)])
+
+    return Chunked
+
+
+def named(known):
+    by = [*inspect.signature(known.forward).parameters][1]
+
+    class Named(known):
+        def forward(self, hidden):
+            return super().forward(**{by: hidden})
+
+    return Named
+
+
+KNOWN = {
+    "linear": (lambda: nn.Linear, (40, 30), (6, 40)),
+    "Conv1D": (conv1d_of_transformers, (30, 40), (6, 40)),
+    "conv1d": (lambda: nn.Conv1d, (8, 6, 3), (4, 8, 9)),
+    "conv2d": (lambda: nn.Conv2d, (8, 6, 3), (4, 8, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d, (4, 6, 2), (4, 4, 5, 6, 5)),
+}
+ENDS = (scaled, mixed, chunked, named, causal)
+ENDING = [(k, e) for k in KNOWN for e in ENDS if e is not causal or k.startswith("conv")]
+
+
+def ending(kind, end, rates):
+    """An adapted layer, its input, and its twin of a class whose end adds each update of an input
+    that is masked as it is here."""
+    torch.manual_seed(0)
+    known, sizes, shape = KNOWN[kind]
+    known, x = known(), torch.randn(shape).double().requires_grad_()
+    plain, inner = end(known)(*sizes).double(), known(*sizes).double()
+    model = adapted(copy.deepcopy(plain), rates, trainable_scale=1)
+    updates = [low for _, _, low in lowranks(model)]
+
+    class Masked(known):
+        def forward(self, x):
+            drops = drops_for(x, rates, tuple(low.r for low in updates))
+            ones = torch.ones_like(x)
+            masks = [masked(ones, drops, i) / (1 - rate) for i, rate in enumerate(rates)]
+            return reference(inner, x, updates, masks)
+
+    twin = end(Masked)(*sizes)
+    for holder in (inner.requires_grad_(False), twin.double()):
+        holder.load_state_dict(plain.state_dict())
+    leaves = [x, *(p for low in updates for p in (low.lora_A, low.lora_B, low.lora_scale))]
+    return model, plain, twin, leaves
+
+
+def outputs_and_gradients(run, leaves):
+    torch.manual_seed(5)
+    y = run(leaves[0])
+    y.square().sum().backward()
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return y, *grads
+
+
+@pytest.mark.parametrize("rates", ((0.3,), (0.5, 0.0, 0.25)), ids=str)
+@pytest.mark.parametrize("kind, end", ENDING)
+def test_a_forward_that_ends_in_a_known_one_drops_what_that_gets(kind, end, rates):
+    model, plain, twin, leaves = ending(kind, end, rates)
+    right = outputs_and_gradients(twin, leaves)
+    again = partial(checkpoint, model, use_reentrant=True)
+    once = partial(checkpoint, model, use_reentrant=False)
+    for run in (model, again, once):
+        for got, want in zip(outputs_and_gradients(run, leaves), right):
+            torch.testing.assert_close(got, want)
+    plain.weight.data.copy_(model[0].weight.detach())
+    before = torch.get_rng_state()
+    torch.testing.assert_close(model.eval()(leaves[0]), plain(leaves[0]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_so_it_does_compiled(end):
+    model, _, twin, leaves = ending("conv2d", end, (0.5, 0.25))
+    torch.compiler.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, right = (outputs_and_gradients(one, leaves) for one in (run, twin))
+    for one, two in zip(got, right):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_so_it_does_row_by_row(kind):
+    """An update of ones on an input of ones adds up what was not dropped."""
+    known, sizes, shape = KNOWN[kind]
+    layer = scaled(known())(*sizes).double()
+    for name, rate in {"a": 0.0, "b": 0.5}.items():
+        paramlora.attach(layer, {"weight": {"r": 1, "dropout": rate}}, name)
+    for update in layer.parametrizations.weight:
+        update.lora_A.data.fill_(1)
+        update.lora_B.data.fill_(1)
+    x = torch.ones(64, *shape[1:]).double()
+    with paramlora.disable_adapters(layer):
+        base = layer(x)
+    with paramlora.route(layer, ["a", "b"] * 32):
+        found = ((layer(x) - base) / 3).flatten(1)
+    most = layer.parametrizations.weight.original[0].numel() if kind != "Conv1D" else sizes[1]
+    torch.testing.assert_close(found[::2], torch.full_like(found[::2], most))
+    # twice a whole number, about as often more as less
+    halves = found[1::2] / 2
+    torch.testing.assert_close(halves, halves.round())
+    assert halves.std() > 1 and abs(found[1::2].mean() - most) < most / 10
+
+
+class OwnPart(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input.abs(), weight, bias)
+
+
+class EndsInOwnPart(OwnPart):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NeverReached(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class EndsThere(NeverReached):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NamesAnother(nn.Conv2d):
+    def forward(self, x):
+        return super()._conv_forward(x, self.weight, self.bias)
+
+
+UNKNOWN = {
+    "a convolution's part": lambda: OwnPart(3, 4, 3),
+    "under an end": lambda: EndsInOwnPart(3, 4, 3),
+    "its own product": lambda: NeverReached(3, 4),
+    "that under an end": lambda: EndsThere(3, 4),
+    "another method": lambda: NamesAnother(3, 4, 3),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_where_the_end_is_not_known_dropout_is_refused(kind):
+    layer = UNKNOWN[kind]()
+    with pytest.raises(paramlora.TargetError, match="cannot act at 0 of .* only its weight"):
+        adapted(layer)

@@ -417,14 +417,68 @@ def test_dropout_in_a_class_that_reads_its_tensor_is_refused():
         (torch.tensor([[2, 0, 4]]), r"got \[1, 3\] of torch.int64"),
         (torch.tensor([2.0, 0.0, 4.0]), r"got \[3\] of torch.float32"),
         (torch.tensor([True, False, True]), r"got \[3\] of torch.bool"),
+        (torch.tensor([2, 0, 4], dtype=torch.complex64), r"got \[3\] of torch.complex64"),
     ],
-    ids=["list", "short", "dimensions", "float", "bool"],
+    ids=["list", "short", "dimensions", "float", "bool", "complex"],
 )
 def test_counts_of_other_experts_are_refused(counts, got, updates):
     layer = adapted(Own(), ["w1"]) if updates else Own()
     told = f"each of the 3 matrices of 'w1'.*{got}. Give index.bincount\\(minlength=3\\)."
     with pytest.raises(paramlora.AdapterError, match=told):
         layer(torch.randn(6, 4).double(), counts)
+
+
+WRONG = {
+    "negative": [4, -2, 4],
+    "too few": [2, 0, 3],
+    "too many": [2, 1, 4],
+    "beyond 32 bits": [2**32 + 2, 0, 4],
+    "none": [0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize("name", WRONG)
+def test_counts_of_other_rows_are_refused(name, updates):
+    layer, counts = adapted(Own(), ["w1"]) if updates else Own(), torch.tensor(WRONG[name])
+    x = torch.randn(6, 4).double()
+    told = r"of 'w1' of Own must add up to the 6 rows of x, none below 0, got \[.*minlength=3"
+    with pytest.raises(paramlora.AdapterError, match=told):
+        layer(x, counts)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert compiled(x, torch.tensor([2, 0, 4])).shape == (6, 5)
+    with pytest.raises(RuntimeError, match="must add up to the rows of x, none below 0"):
+        compiled(x, counts)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_rows_of_more_dimensions_are_refused(updates):
+    layer = adapted(Own(), ["w1"]) if updates else Own()
+    told = r"x of 'w1' of Own must be \[rows, in\], sorted by expert, got \[2, 3, 4\]. Flatten it."
+    with pytest.raises(paramlora.AdapterError, match=told):
+        layer(torch.randn(2, 3, 4).double(), torch.tensor([2, 0, 4]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shapes_alone(implementation, dropout):
+    """On the meta device, where a count of operations or of memory is made."""
+    layer = mixtral(second=True, dropout=dropout).to("meta")
+    layer.config._experts_implementation = implementation
+    x, index, weights = (t.detach().to("meta") for t in routed(layer))
+    y = layer(x.requires_grad_(), index, weights)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert all(p.grad.shape == p.shape for p in paramlora.trainable_parameters(layer))
+
+
+def test_counts_elsewhere_are_refused():
+    layer = Own().to("meta")
+    x, counts = torch.randn(6, 4, device="meta").double(), torch.tensor([2, 0, 4])
+    with pytest.raises(paramlora.AdapterError, match="lie on cpu, and x on meta. Give counts.to"):
+        layer(x, counts)
+    assert layer(x, counts.to("meta")).shape == (6, 5)
 
 
 def test_merged_saved_and_off_as_every_other(tmp_path):

@@ -109,6 +109,11 @@ class Causal(nn.Conv1d):
         return super().forward(F.pad(x, (2, 0)))
 
 
+class OwnPart(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.abs(), weight, bias)
+
+
 @pytest.mark.parametrize(
     ("make", "x"),
     [
@@ -116,8 +121,9 @@ class Causal(nn.Conv1d):
         (lambda: Shifted(6, 5), images(3, 6)),
         (lambda: ShiftedAgain(6, 5), images(3, 6)),
         (lambda: Causal(4, 6, 3), images(4, 7)),
+        (lambda: OwnPart(4, 6, 3), images(4, 7)),
     ],
-    ids=["embedding", "linear", "twice", "convolution"],
+    ids=["embedding", "linear", "twice", "convolution", "its part alone"],
 )
 def test_a_forward_that_ends_in_a_known_one(make, x):
     check(make, ["weight"], x)

@@ -4,6 +4,8 @@ import collections
 import contextlib
 import copy
 import gc
+import importlib
+import sys
 import threading
 import weakref
 
@@ -542,3 +544,132 @@ def test_twenty_architectures(name, sums):
         read = {found[key][0] for key in sums}
         known = {path for path, m in found.values() if isinstance(paths.get(path), KNOWN)}
         assert not read & known
+
+
+# --- inputs of a class that only carries data ----------------------------------------------------
+
+
+class Tagged(torch.Tensor):
+    """Torch gives what is computed of it its class."""
+
+
+class Odd(torch.Tensor):
+    """Whose override computes something else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        y = super().__torch_function__(func, types, args, kwargs)
+        return y * 2 if func in (F.linear, F.conv2d, F.embedding) else y
+
+
+UNWRAPPING = """
+import torch
+
+class Image(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            y = func(*args, **(kwargs or {}))
+        return y.as_subclass(torch.Tensor) if isinstance(y, cls) else y
+"""
+
+
+@pytest.fixture
+def image(tmp_path, monkeypatch):
+    """A class as torchvision's, whose override gives plain tensors."""
+    file, name = tmp_path / "images.py", "torchvision.tv_tensors._tv_tensor"
+    file.write_text(UNWRAPPING)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module.Image
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return paramlora.expert_linear(self, "weight", x, torch.tensor([2, 0, 2]))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def moe():
+    config = transformers.MixtralConfig(**MOE | {"hidden_size": 4, "intermediate_size": 6})
+    config._experts_implementation = "eager"
+    block = transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock(config)
+    for p in block.parameters():
+        nn.init.normal_(p)
+    return block
+
+
+GIVEN = {
+    "linear": (lambda: nn.Linear(4, 5), (4, 4)),
+    "its end": (lambda: ScaledLinear(4, 5), (4, 4)),
+    "Conv1D": (lambda: transformers.pytorch_utils.Conv1D(5, 4), (4, 4)),
+    "convolution": (lambda: nn.Conv2d(4, 5, 3, padding=1), (4, 4, 5, 5)),
+    "alone": (lambda: nn.Conv2d(4, 5, 3), (4, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 5), (4, 3)),
+    "scaled": (lambda: Scaled(9, 5), (4, 3)),
+    "experts": (Stacked, (4, 4)),
+    "transformers": (moe, (4, 3, 4)),
+}
+ENTRIES = {"transformers": {"experts.gate_up_proj": {"r": 2}, "experts.down_proj": {"r": 2}}}
+LACKS = {"dropout": ("embedding", "scaled"), "dora": ("experts", "transformers")}
+LACKS |= {"evaluation": (), "routed": ("alone", "experts")}  # which tell no rows
+WAYS = [(name, how) for name in GIVEN for how in LACKS if name not in LACKS[how]]
+
+
+@pytest.mark.parametrize("name, how", WAYS)
+def test_an_input_of_a_class_that_carries_data(name, how, image, monkeypatch):
+    """What a plain one gives, in the class that the layer without an update gives, and no sum."""
+    make, shape = GIVEN[name]
+    of_ids = name in ("embedding", "scaled")
+    torch.manual_seed(0)
+    plain = make().double()
+    entry = {"r": 2, "dropout": 0.5 if how == "dropout" else 0}
+    entry |= {"kind": "dora"} if how == "dora" else {}
+    config = {path: entry for path in ENTRIES.get(name, ["weight"])}
+    model = adapted(copy.deepcopy(plain), config)
+    if how == "dora":
+        for p in paramlora.trainable_parameters(model):
+            nn.init.normal_(p)
+    x = torch.randint(9, shape) if of_ids else torch.randn(shape).double()
+
+    def run(x):
+        torch.manual_seed(3)
+        rows = paramlora.route(model, ["default", None, None, "default"])
+        with rows if how == "routed" else contextlib.nullcontext():
+            return model.train(how == "dropout")(x)
+
+    def gradients(of):
+        x_own = x.clone() if of_ids else x.clone().requires_grad_()
+        y = run(x_own if of is None else x_own.as_subclass(of))
+        y.square().sum().backward()
+        grads = [p.grad for p in paramlora.trainable_parameters(model)] + [x_own.grad]
+        model.zero_grad()
+        return type(y), y.detach(), [g for g in grads if g is not None]
+
+    _, y, grads = gradients(None)
+    if how != "dora":
+        monkeypatch.setattr(LowRank, "delta", None)  # called by nobody
+    for cls in (Tagged, image):
+        kind, found, own = gradients(cls)
+        assert kind is type(plain(x.as_subclass(cls))), cls
+        assert torch.equal(found.as_subclass(torch.Tensor), y)
+        assert len(own) == len(grads) and all(map(torch.equal, own, grads))
+
+
+@pytest.mark.parametrize("name", ("linear", "convolution", "embedding"))
+def test_an_input_whose_class_computes_is_left_to_it(name, sums):
+    make, shape = GIVEN[name]
+    model = adapted(make(), {"weight": {"r": 2}})
+    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape)
+    torch.testing.assert_close(model(x.as_subclass(Odd)).as_subclass(torch.Tensor), model(x) * 2)
+    assert [*sums.values()] == [1]

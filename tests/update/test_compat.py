@@ -42,6 +42,7 @@ CHOSEN = {  # what each name of `compat` is without that of torch
     "_get_sequence_nr": {"next_number": "_number_of_next_node"},
     "_top_saved_tensors_default_hooks": {"keeps_saved": "_perhaps_kept"},
     "_cache_enabled": {"cached_by_torch": "_nothing_cached"},
+    "_assert_async": {"asserted": "_asserted"},
     "_cuda_getDevice": {"cuda_device": "current_device"},
     "_cuda_getCurrentRawStream": {"cuda_stream": "_stream_of"},
     "_empty_strided_cuda": {"cuda_empty": "_empty"},
@@ -352,3 +353,11 @@ def test_no_other_file_uses_a_private_name(path):
 )
 def test_a_private_name_is_seen(line):
     assert list(private(ast.parse(line)))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=str)
+def test_what_is_false_is_told(hidden):
+    other = without(*hidden)
+    other.asserted(torch.tensor(True), "as it is")
+    with pytest.raises(RuntimeError, match="^so it is not$"):
+        other.asserted(torch.tensor(False), "so it is not")
