@@ -52,6 +52,9 @@ _LINEAR, _EMBEDDING = _torchs(nn.Linear), _torchs(nn.Embedding)
 _CONVOLVED = {_torchs(known) for known in _CONVOLUTIONS} - {None}
 _PART = "_conv_forward"  # of a convolution's forward
 _INNER = {_torchs(known, _PART) for known in _CONVOLUTIONS} - {None}
+_TRANSPOSED = {
+    _torchs(known) for known in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+} - {None}
 _SUMMED = (nn.Linear, *_CONVOLUTIONS)
 _OF_TRANSFORMERS: set[Any] = set()  # filled when first seen: it need not be there
 # the overrides of classes that only carry data
@@ -76,6 +79,13 @@ def forward_of(base: type) -> Optional[_Forward]:
         _OF_TRANSFORMERS.add(own)
         return _conv1d_of_transformers
     return None
+
+
+def adds_what_its_weight_gains(base: type) -> bool:
+    """Whether a term of a layer type's weight is the same term of its output: of a known forward,
+    and of a transposed convolution's, which nobody changed."""
+    own = getattr(base, "forward", None)
+    return forward_of(base) is not None or own in _TRANSPOSED
 
 
 @cache

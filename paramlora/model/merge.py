@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paramlora.cuda.operators import summed
-from paramlora.errors import AdapterError
+from paramlora.errors import AdapterError, warn
 from paramlora.model.attach import (
     adapted_modules,
     check_adapters,
@@ -22,6 +22,7 @@ from paramlora.model.attach import (
     with_lists,
 )
 from paramlora.model.classes import Model
+from paramlora.model.forwards import adds_what_its_weight_gains, below
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.model.targets import stem
@@ -159,6 +160,9 @@ def _merged(
         most_of_all,
     )
     steps = [*_unpacking(model, packed), *_merging(model, jobs, inverted, rounding)]
+    for job in jobs:
+        if job[:2] not in packed:  # which becomes torch's own layer
+            _warn_of_own_forward(model, *job)
     # from here on nothing is undone, see `_take_all`
     to_the_end(lambda: _take_all(steps))
     return rounding.report() if report and rounding is not None else model
@@ -184,6 +188,20 @@ def _check_order(
                     f"former alone would change the model. Nothing was merged. Merge both, or "
                     f'switch "{other.adapter}" off (set_adapters).'
                 )
+
+
+def _warn_of_own_forward(
+    model: nn.Module, module: nn.Module, name: str, ours: list[AttachedUpdate]
+) -> None:
+    """Say so where what acted behind a layer's forward will act inside of one that nobody knows."""
+    kind: Any = below(type(module)) if "parametrizations" in module._modules else type(module)
+    if any(one.beside for one in ours) and not adds_what_its_weight_gains(kind):
+        warn(
+            f"{_full(model, module, name)}: a soft update acts behind the forward of "
+            f"{kind.__name__}, which is a forward of its own, and merged it acts inside, so outputs "
+            "differ if that does more than multiply by the weight. Compare them, or attach the "
+            'update with "hard": 1.'
+        )
 
 
 def _take_all(steps: list[_Step]) -> None:
