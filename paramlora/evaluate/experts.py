@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from paramlora.cuda.operands import Drop, served
 from paramlora.cuda.operators import gradient_of_second
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Asked, Way
+from paramlora.evaluate.choose import ALIGNED, EXPERTS, EXPERTS_RANK, Asked, Way, grouped_serves
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -31,10 +31,6 @@ from paramlora.update.compat import applied, grouped_product, is_batched, record
 from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
-# torch's `grouped_mm` wants every stride a multiple of 16 bytes
-_ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
-_HIGHEST = 128  # rank whose thin products the kernels hold in registers
-_MOST = 1024  # experts among which a block of rows looks for its own
 
 
 def grouped_linear(
@@ -154,17 +150,10 @@ def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
             start = end
 
 
-def _on_device(x: Tensor, *sizes: int) -> bool:
-    """Whether a device's grouped product serves, which then waits for no sizes."""
-    # `grouped_mm` takes bfloat16 alone, and ROCm's is another
-    serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
-    return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
-
-
 def serves_pairs(x: Tensor, weight: Tensor, groups: int, r: int) -> bool:
     """Whether our kernels compute `grouped_linear` of so many groups of rows, of which several may
     share a matrix: no operation of torch does that without a copy of it for each."""
-    fits = 0 < r <= _HIGHEST and groups <= _MOST and x.numel() and weight.numel()
+    fits = 0 < r <= EXPERTS_RANK and groups <= EXPERTS and x.numel() and weight.numel()
     return bool(fits) and weight.dtype == x.dtype and weight.device == x.device and served(x)
 
 
@@ -182,7 +171,7 @@ def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
 def _width(x: Tensor, r: int) -> int:
     """How many numbers a row of a thin product has: r, padded where a device's grouped product is
     what reads it."""
-    return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+    return r + -r % ALIGNED if grouped_serves(x, x.shape[1]) else r
 
 
 def _drop(drops: Optional[Drops]) -> Optional[Drop]:
@@ -192,7 +181,7 @@ def _drop(drops: Optional[Drops]) -> Optional[Drop]:
 
 def _padded(factor: Tensor) -> Tensor:
     """A thin stack ``[experts, r, n]`` with zeros up to the ranks that are taken at a time."""
-    return torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[1] % _ALIGNED))
+    return torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[1] % ALIGNED))
 
 
 def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Tensor:
@@ -200,7 +189,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
     that are padded with zeros."""
     if first.shape[1] == 0:  # of a stack without an update, beside one that has some
         return x.new_zeros(len(x), 0)
-    if _on_device(x, x.shape[1]):
+    if grouped_serves(x, x.shape[1]):
         if drops is None:
             return grouped_product(x, _padded(first).mT, offs=ends)  # type: ignore[no-any-return]
         parts = [
@@ -208,7 +197,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
             grouped_product(masked(x, drops, i), _padded(first[:, own]).mT, offs=ends)[:, :r]
             for (i, own), r in zip(ranks_of(drops), drops.ranks)
         ]
-        return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % _ALIGNED))
+        return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % ALIGNED))
     u = x.new_zeros(len(x), first.shape[1])
     for e, rows in runs(ends):
         if drops is None:
@@ -228,7 +217,7 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
         u: ``[rows, r]``.
         second: ``[experts, r, out]``.
     """
-    if _on_device(x, *weight.shape[1:]):
+    if grouped_serves(x, *weight.shape[1:]):
         if u.shape[1] > 0:
             # both as one product of longer rows: of two, torch's own would round one before adding
             x, weight = torch.cat([x, u], 1), _stacked(weight, _padded(second))
@@ -253,11 +242,10 @@ def _spread(
     dy: Tensor, weight: Tensor, ends: Tensor, v: Tensor, down: Tensor, drops: Drops
 ) -> Tensor:
     """``dy_e W_e + mask ∘ (v_e down_e)``, on a CPU rounded once."""
-    on_device = _on_device(dy, *weight.shape[1:])
-    if on_device:
+    if grouped_serves(dy, *weight.shape[1:]):
         dx = _joined(dy, weight, ends, v[:, :0], down[:, :0])
         for which, own in ranks_of(drops):
-            thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+            thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % ALIGNED))
             part = grouped_product(thin, _padded(down[:, own]), offs=ends)
             # a mask falls between the thin product and the sum, so that they cannot be joined in
             # one product
@@ -276,7 +264,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
     """``y = x @ w + u @ v``; in 16 bits the smaller product comes first, as in `functional`."""
     if x.dtype.itemsize > 2:
         torch.mm(x, w, out=y).addmm_(u, v)
-    elif x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+    elif choose.by_cublas(x):
         # `out_dtype` of torch.mm is CUDA's alone
         y.copy_(torch.mm(x, w, out_dtype=torch.float32).addmm_(u.float(), v.float()))
     else:
@@ -285,7 +273,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
 
 def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left_eᵀ @ right_e`` over each expert's rows: ``[experts, left's, right's]``."""
-    if left.shape[1] and right.shape[1] and _on_device(left, left.shape[1], right.shape[1]):
+    if left.shape[1] and right.shape[1] and grouped_serves(left, left.shape[1], right.shape[1]):
         product: Tensor = grouped_product(left.t(), right, offs=ends)
         return product
     total = left.new_zeros(len(ends), left.shape[1], right.shape[1])
@@ -422,7 +410,7 @@ def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: 
         return expert_sums(v, x, ends)[:, :r]
     parts = []
     for which, own in ranks_of(drops):
-        some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+        some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % ALIGNED))
         parts.append(expert_sums(some, masked(x, drops, which), ends)[:, : drops.ranks[which]])
     return torch.cat(parts, 1)
 
@@ -559,7 +547,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     # as the real one: an operator's fake must give the sizes that the operator gives
     r = a.shape[1]
-    padded = r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+    padded = r + -r % ALIGNED if grouped_serves(x, x.shape[1]) else r
     rows = len(x) if order is None else len(order)
     return x.new_empty(rows, weight.shape[1]), x.new_empty(rows, padded)
 

@@ -477,7 +477,7 @@ def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor
     if x.dtype.itemsize > 2:
         y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
         return y.addmm_(u, v)
-    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+    if choose.by_cublas(x):
         y = torch.mm(x, w, out_dtype=torch.float32)
         y = y.addmm_(u.float(), v.float())  # `addmm_` wants them in y's type
         return (y if bias is None else y.add_(bias)).to(x.dtype)
