@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from paramlora.config import KINDS as CONFIGURED
 from paramlora.config import KindKeys, TargetConfig
 from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
@@ -226,7 +227,8 @@ class AttachedUpdate(nn.Module):
     heeds: ClassVar[tuple[str, ...]] = ()  # keys of an entry, beside those of rank and factor
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
-    hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
+    hidden: ClassVar[Mapping[str, Part]] = {}  # what else a state dict of the model holds of it
+    inside: ClassVar[bool] = False  # whether an entry means all that lies in what it names, too
     based: ClassVar[str] = ""  # the tensor whose first values are of the base, see `begin_as`
     unset: bool = False  # from the meta device: that tensor has no values before the first read
     layout: Layout = "matrix"
@@ -512,7 +514,19 @@ class AttachedUpdate(nn.Module):
 
     def described(self) -> tuple[int, float, str]:
         """Its rank (0 where it has none), its factor and its kind, for `summary`."""
-        return self.r, self.factor()[1], self.method
+        return self.r, self.factor()[1], self.title()
+
+    @classmethod
+    def title(cls) -> str:
+        """Its kind, in a table."""
+        return cls.method
+
+    @classmethod
+    def beside_instead(cls) -> str:
+        """What an entry that asks for it has to leave out or to have, with ``"hard": 0``, for a
+        branch beside the layer instead."""
+        implied = CONFIGURED[cls.method].implied_by if cls.method in CONFIGURED else ""
+        return f' with "r" and no "{implied}"' if implied else ' and no "kind"'
 
     def factor(self) -> tuple[bool, float]:
         """Whether it trains its factor, and that; 1 without one, no number on the meta device."""

@@ -68,7 +68,8 @@ class LowRank(AttachedUpdate):
     adds = True
     heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
-    hidden = ("lora_transposed", "start_A", "start_B")
+    # a start from the weight keeps what the factors were, along the same sides
+    hidden = {"lora_transposed": "number", "start_A": "input", "start_B": "output"}
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: Tensor
@@ -230,10 +231,15 @@ class LowRank(AttachedUpdate):
         parts = self.plain()
         return LowRankTerm(parts["lora_A"], parts["lora_B"], parts["lora_scale"], self.layout)
 
-    def described(self) -> tuple[int, float, str]:
-        """Its rank and scale; no number on the meta device."""
-        usual = {"lora": "hard"}
-        return self.r, self.factor()[1], usual.get(self.method, self.method)
+    @classmethod
+    def title(cls) -> str:
+        """Its kind as the key "hard" asks for it, of a subclass by its method."""
+        return "hard" if cls.method == "lora" else cls.method
+
+    @classmethod
+    def beside_instead(cls) -> str:
+        """Nothing else: it is what an entry without a kind asks for."""
+        return "" if cls.method == "lora" else super().beside_instead()
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
         """Its factors, whole on every process, and what attaches them again."""
