@@ -30,6 +30,7 @@ from paramlora.update.compat import (
     applied,
     is_batched,
     recorded,
+    reshaped,
     traced,
     transformed,
 )
@@ -38,7 +39,6 @@ from paramlora.update.contexts import autocast_of, in_own_types, without_autocas
 _Maybe = Optional[Tensor]
 # subclasses, such as DTensors and quantised weights, have operations of their own
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_unsafe_view = torch.ops.aten._unsafe_view.default
 # `in_cpp`, where that was built; see `start_cpp`
 _native: Any = None
 _started = False
@@ -463,7 +463,7 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
 def unflattened(y: Tensor, x: Tensor) -> Tensor:
     """``[rows, out]`` in an input's dimensions; no view, which nobody could change in place."""
     # a custom function's output that is a view raises where it is changed in place
-    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+    return reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -603,7 +603,7 @@ class _WithoutGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, there: Tensor) -> Tensor:
         ctx.save_for_backward(there)
         # autograd refuses to write into a view that a function gave, as `embeddings *= scale` does
-        return _unsafe_view(y, y.shape)  # type: ignore[no-any-return]
+        return reshaped(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:

@@ -37,7 +37,7 @@ from paramlora.model.forwards import (
     written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import every_module_hooks
+from paramlora.update.compat import ANY_DROPOUT, every_module_hooks
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
@@ -51,7 +51,7 @@ _LOOPS = ("Step3p7Experts.forward", "LongcatFlashExperts.forward")
 _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, sizes in a list
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
 # torch's activations that draw random numbers in training, which a second call would draw anew
-_RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
+_RANDOM: tuple[type[nn.Module], ...] = (nn.RReLU, *ANY_DROPOUT)
 
 
 def expert_forward_of(base: type) -> Optional[_Forward]:

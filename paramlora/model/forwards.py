@@ -21,7 +21,7 @@ from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.attached import switches_of
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import transformed
+from paramlora.update.compat import ANY_CONVOLUTION, transformed
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora
 from paramlora.update.geometry import Layout
@@ -622,7 +622,7 @@ def sums_beside(layer: nn.Module) -> bool:
 
 def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
     """What a layer of `sums_beside` gives with such updates, as with hard ones."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ANY_CONVOLUTION):
         return _convolved(layer, x, known)
     if isinstance(layer, nn.Linear):
         return _product(layer, x, known, "matrix")
@@ -633,7 +633,7 @@ def in_one_sum_of_rows(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
     """`in_one_sum` of rows that each have an update."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ANY_CONVOLUTION):
         return _convolution_of_rows(layer, x, weight, updates, rows)
     if isinstance(layer, nn.Linear):
         return linear_of_rows(layer, x, weight, updates, rows, "matrix")

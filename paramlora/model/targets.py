@@ -20,16 +20,17 @@ from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.model.ties import holders
 from paramlora.update.attached import AttachedUpdate, elements
 from paramlora.update.casts import is_storage
+from paramlora.update.compat import ANY_CONVOLUTION, ANY_TRANSPOSED
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import kind_of
 from paramlora.update.names import BRANCHES
 
-_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, *ANY_TRANSPOSED)
 # compiled, checkpointed and sharded layers have the user's layer under one of these names
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPER = re.compile("|".join(_WRAPPED))
 # their weights have more than two dimensions, and are one matrix all the same
-_FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+_FLAT = (*ANY_CONVOLUTION, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 _LISTED = 12  # names in a message
 # any other name, or expression, is narrower
@@ -171,7 +172,7 @@ def _target(
 ) -> Target:
     layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
     kind = _kind(module, name)
-    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    groups = module.groups if isinstance(module, ANY_CONVOLUTION) else 1
     shape = shape_of(module, tensor)
     return Target(path, name, entry, shape, layout, tensor.dtype, kind, groups)
 
@@ -530,7 +531,7 @@ def _kind(module: nn.Module, name: str) -> str:
         return "parameter"
     if is_linear(module):
         return "linear"
-    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
+    if isinstance(module, ANY_CONVOLUTION) and not isinstance(module, _TRANSPOSED):
         return "convolution"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -693,7 +694,7 @@ def _check_soft(target: Target, module: nn.Module) -> None:
         raise TargetError(
             f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
         )
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    convolution = isinstance(module, ANY_CONVOLUTION)
     linear = is_linear(module)
     if target.tensor != "weight" or not (convolution or linear):
         raise TargetError(
