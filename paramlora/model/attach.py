@@ -408,11 +408,6 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
 
 
-def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """The `updates` that have two factors."""
-    return (one for one in updates(model) if "lora_A" in one[2].parts)
-
-
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:
     """(path of the tensor in files, owner, update) of every update, each once."""
     seen: set[int] = set()

@@ -23,7 +23,7 @@ from paramlora.update.compat import (
 )
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part, not_said
-from paramlora.update.sharded import gathered, is_sharded, take_all
+from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import Term, folded
 from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
@@ -578,16 +578,12 @@ class AttachedUpdate(nn.Module):
             )
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether `load_plain` takes a tensor of a shape in the place of one of its own."""
+        """Whether `taking` takes a tensor of a shape in the place of one of its own."""
         return tuple(own.shape) == shape
 
-    @torch.no_grad()
-    def load_plain(self, state: dict[str, Tensor]) -> None:
-        """Take the values of a file, bit for bit those that `plain` gave it."""
-        take_all(self.taking(state))
-
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What is left to be copied of those values, and into which tensors."""
+        """What is left to be copied of a file's values, as `plain` gave them, and into which
+        tensors."""
         self.keep(unset=False)
         return [(getattr(self, name), value) for name, value in state.items()]
 
