@@ -42,11 +42,10 @@ from paramlora.evaluate.functional import (
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
+from paramlora.update.geometry import CHANNELS_LAST
+from paramlora.update.narrow import CONVOLUTIONS as CONVOLUTIONS
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
-# only of 2 and 3 dimensions does torch have such a format
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def convolution(
@@ -390,7 +389,7 @@ def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def laid_as(x: Tensor, other: Tensor) -> Tensor:
     """x with its channels last in memory where a convolution's weight or output has them so, as
     torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
-    last = _LAST.get(other.dim())
+    last = CHANNELS_LAST.get(other.dim())
     if last is None or x.dim() != other.dim():
         return x
     return x.contiguous(memory_format=last) if _has_channels_last(other) else x

@@ -35,10 +35,9 @@ from paramlora.update.compat import (
     transformed,
 )
 from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
+from paramlora.update.geometry import PLAIN
 
 _Maybe = Optional[Tensor]
-# subclasses, such as DTensors and quantised weights, have operations of their own
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # `in_cpp`, where that was built; see `start_cpp`
 _native: Any = None
 _started = False

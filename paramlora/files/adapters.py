@@ -43,6 +43,7 @@ from paramlora.update.memory import pieces_of
 from paramlora.update.outline import Pieces, looked
 from paramlora.update.value import Adapter
 
+AdapterLike = Union[Adapter, PathLike]
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
 _MOST_SHARED = 8  # bytes of tensors for each of the file
 

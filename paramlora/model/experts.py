@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
 from paramlora.evaluate.experts import grouped_linear, owners, plain_product
-from paramlora.evaluate.functional import PLAIN, cast
+from paramlora.evaluate.functional import cast
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
@@ -39,6 +39,7 @@ from paramlora.model.forwards import (
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import ANY_DROPOUT, every_module_hooks
 from paramlora.update.contexts import autocast_of, in_own_types
+from paramlora.update.geometry import PLAIN
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
 

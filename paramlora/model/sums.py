@@ -20,10 +20,10 @@ from paramlora.model.recomputed import read_again
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
 from paramlora.update.contexts import without_autocast
+from paramlora.update.geometry import PLAIN
 from paramlora.update.lowrank import value_of
 from paramlora.update.summand import Summand
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # the frame of every call of a module runs this code
 _CALL = nn.Module.__call__.__code__
 _HELD = "_paramlora_sums"  # what the sums of a call are called among the locals of its frame
@@ -128,7 +128,7 @@ class _State:
             held = (*update._parameters.values(), *update._buffers.values())
             tensors += [t for t in held if t is not None]
         # an inference tensor counts no versions
-        if any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
+        if any(type(t) not in PLAIN or t.is_inference() for t in tensors):
             return None
         # a sum that was made under inference mode cannot serve autograd
         rest: list[Any] = [torch.is_inference_mode_enabled(), updates, _Steps.until_now()]
