@@ -83,8 +83,8 @@ def convolution(
     Example:
         >>> x, W = torch.randn(2, 4, 6, 6).double(), torch.randn(8, 4, 3, 3).double()
         >>> A, B = torch.randn(2, 36).double(), torch.randn(8, 2).double()
-        >>> where = ((1, 1), (0, 0), (1, 1), 1)
-        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
+        >>> window = ((1, 1), (0, 0), (1, 1), 1)
+        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *window)
         >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
     """
     # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart

@@ -592,7 +592,7 @@ def _flat_yaml(text: str) -> dict[str, Any]:
 
 
 def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> Adapter:
-    """Without whole tensors that the model lacks; of updates `read_adapter` left none.
+    """An adapter without whole tensors that the model lacks; of updates `read_adapter` left none.
 
     Args:
         there: what the model has, tensors by their names and paths.

@@ -305,7 +305,7 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
 
 
 def _without_differences(adapter: Adapter, form: Format) -> Adapter:
-    """With factors for dense changes of matrices, where a format holds nothing else."""
+    """An adapter with factors for dense changes of matrices, where a format holds nothing else."""
     if "difference" in form.kinds:
         return adapter
     rest, found = apart_from(adapter, "difference")

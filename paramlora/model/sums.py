@@ -99,7 +99,7 @@ class _Steps:
 
     @classmethod
     def until_now(cls) -> int:
-        """Their number, which is counted from the first call on: before it no sum was held."""
+        """How many there were, counted from the first call on: before it no sum was held."""
         if not cls.counted:
             cls.counted = True
             register_optimizer_step_post_hook(_stepped)
@@ -122,7 +122,7 @@ class _State:
 
     @classmethod
     def of(cls, plist: Any, updates: list[Any]) -> "Optional[_State]":
-        """None where a change of a tensor would not show."""
+        """The state of a list and its updates, None where a change of a tensor would not show."""
         tensors = [plist.original]
         for update in updates:
             held = (*update._parameters.values(), *update._buffers.values())

@@ -507,7 +507,7 @@ class AttachedUpdate(nn.Module):
         return {**held, **self.ruled()}
 
     def ruled(self) -> dict[str, list[nn.Parameter]]:
-        """Of its tensors that a parametrization of their own computes: the parameters of that."""
+        """The parameters of what computes its tensors, where a parametrization of theirs does."""
         lists = self._modules.get("parametrizations")
         # parameters of the rule, as what it computes is none
         return {name: list(one.parameters()) for name, one in lists.items()} if lists else {}  # type: ignore[operator]

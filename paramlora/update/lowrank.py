@@ -381,9 +381,9 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
     # a shape of a file's metadata is any text that somebody wrote
     if fits and shape[0] % update.groups == 0:
         return
-    if len(shape) >= 2 and a[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
+    if len(shape) >= 2 and a[-1] != (fan_in := matrix_shape(shape, update.layout)[2]):
         raise FileError(
-            f"{where}.lora_A: shape {list(a)} does not fit {[*a[:-1], wanted]}, of the "
+            f"{where}.lora_A: shape {list(a)} does not fit {[*a[:-1], fan_in]}, of the "
             f"weight of {list(shape)} in its metadata. Save it again."
         )
     raise FileError(

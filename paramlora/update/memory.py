@@ -95,7 +95,7 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
             parts = torch.split(torch.cat(rest).to(device), [run.numel() for run in rest])
             out.update((id(run), part) for run, part in zip(rest, parts))
     taken = ((t, out[id(run)], at) for t in tensors for run, at in [places[id(t)]])
-    return [whole[at : at + t.numel()].view(t.shape) for t, whole, at in taken]
+    return [run[at : at + t.numel()].view(t.shape) for t, run, at in taken]
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

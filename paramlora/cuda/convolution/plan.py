@@ -60,7 +60,7 @@ def _first(dtype: torch.dtype, *shape: int) -> _Image:
 
 
 def _last(dtype: torch.dtype, *shape: int) -> _Image:
-    """With the channels last in memory."""
+    """An image of a shape, with the channels last in memory."""
     channels, rest = shape[1], shape[2:]
     inward = (channels * math.prod(rest[i + 1 :]) for i in range(len(rest)))
     return _Image(shape, (channels * math.prod(rest), 1, *inward), dtype)

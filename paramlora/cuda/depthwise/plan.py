@@ -97,7 +97,7 @@ def backward(
 
 
 def _as_it_lies(t: Tensor, like: Tensor) -> Tensor:
-    """With its channels last in memory, if those of `like` are."""
+    """A tensor with its channels last in memory, if those of `like` are."""
     last = CHANNELS_LAST.get(t.dim())
     if last is None or not like.is_contiguous(memory_format=last):
         return t

@@ -243,7 +243,7 @@ _BACKWARDS: dict[Any, Any] = {}
 
 
 class _Copy(NamedTuple):
-    """In place of a plan: which operands must first be copied into contiguous memory. Of a forward
+    """What stands in place of a plan: which operands must first be made contiguous. Of a forward
     x and the bias, of a backward dy and x."""
 
     left: bool
