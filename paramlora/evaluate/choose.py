@@ -312,6 +312,12 @@ def grouped_serves(x: Tensor, *sizes: int) -> bool:
     return serves and grouped_product is not None and not any(n % ALIGNED for n in sizes)
 
 
+def dense_gradient(on_cpu: bool, groups: int) -> bool:
+    """Whether the gradients of a convolution's factors follow from the dense kernel's; else they
+    are four thin convolutions, which a CPU runs badly, and which in groups repeat A for each."""
+    return on_cpu or groups > 1
+
+
 def by_cublas(x: Tensor) -> bool:
     """Whether cuBLAS multiplies x, which in 16 bits rounds before it adds onto a tensor, but gives
     a product in float32; a CPU adds in float32, and ROCm gives no such product."""

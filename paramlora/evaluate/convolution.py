@@ -646,7 +646,7 @@ class _Convolution(torch.autograd.Function):
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         wanted = needs[3], needs[4] or needs[5]
         # both factors' gradients follow from the dense one, see `_from_kernel`
-        dense_too = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
+        dense_too = needs[1] or any(wanted) and choose.dense_gradient(x.is_cpu, window[3])
         dx = kernel = dbias = None
         if needs[0] or dense_too or needs[2]:
             # x's gradient is through the sum; without it any kernel of that size does

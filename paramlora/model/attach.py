@@ -194,23 +194,27 @@ def attach_targets(
     with uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, kept, froze=not trainable_model)
-        # a module is made in training mode; `eval()` on the model has passed this one by
-        for module, target, update in fresh:
-            if not module.training:
-                update.eval()
-            # a checkpoint that computes an earlier forward again must compute it without this
-            # update
-            if there:
-                update.keep(switch=update.switch.born())
-            if update.beside:
-                add_branch(module, update)
-            else:
-                _register(module, target.tensor, update)
+        _put_in_place(fresh, bool(there))
         # after the updates: only models that hold some get these methods
         add_methods(model)
         if carries:
             enable_input_grads(model)
     warn_moving(model)
+
+
+def _put_in_place(fresh: Fresh, later: bool) -> None:
+    """Register new updates, or hang them beside their layers; `later`: behind other adapters."""
+    for module, target, update in fresh:
+        # a module is made in training mode; `eval()` on the model has passed this one by
+        if not module.training:
+            update.eval()
+        # a checkpoint that computes an earlier forward again must compute it without this update
+        if later:
+            update.keep(switch=update.switch.born())
+        if update.beside:
+            add_branch(module, update)
+        else:
+            _register(module, target.tensor, update)
 
 
 @own_context()

@@ -185,6 +185,11 @@ def test_the_way_of_pairs_of_expert_and_adapter(dtype, kernels, compiling, dropo
     assert choose.of_pairs(dtype, kernels, compiling, dropout, on_cpu) is way
 
 
+def test_the_gradients_of_a_convolutions_factors():
+    assert choose.dense_gradient(True, 1) and choose.dense_gradient(False, 8)
+    assert not choose.dense_gradient(False, 1)
+
+
 def test_no_operation_of_a_device_serves_a_cpu():
     x = torch.empty(8, 8, dtype=BF16)
     assert not choose.grouped_serves(x, 8) and not choose.by_cublas(x)
