@@ -107,11 +107,11 @@ def test_dropout_stays_with_a_whole_bias_and_a_second_adapter():
     model = nn.Sequential(nn.Linear(8, 6)).double()
     paramlora.attach(model, {"0": {"r": 2, "dropout": 0.5}, "0.bias": {"whole": 1}})
     paramlora.attach(model, {"0": {"r": 1}}, "second")
-    for _, _, low in updates(model):
+    first, second = (low for _, _, low in updates(model) if low.r)  # beside the bias
+    for low in (first, second):
         nn.init.normal_(low.lora_B)
     x = torch.randn(4, 8).double()
     assert not torch.equal(model(x), model(x))
-    first, second = (low for _, _, low in updates(model))
     base, bias = model[0].parametrizations.weight.original, model[0].bias
     torch.manual_seed(3)
     got = model(x)
@@ -294,7 +294,7 @@ def trained(dtype=torch.float64):
     plain = classifier().to(dtype)
     model = paramlora.attach(copy.deepcopy(plain), WHOLE)
     state = {k: v.detach().double() for k, v in plain.state_dict().items()}
-    low = [low for _, _, low in updates(model)][0]
+    (low,) = (low for _, _, low in updates(model) if low.r)
     own = {n: state[n].clone().requires_grad_() for n in NAMES}
     a, b = (t.detach().double().clone().requires_grad_() for t in (low.lora_A, low.lora_B))
     x = torch.randn(16, 5).to(dtype)
