@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from paramlora import Adapter, Update
+from paramlora.files import read_adapter
 from paramlora.files.checkpoint import Stored
 from paramlora.files.conversions import merge
-from paramlora.files.native import read_native, write_native
+from paramlora.files.native import write_native
 from paramlora.files.safetensors import Spec, write_safetensors
 from paramlora.update.memory import pieces_of
 
@@ -130,7 +131,7 @@ def job(kind: str, folder: Path) -> None:
 
 def check(folder: Path) -> int:
     """Compare the merged checkpoint with the definition; gives the largest tensor's bytes."""
-    adapter = read_native(folder / "adapter.safetensors").updates
+    adapter = read_adapter(folder / "adapter.safetensors").updates
     with Stored(folder / "base") as base, Stored(folder / "merge") as merged:
         assert list(base.specs) == list(merged.specs)
         for key in base.specs:

@@ -121,12 +121,12 @@ _LATER = {
 if not TYPE_CHECKING:  # else no name would be unknown to a type checker
 
     def __getattr__(name: str) -> Any:
-        where = next((module for module, names in _LATER.items() if name in names), None)
-        if where is None:
+        holder = next((module for module, names in _LATER.items() if name in names), None)
+        if holder is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = import_module(f"{__name__}.{where}")
+        module = import_module(f"{__name__}.{holder}")
         # kept, so that Python does not ask here again; a module, or what it holds
-        globals()[name] = found = module if name == where else getattr(module, name)
+        globals()[name] = found = module if name == holder else getattr(module, name)
         return found
 
 

@@ -94,7 +94,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def with_article(noun: str) -> str:
-    """With "a" or "an" in front.
+    """A word with "a" or "an" in front.
 
     Example:
         >>> with_article("embedding"), with_article("convolution")

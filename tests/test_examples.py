@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.model import forked
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -165,7 +165,7 @@ def test_an_average_of_models_averages_the_factors_alone(hard):
     torch.manual_seed(0)
     model = paramlora.attach(nn.Sequential(nn.Linear(6, 5)).double(), {"0": {"r": 2, "hard": hard}})
     base = {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     want = None
     optimizer = torch.optim.SGD(paramlora.trainable_parameters(model), lr=0.1)
@@ -176,7 +176,7 @@ def test_an_average_of_models_averages_the_factors_alone(hard):
         ema.update_parameters(model)
         now = {n: getattr(low, n).detach().clone() for n in ("lora_A", "lora_B")}
         want = now if want is None else {n: 0.9 * v + 0.1 * now[n] for n, v in want.items()}
-    ((_, _, mean),) = lowranks(ema.module)
+    ((_, _, mean),) = updates(ema.module)
     for name, value in want.items():
         torch.testing.assert_close(getattr(mean, name), value, rtol=1e-12, atol=1e-12)
         assert not torch.equal(getattr(mean, name), getattr(low, name))

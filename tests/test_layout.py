@@ -125,6 +125,51 @@ def test_nobody_asks_which_kind_an_update_is(path):
         assert not kinds() & {*asked}, f"{path}:{node.lineno}"
 
 
+def names_of_kinds():
+    from paramlora.update.kinds import KINDS
+
+    return {*KINDS, "low-rank", "hard"}
+
+
+def asked_by_name(tree, names):
+    """The lines that compare with the name of a kind, choose by it, or ask an entry for its key."""
+    for node in ast.walk(tree):
+        held = []
+        if isinstance(node, ast.Compare):
+            held = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            held = [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.Attribute) and node.attr == "whole":
+            if "entry" in (getattr(node.value, "id", ""), getattr(node.value, "attr", "")):
+                yield node.lineno
+        inner = [n for one in held for n in (one, *getattr(one, "elts", ()))]
+        if any(isinstance(n, ast.Constant) and n.value in names for n in inner):
+            yield node.lineno
+
+
+# what a file or a command's output is counted by is a word of theirs, and no question
+_COUNTS = {"cli/adapters.py": {"whole"}, "cli/arithmetic.py": {"whole"}}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in INNER if p.parts[0] not in ("update", "config")], ids=str
+)
+def test_nobody_asks_for_a_kind_by_its_name(path):
+    if path.as_posix().startswith(_ASKS):
+        return
+    names = names_of_kinds() - _COUNTS.get(path.as_posix(), set())
+    assert [*asked_by_name(ast.parse((FOLDER / path).read_text("utf-8")), names)] == []
+
+
+def test_a_question_by_name_is_seen():
+    names = names_of_kinds()
+    assert [*asked_by_name(ast.parse('x = kind == "dora"'), names)] == [1]
+    assert [*asked_by_name(ast.parse('x = kind in ("a", "rows")'), names)] == [1]
+    assert [*asked_by_name(ast.parse('x = {"lora": 1}.get(kind)'), names)] == [1]
+    assert [*asked_by_name(ast.parse("x = target.entry.whole or entry.whole"), names)] == [1, 1]
+    assert not [*asked_by_name(ast.parse('x = {"rank": 1}; y = adapter.whole == "a"'), names)]
+
+
 @pytest.mark.parametrize("path", [p for p in INNER if p.parts[0] == "checkpoint"], ids=str)
 def test_checkpoints_know_no_model(path):
     assert not {used for used in ours(path) if used.split(".")[0] not in ("errors", "update")} - {

@@ -156,7 +156,7 @@ def _scaled(side: Side) -> Side:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes: torch compares no 8-bit floats."""
+    """The bytes of a tensor of 8-bit floats, which torch does not compare."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -278,9 +278,9 @@ def _common(base: Side, tuned: Side, exclude: Collection[str]) -> tuple[list[str
 
 
 def _stored_as(side: Side, missing: list[str], both: list[str]) -> dict[str, str]:
-    """Of each missing key the key of both checkpoints that holds the same tensor in this one, as of
-    a tied head that the other does not store. Constant tensors and vectors do not count: those of
-    norms start alike."""
+    """By each missing key, the key of both checkpoints that holds the same tensor in this one, as
+    of a tied head that the other does not store. Constant tensors and vectors do not count: those
+    of norms start alike."""
     missing = [key for key in missing if _is_matrix(side.there[key])]
     sizes = {key: (tuple(side.there[key].shape), side.there[key].dtype) for key in missing}
     # only tensors of the same shape and type are read and compared

@@ -19,6 +19,7 @@ from paramlora.cli.app import app, fail, warnings_told
 from paramlora.cuda.native import library
 from paramlora.errors import counted, shown
 from paramlora.model.presets import PRESETS, grouped
+from paramlora.update.kinds import kind_of
 
 if TYPE_CHECKING:
     from paramlora.cli.demo import Result  # which needs what only the demo does
@@ -114,9 +115,8 @@ def targets(
     table = Table("tensor", "shape", "entry", "r", "kind", "parameters")
     for target in found:
         entry, shape = target.entry, "×".join(map(str, target.shape))
-        r, own = str(entry.r or "-"), "hard" if entry.hard else "soft"
-        kind = "whole" if entry.whole else own if entry.kind == "lora" else entry.kind
-        cells = (target.path or "(model)", shape, entry.name, r, kind, f"{target.parameters:,}")
+        told = (entry.name, str(entry.r or "-"), kind_of(entry).title())
+        cells = (target.path or "(model)", shape, *told, f"{target.parameters:,}")
         table.add_row(*(Text(shown(cell)) for cell in cells))  # neither markup nor emoji
     rich.print(table)
     for name in dict.fromkeys(target.entry.name for target in found):

@@ -42,12 +42,14 @@ class KindKeys:
         only: those of `ALLOWED` that it may have; all where None.
         ranked: whether it has a rank.
         implied_by: a key of its own that asks for it, without "kind".
+        branched: whether a parallel branch can add it, as ``"hard": 0`` asks.
     """
 
     own: Mapping[str, Callable[[Any, str], Any]] = field(default_factory=dict)
     only: Optional[tuple[str, ...]] = None
     ranked: bool = True
     implied_by: str = ""
+    branched: bool = False
 
 
 def _rows(value: Any, where: str) -> tuple[int, ...]:
@@ -89,9 +91,10 @@ def _is_square(value: Any) -> bool:
 
 
 _ADDED = ("adapter_dtype", "alpha", "kind", "r", "rslora", "scale", "trainable_scale")
+_DEFAULT = "lora"  # what an entry without "kind" asks for
 # by the value of "kind"; `paramlora.update.kinds.register` adds to it
 KINDS: dict[str, KindKeys] = {
-    "lora": KindKeys(),
+    "lora": KindKeys(branched=True),
     "dora": KindKeys(),
     "loha": KindKeys({"tucker": _flag("tucker")}, _ADDED),
     "lokr": KindKeys(
@@ -143,7 +146,7 @@ class TargetConfig:
     init: str = "default"
     adapter_dtype: Optional[str] = None
     whole: bool = False
-    kind: str = "lora"
+    kind: str = _DEFAULT
     options: tuple[tuple[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +163,7 @@ class TargetConfig:
         out = self._low_rank()
         if keys.only is not None:
             out = {key: value for key, value in out.items() if key in keys.only}
-        if self.kind != "lora" and not keys.implied_by:
+        if self.kind != _DEFAULT and not keys.implied_by:
             out["kind"] = self.kind
         return {**out, **options}
 
@@ -331,7 +334,7 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
     r = _rank(entry, where) if KINDS[kind].ranked else 0
     scale = _scale(entry, r, where)
     hard = _boolean(entry.get("hard", True), where, "hard")
-    if kind != "lora" and not hard:
+    if not (KINDS[kind].branched or hard):
         raise ConfigError(
             f'{where}: "kind": "{kind}" is a weight of its own, which no parallel branch adds. '
             'Remove "hard": 0.'
@@ -353,7 +356,7 @@ def _entry(name: Any, entry: Any, source: str) -> TargetConfig:
 
 def _implied(entry: Mapping[str, Any]) -> str:
     """The kind that an entry asks for by a key of its own."""
-    return next((kind for kind, keys in KINDS.items() if keys.implied_by in entry), "lora")
+    return next((kind for kind, keys in KINDS.items() if keys.implied_by in entry), _DEFAULT)
 
 
 def _check_kind(entry: Mapping[str, Any], kind: str, where: str) -> None:

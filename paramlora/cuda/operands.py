@@ -17,9 +17,9 @@ _SIXTEEN = (torch.bfloat16, torch.float16)
 TAPS = 64  # most of a kernel of a single channel: more of them would fill the registers
 SPAN = 64  # rows of the smallest tile: at most one signal for each
 DEEP = 128  # dimensions of a block of the factors' gradients
-_OFF = ("0", "false", "off", "no")
+OFF = ("0", "false", "off", "no")
 # what was asked for: by the environment or a call, then by each block that was entered since
-_asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in _OFF]]
+_asked = [[os.environ.get("PARAMLORA_KERNELS", "1").lower() not in OFF]]
 _on = _asked[-1][0]  # compiled code is guarded by it, so that a switch has it compiled again
 
 

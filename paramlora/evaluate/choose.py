@@ -1,8 +1,10 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
 The ways give the same number. Linear layers, convolutions and experts ask `way`, with dropout or
-without, and do what they are told; what no kernel serves after all
-(`paramlora.cuda.operands`) falls back to torch's operations, by the way that each names.
+without; LoKr, DoRA, and rows that take different updates ask a function of their own below. All do
+what they are told; what no kernel serves after all (`paramlora.cuda.operands`) falls back to
+torch's operations, by the way that each names. What was measured of one device stands in the table,
+what holds on all or was measured of one kind of update alone in a constant here.
 """
 
 import json
@@ -17,7 +19,23 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda.launches import launches as launches
-from paramlora.update.compat import constant_result
+from paramlora.update.compat import constant_result, grouped_product
+
+# what our kernels hold: of a higher rank the device's memory would be in the way
+NORMS_RANK = 128  # whose factors the kernel of DoRA's norms holds in registers
+EXPERTS_RANK = 128  # whose thin products the kernels of experts hold in registers
+EXPERTS = 1024  # groups of rows among which a block of rows looks for its own
+ROWS_RANK = 32  # of each row's own update: its factors lie beside a tile of the frozen product
+# LoKr; measured on an H200: the low-rank kernels are twice as fast at a rank of 256 of 1280, where
+# both factors make many small products, and slower at 1024 of 4096
+KRONECKER_RANK = 256
+REPAID = 4  # rows for each rank that repay forming the low-rank factors
+SMALL_WEIGHT = 2**16  # elements of a weight whose sum costs less than a small product for each row
+# rows that take different updates
+LONG = 16  # positions of a row from which it is a block of its own: packing would only move it
+FEW = 128  # rows up to which reading all factors takes longer than their arithmetic
+# torch's `grouped_mm` wants every stride a multiple of 16 bytes
+ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
 
 
 class Way(Enum):
@@ -34,6 +52,8 @@ class Way(Enum):
     DEPTHWISE = "our kernels for single channels"
     OWN_KERNEL = "the update as a kernel of its own: a branch would repeat A for each group"
     DROPPED = "an autograd function that keeps the seed of the masks, and adds the thin product"
+    LOW_RANK = "a Kronecker product of a low rank as the low-rank layer that it is"
+    FEW_ROWS = "our kernels for few rows, which read all factors where they lie"
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,112 @@ def measured(device: int, name: str) -> bool:
     """Whether the table has our kernels for something, "experts" or "dropout", as the faster on a
     CUDA device, by its index; compiled code asks once."""
     return bool(getattr(_thresholds_at(device), name))
+
+
+def kronecker(
+    dtype: torch.dtype, rows: int, shape: Sequence[int], rank: int, compiling: bool
+) -> Way:
+    """How LoKr beside a linear layer is computed: `Way.LOW_RANK`, `Way.SUM`, `Way.FACTORED` or
+    `Way.PLAIN`.
+
+    Args:
+        dtype: of x, after autocast.
+        rows: of x.
+        shape: of the weight.
+        rank: of the Kronecker product where our kernels serve a low-rank layer, else 0: elsewhere
+            two small products are the faster.
+        compiling: as of `Asked`.
+    """
+    # a rank beyond half of the smaller side has more products than the dense sum
+    few, repaid = 2 * rank <= min(shape), REPAID * rank <= rows
+    if 0 < rank <= KRONECKER_RANK and few and repaid:
+        return Way.LOW_RANK
+    if dtype.itemsize > 2 and shape[0] * shape[1] <= SMALL_WEIGHT:
+        return Way.SUM
+    return Way.PLAIN if compiling else Way.FACTORED
+
+
+def rescaled(way: Way, compiling: bool) -> Way:
+    """How DoRA of a linear layer is computed, whose low-rank layer would be by `way`: rescaled
+    behind it (`Way.PLAIN`), or both in one autograd function (but for `Way.SUM`)."""
+    return Way.PLAIN if compiling or way is Way.OPERATOR else way
+
+
+def norms(kernels: bool, rank: int, compiling: bool) -> Way:
+    """How the norms of a DoRA are found: `Way.KERNELS`, which read the weight once, or `Way.PLAIN`.
+
+    Args:
+        kernels: whether ours serve the operands.
+        rank: padded.
+        compiling: as of `Asked`.
+    """
+    return Way.KERNELS if kernels and rank <= NORMS_RANK and not compiling else Way.PLAIN
+
+
+def of_rows(
+    dtype: torch.dtype,
+    rows: int,
+    kernels: Optional[Way],
+    compiling: bool,
+    dropout: bool = False,
+    gradients: bool = True,
+) -> Way:
+    """How a linear layer is computed whose rows take different updates: `Way.FEW_ROWS`,
+    `Way.KERNELS`, `Way.FACTORED`, `Way.DROPPED` or `Way.PLAIN`.
+
+    Args:
+        dtype: of x, after autocast.
+        rows: of x, all positions.
+        kernels: the way in which ours serve the operands, if any; `Way.FEW_ROWS` where also that.
+        compiling, dropout: as of `Asked`.
+        gradients: whether any are wanted.
+    """
+    # only in 16 bits does it matter where the one rounding falls
+    if dtype.itemsize > 2 or compiling:
+        return Way.PLAIN
+    if dropout:
+        return Way.DROPPED
+    if kernels is Way.FEW_ROWS and (gradients or rows > FEW):
+        return Way.KERNELS
+    return kernels or Way.FACTORED
+
+
+def of_pairs(
+    dtype: torch.dtype, kernels: bool, compiling: bool, dropout: bool, on_cpu: bool
+) -> Way:
+    """How experts are computed whose rows take different updates: `Way.KERNELS`, `Way.FACTORED` or
+    `Way.PLAIN`.
+
+    Args:
+        dtype: of x, after autocast.
+        kernels: whether ours serve the operands.
+        compiling, dropout: as of `Asked`; or where a server's rounding, in between, is wanted.
+        on_cpu: elsewhere torch has no grouped product that adds onto a tensor.
+    """
+    if dtype.itemsize > 2 or compiling:
+        return Way.PLAIN
+    if kernels and not dropout:
+        return Way.KERNELS
+    return Way.FACTORED if on_cpu and dtype == torch.bfloat16 else Way.PLAIN
+
+
+def grouped_serves(x: Tensor, *sizes: int) -> bool:
+    """Whether a device's grouped product serves x and what is multiplied by it, of such sizes: it
+    takes bfloat16 alone, and ROCm's is another. It then waits for no sizes of the groups."""
+    serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
+    return serves and grouped_product is not None and not any(n % ALIGNED for n in sizes)
+
+
+def dense_gradient(on_cpu: bool, groups: int) -> bool:
+    """Whether the gradients of a convolution's factors follow from the dense kernel's; else they
+    are four thin convolutions, which a CPU runs badly, and which in groups repeat A for each."""
+    return on_cpu or groups > 1
+
+
+def by_cublas(x: Tensor) -> bool:
+    """Whether cuBLAS multiplies x, which in 16 bits rounds before it adds onto a tensor, but gives
+    a product in float32; a CPU adds in float32, and ROCm gives no such product."""
+    return x.is_cuda and torch.version.hip is None
 
 
 def denser(tokens: int, fan_in: int, out: int, dtype: torch.dtype) -> bool:

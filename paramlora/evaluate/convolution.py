@@ -42,11 +42,10 @@ from paramlora.evaluate.functional import (
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
+from paramlora.update.geometry import CHANNELS_LAST
+from paramlora.update.narrow import CONVOLUTIONS as CONVOLUTIONS
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _Maybe = Optional[Tensor]
-# only of 2 and 3 dimensions does torch have such a format
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def convolution(
@@ -84,8 +83,8 @@ def convolution(
     Example:
         >>> x, W = torch.randn(2, 4, 6, 6).double(), torch.randn(8, 4, 3, 3).double()
         >>> A, B = torch.randn(2, 36).double(), torch.randn(8, 2).double()
-        >>> where = ((1, 1), (0, 0), (1, 1), 1)
-        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *where)
+        >>> window = ((1, 1), (0, 0), (1, 1), 1)
+        >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *window)
         >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
     """
     # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart
@@ -390,7 +389,7 @@ def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def laid_as(x: Tensor, other: Tensor) -> Tensor:
     """x with its channels last in memory where a convolution's weight or output has them so, as
     torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
-    last = _LAST.get(other.dim())
+    last = CHANNELS_LAST.get(other.dim())
     if last is None or x.dim() != other.dim():
         return x
     return x.contiguous(memory_format=last) if _has_channels_last(other) else x
@@ -647,7 +646,7 @@ class _Convolution(torch.autograd.Function):
         up, down = scaled_down(b, scale, 1.0, x.dtype), cast(a, x.dtype)
         wanted = needs[3], needs[4] or needs[5]
         # both factors' gradients follow from the dense one, see `_from_kernel`
-        dense_too = needs[1] or any(wanted) and (x.is_cpu or window[3] > 1)
+        dense_too = needs[1] or any(wanted) and choose.dense_gradient(x.is_cpu, window[3])
         dx = kernel = dbias = None
         if needs[0] or dense_too or needs[2]:
             # x's gradient is through the sum; without it any kernel of that size does

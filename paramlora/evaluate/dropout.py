@@ -460,8 +460,8 @@ def _gradients(ctx: Any, dy: Tensor, of: Operands, drops: Drops, u: _Maybe) -> o
 
 def _input_gradient(dy: Tensor, weight: Tensor, v: Tensor, down: Tensor, drops: Drops) -> Tensor:
     """``dy @ W + mask ∘ (v @ down)``, rounded once."""
-    # cuBLAS rounds between the products; the mask allows no joined one
-    if dy.is_cuda and dy.dtype.itemsize == 2 and torch.version.hip is None:
+    # the mask allows no joined product
+    if dy.dtype.itemsize == 2 and choose.by_cublas(dy):
         dx = torch.mm(dy, weight, out_dtype=torch.float32)
         return dx.add_(spread(v, down, drops, dy.dtype)).to(dy.dtype)
     return spread(v, down, drops, dy.dtype).addmm_(dy, weight)

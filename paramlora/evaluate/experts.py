@@ -5,16 +5,16 @@ expert) of rows that lie sorted by expert, without the gradient of the dense wei
 """
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda.operands import Drop, served
-from paramlora.cuda.operators import gradient_of_second
+from paramlora.cuda.operators import Gradients, gradient_of_second
 from paramlora.evaluate import choose
-from paramlora.evaluate.choose import Asked, Way
+from paramlora.evaluate.choose import ALIGNED, EXPERTS, EXPERTS_RANK, Asked, Way, grouped_serves
 from paramlora.evaluate.dropout import Drops, masked, ranks_of
 from paramlora.evaluate.functional import (
     cast,
@@ -31,10 +31,24 @@ from paramlora.update.compat import applied, grouped_product, is_batched, record
 from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
-# torch's `grouped_mm` wants every stride a multiple of 16 bytes
-_ALIGNED = 8  # numbers of 16 bits that the grouped product of a device takes at a time
-_HIGHEST = 128  # rank whose thin products the kernels hold in registers
-_MOST = 1024  # experts among which a block of rows looks for its own
+
+
+class _Stack(NamedTuple):
+    """What a grouped product is computed from, see `grouped_linear`; `x`: the rows themselves."""
+
+    x: Tensor
+    weight: Tensor
+    ends: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    strength: float
+    drops: Optional[Drops]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """A, B, the scale and the strength."""
+        return self.a, self.b, self.scale, self.strength
 
 
 def grouped_linear(
@@ -154,23 +168,17 @@ def runs(ends: Tensor) -> Iterator[tuple[int, slice]]:
             start = end
 
 
-def _on_device(x: Tensor, *sizes: int) -> bool:
-    """Whether a device's grouped product serves, which then waits for no sizes."""
-    # `grouped_mm` takes bfloat16 alone, and ROCm's is another
-    serves = x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
-    return serves and grouped_product is not None and not any(n % _ALIGNED for n in sizes)
-
-
 def serves_pairs(x: Tensor, weight: Tensor, groups: int, r: int) -> bool:
     """Whether our kernels compute `grouped_linear` of so many groups of rows, of which several may
     share a matrix: no operation of torch does that without a copy of it for each."""
-    fits = 0 < r <= _HIGHEST and groups <= _MOST and x.numel() and weight.numel()
+    fits = 0 < r <= EXPERTS_RANK and groups <= EXPERTS and x.numel() and weight.numel()
     return bool(fits) and weight.dtype == x.dtype and weight.device == x.device and served(x)
 
 
-def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
+def _way(of: _Stack) -> Way:
     """How a grouped product is computed: by our kernels where they serve it with one mask at most,
     and were found the faster, or are the only way, as for pairs."""
+    x, weight, a, drops = of.x, of.weight, of.a, of.drops
     ours = (drops is None or len(drops.ranks) == 1) and serves_pairs(x, weight, len(a), a.shape[1])
     # torch has no operation for pairs but a copy of the matrix for each, so no measurement decides
     alone = len(a) > len(weight)
@@ -182,7 +190,7 @@ def _way(x: Tensor, weight: Tensor, a: Tensor, drops: Optional[Drops]) -> Way:
 def _width(x: Tensor, r: int) -> int:
     """How many numbers a row of a thin product has: r, padded where a device's grouped product is
     what reads it."""
-    return r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+    return r + -r % ALIGNED if grouped_serves(x, x.shape[1]) else r
 
 
 def _drop(drops: Optional[Drops]) -> Optional[Drop]:
@@ -192,7 +200,7 @@ def _drop(drops: Optional[Drops]) -> Optional[Drop]:
 
 def _padded(factor: Tensor) -> Tensor:
     """A thin stack ``[experts, r, n]`` with zeros up to the ranks that are taken at a time."""
-    return torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[1] % _ALIGNED))
+    return torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[1] % ALIGNED))
 
 
 def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Tensor:
@@ -200,7 +208,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
     that are padded with zeros."""
     if first.shape[1] == 0:  # of a stack without an update, beside one that has some
         return x.new_zeros(len(x), 0)
-    if _on_device(x, x.shape[1]):
+    if grouped_serves(x, x.shape[1]):
         if drops is None:
             return grouped_product(x, _padded(first).mT, offs=ends)  # type: ignore[no-any-return]
         parts = [
@@ -208,7 +216,7 @@ def _thin(x: Tensor, first: Tensor, ends: Tensor, drops: Optional[Drops]) -> Ten
             grouped_product(masked(x, drops, i), _padded(first[:, own]).mT, offs=ends)[:, :r]
             for (i, own), r in zip(ranks_of(drops), drops.ranks)
         ]
-        return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % _ALIGNED))
+        return torch.nn.functional.pad(torch.cat(parts, 1), (0, -first.shape[1] % ALIGNED))
     u = x.new_zeros(len(x), first.shape[1])
     for e, rows in runs(ends):
         if drops is None:
@@ -228,7 +236,7 @@ def _joined(x: Tensor, weight: Tensor, ends: Tensor, u: Tensor, second: Tensor) 
         u: ``[rows, r]``.
         second: ``[experts, r, out]``.
     """
-    if _on_device(x, *weight.shape[1:]):
+    if grouped_serves(x, *weight.shape[1:]):
         if u.shape[1] > 0:
             # both as one product of longer rows: of two, torch's own would round one before adding
             x, weight = torch.cat([x, u], 1), _stacked(weight, _padded(second))
@@ -253,11 +261,10 @@ def _spread(
     dy: Tensor, weight: Tensor, ends: Tensor, v: Tensor, down: Tensor, drops: Drops
 ) -> Tensor:
     """``dy_e W_e + mask ∘ (v_e down_e)``, on a CPU rounded once."""
-    on_device = _on_device(dy, *weight.shape[1:])
-    if on_device:
+    if grouped_serves(dy, *weight.shape[1:]):
         dx = _joined(dy, weight, ends, v[:, :0], down[:, :0])
         for which, own in ranks_of(drops):
-            thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+            thin = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % ALIGNED))
             part = grouped_product(thin, _padded(down[:, own]), offs=ends)
             # a mask falls between the thin product and the sum, so that they cannot be joined in
             # one product
@@ -276,7 +283,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
     """``y = x @ w + u @ v``; in 16 bits the smaller product comes first, as in `functional`."""
     if x.dtype.itemsize > 2:
         torch.mm(x, w, out=y).addmm_(u, v)
-    elif x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+    elif choose.by_cublas(x):
         # `out_dtype` of torch.mm is CUDA's alone
         y.copy_(torch.mm(x, w, out_dtype=torch.float32).addmm_(u.float(), v.float()))
     else:
@@ -285,7 +292,7 @@ def _sum_of_products(x: Tensor, w: Tensor, u: Tensor, v: Tensor, y: Tensor) -> N
 
 def expert_sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``left_eᵀ @ right_e`` over each expert's rows: ``[experts, left's, right's]``."""
-    if left.shape[1] and right.shape[1] and _on_device(left, left.shape[1], right.shape[1]):
+    if left.shape[1] and right.shape[1] and grouped_serves(left, left.shape[1], right.shape[1]):
         product: Tensor = grouped_product(left.t(), right, offs=ends)
         return product
     total = left.new_zeros(len(ends), left.shape[1], right.shape[1])
@@ -313,107 +320,79 @@ def _narrowed_back(
     return narrowed(dy, scaled, a, one, 1.0)
 
 
-def _in_range_again(
-    product: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
-) -> Tensor:
+def _in_range_again(product: Tensor, of: _Stack) -> Tensor:
     """``dyᵀ u`` without the power of two that the thin product has in float16."""
-    if x.dtype != torch.float16:
+    if of.x.dtype != torch.float16:
         return product
-    return product / narrow.balance(x, a, b.float() * (scale.float() * strength), x.shape[1])
+    up = of.b.float() * (of.scale.float() * of.strength)
+    return product / narrow.balance(of.x, of.a, up, of.x.shape[1])
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    ends: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    drops: Optional[Drops],
-    bias: _Maybe,
-) -> tuple[Tensor, Tensor]:
+def _forward(of: _Stack, bias: _Maybe) -> tuple[Tensor, Tensor]:
     """``y`` and the thin product that `_backward` takes."""
-    down, up, _ = narrowed(x, a, b, scale, strength)
-    if _way(x, weight, a, drops) is Way.KERNELS:
+    x, weight, ends, drops = of.x, of.weight, of.ends, of.drops
+    down, up, _ = narrowed(x, *of.factors)
+    if _way(of) is Way.KERNELS:
         from paramlora.cuda.experts import plan
 
         x, ends = x.contiguous(), ends.int()  # the kernels read ends of 32 bits
-        u = plan.thin(x, down, ends, _width(x, a.shape[1]), _drop(drops))
+        u = plan.thin(x, down, ends, _width(x, of.a.shape[1]), _drop(drops))
         return plan.product(x, weight.mT, ends, u, up.mT, bias=bias), u
     u = _thin(x, down, ends, drops)
     y = _joined(x, weight.mT, ends, u, up.mT)
     return y if bias is None else y.add_(bias[owners(ends, len(y))]), u
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    ends: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    drops: Optional[Drops],
-    u: Tensor,
-    wanted: "tuple[bool, ...] | list[bool]",
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
+_Wanted = Union[tuple[bool, ...], list[bool]]  # of x, A, B and the scale
+
+
+def _backward(dy: Tensor, of: _Stack, u: Tensor, wanted: _Wanted) -> Gradients:
     """The gradients of x, A, B and the scale that are `wanted`."""
     dx = da = db = dscale = None
-    dy, r = dy.contiguous(), a.shape[1]
-    if _way(x, weight, a, drops) is Way.KERNELS and dy.dtype == x.dtype:
-        return _backward_in_kernels(dy, x, weight, ends, a, b, scale, strength, drops, u, wanted)
+    dy, r = dy.contiguous(), of.a.shape[1]
+    if _way(of) is Way.KERNELS and dy.dtype == of.x.dtype:
+        return _backward_in_kernels(dy, of, u, wanted)
     if wanted[0] or wanted[1]:
-        up, down, h = _narrowed_back(dy, a, b, scale, strength)
-        v = _thin(dy, up.mT, ends, None)
-        if wanted[0] and drops is None:
-            dx = _joined(dy, weight, ends, v, down)
+        up, down, h = _narrowed_back(dy, *of.factors)
+        v = _thin(dy, up.mT, of.ends, None)
+        if wanted[0] and of.drops is None:
+            dx = _joined(dy, of.weight, of.ends, v, down)
         elif wanted[0]:
-            dx = _spread(dy, weight, ends, v, down, drops)  # type: ignore[arg-type]
+            dx = _spread(dy, of.weight, of.ends, v, down, of.drops)  # type: ignore[arg-type]
         if wanted[1]:
-            da = _factor_sums(v, x, ends, drops, r)
-            da = cast(da if h is None else da / h, a.dtype)
+            da = _factor_sums(v, of.x, of.ends, of.drops, r)
+            da = cast(da if h is None else da / h, of.a.dtype)
     if wanted[2] or wanted[3]:
-        product = expert_sums(dy, u, ends)[..., :r]
-        product = _in_range_again(product, x, a, b, scale, strength)
-        db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
-    return dx, da, db if wanted[2] else None, dscale
+        db, dscale = _of_second(expert_sums(dy, u, of.ends)[..., :r], of, wanted)
+    return dx, da, db, dscale
 
 
-def _backward_in_kernels(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    ends: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    strength: float,
-    drops: Optional[Drops],
-    u: _Maybe,
-    wanted: "tuple[bool, ...] | list[bool]",
-) -> tuple[_Maybe, _Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A, B and the scale that are `wanted`, in three launches of our
-    kernels."""
+def _of_second(product: Tensor, of: _Stack, wanted: _Wanted) -> tuple[_Maybe, _Maybe]:
+    """The gradients of B and the scale that are wanted, from ``dyᵀ u``."""
+    product = _in_range_again(product, of)
+    db, dscale = gradient_of_second(product, of.b, of.scale, of.strength, wanted[3])
+    return db if wanted[2] else None, dscale
+
+
+def _backward_in_kernels(dy: Tensor, of: _Stack, u: _Maybe, wanted: _Wanted) -> Gradients:
+    """`_backward` in three launches of our kernels."""
     from paramlora.cuda.experts import plan
 
-    x, ends, drop, r = x.contiguous(), ends.int(), _drop(drops), a.shape[1]
-    dx = v = db = dscale = h = None
+    x, ends, drop, r = of.x.contiguous(), of.ends.int(), _drop(of.drops), of.a.shape[1]
+    dx = v = da = db = dscale = h = None
     if wanted[0] or wanted[1]:
-        up, down, h = _narrowed_back(dy, a, b, scale, strength)
+        up, down, h = _narrowed_back(dy, *of.factors)
         v = plan.thin(dy, up.mT, ends, _width(x, r), None)
-        dx = plan.product(dy, weight, ends, v, down, drop) if wanted[0] else None
+        dx = plan.product(dy, of.weight, ends, v, down, drop) if wanted[0] else None
     too = wanted[1], wanted[2] or wanted[3]
-    if not any(too):
-        return dx, None, None, None
-    da, product = plan.sums(x, v, dy, u, ends, r, drop, too)
+    product = None
+    if any(too):
+        da, product = plan.sums(x, v, dy, u, ends, r, drop, too)
     if da is not None:
-        da = cast(da if h is None else da / h, a.dtype)
+        da = cast(da if h is None else da / h, of.a.dtype)
     if product is not None:
-        product = _in_range_again(product, x, a, b, scale, strength)
-        db, dscale = gradient_of_second(product, b, scale, strength, wanted[3])
-    return dx, da, db if wanted[2] else None, dscale
+        db, dscale = _of_second(product, of, wanted)
+    return dx, da, db, dscale
 
 
 def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: int) -> Tensor:
@@ -422,7 +401,7 @@ def _factor_sums(v: Tensor, x: Tensor, ends: Tensor, drops: Optional[Drops], r: 
         return expert_sums(v, x, ends)[:, :r]
     parts = []
     for which, own in ranks_of(drops):
-        some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % _ALIGNED))
+        some = torch.nn.functional.pad(v[:, own], (0, -drops.ranks[which] % ALIGNED))
         parts.append(expert_sums(some, masked(x, drops, which), ends)[:, : drops.ranks[which]])
     return torch.cat(parts, 1)
 
@@ -453,7 +432,7 @@ class _Grouped(torch.autograd.Function):
         ctx.strength, ctx.masks, ctx.rest = strength, (rates, ranks), rest
         rows = _rows(x, put_together(order, back, rest), weight)
         drops = _drops(rates, ranks, seed)
-        y, u = _forward(rows, weight, ends, a, b, scale, strength, drops, bias)
+        y, u = _forward(_Stack(rows, weight, ends, a, b, scale, strength, drops), bias)
         # `kept_input` asks for a bias where the ends are: neither gets a gradient
         held = kept_input(ctx, x)
         thin = None if held is None else u
@@ -481,10 +460,10 @@ class _Grouped(torch.autograd.Function):
             dx, dweight, *others = differentiable(again, inputs, (*needs[:2], *needs[3:6]), dy)
             return dx, dweight, None, *others, *none
         rows, pulled = _again(x, source, held is not None, dy, weight, ends)
-        values = (dy, rows, weight, ends, a, b, scale, ctx.strength, drops, u, wanted)
-        dx, *others = _backward(*values)
+        of = _Stack(rows, weight, ends, a, b, scale, ctx.strength, drops)
+        dx, *others = _backward(dy, of, u, wanted)
         dweight = _of_matrices(expert_sums(dy, rows, ends), weight) if needs[1] else None
-        del rows, values  # before others of their size are made
+        del rows, of  # before others of their size are made
         return None if dx is None else pulled(dx), dweight, None, *others, *none
 
 
@@ -537,7 +516,8 @@ def _op(
     rows = _rows(
         x, put_together(order, back, (top, partial) if order is not None else None), weight
     )
-    return _forward(rows, weight, ends, a, b, scale, 1.0, _drops(rates, ranks, seed), bias)
+    of = _Stack(rows, weight, ends, a, b, scale, 1.0, _drops(rates, ranks, seed))
+    return _forward(of, bias)
 
 
 @_op.register_fake
@@ -559,7 +539,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     # as the real one: an operator's fake must give the sizes that the operator gives
     r = a.shape[1]
-    padded = r + -r % _ALIGNED if _on_device(x, x.shape[1]) else r
+    padded = r + -r % ALIGNED if grouped_serves(x, x.shape[1]) else r
     rows = len(x) if order is None else len(order)
     return x.new_empty(rows, weight.shape[1]), x.new_empty(rows, padded)
 
@@ -589,7 +569,8 @@ def _backward_op(
     # rows are read for the weight, A, B or the scale; the second one wanted is x
     read = wanted[0] or any(wanted[2:])
     rows, pulled = _again(x, source, read, dy, weight, ends)
-    dx, *others = _backward(dy, rows, weight, ends, a, b, scale, 1.0, drops, u, wanted[1:])
+    of = _Stack(rows, weight, ends, a, b, scale, 1.0, drops)
+    dx, *others = _backward(dy, of, u, wanted[1:])
     dense = _of_matrices(expert_sums(dy, rows, ends), weight) if wanted[0] else None
     grads = (None if dx is None else pulled(dx), *others)
     # a schema has no optional tensor among what it returns; empty ones stand for those not wanted

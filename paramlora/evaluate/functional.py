@@ -30,15 +30,14 @@ from paramlora.update.compat import (
     applied,
     is_batched,
     recorded,
+    reshaped,
     traced,
     transformed,
 )
 from paramlora.update.contexts import autocast_of, without_autocast
+from paramlora.update.geometry import PLAIN
 
 _Maybe = Optional[Tensor]
-# subclasses, such as DTensors and quantised weights, have operations of their own
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_unsafe_view = torch.ops.aten._unsafe_view.default
 # `in_cpp`, where that was built; see `start_cpp`
 _native: Any = None
 _started = False
@@ -470,7 +469,7 @@ def _gradients_in_range(ctx: Any, dy: Tensor, of: Operands, u: _Maybe) -> operat
 def unflattened(y: Tensor, x: Tensor) -> Tensor:
     """``[rows, out]`` in an input's dimensions; no view, which nobody could change in place."""
     # a custom function's output that is a view raises where it is changed in place
-    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+    return reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -484,7 +483,7 @@ def both(x: Tensor, w: Tensor, u: Any, v: Tensor, bias: _Maybe = None) -> Tensor
     if x.dtype.itemsize > 2:
         y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
         return y.addmm_(u, v)
-    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+    if choose.by_cublas(x):
         y = torch.mm(x, w, out_dtype=torch.float32)
         y = y.addmm_(u.float(), v.float())  # `addmm_` wants them in y's type
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -616,7 +615,7 @@ class _WithoutGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, there: Tensor) -> Tensor:
         ctx.save_for_backward(there)
         # autograd refuses to write into a view that a function gave, as `embeddings *= scale` does
-        return _unsafe_view(y, y.shape)  # type: ignore[no-any-return]
+        return reshaped(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:

@@ -10,18 +10,14 @@ from torch import Tensor
 
 from paramlora.cuda.operands import served
 from paramlora.cuda.operators import scaled_down
-from paramlora.evaluate import functional
+from paramlora.evaluate import choose, functional
+from paramlora.evaluate.choose import Way
 from paramlora.evaluate.functional import as_rows, differentiable, untold
 from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, without_autocast
 from paramlora.update.lokr import factors, kron, low_rank, rank_of_product
 
 _Maybe = Optional[Tensor]
-_SMALL = 2**16  # elements of a weight whose sum costs less than a small product for each row
-# measured on an H200: the low-rank kernels are twice as fast at a rank of 256 of 1280, where both
-# factors make many small products, and slower at 1024 of 4096
-_WIDEST = 256
-_REPAID = 4  # rows for each rank that repay forming the low-rank factors
 
 
 def linear(
@@ -60,19 +56,17 @@ def linear(
     low = dtype.itemsize
     # products of factors that are not whole must not be rounded in between
     parts = {n: t.to(dtype) if t.dtype.itemsize < low else t for n, t in parts.items()}
-    # only our kernels make a low-rank layer the faster way; elsewhere two small products are
-    rank = rank_of_product(parts) if served(x) else 0
-    # a rank beyond half of the smaller side has more products than the dense sum
-    few, repaid = 2 * rank <= min(weight.shape), _REPAID * rank <= x.numel() // x.shape[-1]
-    if 0 < rank <= _WIDEST and few and repaid:
+    rank, rows = rank_of_product(parts) if served(x) else 0, x.shape[:-1].numel()
+    way = choose.kronecker(x.dtype, rows, weight.shape, rank, untold() or recorded())
+    if way is Way.LOW_RANK:
         return functional.linear(x, weight, bias, *low_rank(parts), scale)
     first, second = factors(parts)
     first = scaled_down(first, scale, 1.0, dtype)
     second = functional.cast(second, dtype)
-    if x.dtype.itemsize > 2 and weight.numel() <= _SMALL:
+    if way is Way.SUM:
         # one sum, and a plain product, whose gradient autograd knows
         return F.linear(x, weight + kron(first, second), bias)
-    if untold() or recorded():
+    if way is Way.PLAIN:
         return _by_definition(x, weight, bias, first, second)
     return applied(_Linear, x, weight, bias, first, second)
 
@@ -146,7 +140,7 @@ def _added(x: Tensor, w: Tensor, left: Tensor, right: Tensor, bias: _Maybe = Non
     if not x.is_cuda and low.dtype == x.dtype:
         y = low.addmm_(x, w)
         return y if bias is None else y.add_(bias)
-    if x.is_cuda and torch.version.hip is None:
+    if choose.by_cublas(x):
         y = torch.mm(x, w, out_dtype=torch.float32)
     else:  # ROCm has no `out_dtype`, and a CPU's float16 no range
         y = torch.mm(x.float(), w.float())

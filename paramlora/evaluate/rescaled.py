@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from paramlora.cuda import operators
 from paramlora.cuda.operands import Operands, Wanted, has_kernel, padded, served
-from paramlora.evaluate import functional
+from paramlora.evaluate import choose, functional
 from paramlora.evaluate.choose import Way
 from paramlora.evaluate.functional import as_rows, differentiable, untold
 from paramlora.update.compat import applied, is_batched, recorded
@@ -18,16 +18,14 @@ from paramlora.update.contexts import autocast_of, without_autocast
 from paramlora.update.dora import output_norms
 
 _Maybe = Optional[Tensor]
-_HIGHEST = 128  # rank whose factors the kernel of the norms holds in registers
 
 
 def norms_of(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """`output_norms`, in 16 bits on CUDA in one launch, which reads the weight once."""
-    ours = served(weight) and 0 < len(a) and padded(len(a)) <= _HIGHEST and weight.numel() > 0
+    ours = served(weight) and 0 < len(a) and weight.numel() > 0
     # the kernel gets bare addresses: all must lie on one device
-    near = {t.get_device() for t in (a, b, scale)} == {weight.get_device()}
-    if not (ours and near) or untold() or recorded():
-        # a compiler, a transform or a recorder sees torch's operations only
+    ours = ours and {t.get_device() for t in (a, b, scale)} == {weight.get_device()}
+    if choose.norms(ours, padded(len(a)), untold() or recorded()) is Way.PLAIN:
         return output_norms(weight, a, b, scale)
     from paramlora.cuda.rescaled import plan
 
@@ -69,7 +67,8 @@ def linear(
         bias = None if bias is None else bias.float()
         return linear(x, weight, bias, a, b, scale, magnitude).half()
     way = functional.way_of(x, weight, bias, a, b, scale, is_compiling())
-    if way in (Way.PLAIN, Way.OPERATOR) or untold() or recorded():
+    way = choose.rescaled(way, untold() or recorded())
+    if way is Way.PLAIN:
         inside = weight.dtype.itemsize > 2  # in 16 bits a large bias drowns what is rounded
         z = functional.linear(x, weight, bias if inside else None, a, b, scale)
         norm = norms_of(weight, a, b, scale)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paramlora.cuda.operands import has_kernel
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Way
 from paramlora.evaluate.functional import (
     cast,
     cast_for_autocast,
@@ -31,9 +33,6 @@ from paramlora.update.contexts import autocast_of, without_autocast
 _Maybe = Optional[Tensor]
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _VERSION = attrgetter("_version")
-_HIGHEST = 32  # rank whose factors fit the shared memory beside a tile of the frozen product
-_LONG = 16  # positions of a row from which it is a block of its own
-_FEW = 128  # rows up to which reading takes longer than arithmetic
 
 
 def joined(factors: Sequence[_Maybe], ranks: Sequence[int], dim: int) -> Tensor:
@@ -92,16 +91,19 @@ def linear(
         x, weight, bias, dropped = cast_for_autocast(device, x, weight, bias, dropped)
         with torch.autocast(device, enabled=False):
             return linear(x, weight, bias, down, up, rows, dropped)
-    # only in 16 bits does it matter where the one rounding falls
-    low = weight is not None and x.dtype.itemsize == 2 and not untold()
-    if low and dropped is None:
-        return applied(_Linear, x, weight, bias, down, up, rows)
+    # whether they serve is decided once: the backward must read what that forward kept
+    compiling, ours = untold(), False
+    if weight is not None and dropped is None and not compiling:
+        ours = _has_kernel(x, weight, bias, down, up, rows)
+    about = (x.dtype, x.shape[:-1].numel(), Way.KERNELS if ours else None)
+    way = choose.of_rows(*about, compiling, dropped is not None)
+    if weight is not None and way in (Way.KERNELS, Way.FACTORED):
+        return applied(_Linear, x, weight, bias, down, up, rows, way)
     own = x if dropped is None else dropped
-    # from 32 bits on, or where an autograd function is not seen: the parts are rounded apart
     thin = grouped(_positions(own), rows, down, up).view(*x.shape[:-1], up.shape[-1])
     if weight is None:
         return thin
-    if not low:
+    if way is Way.PLAIN:  # the parts are rounded apart
         return F.linear(x, weight, bias) + thin
     # what is dropped is another input than x, so that the joined gradients of `_Linear` do not hold
     flat = applied(_Onto, thin.flatten(0, -2), x.flatten(0, -2), weight, bias)
@@ -142,8 +144,7 @@ def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows ``[N, positions, side]`` as matrices that each take one update, and what each picks:
     the rows themselves where they are long, else blocks of them, filled up with zeros."""
     places, picks, positions = rows.places, rows.block_picks, x.shape[1]
-    # a long row is a block of its own: packing would only move it
-    if places is None or positions >= _LONG:
+    if places is None or positions >= choose.LONG:
         return x, rows.picks
     # `index_copy` is differentiable, and writes each row once: nothing is added up
     packed = x.new_zeros(len(picks[0]) * rows.block, *x.shape[1:]).index_copy(0, places, x)
@@ -153,7 +154,7 @@ def _blocks(x: Tensor, rows: Choice) -> tuple[Tensor, tuple[Tensor, ...]]:
 def _in_rows(y: Tensor, rows: Choice, positions: int) -> Tensor:
     """``[N, positions, side]`` again, from what was computed of the matrices that `_blocks`
     gave."""
-    if rows.places is None or positions >= _LONG:
+    if rows.places is None or positions >= choose.LONG:
         return y
     # a gather by places, each of which is there once: its gradient collides nowhere
     return y.reshape(-1, positions, y.shape[-1]).index_select(0, rows.places)
@@ -191,7 +192,7 @@ def _onto(thin: Tensor, x: Tensor, matrix: Tensor, bias: _Maybe = None) -> Tenso
     """``x @ matrix + thin + bias`` in 16 bits with one rounding: the small product comes first,
     where one float32 accumulator takes both, and the bias last, so that a large one does not drown
     it."""
-    if x.is_cuda and torch.version.hip is None:  # cuBLAS rounds in between
+    if choose.by_cublas(x):
         y = torch.mm(x, matrix, out_dtype=torch.float32).add_(thin)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     y = torch.addmm(thin, x, matrix)
@@ -204,10 +205,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: _Maybe, down: Tensor, up: Tensor, rows: Choice
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: _Maybe,
+        down: Tensor,
+        up: Tensor,
+        rows: Choice,
+        way: Way,
     ) -> Tensor:
-        # whether they serve is decided once: the backward must read what that forward kept
-        ctx.rows, ctx.kernel = rows, _has_kernel(x, weight, bias, down, up, rows)
+        ctx.rows, ctx.kernel = rows, way is Way.KERNELS
         if ctx.kernel:
             y, u = _by_kernels(x.flatten(0, -2), weight.t(), bias, down, up, rows)
             ctx.save_for_backward(x, weight, down, up, u)
@@ -233,7 +240,7 @@ class _Linear(torch.autograd.Function):
 
             wanted = (*needs[:2], *needs[3:5])
             dx, dweight, *others = differentiable(again, (x, weight, down, up), wanted, dy)
-            return dx, dweight, dbias, *others, None
+            return dx, dweight, dbias, *others, None, None
         flat, positions = dy.flatten(0, -2), _positions(dy).shape[1]
         if ctx.kernel:
             # kept by the kernels: one thin product of all ranks
@@ -241,7 +248,8 @@ class _Linear(torch.autograd.Function):
                 flat, x.flatten(0, -2), weight, down, up, us[0], rows, needs
             )
             dx = None if dx is None else dx.view(x.shape)
-            return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, *others, None
+            dweight = flat.t() @ x.flatten(0, -2) if needs[1] else None
+            return dx, dweight, dbias, *others, None, None
         own, picks = _blocks(narrow.wide(_positions(dy)), rows)
         vs = _thin(own, up, picks)
         dx = ddown = None
@@ -252,7 +260,8 @@ class _Linear(torch.autograd.Function):
             # x's blocks, made again: they are copies, and x is kept anyway
             ddown = _sums(vs, _blocks(narrow.wide(_positions(x)), rows)[0], picks, down)
         dup = _sums(us, own, picks, up) if needs[4] else None
-        return dx, flat.t() @ x.flatten(0, -2) if needs[1] else None, dbias, ddown, dup, None
+        dweight = flat.t() @ x.flatten(0, -2) if needs[1] else None
+        return dx, dweight, dbias, ddown, dup, None, None
 
 
 def _has_kernel(
@@ -263,7 +272,8 @@ def _has_kernel(
     plain = fits and weight.numel() > 0 and (bias is None or bias.is_contiguous())
     # launches are given addresses, all of one device
     near = plain and {t.get_device() for t in (weight, down, up)} == {x.get_device()}
-    return near and x.shape[-1] == weight.shape[1] and 0 < max(rows.ranks, default=0) <= _HIGHEST
+    held = 0 < max(rows.ranks, default=0) <= choose.ROWS_RANK
+    return near and held and x.shape[-1] == weight.shape[1]
 
 
 _Given = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -292,9 +302,11 @@ def in_place(x: Tensor, weight: Tensor, bias: _Maybe, updates: _Given, rows: Cho
     table = plan.table_of(*updates, weight)
     if table is None:
         return None
-    # the decoding kernel reads rows of the weight, so they must be contiguous
-    few = x.numel() <= _FEW * x.shape[-1] and weight.stride(1) == 1
-    if few and not torch.is_grad_enabled():
+    # the kernel of few rows reads rows of the weight, so they must be contiguous
+    ours = Way.FEW_ROWS if weight.stride(1) == 1 else Way.KERNELS
+    about = (x.dtype, x.shape[:-1].numel(), ours)
+    way = choose.of_rows(*about, False, gradients=torch.is_grad_enabled())
+    if way is Way.FEW_ROWS:
         return _of_few(x, weight, bias, table, rows)
     return applied(_InPlace, x, weight, bias, rows, table, updates, *downs, *ups)
 

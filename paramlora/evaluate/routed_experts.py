@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paramlora.evaluate import choose
+from paramlora.evaluate.choose import Way
 from paramlora.evaluate.experts import (
     expert_sums,
     grouped_linear,
@@ -22,7 +24,7 @@ from paramlora.evaluate.experts import (
 )
 from paramlora.evaluate.functional import cast, cast_for_autocast, untold
 from paramlora.update.choice import padded, steps
-from paramlora.update.compat import applied, recorded, transformed
+from paramlora.update.compat import applied, recorded
 from paramlora.update.contexts import autocast_of, without_autocast
 
 _Maybe = Optional[Tensor]
@@ -122,18 +124,18 @@ def grouped_linear_of_rows(
         with torch.autocast(device, enabled=False):
             return grouped_linear_of_rows(x, weight, ends, down, up, pairs, dropped, twice, bias)
     x = cast(x, weight.dtype)
-    low = x.dtype.itemsize == 2 and not (twice or untold() or recorded() or transformed())
-    if low and dropped is None:
-        rank = padded(max(factor.shape[1] for factor in down if factor is not None))
-        if serves_pairs(x, weight, len(pairs.ends), rank):
-            dtype = torch.promote_types(x.dtype, torch.bfloat16)  # float16 has no range for them
-            a, b = joined(down, dtype), joined(up, dtype).mT.contiguous()
-            scale = torch.ones((), device=x.device)
-            y = grouped_linear(x[pairs.order], weight, pairs.ends, a, b, scale, bias=bias)
-            return y[pairs.back]
+    rank = padded(max(factor.shape[1] for factor in down if factor is not None))
+    apart = twice or untold() or recorded()
+    ours = not apart and serves_pairs(x, weight, len(pairs.ends), rank)
+    way = choose.of_pairs(x.dtype, ours, apart, dropped is not None, not x.is_cuda)
+    if way is Way.KERNELS:
+        dtype = torch.promote_types(x.dtype, torch.bfloat16)  # float16 has no range for them
+        a, b = joined(down, dtype), joined(up, dtype).mT.contiguous()
+        scale = torch.ones((), device=x.device)
+        y = grouped_linear(x[pairs.order], weight, pairs.ends, a, b, scale, bias=bias)
+        return y[pairs.back]
     update = _low(x if dropped is None else cast(dropped, x.dtype), down, up, pairs)
-    # on CUDA torch has no grouped product that adds onto a tensor
-    if not low or x.dtype != torch.bfloat16 or x.is_cuda:
+    if way is Way.PLAIN:
         y = plain_product(x, weight, ends) + update
     else:
         y = applied(_Onto, update, x, weight, ends)

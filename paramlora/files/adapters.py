@@ -43,6 +43,7 @@ from paramlora.update.memory import pieces_of
 from paramlora.update.outline import Pieces, looked
 from paramlora.update.value import Adapter
 
+AdapterLike = Union[Adapter, PathLike]
 _MOST_PLACES, _MOST_LEVELS = 1_000_000, 32  # of values in a file's nested containers
 _MOST_SHARED = 8  # bytes of tensors for each of the file
 
@@ -596,7 +597,7 @@ def _flat_yaml(text: str) -> dict[str, Any]:
 
 
 def without_strangers(adapter: Adapter, there: Collection[str], source: str) -> Adapter:
-    """Without whole tensors that the model lacks; of updates `read_adapter` left none.
+    """An adapter without whole tensors that the model lacks; of updates `read_adapter` left none.
 
     Args:
         there: what the model has, tensors by their names and paths.

@@ -17,7 +17,7 @@ from paramlora.arithmetic.resize import Ranks
 from paramlora.checkpoint.keys import Key
 from paramlora.config.reading import head_of, is_pickled
 from paramlora.errors import FileError, spelled
-from paramlora.files.adapters import format_of, read_adapter
+from paramlora.files.adapters import AdapterLike, format_of, read_adapter
 from paramlora.files.atomic import PathLike
 from paramlora.files.checkpoint import Stored
 from paramlora.formats import Base, Options, base_of
@@ -26,7 +26,6 @@ from paramlora.update.contexts import own_context
 from paramlora.update.value import Adapter
 from paramlora.update.weighted import check_adapter, pairs_of
 
-AdapterLike = Union[Adapter, PathLike]
 CheckpointLike = Union[PathLike, Mapping[str, Any], nn.Module]
 
 

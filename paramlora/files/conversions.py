@@ -18,6 +18,7 @@ from paramlora.checkpoint.recipes import Contents, Recipe, Recipes, embed_recipe
 from paramlora.errors import FileError, ParamloraError, listed, unwritten, warn
 from paramlora.files import torch_save
 from paramlora.files.adapters import (
+    AdapterLike,
     check_place,
     format_of,
     read_adapter,
@@ -41,7 +42,6 @@ from paramlora.update.value import Adapter
 from paramlora.update.weighted import pairs_of
 
 Progress = Callable[[int, int], None]  # the bytes since its last call, and of all tensors
-AdapterLike = Union[Adapter, PathLike]
 Checkpoint = Union[Stored, Pipeline]
 _ENDINGS = ", ".join((*SAFE, *PICKLED))
 

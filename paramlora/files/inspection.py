@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
@@ -14,16 +15,10 @@ from paramlora.files.adapters import checked
 from paramlora.files.atomic import PathLike
 from paramlora.formats import Base, Content, Options
 from paramlora.update.contexts import own_context
-from paramlora.update.value import Adapter, Value
+from paramlora.update.value import Adapter, Listed, Value
 
 _SHOWN = 60  # characters of a metadata value in the table
 _LOOSE = Options(strict=False)
-_USUAL = ("low-rank", "whole")  # kinds that the table shows by their columns
-
-
-def _norm(row: "Row") -> str:
-    """The norm as the table shows it; kinds whose change depends on the weight have none."""
-    return f"{row.norm:.4g}" if row.kind in _USUAL else "-"
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,7 @@ class Row:
             kind, which needs the weight for it.
         flag: ``"not finite"``, ``"all zero"`` or nothing.
         kind: ``"low-rank"``, ``"whole"``, or the name of another kind, such as ``"dora"``.
+        listed: as the table shows it.
     """
 
     path: str
@@ -47,7 +43,8 @@ class Row:
     scale: float
     norm: float
     flag: str
-    kind: str = "low-rank"
+    kind: str
+    listed: Listed
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ class Inspection:
             {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in row.items()
+                if k != "listed"
             }
             for row in out["rows"]
         ]
@@ -85,8 +83,7 @@ class Inspection:
         head = ("tensor", "shape", "r", "scale", "norm", "")
         body = [
             (shown(row.path) or "(model)", "×".join(map(str, row.shape)))
-            + (("whole", "-") if row.kind == "whole" else (str(row.r), f"{row.scale:g}"))
-            + (_norm(row), row.flag or (row.kind if row.kind not in _USUAL else ""))
+            + (row.listed.r, row.listed.scale, row.listed.norm, row.flag or row.listed.kind)
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(head, *body)]
@@ -95,10 +92,10 @@ class Inspection:
             for line in (head, *body)
         ]
         lines += self.notes
-        whole = sum(1 for row in self.rows if row.kind == "whole")
-        counts = [counted(len(self.rows) - whole, "update"), f"{self.flagged} flagged"]
-        counts[1:1] = [counted(whole, "whole tensor")] if whole else []
-        return "\n".join([*lines, ", ".join(counts)])
+        nouns = Counter({"update": 0})
+        nouns.update(row.listed.noun for row in self.rows)
+        counts = [counted(count, noun) for noun, count in nouns.items()]
+        return "\n".join([*lines, ", ".join([*counts, f"{self.flagged} flagged"])])
 
 
 @own_context()
@@ -139,5 +136,5 @@ def inspect(path: PathLike, options: Options = _LOOSE, base: Optional[Base] = No
 def _row(path: str, value: Value) -> Row:
     finite = all(bool(torch.isfinite(part).all()) for part in value.parts().values())
     flag = "not finite" if not finite else "all zero" if value.idle() else ""
-    r, scale = value.listed()
-    return Row(path, value.shape or (), r, scale, value.norm(), flag, value.shown)
+    (r, scale), norm = value.listed(), value.norm()
+    return Row(path, value.shape or (), r, scale, norm, flag, value.shown, value.row(norm))

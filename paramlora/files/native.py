@@ -6,9 +6,8 @@ from torch import nn
 
 from paramlora.errors import FileError
 from paramlora.files.atomic import PathLike, new_file
-from paramlora.files.mistaken import check_tensors
-from paramlora.files.safetensors import SafeFile, spec_of, write_safetensors
-from paramlora.formats.native import checked_entries, described, native_of
+from paramlora.files.safetensors import spec_of, write_safetensors
+from paramlora.formats.native import described
 from paramlora.model.statistics import warn_moved
 from paramlora.model.values import adapter_of, adapter_state_dict
 from paramlora.update.contexts import own_context
@@ -61,31 +60,13 @@ def write_native(adapter: Adapter, path: PathLike) -> None:
     update and do not get it, where there are any).
 
     Raises:
-        FileError: the file cannot be written, or `read_native` would refuse it.
+        FileError: the file cannot be written, or `read_adapter` would refuse it.
     """
     _check_name(path)
     state, metadata = described(adapter, Path(path))
     specs = {key: spec_of(value) for key, value in state.items()}
     with new_file(path) as file:
         write_safetensors(file, specs, metadata, lambda key: pieces_of(state[key]))
-
-
-@own_context()
-def read_native(path: PathLike) -> Adapter:
-    """The adapter in a native file.
-
-    Files without ``shapes`` (written before there were any) give updates without a shape.
-
-    Raises:
-        FileError: missing, truncated, written by another tool, or not whole.
-    """
-    check_tensors(Path(path))
-    file = SafeFile(Path(path))
-    try:
-        checked_entries(file.path, file.metadata, file.specs)  # before anything is read
-        return native_of(file.path, file.metadata, file.every())
-    finally:
-        file.close()
 
 
 def _check_name(path: PathLike) -> None:

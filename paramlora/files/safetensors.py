@@ -126,17 +126,17 @@ class SafeFile:
     def _as_one(self, size: int, locked: bool) -> dict[str, Tensor]:
         """All tensors as parts of one: in the file they lie so, see `_check_whole`."""
         try:  # of that memory torch keeps what was given back, so that the next file finds it
-            whole = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
         except RuntimeError:  # of no device, or of a system that locks less
-            whole = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8)
         # the file's tensors lie without holes from here on
         start = min(self._begin.values(), default=0)
         if size:
-            self._fill(start, bytes_of(whole))
+            self._fill(start, bytes_of(memory))
         found = {}
         for key, spec in self.specs.items():
             at = self._begin[key] - start
-            part = whole[at : at + spec.nbytes]
+            part = memory[at : at + spec.nbytes]
             part = part.clone() if at % spec.dtype.itemsize else part  # no view of such a place
             found[key] = part.view(spec.dtype).reshape(spec.shape)
         return found

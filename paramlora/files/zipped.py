@@ -6,8 +6,8 @@ import zipfile
 from typing import BinaryIO
 
 _MOST_LIST = 16 << 20  # bytes; a hundred thousand records take some eight million
-_END, _WHERE, _WIDE_END = b"PK\5\6", b"PK\6\7", b"PK\6\6"
-_END_SIZE, _WHERE_SIZE, _WIDE_SIZE = 22, 20, 56
+_END, _LOCATOR, _WIDE_END = b"PK\5\6", b"PK\6\7", b"PK\6\6"
+_END_SIZE, _LOCATOR_SIZE, _WIDE_SIZE = 22, 20, 56
 
 
 def archive_of(file: BinaryIO) -> zipfile.ZipFile:
@@ -37,13 +37,13 @@ def _list_of(file: BinaryIO, stop: int) -> tuple[int, int, int]:
         return 0, 0, -1
     # of PKWARE's format: at byte 12 the length and the start of the list of records
     length, start = struct.unpack_from("<II", end, 12)
-    where = _bytes(file, stop - _WHERE_SIZE, _WHERE_SIZE)
-    if not where.startswith(_WHERE):
+    locator = _bytes(file, stop - _LOCATOR_SIZE, _LOCATOR_SIZE)
+    if not locator.startswith(_LOCATOR):
         return length, start, stop
     # larger archives repeat both in 64 bits, in front of a note of where that stands
-    stop -= _WHERE_SIZE + _WIDE_SIZE
+    stop -= _LOCATOR_SIZE + _WIDE_SIZE
     wide = _bytes(file, stop, _WIDE_SIZE)
-    if not wide.startswith(_WIDE_END) or struct.unpack_from("<Q", where, 8)[0] != stop:
+    if not wide.startswith(_WIDE_END) or struct.unpack_from("<Q", locator, 8)[0] != stop:
         return 0, 0, -1
     return (*struct.unpack_from("<QQ", wide, 40), stop)
 

@@ -169,17 +169,17 @@ def fit(adapter: Adapter, base: Base, options: Options, source: str) -> Adapter:
     made: dict[tuple[int, Slot], Value] = {}  # tied tensors keep sharing one update
     holders = Counter(map(id, chosen.values()))
     for path, one in found.items():
-        if one.whole is not None:
-            slot = _told(base[one.whole], adapter.holders.get(path))
+        if one.weight is not None:
+            slot = _told(base[one.weight], adapter.holders.get(path))
             # a difference moves the tensor itself: whichever layer holds it, it is the same one
             moves = KINDS[chosen[path].method].tied
             tied = holders[id(chosen[path])] > 1
             value = _turned(chosen[path], f"{source}: {path}") if one.turned else chosen[path]
-            fresh = _fitted(one.whole, value, slot, source, tied)
+            fresh = _fitted(one.weight, value, slot, source, tied)
             # layers share one value again where its file's was one and their kinds agree
             key = (id(chosen[path]), Slot(slot.shape) if moves else slot)
-            updates[one.whole] = made.setdefault(key, fresh)
-    parts = {path: one for path, one in found.items() if one.whole is None}
+            updates[one.weight] = made.setdefault(key, fresh)
+    parts = {path: one for path, one in found.items() if one.weight is None}
     for path, rows in _gathered(chosen, parts, base, source).items():
         own = updates.get(path)
         updates[path] = rows if own is None else _added(path, own, rows, base[path], source)
@@ -211,9 +211,9 @@ def _place(path: str, places: Places, where: str) -> Optional[Found]:
     if found is not None or name != "bias" or not dot:
         return found
     beside = places.find(layer, where)
-    if beside is None or beside.whole is None or f"{beside.whole}.bias" not in places.shapes:
+    if beside is None or beside.weight is None or f"{beside.weight}.bias" not in places.shapes:
         return None
-    return Found(f"{beside.whole}.bias")
+    return Found(f"{beside.weight}.bias")
 
 
 def original_of(base: Base) -> Base:
@@ -235,8 +235,8 @@ def original_of(base: Base) -> Base:
         rows = sum(slot.shape[0] for slot in own)
         found[name] = replace(own[0], shape=(rows, *own[0].shape[1:]))
         # a bias follows its weight; where rows of several are joined no single bias does
-        if there.whole is not None and f"{there.whole}.bias" in beside:
-            beside[f"{name}.bias"] = beside.pop(f"{there.whole}.bias")
+        if there.weight is not None and f"{there.weight}.bias" in beside:
+            beside[f"{name}.bias"] = beside.pop(f"{there.weight}.bias")
     renamed = {path for there in names.values() for path in there.paths}
     kept = {path: slot for path, slot in base.items() if path not in renamed}
     return Known(kept | found, beside)
@@ -267,7 +267,7 @@ def _check_once(found: Mapping[str, Found], source: str) -> None:
     for path, there in found.items():
         for weight in there.paths:
             own = {name for name, (at, _) in there.held.items() if at == weight}
-            meant = (weight, frozenset(() if there.whole is not None else there.held or own))
+            meant = (weight, frozenset(() if there.weight is not None else there.held or own))
             if meant in taken:
                 raise FileError(
                     f"{source}: {path} is a second update of {weight}. Choose one part of the file "
@@ -287,7 +287,7 @@ def _check_sides(found: Mapping[str, tuple[_Any, Found]], base: Base, source: st
     turned: list[str] = []
     untold: list[str] = []
     for path, (value, there) in found.items():
-        slot = base[there.whole] if there.whole is not None else None
+        slot = base[there.weight] if there.weight is not None else None
         if slot is None or slot.layout is not None or value.kind not in (None, "linear"):
             continue
         told = value.shape
@@ -419,7 +419,7 @@ def _untold(adapter: Adapter, base: Optional[Base]) -> list[str]:
 
 
 def _told(slot: Slot, holder: Optional[Holder]) -> Slot:
-    """With what the adapter tells of the layer, where the base does not."""
+    """A slot with what the adapter tells of the layer, where the base does not."""
     if slot.kind is not None or holder is None:
         return slot
     return replace(slot, kind=holder.kind, layout=holder.layout, groups=holder.groups)

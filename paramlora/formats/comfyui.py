@@ -243,7 +243,7 @@ def _as_transformers(own: Base) -> Base:
 
 
 def _in_transformers(path: str) -> str:
-    """With the level above it that ComfyUI's models have.
+    """A name with the level above it that ComfyUI's models have.
 
     Example:
         >>> _in_transformers("encoder.layers.0.mlp.fc1"), _in_transformers("layers.0.mlp.up_proj")

@@ -67,7 +67,7 @@ DEFAULTS = Options()
 
 
 def unwrapped(content: Content) -> Content:
-    """Without a dictionary around the tensors, such as ``{"state_dict": {...}}``.
+    """A content without a dictionary around its tensors, such as ``{"state_dict": {...}}``.
 
     ``model`` is not told from a module of that name: who opens a file knows which it is.
     """

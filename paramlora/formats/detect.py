@@ -42,7 +42,7 @@ def _marks() -> Iterator[tuple[Mark, str, str]]:
 
 
 def unwrapped(content: Content) -> Content:
-    """Without a dictionary around the tensors, which no complete file has (see `Format`)."""
+    """A content without a dictionary around its tensors; no complete file has one (`Format`)."""
     complete = (form for form in FORMATS.values() if form.complete)
     if any(mark.fits(content) for form in complete for mark in form.marks):
         return content

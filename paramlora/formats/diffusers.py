@@ -35,11 +35,11 @@ from paramlora.formats.factors import (
 )
 from paramlora.formats.format import Format, Mark, Prefix, any_key
 from paramlora.formats.loaders import of_diffusers
+from paramlora.formats.metadata import METADATA
 from paramlora.formats.pipeline import PARTS, part_told
 from paramlora.formats.scale import alpha_of, headed, recorded, scale_of, scales_metadata
 from paramlora.update.value import Adapter, Update, Value, apart_by_kind
 
-METADATA = "lora_adapter_metadata"
 _ROLES = {
     "A": "down",
     "B": "up",

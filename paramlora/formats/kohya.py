@@ -334,8 +334,8 @@ def write(adapter: Adapter, base: Optional[Base] = None, prefix: Optional[str] =
 def _without_zeros(
     adapter: Adapter, products: Mapping[str, KindUpdate]
 ) -> tuple[Adapter, dict[str, KindUpdate]]:
-    """With a scale of zero in a factor: an alpha of zero is none to sd-scripts and LyCORIS, which
-    take the rank instead (networks/lora.py, modules/locon.py), and so a scale of one."""
+    """An adapter with a scale of zero in a factor: an alpha of zero is none to sd-scripts and
+    LyCORIS, which take the rank instead (networks/lora.py, modules/locon.py), so a scale of 1."""
     updates = {p: u if u.scale else with_scale_in_B(u) for p, u in adapter.updates.items()}
     # the first tensor is a factor of the product, in either kind
     found = {p: v if v.scale else with_scale_in(v, min(v.held)) for p, v in products.items()}
@@ -520,7 +520,7 @@ def _component(path: str) -> tuple[str, str]:
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """In the type of the factors where that holds it exactly, else in the smallest that does."""
+    """An alpha in the type of the factors where that holds it exactly, else in the smallest."""
     # readers divide it by the rank: rounded, the scale would be another
     for kind in (dtype, torch.float32):
         value = torch.tensor(alpha, dtype=kind)

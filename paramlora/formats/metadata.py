@@ -19,7 +19,7 @@ _OWN = re.compile(
 _OF_PEFT = ("task_type", "base_model_name_or_path", "revision")
 _DROPOUT = "lora_dropout"  # of training, which peft has in the same place
 _SHARE = re.compile(r"0\.[0-9]{1,20}|[0-9](?:\.[0-9]{1,20})?e-[0-9]{1,2}")
-_DIFFUSERS = "lora_adapter_metadata"  # has PEFT's configuration, under the names of components
+METADATA = "lora_adapter_metadata"  # has PEFT's configuration, under the names of components
 
 
 def kept(content: Content) -> dict[str, str]:
@@ -37,10 +37,10 @@ def kept(content: Content) -> dict[str, str]:
 
 def _config(content: Content) -> Mapping[str, Any]:
     """PEFT's configuration beside a file, or what all components in diffusers' header have."""
-    if content.config or _DIFFUSERS not in content.metadata:
+    if content.config or METADATA not in content.metadata:
         return content.config
     found: dict[str, set[Any]] = {}
-    for key, value in parsed(content.metadata[_DIFFUSERS], content.source).items():
+    for key, value in parsed(content.metadata[METADATA], content.source).items():
         name = key.rpartition(".")[2]
         if name in (*_OF_PEFT, _DROPOUT) and isinstance(value, (str, float)):
             found.setdefault(name, set()).add(value)

@@ -62,7 +62,7 @@ def described(adapter: Adapter, path: _Place) -> tuple[dict[str, Tensor], dict[s
         path: of the file, for messages.
 
     Raises:
-        FileError: `read_native` would refuse it.
+        FileError: `native_of` would refuse it.
     """
     values = adapter.values()
     for stem, value in values.items():

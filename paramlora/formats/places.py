@@ -17,13 +17,13 @@ class Found:
     """What a file's name means in a model.
 
     Args:
-        whole: the weight that it is, as it stands; None where only rows of it are meant.
+        weight: the one that it is, as it stands; None where only rows of it are meant.
         rows: what the file's own weight holds.
         held: by the name of a part, the model's weight that it lies in, and all that lies there.
         turned: whether the model's weight is the transpose of the file's.
     """
 
-    whole: Optional[str]
+    weight: Optional[str]
     rows: Rows = ()
     held: Mapping[str, tuple[str, Rows]] = field(default_factory=dict)
     turned: bool = False
@@ -31,8 +31,8 @@ class Found:
     @property
     def paths(self) -> list[str]:
         """The weights of the model that it has rows of."""
-        if self.whole is not None:
-            return [self.whole]
+        if self.weight is not None:
+            return [self.weight]
         return list(dict.fromkeys(path for path, _ in self.held.values()))
 
 
@@ -65,7 +65,7 @@ class Places:
         return None
 
     def _is_turned(self, found: Found) -> bool:
-        start, name = _apart(found.whole or "")
+        start, name = _apart(found.weight or "")
         # OpenCLIP multiplies by text_projection from the right; transformers has its transpose
         beside = TURNED.get(name)
         return beside is not None and any(p.startswith(f"{start}{beside}.") for p in self.shapes)

@@ -130,7 +130,7 @@ def _of_one_rank(adapter: Adapter) -> Adapter:
 
 
 def _filled(update: Update, r: int) -> Update:
-    """With ranks of zeros beside its own, up to `r`."""
+    """An update with ranks of zeros beside its own, up to `r`."""
     more, a, b = r - update.r, update.lora_A, update.lora_B
     zeros_a = a.new_zeros(*a.shape[:-2], more, a.shape[-1])
     zeros_b = b.new_zeros(*b.shape[:-1], more)

@@ -194,23 +194,27 @@ def attach_targets(
     with uncollected(), unchanged_on_error(touched, model.parameters()):
         if not there:
             remember(model, kept, froze=not trainable_model)
-        # a module is made in training mode; `eval()` on the model has passed this one by
-        for module, target, update in fresh:
-            if not module.training:
-                update.eval()
-            # a checkpoint that computes an earlier forward again must compute it without this
-            # update
-            if there:
-                update.keep(switch=update.switch.born())
-            if update.beside:
-                add_branch(module, update)
-            else:
-                _register(module, target.tensor, update)
+        _put_in_place(fresh, bool(there))
         # after the updates: only models that hold some get these methods
         add_methods(model)
         if carries:
             enable_input_grads(model)
     warn_moving(model)
+
+
+def _put_in_place(fresh: Fresh, later: bool) -> None:
+    """Register new updates, or hang them beside their layers; `later`: behind other adapters."""
+    for module, target, update in fresh:
+        # a module is made in training mode; `eval()` on the model has passed this one by
+        if not module.training:
+            update.eval()
+        # a checkpoint that computes an earlier forward again must compute it without this update
+        if later:
+            update.keep(switch=update.switch.born())
+        if update.beside:
+            add_branch(module, update)
+        else:
+            _register(module, target.tensor, update)
 
 
 @own_context()
@@ -406,11 +410,6 @@ def rounding(model: Model, how: str) -> Model:
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order of the model's modules."""
     return list(dict.fromkeys(update.adapter for _, _, update in updates(model)))
-
-
-def lowranks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """The `updates` that have two factors."""
-    return (one for one in updates(model) if "lora_A" in one[2].parts)
 
 
 def updates(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttachedUpdate]]:

@@ -35,7 +35,7 @@ from paramlora.model.forwards import (
 from paramlora.model.layer_class import deep_copy, refuse_pickling
 from paramlora.update.attached import Gains, Site
 from paramlora.update.choice import Choice
-from paramlora.update.compat import every_module_hooks, recorded
+from paramlora.update.compat import ANY_CONVOLUTION, every_module_hooks, recorded
 from paramlora.update.contexts import autocast_of
 from paramlora.update.geometry import Layout, matrix_shape
 from paramlora.update.init import initialise
@@ -146,7 +146,7 @@ class Branch(LowRank):
 
     def computed(self, layer: Any, output: Tensor, x: Tensor, a: Tensor, up: Tensor) -> Tensor:
         """The term of such factors, of any rank."""
-        if not isinstance(layer, nn.modules.conv._ConvNd):  # transformers' Conv1D is none
+        if not isinstance(layer, ANY_CONVOLUTION):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
         x = laid_as(x, output)
         if self.kernel:
@@ -256,7 +256,7 @@ def _rounds_first(layer: Any, x: Tensor, output: Tensor, updates: list[Any]) -> 
         return False
     # what a hook before ours made of the output would be lost
     first = next(iter(hooks.values())) is _add_branches and not every_module_hooks()
-    of_images = isinstance(layer, nn.modules.conv._ConvNd)
+    of_images = isinstance(layer, ANY_CONVOLUTION)
     dims = not of_images or x.dim() == output.dim() == len(layer.kernel_size) + 2
     # two kernels are no sum of one, and as served the base is rounded on purpose
     if not (first and dims) or any(update.kernel or update.rounds_twice for update in updates):
@@ -272,7 +272,7 @@ def _rows_of(layer: Any) -> tuple[Optional[Choice], list[Any]]:
 
 def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Choice) -> Tensor:
     """What the branches add to a batch in which each row takes its own adapter's."""
-    if not isinstance(layer, nn.modules.conv._ConvNd):
+    if not isinstance(layer, ANY_CONVOLUTION):
         return beside_rows(layer, x, updates, rows, updates[0].layout)
     x = rows_first(layer, x, 0, rows, len(layer.kernel_size) + 1)
     if not len(x):  # no convolution has no groups

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from paramlora.errors import AdapterError
 from paramlora.evaluate.dropout import Drops
 from paramlora.evaluate.experts import grouped_linear, owners, plain_product
-from paramlora.evaluate.functional import PLAIN, cast
+from paramlora.evaluate.functional import cast
 from paramlora.evaluate.routed_experts import grouped_linear_of_rows, pairs_of
 from paramlora.evaluate.sources import Chosen, Computed, Source
 from paramlora.model.forwards import (
@@ -41,8 +41,15 @@ from paramlora.model.forwards import (
     written_in,
 )
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import asserted, every_module_hooks, recorded, traced
+from paramlora.update.compat import (
+    ANY_DROPOUT,
+    asserted,
+    every_module_hooks,
+    recorded,
+    traced,
+)
 from paramlora.update.contexts import autocast_of, in_own_types
+from paramlora.update.geometry import PLAIN
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import of_factor, wide
 
@@ -56,7 +63,7 @@ _SORTED = "ParallelExperts.forward"  # of JetMoE and GraniteMoE: rows sorted, si
 _EQUAL = "Llama4TextExperts.forward"  # as many rows for each expert
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # torch's activations that draw random numbers in training, which a second call would draw anew
-_RANDOM = (nn.RReLU, nn.modules.dropout._DropoutNd)
+_RANDOM: tuple[type[nn.Module], ...] = (nn.RReLU, *ANY_DROPOUT)
 
 
 def expert_forward_of(base: type) -> Optional[_Forward]:

@@ -21,17 +21,16 @@ from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
 from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
 from paramlora.update.attached import switches_of
 from paramlora.update.choice import Choice, wrong_rows
-from paramlora.update.compat import transformed
+from paramlora.update.compat import ANY_CONVOLUTION, transformed
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora
-from paramlora.update.geometry import Layout
+from paramlora.update.geometry import PLAIN, Layout
 from paramlora.update.lokr import Lokr
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, of_factor
 from paramlora.update.rows import Rows
 
 _Forward = Callable[..., Tensor]
-_PLAIN = functional.PLAIN
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -202,7 +201,7 @@ def known_parts(layer: nn.Module, x: Any, name: str = "weight") -> Optional[Know
         return None
     # under a compiler tensors are of its own classes
     if not is_compiling():
-        if type(weight) not in _PLAIN or type(x) not in _PLAIN and not _takes_mask(x, dropping):
+        if type(weight) not in PLAIN or type(x) not in PLAIN and not _takes_mask(x, dropping):
             return None
         # which take the plain operations of a dropping update, but no autograd function
         if transformed() and not dropping:
@@ -220,7 +219,7 @@ def only_carries(x: Any) -> bool:
     """Whether a tensor is of a class of somebody's that only carries data: each function of torch
     computes with it what it does with a plain tensor, and gives a result of some class."""
     kind: Any = type(x)
-    if kind in _PLAIN or not isinstance(x, Tensor) or is_compiling():
+    if kind in PLAIN or not isinstance(x, Tensor) or is_compiling():
         return False
     own = getattr(kind.__torch_function__, "__func__", None)
     # another override may compute anything
@@ -282,7 +281,7 @@ def _defined(layer: nn.Module, x: Any, plain: _Forward) -> Tensor:
 
 def why_defined(x: Any) -> tuple[str, str]:
     """Why a known forward does not serve an input in training, and the way out, for messages."""
-    if type(x) not in _PLAIN and not is_compiling():
+    if type(x) not in PLAIN and not is_compiling():
         return f"for an input of the class {type(x).__name__}", "Give a plain tensor"
     return "beside an update or a rule of another kind", "Merge that one first"
 
@@ -302,9 +301,9 @@ def _alone(layer: Any, x: Any) -> Optional[tuple[Tensor, Any]]:
     if len(acting) != 1:
         return None
     update, dropping = acting[0], layer.training and getattr(acting[0], "dropout", 0) != 0
-    if is_compiling() or type(x) in _PLAIN and type(weight) in _PLAIN:
+    if is_compiling() or type(x) in PLAIN and type(weight) in PLAIN:
         return weight, update
-    return (weight, update) if type(weight) in _PLAIN and _takes_mask(x, dropping) else None
+    return (weight, update) if type(weight) in PLAIN and _takes_mask(x, dropping) else None
 
 
 def _rescaled(layer: Any, x: Any, outer: int) -> Optional[_Rescaled]:
@@ -691,7 +690,7 @@ def sums_beside(layer: nn.Module) -> bool:
 
 def in_one_sum(layer: nn.Module, x: Tensor, known: Known) -> Tensor:
     """What a layer of `sums_beside` gives with such updates, as with hard ones."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ANY_CONVOLUTION):
         return _convolved(layer, x, known)
     if isinstance(layer, nn.Linear):
         return _product(layer, x, known, "matrix")
@@ -702,7 +701,7 @@ def in_one_sum_of_rows(
     layer: nn.Module, x: Tensor, weight: Tensor, updates: list[LowRank], rows: Choice
 ) -> Tensor:
     """`in_one_sum` of rows that each have an update."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ANY_CONVOLUTION):
         return _convolution_of_rows(layer, x, weight, updates, rows)
     if isinstance(layer, nn.Linear):
         return linear_of_rows(layer, x, weight, updates, rows, "matrix")
@@ -774,7 +773,7 @@ def parts_of_rows(layer: nn.Module, x: Any, name: str = "weight") -> Optional[_R
     lists: Any = layer._modules.get("parametrizations")
     plist: Any = None if lists is None else lists._modules.get(name)
     weight = None if plist is None else plist._parameters.get("original")
-    if weight is None or type(x) not in _PLAIN or type(weight) not in _PLAIN:
+    if weight is None or type(x) not in PLAIN or type(weight) not in PLAIN:
         return None
     every: list[Any] = [*plist._modules.values()]
     # one that is not ours, or of another kind, has no factors to route

@@ -198,7 +198,7 @@ def _warn_of_own_forward(
     if any(one.beside for one in ours) and not adds_what_its_weight_gains(kind):
         warn(
             f"{_full(model, module, name)}: a soft update acts behind the forward of "
-            f"{kind.__name__}, which is a forward of its own, and merged it acts inside, so outputs "
+            f"{kind.__name__}, which is one of its own, and merged it acts inside, so outputs "
             "differ if that does more than multiply by the weight. Compare them, or attach the "
             'update with "hard": 1.'
         )

@@ -27,9 +27,7 @@ def shard_like(update: AttachedUpdate, weight: Any, path: str) -> None:
             "no parts to lie with it. Attach before sharding, or use another kind."
         )
     sides = [_side(update, weight, place, path) for place in weight.placements]
-    # what a start from the weight keeps runs along the same sides
-    start: dict[str, Part] = {"start_A": "input", "start_B": "output"}
-    for name, part in {**update.parts, **start}.items():
+    for name, part in {**update.parts, **update.hidden}.items():
         value = getattr(update, name, None)
         trains = isinstance(value, nn.Parameter)
         # a number that does not train is the same everywhere, and stays a plain tensor

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from paramlora.model.classes import is_linear
+from paramlora.update.compat import ANY_CONVOLUTION
 
 Place = tuple[str, nn.Module, str, torch.Tensor]  # module path, module, tensor's name, tensor
 
@@ -90,7 +91,7 @@ def _projects(place: Place, modules: dict[str, nn.Module]) -> bool:
 
 def _mixes(module: nn.Module) -> bool:
     """Whether a layer is linear, also one that is written as a convolution of single points."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ANY_CONVOLUTION):
         return set(module.kernel_size) == {1} and module.groups == 1
     return is_linear(module)
 

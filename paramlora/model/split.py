@@ -13,13 +13,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.choice import ONLY, UNSPLIT, Choice, wrong_rows
+from paramlora.update.compat import ANY_CONVOLUTION, ANY_INSTANCE_NORM
 
 # position by position: the rows lie where `route` says
 _POSITIONS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 # a row at a time: they lie in the first dimension
 _FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.instancenorm._InstanceNorm,
+    *ANY_CONVOLUTION,
+    *ANY_INSTANCE_NORM,
     nn.GroupNorm,
     nn.RNNCellBase,
     nn.EmbeddingBag,

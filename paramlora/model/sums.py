@@ -21,10 +21,10 @@ from paramlora.model.recomputed import read_again
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
 from paramlora.update.contexts import without_autocast
+from paramlora.update.geometry import PLAIN
 from paramlora.update.lowrank import value_of
 from paramlora.update.summand import Summand
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # the frame of every call of a module runs this code
 _CALL = nn.Module.__call__.__code__
 _HELD = "_paramlora_sums"  # what the sums of a call are called among the locals of its frame
@@ -100,7 +100,7 @@ class _Steps:
 
     @classmethod
     def until_now(cls) -> int:
-        """Their number, which is counted from the first call on: before it no sum was held."""
+        """How many there were, counted from the first call on: before it no sum was held."""
         if not cls.counted:
             cls.counted = True
             register_optimizer_step_post_hook(_stepped)
@@ -123,13 +123,13 @@ class _State:
 
     @classmethod
     def of(cls, plist: Any, updates: list[Any]) -> "Optional[_State]":
-        """None where a change of a tensor would not show."""
+        """The state of a list and its updates, None where a change of a tensor would not show."""
         tensors = [plist.original]
         for update in updates:
             held = (*update._parameters.values(), *update._buffers.values())
             tensors += [t for t in held if t is not None]
         # an inference tensor counts no versions
-        if any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
+        if any(type(t) not in PLAIN or t.is_inference() for t in tensors):
             return None
         # a sum that was made under inference mode cannot serve autograd
         rest: list[Any] = [torch.is_inference_mode_enabled(), updates, _Steps.until_now()]

@@ -20,16 +20,17 @@ from paramlora.model.quantised import is_quantised, shape_of
 from paramlora.model.ties import holders
 from paramlora.update.attached import AttachedUpdate, elements
 from paramlora.update.casts import is_storage
+from paramlora.update.compat import ANY_CONVOLUTION, ANY_TRANSPOSED
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import kind_of
 from paramlora.update.names import BRANCHES
 
-_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, *ANY_TRANSPOSED)
 # compiled, checkpointed and sharded layers have the user's layer under one of these names
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPER = re.compile("|".join(_WRAPPED))
 # their weights have more than two dimensions, and are one matrix all the same
-_FLAT = (nn.modules.conv._ConvNd, nn.Bilinear)
+_FLAT = (*ANY_CONVOLUTION, nn.Bilinear)
 _NO_ENTRY = TargetConfig("", 1)
 _LISTED = 12  # names in a message
 # any other name, or expression, is narrower
@@ -145,11 +146,10 @@ def _checked(model: nn.Module, target: Target, chosen: list[Target]) -> Target:
     why = kind_of(target.entry).check_site(target.entry, target.shape, target.layout)
     if why and not _follows(model, target, chosen):
         raise TargetError(f'"{target.entry.name}" matches {target.path or "weight"}, {why}')
-    if not target.entry.whole:
-        _check_rank(target)
-        _check_scale(target)
-        if not target.entry.hard:
-            _check_soft(target, model.get_submodule(target.module))
+    _check_rank(target)
+    _check_scale(target)
+    if kind_of(target.entry).beside:
+        _check_soft(target, model.get_submodule(target.module))
     return target
 
 
@@ -172,7 +172,7 @@ def _target(
 ) -> Target:
     layout = _layout(module, name, tensor) if tensor.dim() > 1 else "matrix"
     kind = _kind(module, name)
-    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    groups = module.groups if isinstance(module, ANY_CONVOLUTION) else 1
     shape = shape_of(module, tensor)
     return Target(path, name, entry, shape, layout, tensor.dtype, kind, groups)
 
@@ -395,8 +395,8 @@ def _names(place: Place) -> list[str]:
 
 
 def _matches(places: Places, entry: TargetConfig) -> list[Target]:
-    if entry.whole:
-        return _whole(places, entry)
+    if kind_of(entry).inside:
+        return _inside(places, entry)
     out, passed = [], []
     for path, module, name, tensor in places.matching(entry.name):
         reason = _unfit(entry, module, tensor)
@@ -423,8 +423,7 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
         return "whose gradients are sparse, which no update can take. Make the layer sparse=False."
     # of a branch the layer's own forward computes the base
     if entry.hard and is_quantised(tensor):
-        ways = {"lora": "", "rows": ' with "r" and no "rows"'}
-        way = ways.get(entry.kind, ' and no "kind"')
+        way = kind_of(entry).beside_instead()
         return f'which is quantised: no sum can be stored there. Use "hard": 0{way}.'
     reason = None
     if tensor.dim() < 2:
@@ -439,7 +438,7 @@ def _unfit(entry: TargetConfig, module: nn.Module, tensor: torch.Tensor) -> Opti
     return reason and f"{reason}. Remove the entry."
 
 
-def _whole(places: Places, entry: TargetConfig) -> list[Target]:
+def _inside(places: Places, entry: TargetConfig) -> list[Target]:
     """Every tensor that the entry names, or that lies anywhere in a module that it names."""
     out, named = [], places.named(entry.name)
     for path, module, name, tensor in places.all + places.buffers:
@@ -449,7 +448,8 @@ def _whole(places: Places, entry: TargetConfig) -> list[Target]:
         counts = not isinstance(tensor, nn.Parameter) and tensor.dtype == torch.int64
         if not (tensor.is_floating_point() or counts) or is_quantised(tensor):
             raise TargetError(
-                f'"{entry.name}" ("whole") matches {_full(path, name)}, of type {tensor.dtype}, '
+                f'"{entry.name}" ("{kind_of(entry).method}") matches {_full(path, name)}, of type '
+                f"{tensor.dtype}, "
                 "which cannot train. Name another, or adapt it with r."
             )
         out.append(_target(path, module, name, tensor, entry))
@@ -531,7 +531,7 @@ def _kind(module: nn.Module, name: str) -> str:
         return "parameter"
     if is_linear(module):
         return "linear"
-    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
+    if isinstance(module, ANY_CONVOLUTION) and not isinstance(module, _TRANSPOSED):
         return "convolution"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -662,7 +662,7 @@ def _most_rank(target: Target) -> int:
 def _check_thin(chosen: list[Target]) -> None:
     """Refuse several tensors that hold less than the rank of one entry, all of them at once."""
     bounded = [target for target in chosen if kind_of(target.entry).bounded]
-    for entry in dict.fromkeys(target.entry for target in bounded if not target.entry.whole):
+    for entry in dict.fromkeys(target.entry for target in bounded):
         thin = [t for t in chosen if t.entry == entry and entry.r > _most_rank(t)]
         if len(thin) > 1:
             names = ", ".join(f"{t.path or 'weight'} ({_most_rank(t)})" for t in thin[:_LISTED])
@@ -694,7 +694,7 @@ def _check_soft(target: Target, module: nn.Module) -> None:
         raise TargetError(
             f'{where}, whose forward nn.MultiheadAttention never calls. Use "hard": 1.'
         )
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    convolution = isinstance(module, ANY_CONVOLUTION)
     linear = is_linear(module)
     if target.tensor != "weight" or not (convolution or linear):
         raise TargetError(

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from paramlora.update.geometry import PLAIN
 from paramlora.update.walk import paths_of
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def holders(model: nn.Module) -> "Counter[int]":
@@ -23,7 +22,7 @@ def overlapping(model: nn.Module) -> dict[int, list[str]]:
         id(tensor): (f"{path}.{name}" if path else name, tensor)
         for module, path in paths_of(model).items()
         for name, tensor in _held(module)
-        if type(tensor) in _PLAIN and not tensor.is_meta and tensor.numel()
+        if type(tensor) in PLAIN and not tensor.is_meta and tensor.numel()
         if tensor.layout is torch.strided  # others have no memory of one piece
     }
     stores: dict[tuple[torch.device, int], list[int]] = {}

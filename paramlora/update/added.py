@@ -37,7 +37,7 @@ class Added(AttachedUpdate):
 
     bounded = False
     adds = True
-    hidden = ("lora_transposed",)
+    hidden = {"lora_transposed": "number"}
     lora_scale: Tensor
     random: ClassVar[Collection[str]] = ()  # the tensors that do not start at zero
 

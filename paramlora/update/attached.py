@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from paramlora.config import KINDS as CONFIGURED
 from paramlora.config import KindKeys, TargetConfig
 from paramlora.errors import AdapterError, FileError
 from paramlora.update.casts import NotOffloaded, without_storage
@@ -22,7 +23,7 @@ from paramlora.update.compat import (
 )
 from paramlora.update.geometry import FLOATS, Layout, matrix_shape
 from paramlora.update.kinds import KINDS, Part, not_said
-from paramlora.update.sharded import gathered, is_sharded, take_all
+from paramlora.update.sharded import gathered, is_sharded
 from paramlora.update.sum import Term, folded
 from paramlora.update.summand import Summand
 from paramlora.update.value import KindUpdate, Value
@@ -234,7 +235,8 @@ class AttachedUpdate(nn.Module):
     heeds: ClassVar[tuple[str, ...]] = ()  # keys of an entry, beside those of rank and factor
     method: ClassVar[str]
     parts: ClassVar[Mapping[str, Part]] = {}  # the tensors of a file, by the end of their key
-    hidden: ClassVar[tuple[str, ...]] = ()  # what else a state dict of the model holds of it
+    hidden: ClassVar[Mapping[str, Part]] = {}  # what else a state dict of the model holds of it
+    inside: ClassVar[bool] = False  # whether an entry means all that lies in what it names, too
     based: ClassVar[str] = ""  # the tensor whose first values are of the base, see `begin_as`
     unset: bool = False  # from the meta device: that tensor has no values before the first read
     layout: Layout = "matrix"
@@ -513,14 +515,26 @@ class AttachedUpdate(nn.Module):
         return {**held, **self.ruled()}
 
     def ruled(self) -> dict[str, list[nn.Parameter]]:
-        """Of its tensors that a parametrization of their own computes: the parameters of that."""
+        """The parameters of what computes its tensors, where a parametrization of theirs does."""
         lists = self._modules.get("parametrizations")
         # parameters of the rule, as what it computes is none
         return {name: list(one.parameters()) for name, one in lists.items()} if lists else {}  # type: ignore[operator]
 
     def described(self) -> tuple[int, float, str]:
         """Its rank (0 where it has none), its factor and its kind, for `summary`."""
-        return self.r, self.factor()[1], self.method
+        return self.r, self.factor()[1], self.title()
+
+    @classmethod
+    def title(cls) -> str:
+        """Its kind, in a table."""
+        return cls.method
+
+    @classmethod
+    def beside_instead(cls) -> str:
+        """What an entry that asks for it has to leave out or to have, with ``"hard": 0``, for a
+        branch beside the layer instead."""
+        implied = CONFIGURED[cls.method].implied_by if cls.method in CONFIGURED else ""
+        return f' with "r" and no "{implied}"' if implied else ' and no "kind"'
 
     def factor(self) -> tuple[bool, float]:
         """Whether it trains its factor, and that; 1 without one, no number on the meta device."""
@@ -572,16 +586,12 @@ class AttachedUpdate(nn.Module):
             )
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether `load_plain` takes a tensor of a shape in the place of one of its own."""
+        """Whether `taking` takes a tensor of a shape in the place of one of its own."""
         return tuple(own.shape) == shape
 
-    @torch.no_grad()
-    def load_plain(self, state: dict[str, Tensor]) -> None:
-        """Take the values of a file, bit for bit those that `plain` gave it."""
-        take_all(self.taking(state))
-
     def taking(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What is left to be copied of those values, and into which tensors."""
+        """What is left to be copied of a file's values, as `plain` gave them, and into which
+        tensors."""
         self.keep(unset=False)
         return [(getattr(self, name), value) for name, value in state.items()]
 

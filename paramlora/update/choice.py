@@ -84,8 +84,8 @@ class Flattened:
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether both are all of one memory in its own order."""
     # contiguous, as large and at the same address: one order of the numbers
-    whole = one.is_contiguous() and other.is_contiguous() and one.numel() == other.numel()
-    return whole and one.data_ptr() == other.data_ptr()
+    dense = one.is_contiguous() and other.is_contiguous() and one.numel() == other.numel()
+    return dense and one.data_ptr() == other.data_ptr()
 
 
 class Sorted(NamedTuple):

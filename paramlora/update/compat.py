@@ -9,13 +9,13 @@ in turn.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
@@ -342,6 +342,67 @@ asserted: Callable[[Tensor, str], None] = _private("_assert_async") or _asserted
 
 # of each group's rows with its own matrix; None where this torch has none, which costs a loop
 grouped_product: Any = getattr(torch.nn.functional, "grouped_mm", None) or _private("_grouped_mm")
+
+# --- an output that may be changed in place ------------------------------------------------------
+
+
+def _reshaped_copy(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A copy in other dimensions, which is no view of what an autograd function gives."""
+    return y.reshape(shape).clone()
+
+
+# in other dimensions, and for autograd no view, which it refuses to write into where an autograd
+# function gave it
+reshaped: Callable[[Tensor, Sequence[int]], Tensor] = (
+    _private("ops.aten._unsafe_view.default") or _reshaped_copy
+)
+
+# --- what torch's layers of a kind have in common ------------------------------------------------
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def _family(path: str, *public: type[_Layer]) -> tuple[type[_Layer], ...]:
+    """The private class that layers derive from, which other libraries' layers may do too, or all
+    public ones."""
+    found = _private(path)
+    return public if found is None else (found,)
+
+
+ANY_TRANSPOSED = _family(
+    "nn.modules.conv._ConvTransposeNd",
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+ANY_CONVOLUTION = _family(  # those too
+    "nn.modules.conv._ConvNd",
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+ANY_INSTANCE_NORM = _family(
+    "nn.modules.instancenorm._InstanceNorm",
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d,
+)
+ANY_DROPOUT = _family(
+    "nn.modules.dropout._DropoutNd",
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 # --- hooks ---------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class Dora(LowRank):
 
     @classmethod
     def relaid(cls, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """With the magnitude along the dimensions of the weight that is stored so."""
+        """Its tensors, the magnitude along the dimensions of the weight that is stored so."""
         return {**held, "lora_magnitude": held["lora_magnitude"].transpose(0, 1)}
 
     @classmethod

@@ -5,11 +5,16 @@ from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
+from torch import nn
 
 Layout = Literal["matrix", "transposed", "stack"]
 LAYOUTS: tuple[Layout, ...] = ("matrix", "transposed", "stack")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # stored, and not computed in
+# subclasses, such as DTensors and quantised weights, have operations of their own
+PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+# only of 2 and 3 axes does torch have such a format, by a tensor's dimensions
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 MOST_SIDE, MOST_SIDES = 2**63 - 1, 64  # what a torch tensor can have
 
 

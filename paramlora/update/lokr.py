@@ -136,10 +136,10 @@ class Lokr(Added):
 
     @classmethod
     def completed(cls, options: tuple[tuple[str, Any], ...], held: Parts) -> Any:
-        """With ``"full_matrix"`` where both are whole: then no tensor tells the rank, which had
-        decided that."""
-        whole = "lokr_w1" in held and "lokr_w2" in held
-        return tuple(sorted({**dict(options), "full_matrix": True}.items())) if whole else options
+        """Its keys, with ``"full_matrix"`` where both factors are full: then no tensor tells the
+        rank, which had decided that."""
+        full = "lokr_w1" in held and "lokr_w2" in held
+        return tuple(sorted({**dict(options), "full_matrix": True}.items())) if full else options
 
     @classmethod
     def options_of(cls, held: Parts) -> tuple[tuple[str, Any], ...]:
@@ -194,17 +194,17 @@ def rank_of_product(parts: Parts) -> int:
 
 
 def _rank(parts: Parts, number: int) -> int:
-    whole = parts.get(f"lokr_w{number}")
-    return len(parts[f"lokr_w{number}_b"]) if whole is None else min(whole.shape)
+    full = parts.get(f"lokr_w{number}")
+    return len(parts[f"lokr_w{number}_b"]) if full is None else min(full.shape)
 
 
 def _halves(parts: Parts, number: int) -> _Factors:
-    whole = parts.get(f"lokr_w{number}")
-    if whole is None:
+    full = parts.get(f"lokr_w{number}")
+    if full is None:
         return parts[f"lokr_w{number}_a"], parts[f"lokr_w{number}_b"]
     # the identity on the smaller side: a whole matrix is of no higher rank
-    eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
-    return (eye, whole) if len(whole) == len(eye) else (whole, eye)
+    eye = torch.eye(min(full.shape), dtype=full.dtype, device=full.device)
+    return (eye, full) if len(full) == len(eye) else (full, eye)
 
 
 def kron(first: Tensor, second: Tensor) -> Tensor:

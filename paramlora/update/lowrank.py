@@ -70,7 +70,8 @@ class LowRank(AttachedUpdate):
     adds = True
     heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
-    hidden = ("lora_transposed", "start_A", "start_B")
+    # a start from the weight keeps what the factors were, along the same sides
+    hidden = {"lora_transposed": "number", "start_A": "input", "start_B": "output"}
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: Tensor
@@ -253,10 +254,15 @@ class LowRank(AttachedUpdate):
         parts = self.plain()
         return LowRankTerm(parts["lora_A"], parts["lora_B"], parts["lora_scale"], self.layout)
 
-    def described(self) -> tuple[int, float, str]:
-        """Its rank and scale; no number on the meta device."""
-        usual = {"lora": "hard"}
-        return self.r, self.factor()[1], usual.get(self.method, self.method)
+    @classmethod
+    def title(cls) -> str:
+        """Its kind as the key "hard" asks for it, of a subclass by its method."""
+        return "hard" if cls.method == "lora" else cls.method
+
+    @classmethod
+    def beside_instead(cls) -> str:
+        """Nothing else: it is what an entry without a kind asks for."""
+        return "" if cls.method == "lora" else super().beside_instead()
 
     def value(self, shape: Optional[tuple[int, ...]], kind: Optional[str], groups: int) -> Value:
         """Its factors, whole on every process, and what attaches them again."""
@@ -398,9 +404,9 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
     # a shape of a file's metadata is any text that somebody wrote
     if fits and shape[0] % update.groups == 0:
         return
-    if len(shape) >= 2 and a[-1] != (wanted := matrix_shape(shape, update.layout)[2]):
+    if len(shape) >= 2 and a[-1] != (fan_in := matrix_shape(shape, update.layout)[2]):
         raise FileError(
-            f"{where}.lora_A: shape {list(a)} does not fit {[*a[:-1], wanted]}, of the "
+            f"{where}.lora_A: shape {list(a)} does not fit {[*a[:-1], fan_in]}, of the "
             f"weight of {list(shape)} in its metadata. Save it again."
         )
     raise FileError(

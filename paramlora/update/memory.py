@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from paramlora.update.geometry import MOST_SIDE
+from paramlora.update.geometry import FLOATS, MOST_SIDE
 
 _CHUNK = 8 << 20
 
@@ -38,7 +38,6 @@ def installed() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -96,7 +95,7 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
             parts = torch.split(torch.cat(rest).to(device), [run.numel() for run in rest])
             out.update((id(run), part) for run, part in zip(rest, parts))
     taken = ((t, out[id(run)], at) for t in tensors for run, at in [places[id(t)]])
-    return [whole[at : at + t.numel()].view(t.shape) for t, whole, at in taken]
+    return [run[at : at + t.numel()].view(t.shape) for t, run, at in taken]
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -117,7 +116,7 @@ def largest(tensors: Iterable[Tensor]) -> Optional[float]:
     held = [t.detach() for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
     # torch takes no mixture of plain and sharded ones
     if any(
-        type(t) is not Tensor or t.dtype not in _FLOATS or t.device.type not in _DEVICES
+        type(t) is not Tensor or t.dtype not in FLOATS or t.device.type not in _DEVICES
         for t in held
     ):
         # infinite: only that all are finite is known

@@ -23,7 +23,7 @@ _Maybe = Optional[Tensor]
 # 2**16 is beyond 65504
 _TOP = 15  # the power of two that no product may reach
 _FLOOR = 5  # that which a bound of a product is lifted to: its sums may lie far below their bound
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -112,7 +112,7 @@ class Stage(NamedTuple):
         if self.transposed:
             more: tuple[Any, ...] = (self.extra[:n], self.groups, self.dilation)
             return _TRANSPOSED[n - 1](x, weight, None, *placed, *more)
-        return _CONVOLUTIONS[n - 1](x, weight, None, *placed, self.dilation, self.groups)
+        return CONVOLUTIONS[n - 1](x, weight, None, *placed, self.dilation, self.groups)
 
     def reach(self, weight: Tensor) -> tuple[int, int]:
         """How many products an output sums at most, and how many the gradient of an input."""

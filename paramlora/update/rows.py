@@ -99,7 +99,7 @@ class Rows(AttachedUpdate):
         return self
 
     def reset_parameters(self) -> None:
-        """The same rows, with the base's values at the first read."""
+        """Start anew with the same rows, of the base's values at the first read."""
         super().reset_parameters()
         # numbers are no values that train: without them nothing says which rows to start
         if self.known is not None:

@@ -144,7 +144,7 @@ class WholeTerm(Term):
         return own.to(total.dtype)
 
     def bound(self) -> Number:
-        """Of a part of the way; beyond it the weight itself grows, which a term does not know."""
+        """The bound of a part of the way; beyond it the weight grows, which no term knows."""
         strength = self.strength.detach().double()
         most = self.value.detach().abs().max().double() * strength
         return torch.where((strength >= 0) & (strength <= 1), most, torch.inf)

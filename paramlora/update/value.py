@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
 import torch
 from einops import rearrange
@@ -24,6 +24,22 @@ from paramlora.update.names import LOW_RANK, WHOLE
 from paramlora.update.sum import LowRankTerm, Term, WholeTerm
 
 _Device = Union[str, torch.device]
+
+
+class Listed(NamedTuple):
+    """A value as a row of a table shows it, beside its name and shape.
+
+    Args:
+        r, scale, norm: its rank, its factor and its norm, or what stands in their places.
+        kind: its kind where the rest does not tell.
+        noun: what it is counted as.
+    """
+
+    r: str
+    scale: str
+    norm: str
+    kind: str
+    noun: str = "update"
 
 
 class Value:
@@ -109,6 +125,11 @@ class Value:
     def norm(self) -> float:
         """The Frobenius norm of what it adds; no number where that depends on the weight."""
         return math.nan
+
+    def row(self, norm: float) -> Listed:
+        """What a table shows of it, with its norm, which takes time to find."""
+        r, scale = self.listed()
+        return Listed(str(r), f"{scale:g}", "-", self.method)
 
     def idle(self) -> bool:
         """Whether it certainly changes nothing."""
@@ -273,6 +294,10 @@ class Update(Value):
         # rounding may leave less than 0 of a norm of nothing
         squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
         return abs(self.scale) * squared.sqrt().item()
+
+    def row(self, norm: float) -> Listed:
+        """Its rank, factor and norm."""
+        return Listed(str(self.r), f"{self.scale:g}", f"{norm:.4g}", "")
 
     def idle(self) -> bool:
         """Whether a factor is all zero."""
@@ -442,6 +467,10 @@ class WholeValue(Value):
     def norm(self) -> float:
         """The Frobenius norm of the tensor."""
         return float(self.value.double().norm())
+
+    def row(self, norm: float) -> Listed:
+        """The tensor's norm."""
+        return Listed("whole", "-", f"{norm:.4g}", "", "whole tensor")
 
     def typed(self, entry: TargetConfig, dtype: torch.dtype) -> TargetConfig:
         """The tensor keeps its own type where that is not the usual one."""

@@ -43,6 +43,8 @@ class Whole(AttachedUpdate):
     """
 
     alone = True  # but for others of its kind
+    bounded = False
+    inside = True
     internal = True
     vectors = True
     made_sharded = True

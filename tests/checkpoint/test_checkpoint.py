@@ -8,7 +8,7 @@ from torch import nn
 
 import paramlora
 from paramlora import AdapterError, adapter_of, attach, checkpoint
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.checkpoint.models import MODELS, Tied, equal, sorted_keys, trained
 
 SAME = {"r": 2, "hard": 0, "up_kernel": "same"}
@@ -83,7 +83,7 @@ def test_several_adapters_with_weights(dtype):
     base, model = trained(lambda: nn.Sequential(nn.Linear(8, 8)), {"0": {"r": 2, "hard": 0}}, dtype)
     attach(model, {"0": {"r": 3, "scale": 0.1}}, "b")
     attach(model, {"0": {"r": 1}}, "c")
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     a, b, c = (adapter_of(model, name) for name in ("default", "b", "c"))
     merged = checkpoint.merge(base, (a, 0.7), (b, -1.3), (c, 0))
@@ -129,7 +129,7 @@ def test_an_adapter_goes_into_another_model_by_its_paths():
         warnings.simplefilter("error")
         paramlora.attach_adapter(other, adapter, "mine")
     assert torch.equal(other.wte.weight, model.wte.weight)
-    assert len(list(lowranks(other))) == 1
+    assert len(list(updates(other))) == 1
     equal(paramlora.merge(other).state_dict(), checkpoint.merge(base, adapter))
 
 

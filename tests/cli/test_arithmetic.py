@@ -10,7 +10,7 @@ from torch import nn
 import paramlora
 from paramlora.files.adapters import read_adapter, write_adapter
 from paramlora.formats import base_of
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from paramlora.update.value import Adapter, KindUpdate
 from tests.cli.running import run
 
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     for seed, name in enumerate("ab"):
         model = paramlora.attach(net(), {"0": {"r": 2, "scale": 0.7}, "1": {"r": 3}}, name)
         torch.manual_seed(seed)
-        for _, _, low in lowranks(model):
+        for _, _, low in updates(model):
             nn.init.normal_(low.lora_B)
         paramlora.save_adapter(model, f"{name}.safetensors", name)
     a = read_adapter("a.safetensors")

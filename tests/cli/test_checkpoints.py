@@ -18,9 +18,10 @@ pytest.importorskip("typer")
 import paramlora
 from paramlora import checkpoint, files
 from paramlora.cli.options import weighted
+from paramlora.files import read_adapter
 from paramlora.files.adapters import load_adapter, write_adapter
-from paramlora.files.native import read_native, write_native
-from paramlora.model.attach import lowranks
+from paramlora.files.native import write_native
+from paramlora.model.attach import updates
 from paramlora.update.value import Adapter, Update
 from tests.cli.running import run
 
@@ -35,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     safetensors.torch.save_file(state, "base.safetensors")
     for name in ("a", "b"):
         paramlora.attach(model, {"0": {"r": 2}, "1": {"r": 1}}, name)
-        for _, _, low in lowranks(model):
+        for _, _, low in updates(model):
             nn.init.normal_(low.lora_B)
         paramlora.save_adapter(model, f"{name}.safetensors", name)
     return tmp_path, state
@@ -51,7 +52,7 @@ def equal(one, other):
 
 def test_the_commands_do_what_the_functions_do_and_say_so_in_one_line(folder, capsys):
     _, state = folder
-    a, b = read_native("a.safetensors"), read_native("b.safetensors")
+    a, b = read_adapter("a.safetensors"), read_adapter("b.safetensors")
     commands = [
         ("embed", "base.safetensors", "a.safetensors", "-o", "in.safetensors"),
         ("extract", "in.safetensors", "--out", "back.safetensors"),
@@ -79,7 +80,7 @@ def test_the_commands_do_what_the_functions_do_and_say_so_in_one_line(folder, ca
     equal(loaded("in.safetensors"), checkpoint.embed(state, a))
     equal(loaded("merged.safetensors"), checkpoint.merge(state, a))
     equal(loaded("2.safetensors"), checkpoint.merge(state, (a, 0.5), b))
-    equal(checkpoint.merge(state, read_native("back.safetensors")), checkpoint.merge(state, a))
+    equal(checkpoint.merge(state, read_adapter("back.safetensors")), checkpoint.merge(state, a))
 
 
 def test_a_report_is_printed_where_it_is_asked_for(folder, capsys):
@@ -224,7 +225,7 @@ def test_a_merge_into_what_is_merged_already_is_told(folder, capsys):
 def test_a_largest_change_is_of_its_own_norm(folder):
     for out in ("m.safetensors", "m.pt"):
         done = files.merge("base.safetensors", [("a.safetensors", 2.0)], out)
-        a, state = read_native("a.safetensors").updates, folder[1]
+        a, state = read_adapter("a.safetensors").updates, folder[1]
         want = [float((2 * a[n].delta()).norm() / state[f"{n}.weight"].norm()) for n in ("0", "1")]
         assert done.largest == pytest.approx(max(want), rel=1e-4)
 
@@ -249,7 +250,7 @@ def test_a_dry_run_refuses_what_writing_would(folder, capsys):
 def test_warnings_come_before_the_error(folder, capsys):
     command = ("merge", "base.safetensors", "a.safetensors", "-o", "once.safetensors")
     run(capsys, *command)
-    b = read_native("b.safetensors")
+    b = read_adapter("b.safetensors")
     huge = {path: replace(update, scale=1e38) for path, update in b.updates.items()}
     write_native(replace(b, updates=huge), "huge.safetensors")
     code, _, err = run(
@@ -296,7 +297,7 @@ def net():
 def test_the_commands_share_how_an_adapter_is_read(folder, capsys):
     """A kohya file of more layers than the base has, and one without scales."""
     named = {"--model": f"{__name__}:net", "--base": "base.safetensors"}
-    more = read_native("a.safetensors")
+    more = read_adapter("a.safetensors")
     more = replace(more, updates={**more.updates, "2": replace(more.updates["1"])})
     write_adapter(more, "k.safetensors", "kohya")
     bare = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(8, 2)}
@@ -322,7 +323,7 @@ def test_the_commands_share_how_an_adapter_is_read(folder, capsys):
 def test_a_part_of_a_pipeline_is_taken_out_alone(folder, capsys):
     pipe = nn.ModuleDict({"unet": net(), "text_encoder": net()})
     paramlora.attach(pipe, {"unet.0": {"r": 2}, "text_encoder.1": {"r": 1}})
-    for _, _, low in lowranks(pipe):
+    for _, _, low in updates(pipe):
         nn.init.normal_(low.lora_B)
     safetensors.torch.save_file(pipe.state_dict(), "pipe.safetensors")
     told = ("extract", "pipe.safetensors", "--component", "unet", "--to", "peft", "-o", "unet")
@@ -363,7 +364,7 @@ def test_a_signal_in_the_real_process(number, folder):
 def test_a_part_of_a_file_is_merged_alone(form, whole, folder, capsys):
     """Into its own model, and into the pipeline, where the other part stays as it is."""
     base = {k: v for k, v in net().state_dict().items() if k.endswith("weight")}
-    found = read_native("a.safetensors")
+    found = read_adapter("a.safetensors")
     parts = [(part, *one) for part in ("unet", "vae") for one in found.updates.items()]
     both = {f"{part}.{path}": replace(update) for part, path, update in parts}  # tied to none
     write_adapter(replace(found, updates=both, base={}), "both", form)

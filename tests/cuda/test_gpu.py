@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,11 +33,11 @@ def test_training_and_merging_on_the_device(hard, dtype):
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         assert low.lora_A.is_cuda
         assert low.lora_A.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want = {}
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         base = plain.get_submodule(path).weight.double()
         update = (low.lora_B.double() @ low.lora_A.double()).reshape(base.shape)
         assert update.abs().max() > 0
@@ -55,7 +55,7 @@ def test_training_and_merging_on_the_device(hard, dtype):
 
 def test_an_adapter_file_loads_onto_the_device(tmp_path):
     model = paramlora.attach(net().cuda(), {"2": {"r": 4}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     plain = net().cuda()
     plain.load_state_dict(paramlora.detach(copy.deepcopy(model)).state_dict())

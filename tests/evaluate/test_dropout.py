@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import paramlora
 from paramlora.evaluate import dropout
 from paramlora.evaluate.dropout import Drops, drops_for, masked
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 LAYERS = {
     "linear": (lambda: nn.Linear(40, 30), (50, 40)),
@@ -32,7 +32,7 @@ def adapted(layer, rates=(0.3,), hard=1, **more):
         entry = {"r": 2 + index, "dropout": rate, "hard": hard, "scale": 0.7, **more}
         paramlora.attach(model, {"0": entry}, f"a{index}")
     paramlora.set_adapters(model, {f"a{index}": 1.0 + index for index in range(len(rates))})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.3)
     return model.train()
 
@@ -58,15 +58,15 @@ def test_each_masks_outputs_and_gradients(kind, rates):
     make, shape = LAYERS[kind]
     plain, x = make().double(), torch.randn(shape).double().requires_grad_()
     model = adapted(copy.deepcopy(plain), rates, trainable_scale=1)
-    updates = [low for _, _, low in lowranks(model)]
-    wanted = [x, *(p for low in updates for p in (low.lora_A, low.lora_B, low.lora_scale))]
+    lows = [low for _, _, low in updates(model)]
+    wanted = [x, *(p for low in lows for p in (low.lora_A, low.lora_B, low.lora_scale))]
     torch.manual_seed(5)
     y = model(x)
     torch.manual_seed(5)
-    drops = drops_for(x, rates, tuple(low.r for low in updates))
+    drops = drops_for(x, rates, tuple(low.r for low in lows))
     ones = torch.ones_like(x)
     masks = [masked(ones, drops, i) / (1 - rate) for i, rate in enumerate(rates)]
-    right = reference(plain, x, updates, masks)
+    right = reference(plain, x, lows, masks)
     torch.testing.assert_close(y, right)
     weights = torch.randn_like(y)
     got = torch.autograd.grad((y * weights).sum(), wanted, create_graph=True)
@@ -105,7 +105,7 @@ def test_convolutions_keep_a_small_update_in_16_bits(dtype, groups):
     x, dy = torch.randn(4, 32, 12, 12).to(dtype).requires_grad_(), torch.randn(4, 32, 12, 12)
     weight = plain.weight.detach()
     model, found = adapted(plain, (0.3,)).to(dtype), []
-    (low,) = (update for _, _, update in lowranks(model))
+    (low,) = (update for _, _, update in updates(model))
     size = low.lora_B @ low.lora_A * low.lora_scale
     low.lora_B.data *= 1e-3 * weight.norm() / size.norm()
     delta = (low.lora_B @ low.lora_A * low.lora_scale).detach().double().view(weight.shape)
@@ -137,7 +137,7 @@ def test_a_soft_update_is_kept_in_16_bits(dtype, kind, rate):
     plain, x = make(), torch.randn(shape).to(dtype).requires_grad_()
     weight = plain.weight.detach()
     model, found = adapted(plain, (rate,), hard=0).to(dtype), []
-    (low,) = (update for _, _, update in lowranks(model))
+    (low,) = (update for _, _, update in updates(model))
     size = low.lora_B @ low.lora_A * low.lora_scale
     low.lora_B.data *= 1e-3 * weight.norm() / size.norm()
     delta = (low.lora_B @ low.lora_A * low.lora_scale).detach().double().view(weight.shape)
@@ -221,7 +221,7 @@ def test_a_small_update_is_kept_in_16_bits(kind, dtype):
     layer = make().to(dtype)
     base = layer(x).double()
     model = adapted(copy.deepcopy(layer), (0.1,))
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     with torch.no_grad():
         delta = low.lora_B @ low.lora_A * low.lora_scale
         low.lora_B.mul_(1e-3 * layer.weight.float().norm() / delta.norm())
@@ -240,7 +240,7 @@ def test_gradients_in_16_bits():
         torch.manual_seed(0)
         layer, x = nn.Linear(64, 48).to(dtype), torch.randn(70, 64).to(dtype).requires_grad_()
         model = adapted(copy.deepcopy(layer), (0.25,))
-        ((_, _, low),) = lowranks(model)
+        ((_, _, low),) = updates(model)
         torch.manual_seed(5)
         model(x).float().square().sum().backward()
         torch.manual_seed(5)
@@ -398,14 +398,14 @@ def ending(kind, end, rates):
     known, x = known(), torch.randn(shape).double().requires_grad_()
     plain, inner = end(known)(*sizes).double(), known(*sizes).double()
     model = adapted(copy.deepcopy(plain), rates, trainable_scale=1)
-    updates = [low for _, _, low in lowranks(model)]
+    lows = [low for _, _, low in updates(model)]
 
     class Masked(known):
         def forward(self, x):
-            drops = drops_for(x, rates, tuple(low.r for low in updates))
+            drops = drops_for(x, rates, tuple(low.r for low in lows))
             ones = torch.ones_like(x)
             masks = [masked(ones, drops, i) / (1 - rate) for i, rate in enumerate(rates)]
-            return reference(inner, x, updates, masks)
+            return reference(inner, x, lows, masks)
 
     twin = end(Masked)(*sizes)
     for holder in (inner.requires_grad_(False), twin.double()):

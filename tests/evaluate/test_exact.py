@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 def randomise(model):
-    for _, _, lowrank in lowranks(model):
+    for _, _, lowrank in updates(model):
         nn.init.normal_(lowrank.lora_B, std=0.3)
 
 

@@ -76,7 +76,7 @@ def test_the_way_of_a_device_is_that_of_a_loop(rates, transposed, monkeypatch):
         def serves(x, *sizes, on_device=on_device):
             return on_device and not any(n % 8 for n in sizes)
 
-        monkeypatch.setattr(grouped, "_on_device", serves)
+        monkeypatch.setattr(grouped, "grouped_serves", serves)
         y = grouped.grouped_linear(x, values[1], ends, a, b, scale, 1.5, drops)
         (y * torch.arange(24)).square().sum().backward()
         found.append([y, *(t.grad.clone() for t in values)])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
 from paramlora.evaluate import choose
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 HARD = pytest.mark.parametrize("hard", (1, 0))
 NARROW = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -47,7 +47,7 @@ def adapted(hard, device, dtype=torch.float32, **options):
     plain = net().to(device, dtype)
     model = copy.deepcopy(plain)
     paramlora.attach(model, {e: {"r": 2, "hard": hard, **options} for e in ENTRIES})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.05)
     return model, plain
 
@@ -56,7 +56,7 @@ def reference(model, plain, x):
     """Output and gradients of the same numbers in float64, by the dense formula."""
     dense = copy.deepcopy(plain).double().requires_grad_(False)
     factors, values = {}, dict(dense.named_parameters())
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         a, b = (getattr(low, f"lora_{n}").detach().double().requires_grad_() for n in "AB")
         factors[path] = (a, b)
         weight = values[f"{path}.weight"]
@@ -70,7 +70,7 @@ def check(model, plain, x, y, eps):
     """Within some roundings of the narrow type, relative to the size of each tensor."""
     want, grads = reference(model, plain, x)
     assert (y.double() - want).norm() < 4 * eps * want.norm()
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         for own, grad in zip((low.lora_A, low.lora_B), grads[path]):
             assert own.grad.dtype == own.dtype
             assert (own.grad.double() - grad).norm() < 8 * eps * grad.norm()
@@ -105,7 +105,7 @@ def test_a_narrow_base(hard, dtype, device):
         y.square().mean().backward()
     if device == "cpu":
         assert not wide.found, wide.found
-    assert {low.lora_A.dtype for _, _, low in lowranks(model)} == {torch.float32}
+    assert {low.lora_A.dtype for _, _, low in updates(model)} == {torch.float32}
     check(model, plain, x, y, torch.finfo(dtype).eps)
 
 
@@ -171,7 +171,7 @@ def test_autocast_around_a_backward_changes_no_gradient(kind, dtype, device, mon
     )  # nothing is too small
     model = nn.Sequential(build()).to(device, dtype)
     paramlora.attach(model, {"0": {"r": 100 if kind == "wide rank" else 4}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.05)
     x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     leaves = [x, *paramlora.trainable_parameters(model)]
@@ -225,7 +225,7 @@ def test_small_updates_of_a_narrow_model_add_up(hard):
     """A thousand steps far below a bfloat16 rounding move the factors as far as in float64."""
     model = nn.Sequential(nn.Linear(4, 4)).to(torch.bfloat16)
     paramlora.attach(model, {"0": {"r": 2, "hard": hard}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.ones_(low.lora_A)
     nn.init.ones_(low.lora_B)
     optimizer = torch.optim.SGD(paramlora.trainable_parameters(model), lr=1e-5)

@@ -131,7 +131,7 @@ def test_rows_of_nobody_give_no_gradient_where_a_device_leaves_them(monkeypatch)
         return y.masked_fill(torch.arange(len(y))[:, None] >= offs[-1], torch.nan)
 
     monkeypatch.setattr(grouped, "grouped_product", unwritten)
-    monkeypatch.setattr(grouped, "_on_device", lambda x, *sizes: not any(n % 8 for n in sizes))
+    monkeypatch.setattr(grouped, "grouped_serves", lambda x, *sizes: not any(n % 8 for n in sizes))
     ids, order, ends, chosen = sorted_rows(choices(True), True)
     torch.manual_seed(2)
     x, weight = torch.randn(TOKENS, 16).requires_grad_(), torch.randn(EXPERTS, 24, 16)

@@ -16,7 +16,7 @@ from paramlora.errors import FileError, ParamloraWarning
 from paramlora.files import adapters as interchange
 from paramlora.files.adapters import convert
 from paramlora.formats import Options
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.files.written import filled, small
 from tests.formats import foreign
 
@@ -50,7 +50,7 @@ def test_a_folder_of_peft_is_loaded_onto_a_model(tmp_path, safe):
     model = foreign.model()
     assert paramlora.load_adapter(model, folder, "style") is model
     close(model(foreign.TOKENS), net(foreign.TOKENS))
-    assert {low.adapter for _, _, low in lowranks(model)} == {"style"}
+    assert {low.adapter for _, _, low in updates(model)} == {"style"}
     (file,) = [p for p in folder.iterdir() if p.name.startswith("adapter_model")]
     close(paramlora.load_adapter(foreign.model(), file)(foreign.TOKENS), net(foreign.TOKENS))
     paramlora.merge(model)
@@ -150,7 +150,7 @@ def native(tmp_path, kinds=("linear", "conv2")):
     model = paramlora.attach(
         foreign.model(), {k: {"r": foreign.RANKS[k], "scale": 0.7} for k in kinds}
     )
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     path = tmp_path / "native.safetensors"
     paramlora.save_adapter(model, path)
@@ -233,7 +233,7 @@ def test_tied_holders_get_the_update_each_in_its_own_way(tmp_path):
         return Tied().double()
 
     model = paramlora.attach(tied(), {"re:table|head": {"r": 2, "scale": 0.7}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     paramlora.save_adapter(model, tmp_path / "n.safetensors")
     base = formats.base_of(tied())
@@ -247,7 +247,7 @@ def test_options_reach_the_reader(tmp_path):
     state = {"linear.lora_A": torch.randn(2, 6), "linear.lora_B": torch.randn(8, 2)}
     torch.save(state, tmp_path / "loralib.pt")
     model = paramlora.load_adapter(foreign.model(), tmp_path / "loralib.pt", alpha=3)
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     assert low.lora_scale == 1.5
     torch.save({**state, "bias": torch.ones(2)}, tmp_path / "more.pt")
     with pytest.warns(ParamloraWarning, match="no update of one weight: bias"):

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 import paramlora
 from paramlora import Adapter, FileError, Update, files
+from paramlora.files import read_adapter
 from paramlora.files.adapters import convert
-from paramlora.files.native import read_native, write_native
+from paramlora.files.native import write_native
 from tests.files.test_conversions import write_base
 from tests.files.written import filled, saved, small
 
@@ -330,4 +331,4 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "a.safetensors").symlink_to("real")
     saved(tmp_path / "a.safetensors")
-    assert (tmp_path / "a.safetensors").is_symlink() and read_native(tmp_path / "real").updates
+    assert (tmp_path / "a.safetensors").is_symlink() and read_adapter(tmp_path / "real").updates

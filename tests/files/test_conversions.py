@@ -17,10 +17,11 @@ from torch import nn
 
 import paramlora
 from paramlora import Adapter, FileError, ParamloraWarning, Update, adapter_of, checkpoint, files
+from paramlora.files import read_adapter
 from paramlora.files.checkpoint import Stored
-from paramlora.files.native import read_native, write_native
+from paramlora.files.native import write_native
 from paramlora.files.safetensors import Spec, write_safetensors
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.files.fuzzed import LINEAR, indexed
 from tests.files.written import untouched
 
@@ -40,7 +41,7 @@ def parts(tmp_path):
     base = net().bfloat16()
     state = {key: value.clone() for key, value in base.state_dict().items()}
     model = paramlora.attach(base, CONFIG, "style")
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     path = tmp_path / "style.safetensors"
     paramlora.save_adapter(model, path, "style")
@@ -120,7 +121,7 @@ def test_the_three_conversions_on_every_kind_of_file(kind, parts, tmp_path):
     files.merge(out[0], [], out[2], key=key)
     merged = read(out[1], key)
     equal(merged, read(out[2], key))
-    equal(merged, checkpoint.merge(state, read_native(tmp_path / "back.safetensors")))
+    equal(merged, checkpoint.merge(state, read_adapter(tmp_path / "back.safetensors")))
     equal(merged, dict(paramlora.merge(model).state_dict()))
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
@@ -204,7 +205,7 @@ def test_tensors_in_another_order_become_safetensors(tmp_path):
     assert not state["0.weight"].is_contiguous()
     torch.save(state, tmp_path / "base.pt")
     paramlora.attach(model, {"0": {"r": 2}})
-    nn.init.normal_(next(lowranks(model))[2].lora_B)
+    nn.init.normal_(next(updates(model))[2].lora_B)
     adapter = adapter_of(model)
     files.merge(tmp_path / "base.pt", [adapter], tmp_path / "out.safetensors")
     equal(read(tmp_path / "out.safetensors"), dict(paramlora.merge(model).state_dict()))
@@ -267,7 +268,7 @@ def test_a_folder_is_replaced_only_where_nothing_else_is_lost(parts, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     files.merge(base, [(adapter, 2)], out, force=True)
-    equal(read(out), checkpoint.merge(state, (read_native(adapter), 2)))
+    equal(read(out), checkpoint.merge(state, (read_adapter(adapter), 2)))
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "style.safetensors"]
 
 

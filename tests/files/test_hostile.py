@@ -11,8 +11,9 @@ from torch import nn
 
 import paramlora
 from paramlora import Adapter, AdapterError, FileError, Update, files
+from paramlora.files import read_adapter
 from paramlora.files.inspection import inspect
-from paramlora.files.native import read_native, write_native
+from paramlora.files.native import write_native
 from tests.files.damaged import ADAPTER, LONG_FUZZ, STATE
 
 pytestmark = pytest.mark.usefixtures("bounded")
@@ -114,6 +115,6 @@ def test_metadata_of_an_adapter_that_says_anything(key, deep, value, tmp_path):
     safetensors.torch.save_file(STATE, base)
     try:
         files.merge(base, [path], tmp_path / "out.safetensors", force=True)
-        paramlora.attach_adapter(nn.ModuleDict({"a": nn.Linear(4, 3)}), read_native(path))
+        paramlora.attach_adapter(nn.ModuleDict({"a": nn.Linear(4, 3)}), read_adapter(path))
     except paramlora.ParamloraError:
         return

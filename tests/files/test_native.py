@@ -15,9 +15,10 @@ from torch import nn
 
 import paramlora
 from paramlora import Adapter, FileError, Update
+from paramlora.files import read_adapter
 from paramlora.files import safetensors as stream
-from paramlora.files.native import read_native, write_native
-from paramlora.model.attach import lowranks
+from paramlora.files.native import write_native
+from paramlora.model.attach import updates
 from tests.files import hostile_files
 from tests.files.fuzzed import FUZZ, json_values, tried
 from tests.files.written import filled, saved, small, untouched
@@ -34,7 +35,7 @@ def net():
 
 def trained(adapter="style"):
     model = paramlora.attach(net(), CONFIG, adapter)
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     return model
 
@@ -59,7 +60,7 @@ def test_a_file_describes_itself(tmp_path):
     model.load_state_dict(other.state_dict())
     x = torch.randn(1, 3, 6, 6)
     assert torch.equal(model(x), other(x))
-    for (_, _, a), (_, _, b) in zip(lowranks(model), lowranks(other)):
+    for (_, _, a), (_, _, b) in zip(updates(model), updates(other)):
         assert torch.equal(a.lora_scale, b.lora_scale) and a.adapter == b.adapter == "style"
         assert a.entry == b.entry
     paramlora.detach(other)
@@ -197,7 +198,7 @@ def test_a_file_from_before_it_told_shapes(tmp_path):
     model = nn.ModuleDict({"a": net(), "b": net()})
     base = {key: value.clone() for key, value in model.state_dict().items()}
     paramlora.attach(model, {"0": {"r": 1, "scale": 0.3}, "re:b.2": {"r": 2, "hard": 0}}, "old")
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     config = {"0": {"r": 1, "scale": 0.3}, "re:b.2": {"r": 2, "hard": 0}}
     about = {"format": 1, "adapter": "old", "config": config}
@@ -207,10 +208,10 @@ def test_a_file_from_before_it_told_shapes(tmp_path):
     plain = nn.ModuleDict({"a": net(), "b": net()})
     plain.load_state_dict(base)
     paramlora.load_adapter(plain, path)
-    kinds = {path: type(low).__name__ for path, _, low in lowranks(plain)}
+    kinds = {path: type(low).__name__ for path, _, low in updates(plain)}
     assert kinds == {"a.0": "LowRank", "b.0": "LowRank", "b.2": "Branch"}
-    assert [low.entry.scale for _, _, low in lowranks(plain)] == [0.3, 0.3, 1.0]
-    merged = paramlora.checkpoint.merge(base, read_native(path))
+    assert [low.entry.scale for _, _, low in updates(plain)] == [0.3, 0.3, 1.0]
+    merged = paramlora.checkpoint.merge(base, read_adapter(path))
     live = paramlora.merge(plain).state_dict()
     assert all(torch.equal(merged[key], live[key]) for key in live)
 
@@ -223,14 +224,14 @@ def test_a_tied_adapter_comes_back_tied(tmp_path):
         return model
 
     model = paramlora.attach(build(), {"re:wte|head": {"r": 2}})
-    nn.init.normal_(next(lowranks(model))[2].lora_B)
+    nn.init.normal_(next(updates(model))[2].lora_B)
     paramlora.save_adapter(model, tmp_path / "tied.safetensors")
     with safe_open(tmp_path / "tied.safetensors", "pt") as file:
         assert set(file.keys()) == {"wte.lora_A", "wte.lora_B", "wte.lora_scale"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would say that they are no longer tied
         other = paramlora.load_adapter(build(), tmp_path / "tied.safetensors")
-    assert len(list(lowranks(other))) == 1
+    assert len(list(updates(other))) == 1
     paramlora.merge(other)
     assert other.head.weight is other.wte.weight
 
@@ -238,10 +239,10 @@ def test_a_tied_adapter_comes_back_tied(tmp_path):
 def test_options_of_training_come_back(tmp_path):
     config = {"0": {"r": 2, "dropout": 0.25, "adapter_dtype": "float64", "scale": 0.5}}
     model = paramlora.attach(nn.Sequential(nn.Linear(4, 3)), config)
-    nn.init.normal_(next(lowranks(model))[2].lora_B)
+    nn.init.normal_(next(updates(model))[2].lora_B)
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     other = paramlora.load_adapter(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.safetensors")
-    (one,), (two,) = ([low for _, _, low in lowranks(m)] for m in (model, other))
+    (one,), (two,) = ([low for _, _, low in updates(m)] for m in (model, other))
     assert two.entry == one.entry and two.dropout == 0.25 and two.lora_A.dtype == torch.float64
     assert torch.equal(one.lora_A, two.lora_A) and torch.equal(one.lora_scale, two.lora_scale)
 
@@ -293,7 +294,7 @@ def test_a_layer_of_any_name_reads_back(name, kind, nested, tmp_path):
     paramlora.load_adapter(again, tmp_path / "a.safetensors")
     want, got = model.state_dict(), again.state_dict()
     assert list(want) == list(got) and all(torch.equal(want[key], got[key]) for key in want)
-    told = read_native(tmp_path / "a.safetensors")
+    told = read_adapter(tmp_path / "a.safetensors")
     assert {**told.updates, **told.whole}.keys() == paths(model)
 
 
@@ -334,7 +335,7 @@ def older(adapter, path):
 def test_files_of_the_first_release_are_read(name, tmp_path):
     update = Update(torch.randn(2, 4), torch.randn(3, 2), 0.3, (3, 4), kind="linear")
     older(Adapter({name: update}), tmp_path / "a.safetensors")
-    again = read_native(tmp_path / "a.safetensors")
+    again = read_adapter(tmp_path / "a.safetensors")
     assert again.updates.keys() == {name} and again.updates[name].scale == 0.3
     assert torch.equal(again.updates[name].lora_A, update.lora_A)
 
@@ -375,7 +376,7 @@ def test_a_scale_beyond_the_type_written_is_refused(tmp_path):
         write_native(Adapter({"0": update}), tmp_path / "a.safetensors")
     wide = replace(update, lora_A=update.lora_A.double(), lora_B=update.lora_B.double())
     write_native(Adapter({"0": wide}), tmp_path / "a.safetensors")
-    assert read_native(tmp_path / "a.safetensors").updates["0"].scale == 1e39
+    assert read_adapter(tmp_path / "a.safetensors").updates["0"].scale == 1e39
 
 
 @pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt"])

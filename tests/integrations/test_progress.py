@@ -8,7 +8,7 @@ from torch import nn
 
 import paramlora
 from paramlora.integrations.progress import log_updates, update_norms
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 class Experts(nn.Module):
@@ -43,7 +43,7 @@ def test_the_norms_are_those_of_the_dense_weights(name):
     paramlora.attach(model, config)
     ((path, norm),) = update_norms(model).items()
     assert norm < 1e-9 and path == ("0.w" if name == "stack" else "0")
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     paramlora.set_adapters(model, {"default": 0.7})
     (norm,) = update_norms(model).values()
@@ -86,7 +86,7 @@ def test_a_quantised_base_is_measured_as_what_it_stands_for():
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     dense = model[0].weight.dequantize().double()
     paramlora.attach(model, {"0": {"r": 2, "hard": 0}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     update = low.lora_B.double() @ low.lora_A.double()
     assert update_norms(model)["0"] == pytest.approx((update.norm() / dense.norm()).item(), 1e-5)

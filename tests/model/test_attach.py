@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import paramlora
 from paramlora import ParamloraError, ParamloraWarning, attach, summary
-from paramlora.model.attach import lowranks, updates
+from paramlora.model.attach import updates
 from tests.config.generated import FLAGS, NEARLY
 
 
@@ -129,7 +129,7 @@ def test_strengths_that_are_no_numbers_change_none(value):
     paramlora.attach(model, {"0": {"r": 1}}, "b")
     with pytest.raises(paramlora.AdapterError, match='"b": its strength must be a finite number'):
         paramlora.set_adapters(model, {"a": 0.5, "b": value})
-    assert [low.strength for _, _, low in lowranks(model)] == [1.0, 1.0]
+    assert [low.strength for _, _, low in updates(model)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("value", ("a", ["a"], None))
@@ -161,7 +161,7 @@ def test_a_scripted_layer_is_refused_as_a_target_and_left_alone_elsewhere():
         paramlora.attach(model, {"1": {"r": 1}})
     assert picture(model) == before
     paramlora.attach(model, {"re:.*": {"r": 1}})
-    assert [path for path, _, _ in lowranks(model)] == ["0"]
+    assert [path for path, _, _ in updates(model)] == ["0"]
     x, y = torch.ones(1, 3), model(torch.ones(1, 3))
     assert torch.equal(paramlora.merge(model)(x), y)
 
@@ -181,7 +181,7 @@ def test_a_trainable_model_of_which_nothing_can_train_is_a_warning(frozen):
 def test_a_layer_of_the_users_own_called_parametrizations_is_left_alone():
     model = nn.ModuleDict({"parametrizations": nn.Linear(3, 3), "other": nn.Linear(3, 3)})
     paramlora.attach(model, {"other": {"r": 1}})
-    assert [path for path, _, _ in lowranks(model)] == ["other"]
+    assert [path for path, _, _ in updates(model)] == ["other"]
     assert type(paramlora.merge(model)["other"]) is nn.Linear
 
 
@@ -224,7 +224,7 @@ def test_one_entry_of_several_without_a_match_is_a_warning_with_the_closest_name
     model = nn.ModuleDict({"to_q": nn.Linear(4, 3), "to_v": nn.Linear(4, 3)})
     with pytest.warns(paramlora.ParamloraWarning, match='"to_qq" matches nothing. Closest: "to_q"'):
         paramlora.attach(model, {"to_qq": {"r": 1}, "to_v": {"r": 1}})
-    assert [path for path, _, _ in lowranks(model)] == ["to_v"]
+    assert [path for path, _, _ in updates(model)] == ["to_v"]
 
 
 def test_the_same_adapter_twice():

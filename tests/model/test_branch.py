@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 def conv1d(out, fan_in):
@@ -49,7 +49,7 @@ def soft(layer, **more):
     paramlora.attach(
         model, {"layer": {"r": 2, "scale": 1.3, "trainable_scale": 1, "hard": 0, **more}}
     )
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     return model, plain, low
 
 
@@ -90,7 +90,7 @@ def test_a_soft_branch_is_the_dense_update(name):
 def test_updates_are_born_in_the_mode_of_their_layer(hard):
     model = nn.Sequential(nn.Linear(4, 4).eval(), nn.Linear(4, 4))
     paramlora.attach(model, {"*": {"r": 2, "hard": hard}})
-    assert [low.training for _, _, low in lowranks(model)] == [False, True]
+    assert [low.training for _, _, low in updates(model)] == [False, True]
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
@@ -144,7 +144,7 @@ def test_soft_copies_are_independent_and_refuse_pickling():
 
     model, plain, low = soft(nn.Linear(4, 6))
     copied = copy.deepcopy(model)
-    ((_, _, other),) = lowranks(copied)
+    ((_, _, other),) = updates(copied)
     nn.init.normal_(other.lora_B)
     x = torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(model.layer(x), plain.layer(x))
@@ -182,10 +182,10 @@ def test_hard_and_soft_on_one_tensor_merge_together():
     torch.manual_seed(1)
     model, plain, low = soft(nn.Linear(4, 6))
     paramlora.attach(model, {"layer": {"r": 1}}, "hard")
-    for _, _, update in lowranks(model):
+    for _, _, update in updates(model):
         nn.init.normal_(update.lora_B)
     weight = plain.layer.weight.detach().clone()
-    for _, _, update in lowranks(model):
+    for _, _, update in updates(model):
         weight += update.lora_scale.item() * update.lora_B.detach() @ update.lora_A.detach()
     x = torch.randn(3, 4, dtype=torch.float64)
     want = F.linear(x, weight, plain.layer.bias)
@@ -193,6 +193,42 @@ def test_hard_and_soft_on_one_tensor_merge_together():
     paramlora.merge(model)
     torch.testing.assert_close(model.layer.weight, weight, rtol=1e-12, atol=1e-12)
     assert type(model.layer) is nn.Linear
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+class Renamed(nn.Conv2d):
+    pass
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(F.pad(x, (1, 0, 1, 0)), weight, bias)
+
+
+@pytest.mark.parametrize(
+    "layer, own",
+    (
+        (nn.Linear(4, 6), False),
+        (nn.ConvTranspose2d(4, 6, 3), False),
+        (Renamed(4, 6, 3), False),
+        (Scaled(4, 6), True),
+        (Padded(4, 6, 3), True),
+    ),
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("more", ((), ({"r": 1},)), ids=("soft", "hard and soft"))
+def test_a_merge_into_a_forward_of_its_own_is_told(layer, own, more, recwarn):
+    model, *_ = soft(copy.deepcopy(layer))
+    for entry in more:
+        paramlora.attach(model, {"layer": entry}, "hard")
+    recwarn.clear()
+    paramlora.merge(model)
+    told = [str(one.message) for one in recwarn if one.category is paramlora.ParamloraWarning]
+    assert [type(layer).__name__ in text for text in told] == [True] * own
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.25))
@@ -204,7 +240,7 @@ def test_a_small_update_arrives_in_sixteen_bits(name, dropout):
     plain = make().bfloat16()
     model = nn.ModuleDict({"layer": copy.deepcopy(plain)})
     paramlora.attach(model, {"layer": {"r": 2, "hard": 0, "dropout": dropout}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     wide = plain.double()
     size = (dense_weight(wide, low, low.lora_A, low.lora_B, 1.0) - wide.weight).norm()
@@ -226,7 +262,7 @@ def test_rows_that_choose_beside_a_conv1d_keep_a_small_update():
         paramlora.attach(model, {"layer": {"r": 2, "hard": 0}}, name)
     x = torch.randn(2, 2048, 32).bfloat16()
     changes = []
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
         change = (low.lora_B.double() @ low.lora_A.double()).T
         by = (1e-3 * base.weight.norm() / change.norm()).item()

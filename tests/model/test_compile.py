@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.model.test_models import call_unet, call_vit, tokens
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -117,8 +117,8 @@ def adapted(name, hard):
     plain = build().double().eval()
     entry, paths = every_linear(plain, hard)
     model = paramlora.attach(copy.deepcopy(plain), entry)
-    assert len(list(lowranks(model))) == len(paths) > 4
-    for _, _, low in lowranks(model):
+    assert len(list(updates(model))) == len(paths) > 4
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.2)
     return model, plain, call
 
@@ -142,7 +142,7 @@ def check(model, plain, call, compiled, strength=1.0):
     out.square().sum().backward()
     want, grads = reference(model, plain, call, strength)
     torch.testing.assert_close(out, want, **CLOSE)
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         for name in ("lora_A", "lora_B"):
             grad = getattr(low, name).grad
             assert grad.abs().max() > 0
@@ -194,7 +194,7 @@ def test_two_adapters_switch_without_compiling_again_once_seen():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
     model = paramlora.attach(plain, {"0": {"r": 2}})
     paramlora.attach(model, {"*": {"r": 1}}, "second")
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x, choices = (
@@ -216,7 +216,7 @@ def test_two_adapters_switch_without_compiling_again_once_seen():
 def test_dropout_draws_its_mask_inside_one_graph(hard):
     plain = nn.Sequential(nn.Linear(8, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2)).double()
     model = paramlora.attach(plain, {"re:[02]": {"r": 2, "hard": hard, "dropout": 0.5}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 8).double()
@@ -250,7 +250,7 @@ class Block(nn.Module):
 def test_identical_blocks_compile_once(hard):
     plain = nn.Sequential(*[Block() for _ in range(4)]).double()
     model = paramlora.attach(copy.deepcopy(plain), {"up": {"r": 2, "hard": hard}, "down": {"r": 2}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     for block in model:
         block.compile(backend="aot_eager", fullgraph=True)
@@ -287,7 +287,7 @@ def test_repeated_blocks_of_libraries_compile_once(build):
 def test_checkpointed_blocks_compile_whole():
     plain = nn.Sequential(*[Block() for _ in range(2)]).double()
     model = paramlora.attach(copy.deepcopy(plain), {"up": {"r": 2}, "down": {"r": 2, "hard": 0}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
@@ -309,7 +309,7 @@ def test_attaching_and_merging_before_and_after_compiling(tmp_path):
     compiled(x)
     assert paramlora.attach(compiled, {"re:[02]": {"r": 2}}) is compiled
     assert torch.equal(compiled(x), plain(x))
-    for _, _, low in lowranks(compiled):
+    for _, _, low in updates(compiled):
         nn.init.normal_(low.lora_B)
     check(model, plain, lambda m: m(x), compiled)
     want, _ = reference(model, plain, lambda m: m(x))
@@ -362,7 +362,7 @@ def test_onnx_of_a_merged_model(tmp_path):
     evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     model = paramlora.attach(copy.deepcopy(plain), {"0": {"r": 2}, "3": {"r": 2, "hard": 0}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     x = torch.randn(2, 3, 4, 4)
     want = model(x).detach()
@@ -380,7 +380,7 @@ def test_onnx_of_a_merged_model(tmp_path):
 def test_cuda_graphs_follow_the_strength(hard):
     plain = nn.Sequential(*[Block() for _ in range(2)]).double().cuda()
     model = paramlora.attach(copy.deepcopy(plain), {"up": {"r": 2, "hard": hard}, "down": {"r": 2}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     x = torch.randn(3, 8, dtype=torch.float64, device="cuda")

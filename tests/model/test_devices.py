@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import paramlora
 from paramlora.cuda import operators
 from paramlora.evaluate import choose
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from paramlora.update.sharded import gathered
 from tests.model import forked
 from tests.model.test_compile import _is_conv1d, every_linear
@@ -133,13 +133,13 @@ def adapted(name, hard, device, dtype):
     plain = MODELS[name][0]().eval().to(device, dtype)
     entry, paths = every_linear(plain, hard)
     model = paramlora.attach(copy.deepcopy(plain), entry)
-    assert len(list(lowranks(model))) == len(paths) > 4
+    assert len(list(updates(model))) == len(paths) > 4
     fill(model)
     return model, plain.double()
 
 
 def fill(model):
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_A, std=0.2)
         nn.init.normal_(low.lora_B, std=0.2)
 
@@ -148,7 +148,7 @@ def reference(model, plain, call, strength=1.0, dtype=torch.float64):
     """Output and gradients of every factor by the dense formula: all in float64, or computed in
     `dtype` from what the model keeps."""
     values, leaves = dict(plain.named_parameters()), {}
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         a, b = (getattr(low, f"lora_{n}").detach().double().requires_grad_() for n in "AB")
         leaves[path], owner = (a, b), plain.get_submodule(path)
         product = strength * low.lora_scale.double() * b @ a
@@ -189,7 +189,7 @@ def check(model, plain, call, runs, dtype, strength=1.0):
     assert error(out, want) < 4 * eps
     pairs = [
         (factor.grad, grad)
-        for path, _, low in lowranks(model)
+        for path, _, low in updates(model)
         for factor, grad in zip((low.lora_A, low.lora_B), grads[path])
     ]
     assert {got.dtype for got, _ in pairs} == {torch.float32}
@@ -225,7 +225,7 @@ def test_whole_models_compile_in_bfloat16(name, hard, device, kernels):
         paramlora.set_adapters(model, {"default": strength})
         kernels.clear()
         check(model, plain, call, compiled, dtype, strength)
-        layers = len(list(lowranks(model))) if device == "cuda" and hard else 0
+        layers = len(list(updates(model))) if device == "cuda" and hard else 0
         assert kernels == layers * [dtype]
     assert graphs() == 1
     with paramlora.disable_adapters(model), torch.no_grad():
@@ -276,7 +276,7 @@ def test_compiled_under_autocast(hard, dtype, device, kernels):
 def trained(model, plain, x, strengths, rate):
     """The factors after steps of gradient descent by the dense formula, all in float64."""
     leaves = {}
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         pair = (getattr(low, f"lora_{n}").detach().double().requires_grad_() for n in "AB")
         leaves[path] = tuple(pair)
     optimizer = torch.optim.SGD([t for pair in leaves.values() for t in pair], lr=rate)
@@ -393,7 +393,7 @@ def test_export_of_an_attached_model(hard, device, tmp_path):
     x = fixed((4, 3, 8, 8), device, dtype)
     program = torch.export.export(model, (x,))
     nodes = [n for n in program.graph.nodes if n.target is torch.ops.paramlora.linear.default]
-    assert len(nodes) == (len(list(lowranks(model))) if device == "cuda" and hard else 0)
+    assert len(nodes) == (len(list(updates(model))) if device == "cuda" and hard else 0)
     want, _ = reference(model, plain, call)
     torch.export.save(program, tmp_path / "model.pt2")
     for ready in (program, torch.export.load(tmp_path / "model.pt2")):

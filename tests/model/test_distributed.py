@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.model import forked, test_quantised
 
 pytestmark = [
@@ -84,7 +84,7 @@ def adapted(config=CONFIG, **options):
     model = net()
     torch.manual_seed(2)
     paramlora.attach(model, {name: {**entry, **options} for name, entry in config.items()})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.2)
     return model
 
@@ -254,7 +254,7 @@ def case_fsdp(rank, mesh, folder, checkpoint=False, hard=1):
     model.checkpoint = checkpoint
     want = dense_weights(state_of(model), x, y, False)
     shard(model, mesh)
-    low = next(iter(lowranks(model)))[2]
+    low = next(iter(updates(model)))[2]
     assert low.lora_B.to_local().shape[0] == 6  # of 12
     train(model, *half(rank, x, y))
     compare(model, want)
@@ -288,7 +288,7 @@ def case_fsdp_after_a_call(rank, mesh, folder):
     for name, act in acts.items():
         model, weights = adapted(FSDP), dict(net().named_parameters())
         paramlora.attach(model, {"up": {"r": 1}, "head": {"r": 1}}, "other")
-        for path, _, low in lowranks(model) if name != "detach" else ():
+        for path, _, low in updates(model) if name != "detach" else ():
             if low.adapter == "other":
                 nn.init.normal_(low.lora_B, std=0.2)
             delta = low.lora_scale * low.lora_B @ low.lora_A
@@ -317,7 +317,7 @@ def case_fsdp_of_a_tied_tensor(rank, mesh, folder):
         model = nn.Sequential(table, head)
         nn.init.constant_(table.weight, 0.5)
         paramlora.attach(model, {"re:.*" if both else "1": {"r": 2}})
-        for _, _, low in lowranks(model):
+        for _, _, low in updates(model):
             nn.init.constant_(low.lora_A, 0.25)
             nn.init.constant_(low.lora_B, 2.0)
         ids = torch.arange(6, device=here())
@@ -388,7 +388,7 @@ def case_fsdp_in_mixed_precision(rank, mesh, folder):
     out = model(mine)
     assert out.dtype == torch.bfloat16
     nn.functional.mse_loss(out, target).backward()
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         for name in ("lora_A", "lora_B"):
             grad = getattr(low, name).grad.full_tensor()
             assert grad.dtype == torch.float32
@@ -487,7 +487,7 @@ def case_tensor_parallel(rank, mesh, folder):
     assert type(model.blocks[0].up.parametrizations.weight.original.data) is DTensor
     torch.testing.assert_close(model(x), net()(x), **CLOSE)
     paramlora.load_adapter_state_dict(model, state_of(adapted()))
-    low = {path: low for path, _, low in lowranks(model)}
+    low = {path: low for path, _, low in updates(model)}
     column, row = low["blocks.0.up"], low["blocks.0.down"]
     assert column.lora_B.placements == (Shard(0),) and column.lora_A.placements == (Replicate(),)
     assert row.lora_A.placements == (Shard(1),) and row.lora_B.placements == (Replicate(),)
@@ -513,7 +513,7 @@ def case_tensor_parallel_starts(rank, mesh, folder):
     paramlora.attach(model, {"up": {"r": 2, "init": "pissa"}, "down": {"r": 2, "init": "olora"}})
     torch.testing.assert_close(model(x), net()(x), **CLOSE)
     u, s, v = torch.linalg.svd(net().blocks[0].up.weight)
-    low = next(low for path, _, low in lowranks(model) if path == "blocks.0.up")
+    low = next(low for path, _, low in updates(model) if path == "blocks.0.up")
     product = low.lora_B.full_tensor() @ low.lora_A.full_tensor()
     torch.testing.assert_close(product, (u[:, :2] * s[:2]) @ v[:2], **CLOSE)
 

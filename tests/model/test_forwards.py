@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 class OwnLinear(nn.Linear):
@@ -44,7 +44,7 @@ LAYERS = {
 
 def adapt(layer):
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2}})
-    for _, _, update in lowranks(model):
+    for _, _, update in updates(model):
         nn.init.normal_(update.lora_B)
     return model
 
@@ -180,7 +180,7 @@ CALLS = {
 def test_an_input_by_any_name(call, hard):
     kind, called = CALLS[call]
     model = paramlora.attach(nn.Sequential(kind(4, 5)), {"0": {"r": 2, "hard": hard}})
-    ((_, _, update),) = lowranks(model)
+    ((_, _, update),) = updates(model)
     nn.init.normal_(update.lora_B)
     x, layer = torch.randn(3, 4), model[0]
     base = layer.parametrizations.weight.original if hard else layer.weight
@@ -192,7 +192,7 @@ def test_an_input_by_any_name(call, hard):
 @pytest.mark.parametrize("hard", (0, 1))
 def test_the_input_of_transformers_conv1d_by_name(hard):
     model = paramlora.attach(nn.Sequential(transformers_conv1d()), {"0": {"r": 2, "hard": hard}})
-    ((_, _, update),) = lowranks(model)
+    ((_, _, update),) = updates(model)
     nn.init.normal_(update.lora_B)
     x = torch.randn(3, 4)
     assert torch.equal(model[0](x=x), model[0](x))
@@ -230,7 +230,7 @@ def test_a_kept_forward_computes_the_layer_as_it_is(kind, hard, end):
     model = nn.Sequential(make().double())
     plain = model[0](x)
     paramlora.attach(model, {"0": {"r": 2, "hard": hard}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     kept, adapted = model[0].forward, model[0](x)
     assert (adapted - plain).abs().max() > 0.1

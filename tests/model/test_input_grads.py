@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import AdapterError
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.model.test_models import small_bert, small_gpt2, small_unet, small_vit, tokens
 
 HARD = pytest.mark.parametrize("hard", (1, 0))
@@ -52,7 +52,7 @@ def residual(block, x):
 
 def attached(model, entries, hard, **options):
     paramlora.attach(model, {e: {"r": 2, "hard": hard, **options} for e in entries})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.3)
     return model.train()
 
@@ -127,7 +127,7 @@ def test_a_model_without_a_float_says_what_to_do():
         model(x)
     paramlora.enable_input_grads(model, model.first)
     model(x).sum().backward()
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     assert low.lora_A.grad.abs().max() > 0
 
 
@@ -152,7 +152,7 @@ def test_a_model_that_takes_no_input_with_a_gradient_begins_at_the_named_module(
     paramlora.enable_input_grads(model, model.first)
     y = model(x)
     y.sum().backward()
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     hidden = model.first(x[:, None]).detach().double().reshape(-1, 4)
     want = low.scaling.double() * low.lora_B.double().sum(0)[:, None] * hidden.sum(0)[None]
     torch.testing.assert_close(low.lora_A.grad.double(), want.detach())

@@ -12,14 +12,14 @@ from torch.ao.quantization import fuse_modules, quantize_dynamic
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 def layer(kind=nn.Linear, *args, tensor="weight"):
     torch.manual_seed(0)
     model = kind(*(args or (4, 4))).double()
     paramlora.attach(model, {tensor: {"r": 2}}, "style")
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     return model
 
@@ -74,7 +74,7 @@ def test_replacing_the_tensor_is_one_sentence(kind, name):
 
 def test_the_way_out_of_that_sentence():
     model = layer()
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     with torch.no_grad():
         model.parametrizations.weight.original.copy_(torch.eye(4))
     want = torch.eye(4).double() + low.lora_B @ low.lora_A

@@ -10,7 +10,7 @@ from torch import nn
 
 import paramlora
 from paramlora import FileError, TargetError
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
@@ -34,7 +34,7 @@ def test_an_adapter_starts_when_its_model_gets_memory(hard):
     model.to_empty(device="cpu")
     model.load_state_dict(plain.state_dict())
     torch.testing.assert_close(model(x), plain(x), **CLOSE)
-    first = next(low for _, _, low in lowranks(model))
+    first = next(low for _, _, low in updates(model))
     assert abs(first.lora_A.std().item() * 20 - 1) < 0.1
     assert not first.lora_B.any() and first.lora_scale == 0.7
     nn.init.normal_(first.lora_B)
@@ -46,7 +46,7 @@ def test_an_adapter_starts_when_its_model_gets_memory(hard):
 def test_what_needs_values_is_refused_on_the_meta_device(tmp_path):
     path = tmp_path / "a.safetensors"
     trained = paramlora.attach(net(), {"0": {"r": 2}})
-    for _, _, low in lowranks(trained):
+    for _, _, low in updates(trained):
         nn.init.normal_(low.lora_B)
     paramlora.save_adapter(trained, path)
     model = lazy()
@@ -59,18 +59,18 @@ def test_what_needs_values_is_refused_on_the_meta_device(tmp_path):
 
 
 def check_training(model, plain, x):
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
         assert low.lora_A.device == low.lora_B.device
     values = {}
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         base = plain.get_submodule(path).weight
         values[f"{path}.weight"] = base + (low.lora_B @ low.lora_A).detach().to(base.device)
     want = torch.func.functional_call(plain, values, (x,))
     out = model(x)
     torch.testing.assert_close(out.to(want.device), want, **CLOSE)
     out.square().sum().backward()
-    assert all(low.lora_A.grad.abs().max() > 0 for _, _, low in lowranks(model))
+    assert all(low.lora_A.grad.abs().max() > 0 for _, _, low in updates(model))
     merged = paramlora.merge(model)
     torch.testing.assert_close(merged(x).to(want.device), want, **CLOSE)
 
@@ -111,7 +111,7 @@ def test_accelerates_device_map_over_two_devices(hard):
     plain, x = net(), torch.randn(5, 40).double()
     model = accelerate.dispatch_model(copy.deepcopy(plain), {"0": 0, "1": 0, "2": 1})
     paramlora.attach(model, {"re:[02]": {"r": 3, "hard": hard}})
-    devices = [low.lora_A.device.index for _, _, low in lowranks(model)]
+    devices = [low.lora_A.device.index for _, _, low in updates(model)]
     assert devices == [0, 1]
     check_training(model, plain, x)
 

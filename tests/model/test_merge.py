@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 merge_module = import_module("paramlora.model.merge")  # the function of that name hides it
 
 
 def fill(model):
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
 
 
@@ -56,7 +56,7 @@ def test_some_of_several_adapters_fold_in_as_strongly_as_they_act():
     first = plain[0].weight + 1.5 * a.lora_B @ a.lora_A
     whole = first + 2 * b.lora_B @ b.lora_A
     paramlora.merge(model, ["a", "off"])
-    assert paramlora.summary(model).rows[0].adapter == "b" and len(list(lowranks(model))) == 2
+    assert paramlora.summary(model).rows[0].adapter == "b" and len(list(updates(model))) == 2
     original = model[0].parametrizations.weight.original
     torch.testing.assert_close(original, first, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model[0].weight, whole, rtol=1e-12, atol=1e-12)
@@ -97,7 +97,7 @@ def test_merging_twice_adds_once():
     base = model[0].weight.detach().clone()
     paramlora.attach(model, {"0": {"r": 2}})
     fill(model)
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     want = base + low.lora_B @ low.lora_A
     for _ in range(2):
         paramlora.merge(model)
@@ -137,12 +137,12 @@ def test_an_average_of_a_model_is_a_copy_of_its_own():
     paramlora.attach(model, {"*": {"r": 2}})
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     average.update_parameters(model)  # the first one copies
-    first, start = model(x).detach(), [low.lora_B.clone() for _, _, low in lowranks(model)]
+    first, start = model(x).detach(), [low.lora_B.clone() for _, _, low in updates(model)]
     fill(model)
     trained = model(x).detach()
     assert torch.equal(average(x), first) and not torch.equal(trained, first)
     average.update_parameters(model)
-    for (_, _, mine), (_, _, its), before in zip(lowranks(model), lowranks(average), start):
+    for (_, _, mine), (_, _, its), before in zip(updates(model), updates(average), start):
         want = (before + mine.lora_B) / 2
         torch.testing.assert_close(its.lora_B, want, rtol=1e-12, atol=1e-12)
     assert torch.equal(model(x), trained)
@@ -163,7 +163,7 @@ def test_merging_into_memory_of_any_kind(kind):
     base, strides = weight.clone(), layer.weight.stride()
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 2}})
     fill(model)
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     want = base + (low.lora_B @ low.lora_A).detach().reshape(base.shape)
     torch.testing.assert_close(model[0].weight, want, rtol=1e-12, atol=1e-12)
     paramlora.merge(model)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 import paramlora
 from paramlora import AdapterError, ConfigError, LoRAConfig, TargetError
 from paramlora.evaluate.dropout import drops_for, masked
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.update.weights import CLOSE, as_weight
 
 pytestmark = pytest.mark.usefixtures("one_seed")
@@ -83,7 +83,7 @@ def test_dropout_takes_from_the_branchs_input_alone(kind, hard):
     plain, x = make().double(), data().double().requires_grad_()
     model = nn.Sequential(copy.deepcopy(plain))
     paramlora.attach(model, {"0": {"r": 2, "scale": 1.5, "dropout": 0.25, "hard": hard}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     product = (low.lora_B @ low.lora_A).detach()
     update = copy.deepcopy(plain)
@@ -107,11 +107,11 @@ def test_dropout_stays_with_a_whole_bias_and_a_second_adapter():
     model = nn.Sequential(nn.Linear(8, 6)).double()
     paramlora.attach(model, {"0": {"r": 2, "dropout": 0.5}, "0.bias": {"whole": 1}})
     paramlora.attach(model, {"0": {"r": 1}}, "second")
-    for _, _, low in lowranks(model):
+    first, second = (low for _, _, low in updates(model) if low.r)  # beside the bias
+    for low in (first, second):
         nn.init.normal_(low.lora_B)
     x = torch.randn(4, 8).double()
     assert not torch.equal(model(x), model(x))
-    first, second = (low for _, _, low in lowranks(model))
     base, bias = model[0].parametrizations.weight.original, model[0].bias
     torch.manual_seed(3)
     got = model(x)
@@ -218,7 +218,7 @@ def test_an_image_without_its_batch():
     """Its mask is that of a batch of one, and its gradients are."""
     for make, shape in list(DROPPING.values())[2:]:
         model = paramlora.attach(nn.Sequential(make()).double(), {"0": {"r": 2, "dropout": 0.5}})
-        nn.init.normal_(next(lowranks(model))[2].lora_B)
+        nn.init.normal_(next(updates(model))[2].lora_B)
         x, found = torch.randn(shape[1:]).double().requires_grad_(), []
         for given in (x, x[None]):
             torch.manual_seed(3)
@@ -237,7 +237,7 @@ def test_narrow_factors_leave_a_wide_base_whole(hard):
     model = nn.Sequential(nn.Linear(8, 6))
     weight = model[0].weight.detach().clone()
     paramlora.attach(model, {"0": {"r": 2, "adapter_dtype": "bfloat16", "hard": hard}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     assert low.lora_A.dtype == low.lora_B.dtype == torch.bfloat16
     if hard:
         assert torch.equal(model[0].weight, weight)
@@ -255,7 +255,7 @@ def test_factors_are_float32_on_a_16_bit_base_unless_told(dtype, tmp_path):
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).to(dtype)
     name = str(dtype).split(".")[1]
     paramlora.attach(model, {"0": {"r": 2}, "1": {"r": 2, "adapter_dtype": name}})
-    first, second = (low for _, _, low in lowranks(model))
+    first, second = (low for _, _, low in updates(model))
     assert first.lora_A.dtype == torch.float32 and second.lora_A.dtype == dtype
     assert second.lora_scale.dtype == torch.float32  # a number that 16 bits would round
     assert model(torch.randn(3, 8, dtype=dtype)).dtype == dtype
@@ -264,7 +264,7 @@ def test_factors_are_float32_on_a_16_bit_base_unless_told(dtype, tmp_path):
     paramlora.save_adapter(model, tmp_path / "a.safetensors")
     plain = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).to(dtype)
     other = paramlora.load_adapter(plain, tmp_path / "a.safetensors")
-    assert [low.lora_A.dtype for _, _, low in lowranks(other)] == [torch.float32, dtype]
+    assert [low.lora_A.dtype for _, _, low in updates(other)] == [torch.float32, dtype]
 
 
 # tensors trained whole
@@ -294,7 +294,7 @@ def trained(dtype=torch.float64):
     plain = classifier().to(dtype)
     model = paramlora.attach(copy.deepcopy(plain), WHOLE)
     state = {k: v.detach().double() for k, v in plain.state_dict().items()}
-    low = [low for _, _, low in lowranks(model)][0]
+    (low,) = (low for _, _, low in updates(model) if low.r)
     own = {n: state[n].clone().requires_grad_() for n in NAMES}
     a, b = (t.detach().double().clone().requires_grad_() for t in (low.lora_A, low.lora_B))
     x = torch.randn(16, 5).to(dtype)
@@ -443,7 +443,7 @@ def test_dropout_acts_under_functional_transforms(hard, layer, shape):
     torch.manual_seed(0)
     model = nn.Sequential(layer()).double()
     paramlora.attach(model, {"0": {"r": 2, "hard": hard, "dropout": 0.5}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     x = torch.randn(shape).double()
     torch.manual_seed(1)

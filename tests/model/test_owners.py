@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 attach_module = sys.modules["paramlora.model.attach"]  # the package's own name is the function
 
 
 def fill(model):
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
 
 
@@ -40,7 +40,7 @@ def test_somebodys_parametrization_of_another_tensor_stays_with_its_layer():
     plain, x = copy.deepcopy(model), torch.randn(3, 4).double()
     paramlora.attach(model, {"re:[01]": {"r": 2}})
     fill(model)
-    wants = [dense(p, low) for p, (_, _, low) in zip(plain, lowranks(model))]
+    wants = [dense(p, low) for p, (_, _, low) in zip(plain, updates(model))]
     parametrize.register_parametrization(model[0], "bias", Twice())
     model[0].parametrizations.bias.original.data.mul_(3)
     want = F.linear(F.linear(x, wants[0], 3 * plain[0].bias), wants[1], plain[1].bias)
@@ -71,7 +71,7 @@ def test_somebodys_parametrization_outlives_ours(how, layer, shape):
     paramlora.attach(model, {weight: {"r": 2}})
     fill(model)
     parametrize.register_parametrization(model, bias, Twice())
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     plain = copy.deepcopy(layer).double()
     if how != "detach":
         known = getattr(plain, weight)
@@ -98,7 +98,7 @@ def test_somebodys_parametrization_over_the_adapted_tensor_acts_on_the_sum():
     plain = copy.deepcopy(model)
     paramlora.attach(model, {"re:[01]": {"r": 2}})
     fill(model)
-    first, second = [dense(p, low) for p, (_, _, low) in zip(plain, lowranks(model))]
+    first, second = [dense(p, low) for p, (_, _, low) in zip(plain, updates(model))]
     parametrize.register_parametrization(model[0], "weight", Symmetric())
     want = first.triu() + first.triu(1).T
     torch.testing.assert_close(model[0].weight, want, rtol=1e-12, atol=1e-12)
@@ -154,7 +154,7 @@ def test_classes_with_a_metaclass_slots_or_attributes_of_their_own(cls, entries)
     paramlora.attach(model, {entry: {"r": 2} for entry in entries})
     assert torch.equal(model(x), plain(x)) and isinstance(model[0], cls)
     fill(model)
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         parameters = dict(reference.named_parameters())
         target = parameters[path] if path in parameters else parameters[f"{path}.weight"]
         target.data += (low.lora_B @ low.lora_A).detach()

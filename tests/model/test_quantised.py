@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora import AdapterError, TargetError
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from paramlora.model.quantised import dense
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torchao and bitsandbytes say on a CPU
@@ -104,7 +104,7 @@ def test_a_quantised_layer(kind, device, tmp_path):
         paramlora.attach(model, {"0": {"r": 4}})
     paramlora.attach(model, {"0": {"r": 4, "scale": 2, "hard": 0}})
     assert torch.equal(model(x), base)
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     assert low.lora_A.shape == (4, 64) and low.lora_B.shape == (128, 4)
     assert low.lora_A.dtype == torch.float32
     nn.init.normal_(low.lora_B, std=0.2)
@@ -158,7 +158,7 @@ def test_a_layer_without_bias_becomes_dense_in_the_models_type(kind, dtype, monk
         monkeypatch.setitem(globals(), "plain", lambda: source)
         layer = KINDS[kind][0]()[0]
     model = paramlora.attach(nn.Sequential(norm, layer), {"1": {"r": 4, "hard": 0}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B, std=0.2)
     x = torch.randn(8, 64).to(dtype)
     want = model(x)
@@ -189,7 +189,7 @@ def test_a_layer_that_bitsandbytes_reordered_for_its_cpu():
 def test_starting_from_a_quantised_weight(kind, device):
     layer, weight = KINDS[kind][0](device)
     model = paramlora.attach(nn.Sequential(layer), {"0": {"r": 4, "hard": 0, "init": "pissa"}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     close((low.lora_B @ low.lora_A).detach(), (u[:, :4] * s[:4]) @ v[:4], 0.01)
 
@@ -199,7 +199,7 @@ def two_layers(kind, device, **options):
     built = [KINDS[kind][0](device) for _ in range(2)]
     model = nn.Sequential(built[0][0], nn.Unflatten(-1, (2, 64)), nn.Tanh(), built[1][0])
     paramlora.attach(model, {"re:[03]": {"r": 4, "hard": 0, "scale": 2, **options}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_A, std=0.2)
         nn.init.normal_(low.lora_B, std=0.2)
 
@@ -288,7 +288,7 @@ def test_a_model_that_transformers_quantised_is_saved_dense_and_loads(bits, some
     model = quantised_llama(bits, tmp_path / "base", device)
     layers = "(q|o|up)_proj" if some else "(q|k|v|o|gate|up|down)_proj"
     paramlora.attach(model, {f"re:.*{layers}": {"r": 4, "hard": 0}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B, std=0.1)
     want = logits(model)
     paramlora.merge(model, dequantize=True)
@@ -332,7 +332,7 @@ def test_transformers_trainer_takes_a_quantised_model(device, tmp_path):
     losses = [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
-    assert all(low.lora_B.any() for _, _, low in lowranks(model))
+    assert all(low.lora_B.any() for _, _, low in updates(model))
 
 
 def test_int4_in_the_layout_of_its_product_is_known_as_quantised():
@@ -346,7 +346,7 @@ def test_int4_in_the_layout_of_its_product_is_known_as_quantised():
     with pytest.raises(TargetError, match="0.weight, which is quantised"):
         paramlora.attach(model, {"0": {"r": 2}})
     paramlora.attach(model, {"0": {"r": 2, "hard": 0}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     assert low.lora_A.shape == (2, 1024) and low.lora_B.shape == (128, 2)
 
 
@@ -363,7 +363,7 @@ def test_int4_in_the_layout_of_its_product():
     weight = dense(layer, layer.weight)
     assert 0 < (weight - source).norm() < 0.1 * source.norm()  # half of a step of 1/15
     paramlora.attach(model, {"0": {"r": 4, "scale": 2, "hard": 0}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B, std=0.2)
     x = torch.randn(8, 64, device="cuda").to(torch.bfloat16)
     y = model(x)
@@ -390,9 +390,9 @@ def test_a_refused_merge_leaves_the_quantised_layer_packed():
     model = nn.ModuleDict({"packed": packed, "bound": nn.Linear(6, 4)}).eval()
     nn.utils.parametrizations.spectral_norm(model["bound"])
     paramlora.attach(model, {"packed": {"r": 2, "hard": 0}, "bound": {"r": 2}})
-    for _, _, low in lowranks(model):
+    for _, _, low in updates(model):
         nn.init.normal_(low.lora_B)
     weight = packed.weight
     with pytest.raises(AdapterError, match="under SpectralNorm, which cannot hold"):
         paramlora.merge(model, dequantize=True)
-    assert packed.weight is weight and len(list(lowranks(model))) == 2
+    assert packed.weight is weight and len(list(updates(model))) == 2

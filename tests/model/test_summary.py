@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 
 def net():
@@ -107,7 +107,7 @@ def test_what_has_no_size_is_measured_as_none():
     zero = nn.Sequential(nn.Linear(4, 3, bias=False))
     nn.init.zeros_(zero[0].weight)
     paramlora.attach(zero, {"0": {"r": 2}})
-    ((_, _, low),) = lowranks(zero)
+    ((_, _, low),) = updates(zero)
     assert rows(zero)["0"].state == "idle"
     nn.init.normal_(low.lora_B)
     assert rows(zero)["0"].norm == math.inf
@@ -137,7 +137,7 @@ def test_two_kinds_of_update_on_one_weight_are_two_lines():
         for parameter in paramlora.trainable_parameters(model):
             parameter.normal_()
     weight = net()[0].weight
-    for (_, _, update), row in zip(lowranks(model), paramlora.summary(model).rows, strict=True):
+    for (_, _, update), row in zip(updates(model), paramlora.summary(model).rows, strict=True):
         size = (update.lora_scale * update.lora_B @ update.lora_A).norm() / weight.norm()
         assert row.adapter == update.adapter and row.norm == pytest.approx(size.item())
 
@@ -145,7 +145,7 @@ def test_two_kinds_of_update_on_one_weight_are_two_lines():
 def test_the_weight_under_a_norm_is_read_with_every_update_on():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     paramlora.attach(model, {"0": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     held, seen = model[0].parametrizations.weight, []
     norm, plain = held[0], held[0](held.original0, held.original1)

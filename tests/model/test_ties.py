@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 
 attach_module = sys.modules["paramlora.model.attach"]  # the function of that name hides it
 
@@ -30,7 +30,7 @@ def test_all_holders_in_one_entry_share_one_update_and_stay_tied():
     model = Tied().double()
     plain = copy.deepcopy(model)
     paramlora.attach(model, {"re:embedding|head": {"r": 2}})
-    ((path, _, low),) = lowranks(model)
+    ((path, _, low),) = updates(model)
     assert path == "embedding" and set(paramlora.adapter_state_dict(model)) == {
         f"embedding.lora_{name}" for name in ("A", "B", "scale")
     }
@@ -83,7 +83,7 @@ def test_sizes_that_do_not_fit_the_first_holder_or_one_alone_are_refused():
         model = Tied()
         with pytest.raises(paramlora.TargetError, match="matches embedding, which has 4 outputs"):
             paramlora.attach(model, config)
-        assert not list(lowranks(model))
+        assert not list(updates(model))
 
 
 def test_one_of_two_holders_warns_and_the_other_never_moves():
@@ -91,7 +91,7 @@ def test_one_of_two_holders_warns_and_the_other_never_moves():
     plain = copy.deepcopy(model)
     with pytest.warns(paramlora.ParamloraWarning, match="held as embedding.weight, head.weight"):
         paramlora.attach(model, {"head": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     x = torch.arange(8)
     want = model(x)
@@ -105,7 +105,7 @@ def test_a_module_under_two_names_is_adapted_once():
     model = nn.ModuleDict({"a": layer, "b": layer})
     plain = copy.deepcopy(layer)
     paramlora.attach(model, {"a": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     want = plain.weight + low.lora_B @ low.lora_A
     torch.testing.assert_close(model["b"].weight, want)
@@ -122,7 +122,7 @@ def test_under_weight_norm_the_sum_is_exact_and_merges_into_g_and_v(dim):
     plain = copy.deepcopy(model)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     paramlora.attach(model, {"layer": {"r": 2, "scale": 1.5}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     want = plain.layer.weight.detach() + 1.5 * (low.lora_B @ low.lora_A).detach()
     x = torch.randn(3, 4, dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_under_weight_norm_the_sum_is_exact_and_merges_into_g_and_v(dim):
     paramlora.merge(model)
     torch.testing.assert_close(model.layer.weight, want, rtol=1e-12, atol=1e-12)
     assert list(model.state_dict()) == list(base)
-    assert not list(lowranks(model))
+    assert not list(updates(model))
 
 
 def test_spectral_norm_cannot_hold_the_sum_so_merging_is_refused():
@@ -147,7 +147,7 @@ def test_spectral_norm_cannot_hold_the_sum_so_merging_is_refused():
     model.eval()
     plain = copy.deepcopy(model)
     paramlora.attach(model, {"layer": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     want = plain.layer.weight.detach() + (low.lora_B @ low.lora_A).detach()
     torch.testing.assert_close(model.layer.weight, want, rtol=1e-12, atol=1e-12)
@@ -162,7 +162,7 @@ def test_spectral_norm_cannot_hold_the_sum_so_merging_is_refused():
 def test_spectral_norm_over_an_adapter_merges_below_it():
     model = nn.ModuleDict({"layer": nn.Linear(4, 6)}).double()
     paramlora.attach(model, {"layer": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     parametrizations.spectral_norm(model.layer)
     model.eval()
@@ -281,7 +281,7 @@ def test_a_tensor_that_shares_memory_is_told_of_and_the_other_never_moves(how):
     plain = copy.deepcopy(model)
     with pytest.warns(paramlora.ParamloraWarning, match=r"a: it shares its memory with b\."):
         paramlora.attach(model, {"a": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B)
     kept, others = model.a.parametrizations.weight.original, dict(model.b.state_dict())
     want = plain.a.weight + low.lora_B @ low.lora_A
@@ -342,7 +342,7 @@ def test_a_rule_that_cannot_hold_the_sum_is_refused_in_every_type(rule, dtype):
         pytest.skip("torch has no matrix_exp nor householder product in 16 bits on a CPU")
     model = under_a_rule(rule, dtype)
     paramlora.attach(model, {"layer": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B, std=0.02 if rule is not Clamp else 2.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(paramlora.AdapterError, match="cannot hold the sum exactly"):
@@ -356,7 +356,7 @@ def test_a_rule_that_can_hold_the_sum_merges_in_every_type(rule, dtype):
     model = under_a_rule(rule, dtype)
     base = copy.deepcopy(model).layer.weight.detach()
     paramlora.attach(model, {"layer": {"r": 2}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     nn.init.normal_(low.lora_B, std=0.02)
     want = base.double() + low.lora_B.detach().double() @ low.lora_A.detach().double()
     paramlora.merge(model)
@@ -371,12 +371,12 @@ def test_a_sum_beyond_its_type_is_refused_before_the_first_write(hard):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
     paramlora.attach(model, {"*": {"r": 1, "hard": hard}})
     with torch.no_grad():
-        for _, _, low in lowranks(model):
+        for _, _, low in updates(model):
             low.lora_A.fill_(1.0)
             low.lora_B.fill_(0.5)
         stored = [m.weight if hard == 0 else m.parametrizations.weight.original for m in model]
         stored[1][2, 3] = 6e4
-        list(lowranks(model))[1][2].lora_B.fill_(1e4)
+        list(updates(model))[1][2].lora_B.fill_(1e4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(
         paramlora.AdapterError, match=r"1\.weight: the sum is beyond 65504.*float16"

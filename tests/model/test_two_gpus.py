@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import paramlora
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.model.test_devices import count_kernels
 from tests.model.test_distributed import (
     CASES,
@@ -43,7 +43,7 @@ def case_kernels(rank, mesh, folder):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 64))
         model = paramlora.attach(model.to(here(), torch.bfloat16), {"re:[02]": {"r": 8}})
-        for _, _, low in lowranks(model):
+        for _, _, low in updates(model):
             nn.init.normal_(low.lora_B, std=0.05)
         return model
 
@@ -65,7 +65,7 @@ def case_kernels(rank, mesh, folder):
 
 def joint_gradients(model, x):
     """The factors' gradients from ``W + B·A`` in float64."""
-    lows, weights = {path: low for path, _, low in lowranks(model)}, {}
+    lows, weights = {path: low for path, _, low in updates(model)}, {}
     leaves = [t.detach().double().requires_grad_() for t in paramlora.trainable_parameters(model)]
     by_name = dict(zip([(p, n) for p in lows for n in "AB"], leaves))
     for path, low in lows.items():
@@ -125,7 +125,7 @@ def test_a_model_over_two_devices(tmp_path, split, attach_first, devices, hard):
         config = {name: {**entry, "hard": hard} for name, entry in CONFIG.items()}
         model = paramlora.attach(split(net(), *devices), config)
         paramlora.load_adapter_state_dict(model, start)
-    for path, _, low in lowranks(model):
+    for path, _, low in updates(model):
         want = torch.device(devices[path != "blocks.0.up" and path != "blocks.0.down"])
         assert {t.device for t in low.parameters()} == {want}, path
     want = dense_weights(start, x, y)
@@ -155,7 +155,7 @@ def train_and_check(wrapped, model, x, y, want, folder):
     compare(paramlora.load_adapter(net(), folder / "a.safetensors"), want)
     exact = functional_call(net(), want, (x,))
     torch.testing.assert_close(wrapped(x.to(first)).cpu(), exact, **CLOSE)
-    places = {path: low.lora_A.device for path, _, low in lowranks(model)}
+    places = {path: low.lora_A.device for path, _, low in updates(model)}
     paramlora.merge(model)
     for name, weight in want.items():
         merged = model.get_parameter(name)

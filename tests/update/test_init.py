@@ -10,7 +10,7 @@ from torch import nn
 
 import paramlora
 from paramlora import TargetError
-from paramlora.model.attach import lowranks
+from paramlora.model.attach import updates
 from tests.update.weights import CLOSE, as_weight
 
 pytestmark = pytest.mark.usefixtures("one_seed")
@@ -21,7 +21,7 @@ def one(init, r=2, layer=None, **options):
     model = nn.Sequential(layer or nn.Linear(8, 6)).double()
     weight = model[0].weight.detach().clone()
     paramlora.attach(model, {"0": {"r": r, "init": init, **options}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     return model, low, weight
 
 
@@ -138,7 +138,7 @@ def test_a_stack_starts_matrix_by_matrix():
     model = nn.ParameterDict({"w": nn.Parameter(torch.randn(3, 6, 5))}).double()
     weight = model["w"].detach().clone()
     paramlora.attach(model, {"w": {"r": 2, "init": "pissa"}})
-    ((_, _, low),) = lowranks(model)
+    ((_, _, low),) = updates(model)
     for i in range(3):
         u, s, v = torch.linalg.svd(weight[i])
         want = (u[:, :2] * s[:2]) @ v[:2]

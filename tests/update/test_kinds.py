@@ -442,3 +442,18 @@ def test_a_tensor_along_a_side_that_its_base_grows_is_told(columns):
     assert update.column_scale.shape == (1, 4)
     with pytest.raises(paramlora.AdapterError, match="Columns does not say what column_scale is"):
         update.resize(torch.zeros(6, 5))
+
+
+def test_a_kind_says_how_tables_and_messages_call_it():
+    titles = {name: kind.title() for name, kind in KINDS.items()}
+    assert titles == {name: name for name in KINDS} | {"lora": "hard"}
+    instead = {name: kind.beside_instead() for name, kind in KINDS.items() if not kind.internal}
+    assert instead.pop("lora") == ""
+    assert instead.pop("rows") == ' with "r" and no "rows"'
+    assert {*instead.values()} == {' and no "kind"'}
+    assert type("Derived", (LowRank,), {"method": "derived"}).title() == "derived"
+
+
+def test_only_what_is_trained_whole_means_all_that_lies_inside():
+    assert [name for name, kind in KINDS.items() if kind.inside] == ["whole"]
+    assert not KINDS["whole"].bounded  # it has no rank, and may have fewer than two dimensions

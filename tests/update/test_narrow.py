@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import paramlora
-from paramlora.model.attach import lowranks, updates
+from paramlora.model.attach import updates
 
 EPS = 2**-10
 NEEDS_CUDA = [
@@ -80,7 +80,7 @@ def build(kind, way, numbers, device="cpu"):
         layer.weight.div_(layer.weight.std()).mul_(0.1 / max(size, 1.0))
     entry = {"r": 2, "scale": scale or 1.0, "trainable_scale": 1, **WAYS[way]}
     model = paramlora.attach(nn.Sequential(layer).half().to(device), {"0": entry})
-    ((_, _, update),) = lowranks(model)
+    ((_, _, update),) = updates(model)
     with torch.no_grad():
         update.lora_A.normal_().mul_(a)
         update.lora_B.normal_().mul_(b)
@@ -185,7 +185,7 @@ LARGE = ("a large scale", "a large gradient", "beyond both ends")
 def test_autocast_of_a_float32_model(kind, way, numbers):
     model, update, x, _, dy = build(kind, way, numbers)
     model = copy.deepcopy(model).float()
-    ((_, _, update),) = lowranks(model)
+    ((_, _, update),) = updates(model)
     x = x.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.float16):
         y = model(x)
@@ -202,7 +202,7 @@ def test_factors_in_float16_themselves(kind):
     make, shape = LAYERS[kind]
     entry = {"r": 2, "scale": 30000, "adapter_dtype": "float16"}
     model = paramlora.attach(nn.Sequential(make()).half(), {"0": entry})
-    ((_, _, update),) = lowranks(model)
+    ((_, _, update),) = updates(model)
     with torch.no_grad():
         update.lora_A.normal_().mul_(1e-5)
         update.lora_B.normal_().mul_(3)
@@ -228,7 +228,7 @@ def test_two_convolutions_in_a_row(numbers):
     for make in (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: nn.ConvTranspose2d(4, 6, 3)):
         entry = {"r": 2, "hard": 0, "up_kernel": "same", "scale": scale}
         model = paramlora.attach(nn.Sequential(make()).half(), {"0": entry})
-        ((_, _, update),) = lowranks(model)
+        ((_, _, update),) = updates(model)
         with torch.no_grad():
             update.lora_A.normal_().mul_(a)
             update.lora_B.normal_().mul_(b)
@@ -237,7 +237,7 @@ def test_two_convolutions_in_a_row(numbers):
         y, want = model(x), wide(x.double())
         assert error(y, want) < 4 * EPS
         dy, leaves = torch.randn(y.shape).half(), [update.lora_A, update.lora_B]
-        ((_, _, other),) = lowranks(wide)
+        ((_, _, other),) = updates(wide)
         got = torch.autograd.grad(y, leaves, dy)
         true = torch.autograd.grad(want, [other.lora_A, other.lora_B], dy.double())
         assert all(error(mine, t) < 4 * EPS for mine, t in zip(got, true))

@@ -17,6 +17,7 @@ from paramlora.cuda.convolution import kernels
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.launches import WIDEST
+from paramlora.cuda.linear.tiles import groups_of
 from paramlora.cuda.masks import plan as masks
 from paramlora.cuda.native.program import Program, Slot
 from paramlora.cuda.operands import (
@@ -30,10 +31,10 @@ from paramlora.cuda.operands import (
     power,
 )
 from paramlora.update.compat import cuda_empty
+from paramlora.update.geometry import CHANNELS_LAST
 
 _Maybe = Optional[Tensor]
 _gradients = torch.ops.aten.convolution_backward.default
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _BLOCK = 1024  # elements of a row of A in one program
 
 
@@ -59,7 +60,7 @@ def _first(dtype: torch.dtype, *shape: int) -> _Image:
 
 
 def _last(dtype: torch.dtype, *shape: int) -> _Image:
-    """With the channels last in memory."""
+    """An image of a shape, with the channels last in memory."""
     channels, rest = shape[1], shape[2:]
     inward = (channels * math.prod(rest[i + 1 :]) for i in range(len(rest)))
     return _Image(shape, (channels * math.prod(rest), 1, *inward), dtype)
@@ -69,7 +70,7 @@ def _format(t: Tensor) -> Optional[bool]:
     """Whether channels are the last in memory, or None where it is neither dense format."""
     if t.is_contiguous():
         return False
-    last = _LAST.get(t.dim())
+    last = CHANNELS_LAST.get(t.dim())
     return True if last is not None and t.is_contiguous(memory_format=last) else None
 
 
@@ -195,32 +196,7 @@ class Forward:
             stages=1,
             warps=4,
         )
-        # `put` has three axes, of which it needs no depth of the input
-        flat, BP = (1,) * (3 - len(sizes)), _block(P, 64)
-        self.put = Launch(
-            kernels.put,
-            device,
-            batch * -(-P // BP),
-            numbers=dict(
-                channels=inner,
-                added=added,
-                P=P,
-                outputs=PO,
-                r=r,
-                **along("", ("height", "width"), (*flat, *sizes)[1:]),
-                **along("out_", ("depth", "height", "width"), (*flat, *outputs)),
-                **along("offset_", "dhw", (*(0 for _ in flat), *geometry.firsts)),
-                **along("stride_", "dhw", (*flat, *geometry.stride)),
-            ),
-            constants=dict(
-                BIAS=self.bias_inside,
-                SAME=outputs == sizes and not any(geometry.firsts),
-                R=R,
-                BLOCK_P=BP,
-            ),
-            stages=1,
-            warps=4,
-        )
+        self.put = _put(x, r, added, geometry, self.bias_inside)
         # torch's own result has its channels last where those of x or of the weight are
         self.back: Optional[Launch] = None
         if not (last or weight_last):
@@ -269,6 +245,100 @@ class Forward:
         result = to.reserve(*self.result)
         to.launch(self.back, (y, result, y, y, y, y, y))
         return result, t
+
+
+def _put(x: Tensor, r: int, added: int, geometry: _Geometry, bias: bool) -> Launch:
+    """The launch that puts the thin convolution's outputs into the joined input's channels."""
+    sizes, outputs = geometry.sizes, geometry.outputs
+    # the kernel has three axes, of which it needs no depth of the input
+    flat, P = (1,) * (3 - len(sizes)), math.prod(sizes)
+    BP = _block(P, 64)
+    return Launch(
+        kernels.put,
+        x.get_device(),
+        len(x) * -(-P // BP),
+        numbers=dict(
+            channels=x.shape[1],
+            added=added,
+            P=P,
+            outputs=math.prod(outputs),
+            r=r,
+            **along("", ("height", "width"), (*flat, *sizes)[1:]),
+            **along("out_", ("depth", "height", "width"), (*flat, *outputs)),
+            **along("offset_", "dhw", (*(0 for _ in flat), *geometry.firsts)),
+            **along("stride_", "dhw", (*flat, *geometry.stride)),
+        ),
+        constants=dict(
+            BIAS=bias,
+            SAME=outputs == sizes and not any(geometry.firsts),
+            R=padded(r),
+            BLOCK_P=BP,
+        ),
+        stages=1,
+        warps=4,
+    )
+
+
+def _spread(
+    dy: Tensor, of: Operands, geometry: _Geometry, channels: int, joined: bool, relaid: bool
+) -> tuple[Launch, int]:
+    """The launch ahead of cuDNN's gradients, and into how many groups the positions of B's go.
+
+    Args:
+        dy, of: as of `backward`.
+        geometry: of x.
+        channels: of dy with those that pad the rank, see `widened`.
+        joined: whether dy and the weight are joined with the thin ones, for x's gradient.
+        relaid: whether x is laid out anew.
+    """
+    x, weight, _, a, b, _ = of
+    (batch, inner), out, device = x.shape[:2], len(weight), x.get_device()
+    PX, P, positions = map(math.prod, (geometry.sizes, geometry.outputs, geometry.kernel))
+    processors = card(device).processors
+    # v takes all channels of some positions at once: of few, smaller blocks fill the device
+    BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
+    GP, block = _block(P, 64), _copy_blocks(inner, PX, False)
+    of_weight = _weight_blocks(inner, positions)
+    tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
+    groups, each = groups_of(units, blocks, processors)
+    grid = tiles + groups * blocks
+    grid += _copies(channels, inner, positions, of_weight) if joined else 0
+    grid += _copies(batch, inner, PX, block) if relaid else 0
+    launch = Launch(
+        kernels.spread,
+        device,
+        grid,
+        numbers=dict(
+            tiles=tiles,
+            groups=groups,
+            blocks_per_group=each,
+            batch=batch,
+            out=out,
+            inner=inner,
+            added=channels - out,
+            positions=positions,
+            P=P,
+            x_positions=PX,
+            r=len(a),
+            **along("stride_a", "rk", a.stride()),
+            **along("stride_b", "nr", b.stride()),
+        ),
+        constants=dict(
+            INPUT=joined,
+            LAST=bool(_format(dy)),
+            WEIGHT_LAST=bool(_format(weight)),
+            R=padded(len(a)),
+            BLOCK_O=DEEP,
+            BLOCK_P=BP,
+            BLOCK_C=64,
+            GROUP_P=GP,
+            **along("WEIGHT_", "CP", of_weight),
+            **along("INPUT_", "CP", block),
+        ),
+        stages=1,
+        warps=4,
+    )
+    return launch, groups
 
 
 def _back(
@@ -392,13 +462,10 @@ class Backward:
         wanted: tuple[bool, bool],
         drop: Optional[Drop],
     ) -> None:
-        (x, weight, _, a, b, _), (input_too, a_too) = of, wanted
+        (x, weight, _, a, *_), (input_too, a_too) = of, wanted
         (batch, inner), out, r, R = x.shape[:2], len(weight), len(a), padded(len(a))
         sizes, kernel, outputs = geometry.sizes, geometry.kernel, geometry.outputs
-        PX, P, positions = map(math.prod, (sizes, outputs, kernel))
-        channels, device = widened(out, R), x.get_device()
-        processors = card(device).processors
-        last, x_last, weight_last = (bool(_format(t)) for t in (dy, x, weight))
+        channels, device, x_last = widened(out, R), x.get_device(), bool(_format(x))
         self.input_too, self.a_too, joined = input_too, a_too, input_too and drop is None
         # the gradient of A reads x, that of x but its shape, and where dy is not laid out anew its
         # format; and lies as x does
@@ -418,56 +485,10 @@ class Backward:
             )
             self.masks = seen, added
         self.da, self.db = _first(a.dtype, *a.shape), _first(wide, out, r)
-        # v takes all channels of some positions at once: of few, smaller blocks fill the device
-        BP = _block(P, 128 if batch * -(-P // 128) >= processors else 32)
-        GP, block = _block(P, 64), _copy_blocks(inner, PX, False)
-        of_weight = _weight_blocks(inner, positions)
-        tiles, blocks, units = batch * -(-P // BP), -(-out // DEEP), batch * -(-P // GP)
-        # about a program of B's gradient for each processor, none of less than four blocks; then
-        # as few as these are, evenly
-        groups = max(1, min(-(-units // 4), -(-processors // blocks)))
-        each = -(-units // groups)
-        groups = -(-units // each)
+        self.spread, groups = _spread(dy, of, geometry, channels, joined, self.relaid)
         self.part = _first(wide, groups, out, R)
-        grid = tiles + groups * blocks
-        grid += _copies(channels, inner, positions, of_weight) if joined else 0
-        grid += _copies(batch, inner, PX, block) if self.relaid else 0
-        self.spread = Launch(
-            kernels.spread,
-            device,
-            grid,
-            numbers=dict(
-                tiles=tiles,
-                groups=groups,
-                blocks_per_group=each,
-                batch=batch,
-                out=out,
-                inner=inner,
-                added=channels - out,
-                positions=positions,
-                P=P,
-                x_positions=PX,
-                r=r,
-                **along("stride_a", "rk", a.stride()),
-                **along("stride_b", "nr", b.stride()),
-            ),
-            constants=dict(
-                INPUT=joined,
-                LAST=last,
-                WEIGHT_LAST=weight_last,
-                R=R,
-                BLOCK_O=DEEP,
-                BLOCK_P=BP,
-                BLOCK_C=64,
-                GROUP_P=GP,
-                **along("WEIGHT_", "CP", of_weight),
-                **along("INPUT_", "CP", block),
-            ),
-            stages=1,
-            warps=4,
-        )
-        image = (batch, inner, PX) if self.returned else None
-        rows = (r if a_too else 0, inner, positions)
+        image = (batch, inner, math.prod(sizes)) if self.returned else None
+        rows = (r if a_too else 0, inner, math.prod(kernel))
         self.back = _back(device, image, rows, (groups, out, r), scaled)
 
     def __call__(
@@ -599,22 +620,23 @@ def planned_backward(
     how = scaled, wanted, window, None if drop is None else drop.thresholds
 
     def plan_of(_: Any) -> Any:
-        return _plan_backward(dy, of, t, scaled, wanted, window, drop)
+        geometry = _geometry(of.x, of.weight, window)
+        _check_gradient(dy, of, t, window, geometry)
+        # a hook on saved tensors may have laid t anywhere
+        laid = t.stride() == _last(t.dtype, *t.shape).stride
+        if not laid or _format(dy) is None or _format(of.x) is None:
+            return _COPY
+        return Backward(dy, of, geometry, scaled, wanted, drop)
 
     return planned(_BACKWARDS, tensors, how, plan_of)
 
 
-def _plan_backward(
-    dy: Tensor,
-    of: Operands,
-    t: Tensor,
-    scaled: bool,
-    wanted: tuple[bool, bool],
-    window: Window,
-    drop: Optional[Drop],
-) -> Any:
+def _check_gradient(
+    dy: Tensor, of: Operands, t: Tensor, window: Window, geometry: _Geometry
+) -> None:
+    """Refuse what somebody moved or replaced since the forward: the kernels would read past it."""
     x, weight, _, a, b, scale = of
-    together, geometry = (dy, x, weight, a, b, t, scale), _geometry(x, weight, window)
+    together = (dy, x, weight, a, b, t, scale)
     outputs = outputs_of(x.shape[2:], weight.shape[2:], window)
     shapes = dy.shape == (len(x), len(weight), *outputs) and factors_fit(weight, a, b, scale)
     shapes = shapes and t.shape == (len(x), padded(len(a)), *geometry.outputs)
@@ -622,7 +644,3 @@ def _plan_backward(
     if not (shapes and types) or len({im.get_device() for im in together}) > 1:
         named = "the gradient, the input, the weight, A, B, A's output and the scale"
         raise changed(named, together)
-    # a hook on saved tensors may have laid t anywhere
-    if _format(dy) is None or _format(x) is None or t.stride() != _last(t.dtype, *t.shape).stride:
-        return _COPY
-    return Backward(dy, of, geometry, scaled, wanted, drop)

@@ -12,6 +12,7 @@ from paramlora.cuda.launch import Launch, along, changed, on_its_device, planned
 from paramlora.cuda.native.program import Program, Slot
 from paramlora.cuda.operands import Operands, Window, factors_fit, outputs_of, power
 from paramlora.cuda.sum.kernels import add
+from paramlora.update.geometry import CHANNELS_LAST
 
 _Maybe = Optional[Tensor]
 _Sizes = tuple[int, ...]
@@ -96,8 +97,8 @@ def backward(
 
 
 def _as_it_lies(t: Tensor, like: Tensor) -> Tensor:
-    """With its channels last in memory, if those of `like` are."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    """A tensor with its channels last in memory, if those of `like` are."""
+    last = CHANNELS_LAST.get(t.dim())
     if last is None or not like.is_contiguous(memory_format=last):
         return t
     return t.contiguous(memory_format=last)
@@ -158,10 +159,9 @@ def planned_forward(of: Operands, window: Window) -> tuple[_Forward, _Sizes]:
     """The plan of a `forward` of a contiguous x and bias, and the addresses of x, the flat weight,
     A, B, the scale, and the bias or what stands in for it."""
     flat, more = of.weight.flatten(1), of.scale if of.bias is None else of.bias
-    tensors, rest = (of.x, flat, of.a, of.b, of.scale, more), (of.weight.shape, window)
-    return planned(
-        _FORWARDS, tensors, (*rest, of.bias is None), lambda _: _plan_forward(of, flat, window)
-    )
+    tensors = (of.x, flat, of.a, of.b, of.scale, more)
+    rest = (of.weight.shape, window, of.bias is None)
+    return planned(_FORWARDS, tensors, rest, lambda _: _plan_forward(of, flat, window))
 
 
 def _plan_forward(of: Operands, flat: Tensor, window: Window) -> _Forward:
@@ -234,34 +234,36 @@ def planned_backward(
 ) -> tuple[_Backward, _Sizes]:
     """The plan of a `backward` of contiguous images, and the addresses of dy, x, A, B, the scale
     and the sum."""
-    input_too, kernels_too = wanted[0], any(wanted[1:])
+    kinds = wanted[0], any(wanted[1:])
     inputs = (dy, of.x, of.a, of.b, of.scale, total)
-    return planned(
-        _BACKWARDS, inputs, (of.weight.shape, window, scaled, input_too, kernels_too),
-        lambda _: _plan_backward(dy, of, total, window, scaled, input_too, kernels_too),
-    )  # fmt: skip
+
+    def plan_of(_: Any) -> _Backward:
+        _check_gradient(dy, of, total, window)
+        launch, part = _gradients(dy, of, window, *kinds)
+        return _Backward(part, launch, _divide(of, scaled))
+
+    rest = (of.weight.shape, window, scaled, *kinds)
+    return planned(_BACKWARDS, inputs, rest, plan_of)
 
 
-def _plan_backward(
-    dy: Tensor,
-    of: Operands,
-    total: Tensor,
-    window: Window,
-    scaled: bool,
-    input_too: bool,
-    kernels_too: bool,
-) -> _Backward:
-    (x, weight, _, a, b, scale), r, device = of, len(of.a), of.x.get_device()
+def _check_gradient(dy: Tensor, of: Operands, total: Tensor, window: Window) -> None:
+    """Refuse what somebody moved or replaced since the forward: the kernels would read past it."""
+    x, weight, _, a, b, scale = of
     result = (*x.shape[:2], *outputs_of(x.shape[2:], weight.shape[2:], window))
     together = (dy, x, weight, a, b, total, scale)
     sizes = dy.shape == result and total.numel() == weight.numel()
     near = len({t.get_device() for t in together}) == 1
-    # between the two somebody may have moved or replaced one: the kernels would read past it
     if not (sizes and near and factors_fit(weight, a, b, scale)):
         named = "the gradient, the input, the weight, A, B, their sum and the scale"
         raise changed(named, together)
-    shape, channels = x.shape, x.shape[1]
-    kernel, taps = _three(weight.shape[2:]), math.prod(weight.shape[2:])
+
+
+def _gradients(
+    dy: Tensor, of: Operands, window: Window, input_too: bool, kernels_too: bool
+) -> tuple[Launch, _Sizes]:
+    """The launch of the gradients of x and of the kernels, and the shape of the latter's parts."""
+    shape, channels = of.x.shape, of.x.shape[1]
+    kernel, taps = _three(of.weight.shape[2:]), of.weight[0].numel()
     tiles, blocks = _Tiles(shape, TILE), _Tiles(dy.shape, BLOCK)
     # of many taps a program takes a row, as its loop over them is unrolled
     split = taps > MANY and taps > kernel[2]
@@ -269,7 +271,7 @@ def _plan_backward(
     grid = blocks.grid * (taps // kernel[2] if split else 1) if kernels_too else 0
     launch = Launch(
         kernels.backward,
-        device,
+        of.x.get_device(),
         first + grid,
         numbers=dict(
             tiles=first,
@@ -289,10 +291,17 @@ def _plan_backward(
         stages=1,
         warps=1,
     )
-    programs, ranks = -(-channels // _CHANNELS), max(16, min(_RANKS, power(r)))
-    divide = Launch(
+    return launch, (shape[0] * blocks.blocks, channels, taps)
+
+
+def _divide(of: Operands, scaled: bool) -> Launch:
+    """The launch of the factors' gradients, from the kernels'."""
+    a, b, channels, taps = of.a, of.b, len(of.weight), of.weight[0].numel()
+    r, programs = len(a), -(-channels // _CHANNELS)
+    ranks = max(16, min(_RANKS, power(r)))
+    return Launch(
         kernels.divide,
-        device,
+        of.x.get_device(),
         programs + -(-r // ranks),
         numbers=dict(
             blocks=programs,
@@ -312,4 +321,3 @@ def _plan_backward(
         stages=1,
         warps=4,
     )
-    return _Backward((shape[0] * blocks.blocks, channels, taps), launch, divide)

@@ -22,6 +22,7 @@ from paramlora.cuda.linear.tiles import (
     Rows,
     Tiles,
     gradients,
+    groups_of,
     is_even,
     projection,
     rows_of,
@@ -242,7 +243,7 @@ _BACKWARDS: dict[Any, Any] = {}
 
 
 class _Copy(NamedTuple):
-    """In place of a plan: which operands must first be copied into contiguous memory. Of a forward
+    """What stands in place of a plan: which operands must first be made contiguous. Of a forward
     x and the bias, of a backward dy and x."""
 
     left: bool
@@ -286,27 +287,21 @@ def planned_forward(
     """The plan of a forward, None where the kernels do not serve it; and the addresses."""
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
+        x, bias = of.x, of.bias
+        if not (has_kernel(x, of.weight) and fits(of)) or not masks_fit(of, drop):
+            return None
+        if not x.numel():
+            return functools.partial(_of_no_rows, 0 if drop is None else len(drop.rates))
+        rows = rows_of(x.shape, x.stride(), image)
+        spread = bias is not None and not bias.is_contiguous()
+        if rows is None or spread:
+            return _Copy(rows is None, spread)
         # of x and the weight, which the engine loads: the result is new, and so aligned
         misaligned = bool((addresses[0] | addresses[1]) & 15)
-        return _plan_forward(of, image, drop, captured, misaligned)
+        return Forward(of, rows, drop, captured, misaligned)
 
     rest = (of.bias is None, image, _masks(drop), captured)
     return planned(_FORWARDS, of.tensors, rest, plan_of)
-
-
-def _plan_forward(
-    of: Operands, image: bool, drop: Optional[Drop], captured: bool, misaligned: bool
-) -> Any:
-    x, bias = of.x, of.bias
-    if not (has_kernel(x, of.weight) and fits(of)) or not masks_fit(of, drop):
-        return None
-    if not x.numel():
-        return functools.partial(_of_no_rows, 0 if drop is None else len(drop.rates))
-    rows = rows_of(x.shape, x.stride(), image)
-    spread = bias is not None and not bias.is_contiguous()
-    if rows is None or spread:
-        return _Copy(rows is None, spread)
-    return Forward(of, rows, drop, captured, misaligned)
 
 
 def _of_no_rows(masks: int, of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
@@ -359,11 +354,7 @@ class Backward:
         # columns of an image that lie apart take longer to load, and a masked block longer than
         # one that is not, so twice as many programs do
         programs = on.processors if together and not masks else 2 * on.processors
-        # rows are divided until there are programs for the device, but into none of under 4 blocks
-        groups = max(1, min(-(-M // (4 * deep)), -(-programs // blocks)))
-        each = -(-M // groups // deep) * deep
-        # rounding up may have left the last groups no rows, of which the kernel assumes some
-        groups = -(-M // each)
+        groups, each = groups_of(-(-M // deep), blocks, programs)
         strips = -(-M // SPAN)
         # in elements of 16 bits: a signal of 64 for each strip, and the groups' sums of 32
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
@@ -377,7 +368,7 @@ class Backward:
                 **along("stride_x", "bmk", rows[1].places(period)),
                 r=r,
                 groups=groups,
-                rows_per_group=each,
+                rows_per_group=each * deep,
                 threshold=least,
             ),
             constants=dict(
@@ -507,36 +498,23 @@ def planned_backward(
     tensors = (*tensors, of.scale) if scaled else tensors
 
     def plan_of(addresses: tuple[int, ...]) -> Any:
+        x, weight = of.x, of.weight
+        sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
+        types = dy.dtype == x.dtype and has_kernel(x, weight)
+        # between the two somebody may have moved or replaced one: the kernel would read past it
+        if not (sizes and types) or len({t.get_device() for t in tensors}) > 1:
+            raise changed("the gradient, the input, the weight and the scale", tensors)
+        if not x.numel():
+            return functools.partial(_gradients_of_no_rows, wanted)
+        left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
+        if left is None or right is None:
+            return _Copy(left is None, right is None)
         # of dy and the weight, see `planned_forward`
         misaligned = bool((addresses[0] | addresses[2]) & 15)
-        return _plan_backward(tensors, of, scaled, wanted, image, drop, captured, misaligned)
+        return Backward(of, (left, right), scaled, wanted, drop, captured, misaligned)
 
     rest = (len(of.a), scaled, wanted, image, _masks(drop), captured)
     return planned(_BACKWARDS, tensors, rest, plan_of)
-
-
-def _plan_backward(
-    tensors: tuple[Tensor, ...],
-    of: Operands,
-    scaled: bool,
-    wanted: tuple[bool, bool],
-    image: bool,
-    drop: Optional[Drop],
-    captured: bool,
-    misaligned: bool,
-) -> Any:
-    dy, x, weight, *_ = tensors
-    sizes = dy.shape == (*x.shape[:-1], len(weight)) and x.shape[-1:] == weight.shape[1:]
-    types = dy.dtype == x.dtype and has_kernel(x, weight)
-    # between the two somebody may have moved or replaced one: the kernel would read past it
-    if not (sizes and types) or len({t.get_device() for t in tensors}) > 1:
-        raise changed("the gradient, the input, the weight and the scale", tensors)
-    if not x.numel():
-        return functools.partial(_gradients_of_no_rows, wanted)
-    left, right = rows_of(dy.shape, dy.stride(), image), rows_of(x.shape, x.stride(), image)
-    if left is None or right is None:
-        return _Copy(left is None, right is None)
-    return Backward(of, (left, right), scaled, wanted, drop, captured, misaligned)
 
 
 def _gradients_of_no_rows(

@@ -198,6 +198,21 @@ class Tiles:
         )
 
 
+def groups_of(units: int, blocks: int, programs: int) -> tuple[int, int]:
+    """Into how many groups the rows of a sum are divided, and how many units of them each has: so
+    that there are programs for the device, but no more than one for four units.
+
+    Args:
+        units: of rows, that a program takes at a time.
+        blocks: programs for each group.
+        programs: that the device should have.
+    """
+    groups = max(1, min(-(-units // 4), -(-programs // blocks)))
+    each = -(-units // groups)
+    # rounding up may have left the last groups no rows, of which the kernels assume some
+    return -(-units // each), each
+
+
 def is_even(period: int, M: int) -> bool:
     """Whether no block of rows, of 128 or a divisor, reaches over the end of a batch."""
     return period == M or period % 128 == 0

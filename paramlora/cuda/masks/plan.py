@@ -9,9 +9,9 @@ from torch import Tensor
 from paramlora.cuda.launch import Launch, on_its_device, planned
 from paramlora.cuda.masks import kernels
 from paramlora.cuda.operands import power
+from paramlora.update.geometry import CHANNELS_LAST
 
 _PLANS: dict[Any, Any] = {}
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @on_its_device
@@ -38,7 +38,7 @@ def _plan(x: Tensor, which: int, start: int, threshold: int) -> Optional[Launch]
     columns, device, last = x.shape[-1], x.get_device(), not x.is_contiguous()
     if not last:
         return _launch(device, (1, x.numel() // columns, columns), which, start, threshold)
-    if x.dim() not in _LAST or not x.is_contiguous(memory_format=_LAST[x.dim()]):
+    if x.dim() not in CHANNELS_LAST or not x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]):
         return None
     return of_images(device, tuple(x.shape), x.shape[1], threshold, False, which, start)
 

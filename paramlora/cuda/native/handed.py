@@ -120,7 +120,7 @@ def _changes(one: Any) -> bool:
 
 
 def _parameters(pairs: Iterable[tuple[str, Any]], first: int) -> Iterable[tuple[str, int, int]]:
-    """Of each parameter its kind, its slot or -1, and the bits of what never changes."""
+    """The kind of each parameter, its slot or -1, and the bits of what never changes."""
     for kind, one in pairs:
         if isinstance(one, Described):
             shape, strides, _ = one.layout

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from paramlora.cuda.native import driver
+from paramlora.cuda.operands import OFF
 from paramlora.errors import ParamloraError, warn
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("steps.cpp", "launch.h"))
 _NAME = "paramlora_steps"
-_OFF = ("0", "false", "off", "no")
 
 
 def place() -> Path:
@@ -98,7 +98,7 @@ def _cuda() -> Path:
 def loaded() -> Any:
     """The library, or None where it was not built, ``PARAMLORA_NATIVE=0`` turns it off, or it
     cannot be loaded, which a warning says. What the first call finds holds for the process."""
-    if os.environ.get("PARAMLORA_NATIVE", "1").lower() in _OFF:
+    if os.environ.get("PARAMLORA_NATIVE", "1").lower() in OFF:
         return None
     target = place()
     if not target.is_file():

@@ -122,9 +122,9 @@ class Backward:
         self.sums, parts = _sums(sizes, device, by.ranks, by, of_factors, True, wanted[0], of)
         count = len(table.ranks)
         # all gradients as one tensor, which one call takes apart, where nothing lies between them
-        self.whole = table.rank == by.most
-        self.of_a = (parts, count, by.most, N) if self.whole else (parts, by.ranks * N)
-        self.of_b = (parts, count, K, by.most) if self.whole else (parts, by.ranks * K)
+        self.alike = table.rank == by.most
+        self.of_a = (parts, count, by.most, N) if self.alike else (parts, by.ranks * N)
+        self.of_b = (parts, count, K, by.most) if self.alike else (parts, by.ranks * K)
         self.dtype = table.like.a.dtype
 
     def __call__(
@@ -186,12 +186,12 @@ class Backward:
         """The gradients of all A's or B's as those of each, from where its ranks start on."""
         if found is None:
             return None
-        whole = added(found)
-        whole = whole if self.dtype == torch.float32 else whole.to(self.dtype)
-        if self.whole:
-            return whole.unbind(0)
-        width = len(whole) // by.ranks
-        parts = torch.split(whole, [rank * width for rank in by.each])
+        total = added(found)
+        total = total if self.dtype == torch.float32 else total.to(self.dtype)
+        if self.alike:
+            return total.unbind(0)
+        width = len(total) // by.ranks
+        parts = torch.split(total, [rank * width for rank in by.each])
         shapes = [(width, rank) if side else (rank, width) for rank in table.ranks]
         return [part[: a * b].view(a, b) for part, (a, b) in zip(parts, shapes)]
 

@@ -124,7 +124,7 @@ class Row:
     ratio: Optional[int] = None
 
     def sized(self, size: Mapping[str, str]) -> "Row":
-        """With these sizes of its parts, where they are told."""
+        """The row with these sizes of its parts, where they are told."""
         parts = tuple(part._replace(size=size.get(part.name, part.size)) for part in self.parts)
         return replace(self, parts=parts)
 

@@ -45,7 +45,7 @@ def with_copies(
     updates, whole = dict(adapter.updates), dict(adapter.whole)
     for path, saved in copies.items():
         there = None if places is None else places.find(path, f"{source}: {path}")
-        name = path if there is None or there.whole is None else there.whole
+        name = path if there is None or there.weight is None else there.weight
         slot = (base or {}).get(name)
         # peft saves all embeddings where one is a target, whether they changed or not
         if slot is not None and _is_same(slot, saved):

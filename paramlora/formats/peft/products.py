@@ -114,9 +114,9 @@ def _factors(
     exact = {name: wide(tensor).double() for name, tensor in value.held.items()}
     first, second = lokr.factors(exact)
     kernel = (value.shape or ())[2:]
-    whole = "lokr_w2" in exact and len(kernel) != 1
+    full = "lokr_w2" in exact and len(kernel) != 1
     a, b = _second(exact, second.reshape(sizes[0][1], -1))
-    if not whole and a.shape[1] < most:
+    if not full and a.shape[1] < most:
         r, made = a.shape[1], {"lokr_w2_a": a, "lokr_w2_b": b}
     elif len(kernel) == 1 and sizes[0][0] * sizes[1][0] > 1:
         raise FileError(
@@ -132,13 +132,13 @@ def _factors(
     return path, r, {name: tensor.to(widest) for name, tensor in own.items()}
 
 
-def _second(exact: Mapping[str, Tensor], whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors of the second one ``[c, d·kernel]``: its own, or where it is whole an identity on
+def _second(exact: Mapping[str, Tensor], full: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of the second one ``[c, d·kernel]``: its own, or where it is full an identity on
     the smaller side; of Tucker's form (``t ×₁ a ×₂ b``) the first is ``aᵀ``."""
     if "lokr_w2" in exact:
-        c, d = whole.shape
-        eye = torch.eye(min(c, d), dtype=whole.dtype)
-        return (eye, whole) if c <= d else (whole, eye)
+        c, d = full.shape
+        eye = torch.eye(min(c, d), dtype=full.dtype)
+        return (eye, full) if c <= d else (full, eye)
     a, b = exact["lokr_w2_a"], exact["lokr_w2_b"]
     if "lokr_t2" not in exact:
         return a, b

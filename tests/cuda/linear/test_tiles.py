@@ -9,7 +9,16 @@ pytest.importorskip("triton")
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.launches import Launches
-from paramlora.cuda.linear.tiles import Rows, Tiles, gradients, is_even, projection, rows_of, tiling
+from paramlora.cuda.linear.tiles import (
+    Rows,
+    Tiles,
+    gradients,
+    groups_of,
+    is_even,
+    projection,
+    rows_of,
+    tiling,
+)
 
 LAID = {
     "contiguous": torch.arange(24).view(2, 3, 4),
@@ -87,3 +96,11 @@ def test_a_block_is_a_power_of_two_in_every_choice():
 def test_a_batch_ends_with_a_block_or_is_all_there_is():
     assert is_even(7, 7) and is_even(256, 1024)
     assert not is_even(7, 14) and not is_even(192, 384)
+
+
+def test_groups_share_out_the_rows_and_none_is_empty():
+    for units, blocks, programs in itertools.product(range(1, 300), (1, 3, 40), (58, 132)):
+        groups, each = groups_of(units, blocks, programs)
+        assert (groups - 1) * each < units <= groups * each
+        assert groups <= -(-units // 4)
+        assert groups <= -(-programs // blocks)
