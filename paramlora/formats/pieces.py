@@ -244,12 +244,12 @@ def _joined(kind: type[AttachedUpdate], several: Sequence[_Tensors]) -> Optional
 
 
 def _like(first: _Any, tensors: _Tensors, layout: Layout) -> _Any:
-    """An update as the first of its sources, of other tensors."""
+    """An update as the first of its sources, of other tensors and of a layer of no known kind."""
     if isinstance(first, Update):
         a, b = (tensors[name] for name in ("lora_A", "lora_B"))
-        return replace(first, lora_A=a, lora_B=b, shape=None, layout=layout, hard=True)
+        return replace(first, lora_A=a, lora_B=b, shape=None, layout=layout, hard=True, kind=None)
     options = KINDS[first.method].options_of(tensors)
-    return replace(first, held=tensors, shape=None, layout=layout, options=options)
+    return replace(first, held=tensors, shape=None, layout=layout, options=options, kind=None)
 
 
 def _with_scale_in(value: _Any) -> _Any:

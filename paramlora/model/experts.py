@@ -344,7 +344,7 @@ def _ends_of_counts(where: str, experts: int, x: Tensor, counts: Any) -> Tensor:
         given = counts.tolist()
         if sum(given) != len(x) or min(given, default=0) < 0:
             raise AdapterError(
-                f"counts of {where} must add up to the {len(x)} rows of x, none below 0, got "
+                f"counts of {where} must add up to the rows of x, {len(x)}, none below 0, got "
                 f"{given}. Give index.bincount(minlength={experts})."
             )
     else:

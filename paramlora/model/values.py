@@ -382,8 +382,9 @@ def _apart(
 ) -> dict[str, tuple[str, ...]]:
     """By path of an update, the layers that hold its tensor without it."""
     tied: dict[int, list[str]] = {}
+    inside = unwrapped(model)  # whose names the targets have
     for target in there:
-        base = base_of(model.get_submodule(target.module), target.tensor)
+        base = base_of(inside.get_submodule(target.module), target.tensor)
         tied.setdefault(id(base), []).append(target.path)
     found = {
         path: tuple(other for other in paths if other not in held)

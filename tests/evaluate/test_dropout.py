@@ -410,7 +410,7 @@ def ending(kind, end, rates):
     twin = end(Masked)(*sizes)
     for holder in (inner.requires_grad_(False), twin.double()):
         holder.load_state_dict(plain.state_dict())
-    leaves = [x, *(p for low in updates for p in (low.lora_A, low.lora_B, low.lora_scale))]
+    leaves = [x, *(p for low in lows for p in (low.lora_A, low.lora_B, low.lora_scale))]
     return model, plain, twin, leaves
 
 

@@ -442,7 +442,7 @@ WRONG = {
 def test_counts_of_other_rows_are_refused(name, updates):
     layer, counts = adapted(Own(), ["w1"]) if updates else Own(), torch.tensor(WRONG[name])
     x = torch.randn(6, 4).double()
-    told = r"of 'w1' of Own must add up to the 6 rows of x, none below 0, got \[.*minlength=3"
+    told = r"of 'w1' of Own must add up to the rows of x, 6, none below 0, got \[.*minlength=3"
     with pytest.raises(paramlora.AdapterError, match=told):
         layer(x, counts)
     torch.compiler.reset()
