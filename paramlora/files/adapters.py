@@ -162,7 +162,7 @@ def _read(
     options, form = formats.noting(options), formats.form_of(content)
     adapter = formats.read(content, base(form), options, form.name)
     # without a model or its checkpoint, by which others are told
-    untold = [path_ for path_, value in adapter.values().items() if are_sides_untold(value)]
+    untold = [name for name, value in adapter.values().items() if are_sides_untold(value)]
     if untold:
         raise sides_untold(untold, content.source)
     if not adapter.values():  # reading loosely left all of it out

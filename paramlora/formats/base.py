@@ -524,7 +524,7 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     layout = slot.layout or _guessed(update, slot.shape)
     # an embedding and a head share [V, d]: the output of the one is the input of the other
     if tied and layout is not None and {layout, update.layout} == {"matrix", "transposed"}:
-        update = replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+        update = _swapped(update)
     a, b = tuple(update.lora_A.shape), tuple(update.lora_B.shape)
     if layout is None or (a, b) != _factors(update, slot.shape, layout):
         raise FileError(
@@ -535,6 +535,11 @@ def _fitted_factors(path: str, update: Update, slot: Slot, source: str, tied: bo
     return replace(update, shape=slot.shape, layout=layout, kind=kind, groups=groups)
 
 
+def _swapped(update: Update) -> Update:
+    """An update whose input is the output of this one."""
+    return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+
+
 def _turned(update: _Any, where: str) -> _Any:
     """The same change of the transpose of its weight, or of each matrix of its stack.
 
@@ -542,7 +547,7 @@ def _turned(update: _Any, where: str) -> _Any:
         FileError: of a kind that has no such.
     """
     if isinstance(update, Update):
-        return replace(update, lora_A=update.lora_B.mT, lora_B=update.lora_A.mT)
+        return _swapped(update)
     if update.method == "difference":
         return replace(update, held={"lora_diff": update.held["lora_diff"].mT})
     raise FileError(

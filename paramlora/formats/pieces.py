@@ -45,7 +45,7 @@ class Source:
 
     @property
     def kind(self) -> type[AttachedUpdate]:
-        """Of a branch that equals a low-rank update: that."""
+        """The class of its kind; a branch counts as the low-rank update that it equals."""
         return KINDS["lora" if isinstance(self.value, Update) else self.value.method]
 
     def outputs(self) -> int:
@@ -53,7 +53,7 @@ class Source:
         return self.kind.outputs_of(self.matrix(0))
 
     def shape(self, matrix: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the weight that it is of, where a matrix of the model's is of a shape."""
+        """The shape of the file's own weight, by that of one of the model's matrices."""
         lead = (len(self.rows),) if self.value.layout == "stack" else ()
         return (*lead, self.outputs(), *matrix[1:])
 
@@ -239,7 +239,7 @@ def _of_one_kind(
 
 
 def _joined(kind: type[AttachedUpdate], several: Sequence[_Tensors]) -> Optional[_Tensors]:
-    """Those of one matrix; empty where no update has rows of it."""
+    """The tensors of one matrix; none where no update has rows of it."""
     return kind.beside_each_other(several) if several else {}
 
 

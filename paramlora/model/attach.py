@@ -16,7 +16,7 @@ from paramlora.errors import AdapterError, TargetError, warn
 from paramlora.model.branch import add_branch, remove_branches
 from paramlora.model.classes import Model
 from paramlora.model.experts import drops_in_experts
-from paramlora.model.forwards import below, honours_dropout
+from paramlora.model.forwards import below, honours_dropout, own_class
 from paramlora.model.input_grads import (
     checkpoints_reentrantly,
     disable_input_grads,
@@ -623,7 +623,7 @@ def _check_dropout(module: nn.Module, target: Target) -> None:
     held = parametrized(module)[target.tensor] if target.tensor in parametrized(module) else []
     # over a foreign rule the layer's forward is not ours, and only its weight is read
     ours = all(isinstance(p, AttachedUpdate) for p in held)
-    base = below(type(module)) if held else type(module)
+    base = own_class(module)
     known = target.tensor == "weight" and honours_dropout(base)
     stack = base_of(module, target.tensor).dim() == 3
     if not ours or not (known or stack and drops_in_experts(base, target.tensor)):

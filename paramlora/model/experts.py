@@ -306,7 +306,7 @@ def expert_linear(layer: nn.Module, name: str, x: Tensor, counts: Tensor) -> Ten
     if stack.weight.dim() != 3:
         raise AdapterError(
             f"{name!r} of {kind} is of shape {list(stack.weight.shape)}, where a stack of "
-            " matrices, [experts, out, in], is needed. Name such a one."
+            "matrices, [experts, out, in], is needed. Name such a one."
         )
     if x.dim() != 2:
         raise AdapterError(

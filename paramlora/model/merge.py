@@ -22,7 +22,7 @@ from paramlora.model.attach import (
     with_lists,
 )
 from paramlora.model.classes import Model
-from paramlora.model.forwards import adds_what_its_weight_gains, below
+from paramlora.model.forwards import adds_what_its_weight_gains, own_class
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import is_quantised, make_dense, tell_transformers
 from paramlora.model.targets import stem
@@ -194,7 +194,7 @@ def _warn_of_own_forward(
     model: nn.Module, module: nn.Module, name: str, ours: list[AttachedUpdate]
 ) -> None:
     """Say so where what acted behind a layer's forward will act inside of one that nobody knows."""
-    kind: Any = below(type(module)) if "parametrizations" in module._modules else type(module)
+    kind = own_class(module)
     if any(one.beside for one in ours) and not adds_what_its_weight_gains(kind):
         warn(
             f"{_full(model, module, name)}: a soft update acts behind the forward of "

@@ -32,6 +32,19 @@ class Net(nn.ModuleList):
         return torch.cat([layer(x) for layer in self], -1)
 
 
+def adapted_by_peft(net, config, folder):
+    """What peft's adapter of a model makes of `X`; it is saved in a folder."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        theirs = peft.get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand_like(parameter))
+        theirs.save_pretrained(folder)
+        return theirs(X)
+
+
 def trained(order, dora, folder):
     """A model, and what peft's adapter of all its layers makes of `X`; it is saved in a folder."""
     torch.manual_seed(1)
@@ -43,15 +56,7 @@ def trained(order, dora, folder):
         use_dora=dora,
         init_lora_weights=False,
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
-        theirs = peft.get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + torch.rand_like(parameter))
-        theirs.save_pretrained(folder)
-        return net, theirs(X)
+    return net, adapted_by_peft(net, config, folder)
 
 
 def merged(net, folder, known=None):
@@ -132,15 +137,7 @@ def named(conv1d, targets, dora, folder):
     config = peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=targets, use_dora=dora, init_lora_weights=False
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
-        theirs = peft.get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + torch.rand_like(parameter))
-        theirs.save_pretrained(folder)
-        return net, theirs(X)
+    return net, adapted_by_peft(net, config, folder)
 
 
 @pytest.mark.parametrize("dora", [False, True])
