@@ -95,13 +95,14 @@ def in_cpp(
     scale: Tensor,
     strength: float,
     window: Optional[tuple[Any, ...]] = None,
+    magnitude: _Maybe = None,
 ) -> _Maybe:
-    """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups; None of
-    operands that C++ does not serve. Not to be asked under a compiler, which does not see into
-    it."""
+    """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups, or
+    `rescaled.linear` by a magnitude; None of operands that C++ does not serve. Not to be asked
+    under a compiler, which does not see into it."""
     if _native is None:
         return None
-    values = (x, weight, bias, lora_A, lora_B, scale, strength, window)
+    values = (x, weight, bias, lora_A, lora_B, scale, strength, window, magnitude)
     return _native(*values)  # type: ignore[no-any-return]
 
 
@@ -318,10 +319,12 @@ def start_cpp() -> None:
     if _started:
         return
     from paramlora.cuda.native import steps
-    from paramlora.evaluate import convolution  # which imports this module
+    from paramlora.evaluate import convolution, rescaled  # which import this module
 
-    def way(of: Operands, window: Any) -> str:
-        return convolution.way_of(of, window, False).name
+    def way(of: Operands, window: Any, magnitude: _Maybe) -> str:
+        if magnitude is not None:
+            return "RESCALED" if rescaled.is_in_kernels(of, magnitude) else "PLAIN"
+        return "LINEAR" if window is None else convolution.way_of(of, window, False).name
 
     _native, _started = steps.start(_gradients_of_native, way), True
 
@@ -347,17 +350,24 @@ def _gradients_of_native(
     scale: Tensor,
     kept: Tensor,
     strength: float,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
     numbers: tuple[int, ...],
-) -> tuple[_Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A and B after a forward in C++, where C++ does not find them.
+    *more: Tensor,
+) -> tuple[_Maybe, ...]:
+    """The gradients of x, A and B, and of a magnitude, after a forward in C++, where C++ does not
+    find them.
 
-    `numbers`: of the window of a convolution, see `steps.window_of`.
+    Args:
+        numbers: of the window of a convolution, see `steps.window_of`.
+        more: the magnitude, its norm, and the output from before they rescaled it.
     """
     from paramlora.cuda.native.steps import window_of
-    from paramlora.evaluate import convolution
+    from paramlora.evaluate import convolution, rescaled
 
-    wanted, window = (needs[0], False, False, *needs[1:], False), window_of(numbers)
+    wanted, window = (needs[0], False, False, *needs[1:3], False), window_of(numbers)
+    if more:
+        of = Operands(x, weight, None, a, b, scale)
+        return rescaled.gradients_of_native(dy, of, kept, (*wanted, needs[3]), *more)
     if window is None:
         ctx = Kept((x, weight, a, b, scale, kept), wanted, strength)
         dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)

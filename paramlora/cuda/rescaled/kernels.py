@@ -1,24 +1,14 @@
 """Triton kernels for DoRA beside a linear layer: what plain LoRA's kernels do not compute.
 
-`lengths` computes ``‖W + scale·BA‖`` of each output, `rescale` ``y = z · m/‖·‖ + bias`` of the
-low-rank layer's output ``z``, `product` both where that layer takes launches of its own, and
-`rescale_backward` both gradients of it in one pass. Sizes:
+`lengths` computes ``‖W + scale·BA‖`` of each output, `rescale` ``y = z · m/‖·‖ + bias`` of an
+output ``z`` that is there already, and `rescale_backward` both gradients of it in one pass. Sizes:
 ``M`` rows, ``N`` outputs, ``K`` inputs, ``r`` the rank, ``BLOCK_R`` a power of two that holds it.
 """
 
 import triton
 import triton.language as tl
 
-from paramlora.cuda.linear.kernels import (
-    Drop,
-    Matrix,
-    Meta,
-    Rescale,
-    Signals,
-    Sizes,
-    _factor,
-    _tile,
-)
+from paramlora.cuda.linear.kernels import _factor
 
 
 @triton.jit
@@ -63,79 +53,6 @@ def lengths(
         tile = tl.dot(up, down, tile)
         total += tile * tile
     tl.store(norm + offs_n, tl.sqrt(tl.sum(total, 1)), mask=rows)
-
-
-@triton.jit
-def product(
-    x,
-    w,
-    y,
-    z,
-    q,
-    p,
-    bias,
-    m,
-    norm,
-    M,
-    N,
-    K,
-    P,
-    stride_xb,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_yb,
-    stride_ym,
-    stride_yn,
-    EARLY: tl.constexpr,
-    BIAS: tl.constexpr,
-    TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    EVEN_P: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
-    # without signals and without a mask, whose pointers are then any: q and p
-    left = Matrix(x, stride_xb, stride_xm, stride_xk)
-    _tile(
-        x=left,
-        w=w,
-        y=Matrix(y, stride_yb, stride_ym, stride_yn),
-        x_ptr=left,
-        f=q,
-        q=q,
-        p=p,
-        bias=bias,
-        rescale=Rescale(z, m, norm, True),
-        signals=Signals(p, 0, 0),
-        pid=tl.program_id(0),
-        stride_wk=stride_wk,
-        stride_wn=stride_wn,
-        sizes=Sizes(M, N, K, P),
-        drop_in=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
-        drop=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
-        meta=Meta(
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN_P=EVEN_P,
-            EVEN_K=EVEN_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            GROUP_M=GROUP_M,
-        ),
-        PACKS=False,
-        LOCAL=False,
-        EARLY=EARLY,
-        BIAS=BIAS,
-    )
 
 
 @triton.jit
