@@ -52,12 +52,12 @@ def rescaled(of: Operands, by: Rescale) -> Optional[tuple[_Maybe, ...]]:
     is kept; or None where the kernels do not serve the operands."""
     if not served(of.x):
         return None
-    from paramlora.cuda.linear import plan
+    from paramlora.cuda.rescaled import plan
 
     if of.x.dtype != torch.float16:
-        return plan.forward(of, rescale=by)  # type: ignore[no-any-return]
+        return plan.forward(of, by)  # type: ignore[no-any-return]
     inside, g = _in_range(of, 1.0)
-    return _with_power(plan.forward(inside, rescale=by), g)  # type: ignore[no-any-return]
+    return _with_power(plan.forward(inside, by), g)  # type: ignore[no-any-return]
 
 
 def _in_range(of: Operands, strength: float) -> tuple[Operands, Tensor]:

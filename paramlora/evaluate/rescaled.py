@@ -121,7 +121,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.strength, ctx.dense, ctx.inside = 1.0, way is Way.DENSE, False
         # inside: False of the kernels, which add a bias behind; else `_product` settles it
-        result, u, factor = None, None, None
+        result: Any = None
+        u, factor = None, None
         if way is Way.KERNELS and _is_typed(magnitude, bias):
             norm = norms_of(weight, a, b, scale)
             by = Rescale(magnitude, norm, ctx.needs_input_grad[6])

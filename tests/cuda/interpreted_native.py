@@ -366,7 +366,10 @@ LAYERS = {
     "magnitude at an odd address": lambda: scaled_by(oddly),
 }  # fmt: skip
 STRENGTHS = (1.0, 1, 0.25)
-RESCALED = {"forward": ["lengths", "forward"], "backward": ["rescale_backward", "backward"]}
+RESCALED = {
+    "forward": ["lengths", "forward", "rescale"],
+    "backward": ["rescale_backward", "backward"],
+}
 FUSED = {"forward": ["forward"], "backward": ["backward"]}
 JOINED = {"forward": ["prepare", "put", "back"], "backward": ["spread", "back"]}
 SINGLE = {"forward": ["add", "forward"], "backward": ["backward", "divide"]}

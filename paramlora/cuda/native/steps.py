@@ -128,21 +128,30 @@ def _launch_forward(
 def _rescaled_forward(
     to: Program, of: Operands, _: Any, magnitude: Tensor, keeps: bool
 ) -> Optional[_Sizes]:
+    (x, weight, bias, a, b, scale), out = of, len(of.weight)
     # stands in for the one that is reserved
-    norm = of.weight.new_empty(len(of.weight), dtype=torch.float32)
-    of_norm, _ = rescaled.planned_lengths(of.weight, of.a, of.b, of.scale, norm)
-    rescale = Rescale(magnitude, norm, keeps)
-    found, _ = linear.planned_forward(of, False, None, False, rescale)
+    norm = weight.new_empty(out, dtype=torch.float32)
+    lengths, _ = rescaled.planned_lengths(weight, a, b, scale, norm)
+    by = Rescale(magnitude, norm, keeps)
+    found, _ = linear.planned_forward(of, False, None, False, by)
     if type(found) is not linear.Forward or found.single is None:
         return None
-    norm_at = to.reserve((len(of.weight),), (1,), torch.float32)
-    to.launch(of_norm, (Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, norm_at))
-    y, kept, *z = (
-        to.reserve(*how, of.x.dtype)
-        for how in (found.result[:2], ((found.size,), (1,)), *([found.result[:2]] if keeps else []))
-    )
-    _launch_forward(to, of, found.single, y, kept, (Slot.MAGNITUDE, norm_at, *(z or [kept])))
-    return y, kept, norm_at, *z
+    norm_at = to.reserve((out,), (1,), torch.float32)
+    to.launch(lengths, (Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, norm_at))
+    shape, stride, _ = found.result
+    y, kept = to.reserve(shape, stride, x.dtype), to.reserve((found.size,), (1,), x.dtype)
+    if rescaled.rescales_inside(found):
+        z_at = to.reserve(shape, stride, x.dtype) if keeps else kept
+        _launch_forward(to, of, found.single, y, kept, (Slot.MAGNITUDE, norm_at, z_at))
+        return y, kept, norm_at, z_at
+    bare = of._replace(bias=None)
+    found, _ = linear.planned_forward(bare, False, None, False)
+    z_at, more = to.reserve(shape, stride, x.dtype), norm_at if bias is None else Slot.BIAS
+    _launch_forward(to, bare, found.single, z_at, kept, (kept, kept, kept))
+    rows = x.new_empty((found.sizes[0], out))  # stands in for z
+    launch_of_y, _ = rescaled.planned_rescale(rows, magnitude, norm, bias)
+    to.launch(launch_of_y, (z_at, Slot.MAGNITUDE, norm_at, more, y))
+    return y, kept, norm_at, z_at
 
 
 def _rescaled_backward(
@@ -157,8 +166,8 @@ def _rescaled_backward(
 ) -> Optional[_Sizes]:
     if not (dy.is_contiguous() and z.is_contiguous()):
         return None
-    rows, wide = (t.view(-1, t.shape[-1]) for t in (dy, z)), torch.float32
-    found, _ = rescaled.planned_backward(*rows, magnitude, norm)
+    wide, size = torch.float32, z.shape[-1]
+    found, _ = rescaled.planned_backward(dy.view(-1, size), z.view(-1, size), magnitude, norm)
     dz = to.reserve(tuple(z.shape), z.stride(), z.dtype)
     parts = to.reserve((found.groups, len(of.weight)), (len(of.weight), 1), wide)
     to.launch(found.launch, (Slot.DY, Slot.Z, Slot.MAGNITUDE, Slot.NORM, dz, parts))

@@ -41,14 +41,17 @@ def lengths(
     up *= tl.load(scale).to(tl.float32)
     # summed at the end: no step waits for another thread
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    inside = tl.arange(0, BLOCK_K)
+    of_w = w + offs_n[:, None].to(tl.int64) * stride_wn + inside[None, :].to(tl.int64) * stride_wk
+    ahead = tl.load(of_w, mask=rows[:, None] & (inside < K)[None, :], other=0.0)
     for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_k = k + inside
         where = a + offs_r[:, None].to(tl.int64) * stride_ar
         where += offs_k[None, :].to(tl.int64) * stride_ak
         down = tl.load(where, mask=ranks[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
-        where = w + offs_n[:, None].to(tl.int64) * stride_wn
-        where += offs_k[None, :].to(tl.int64) * stride_wk
-        tile = tl.load(where, mask=rows[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
+        # one step ahead: Triton loads early what a product multiplies, but not what it adds to
+        tile, of_w = ahead.to(tl.float32), of_w + tl.cast(BLOCK_K, tl.int64) * stride_wk
+        ahead = tl.load(of_w, mask=rows[:, None] & (offs_k + BLOCK_K < K)[None, :], other=0.0)
         # TF32 rounds the update alone, to a share of 5e-4 of it: W is what is added to
         tile = tl.dot(up, down, tile)
         total += tile * tile
