@@ -384,7 +384,7 @@ class Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         (self.input_too, self.factors_too), self.scaled = wanted, scaled
-        on, w, (least, masks, every) = card(device), weight.stride(), _masks(drop)
+        on, w, (_, masks, _) = card(device), weight.stride(), _masks(drop)
         how = launches(self.sizes, R, captured, on.hopper, wanted, masks)
         self.together = how is Launches.TOGETHER
         # the grid has no work but the input's gradient, if that
@@ -402,7 +402,15 @@ class Backward:
         self.size = M * R
         if self.separate:
             self.launch = _product(device, tiles, False, drop)
-            return
+        else:
+            self.launch = self._with_factors(device, rows, period, drop)
+
+    def _with_factors(
+        self, device: int, rows: tuple[Rows, Rows], period: int, drop: Optional[Drop]
+    ) -> Launch:
+        """The launch whose grid has the factors' gradients beside the input's."""
+        (M, N, K), R, tiles, on = self.sizes, self.R, self.tiles, card(device)
+        least, masks, every = _masks(drop)
         deep, stages, warps = gradients(tiles.tiling, R, masks)
         # of A's gradient, then of B's
         blocks = -(-N // DEEP) + -(-K // DEEP)
@@ -414,7 +422,7 @@ class Backward:
         strips = -(-M // SPAN)
         # in elements of 16 bits: a signal of 64 for each strip, and the groups' sums of 32
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
-        self.launch = Launch(
+        return Launch(
             kernels.backward,
             device,
             tiles.grid + blocks * groups,
@@ -422,7 +430,7 @@ class Backward:
                 tiles=tiles.grid,
                 **tiles.numbers("dy", "dx"),
                 **along("stride_x", "bmk", rows[1].places(period)),
-                r=r,
+                r=self.r,
                 groups=groups,
                 rows_per_group=each * deep,
                 threshold=least,
@@ -432,7 +440,7 @@ class Backward:
                 THRESHOLDS=every,
                 LOCAL=self.together,
                 EARLY=tiles.early,
-                SCALED=scaled,
+                SCALED=self.scaled,
                 **tiles.constants,
                 BLOCK_ROWS=deep,
             ),
