@@ -19,6 +19,7 @@ from paramlora.cuda.operands import (
     Wanted,
     fits,
     has_kernel,
+    padded,
     served,
     switched_on,
 )
@@ -597,13 +598,73 @@ def embedding_in_range(
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
     flat = rows.reshape(-1)  # so that one view is left for autograd, of the output
-    base = narrow.wide(F.embedding(flat, weight, padding_idx))  # thin products need its range
-    up = scaled_down(lora_B, scale, strength, base.dtype).t()
-    y = torch.addmm(base, cast(_columns(lora_A, flat, padding_idx), base.dtype), up)
+    if _way_of_embedding(flat, weight, lora_A, lora_B, scale) is Way.KERNELS:
+        y = applied(_Embedding, flat, weight, lora_A, lora_B, scale, strength)
+    else:
+        base = narrow.wide(F.embedding(flat, weight, padding_idx))  # thin products need its range
+        up = scaled_down(lora_B, scale, strength, base.dtype).t()
+        y = torch.addmm(base, cast(_columns(lora_A, flat, padding_idx), base.dtype), up)
     y = y.view(*rows.shape, y.shape[-1])
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         y = without_gradient(y, (rows == padding_idx)[..., None])
     return y
+
+
+def _way_of_embedding(
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Way:
+    """How an embedding is computed of one row of indices."""
+    if not served(weight):
+        return choose.embedding(False, 0)
+    table, fan_out, r = weight.shape[0], weight.shape[1], len(lora_A)
+    ours = weight.dtype == torch.bfloat16 and not in_torch_alone(weight)
+    # the kernels get bare addresses; what does not fit, torch's operations tell
+    ours = ours and ids.numel() > 0 < fan_out and ids.dtype in (torch.int32, torch.int64)
+    ours = ours and lora_A.shape == (r, table) and lora_B.shape == (fan_out, r) != (fan_out, 0)
+    ours = ours and {t.get_device() for t in (ids, lora_A, lora_B, scale)} == {weight.get_device()}
+    # of a table that is trained beside its update torch finds the gradient as of any other
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    return choose.embedding(ours and not trained, padded(r))
+
+
+class _Embedding(torch.autograd.Function):
+    """`embedding` of one row of indices, of a frozen table, by the kernels; keeps the indices and
+    A's columns of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+    ) -> Tensor:
+        from paramlora.cuda.embedding import plan
+
+        y = F.embedding(ids, weight)  # which tells of an index that is not there
+        u = plan.add(y, ids, a, b, scale, strength)
+        ctx.strength = strength
+        ctx.save_for_backward(ids, a, b, scale, u)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        ids, a, b, scale, u = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:5]
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
+
+            def again(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                up = scaled_down(b, scale, ctx.strength, dy.dtype)
+                return cast(_columns(a, ids, None), dy.dtype) @ up.t()
+
+            return None, None, *differentiable(again, (a, b, scale), needs, dy), None
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()  # as of a sum, whose gradient is expanded
+        da = db = dscale = None
+        if needs[0]:
+            from paramlora.cuda.embedding import plan
+
+            da = plan.gradient(dy, ids, a, b, scale, ctx.strength)
+        if needs[1] or needs[2]:
+            product = torch.mm(dy.t(), u[:, : len(a)], out_dtype=torch.float32)
+            db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[2])
+        return None, None, da, db, dscale, None
 
 
 def without_gradient(y: Tensor, there: Tensor) -> Tensor:
