@@ -619,6 +619,7 @@ def _way_of_embedding(
     table, fan_out, r = weight.shape[0], weight.shape[1], len(lora_A)
     ours = weight.dtype == torch.bfloat16 and not in_torch_alone(weight)
     # the kernels get bare addresses; what does not fit, torch's operations tell
+    ours = ours and all(type(t) in PLAIN for t in (ids, lora_A, lora_B))
     ours = ours and ids.numel() > 0 < fan_out and ids.dtype in (torch.int32, torch.int64)
     ours = ours and lora_A.shape == (r, table) and lora_B.shape == (fan_out, r) != (fan_out, 0)
     ours = ours and {t.get_device() for t in (ids, lora_A, lora_B, scale)} == {weight.get_device()}
