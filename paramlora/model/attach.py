@@ -546,6 +546,7 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 
     site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
     update = kind_of(entry).attached_to(site, entry, adapter, gains)
+    update.check_told()  # before it trains: what no file holds would be lost after that
     if is_sharded(base) and not update.made_sharded:
         # before a cast: `shard_like` replaces the tensors
         shard_like(update, base, target.path or "weight")

@@ -113,17 +113,6 @@ class Branch(LowRank):
         update: Any = super().value(shape, kind, groups)
         return replace(update, up_kernel="same" if self.kernel else 1)  # type: ignore[no-any-return]
 
-    def delta(
-        self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
-    ) -> Tensor:
-        """The update of the layer's weight that equals the branch.
-
-        Raises:
-            AdapterError: two kernels in a row do not fit in one of the same size.
-        """
-        self.check_mergeable("")
-        return super().delta(shape, dtype)
-
     __deepcopy__ = deep_copy
     __getstate__ = refuse_pickling
 
@@ -131,7 +120,7 @@ class Branch(LowRank):
         if self.kernel:
             refuse_two_kernels(path, self.kernel)
 
-    def rank_dim(self, name: str) -> int:
+    def rank_dim(self, name: str) -> Optional[int]:
         """Before the second kernel, where there is one."""
         return 1 if self.kernel and name.endswith("B") else super().rank_dim(name)
 

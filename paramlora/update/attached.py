@@ -225,6 +225,8 @@ class AttachedUpdate(nn.Module):
     alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
     adds: ClassVar[bool] = False  # whether what it adds does not depend on what it is added to
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
+    # a class that has one of these of its own computes another weight than what it inherits from
+    computes: ClassVar[tuple[str, ...]] = ("forward",)
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
@@ -327,15 +329,19 @@ class AttachedUpdate(nn.Module):
         after: Any = getattr(self, "lora_scale", None)
         if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
             after.data = before.to(after.device, torch.float32)
-        first, old = next(self._tensors()), self.switch
-        # a strength is no buffer, so nobody else moves it
-        gain = Gains().at(old.effective, first.device, _wide(first.dtype))
-        # nor the rows of the blocks of `route` that are open
-        routes = tuple((block, rows.on(first.device)) for block, rows in old.routes)
-        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, routes=routes))
+        first = next(self._tensors())
+        self._move_switch(first)
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def _move_switch(self, like: Tensor) -> None:
+        """Have the strength on the device of a tensor: it is no buffer, so nobody else moves it."""
+        old = self.switch
+        gain = Gains().at(old.effective, like.device, _wide(like.dtype))
+        # nor the rows of the blocks of `route` that are open
+        routes = tuple((block, rows.on(like.device)) for block, rows in old.routes)
+        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, routes=routes))
 
     def cast(self, dtype: torch.dtype) -> None:
         """Have its tensors in a type, but for its factor where that has 16 bits."""
@@ -402,6 +408,10 @@ class AttachedUpdate(nn.Module):
         own = getattr(self, self.based).data_ptr() if waits else 0
         told = isinstance(value, Tensor) and value.data_ptr() != own
         super()._load_from_state_dict(state, prefix, *args)
+        first, gain = next(self._tensors(), None), self.switch.gain
+        # with `assign` its tensors are those of the state dict, wherever they lie
+        if first is not None and (first.device, _wide(first.dtype)) != (gain.device, gain.dtype):
+            self._move_switch(first)
         read = self.__dict__.pop("anew", None)
         if told:
             self.keep(unset=False)
@@ -570,20 +580,39 @@ class AttachedUpdate(nn.Module):
 
     def plain(self) -> dict[str, Tensor]:
         """What a file holds, by the end of its key; live tensors where they are stored so."""
-        self._check_told()
+        self.check_told()
         # a rule's tensors are computed; what a file holds is what it shows
         held = {name: getattr(self, name, None) for name in self.parts}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def _check_told(self) -> None:
-        """Refuse a parameter that the kind's `parts` do not tell: it would be lost in a file."""
-        # buffers may be caches; a parameter that nobody saves is a loss
-        untold = [name for name in self._parameters if name not in self.parts]
+    def check_told(self) -> None:
+        """Refuse a tensor that the kind's `parts` do not tell: it would be lost in a file.
+
+        Raises:
+            AdapterError: a parameter, or a buffer that is no cache, of its own or inside of it.
+        """
+        told = {*self.parts, *self.hidden}
+        untold = [(kind, name) for kind, name in self._kept() if name not in told]
         if untold:
+            (kind, name), *_ = untold
             raise AdapterError(
-                f'adapter "{self.adapter}": {type(self).__name__} has a parameter {untold[0]}, '
-                'which its "parts" do not tell, so no file would hold it. Add it there.'
+                f'adapter "{self.adapter}": {type(self).__name__} has a {kind} {name}, which its '
+                '"parts" do not tell, so no file would hold it. Hold it as a tensor of its own '
+                "and add it there, or make it a buffer with persistent=False if it can be lost."
             )
+
+    def _kept(self) -> Iterator[tuple[str, str]]:
+        """What a state dict holds of it, as (parameter or buffer, name), but for the rules that
+        somebody put on its tensors."""
+        for path, module in self.named_modules() if self._modules else [("", self)]:
+            if path.split(".")[0] == "parametrizations":
+                continue
+            lost = module._non_persistent_buffers_set
+            kinds = {"parameter": module._parameters, "buffer": module._buffers}
+            for kind, held in kinds.items():
+                for name, tensor in held.items():
+                    if tensor is not None and name not in lost:
+                        yield kind, f"{path}.{name}" if path else name
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
         """Whether `taking` takes a tensor of a shape in the place of one of its own."""
@@ -849,13 +878,14 @@ def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
 def _unsaid(kind: Any, question: str) -> tuple[type, ...]:
     """Where a class inherits an answer from one that computes another weight than it does: the
     classes down from the one that computes its own; none of them where it answers itself."""
-    # where in the order of methods each is first said
-    told, computed = (
-        next(index for index, cls in enumerate(kind.__mro__) if name in vars(cls))
-        for name in (question, "forward")
-    )
+    told, computed = _first(kind, question), _first(kind, *kind.computes)
     # `told` further up than `computed`: the answer was given of another weight
     return kind.__mro__[: computed + 1] if told > computed else ()
+
+
+def _first(kind: Any, *names: str) -> int:
+    """Where in a class's order of methods one of these names is first said."""
+    return next(at for at, cls in enumerate(kind.__mro__) if not vars(cls).keys().isdisjoint(names))
 
 
 def most(update: AttachedUpdate, largest: float) -> float:
@@ -887,6 +917,13 @@ def _elements_made(
     return sum(own.numel() for name, own in update.named_parameters() if name != "lora_scale")
 
 
+def shares_its_sum(update: AttachedUpdate) -> bool:
+    """What an update tells as `shares_its_sum`, where it is of the weight that its class computes:
+    another may draw numbers, and be another weight each time that it is computed."""
+    kind: Any = type(update)
+    return not _unsaid(kind, "shares_its_sum") and update.shares_its_sum()
+
+
 def adds(update: AttachedUpdate) -> bool:
     """What an update tells as `adds`, where it is of the weight that its class computes."""
     return kind_adds(type(update))
@@ -900,11 +937,7 @@ def kind_adds(kind: Any) -> bool:
 def says(kind: type[AttachedUpdate], question: str) -> bool:
     """Whether what a kind tells as `question` is of the weight, or of the change, that it computes
     itself."""
-    told, computed = (
-        next(index for index, cls in enumerate(kind.__mro__) if names & vars(cls).keys())
-        for names in ({question}, {"forward", "change"})
-    )
-    return told <= computed
+    return _first(kind, question) <= _first(kind, *kind.computes, "change")
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

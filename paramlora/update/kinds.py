@@ -22,16 +22,17 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
     """Make a kind of update known by its `method`: to configurations, files, recipes and merges.
 
     Args:
-        kind: a class with a `method`, and where it has a `forward` of its own also with `parts` and
-            `term_of`: what it inherits of those is said of another weight.
+        kind: a class with a `method`, and where it has a `forward` of its own, or another of what
+            it `computes` its weight by, also with `parts` and `term_of`: what it inherits of those
+            is said of another weight.
 
     Raises:
         AdapterError: there is one of this name, or with tensors of these names, or it does not
             say all of itself.
     """
     own = vars(kind)
-    # without a `forward` it computes what it inherits, and so do parts and term
-    needed = _SAYS if "forward" in own else _SAYS[:1]
+    # without one of these it computes what it inherits, and so do parts and term
+    needed = _SAYS[:1] if own.keys().isdisjoint(kind.computes) else _SAYS
     missing = [name for name in needed if name not in own]
     if missing:
         raise AdapterError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from einops import rearrange
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError
+from paramlora.errors import AdapterError, FileError
 from paramlora.update.attached import (
     AttachedUpdate,
     Gains,
@@ -67,6 +67,10 @@ class LowRank(AttachedUpdate):
     """
 
     method = "lora"
+    computes: ClassVar[tuple[str, ...]] = (
+        *("forward", "delta", "factors", "held"),
+        *("scaling", "stored_scale"),
+    )
     adds = True
     heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
@@ -173,10 +177,16 @@ class LowRank(AttachedUpdate):
             self.extend(max(self.r, min(rank, *matrix_shape(shape, layout)[1:])))
 
     def extend(self, rank: int) -> None:
-        """Add ranks of zeros, which change no sum and get no gradient, up to `rank`."""
-        for name in ("lora_A", "lora_B", "start_A", "start_B"):
-            held, dim = getattr(self, name), self.rank_dim(name)
-            if held is not None:
+        """Add ranks of zeros, which change no sum and get no gradient, up to `rank`.
+
+        Raises:
+            AdapterError: of a tensor only the kind itself knows where ranks lie.
+        """
+        if rank > self.r:
+            self._check_grows(rank)
+        for name in (*self.parts, *self.hidden):
+            held, dim = getattr(self, name, None), self.rank_dim(name)
+            if held is not None and dim is not None:
                 size = list(held.shape)
                 # a second kernel's A has several numbers for each rank
                 size[dim] = size[dim] // self.r * (rank - self.r)
@@ -184,9 +194,20 @@ class LowRank(AttachedUpdate):
                 held.data = torch.cat([held.data, held.data.new_zeros(size)], dim)
         self.keep(r=rank)
 
-    def rank_dim(self, name: str) -> int:
-        """The dimension of a factor in which its ranks lie."""
-        return -2 if name.endswith("A") else -1
+    def _check_grows(self, rank: int) -> None:
+        """Refuse room for a rank where only the kind knows in which dimension it lies."""
+        own = [name for name, part in self.parts.items() if part == "own"]
+        if own:
+            raise AdapterError(
+                f"{type(self).__name__} does not say how {own[0]} grows with its rank, so there is "
+                f'no room for rank {rank} (max_rank). Give the class an "extend", or leave '
+                "max_rank out."
+            )
+
+    def rank_dim(self, name: str) -> Optional[int]:
+        """The dimension of a factor in which its ranks lie; none of what is no factor."""
+        part = self.parts.get(name) or self.hidden.get(name)
+        return {"input": -2, "output": -1}.get(part or "")
 
     def shares_its_sum(self) -> bool:
         """Whether it holds its factors itself: a change of those that a flat shard holds shows
@@ -366,6 +387,7 @@ class LowRank(AttachedUpdate):
     ) -> Tensor:
         """``strength · scale · B·A`` in `shape`, for a weight of `dtype`: in a type that rounds
         neither it nor the factors, and in which the scaled B alone is not too large."""
+        self.check_mergeable("")  # of two kernels there is no such weight
         a, b = (factor.to(summed_in(dtype or factor.dtype, factor)) for factor in self.factors())
         with in_own_types(b):  # a weight is what it is, wherever it is read
             # B with its scale first: a rank's columns are fewer numbers than the product
@@ -377,7 +399,7 @@ class LowRank(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         delta = self.delta(weight.shape, weight.dtype)
         # one rounding of the sum, and the base's strides
         return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
@@ -416,7 +438,15 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
 
 
 def value_of(plist: Any) -> Tensor:
-    """What torch's list of parametrizations computes; the sum of several updates rounds once."""
+    """What torch's list of parametrizations computes; never the base itself to who writes to it."""
+    value = _sum_of(plist)
+    # an embedding with max_norm writes into what it reads
+    written = any(getattr(update, "written_by_reader", False) for update in plist)
+    return value.clone() if written and value is plist.original else value
+
+
+def _sum_of(plist: Any) -> Tensor:
+    """What a list computes; the sum of several updates rounds once."""
     updates = list(plist)
     # kinds that compute another weight do it one after the other
     if len(updates) < 2 or not all(type(update) is LowRank for update in updates):

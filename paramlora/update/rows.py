@@ -114,7 +114,7 @@ class Rows(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The tensor with its rows in place; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         # `index_copy`, not an assignment: the base must stay, and autograd follow
         return weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
 

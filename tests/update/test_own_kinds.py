@@ -1,0 +1,305 @@
+"""A sweep of kinds of update that somebody else writes: what they inherit, hold and draw is what
+they compute, or is refused in one sentence; held against float64 formulas of the tests' own."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paramlora
+from paramlora.model.attach import _register, updates
+from paramlora.update.attached import AttachedUpdate
+from paramlora.update.dora import Dora
+from paramlora.update.kinds import KINDS, register, unregister
+from paramlora.update.loha import Loha
+from paramlora.update.lowrank import LowRank
+from paramlora.update.sum import Term
+
+# what a forward of the package is made of, by the class that computes so
+MADE_OF = [
+    *((LowRank, name) for name in ("delta", "factors", "held", "scaling", "stored_scale")),
+    *((Dora, name) for name in ("delta", "factors", "scaling", "rescale", "magnitude")),
+    (Loha, "scaling"),
+]
+
+
+@pytest.fixture
+def known():
+    """Registers a class for one test alone."""
+    names = []
+
+    def made(kind):
+        names.append(kind.method)
+        return register(kind)
+
+    yield made
+    for name in names:
+        if name in KINDS:
+            unregister(name)
+
+
+def spoiled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in paramlora.trainable_parameters(model):
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("base, name", MADE_OF)
+def test_a_class_that_changes_what_a_forward_is_made_of_says_its_term(base, name):
+    said = {"method": "other", "parts": {**base.parts, "own_number": "number"}}
+    kind = type("Other", (base,), {**said, name: vars(LowRank).get(name, getattr(base, name))})
+    with pytest.raises(paramlora.AdapterError, match='Other computes .* not say its "term_of"'):
+        register(kind)
+    assert "other" not in KINDS
+
+
+@pytest.mark.parametrize("name", ("delta", "factors", "scaling"))
+def test_a_class_that_is_not_registered_and_changes_a_part_of_the_forward_is_not_merged(name):
+    class Doubled(LowRank):
+        """``W + 2 · scale · B·A``, without a word of it."""
+
+    def doubled(self, *args):
+        own = getattr(super(Doubled, self), name)
+        value = own(*args) if callable(own) else own
+        return (value[0], 2 * value[1]) if isinstance(value, tuple) else 2 * value
+
+    setattr(Doubled, name, property(doubled) if name == "scaling" else doubled)
+    layer = nn.Linear(4, 6).double()
+    weight, update = layer.weight.detach().clone(), Doubled(layer.weight, 2)
+    nn.init.normal_(update.lora_B)
+    _register(layer, "weight", update)
+    want = weight + 2 * update.lora_B @ update.lora_A
+    torch.testing.assert_close(layer.weight, want)
+    for act in (paramlora.merge, paramlora.adapter_of, paramlora.summary):
+        with pytest.raises(paramlora.AdapterError, match="kind Doubled computes a weight of its"):
+            act(layer)
+    torch.testing.assert_close(layer.weight, want)
+
+
+def drawing(base):
+    """A kind that leaves half of the ranks out, others at each read."""
+
+    class Drawing(base):
+        method = "drawing"
+        parts = {**base.parts, "own_number": "number"}
+
+        def __init__(self, weight, *args, **options):
+            super().__init__(weight, *args, **options)
+            self.own_number = nn.Parameter(torch.ones((), dtype=self.lora_A.dtype))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.keep(drawn=(torch.rand(self.r) < 0.5).to(weight.dtype))
+            return weight + self.own_number * (self.lora_B * self.drawn) @ self.lora_A
+
+        @staticmethod
+        def term_of(parts, gain, layout):
+            return LowRank.term_of(parts, gain, layout)
+
+    return Drawing
+
+
+@pytest.mark.parametrize("base", (LowRank, Dora))
+def test_the_gradient_of_a_kind_that_draws_is_that_of_its_own_draw(base, known):
+    known(drawing(base))
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    spoiled(paramlora.attach(model, {"0": {"r": 5, "kind": "drawing"}}))
+    ((_, _, update),) = updates(model)
+    x = torch.randn(4, 6).double()
+    for _ in range(8):
+        model.zero_grad()
+        y, kept = model(x), update.drawn.clone()
+        y.sum().backward()
+        dense = torch.ones(4, 5).double().T @ x  # the gradient of the weight
+        want = update.own_number * dense @ update.lora_A.T * kept
+        torch.testing.assert_close(update.lora_B.grad, want.detach())
+
+
+class Held(AttachedUpdate):
+    """``W + gain · held``, where `held` is made in another way by each test."""
+
+    method = "held"
+    parts = {"own_change": "weight"}
+
+    def __init__(self, weight, adapter, gains):
+        super().__init__(adapter, weight.device, weight.dtype, gains)
+        self.own_change = nn.Parameter(torch.zeros_like(weight))
+        self.more(weight)
+
+    def more(self, weight):
+        """Whatever else it holds."""
+
+    def forward(self, weight):
+        return weight + self.gain * self.own_change if self.acts else weight
+
+    @classmethod
+    def attached_to(cls, site, entry, adapter, gains):
+        return cls(site.weight.detach(), adapter, gains)
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        return Term()
+
+
+MORE = {
+    "a parameter own_more": lambda self, w: setattr(self, "own_more", nn.Parameter(w[0])),
+    "a parameter net.weight": lambda self, w: setattr(self, "net", nn.Linear(2, 2)),
+    "a buffer own_table": lambda self, w: self.register_buffer("own_table", w[0]),
+    "a buffer net.running_mean": lambda self, w: setattr(
+        self, "net", nn.BatchNorm1d(2, affine=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_a_tensor_that_no_file_would_hold_is_refused_before_it_trains(what, known):
+    known(type("More", (Held,), {"more": MORE[what], "method": "held"}))
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = dict(model.state_dict())
+    with pytest.raises(paramlora.AdapterError, match=f'More has {what}, which its "parts" do not'):
+        paramlora.attach(model, {"0": {"kind": "held"}})
+    assert type(model[0]) is nn.Linear and model.state_dict().keys() == before.keys()
+
+
+def test_a_cache_is_nobodys_loss(known):
+    kept = {"hidden": {"own_mark": "number"}}
+
+    def more(self, weight):
+        self.register_buffer("own_cache", torch.ones(3), persistent=False)
+        self.register_buffer("own_mark", torch.ones(()))
+        self.register_buffer("own_none", None)
+
+    known(type("More", (Held,), {"more": more, "method": "held", **kept}))
+    model = spoiled(paramlora.attach(nn.Sequential(nn.Linear(4, 4)), {"0": {"kind": "held"}}))
+    assert paramlora.adapter_state_dict(model).keys() == {"0.own_change"}
+
+
+@pytest.mark.parametrize("bag", (False, True))
+def test_the_base_of_a_kind_that_is_off_is_not_written_by_its_reader(bag, known):
+    """An embedding with ``max_norm`` renormalises the rows of what it reads."""
+    known(type("Plain", (Held,), {"method": "held"}))
+    base = (nn.EmbeddingBag if bag else nn.Embedding)(6, 4, max_norm=0.5)
+    weight, ids = base.weight.detach().clone(), torch.arange(6)[None]
+    want = copy.deepcopy(base)(ids)
+    model = paramlora.attach(nn.Sequential(base), {"0": {"kind": "held"}})
+    with paramlora.disable_adapters(model):
+        torch.testing.assert_close(model(ids), want)
+    paramlora.set_adapters(model, {})
+    torch.testing.assert_close(model(ids), want)
+    assert torch.equal(paramlora.detach(model)[0].weight, weight)
+
+
+class Ranked(LowRank):
+    """``W + scale · B · diag(d) · A``."""
+
+    method = "ranked"
+    parts = {**LowRank.parts, "own_ranks": "own"}
+
+    def __init__(self, weight, *args, **options):
+        super().__init__(weight, *args, **options)
+        self.own_ranks = nn.Parameter(torch.ones(self.r, dtype=self.lora_A.dtype))
+
+    def forward(self, weight):
+        return weight + (self.lora_B * self.own_ranks * self.scaling) @ self.lora_A
+
+    @classmethod
+    def fits(cls, held, shape, layout):
+        return held["own_ranks"].shape == (cls.rank_of(held),)
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        thick = {**parts, "lora_B": parts["lora_B"] * parts["own_ranks"]}
+        return LowRank.term_of(thick, gain, layout)
+
+
+class Third(LowRank):
+    """``W + scale · B · (A + C)``, with a third factor along the inputs."""
+
+    method = "third"
+    parts = {**LowRank.parts, "own_C": "input"}
+
+    def __init__(self, weight, *args, **options):
+        super().__init__(weight, *args, **options)
+        self.own_C = nn.Parameter(torch.zeros_like(self.lora_A))
+
+    def forward(self, weight):
+        return weight + (self.lora_B * self.scaling) @ (self.lora_A + self.own_C)
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        return LowRank.term_of({**parts, "lora_A": parts["lora_A"] + parts["own_C"]}, gain, layout)
+
+
+def test_a_factor_of_its_own_grows_with_its_ranks(known, tmp_path):
+    known(Third)
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    one = spoiled(paramlora.attach(copy.deepcopy(base), {"0": {"r": 2, "kind": "third"}}))
+    paramlora.save_adapter(one, tmp_path / "a.safetensors")
+    slot = paramlora.attach(copy.deepcopy(base), {"0": {"r": 1, "kind": "third"}}, max_rank=4)
+    x = torch.randn(3, 6).double()
+    torch.testing.assert_close(slot(x), base(x))
+    paramlora.load_adapter(slot, tmp_path / "a.safetensors", into="default")
+    ((_, _, u),) = updates(one)
+    want = base[0].weight + u.lora_B @ (u.lora_A + u.own_C)
+    torch.testing.assert_close(slot[0].weight, want)
+    torch.testing.assert_close(slot(x), x @ want.T + base[0].bias)
+
+
+def test_ranks_of_which_only_the_kind_knows_are_refused_room(known):
+    known(Ranked)
+    model = nn.Sequential(nn.Linear(6, 5))
+    with pytest.raises(paramlora.AdapterError, match="Ranked does not say how own_ranks grows .*4"):
+        paramlora.attach(model, {"0": {"r": 2, "kind": "ranked"}}, max_rank=4)
+    assert type(model[0]) is nn.Linear
+    paramlora.attach(model, {"0": {"r": 2, "kind": "ranked"}}, max_rank=2)
+
+
+@pytest.mark.parametrize("inside", (True, False))
+def test_a_dora_takes_the_place_of_one_of_the_other_norm(inside, tmp_path):
+    """What runs along a side of the weight has no ranks that could be filled up with zeros."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5).double(), torch.randn(3, 6).double()
+
+    def made(inside):
+        layer = paramlora.attach(copy.deepcopy(base), {"weight": {"r": 2, "kind": "dora"}})
+        own = layer.parametrizations.weight[0].lora_magnitude
+        own.data = torch.ones(1, 6).double() if inside else own.data
+        return spoiled(layer)
+
+    paramlora.save_adapter(made(not inside), tmp_path / "a.safetensors")
+    there = paramlora.load_adapter(made(inside), tmp_path / "a.safetensors", into="default")
+    u = there.parametrizations.weight[0]
+    total = base.weight + u.lora_B @ u.lora_A
+    norm = total.square().sum(1 if inside else 0, keepdim=True).sqrt()
+    want = u.lora_magnitude / norm * total
+    assert u.lora_magnitude.shape == ((5, 1) if inside else (1, 6))
+    torch.testing.assert_close(there(x), x @ want.T + base.bias)
+
+
+ENTRIES = {
+    **{kind: {"r": 2, "kind": kind} for kind in ("lora", "dora", "loha", "lokr")},
+    "soft": {"r": 2, "hard": 0},
+    "held": {"kind": "held"},
+}
+
+
+@pytest.mark.parametrize("layer", (lambda: nn.Linear(4, 4), lambda: nn.GRUCell(4, 4)))
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_values_put_into_a_model_on_the_meta_device_act_as_strongly(kind, layer, known):
+    """``load_state_dict(assign=True)`` gives tensors of another device and type to an update."""
+    if kind == "soft" and not isinstance(layer(), nn.Linear):
+        pytest.skip("no layer to act beside")
+    known(type("Plain", (Held,), {"method": "held"}))
+    torch.manual_seed(0)
+    config = {"re:.*(weight|weight_ih)": ENTRIES[kind]}
+    there = spoiled(paramlora.attach(nn.Sequential(layer()).double(), config))
+    with torch.device("meta"):
+        model = paramlora.attach(nn.Sequential(layer()), config)
+    model.load_state_dict(there.state_dict(), assign=True)
+    x = torch.randn(3, 4).double()
+    for strength in (1.0, 0.1):
+        for one in (there, model):
+            paramlora.set_adapters(one, {"default": strength})
+        torch.testing.assert_close(model(x), there(x), rtol=1e-12, atol=1e-12)
+        assert all(update.gain.dtype == torch.float64 for _, _, update in updates(model))
