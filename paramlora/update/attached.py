@@ -463,6 +463,20 @@ class AttachedUpdate(nn.Module):
         self.check_started()
         return self.term_of(self.plain(), self.gain, self.layout)
 
+    def gathered_term(self) -> Term:
+        """The same by tensors that every process has whole: all of them call this together."""
+        self.check_started()
+        parts = {name: gathered(tensor) for name, tensor in self.plain().items()}
+        return self.term_of(parts, self.gain, self.layout)
+
+    def lies_along(self) -> bool:
+        """Whether its tensors are split as a sharded weight of its layer is, so that each process
+        can form its own part of the sum; not of a buffer, nor where only the kind knows."""
+        return all(
+            part == "number" or part != "own" and is_sharded(getattr(self, name, None))
+            for name, part in self.parts.items()
+        )
+
     def check_started(self) -> None:
         """Refuse to read values that are not there yet.
 

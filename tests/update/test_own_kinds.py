@@ -2,19 +2,23 @@
 they compute, or is refused in one sentence; held against float64 formulas of the tests' own."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import paramlora
 from paramlora.model.attach import _register, updates
+from paramlora.model.norms import relative_size
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.dora import Dora
 from paramlora.update.kinds import KINDS, register, unregister
 from paramlora.update.loha import Loha
 from paramlora.update.lowrank import LowRank
-from paramlora.update.sum import Term
+from paramlora.update.sum import Block, Term
 
 # what a forward of the package is made of, by the class that computes so
 MADE_OF = [
@@ -303,3 +307,60 @@ def test_values_put_into_a_model_on_the_meta_device_act_as_strongly(kind, layer,
             paramlora.set_adapters(one, {"default": strength})
         torch.testing.assert_close(model(x), there(x), rtol=1e-12, atol=1e-12)
         assert all(update.gain.dtype == torch.float64 for _, _, update in updates(model))
+
+
+class Turned(Held):
+    """``(I + K) W`` of a trained matrix, and a mask, of which `fully_shard` splits the first."""
+
+    method = "turned"
+    parts = {"own_turn": "own", "own_mask": "weight"}
+
+    def __init__(self, weight, adapter, gains):
+        super(Held, self).__init__(adapter, weight.device, weight.dtype, gains)
+        self.own_turn = nn.Parameter(weight.new_zeros(len(weight), len(weight)))
+        self.register_buffer("own_mask", (torch.arange(weight.numel()) % 3).view_as(weight))
+
+    def forward(self, weight):
+        if not self.acts:
+            return weight
+        turn = torch.eye(len(weight), dtype=weight.dtype) + self.gain * self.own_turn
+        return torch.where(self.own_mask > 0, turn @ weight, weight)
+
+    @classmethod
+    def fits(cls, held, shape, layout):
+        return held["own_turn"].shape == (shape[0], shape[0])
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        return TurnedTerm(parts["own_turn"] * gain, parts["own_mask"])
+
+
+@dataclass(frozen=True)
+class TurnedTerm(Term):
+    turn: Tensor
+    mask: Tensor
+    whole_matrix = True
+
+    def applied(self, total: Tensor, block: Block) -> Tensor:
+        turn = torch.eye(len(total), dtype=total.dtype) + self.turn.to(total)
+        return torch.where(self.mask > 0, turn @ total, total)
+
+
+def test_a_sharded_weight_takes_what_only_its_kind_knows_how_to_lay_out(known, one_process):
+    """Its tensors are split along another side than the weight, or not at all."""
+    known(Turned)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6)).double()
+    weight = model[0].weight.detach().clone()
+    spoiled(paramlora.attach(model, {"0": {"kind": "turned"}}))
+    ((_, _, update),) = updates(model)
+    turn, mask = update.own_turn.detach().clone(), update.own_mask > 0
+    fully_shard(model, mesh=one_process)
+    for strength in (1.0, 0.5):
+        paramlora.set_adapters(model, {"default": strength})
+        want = torch.where(mask, weight + strength * turn @ weight, weight)
+        size = relative_size(model[0], update)
+        assert size == pytest.approx(((want - weight).norm() / weight.norm()).item())
+    merged = paramlora.merge(model)[0].weight
+    assert type(merged.data) is DTensor
+    torch.testing.assert_close(merged.full_tensor(), want)
