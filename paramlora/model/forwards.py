@@ -574,7 +574,7 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
         return _rescaled_linear(layer, x, found, "matrix")
     weight, update = _alone(layer, x) or (None, None)
     if type(update) is Lokr and update.layout == "matrix" and weight is not None:
-        return kronecker.linear(x, weight, _bias(layer), update.plain(), update.scaling())
+        return kronecker.linear(x, weight, _bias(layer), update.shown(), update.scaling())
     rows = _by_rows(layer, x)
     return _defined(layer, x, _LINEAR) if rows is None else _rows_product(layer, x, rows)
 

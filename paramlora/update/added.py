@@ -114,7 +114,7 @@ class Added(AttachedUpdate):
         if not self.acts:
             return weight
         # in the sum's type, so that factors of 16 bits lose nothing in products
-        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
+        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.shown().items()}
         with in_own_types(weight):
             delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
             delta = delta * self.scaling()

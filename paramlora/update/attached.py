@@ -30,6 +30,7 @@ from paramlora.update.value import KindUpdate, Value
 
 # runs of rows of one matrix, each with where it lies in another
 Moved = Sequence[tuple[slice, slice]]
+_STORED = (*FLOATS, torch.int64)  # types of tensors in an adapter's file
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
 
 
@@ -593,8 +594,16 @@ class AttachedUpdate(nn.Module):
         )
 
     def plain(self) -> dict[str, Tensor]:
-        """What a file holds, by the end of its key; live tensors where they are stored so."""
+        """What a file holds, by the end of its key; live tensors where they are stored so.
+
+        Raises:
+            AdapterError: it holds more than that, see `check_told`.
+        """
         self.check_told()
+        return self.shown()
+
+    def shown(self) -> dict[str, Tensor]:
+        """The same for a forward, which nothing is lost by."""
         # a rule's tensors are computed; what a file holds is what it shows
         held = {name: getattr(self, name, None) for name in self.parts}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -603,7 +612,8 @@ class AttachedUpdate(nn.Module):
         """Refuse a tensor that the kind's `parts` do not tell: it would be lost in a file.
 
         Raises:
-            AdapterError: a parameter, or a buffer that is no cache, of its own or inside of it.
+            AdapterError: a parameter, or a buffer that is no cache, of its own or inside of it; or
+                one of its tensors is of a type that files do not hold.
         """
         told = {*self.parts, *self.hidden}
         untold = [(kind, name) for kind, name in self._kept() if name not in told]
@@ -613,6 +623,13 @@ class AttachedUpdate(nn.Module):
                 f'adapter "{self.adapter}": {type(self).__name__} has a {kind} {name}, which its '
                 '"parts" do not tell, so no file would hold it. Hold it as a tensor of its own '
                 "and add it there, or make it a buffer with persistent=False if it can be lost."
+            )
+        wrong = [(n, one.dtype) for n, one in self.shown().items() if one.dtype not in _STORED]
+        if wrong:
+            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED)
+            raise AdapterError(
+                f'adapter "{self.adapter}": {type(self).__name__}\'s {wrong[0][0]} is of '
+                f"{wrong[0][1]}, which no adapter's file holds. Hold it as one of {types}."
             )
 
     def _kept(self) -> Iterator[tuple[str, str]]:

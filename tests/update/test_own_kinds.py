@@ -166,6 +166,19 @@ def test_a_tensor_that_no_file_would_hold_is_refused_before_it_trains(what, know
     assert type(model[0]) is nn.Linear and model.state_dict().keys() == before.keys()
 
 
+@pytest.mark.parametrize("dtype", (torch.bool, torch.uint8, torch.complex64, torch.float8_e5m2))
+def test_a_tensor_in_a_type_that_no_file_holds_is_refused_before_it_trains(dtype, known):
+    def more(self, weight):
+        self.register_buffer("own_mask", torch.zeros(3).to(dtype))
+
+    kept = {"parts": {**Held.parts, "own_mask": "own"}}
+    known(type("More", (Held,), {"more": more, "method": "held", **kept}))
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(paramlora.AdapterError, match=f"own_mask is of {dtype}, .*, int64"):
+        paramlora.attach(model, {"0": {"kind": "held"}})
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_cache_is_nobodys_loss(known):
     kept = {"hidden": {"own_mark": "number"}}
 
