@@ -37,6 +37,7 @@ class Dora(LowRank):
 
     method = "dora"
     adds = False
+    heeds = LowRank.heeds
     computes = (*LowRank.computes, "rescale", "magnitude")
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter

@@ -272,6 +272,58 @@ def test_ranks_of_which_only_the_kind_knows_are_refused_room(known):
     paramlora.attach(model, {"0": {"r": 2, "kind": "ranked"}}, max_rank=2)
 
 
+class Gained(LowRank):
+    """``W + scale · g · B·A`` of the factors as they are, which leaves a start in."""
+
+    method = "gained"
+    parts = {**LowRank.parts, "own_gain": "number"}
+
+    def __init__(self, weight, *args, **options):
+        super().__init__(weight, *args, **options)
+        self.own_gain = nn.Parameter(torch.ones((), dtype=self.lora_A.dtype))
+
+    def forward(self, weight):
+        a, b = self.of()
+        return weight + (b * self.scaling * self.own_gain) @ a
+
+    def of(self):
+        return self.lora_A, self.lora_B
+
+    @staticmethod
+    def term_of(parts, gain, layout):
+        return LowRank.term_of(parts, gain * parts["own_gain"], layout)
+
+
+@pytest.mark.parametrize("init", ("pissa", "olora"))
+@pytest.mark.parametrize("kind", (Gained, Ranked, Third))
+def test_a_start_that_a_kind_does_not_take_out_is_refused(kind, init, known):
+    known(kind)
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    entry = {"r": 2, "kind": kind.method, "init": init}
+    with pytest.raises(
+        paramlora.TargetError, match=f'"{init}".* {kind.__name__} does not take out'
+    ):
+        paramlora.attach(model, {"0": entry})
+    assert type(model[0]) is nn.Linear
+    paramlora.attach(model, {"0": {**entry, "init": "orthogonal"}})
+
+
+@pytest.mark.parametrize("init", ("pissa", "olora"))
+def test_a_start_that_a_kind_takes_out_leaves_the_function(init, known, tmp_path):
+    known(type("Taking", (Gained,), {"method": "gained", "of": LowRank.factors}))
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    entry = {"r": 2, "kind": "gained", "init": init}
+    model = paramlora.attach(copy.deepcopy(base), {"0": entry})
+    torch.testing.assert_close(model[0].weight, base[0].weight)
+    ((_, _, u),) = updates(spoiled(model))
+    want = base[0].weight + u.own_gain * (u.lora_B @ u.lora_A - u.start_B @ u.start_A)
+    torch.testing.assert_close(model[0].weight, want)
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    torch.testing.assert_close(other[0].weight, want)
+    torch.testing.assert_close(paramlora.merge(model)[0].weight, want)
+
+
 @pytest.mark.parametrize("inside", (True, False))
 def test_a_dora_takes_the_place_of_one_of_the_other_norm(inside, tmp_path):
     """What runs along a side of the weight has no ranks that could be filled up with zeros."""
