@@ -352,8 +352,9 @@ class LowRank(AttachedUpdate):
         return replace(update, adapter_dtype=named)
 
     def plain(self) -> dict[str, Tensor]:
-        """What a file holds: an update of the unchanged weight by its `factors`."""
-        a, b = self.factors()
+        """What a file holds: an update of the unchanged weight by its `factors`, from which a kind
+        with others makes its own."""
+        a, b = LowRank.factors(self)
         held = {"lora_A": a, "lora_B": b, "lora_scale": self.lora_scale}
         return held if _is_plain(type(self)) else {**super().plain(), **held}
 

@@ -50,6 +50,49 @@ def spoiled(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("name", ("factors", "delta", "scaling"))
+def test_a_part_of_a_forward_that_a_kind_changes_is_in_its_term_and_once_in_its_file(
+    name, known, tmp_path
+):
+    def changed(self, *args):
+        own = getattr(super(Numbered, self), name)
+        value = own(*args) if callable(own) else own
+        both = isinstance(value, tuple)
+        return (value[0], value[1] * self.own_number) if both else value * self.own_number
+
+    class Numbered(LowRank):
+        """``W + number · scale · B·A``."""
+
+        method = "numbered"
+        parts = {**LowRank.parts, "own_number": "number"}
+
+        def __init__(self, weight, *args, **options):
+            super().__init__(weight, *args, **options)
+            self.own_number = nn.Parameter(self.lora_A.new_full((), 3.0))
+
+        @staticmethod
+        def term_of(parts, gain, layout):
+            return LowRank.term_of(parts, gain * parts["own_number"], layout)
+
+    setattr(Numbered, name, property(changed) if name == "scaling" else changed)
+    known(Numbered)
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    entry = {"0": {"r": 2, "scale": 0.7, "kind": "numbered"}}
+    model = spoiled(paramlora.attach(copy.deepcopy(base), entry))
+    ((_, _, u),) = updates(model)
+    change = (u.own_number * 0.7 * u.lora_B @ u.lora_A).detach()
+    paramlora.save_adapter(model, tmp_path / "a.safetensors")
+    other = paramlora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    state = paramlora.checkpoint.merge(base.state_dict(), paramlora.adapter_of(model))
+    torch.testing.assert_close(state["0.weight"], base[0].weight + change)
+    for strength in (1.0, 0.5):
+        want = base[0].weight + strength * change
+        for one in (model, other):
+            paramlora.set_adapters(one, {"default": strength})
+            torch.testing.assert_close(one[0].weight, want)
+            torch.testing.assert_close(paramlora.merge(copy.deepcopy(one))[0].weight, want)
+
+
 @pytest.mark.parametrize("base, name", MADE_OF)
 def test_a_class_that_changes_what_a_forward_is_made_of_says_its_term(base, name):
     said = {"method": "other", "parts": {**base.parts, "own_number": "number"}}
