@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import paramlora
+from paramlora import files
 from paramlora.model.attach import _register, updates
 from paramlora.model.norms import relative_size
 from paramlora.update.attached import AttachedUpdate
@@ -472,3 +473,52 @@ def test_a_sharded_weight_takes_what_only_its_kind_knows_how_to_lay_out(known, o
     merged = paramlora.merge(model)[0].weight
     assert type(merged.data) is DTensor
     torch.testing.assert_close(merged.full_tensor(), want)
+
+
+def saved(kind, folder):
+    """The base and the state dict of a model under a kind that is registered until it is saved."""
+    register(kind)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    entry = {"kind": kind.method, **({"r": 2} if issubclass(kind, LowRank) else {})}
+    model = spoiled(paramlora.attach(copy.deepcopy(base), {"0": entry, "1": {"r": 1}}))
+    paramlora.save_adapter(model, folder / "a.safetensors")
+    unregister(kind.method)
+    return base, model.state_dict()
+
+
+# the names of the first begin as plain low ranks' do, those of the second are all its own
+@pytest.mark.parametrize("kind", (Third, type("Plain", (Held,), {"method": "held"})))
+def test_a_file_of_a_kind_that_nobody_registered_is_refused_by_its_name(kind, tmp_path):
+    base, _ = saved(kind, tmp_path)
+    file, name = tmp_path / "a.safetensors", kind.method
+    for act in (
+        lambda: paramlora.load_adapter(base, file),
+        lambda: files.inspect(file),
+        lambda: files.read_adapter(file),
+    ):
+        with pytest.raises(paramlora.FileError, match=f"'0' is of the kind '{name}'.*Import what"):
+            act()
+    assert type(base[0]) is nn.Linear
+
+
+def test_a_state_dict_with_half_known_names_is_not_taken_for_a_plain_update(tmp_path):
+    _, state = saved(Third, tmp_path)
+    for act in (paramlora.checkpoint.merge, paramlora.checkpoint.extract):
+        with pytest.raises(paramlora.FileError, match="own_C inside, which no kind .*Import what"):
+            act(state)
+
+
+def test_a_state_dict_with_names_of_nobody_tells_what_it_leaves(tmp_path):
+    base, state = saved(type("Plain", (Held,), {"method": "held"}), tmp_path)
+    for act in (paramlora.checkpoint.merge, paramlora.checkpoint.extract):
+        with pytest.warns(paramlora.ParamloraWarning, match="0.weight: own_change .*Import what"):
+            act(state)
+    wrapped = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4),
+    )
+    state = paramlora.attach(wrapped, {"3": {"r": 1}}).state_dict()
+    paramlora.checkpoint.merge(state)  # rules of torch's own are no updates: not a word
