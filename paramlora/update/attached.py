@@ -890,6 +890,30 @@ def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def check_computed(update: AttachedUpdate, weight: Tensor, path: str) -> None:
+    """Refuse an update whose forward makes what is no weight of its layer, as torch does of a rule.
+
+    Raises:
+        AdapterError: another shape or type, or the weight itself with other values.
+    """
+    given = weight.detach().clone()
+    version, value = given._version, update(given)
+    told, named = f"a {type(value).__name__}", type(update).__name__
+    if given._version != version:
+        told = "the weight itself, written to"
+    elif isinstance(value, Tensor) and value.shape != weight.shape:
+        told = f"a tensor of shape {list(value.shape)}"
+    elif isinstance(value, Tensor) and value.dtype != weight.dtype:
+        told = f"a tensor of {value.dtype}"
+    elif isinstance(value, Tensor):
+        return
+    raise AdapterError(
+        f"{path or 'weight'}: {named} makes {told} of a weight of shape {list(weight.shape)} in "
+        f"{weight.dtype}. Have its forward give another tensor of the weight's shape and type."
+    )
+
+
 def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
     """What a tensor's parametrizations make of it: one after the other, but for those of a kind
     that stands alone, which come first, and together."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # what only the kind itself knows
 Part = Literal["input", "output", "weight", "number", "own"]
 KINDS: dict[str, "type[AttachedUpdate]"] = {}
+FOREIGN: "set[type[AttachedUpdate]]" = set()  # those that somebody else registered
 _SAYS = ("method", "parts", "term_of")
 _ONLY_ITS_OWN = ("forward", "attached_to", "term_of")  # of which nothing else follows
 
@@ -54,6 +55,8 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             "a state dict would not tell which it is. Give one of its tensors another name."
         )
     KINDS[kind.method] = kind
+    if kind.method not in CONFIGURED and not kind.internal:
+        FOREIGN.add(kind)
     if not kind.internal:
         # allowed in configurations from now on
         CONFIGURED.setdefault(kind.method, kind.keys())
@@ -85,6 +88,7 @@ def unregister(name: str) -> "type[AttachedUpdate]":
     if name not in KINDS:
         raise AdapterError(f'no kind "{name}" is registered. There are: {", ".join(KINDS)}.')
     CONFIGURED.pop(name, None)
+    FOREIGN.discard(KINDS[name])
     return KINDS.pop(name)
 
 

@@ -223,6 +223,27 @@ def test_a_tensor_in_a_type_that_no_file_holds_is_refused_before_it_trains(dtype
     assert type(model[0]) is nn.Linear
 
 
+WRONG = {  # what a forward makes of a weight, and how a message calls it
+    "a tensor of torch.float64": lambda self, w: w.double() + self.own_change,
+    r"a tensor of shape \[5, 4\]": lambda self, w: (w + self.own_change)[1:],
+    r"a tensor of shape \[4, 6\]": lambda self, w: (w + self.own_change).t(),
+    "a NoneType": lambda self, w: None,
+    "the weight itself, written to": lambda self, w: w.add_(1),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_weight_of_the_layer_is_refused_before_it_trains(what, known):
+    said = {"method": "held", "parts": Held.parts, "term_of": Held.term_of}
+    known(type("Wrong", (Held,), {**said, "forward": WRONG[what]}))
+    model = nn.Sequential(nn.Linear(4, 6))
+    weight, before = model[0].weight, model[0].weight.detach().clone()
+    with pytest.raises(paramlora.AdapterError, match=f"^0: Wrong makes {what} of .*shape and type"):
+        paramlora.attach(model, {"0": {"kind": "held"}})
+    assert type(model[0]) is nn.Linear and model[0].weight is weight
+    assert torch.equal(weight, before)
+
+
 def test_a_cache_is_nobodys_loss(known):
     kept = {"hidden": {"own_mark": "number"}}
 
