@@ -11,6 +11,7 @@ from paramlora.errors import AdapterError
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.compat import keeps_saved, transformed
 from paramlora.update.contexts import without_autocast
+from paramlora.update.kinds import FOREIGN, KINDS
 
 AGAIN = "_paramlora_again"  # of layers whose tensors are to be read so, set by `inputs`
 
@@ -43,6 +44,12 @@ class _Read:
             for name, tensor in own.items()
             if tensor is not None
         ]
+        # none of ours draws numbers, and of a device a state is waited for
+        ours = {*KINDS.values()} - FOREIGN
+        drawn = () if all(type(update) in ours for update in plist) else self.held
+        cards = {tensor.device for _, _, tensor in drawn if tensor.is_cuda}
+        self.cpu = torch.get_rng_state() if drawn else None
+        self.cards = {card: torch.cuda.get_rng_state(card) for card in cards}
 
     def told(self) -> tuple[Any, ...]:
         """Equal as long as nobody has changed them."""
@@ -59,10 +66,23 @@ class _Read:
         for own, name, tensor, _ in others:
             own[name] = tensor
         try:
-            yield
+            with self._drawing():
+                yield
         finally:
             for own, name, _, other in others:
                 own[name] = other
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Where somebody's kind may draw numbers, those that it drew then."""
+        if self.cpu is None:
+            yield
+            return
+        with torch.random.fork_rng(list(self.cards)):
+            torch.set_rng_state(self.cpu)
+            for card, state in self.cards.items():
+                torch.cuda.set_rng_state(state, card)
+            yield
 
 
 def counted(plist: Any, value: Tensor) -> Tensor:

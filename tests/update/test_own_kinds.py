@@ -14,6 +14,7 @@ import paramlora
 from paramlora import files
 from paramlora.model.attach import _register, updates
 from paramlora.model.norms import relative_size
+from paramlora.model.recomputed import AGAIN
 from paramlora.update.attached import AttachedUpdate
 from paramlora.update.dora import Dora
 from paramlora.update.kinds import KINDS, register, unregister
@@ -148,17 +149,22 @@ def drawing(base):
     return Drawing
 
 
+@pytest.mark.parametrize("again", (False, True))  # as for reentrant checkpointing
 @pytest.mark.parametrize("base", (LowRank, Dora))
-def test_the_gradient_of_a_kind_that_draws_is_that_of_its_own_draw(base, known):
+def test_the_gradient_of_a_kind_that_draws_is_that_of_its_own_draw(base, again, known):
     known(drawing(base))
     model = nn.Sequential(nn.Linear(6, 5)).double()
     spoiled(paramlora.attach(model, {"0": {"r": 5, "kind": "drawing"}}))
     ((_, _, update),) = updates(model)
+    if again:
+        model[0].__dict__[AGAIN] = True
     x = torch.randn(4, 6).double()
     for _ in range(8):
         model.zero_grad()
         y, kept = model(x), update.drawn.clone()
+        state = torch.get_rng_state()
         y.sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)  # as if nothing were computed again
         dense = torch.ones(4, 5).double().T @ x  # the gradient of the weight
         want = update.own_number * dense @ update.lora_A.T * kept
         torch.testing.assert_close(update.lora_B.grad, want.detach())
