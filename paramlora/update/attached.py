@@ -616,11 +616,14 @@ class AttachedUpdate(nn.Module):
                 one of its tensors is of a type that files do not hold.
         """
         told = {*self.parts, *self.hidden}
-        untold = [(kind, name) for kind, name in self._kept() if name not in told]
+        # rules that somebody put on its tensors are in no file, as what they compute is
+        state = self.state_dict(keep_vars=True)
+        untold = [n for n in state if n not in told and not n.startswith("parametrizations.")]
         if untold:
-            (kind, name), *_ = untold
+            trained = isinstance(state[untold[0]], nn.Parameter)
+            what = f"{'parameter' if trained else 'buffer'} {untold[0]}"
             raise AdapterError(
-                f'adapter "{self.adapter}": {type(self).__name__} has a {kind} {name}, which its '
+                f'adapter "{self.adapter}": {type(self).__name__} has a {what}, which its '
                 '"parts" do not tell, so no file would hold it. Hold it as a tensor of its own '
                 "and add it there, or make it a buffer with persistent=False if it can be lost."
             )
@@ -631,19 +634,6 @@ class AttachedUpdate(nn.Module):
                 f'adapter "{self.adapter}": {type(self).__name__}\'s {wrong[0][0]} is of '
                 f"{wrong[0][1]}, which no adapter's file holds. Hold it as one of {types}."
             )
-
-    def _kept(self) -> Iterator[tuple[str, str]]:
-        """What a state dict holds of it, as (parameter or buffer, name), but for the rules that
-        somebody put on its tensors."""
-        for path, module in self.named_modules() if self._modules else [("", self)]:
-            if path.split(".")[0] == "parametrizations":
-                continue
-            lost = module._non_persistent_buffers_set
-            kinds = {"parameter": module._parameters, "buffer": module._buffers}
-            for kind, held in kinds.items():
-                for name, tensor in held.items():
-                    if tensor is not None and name not in lost:
-                        yield kind, f"{path}.{name}" if path else name
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
         """Whether `taking` takes a tensor of a shape in the place of one of its own."""
