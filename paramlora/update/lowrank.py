@@ -1,6 +1,7 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Optional
 
@@ -451,18 +452,26 @@ def _sum_of(plist: Any) -> Tensor:
     updates = list(plist)
     # kinds that compute another weight do it one after the other
     if len(updates) < 2 or not all(type(update) is LowRank for update in updates):
-        return plist()  # type: ignore[no-any-return]
+        return _called(plist)
     weight: Tensor = plist.original
     acting = [update for update in updates if update.acts]
     # of one that acts torch's list does the same
     if len(acting) < 2:
-        return plist()  # type: ignore[no-any-return]
+        return _called(plist)
     total = weight
     for update in acting:
         delta = update.delta(weight.shape, weight.dtype)
         # the wide sum grows by each, and is rounded once behind all of them
         total = wide(total, delta) + delta
     return laid_as(total.to(weight.dtype), weight)
+
+
+def _called(plist: Any) -> Tensor:
+    """What a list gives, with our updates in their own types: autocast would round what somebody's
+    kind multiplies, and the weight would be another one inside of it."""
+    ours = plist.is_tensor and all(isinstance(one, AttachedUpdate) for one in plist)
+    with in_own_types(plist.original) if ours else nullcontext():
+        return plist()  # type: ignore[no-any-return]
 
 
 def wide(weight: Tensor, delta: Tensor) -> Tensor:

@@ -482,6 +482,29 @@ class TurnedTerm(Term):
         return torch.where(self.mask > 0, turn @ total, total)
 
 
+@pytest.mark.parametrize("layer", (nn.Linear, nn.Embedding))
+def test_a_weight_is_the_same_under_autocast(layer, known):
+    """Whose products are in 16 bits, and so would be what a forward makes by one."""
+    known(Turned)
+    model = nn.Sequential(layer(6, 6))
+    spoiled(paramlora.attach(model, {"0": {"kind": "turned"}}))
+    ((_, _, update),) = updates(model)
+    base = model[0].parametrizations.weight.original.detach().double()
+    want = torch.where(update.own_mask > 0, base + update.own_turn.double() @ base, base)
+    plain = model[0].weight.detach()
+    torch.testing.assert_close(plain.double(), want, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = model[0].weight
+        assert torch.equal(read, plain) and read.dtype == torch.float32
+        if layer is nn.Embedding:
+            assert torch.equal(model(torch.arange(6)), plain)
+    read.square().sum().backward()  # outside, as torch asks for
+    got = update.own_turn.grad.clone()
+    model.zero_grad()
+    model[0].weight.square().sum().backward()
+    assert torch.equal(got, update.own_turn.grad)
+
+
 def test_a_sharded_weight_takes_what_only_its_kind_knows_how_to_lay_out(known, one_process):
     """Its tensors are split along another side than the weight, or not at all."""
     known(Turned)
