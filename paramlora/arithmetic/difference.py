@@ -84,58 +84,81 @@ def between(
     keys, lacked = _common(base, tuned, [exclude] if isinstance(exclude, str) else exclude)
     matrices = {key: tuple(base.there[key].shape) for key in keys if _is_matrix(base.there[key])}
     _check_rank(rank, [_slot(key, Key(key).path, matrices[key], known) for key in matrices])
-    total = sum(_bytes(base.there[key]) for key in keys)
-    updates: dict[str, Update] = {}
-    errors: dict[str, float] = {}
-    vectors: dict[str, Optional[Tensor]] = {}
-    digests: dict[str, Optional[str]] = {}
-    seen: dict[tuple[object, ...], list[str]] = {}  # the keys of tensors that may be alike
-    made: tuple[dict[str, Any], ...] = (updates, errors, vectors, digests)
+    found, total = _Found(base, tuned, whole), sum(_bytes(base.there[key]) for key in keys)
+    for key in keys:
+        found.take(key, rank, energy, known)
+        progress(_bytes(base.there[key]), total)
+    for key, head in lacked.items():
+        found.share(key, head)
+    _report_left(found.vectors, found.updates, whole, tuned.name)
+    told = {path: digits for path, digits in found.digests.items() if digits is not None}
+    kept = {path: tensor for path, tensor in found.vectors.items() if tensor is not None}
+    holders = _holders(found.updates, known)
+    return Approximation(
+        Adapter(found.updates, whole=kept, base=told, holders=holders), found.errors
+    )
 
-    def share(key: str, head: str) -> None:
+
+class _Found:
+    """What two checkpoints differ in, by the paths of their layers.
+
+    Attributes:
+        updates: of the tensors that are matrices; `errors`, of each.
+        vectors: the whole tensors; None where they are not asked for.
+        digests: of the base's tensors, which the updates lead from; None of 8 bits.
+    """
+
+    def __init__(self, base: Side, tuned: Side, whole: bool) -> None:
+        self.base, self.tuned, self.whole = base, tuned, whole
+        self.updates: dict[str, Update] = {}
+        self.errors: dict[str, float] = {}
+        self.vectors: dict[str, Optional[Tensor]] = {}
+        self.digests: dict[str, Optional[str]] = {}
+        self._seen: dict[tuple[object, ...], list[str]] = {}  # keys of tensors that may be alike
+
+    def share(self, key: str, head: str) -> None:
+        """Take of a tensor what was found of another, which is the same."""
         path, first = Key(key).path, Key(head).path
+        made: tuple[dict[str, Any], ...] = (self.updates, self.errors, self.vectors, self.digests)
         for of in made:
             of |= {path: of[first]} if first in of else {}
 
-    def take(key: str) -> None:  # a function, so that its tensors are gone before the next ones
-        before, after = base.read(key).detach(), tuned.read(key).detach()
+    def take(
+        self, key: str, rank: Optional[int], energy: Optional[float], known: Optional[Base]
+    ) -> None:
+        """Find what differs in a tensor, and how; the arguments are those of `between`."""
+        before, after = self._pair(key)
         if before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             return
         # one tensor twice, as a tied head is: by a few bytes first, and by all where those agree
-        alike = seen.setdefault((*_mark(before), *_mark(after)), [])
+        alike = self._seen.setdefault((*_mark(before), *_mark(after)), [])
         if alike:
             # comparing reads two more, and two tensors are the bound of memory
             del before, after
-            head = next(
-                (one for one in alike if _same(base, key, one) and _same(tuned, key, one)), None
-            )
+            head = next((one for one in alike if self._are_same(key, one)), None)
             if head is not None:
-                return share(key, head)
-            before, after = base.read(key).detach(), tuned.read(key).detach()
+                return self.share(key, head)
+            before, after = self._pair(key)
         alike.append(key)
         path = Key(key).path
-        if _is_matrix(base.there[key]):
+        if _is_matrix(self.base.there[key]):
             slot = _slot(key, path, tuple(before.shape), known)
             change = _change(before, after)
-            _check_finite(key, change, {tuned.name: after, base.name: before})
-            updates[path], errors[path] = _update(slot, change, rank, energy)
+            _check_finite(key, change, {self.tuned.name: after, self.base.name: before})
+            self.updates[path], self.errors[path] = _update(slot, change, rank, energy)
             # which base it leads from, so that it can be told when another is loaded
-            digests[path] = None if base.there[key].dtype in NARROW else digest(before)
+            eight = self.base.there[key].dtype in NARROW
+            self.digests[path] = None if eight else digest(before)
             return
-        if whole:
-            _check_finite(key, after, {tuned.name: after})
-        vectors[path] = after if whole else None
+        if self.whole:
+            _check_finite(key, after, {self.tuned.name: after})
+        self.vectors[path] = after if self.whole else None
 
-    for key in keys:
-        take(key)
-        progress(_bytes(base.there[key]), total)
-    for key, head in lacked.items():
-        share(key, head)
-    _report_left(vectors, updates, whole, tuned.name)
-    told = {path: digits for path, digits in digests.items() if digits is not None}
-    kept = {path: tensor for path, tensor in vectors.items() if tensor is not None}
-    adapter = Adapter(updates, whole=kept, base=told, holders=_holders(updates, known))
-    return Approximation(adapter, errors)
+    def _pair(self, key: str) -> tuple[Tensor, Tensor]:
+        return self.base.read(key).detach(), self.tuned.read(key).detach()
+
+    def _are_same(self, key: str, other: str) -> bool:
+        return _same(self.base, key, other) and _same(self.tuned, key, other)
 
 
 def _scaled(side: Side) -> Side:

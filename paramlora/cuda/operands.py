@@ -49,6 +49,15 @@ class Operands(NamedTuple):
         return x, weight, scale if bias is None else bias, a, b, scale
 
 
+class Rescale(NamedTuple):
+    """By what DoRA multiplies a layer's outputs, ``m/norm`` of each, both contiguous ``[out]``, the
+    norm in float32; and whether the outputs from before that are kept, for m's gradient."""
+
+    m: Tensor
+    norm: Tensor
+    keeps: bool
+
+
 class Drop(NamedTuple):
     """Masks: the chance that an element is dropped by each, of an equal share of the ranks, and the
     seed ``[]`` that they are drawn from."""

@@ -11,6 +11,7 @@ from paramlora.cuda.device import serves
 from paramlora.cuda.operands import (
     Drop,
     Operands,
+    Rescale,
     Wanted,
     Window,
     factors_fit,
@@ -46,20 +47,17 @@ def forward(
     return _with_power(plan.forward(inside, 1.0, image, drop), g)  # type: ignore[no-any-return]
 
 
-def rescaled(
-    of: Operands, magnitude: Tensor, norm: Tensor
-) -> Optional[tuple[Tensor, Tensor, Tensor]]:
-    """`forward`'s y of no bias, rescaled to ``y · m/‖·‖ + bias``, from before that, and what
-    `backward` takes; or None where the kernels do not serve the operands."""
+def rescaled(of: Operands, by: Rescale) -> Optional[tuple[_Maybe, ...]]:
+    """``y = z · m/‖·‖ + bias`` of `forward`'s z without a bias, what `backward` takes, and z if it
+    is kept; or None where the kernels do not serve the operands."""
     if not served(of.x):
         return None
     from paramlora.cuda.rescaled import plan
 
     if of.x.dtype != torch.float16:
-        return plan.forward(of, magnitude, norm)  # type: ignore[no-any-return]
+        return plan.forward(of, by)  # type: ignore[no-any-return]
     inside, g = _in_range(of, 1.0)
-    result = plan.forward(inside, magnitude, norm)
-    return None if result is None else (*result[:2], _with_power(result[1:], g)[1])
+    return _with_power(plan.forward(inside, by), g)  # type: ignore[no-any-return]
 
 
 def _in_range(of: Operands, strength: float) -> tuple[Operands, Tensor]:
@@ -74,13 +72,14 @@ def _scaled(of: Operands, strength: float) -> Tensor:
     return of.b.float() * (of.scale.float() * strength)
 
 
-def _with_power(result: Optional[tuple[Tensor, Tensor]], g: Tensor) -> Any:
+def _with_power(result: Optional[tuple[Tensor, ...]], g: Tensor) -> Any:
     """A forward's result, with the power of two behind all of `kept`."""
     if result is None:
         return None
     # float32 in two numbers of 16 bits: `kept` is the one tensor that goes to the backward, and the
     # device alone knows the power
-    return result[0], torch.cat([result[1], g.view(1).view(torch.float16)])
+    y, kept, *rest = result
+    return y, torch.cat([kept, g.view(1).view(torch.float16)]), *rest
 
 
 def backward(

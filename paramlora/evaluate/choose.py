@@ -1,10 +1,10 @@
 """Which way a hard layer's forward is computed: the one place that chooses, and its one table.
 
 The ways give the same number. Linear layers, convolutions and experts ask `way`, with dropout or
-without; LoKr, DoRA, and rows that take different updates ask a function of their own below. All do
-what they are told; what no kernel serves after all (`paramlora.cuda.operands`) falls back to
-torch's operations, by the way that each names. What was measured of one device stands in the table,
-what holds on all or was measured of one kind of update alone in a constant here.
+without; embeddings, LoKr, DoRA, and rows that take different updates ask a function of their own
+below. All do what they are told; what no kernel serves after all (`paramlora.cuda.operands`) falls
+back to torch's operations, by the way that each names. What was measured of one device stands in
+the table, what holds on all or was measured of one kind of update alone in a constant here.
 """
 
 import json
@@ -23,6 +23,7 @@ from paramlora.update.compat import constant_result, grouped_product
 
 # what our kernels hold: of a higher rank the device's memory would be in the way
 NORMS_RANK = 128  # whose factors the kernel of DoRA's norms holds in registers
+EMBEDDING_RANK = 128  # whose thin products the kernels of embeddings hold in registers
 EXPERTS_RANK = 128  # whose thin products the kernels of experts hold in registers
 EXPERTS = 1024  # groups of rows among which a block of rows looks for its own
 ROWS_RANK = 32  # of each row's own update: its factors lie beside a tile of the frozen product
@@ -256,6 +257,16 @@ def norms(kernels: bool, rank: int, compiling: bool) -> Way:
         compiling: as of `Asked`.
     """
     return Way.KERNELS if kernels and rank <= NORMS_RANK and not compiling else Way.PLAIN
+
+
+def embedding(kernels: bool, rank: int) -> Way:
+    """How an embedding is computed: `Way.KERNELS`, which sort no indices, or `Way.PLAIN`.
+
+    Args:
+        kernels: whether ours serve the operands.
+        rank: padded.
+    """
+    return Way.KERNELS if kernels and rank <= EMBEDDING_RANK else Way.PLAIN
 
 
 def of_rows(

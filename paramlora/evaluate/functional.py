@@ -19,6 +19,7 @@ from paramlora.cuda.operands import (
     Wanted,
     fits,
     has_kernel,
+    padded,
     served,
     switched_on,
 )
@@ -95,13 +96,14 @@ def in_cpp(
     scale: Tensor,
     strength: float,
     window: Optional[tuple[Any, ...]] = None,
+    magnitude: _Maybe = None,
 ) -> _Maybe:
-    """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups; None of
-    operands that C++ does not serve. Not to be asked under a compiler, which does not see into
-    it."""
+    """What `linear` gives, or a `convolution` of a stride, padding, dilation and groups, or
+    `rescaled.linear` by a magnitude; None of operands that C++ does not serve. Not to be asked
+    under a compiler, which does not see into it."""
     if _native is None:
         return None
-    values = (x, weight, bias, lora_A, lora_B, scale, strength, window)
+    values = (x, weight, bias, lora_A, lora_B, scale, strength, window, magnitude)
     return _native(*values)  # type: ignore[no-any-return]
 
 
@@ -318,10 +320,12 @@ def start_cpp() -> None:
     if _started:
         return
     from paramlora.cuda.native import steps
-    from paramlora.evaluate import convolution  # which imports this module
+    from paramlora.evaluate import convolution, rescaled  # which import this module
 
-    def way(of: Operands, window: Any) -> str:
-        return convolution.way_of(of, window, False).name
+    def way(of: Operands, window: Any, magnitude: _Maybe) -> str:
+        if magnitude is not None:
+            return "RESCALED" if rescaled.is_in_kernels(of, magnitude) else "PLAIN"
+        return "LINEAR" if window is None else convolution.way_of(of, window, False).name
 
     _native, _started = steps.start(_gradients_of_native, way), True
 
@@ -347,17 +351,24 @@ def _gradients_of_native(
     scale: Tensor,
     kept: Tensor,
     strength: float,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
     numbers: tuple[int, ...],
-) -> tuple[_Maybe, _Maybe, _Maybe]:
-    """The gradients of x, A and B after a forward in C++, where C++ does not find them.
+    *more: Tensor,
+) -> tuple[_Maybe, ...]:
+    """The gradients of x, A and B, and of a magnitude, after a forward in C++, where C++ does not
+    find them.
 
-    `numbers`: of the window of a convolution, see `steps.window_of`.
+    Args:
+        numbers: of the window of a convolution, see `steps.window_of`.
+        more: the magnitude, its norm, and the output from before they rescaled it.
     """
     from paramlora.cuda.native.steps import window_of
-    from paramlora.evaluate import convolution
+    from paramlora.evaluate import convolution, rescaled
 
-    wanted, window = (needs[0], False, False, *needs[1:], False), window_of(numbers)
+    wanted, window = (needs[0], False, False, *needs[1:3], False), window_of(numbers)
+    if more:
+        of = Operands(x, weight, None, a, b, scale)
+        return rescaled.gradients_of_native(dy, of, kept, (*wanted, needs[3]), *more)
     if window is None:
         ctx = Kept((x, weight, a, b, scale, kept), wanted, strength)
         dx, _, _, da, db, *_ = _Linear.backward(ctx, dy)
@@ -587,13 +598,73 @@ def embedding_in_range(
     if padding_idx is not None and -len(weight) <= padding_idx < 0:
         padding_idx += len(weight)
     flat = rows.reshape(-1)  # so that one view is left for autograd, of the output
-    base = narrow.wide(F.embedding(flat, weight, padding_idx))  # thin products need its range
-    up = scaled_down(lora_B, scale, strength, base.dtype).t()
-    y = torch.addmm(base, cast(_columns(lora_A, flat, padding_idx), base.dtype), up)
+    if _way_of_embedding(flat, weight, lora_A, lora_B, scale) is Way.KERNELS:
+        y = applied(_Embedding, flat, weight, lora_A, lora_B, scale, strength)
+    else:
+        base = narrow.wide(F.embedding(flat, weight, padding_idx))  # thin products need its range
+        up = scaled_down(lora_B, scale, strength, base.dtype).t()
+        y = torch.addmm(base, cast(_columns(lora_A, flat, padding_idx), base.dtype), up)
     y = y.view(*rows.shape, y.shape[-1])
     if padding_idx is not None:  # nor does that row give B or the scale a gradient
         y = without_gradient(y, (rows == padding_idx)[..., None])
     return y
+
+
+def _way_of_embedding(
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor
+) -> Way:
+    """How an embedding is computed of one row of indices."""
+    if not served(weight):
+        return choose.embedding(False, 0)
+    table, fan_out, r = weight.shape[0], weight.shape[1], len(lora_A)
+    ours = weight.dtype == torch.bfloat16 and not in_torch_alone(weight)
+    # the kernels get bare addresses; what does not fit, torch's operations tell
+    ours = ours and ids.numel() > 0 < fan_out and ids.dtype in (torch.int32, torch.int64)
+    ours = ours and lora_A.shape == (r, table) and lora_B.shape == (fan_out, r) != (fan_out, 0)
+    ours = ours and {t.get_device() for t in (ids, lora_A, lora_B, scale)} == {weight.get_device()}
+    # of a table that is trained beside its update torch finds the gradient as of any other
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    return choose.embedding(ours and not trained, padded(r))
+
+
+class _Embedding(torch.autograd.Function):
+    """`embedding` of one row of indices, of a frozen table, by the kernels; keeps the indices and
+    A's columns of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, strength: float
+    ) -> Tensor:
+        from paramlora.cuda.embedding import plan
+
+        y = F.embedding(ids, weight)  # which tells of an index that is not there
+        u = plan.add(y, ids, a, b, scale, strength)
+        ctx.strength = strength
+        ctx.save_for_backward(ids, a, b, scale, u)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        ids, a, b, scale, u = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:5]
+        if torch.is_grad_enabled() or in_plain_operations(True, dy):
+
+            def again(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+                up = scaled_down(b, scale, ctx.strength, dy.dtype)
+                return cast(_columns(a, ids, None), dy.dtype) @ up.t()
+
+            return None, None, *differentiable(again, (a, b, scale), needs, dy), None
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()  # as of a sum, whose gradient is expanded
+        da = db = dscale = None
+        if needs[0]:
+            from paramlora.cuda.embedding import plan
+
+            da = plan.gradient(dy, ids, a, b, scale, ctx.strength)
+        if needs[1] or needs[2]:
+            product = torch.mm(dy.t(), u[:, : len(a)], out_dtype=torch.float32)
+            db, dscale = gradient_of_second(product, b, scale, ctx.strength, needs[2])
+        return None, None, da, db, dscale, None
 
 
 def without_gradient(y: Tensor, there: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from paramlora.cuda import operators
-from paramlora.cuda.operands import Operands, Wanted, has_kernel, padded, served
+from paramlora.cuda.operands import Operands, Rescale, Wanted, has_kernel, padded, served
 from paramlora.evaluate import choose, functional
 from paramlora.evaluate.choose import Way
 from paramlora.evaluate.functional import as_rows, differentiable, untold
@@ -22,15 +22,25 @@ _Maybe = Optional[Tensor]
 
 def norms_of(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """`output_norms`, in 16 bits on CUDA in one launch, which reads the weight once."""
-    ours = served(weight) and 0 < len(a) and weight.numel() > 0
-    # the kernel gets bare addresses: all must lie on one device
-    ours = ours and {t.get_device() for t in (a, b, scale)} == {weight.get_device()}
-    if choose.norms(ours, padded(len(a)), untold() or recorded()) is Way.PLAIN:
+    if _way_of_norms(weight, a, b, scale) is Way.PLAIN:
         return output_norms(weight, a, b, scale)
     from paramlora.cuda.rescaled import plan
 
     found: Tensor = plan.lengths(weight, a, b, scale)
     return found
+
+
+def _way_of_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Way:
+    ours = served(weight) and 0 < len(a) and weight.numel() > 0
+    # the kernel gets bare addresses: all must lie on one device
+    ours = ours and {t.get_device() for t in (a, b, scale)} == {weight.get_device()}
+    return choose.norms(ours, padded(len(a)), untold() or recorded())
+
+
+def is_in_kernels(of: Operands, magnitude: Tensor) -> bool:
+    """Whether the kernels find a layer's norms and rescale its outputs, if they serve it at all."""
+    norms = _way_of_norms(of.weight, of.a, of.b, of.scale)
+    return norms is Way.KERNELS and _is_typed(magnitude, of.bias)
 
 
 def linear(
@@ -55,6 +65,10 @@ def linear(
         >>> y = linear(x, w, None, a, b, torch.tensor(0.5).double(), m)
         >>> assert torch.allclose(y, x @ (m[:, None] * total / total.norm(dim=1, keepdim=True)).T)
     """
+    if not is_compiling():
+        y = functional.in_cpp(x, weight, bias, a, b, scale, 1.0, None, magnitude)
+        if y is not None:
+            return y
     device = autocast_of(x)
     if device is not None:
         x, weight, bias = functional.cast_for_autocast(device, x, weight, bias)
@@ -107,20 +121,26 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.strength, ctx.dense, ctx.inside = 1.0, way is Way.DENSE, False
         # inside: False of the kernels, which add a bias behind; else `_product` settles it
-        result, u, factor = None, None, None
+        result: Any = None
+        u, factor = None, None
         if way is Way.KERNELS and _is_typed(magnitude, bias):
             norm = norms_of(weight, a, b, scale)
-            result = operators.rescaled(Operands(x, weight, bias, a, b, scale), magnitude, norm)
+            by = Rescale(magnitude, norm, ctx.needs_input_grad[6])
+            result = operators.rescaled(Operands(x, weight, bias, a, b, scale), by)
         ctx.kernel = result is not None
         if result is not None:
-            y, z, u = as_rows(result[0]), as_rows(result[1]), result[2]
+            functional.start_cpp()  # as of a layer that is not rescaled
+            y, u, z = result
+            y, z = as_rows(y), None if z is None else as_rows(z)
         else:
             z, u, norm = _product(ctx, as_rows(x), weight, bias, a, b, scale)
             factor, norm = _factor(magnitude, norm)
             y = _times(z, factor, bias, ctx.inside)
         # x, bias, A, B and the scale stand where `kept_input` looks; the magnitude is needs[6]
         held = functional.kept_input(ctx, x)
-        more = u if held is not None else None, z if ctx.needs_input_grad[6] else None
+        # of the kernels it is also what the input's gradient is computed from
+        u = u if ctx.kernel or held is not None else None
+        more = u, z if ctx.needs_input_grad[6] else None
         inner = bias if ctx.inside else None
         ctx.save_for_backward(held, weight, a, b, scale, *more, magnitude, norm, factor, inner)
         return y if x.dim() == 2 else functional.unflattened(y, x)
@@ -152,6 +172,26 @@ class _Linear(torch.autograd.Function):
         # the weight's own product lies before the rescaling, so its gradient is dz's
         dweight = dz.t() @ as_rows(x) if needs[1] else None
         return dx, dweight, dbias, da, db, dscale, dm, None
+
+
+def gradients_of_native(
+    dy: Tensor,
+    of: Operands,
+    kept: Tensor,
+    wanted: tuple[bool, ...],
+    magnitude: Tensor,
+    norm: Tensor,
+    z: Tensor,
+) -> tuple[_Maybe, ...]:
+    """The gradients of x, A, B and the magnitude after `linear` in C++.
+
+    `wanted`: of x, the weight, the bias, A, B, the scale and the magnitude.
+    """
+    x, weight, _, a, b, scale = of
+    rows = as_rows(z)
+    held = (x, weight, a, b, scale, kept, rows, magnitude, norm, None, None)
+    dx, _, _, da, db, _, dm, _ = _Linear.backward(functional.Kept(held, wanted), dy)
+    return dx, da, db, dm
 
 
 def _product(

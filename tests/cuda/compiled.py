@@ -23,6 +23,7 @@ from triton.compiler import compile as compile_for
 from paramlora.cuda.convolution import plan as joined
 from paramlora.cuda.depthwise import plan as depthwise
 from paramlora.cuda.device import Card
+from paramlora.cuda.embedding import plan as tables
 from paramlora.cuda.launch import Block, Launch
 from paramlora.cuda.linear import plan as fused
 from paramlora.cuda.masks import plan as masks
@@ -128,6 +129,7 @@ def main(capability, few=False):
         single_channels((8, 320, 64, 64), (1, 3), 8)
         added(14336, 4096, 16)
         masked((8, 320, 64, 64))
+        looked_up(50000, 1024, 16)
         json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
@@ -145,6 +147,8 @@ def main(capability, few=False):
         added(*shape)
     for shape in ((8192, 4096), (8, 320, 64, 64), (2, 3, 5, 7)):
         masked(shape)
+    for shape in ((50000, 1024, 16), (37, 131, 128)):
+        looked_up(*shape)
     json.dump(taken, sys.stdout)
 
 
@@ -188,6 +192,13 @@ def added(out, fan_in, r):
         a, b, scale = factors(r, fan_in, out)
         summed.added(weight, a, b, scale)
         summed.added(weight.view(fan_in, out), b.t(), a.t(), scale)  # as transformers' Conv1D
+
+
+def looked_up(num, dim, r):
+    ids, y = torch.zeros(64, dtype=torch.int64), torch.empty(64, dim, dtype=torch.bfloat16)
+    a, b, scale = factors(r, num, dim)
+    tables.add(y, ids, a, b, scale, 1.0)
+    tables.gradient(y, ids, a, b, scale, 1.0)
 
 
 def masked(shape):

@@ -9,7 +9,7 @@ import torch
 from paramlora.cuda.decoding import plan as decoding
 from paramlora.cuda.device import Card
 from paramlora.cuda.linear import plan as linear
-from paramlora.cuda.operands import Operands
+from paramlora.cuda.operands import Operands, Rescale
 from paramlora.cuda.rescaled import plan as rescaled
 from paramlora.cuda.routed import plan as routed
 from paramlora.update.choice import Choice
@@ -58,8 +58,9 @@ def step(count, positions, updates, fan_in, out, r):
     norm = rescaled.lengths(weight, a, b, torch.ones(()))
     rescaled.rescale(dy, m, norm, bias)
     rescaled.rescale_backward(dy, dy, m, norm)
-    interpreted.captured = True  # whose product rescales its sum itself
-    rescaled.forward(Operands(x, weight, bias, a, b, torch.ones(())), m, norm)
+    for interpreted.captured, keeps in ((True, True), (False, True), (False, False)):
+        of = Operands(x, weight, bias, a, b, torch.ones(()))
+        linear.forward(of, rescale=Rescale(m, norm, keeps))
     interpreted.captured = False
 
 

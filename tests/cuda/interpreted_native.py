@@ -30,8 +30,9 @@ from paramlora.cuda.launch import Launch
 from paramlora.cuda.linear import plan, tiles
 from paramlora.cuda.native import driver, library, steps
 from paramlora.cuda.native.handed import launcher
+from paramlora.cuda.rescaled import plan as rescaled_plan
 from paramlora.evaluate import convolution as convolutions
-from paramlora.evaluate import functional
+from paramlora.evaluate import functional, rescaled
 from tests.cuda import interpreted
 
 launches = []  # what C++ launched
@@ -199,7 +200,9 @@ def stand_in():
     def served(x):
         return functional.switched_on() and x.dtype == torch.bfloat16 and type(x) is torch.Tensor
 
-    operators.served = functional.served = steps.served = operands.served = served
+    for module in (operators, functional, rescaled, steps, operands):
+        module.served = served
+    rescaled_plan.card = plan.card
     convolutions.has_kernel = lambda x, weight: served(x) and 1 in weight.stride()
     calls = {"launch": launched_from_cpp, "describe": described_by_cpp}
     driver.addresses = lambda: {
@@ -234,6 +237,12 @@ def changed(index, change, made=layer, **sizes):
     of, dy = made(**sizes)
     of[index] = change(of[index])
     return of, dy
+
+
+def scaled_by(m, **sizes):
+    """A layer whose outputs a magnitude rescales."""
+    of, dy = layer(**sizes)
+    return [*of, m(torch.rand(len(of[1])) + 0.5)], dy
 
 
 def pointwise(batch=3, sizes=(5, 9), fan_in=64, out=48, r=4, bias=True):
@@ -346,33 +355,56 @@ LAYERS = {
     "single channels, steps of two": lambda: single((2, 2)),
     "single channels, dilated": lambda: single((5, 3)),
     "single channels, 16-bit factors": lambda: changed(3, torch.Tensor.bfloat16, single),
+    "rescaled": lambda: scaled_by(torch.clone),
+    "rescaled, no bias": lambda: scaled_by(torch.clone, bias=False),
+    "rescaled batch": lambda: scaled_by(torch.clone, rows=(2, 3, 20), fan_in=40, out=136, r=17),
+    "rescaled vector": lambda: scaled_by(torch.clone, rows=()),
+    "many rescaled rows": lambda: scaled_by(torch.clone, rows=(9, 40), fan_in=16, out=24),
+    "rescaled by blocks": lambda: scaled_by(torch.clone, rows=(130,), fan_in=64, out=128, r=8),
+    "a column of magnitudes": lambda: scaled_by(lambda m: m[:, None]),
+    "16-bit magnitude": lambda: scaled_by(torch.Tensor.bfloat16),
+    "magnitude at an odd address": lambda: scaled_by(oddly),
 }  # fmt: skip
 STRENGTHS = (1.0, 1, 0.25)
+RESCALED = {
+    "forward": ["lengths", "forward", "rescale"],
+    "backward": ["rescale_backward", "backward"],
+}
 FUSED = {"forward": ["forward"], "backward": ["backward"]}
 JOINED = {"forward": ["prepare", "put", "back"], "backward": ["spread", "back"]}
 SINGLE = {"forward": ["add", "forward"], "backward": ["backward", "divide"]}
 # a layer of each kind, and the kernels that its passes launch
 KINDS = {
     "linear": (functools.partial(layer, (9,), 16, 24), FUSED),
+    "rescaled": (lambda: scaled_by(torch.clone, rows=(9,), fan_in=16, out=24), RESCALED),
     "pointwise": (functools.partial(pointwise, 2, (3, 3), 16, 24), FUSED),
     "joined": (kernels_of, JOINED),
     "single": (single, SINGLE),
 }
 
 
-def leaves_of(of, wanted=(0, 3, 4)):
+def wanted_of(of):
+    """The input, the factors and the magnitude."""
+    return (0, 3, 4, *range(6, len(of)))
+
+
+def leaves_of(of, wanted=None):
+    wanted = wanted_of(of) if wanted is None else wanted
     return [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(of)]
 
 
 def computed(of, strength=1.0):
     x, weight = of[:2]
+    if len(of) > 6:
+        return rescaled.linear(*of[:5], of[5] * strength, of[6])
     if weight.dim() == 2:
         return functional.linear(*of, strength)
     return convolutions.convolution(*of, *window_of(weight, x), strength)
 
 
-def step(of, dy, strength=1.0, wanted=(0, 3, 4)):
-    """y and the gradients, of `functional.linear`, or of `convolution`."""
+def step(of, dy, strength=1.0, wanted=(0, 3, 4), magnitude=True):
+    """y and the gradients, of `functional.linear`, `rescaled.linear`, or `convolution`."""
+    wanted = (*wanted, *range(6, len(of))) if magnitude else wanted
     own = leaves_of(of, wanted)
     y = computed(own, strength)
     grads = torch.autograd.grad(y, [own[i] for i in wanted], dy) if wanted else ()
@@ -402,9 +434,12 @@ def compared(call, *given):
 
 
 def in_float64(of, dy, strength):
-    x, weight, bias, a, b, scale = (None if t is None else t.detach().double() for t in of)
-    leaves = [t.requires_grad_() for t in (x, a, b)]
+    wide = [None if t is None else t.detach().double() for t in of]
+    x, weight, bias, a, b, scale, *m = wide
+    leaves = [t.requires_grad_() for t in (x, a, b, *m)]
     total = weight + (strength * scale * b @ a).view(weight.shape)
+    for magnitude in m:
+        total = magnitude.view(-1, 1) * total / total.detach().norm(dim=1, keepdim=True)
     if weight.dim() == 2:
         y = F.linear(x, total, bias)
     else:
@@ -431,21 +466,21 @@ def saved_twice(of, dy):
 def twice(of, dy):
     own = leaves_of(of)
     y = computed(own)
-    wanted = [own[i] for i in (0, 3, 4)]
+    wanted = [own[i] for i in wanted_of(of)]
     first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
     return *first, *torch.autograd.grad(y, wanted, dy)
 
 
 def second_order(of, dy):
     own, dy = leaves_of(of), dy.clone().requires_grad_()
-    wanted = [own[i] for i in (0, 3, 4)]
+    wanted = [own[i] for i in wanted_of(of)]
     grads = torch.autograd.grad(computed(own), wanted, dy, create_graph=True)
     return torch.autograd.grad(sum(g.float().square().sum() for g in grads), [*wanted, dy])
 
 
 def many_gradients(of, dy):
     own = leaves_of(of)
-    wanted = [own[i] for i in (0, 3, 4)]
+    wanted = [own[i] for i in wanted_of(of)]
     y = computed(own)
     return torch.autograd.grad(y, wanted, torch.stack([dy, -dy]), is_grads_batched=True)
 
@@ -454,14 +489,14 @@ def off_in_between(of, dy):
     own = leaves_of(of)
     y = computed(own)
     with kernels(False):
-        return torch.autograd.grad(y, [own[i] for i in (0, 3, 4)], dy)
+        return torch.autograd.grad(y, [own[i] for i in wanted_of(of)], dy)
 
 
 def checkpointed(of, dy, reentrant=False):
     own = leaves_of(of)
     y = checkpoint(lambda *own: computed(own), *own, use_reentrant=reentrant)
     y.backward(dy)
-    return y.detach(), own[0].grad, own[3].grad, own[4].grad
+    return y.detach(), *(own[i].grad for i in wanted_of(of))
 
 
 def in_threads(of, dy):
@@ -488,7 +523,7 @@ def without_graph(of, dy):
 def spread_gradient(of, dy):
     own = leaves_of(of)
     computed(own).sum().backward()
-    return own[0].grad, own[3].grad, own[4].grad
+    return tuple(own[i].grad for i in wanted_of(of))
 
 
 def under_autocast(of, dy):
@@ -498,6 +533,14 @@ def under_autocast(of, dy):
 
 def under_autocast_with_a_wide_bias(of, dy):
     return under_autocast([*of[:2], of[2].float(), *of[3:]], dy)
+
+
+def in_two_parts(of, dy):
+    """Only a part of the gradients, then the others."""
+    own = leaves_of(of)
+    y, (first, *others) = computed(own), [own[i] for i in wanted_of(own)]
+    last = torch.autograd.grad(y, others, dy, retain_graph=True)
+    return *last, *torch.autograd.grad(y, [first], dy)
 
 
 def shown_to_make_fx(of, dy):
@@ -523,6 +566,7 @@ EVENTS = {
     "input alone": (functools.partial(step, wanted=(0,)), [], 0),
     "factors alone": (functools.partial(step, wanted=(3, 4)), ["forward"], 1),
     "one factor": (functools.partial(step, wanted=(0, 4)), ["forward", "backward"], 0),
+    "in two parts": (in_two_parts, ["forward", "backward", "backward"], 0),
     "the weight too": (functools.partial(step, wanted=(0, 1, 3, 4)), [], 0),
     "the scale too": (functools.partial(step, wanted=(0, 3, 4, 5)), [], 0),
     "the bias too": (functools.partial(step, wanted=(0, 2, 3, 4)), [], 0),
@@ -550,7 +594,7 @@ def errors_of(of, dy):
         return said(lambda: change(y, own))
 
     def backward(y, own):
-        torch.autograd.grad(y, [own[i] for i in (0, 3, 4)], dy)
+        torch.autograd.grad(y, [own[i] for i in wanted_of(of)], dy)
 
     def in_place(y, own):
         with torch.no_grad():
@@ -596,6 +640,9 @@ def main():
     fused = enumerate(one for one in known if one.last[2])  # of steps that draw a number
     alone = {f"{i}, {len(one.layouts)}": launched_by_itself(one) for i, one in fused}
     events, errors = {}, {}
+    of, dy = KINDS["rescaled"][0]()
+    told, _ = compared(functools.partial(step, magnitude=False), of, dy)
+    events["a magnitude that is not trained, rescaled"] = told | {"as planned": [[], 0]}
     for kind, (made, launched_of) in KINDS.items():
         of, dy = made()
         for _ in range(2):

@@ -5,12 +5,14 @@ their errors against float64.
 float16 alone.
 """
 
+import itertools
 import json
 import sys
 import warnings
 
 import torch
 
+from paramlora.cuda.linear import tiles
 from paramlora.cuda.rescaled import plan
 from paramlora.evaluate import functional, kronecker, rescaled
 from tests.cuda import interpreted
@@ -84,6 +86,48 @@ def whole(case, with_bias):
     return {"y": error(y, true)} | {k: error(*pair) for k, *pair in zip(names, got, want)}
 
 
+def frozen(case):
+    """Errors of a layer whose magnitude is not trained, how many of its outputs were kept, and
+    which kernels ran."""
+    *rows, fan_in, out = WHOLE[case]
+    x, weight = torch.randn(*rows, fan_in).half(), torch.randn(out, fan_in).half()
+    a, b, m = torch.randn(3, fan_in) / 3, torch.randn(out, 3), torch.rand(out) + 0.5
+    leaves, shapes = [t.requires_grad_() for t in (x, a, b)], []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(t.shape) or t, lambda t: t
+    ):
+        y = rescaled.linear(x, weight, None, a, b, torch.tensor(0.3), m)
+    dy = torch.randn(*rows, out).half()
+    got = torch.autograd.grad(y, leaves, dy)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    total = weight.double() + 0.3 * wide[2] @ wide[1]
+    total = m.double()[:, None] * total / total.detach().norm(dim=1, keepdim=True)
+    true = wide[0] @ total.t()
+    want = torch.autograd.grad(true, wide, dy.double())
+    kept = [shape for shape in shapes if shape == (x[..., 0].numel(), out)]
+    errors = {"y": error(y, true), "kept": len(kept)}
+    return errors | {k: error(*pair) for k, *pair in zip("xab", got, want)}
+
+
+def alone(wanted):
+    """Errors of the gradients of some of the operands alone."""
+    x, weight = torch.randn(9, 16).half(), torch.randn(24, 16).half()
+    bias, scale, m = torch.randn(24).half(), torch.tensor(0.3), torch.rand(24) + 0.5
+    operands = {"x": x, "a": torch.randn(3, 16), "b": torch.randn(24, 3)}
+    operands |= {"scale": scale, "m": m, "bias": bias}
+    leaves = [operands[name].requires_grad_() for name in wanted]
+    y = rescaled.linear(x, weight, bias, *(operands[name] for name in ("a", "b", "scale", "m")))
+    dy = torch.randn(9, 24).half()
+    got = torch.autograd.grad(y, leaves, dy)
+    wide = {name: t.detach().double() for name, t in operands.items()}
+    own = [wide[name].requires_grad_() for name in wanted]
+    total = weight.double() + wide["scale"] * wide["b"] @ wide["a"]
+    total = wide["m"][:, None] * total / total.detach().norm(dim=1, keepdim=True)
+    true = torch.nn.functional.linear(wide["x"], total, wide["bias"])
+    want = torch.autograd.grad(true, own, dy.double())
+    return {name: error(*pair) for name, *pair in zip(wanted, got, want)}
+
+
 def product(case):
     """Errors of a LoKr layer whose Kronecker product is of a low rank, and which kernels ran."""
     rows, (a, b), (c, d), r = {
@@ -114,6 +158,14 @@ def main():
     interpreted.stand_in_for_the_device()
     rescaled.served = lambda x: x.dtype == torch.float16
     warnings.simplefilter("error")
+    tiling = tiles.tiling
+
+    def by_blocks(M, N, K, processors, aligned, local, alone):
+        if aligned and M == 192:  # as larger layers have them
+            return tiles.Tiling(64, 64, 64, 8, 3, 4, True)
+        return tiling(M, N, K, processors, aligned, local, alone)
+
+    tiles.tiling = by_blocks
     results = {}
     for number, name in enumerate(NORMS):
         torch.manual_seed(0)
@@ -134,6 +186,17 @@ def main():
                 launched.clear()
                 case = f"whole, {name}, {with_bias}, {interpreted.captured}"
                 results[case] = whole(name, with_bias), launched[:]
+    for interpreted.captured in (False, True):
+        for name in ("rows", "a batch", "aligned"):
+            torch.manual_seed(0)
+            launched.clear()
+            results[f"frozen, {name}, {interpreted.captured}"] = frozen(name), launched[:]
+    names = ("x", "a", "b", "scale", "m", "bias")
+    for count in range(1, len(names)):
+        for wanted in itertools.combinations(names, count):
+            torch.manual_seed(0)
+            launched.clear()
+            results[f"alone, {wanted}"] = alone(wanted), launched[:]
     interpreted.captured = False
     kronecker.served = rescaled.served
     for name in ("rank 32", "both"):

@@ -140,6 +140,11 @@ def test_dora_goes_the_way_of_its_low_rank_layer(way):
     assert choose.rescaled(Way.OPERATOR, False) is Way.PLAIN
 
 
+def test_the_way_of_an_embedding():
+    assert choose.embedding(True, 128) is Way.KERNELS
+    assert choose.embedding(True, 256) is choose.embedding(False, 16) is Way.PLAIN
+
+
 def test_the_way_of_the_norms():
     assert choose.norms(True, 128, False) is Way.KERNELS
     assert choose.norms(True, 256, False) is Way.PLAIN

@@ -86,13 +86,14 @@ class Drop(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """By what outputs are multiplied, if `ON`: ``m / norm`` of each column, and where the product
-    itself goes, laid out as y."""
+    """By what outputs are multiplied, if `ON`: ``m / norm`` of each column; and where the product
+    itself goes, laid out as y, if it `KEEPS` that."""
 
     z: Any
     m: Any
     norm: Any
     ON: Any
+    KEEPS: Any
 
 
 class Meta(NamedTuple):
@@ -473,7 +474,7 @@ def _tile(
                 drop=drop,
                 R=meta.R,
             )
-        if rescale.ON:
+        if rescale.KEEPS:
             _store(
                 y=Matrix(rescale.z, y.stride_batch, y.stride_row, y.stride_col),
                 acc=acc,
@@ -482,6 +483,7 @@ def _tile(
                 sizes=sizes,
                 meta=meta,
             )
+        if rescale.ON:
             times, _ = _factor(rescale.m, rescale.norm, offs_n, sizes.N)
             acc *= times[None, :]
         # behind DoRA's factor, which is of the weight and not of the bias
@@ -913,9 +915,12 @@ def product(
     x,
     w,
     y,
+    z,
     q,
     p,
     bias,
+    m,
+    norm,
     M,
     N,
     K,
@@ -933,6 +938,8 @@ def product(
     THRESHOLDS: tl.constexpr,
     EARLY: tl.constexpr,
     BIAS: tl.constexpr,
+    RESCALES: tl.constexpr,
+    KEEPS: tl.constexpr,
     TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr,
     EVEN_P: tl.constexpr,
@@ -943,7 +950,9 @@ def product(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """``y = x @ w + mask ∘ (p @ q) + bias``; q is the start of `kept` where there is a mask."""
+    """``y = x @ w + mask ∘ (p @ q) + bias``; q is the start of `kept` where there is a mask. Where
+    it `RESCALES`, ``y = z · m/norm + bias`` of what is not rounded yet, ``z = x @ w + p @ q``,
+    which it `KEEPS` or not."""
     columns, rows = _numbers(kept=q, M=M, N=N, K=K, fan_in=N, R=R)
     left = Matrix(x, stride_xb, stride_xm, stride_xk)
     _tile(
@@ -955,8 +964,7 @@ def product(
         q=q,
         p=p,
         bias=bias,
-        # what is off still needs a pointer: any that there is
-        rescale=Rescale(q, q, q, False),
+        rescale=Rescale(z, m, norm, RESCALES, KEEPS),
         signals=Signals(p, 0, 0),
         pid=tl.program_id(0),
         stride_wk=stride_wk,
@@ -995,12 +1003,15 @@ def forward(
     x,
     w,
     y,
+    z,
     x_ptr,
     a,
     b,
     scale,
     kept,
     bias,
+    m,
+    norm,
     seed,
     tickets,
     strength,
@@ -1026,6 +1037,8 @@ def forward(
     threshold,
     DROP: tl.constexpr,
     BIAS: tl.constexpr,
+    RESCALES: tl.constexpr,
+    KEEPS: tl.constexpr,
     TMA: tl.constexpr,
     ROWS_OUT: tl.constexpr,
     EVEN_P: tl.constexpr,
@@ -1037,7 +1050,8 @@ def forward(
     GROUP_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``y = x @ w + u @ q + bias`` and all of `kept`; `x_ptr` is x again, always as a pointer."""
+    """``y = x @ w + u @ q + bias`` and all of `kept`; `x_ptr` is x again, always as a pointer.
+    `RESCALES`, `KEEPS`: as of `product`."""
     pid = _drawn(tickets)
     _, _, signals = _counts(kept=kept, M=M, N=N, K=K, fan_in=K, R=R, DROP=DROP)
     columns, rows = _numbers(kept=kept, M=M, N=N, K=K, fan_in=K, R=R)
@@ -1074,7 +1088,7 @@ def forward(
             q=kept + R * K,
             p=_after(kept, K + N, R),
             bias=bias,
-            rescale=Rescale(kept, kept, kept, False),
+            rescale=Rescale(z, m, norm, RESCALES, KEEPS),
             signals=Signals(signals, number, packs),
             pid=pid - packs,
             stride_wk=stride_wk,
@@ -1183,7 +1197,8 @@ def backward(
             q=kept,
             p=scratch,
             bias=kept,
-            rescale=Rescale(kept, kept, kept, False),
+            # what is off still needs a pointer: any that there is
+            rescale=Rescale(kept, kept, kept, False, False),
             signals=Signals(signals, number, 0),
             pid=pid,
             stride_wk=stride_wk,

@@ -32,6 +32,7 @@ from paramlora.cuda.operands import (
     SPAN,
     Drop,
     Operands,
+    Rescale,
     fits,
     has_kernel,
     kept_size,
@@ -44,6 +45,24 @@ from paramlora.cuda.operands import (
 _Maybe = Optional[Tensor]
 # a signal's number: no other launch has it, nor by chance what the memory held before
 NUMBERS = itertools.count(2**62 + secrets.randbits(61))
+
+
+class _Rescales(NamedTuple):
+    """Whether a product rescales what it sums, and whether it keeps what that was before."""
+
+    on: bool
+    keeps: bool
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        return {"RESCALES": self.on, "KEEPS": self.keeps}
+
+    def layouts(self, tiles: Tiles) -> tuple[Any, ...]:
+        """Those of the product, whose z lies as its y does."""
+        return (*tiles.layouts, *tiles.layouts[2:]) if self.keeps else tiles.layouts
+
+
+_PLAIN = _Rescales(False, False)
 
 
 def _masks(drop: Optional[Drop]) -> tuple[int, int, tuple[int, ...]]:
@@ -89,7 +108,9 @@ def _projection(
     )
 
 
-def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Launch:
+def _product(
+    device: int, tiles: Tiles, bias: bool, drop: Optional[Drop], rescales: _Rescales = _PLAIN
+) -> Launch:
     """``left @ w + mask ∘ (p @ q) + bias``, of a p that `_projection` computed."""
     least, masks, each = _masks(drop)
     return Launch(
@@ -102,12 +123,13 @@ def _product(device: int, tiles: Tiles, bias: bool, drop: Optional[Drop]) -> Lau
             THRESHOLDS=each,
             EARLY=tiles.early,
             BIAS=bias,
+            **rescales.constants,
             **tiles.constants,
         ),
         stages=tiles.tiling.stages,
         warps=tiles.tiling.warps,
         early=tiles.early,
-        layouts=tiles.layouts,
+        layouts=rescales.layouts(tiles),
     )
 
 
@@ -145,7 +167,13 @@ class Forward:
     """The plan of a forward: one launch, or two or three of large products and in a CUDA graph."""
 
     def __init__(
-        self, of: Operands, rows: Rows, drop: Optional[Drop], captured: bool, misaligned: bool
+        self,
+        of: Operands,
+        rows: Rows,
+        drop: Optional[Drop],
+        rescales: _Rescales,
+        captured: bool,
+        misaligned: bool,
     ) -> None:
         x, weight, bias, a, b, _ = of
         (r, K), N, M, device = a.shape, len(weight), rows.M, x.get_device()
@@ -173,13 +201,19 @@ class Forward:
                 device,
                 first + tiles.grid,
                 numbers=dict(packs=first, **tiles.numbers("x", "y"), **factors, threshold=least),
-                constants=dict(DROP=masks, BIAS=bias is not None, **tiles.constants, BLOCK_D=width),
+                constants=dict(
+                    DROP=masks,
+                    BIAS=bias is not None,
+                    **rescales.constants,
+                    **tiles.constants,
+                    BLOCK_D=width,
+                ),
                 stages=tiles.tiling.stages,
                 warps=tiles.tiling.warps,
-                layouts=tiles.layouts,
+                layouts=rescales.layouts(tiles),
             )
             return
-        self.product = _product(device, tiles, bias is not None, None)
+        self.product = _product(device, tiles, bias is not None, None, rescales)
         self.pack = Launch(
             kernels.pack,
             device,
@@ -194,34 +228,42 @@ class Forward:
             self.project = _projection(device, rows, N, K, R, True, drop)
 
     def __call__(
-        self, of: Operands, strength: float, seed: _Maybe, addresses: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        (x, weight, bias, a, b, scale), (px, pw, pbias, pa, pb, ps) = of, addresses
+        self,
+        of: Operands,
+        strength: float,
+        seed: _Maybe,
+        addresses: tuple[int, ...],
+        rescale: Optional[Rescale] = None,
+    ) -> tuple[_Maybe, ...]:
+        (x, weight, bias, a, b, scale), (px, pw, pbias, pa, pb, ps, *_) = of, addresses
         y, kept = self.result.new(x), x.new_empty(self.size)
+        z = self.result.new(x) if rescale is not None and rescale.keeps else None
         pk = kept.data_ptr()
-        # the kernel wants some address of a bias and a seed, and reads neither where there is none
+        # the kernel wants some address of all that there may be, and reads none of what is not
         more, pmore = (kept, pk) if bias is None else (bias, pbias)
-        seed = kept if seed is None else seed
-        first, places = (x, weight, y), (px, pw, y.data_ptr())
+        seed, own = kept if seed is None else seed, kept if z is None else z
+        m, norm = (kept, kept) if rescale is None else rescale[:2]
+        first, places = (x, weight, y, own), (px, pw, y.data_ptr(), own.data_ptr())
+        last, behind = (more, m, norm), (pmore, m.data_ptr(), norm.data_ptr())
         if self.single is not None:
             drawn = tickets(kept)
             self.single(
-                (*first, x, a, b, scale, kept, more, seed, drawn),
+                (*first, x, a, b, scale, kept, *last, seed, drawn),
                 # x once more: the thin product reads it by its pointer, engine or not
-                (*places, px, pa, pb, ps, pk, pmore, seed.data_ptr(), drawn.data_ptr()),
+                (*places, px, pa, pb, ps, pk, *behind, seed.data_ptr(), drawn.data_ptr()),
                 (float(strength), next(NUMBERS)),
             )
-            return y, kept
-        pu, pq = self.thin(of, strength, seed, kept, addresses)
-        self.product((*first, kept, kept, more), (*places, pq, pu, pmore))
-        return y, kept
+        else:
+            pu, pq = self._thin(of, strength, seed, kept, addresses)
+            self.product((*first, kept, kept, *last), (*places, pq, pu, *behind))
+        return (y, kept) if rescale is None else (y, kept, z)
 
-    def thin(
+    def _thin(
         self, of: Operands, strength: float, seed: Tensor, kept: Tensor, addresses: tuple[int, ...]
     ) -> tuple[int, int]:
         """The factors cast and the thin product, in launches of their own: where that and B's part
         lie in `kept`."""
-        (x, _, _, a, b, scale), (px, _, _, pa, pb, ps) = of, addresses
+        (x, _, _, a, b, scale), (px, _, _, pa, pb, ps, *_) = of, addresses
         (M, N, K), R, pk, pseed = self.sizes, self.R, kept.data_ptr(), seed.data_ptr()
         pu = pk + self.row_bytes * (K + N)
         self.pack((a, b, scale, kept, seed), (pa, pb, ps, pk, pseed), (float(strength),))
@@ -252,8 +294,12 @@ class _Copy(NamedTuple):
 
 @on_its_device
 def forward(
-    of: Operands, strength: float = 1.0, image: bool = False, drop: Optional[Drop] = None
-) -> Optional[tuple[Tensor, Tensor]]:
+    of: Operands,
+    strength: float = 1.0,
+    image: bool = False,
+    drop: Optional[Drop] = None,
+    rescale: Optional[Rescale] = None,
+) -> Optional[tuple[_Maybe, ...]]:
     """``x (W + strength · scale · B A)ᵀ + bias`` with one rounding, and what `backward` takes.
 
     Args:
@@ -263,26 +309,32 @@ def forward(
         image: x's columns may lie apart, and the result lies in memory as x does.
         drop: the mask of the x that the factors get, of a rank up to `WIDEST`; what makes up for
             what is dropped is in the strength.
+        rescale: what DoRA multiplies the outputs by, ahead of the bias; without a mask.
 
     Returns:
-        ``[..., out]`` and `kept`, or None where the kernels do not serve these operands.
+        ``[..., out]`` and `kept`, and of what is rescaled the outputs from before that, or None in
+        their place; None where the kernels do not serve these operands.
     """
     # another plan while a CUDA graph is captured: a replay would find its own signals set
     captured = torch.cuda.is_current_stream_capturing()
-    plan, addresses = planned_forward(of, image, drop, captured)
+    plan, addresses = planned_forward(of, image, drop, captured, rescale)
     if plan is None:
         return None
     if type(plan) is _Copy:
         x = of.x.contiguous() if plan.left else of.x
         bias = of.bias.contiguous() if plan.right and of.bias is not None else of.bias
         of = of._replace(x=x, bias=bias)
-        return forward(of, strength, image, drop)  # type: ignore[no-any-return]
+        return forward(of, strength, image, drop, rescale)  # type: ignore[no-any-return]
     seed = None if drop is None else drop.seed
-    return plan(of, strength, seed, addresses)  # type: ignore[no-any-return]
+    return plan(of, strength, seed, addresses, rescale)  # type: ignore[no-any-return]
 
 
 def planned_forward(
-    of: Operands, image: bool, drop: Optional[Drop], captured: bool
+    of: Operands,
+    image: bool,
+    drop: Optional[Drop],
+    captured: bool,
+    rescale: Optional[Rescale] = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """The plan of a forward, None where the kernels do not serve it; and the addresses."""
 
@@ -298,16 +350,20 @@ def planned_forward(
             return _Copy(rows is None, spread)
         # of x and the weight, which the engine loads: the result is new, and so aligned
         misaligned = bool((addresses[0] | addresses[1]) & 15)
-        return Forward(of, rows, drop, captured, misaligned)
+        return Forward(of, rows, drop, rescales, captured, misaligned)
 
-    rest = (of.bias is None, image, _masks(drop), captured)
-    return planned(_FORWARDS, of.tensors, rest, plan_of)
+    rescales = _PLAIN if rescale is None else _Rescales(True, rescale.keeps)
+    tensors = of.tensors if rescale is None else (*of.tensors, *rescale[:2])
+    rest = (of.bias is None, image, _masks(drop), rescales, captured)
+    return planned(_FORWARDS, tensors, rest, plan_of)
 
 
-def _of_no_rows(masks: int, of: Operands, *_: Any) -> tuple[Tensor, Tensor]:
+def _of_no_rows(
+    masks: int, of: Operands, _: float, __: _Maybe, ___: Any, rescale: Optional[Rescale]
+) -> tuple[Tensor, ...]:
     (N, K), x = of.weight.shape, of.x
-    size = kept_size(0, N, K, len(of.a), masks)
-    return x.new_empty((*x.shape[:-1], N)), x.new_empty(size)
+    y, kept = x.new_empty((*x.shape[:-1], N)), x.new_empty(kept_size(0, N, K, len(of.a), masks))
+    return (y, kept) if rescale is None else (y, kept, torch.empty_like(y))
 
 
 class Backward:
@@ -328,7 +384,7 @@ class Backward:
         (K, N), M, device, R = weight.shape, rows[0].M, x.get_device(), padded(r)
         self.sizes, self.r, self.R, self.row_bytes = (M, N, K), r, R, x.element_size() * R
         (self.input_too, self.factors_too), self.scaled = wanted, scaled
-        on, w, (least, masks, every) = card(device), weight.stride(), _masks(drop)
+        on, w, (_, masks, _) = card(device), weight.stride(), _masks(drop)
         how = launches(self.sizes, R, captured, on.hopper, wanted, masks)
         self.together = how is Launches.TOGETHER
         # the grid has no work but the input's gradient, if that
@@ -346,7 +402,15 @@ class Backward:
         self.size = M * R
         if self.separate:
             self.launch = _product(device, tiles, False, drop)
-            return
+        else:
+            self.launch = self._with_factors(device, rows, period, drop)
+
+    def _with_factors(
+        self, device: int, rows: tuple[Rows, Rows], period: int, drop: Optional[Drop]
+    ) -> Launch:
+        """The launch whose grid has the factors' gradients beside the input's."""
+        (M, N, K), R, tiles, on = self.sizes, self.R, self.tiles, card(device)
+        least, masks, every = _masks(drop)
         deep, stages, warps = gradients(tiles.tiling, R, masks)
         # of A's gradient, then of B's
         blocks = -(-N // DEEP) + -(-K // DEEP)
@@ -358,7 +422,7 @@ class Backward:
         strips = -(-M // SPAN)
         # in elements of 16 bits: a signal of 64 for each strip, and the groups' sums of 32
         self.size += 4 * (strips + strips % 2) + (2 * groups * (N + K) * R if groups > 1 else 0)
-        self.launch = Launch(
+        return Launch(
             kernels.backward,
             device,
             tiles.grid + blocks * groups,
@@ -366,7 +430,7 @@ class Backward:
                 tiles=tiles.grid,
                 **tiles.numbers("dy", "dx"),
                 **along("stride_x", "bmk", rows[1].places(period)),
-                r=r,
+                r=self.r,
                 groups=groups,
                 rows_per_group=each * deep,
                 threshold=least,
@@ -376,7 +440,7 @@ class Backward:
                 THRESHOLDS=every,
                 LOCAL=self.together,
                 EARLY=tiles.early,
-                SCALED=scaled,
+                SCALED=self.scaled,
                 **tiles.constants,
                 BLOCK_ROWS=deep,
             ),
@@ -439,7 +503,7 @@ class Backward:
         if self.project is None:
             _multiply(dy, _part(kept, R * N, R, K), v)
         if dx is not None:
-            pointers = (dy, of.weight, dx, kept, scratch, kept)
+            pointers = (dy, of.weight, dx, kept, kept, scratch, kept, kept, kept)
             self.launch(pointers, tuple(map(Tensor.data_ptr, pointers)))
         if not self.factors_too:
             return dx, None, None

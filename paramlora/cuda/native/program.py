@@ -29,12 +29,16 @@ class Slot(IntEnum):
     SCALE = 5
     DY = 6
     KEPT = 7
-    STRENGTH = 24
-    NUMBER = 25
-    TICKETS = 26
-    BLOCK = 27
-    BLOCK_1 = 28
-    BLOCK_2 = 29
+    MAGNITUDE = 8
+    NORM = 9
+    Z = 10
+    STRENGTH = 32
+    NUMBER = 33
+    TICKETS = 34
+    BLOCK = 35
+    BLOCK_1 = 36
+    BLOCK_2 = 37
+    BLOCK_3 = 38
 
 
 class Kind(IntEnum):
@@ -91,7 +95,7 @@ class Program:
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
-        self._made = Slot.KEPT + 1
+        self._made = Slot.Z + 1
 
     def _add(self, kind: Kind, *rest: Any, **more: Any) -> int:
         if self._made == Slot.STRENGTH:

@@ -21,6 +21,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 using at::Tensor;
@@ -31,10 +32,10 @@ namespace {
 
 // Where a step's tensors are, as `native.steps.Slot` numbers them: its operands, then what its
 // program makes. Behind them stands what else changes from launch to launch.
-constexpr int TENSORS = 24;
+constexpr int TENSORS = 32;
 enum Slot {
-  X, WEIGHT, BIAS, A, B, SCALE, DY, KEPT,
-  STRENGTH = TENSORS, NUMBER, TICKETS, BLOCK, BLOCK_1, BLOCK_2,
+  X, WEIGHT, BIAS, A, B, SCALE, DY, KEPT, MAGNITUDE, NORM, Z,
+  STRENGTH = TENSORS, NUMBER, TICKETS, BLOCK, BLOCK_1, BLOCK_2, BLOCK_3,
   SLOTS,
 };
 
@@ -283,7 +284,7 @@ std::vector<Tensor> computed(const Plan& plan, Frame& frame, double strength, CU
 
 struct Step {
   const Plan& plan;
-  const Tensor &x, &weight, &bias, &a, &b, &scale;
+  const Tensor &x, &weight, &bias, &a, &b, &scale, &magnitude;
   double strength;
   const std::vector<int64_t>& window;
 };
@@ -294,6 +295,7 @@ std::vector<Tensor> computed(const Step& of) {
   frame.put(X, of.x), frame.put(WEIGHT, of.weight), frame.put(A, of.a), frame.put(B, of.b);
   frame.put(SCALE, of.scale);
   if (of.bias.defined()) frame.put(BIAS, of.bias);
+  if (of.magnitude.defined()) frame.put(MAGNITUDE, of.magnitude);
   auto stream = stream_of(of.plan, frame, of.x);
   py::gil_scoped_release released;
   return computed(of.plan, frame, of.strength, stream);
@@ -301,12 +303,16 @@ std::vector<Tensor> computed(const Step& of) {
 
 struct Layer : torch::autograd::Function<Layer> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& b, const Step& step) {
+      AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& b,
+      const std::optional<Tensor>& magnitude, const Step& step) {
     auto results = computed(step);
-    ctx->save_for_backward({x, step.weight, a, b, step.scale, results[1]});
+    variable_list saved{x, step.weight, a, b, step.scale, results[1]};
+    if (magnitude) saved.insert(saved.end(), {*magnitude, results[2], results[3]});
+    ctx->save_for_backward(saved);
     ctx->saved_data["strength"] = step.strength;
     ctx->saved_data["window"] = step.window;
     int64_t needs = x.requires_grad() | a.requires_grad() << 1 | b.requires_grad() << 2;
+    if (magnitude) needs |= magnitude->requires_grad() << 3;
     ctx->saved_data["needs"] = needs;
     return results[0];
   }
@@ -324,14 +330,16 @@ struct Layer : torch::autograd::Function<Layer> {
       const Tensor& dy, const variable_list& saved, double strength, int64_t needs,
       const std::vector<int64_t>& window) {
     py::gil_scoped_acquire held;
-    py::tuple given(7 + 3);
+    py::tuple given(saved.size() + 4);
     given[0] = wrapped(dy);
     for (size_t i = 0; i < 6; ++i) given[i + 1] = wrapped(saved[i]);
     given[7] = strength;
-    given[8] = py::make_tuple(bool(needs & 1), bool(needs & 2), bool(needs & 4));
+    given[8] = py::make_tuple(bool(needs & 1), bool(needs & 2), bool(needs & 4), bool(needs & 8));
     given[9] = py::tuple(py::cast(window));
+    for (size_t i = 6; i < saved.size(); ++i) given[i + 4] = wrapped(saved[i]);
     auto grads = must(PyObject_CallObject(state->backward.ptr(), given.ptr())).cast<py::tuple>();
-    return {unwrapped(grads[0]), unwrapped(grads[1]), unwrapped(grads[2]), Tensor()};
+    auto of_magnitude = grads.size() > 3 ? unwrapped(grads[3]) : Tensor();
+    return {unwrapped(grads[0]), unwrapped(grads[1]), unwrapped(grads[2]), of_magnitude, Tensor()};
   }
 
   // The gradients, or nothing where Python must find them.
@@ -340,6 +348,7 @@ struct Layer : torch::autograd::Function<Layer> {
       const std::vector<int64_t>& window) {
     const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3];
     const Tensor &scale = saved[4], &kept = saved[5];
+    const bool rescaled = saved.size() > 6;
     // grad mode: a backward of the backward, which Python's functions have and launches have not
     if (at::GradMode::is_enabled() || !(needs & 1) || !(needs & 6) || is_followed()) return {};
     if (!dy.defined() || !is_plain(dy) || dy.device() != x.device()) return {};
@@ -347,7 +356,9 @@ struct Layer : torch::autograd::Function<Layer> {
       if (!is_plain(t) || t.device() != x.device()) return {};
     // a hook on saved tensors may have laid it anywhere
     if (address_of(kept) & 15) return {};
-    Key key = key_of({&dy, &x, &weight, &a, &b, &scale, &kept});
+    c10::SmallVector<const Tensor*, 10> tensors{&dy};
+    for (const Tensor& t : saved) tensors.push_back(&t);
+    Key key = key_of(tensors);
     key.append(window.begin(), window.end());
     auto plan = state->backwards.find(key);
     Frame frame;
@@ -356,19 +367,23 @@ struct Layer : torch::autograd::Function<Layer> {
       py::gil_scoped_acquire held;
       if (!is_launched(x)) return {};
       if (!plan) {
-        auto told = state->plan_backward(wrapped(dy), wrapped(x), wrapped(weight), wrapped(a),
-                                         wrapped(b), wrapped(scale), wrapped(kept),
-                                         py::tuple(py::cast(window)));
-        plan = planned(state->backwards, key, told);
+        py::tuple given(saved.size() + 2);
+        for (size_t i = 0; i < 7; ++i) given[i] = wrapped(*tensors[i]);
+        given[7] = py::tuple(py::cast(window));
+        for (size_t i = 7; i < tensors.size(); ++i) given[i + 1] = wrapped(*tensors[i]);
+        plan = planned(state->backwards, key,
+                       must(PyObject_CallObject(state->plan_backward.ptr(), given.ptr())));
       }
       if (!plan || !plan->served) return {};
       stream = stream_of(*plan, frame, x);
     }
     frame.put(X, x), frame.put(WEIGHT, weight), frame.put(A, a), frame.put(B, b);
     frame.put(SCALE, scale), frame.put(DY, dy), frame.put(KEPT, kept);
+    if (rescaled) frame.put(MAGNITUDE, saved[6]), frame.put(NORM, saved[7]), frame.put(Z, saved[8]);
     auto results = computed(*plan, frame, strength, stream);
+    auto of_magnitude = rescaled ? results[3].view(saved[6].sizes()) : Tensor();
     // the last is of the Step, which has none
-    return {results[0], results[1], results[2], Tensor()};
+    return {results[0], results[1], results[2], of_magnitude, Tensor()};
   }
 };
 
@@ -384,14 +399,15 @@ bool flattened(PyObject* window, std::vector<int64_t>& numbers) {
   return true;
 }
 
-// `functional.in_cpp`: x, weight, bias, A, B, scale, strength, window.
+// `functional.in_cpp`: x, weight, bias, A, B, scale, strength, window, magnitude.
 PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 8, "a layer takes 8 arguments, got ", count);
+  TORCH_CHECK(count == 9, "a layer takes 9 arguments, got ", count);
   if (state == nullptr || is_followed()) Py_RETURN_NONE;
-  const bool biased = given[2] != Py_None;
+  const bool biased = given[2] != Py_None, rescaled = given[8] != Py_None;
   for (int i = 0; i < 6; ++i)
     if (!THPVariable_CheckExact(given[i]) && (i != 2 || biased)) Py_RETURN_NONE;
+  if (rescaled && !THPVariable_CheckExact(given[8])) Py_RETURN_NONE;
   if (!PyFloat_CheckExact(given[6]) && !PyLong_CheckExact(given[6])) Py_RETURN_NONE;
   // a tensor or a symbolic number has gone to Python
   const double strength = PyFloat_AsDouble(given[6]);
@@ -399,37 +415,48 @@ PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Tensor bias = biased ? THPVariable_Unpack(given[2]) : Tensor();
   const Tensor &a = THPVariable_Unpack(given[3]), &b = THPVariable_Unpack(given[4]);
   const Tensor& scale = THPVariable_Unpack(given[5]);
+  const Tensor magnitude = rescaled ? THPVariable_Unpack(given[8]) : Tensor();
   if (x.scalar_type() != at::kBFloat16 || x.device().type() != state->kind) Py_RETURN_NONE;
   if (at::autocast::is_autocast_enabled(state->kind)) {  // which then has nothing to cast
     const auto type = at::autocast::get_autocast_dtype(state->kind);
     if (type != at::kBFloat16 || weight.scalar_type() != type) Py_RETURN_NONE;
     if (biased && bias.scalar_type() != type) Py_RETURN_NONE;
   }
-  c10::SmallVector<const Tensor*, 6> tensors{&x, &weight, &a, &b, &scale};
+  c10::SmallVector<const Tensor*, 7> tensors{&x, &weight, &a, &b, &scale};
   if (biased) tensors.push_back(&bias);
+  if (rescaled) tensors.push_back(&magnitude);
   for (const Tensor* t : tensors)
     if (!is_plain(*t) || t->device() != x.device()) Py_RETURN_NONE;
   const bool factors = a.requires_grad() || b.requires_grad();
-  const bool graph = at::GradMode::is_enabled() && (x.requires_grad() || factors);
+  const bool trained = rescaled && magnitude.requires_grad();
+  const bool graph = at::GradMode::is_enabled() && (x.requires_grad() || factors || trained);
   if (at::GradMode::is_enabled()) {
     // gradients that this backward does not find
     if (weight.requires_grad() || scale.requires_grad() || (biased && bias.requires_grad()))
       Py_RETURN_NONE;
     if (graph && !factors) Py_RETURN_NONE;  // which would keep the input for nothing
+    if (graph && rescaled && !trained) Py_RETURN_NONE;  // likewise the output
   }
   std::vector<int64_t> window;
   if (given[7] != Py_None && !flattened(given[7], window)) Py_RETURN_NONE;
   if (!is_launched(x)) Py_RETURN_NONE;
   Key key = key_of(tensors);
   key.append(window.begin(), window.end());
+  // a bias may be described as a magnitude is; and without a graph no output is kept
+  if (rescaled) key.push_back(biased), key.push_back(graph);
   auto plan = state->forwards.find(key);
   if (!plan) {
-    auto told = must(PyObject_Vectorcall(state->plan_forward.ptr(), given, 8, nullptr));
+    std::array<PyObject*, 10> all;
+    std::copy(given, given + 9, all.begin());
+    all[9] = graph ? Py_True : Py_False;
+    auto told = must(PyObject_Vectorcall(state->plan_forward.ptr(), all.data(), 10, nullptr));
     plan = planned(state->forwards, key, told);
   }
   if (!plan || !plan->served) Py_RETURN_NONE;
-  Step step{*plan, x, weight, bias, a, b, scale, strength, window};
-  return THPVariable_Wrap(graph ? Layer::apply(x, a, b, step) : computed(step)[0]);
+  Step step{*plan, x, weight, bias, a, b, scale, magnitude, strength, window};
+  if (!graph) return THPVariable_Wrap(computed(step)[0]);
+  auto own = rescaled ? std::optional(magnitude) : std::nullopt;
+  return THPVariable_Wrap(Layer::apply(x, a, b, own, step));
   END_HANDLE_TH_ERRORS
 }
 

@@ -16,7 +16,8 @@ from paramlora.cuda.launch import tickets
 from paramlora.cuda.linear import plan as linear
 from paramlora.cuda.native import library
 from paramlora.cuda.native.program import Program, Slot, Untold
-from paramlora.cuda.operands import Operands, served, switched_on
+from paramlora.cuda.operands import Operands, Rescale, served, switched_on
+from paramlora.cuda.rescaled import plan as rescaled
 from paramlora.update.compat import cuda_device, cuda_stream
 
 _Sizes = tuple[int, ...]
@@ -31,7 +32,7 @@ def start(backward: Any, way: Way) -> Any:
 
     Args:
         backward: finds the gradients that the library does not, see `functional`.
-        way: the name of the way of a convolution, of its operands and its window.
+        way: the name of the way of a layer, of its operands, its window and its magnitude.
     """
     module = library.loaded()
     if module is None:
@@ -46,9 +47,12 @@ def start(backward: Any, way: Way) -> Any:
         scale: Tensor,
         _: float,
         window: Any,
+        magnitude: Optional[Tensor],
+        keeps: bool,
     ) -> Told:
         of = Operands(x, weight, bias, a, b, scale)
-        return _told(of, window, way, _FORWARDS, ())
+        more = () if magnitude is None else (magnitude, keeps)
+        return _told(of, way(of, window, magnitude), window, _FORWARDS, more)
 
     def of_gradients(
         dy: Tensor,
@@ -59,9 +63,11 @@ def start(backward: Any, way: Way) -> Any:
         scale: Tensor,
         kept: Tensor,
         numbers: _Sizes,
+        *rescaled: Tensor,
     ) -> Told:
-        of = Operands(x, weight, None, a, b, scale)
-        return _told(of, window_of(numbers), way, _BACKWARDS, (dy, kept))
+        of, window = Operands(x, weight, None, a, b, scale), window_of(numbers)
+        name = way(of, window, rescaled[0] if rescaled else None)
+        return _told(of, name, window, _BACKWARDS, (dy, kept, *rescaled))
 
     module.configure(
         # handed over once, so that the C++ imports nothing and knows no name of ours
@@ -85,11 +91,10 @@ def window_of(numbers: _Sizes) -> Any:
     return (*(numbers[i * axes :][:axes] for i in range(3)), numbers[-1]) if numbers else None
 
 
-def _told(of: Operands, window: Any, way: Way, programs: Any, more: tuple[Tensor, ...]) -> Told:
+def _told(of: Operands, name: str, window: Any, programs: Any, more: tuple[Any, ...]) -> Told:
     if not served(of.x):
         return None
-    found = programs.get("LINEAR" if window is None else way(of, window))
-    program = Program()
+    found, program = programs.get(name), Program()
     try:
         results = None if found is None else found(program, of, window, *more)
     except Untold as reason:
@@ -107,15 +112,79 @@ def _linear_forward(
         return None
     y = to.reserve(*_laid(found.result, sizes), of.x.dtype)
     kept = to.reserve((found.size,), (1,), of.x.dtype)
-    more = kept if of.bias is None else Slot.BIAS
-    places = (Slot.X, Slot.A, Slot.B, Slot.SCALE, kept, more, kept, Slot.TICKETS)
-    numbers = (Slot.STRENGTH, Slot.NUMBER)
-    to.launch(found.single, (Slot.X, Slot.WEIGHT, y, *places), numbers)
+    _launch_forward(to, of, found.single, y, kept, (kept, kept, kept))
     return y, kept
 
 
+def _launch_forward(
+    to: Program, of: Operands, one: Any, y: int, kept: int, more: tuple[int, int, int]
+) -> None:
+    """`more`: the slots of a magnitude, its norm and the output from before they rescale it."""
+    (m, norm, z), bias = more, kept if of.bias is None else Slot.BIAS
+    factors = (Slot.X, Slot.A, Slot.B, Slot.SCALE, kept, bias, m, norm, kept, Slot.TICKETS)
+    to.launch(one, (Slot.X, Slot.WEIGHT, y, z, *factors), (Slot.STRENGTH, Slot.NUMBER))
+
+
+def _rescaled_forward(
+    to: Program, of: Operands, _: Any, magnitude: Tensor, keeps: bool
+) -> Optional[_Sizes]:
+    (x, weight, bias, a, b, scale), out = of, len(of.weight)
+    # stands in for the one that is reserved
+    norm = weight.new_empty(out, dtype=torch.float32)
+    lengths, _ = rescaled.planned_lengths(weight, a, b, scale, norm)
+    by = Rescale(magnitude, norm, keeps)
+    found, _ = linear.planned_forward(of, False, None, False, by)
+    if type(found) is not linear.Forward or found.single is None:
+        return None
+    norm_at = to.reserve((out,), (1,), torch.float32)
+    to.launch(lengths, (Slot.WEIGHT, Slot.A, Slot.B, Slot.SCALE, norm_at))
+    shape, stride, _ = found.result
+    y, kept = to.reserve(shape, stride, x.dtype), to.reserve((found.size,), (1,), x.dtype)
+    if rescaled.rescales_inside(found):
+        z_at = to.reserve(shape, stride, x.dtype) if keeps else kept
+        _launch_forward(to, of, found.single, y, kept, (Slot.MAGNITUDE, norm_at, z_at))
+        return y, kept, norm_at, z_at
+    bare = of._replace(bias=None)
+    found, _ = linear.planned_forward(bare, False, None, False)
+    z_at, more = to.reserve(shape, stride, x.dtype), norm_at if bias is None else Slot.BIAS
+    _launch_forward(to, bare, found.single, z_at, kept, (kept, kept, kept))
+    rows = x.new_empty((found.sizes[0], out))  # stands in for z
+    launch_of_y, _ = rescaled.planned_rescale(rows, magnitude, norm, bias)
+    to.launch(launch_of_y, (z_at, Slot.MAGNITUDE, norm_at, more, y))
+    return y, kept, norm_at, z_at
+
+
+def _rescaled_backward(
+    to: Program,
+    of: Operands,
+    _: Any,
+    dy: Tensor,
+    kept: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    z: Tensor,
+) -> Optional[_Sizes]:
+    if not (dy.is_contiguous() and z.is_contiguous()):
+        return None
+    wide, size = torch.float32, z.shape[-1]
+    found, _ = rescaled.planned_backward(dy.view(-1, size), z.view(-1, size), magnitude, norm)
+    dz = to.reserve(tuple(z.shape), z.stride(), z.dtype)
+    parts = to.reserve((found.groups, len(of.weight)), (len(of.weight), 1), wide)
+    to.launch(found.launch, (Slot.DY, Slot.Z, Slot.MAGNITUDE, Slot.NORM, dz, parts))
+    dm = to.cast(to.sum(parts) if found.groups > 1 else parts, wide, magnitude.dtype)
+    # z lies as its gradient will
+    rest = _linear_backward(to, of, None, z, kept, dy_at=dz)
+    return rest and (*rest, dm)
+
+
 def _linear_backward(
-    to: Program, of: Operands, _: Any, dy: Tensor, __: Tensor, sizes: Optional[_Sizes] = None
+    to: Program,
+    of: Operands,
+    _: Any,
+    dy: Tensor,
+    __: Tensor,
+    sizes: Optional[_Sizes] = None,
+    dy_at: int = Slot.DY,
 ) -> Optional[_Sizes]:
     wide, image = torch.float32, sizes is not None
     found, _ = linear.planned_backward(dy, of, True, (True, True), image, None, False)
@@ -125,9 +194,9 @@ def _linear_backward(
     scratch = to.reserve((found.size,), (1,), of.x.dtype)
     (r, fan_in), out = of.a.shape, len(of.b)
     da, db = to.reserve((r, fan_in), (fan_in, 1), wide), to.reserve((out, r), (r, 1), wide)
-    places = (Slot.DY, Slot.KEPT, scratch, Slot.X, da, db, Slot.SCALE, Slot.TICKETS)
+    places = (dy_at, Slot.KEPT, scratch, Slot.X, da, db, Slot.SCALE, Slot.TICKETS)
     numbers = (Slot.STRENGTH, Slot.NUMBER)
-    to.launch(found.launch, (Slot.DY, Slot.WEIGHT, dx, *places), numbers)
+    to.launch(found.launch, (dy_at, Slot.WEIGHT, dx, *places), numbers)
     # in float32 so far, as the kernels sum
     return dx, to.cast(da, wide, of.a.dtype), to.cast(db, wide, of.b.dtype)
 
@@ -203,12 +272,14 @@ def _depthwise_backward(
 
 _FORWARDS = {
     "LINEAR": _linear_forward,
+    "RESCALED": _rescaled_forward,
     "POINTWISE": _pointwise_forward,
     "JOINED": _joined_forward,
     "DEPTHWISE": _depthwise_forward,
 }
 _BACKWARDS = {
     "LINEAR": _linear_backward,
+    "RESCALED": _rescaled_backward,
     "POINTWISE": _pointwise_backward,
     "JOINED": _joined_backward,
     "DEPTHWISE": _depthwise_backward,

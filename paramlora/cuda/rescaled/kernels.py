@@ -1,24 +1,14 @@
 """Triton kernels for DoRA beside a linear layer: what plain LoRA's kernels do not compute.
 
-`lengths` computes ``‖W + scale·BA‖`` of each output, `rescale` ``y = z · m/‖·‖ + bias`` of the
-low-rank layer's output ``z``, `product` both where that layer takes launches of its own, and
-`rescale_backward` both gradients of it in one pass. Sizes:
+`lengths` computes ``‖W + scale·BA‖`` of each output, `rescale` ``y = z · m/‖·‖ + bias`` of an
+output ``z`` that is there already, and `rescale_backward` both gradients of it in one pass. Sizes:
 ``M`` rows, ``N`` outputs, ``K`` inputs, ``r`` the rank, ``BLOCK_R`` a power of two that holds it.
 """
 
 import triton
 import triton.language as tl
 
-from paramlora.cuda.linear.kernels import (
-    Drop,
-    Matrix,
-    Meta,
-    Rescale,
-    Signals,
-    Sizes,
-    _factor,
-    _tile,
-)
+from paramlora.cuda.linear.kernels import _factor
 
 
 @triton.jit
@@ -51,91 +41,21 @@ def lengths(
     up *= tl.load(scale).to(tl.float32)
     # summed at the end: no step waits for another thread
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    inside = tl.arange(0, BLOCK_K)
+    of_w = w + offs_n[:, None].to(tl.int64) * stride_wn + inside[None, :].to(tl.int64) * stride_wk
+    ahead = tl.load(of_w, mask=rows[:, None] & (inside < K)[None, :], other=0.0)
     for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_k = k + inside
         where = a + offs_r[:, None].to(tl.int64) * stride_ar
         where += offs_k[None, :].to(tl.int64) * stride_ak
         down = tl.load(where, mask=ranks[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
-        where = w + offs_n[:, None].to(tl.int64) * stride_wn
-        where += offs_k[None, :].to(tl.int64) * stride_wk
-        tile = tl.load(where, mask=rows[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
+        # one step ahead: Triton loads early what a product multiplies, but not what it adds to
+        tile, of_w = ahead.to(tl.float32), of_w + tl.cast(BLOCK_K, tl.int64) * stride_wk
+        ahead = tl.load(of_w, mask=rows[:, None] & (offs_k + BLOCK_K < K)[None, :], other=0.0)
         # TF32 rounds the update alone, to a share of 5e-4 of it: W is what is added to
         tile = tl.dot(up, down, tile)
         total += tile * tile
     tl.store(norm + offs_n, tl.sqrt(tl.sum(total, 1)), mask=rows)
-
-
-@triton.jit
-def product(
-    x,
-    w,
-    y,
-    z,
-    q,
-    p,
-    bias,
-    m,
-    norm,
-    M,
-    N,
-    K,
-    P,
-    stride_xb,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_yb,
-    stride_ym,
-    stride_yn,
-    EARLY: tl.constexpr,
-    BIAS: tl.constexpr,
-    TMA: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    EVEN_P: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """``z = x @ w + p @ q`` and, of what is not rounded yet, ``y = z · m/‖·‖ + bias``."""
-    # without signals and without a mask, whose pointers are then any: q and p
-    left = Matrix(x, stride_xb, stride_xm, stride_xk)
-    _tile(
-        x=left,
-        w=w,
-        y=Matrix(y, stride_yb, stride_ym, stride_yn),
-        x_ptr=left,
-        f=q,
-        q=q,
-        p=p,
-        bias=bias,
-        rescale=Rescale(z, m, norm, True),
-        signals=Signals(p, 0, 0),
-        pid=tl.program_id(0),
-        stride_wk=stride_wk,
-        stride_wn=stride_wn,
-        sizes=Sizes(M, N, K, P),
-        drop_in=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
-        drop=Drop(seed=q, columns=q, rows=q, threshold=0, ON=0, thresholds=()),
-        meta=Meta(
-            TMA=TMA,
-            ROWS_OUT=ROWS_OUT,
-            EVEN_P=EVEN_P,
-            EVEN_K=EVEN_K,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            GROUP_M=GROUP_M,
-        ),
-        PACKS=False,
-        LOCAL=False,
-        EARLY=EARLY,
-        BIAS=BIAS,
-    )
 
 
 @triton.jit

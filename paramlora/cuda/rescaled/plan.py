@@ -1,6 +1,6 @@
 """DoRA's norms and rescaled outputs on CUDA, in the kernels; imported only there."""
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, float32
@@ -8,61 +8,41 @@ from torch import Tensor, float32
 from paramlora.cuda.device import card
 from paramlora.cuda.launch import Launch, along, on_its_device, planned
 from paramlora.cuda.linear import plan as linear
-from paramlora.cuda.operands import Operands, padded
+from paramlora.cuda.operands import Operands, Rescale, padded
 from paramlora.cuda.rescaled import kernels
 
 _PLANS: dict[Any, Any] = {}
 
 
 @on_its_device
-def forward(of: Operands, m: Tensor, norm: Tensor) -> Optional[tuple[Tensor, Tensor, Tensor]]:
-    """``y = z · m/‖·‖ + bias`` of ``z = x (W + scale · B A)ᵀ``, rounded once, and z.
+def forward(of: Operands, by: Rescale) -> Optional[tuple[Optional[Tensor], ...]]:
+    """``y = z · m/‖·‖ + bias`` of ``z = x (W + scale · B A)ᵀ``, rounded once.
 
     Args:
         of: as of `linear.plan.forward`, with a contiguous bias or none.
-        m: ``[out]``; norm: ``[out]`` in float32; contiguous.
+        by: what z is multiplied by.
 
     Returns:
-        y, z and what `linear.plan.backward` takes of its forward; or None where the kernels do not
-        serve these operands.
+        y, what `linear.plan.backward` takes of its forward, and z, or None where it is not kept; or
+        None where the kernels do not serve these operands.
     """
-    bare, captured = of._replace(bias=None), torch.cuda.is_current_stream_capturing()
-    found, addresses = linear.planned_forward(bare, False, None, captured)
-    # no launch of its own writes y where the product has one that can: z is in registers there
-    if type(found) is linear.Forward and found.single is None:
-        return _in_the_product(found, of, addresses, m, norm)
-    result = linear.forward(bare)
-    if result is None:
-        return None
-    z, kept = result
-    return rescale(z.view(-1, z.shape[-1]), m, norm, of.bias).view(z.shape), z, kept
+    captured = torch.cuda.is_current_stream_capturing()
+    if rescales_inside(linear.planned_forward(of, False, None, captured, by)[0]):
+        return linear.forward(of, rescale=by)  # type: ignore[no-any-return]
+    z, kept = linear.forward(of._replace(bias=None))  # served as the plan of both is
+    y = rescale(z.view(-1, z.shape[-1]), by.m, by.norm, of.bias).view(z.shape)
+    return y, kept, z if by.keeps else None
 
 
-def _in_the_product(
-    found: linear.Forward, of: Operands, addresses: tuple[int, ...], m: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` where the low-rank layer's product has a launch of its own: it stores z and y."""
-    (x, weight, bias, *_), tiles = of, found.tiles
-    y, z, kept = found.result.new(x), found.result.new(x), x.new_empty(found.size)
-    pu, pq = found.thin(of, 1.0, kept, kept, addresses)
-    tensors = (x, weight, y, z, kept, kept, kept if bias is None else bias, m, norm)
+def rescales_inside(found: Any) -> bool:
+    """Whether the low-rank layer's own launch is to rescale what it sums, of a plan of both, not a
+    launch behind it.
 
-    def made(_: Any) -> Launch:
-        return Launch(
-            kernels.product,
-            x.get_device(),
-            tiles.grid,
-            numbers=tiles.numbers("x", "y"),
-            constants=dict(EARLY=tiles.early, BIAS=bias is not None, **tiles.constants),
-            stages=tiles.tiling.stages,
-            warps=tiles.tiling.warps,
-            early=tiles.early,
-            layouts=(*tiles.layouts, *tiles.layouts[2:]),  # y and z alike
-        )
-
-    launch, places = planned(_PLANS, tensors, ("product", bias is None, *tiles.kind), made)
-    launch(tensors, (*places[:4], pq, pu, *places[6:]))  # the parts' addresses for those of `kept`
-    return y, z, kept
+    By pointers a tile that is stored twice has its places in registers meanwhile, which leaves half
+    as many programs to each processor: 32 microseconds for 24 in two launches (16384 × 320 to 320
+    on an H200), where by the tensor memory engine it is 109 for 122 (of 1280).
+    """
+    return type(found) is not linear.Forward or found.single is None or found.tiles.tiling.tma
 
 
 @on_its_device
@@ -75,12 +55,23 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         scale: ``[]``.
     """
     norm = weight.new_empty(len(weight), dtype=float32)
-    tensors = (weight, a, b, scale, norm)
+    launch, addresses = planned_lengths(weight, a, b, scale, norm)
+    launch((weight, a, b, scale, norm), addresses)
+    return norm
+
+
+def planned_lengths(
+    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, norm: Tensor
+) -> tuple[Launch, tuple[int, ...]]:
+    """The launch of `lengths`, which writes into `norm`, and all addresses."""
 
     def made(_: Any) -> Launch:
         (N, K), RB = weight.shape, padded(len(a))
+        on = card(weight.get_device())
+        # of few rows each program takes fewer, so that more of them run
+        BN = 16 if -(-N // 16) <= on.processors else 32
         # a tile of W is what is read: the more ranks share its memory, the fewer columns
-        BN, BK = 32, {16: 256, 32: 128}.get(RB, 64)
+        BK = {16: 256, 32: 128}.get(RB, 128 if on.hopper else 64)
         return Launch(
             kernels.lengths,
             weight.get_device(),
@@ -94,13 +85,11 @@ def lengths(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                 **along("stride_b", "nr", b.stride()),
             ),
             constants=dict(BLOCK_R=RB, BLOCK_N=BN, BLOCK_K=BK),
-            stages=3 if RB <= 64 else 2,  # fits the shared memory of every device
+            stages=3 if RB <= 64 or on.hopper else 2,  # fits the shared memory of every device
             warps=8,
         )
 
-    launch, addresses = planned(_PLANS, tensors, ("lengths",), made)
-    launch(tensors, addresses)
-    return norm
+    return planned(_PLANS, (weight, a, b, scale, norm), ("lengths",), made)
 
 
 @on_its_device
@@ -111,8 +100,16 @@ def rescale(z: Tensor, m: Tensor, norm: Tensor, bias: Optional[Tensor]) -> Tenso
         z: ``[rows, out]``, contiguous, of 16 bits.
         m: ``[out]``; norm: ``[out]`` in float32; bias: ``[out]``; contiguous.
     """
-    y = z.new_empty(z.shape)
-    tensors = (z, m, norm, norm if bias is None else bias, y)
+    y, more = z.new_empty(z.shape), norm if bias is None else bias
+    launch, addresses = planned_rescale(z, m, norm, bias)
+    launch((z, m, norm, more, y), (*addresses, y.data_ptr()))
+    return y
+
+
+def planned_rescale(
+    z: Tensor, m: Tensor, norm: Tensor, bias: Optional[Tensor]
+) -> tuple[Launch, tuple[int, ...]]:
+    """The launch of `rescale`, and all addresses but the result's."""
 
     def made(_: Any) -> Launch:
         (M, N), BM, BN = z.shape, 16, 256
@@ -126,9 +123,9 @@ def rescale(z: Tensor, m: Tensor, norm: Tensor, bias: Optional[Tensor]) -> Tenso
             warps=8,
         )
 
-    launch, addresses = planned(_PLANS, tensors, ("rescale", bias is not None), made)
-    launch(tensors, addresses)
-    return y
+    # without a bias the kernel still wants some address, and reads nothing there
+    tensors = (z, m, norm, norm if bias is None else bias)
+    return planned(_PLANS, tensors, ("rescale", bias is not None), made)
 
 
 @on_its_device
@@ -139,16 +136,32 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
         dy: ``[rows, out]``; the others as of `rescale`.
     """
     dy = dy if dy.stride(1) == 1 else dy.contiguous()  # as of a sum, whose gradient is expanded
-    (M, N), BM, BN = z.shape, 32, 128
-    # whole blocks of rows for each program, and some programs for each processor
-    groups = max(1, min(-(-M // BM), -(-4 * card(z.get_device()).processors // -(-N // BN))))
-    each = -(-M // (groups * BM)) * BM
-    groups = -(-M // each)
-    dz, part = z.new_empty(z.shape), z.new_empty((groups, N), dtype=float32)
-    tensors = (dy, z, m, norm, dz, part)
+    found, addresses = planned_backward(dy, z, m, norm)
+    dz, parts = z.new_empty(z.shape), z.new_empty((found.groups, len(m)), dtype=float32)
+    places = (*addresses, dz.data_ptr(), parts.data_ptr())
+    found.launch((dy, z, m, norm, dz, parts), places)
+    return dz, parts[0] if found.groups == 1 else parts.sum(0)
 
-    def made(_: Any) -> Launch:
-        return Launch(
+
+class _Backward(NamedTuple):
+    """The plan of `rescale_backward`, whose programs sum groups of rows apart."""
+
+    launch: Launch
+    groups: int
+
+
+def planned_backward(
+    dy: Tensor, z: Tensor, m: Tensor, norm: Tensor
+) -> tuple[_Backward, tuple[int, ...]]:
+    """The plan of `rescale_backward` of a dy with contiguous rows, and the addresses."""
+
+    def made(_: Any) -> _Backward:
+        (M, N), BM, BN = z.shape, 32, 128
+        # whole blocks of rows for each program, and some programs for each processor
+        groups = max(1, min(-(-M // BM), -(-4 * card(z.get_device()).processors // -(-N // BN))))
+        each = -(-M // (groups * BM)) * BM
+        groups = -(-M // each)
+        launch = Launch(
             kernels.rescale_backward,
             z.get_device(),
             groups * -(-N // BN),
@@ -157,7 +170,6 @@ def rescale_backward(dy: Tensor, z: Tensor, m: Tensor, norm: Tensor) -> tuple[Te
             stages=2,
             warps=4,
         )
+        return _Backward(launch, groups)
 
-    launch, addresses = planned(_PLANS, tensors, ("backward",), made)
-    launch(tensors, addresses)
-    return dz, part[0] if groups == 1 else part.sum(0)
+    return planned(_PLANS, (dy, z, m, norm), ("backward",), made)

@@ -29,7 +29,7 @@ def test_what_is_made_has_slots_of_its_own():
     program = Program()
     first = program.reserve((2, 3), (3, 1), torch.float32)
     second = program.sum(first)
-    assert Slot.KEPT < first < second < Slot.STRENGTH
+    assert Slot.Z < first < second < Slot.STRENGTH
     assert [one.kind for one in program.operations] == [Kind.RESERVE, Kind.SUM]
     assert program.cast(second, torch.float32, torch.float32) == second
     assert program.cast(second, torch.float32, torch.bfloat16) > second

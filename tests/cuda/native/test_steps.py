@@ -18,6 +18,8 @@ LAUNCHES = {  # of a forward and its backward
     "first": ["prepare", "put", "back", "spread", "back"],  # whose result has its channels first
     "last": ["prepare", "put", "spread", "back"],
     "single": ["add", "forward", "backward", "divide"],
+    "rescaled": ["lengths", "forward", "rescale", "rescale_backward", "backward"],
+    "rescaled inside": ["lengths", "forward", "rescale_backward", "backward"],
 }
 
 
@@ -34,14 +36,16 @@ def test_every_layer_has_pythons_numbers_and_float64s(results):
         assert told["same"] and told["launches"] in LAUNCHES.values(), name
         kinds += [kind for kind, of in LAUNCHES.items() if of == told["launches"]]
         assert told["left to Python"] == 0 and max(told["errors"]) < CUT, (name, told)
-    assert {kind: kinds.count(kind) for kind in kinds} == dict(fused=27, first=11, last=3, single=7)
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    assert counts.pop("rescaled inside") == 1
+    assert counts == dict(fused=27, first=11, last=3, single=7, rescaled=8)
 
 
 @compiled
 def test_whatever_comes_between_gives_pythons_numbers(results):
     """Hooks, threads, checkpoints, gradients of gradients, contexts: served, or left to Python, as
     each is told beside it."""
-    assert len(results["events"]) == 4 * 20
+    assert len(results["events"]) == 5 * 21 + 1
     for name, told in results["events"].items():
         launches, left = told["as planned"]
         assert told["same"], name
@@ -64,7 +68,7 @@ def test_what_is_wrong_is_said_as_python_says_it(results):
 def test_any_launch_has_what_triton_would_hand_over(results):
     alone = results["alone"]
     assert len(alone) > 20 and all(alone.values()), alone
-    assert {name.split(", ")[1] for name in alone} == {"0", "3"}  # matrices that are described
+    assert {name.split(", ")[1] for name in alone} == {"0", "3", "4"}  # matrices that are described
 
 
 @pytest.mark.parametrize("axes", (1, 2, 3))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from paramlora.cuda.native import library
-from paramlora.evaluate import functional
+from paramlora.evaluate import functional, rescaled
 from paramlora.evaluate.convolution import CONVOLUTIONS, convolution
 from tests.cuda.graphs import recorded
 
@@ -92,6 +92,27 @@ LAID = {
 def test_a_step_on_a_card(sizes, laid, wanted, both):
     of, dy = on_card(**CARD[sizes])
     same(both(lambda: step(LAID[laid](of), dy, wanted)))
+
+
+@pytest.mark.parametrize("magnitude", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("laid", LAID)
+@pytest.mark.parametrize("sizes", CARD)
+def test_a_rescaled_step_on_a_card(sizes, laid, magnitude, both):
+    """DoRA's, whose outputs a magnitude rescales."""
+    of, dy = on_card(**CARD[sizes])
+    of = [*LAID[laid](of), torch.rand(of[1].shape[0], 1, device="cuda", dtype=magnitude) + 0.5]
+
+    def call():
+        own = [
+            t if t is None else t.detach().requires_grad_(i in (0, 3, 4, 6))
+            for i, t in enumerate(of)
+        ]
+        y = rescaled.linear(*own)
+        with torch.no_grad():
+            again = rescaled.linear(*own)
+        return y.detach(), again, *torch.autograd.grad(y, [own[i] for i in (0, 3, 4, 6)], dy)
+
+    same(both(call))
 
 
 WINDOWS = {1: (1, 0, 1), 2: (2, 0, 1), 3: (1, 1, 1), 5: (1, 4, 2)}  # by a kernel's size
