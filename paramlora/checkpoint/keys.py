@@ -63,6 +63,11 @@ class Key:
         return self.index >= 0 and self.part in tensor_names()
 
     @property
+    def place(self) -> tuple[str, bool, int]:
+        """The parametrization or branch whose tensor it is; of index -1 none."""
+        return self.weight, self.hard, self.index
+
+    @property
     def path(self) -> str:
         """The adapter's path for an update of this tensor."""
         return (

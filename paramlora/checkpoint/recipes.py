@@ -1,7 +1,7 @@
 """What a conversion of a checkpoint does to each key, planned from types and shapes alone."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramlora.checkpoint.keys import Key, weights_at
 from paramlora.checkpoint.scales import scale_of
-from paramlora.errors import AdapterError, FileError, closest, counted, listed
+from paramlora.errors import AdapterError, FileError, closest, counted, listed, warn
 from paramlora.update.attached import AttachedUpdate, lacking
 from paramlora.update.geometry import FLOATS, NARROW, factor_dtype
 from paramlora.update.kinds import kind_with
@@ -21,6 +21,8 @@ from paramlora.update.sum import Fold, ScaledTerm, Term, folded
 from paramlora.update.value import Adapter, Value
 from paramlora.update.weighted import pairs_of
 
+# what spectral norm and torch's orthogonal parametrization keep
+_OF_TORCH = ("_u", "_v", "base")
 Weighted = Union[Adapter, tuple[Adapter, float]]
 Read = Callable[[str], Any]
 Strong = tuple[Value, float]  # what is done to a tensor, and how strongly
@@ -192,10 +194,27 @@ class Contents:
 
     def inside(self, read: Read) -> dict[str, list[Value]]:
         """The changes of an attached model by tensor: hard ones, then soft ones."""
-        there = {text: self.there[text] for text, key in self.keys.items() if key.of_update}
+        ours = {key.place for key in self.keys.values() if key.of_update}
+        # all of a place: a kind that nobody registered may begin as one that somebody did
+        there = {text: self.there[text] for text, key in self.keys.items() if key.place in ours}
+        self._tell_unknown(ours)
         # by shapes first: what does not fit is told before gigabytes are read
         looked(there, read, self._changes)
         return _shared(self._changes({text: read(text).detach() for text in there}))
+
+    def _tell_unknown(self, ours: Collection[tuple[str, bool, int]]) -> None:
+        """Warn of parametrizations that are neither ours nor torch's, which stay as they are."""
+        unknown: dict[str, list[str]] = {}
+        for key in self.keys.values():
+            if key.hard and key.index >= 0 and key.place not in ours and key.part not in _OF_TORCH:
+                unknown.setdefault(key.weight, []).append(key.part)
+        if unknown:
+            weight, parts = next(iter(unknown.items()))
+            warn(
+                f"{weight}: {listed(parts)} of a parametrization that is not known here stays as "
+                f"it is, and so in {counted(len(unknown), 'tensor')}. Import what registers it, if "
+                "it is a kind of update."
+            )
 
     def _changes(self, state: Mapping[str, Tensor]) -> dict[str, list[Value]]:
         groups: dict[tuple[str, bool, int], dict[str, Tensor]] = {}

@@ -42,7 +42,7 @@ from paramlora.evaluate.functional import (
 from paramlora.update import narrow
 from paramlora.update.compat import applied, is_batched, recorded
 from paramlora.update.contexts import autocast_of, in_own_types, without_autocast
-from paramlora.update.geometry import CHANNELS_LAST
+from paramlora.update.geometry import in_format_of
 from paramlora.update.narrow import CONVOLUTIONS as CONVOLUTIONS
 
 _Maybe = Optional[Tensor]
@@ -87,9 +87,9 @@ def convolution(
         >>> y = convolution(x, W, None, A, B, torch.tensor(0.5).double(), *window)
         >>> assert torch.allclose(y, F.conv2d(x, W + 0.5 * (B @ A).reshape(W.shape)))
     """
-    # stride 1 there: channels last, or a kernel of one position; `laid_as` tells them apart
+    # stride 1 there: channels last, or a kernel of one position; `in_format_of` tells them apart
     if weight.stride(1) == 1:
-        x = laid_as(x, weight)
+        x = in_format_of(x, weight)
     if strength != 1:
         scale = scale * strength
     window, compiling = (stride, padding, dilation, groups), is_compiling()
@@ -176,7 +176,7 @@ def dropped_convolution(
         drops: the masks.
     """
     # as torch lays it for the plain layer, whose output's format follows it
-    x, device = laid_as(x, weight), autocast_of(x)
+    x, device = in_format_of(x, weight), autocast_of(x)
     if device is not None:
         x, weight, bias = cast_for_autocast(device, x, weight, bias)
         with torch.autocast(device, enabled=False):
@@ -268,7 +268,7 @@ class _DroppedConvolution(torch.autograd.Function):
             more = _at_the_middle(t, padded, weight.shape[2:], *window[:3])
             if more is not None:
                 ctx.save_for_backward(*kept, t, None)
-                return conv(torch.cat([padded, laid_as(more, padded)], 1), both, bias, *window)
+                return conv(torch.cat([padded, in_format_of(more, padded)], 1), both, bias, *window)
         ctx.save_for_backward(*kept, None, None)
         values = _wide_on_cpu(x, weight, bias)
         y, up = conv(pad(values[0]), *values[1:], *window), narrow.of_factor(b) * scale
@@ -377,35 +377,13 @@ def _rounded(t: Tensor, x: Tensor) -> Tensor:
     """A result of what `_wide_on_cpu` gave, in x's type and in x's memory format."""
     if t.dtype == x.dtype or is_batched(t):  # many gradients at once lie by no format
         return t.to(x.dtype)
-    return laid_as(t.to(x.dtype), x)
+    return in_format_of(t.to(x.dtype), x)
 
 
 def _update(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """``scale · B A`` in the factors' type, also under autocast, which would cast them."""
     with in_own_types(b):
         return (narrow.of_factor(b) * scale) @ narrow.of_factor(a)
-
-
-def laid_as(x: Tensor, other: Tensor) -> Tensor:
-    """x with its channels last in memory where a convolution's weight or output has them so, as
-    torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
-    last = CHANNELS_LAST.get(other.dim())
-    if last is None or x.dim() != other.dim():
-        return x
-    return x.contiguous(memory_format=last) if _has_channels_last(other) else x
-
-
-def _has_channels_last(t: Tensor) -> bool:
-    """Whether channels come last, as torch judges by strides alone: a kernel of 1×1 lies the same
-    in either format."""
-    # torch's own `is_channels_last_strides`, which has no public name: C, then the rest, then N
-    least, shape, stride = 0, t.shape, t.stride()
-    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
-        # the last: [N, 1, 1, 1] fits every format, and counts as the usual one
-        if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
-            return False
-        least = stride[axis] * shape[axis]
-    return True
 
 
 def _is_pointwise(x: Tensor, weight: Tensor, window: tuple[Any, ...]) -> bool:
@@ -591,7 +569,7 @@ def _at_the_middle(
     if t.shape[2:] == x.shape[2:]:  # stride 1 and "same" padding: t is there already
         return t
     # between them zeros, which the joined kernel's middle adds
-    more = laid_as(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
+    more = in_format_of(t.new_zeros(*t.shape[:2], *x.shape[2:]), x)
     at: Any = (..., *(slice(f, last + 1, s) for f, last, s in zip(firsts, lasts, stride)))
     more[at] = t
     return more

@@ -300,10 +300,15 @@ def check_loads(content: Content, adapter: Adapter, to: str, base: Optional[Base
     # by the values: of tied layers that share one update a file may hold but the first
     there = {id(value) for path, value in adapter.values().items() if path in back}
     gone = [path for path, value in adapter.values().items() if id(value) not in there]
-    if base is not None and gone:
+    lacks = listed(gone) if base is not None and gone else ""
+    # without a model names may be another tool's, and a count tells
+    given, found = (len({*map(id, some)}) for some in (adapter.values().values(), back.values()))
+    if base is None and found < given:
+        lacks = f"{given - found} of {counted(given, 'update')}"
+    if lacks:
         raise FileError(
-            f"{content.source}: read back as a file of {to} it lacks {listed(gone)}. Nothing was "
-            "left there; keep the native format, and report this."
+            f"{content.source}: read back as a file of {to} it lacks {lacks}. Nothing was left "
+            "there; keep the native format, and report this."
         )
 
 

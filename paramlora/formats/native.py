@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, isfinite
 
-from paramlora.config import LoRAConfig, TargetConfig, parsed
+from paramlora.config import KINDS, LoRAConfig, TargetConfig, parsed
 from paramlora.config.reading import parse_json
 from paramlora.errors import ConfigError, FileError, listed, spelled
 from paramlora.formats.base import Base
@@ -21,6 +21,7 @@ from paramlora.model.match import Names
 from paramlora.model.targets import as_pattern, own_path, specificity
 from paramlora.update.attached import AttachedUpdate, Told
 from paramlora.update.geometry import LAYOUTS, MOST_SIDE, Layout, possible
+from paramlora.update.kinds import KINDS as KNOWN
 from paramlora.update.kinds import kind_of
 from paramlora.update.value import Adapter, Holder, Value, apart_by_kind
 
@@ -161,12 +162,15 @@ def checked_entries(
     path: _Place, metadata: Mapping[str, str], state: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
     """What the metadata tells, and the entry of each path, which the tensors' names must be of."""
-    return _checked(PurePath(path), metadata.get("paramlora"), tuple(state))
+    return _checked(PurePath(path), metadata.get("paramlora"), tuple(state), tuple(KNOWN.values()))
 
 
 @lru_cache(maxsize=1)  # asked before the tensors are read, and again with them
 def _checked(
-    path: PurePath, told: Optional[str], state: tuple[str, ...]
+    path: PurePath,
+    told: Optional[str],
+    state: tuple[str, ...],
+    kinds: tuple[type[AttachedUpdate], ...],
 ) -> tuple[dict[str, Any], dict[str, TargetConfig]]:
     about, config = _about(path, told)
     entries = _entries(path, config, state, told="shapes" in about)
@@ -362,6 +366,7 @@ def _about(path: PurePath, told: Optional[str]) -> tuple[dict[str, Any], LoRACon
             f"{path}: written in format {spelled(version)}, and this paramlora reads "
             f"{FORMAT_VERSION}. Upgrade paramlora."
         )
+    _check_registered(path, about["config"])
     try:
         return about, parsed(_escaped(about["config"]), "configuration")
     except ConfigError as error:
@@ -369,6 +374,17 @@ def _about(path: PurePath, told: Optional[str]) -> tuple[dict[str, Any], LoRACon
             f"{path}: the configuration in its metadata is damaged ({str(error).rstrip('.')}). "
             "Copy or save it again."
         ) from error
+
+
+def _check_registered(path: PurePath, config: Any) -> None:
+    """Refuse an update of a kind that somebody else's code would have to register."""
+    for name, entry in config.items() if isinstance(config, Mapping) else ():
+        kind = entry.get("kind") if isinstance(entry, Mapping) else None
+        if isinstance(kind, str) and kind not in KINDS:
+            raise FileError(
+                f"{path}: {spelled(name)} is of the kind {spelled(kind)}, which is not registered "
+                f"here. There are: {', '.join(KINDS)}. Import what registers it."
+            )
 
 
 def _escaped(config: Any) -> Any:

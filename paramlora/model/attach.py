@@ -38,11 +38,12 @@ from paramlora.model.targets import (
 )
 from paramlora.model.ties import holders, overlapping
 from paramlora.model.undo import surely_left, to_the_end, unchanged_on_error, undisturbed
-from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch
+from paramlora.update.attached import AttachedUpdate, Gains, Site, Switch, check_computed
 from paramlora.update.casts import is_storage
 from paramlora.update.compat import is_wrapper
 from paramlora.update.contexts import own_context
-from paramlora.update.kinds import kind_of
+from paramlora.update.geometry import PLAIN
+from paramlora.update.kinds import FOREIGN, kind_of
 from paramlora.update.lowrank import value_of
 from paramlora.update.names import BRANCHES
 from paramlora.update.sharded import (
@@ -546,6 +547,10 @@ def _new(module: nn.Module, target: Target, adapter: str, gains: Gains) -> Attac
 
     site = Site(module, target.path, weight, target.layout, shown_now, dense_now, read_now)
     update = kind_of(entry).attached_to(site, entry, adapter, gains)
+    update.check_told()  # before it trains: what no file holds would be lost after that
+    # ours are tested, and a dense weight for each would take as long as all the rest
+    if type(update) in FOREIGN and type(base) in PLAIN and not base.is_meta:
+        check_computed(update, base, target.path)
     if is_sharded(base) and not update.made_sharded:
         # before a cast: `shard_like` replaces the tensors
         shard_like(update, base, target.path or "weight")

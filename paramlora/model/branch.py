@@ -15,7 +15,6 @@ from paramlora.evaluate.convolution import (
     CONVOLUTIONS,
     each_group,
     kernels_of,
-    laid_as,
     pointwise_of,
 )
 from paramlora.evaluate.dropout import dropped_branch
@@ -37,7 +36,7 @@ from paramlora.update.attached import Gains, Site
 from paramlora.update.choice import Choice
 from paramlora.update.compat import ANY_CONVOLUTION, every_module_hooks, recorded
 from paramlora.update.contexts import autocast_of
-from paramlora.update.geometry import Layout, matrix_shape
+from paramlora.update.geometry import Layout, in_format_of, matrix_shape
 from paramlora.update.init import initialise
 from paramlora.update.kinds import register
 from paramlora.update.lowrank import LowRank
@@ -113,17 +112,6 @@ class Branch(LowRank):
         update: Any = super().value(shape, kind, groups)
         return replace(update, up_kernel="same" if self.kernel else 1)  # type: ignore[no-any-return]
 
-    def delta(
-        self, shape: "tuple[int, ...] | torch.Size", dtype: Optional[torch.dtype] = None
-    ) -> Tensor:
-        """The update of the layer's weight that equals the branch.
-
-        Raises:
-            AdapterError: two kernels in a row do not fit in one of the same size.
-        """
-        self.check_mergeable("")
-        return super().delta(shape, dtype)
-
     __deepcopy__ = deep_copy
     __getstate__ = refuse_pickling
 
@@ -131,7 +119,7 @@ class Branch(LowRank):
         if self.kernel:
             refuse_two_kernels(path, self.kernel)
 
-    def rank_dim(self, name: str) -> int:
+    def rank_dim(self, name: str) -> Optional[int]:
         """Before the second kernel, where there is one."""
         return 1 if self.kernel and name.endswith("B") else super().rank_dim(name)
 
@@ -148,7 +136,7 @@ class Branch(LowRank):
         """The term of such factors, of any rank."""
         if not isinstance(layer, ANY_CONVOLUTION):  # transformers' Conv1D is none
             return thin_pair(x, a, up, LINEAR, LINEAR)
-        x = laid_as(x, output)
+        x = in_format_of(x, output)
         if self.kernel:
             return self._two_kernels(layer, x, output, a, up)
         if self.layout == "transposed":
@@ -282,7 +270,7 @@ def _of_rows(layer: Any, x: Tensor, output: Tensor, updates: list[Any], rows: Ch
         alike = [update for update in updates if update.kernel == kernel]
         plain = not kernel and alike[0].layout == "matrix"
         if plain:
-            terms.append(convolved_rows(layer, laid_as(x, output), alike, rows))
+            terms.append(convolved_rows(layer, in_format_of(x, output), alike, rows))
         else:
             terms.append(_each_row(layer, x, output, alike, rows))
     return sum(terms[1:], terms[0])

@@ -18,13 +18,13 @@ from torch.compiler import is_compiling
 from paramlora.cuda.operands import served
 from paramlora.errors import AdapterError
 from paramlora.evaluate import dropout, functional, kronecker, rescaled, routed
-from paramlora.evaluate.convolution import branch, convolution, dropped_convolution, laid_as
+from paramlora.evaluate.convolution import branch, convolution, dropped_convolution
 from paramlora.update.attached import switches_of
 from paramlora.update.choice import Choice, wrong_rows
 from paramlora.update.compat import ANY_CONVOLUTION, transformed
 from paramlora.update.contexts import autocast_of, in_own_types
 from paramlora.update.dora import Dora
-from paramlora.update.geometry import PLAIN, Layout
+from paramlora.update.geometry import PLAIN, Layout, in_format_of
 from paramlora.update.lokr import Lokr
 from paramlora.update.lowrank import LowRank
 from paramlora.update.narrow import LINEAR, of_factor
@@ -474,7 +474,7 @@ def _rescaled_convolution(layer: Any, input: Tensor, found: _Rescaled, bias: Any
 
         rate = update.dropout if dropping else 0.0
         # in the output's memory format, as torch laid it
-        return y, dropout.dropped_branch(laid_as(input, y), a, up, rate, low)
+        return y, dropout.dropped_branch(in_format_of(input, y), a, up, rate, low)
 
     def fused(a: Tensor, b: Tensor, scale: Tensor, bias: Any) -> Tensor:
         return convolution(x, weight, bias, a, b, scale, *window, 1.0)
@@ -574,7 +574,7 @@ def _other_linear(layer: Any, x: Tensor) -> Tensor:
         return _rescaled_linear(layer, x, found, "matrix")
     weight, update = _alone(layer, x) or (None, None)
     if type(update) is Lokr and update.layout == "matrix" and weight is not None:
-        return kronecker.linear(x, weight, _bias(layer), update.plain(), update.scaling())
+        return kronecker.linear(x, weight, _bias(layer), update.shown(), update.scaling())
     rows = _by_rows(layer, x)
     return _defined(layer, x, _LINEAR) if rows is None else _rows_product(layer, x, rows)
 
@@ -953,8 +953,8 @@ def _convolution_of_rows(
     if not updates or updates[0].rounds_twice:
         y = layer._conv_forward(x, weight, bias)
         # the branch's input in the output's memory format
-        return y + convolved_rows(layer, laid_as(x, y), updates, rows) if updates else y
-    x = laid_as(x, weight)
+        return y + convolved_rows(layer, in_format_of(x, y), updates, rows) if updates else y
+    x = in_format_of(x, weight)
     dropped = dropped_rows(layer.training, x, updates, rows)
     # padded after it is dropped, as in `dropped_convolution`
     more = None if dropped is x else padded_input(layer, dropped)[0]

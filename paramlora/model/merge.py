@@ -35,6 +35,7 @@ from paramlora.update.memory import largest
 from paramlora.update.rounding import KeptReport, Rounding
 from paramlora.update.sharded import (
     check_not_flat,
+    distributed,
     gathered,
     is_sharded,
     reshard,
@@ -384,9 +385,12 @@ def _sum(
     # one that is off is erased with the others, and adds nothing
     acting = [update for update in updates if update.acts]
     if is_sharded(base):
-        # each process forms its own part of the sum, whose blocks the others could not follow
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        return applied(acting, wide).to(base.dtype)
+        # each process forms its own part of the sum, whose blocks the others could not follow
+        if all(update.lies_along() for update in acting):
+            return applied(acting, wide).to(base.dtype)
+        whole = folded(gathered(wide), [answer(update, "gathered_term") for update in acting])
+        return distributed(whole.to(base.dtype), base)
     terms = [answer(update, "term") for update in acting]
     total = summed(base, terms) if rounding is None else None
     if total is not None:

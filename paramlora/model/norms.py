@@ -10,7 +10,8 @@ from paramlora.model.attach import base_of, updates_of
 from paramlora.model.layer_class import parametrized
 from paramlora.model.quantised import dense
 from paramlora.update.attached import AttachedUpdate, answer
-from paramlora.update.sharded import gathered
+from paramlora.update.sharded import gathered, is_sharded
+from paramlora.update.sum import folded
 
 
 @torch.no_grad()
@@ -58,6 +59,9 @@ def _size(update: AttachedUpdate, base: Tensor) -> "Tensor | None":
         return known
     # in a wide type: a small update beside a large weight is a difference of near numbers
     before = base.to(_wide(base))
+    if is_sharded(base) and not update.lies_along():
+        before = gathered(before)
+        return _norm(folded(before, [answer(update, "gathered_term")]) - before)
     return _norm(update(before) - before)
 
 

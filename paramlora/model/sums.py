@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from paramlora.model.recomputed import read_again
-from paramlora.update.attached import AttachedUpdate
+from paramlora.update.attached import AttachedUpdate, shares_its_sum
 from paramlora.update.compat import cached_by_torch, recorded, traced, transformed
 from paramlora.update.contexts import without_autocast
 from paramlora.update.geometry import PLAIN
@@ -64,7 +64,7 @@ def _acting(plist: Any) -> Optional[list[Any]]:
     do not show, or gives what its reader writes to."""
     updates = list(plist._modules.values())
     for update in updates:
-        ours = isinstance(update, AttachedUpdate) and update.shares_its_sum()
+        ours = isinstance(update, AttachedUpdate) and shares_its_sum(update)
         if not ours or update.written_by_reader:
             return None
     return [update for update in updates if update.acts]

@@ -37,6 +37,7 @@ class Added(AttachedUpdate):
 
     bounded = False
     adds = True
+    computes = ("forward", "scaling")  # of a change of its own the term is made too
     hidden = {"lora_transposed": "number"}
     lora_scale: Tensor
     random: ClassVar[Collection[str]] = ()  # the tensors that do not start at zero
@@ -111,9 +112,9 @@ class Added(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         # in the sum's type, so that factors of 16 bits lose nothing in products
-        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.plain().items()}
+        own = {n: one.to(summed_in(weight.dtype, one)) for n, one in self.shown().items()}
         with in_own_types(weight):
             delta = laid_out(self.change(own), tuple(weight.shape), self.layout)
             delta = delta * self.scaling()

@@ -30,6 +30,7 @@ from paramlora.update.value import KindUpdate, Value
 
 # runs of rows of one matrix, each with where it lies in another
 Moved = Sequence[tuple[slice, slice]]
+_STORED = (*FLOATS, torch.int64)  # types of tensors in an adapter's file
 _REMEMBERED = 64  # changes of strength that a checkpointed forward may lie behind its backward
 
 
@@ -225,6 +226,8 @@ class AttachedUpdate(nn.Module):
     alone: ClassVar[bool] = False  # whether its tensor can have no other update, but of its kind
     adds: ClassVar[bool] = False  # whether what it adds does not depend on what it is added to
     beside: ClassVar[bool] = False  # whether it adds to the layer's output, after every rule
+    # a class that has one of these of its own computes another weight than what it inherits from
+    computes: ClassVar[tuple[str, ...]] = ("forward",)
     bounded: ClassVar[bool] = True  # whether its rank is at most what the weight's matrix holds
     tied: ClassVar[bool] = False  # whether all layers that hold a tied tensor get it
     vectors: ClassVar[bool] = False  # whether its tensor can have fewer than two dimensions
@@ -327,15 +330,19 @@ class AttachedUpdate(nn.Module):
         after: Any = getattr(self, "lora_scale", None)
         if before is not None and after.dtype.itemsize == 2:  # which would round it, or lose it
             after.data = before.to(after.device, torch.float32)
-        first, old = next(self._tensors()), self.switch
-        # a strength is no buffer, so nobody else moves it
-        gain = Gains().at(old.effective, first.device, _wide(first.dtype))
-        # nor the rows of the blocks of `route` that are open
-        routes = tuple((block, rows.on(first.device)) for block, rows in old.routes)
-        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, routes=routes))
+        first = next(self._tensors())
+        self._move_switch(first)
         if lazy and not first.is_meta:
             self.reset_parameters()
         return self
+
+    def _move_switch(self, like: Tensor) -> None:
+        """Have the strength on the device of a tensor: it is no buffer, so nobody else moves it."""
+        old = self.switch
+        gain = Gains().at(old.effective, like.device, _wide(like.dtype))
+        # nor the rows of the blocks of `route` that are open
+        routes = tuple((block, rows.on(like.device)) for block, rows in old.routes)
+        self.keep(switch=Switch(old.strength, gain, old.muted, old.past, routes=routes))
 
     def cast(self, dtype: torch.dtype) -> None:
         """Have its tensors in a type, but for its factor where that has 16 bits."""
@@ -402,6 +409,10 @@ class AttachedUpdate(nn.Module):
         own = getattr(self, self.based).data_ptr() if waits else 0
         told = isinstance(value, Tensor) and value.data_ptr() != own
         super()._load_from_state_dict(state, prefix, *args)
+        first, gain = next(self._tensors(), None), self.switch.gain
+        # with `assign` its tensors are those of the state dict, wherever they lie
+        if first is not None and (first.device, _wide(first.dtype)) != (gain.device, gain.dtype):
+            self._move_switch(first)
         read = self.__dict__.pop("anew", None)
         if told:
             self.keep(unset=False)
@@ -452,6 +463,20 @@ class AttachedUpdate(nn.Module):
         """What it does to a weight now."""
         self.check_started()
         return self.term_of(self.plain(), self.gain, self.layout)
+
+    def gathered_term(self) -> Term:
+        """The same by tensors that every process has whole: all of them call this together."""
+        self.check_started()
+        parts = {name: gathered(tensor) for name, tensor in self.plain().items()}
+        return self.term_of(parts, self.gain, self.layout)
+
+    def lies_along(self) -> bool:
+        """Whether its tensors are split as a sharded weight of its layer is, so that each process
+        can form its own part of the sum; not of a buffer, nor where only the kind knows."""
+        return all(
+            part == "number" or part != "own" and is_sharded(getattr(self, name, None))
+            for name, part in self.parts.items()
+        )
 
     def check_started(self) -> None:
         """Refuse to read values that are not there yet.
@@ -569,20 +594,45 @@ class AttachedUpdate(nn.Module):
         )
 
     def plain(self) -> dict[str, Tensor]:
-        """What a file holds, by the end of its key; live tensors where they are stored so."""
-        self._check_told()
+        """What a file holds, by the end of its key; live tensors where they are stored so.
+
+        Raises:
+            AdapterError: it holds more than that, see `check_told`.
+        """
+        self.check_told()
+        return self.shown()
+
+    def shown(self) -> dict[str, Tensor]:
+        """The same for a forward, which nothing is lost by."""
         # a rule's tensors are computed; what a file holds is what it shows
         held = {name: getattr(self, name, None) for name in self.parts}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def _check_told(self) -> None:
-        """Refuse a parameter that the kind's `parts` do not tell: it would be lost in a file."""
-        # buffers may be caches; a parameter that nobody saves is a loss
-        untold = [name for name in self._parameters if name not in self.parts]
+    def check_told(self) -> None:
+        """Refuse a tensor that the kind's `parts` do not tell: it would be lost in a file.
+
+        Raises:
+            AdapterError: a parameter, or a buffer that is no cache, of its own or inside of it; or
+                one of its tensors is of a type that files do not hold.
+        """
+        told = {*self.parts, *self.hidden}
+        # rules that somebody put on its tensors are in no file, as what they compute is
+        state = self.state_dict(keep_vars=True)
+        untold = [n for n in state if n not in told and not n.startswith("parametrizations.")]
         if untold:
+            trained = isinstance(state[untold[0]], nn.Parameter)
+            what = f"{'parameter' if trained else 'buffer'} {untold[0]}"
             raise AdapterError(
-                f'adapter "{self.adapter}": {type(self).__name__} has a parameter {untold[0]}, '
-                'which its "parts" do not tell, so no file would hold it. Add it there.'
+                f'adapter "{self.adapter}": {type(self).__name__} has a {what}, which its '
+                '"parts" do not tell, so no file would hold it. Hold it as a tensor of its own '
+                "and add it there, or make it a buffer with persistent=False if it can be lost."
+            )
+        wrong = [(n, one.dtype) for n, one in self.shown().items() if one.dtype not in _STORED]
+        if wrong:
+            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED)
+            raise AdapterError(
+                f'adapter "{self.adapter}": {type(self).__name__}\'s {wrong[0][0]} is of '
+                f"{wrong[0][1]}, which no adapter's file holds. Hold it as one of {types}."
             )
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:
@@ -830,6 +880,30 @@ def sized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def check_computed(update: AttachedUpdate, weight: Tensor, path: str) -> None:
+    """Refuse an update whose forward makes what is no weight of its layer, as torch does of a rule.
+
+    Raises:
+        AdapterError: another shape or type, or the weight itself with other values.
+    """
+    given = weight.detach().clone()
+    version, value = given._version, update(given)
+    told, named = f"a {type(value).__name__}", type(update).__name__
+    if given._version != version:
+        told = "the weight itself, written to"
+    elif isinstance(value, Tensor) and value.shape != weight.shape:
+        told = f"a tensor of shape {list(value.shape)}"
+    elif isinstance(value, Tensor) and value.dtype != weight.dtype:
+        told = f"a tensor of {value.dtype}"
+    elif isinstance(value, Tensor):
+        return
+    raise AdapterError(
+        f"{path or 'weight'}: {named} makes {told} of a weight of shape {list(weight.shape)} in "
+        f"{weight.dtype}. Have its forward give another tensor of the weight's shape and type."
+    )
+
+
 def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
     """What a tensor's parametrizations make of it: one after the other, but for those of a kind
     that stands alone, which come first, and together."""
@@ -849,13 +923,14 @@ def applied(updates: Sequence[nn.Module], weight: Tensor) -> Tensor:
 def _unsaid(kind: Any, question: str) -> tuple[type, ...]:
     """Where a class inherits an answer from one that computes another weight than it does: the
     classes down from the one that computes its own; none of them where it answers itself."""
-    # where in the order of methods each is first said
-    told, computed = (
-        next(index for index, cls in enumerate(kind.__mro__) if name in vars(cls))
-        for name in (question, "forward")
-    )
+    told, computed = _first(kind, question), _first(kind, *kind.computes)
     # `told` further up than `computed`: the answer was given of another weight
     return kind.__mro__[: computed + 1] if told > computed else ()
+
+
+def _first(kind: Any, *names: str) -> int:
+    """Where in a class's order of methods one of these names is first said."""
+    return next(at for at, cls in enumerate(kind.__mro__) if not vars(cls).keys().isdisjoint(names))
 
 
 def most(update: AttachedUpdate, largest: float) -> float:
@@ -887,6 +962,13 @@ def _elements_made(
     return sum(own.numel() for name, own in update.named_parameters() if name != "lora_scale")
 
 
+def shares_its_sum(update: AttachedUpdate) -> bool:
+    """What an update tells as `shares_its_sum`, where it is of the weight that its class computes:
+    another may draw numbers, and be another weight each time that it is computed."""
+    kind: Any = type(update)
+    return not _unsaid(kind, "shares_its_sum") and update.shares_its_sum()
+
+
 def adds(update: AttachedUpdate) -> bool:
     """What an update tells as `adds`, where it is of the weight that its class computes."""
     return kind_adds(type(update))
@@ -900,11 +982,7 @@ def kind_adds(kind: Any) -> bool:
 def says(kind: type[AttachedUpdate], question: str) -> bool:
     """Whether what a kind tells as `question` is of the weight, or of the change, that it computes
     itself."""
-    told, computed = (
-        next(index for index, cls in enumerate(kind.__mro__) if names & vars(cls).keys())
-        for names in ({question}, {"forward", "change"})
-    )
-    return told <= computed
+    return _first(kind, question) <= _first(kind, *kind.computes, "change")
 
 
 def answer(update: AttachedUpdate, question: str, *arguments: Any) -> Any:

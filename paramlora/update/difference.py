@@ -74,7 +74,7 @@ class Difference(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The sum, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         with in_own_types(weight):
             # a small change and its strength in a wide type
             own = self.lora_diff.to(summed_in(weight.dtype, self.lora_diff))

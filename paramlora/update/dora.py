@@ -37,6 +37,8 @@ class Dora(LowRank):
 
     method = "dora"
     adds = False
+    heeds = LowRank.heeds
+    computes = (*LowRank.computes, "rescale", "magnitude")
     parts = {**LowRank.parts, "lora_magnitude": "weight"}
     lora_magnitude: nn.Parameter
     weight_shape: tuple[int, ...]
@@ -171,7 +173,7 @@ class Dora(LowRank):
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         if self.unset:
             self.begin_as(weight)
         delta = self.delta(weight.shape, weight.dtype)
@@ -183,6 +185,10 @@ class Dora(LowRank):
             if not self.fully:
                 total = torch.lerp(base.to(total.dtype), total, self.gain.to(total))
         return laid_as(total.to(weight.dtype), weight)
+
+    def shares_its_sum(self) -> bool:
+        """As of a low-rank sum: the magnitude is a tensor beside its factors."""
+        return super().shares_its_sum()
 
     def rescale(self, norm: Tensor) -> Tensor:
         """``m / ‖W + scale·BA‖``, 0 where both are."""

@@ -55,6 +55,28 @@ def laid_as(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def in_format_of(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x with its channels last in memory where a convolution's weight or output has them so, as
+    torch would lay it: what comes of x, and its gradient, then lies as the plain layer's."""
+    last = CHANNELS_LAST.get(other.dim())
+    if last is None or x.dim() != other.dim():
+        return x
+    return x.contiguous(memory_format=last) if _has_channels_last(other) else x
+
+
+def _has_channels_last(t: torch.Tensor) -> bool:
+    """Whether channels come last, as torch judges by strides alone: a kernel of 1×1 lies the same
+    in either format."""
+    # torch's own `is_channels_last_strides`, which has no public name: C, then the rest, then N
+    least, shape, stride = 0, t.shape, t.stride()
+    for axis in (1, *range(t.dim() - 1, 1, -1), 0):
+        # the last: [N, 1, 1, 1] fits every format, and counts as the usual one
+        if shape[axis] == 0 or stride[axis] < max(least, 1) or axis == 0 and least == stride[1]:
+            return False
+        least = stride[axis] * shape[axis]
+    return True
+
+
 def ambiguous(shape: "tuple[int, ...] | torch.Size", layout: Layout) -> bool:
     """Whether the factors' shapes do not tell which side of the weight is the input."""
     return layout != "stack" and shape[0] ** 2 == math.prod(shape)

@@ -16,7 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from paramlora.errors import TargetError
+from paramlora.update.attached import says
 from paramlora.update.geometry import matrix_shape
+from paramlora.update.names import LOW_RANK
 
 if TYPE_CHECKING:
     from paramlora.update.lowrank import LowRank
@@ -29,7 +31,8 @@ def initialise(lowrank: "LowRank", weight: Tensor, init: str) -> None:
     ``pissa`` and ``olora`` decompose the weight's matrix in float32 (float64 for a float64 one).
 
     Raises:
-        TargetError: `weight` has no values yet (the meta device), or is not finite.
+        TargetError: `weight` has no values yet (the meta device), or is not finite; or the kind of
+            update does not take such a start out of its sum.
     """
     if init == "default":
         return
@@ -42,6 +45,23 @@ def initialise(lowrank: "LowRank", weight: Tensor, init: str) -> None:
         # with the scale: pissa shares it out, so that scale·B·A is the principal part
         b, a = _FROM_WEIGHT[init](matrix, lowrank.r, lowrank.lora_scale)
         lowrank.start_from(a.reshape(lowrank.lora_A.shape), b.reshape(lowrank.lora_B.shape))
+        # a kind that computes another weight inherits the key, and may read its factors alone
+        if not (says(type(lowrank), "heeds") or _is_taken_out(lowrank, weight)):
+            raise TargetError(
+                f'"init": "{init}" starts from the weight, which {type(lowrank).__name__} does not '
+                "take out of its sum again: that is of its factors(), of twice the rank, in which "
+                "no tensor of its own lies. Start it otherwise, or write the class so."
+            )
+
+
+@torch.no_grad()
+def _is_taken_out(lowrank: "LowRank", weight: Tensor) -> bool:
+    """Whether the function starts unchanged, and nothing lies in ranks that the start doubles."""
+    rest = [part for name, part in lowrank.parts.items() if name not in LOW_RANK]
+    if not {"weight", "number"}.issuperset(rest):
+        return False
+    # a start that stays would be the weight's largest part
+    return bool((lowrank(weight) - weight).norm() <= 0.01 * weight.norm())
 
 
 def kaiming(lora_a: Tensor) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # what only the kind itself knows
 Part = Literal["input", "output", "weight", "number", "own"]
 KINDS: dict[str, "type[AttachedUpdate]"] = {}
+FOREIGN: "set[type[AttachedUpdate]]" = set()  # those that somebody else registered
 _SAYS = ("method", "parts", "term_of")
 _ONLY_ITS_OWN = ("forward", "attached_to", "term_of")  # of which nothing else follows
 
@@ -22,16 +23,17 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
     """Make a kind of update known by its `method`: to configurations, files, recipes and merges.
 
     Args:
-        kind: a class with a `method`, and where it has a `forward` of its own also with `parts` and
-            `term_of`: what it inherits of those is said of another weight.
+        kind: a class with a `method`, and where it has a `forward` of its own, or another of what
+            it `computes` its weight by, also with `parts` and `term_of`: what it inherits of those
+            is said of another weight.
 
     Raises:
         AdapterError: there is one of this name, or with tensors of these names, or it does not
             say all of itself.
     """
     own = vars(kind)
-    # without a `forward` it computes what it inherits, and so do parts and term
-    needed = _SAYS if "forward" in own else _SAYS[:1]
+    # without one of these it computes what it inherits, and so do parts and term
+    needed = _SAYS[:1] if own.keys().isdisjoint(kind.computes) else _SAYS
     missing = [name for name in needed if name not in own]
     if missing:
         raise AdapterError(
@@ -53,6 +55,8 @@ def register(kind: "type[AttachedUpdate]") -> "type[AttachedUpdate]":
             "a state dict would not tell which it is. Give one of its tensors another name."
         )
     KINDS[kind.method] = kind
+    if kind.method not in CONFIGURED and not kind.internal:
+        FOREIGN.add(kind)
     if not kind.internal:
         # allowed in configurations from now on
         CONFIGURED.setdefault(kind.method, kind.keys())
@@ -84,6 +88,7 @@ def unregister(name: str) -> "type[AttachedUpdate]":
     if name not in KINDS:
         raise AdapterError(f'no kind "{name}" is registered. There are: {", ".join(KINDS)}.')
     CONFIGURED.pop(name, None)
+    FOREIGN.discard(KINDS[name])
     return KINDS.pop(name)
 
 

@@ -1,8 +1,9 @@
 """The parametrization: ``W + strength · scale · B·A`` in the weight's own shape."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from einops import rearrange
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from paramlora.config import TargetConfig
-from paramlora.errors import FileError
+from paramlora.errors import AdapterError, FileError
 from paramlora.update.attached import (
     AttachedUpdate,
     Gains,
@@ -67,6 +68,10 @@ class LowRank(AttachedUpdate):
     """
 
     method = "lora"
+    computes: ClassVar[tuple[str, ...]] = (
+        *("forward", "delta", "factors", "held"),
+        *("scaling", "stored_scale"),
+    )
     adds = True
     heeds = ("init",)
     parts = {"lora_A": "input", "lora_B": "output", "lora_scale": "number"}
@@ -173,10 +178,16 @@ class LowRank(AttachedUpdate):
             self.extend(max(self.r, min(rank, *matrix_shape(shape, layout)[1:])))
 
     def extend(self, rank: int) -> None:
-        """Add ranks of zeros, which change no sum and get no gradient, up to `rank`."""
-        for name in ("lora_A", "lora_B", "start_A", "start_B"):
-            held, dim = getattr(self, name), self.rank_dim(name)
-            if held is not None:
+        """Add ranks of zeros, which change no sum and get no gradient, up to `rank`.
+
+        Raises:
+            AdapterError: of a tensor only the kind itself knows where ranks lie.
+        """
+        if rank > self.r:
+            self._check_grows(rank)
+        for name in (*self.parts, *self.hidden):
+            held, dim = getattr(self, name, None), self.rank_dim(name)
+            if held is not None and dim is not None:
                 size = list(held.shape)
                 # a second kernel's A has several numbers for each rank
                 size[dim] = size[dim] // self.r * (rank - self.r)
@@ -184,9 +195,20 @@ class LowRank(AttachedUpdate):
                 held.data = torch.cat([held.data, held.data.new_zeros(size)], dim)
         self.keep(r=rank)
 
-    def rank_dim(self, name: str) -> int:
-        """The dimension of a factor in which its ranks lie."""
-        return -2 if name.endswith("A") else -1
+    def _check_grows(self, rank: int) -> None:
+        """Refuse room for a rank where only the kind knows in which dimension it lies."""
+        own = [name for name, part in self.parts.items() if part == "own"]
+        if own:
+            raise AdapterError(
+                f"{type(self).__name__} does not say how {own[0]} grows with its rank, so there is "
+                f'no room for rank {rank} (max_rank). Give the class an "extend", or leave '
+                "max_rank out."
+            )
+
+    def rank_dim(self, name: str) -> Optional[int]:
+        """The dimension of a factor in which its ranks lie; none of what is no factor."""
+        part = self.parts.get(name) or self.hidden.get(name)
+        return {"input": -2, "output": -1}.get(part or "")
 
     def shares_its_sum(self) -> bool:
         """Whether it holds its factors itself: a change of those that a flat shard holds shows
@@ -331,8 +353,9 @@ class LowRank(AttachedUpdate):
         return replace(update, adapter_dtype=named)
 
     def plain(self) -> dict[str, Tensor]:
-        """What a file holds: an update of the unchanged weight by its `factors`."""
-        a, b = self.factors()
+        """What a file holds: an update of the unchanged weight by its `factors`, from which a kind
+        with others makes its own."""
+        a, b = LowRank.factors(self)
         held = {"lora_A": a, "lora_B": b, "lora_scale": self.lora_scale}
         return held if _is_plain(type(self)) else {**super().plain(), **held}
 
@@ -366,6 +389,7 @@ class LowRank(AttachedUpdate):
     ) -> Tensor:
         """``strength · scale · B·A`` in `shape`, for a weight of `dtype`: in a type that rounds
         neither it nor the factors, and in which the scaled B alone is not too large."""
+        self.check_mergeable("")  # of two kernels there is no such weight
         a, b = (factor.to(summed_in(dtype or factor.dtype, factor)) for factor in self.factors())
         with in_own_types(b):  # a weight is what it is, wherever it is read
             # B with its scale first: a rank's columns are fewer numbers than the product
@@ -377,7 +401,7 @@ class LowRank(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, rounded once to `weight`'s type; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         delta = self.delta(weight.shape, weight.dtype)
         # one rounding of the sum, and the base's strides
         return laid_as((wide(weight, delta) + delta).to(weight.dtype), weight)
@@ -416,22 +440,38 @@ def _check_fits(where: str, update: Update, shape: tuple[int, ...]) -> None:
 
 
 def value_of(plist: Any) -> Tensor:
-    """What torch's list of parametrizations computes; the sum of several updates rounds once."""
+    """What torch's list of parametrizations computes; never the base itself to who writes to it."""
+    value = _sum_of(plist)
+    # an embedding with max_norm writes into what it reads
+    written = any(getattr(update, "written_by_reader", False) for update in plist)
+    return value.clone() if written and value is plist.original else value
+
+
+def _sum_of(plist: Any) -> Tensor:
+    """What a list computes; the sum of several updates rounds once."""
     updates = list(plist)
     # kinds that compute another weight do it one after the other
     if len(updates) < 2 or not all(type(update) is LowRank for update in updates):
-        return plist()  # type: ignore[no-any-return]
+        return _called(plist)
     weight: Tensor = plist.original
     acting = [update for update in updates if update.acts]
     # of one that acts torch's list does the same
     if len(acting) < 2:
-        return plist()  # type: ignore[no-any-return]
+        return _called(plist)
     total = weight
     for update in acting:
         delta = update.delta(weight.shape, weight.dtype)
         # the wide sum grows by each, and is rounded once behind all of them
         total = wide(total, delta) + delta
     return laid_as(total.to(weight.dtype), weight)
+
+
+def _called(plist: Any) -> Tensor:
+    """What a list gives, with our updates in their own types: autocast would round what somebody's
+    kind multiplies, and the weight would be another one inside of it."""
+    ours = plist.is_tensor and all(isinstance(one, AttachedUpdate) for one in plist)
+    with in_own_types(plist.original) if ours else nullcontext():
+        return plist()  # type: ignore[no-any-return]
 
 
 def wide(weight: Tensor, delta: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from paramlora.config import TargetConfig
 from paramlora.errors import AdapterError, FileError, TargetError, counted
 from paramlora.update.attached import AttachedUpdate, Gains, Site, Told
 from paramlora.update.contexts import in_own_types
-from paramlora.update.geometry import Layout, factor_dtype, summed_in
+from paramlora.update.geometry import Layout, factor_dtype, in_format_of, laid_as, summed_in
 from paramlora.update.kinds import register
 from paramlora.update.sharded import is_sharded, take
 from paramlora.update.sum import Block, Term
@@ -114,9 +114,11 @@ class Rows(AttachedUpdate):
     def forward(self, weight: Tensor) -> Tensor:
         """The tensor with its rows in place; `weight` unchanged when off."""
         if not self.acts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         # `index_copy`, not an assignment: the base must stay, and autograd follow
-        return weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
+        new = weight.index_copy(0, self.lora_ids, self.rows_of(weight).to(weight.dtype))
+        # torch gives it in the order of channels first
+        return laid_as(in_format_of(new, weight), weight)
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """What the rows are now: between the weight's and the trained ones, in a type that rounds

@@ -140,6 +140,11 @@ def _descends(kind: type, name: str) -> bool:
     return any(cls.__name__ == name for cls in kind.__mro__)
 
 
+def distributed(value: Tensor, like: Any) -> Tensor:
+    """A tensor that every process has whole, sharded as another is."""
+    return distribute(value, like, like.placements)
+
+
 def distribute(value: Tensor, like: Any, placements: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 

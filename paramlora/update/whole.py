@@ -77,7 +77,7 @@ class Whole(AttachedUpdate):
         counts = not weight.is_floating_point()  # batches: what reads it divides by what it adds
         # a count is one for all: half of a count has no meaning
         if not self.acts and not counts:
-            return weight.clone() if self.written_by_reader else weight
+            return weight
         # at the first read: the base has its values by then
         if self.unset:
             self.begin_as(weight)

@@ -127,6 +127,24 @@ def test_a_registered_format_is_written_told_read_and_inspected(tmp_path, native
         torch.testing.assert_close(model(x), reference(native, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("base", (None, "told"))
+def test_a_layer_that_a_format_leaves_out_is_told_and_nothing_is_left(tmp_path, native, base):
+    """Also where no model is given, whose names would tell which."""
+
+    def write(adapter, base=None, **how):
+        some = {p: u for p, u in adapter.updates.items() if p != "2"}
+        return value().write(replace(adapter, updates=some), base, **how)
+
+    formats.register(replace(value(), write=write))
+    try:
+        slots = None if base is None else formats.base_of(net())
+        with pytest.raises(paramlora.FileError, match="read back as a file of mine it lacks"):
+            interchange.convert(native, tmp_path / "out", "mine", slots)
+        assert not (tmp_path / "out").exists()
+    finally:
+        formats.unregister("mine")
+
+
 def test_a_dictionary_around_the_tensors_is_taken_off_again(tmp_path, native):
     out, seen = tmp_path / "out.pt", []
 

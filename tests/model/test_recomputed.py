@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora
 from paramlora.model.attach import updates
+from paramlora.model.recomputed import AGAIN
 
 
 class Segment(nn.Module):
@@ -137,3 +138,64 @@ def test_gradients_of_gradients_and_transforms():
     x = torch.randn(5, 4).double()
     got, want = (torch.func.vmap(lambda v, m=m: m.queries.weight @ v)(x) for m in (model, plain))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+class Reads(nn.Module):
+    """A layer that nobody knows, whose dense weight is read twice in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return (x @ self.weight).tanh() @ self.weight
+
+
+@pytest.mark.parametrize("again", (False, True))
+@pytest.mark.parametrize("written", (False, True))
+@pytest.mark.parametrize("kind", ("lora", "dora", "loha", "lokr"))
+def test_tensors_that_a_call_was_given_are_those_of_its_gradient(kind, written, again):
+    """`functional_call` puts them in their places for the forward alone. What is in those places
+    later has as many versions as they have, or others."""
+    torch.manual_seed(0)
+    model = paramlora.attach(nn.Sequential(Reads()).double(), {"re:.*": {"r": 2, "kind": kind}})
+    if again:
+        paramlora.enable_input_grads(model)
+        model[0].__dict__[AGAIN] = True
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if written:
+        with torch.no_grad():
+            for p in own.values():
+                p.add_(0.0)
+    given = {name: (p + 0.3 * torch.randn_like(p)).detach() for name, p in own.items()}
+    leaves = {name: p.clone().requires_grad_() for name, p in given.items()}
+    x = torch.randn(3, 4).double()
+    y = torch.func.functional_call(model, leaves, (x,))
+    got = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(given[name])
+    want = numerically(model, x, own)
+    for name, value in zip(own, got):
+        if kind != "dora" or not name.endswith(("A", "B")):  # whose norm gets no gradient
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+    y = model(x)
+    for value, straight in zip(got, torch.autograd.grad(y.square().sum(), list(own.values()))):
+        torch.testing.assert_close(value, straight, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def numerically(model, x, own, step=1e-6):
+    """Central differences of the loss in each number of some parameters."""
+    out = {}
+    for name, p in own.items():
+        grad, flat = torch.zeros_like(p), p.view(-1)
+        for i in range(flat.numel()):
+            ends = []
+            for sign in (1, -1):
+                flat[i] += sign * step
+                ends.append(model(x).square().sum())
+                flat[i] -= sign * step
+            grad.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
+        out[name] = grad
+    return out
