@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.model.stopping import equal, picture
+from tests.model.stopping import picture
 from tests.model.test_stops import KINDS, operation
 
 armed = False
@@ -63,10 +63,10 @@ def hits(name, kind, count, place):
         model = copy.deepcopy(start)
         found += pressed(act, model, took)
         now = picture(model)
-        assert equal(now, before) or equal(now, after), f"{name} of {kind}: half done"
-        if name in ("merge", "detach", "set_adapters") or equal(now, before):
+        assert now == before or now == after, f"{name} of {kind}: half done"
+        if name in ("merge", "detach", "set_adapters") or now == before:
             act(model)
-        assert equal(picture(model), after), f"{name} of {kind}: not the same when repeated"
+        assert picture(model) == after, f"{name} of {kind}: not the same when repeated"
     return found
 
 
