@@ -24,8 +24,8 @@ for name in ("lightning", "transformers"):
 # takes long before those that can be divided
 TESTS = Path(__file__).parent / "tests"
 LONG = [
+    "cuda/native/test_steps",
     "cuda/test_interpreted",
-    "cuda/linear/test_native",
     "files/test_bounds",
     "test_examples",
     "cuda/test_compiled",

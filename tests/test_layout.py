@@ -243,6 +243,13 @@ def test_other_tests_in_folders_are_sweeps_and_say_so():
         assert told.startswith("A sweep "), f"{path.name}: of which module? Else say what it sweeps"
 
 
+def test_the_tests_that_begin_first_are_there():
+    tree = ast.parse((TESTS.parent / "conftest.py").read_text(encoding="utf-8"))
+    lists = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    (names,) = (ast.literal_eval(n.value) for n in lists if ast.unparse(n.targets[0]) == "LONG")
+    assert names and [name for name in names if not (TESTS / f"{name}.py").is_file()] == []
+
+
 # an argument in the wrong place compiles, and a kernel has some forty of them
 KERNELS = {
     path: ast.parse((FOLDER / path).read_text("utf-8"))

@@ -492,27 +492,49 @@ def test_every_command_names_the_file_that_it_cannot_take(kind, folder, capsys):
     refused(capsys, f"targets bad --model {__name__}:net", "error: bad")
 
 
+# forks a child for each command and limit, so that torch is imported once
+LIMITED = """
+import json, os, resource, sys
+from paramlora.cli import commands, main
+
+for command in sys.argv[1:]:
+    for size in (10, 60):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.dup2(write, 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            try:
+                main(command.split())
+            except SystemExit as done:
+                sys.stderr.flush()
+                os._exit(done.code)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        os.close(write)
+        print(json.dumps([command, code, os.fdopen(read).read(), os.listdir()]))
+"""
+
+
 @POSIX
-@pytest.mark.parametrize("size", [10, 60])
-def test_a_limit_on_files_leaves_nothing(size, folder):
+def test_a_limit_on_files_leaves_nothing(folder):
     """As a full disk does, which only root can make."""
-    program = (
-        "import resource, sys; from paramlora.cli import main;"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); main(sys.argv[1:])"
+    commands = {
+        "merge base.safetensors a.safetensors -o out.safetensors": "out.safetensors",
+        "merge base.pt a.safetensors -o out.pt": "out.pt",
+        "convert a.safetensors --to peft -o out": "out",
+        "resize a.safetensors --rank 1 -o out.safetensors": "out.safetensors",
+    }
+    before = sorted(os.listdir())
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *commands],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
     )
-    for command, out in (
-        ("merge base.safetensors a.safetensors -o", "out.safetensors"),
-        ("merge base.pt a.safetensors -o", "out.pt"),
-        ("convert a.safetensors --to peft -o", "out"),
-        ("resize a.safetensors --rank 1 -o", "out.safetensors"),
-    ):
-        before = sorted(os.listdir())
-        done = subprocess.run(
-            [sys.executable, "-c", program, *command.split(), out],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-        )
-        told = f"error: {out}: cannot be written: File too large. Raise the limit on the size of"
-        assert done.returncode == 2 and done.stderr.startswith(told), done.stderr
-        assert sorted(os.listdir()) == before
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2 * len(commands)
+    for command, code, err, there in found:
+        told = f"error: {commands[command]}: cannot be written: File too large. Raise the limit on"
+        assert code == 2 and err.startswith(f"{told} the size of"), (command, code, err)
+        assert sorted(there) == before, command

@@ -1,15 +1,13 @@
-"""Compiles the 16-bit CUDA kernels for a device that need not be there, and prints what a block of
-each takes: bytes of shared memory, warps, and registers of a thread.
+"""Compiles the 16-bit CUDA kernels of layers for a device that need not be there, for
+`compiled_all`.
 
-`test_compiled` starts it. The interpreter, which `interpreted` runs them in, sees no types, and
-neither what fits a device. Nothing is computed, so the sizes are those of real layers.
+The interpreter, which `interpreted` runs them in, sees no types, and neither what fits a device.
+Nothing is computed, so the sizes are those of real layers.
 """
 
 import functools
-import json
 import re
 import subprocess
-import sys
 import tempfile
 
 import torch
@@ -113,9 +111,8 @@ def launches_compile(capability):
     return taken
 
 
-def main(capability, few=False):
-    """Of every kernel, or a few of each operation."""
-    taken = launches_compile(capability)
+def launch(capability, few):
+    """Every kernel, or a few of each operation."""
     hopper = 90 <= capability < 120
     for planned in (fused, joined):
         planned.card = lambda device: Card(divmod(capability, 10), 132)
@@ -130,7 +127,6 @@ def main(capability, few=False):
         added(14336, 4096, 16)
         masked((8, 320, 64, 64))
         looked_up(50000, 1024, 16)
-        json.dump(taken, sys.stdout)
         return
     for interpreted.captured in (False, True):
         more = (HOPPER[1:] if interpreted.captured else HOPPER + WIDE) if hopper else []
@@ -149,7 +145,6 @@ def main(capability, few=False):
         masked(shape)
     for shape in ((50000, 1024, 16), (37, 131, 128)):
         looked_up(*shape)
-    json.dump(taken, sys.stdout)
 
 
 def several(masks):
@@ -208,7 +203,3 @@ def masked(shape):
         if len(shape) == 4:
             last = x.contiguous(memory_format=torch.channels_last)
             masks.masked(last, torch.zeros((), dtype=torch.int64), 0, 0, 0)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), len(sys.argv) > 2)

@@ -1,15 +1,10 @@
-"""Compiles the kernels of experts for a device that need not be there, and prints what a block of
-each takes; see `compiled`. `test_compiled` starts it."""
-
-import json
-import sys
+"""Compiles the kernels of experts for a device that need not be there; see `compiled`."""
 
 import torch
 
 from paramlora.cuda.device import Card
 from paramlora.cuda.experts import plan
 from paramlora.cuda.operands import Drop
-from tests.cuda import compiled
 
 LOW, LOWEST = torch.bfloat16, torch.float16
 LAYERS = [  # experts, rows, in, out, rank, whether weights are [experts, in, out], type, dropout
@@ -20,12 +15,10 @@ LAYERS = [  # experts, rows, in, out, rank, whether weights are [experts, in, ou
 ]
 
 
-def main(capability, few=False):
-    taken = compiled.launches_compile(capability)
+def launch(capability, few):
     plan.card = lambda device: Card(divmod(capability, 10), 132)
     for *layer, rate in LAYERS[1:2] if few else LAYERS:
         step(*layer, Drop((rate,), torch.zeros((), dtype=torch.int64)) if rate else None)
-    json.dump(taken, sys.stdout)
 
 
 def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
@@ -47,7 +40,3 @@ def step(experts, rows, fan_in, out, r, transposed, dtype, drop):
     a, b = a.repeat_interleave(4, 0), b.repeat_interleave(4, 0)
     plan.product(x, weight.mT, torch.zeros(4 * experts, dtype=torch.int32), u, b.mT, None, bias)
     plan.product(dy, weight, torch.zeros(4 * experts, dtype=torch.int32), v, a, None)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), len(sys.argv) > 2)

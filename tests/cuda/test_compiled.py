@@ -1,4 +1,5 @@
-"""The 16-bit CUDA kernels compile for devices that are not here, and fit them; see `compiled`.
+"""The 16-bit CUDA kernels compile for devices that are not here, and fit them; see
+`compiled_all`.
 
 How many blocks one multiprocessor then holds is computed by `benchmarks.tune.Limits`.
 """
@@ -14,7 +15,6 @@ from tests.cuda.started import printed
 
 triton = pytest.importorskip("triton")
 
-MODULES = ("compiled", "compiled_experts", "compiled_routed")
 NEVER = sorted({card.capability for card in NEVER_RUN.values()})
 
 
@@ -35,10 +35,7 @@ def kernels():
 def compiled(capability, folder, *few):
     """What a block of each kernel takes: bytes of shared memory, warps, registers of a thread."""
     number = "".join(map(str, capability))
-    taken = {}
-    for module in MODULES:
-        taken |= printed(module, number, *few, TRITON_CACHE_DIR=str(folder))
-    return taken
+    return printed("compiled_all", number, *few, TRITON_CACHE_DIR=str(folder))
 
 
 def resident(capability, taken):

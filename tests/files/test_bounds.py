@@ -195,4 +195,4 @@ def test_a_large_file_that_fits_nothing_is_refused_before_it_is_read(how, tmp_pa
     for name, verb, said, megabytes in found:
         assert said is not None, f"{verb} of {name} was accepted"
         assert how or "the rest are holes" in said, said
-        assert megabytes < 256, (name, verb, megabytes)
+        assert megabytes < 64, (name, verb, megabytes)

@@ -7,7 +7,7 @@ from torch import nn
 
 from paramlora import AdapterError
 from tests.integrations.test_pretrained import CASES, attached, gpt2, llama
-from tests.model.stopping import PACKAGE, check_stops, equal, picture
+from tests.model.stopping import PACKAGE, check_stops, picture
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::paramlora.ParamloraWarning")
@@ -34,7 +34,7 @@ def test_a_resize_that_is_refused_half_way_leaves_the_model_as_it_was():
     before = picture(model)
     with pytest.raises(AdapterError, match='"default": it trains row 3, and 2 would be left'):
         model.resize_token_embeddings(2)
-    assert equal(picture(model), before)
+    assert picture(model) == before
 
 
 def test_a_tie_stopped_at_every_line():

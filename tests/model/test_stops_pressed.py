@@ -16,7 +16,7 @@ from torch import nn
 
 import paramlora
 from paramlora.model import undo
-from tests.model.stopping import PACKAGE, equal, picture
+from tests.model.stopping import PACKAGE, picture
 
 WITHIN = (undo.__file__, contextlib.__file__)  # what puts back, and what calls it
 NEVER = 10**9
@@ -148,10 +148,10 @@ def test_ctrl_c_leaves_a_model_as_before_or_as_after(name, twice):
     for second in sorted({moment: at for at, moment in enumerate(two.seen)}.values()):
         model, _, found = run(act, start, first, second)
         now = picture(model)
-        sound = found.line and (equal(now, before) or equal(now, after))
-        if sound and (name != "attach" or equal(now, before)):
+        sound = found.line and (now == before or now == after)
+        if sound and (name != "attach" or now == before):
             act(model)
-            sound = equal(picture(model), after)
+            sound = picture(model) == after
         harm += [] if sound else [found.line]
     assert two.seen and harm == []
 
