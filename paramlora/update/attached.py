@@ -632,7 +632,7 @@ class AttachedUpdate(nn.Module):
             types = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED)
             raise AdapterError(
                 f'adapter "{self.adapter}": {type(self).__name__}\'s {wrong[0][0]} is of '
-                f"{wrong[0][1]}, which no adapter's file holds. Hold it as one of {types}."
+                f"{wrong[0][1]}, which no adapter's file holds. Keep it as one of {types}."
             )
 
     def takes(self, name: str, own: Tensor, shape: tuple[int, ...]) -> bool:

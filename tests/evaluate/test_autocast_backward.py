@@ -137,6 +137,7 @@ CALLS = {  # a layer, its input's shape, what is attached, and each row's adapte
 UNREACHED = {
     "paramlora.evaluate.convolution._Depthwise",
     "paramlora.evaluate.dropout._Masked",
+    "paramlora.evaluate.functional._Embedding",
     "paramlora.evaluate.routed._InPlace",
     "paramlora.update.compat._Refused",
 }
