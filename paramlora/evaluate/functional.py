@@ -17,6 +17,7 @@ from paramlora.cuda import operators
 from paramlora.cuda.operands import (
     Operands,
     Wanted,
+    factors_fit,
     fits,
     has_kernel,
     padded,
@@ -616,16 +617,15 @@ def _way_of_embedding(
     """How an embedding is computed of one row of indices."""
     if not served(weight):
         return choose.embedding(False, 0)
-    table, fan_out, r = weight.shape[0], weight.shape[1], len(lora_A)
     ours = weight.dtype == torch.bfloat16 and not in_torch_alone(weight)
     # the kernels get bare addresses; what does not fit, torch's operations tell
     ours = ours and all(type(t) in PLAIN for t in (ids, lora_A, lora_B))
-    ours = ours and ids.numel() > 0 < fan_out and ids.dtype in (torch.int32, torch.int64)
-    ours = ours and lora_A.shape == (r, table) and lora_B.shape == (fan_out, r) != (fan_out, 0)
-    ours = ours and {t.get_device() for t in (ids, lora_A, lora_B, scale)} == {weight.get_device()}
+    ours = ours and ids.get_device() == weight.get_device() and ids.numel() > 0 < len(lora_A)
+    ours = ours and ids.dtype in (torch.int32, torch.int64)
+    ours = ours and factors_fit(weight.t(), lora_A, lora_B, scale)
     # of a table that is trained beside its update torch finds the gradient as of any other
     trained = torch.is_grad_enabled() and weight.requires_grad
-    return choose.embedding(ours and not trained, padded(r))
+    return choose.embedding(ours and not trained, padded(len(lora_A)))
 
 
 class _Embedding(torch.autograd.Function):

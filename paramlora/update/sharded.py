@@ -28,7 +28,7 @@ def gathered(tensor: Any) -> Tensor:
 def take(own: Tensor, value: Tensor) -> None:
     """Copy `value`, the same on every process, into `own`, sharded or not."""
     if is_sharded(own) and not is_sharded(value):
-        value = distribute(value.to(own.device, own.dtype), own, own.placements)  # type: ignore[attr-defined]
+        value = distributed(value.to(own.device, own.dtype), own)
     elif not is_sharded(own):
         value = gathered(value)
     with as_made(own):

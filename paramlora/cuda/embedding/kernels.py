@@ -125,14 +125,14 @@ def scatter(v, rows, peak, sums, M, num, bits, R: tl.constexpr, BLOCK_M: tl.cons
     ids, there = _ids(rows, offs_m, M, num)
     where = v + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
     value = tl.load(where, mask=there[:, None], other=0.0)
-    place, inside = ids[:, None] * R + offs_r[None, :], there[:, None] & (offs_r < R)[None, :]
+    place = ids[:, None] * R + offs_r[None, :]
     highest = tl.load(peak)
     if highest < _INFINITE:
         whole = tl.floor(value.to(tl.float64) * _two_to(_power(bits, highest)) + 0.5)
-        tl.atomic_add(sums + place, whole.to(tl.int64), mask=inside, sem="relaxed")
+        tl.atomic_add(sums + place, whole.to(tl.int64), mask=there[:, None], sem="relaxed")
     else:
         wide = sums.to(tl.pointer_type(tl.float32), bitcast=True)
-        tl.atomic_add(wide + 2 * place, value, mask=inside, sem="relaxed")
+        tl.atomic_add(wide + 2 * place, value, mask=there[:, None], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["bits"])
@@ -151,7 +151,7 @@ def collect(
     """``da[r, num]``, the numbers that whole ones stand for."""
     offs_n, offs_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
     place = offs_n[:, None].to(tl.int64) * R + offs_r[None, :]
-    inside = (offs_n < num)[:, None] & (offs_r < R)[None, :]
+    inside = (offs_n < num)[:, None]
     highest = tl.load(peak)
     if highest < _INFINITE:
         whole = tl.load(sums + place, mask=inside, other=0)

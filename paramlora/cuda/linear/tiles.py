@@ -178,8 +178,6 @@ class Tiles:
             "BLOCK_K": BK,
             "GROUP_M": GROUP,
         }
-        # all that a launch of a product divided so depends on, as a plan's key
-        self.kind = (*sizes, period, *self.strides, self.grid, *self.constants.values())
         self.layouts: tuple[Layout, ...] = ()
         if tma:
             of_w = ([N, K], [w_n, 1], [BN, BK]) if rows_out else ([K, N], [w_k, 1], [BK, BN])
