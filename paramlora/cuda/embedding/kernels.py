@@ -18,16 +18,16 @@ _INFINITE = tl.constexpr(0x7F800000)  # float32's bits, from which on no number 
 
 
 @triton.jit
-def _ids(rows, offs_m, M, num):
+def _ids(indices, offs_m, M, num):
     """Indices, and which of them are there; torch's own look-up tells of those that are not."""
-    ids = tl.load(rows + offs_m, mask=offs_m < M, other=-1).to(tl.int64)
+    ids = tl.load(indices + offs_m, mask=offs_m < M, other=-1).to(tl.int64)
     return ids, (ids >= 0) & (ids < num)
 
 
 @triton.jit
 def add(
     y,
-    rows,
+    indices,
     a,
     b,
     scale,
@@ -52,7 +52,7 @@ def add(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, R)
-    ids, there = _ids(rows, offs_m, M, num)
+    ids, there = _ids(indices, offs_m, M, num)
     where = a + ids[:, None] * stride_an + offs_r[None, :].to(tl.int64) * stride_ar
     low = tl.load(where, mask=there[:, None] & (offs_r < r)[None, :], other=0.0)
     low = low.to(tl.float32).to(y.dtype.element_ty)
@@ -119,10 +119,10 @@ def _two_to(exponent):
 
 
 @triton.jit(do_not_specialize=["bits"])
-def scatter(v, rows, peak, sums, M, num, bits, R: tl.constexpr, BLOCK_M: tl.constexpr):
+def scatter(v, indices, peak, sums, M, num, bits, R: tl.constexpr, BLOCK_M: tl.constexpr):
     """``sums[num, R]`` of the rows of v by their index, which were zero; see above."""
     offs_m, offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, R)
-    ids, there = _ids(rows, offs_m, M, num)
+    ids, there = _ids(indices, offs_m, M, num)
     where = v + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
     value = tl.load(where, mask=there[:, None], other=0.0)
     place = ids[:, None] * R + offs_r[None, :]
